@@ -1,0 +1,36 @@
+# `make serve` and `make test` set up .venv themselves; a second time that takes a moment.
+PY := .venv/bin/python
+MODEL ?= smollm2-135m
+ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format venv clean
+
+help:  ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+serve:  ## start a server: make serve MODEL=qwen3-0.6b ARGS="--topology 1P1D"
+	@scripts/setup.sh serve
+	@exec $(PY) -m miniserve.cli serve $(MODEL) $(ARGS)
+
+test: lint  ## ruff, mypy, pytest: make test PYTEST_ARGS="-k tokenizer"
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint:  ## ruff and mypy only
+	@scripts/setup.sh test
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format:  ## let ruff mend what it can
+	@scripts/setup.sh test
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+venv:  ## only create .venv with everything in it
+	@scripts/setup.sh test
+
+clean:  ## remove .venv and what tools leave behind (models stay in ~/.cache/miniserve)
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

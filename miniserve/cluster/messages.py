@@ -1,0 +1,243 @@
+"""Everything that crosses a process boundary: typed structs in msgpack, no pickle.
+
+Every process owns one inbox; whoever wants to talk to it sends an `Envelope` there. The sender's epoch (the number
+of this incarnation of a worker) travels with each message, so that words of a dead process are recognised and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from miniserve.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Wire(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Base of all messages: tagged, immutable, encoded as arrays."""
+
+
+class PoolInfo(Wire):
+    """Where a worker's KV pool lies, so that a peer on the same host can map it.
+
+    The pool is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`. `layout` fingerprints model, dtype
+    and page shape; workers with different layouts never exchange pages.
+    """
+
+    pid: int
+    fd: int
+    num_pages: int
+    page_bytes: int
+    layout: str
+
+
+class Peer(Wire):
+    """A worker as the others see it: its inbox `address` and its pool."""
+
+    name: str
+    epoch: int
+    address: str
+    pool: PoolInfo
+
+
+# --- frontend -> worker ---------------------------------------------------------------------------------------------
+
+
+class Peers(Wire):
+    """The workers that are ready, sent to all of them whenever the set changes. A peer missing here is dead."""
+
+    peers: list[Peer]
+
+
+class Run(Wire):
+    """Serve one turn: prefill `tokens`, decode until it ends, report every token.
+
+    The last `prior` of `tokens` were already given to the client as output (a turn that moved here after a failure).
+    `seed` is always set: two workers that sample the same position draw the same number. With `prefill_at` (a
+    prefiller's name) the receiver reserves pages, asks that worker to prefill and pulls the KV.
+    """
+
+    turn: str
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    salt: str = ""
+    prior: int = 0
+    prefill_at: str = ""
+
+
+class Abort(Wire):
+    """Stop a turn wherever it is and free what it holds; unknown turns are ignored."""
+
+    turn: str
+
+
+class Shutdown(Wire):
+    """Leave the step loop and exit."""
+
+
+# --- decoder <-> prefiller ------------------------------------------------------------------------------------------
+
+
+class Prefill(Wire):
+    """D asks P to prefill. D has reserved its pages and already holds the first `have` tokens (a whole number of
+    pages), so P publishes only what follows."""
+
+    turn: str
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    salt: str
+    prior: int
+    have: int
+
+
+class Commit(Wire):
+    """The end of a prefill: the sampled first token, so that D can decode on."""
+
+    token: int
+    finish: FinishReason | None = None
+
+
+class Publish(Wire):
+    """P's finished pages, which hold the prompt from page `first` on.
+
+    `pages` are numbers in P's pool and `hashes` the chain hash of the tokens each one holds. They stay untouched until
+    the ack, but not past `deadline` (seconds on the host's monotonic clock): what D copies later does not count.
+    """
+
+    turn: str
+    first: int
+    pages: list[int]
+    hashes: list[bytes]
+    deadline: float
+    commit: Commit | None = None
+
+
+class Release(Wire):
+    """D is done with a handoff (acknowledged, aborted, or given up): P ends the lease and any work left for it."""
+
+    turn: str
+
+
+class PrefillRefused(Wire):
+    """P cannot or will not finish this prefill: D does it itself."""
+
+    turn: str
+    reason: str
+
+
+# --- worker -> frontend ---------------------------------------------------------------------------------------------
+
+
+class Loading(Wire):
+    """Progress while a worker starts; `done` of `total` (0 where unknown) steps of `phase`."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+class Ready(Wire):
+    """A worker is up. `phases` are seconds per start-up phase, `kv_note` the arithmetic of the pool's size."""
+
+    pool: PoolInfo
+    dtype: str
+    device: str
+    threads: int
+    weights_bytes: int
+    page_tokens: int
+    phases: dict[str, float]
+    kv_note: str
+
+
+class Failed(Wire):
+    """A worker could not start: the reason, and what to do about it, for a person."""
+
+    reason: str
+
+
+class TokenLogprob(Wire):
+    """The log-probability of a sampled token and of the most likely alternatives, before any penalty or temperature."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class TurnOutput(Wire):
+    """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn)."""
+
+    turn: str
+    index: int
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int | None = None
+    error: str = ""
+
+
+class Move(Wire):
+    """A handoff that ended well: KV of `turn` went from `source` to the reporting worker."""
+
+    turn: str
+    source: str
+    pages: int
+    bytes: int
+    seconds: float
+
+
+class WorkerStats(Wire):
+    """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages."""
+
+    total_pages: int
+    free_pages: int
+    cached_pages: int
+    held_pages: int
+    running: int
+    waiting: int
+    queued_prefill_tokens: int
+    leases: int
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    busy_seconds: float = 0.0
+
+
+class Report(Wire):
+    """After a step, or once a second when idle: tokens, finished handoffs, the worker's state."""
+
+    outputs: list[TurnOutput]
+    moves: list[Move]
+    stats: WorkerStats
+
+
+Message = (
+    Peers
+    | Run
+    | Abort
+    | Shutdown
+    | Prefill
+    | Publish
+    | Release
+    | PrefillRefused
+    | Loading
+    | Ready
+    | Failed
+    | Report
+)
+
+
+class Envelope(msgspec.Struct, array_like=True, frozen=True):
+    """A message and who sent it. The frontend's epoch is 0."""
+
+    sender: str
+    epoch: int
+    body: Message

@@ -1,0 +1,93 @@
+"""Every setting, in one place, typed. Flag names are vLLM's wherever vLLM has one."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says how to fix it."""
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `2GiB`, `512M`, `1.5g`, `1073741824`. Raises `ConfigError`."""
+    m = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ki|mi|gi|k|m|g|)b?", text.strip().lower())
+    if m is None:
+        raise ConfigError(f"{text!r} is not a size: write it like 2GiB, 512M or a number of bytes.")
+    return int(float(m[1]) * _UNITS[m[2]])
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """How many prefillers and decoders: `1P3D`, `2D`. Decoders only is colocated serving."""
+
+    prefillers: int
+    decoders: int
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """From `[nP]mD`. Raises `ConfigError`."""
+        m = re.fullmatch(r"(?:(\d+)[pP])?(\d+)[dD]", text.strip())
+        if m is None or int(m[2]) < 1:
+            raise ConfigError(
+                f"--topology {text!r} is not understood: write prefillers and decoders like 1D, 2D, 1P1D or 1P3D "
+                "(at least one decoder)."
+            )
+        return cls(int(m[1] or 0), int(m[2]))
+
+    @property
+    def workers(self) -> list[str]:
+        """Names in start order: prefillers `p0`, `p1`, ... then decoders `d0`, ..."""
+        return [f"p{i}" for i in range(self.prefillers)] + [f"d{i}" for i in range(self.decoders)]
+
+    def __str__(self) -> str:
+        return (f"{self.prefillers}P" if self.prefillers else "") + f"{self.decoders}D"
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker needs to know; travels to the worker process as JSON.
+
+    Sizes are in bytes, lengths in tokens. None means: choose from the model and the machine (`worker/sizing.py`).
+    """
+
+    model: str
+    """Folder with config.json (and safetensors unless `load_format` is dummy)."""
+    load_format: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 256
+    enable_prefix_caching: bool = True
+    threads: int = 0
+    """CPU threads of this worker; 0: all cores shared out among the workers."""
+    workers: int = 1
+    """How many workers share this machine's memory and cores."""
+    handoff_deadline: float = 30.0
+    """Seconds P keeps pages for D after a publication."""
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything `miniserve serve` can be told."""
+
+    engine: EngineConfig
+    topology: Topology = Topology(0, 1)
+    policy: str = "conserve"
+    served_model_names: list[str] = []
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    chat_template: str | None = None
+    generation_config: str = "auto"
+    """`auto`: the model's generation_config.json gives the sampling defaults; `vllm`: neutral defaults."""
+    max_num_queued_reqs: int = 1024
+    max_body_bytes: int = 32 * 2**20
+    shutdown_timeout: float = 30.0
+    log_level: str = "warning"

@@ -1,0 +1,28 @@
+"""The chain hash that names a page by all the tokens up to its end. Pure: the scheduler uses it too."""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+
+HASH_BYTES = 16
+
+
+def root_hash(layout: str, salt: str = "") -> bytes:
+    """The hash before the first token: different models, dtypes and cache salts never share a page."""
+    return blake2b(f"{len(layout)}:{layout}{salt}".encode(), digest_size=HASH_BYTES).digest()
+
+
+def extend_hash(parent: bytes, tokens: list[int]) -> bytes:
+    """The hash of a page that holds `tokens` (1 to a page full) after everything `parent` stands for."""
+    return blake2b(parent + array("i", tokens).tobytes(), digest_size=HASH_BYTES).digest()
+
+
+def page_hashes(root: bytes, tokens: list[int], page_tokens: int, known: list[bytes] | None = None) -> list[bytes]:
+    """Chain hashes of the full pages of `tokens`; `known` holds those of the first pages, which are not redone."""
+    hashes = list(known or ())
+    parent = hashes[-1] if hashes else root
+    for end in range((len(hashes) + 1) * page_tokens, len(tokens) + 1, page_tokens):
+        parent = extend_hash(parent, tokens[end - page_tokens : end])
+        hashes.append(parent)
+    return hashes
