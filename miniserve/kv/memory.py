@@ -6,6 +6,7 @@ import mmap
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -56,15 +57,13 @@ class SharedMemory:
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     @staticmethod
-    def attach(pid: int, fd: int, size: int) -> torch.Tensor:
-        """The memory another process made, as a read-only flat byte tensor. Raises OSError if that process is gone."""
+    def attach(pid: int, fd: int, size: int) -> np.ndarray:
+        """The memory another process made, as read-only bytes `[size]`. Raises OSError if that process is gone."""
         handle = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # ACCESS_COPY: pages are shared as long as nobody writes, and torch wants a writable buffer.
-            mapped = mmap.mmap(handle, size, access=mmap.ACCESS_COPY)
+            return np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), dtype=np.uint8)
         finally:
             os.close(handle)
-        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 class KVMemory:

@@ -1,0 +1,78 @@
+"""One decoder-only transformer for Llama 2/3, Qwen2, Qwen3 and Mistral: they differ in biases and norms only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from miniserve.model import rope
+from miniserve.model.config import ModelConfig
+from miniserve.ops import Linear, Ops
+from miniserve.ops.batch import Batch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer, prepared for the device. q, k and v are one matrix, gate and up another."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    out: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights. `embedding` is `[vocab, hidden]`."""
+
+    embedding: torch.Tensor
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: Linear
+    num_bytes: int
+
+
+class Decoder:
+    """The model on one device: a batch of new tokens in, logits of the wanted rows out."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
+        self.config = config
+        self._weights = weights
+        self._ops = ops
+        self._scale = config.head_dim**-0.5
+        embedding = weights.embedding
+        self._cos, self._sin = rope.tables(config.rope, config.head_dim, max_len, embedding.dtype, embedding.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
+        """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV.
+
+        Returns float32 logits `[len(batch.outputs), vocab]`.
+        """
+        config, ops, weights = self.config, self._ops, self._weights
+        plan = ops.plan(batch, kv)
+        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+        x = F.embedding(batch.tokens, weights.embedding)
+        for index, layer in enumerate(weights.layers):
+            h = ops.rms_norm(x, layer.input_norm, config.norm_eps)
+            qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q = ops.rms_norm(q, layer.q_norm, config.norm_eps)
+                k = ops.rms_norm(k, layer.k_norm, config.norm_eps)
+                q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+            else:
+                q, k = ops.rope(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), 1)
+            attended = ops.attention(plan, index, q, k, v, self._scale)
+            x = layer.out(attended.flatten(1), x)
+            h = ops.rms_norm(x, layer.post_norm, config.norm_eps)
+            x = layer.down(ops.silu_mul(layer.gate_up(h)), x)
+        wanted = x.index_select(0, batch.outputs)
+        return weights.head(ops.rms_norm(wanted, weights.norm, config.norm_eps)).float()

@@ -1,0 +1,35 @@
+"""Rotary position embedding: the angles. RoFormer (arXiv 2104.09864); scaling as published with Llama 3.1."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from miniserve.model.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Radians per position of each pair of numbers, float32 `[head_dim / 2]`."""
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if rope.kind == "linear":
+        return inverse / rope.factor
+    if rope.kind == "llama3":
+        # Long waves are stretched by `factor`, short ones left alone, those between blended.
+        wavelength = 2 * math.pi / inverse
+        turns = rope.original_max_len / wavelength
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        return (1 - blend) * inverse / rope.factor + blend * inverse
+    return inverse
+
+
+def tables(
+    rope: RopeConfig, head_dim: int, max_len: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[max_len, 1, head_dim]`, the first half of sin negated: a number turns with the one half a head
+    away, so x * cos + roll(x, half) * sin is the rotation."""
+    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inverse_frequencies(rope, head_dim))
+    cos, sin = angles.cos(), angles.sin()
+    both = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return both[0].to(device, dtype).unsqueeze(1), both[1].to(device, dtype).unsqueeze(1)

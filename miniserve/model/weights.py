@@ -1,0 +1,138 @@
+"""Weights from safetensors (one file or shards), or random ones of the same shape.
+
+Tensors are read layer by layer and handed to `ops.linear` at once, so that loading never holds the model twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from miniserve.config import ConfigError
+from miniserve.model.config import ModelConfig
+from miniserve.model.decoder import Layer, Weights
+from miniserve.ops import Ops
+
+Read = Callable[[str, tuple[int, ...]], torch.Tensor]
+
+
+def load_weights(
+    folder: Path,
+    config: ModelConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dummy: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """All weights in `dtype` on `device`; `progress` hears of layers done, and of how many.
+
+    Raises `ConfigError` when a tensor is missing, has another shape than config.json says, or cannot be read.
+    """
+    with ExitStack() as stack:
+        read = _random(config) if dummy else _reader(folder, stack)
+        try:
+            return _build(read, config, ops, dtype, device, progress or (lambda done, total: None))
+        except SafetensorError as error:
+            raise ConfigError(f"The weights in {folder} cannot be read ({error}): download the model again.") from error
+
+
+def _build(
+    read: Read,
+    config: ModelConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Weights:
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.heads * dim, config.kv_heads * dim
+    total = 0
+
+    def get(name: str, *shape: int) -> torch.Tensor:
+        nonlocal total
+        # A copy always: what was read may be a view of the mapped file.
+        tensor = read(name, shape).to(device=device, dtype=dtype, copy=True)
+        total += tensor.nbytes
+        return tensor
+
+    def linear(parts: list[tuple[str, int]], width: int, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts])
+        return weight, torch.cat([get(f"{name}.bias", rows) for name, rows in parts]) if bias else None
+
+    def layer(index: int) -> Layer:
+        at = f"model.layers.{index}."
+        attn, mlp = f"{at}self_attn.", f"{at}mlp."
+        return Layer(
+            input_norm=get(f"{at}input_layernorm.weight", hidden),
+            qkv=ops.linear(
+                *linear([(f"{attn}q_proj", q), (f"{attn}k_proj", kv), (f"{attn}v_proj", kv)], hidden, config.qkv_bias)
+            ),
+            q_norm=get(f"{attn}q_norm.weight", dim) if config.qk_norm else None,
+            k_norm=get(f"{attn}k_norm.weight", dim) if config.qk_norm else None,
+            out=ops.linear(*linear([(f"{attn}o_proj", hidden)], q, config.output_bias)),
+            post_norm=get(f"{at}post_attention_layernorm.weight", hidden),
+            gate_up=ops.linear(
+                *linear([(f"{mlp}gate_proj", inner), (f"{mlp}up_proj", inner)], hidden, config.mlp_bias)
+            ),
+            down=ops.linear(*linear([(f"{mlp}down_proj", hidden)], inner, config.mlp_bias)),
+        )
+
+    embedding = get("model.embed_tokens.weight", config.vocab_size, hidden)
+    layers = []
+    for index in range(config.layers):
+        layers.append(layer(index))
+        progress(index + 1, config.layers)
+    norm = get("model.norm.weight", hidden)
+    head = embedding if config.tie_embeddings else get("lm_head.weight", config.vocab_size, hidden)
+    return Weights(embedding, layers, norm, ops.linear(head), total)
+
+
+def _reader(folder: Path, stack: ExitStack) -> Read:
+    """Find tensors by name in the folder's safetensors files, which are mapped, not read at once."""
+    files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in where:
+            raise ConfigError(
+                f"{folder} has no tensor {name!r}: the download is not complete or not this architecture."
+            )
+        tensor = where[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"{name} in {folder} has the shape {tuple(tensor.shape)}, but config.json says {shape}: the files do "
+                "not belong together."
+            )
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise ConfigError(f"{name} in {folder} is {tensor.dtype}: miniserve serves bf16, fp16 and fp32 weights.")
+        return tensor
+
+    return read
+
+
+def _random(config: ModelConfig) -> Read:
+    """Random tensors, the same in each process for the same shape. Norms are ones, so that numbers stay in range."""
+
+    def numbers() -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        block = torch.randn(2**20, generator=generator) * 0.02
+        while True:
+            yield block.roll(int(torch.randint(2**20, (1,), generator=generator)))
+
+    blocks = numbers()
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if "norm" in name:
+            return torch.ones(shape, dtype=config.dtype)
+        # Repeating a megabyte of noise at a random offset is as good for timing as fresh noise and 20x faster.
+        count = int(torch.Size(shape).numel())
+        block = next(blocks).to(config.dtype)
+        return block.repeat(-(-count // block.numel()))[:count].view(shape)
+
+    return read

@@ -1,0 +1,193 @@
+"""The reference kernels, in plain torch; also the ones a CPU uses.
+
+Paged attention without a kernel of its own: the pages of a sequence are gathered with one `index_select` into
+contiguous keys and values. A gather reads each byte once more, which is small beside the matrix products that follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from miniserve.ops import Linear
+from miniserve.ops.batch import Batch
+
+QUERY_BLOCK = 128
+"""Queries that attend together in a prefill chunk: keys beyond the block's end are never looked at."""
+
+
+class DenseLinear:
+    """A plain matrix product."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        out = F.linear(x, self._weight, self._bias)
+        return out if residual is None else out.add_(residual)
+
+
+class PackedLinear:
+    """A bf16 matrix product by oneDNN with the weight packed once, in blocks as its kernels want them.
+
+    F.linear packs anew in each call, which costs a decode step more than the product itself. These are the operators
+    that torch.compile's CPU backend emits for frozen weights.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), QUERY_BLOCK)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], None)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """Sequences with one new token each and contexts of like length, attended together, padded to the longest."""
+
+    queries: torch.Tensor
+    """Rows in the batch, int64 `[B]`."""
+    rows: torch.Tensor
+    """Per layer, the pool's rows of all keys' pages and then all values' pages, int64 `[layer, 2 * B * pages]`."""
+    keys: int
+    """Keys that are looked at: the longest context."""
+    mask: torch.Tensor | None
+    """Added to the scores `[B, 1, 1, keys]`: 0, or -inf past a sequence's end; None where all are equally long."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of one sequence's prompt: `length` new tokens from row `start` of the batch."""
+
+    start: int
+    length: int
+    context: int
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch, as the pool is addressed: the pool is seen as rows of one layer's keys (or values) of one page."""
+
+    slots: torch.Tensor
+    """Per layer, where the new keys and then the new values go, counted in slots: int64 `[layer, 2 * T]`."""
+    by_page: torch.Tensor
+    by_slot: torch.Tensor
+    decodes: list[Decodes] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class TorchOps:
+    """See `miniserve.ops.Ops`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Adding this to the last keys of a block of queries hides what comes after each query.
+        self._causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=device).triu_(1)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        """Prepare a weight: packed where oneDNN has native bf16 kernels, else as it is."""
+        packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
+        return PackedLinear(weight, bias) if packed else DenseLinear(weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root mean square norm over the last dimension."""
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Turn pairs of numbers half a head apart; the first half of `sin` is negated, so that a roll does it all."""
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def plan(self, batch: Batch, kv: torch.Tensor) -> Plan:
+        """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
+        padded to its longest."""
+        layers, size = kv.shape[1], kv.shape[3]
+        by_page = kv.view(-1, size, *kv.shape[4:])
+        layer_rows = torch.arange(layers, device=self._device).unsqueeze(1) * 2
+
+        def rows(pages: list[int]) -> torch.Tensor:
+            keys = layer_rows + torch.tensor(pages, device=self._device) * (layers * 2)
+            return torch.cat((keys, keys + 1), 1)
+
+        slots: list[int] = []
+        groups: dict[int, list[int]] = {}
+        chunks = []
+        starts = []
+        start = 0
+        for i, (length, context, pages) in enumerate(zip(batch.lengths, batch.contexts, batch.pages, strict=True)):
+            slots += [pages[p // size] * (layers * 2 * size) + p % size for p in range(context - length, context)]
+            used = -(-context // size)
+            if length == 1:
+                groups.setdefault(used.bit_length(), []).append(i)
+            else:
+                chunks.append(Chunk(start, length, context, rows(pages[:used])))
+            starts.append(start)
+            start += length
+        first = layer_rows * size + torch.tensor(slots, device=self._device)
+        plan = Plan(torch.cat((first, first + size), 1), by_page, kv.view(-1, *kv.shape[4:]), [], chunks)
+        for members in groups.values():
+            contexts = torch.tensor([batch.contexts[i] for i in members], device=self._device)
+            longest = max(batch.contexts[i] for i in members)
+            width = -(-longest // size)
+            padded = [(batch.pages[i] + [batch.pages[i][0]] * width)[:width] for i in members]
+            mask = None
+            if min(batch.contexts[i] for i in members) < longest:
+                beyond = torch.arange(longest, device=self._device) >= contexts.unsqueeze(1)
+                mask = torch.zeros(beyond.shape, dtype=kv.dtype, device=self._device)
+                mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+            queries = torch.tensor([starts[i] for i in members], device=self._device)
+            plan.decodes.append(Decodes(queries, rows([p for pages in padded for p in pages]), longest, mask))
+        return plan
+
+    def attention(
+        self, plan: Plan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Store, gather, attend. Query heads that share a key head are handled as more queries of that head."""
+        count = k.shape[0]
+        plan.by_slot.index_copy_(0, plan.slots[layer, :count], k)
+        plan.by_slot.index_copy_(0, plan.slots[layer, count:], v)
+        out = torch.empty_like(q)
+        kv_heads, dim = k.shape[1:]
+        group = q.shape[1] // kv_heads
+        for decodes in plan.decodes:
+            size = decodes.queries.shape[0]
+            keys, values = (
+                x[:, : decodes.keys].transpose(1, 2)
+                for x in plan.by_page.index_select(0, decodes.rows[layer]).view(2, size, -1, kv_heads, dim)
+            )
+            folded = q.index_select(0, decodes.queries).view(size, kv_heads, group, dim)
+            attended = F.scaled_dot_product_attention(folded, keys, values, decodes.mask, scale=scale)
+            out.index_copy_(0, decodes.queries, attended.reshape(size, -1, dim))
+        for chunk in plan.chunks:
+            keys, values = plan.by_page.index_select(0, chunk.rows[layer]).view(2, -1, kv_heads, dim)
+            keys = keys[: chunk.context].permute(1, 2, 0)
+            values = values[: chunk.context].transpose(0, 1)
+            rows = slice(chunk.start, chunk.start + chunk.length)
+            folded = (q[rows] * scale).view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
+            before = chunk.context - chunk.length
+            for start in range(0, chunk.length, QUERY_BLOCK):
+                end = min(start + QUERY_BLOCK, chunk.length)
+                block = end - start
+                scores = torch.bmm(folded[:, :, start:end].reshape(kv_heads, -1, dim), keys[:, :, : before + end])
+                scores.view(kv_heads, group, block, -1)[..., -block:] += self._causal[:block, :block]
+                weights = scores.softmax(-1)
+                attended = torch.bmm(weights, values[:, : before + end]).view(kv_heads, group, block, dim)
+                out[chunk.start + start : chunk.start + end] = attended.permute(2, 0, 1, 3).reshape(block, -1, dim)
+        return out
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; elsewhere bf16 is slower than fp32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and any(
+        torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+    )

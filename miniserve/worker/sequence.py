@@ -1,0 +1,97 @@
+"""One turn on a worker: its tokens, its pages, and how far it has come."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from miniserve.cluster.messages import FinishReason
+from miniserve.kv.hashing import extend_hash, page_hashes
+from miniserve.sampling import SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence stands. A preempted one waits again."""
+
+    WAITING = "waiting"
+    RECEIVING = "receiving"
+    """Its pages are reserved and a prefiller fills them: not ours to compute yet."""
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """`tokens` grows from the prompt by what is sampled; the KV of the first `computed` of them lies in `pages`.
+
+    `given` tokens came with the request, the last `prior` of which the client has already seen as output.
+    With `prefill_at` another worker is asked to prefill; with `prefill_for` this worker prefills for another one, and
+    is done with the first sampled token.
+    """
+
+    def __init__(
+        self,
+        turn: str,
+        tokens: list[int],
+        params: SamplingParams,
+        seed: int,
+        root: bytes,
+        *,
+        prior: int = 0,
+        prefill_at: str = "",
+        prefill_for: str = "",
+    ) -> None:
+        self.turn = turn
+        self.tokens = list(tokens)
+        self.given = len(tokens)
+        self.prior = prior
+        self.params = params
+        self.seed = seed
+        self.prefill_at = prefill_at
+        self.prefill_for = prefill_for
+        self.status = Status.WAITING
+        self.pages: list[int] = []
+        self.computed = 0
+        self.registered = 0
+        """Full pages that the prefix cache knows."""
+        self.cached: int | None = None
+        """Tokens whose KV was found when the turn was first admitted."""
+        self.finish: FinishReason | None = None
+        self.stop_token: int | None = None
+        self._root = root
+        self._hashes: list[bytes] = []
+
+    @property
+    def num_outputs(self) -> int:
+        """Output tokens of the turn so far, wherever they were made."""
+        return len(self.tokens) - self.given + self.prior
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose KV is not there: 1 means the next step is a decode."""
+        return len(self.tokens) - self.computed
+
+    def hashes(self, page_tokens: int) -> list[bytes]:
+        """Chain hashes of all full pages of `tokens`."""
+        if len(self._hashes) < len(self.tokens) // page_tokens:
+            self._hashes = page_hashes(self._root, self.tokens, page_tokens, self._hashes)
+        return self._hashes
+
+    def tail_hash(self, page_tokens: int) -> bytes:
+        """Chain hash of the given tokens that do not fill a page."""
+        full = self.given // page_tokens
+        parent = self.hashes(page_tokens)[full - 1] if full else self._root
+        return extend_hash(parent, self.tokens[full * page_tokens : self.given])
+
+    def ends_with(self, token: int, eos: frozenset[int], max_len: int) -> FinishReason | None:
+        """Append `token` as the next output; the reason if the turn ends with it."""
+        self.tokens.append(token)
+        params = self.params
+        if self.num_outputs > params.min_tokens or self.num_outputs == params.max_tokens:
+            if token in params.stop_token_ids:
+                self.stop_token = token
+                self.finish = "stop"
+            elif token in eos and not params.ignore_eos:
+                self.finish = "stop"
+        limit = params.max_tokens is not None and self.num_outputs >= params.max_tokens
+        if self.finish is None and (limit or len(self.tokens) >= max_len):
+            self.finish = "length"
+        return self.finish
