@@ -21,7 +21,7 @@ class PagePool:
 
     def __init__(self, num_pages: int, *, caching: bool = True) -> None:
         self.num_pages = num_pages
-        self._caching = caching
+        self.caching = caching
         self._refs = [0] * num_pages
         self._hash_of: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
@@ -87,7 +87,7 @@ class PagePool:
     def register(self, page: int, digest: bytes) -> None:
         """Make a held, full page findable under its chain hash. Where another page has that name already, it stays."""
         assert self._refs[page] > 0, "only a held page has content worth naming"
-        if self._caching and digest not in self._page_of and self._hash_of[page] is None:
+        if self.caching and digest not in self._page_of and self._hash_of[page] is None:
             self._page_of[digest] = page
             self._hash_of[page] = digest
 
@@ -105,6 +105,13 @@ class PagePool:
                     self._free.append(page)
                 else:
                     self._cached[page] = None
+
+    def clear(self) -> None:
+        """Forget all cached prefixes; held pages stay and keep their names."""
+        for page in self._cached:
+            self._forget(page)
+            self._free.append(page)
+        self._cached.clear()
 
     def check(self) -> None:
         """Raise AssertionError if a page is lost, doubled or miscounted (for tests; linear in the pool)."""

@@ -46,6 +46,13 @@ class ModelConfig:
     qk_norm: bool
     dtype: torch.dtype
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all matrices (norms and biases are too small to matter)."""
+        heads = 2 * (self.heads + self.kv_heads) * self.head_dim
+        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
+        return self.layers * layer + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
         """Read the content of config.json. Raises `ConfigError` for what this decoder cannot do."""

@@ -77,18 +77,19 @@ class Sampler:
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """Draw one id a row by inverting the cumulative distribution at the request's own random number."""
     params = [sequence.params for sequence in sequences]
-    column = {"dtype": torch.float32, "device": logits.device}
-    temperature = torch.tensor([p.temperature for p in params], **column).unsqueeze(1)
-    points = torch.tensor(
-        [uniform(s.seed, s.num_outputs) for s in sequences], dtype=torch.float64, device=logits.device
-    ).unsqueeze(1)
+
+    def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
+
+    temperature = column([p.temperature for p in params])
+    points = column([uniform(s.seed, s.num_outputs) for s in sequences], torch.float64)
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if all(p.top_k <= 0 and p.top_p >= 1 and p.min_p <= 0 for p in params):
         return _invert(probs, points).squeeze(1).tolist()
     vocab = probs.shape[1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=logits.device).unsqueeze(1)
-    top_p = torch.tensor([p.top_p for p in params], **column).unsqueeze(1)
-    min_p = torch.tensor([p.min_p for p in params], **column).unsqueeze(1)
+    top_k = column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64)
+    top_p = column([p.top_p for p in params])
+    min_p = column([p.min_p for p in params])
     for width in (min(SORTED, vocab), vocab):
         sorted_probs, ids = probs.topk(width)
         keep = sorted_probs >= min_p * sorted_probs[:, :1]

@@ -81,17 +81,15 @@ class Sequence:
         parent = self.hashes(page_tokens)[full - 1] if full else self._root
         return extend_hash(parent, self.tokens[full * page_tokens : self.given])
 
-    def ends_with(self, token: int, eos: frozenset[int], max_len: int) -> FinishReason | None:
-        """Append `token` as the next output; the reason if the turn ends with it."""
+    def append(self, token: int, eos: frozenset[int], max_len: int) -> None:
+        """Add `token` as the next output and set `finish` if the turn ends with it."""
         self.tokens.append(token)
         params = self.params
-        if self.num_outputs > params.min_tokens or self.num_outputs == params.max_tokens:
-            if token in params.stop_token_ids:
-                self.stop_token = token
-                self.finish = "stop"
-            elif token in eos and not params.ignore_eos:
-                self.finish = "stop"
+        if token in params.stop_token_ids:
+            self.stop_token = token
+            self.finish = "stop"
+        elif token in eos and not params.ignore_eos:
+            self.finish = "stop"
         limit = params.max_tokens is not None and self.num_outputs >= params.max_tokens
         if self.finish is None and (limit or len(self.tokens) >= max_len):
             self.finish = "length"
-        return self.finish

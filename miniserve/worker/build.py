@@ -1,0 +1,141 @@
+"""From a configuration to a running engine: the same for a worker process and for `LLM`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniserve.config import ConfigError, EngineConfig
+from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.pages import PagePool
+from miniserve.model.config import ModelConfig
+from miniserve.model.decoder import Decoder
+from miniserve.model.weights import load_weights
+from miniserve.ops import make_ops
+from miniserve.worker import sizing
+from miniserve.worker.engine import Engine
+from miniserve.worker.runner import Runner
+from miniserve.worker.sequence import Sequence
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Built:
+    """An engine and what a person wants to know about it. `layout` names everything that must agree before two pools
+    exchange pages; it is also the root of all page hashes."""
+
+    engine: Engine
+    memory: KVMemory
+    model: ModelConfig
+    layout: str
+    dtype: str
+    device: str
+    threads: int
+    weights_bytes: int
+    kv_note: str
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def build(config: EngineConfig, progress: Progress | None = None, *, share: bool = True) -> Built:
+    """Load the model in `config.model` and allocate the KV pool, in memory that peers can map if `share`.
+
+    `progress` hears (phase, done, total). Raises `ConfigError` with what to do about it.
+    """
+    tell = progress or (lambda phase, done, total: None)
+    phases: dict[str, float] = {}
+    started = time.monotonic()
+
+    def phase(name: str) -> None:
+        nonlocal started
+        now = time.monotonic()
+        phases[name] = now - started
+        started = now
+
+    folder = Path(config.model)
+    hf_config = json.loads((folder / "config.json").read_text("utf-8"))
+    model = ModelConfig.from_hf(hf_config)
+    device = sizing.choose_device(config.device)
+    dtype = sizing.choose_dtype(config.dtype, model, device)
+    max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
+    threads = sizing.prepare_cpu(config) if device.type == "cpu" else 1
+    shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
+    if device.type == "cpu":
+        # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
+        estimate = model.num_parameters * dtype.itemsize
+        num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, estimate, device)
+    ops = make_ops(device)
+    tell("weights", 0, model.layers)
+    weights = load_weights(
+        folder,
+        model,
+        ops,
+        dtype,
+        device,
+        dummy=config.load_format == "dummy",
+        progress=lambda done, total: tell("weights", done, total),
+    )
+    phase("weights")
+    if device.type != "cpu":
+        num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, weights.num_bytes, device)
+    memory = KVMemory(shape, num_pages, device, share=share)
+    phase("kv")
+    default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
+    decoder = Decoder(model, weights, ops, max_model_len)
+    engine = Engine(
+        Runner(decoder, memory, eos_token_ids(folder, hf_config), device),
+        PagePool(num_pages, caching=config.enable_prefix_caching),
+        page_tokens=config.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens or default_budget,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, config.load_format]
+    layout = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return Built(
+        engine=engine,
+        memory=memory,
+        model=model,
+        layout=layout,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        threads=threads,
+        weights_bytes=weights.num_bytes,
+        kv_note=kv_note,
+        phases=phases,
+    )
+
+
+def warm_up(engine: Engine, root: bytes) -> None:
+    """Run a prompt and a few tokens, so that the first user does not pay for lazy initialisation; leaves no trace."""
+    from miniserve.sampling import SamplingParams
+
+    length = min(64, engine.max_model_len // 2)
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    engine.add(Sequence("warm-up", [1] * length, params, 0, root))
+    while engine.find("warm-up"):
+        engine.admit()
+        engine.step()
+    engine.reset()
+
+
+def eos_token_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
+    """The tokens that end a turn: those of config.json and of generation_config.json, single or a list."""
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        generation = {}
+    except ValueError as error:
+        raise ConfigError(f"{folder}/generation_config.json cannot be read: {error}.") from error
+    found: set[int] = set()
+    for source in (config, generation):
+        ids = source.get("eos_token_id")
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(found)

@@ -1,0 +1,263 @@
+"""The engine: continuous batching over paged KV. No wires here; the worker process and `LLM` both drive it.
+
+Each step runs one batch: a token for every decoding sequence, then pieces of prompts as far as the token budget goes,
+so that a long prompt never stalls the sequences that are decoding.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from miniserve.cluster.messages import TokenLogprob, TurnOutput
+from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.worker.runner import Runner
+from miniserve.worker.sequence import Sequence, Status
+
+
+@dataclass
+class Counters:
+    """What the engine has done since it started; only grows."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+@dataclass
+class Step:
+    """What a step brought: tokens for clients, and the sequences prefilled for another worker that came further."""
+
+    outputs: list[TurnOutput] = field(default_factory=list)
+    prefilled: list[Sequence] = field(default_factory=list)
+
+
+class Engine:
+    """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool.
+
+    Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for all
+    the tokens it was admitted with, so a prefill never runs out in the middle.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        pool: PagePool,
+        *,
+        page_tokens: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        self.pool = pool
+        self.counters = Counters()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """Admitted sequences, oldest first, those that receive their KV included."""
+        self.max_model_len = max_model_len
+        self._runner = runner
+        self._page_tokens = page_tokens
+        self._budget = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        # Room left for decodes to grow into, so that admitting one sequence does not at once preempt another.
+        self._watermark = max(1, pool.num_pages // 100)
+        self._turns: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something. What only waits, waits for a message or for pages."""
+        return any(s.status is Status.RUNNING for s in self.running)
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens this worker still has to compute."""
+        queued = sum(len(s.tokens) for s in self.waiting if not s.prefill_at)
+        return queued + sum(s.missing for s in self.running if s.status is Status.RUNNING and s.missing > 1)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a turn. Its prompt must be shorter than `max_model_len`; a turn that is here already is ignored."""
+        assert 0 < len(sequence.tokens) < self.max_model_len
+        if sequence.turn not in self._turns:
+            self._turns[sequence.turn] = sequence
+            self.waiting.append(sequence)
+
+    def find(self, turn: str) -> Sequence | None:
+        """The unfinished sequence of a turn."""
+        return self._turns.get(turn)
+
+    def abort(self, turn: str) -> Sequence | None:
+        """Drop a turn and free its pages at once; returns it if it was here."""
+        if sequence := self._turns.get(turn):
+            self.finish(sequence)
+        return sequence
+
+    def finish(self, sequence: Sequence, *, keep_pages: bool = False) -> None:
+        """Take a sequence out. With `keep_pages` its pages stay held, and the caller releases them."""
+        if self._turns.pop(sequence.turn, None) is None:
+            return
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        sequence.status = Status.FINISHED
+        if not keep_pages:
+            self.pool.release(sequence.pages)
+            sequence.pages = []
+
+    def reset(self) -> None:
+        """Forget the prefix cache and the counters. Only while nothing is here."""
+        assert not self._turns
+        self.pool.clear()
+        self.counters = Counters()
+
+    # --- admission --------------------------------------------------------------------------------------------------
+
+    def admit(self) -> list[Sequence]:
+        """Give pages to waiting sequences in their order, as many as fit.
+
+        Returns those whose KV comes from another worker: all their pages are reserved now.
+        """
+        receiving: list[Sequence] = []
+        deferred: list[Sequence] = []
+        while self.waiting and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting[0]
+            matched = self._match(sequence)
+            if self._is_being_computed(sequence, len(matched)):
+                # Somebody computes the next page of this prefix right now: wait for it instead of doing it twice.
+                self.pool.release(matched)
+                deferred.append(self.waiting.popleft())
+                continue
+            count = -(-len(sequence.tokens) // self._page_tokens) - len(matched)
+            reserve = self._watermark if self.running else 0
+            if count + reserve > self.pool.num_available:
+                self.pool.release(matched)
+                break
+            self.waiting.popleft()
+            sequence.pages = matched + self.pool.allocate(count)
+            sequence.computed = len(matched) * self._page_tokens
+            sequence.registered = len(matched)
+            if sequence.cached is None:
+                sequence.cached = sequence.computed
+                self.counters.prefix_queries += sequence.given
+                self.counters.prefix_hits += sequence.cached
+            sequence.status = Status.RECEIVING if sequence.prefill_at else Status.RUNNING
+            self.running.append(sequence)
+            if sequence.prefill_at:
+                receiving.append(sequence)
+        self.waiting.extendleft(reversed(deferred))
+        return receiving
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Cached pages for the prefix. The last token is always computed: its logits give the next one."""
+        usable = (len(sequence.tokens) - 1) // self._page_tokens
+        return self.pool.match(sequence.hashes(self._page_tokens)[:usable])
+
+    def _is_being_computed(self, sequence: Sequence, matched: int) -> bool:
+        """Whether a running prefill will soon register the page after the first `matched` ones."""
+        if not self.pool.caching or matched >= (len(sequence.tokens) - 1) // self._page_tokens:
+            return False
+        wanted = sequence.hashes(self._page_tokens)[matched]
+        for other in self.running:
+            if other.missing > 1 and other.registered <= matched:
+                hashes = other.hashes(self._page_tokens)
+                if matched < len(hashes) and hashes[matched] == wanted:
+                    return True
+        return False
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> Step:
+        """Run one batch; an empty step if there is nothing to compute."""
+        batch = self._schedule()
+        done = Step()
+        if not batch:
+            return done
+        self.counters.steps += 1
+        tokens, logprobs = self._runner.run(batch)
+        for sequence, count in batch:
+            if sequence.missing > 1:
+                self.counters.prompt_tokens += count
+            sequence.computed += count
+            self.register(sequence)
+            sampled = sequence.missing == 0
+            if sampled:
+                index = sequence.num_outputs
+                sequence.append(tokens.pop(0), self._runner.eos, self.max_model_len)
+                done.outputs.append(self._output(sequence, index, logprobs.pop(0)))
+            if sequence.prefill_for:
+                done.prefilled.append(sequence)
+            elif sequence.finish:
+                self.finish(sequence)
+        return done
+
+    def resume(self, sequence: Sequence) -> None:
+        """What a receiving sequence still lacks is computed here from now on."""
+        if sequence.status is Status.RECEIVING:
+            sequence.status = Status.RUNNING
+
+    def register(self, sequence: Sequence) -> None:
+        """Make the full pages whose KV is complete known to the prefix cache."""
+        full = sequence.computed // self._page_tokens
+        if full > sequence.registered:
+            hashes = sequence.hashes(self._page_tokens)
+            for page in range(sequence.registered, full):
+                self.pool.register(sequence.pages[page], hashes[page])
+            sequence.registered = full
+
+    def _schedule(self) -> list[tuple[Sequence, int]]:
+        """Who computes how many tokens in this step: decodes first, then prompts, oldest first."""
+        batch: list[tuple[Sequence, int]] = []
+        for sequence in [s for s in self.running if s.status is Status.RUNNING and s.missing == 1]:
+            if sequence.status is Status.RUNNING and self._grow(sequence):
+                batch.append((sequence, 1))
+        # Growing may have preempted a sequence that was scheduled before: the youngest ones come last.
+        batch = [(s, count) for s, count in batch if s.status is Status.RUNNING]
+        # At least one token, so that even a budget smaller than the decodes starves nobody.
+        budget = max(self._budget - len(batch), 1)
+        for sequence in self.running:
+            if budget > 0 and sequence.status is Status.RUNNING and sequence.missing > 1:
+                count = min(budget, sequence.missing)
+                batch.append((sequence, count))
+                budget -= count
+        return batch
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
+        if len(sequence.pages) * self._page_tokens >= len(sequence.tokens):
+            return True
+        while True:
+            try:
+                sequence.pages += self.pool.allocate(1)
+                return True
+            except OutOfPages:
+                # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
+                victim = next(s for s in reversed(self.running) if s.status is Status.RUNNING and not s.prefill_for)
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give up the KV; it is recomputed, or found in the prefix cache, when there is room again."""
+        self.counters.preemptions += 1
+        self.running.remove(sequence)
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.computed = sequence.registered = 0
+        sequence.prefill_at = ""
+        sequence.status = Status.WAITING
+        self.waiting.appendleft(sequence)
+
+    def _output(self, sequence: Sequence, index: int, logprob: TokenLogprob | None) -> TurnOutput:
+        self.counters.generated_tokens += 1
+        return TurnOutput(
+            turn=sequence.turn,
+            index=index,
+            tokens=[sequence.tokens[-1]],
+            logprobs=None if logprob is None else [logprob],
+            finish=sequence.finish,
+            stop_token=sequence.stop_token,
+            cached_tokens=sequence.cached if index == sequence.prior else None,
+        )
