@@ -57,7 +57,7 @@ class LLM:
     ) -> None:
         files = resolve(model, revision=revision, load_format=engine.get("load_format", "auto"))
         self.tokenizer = Tokenizer.load(files.folder, chat_template)
-        self._built = build(EngineConfig(model=str(files.folder), **engine), share=False)
+        self._built = build(EngineConfig(model=str(files.folder), **engine))
         self.engine = self._built.engine
         self._turns = 0
 

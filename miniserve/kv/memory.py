@@ -69,14 +69,15 @@ class SharedMemory:
 class KVMemory:
     """One worker's pool of `num_pages` pages on `device`.
 
-    `pages` is `[page, layer, k/v, slot, kv_head, head_dim]`. On a CPU it lies in `shared`, else `shared` is None.
+    `pages` is `[page, layer, k/v, slot, kv_head, head_dim]`. On a CPU it lies in `shared`, memory that is only taken
+    when it is first written; else `shared` is None.
     """
 
-    def __init__(self, shape: PageShape, num_pages: int, device: torch.device, *, share: bool = True) -> None:
+    def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
         self.shape = shape
         self.num_pages = num_pages
         size = num_pages * shape.bytes
-        self.shared = SharedMemory(size) if share and device.type == "cpu" else None
+        self.shared = SharedMemory(size) if device.type == "cpu" else None
         if self.shared is not None:
             flat = self.shared.bytes
         else:

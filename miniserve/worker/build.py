@@ -44,8 +44,8 @@ class Built:
     phases: dict[str, float] = field(default_factory=dict)
 
 
-def build(config: EngineConfig, progress: Progress | None = None, *, share: bool = True) -> Built:
-    """Load the model in `config.model` and allocate the KV pool, in memory that peers can map if `share`.
+def build(config: EngineConfig, progress: Progress | None = None) -> Built:
+    """Load the model in `config.model` and allocate the KV pool.
 
     `progress` hears (phase, done, total). Raises `ConfigError` with what to do about it.
     """
@@ -85,7 +85,7 @@ def build(config: EngineConfig, progress: Progress | None = None, *, share: bool
     phase("weights")
     if device.type != "cpu":
         num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, weights.num_bytes, device)
-    memory = KVMemory(shape, num_pages, device, share=share)
+    memory = KVMemory(shape, num_pages, device)
     phase("kv")
     default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
     decoder = Decoder(model, weights, ops, max_model_len)

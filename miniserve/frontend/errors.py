@@ -1,0 +1,137 @@
+"""Errors as the OpenAI API words them: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import HTTPException, RequestValidationError
+from starlette.exceptions import HTTPException as RoutingError
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from miniserve.frontend.client import EngineError, QueueFull
+from miniserve.sampling import ParameterError
+
+RETRY_SECONDS = 5
+
+
+class ErrorInfo(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    error: ErrorInfo
+
+
+class ApiError(HTTPException):
+    """An answer other than 200. `message` is for the person who wrote the request; `param` names the field at fault.
+
+    It is an HTTPException so that FastAPI lets it through when a middleware's `receive` raises it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        # What clients sent may hold lone surrogates, which no UTF-8 body can carry.
+        self.message = message.encode("utf-8", "backslashreplace").decode()
+        self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
+        self.code = code
+        super().__init__(status, self.message, dict(headers or {}))
+
+    @property
+    def body(self) -> ErrorBody:
+        """The JSON object that clients get."""
+        kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(msgspec.json.encode(self.body), self.status_code, self.headers, "application/json")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """How any exception is told to a client; what is not meant for one becomes a bare 500."""
+    match error:
+        case ApiError():
+            return error
+        case ParameterError():
+            return ApiError(400, error.message, param=error.param or None)
+        case RequestValidationError():
+            return _rejected(error.errors()[0])
+        case QueueFull():
+            after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+            return ApiError(503, str(error), code="queue_full", headers=after)
+        case EngineError():
+            return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": str(RETRY_SECONDS)})
+        case RoutingError():
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return ApiError(500, "The server failed to answer this request; its log says why.", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every error this way."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response
+
+    async def answer_routing(request: Request, error: Exception) -> Response:
+        api_error = as_api_error(error)
+        where = f"{request.method} {request.url.path}"
+        if not isinstance(error, ApiError) and api_error.status_code in (404, 405):
+            what = "There is nothing at" if api_error.status_code == 404 else "This method is not allowed:"
+            api_error = ApiError(
+                api_error.status_code, f"{what} {where}. GET /docs lists what there is.", headers=api_error.headers
+            )
+        return api_error.response
+
+    async def answer_unexpected(request: Request, error: Exception) -> Response:
+        # The outermost handler: no middleware is left to add the id to the answer. The server logs the traceback.
+        response = as_api_error(error).response
+        response.headers["X-Request-Id"] = request.state.request_id
+        return response
+
+    for kind in (ParameterError, RequestValidationError, EngineError):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(RoutingError, answer_routing)
+    app.add_exception_handler(Exception, answer_unexpected)
+
+
+def _rejected(first: Mapping[str, Any]) -> ApiError:
+    """From pydantic's account of a field that it rejects."""
+    if first["type"] == "json_invalid":
+        reason, at = first["ctx"]["error"], first["loc"][-1]
+        return ApiError(400, f"The body is not valid JSON: {reason} at character {at}.", code="invalid_json")
+    path = _path(first["loc"])
+    if not path:
+        if isinstance(cause := first.get("ctx", {}).get("error"), ParameterError):
+            return ApiError(400, cause.message, param=cause.param)
+        return ApiError(400, "The body must be a JSON object, sent with `Content-Type: application/json`.")
+    if first["type"] == "missing":
+        return ApiError(400, f"`{path}` is missing.", param=path, code="missing_required_parameter")
+    reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return ApiError(400, f"`{path}`: {reason}.", param=path)
+
+
+def _path(loc: Sequence[str | int]) -> str:
+    """`messages[0].content` from pydantic's location; parts in angle brackets name branches of a union."""
+    path = ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<"):
+            path += f".{part}" if path else part
+    return path
