@@ -83,9 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             "min_tokens",
             f"at most `max_tokens` ({self.max_tokens})",
         )
-        check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}"
-        )
+        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
         check(len(self.stop) <= MAX_STOPS, "stop", f"a list of at most {MAX_STOPS} strings")
         check(
             all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop),
@@ -105,7 +103,5 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         )
         if vocab_size is not None:
             for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-                check(
-                    all(0 <= t < vocab_size for t in ids), name, f"made of token ids from 0 to {vocab_size - 1}"
-                )
+                check(all(0 <= t < vocab_size for t in ids), name, f"made of token ids from 0 to {vocab_size - 1}")
         return self

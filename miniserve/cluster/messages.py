@@ -149,6 +149,8 @@ class Ready(Wire):
     threads: int
     weights_bytes: int
     page_tokens: int
+    max_model_len: int
+    vocab_size: int
     phases: dict[str, float]
     kv_note: str
 
@@ -220,18 +222,7 @@ class Report(Wire):
 
 
 Message = (
-    Peers
-    | Run
-    | Abort
-    | Shutdown
-    | Prefill
-    | Publish
-    | Release
-    | PrefillRefused
-    | Loading
-    | Ready
-    | Failed
-    | Report
+    Peers | Run | Abort | Shutdown | Prefill | Publish | Release | PrefillRefused | Loading | Ready | Failed | Report
 )
 
 

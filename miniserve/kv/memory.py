@@ -37,9 +37,7 @@ class PageShape:
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat byte tensor of whole pages as `[page, layer, k/v, slot, kv_head, head_dim]`."""
-        return flat.view(self.dtype).view(
-            -1, self.layers, 2, self.page_tokens, self.kv_heads, self.head_dim
-        )
+        return flat.view(self.dtype).view(-1, self.layers, 2, self.page_tokens, self.kv_heads, self.head_dim)
 
 
 class SharedMemory:
@@ -55,6 +53,10 @@ class SharedMemory:
         os.ftruncate(self.fd, size)
         self._map = mmap.mmap(self.fd, size)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def pages(self, page_bytes: int) -> np.ndarray:
+        """The memory as writable bytes `[page, page_bytes]`."""
+        return np.frombuffer(self._map, dtype=np.uint8).reshape(-1, page_bytes)
 
     @staticmethod
     def attach(pid: int, fd: int, size: int) -> np.ndarray:

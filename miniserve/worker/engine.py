@@ -59,7 +59,7 @@ class Engine:
         """Admitted sequences, oldest first, those that receive their KV included."""
         self.max_model_len = max_model_len
         self._runner = runner
-        self._page_tokens = page_tokens
+        self.page_tokens = page_tokens
         self._budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         # Room left for decodes to grow into, so that admitting one sequence does not at once preempt another.
@@ -130,14 +130,14 @@ class Engine:
                 self.pool.release(matched)
                 deferred.append(self.waiting.popleft())
                 continue
-            count = -(-len(sequence.tokens) // self._page_tokens) - len(matched)
+            count = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
             reserve = self._watermark if self.running else 0
             if count + reserve > self.pool.num_available:
                 self.pool.release(matched)
                 break
             self.waiting.popleft()
             sequence.pages = matched + self.pool.allocate(count)
-            sequence.computed = len(matched) * self._page_tokens
+            sequence.computed = len(matched) * self.page_tokens
             sequence.registered = len(matched)
             if sequence.cached is None:
                 sequence.cached = sequence.computed
@@ -152,17 +152,17 @@ class Engine:
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Cached pages for the prefix. The last token is always computed: its logits give the next one."""
-        usable = (len(sequence.tokens) - 1) // self._page_tokens
-        return self.pool.match(sequence.hashes(self._page_tokens)[:usable])
+        usable = (len(sequence.tokens) - 1) // self.page_tokens
+        return self.pool.match(sequence.hashes(self.page_tokens)[:usable])
 
     def _is_being_computed(self, sequence: Sequence, matched: int) -> bool:
         """Whether a running prefill will soon register the page after the first `matched` ones."""
-        if not self.pool.caching or matched >= (len(sequence.tokens) - 1) // self._page_tokens:
+        if not self.pool.caching or matched >= (len(sequence.tokens) - 1) // self.page_tokens:
             return False
-        wanted = sequence.hashes(self._page_tokens)[matched]
+        wanted = sequence.hashes(self.page_tokens)[matched]
         for other in self.running:
             if other.missing > 1 and other.registered <= matched:
-                hashes = other.hashes(self._page_tokens)
+                hashes = other.hashes(self.page_tokens)
                 if matched < len(hashes) and hashes[matched] == wanted:
                     return True
         return False
@@ -200,9 +200,9 @@ class Engine:
 
     def register(self, sequence: Sequence) -> None:
         """Make the full pages whose KV is complete known to the prefix cache."""
-        full = sequence.computed // self._page_tokens
+        full = sequence.computed // self.page_tokens
         if full > sequence.registered:
-            hashes = sequence.hashes(self._page_tokens)
+            hashes = sequence.hashes(self.page_tokens)
             for page in range(sequence.registered, full):
                 self.pool.register(sequence.pages[page], hashes[page])
             sequence.registered = full
@@ -226,7 +226,7 @@ class Engine:
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
-        if len(sequence.pages) * self._page_tokens >= len(sequence.tokens):
+        if len(sequence.pages) * self.page_tokens >= len(sequence.tokens):
             return True
         while True:
             try:

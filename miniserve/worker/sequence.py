@@ -75,11 +75,13 @@ class Sequence:
             self._hashes = page_hashes(self._root, self.tokens, page_tokens, self._hashes)
         return self._hashes
 
-    def tail_hash(self, page_tokens: int) -> bytes:
-        """Chain hash of the given tokens that do not fill a page."""
+    def given_hashes(self, page_tokens: int) -> list[bytes]:
+        """Chain hashes of all pages of the given tokens, that of a last page which is not full included."""
         full = self.given // page_tokens
-        parent = self.hashes(page_tokens)[full - 1] if full else self._root
-        return extend_hash(parent, self.tokens[full * page_tokens : self.given])
+        hashes = self.hashes(page_tokens)[:full]
+        if tail := self.tokens[full * page_tokens : self.given]:
+            hashes.append(extend_hash(hashes[-1] if hashes else self._root, tail))
+        return hashes
 
     def append(self, token: int, eos: frozenset[int], max_len: int) -> None:
         """Add `token` as the next output and set `finish` if the turn ends with it."""

@@ -1,0 +1,85 @@
+"""The wires: every process has one inbox, anybody who knows its address can put an `Envelope` there.
+
+ZeroMQ PUSH to PULL over `ipc://` sockets in the run's 0700 directory. Messages of one sender arrive in order, sending
+never blocks, and what a dead process did not read is gone with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgspec
+import zmq
+
+from miniserve.cluster.messages import Envelope, Message
+
+_decoder = msgspec.msgpack.Decoder(Envelope)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Outboxes:
+    """Sends to any number of inboxes as `sender`; connects on first use."""
+
+    def __init__(self, context: zmq.Context, sender: str, epoch: int) -> None:
+        self._context = context
+        self._sender = sender
+        self._epoch = epoch
+        self._sockets: dict[str, zmq.Socket] = {}
+
+    def send(self, address: str, body: Message) -> None:
+        """Queue a message for the inbox at `address`; returns at once."""
+        socket = self._sockets.get(address)
+        if socket is None:
+            socket = self._sockets[address] = self._context.socket(zmq.PUSH)
+            socket.set_hwm(0)  # an engine must not wait for a reader; messages are small and bounded by the turns
+            socket.linger = 0
+            socket.connect(address)
+        # Nobody listens there any more: its death is noticed elsewhere.
+        with contextlib.suppress(zmq.Again):
+            socket.send(_encoder.encode(Envelope(self._sender, self._epoch, body)), zmq.NOBLOCK)
+
+    def forget(self, address: str) -> None:
+        """Close the way to an inbox whose owner is gone."""
+        if socket := self._sockets.pop(address, None):
+            socket.close(0)
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Close all; `linger_ms` gives messages under way a last chance."""
+        for socket in self._sockets.values():
+            socket.close(linger_ms)
+        self._sockets.clear()
+
+
+class Inbox:
+    """Receives at `address` (bound here)."""
+
+    def __init__(self, context: zmq.Context, address: str) -> None:
+        self._socket = context.socket(zmq.PULL)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+
+    @property
+    def fd(self) -> int:
+        """Becomes readable when something may have arrived (edge-triggered: then `receive` until it is empty)."""
+        return int(self._socket.fd)
+
+    def receive(self, timeout_ms: int = 0) -> list[Envelope]:
+        """All messages that are here, waiting up to `timeout_ms` for the first. Raises `msgspec.MsgspecError` for
+        bytes that are none of our messages."""
+        if timeout_ms and not self._socket.poll(timeout_ms):
+            return []
+        messages = []
+        while True:
+            try:
+                messages.append(decode(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
+
+    def close(self) -> None:
+        """Unbind."""
+        self._socket.close(0)
+
+
+def decode(data: bytes) -> Envelope:
+    """Raises `msgspec.MsgspecError` if `data` is no envelope."""
+    return _decoder.decode(data)

@@ -1,0 +1,113 @@
+"""Processes: the run's directory, and worker processes that cannot outlive the frontend.
+
+A worker's stdin is a pipe from the frontend. It carries the worker's specification and then nothing; when it closes,
+whatever killed the frontend, the worker removes the run's directory and leaves. KV pools are anonymous memory, sockets
+lie in the directory: nothing else could be left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from miniserve.config import EngineConfig
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """What a worker process reads from stdin, as one line of JSON. Its inbox is bound at `address`."""
+
+    name: str
+    epoch: int
+    run_dir: str
+    address: str
+    frontend: str
+    engine: EngineConfig
+
+
+class RunDir:
+    """A directory of this run that only this user can enter, for its sockets."""
+
+    def __init__(self) -> None:
+        base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"miniserve-{os.getuid()}"
+        base.mkdir(mode=0o700, exist_ok=True)
+        if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
+            raise OSError(f"{base} is not a private directory of this user: remove it, or set XDG_RUNTIME_DIR.")
+        _sweep(base)
+        self.path = Path(tempfile.mkdtemp(dir=base))
+        self._lock = (self.path / "lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def address(self, name: str) -> str:
+        """The inbox address of a process of this run."""
+        return f"ipc://{self.path}/{name}"
+
+    def remove(self) -> None:
+        """Delete it; safe to call twice."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _sweep(base: Path) -> None:
+    """Remove directories of runs that are over: nobody holds their lock."""
+    for path in base.iterdir():
+        with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class WorkerProcess:
+    """A spawned `python -m miniserve.worker`."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "miniserve.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            # One thread pool of torch's is enough; the others only cost start-up time and memory.
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | _import_path(),
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # died at once: `exit_code` tells
+            self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
+            self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def stop(self, timeout: float) -> None:
+        """Close its stdin, wait up to `timeout` seconds, then kill."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+
+def _import_path() -> dict[str, str]:
+    """Workers import the same miniserve as this process, from wherever it was started."""
+    here = str(Path(__file__).resolve().parents[2])
+    rest = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{here}{os.pathsep}{rest}" if rest else here}

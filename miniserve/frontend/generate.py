@@ -1,0 +1,216 @@
+"""The choices of one request while they run: from the engine's tokens to text that can be given out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Self
+
+import msgspec
+
+from miniserve.cluster.messages import TokenLogprob, TurnOutput
+from miniserve.frontend.client import EngineError, Turn
+from miniserve.frontend.errors import ApiError
+from miniserve.frontend.metrics import Metrics
+from miniserve.frontend.responses import Finish, Usage
+from miniserve.sampling import SamplingParams
+from miniserve.tokenizer import TextStream, Tokenizer
+
+Submit = Callable[[list[int], SamplingParams, int], Turn]
+"""Starts a turn: prompt, parameters, the choice's number. Raises `EngineError`."""
+
+
+class Choice:
+    """One choice: what came of it, and what of that was not taken yet."""
+
+    def __init__(self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.params = params
+        self.turn: Turn | None = None
+        self.finish: Finish | None = None
+        self.stop_reason: str | int | None = None
+        self.output_tokens = 0
+        self.cached_tokens = 0
+        self._stream = TextStream(
+            tokenizer,
+            params.stop,
+            params.skip_special_tokens,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+        )
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is text to take, or the choice has ended."""
+        return bool(self._text) or self.finish is not None
+
+    def take(self) -> tuple[str, list[TokenLogprob]]:
+        """The text since the last time, and the log-probabilities of its tokens if they were asked for."""
+        text, logprobs = "".join(self._text), self._logprobs
+        self._text, self._logprobs = [], []
+        return text, logprobs
+
+    def feed(self, out: TurnOutput) -> None:
+        """Take in the next tokens. Raises `ApiError` or `EngineError` where the engine gave up."""
+        if out.finish == "error":
+            raise ApiError(500, out.error or "The engine failed at this request.", code="engine_failure")
+        if out.finish == "abort":
+            raise EngineError("The server is stopping and has ended this request: send it again.")
+        self.cached_tokens = out.cached_tokens or self.cached_tokens
+        self.output_tokens += len(out.tokens)
+        self._logprobs += out.logprobs or []
+        # The token that ends a turn is no part of its text, special or not.
+        hidden = out.stop_token is not None and not self.params.include_stop_str_in_output
+        text = self._stream.push(out.tokens[:-1] if hidden else out.tokens)
+        if self._stream.stopped_by is not None:
+            if surplus := self.output_tokens - self._stream.tokens_used:
+                self.output_tokens -= surplus
+                del self._logprobs[-surplus:]
+            self.finish, self.stop_reason = "stop", self._stream.stopped_by
+        elif out.finish is not None:
+            text += self._stream.flush()
+            self.finish = out.finish
+            if out.stop_token in self.params.stop_token_ids:
+                self.stop_reason = out.stop_token
+        if text:
+            self._text.append(text)
+
+
+class Generation:
+    """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
+
+    `n` choices follow for each prompt, in order. The first one of a prompt starts at once and the others with its
+    first token, when they find the prompt in the prefix cache.
+    """
+
+    def __init__(
+        self,
+        prompts: list[tuple[list[int], SamplingParams]],
+        submit: Submit,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        arrived: float,
+    ) -> None:
+        """`prompts` are token ids and parameters, `arrived` is when the request did (`time.perf_counter`)."""
+        self._submit = submit
+        self._metrics = metrics
+        self._arrived = arrived
+        self._tasks: list[asyncio.Task[None]] = []
+        self._news: dict[int, Choice] = {}
+        self._wake = asyncio.Event()
+        self._failure: Exception | None = None
+        self.choices = [
+            Choice(p * params.n + i, prompt, _nth(params, i), tokenizer)
+            for p, (prompt, params) in enumerate(prompts)
+            for i in range(params.n)
+        ]
+        self._groups = [self.choices[c.index : c.index + c.params.n] for c in self.choices[:: prompts[0][1].n]]
+
+    def start(self) -> None:
+        """Submit the first choice of each prompt. Raises `EngineError`; then nothing runs."""
+        try:
+            for group in self._groups:
+                self._begin(group[0], siblings=group[1:])
+        except Exception:
+            self._cancel()
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def updates(self) -> AsyncIterator[list[Choice]]:
+        """The choices with news, until all have ended; what came in while nobody asked comes at once.
+
+        Raises what a choice failed of.
+        """
+        running = len(self.choices)
+        while running:
+            while not self._news and self._failure is None:
+                self._wake.clear()
+                await self._wake.wait()
+            if self._failure is not None:
+                raise self._failure
+            news, self._news = list(self._news.values()), {}
+            running -= sum(choice.finish is not None for choice in news)
+            yield news
+
+    async def finish(self) -> None:
+        """Wait until all choices have ended. Raises what one failed of."""
+        async for _ in self.updates():
+            pass
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; a prompt counts once however many choices it has."""
+        prompt = sum(len(group[0].prompt) for group in self._groups)
+        output = sum(choice.output_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": sum(group[0].cached_tokens for group in self._groups)},
+        }
+
+    def _begin(self, choice: Choice, siblings: list[Choice]) -> None:
+        choice.turn = self._submit(choice.prompt, choice.params, choice.index)
+        self._tasks.append(asyncio.create_task(self._follow(choice, choice.turn, siblings)))
+
+    async def _follow(self, choice: Choice, turn: Turn, siblings: list[Choice]) -> None:
+        try:
+            await self._read(choice, turn, siblings)
+        except Exception as error:
+            self._metrics.ended("error", self._arrived)
+            turn.cancel()
+            choice.turn = None
+            self._failure = error
+            self._wake.set()
+
+    async def _read(self, choice: Choice, turn: Turn, siblings: list[Choice]) -> None:
+        before = None
+        async for out in turn:
+            choice.feed(out)
+            if out.tokens:
+                now = time.perf_counter()
+                if before is None:
+                    self._metrics.first_token(now - self._arrived, len(choice.prompt))
+                    for sibling in siblings:
+                        self._begin(sibling, [])
+                else:
+                    self._metrics.gap(now - before)
+                self._metrics.generated(len(out.tokens))
+                before = now
+            if choice.finish is not None:
+                if out.finish is None:  # a stop string, which the engine knows nothing of
+                    turn.cancel()
+                self._metrics.ended(choice.finish, self._arrived)
+            if choice.has_news:
+                self._news[choice.index] = choice
+                self._wake.set()
+            if choice.finish is not None:
+                return
+        raise EngineError("The engine has lost this request: send it again.")
+
+    def _cancel(self) -> None:
+        for choice in self.choices:
+            if choice.turn is not None and choice.finish is None:
+                choice.turn.cancel()
+                choice.turn = None
+                self._metrics.ended("abort", self._arrived)
+        for task in self._tasks:
+            task.cancel()
+
+
+def _nth(params: SamplingParams, i: int) -> SamplingParams:
+    """The parameters of a prompt's choice number `i`: its own seed, so that the choices differ."""
+    if params.seed is None or i == 0:
+        return params
+    seed = (params.seed + i + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(params, seed=seed)

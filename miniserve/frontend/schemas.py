@@ -1,0 +1,290 @@
+"""What requests may hold. Fields are OpenAI's, then vLLM's extras; unknown fields are ignored, as vLLM does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from miniserve.sampling import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+    ParameterError,
+    SamplingParams,
+)
+from miniserve.template import Message
+
+MAX_PROMPTS = 128
+MAX_KEY_CHARS = 256
+GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's generation_config.json may set for requests that do not."""
+
+
+def _valid_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"This is not valid Unicode: character {error.start} is half of a surrogate pair without the other half"
+        ) from error
+    return text
+
+
+def _kind(value: Any) -> str | None:
+    """Which branch of a union of text and list a value means, so that errors are about that branch only."""
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _prompt_list(value: Any) -> Any:
+    """One prompt, as text or token ids, is a list of one."""
+    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int | float))
+    return [value] if one else value
+
+
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, AfterValidator(_valid_unicode)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Key = Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)]
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
+Prompt = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[TokenId], Tag("<list>")],
+    Discriminator(_kind, "prompt", "A prompt must be a string or a list of token ids"),
+]
+Prompts = Annotated[
+    list[Prompt],
+    Field(min_length=1, max_length=MAX_PROMPTS),
+    BeforeValidator(_prompt_list, json_schema_input_type=Text | list[Text] | list[TokenId] | list[list[TokenId]]),
+]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+class ContentPart(Body):
+    type: Literal["text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, part: Any) -> Any:
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+            raise ValueError(
+                f"Content parts of type {kind[:32]!r} are not supported: this model takes text only, so send parts like "
+                '{"type": "text", "text": "..."}'
+            )
+        return part
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Tag("<list>")],
+    Discriminator(_kind, "content", "Content must be a string or a list of text parts"),
+]
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: Text | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"A message of the role {self.role!r} needs `content`")
+        return self
+
+    def for_template(self) -> Message:
+        """As chat templates know messages: content is one string, `developer` is called `system`."""
+        message = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            message["content"] = "\n".join(part.text for part in self.content)
+        message.setdefault("content", "")
+        if self.role == "developer":
+            message["role"] = "system"
+        return message
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class GenerationRequest(Body):
+    """What chat and text completions share."""
+
+    model: Text | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stops | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    prompt_cache_key: Annotated[Text, Field(max_length=MAX_KEY_CHARS)] | None = None
+    """Requests with the same key are turns of one conversation."""
+
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    cache_salt: Key | None = None
+    """Prefixes are only shared among requests with the same salt."""
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
+        return self
+
+    @property
+    def output_limit(self) -> int | None:
+        """Most tokens to generate for each choice; None where the request does not say."""
+        raise NotImplementedError
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report beside each sampled token; None for no log-probabilities at all."""
+        raise NotImplementedError
+
+    def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+        """The parameters of one choice; `defaults` is a generation_config.json. Raises `ParameterError`."""
+        values = {name: defaults[name] for name in GENERATION_DEFAULTS if defaults.get(name) is not None}
+        for name in SamplingParams.__struct_fields__:
+            if (value := getattr(self, name, None)) is not None:
+                values[name] = value
+        values["max_tokens"] = self.output_limit or defaults.get("max_new_tokens")
+        values["logprobs"] = self.alternatives
+        return SamplingParams(**values).validate(vocab_size)
+
+
+class ChatRequest(GenerationRequest):
+    messages: Messages
+    max_completion_tokens: Count | None = None
+    max_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _only_what_is_supported(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ParameterError("top_logprobs", "`top_logprobs` needs `logprobs` true.")
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise ParameterError(
+                "response_format",
+                '`response_format` other than {"type": "text"} is not supported yet: ask for the format in a message.',
+            )
+        if isinstance(self.tool_choice, dict) or self.tool_choice == "required":
+            raise ParameterError("tool_choice", "A forced `tool_choice` is not supported yet: leave it out.")
+        if self.tools and self.tool_choice != "none":
+            raise ParameterError(
+                "tools",
+                '`tools` are not supported yet: leave them out, or send `tool_choice` "none" to have none called.',
+            )
+        return self
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompts
+    max_tokens: Count | None = 16
+    """As with OpenAI and vLLM 16 where it is left out; null means the rest of the context."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _only_what_is_supported(self) -> CompletionRequest:
+        if self.suffix:
+            raise ParameterError("suffix", "`suffix` is not supported: put all of the text into `prompt`.")
+        if self.best_of not in (None, 1):
+            raise ParameterError("best_of", "`best_of` is not supported: ask for `n` choices and pick one.")
+        if self.echo and self.logprobs is not None:
+            raise ParameterError(
+                "echo", "`echo` with `logprobs` is not supported: log-probabilities are of generated tokens only."
+            )
+        return self
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+# --- tokenizing -----------------------------------------------------------------------------------------------------
+
+
+class TokenizeRequest(Body):
+    """A `prompt` or `messages`."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ParameterError("prompt", "Give either `prompt` or `messages`.")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: Text | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,77 @@
+"""`python -m miniserve.worker`: reads its specification from stdin, builds the engine, serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import msgspec
+import zmq
+
+from miniserve.cluster.channels import Outboxes
+from miniserve.cluster.launch import WorkerSpec
+from miniserve.cluster.messages import Failed, Loading
+from miniserve.config import ConfigError
+
+_born = time.monotonic()
+
+
+def main() -> int:
+    """0 after a shutdown, 1 if the worker could not start or broke."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0  # the frontend is gone already
+    spec = msgspec.json.decode(line, type=WorkerSpec)
+    # Ctrl-C goes to the whole terminal; the frontend drains and then tells us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_frontend, args=(spec.run_dir,), daemon=True).start()
+    logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
+    context = zmq.Context()
+    outboxes = Outboxes(context, spec.name, spec.epoch)
+
+    def tell(phase: str, done: int, total: int) -> None:
+        outboxes.send(spec.frontend, Loading(phase, done, total))
+
+    try:
+        tell("imports", 0, 0)
+        from miniserve.kv.hashing import root_hash
+        from miniserve.worker.build import build, warm_up
+        from miniserve.worker.process import serve
+
+        imported = time.monotonic()
+        built = build(spec.engine, tell)
+        tell("warm-up", 0, 0)
+        warming = time.monotonic()
+        warm_up(built.engine, root_hash(built.layout))
+        built.phases.update({"imports": imported - _born, "warm-up": time.monotonic() - warming})
+        serve(spec, built, context, outboxes)
+    except Exception as error:
+        if not isinstance(error, ConfigError):
+            traceback.print_exc()
+        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        outboxes.send(spec.frontend, Failed(reason))
+        outboxes.close(linger_ms=1000)
+        context.term()
+        return 1
+    outboxes.close(linger_ms=200)
+    context.term()
+    return 0
+
+
+def _leave_with_frontend(run_dir: str) -> None:
+    """Block until stdin closes: the frontend has stopped us, or died however it did."""
+    # os.read, not sys.stdin: nothing else must wait for a lock of the interpreter's own stdin at exit.
+    while os.read(0, 1):
+        pass
+    shutil.rmtree(run_dir, ignore_errors=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The worker process: messages in, engine steps, reports out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import msgspec
+import zmq
+
+from miniserve.cluster.channels import Inbox, Outboxes
+from miniserve.cluster.launch import WorkerSpec
+from miniserve.cluster.messages import (
+    Abort,
+    Envelope,
+    Message,
+    Peers,
+    PoolInfo,
+    Prefill,
+    PrefillRefused,
+    Publish,
+    Ready,
+    Release,
+    Report,
+    Run,
+    Shutdown,
+    TurnOutput,
+    WorkerStats,
+)
+from miniserve.kv.hashing import root_hash
+from miniserve.worker.build import Built
+from miniserve.worker.handoff import Handoffs
+from miniserve.worker.sequence import Sequence
+
+log = logging.getLogger("miniserve.worker")
+
+IDLE_SECONDS = 1.0
+"""How often an idle worker looks at its leases and reports."""
+
+
+class Worker:
+    """Drives one engine by the messages in `inbox`. Replies go to the frontend, handoffs to peers."""
+
+    def __init__(self, spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
+        self._spec = spec
+        self._built = built
+        self._engine = built.engine
+        self._inbox = inbox
+        self._outboxes = outboxes
+        self._handoffs = Handoffs(built.engine, built.memory, built.layout, spec.engine.handoff_deadline, outboxes.send)
+        self._salts: dict[str, str] = {}
+        """Cache salts of turns that will be prefilled elsewhere, until they are."""
+        self._early: list[Envelope] = []
+        """Messages of peers we have not been told about yet."""
+        self._outputs: list[TurnOutput] = []
+        self._busy = 0.0
+        self._reported = 0.0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until told to shut down."""
+        self._tell(self._ready())
+        while not self._stopping:
+            self._receive(0 if self._engine.has_work else int(IDLE_SECONDS * 1000))
+            started = time.monotonic()
+            self._handoffs.expire()
+            for sequence in self._engine.admit():
+                self._handoffs.request(sequence, self._salts.pop(sequence.turn, ""))
+            step = self._engine.step()
+            for sequence in step.prefilled:
+                self._handoffs.publish(sequence)
+            self._outputs += step.outputs
+            now = time.monotonic()
+            self._busy += now - started
+            if self._outputs or self._handoffs.moves or now - self._reported > IDLE_SECONDS:
+                self._report(now)
+
+    def _receive(self, timeout_ms: int) -> None:
+        try:
+            envelopes = self._inbox.receive(timeout_ms)
+        except msgspec.MsgspecError as error:
+            log.error("dropped a message that is none of ours: %s", error)
+            return
+        for envelope in envelopes:
+            self._handle(envelope)
+
+    def _handle(self, envelope: Envelope) -> None:
+        """One message. Those of peers count only from the incarnation that lives now."""
+        body = envelope.body
+        if isinstance(body, Prefill | Publish | Release | PrefillRefused):
+            known = self._handoffs.epoch(envelope.sender)
+            if known < envelope.epoch:
+                self._early.append(envelope)  # it was told about us before we were told about it
+            elif known == envelope.epoch:
+                self._handle_peer(envelope.sender, body)
+        elif isinstance(body, Run):
+            self._start(body)
+        elif isinstance(body, Abort):
+            self._handoffs.abort(body.turn)
+            self._engine.abort(body.turn)
+            self._salts.pop(body.turn, None)
+        elif isinstance(body, Peers):
+            self._handoffs.set_peers([peer for peer in body.peers if peer.name != self._spec.name])
+            early, self._early = self._early, []
+            for waiting in early:
+                # What still is unknown comes from a peer that has died since.
+                if self._handoffs.epoch(waiting.sender) == waiting.epoch:
+                    self._handle(waiting)
+        elif isinstance(body, Shutdown):
+            self._stopping = True
+        else:
+            log.error("dropped a %s: workers do not take it", type(body).__name__)
+
+    def _handle_peer(self, sender: str, body: Prefill | Publish | Release | PrefillRefused) -> None:
+        match body:
+            case Prefill():
+                self._handoffs.on_prefill(body, sender)
+            case Publish():
+                self._handoffs.on_publish(body)
+            case Release():
+                self._handoffs.on_release(body.turn)
+            case PrefillRefused():
+                self._handoffs.on_refused(body)
+
+    def _start(self, run: Run) -> None:
+        """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
+        limit, vocab = self._engine.max_model_len, self._built.model.vocab_size
+        if not 0 < len(run.tokens) < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
+            error = f"{len(run.tokens)} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
+            self._outputs.append(TurnOutput(run.turn, run.prior, [], finish="error", error=error))
+            return
+        if run.prefill_at:
+            self._salts[run.turn] = run.salt
+        self._engine.add(
+            Sequence(
+                run.turn,
+                run.tokens,
+                run.params,
+                run.seed,
+                root_hash(self._built.layout, run.salt),
+                prior=run.prior,
+                prefill_at=run.prefill_at,
+            )
+        )
+
+    # --- reports ----------------------------------------------------------------------------------------------------
+
+    def _tell(self, body: Message) -> None:
+        self._outboxes.send(self._spec.frontend, body)
+
+    def _ready(self) -> Ready:
+        built, memory = self._built, self._built.memory
+        return Ready(
+            pool=PoolInfo(
+                pid=os.getpid(),
+                fd=memory.shared.fd if memory.shared else -1,
+                num_pages=memory.num_pages,
+                page_bytes=memory.shape.bytes,
+                layout=built.layout,
+            ),
+            dtype=built.dtype,
+            device=built.device,
+            threads=built.threads,
+            weights_bytes=built.weights_bytes,
+            page_tokens=memory.shape.page_tokens,
+            max_model_len=self._engine.max_model_len,
+            vocab_size=built.model.vocab_size,
+            phases=built.phases,
+            kv_note=built.kv_note,
+        )
+
+    def _report(self, now: float) -> None:
+        self._tell(Report(self._outputs, self._handoffs.moves, self._stats()))
+        self._outputs, self._handoffs.moves = [], []
+        self._reported = now
+
+    def _stats(self) -> WorkerStats:
+        engine, pool, counters = self._engine, self._engine.pool, self._engine.counters
+        return WorkerStats(
+            total_pages=pool.num_pages,
+            free_pages=pool.num_free,
+            cached_pages=pool.num_cached,
+            held_pages=pool.num_held,
+            running=len(engine.running),
+            waiting=len(engine.waiting),
+            queued_prefill_tokens=engine.queued_prefill_tokens,
+            leases=self._handoffs.num_leases,
+            steps=counters.steps,
+            preemptions=counters.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            busy_seconds=self._busy,
+        )
+
+
+def serve(spec: WorkerSpec, built: Built, context: zmq.Context, outboxes: Outboxes) -> None:
+    """Bind the inbox and serve until shut down."""
+    inbox = Inbox(context, spec.address)
+    try:
+        Worker(spec, built, inbox, outboxes).run()
+    finally:
+        inbox.close()
