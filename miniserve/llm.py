@@ -77,7 +77,7 @@ class LLM:
         if isinstance(prompts, str):
             items: list[str | list[int]] = [prompts]
         elif prompts and isinstance(prompts[0], int):
-            items = [prompts]  # type: ignore[list-item]
+            items = [prompts]
         else:
             items = list(prompts)  # type: ignore[arg-type]
         if not isinstance(params, list):

@@ -19,7 +19,7 @@ class Wire(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Base of all messages: tagged, immutable, encoded as arrays."""
 
 
-class PoolInfo(Wire):
+class PoolInfo(Wire, frozen=True):
     """Where a worker's KV pool lies, so that a peer on the same host can map it.
 
     The pool is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`. `layout` fingerprints model, dtype
@@ -33,7 +33,7 @@ class PoolInfo(Wire):
     layout: str
 
 
-class Peer(Wire):
+class Peer(Wire, frozen=True):
     """A worker as the others see it: its inbox `address` and its pool."""
 
     name: str
@@ -45,13 +45,13 @@ class Peer(Wire):
 # --- frontend -> worker ---------------------------------------------------------------------------------------------
 
 
-class Peers(Wire):
+class Peers(Wire, frozen=True):
     """The workers that are ready, sent to all of them whenever the set changes. A peer missing here is dead."""
 
     peers: list[Peer]
 
 
-class Run(Wire):
+class Run(Wire, frozen=True):
     """Serve one turn: prefill `tokens`, decode until it ends, report every token.
 
     The last `prior` of `tokens` were already given to the client as output (a turn that moved here after a failure).
@@ -68,20 +68,20 @@ class Run(Wire):
     prefill_at: str = ""
 
 
-class Abort(Wire):
+class Abort(Wire, frozen=True):
     """Stop a turn wherever it is and free what it holds; unknown turns are ignored."""
 
     turn: str
 
 
-class Shutdown(Wire):
+class Shutdown(Wire, frozen=True):
     """Leave the step loop and exit."""
 
 
 # --- decoder <-> prefiller ------------------------------------------------------------------------------------------
 
 
-class Prefill(Wire):
+class Prefill(Wire, frozen=True):
     """D asks P to prefill. D has reserved its pages and already holds the first `have` tokens (a whole number of
     pages), so P publishes only what follows."""
 
@@ -94,14 +94,14 @@ class Prefill(Wire):
     have: int
 
 
-class Commit(Wire):
+class Commit(Wire, frozen=True):
     """The end of a prefill: the sampled first token, so that D can decode on."""
 
     token: int
     finish: FinishReason | None = None
 
 
-class Publish(Wire):
+class Publish(Wire, frozen=True):
     """P's finished pages, which hold the prompt from page `first` on.
 
     `pages` are numbers in P's pool and `hashes` the chain hash of the tokens each one holds. They stay untouched until
@@ -116,13 +116,13 @@ class Publish(Wire):
     commit: Commit | None = None
 
 
-class Release(Wire):
+class Release(Wire, frozen=True):
     """D is done with a handoff (acknowledged, aborted, or given up): P ends the lease and any work left for it."""
 
     turn: str
 
 
-class PrefillRefused(Wire):
+class PrefillRefused(Wire, frozen=True):
     """P cannot or will not finish this prefill: D does it itself."""
 
     turn: str
@@ -132,7 +132,7 @@ class PrefillRefused(Wire):
 # --- worker -> frontend ---------------------------------------------------------------------------------------------
 
 
-class Loading(Wire):
+class Loading(Wire, frozen=True):
     """Progress while a worker starts; `done` of `total` (0 where unknown) steps of `phase`."""
 
     phase: str
@@ -140,7 +140,7 @@ class Loading(Wire):
     total: int = 0
 
 
-class Ready(Wire):
+class Ready(Wire, frozen=True):
     """A worker is up. `phases` are seconds per start-up phase, `kv_note` the arithmetic of the pool's size."""
 
     pool: PoolInfo
@@ -155,13 +155,13 @@ class Ready(Wire):
     kv_note: str
 
 
-class Failed(Wire):
+class Failed(Wire, frozen=True):
     """A worker could not start: the reason, and what to do about it, for a person."""
 
     reason: str
 
 
-class TokenLogprob(Wire):
+class TokenLogprob(Wire, frozen=True):
     """The log-probability of a sampled token and of the most likely alternatives, before any penalty or temperature."""
 
     token: int
@@ -170,7 +170,7 @@ class TokenLogprob(Wire):
     top: list[tuple[int, float]]
 
 
-class TurnOutput(Wire):
+class TurnOutput(Wire, frozen=True):
     """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn)."""
 
     turn: str
@@ -183,7 +183,7 @@ class TurnOutput(Wire):
     error: str = ""
 
 
-class Move(Wire):
+class Move(Wire, frozen=True):
     """A handoff that ended well: KV of `turn` went from `source` to the reporting worker."""
 
     turn: str
@@ -193,7 +193,7 @@ class Move(Wire):
     seconds: float
 
 
-class WorkerStats(Wire):
+class WorkerStats(Wire, frozen=True):
     """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages."""
 
     total_pages: int
@@ -213,7 +213,7 @@ class WorkerStats(Wire):
     busy_seconds: float = 0.0
 
 
-class Report(Wire):
+class Report(Wire, frozen=True):
     """After a step, or once a second when idle: tokens, finished handoffs, the worker's state."""
 
     outputs: list[TurnOutput]

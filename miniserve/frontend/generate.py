@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Self
 
 import msgspec
+from miniserve.frontend.client import EngineError, Turn
+from miniserve.frontend.metrics import Metrics
 
 from miniserve.cluster.messages import TokenLogprob, TurnOutput
-from miniserve.frontend.client import EngineError, Turn
 from miniserve.frontend.errors import ApiError
-from miniserve.frontend.metrics import Metrics
 from miniserve.frontend.responses import Finish, Usage
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import TextStream, Tokenizer
@@ -136,7 +136,7 @@ class Generation:
             while not self._news and self._failure is None:
                 self._wake.clear()
                 await self._wake.wait()
-            if self._failure is not None:
+            if not self._news and self._failure is not None:
                 raise self._failure
             news, self._news = list(self._news.values()), {}
             running -= sum(choice.finish is not None for choice in news)

@@ -5,9 +5,9 @@ Shapes and names are OpenAI's; `stop_reason`, `max_model_len` and everything abo
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 Finish = Literal["stop", "length"]
 
@@ -21,6 +21,15 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class Head(TypedDict):
+    """What an answer and all chunks of a stream begin with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
 
 
 # --- chat -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from miniserve.config import ConfigError, EngineConfig
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool

@@ -38,8 +38,8 @@ class Step:
 class Engine:
     """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool.
 
-    Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for all
-    the tokens it was admitted with, so a prefill never runs out in the middle.
+    Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for
+    all the tokens it was admitted with, so a prefill never runs out in the middle.
     """
 
     def __init__(

@@ -1,0 +1,107 @@
+"""The HTTP API: its routes, and what OpenAPI says of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from miniserve import __version__
+from miniserve.config import ServeConfig
+from miniserve.frontend import errors
+from miniserve.frontend.client import EngineClient, EngineError
+from miniserve.frontend.metrics import CONTENT_TYPE
+from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
+from miniserve.frontend.responses import ChatCompletion, Completion, Health, ModelList, Text, Tokens, Version
+from miniserve.frontend.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from miniserve.frontend.service import Service
+from miniserve.tokenizer import Tokenizer
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": errors.ErrorBody, "description": "The request is at fault; the message says what to change."},
+    "500": {"model": errors.ErrorBody, "description": "The server failed."},
+    "503": {"model": errors.ErrorBody, "description": "The server is full or not well: try again after Retry-After."},
+}
+STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+def create_app(
+    config: ServeConfig, client: EngineClient, tokenizer: Tokenizer, generation_defaults: dict[str, Any]
+) -> FastAPI:
+    """The API as an ASGI app.
+
+    `client` need not have started yet. `generation_defaults` is the model's generation_config.json, or empty for
+    neutral sampling.
+    """
+    names = config.served_model_names or [config.engine.model]
+    service = Service(client, tokenizer, names, generation_defaults)
+    created = int(time.time())
+    middleware = [Middleware(RequestId)]
+    if config.api_key is not None:
+        middleware.append(Middleware(ApiKey, config.api_key))
+    middleware.append(Middleware(BodyLimit, config.max_body_bytes))
+    app = FastAPI(
+        title="miniserve", version=__version__, middleware=middleware, responses=ERRORS, redirect_slashes=False
+    )
+    errors.install(app)
+
+    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": STREAM}})
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """Answer a conversation; with `stream` true as server-sent events."""
+        return await service.chat(request, body)
+
+    @app.post("/v1/completions", responses={200: {"model": Completion, "content": STREAM}})
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Go on with one or many texts; with `stream` true as server-sent events."""
+        return await service.complete(request, body)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        """The names of the one model that is served."""
+        limit = client.max_model_len
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": name,
+                    "object": "model",
+                    "created": created,
+                    "owned_by": "miniserve",
+                    "root": config.engine.model,
+                    "max_model_len": limit,
+                }
+                for name in names
+            ],
+        }
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Tokens:
+        """The tokens of a prompt, or of messages as the chat template renders them."""
+        return await service.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Text:
+        """The text of tokens."""
+        return await service.detokenize(body)
+
+    @app.get("/health")
+    async def health() -> Health:
+        """Whether the engine can serve; needs no API key."""
+        if not client.healthy:
+            raise EngineError(client.unhealthy_reason)
+        return {"status": "ok"}
+
+    @app.get("/version")
+    async def version() -> Version:
+        """The version of miniserve."""
+        return {"version": __version__}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    return app

@@ -1,0 +1,79 @@
+"""/v1/completions: its prompts, and what choices look like there."""
+
+from __future__ import annotations
+
+from miniserve.cluster.messages import TokenLogprob
+from miniserve.frontend.generate import Choice, Generation
+from miniserve.frontend.logprobs import CompletionLogprobWriter
+from miniserve.frontend.responses import Completion, CompletionChoice, CompletionLogprobs, Head
+from miniserve.frontend.schemas import CompletionRequest
+from miniserve.tokenizer import Tokenizer
+
+
+def prompt_tokens(tokenizer: Tokenizer, request: CompletionRequest) -> list[list[int]]:
+    """The tokens of each prompt. Slow: not for the event loop."""
+    return [
+        tokenizer.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
+        for prompt in request.prompt
+    ]
+
+
+class CompletionShape:
+    """Choices as text completions, whole and in chunks. With `echo` the text of a choice begins with its prompt."""
+
+    id_prefix = "cmpl-"
+    chunk_object = "text_completion"
+    input_field = "prompt"
+
+    def __init__(self, tokenizer: Tokenizer, request: CompletionRequest) -> None:
+        self._tokenizer = tokenizer
+        self._request = request
+        self._writers: dict[int, CompletionLogprobWriter] = {}
+
+    def whole(self, head: Head, generation: Generation) -> Completion:
+        """The answer in one piece, of choices that have ended."""
+        taken = [(choice, *choice.take()) for choice in generation.choices]
+        return {
+            "id": head["id"],
+            "object": "text_completion",
+            "created": head["created"],
+            "model": head["model"],
+            "choices": [self._choice(c, self._echo(c) + text, logprobs, ended=True) for c, text, logprobs in taken],
+            "usage": generation.usage,
+        }
+
+    def opening(self, choice: Choice) -> CompletionChoice | None:
+        """The prompt, where it is to be echoed."""
+        return self._choice(choice, self._echo(choice), []) if self._request.echo else None
+
+    def piece(self, choice: Choice, text: str, logprobs: list[TokenLogprob]) -> CompletionChoice:
+        """More text."""
+        return self._choice(choice, text, logprobs)
+
+    def closing(self, choice: Choice) -> CompletionChoice:
+        """Says why the choice has ended."""
+        return self._choice(choice, "", [], ended=True)
+
+    def _choice(
+        self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False
+    ) -> CompletionChoice:
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": self._logprobs(choice, logprobs),
+            "finish_reason": choice.finish if ended else None,
+            "stop_reason": choice.stop_reason if ended else None,
+        }
+
+    def _echo(self, choice: Choice) -> str:
+        if not self._request.echo:
+            return ""
+        prompt = self._request.prompt[choice.index // choice.params.n]
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> CompletionLogprobs | None:
+        if choice.params.logprobs is None:
+            return None
+        if choice.index not in self._writers:
+            self._writers[choice.index] = CompletionLogprobWriter(self._tokenizer, choice.params.skip_special_tokens)
+        return self._writers[choice.index].write(logprobs)

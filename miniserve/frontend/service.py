@@ -1,0 +1,168 @@
+"""The way from a valid request to the engine and back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from miniserve.frontend.chat import ChatShape, chat_tokens
+from miniserve.frontend.client import EngineClient, Turn
+from miniserve.frontend.completions import CompletionShape, prompt_tokens
+from miniserve.frontend.errors import ApiError
+from miniserve.frontend.generate import Generation
+from miniserve.frontend.metrics import Metrics
+from miniserve.frontend.responses import Head, Text, Tokens
+from miniserve.frontend.schemas import (
+    MAX_KEY_CHARS,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
+from miniserve.frontend.streaming import ChunkShape, ClientGone, EventStream, events, while_connected
+from miniserve.sampling import SamplingParams
+from miniserve.tokenizer import Tokenizer
+
+CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
+
+
+class Shape(ChunkShape, Protocol):
+    """How the answers of one of the APIs look."""
+
+    id_prefix: str
+    chunk_object: str
+    input_field: str
+
+    def whole(self, head: Head, generation: Generation) -> Mapping[str, Any]:
+        """The answer in one piece, of choices that have ended."""
+
+
+class Service:
+    """Answers requests. `names` are what the model is called, `defaults` is its generation_config.json."""
+
+    def __init__(
+        self, client: EngineClient, tokenizer: Tokenizer, names: list[str], defaults: Mapping[str, Any]
+    ) -> None:
+        self.metrics = Metrics(client, names[0])
+        self._client = client
+        self._tokenizer = tokenizer
+        self._names = names
+        self._defaults = defaults
+
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
+        """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
+        shape = ChatShape(self._tokenizer)
+        return await self._generate(request, body, shape, lambda: [chat_tokens(self._tokenizer, body)])
+
+    async def complete(self, request: Request, body: CompletionRequest) -> Response:
+        """Answer /v1/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
+        shape = CompletionShape(self._tokenizer, body)
+        return await self._generate(request, body, shape, lambda: prompt_tokens(self._tokenizer, body))
+
+    async def tokenize(self, body: TokenizeRequest) -> Tokens:
+        """Answer /tokenize. Raises `ApiError`, `ParameterError`."""
+        self._check_model(body.model)
+        if body.prompt is not None:
+            tokens = await asyncio.to_thread(self._tokenizer.encode, body.prompt, body.add_special_tokens)
+        else:
+            tokens = await asyncio.to_thread(chat_tokens, self._tokenizer, body)
+        return {
+            "count": len(tokens),
+            "max_model_len": self._client.max_model_len,
+            "tokens": tokens,
+            "token_strs": [self._tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None,
+        }
+
+    async def detokenize(self, body: DetokenizeRequest) -> Text:
+        """Answer /detokenize. Raises `ApiError`."""
+        self._check_model(body.model)
+        self._check_vocabulary(body.tokens, "tokens")
+        return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, False)}
+
+    async def _generate(
+        self, request: Request, body: GenerationRequest, shape: Shape, tokenized: Callable[[], list[list[int]]]
+    ) -> Response:
+        arrived = time.perf_counter()
+        self._check_model(body.model)
+        params = body.sampling(self._defaults, self._client.vocab_size)
+        conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
+        # A long prompt takes a while, in which other streams want to go on.
+        prompts = [(p, self._fitted(p, params, shape.input_field)) for p in await asyncio.to_thread(tokenized)]
+        head: Head = {
+            "id": shape.id_prefix + request.state.request_id,
+            "object": shape.chunk_object,
+            "created": int(time.time()),
+            "model": body.model or self._names[0],
+        }
+
+        def submit(prompt: list[int], params: SamplingParams, number: int) -> Turn:
+            return self._client.submit(
+                prompt,
+                params,
+                conversation=conversation,
+                salt=body.cache_salt or "",
+                request_id=f"{head['id']}-{number}",
+            )
+
+        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived)
+        generation.start()  # before a stream's status is sent: a full queue is a 503
+        if body.stream:
+            with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            return EventStream(generation, events(generation, shape, head, with_usage))
+        try:
+            async with generation:
+                await while_connected(request.receive, generation.finish())
+        except ClientGone:
+            return Response(status_code=499)  # for the log; nobody reads it
+        return Response(msgspec.json.encode(shape.whole(head, generation)), media_type="application/json")
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in self._names:
+            raise ApiError(
+                404,
+                f"There is no model {name[:128]!r} here: this server has {', '.join(self._names)}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _check_vocabulary(self, tokens: list[int], param: str) -> None:
+        size = self._client.vocab_size
+        if tokens and max(tokens) >= size:
+            raise ApiError(400, f"`{param}` holds token id {max(tokens)}: ids go from 0 to {size - 1}.", param=param)
+
+    def _fitted(self, prompt: list[int], params: SamplingParams, param: str) -> SamplingParams:
+        """`params` with a `max_tokens` that fits into the context after `prompt`. Raises `ApiError`."""
+        if not prompt:
+            raise ApiError(400, f"`{param}` holds no tokens: send at least one.", param=param)
+        self._check_vocabulary(prompt, param)
+        limit = self._client.max_model_len
+        room = limit - len(prompt)
+        if room < (params.max_tokens or 1):
+            wanted = f"{params.max_tokens} to generate" if params.max_tokens else "at least 1 to generate"
+            fix = f"ask for at most {room} new tokens, or shorten the input" if room > 0 else "shorten the input"
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {limit} tokens, but you asked for "
+                f"{len(prompt) + (params.max_tokens or 1)}: {len(prompt)} in `{param}` and {wanted}. To fix it, {fix}.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return msgspec.structs.replace(params, max_tokens=params.max_tokens or room).validate()
+
+
+def _conversation_id(headers: Headers) -> str:
+    """The conversation that the client says this turn belongs to, or nothing. Raises `ApiError`."""
+    for name in CONVERSATION_HEADERS:
+        if found := headers.get(name):
+            if len(found) > MAX_KEY_CHARS:
+                raise ApiError(400, f"`{name}` is longer than {MAX_KEY_CHARS} characters: shorten it.", param=name)
+            return found
+    return ""

@@ -1,0 +1,122 @@
+"""Server-sent events, and noticing that a client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from miniserve.cluster.messages import TokenLogprob
+from miniserve.frontend.errors import as_api_error
+from miniserve.frontend.generate import Choice, Generation
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class ClientGone(Exception):
+    """Nobody is there any more to read the answer."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. When the client disconnects, `work` is cancelled at once: raises `ClientGone`.
+
+    `receive` is ASGI's, after the body has been read.
+    """
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = doing, watching = asyncio.create_task(work), asyncio.create_task(watch())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientGone
+    finally:
+        doing.cancel()
+        watching.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class ChunkShape(Protocol):
+    """How choices look in the chunks of one of the APIs: mappings, encoded as JSON."""
+
+    def opening(self, choice: Choice) -> Mapping[str, Any] | None:
+        """Before anything was generated."""
+
+    def piece(self, choice: Choice, text: str, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
+        """More text."""
+
+    def closing(self, choice: Choice) -> Mapping[str, Any]:
+        """The choice's last chunk."""
+
+
+async def events(
+    generation: Generation, shape: ChunkShape, head: Mapping[str, Any], include_usage: bool
+) -> AsyncIterator[bytes]:
+    """The events of a stream but for `[DONE]`; those that can be sent together come in one piece.
+
+    `head` holds the fields that are the same in all chunks. Raises what the generation failed of.
+    """
+    # Only the choice is encoded for each chunk; all around it is the same bytes.
+    before = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
+    after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    openings = [opening for choice in generation.choices if (opening := shape.opening(choice)) is not None]
+    yield b"".join(before + msgspec.json.encode(opening) + after for opening in openings)
+    async for news in generation.updates():
+        chunks: list[Mapping[str, Any]] = []
+        for choice in news:
+            text, logprobs = choice.take()
+            if text or logprobs:
+                chunks.append(shape.piece(choice, text, logprobs))
+            if choice.finish is not None:
+                chunks.append(shape.closing(choice))
+        yield b"".join(before + msgspec.json.encode(chunk) + after for chunk in chunks)
+    if include_usage:
+        yield b"data: " + msgspec.json.encode({**head, "choices": [], "usage": generation.usage}) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends the events of a generation as they come, and ends it when the client goes.
+
+    An error in mid-stream, when the status has long been sent, becomes an event of its own.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, stream: AsyncIterator[bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self._generation = generation
+        self._stream = stream
+        # Proxies that buffer (nginx) would hold back tokens.
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(ClientGone):
+            await while_connected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        async def send_body(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        async with self._generation:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for data in self._stream:
+                    await send_body(data)
+            except Exception as error:
+                told = as_api_error(error)
+                if told.code == "internal_error":
+                    logger.exception("A stream ended in an error")
+                await send_body(b"data: " + msgspec.json.encode(told.body) + b"\n\n")
+        await send_body(b"data: [DONE]\n\n", more=False)
