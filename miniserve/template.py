@@ -80,15 +80,6 @@ class ChatTemplates:
             text = text[:at] if text.startswith(end + " ", at) else text[:at].rstrip()
         return text
 
-    def _compile(self, text: str) -> jinja2.Template:
-        import jinja2
-
-        assert self._environment is not None
-        try:
-            return self._environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise ParameterError("chat_template", f"The chat template is not valid jinja: {error.message}") from error
-
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file. Raises `ParameterError`."""

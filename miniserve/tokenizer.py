@@ -97,7 +97,9 @@ class Tokenizer:
         else:
             backend, settings = _from_transformers(folder, settings)
         texts = {name: text for name, value in settings.items() if (text := _token_text(value)) and "_token" in name}
-        ids = {name: backend.token_to_id(texts[name]) for name in ("bos_token", "eos_token") if name in texts}
+        ids: dict[str, int | None] = {
+            name: backend.token_to_id(texts[name]) for name in ("bos_token", "eos_token") if name in texts
+        }
         configs = [read_json(folder / name) for name in ("generation_config.json", "config.json")]
 
         def first(key: str) -> Any:

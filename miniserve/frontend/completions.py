@@ -54,9 +54,7 @@ class CompletionShape:
         """Says why the choice has ended."""
         return self._choice(choice, "", [], ended=True)
 
-    def _choice(
-        self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False
-    ) -> CompletionChoice:
+    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False) -> CompletionChoice:
         return {
             "index": choice.index,
             "text": text,

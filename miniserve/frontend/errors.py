@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import HTTPException, RequestValidationError
-from miniserve.frontend.client import EngineError, QueueFull
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
+from miniserve.frontend.client import EngineError, QueueFull
 from miniserve.sampling import ParameterError
 
 RETRY_SECONDS = 5
@@ -132,6 +132,6 @@ def _path(loc: Sequence[str | int]) -> str:
     for part in loc[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not part.startswith("<"):
+        elif not part.startswith("<") and part != "[key]":
             path += f".{part}" if path else part
     return path

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Self
 
 import msgspec
-from miniserve.frontend.client import EngineError, Turn
-from miniserve.frontend.metrics import Metrics
 
 from miniserve.cluster.messages import TokenLogprob, TurnOutput
+from miniserve.frontend.client import EngineError, Turn
 from miniserve.frontend.errors import ApiError
+from miniserve.frontend.metrics import Metrics
 from miniserve.frontend.responses import Finish, Usage
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import TextStream, Tokenizer

@@ -21,8 +21,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> ChatLogp
 
     return {
         "content": [
-            {**told(entry.token, entry.logprob), "top_logprobs": [told(*top) for top in entry.top]}
-            for entry in entries
+            {**told(entry.token, entry.logprob), "top_logprobs": [told(*top) for top in entry.top]} for entry in entries
         ]
     }
 

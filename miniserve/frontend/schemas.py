@@ -61,10 +61,9 @@ Prompt = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[list[TokenId], Tag("<list>")],
     Discriminator(_kind, "prompt", "A prompt must be a string or a list of token ids"),
 ]
+PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[
-    list[Prompt],
-    Field(min_length=1, max_length=MAX_PROMPTS),
-    BeforeValidator(_prompt_list, json_schema_input_type=Text | list[Text] | list[TokenId] | list[list[TokenId]]),
+    PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | list[TokenId] | PromptList)
 ]
 
 
@@ -84,8 +83,8 @@ class ContentPart(Body):
     def _text_only(cls, part: Any) -> Any:
         if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
             raise ValueError(
-                f"Content parts of type {kind[:32]!r} are not supported: this model takes text only, so send parts like "
-                '{"type": "text", "text": "..."}'
+                f"Content parts of type {kind[:32]!r} are not supported: this model takes text only, in "
+                'parts like {"type": "text", "text": "..."}'
             )
         return part
 

@@ -1,0 +1,64 @@
+"""Fixtures of all tests: tiny models made once, a cache of their own, and the default model where it can be had."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Read by huggingface_hub when it is imported: no test asks the network for a model by accident.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+USERS_CACHE = os.environ.get("MINISERVE_CACHE")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache is not read or written (but by `smollm2_folder`)."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINISERVE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of random models: every architecture, both config shapes, tied and untied, one and several files."""
+    import tiny
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # more of them only get in each other's way here
+    transformers.logging.disable_progress_bar()
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llama": tiny.make_model(root / "llama", "llama", tie=True, old_config_shape=True),
+        "llama3": tiny.make_model(root / "llama3", "llama", rope_scaling="llama3", shards=3, seed=1),
+        "qwen2": tiny.make_model(root / "qwen2", "qwen2", old_config_shape=True, seed=2),
+        "qwen3": tiny.make_model(root / "qwen3", "qwen3", head_dim=32, tie=True, seed=3),
+        "mistral": tiny.make_model(root / "mistral", "mistral", shards=2, seed=4),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_models: dict[str, Path]) -> Path:
+    """One of the tiny models, for tests that do not care which."""
+    return tiny_models["llama"]
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The default model from the user's own cache, fetched there if need be; skips where that cannot be done."""
+    from miniserve.hub import ModelError, resolve
+
+    with pytest.MonkeyPatch.context() as patch:
+        if USERS_CACHE is None:
+            patch.delenv("MINISERVE_CACHE")
+        else:
+            patch.setenv("MINISERVE_CACHE", USERS_CACHE)
+        try:
+            return resolve("smollm2-135m").folder
+        except ModelError as error:
+            pytest.skip(f"needs the default model: {error}")

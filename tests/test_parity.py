@@ -1,0 +1,182 @@
+"""Greedy text equals transformers' for the same weights, whatever the engine does in between."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from miniserve.llm import LLM
+from miniserve.sampling import SamplingParams
+from miniserve.worker.sequence import Sequence
+from tiny import reference
+
+TOKENS = 64
+ARCHS = ("llama", "llama3", "qwen2", "qwen3", "mistral")
+
+
+def prompts(count: int, longest: int = 150, seed: int = 0) -> list[list[int]]:
+    """Random prompts of mixed lengths, the first of one token."""
+    pick = random.Random(seed)
+    lengths = [1, 16, 17, *(pick.randrange(2, longest) for _ in range(count))][:count]
+    return [[pick.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def greedy(llm: LLM, items: list[list[int]], max_tokens: int = TOKENS) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return [g.outputs[0].token_ids for g in llm.generate(items, params, progress=False)]
+
+
+def small(folder, **engine) -> LLM:
+    return LLM(str(folder), **{"kv_cache_memory": 2**22, "threads": 1, **engine})
+
+
+def clean(llm: LLM) -> bool:
+    """No page is held and none is lost."""
+    llm.engine.pool.check()
+    return llm.engine.pool.num_held == 0
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_models):
+    """Prompts and what transformers continues them with, by architecture."""
+    items = prompts(8)
+    return {arch: (items, reference(tiny_models[arch], items, TOKENS)) for arch in ARCHS}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_alone(tiny_models, expected, arch):
+    items, texts = expected[arch]
+    llm = small(tiny_models[arch])
+    assert [greedy(llm, [item])[0] for item in items] == texts
+    assert len({tuple(text) for text in texts}) > 1, "the reference itself says nothing"
+    assert clean(llm)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64, 512])
+def test_mixed_batch_any_chunk(tiny_models, expected, arch, chunk):
+    items, texts = expected[arch]
+    llm = small(tiny_models[arch], max_num_batched_tokens=chunk)
+    assert greedy(llm, items) == texts
+    assert clean(llm)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 32])
+def test_page_sizes(tiny_models, expected, block_size):
+    items, texts = expected["llama"]
+    llm = small(tiny_models["llama"], block_size=block_size)
+    assert greedy(llm, items) == texts
+    assert clean(llm)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_prefix_hits(tiny_models, arch):
+    """Prompts that share beginnings, asked again and continued: from cache the text is the same."""
+    base = prompts(6, seed=1)[-1] * 2
+    items = [base, base[:40], base[:48] + [3, 4, 5], [*base, 9], base]
+    texts = reference(tiny_models[arch], items, TOKENS)
+    llm = small(tiny_models[arch], max_num_batched_tokens=32)
+    assert greedy(llm, items) == texts
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    again = llm.generate(items, params, progress=False)
+    assert [g.outputs[0].token_ids for g in again] == texts
+    assert again[0].cached_tokens == (len(base) - 1) // 16 * 16
+    # The second turn of a conversation: prompt, answer, more.
+    longer = items[0] + texts[0] + [7, 8, 9]
+    turn = llm.generate([longer], params, progress=False)[0]
+    assert turn.outputs[0].token_ids == reference(tiny_models[arch], [longer], TOKENS)[0]
+    assert turn.cached_tokens == (len(items[0]) + TOKENS - 1) // 16 * 16
+    assert clean(llm)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_preemption(tiny_models, expected, caching):
+    """A pool that holds a third of what the batch wants: sequences are preempted and recomputed."""
+    items, texts = expected["llama"]
+    llm = small(tiny_models["llama"], max_model_len=256, enable_prefix_caching=caching)
+    per_page = llm._built.memory.shape.bytes
+    llm = small(
+        tiny_models["llama"], max_model_len=256, enable_prefix_caching=caching, kv_cache_memory=20 * per_page
+    )
+    assert greedy(llm, items) == texts
+    assert llm.engine.counters.preemptions > 0
+    assert clean(llm)
+
+
+def test_eviction(tiny_models):
+    """Far more prompts than the pool can remember, each asked twice."""
+    items = prompts(40, seed=2)
+    texts = reference(tiny_models["qwen3"], items, 8)
+    llm = small(tiny_models["qwen3"], max_model_len=256, kv_cache_memory=400_000)
+    assert llm.engine.pool.num_pages < sum(len(i) // 16 for i in items)
+    assert greedy(llm, items, 8) == texts
+    assert greedy(llm, list(reversed(items)), 8) == list(reversed(texts))
+    assert clean(llm)
+
+
+def test_abort_at_any_moment(tiny_models, expected):
+    """Aborted sequences free their pages and disturb nobody."""
+    items, texts = expected["llama"]
+    llm = small(tiny_models["llama"], max_num_batched_tokens=24)
+    engine, pick = llm.engine, random.Random(3)
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    got: dict[str, list[int]] = {}
+    for i, item in enumerate(items * 2):
+        engine.add(Sequence(str(i), item, params, 0, b"root"))
+        got[str(i)] = []
+    doomed = pick.sample(sorted(got), 6)
+    while engine.waiting or engine.running:
+        engine.admit()
+        for output in engine.step().outputs:
+            got[output.turn] += output.tokens
+        if doomed and pick.random() < 0.2:
+            engine.abort(doomed.pop())
+    aborted = {turn for turn, tokens in got.items() if len(tokens) < TOKENS}
+    assert 0 < len(aborted) <= 6
+    for turn, tokens in got.items():
+        want = texts[int(turn) % len(items)]
+        assert tokens == want[: len(tokens)]
+    assert clean(llm)
+
+
+def test_sampling_is_reproducible_in_any_batch(tiny_models):
+    """The same seed gives the same text alone, in a batch, and after preemption."""
+    items = prompts(8, seed=4)
+    params = [
+        SamplingParams(temperature=0.9, top_p=0.95, top_k=40, seed=seed, max_tokens=24, ignore_eos=True)
+        for seed in range(8)
+    ]
+    llm = small(tiny_models["llama"])
+    alone = [llm.generate([i], p, progress=False)[0].outputs[0].token_ids for i, p in zip(items, params, strict=True)]
+    together = [g.outputs[0].token_ids for g in llm.generate(items, params, progress=False)]
+    assert together == alone
+    other = [SamplingParams(temperature=0.9, seed=99, max_tokens=24, ignore_eos=True)] * 8
+    assert [g.outputs[0].token_ids for g in llm.generate(items, other, progress=False)] != alone
+
+
+def test_long_prompt_does_not_stall_decodes(tiny_models):
+    """While a long prompt is prefilled in chunks, a running stream gets a token in each step."""
+    llm = small(tiny_models["llama"], max_num_batched_tokens=32)
+    engine = llm.engine
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    engine.add(Sequence("stream", [1, 2, 3], params, 0, b""))
+    engine.admit()
+    engine.step()
+    engine.add(Sequence("long", list(range(250)) * 1, params, 0, b""))
+    steps = 0
+    while (sequence := engine.find("long")) is None or sequence.computed < 250:
+        engine.admit()
+        assert [o.turn for o in engine.step().outputs if o.turn == "stream"] == ["stream"]
+        steps += 1
+    assert steps == -(-250 // 31)
+
+
+def test_same_prefix_is_computed_once(tiny_models):
+    """Many prompts with one beginning that arrive together: the beginning is computed by one of them."""
+    base = prompts(9, seed=5)[-1] + list(range(200))
+    items = [base + [i] for i in range(6)]
+    llm = small(tiny_models["llama"], max_num_batched_tokens=64)
+    assert greedy(llm, items, 4) == reference(tiny_models["llama"], items, 4)
+    fresh = len(base) // 16 * 16
+    assert llm.engine.counters.prompt_tokens < fresh + 6 * 20

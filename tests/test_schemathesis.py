@@ -1,0 +1,77 @@
+"""Requests made up from the OpenAPI schema: none may bring the server down, and all answers are as documented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from fake_engine import EOS, FakeClient, spell
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from miniserve import hub
+from miniserve.config import EngineConfig, ServeConfig
+from miniserve.frontend.app import create_app
+from miniserve.tokenizer import Tokenizer
+
+CHECKS = [
+    not_a_server_error,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+]
+
+
+ROUTES = [
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/v1/models"),
+    ("GET", "/health"),
+    ("GET", "/version"),
+    ("GET", "/metrics"),
+]
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINISERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        tokenizer = Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
+    engine = FakeClient(steps=[*spell("Hello"), [EOS]], stop_token=EOS)
+    config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], max_body_bytes=2**20)
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(config, engine, tokenizer, {}))
+
+
+CASES = [(GenerationMode.POSITIVE, *route) for route in ROUTES]
+CASES += [(GenerationMode.NEGATIVE, *route) for route in ROUTES if route[0] == "POST"]
+
+
+@pytest.mark.parametrize(("mode", "method", "path"), CASES)
+def test_answers_are_as_documented(schema: Any, mode: GenerationMode, method: str, path: str) -> None:
+    statuses = []
+
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    def check(case: schemathesis.Case) -> None:
+        if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
+            case.body.pop("model", None)  # nearly all made-up names are a 404
+        statuses.append(case.call_and_validate(checks=CHECKS).status_code)
+
+    check()
+    assert mode is GenerationMode.NEGATIVE or 200 in statuses
+
+
+def test_all_routes_are_tested(schema: Any) -> None:
+    documented = {(op.ok().method.upper(), op.ok().path) for op in schema.get_all_operations()}
+    assert documented == set(ROUTES)
