@@ -6,7 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says nothing on a machine that is shared.
+hypothesis.settings.register_profile("miniserve", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("miniserve")
 
 # Read by huggingface_hub when it is imported: no test asks the network for a model by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"

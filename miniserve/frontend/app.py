@@ -25,7 +25,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "500": {"model": errors.ErrorBody, "description": "The server failed."},
     "503": {"model": errors.ErrorBody, "description": "The server is full or not well: try again after Retry-After."},
 }
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."}},
+    "required": ["data"],
+}
+STREAM = {"text/event-stream": {"itemSchema": EVENT}}
 
 
 def create_app(

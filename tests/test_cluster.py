@@ -1,0 +1,214 @@
+"""Real worker processes: the same text on every topology and policy, and every page accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from miniserve.config import EngineConfig, ServeConfig, Topology
+from miniserve.frontend.client import EngineClient, QueueFull, StartupError
+from miniserve.hub import resolve
+from miniserve.sampling import ParameterError, SamplingParams
+from tiny import prompts, reference
+
+TOKENS = 64
+
+
+def greedy(max_tokens: int = TOKENS) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+@asynccontextmanager
+async def cluster(folder: Path, topology: str, policy: str = "conserve", queue: int = 1024, **engine):
+    """A running `EngineClient`, checked for leaks at the end."""
+    engine = {"max_num_batched_tokens": 48, "threads": 1, "kv_cache_memory": 2**23, **engine}
+    config = ServeConfig(
+        engine=EngineConfig(model=str(folder), **engine),
+        topology=Topology.parse(topology),
+        policy=policy,
+        max_num_queued_reqs=queue,
+    )
+    client = EngineClient(config, resolve(str(folder)))
+    await client.start()
+    pids = [process.pid for process in client._processes.values()]
+    run_dir = client._run_dir.path
+    try:
+        yield client
+    finally:
+        await client.stop()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not run_dir.exists()
+
+
+async def collect(client: EngineClient, tokens: list[int], params: SamplingParams, **kwargs) -> list[int]:
+    out: list[int] = []
+    async for output in client.submit(tokens, params, **kwargs):
+        assert output.finish != "error", output.error
+        if output.tokens:
+            assert output.index == len(out)
+        out += output.tokens
+    return out
+
+
+async def settled(client: EngineClient) -> None:
+    """Wait until every worker reports that nothing is held; fails if pages leak."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        await asyncio.sleep(0.2)
+        if len(client.stats) == len(client._scheduler._workers) and all(
+            s.held_pages == 0 and s.leases == 0 and s.running == s.waiting == 0 for s in client.stats.values()
+        ):
+            break
+    for name, s in client.stats.items():
+        assert (s.held_pages, s.leases, s.running, s.waiting) == (0, 0, 0, 0), (name, s)
+        assert s.free_pages + s.cached_pages == s.total_pages
+    assert client.active == client.queued == 0
+    assert all(w.reserved == 0 and w.turns == 0 for w in client._scheduler._workers.values())
+
+
+@pytest.mark.parametrize("policy", ["colocated", "conserve"])
+@pytest.mark.parametrize("topology", ["1D", "2D", "1P1D", "1P2D"])
+async def test_parity(tiny_models, topology, policy):
+    arch = {"1D": "qwen2", "2D": "llama3", "1P1D": "qwen3", "1P2D": "mistral"}[topology]
+    items = prompts(12, seed=1, longest=200)
+    texts = reference(tiny_models[arch], items, TOKENS)
+    async with cluster(tiny_models[arch], topology, policy) as client:
+        assert await collect(client, items[0], greedy()) == texts[0]
+        together = await asyncio.gather(*(collect(client, item, greedy()) for item in items))
+        assert together == texts
+        # Second turns: prompt, answer, more; from the home's KV.
+        longer = [item + text + [5, 6, 7] for item, text in zip(items, texts, strict=True)]
+        again = await asyncio.gather(*(collect(client, item, greedy(16)) for item in longer))
+        assert again == reference(tiny_models[arch], longer, 16)
+        moved = sum(h.count for h in client.handoffs.values())
+        assert moved == (len(items) + 1 if "P" in topology and policy == "conserve" else 0)
+        await settled(client)
+
+
+async def test_conversation_moves_once(tiny_models):
+    """Turn 1 is prefilled on P and its KV moves; turns 2 to 5 stay on D and find what was there before."""
+    folder = tiny_models["llama"]
+    async with cluster(folder, "1P1D") as client:
+        history = prompts(1, seed=3, shortest=100, longest=100)[0]
+        for turn in range(5):
+            cached = None
+            out: list[int] = []
+            held = len(history)
+            async for output in client.submit(history, greedy(10)):
+                cached = output.cached_tokens if output.cached_tokens is not None else cached
+                out += output.tokens
+            assert out == reference(folder, [history], 10)[0]
+            if turn == 0:
+                assert cached == 0
+            else:
+                assert cached == (before + 10 - 1) // 16 * 16
+            before = held
+            history = history + out + [turn, turn + 1]
+        assert client.placements == {("p0", "d0"): 1, ("d0", "d0"): 4}
+        moved = client.handoffs["p0", "d0"]
+        page_bytes = client.ready["d0"].pool.page_bytes
+        assert (moved.count, moved.pages, moved.bytes) == (1, 7, 7 * page_bytes)
+        await settled(client)
+
+
+@pytest.mark.parametrize("topology", ["1D", "1P2D"])
+async def test_many_streams_a_third_aborted(tiny_models, topology):
+    folder = tiny_models["llama"]
+    pick = random.Random(7)
+    items = prompts(64, seed=4, longest=180)
+    lengths = [pick.randrange(1, 60) for _ in items]
+    texts = reference(folder, items, 60)
+    async with cluster(folder, topology, kv_cache_memory=2**21) as client:
+
+        async def run(i: int) -> None:
+            stop_at = pick.randrange(lengths[i]) if i % 3 == 0 else None
+            turn = client.submit(items[i], greedy(lengths[i]))
+            out: list[int] = []
+            if stop_at == 0:
+                await asyncio.sleep(pick.random() * 0.3)
+                turn.cancel()
+            async for output in turn:
+                out += output.tokens
+                if stop_at is not None and len(out) >= stop_at:
+                    turn.cancel()
+            assert out == texts[i][: len(out)]
+            assert output.finish == ("length" if len(out) == lengths[i] else "abort")
+            if stop_at is None:
+                assert len(out) == lengths[i]
+
+        await asyncio.gather(*(run(i) for i in range(64)))
+        await settled(client)
+
+
+async def test_losing_the_prefiller_in_mid_flight(tiny_models):
+    """D prefills itself; no token is repeated or skipped."""
+    folder = tiny_models["llama3"]
+    items = prompts(10, seed=5, shortest=150, longest=300)
+    texts = reference(folder, items, 32)
+    async with cluster(folder, "1P1D", max_num_batched_tokens=16) as client:
+        tasks = [asyncio.create_task(collect(client, item, greedy(32))) for item in items]
+        await asyncio.sleep(0.25)
+        os.kill(client._processes["p0"].pid, signal.SIGKILL)
+        assert await asyncio.gather(*tasks) == texts
+        assert client.healthy
+        assert await collect(client, items[0], greedy(32)) == texts[0]
+        await settled(client)
+
+
+async def test_losing_a_decoder_in_mid_flight(tiny_models):
+    """Its conversations go on at the other one, from their tokens."""
+    folder = tiny_models["qwen2"]
+    items = prompts(12, seed=6, longest=200)
+    texts = reference(folder, items, TOKENS)
+    async with cluster(folder, "1P2D") as client:
+        tasks = [asyncio.create_task(collect(client, item, greedy())) for item in items]
+        await asyncio.sleep(0.3)
+        os.kill(client._processes["d1"].pid, signal.SIGKILL)
+        assert await asyncio.gather(*tasks) == texts
+        assert client.healthy
+        await settled(client)
+
+
+async def test_losing_the_last_decoder(tiny_folder):
+    """Running turns end with an error that says so; nothing hangs."""
+    async with cluster(tiny_folder, "1D") as client:
+        turn = client.submit([1, 2, 3], greedy(400))
+        await asyncio.sleep(0.1)
+        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        outputs = [output async for output in turn]
+        assert outputs[-1].finish == "error"
+        assert "no decoder is left" in outputs[-1].error
+        assert not client.healthy
+        assert "d0" in client.unhealthy_reason
+
+
+async def test_queue_and_bounds(tiny_folder):
+    async with cluster(tiny_folder, "1D", queue=2, max_num_seqs=1) as client:
+        running = [client.submit([1, 2, 3], greedy(200)) for _ in range(3)]
+        with pytest.raises(QueueFull) as full:
+            client.submit([1, 2, 3], greedy())
+        assert full.value.retry_after >= 1
+        with pytest.raises(ParameterError, match="maximum context length is 512"):
+            client.submit([1] * 512, greedy())
+        for turn in running:
+            turn.cancel()
+            turn.cancel()
+        assert [o.finish async for o in running[2]] == ["abort"]
+        assert len(await collect(client, [1] * 511, greedy())) == 1
+        await settled(client)
+
+
+async def test_startup_errors_name_the_fix(tiny_folder):
+    with pytest.raises(StartupError, match=r"--max-model-len 256 or --kv-cache-memory"):
+        async with cluster(tiny_folder, "2D", kv_cache_memory=16 * 16 * 512):
+            pass
+    with pytest.raises(StartupError, match="made for"):
+        async with cluster(tiny_folder, "1D", max_model_len=100_000):
+            pass
