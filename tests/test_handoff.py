@@ -1,0 +1,248 @@
+"""The rules of a handoff, one by one: a prefiller and a decoder in this process, with every message in our hands."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import pytest
+
+from miniserve.cluster.messages import Commit, Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
+from miniserve.config import EngineConfig
+from miniserve.kv.hashing import root_hash
+from miniserve.sampling import SamplingParams
+from miniserve.worker.build import build
+from miniserve.worker.handoff import Handoffs
+from miniserve.worker.sequence import Sequence, Status
+from tiny import prompts, reference
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPT = prompts(1, seed=8, shortest=100, longest=100)[0]
+
+
+class Side:
+    """One worker without its process; `sent` are the messages it wants to send."""
+
+    def __init__(self, name: str, folder, clock, **engine) -> None:
+        self.built = build(
+            EngineConfig(model=str(folder), **{"kv_cache_memory": 2**22, "max_num_batched_tokens": 32, **engine})
+        )
+        self.engine = self.built.engine
+        self.sent: list = []
+        self.out: list[int] = []
+        self.handoffs = Handoffs(
+            self.engine, self.built.memory, self.built.layout, 30.0, lambda to, body: self.sent.append(body), clock
+        )
+        memory = self.built.memory
+        pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, self.built.layout)
+        self.peer = Peer(name, 1, f"inproc://{name}", pool)
+
+    def sequence(self, **kwargs) -> Sequence:
+        return Sequence("t", PROMPT, GREEDY, 0, root_hash(self.built.layout), **kwargs)
+
+    def step(self) -> None:
+        for sequence in self.engine.admit():
+            self.handoffs.request(sequence, "")
+        step = self.engine.step()
+        for sequence in step.prefilled:
+            self.handoffs.publish(sequence)
+        for output in step.outputs:
+            self.out += output.tokens
+
+    def take(self, kind: type) -> list:
+        """The messages of one kind, no longer in `sent`."""
+        found = [m for m in self.sent if isinstance(m, kind)]
+        self.sent = [m for m in self.sent if not isinstance(m, kind)]
+        return found
+
+
+class Pair:
+    """p and d, and the clock they share. `ask` brings them to the point where P has the prompt."""
+
+    def __init__(self, folder) -> None:
+        self.now = 100.0
+        self.p = Side("p0", folder, lambda: self.now)
+        self.d = Side("d0", folder, lambda: self.now)
+        self.text = reference(folder, [PROMPT], 12)[0]
+        for side, other in ((self.p, self.d), (self.d, self.p)):
+            side.handoffs.set_peers([other.peer])
+
+    def ask(self) -> Sequence:
+        sequence = self.d.sequence(prefill_at="p0")
+        self.d.engine.add(sequence)
+        self.d.step()
+        (prefill,) = self.d.take(Prefill)
+        assert len(sequence.pages) == 7, "D reserves before P starts"
+        self.p.handoffs.on_prefill(prefill, "d0")
+        return sequence
+
+    def publications(self) -> list[Publish]:
+        """All that P publishes."""
+        while not (found := self.p.take(Publish)) or found[-1].commit is None:
+            self.p.sent += found
+            self.p.step()
+        return found
+
+    def finish(self) -> list[int]:
+        """Let D end the turn; its text, the first token from whoever sampled it."""
+        while self.d.engine.find("t"):
+            self.d.step()
+        return (self.p.out if len(self.d.out) < 12 else []) + self.d.out
+
+    def check(self) -> None:
+        """Nothing is held by anybody."""
+        for side in (self.p, self.d):
+            side.engine.pool.check()
+            assert side.engine.pool.num_held == 0
+            assert side.handoffs.num_leases == 0
+
+
+@pytest.fixture
+def pair(tiny_folder):
+    return Pair(tiny_folder)
+
+
+def test_pages_arrive_chunk_by_chunk_and_the_commit_is_acknowledged(pair):
+    sequence = pair.ask()
+    publications = pair.publications()
+    assert [(m.first, len(m.pages)) for m in publications] == [(0, 2), (2, 2), (4, 2), (6, 1)]
+    for message in publications:
+        assert sequence.status is Status.RECEIVING, "D computes nothing before the commit"
+        assert pair.p.handoffs.num_leases == 1
+        pair.d.handoffs.on_publish(message)
+    (release,) = pair.d.take(Release)
+    assert pair.p.engine.pool.num_held == 7, "P keeps the pages until the ack"
+    pair.p.handoffs.on_release(release.turn)
+    assert pair.p.engine.pool.num_cached == 6, "full pages stay as prefix cache"
+    assert pair.finish() == pair.text
+    assert len(pair.d.out) == 11, "the first token is P's"
+    (move,) = pair.d.handoffs.moves
+    assert (move.pages, move.bytes) == (7, 7 * pair.d.built.memory.shape.bytes)
+    pair.check()
+
+
+def test_only_what_d_lacks_moves(pair):
+    warm = Sequence("w", PROMPT[:50], GREEDY, 0, root_hash(pair.d.built.layout))
+    pair.d.engine.add(warm)
+    while pair.d.engine.find("w"):
+        pair.d.step()
+    pair.d.out.clear()
+    pair.ask()
+    publications = pair.publications()
+    assert publications[0].first == 3
+    for message in publications:
+        pair.d.handoffs.on_publish(message)
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    assert pair.d.handoffs.moves[0].pages == 4
+
+
+@pytest.mark.parametrize("bad", range(4))
+def test_a_hash_mismatch_is_recomputed(pair, bad):
+    pair.ask()
+    for i, message in enumerate(pair.publications()):
+        if i == bad:
+            message = msgspec.structs.replace(message, hashes=[b"x" * 16] * len(message.hashes))
+        pair.d.handoffs.on_publish(message)
+    assert pair.d.take(Release)
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    assert pair.d.engine.counters.prompt_tokens == 100 - bad * 32
+    assert not pair.d.handoffs.moves
+    pair.check()
+
+
+def test_pages_copied_after_the_lease_do_not_count(pair):
+    pair.ask()
+    first, *rest = pair.publications()
+    pair.d.handoffs.on_publish(first)
+    pair.now += 31
+    pair.p.handoffs.expire()
+    assert pair.p.engine.pool.num_held == 0, "the lease has ended"
+    for message in rest:
+        pair.d.handoffs.on_publish(message)
+    assert pair.finish() == pair.text
+    assert pair.d.engine.counters.prompt_tokens == 100 - 32
+    pair.check()
+
+
+def test_a_lease_does_not_end_while_p_still_prefills(pair):
+    pair.ask()
+    pair.p.step()
+    pair.now += 1000
+    pair.p.handoffs.expire()
+    assert pair.p.handoffs.num_leases == 1
+
+
+@pytest.mark.parametrize("published", range(5))
+def test_losing_p(pair, published):
+    pair.ask()
+    messages = pair.publications()
+    for message in messages[: min(published, 3)]:
+        pair.d.handoffs.on_publish(message)
+    pair.d.handoffs.set_peers([])
+    for message in messages:  # words of the dead
+        pair.d.handoffs.on_publish(message)
+    assert pair.finish() == pair.text
+    assert pair.d.engine.pool.num_held == 0
+    pair.d.engine.pool.check()
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_losing_d_or_its_abort_ends_the_lease(pair, steps):
+    for how in ("death", "abort"):
+        pair.ask()
+        for _ in range(steps):
+            pair.p.step()
+        if how == "death":
+            pair.p.handoffs.set_peers([replace_epoch(pair.d.peer, 2)])
+            pair.d.engine.abort("t")
+            pair.d.handoffs._pulls.clear()
+            pair.p.handoffs.set_peers([pair.d.peer])
+        else:
+            pair.d.handoffs.abort("t")
+            pair.d.engine.abort("t")
+            assert pair.d.take(Release)
+            pair.p.handoffs.on_release("t")
+        pair.check()
+
+
+def replace_epoch(peer: Peer, epoch: int) -> Peer:
+    return msgspec.structs.replace(peer, epoch=epoch)
+
+
+def test_refusal(pair):
+    pair.ask()
+    pair.d.handoffs.on_refused(PrefillRefused("t", "no"))
+    assert pair.finish() == pair.text
+
+
+def test_what_can_never_fit_is_refused(pair):
+    pair.p.handoffs.on_prefill(Prefill("t", [1] * 600, GREEDY, 0, "", 0, 0), "d0")
+    assert pair.p.take(PrefillRefused)
+    assert pair.p.handoffs.num_leases == 0
+
+
+def test_a_turn_that_ends_with_its_first_token(pair):
+    pair.ask()
+    for message in pair.publications():
+        if message.commit:
+            message = msgspec.structs.replace(message, commit=Commit(message.commit.token, "stop"))
+        pair.d.handoffs.on_publish(message)
+    assert pair.d.engine.find("t") is None
+    pair.p.handoffs.on_release("t")
+    pair.check()
+    assert pair.d.engine.pool.num_cached == 6
+
+
+def test_other_layouts_exchange_nothing(pair):
+    stranger = replace_pool(pair.p.peer, layout="other")
+    pair.d.handoffs.set_peers([stranger])
+    pair.d.engine.add(pair.d.sequence(prefill_at="p0"))
+    pair.d.step()
+    assert not pair.d.take(Prefill)
+    assert pair.finish() == pair.text
+
+
+def replace_pool(peer: Peer, **changes) -> Peer:
+    return msgspec.structs.replace(peer, pool=msgspec.structs.replace(peer.pool, **changes))
