@@ -26,10 +26,8 @@ PROMPT = list(b"user: Hi\nassistant:")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINISERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
 
 
 def make_app(tokenizer: Tokenizer, engine: FakeClient, defaults: dict[str, Any] | None = None, **config: Any) -> Any:
@@ -127,9 +125,7 @@ async def test_stream_is_exact(api: Api) -> None:
         {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
     ]
     assert all(c[0]["delta"].keys() == {"content"} and c[0]["finish_reason"] is None for c in choices[1:-1])
-    assert choices[-1] == [
-        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
-    ]
+    assert choices[-1] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}]
     assert deltas(chunks) == "Hello"
     assert [c["usage"] for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1]["usage"]["total_tokens"] == len(PROMPT) + 6
@@ -144,7 +140,9 @@ async def test_stream_without_usage(api: Api) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_stop_string_across_tokens(api: Api, stream: bool) -> None:
     api.engine.play = lambda tokens, params: {"steps": spell("One. END. Two"), "pause": 0.001}
-    response = await api.chat(stop=["never", "END"], stream=stream, stream_options={"include_usage": True} if stream else None)
+    response = await api.chat(
+        stop=["never", "END"], stream=stream, stream_options={"include_usage": True} if stream else None
+    )
     if stream:
         chunks = events(response)
         assert deltas(chunks) == "One. "
@@ -222,6 +220,12 @@ async def test_choices_without_a_stream(api: Api) -> None:
     assert [turn.params.seed for turn in api.engine.turns] == [None] * 3
 
 
+async def test_choices_that_end_with_their_first_output(api: Api) -> None:
+    api.engine.play = lambda tokens, params: {"steps": [[]], "finish": "length"}
+    answer = (await api.chat(n=2)).json()
+    assert [c["message"]["content"] for c in answer["choices"]] == ["", ""]
+
+
 async def test_a_refused_choice_ends_the_others(api: Api) -> None:
     def play(tokens: list[int], params: Any) -> dict[str, Any]:
         if api.engine.turns:
@@ -259,7 +263,7 @@ async def test_completion_logprobs(api: Api, stream: bool) -> None:
     response = await api.complete(logprobs=1, stream=stream)
     parts = events(response) if stream else [response.json()]
     found = [part["choices"][0]["logprobs"] for part in parts]
-    joined = {key: sum((logprobs[key] for logprobs in found), []) for key in found[0]}
+    joined = {key: [value for logprobs in found for value in logprobs[key]] for key in found[0]}
     assert joined == {
         "tokens": ["h", "bytes:\\xc3", "bytes:\\xa9", "y"],
         "token_logprobs": [-0.5] * 4,
@@ -489,7 +493,8 @@ async def test_context_length(api: Api) -> None:
         assert words in error["message"]
     error = error_of(await api.complete(prompt="x" * 512), 400)
     assert error["code"] == "context_length_exceeded"
-    assert (await api.complete(prompt="x" * 511, max_tokens=None)).json()["usage"]["completion_tokens"] == 1
+    assert (await api.complete(prompt="x" * 500, max_tokens=None)).json()["usage"]["completion_tokens"] == 6
+    assert (await api.complete(prompt="x" * 511)).json()["usage"]["completion_tokens"] == 1
     assert (await api.chat(max_tokens=493)).status_code == 200
 
 

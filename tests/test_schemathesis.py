@@ -44,10 +44,8 @@ ROUTES = [
 
 
 @pytest.fixture(scope="module")
-def schema(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINISERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        tokenizer = Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
+def schema() -> Any:
+    tokenizer = Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
     engine = FakeClient(steps=[*spell("Hello"), [EOS]], stop_token=EOS)
     config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], max_body_bytes=2**20)
     return schemathesis.openapi.from_asgi("/openapi.json", create_app(config, engine, tokenizer, {}))

@@ -82,4 +82,7 @@ class Inbox:
 
 def decode(data: bytes) -> Envelope:
     """Raises `msgspec.MsgspecError` if `data` is no envelope."""
-    return _decoder.decode(data)
+    try:
+        return _decoder.decode(data)
+    except UnicodeDecodeError as error:  # the one thing that msgspec does not report as its own
+        raise msgspec.DecodeError(f"a string is not UTF-8: {error}") from error

@@ -15,7 +15,7 @@ from miniserve.frontend import errors
 from miniserve.frontend.client import EngineClient, EngineError
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
-from miniserve.frontend.responses import ChatCompletion, Completion, Health, ModelList, Text, Tokens, Version
+from miniserve.frontend.responses import ChatCompletion, Completion, Detokenized, Health, ModelList, Tokenized, Version
 from miniserve.frontend.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.frontend.service import Service
 from miniserve.tokenizer import Tokenizer
@@ -83,12 +83,12 @@ def create_app(
         }
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    async def tokenize(body: TokenizeRequest) -> Tokenized:
         """The tokens of a prompt, or of messages as the chat template renders them."""
         return await service.tokenize(body)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Text:
+    async def detokenize(body: DetokenizeRequest) -> Detokenized:
         """The text of tokens."""
         return await service.detokenize(body)
 

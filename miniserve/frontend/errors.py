@@ -86,17 +86,12 @@ def install(app: FastAPI) -> None:
     """Make `app` answer every error this way."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return as_api_error(error).response
-
-    async def answer_routing(request: Request, error: Exception) -> Response:
-        api_error = as_api_error(error)
-        where = f"{request.method} {request.url.path}"
-        if not isinstance(error, ApiError) and api_error.status_code in (404, 405):
-            what = "There is nothing at" if api_error.status_code == 404 else "This method is not allowed:"
-            api_error = ApiError(
-                api_error.status_code, f"{what} {where}. GET /docs lists what there is.", headers=api_error.headers
-            )
-        return api_error.response
+        told = as_api_error(error)
+        if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
+            problem = "There is nothing at" if error.status_code == 404 else "The wrong method:"
+            message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
+            told = ApiError(error.status_code, message, headers=error.headers)
+        return told.response
 
     async def answer_unexpected(request: Request, error: Exception) -> Response:
         # The outermost handler: no middleware is left to add the id to the answer. The server logs the traceback.
@@ -104,9 +99,8 @@ def install(app: FastAPI) -> None:
         response.headers["X-Request-Id"] = request.state.request_id
         return response
 
-    for kind in (ParameterError, RequestValidationError, EngineError):
+    for kind in (ParameterError, RequestValidationError, EngineError, RoutingError):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(RoutingError, answer_routing)
     app.add_exception_handler(Exception, answer_unexpected)
 
 

@@ -103,12 +103,11 @@ class Generation:
         self._news: dict[int, Choice] = {}
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
-        self.choices = [
-            Choice(p * params.n + i, prompt, _nth(params, i), tokenizer)
+        self._groups = [
+            [Choice(p * params.n + i, prompt, _nth(params, i), tokenizer) for i in range(params.n)]
             for p, (prompt, params) in enumerate(prompts)
-            for i in range(params.n)
         ]
-        self._groups = [self.choices[c.index : c.index + c.params.n] for c in self.choices[:: prompts[0][1].n]]
+        self.choices = [choice for group in self._groups for choice in group]
 
     def start(self) -> None:
         """Submit the first choice of each prompt. Raises `EngineError`; then nothing runs."""
@@ -177,16 +176,15 @@ class Generation:
         before = None
         async for out in turn:
             choice.feed(out)
-            if out.tokens:
-                now = time.perf_counter()
-                if before is None:
-                    self._metrics.first_token(now - self._arrived, len(choice.prompt))
-                    for sibling in siblings:
-                        self._begin(sibling, [])
-                else:
-                    self._metrics.gap(now - before)
-                self._metrics.generated(len(out.tokens))
-                before = now
+            now = time.perf_counter()
+            if before is None:
+                self._metrics.first_token(now - self._arrived, len(choice.prompt))
+                for sibling in siblings:
+                    self._begin(sibling, [])
+            elif out.tokens:
+                self._metrics.gap(now - before)
+            self._metrics.generated(len(out.tokens))
+            before = now
             if choice.finish is not None:
                 if out.finish is None:  # a stop string, which the engine knows nothing of
                     turn.cancel()

@@ -16,6 +16,30 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN_BUCKETS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 GAP_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 REQUEST_BUCKETS = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920]
+
+Family = CounterMetricFamily | GaugeMetricFamily
+COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
+CACHE_COUNTERS = [  # name, text, field of WorkerStats
+    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "prefix_queries"),
+    ("prefix_cache_hits", "Prompt tokens found in the prefix cache", "prefix_hits"),
+    ("num_preemptions", "Times that a running request lost its pages to another", "preemptions"),
+]
+WORKER_NUMBERS: list[tuple[type[Family], str, str, str]] = [
+    (COUNTER, "worker_steps", "Steps that ran the model", "steps"),
+    (COUNTER, "worker_busy_seconds", "Seconds in such steps", "busy_seconds"),
+    (COUNTER, "worker_prompt_tokens", "Prompt tokens computed", "prompt_tokens"),
+    (COUNTER, "worker_generated_tokens", "Tokens sampled", "generated_tokens"),
+    (GAUGE, "worker_requests_running", "Requests in the batch", "running"),
+    (GAUGE, "worker_requests_waiting", "Requests that wait in the worker", "waiting"),
+    (GAUGE, "worker_queued_prefill_tokens", "Prompt tokens that wait to be computed", "queued_prefill_tokens"),
+    (GAUGE, "worker_leases", "Handoffs whose pages are kept for another worker", "leases"),
+]
+HANDOFF_COUNTERS = [  # name, text, field of HandoffTotals
+    ("handoffs", "Handoffs that ended well", "count"),
+    ("handoff_pages", "KV pages handed off", "pages"),
+    ("handoff_bytes", "Bytes of KV handed off", "bytes"),
+    ("handoff_seconds", "Seconds of handing off KV", "seconds"),
+]
 Ending = Literal["stop", "length", "abort", "error"]
 
 
@@ -83,84 +107,40 @@ class EngineCollector(Collector):
         self._model = model
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the names are known without asking an engine that may not have started."""
+        """Nothing: the registry need not ask an engine that may not have started."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """All families, with a sample per worker or pair of workers where there is more than one number."""
-        yield from self._of_all()
-        yield from self._of_workers()
-        yield from self._of_pairs()
-
-    def _of_all(self) -> Iterable[Metric]:
-        stats = self._client.stats.values()
-        total = sum(s.total_pages for s in stats)
-        for name, text, value in (
-            ("num_requests_running", "Requests on workers.", self._client.running),
-            ("num_requests_waiting", "Requests that wait for a place on a worker.", self._client.queued),
-            (
-                "kv_cache_usage_perc",
-                "Part of the KV pages that running requests hold, from 0 to 1.",
-                sum(s.held_pages for s in stats) / total if total else 0.0,
-            ),
-        ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model], value)
-            yield gauge
-
-    def _of_workers(self) -> Iterable[Metric]:
+        """All families, with a sample for each worker or pair of workers where each has its own number."""
+        client, model, workers = self._client, self._model, self._client.stats.items()
+        total = sum(stats.total_pages for _, stats in workers)
+        usage = sum(stats.held_pages for _, stats in workers) / total if total else 0.0
+        of_model = ["model_name"]
+        yield _family(GAUGE, "vllm:num_requests_running", "Requests on workers", of_model, [((model,), client.running)])
+        yield _family(GAUGE, "vllm:num_requests_waiting", "Requests that wait", of_model, [((model,), client.queued)])
+        yield _family(GAUGE, "vllm:kv_cache_usage_perc", "Part of the KV in use, 0 to 1", of_model, [((model,), usage)])
         # By worker, so that the counters of one that was started again do not pull down a sum over all.
-        for name, text, field in (
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hits"),
-            ("num_preemptions", "Times that a running request lost its pages to another.", "preemptions"),
-        ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name", "engine"])
-            for worker, stats in self._client.stats.items():
-                counter.add_metric([self._model, worker], getattr(stats, field))
-            yield counter
-        for name, text, field in (
-            ("worker_steps", "Steps of the worker's loop that ran the model.", "steps"),
-            ("worker_busy_seconds", "Seconds in such steps.", "busy_seconds"),
-            ("worker_prefilled_tokens", "Prompt tokens that the worker has computed.", "prompt_tokens"),
-            ("worker_generated_tokens", "Tokens that the worker has sampled.", "generated_tokens"),
-        ):
-            counter = CounterMetricFamily(f"miniserve:{name}", text, labels=["worker"])
-            for worker, stats in self._client.stats.items():
-                counter.add_metric([worker], getattr(stats, field))
-            yield counter
-        for name, text, field in (
-            ("worker_requests_running", "Requests in the worker's batch.", "running"),
-            ("worker_requests_waiting", "Requests that wait in the worker.", "waiting"),
-            ("worker_queued_prefill_tokens", "Prompt tokens that wait to be computed.", "queued_prefill_tokens"),
-            ("worker_leases", "Handoffs whose pages the worker keeps for another.", "leases"),
-        ):
-            gauge = GaugeMetricFamily(f"miniserve:{name}", text, labels=["worker"])
-            for worker, stats in self._client.stats.items():
-                gauge.add_metric([worker], getattr(stats, field))
-            yield gauge
-        pages = GaugeMetricFamily("miniserve:kv_pages", "KV pages by state.", labels=["worker", "state"])
-        for worker, stats in self._client.stats.items():
-            for state in ("free", "cached", "held"):
-                pages.add_metric([worker, state], getattr(stats, f"{state}_pages"))
-        yield pages
+        for name, text, field in CACHE_COUNTERS:
+            samples = [((model, worker), getattr(stats, field)) for worker, stats in workers]
+            yield _family(COUNTER, f"vllm:{name}", text, ["model_name", "engine"], samples)
+        for kind, name, text, field in WORKER_NUMBERS:
+            by_worker = [((worker,), getattr(stats, field)) for worker, stats in workers]
+            yield _family(kind, f"miniserve:{name}", text, ["worker"], by_worker)
+        states = ("free", "cached", "held")
+        pages = [((worker, state), getattr(stats, f"{state}_pages")) for worker, stats in workers for state in states]
+        yield _family(GAUGE, "miniserve:kv_pages", "KV pages by state", ["worker", "state"], pages)
+        for name, text, field in HANDOFF_COUNTERS:
+            moved = [(pair, getattr(totals, field)) for pair, totals in client.handoffs.items()]
+            yield _family(COUNTER, f"miniserve:{name}", text, ["source", "destination"], moved)
+        placed = [((*pair, client.policy_name), count) for pair, count in client.placements.items()]
+        labels = ["prefill_worker", "home", "policy"]
+        yield _family(COUNTER, "miniserve:placements", "Turns by where they are prefilled and live", labels, placed)
 
-    def _of_pairs(self) -> Iterable[Metric]:
-        for name, text, field in (
-            ("handoffs", "Handoffs that ended well.", "count"),
-            ("handoff_pages", "KV pages handed off.", "pages"),
-            ("handoff_bytes", "Bytes of KV handed off.", "bytes"),
-            ("handoff_seconds", "Seconds of copying KV in handoffs.", "seconds"),
-        ):
-            counter = CounterMetricFamily(f"miniserve:{name}", text, labels=["source", "destination"])
-            for pair, handoffs in self._client.handoffs.items():
-                counter.add_metric(pair, getattr(handoffs, field))
-            yield counter
-        placed = CounterMetricFamily(
-            "miniserve:placements",
-            "Turns by the worker that prefills and the home.",
-            labels=["prefill_worker", "home", "policy"],
-        )
-        for (prefiller, home), count in self._client.placements.items():
-            placed.add_metric([prefiller, home, self._client.policy_name], count)
-        yield placed
+
+def _family(
+    kind: type[Family], name: str, text: str, labels: list[str], samples: Iterable[tuple[tuple[str, ...], float]]
+) -> Metric:
+    family = kind(name, f"{text}.", labels=labels)
+    for values, number in samples:
+        family.add_metric(values, number)
+    return family

@@ -131,14 +131,14 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
-class Tokens(TypedDict):
+class Tokenized(TypedDict):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
 
 
-class Text(TypedDict):
+class Detokenized(TypedDict):
     prompt: str
 
 

@@ -53,7 +53,6 @@ def _stop_list(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_valid_unicode)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Key = Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
@@ -62,9 +61,7 @@ Prompt = Annotated[
     Discriminator(_kind, "prompt", "A prompt must be a string or a list of token ids"),
 ]
 PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
-Prompts = Annotated[
-    PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | list[TokenId] | PromptList)
-]
+Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | list[TokenId] | PromptList)]
 
 
 class Body(BaseModel):
@@ -161,7 +158,7 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    cache_salt: Key | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
     """Prefixes are only shared among requests with the same salt."""
 
     @model_validator(mode="after")
@@ -176,6 +173,11 @@ class GenerationRequest(Body):
         raise NotImplementedError
 
     @property
+    def default_limit(self) -> int | None:
+        """What holds where it does not say; None for as many as the context allows."""
+        return None
+
+    @property
     def alternatives(self) -> int | None:
         """How many alternatives to report beside each sampled token; None for no log-probabilities at all."""
         raise NotImplementedError
@@ -186,7 +188,7 @@ class GenerationRequest(Body):
         for name in SamplingParams.__struct_fields__:
             if (value := getattr(self, name, None)) is not None:
                 values[name] = value
-        values["max_tokens"] = self.output_limit or defaults.get("max_new_tokens")
+        values["max_tokens"] = self.output_limit
         values["logprobs"] = self.alternatives
         return SamplingParams(**values).validate(vocab_size)
 
@@ -255,6 +257,10 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def output_limit(self) -> int | None:
+        return self.max_tokens if "max_tokens" in self.model_fields_set else None
+
+    @property
+    def default_limit(self) -> int | None:
         return self.max_tokens
 
     @property

@@ -18,7 +18,7 @@ from miniserve.frontend.completions import CompletionShape, prompt_tokens
 from miniserve.frontend.errors import ApiError
 from miniserve.frontend.generate import Generation
 from miniserve.frontend.metrics import Metrics
-from miniserve.frontend.responses import Head, Text, Tokens
+from miniserve.frontend.responses import Detokenized, Head, Tokenized
 from miniserve.frontend.schemas import (
     MAX_KEY_CHARS,
     ChatRequest,
@@ -67,7 +67,7 @@ class Service:
         shape = CompletionShape(self._tokenizer, body)
         return await self._generate(request, body, shape, lambda: prompt_tokens(self._tokenizer, body))
 
-    async def tokenize(self, body: TokenizeRequest) -> Tokens:
+    async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Answer /tokenize. Raises `ApiError`, `ParameterError`."""
         self._check_model(body.model)
         if body.prompt is not None:
@@ -81,7 +81,7 @@ class Service:
             "token_strs": [self._tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None,
         }
 
-    async def detokenize(self, body: DetokenizeRequest) -> Text:
+    async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
         """Answer /detokenize. Raises `ApiError`."""
         self._check_model(body.model)
         self._check_vocabulary(body.tokens, "tokens")
@@ -95,7 +95,9 @@ class Service:
         params = body.sampling(self._defaults, self._client.vocab_size)
         conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
         # A long prompt takes a while, in which other streams want to go on.
-        prompts = [(p, self._fitted(p, params, shape.input_field)) for p in await asyncio.to_thread(tokenized)]
+        prompts = await asyncio.to_thread(tokenized)
+        default_limit = body.default_limit or self._defaults.get("max_new_tokens")
+        fitted = [self._fitted(prompt, params, default_limit, shape.input_field) for prompt in prompts]
         head: Head = {
             "id": shape.id_prefix + request.state.request_id,
             "object": shape.chunk_object,
@@ -112,7 +114,7 @@ class Service:
                 request_id=f"{head['id']}-{number}",
             )
 
-        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived)
+        generation = Generation(list(zip(prompts, fitted, strict=True)), submit, self._tokenizer, self.metrics, arrived)
         generation.start()  # before a stream's status is sent: a full queue is a 503
         if body.stream:
             with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -138,8 +140,13 @@ class Service:
         if tokens and max(tokens) >= size:
             raise ApiError(400, f"`{param}` holds token id {max(tokens)}: ids go from 0 to {size - 1}.", param=param)
 
-    def _fitted(self, prompt: list[int], params: SamplingParams, param: str) -> SamplingParams:
-        """`params` with a `max_tokens` that fits into the context after `prompt`. Raises `ApiError`."""
+    def _fitted(
+        self, prompt: list[int], params: SamplingParams, default_limit: int | None, param: str
+    ) -> SamplingParams:
+        """`params` with a `max_tokens` that fits into the context after `prompt`.
+
+        A client that sets none gets `default_limit`, or what room there is. Raises `ApiError`, `ParameterError`.
+        """
         if not prompt:
             raise ApiError(400, f"`{param}` holds no tokens: send at least one.", param=param)
         self._check_vocabulary(prompt, param)
@@ -155,7 +162,9 @@ class Service:
                 param=param,
                 code="context_length_exceeded",
             )
-        return msgspec.structs.replace(params, max_tokens=params.max_tokens or room).validate()
+        return msgspec.structs.replace(
+            params, max_tokens=params.max_tokens or min(default_limit or room, room)
+        ).validate()
 
 
 def _conversation_id(headers: Headers) -> str:

@@ -103,20 +103,20 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientGone):
-            await while_connected(receive, self._send_all(send))
+            async with self._generation:
+                await while_connected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         async def send_body(data: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
-        async with self._generation:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            try:
-                async for data in self._stream:
-                    await send_body(data)
-            except Exception as error:
-                told = as_api_error(error)
-                if told.code == "internal_error":
-                    logger.exception("A stream ended in an error")
-                await send_body(b"data: " + msgspec.json.encode(told.body) + b"\n\n")
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for data in self._stream:
+                await send_body(data)
+        except Exception as error:
+            told = as_api_error(error)
+            if told.code == "internal_error":
+                logger.exception("a stream ended in an error")
+            await send_body(b"data: " + msgspec.json.encode(told.body) + b"\n\n")
         await send_body(b"data: [DONE]\n\n", more=False)
