@@ -122,7 +122,7 @@ class EngineClient:
         self._failed: dict[str, str] = {}
         self._tasks: list[asyncio.Task] = []
         self._changed = asyncio.Event()
-        self._stopping = False
+        self._draining = False
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -177,9 +177,13 @@ class EngineClient:
                 mapped = self.ready[source].pool.fd >= 0 and self.ready[home].pool.fd >= 0
                 self.transfer[source, home] = "mapped" if mapped else "none (prefills at home)"
 
+    def drain(self) -> None:
+        """Take no new turns; those that run go on."""
+        self._draining = True
+
     async def stop(self) -> None:
         """End all turns, stop the workers, remove the run's directory. Safe to call at any time, and twice."""
-        self._stopping = True
+        self._draining = True
         for turn in list(self._turns.values()):
             turn.cancel()
         for task in self._tasks:
@@ -193,7 +197,7 @@ class EngineClient:
 
     def kill(self) -> None:
         """Stop everything now, whatever is running."""
-        self._stopping = True
+        self._draining = True
         for process in self._processes.values():
             process.kill()
         self._clean_up()
@@ -226,13 +230,13 @@ class EngineClient:
             raise ParameterError(
                 "prompt", f"The prompt has {len(tokens)} tokens; the maximum context length is {self.max_model_len}."
             )
+        if self._draining:
+            raise EngineError(self.unhealthy_reason)
         turn = Turn(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
         seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
         self._turns[turn.id] = turn
         try:
-            commands = self._scheduler.submit(
-                turn.id, tokens, params, seed, conversation, salt, time.monotonic()
-            )
+            commands = self._scheduler.submit(turn.id, tokens, params, seed, conversation, salt, time.monotonic())
         except QueueIsFull as error:
             del self._turns[turn.id]
             raise QueueFull(str(error), error.retry_after) from error
@@ -269,7 +273,7 @@ class EngineClient:
     @property
     def unhealthy_reason(self) -> str:
         """Empty while all workers that are needed live."""
-        if self._stopping:
+        if self._draining:
             return "The server is shutting down."
         if not self._scheduler.decoders:
             dead = ", ".join(f"{name}: {reason}" for name, reason in self._failed.items())

@@ -109,7 +109,8 @@ class Service:
             return self._client.submit(
                 prompt,
                 params,
-                conversation=conversation,
+                # Choices share a prompt: they belong where its KV is.
+                conversation=conversation or (f"{head['id']}-{number // params.n}" if params.n > 1 else ""),
                 salt=body.cache_salt or "",
                 request_id=f"{head['id']}-{number}",
             )

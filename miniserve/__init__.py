@@ -1,0 +1,25 @@
+"""miniserve: a compact LLM serving engine for agents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from miniserve.llm import LLM
+    from miniserve.sampling import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: `import miniserve` itself takes no time."""
+    if name == "LLM":
+        from miniserve.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from miniserve.sampling import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'miniserve' has no attribute {name!r}")

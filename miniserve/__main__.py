@@ -1,0 +1,7 @@
+"""`python -m miniserve`: the same as the command `miniserve`."""
+
+import sys
+
+from miniserve.cli import main
+
+sys.exit(main())

@@ -1,0 +1,273 @@
+"""The command line: `miniserve serve`, `miniserve chat`. Flags are vLLM's wherever vLLM has one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from miniserve import __version__
+from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes
+
+EXAMPLES = """examples:
+  miniserve serve                                     the default model, one worker
+  miniserve serve llama-3.1-8b --max-model-len 16k    an alias, a folder or a hub id
+  miniserve serve --topology 1P1D --policy conserve   a prefiller and a decoder
+  miniserve chat                                      talk to the server that runs here
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit code. 1: it could not do its work and has said why, 2: it was called wrongly."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ConfigError as error:
+        print(f"miniserve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="miniserve",
+        description="A compact LLM serving engine for agents.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_chat(commands)
+    return parser
+
+
+# --- serve ----------------------------------------------------------------------------------------------------------
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over the OpenAI API",
+        description="Serve a model over the OpenAI API. Ready when GET /health answers 200.",
+    )
+    parser.set_defaults(run=_serve)
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        help="folder, alias (llama-3-8b, llama-3.1-8b, qwen3-0.6b, qwen3-8b, qwen2.5-7b, mistral-7b, smollm2-135m) or "
+        "hub id like Qwen/Qwen3-0.6B; default: smollm2-135m",
+    )
+    model.add_argument("--revision", help="branch, tag or commit on the hub")
+    model.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights of the model's shape, for measuring; default: %(default)s",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32", "half", "float"),
+        default="auto",
+        help="default: auto (the model's; on a CPU bf16 only where it is native)",
+    )
+    model.add_argument("--max-model-len", type=_tokens, help="most tokens of prompt and output, like 8192 or 32k")
+    model.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="what clients call the model")
+    model.add_argument("--chat-template", help="a jinja file or text, instead of the model's own")
+    model.add_argument(
+        "--generation-config",
+        choices=("auto", "vllm"),
+        default="auto",
+        help="auto: sampling defaults from the model's generation_config.json; vllm: neutral ones",
+    )
+
+    cluster = parser.add_argument_group("workers")
+    cluster.add_argument(
+        "--topology",
+        type=_checked(Topology.parse),
+        default="1D",
+        help="prefillers and decoders: 1D (default), 1P1D, 1P2D",
+    )
+    cluster.add_argument(
+        "--policy",
+        choices=("colocated", "conserve"),
+        default="conserve",
+        help="conserve: first turns are prefilled by a prefiller, all else at home; colocated: all at home; "
+        "default: %(default)s",
+    )
+    cluster.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    cluster.add_argument(
+        "--threads", type=_positive, default=0, help="CPU threads of each worker; default: cores shared"
+    )
+
+    memory = parser.add_argument_group("memory and batching, of each worker")
+    memory.add_argument(
+        "--kv-cache-memory",
+        "--kv-cache-memory-bytes",
+        type=_checked(parse_bytes),
+        metavar="SIZE",
+        help="size of the KV pool, like 2GiB; default: from the model and what is free",
+    )
+    memory.add_argument(
+        "--gpu-memory-utilization",
+        type=_fraction,
+        default=0.9,
+        metavar="FRACTION",
+        help="of the device's memory (on a CPU: of what is free) that may be used; default: %(default)s",
+    )
+    memory.add_argument("--block-size", type=_positive, default=16, help="tokens in a KV page; default: %(default)s")
+    memory.add_argument(
+        "--max-num-batched-tokens",
+        type=_tokens,
+        help="tokens computed in one step; default: 512 on a CPU, 8192 on CUDA",
+    )
+    memory.add_argument(
+        "--max-num-seqs", type=_positive, default=256, help="sequences that run at once; default: %(default)s"
+    )
+    memory.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="find KV of known prefixes; default: on",
+    )
+    memory.add_argument(
+        "--handoff-deadline",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a prefiller keeps finished pages for a decoder; default: %(default)s",
+    )
+
+    http = parser.add_argument_group("server")
+    http.add_argument("--host", default="127.0.0.1", help="default: %(default)s (only this machine)")
+    http.add_argument("--port", type=_port, default=8000, help="default: %(default)s; 0: any free one")
+    http.add_argument("--api-key", help="ask clients for this key; or set MINISERVE_API_KEY")
+    http.add_argument(
+        "--max-num-queued-reqs",
+        type=_positive,
+        default=1024,
+        help="requests that may wait; more get 503 with Retry-After; default: %(default)s",
+    )
+    http.add_argument(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGTERM or Ctrl-C; default: %(default)s",
+    )
+    http.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from miniserve.hub import DEFAULT_MODEL, ModelError, resolve
+
+    if args.model and args.positional_model and args.model != args.positional_model:
+        raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")
+    config = serve_config(args, args.model or args.positional_model or DEFAULT_MODEL)
+    try:
+        files = resolve(config.engine.model, revision=args.revision, load_format=args.load_format, progress=_tell)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    from miniserve.frontend.server import serve
+
+    return serve(config, files)
+
+
+def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
+    """The settings that flags describe; every field of `EngineConfig` and `ServeConfig` has a flag of its name."""
+    values = vars(args)
+    engine = {name: values[name] for name in EngineConfig.__struct_fields__ if name in values}
+    server = {name: values[name] for name in ServeConfig.__struct_fields__ if name in values}
+    return ServeConfig(
+        **{
+            **server,
+            "engine": EngineConfig(**{**engine, "model": model}),
+            "served_model_names": args.served_model_name or [model],
+            "api_key": args.api_key or os.environ.get("MINISERVE_API_KEY") or None,
+        }
+    )
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------
+
+
+def _add_chat(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a running server in the terminal",
+        description="Talk to a running server; shows the time to the first token and tokens per second.",
+    )
+    parser.set_defaults(run=_chat)
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="default: %(default)s")
+    parser.add_argument("--model", help="default: the server's first")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--temperature", type=float, help="default: the model's")
+    parser.add_argument("--max-tokens", type=_positive, help="most tokens of an answer")
+    parser.add_argument("--api-key", default=os.environ.get("MINISERVE_API_KEY"), help="or set MINISERVE_API_KEY")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from miniserve.frontend.terminal_chat import chat
+
+    return chat(args.url, args.model, args.system, args.temperature, args.max_tokens, args.api_key)
+
+
+# --- values of flags ------------------------------------------------------------------------------------------------
+
+
+def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of ours as argparse wants it: its message is shown as it is."""
+
+    def check(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return check
+
+
+def _number(text: str, kind: Callable[[str], Any], ok: Callable[[Any], bool], what: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not ok(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return int(_number(text, int, lambda n: n > 0, "a whole number above 0"))
+
+
+def _tokens(text: str) -> int:
+    """A count of tokens: 8192, 8k (8000) or 8K (8192), as in vLLM."""
+    units = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
+    unit = units.get(text[-1:], 1)
+    number = text[:-1] if unit > 1 else text
+    return int(_number(number, float, lambda n: n * unit >= 1, "a number of tokens, like 8192 or 32k") * unit)
+
+
+def _seconds(text: str) -> float:
+    return float(_number(text, float, lambda n: 0 <= n < 1e9, "a number of seconds"))
+
+
+def _fraction(text: str) -> float:
+    return float(_number(text, float, lambda n: 0 < n <= 1, "a fraction above 0 and at most 1"))
+
+
+def _port(text: str) -> int:
+    return int(_number(text, int, lambda n: 0 <= n < 65536, "a port from 0 to 65535"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

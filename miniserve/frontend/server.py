@@ -1,0 +1,225 @@
+"""`miniserve serve`: start the workers, say what is running, serve, drain, leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Iterator
+from typing import TypeVar
+
+import uvicorn
+import uvloop
+
+from miniserve.cluster.messages import Loading, Ready
+from miniserve.config import ConfigError, ServeConfig
+from miniserve.frontend.app import create_app
+from miniserve.frontend.client import EngineClient, StartupError
+from miniserve.frontend.defaults import generation_defaults
+from miniserve.hub import ModelFiles
+from miniserve.sampling import ParameterError
+from miniserve.tokenizer import Tokenizer
+
+T = TypeVar("T")
+GIB = 2**30
+
+
+class Stopped(Exception):
+    """A signal asked to stop before the server was ready, or for the second time."""
+
+
+def serve(config: ServeConfig, files: ModelFiles) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. Raises `ConfigError` if it cannot start."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    # Before anything slow: a port that is taken should be told at once.
+    listener = bind(config.host, config.port)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(config, files, listener))
+    finally:
+        listener.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens at `host` and `port` (0: any). Raises `ConfigError`."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Clients that come while workers load wait for an answer instead of being refused.
+        listener.listen(2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {port} on {host} is taken: is another server running? Use --port {port + 1}, or --port 0 for any."
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ConfigError(f"Port {port} is not open to this user: use --port 8000.") from error
+        raise ConfigError(f"--host {host!r} cannot be listened at: {error.strerror or error}.") from error
+    listener.setblocking(False)
+    return listener
+
+
+class Signals:
+    """SIGTERM and SIGINT: the first asks to drain, the second to stop."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._caught)
+
+    def _caught(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+    async def unless(self, event: asyncio.Event, work: Awaitable[T]) -> T:
+        """The result of `work`. Raises `Stopped` if `event` comes first; `work` is cancelled then."""
+        doing = asyncio.ensure_future(work)
+        waiting = asyncio.create_task(event.wait())
+        try:
+            await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                raise Stopped
+            return doing.result()
+        finally:
+            doing.cancel()
+            waiting.cancel()
+            await asyncio.gather(doing, waiting, return_exceptions=True)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, which leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket) -> int:
+    signals = Signals()
+    progress = LoadingLines()
+    client = EngineClient(config, files, progress.show)
+    started = time.monotonic()
+    try:
+        try:
+            defaults = generation_defaults(files.folder, config.generation_config)
+            tokenizer, _ = await signals.unless(
+                signals.first,
+                asyncio.gather(asyncio.to_thread(Tokenizer.load, files.folder, config.chat_template), client.start()),
+            )
+        except (StartupError, ParameterError) as error:
+            raise ConfigError(str(error)) from error
+        except Stopped:
+            return 130
+        finally:
+            progress.end()
+        app = create_app(config, client, tokenizer, defaults)
+        http = HttpServer(
+            uvicorn.Config(
+                app, log_level=config.log_level, access_log=config.log_level in ("debug", "info"), lifespan="off"
+            )
+        )
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        print(banner(config, files, client, listener.getsockname()[1], time.monotonic() - started), flush=True)
+        try:
+            await signals.unless(signals.first, asyncio.shield(serving))
+        except Stopped:
+            await _drain(config, client, http, signals)
+        http.should_exit = True
+        http.force_exit = True
+        await serving
+        return 0
+    finally:
+        await client.stop()
+
+
+async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, signals: Signals) -> None:
+    """Let running requests end, for a while."""
+    client.drain()
+    if client.active:
+        _say(f"Draining {client.active} running requests for up to {config.shutdown_timeout:g} s; again to stop now.")
+
+    async def ended() -> None:
+        while client.active:
+            await asyncio.sleep(0.05)
+        # What has been generated is still on its way to clients.
+        while http.server_state.tasks:
+            await asyncio.sleep(0.01)
+
+    try:
+        await signals.unless(signals.second, asyncio.wait_for(ended(), config.shutdown_timeout))
+    except (TimeoutError, Stopped):
+        if client.active:
+            _say(f"Ending {client.active} requests that still run.")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- what a person sees ---------------------------------------------------------------------------------------------
+
+
+class LoadingLines:
+    """Progress of all workers on one line of a terminal; on anything else a line for each phase."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._state: dict[str, str] = {}
+        self._width = 0
+
+    def show(self, worker: str, loading: Loading) -> None:
+        """A worker has come further."""
+        percent = f" {100 * loading.done // loading.total}%" if loading.total else ""
+        state = f"{worker}: {loading.phase}{percent}"
+        if self._live:
+            self._state[worker] = state
+            line = "  ".join(self._state.values())
+            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(line)
+        elif loading.done == 0:
+            _say(state)
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._live and self._width:
+            print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
+
+
+def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: int, seconds: float) -> str:
+    """What runs, how it was sized, how long it took, and how to use it."""
+    name = config.served_model_names[0]
+    first: Ready = next(iter(client.ready.values()))
+    tokens = first.pool.num_pages * first.page_tokens
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    transfers = ", ".join(f"{source}->{home} {how}" for (source, home), how in sorted(client.transfer.items()))
+    phases: dict[str, float] = {}
+    for ready in client.ready.values():  # workers load side by side: the slowest counts
+        for phase, took in ready.phases.items():
+            phases[phase] = max(phases.get(phase, 0.0), took)
+    rows = {
+        "model": f"{name} ({files.source})",
+        "dtype": f"{first.dtype} on {first.device}, {first.threads} threads a worker",
+        "topology": f"{config.topology}, policy {client.policy_name}",
+        "transfer": transfers or "none needed",
+        "weights": f"{first.weights_bytes / GIB:.2f} GiB a worker",
+        "KV cache": f"{tokens:,} tokens a worker: {first.kv_note}",
+        "concurrency": f"{tokens / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
+        "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",
+        "API": url,
+    }
+    key = ' -H "Authorization: Bearer $MINISERVE_API_KEY"' if config.api_key else ""
+    curl = (
+        f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d "
+        f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
+    )
+    return "\n".join([*(f"{label + ':':<13}{text}" for label, text in rows.items()), "try:", f"  {curl}", ""])
