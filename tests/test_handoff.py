@@ -6,6 +6,7 @@ import os
 
 import msgspec
 import pytest
+from tiny import prompts, reference
 
 from miniserve.cluster.messages import Commit, Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
 from miniserve.config import EngineConfig
@@ -14,7 +15,6 @@ from miniserve.sampling import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.sequence import Sequence, Status
-from tiny import prompts, reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPT = prompts(1, seed=8, shortest=100, longest=100)[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from tiny import reference
 
 from miniserve.llm import LLM
 from miniserve.sampling import SamplingParams
 from miniserve.worker.sequence import Sequence
-from tiny import reference
 
 TOKENS = 64
 ARCHS = ("llama", "llama3", "qwen2", "qwen3", "mistral")
@@ -74,7 +74,7 @@ def test_page_sizes(tiny_models, expected, block_size):
 def test_prefix_hits(tiny_models, arch):
     """Prompts that share beginnings, asked again and continued: from cache the text is the same."""
     base = prompts(6, seed=1)[-1] * 2
-    items = [base, base[:40], base[:48] + [3, 4, 5], [*base, 9], base]
+    items = [base, base[:40], [*base[:48], 3, 4, 5], [*base, 9], base]
     texts = reference(tiny_models[arch], items, TOKENS)
     llm = small(tiny_models[arch], max_num_batched_tokens=32)
     assert greedy(llm, items) == texts
@@ -96,9 +96,7 @@ def test_preemption(tiny_models, expected, caching):
     items, texts = expected["llama"]
     llm = small(tiny_models["llama"], max_model_len=256, enable_prefix_caching=caching)
     per_page = llm._built.memory.shape.bytes
-    llm = small(
-        tiny_models["llama"], max_model_len=256, enable_prefix_caching=caching, kv_cache_memory=20 * per_page
-    )
+    llm = small(tiny_models["llama"], max_model_len=256, enable_prefix_caching=caching, kv_cache_memory=20 * per_page)
     assert greedy(llm, items) == texts
     assert llm.engine.counters.preemptions > 0
     assert clean(llm)
@@ -175,7 +173,7 @@ def test_long_prompt_does_not_stall_decodes(tiny_models):
 def test_same_prefix_is_computed_once(tiny_models):
     """Many prompts with one beginning that arrive together: the beginning is computed by one of them."""
     base = prompts(9, seed=5)[-1] + list(range(200))
-    items = [base + [i] for i in range(6)]
+    items = [[*base, i] for i in range(6)]
     llm = small(tiny_models["llama"], max_num_batched_tokens=64)
     assert greedy(llm, items, 4) == reference(tiny_models["llama"], items, 4)
     fresh = len(base) // 16 * 16

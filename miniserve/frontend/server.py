@@ -57,7 +57,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"Port {port} on {host} is taken: is another server running? Use --port {port + 1}, or --port 0 for any."
+                f"Port {port} on {host} is taken: is another server running? Use another --port (0: any free one)."
             ) from error
         if error.errno == errno.EACCES:
             raise ConfigError(f"Port {port} is not open to this user: use --port 8000.") from error

@@ -62,7 +62,8 @@ class Worker:
         """Serve until told to shut down."""
         self._tell(self._ready())
         while not self._stopping:
-            self._receive(0 if self._engine.has_work else int(IDLE_SECONDS * 1000))
+            idle = not self._engine.has_work
+            heard = self._receive(int(IDLE_SECONDS * 1000) if idle else 0)
             started = time.monotonic()
             self._handoffs.expire()
             for sequence in self._engine.admit():
@@ -73,17 +74,20 @@ class Worker:
             self._outputs += step.outputs
             now = time.monotonic()
             self._busy += now - started
-            if self._outputs or self._handoffs.moves or now - self._reported > IDLE_SECONDS:
+            # What was heard in idleness (a release, an abort) has changed the state, and no step will tell of it.
+            if self._outputs or self._handoffs.moves or (idle and heard) or now - self._reported > IDLE_SECONDS:
                 self._report(now)
 
-    def _receive(self, timeout_ms: int) -> None:
+    def _receive(self, timeout_ms: int) -> bool:
+        """Handle what has arrived; whether there was anything."""
         try:
             envelopes = self._inbox.receive(timeout_ms)
         except msgspec.MsgspecError as error:
             log.error("dropped a message that is none of ours: %s", error)
-            return
+            return False
         for envelope in envelopes:
             self._handle(envelope)
+        return bool(envelopes)
 
     def _handle(self, envelope: Envelope) -> None:
         """One message. Those of peers count only from the incarnation that lives now."""
