@@ -81,8 +81,8 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
 
 
 def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
-    code = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass Model: pass\n"
-    (folder / "modeling_own.py").write_text(code)
+    ran = folder.parent / "ran"
+    (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Model: pass\n")
     named = {"AutoModelForCausalLM": "modeling_own.Model", "AutoConfig": "modeling_own.Model"}
     edit(folder, auto_map=named)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -93,7 +93,7 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         Tokenizer.load(folder)
-    assert not (folder / "ran").exists()
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize(

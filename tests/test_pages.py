@@ -208,6 +208,19 @@ def test_without_caching_released_pages_are_free() -> None:
     assert pool.match(hashes(1, 2)) == []
 
 
+def test_nothing_is_matched_behind_a_gap() -> None:
+    """Two turns computed the same pages at once, and each has the name of one: the first page may go alone."""
+    pool = PagePool(4)
+    one, two = pool.allocate(2), pool.allocate(2)
+    pool.register(one[0], hashes(1)[0])
+    pool.register(two[1], hashes(1, 2)[1])
+    pool.release(one)
+    pool.release(two)
+    pool.allocate(3)  # two free pages and the oldest cached one
+    assert pool.num_cached == 1
+    assert pool.match(hashes(1, 2)) == []
+
+
 def test_misuse_is_noticed() -> None:
     pool = PagePool(2)
     pages = pool.allocate(1)

@@ -51,6 +51,7 @@ def schema() -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", create_app(config, engine, tokenizer, {}))
 
 
+PICKY = ("stream_options", "response_format", "tools", "tool_choice", "top_logprobs", "echo", "suffix", "best_of")
 CASES = [(GenerationMode.POSITIVE, *route) for route in ROUTES]
 CASES += [(GenerationMode.NEGATIVE, *route) for route in ROUTES if route[0] == "POST"]
 
@@ -60,10 +61,13 @@ def test_answers_are_as_documented(schema: Any, mode: GenerationMode, method: st
     statuses = []
 
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
-    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     def check(case: schemathesis.Case) -> None:
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body.pop("model", None)  # nearly all made-up names are a 404
+            if len(statuses) % 2:  # half of the cases without what most made-up combinations are a 400 of
+                for name in PICKY:
+                    case.body.pop(name, None)
         statuses.append(case.call_and_validate(checks=CHECKS).status_code)
 
     check()

@@ -21,27 +21,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ROLES = st.sampled_from(["system", "user", "assistant"])
 END, START, STOP = range(317, 320)  # <|endoftext|>, <|im_start|>, <|im_end|>
 # Control tokens whole, in pieces that a template could join, nested, and plain text between them.
-FORGED = st.lists(
-    st.sampled_from(
-        [
-            *tiny.SPECIAL,
-            "<|im_",
-            "<|",
-            "<",
-            "end|>",
-            "_end|>",
-            "|>",
-            ">",
-            "<<|im_end|>",
-            "\n",
-            "user",
-            " the",
-            "é",
-            "\ue000",
-        ]
-    ),
-    max_size=8,
-).map("".join)
+PIECES = ["<|im_", "<|", "<", "end|>", "_end|>", "|>", ">", "|im_end|>", "<|im_end|", "<<|im_end|>", "user"]
+FORGED = st.lists(st.sampled_from([*tiny.SPECIAL, *PIECES, "\n", " the", "é", "\ue000"]), max_size=8).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +150,26 @@ def test_chat_like_transformers(
     said = [{"role": role, "content": content} for role, content in messages]
     expected = peer.apply_chat_template(said, add_generation_prompt=generate, return_dict=False)
     assert tokenizer.chat(said, add_generation_prompt=generate) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\nU {{ m.content }}\n  {% endif %}\n{% endfor %}\nend\n",
+        "{{ bos_token }}{{ tools | tojson }}|{{ tools | tojson(indent=2) }}|{{ messages | tojson }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content | trim }}{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{{ strftime_now('%Y') }}{{ documents }}{{ add_generation_prompt }}{{ pad_token }}{{ nothing }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    ],
+)
+def test_templates_find_what_transformers_gives_them(tiny_folder: Path, peer: Any, template: str) -> None:
+    said = [{"role": "user", "content": " <é & 'x'\n"}, {"role": "assistant", "content": "hello"}]
+    tools = [{"type": "function", "function": {"name": "é<b>", "parameters": {"b": 1, "a": [None, True]}}}]
+    expected = peer.apply_chat_template(
+        said, tools=tools, chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    assert Tokenizer.load(tiny_folder, template).chat(said, tools=tools) == expected
 
 
 @given(content=TEXT.filter(str.strip))

@@ -15,6 +15,8 @@ from typing import Any
 from miniserve.config import ConfigError
 
 HELP = "/reset begins anew, /system TEXT sets a system message, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
+CONNECT_SECONDS = 10.0
+BROKEN = (OSError, http.client.HTTPException)
 
 
 @dataclass
@@ -26,26 +28,44 @@ class Server:
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         """Send a request; the reply is open. Raises `ConfigError` if no server answers, or with the server's words."""
-        parts = urllib.parse.urlsplit(self.url)
-        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        if parts.scheme not in kinds or not parts.hostname:
-            raise ConfigError(f"--url {self.url!r} is not understood: give something like http://127.0.0.1:8000/v1.")
-        connection = kinds[parts.scheme](parts.hostname, parts.port)
+        connection, base = self._connection()
         headers = {"Content-Type": "application/json", **(headers or {})}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         try:
-            data = None if body is None else json.dumps(body)
-            connection.request(method, parts.path.rstrip("/") + path, data, headers)
+            connection.connect()
+            connection.sock.settimeout(None)  # to be there is one thing, to answer may take its time
+            connection.request(method, base + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
-        except OSError as error:
+            if response.status != 200:
+                raise ConfigError(f"The server says: {_message(response.read()) or response.reason}")
+        except BROKEN as error:
+            connection.close()
             raise ConfigError(
-                f"No server answers at {self.url} ({error.strerror or error}). Start one with `miniserve serve`, or "
-                "name another with --url."
+                f"No server answers at {self.url} ({getattr(error, 'strerror', None) or error}). Start one with "
+                "`miniserve serve`, or name another with --url."
             ) from error
-        if response.status != 200:
-            raise ConfigError(f"The server says: {_message(response.read())}")
+        except BaseException:  # Ctrl-C too: the server sees that nobody waits
+            connection.close()
+            raise
         return Reply(connection, response)
+
+    def _connection(self) -> tuple[http.client.HTTPConnection, str]:
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            kind = kinds[parts.scheme if parts.hostname else ""]
+            return kind(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS), parts.path.rstrip("/")
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"--url {self.url!r} is no address: write it like http://127.0.0.1:8000/v1.") from error
+
+    def first_model(self) -> str:
+        """The first model it serves. Raises `ConfigError`."""
+        with self.request("GET", "/models") as reply:
+            try:
+                return str(json.loads(reply.response.read())["data"][0]["id"])
+            except (*BROKEN, ValueError, LookupError, TypeError) as error:
+                raise ConfigError(f"{self.url} is no OpenAI API: it names no model. Does --url end in /v1?") from error
 
 
 @dataclass
@@ -55,24 +75,30 @@ class Reply:
     connection: http.client.HTTPConnection
     response: http.client.HTTPResponse
 
-    def json(self) -> Any:
-        """All of it."""
-        with self:
-            return json.loads(self.response.read())
-
     def events(self) -> Iterator[Any]:
-        """Server-sent events until [DONE]. Raises `ConfigError` with an error in the stream."""
-        for line in self.response:
-            if line.startswith(b"data: ") and (data := line[6:].strip()) != b"[DONE]":
-                event = json.loads(data)
-                if "error" in event:
-                    raise ConfigError(f"The server says: {_message(data)}")
-                yield event
+        """Server-sent events until [DONE]. Raises `ConfigError` for an error in the stream, or a stream without end."""
+        for data in self._data():
+            if data == b"[DONE]":
+                return
+            event = json.loads(data)
+            if "error" in event:
+                raise ConfigError(f"The server says: {_message(data)}")
+            yield event
+        raise ConfigError("The answer broke off: the server has gone. Is it still running?")
+
+    def _data(self) -> Iterator[bytes]:
+        try:
+            for line in self.response:
+                if line.startswith(b"data:"):
+                    yield line[5:].strip()
+        except BROKEN:
+            return  # no [DONE] has come: that says it
 
     def __enter__(self) -> Reply:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.response.close()  # it, not the connection, holds the socket where a server does not keep connections
         self.connection.close()
 
 
@@ -80,7 +106,7 @@ class Reply:
 class Conversation:
     """What was said so far, and the id the server knows it by."""
 
-    system: str | None
+    system: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -99,15 +125,14 @@ def chat(
 ) -> int:
     """Read lines, print answers, until the input ends. Raises `ConfigError` if there is no server."""
     server = Server(url, api_key)
-    model = model or server.request("GET", "/models").json()["data"][0]["id"]
-    options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+    options = {"model": model or server.first_model(), "temperature": temperature, "max_tokens": max_tokens}
     options = {name: value for name, value in options.items() if value is not None}
     person = sys.stdin.isatty()
     if person:
         import readline  # noqa: F401 (line editing and history for input())
 
-        print(f"{model} at {url}. {HELP}")
-    conversation = Conversation(system)
+        print(f"{options['model']} at {url}. {HELP}")
+    conversation = Conversation(system or "")
     while True:
         try:
             line = input("\n> " if person else "").strip()
@@ -124,55 +149,60 @@ def chat(
         elif command == "/reset":
             conversation = Conversation(conversation.system)
         elif command == "/system":
-            conversation = Conversation(rest.strip() or None)
+            conversation = Conversation(rest.strip())
         elif line:
-            conversation.messages.append({"role": "user", "content": line})
-            try:
-                answer, summary = _answer(server, conversation, options)
-            except ConfigError as error:
-                if not person:
-                    raise
-                del conversation.messages[-1]
-                print(error)
-                continue
-            conversation.messages.append({"role": "assistant", "content": answer})
-            print(f"\n\033[2m{summary}\033[0m" if sys.stdout.isatty() else f"\n[{summary}]")
+            _turn(server, conversation, options, line, person)
+
+
+def _turn(server: Server, conversation: Conversation, options: dict[str, Any], line: str, person: bool) -> None:
+    """Say `line` and print the answer. A person is told what went wrong; without one, raises `ConfigError`."""
+    conversation.messages.append({"role": "user", "content": line})
+    try:
+        answer, summary = _answer(server, conversation, options)
+    except ConfigError as error:
+        del conversation.messages[-1]
+        if not person:
+            raise
+        print(f"\n{error}")
+        return
+    if answer:
+        conversation.messages.append({"role": "assistant", "content": answer})
+    else:
+        del conversation.messages[-1]  # templates want roles to alternate
+    print(f"\n\033[2m{summary}\033[0m" if sys.stdout.isatty() else f"\n[{summary}]")
 
 
 def _answer(server: Server, conversation: Conversation, options: dict[str, Any]) -> tuple[str, str]:
-    """Stream an answer to the terminal; the text, and a line about its speed."""
-    body = {
-        **options,
-        "messages": conversation.messages,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    """Stream an answer to the terminal; the text (what there is of it after Ctrl-C), and a line about its speed."""
+    body = {**options, "messages": conversation.messages, "stream": True, "stream_options": {"include_usage": True}}
     text: list[str] = []
+    times: list[float] = []
     usage: dict[str, Any] = {}
     started = time.perf_counter()
-    first = last = 0.0
-    with server.request("POST", "/chat/completions", body, {"X-Conversation-ID": conversation.id}) as reply:
-        try:
+    try:
+        with server.request("POST", "/chat/completions", body, {"X-Conversation-ID": conversation.id}) as reply:
             for event in reply.events():
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:
                     if piece := choice["delta"].get("content"):
-                        last = time.perf_counter()
-                        first = first or last
+                        times.append(time.perf_counter() - started)
                         text.append(piece)
                         print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [ended]", end="")
-    return "".join(text), _summary(first - started, last - first, usage)
+    except KeyboardInterrupt:
+        print(" [ended]", end="")
+    return "".join(text), _summary(times, usage)
 
 
-def _summary(ttft: float, decoding: float, usage: dict[str, Any]) -> str:
-    if not usage:
-        return f"first token {max(ttft, 0):.2f} s"
-    output = usage["completion_tokens"]
-    rate = f", {(output - 1) / decoding:.1f} tok/s" if output > 1 and decoding > 0 else ""
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return f"first token {ttft:.2f} s{rate}, {output} tokens; prompt {usage['prompt_tokens']} tokens, {cached} cached"
+def _summary(times: list[float], usage: dict[str, Any]) -> str:
+    """`times`: seconds at which pieces of text came."""
+    parts = [f"first token {times[0]:.2f} s" if times else "no text"]
+    if usage:
+        output = usage["completion_tokens"]
+        if output > 1 and times[-1:] > times[:1]:
+            parts.append(f"{(output - 1) / (times[-1] - times[0]):.1f} tok/s")
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        parts += [f"{output} tokens", f"prompt {usage['prompt_tokens']} tokens", f"{cached} cached"]
+    return ", ".join(parts)
 
 
 def _message(data: bytes) -> str:
