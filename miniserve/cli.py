@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from miniserve import __version__
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes
+from miniserve.scheduler.policies import POLICIES
 
 EXAMPLES = """examples:
   miniserve serve                                     the default model, one worker
@@ -31,8 +32,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without a screenful of usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="miniserve",
         description="A compact LLM serving engine for agents.",
         epilog=EXAMPLES,
@@ -53,6 +62,8 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="serve a model over the OpenAI API",
         description="Serve a model over the OpenAI API. Ready when GET /health answers 200.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_serve)
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
@@ -94,7 +105,7 @@ def _add_serve(commands: Any) -> None:
     )
     cluster.add_argument(
         "--policy",
-        choices=("colocated", "conserve"),
+        choices=tuple(POLICIES),
         default="conserve",
         help="conserve: first turns are prefilled by a prefiller, all else at home; colocated: all at home; "
         "default: %(default)s",
@@ -145,7 +156,7 @@ def _add_serve(commands: Any) -> None:
     http = parser.add_argument_group("server")
     http.add_argument("--host", default="127.0.0.1", help="default: %(default)s (only this machine)")
     http.add_argument("--port", type=_port, default=8000, help="default: %(default)s; 0: any free one")
-    http.add_argument("--api-key", help="ask clients for this key; or set MINISERVE_API_KEY")
+    http.add_argument("--api-key", help="ask clients for this key; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
     http.add_argument(
         "--max-num-queued-reqs",
         type=_positive,
@@ -187,9 +198,14 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
             **server,
             "engine": EngineConfig(**{**engine, "model": model}),
             "served_model_names": args.served_model_name or [model],
-            "api_key": args.api_key or os.environ.get("MINISERVE_API_KEY") or None,
+            "api_key": _api_key(args),
         }
     )
+
+
+def _api_key(args: argparse.Namespace) -> str | None:
+    names = ("MINISERVE_API_KEY", "VLLM_API_KEY")
+    return args.api_key or next((key for name in names if (key := os.environ.get(name))), None)
 
 
 def _tell(line: str) -> None:
@@ -211,13 +227,15 @@ def _add_chat(commands: Any) -> None:
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, help="default: the model's")
     parser.add_argument("--max-tokens", type=_positive, help="most tokens of an answer")
-    parser.add_argument("--api-key", default=os.environ.get("MINISERVE_API_KEY"), help="or set MINISERVE_API_KEY")
+    parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
 
 
 def _chat(args: argparse.Namespace) -> int:
     from miniserve.frontend.terminal_chat import chat
 
-    return chat(args.url, args.model, args.system, args.temperature, args.max_tokens, args.api_key)
+    options = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    given = {name: value for name, value in options.items() if value is not None}
+    return chat(args.url, _api_key(args), args.system or "", given)
 
 
 # --- values of flags ------------------------------------------------------------------------------------------------
@@ -254,7 +272,7 @@ def _tokens(text: str) -> int:
     units = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
     unit = units.get(text[-1:], 1)
     number = text[:-1] if unit > 1 else text
-    return int(_number(number, float, lambda n: n * unit >= 1, "a number of tokens, like 8192 or 32k") * unit)
+    return int(_number(number, float, lambda n: 1 <= n * unit < 2**31, "a number of tokens, like 8192 or 32k") * unit)
 
 
 def _seconds(text: str) -> float:

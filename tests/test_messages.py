@@ -34,7 +34,7 @@ OUTPUT = m.TurnOutput(
     stop_token=6,
     cached_tokens=32,
 )
-MESSAGES = [
+MESSAGES: list[m.Message] = [
     m.Peers([m.Peer("d0", 1, "ipc:///run/d0", POOL)]),
     m.Peers([]),
     m.Run("t1", [1, 2, 3], PARAMS, seed=2**63, salt="tenant", prior=1, prefill_at="p0"),

@@ -15,3 +15,5 @@ def test_greedy_text_wanders_and_sees_the_whole_prompt(tiny_models: dict[str, Pa
     one, two = tiny.reference(tiny_models[name], [prompt, other], 64)
     assert len(set(one)) > 20
     assert one != two
+    whole = tiny.reference_logits(tiny_models[name], prompt + one).argmax(-1).tolist()
+    assert whole[len(prompt) - 1 : -1] == one

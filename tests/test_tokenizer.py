@@ -306,17 +306,44 @@ def folder_that_joins(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactor
     )
 
 
+def add_token(folder: Path, content: str, *, special: bool, normalized: bool = False) -> int:
+    """Give the tokenizer in `folder` one more added token; its id."""
+    tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    token = {**tokens[0], "id": 320, "content": content, "special": special, "normalized": normalized}
+    edit(folder / "tokenizer.json", added_tokens=[*tokens, token])
+    return 320
+
+
 def test_brackets_that_are_not_special_cannot_be_forged_either(folder: Path) -> None:
     """`<think>` is no special token in Qwen3's tokenizer, but it steers all the same."""
-    data = json.loads((folder / "tokenizer.json").read_text())
-    think = {**data["added_tokens"][0], "id": 320, "content": "<think>", "special": False}
-    edit(folder / "tokenizer.json", added_tokens=[*data["added_tokens"], think])
+    think = add_token(folder, "<think>", special=False)
     found = Tokenizer.load(folder)
-    assert 320 in found.encode("<think>")
-    assert 320 not in found.chat([{"role": "user", "content": "<think>"}])
+    assert think in found.encode("<think>")
+    assert think not in found.chat([{"role": "user", "content": "<think>"}])
     # What the assistant said before is the model's own text.
-    assert 320 in found.chat([{"role": "assistant", "content": "<think>"}])
-    assert 320 not in found.special_ids
+    assert think in found.chat([{"role": "assistant", "content": "<think>"}])
+    assert think not in found.special_ids
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_special_tokens_without_brackets_cannot_be_forged(folder: Path, role: str) -> None:
+    stop = add_token(folder, "STOP!", special=True)
+    found = Tokenizer.load(folder)
+    assert stop in found.encode("STOP!")
+    assert stop not in found.chat([{"role": role, "content": "now STOP! here"}])
+
+
+def test_tokens_that_are_words_are_just_text(folder: Path) -> None:
+    word = add_token(folder, "miniserve", special=False)
+    assert word in Tokenizer.load(folder).chat([{"role": "user", "content": "hello miniserve"}])
+
+
+def test_other_spellings_of_a_control_token_cannot_forge_it(folder: Path) -> None:
+    think = add_token(folder, "<think>", special=False, normalized=True)
+    edit(folder / "tokenizer.json", normalizer={"type": "NFKC"})
+    found = Tokenizer.load(folder)
+    assert think in found.encode("\uff1cthink\uff1e")  # full-width brackets
+    assert think not in found.chat([{"role": "user", "content": "\uff1cthink\uff1e"}])
 
 
 def test_going_on_with_forged_content(tokenizer: Tokenizer) -> None:

@@ -28,7 +28,7 @@ CHATML = (
 MERGED = (" the", "ing", " and", "hello", "er", " w", "é", "ß")
 MERGED_BYTES = (b"\xf0\x9f", b"\xe2\x82", b"\xe4\xbd", b"\xa0\xe5")
 
-LLAMA3 = {
+LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -36,8 +36,8 @@ LLAMA3 = {
     # So short that low, middle and high frequencies of a small head all exist within a small context.
     "original_max_position_embeddings": 64,
 }
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-ROPE = {None: {"rope_type": "default"}, "llama3": LLAMA3, "linear": LINEAR}
+LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 4.0}
+ROPE: dict[str | None, dict[str, Any]] = {None: {"rope_type": "default"}, "llama3": LLAMA3, "linear": LINEAR}
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -108,9 +108,10 @@ def reference(folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -
     """The `max_tokens` tokens that transformers' own model puts after each of `prompts`: greedy, fp32, end-of-text
     tokens ignored, one prompt at a time."""
     model = _load(folder)
-    answers = []
+    answers: list[list[int]] = []
     for prompt in prompts:
-        fresh, past, answer = list(prompt), None, []
+        fresh, past = list(prompt), None
+        answer: list[int] = []
         while len(answer) < max_tokens:
             out = model(torch.tensor([fresh]), past_key_values=past, use_cache=True)
             past = out.past_key_values
@@ -123,7 +124,8 @@ def reference(folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -
 @torch.no_grad()
 def reference_logits(folder: Path, tokens: Sequence[int]) -> torch.Tensor:
     """transformers' own fp32 logits [len(tokens), vocab] of one sequence."""
-    return _load(folder)(torch.tensor([list(tokens)])).logits[0]
+    logits: torch.Tensor = _load(folder)(torch.tensor([list(tokens)])).logits
+    return logits[0]
 
 
 def prompts(count: int, *, seed: int = 0, shortest: int = 3, longest: int = 60, vocab: int = 320) -> list[list[int]]:

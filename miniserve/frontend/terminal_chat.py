@@ -115,24 +115,19 @@ class Conversation:
             self.messages.append({"role": "system", "content": self.system})
 
 
-def chat(
-    url: str,
-    model: str | None,
-    system: str | None,
-    temperature: float | None,
-    max_tokens: int | None,
-    api_key: str | None,
-) -> int:
-    """Read lines, print answers, until the input ends. Raises `ConfigError` if there is no server."""
+def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) -> int:
+    """Read lines, print answers, until the input ends. Raises `ConfigError` if there is no server.
+
+    `options` go into each request; without a "model" it is the server's first.
+    """
     server = Server(url, api_key)
-    options = {"model": model or server.first_model(), "temperature": temperature, "max_tokens": max_tokens}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {"model": server.first_model(), **options} if "model" not in options else options
     person = sys.stdin.isatty()
     if person:
         import readline  # noqa: F401 (line editing and history for input())
 
         print(f"{options['model']} at {url}. {HELP}")
-    conversation = Conversation(system or "")
+    conversation = Conversation(system)
     while True:
         try:
             line = input("\n> " if person else "").strip()
