@@ -77,6 +77,7 @@ class Handoffs:
         self._send = send
         self._clock = clock
         self._peers: dict[str, tuple[Peer, Transfer | None]] = {}
+        self._announced: dict[str, int] = {}
         self._pulls: dict[str, Pull] = {}
         self._leases: dict[str, Lease] = {}
 
@@ -89,11 +90,16 @@ class Handoffs:
         """The living incarnation of a peer, -1 if there is none."""
         return self._peers[name][0].epoch if name in self._peers else -1
 
+    def announced(self, name: str) -> int:
+        """The latest incarnation of a peer that we were ever told of, -1 if none: what a later one sends is early."""
+        return self._announced.get(name, -1)
+
     def set_peers(self, peers: list[Peer]) -> None:
         """The workers that live now. What was shared with others is settled at once."""
         known = self._peers
         self._peers = {}
         for peer in peers:
+            self._announced[peer.name] = peer.epoch
             old = known.get(peer.name)
             same = old is not None and old[0] == peer
             self._peers[peer.name] = old if same and old else (peer, connect(self._memory, self._layout, peer.pool))

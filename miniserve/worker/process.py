@@ -93,11 +93,10 @@ class Worker:
         """One message. Those of peers count only from the incarnation that lives now."""
         body = envelope.body
         if isinstance(body, Prefill | Publish | Release | PrefillRefused):
-            known = self._handoffs.epoch(envelope.sender)
-            if known < envelope.epoch:
-                self._early.append(envelope)  # it was told about us before we were told about it
-            elif known == envelope.epoch:
+            if self._handoffs.epoch(envelope.sender) == envelope.epoch:
                 self._handle_peer(envelope.sender, body)
+            elif self._handoffs.announced(envelope.sender) < envelope.epoch:
+                self._early.append(envelope)  # it was told about us before we were told about it
         elif isinstance(body, Run):
             self._start(body)
         elif isinstance(body, Abort):
@@ -106,11 +105,10 @@ class Worker:
             self._salts.pop(body.turn, None)
         elif isinstance(body, Peers):
             self._handoffs.set_peers([peer for peer in body.peers if peer.name != self._spec.name])
+            # Whoever is still unknown stays early: a later announcement, already under way, tells of it.
             early, self._early = self._early, []
             for waiting in early:
-                # What still is unknown comes from a peer that has died since.
-                if self._handoffs.epoch(waiting.sender) == waiting.epoch:
-                    self._handle(waiting)
+                self._handle(waiting)
         elif isinstance(body, Shutdown):
             self._stopping = True
         else:
