@@ -115,6 +115,14 @@ def _add_serve(commands: Any) -> None:
         "--threads", type=_positive, default=0, help="CPU threads of each worker; default: cores shared"
     )
 
+    cluster.add_argument(
+        "--cpu-kernels",
+        choices=("auto", "torch"),
+        default="auto",
+        help="auto: compiled with this machine's C++ compiler at first use, where it has one; torch: without; "
+        "default: %(default)s",
+    )
+
     memory = parser.add_argument_group("memory and batching, of each worker")
     memory.add_argument(
         "--kv-cache-memory",

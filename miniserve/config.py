@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import msgspec
 
@@ -13,12 +15,26 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message says how to fix it."""
 
 
+def cache_dir() -> Path:
+    """What can be made again lies here: $MINISERVE_CACHE, else $XDG_CACHE_HOME/miniserve, else ~/.cache/miniserve."""
+    if own := os.environ.get("MINISERVE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniserve"
+
+
 def parse_bytes(text: str) -> int:
     """Bytes from `2GiB`, `512M`, `1.5g`, `1073741824`. Raises `ConfigError`."""
     m = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ki|mi|gi|k|m|g|)b?", text.strip().lower())
     if m is None:
         raise ConfigError(f"{text!r} is not a size: write it like 2GiB, 512M or a number of bytes.")
-    return int(float(m[1]) * _UNITS[m[2]])
+    return round(float(m[1]) * _UNITS[m[2]])
+
+
+def format_bytes(size: int, *, up: bool = False) -> str:
+    """`size` as `parse_bytes` reads it, with two digits after the point at most; `up` never names less."""
+    unit, name = next(((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB")) if size >= unit), (2**10, "KiB"))
+    hundredths = -(-size * 100 // unit) if up else size * 100 // unit
+    return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + name
 
 
 class Topology(msgspec.Struct, frozen=True):
@@ -58,7 +74,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
-    seed: int = 0
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_memory: int | None = None
@@ -66,6 +81,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int | None = None
     max_num_seqs: int = 256
     enable_prefix_caching: bool = True
+    cpu_kernels: str = "auto"
+    """`auto`: compiled at first use where there is a compiler; `torch`: without them."""
     threads: int = 0
     """CPU threads of this worker; 0: all cores shared out among the workers."""
     workers: int = 1

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miniserve.config import cache_dir
+
 DEFAULT_MODEL = "smollm2-135m"
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 RECIPE = 1
@@ -62,13 +64,6 @@ def presets() -> dict[str, dict[str, Any]]:
     if folder is None:
         raise ModelError(f"The presets are missing from {here}: install miniserve again.")
     return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
-
-
-def cache_dir() -> Path:
-    """$MINISERVE_CACHE, else $XDG_CACHE_HOME/miniserve, else ~/.cache/miniserve."""
-    if own := os.environ.get("MINISERVE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniserve"
 
 
 # --- resolve --------------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ async def test_queue_and_bounds(tiny_folder):
 
 async def test_startup_errors_name_the_fix(tiny_folder):
     with pytest.raises(StartupError, match=r"--max-model-len 256 or --kv-cache-memory"):
-        async with cluster(tiny_folder, "2D", kv_cache_memory=16 * 16 * 512):
+        async with cluster(tiny_folder, "2D", kv_cache_memory=16 * 16 * 1024):
             pass
     with pytest.raises(StartupError, match="made for"):
         async with cluster(tiny_folder, "1D", max_model_len=100_000):

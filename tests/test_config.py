@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.config import ConfigError, EngineConfig, Topology, parse_bytes
+from miniserve.config import ConfigError, EngineConfig, Topology, cache_dir, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,24 @@ def test_what_is_no_topology_says_how_to_write_one(text: str) -> None:
 def test_a_worker_reads_the_settings_it_was_sent() -> None:
     config = EngineConfig(model="/models/x", dtype="float32", kv_cache_memory=2**30, enable_prefix_caching=False)
     assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MINISERVE_CACHE", "~/own")
+    assert cache_dir() == Path.home() / "own"
+    monkeypatch.delenv("MINISERVE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "miniserve"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "miniserve"
+
+
+@given(st.integers(0, 2**45))
+def test_sizes_are_written_as_they_are_read(size: int) -> None:
+    low, high = parse_bytes(format_bytes(size)), parse_bytes(format_bytes(size, up=True))
+    assert low <= size <= high
+    assert high - low <= max(size // 50, 11)
+
+
+def test_how_sizes_are_written() -> None:
+    assert [format_bytes(n) for n in (0, 2**20, 3 * 2**29, 20 * 2**30 + 1)] == ["0KiB", "1MiB", "1.5GiB", "20GiB"]

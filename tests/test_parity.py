@@ -44,20 +44,24 @@ def expected(tiny_models):
     return {arch: (items, reference(tiny_models[arch], items, TOKENS)) for arch in ARCHS}
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_alone(tiny_models, expected, arch):
+def test_alone(tiny_models, expected, arch, kernels):
     items, texts = expected[arch]
-    llm = small(tiny_models[arch])
+    llm = small(tiny_models[arch], cpu_kernels=kernels)
     assert [greedy(llm, [item])[0] for item in items] == texts
     assert len({tuple(text) for text in texts}) > 1, "the reference itself says nothing"
     assert clean(llm)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64, 512])
-def test_mixed_batch_any_chunk(tiny_models, expected, arch, chunk):
+@pytest.mark.parametrize(
+    ("chunk", "kernels"),
+    [(1, "auto"), (7, "auto"), (7, "torch"), (16, "auto"), (64, "auto"), (512, "auto"), (512, "torch")],
+)
+def test_mixed_batch_any_chunk(tiny_models, expected, arch, chunk, kernels):
     items, texts = expected[arch]
-    llm = small(tiny_models[arch], max_num_batched_tokens=chunk)
+    llm = small(tiny_models[arch], max_num_batched_tokens=chunk, cpu_kernels=kernels)
     assert greedy(llm, items) == texts
     assert clean(llm)
 

@@ -54,7 +54,7 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
 
 
 def test_a_peer_that_is_heard_before_it_is_announced(p0):
-    """Announcements come one by one while workers start: one that does not name the peer yet must not lose its words."""
+    """Announcements come one by one while workers start: one without the peer must not lose its words."""
     worker, d0 = p0
     assert hear(worker, ask(1), Envelope("frontend", 0, Peers([]))) == set()
     assert hear(worker, Envelope("frontend", 0, Peers([d0(1)]))) == {"t1"}

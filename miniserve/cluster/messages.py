@@ -141,11 +141,13 @@ class Loading(Wire, frozen=True):
 
 
 class Ready(Wire, frozen=True):
-    """A worker is up. `phases` are seconds per start-up phase, `kv_note` the arithmetic of the pool's size."""
+    """A worker is up. `kernels` tells which ones it runs, `phases` are seconds per start-up phase, `kv_note` the
+    arithmetic of the pool's size."""
 
     pool: PoolInfo
     dtype: str
     device: str
+    kernels: str
     threads: int
     weights_bytes: int
     page_tokens: int

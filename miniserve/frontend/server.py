@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from miniserve.cluster.messages import Loading, Ready
-from miniserve.config import ConfigError, ServeConfig
+from miniserve.config import ConfigError, ServeConfig, format_bytes
 from miniserve.frontend.app import create_app
 from miniserve.frontend.client import EngineClient, StartupError
 from miniserve.frontend.defaults import generation_defaults
@@ -26,7 +26,6 @@ from miniserve.sampling import ParameterError
 from miniserve.tokenizer import Tokenizer
 
 T = TypeVar("T")
-GIB = 2**30
 
 
 class Stopped(Exception):
@@ -209,9 +208,10 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
     rows = {
         "model": f"{name} ({files.source})",
         "dtype": f"{first.dtype} on {first.device}, {first.threads} threads a worker",
+        "kernels": first.kernels,
         "topology": f"{config.topology}, policy {client.policy_name}",
         "transfer": transfers or "none needed",
-        "weights": f"{first.weights_bytes / GIB:.2f} GiB a worker",
+        "weights": f"{format_bytes(first.weights_bytes)} a worker",
         "KV cache": f"{tokens:,} tokens a worker: {first.kv_note}",
         "concurrency": f"{tokens / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
         "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",

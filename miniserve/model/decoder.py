@@ -70,9 +70,11 @@ class Decoder:
                 q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
             else:
                 q, k = ops.rope(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), 1)
-            attended = ops.attention(plan, index, q, k, v, self._scale)
-            x = layer.out(attended.flatten(1), x)
+            attended = ops.attention(plan, index, q, k, v, self._scale).flatten(1)
+            if index == config.layers - 1:
+                # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
+                attended, x = attended[batch.outputs], x[batch.outputs]
+            x = layer.out(attended, x)
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)
             x = layer.down(ops.silu_mul(layer.gate_up(h)), x)
-        wanted = x.index_select(0, batch.outputs)
-        return weights.head(ops.rms_norm(wanted, weights.norm, config.norm_eps)).float()
+        return weights.head(ops.rms_norm(x, weights.norm, config.norm_eps)).float()

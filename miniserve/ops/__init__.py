@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,7 @@ class Ops(Protocol):
         ...
 
     def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn `x` `[T, H, D]` by the angles in `cos`, `sin` `[T, 1, D]` (see `model.rope`)."""
+        """Turn `x` `[T, H, D]` by the angles in `cos`, `sin` `[T, 1, D]` (see `model.rope`), perhaps in place."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -50,8 +51,28 @@ class Ops(Protocol):
         ...
 
 
-def make_ops(device: torch.device) -> Ops:
-    """The implementation for `device`."""
+def make_ops(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    widths: tuple[int, ...],
+    *,
+    native: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[Ops, str]:
+    """The implementation for `device`, and in words which one it is.
+
+    `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden states, MLP activations.
+    With `native` a CPU gets compiled kernels where they can be had; `tell` hears of it if they have to be compiled.
+    """
     from miniserve.ops.torch_ops import TorchOps
 
-    return TorchOps(device)
+    if device.type != "cpu" or not native:
+        return TorchOps(device), "torch"
+    from miniserve.ops.cpu_ops import CpuOps
+    from miniserve.ops.native import NoKernels
+
+    try:
+        return CpuOps(dtype, head_dim, widths, tell), "native"
+    except NoKernels as reason:
+        return TorchOps(device), f"torch, slower than native ones: {reason}"

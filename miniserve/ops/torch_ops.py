@@ -1,4 +1,4 @@
-"""The reference kernels, in plain torch; also the ones a CPU uses.
+"""The reference kernels, in plain torch: for tests, and where there are no native ones.
 
 Paged attention without a kernel of its own: the pages of a sequence are gathered with one `index_select` into
 contiguous keys and values. A gather reads each byte once more, which is small beside the matrix products that follow.
@@ -46,6 +46,12 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
 
 
+def prepare_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """Packed where oneDNN has native bf16 kernels, else as it is."""
+    packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
+    return PackedLinear(weight, bias) if packed else DenseLinear(weight, bias)
+
+
 @dataclass(frozen=True)
 class Decodes:
     """Sequences with one new token each and contexts of like length, attended together, padded to the longest."""
@@ -91,9 +97,8 @@ class TorchOps:
         self._causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=device).triu_(1)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """Prepare a weight: packed where oneDNN has native bf16 kernels, else as it is."""
-        packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
-        return PackedLinear(weight, bias) if packed else DenseLinear(weight, bias)
+        """Prepare a weight."""
+        return prepare_linear(weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension, as the layer norm of (x, -x): its mean is zero and its

@@ -36,6 +36,7 @@ class Built:
     layout: str
     dtype: str
     device: str
+    kernels: str
     threads: int
     weights_bytes: int
     kv_note: str
@@ -69,7 +70,15 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         estimate = model.num_parameters * dtype.itemsize
         num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, estimate, device)
-    ops = make_ops(device)
+    ops, kernels = make_ops(
+        device,
+        dtype,
+        model.head_dim,
+        (model.hidden_size, model.intermediate_size),
+        native=config.cpu_kernels != "torch",
+        tell=lambda line: tell(line, 0, 0),
+    )
+    phase("kernels")
     tell("weights", 0, model.layers)
     weights = load_weights(
         folder,
@@ -104,6 +113,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         layout=layout,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
+        kernels=kernels,
         threads=threads,
         weights_bytes=weights.num_bytes,
         kv_note=kv_note,

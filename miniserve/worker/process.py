@@ -163,6 +163,7 @@ class Worker:
             ),
             dtype=built.dtype,
             device=built.device,
+            kernels=built.kernels,
             threads=built.threads,
             weights_bytes=built.weights_bytes,
             page_tokens=memory.shape.page_tokens,

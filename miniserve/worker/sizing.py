@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from miniserve.config import ConfigError, EngineConfig
+from miniserve.config import ConfigError, EngineConfig, format_bytes
 from miniserve.kv.memory import PageShape
 from miniserve.model.config import DTYPES, ModelConfig
 from miniserve.ops.torch_ops import native_bf16
 
-GIB = 2**30
 CPU_RUNTIME_BYTES = 700 * 2**20
 """What a worker process takes beside weights and KV: libraries and the activations of a step (measured, 512 tokens)."""
 CPU_POOL_TOKENS = 65536
@@ -113,32 +112,32 @@ def size_pool(
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         size = int(free - (1 - config.gpu_memory_utilization) * total)
-        how = f"{config.gpu_memory_utilization:.0%} of {total / GIB:.1f} GiB, less what is in use"
+        how = f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)}, less what is in use"
     else:
         available = memory_available()
         room = int(available * config.gpu_memory_utilization / config.workers) - weights - CPU_RUNTIME_BYTES
         want = max(4 * max_model_len, CPU_POOL_TOKENS) * shape.token_bytes
         size = min(want, room)
         how = (
-            f"{available / GIB:.1f} GiB free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
-            f"- {weights / GIB:.2f} weights - {CPU_RUNTIME_BYTES / GIB:.2f} runtime = {max(room, 0) / GIB:.2f} GiB"
-            f", of which 4 contexts or {CPU_POOL_TOKENS} tokens are used"
+            f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
+            f"- {format_bytes(weights)} weights - {format_bytes(CPU_RUNTIME_BYTES)} runtime = "
+            f"{format_bytes(max(room, 0))}, of which 4 contexts or {CPU_POOL_TOKENS} tokens are used"
         )
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens)
     if pages < needed:
         fits = pages * shape.page_tokens
-        ways = [f"--kv-cache-memory {needed * shape.bytes / GIB:.2f}GiB"]
+        ways = [f"--kv-cache-memory {format_bytes(needed * shape.bytes, up=True)}"]
         if fits >= 256:
             ways.insert(0, f"--max-model-len {fits}")
         if config.kv_cache_memory is None:
             ways.append("a smaller model, or fewer workers")
         raise ConfigError(
-            f"One sequence of {max_model_len} tokens takes {needed * shape.bytes / GIB:.2f} GiB of KV cache, but there "
-            f"is room for {max(size, 0) / GIB:.2f} GiB ({how}). Use {' or '.join(ways)}."
+            f"One sequence of {max_model_len} tokens takes {format_bytes(needed * shape.bytes)} of KV cache, but there "
+            f"is room for {format_bytes(max(size, 0))} ({how}). Use {' or '.join(ways)}."
         )
     note = (
         f"{pages} pages x {shape.page_tokens} tokens x {shape.token_bytes / 1024:g} KiB = "
-        f"{pages * shape.bytes / GIB:.2f} GiB ({how})"
+        f"{format_bytes(pages * shape.bytes)} ({how})"
     )
     return pages, note

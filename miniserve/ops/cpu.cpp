@@ -1,0 +1,439 @@
+// CPU kernels: paged attention, RMS norm, rotary embedding, SiLU gate. Compiled at first use by ops/native.py.
+//
+// Plain pointers, no libtorch: any version of torch works. Each kernel exists for float and, where the CPU multiplies
+// bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float. Vectors are GCC's own, which it lowers to whatever
+// the CPU has, so the only intrinsics are those of bf16.
+//
+// Attention is FlashAttention's loop (arXiv 2205.14135) over the pages of PagedAttention (arXiv 2309.06180). A work
+// item is a block of queries of one sequence for one key/value head; the query heads that share that head are further
+// rows of the same block. For 64 keys at a time: gather them through the page table into a layout the matrix kernel
+// reads in order, multiply, fold the scores into the running softmax, multiply with the values. A decode is a block of
+// one query, so both cases are the same code.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, VECTORS = 4;  // of the 32 registers 6 x 4 hold sums
+#else
+constexpr int LANES = 8, VECTORS = 2;  // of 16 registers (AVX2) 6 x 2
+#endif
+constexpr int COLS = LANES * VECTORS;  // columns that the matrix kernel computes at once
+constexpr int ROWS = 6;                // and rows
+constexpr int KEYS = 64;               // keys in a block: a multiple of COLS
+constexpr int BLOCK_ROWS = 192;        // most rows in a block of queries: what fits beside the keys in the L2 cache
+constexpr int64_t PARALLEL = 1 << 14;  // numbers below which another thread costs more than it saves
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <typename V>
+V load_as(const void* from) {
+    V vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+Floats splat(float x) { return x - Floats{}; }
+
+Floats load(const float* from) { return load_as<Floats>(from); }
+void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+#ifdef __AVX512BF16__
+Floats load(const bf16* from) {
+    return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
+}
+void store(bf16* to, Floats x) {
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, sizeof rounded);
+}
+#endif
+
+// 2^x to float precision for x up to 127: the nearest power of two, times the Taylor series of the rest.
+Floats exp2(Floats x) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: a sum with it has no room for a fraction, its last bits are the number
+    Floats shifted = x + round;
+    Floats t = (x - (shifted - round)) * 0.6931471805599453f;
+    Floats series = 1.0f + t * (1.0f + t * (1 / 2.f + t * (1 / 6.f + t * (1 / 24.f + t * (1 / 120.f + t * (1 / 720.f))))));
+    return x < -126.0f ? Floats{} : (Floats)((Words)series + ((Words)shifted << 23));
+}
+
+template <int S>
+Floats swap_lanes(Floats x) {
+    Ints from;
+    for (int i = 0; i < LANES; i++) from[i] = i ^ S;
+    return __builtin_shuffle(x, from);
+}
+
+Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+float largest_lane(Floats x) {
+    if constexpr (LANES == 16) x = larger(x, swap_lanes<LANES / 2>(x));
+    x = larger(x, swap_lanes<4>(x));
+    x = larger(x, swap_lanes<2>(x));
+    return larger(x, swap_lanes<1>(x))[0];
+}
+
+float sum_lanes(Floats x) {
+    if constexpr (LANES == 16) x += swap_lanes<LANES / 2>(x);
+    x += swap_lanes<4>(x);
+    x += swap_lanes<2>(x);
+    return (x + swap_lanes<1>(x))[0];
+}
+
+// --- matrix kernel ---------------------------------------------------------------------------------------------------
+//
+// Matrices are seen as 32-bit words: a float, or two bf16 that are neighbours along the inner dimension (a dot product
+// instruction takes both at once). A packed right-hand matrix holds, for each word of the inner dimension, COLS words.
+
+Floats multiply_add(Floats sum, uint32_t a, Words b, float) {
+    float x;
+    std::memcpy(&x, &a, sizeof x);
+    return sum + x * (Floats)b;
+}
+#ifdef __AVX512BF16__
+Floats multiply_add(Floats sum, uint32_t a, Words b, bf16) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+#endif
+
+// c[R x COLS] = or += a[R x words] * b[words x COLS]
+template <typename T, int R>
+__attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c, int c_stride, bool add) {
+    Floats sums[R][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) sums[r][j] = add ? load(c + r * c_stride + j * LANES) : Floats{};
+    for (int w = 0; w < words; w++, b += COLS) {
+        Words columns[VECTORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) columns[j] = load_as<Words>(b + j * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int j = 0; j < VECTORS; j++)
+                sums[r][j] = multiply_add(sums[r][j], a[r * a_stride + w], columns[j], T{});
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) store(c + r * c_stride + j * LANES, sums[r][j]);
+}
+
+template <typename T>
+void multiply(int rows, const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c, int c_stride, bool add) {
+    switch (rows) {
+        case 1: return multiply_rows<T, 1>(a, a_stride, b, words, c, c_stride, add);
+        case 2: return multiply_rows<T, 2>(a, a_stride, b, words, c, c_stride, add);
+        case 3: return multiply_rows<T, 3>(a, a_stride, b, words, c, c_stride, add);
+        case 4: return multiply_rows<T, 4>(a, a_stride, b, words, c, c_stride, add);
+        case 5: return multiply_rows<T, 5>(a, a_stride, b, words, c, c_stride, add);
+        default: return multiply_rows<T, 6>(a, a_stride, b, words, c, c_stride, add);
+    }
+}
+
+// --- packing keys and values -----------------------------------------------------------------------------------------
+
+// One step of a transpose: swap the off-diagonal squares of size S.
+template <int S>
+void swap_squares(Words* m) {
+    Words low, high;
+    for (int i = 0; i < LANES; i++) {
+        low[i] = i & S ? LANES + (i ^ S) : i;
+        high[i] = i & S ? LANES + i : i ^ S;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (i & S) continue;
+        Words a = m[i], b = m[i + S];
+        m[i] = __builtin_shuffle(a, b, low);
+        m[i + S] = __builtin_shuffle(a, b, high);
+    }
+}
+
+void transpose(Words* m) {
+    swap_squares<1>(m);
+    swap_squares<2>(m);
+    swap_squares<4>(m);
+    if constexpr (LANES == 16) swap_squares<LANES / 2>(m);
+}
+
+// Keys (rows of `words` words) as the right-hand matrix of scores: packed[key / COLS][word][key % COLS].
+void pack_keys(const void* const* rows, int words, uint32_t* packed) {
+    for (int key = 0; key < KEYS; key += LANES) {
+        uint32_t* out = packed + key / COLS * words * COLS + key % COLS;
+        for (int w = 0; w < words; w += LANES) {
+            int count = std::min(LANES, words - w);
+            Words square[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const uint32_t* row = static_cast<const uint32_t*>(rows[key + i]) + w;
+                if (count == LANES) square[i] = load_as<Words>(row);
+                else std::memcpy(&square[i], row, count * 4);
+            }
+            transpose(square);
+            for (int i = 0; i < count; i++) std::memcpy(out + (w + i) * COLS, &square[i], sizeof(Words));
+        }
+    }
+}
+
+// Values as the right-hand matrix of the output: packed[dim / COLS][word of keys][dim % COLS].
+void pack_values(const void* const* rows, int dim, uint32_t* packed, float) {
+    for (int d = 0; d < dim; d += LANES) {
+        uint32_t* out = packed + d / COLS * KEYS * COLS + d % COLS;
+        for (int key = 0; key < KEYS; key++)
+            std::memcpy(out + key * COLS, static_cast<const float*>(rows[key]) + d, sizeof(Words));
+    }
+}
+#ifdef __AVX512BF16__
+void pack_values(const void* const* rows, int dim, uint32_t* packed, bf16) {
+    for (int d = 0; d < dim; d += LANES) {
+        uint32_t* out = packed + d / COLS * (KEYS / 2) * COLS + d % COLS;
+        for (int key = 0; key < KEYS; key += 2) {
+            auto first = load_as<Halves>(static_cast<const bf16*>(rows[key]) + d);
+            auto second = load_as<Halves>(static_cast<const bf16*>(rows[key + 1]) + d);
+            Words pairs = __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
+            std::memcpy(out + key / 2 * COLS, &pairs, sizeof pairs);
+        }
+    }
+}
+#endif
+
+// --- paged attention -------------------------------------------------------------------------------------------------
+
+}  // namespace
+
+// What all layers of a step share; ops/cpu_ops.py has the same struct. Counts are in elements unless said otherwise.
+struct Batch {
+    int32_t sequences;
+    const int32_t *starts, *lengths, *contexts;  // [sequences]: first row, new tokens, tokens with these
+    const int32_t* tables;                       // [sequences]: where its pages begin in `pages`
+    const int32_t* pages;                        // page numbers
+    void* pool;                                  // [page, layer, k/v, slot, kv_head, dim]
+    int32_t layers, page_tokens, kv_heads, dim;
+};
+
+namespace {
+
+template <typename T>
+struct Attention {
+    const Batch& batch;
+    int layer, heads;
+    float scale;
+    const T* q;
+    int64_t q_stride;
+    T* out;
+
+    int64_t token() const { return (int64_t)batch.kv_heads * batch.dim; }
+
+    // Keys (kv = 0) or values (1) of all heads of token `at` of a sequence.
+    T* slot(int sequence, int at, int kv) const {
+        int64_t page = batch.pages[batch.tables[sequence] + at / batch.page_tokens];
+        int64_t half = (page * batch.layers + layer) * 2 + kv;
+        return static_cast<T*>(batch.pool) + (half * batch.page_tokens + at % batch.page_tokens) * token();
+    }
+
+    void store_new(const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
+        for (int s = 0; s < batch.sequences; s++) {
+            int first = batch.contexts[s] - batch.lengths[s];
+#pragma omp parallel for if (batch.lengths[s] * token() > PARALLEL)
+            for (int i = 0; i < batch.lengths[s]; i++) {
+                int64_t row = batch.starts[s] + i;
+                std::memcpy(slot(s, first + i, 0), k + row * k_stride, token() * sizeof(T));
+                std::memcpy(slot(s, first + i, 1), v + row * v_stride, token() * sizeof(T));
+            }
+        }
+    }
+
+    // Queries `begin` to `end` of a sequence's new tokens, for the query heads that share key/value head `head`.
+    void attend(int sequence, int head, int begin, int end, std::vector<uint32_t>& scratch) const {
+        const int dim = batch.dim, group = heads / batch.kv_heads;
+        const int words = dim * (int)sizeof(T) / 4, key_words = KEYS * (int)sizeof(T) / 4;
+        const int rows = (end - begin) * group, width = (dim + COLS - 1) / COLS * COLS;
+        const int before = batch.contexts[sequence] - batch.lengths[sequence];
+
+        scratch.resize(BLOCK_ROWS * words + KEYS * words + width * key_words + BLOCK_ROWS * (width + LANES + 1) + ROWS * KEYS * 2);
+        uint32_t* queries = scratch.data();                                     // [rows, words]
+        uint32_t* keys = queries + BLOCK_ROWS * words;                          // packed
+        uint32_t* values = keys + KEYS * words;                                 // packed
+        float* sums = reinterpret_cast<float*>(values + width * key_words);     // [rows, width]: weighted values
+        float* largest = sums + BLOCK_ROWS * width;                             // [rows]: largest score so far
+        float* total = largest + BLOCK_ROWS;                                    // [rows, LANES]: sums of weights so far
+        float* scores = total + BLOCK_ROWS * LANES;                             // [ROWS, KEYS]
+        uint32_t* weights = reinterpret_cast<uint32_t*>(scores + ROWS * KEYS);  // [ROWS, key_words]
+
+        for (int r = 0; r < rows; r++) {
+            int64_t token = batch.starts[sequence] + begin + r / group;
+            std::memcpy(queries + r * words, q + token * q_stride + (head * group + r % group) * dim, dim * sizeof(T));
+            largest[r] = -INFINITY;
+        }
+        std::fill(sums, sums + rows * width, 0.0f);
+        std::fill(total, total + rows * LANES, 0.0f);
+
+        const float sharpness = scale * 1.4426950408889634f;     // weights are 2^x instead of e^x
+        const int visible = before + end;                        // keys that the last query sees
+        for (int first = 0; first < visible; first += KEYS) {
+            const void *key_rows[KEYS], *value_rows[KEYS];
+            for (int i = 0; i < KEYS; i++) {
+                int at = std::min(first + i, visible - 1);  // past the end: any key, its weight will be 0
+                key_rows[i] = slot(sequence, at, 0) + head * dim;
+                value_rows[i] = slot(sequence, at, 1) + head * dim;
+            }
+            pack_keys(key_rows, words, keys);
+            pack_values(value_rows, dim, values, T{});
+            for (int r = 0; r < rows; r += ROWS) {
+                const int count = std::min(ROWS, rows - r);
+                for (int c = 0; c < KEYS; c += COLS)
+                    multiply<T>(count, queries + r * words, words, keys + c * words, words, scores + c, KEYS, false);
+                for (int i = 0; i < count; i++) {
+                    const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see
+                    soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES, sums + (r + i) * width, width,
+                           reinterpret_cast<T*>(weights + i * key_words));
+                }
+                for (int d = 0; d < width; d += COLS)
+                    multiply<T>(count, weights, key_words, values + d * key_words, key_words, sums + r * width + d, width,
+                                true);
+            }
+        }
+
+        for (int r = 0; r < rows; r++) {
+            int64_t token = batch.starts[sequence] + begin + r / group;
+            T* to = out + (token * heads + head * group + r % group) * dim;
+            const float whole = sum_lanes(load(total + r * LANES));
+            for (int d = 0; d < dim; d += LANES) store(to + d, load(sums + r * width + d) / whole);
+        }
+    }
+
+    // A block of scores as weights relative to the largest score so far. When that grows, what was summed up shrinks.
+    static void soften(float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width, T* weights) {
+        for (int i = std::max(seen, 0); i < KEYS; i++) scores[i] = -INFINITY;
+        Floats top = load(scores);
+        for (int i = LANES; i < KEYS; i += LANES) top = larger(top, load(scores + i));
+        const float most = std::max(largest, largest_lane(top) * sharpness);
+        Floats added = load(total);
+        if (most > largest) {
+            const float shrink = exp2(splat(largest - most))[0];
+            added *= shrink;
+            for (int d = 0; d < width; d += LANES) store(sums + d, load(sums + d) * shrink);
+            largest = most;
+        }
+        for (int i = 0; i < KEYS; i += LANES) {
+            Floats weight = exp2(load(scores + i) * sharpness - most);
+            added += weight;
+            store(weights + i, weight);
+        }
+        store(total, added);
+    }
+};
+
+template <typename T>
+void attention(const Batch& batch, int layer, int heads, float scale, const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v,
+               int64_t v_stride, T* out) {
+    Attention<T> it{batch, layer, heads, scale, q, q_stride, out};
+    it.store_new(k, k_stride, v, v_stride);
+
+    struct Item {
+        int sequence, head, begin, end;
+    };
+    std::vector<Item> items;
+    const int block = std::max(1, BLOCK_ROWS / (heads / batch.kv_heads));
+    for (int s = 0; s < batch.sequences; s++)
+        // The last block of a prompt sees the most keys: begun first, so that no thread ends long after the others.
+        for (int end = batch.lengths[s]; end > 0; end -= block)
+            for (int head = 0; head < batch.kv_heads; head++) items.push_back({s, head, std::max(end - block, 0), end});
+#pragma omp parallel
+    {
+        std::vector<uint32_t> scratch;
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < items.size(); i++)
+            it.attend(items[i].sequence, items[i].head, items[i].begin, items[i].end, scratch);
+    }
+}
+
+// --- between the matrix products -------------------------------------------------------------------------------------
+
+template <typename T>
+void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size, const T* weight, float eps, T* out) {
+#pragma omp parallel for if (rows * group * size > PARALLEL)
+    for (int64_t row = 0; row < rows * group; row++) {
+        const T* from = x + row / group * x_stride + row % group * size;
+        Floats squares{};
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats v = load(from + i);
+            squares += v * v;
+        }
+        const float scale = 1.0f / std::sqrt(sum_lanes(squares) / size + eps);
+        for (int64_t i = 0; i < size; i += LANES) store(out + row * size + i, load(from + i) * scale * load(weight + i));
+    }
+}
+
+template <typename T>
+void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const T* cos, const T* sin) {
+    const int64_t half = dim / 2;
+#pragma omp parallel for if (rows * heads * dim > PARALLEL)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            T *low = x + row * x_stride + head * dim, *high = low + half;
+            const T *c = cos + row * dim, *s = sin + row * dim;
+            for (int64_t i = 0; i < half; i += LANES) {
+                Floats a = load(low + i), b = load(high + i);
+                store(low + i, a * load(c + i) + b * load(s + i));
+                store(high + i, b * load(c + half + i) + a * load(s + half + i));
+            }
+        }
+}
+
+template <typename T>
+void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
+#pragma omp parallel for if (rows * size > PARALLEL)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * 2 * size, *up = gate + size;
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats x = load(gate + i);
+            Floats power = x * -1.4426950408889634f;
+            power = power > 126.0f ? splat(126.0f) : power;
+            store(out + row * size + i, x / (1.0f + exp2(power)) * load(up + i));
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT(T, NAME)                                                                                                \
+    extern "C" void attention_##NAME(const Batch* batch, int layer, int heads, float scale, const T* q,                \
+                                     int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,     \
+                                     T* out) {                                                                         \
+        attention<T>(*batch, layer, heads, scale, q, q_stride, k, k_stride, v, v_stride, out);                         \
+    }                                                                                                                  \
+    extern "C" void rms_norm_##NAME(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size,           \
+                                    const T* weight, float eps, T* out) {                                              \
+        rms_norm<T>(x, x_stride, rows, group, size, weight, eps, out);                                                 \
+    }                                                                                                                  \
+    extern "C" void rope_##NAME(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const T* cos,        \
+                                const T* sin) {                                                                        \
+        rope<T>(x, x_stride, rows, heads, dim, cos, sin);                                                              \
+    }                                                                                                                  \
+    extern "C" void silu_mul_##NAME(const T* gate_up, int64_t rows, int64_t size, T* out) {                            \
+        silu_mul<T>(gate_up, rows, size, out);                                                                         \
+    }
+
+EXPORT(float, float32)
+#ifdef __AVX512BF16__
+EXPORT(bf16, bfloat16)
+#endif
+// Numbers in a vector: the sizes of norms, heads and gates must be multiples of it.
+extern "C" int lanes() { return LANES; }

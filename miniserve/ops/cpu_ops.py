@@ -1,0 +1,124 @@
+"""The native CPU kernels of `cpu.cpp` behind the `Ops` interface; matrix products stay with torch (oneDNN)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from miniserve.ops import Linear
+from miniserve.ops.batch import Batch
+from miniserve.ops.native import NoKernels, load
+from miniserve.ops.torch_ops import prepare_linear
+
+_int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class NativeBatch(ctypes.Structure):
+    """`Batch` in cpu.cpp, field by field."""
+
+    _fields_ = [
+        ("sequences", _int),
+        *((name, _pointer) for name in ("starts", "lengths", "contexts", "tables", "pages", "pool")),
+        *((name, _int) for name in ("layers", "page_tokens", "kv_heads", "dim")),
+    ]
+
+
+ARGUMENTS: dict[str, list[Any]] = {
+    "attention": [_pointer, _int, _int, _float, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
+    "rms_norm": [_pointer, _long, _long, _long, _long, _pointer, _float, _pointer],
+    "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer],
+    "silu_mul": [_pointer, _long, _long, _pointer],
+}
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """A batch as the kernels read it. `numbers` is the memory that `native` points into."""
+
+    native: NativeBatch
+    numbers: torch.Tensor
+
+
+class CpuOps:
+    """See `miniserve.ops.Ops`."""
+
+    def __init__(self, dtype: torch.dtype, head_dim: int, widths: tuple[int, ...], tell: Callable[[str], None]) -> None:
+        """Raises `NoKernels` where they cannot be compiled, or are not made for this dtype or these sizes."""
+        library = load(tell)
+        name = str(dtype).removeprefix("torch.")
+        if not hasattr(library, f"attention_{name}"):
+            raise NoKernels(f"this CPU has no kernels for {name}")
+        lanes = library.lanes()
+        if head_dim % (2 * lanes) or any(width % lanes for width in widths):
+            raise NoKernels(f"heads of {head_dim} or rows of {widths} numbers do not fill vectors of {lanes}")
+
+        def kernel(operation: str) -> Any:
+            function = library[f"{operation}_{name}"]
+            function.argtypes, function.restype = ARGUMENTS[operation], None
+            return function
+
+        self._attention, self._rms_norm = kernel("attention"), kernel("rms_norm")
+        self._rope, self._silu_mul = kernel("rope"), kernel("silu_mul")
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        """Prepare a weight."""
+        return prepare_linear(weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root mean square norm over the last dimension of `[T, size]` or `[T, H, size]`."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        group, size = (x.shape[1] if x.dim() == 3 else 1), x.shape[-1]
+        self._rms_norm(x.data_ptr(), x.stride(0), x.shape[0], group, size, weight.data_ptr(), eps, out.data_ptr())
+        return out
+
+    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Turn `x` in place."""
+        rows, heads, dim = x.shape
+        self._rope(x.data_ptr(), x.stride(0), rows, heads, dim, cos.data_ptr(), sin.data_ptr())
+        return x
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half."""
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty((rows, size), dtype=gate_up.dtype)
+        self._silu_mul(gate_up.data_ptr(), rows, size, out.data_ptr())
+        return out
+
+    def plan(self, batch: Batch, kv: torch.Tensor) -> NativePlan:
+        """The batch's page tables, one after the other, and where each begins."""
+        count = len(batch.lengths)
+        starts = [0, *accumulate(batch.lengths)]
+        tables = [0, *accumulate(map(len, batch.pages))]
+        pages = [page for table in batch.pages for page in table]
+        numbers = torch.tensor([*starts[:-1], *batch.lengths, *batch.contexts, *tables[:-1], *pages], dtype=torch.int32)
+        at = range(numbers.data_ptr(), numbers.data_ptr() + 4 * numbers.numel() + 1, 4 * count)
+        _, layers, _, page_tokens, kv_heads, dim = kv.shape
+        native = NativeBatch(
+            count, at[0], at[1], at[2], at[3], at[4], kv.data_ptr(), layers, page_tokens, kv_heads, dim
+        )
+        return NativePlan(native, numbers)
+
+    def attention(
+        self, plan: NativePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Store the new keys and values in their pages, then attend over the pages where they lie."""
+        out = torch.empty(q.shape, dtype=q.dtype)
+        self._attention(
+            ctypes.byref(plan.native),
+            layer,
+            q.shape[1],
+            scale,
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            out.data_ptr(),
+        )
+        return out

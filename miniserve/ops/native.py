@@ -1,0 +1,76 @@
+"""Compiles `cpu.cpp` with the system's compiler, once, into the user's cache, and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from miniserve.config import cache_dir
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+COMPILERS = ("g++", "c++")
+"""GCC it must be: `cpu.cpp` uses its vectors."""
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+
+
+class NoKernels(RuntimeError):
+    """The native kernels cannot be had; the message says why."""
+
+
+def load(tell: Callable[[str], None] | None = None) -> ctypes.CDLL:
+    """The compiled kernels. `tell` gets a line if they have to be compiled first. Raises `NoKernels`.
+
+    torch must have been imported: both then share one OpenMP runtime, and so one pool of threads.
+    """
+    compiler = next(
+        (found for name in (os.environ.get("CXX"), *COMPILERS) if name and (found := shutil.which(name))), ""
+    )
+    if not compiler:
+        raise NoKernels("no g++ found (Debian and Ubuntu: sudo apt install g++)")
+    # A home directory may be shared by machines of different kinds: what was compiled for one must not run on another.
+    identity = [SOURCE.read_text("utf-8"), *FLAGS, compiler, str(os.stat(compiler).st_mtime), _cpu()]
+    name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    library = cache_dir() / "kernels" / f"{name}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Workers start at the same time: one compiles, the others wait for it.
+            with (library.parent / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not library.exists():
+                    (tell or (lambda line: None))("compiling CPU kernels (once)")
+                    _compile(compiler, library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NoKernels(f"{library}: {error.strerror or error}") from error
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """Compile to a file beside `library` and move it there: it appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as work:
+        out = Path(work) / "cpu.so"
+        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = next(
+                (line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}"
+            )
+            raise NoKernels(f"{compiler} failed: {reason.strip()}")
+        os.replace(out, library)
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        kind = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    except OSError:
+        kind = [platform.processor()]
+    return "\n".join([platform.machine(), *kind])

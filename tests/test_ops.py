@@ -1,0 +1,152 @@
+"""Kernels against the same sums in float64, over random shapes, page tables and ragged lengths."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miniserve.ops import Ops, make_ops, native
+from miniserve.ops.batch import Batch
+from miniserve.ops.cpu_ops import CpuOps
+from miniserve.ops.torch_ops import native_bf16
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, *([torch.bfloat16] if native_bf16() else [])]
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
+"""Largest error, as a part of the largest value: a few units in the last place of the dtype (2^-23, 2^-8)."""
+
+
+def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64) -> Ops:
+    made, said = make_ops(CPU, dtype, head_dim, (width,), native=kind == "native")
+    if kind == "native" and not isinstance(made, CpuOps):
+        pytest.skip(said)
+    return made
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    error = (found.double() - wanted).abs().max() / wanted.abs().max()
+    assert error < LIMIT[found.dtype], f"relative error {error:.2e}"
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int, int]:
+    """(new tokens, tokens with these) of each sequence; heads, kv heads, head size, page size, seed."""
+    pairs = draw(st.lists(st.tuples(st.integers(1, 140), st.integers(0, 200)), min_size=1, max_size=5))
+    decodes = draw(st.lists(st.integers(1, 300), max_size=3))
+    sequences = [(new, new + before) for new, before in pairs] + [(1, context) for context in decodes]
+    kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 3, 4, 7]))
+    return (
+        draw(st.permutations(sequences)),
+        kv_heads * group,
+        kv_heads,
+        draw(st.sampled_from([32, 64, 96, 128])),
+        draw(st.sampled_from([1, 8, 16, 32])),
+        draw(st.integers(0, 2**31)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["native", "torch"])
+@settings(max_examples=40)
+@given(case=batches())
+def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
+    sequences, heads, kv_heads, dim, size, seed = case
+    torch.manual_seed(seed)
+    layers, layer = 3, seed % 3
+    counts = [-(-context // size) for _, context in sequences]
+    numbers = list(range(sum(counts) + 2))
+    random.Random(seed).shuffle(numbers)
+    pages = [[numbers.pop() for _ in range(count)] for count in counts]
+    kv = torch.randn(sum(counts) + 2, layers, 2, size, kv_heads, dim).to(dtype)
+    total = sum(new for new, _ in sequences)
+    # As the model has them: slices of one matrix.
+    qkv = torch.randn(total, heads + 2 * kv_heads, dim).to(dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    rows = torch.zeros(total, dtype=torch.int64)
+    batch = Batch(rows, rows, rows[:1], [new for new, _ in sequences], [c for _, c in sequences], pages)
+    before = kv.clone()
+    kernels = ops(kind, dtype, dim)
+    out = kernels.attention(kernels.plan(batch, kv), layer, q, k, v, dim**-0.5)
+
+    start = 0
+    for (new, context), table in zip(sequences, pages, strict=True):
+        for i in range(new):  # what should be in the pool now
+            page, slot = table[(context - new + i) // size], (context - new + i) % size
+            before[page, layer, 0, slot], before[page, layer, 1, slot] = k[start + i], v[start + i]
+        keys, values = before[table][:, layer].transpose(0, 1).reshape(2, -1, kv_heads, dim)[:, :context].double()
+        queries = q[start : start + new].double().view(new, kv_heads, -1, dim)
+        scores = torch.einsum("nhgd,mhd->hgnm", queries, keys) * dim**-0.5
+        later = torch.arange(context) > torch.arange(context - new, context).unsqueeze(1)
+        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+        wanted = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
+        assert_close(out[start : start + new], wanted)
+        start += new
+    assert torch.equal(kv, before), "new keys and values in their slots, and nothing else has changed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["native", "torch"])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    kernels = ops(kind, dtype, width=576)
+    x, weight = torch.randn(rows, 576).to(dtype) * 3, torch.randn(576).to(dtype)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = x.double()
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+
+    assert_close(kernels.rms_norm(x, weight, 1e-5), norm(x, weight))
+    qkv = torch.randn(rows, 7, 64).to(dtype)
+    assert_close(kernels.rms_norm(qkv[:, 1:5], weight[:64], 1e-5), norm(qkv[:, 1:5], weight[:64]))
+
+    # Gates far out on both sides: silu is 0 there, or the gate itself.
+    gate_up = torch.cat((torch.linspace(-300, 300, 576).expand(rows, -1), torch.randn(rows, 576)), -1).to(dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    assert_close(kernels.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+
+    angles = torch.rand(rows, 32) * 6
+    cos, sin = angles.cos().repeat(1, 2).to(dtype), torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
+    heads = qkv[:, :5]
+    low, high = heads.double().chunk(2, -1)
+    c, s = cos[:, None, :32].double(), sin[:, None, 32:].double()
+    wanted = torch.cat((low * c - high * s, high * c + low * s), -1)
+    assert_close(kernels.rope(heads, cos.unsqueeze(1), sin.unsqueeze(1)), wanted)
+
+
+def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    made, said = make_ops(CPU, torch.float32, 64, (64,))
+    assert not isinstance(made, CpuOps)
+    assert "no g++ found" in said
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'cpu.cpp:1: error: not today' >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path))
+    with pytest.raises(native.NoKernels, match="not today"):
+        native.load()
+    assert not list((tmp_path / "kernels").glob("*.so"))
+
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path))
+    told: list[str] = []
+    for _ in range(2):
+        try:
+            native.load(told.append)
+        except native.NoKernels as reason:
+            pytest.skip(str(reason))
+    assert told == ["compiling CPU kernels (once)"]
+
+
+def test_sizes_that_do_not_fill_vectors_are_left_to_torch() -> None:
+    assert not isinstance(make_ops(CPU, torch.float32, 40, (64,))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float16, 64, (64,))[0], CpuOps)
