@@ -212,8 +212,21 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
 
 
 def _api_key(args: argparse.Namespace) -> str | None:
-    names = ("MINISERVE_API_KEY", "VLLM_API_KEY")
-    return args.api_key or next((key for name in names if (key := os.environ.get(name))), None)
+    """The key of the flag, else of the environment; None where none is given. Raises `ConfigError`."""
+    given = {"--api-key": args.api_key} | {name: os.environ.get(name) for name in ("MINISERVE_API_KEY", "VLLM_API_KEY")}
+    for source, text in given.items():
+        if text is None:
+            continue
+        key = text.strip()  # a secret from a file ends in a newline
+        if not key:
+            raise ConfigError(
+                f"The API key in {source} is empty. Give one (is the variable it comes from set?), or leave {source} "
+                "out: then there is none."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"The API key in {source} must be printable ASCII, as it travels in an HTTP header.")
+        return key
+    return None
 
 
 def _tell(line: str) -> None:

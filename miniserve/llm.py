@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from miniserve.cluster.messages import FinishReason, TokenLogprob, TurnOutput
-from miniserve.config import EngineConfig
+from miniserve.config import ConfigError, EngineConfig, parse_bytes
 from miniserve.hub import resolve
 from miniserve.kv.hashing import root_hash
-from miniserve.sampling import ParameterError, SamplingParams
+from miniserve.sampling import ParameterError, SamplingParams, mistyped
 from miniserve.stream import TextStream
+from miniserve.template import Message
 from miniserve.tokenizer import Tokenizer
 from miniserve.worker.build import build
 from miniserve.worker.sequence import Sequence
@@ -44,20 +46,22 @@ class LLM:
     """A model ready to generate, with the same engine that worker processes run.
 
     `model` is a folder, an alias like `smollm2-135m`, or a hub id; the other arguments are those of `EngineConfig`
-    (dtype, max_model_len, kv_cache_memory in bytes, max_num_batched_tokens, ...). Raises `ModelError` or `ConfigError`.
+    (dtype, max_model_len, kv_cache_memory in bytes or like "2GiB", max_num_batched_tokens, ...). Raises `ModelError` or
+    `ConfigError`.
     """
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str | Path = "smollm2-135m",
         *,
         revision: str | None = None,
         chat_template: str | None = None,
         **engine: Any,
     ) -> None:
-        files = resolve(model, revision=revision, load_format=engine.get("load_format", "auto"))
+        config = _engine_config(str(model), engine)
+        files = resolve(config.model, revision=revision, load_format=config.load_format)
         self.tokenizer = Tokenizer.load(files.folder, chat_template)
-        self._built = build(EngineConfig(model=str(files.folder), **engine))
+        self._built = build(msgspec.structs.replace(config, model=str(files.folder)))
         self.engine = self._built.engine
         self._turns = 0
 
@@ -74,23 +78,27 @@ class LLM:
         `params` is one for all or one each. Raises `ParameterError` for a prompt or parameter that cannot be honoured,
         before anything is computed.
         """
-        if isinstance(prompts, str):
-            items: list[str | list[int]] = [prompts]
-        elif prompts and isinstance(prompts[0], int):
-            items = [prompts]
-        else:
-            items = list(prompts)  # type: ignore[arg-type]
+        items: Any = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(items, list | tuple):
+            raise ParameterError("prompts", f"`prompts` must be one prompt or a list of them, got {items!r:.100}.")
+        if items and isinstance(items[0], int):
+            items = [items]
         if not isinstance(params, list):
-            params = [params or SamplingParams()] * len(items)
+            params = [SamplingParams() if params is None else params] * len(items)
         if len(params) != len(items):
             raise ParameterError("params", f"{len(items)} prompts came with {len(params)} sampling parameters.")
-        tokens = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in items]
-        texts = [p if isinstance(p, str) else self.tokenizer.decode(p, False) for p in items]
+        tokens = [self._tokens(prompt) for prompt in items]
+        for ids, p in zip(tokens, params, strict=True):
+            self._check(ids, p)
+        texts = [
+            prompt if isinstance(prompt, str) else self.tokenizer.decode(ids, False)
+            for prompt, ids in zip(items, tokens, strict=True)
+        ]
         return self._run(texts, tokens, params, progress, salt)
 
     def chat(
         self,
-        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        messages: list[Message] | list[list[Message]],
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         progress: bool = True,
@@ -99,9 +107,10 @@ class LLM:
     ) -> list[Generation]:
         """Answer one conversation, or each of several, through the model's chat template; see `Tokenizer.chat` for
         `template`. Raises as `generate` does."""
-        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        several = isinstance(messages, list | tuple) and all(isinstance(m, list | tuple) for m in messages)
+        conversations: list[Any] = [*messages] if several else [messages]
         return self.generate(
-            [self.tokenizer.chat(conversation, **template) for conversation in conversations],
+            [self.tokenizer.chat(_for_template(conversation), **template) for conversation in conversations],
             params,
             progress=progress,
             salt=salt,
@@ -110,56 +119,54 @@ class LLM:
     def _run(
         self, texts: list[str], prompts: list[list[int]], params: list[SamplingParams], progress: bool, salt: str
     ) -> list[Generation]:
-        for tokens, p in zip(prompts, params, strict=True):
-            self._check(tokens, p)
         root = root_hash(self._built.layout, salt)
         generations = []
-        open_choices: dict[str, tuple[Generation, Completion, TextStream]] = {}
+        open_turns: dict[str, _Turn] = {}
         for text, tokens, p in zip(texts, prompts, params, strict=True):
             generation = Generation(text, tokens, [])
             generations.append(generation)
             for index in range(p.n):
                 completion = Completion(index, logprobs=None if p.logprobs is None else [])
                 generation.outputs.append(completion)
-                stream = TextStream(
-                    self.tokenizer, p.stop, p.skip_special_tokens, p.include_stop_str_in_output, p.min_tokens
-                )
                 self._turns += 1
                 turn = str(self._turns)
-                seed = time.time_ns() + self._turns if p.seed is None else p.seed + index
-                open_choices[turn] = (generation, completion, stream)
+                seed = p.nth(index).seed
+                if seed is None:
+                    seed = time.time_ns() + self._turns
+                open_turns[turn] = _Turn(generation, completion, p, self.tokenizer)
                 self.engine.add(Sequence(turn, tokens, p, seed, root))
         try:
-            with _progress_bar(progress, len(open_choices)) as advance:
-                while open_choices:
+            with _progress_bar(progress, len(open_turns)) as advance:
+                while open_turns:
                     self.engine.admit()
                     for output in self.engine.step().outputs:
-                        generation, completion, stream = open_choices[output.turn]
-                        self._take(output, generation, completion, stream)
-                        if completion.finish_reason:
-                            del open_choices[output.turn]
-                        advance(len(output.tokens), bool(completion.finish_reason))
+                        ended = open_turns[output.turn].take(output)
+                        if ended:
+                            del open_turns[output.turn]
+                            self.engine.abort(output.turn)  # it knows nothing of stop strings
+                        advance(len(output.tokens), ended)
         finally:
-            for turn in open_choices:  # Ctrl-C in a notebook leaves the engine usable
+            for turn in open_turns:  # Ctrl-C in a notebook leaves the engine usable
                 self.engine.abort(turn)
         return generations
 
-    def _take(self, output: TurnOutput, generation: Generation, completion: Completion, stream: TextStream) -> None:
-        """Add one step's output to its completion; a stop string ends the turn."""
-        completion.token_ids += output.tokens
-        if completion.logprobs is not None:
-            completion.logprobs += output.logprobs or []
-        if completion.index == 0 and output.cached_tokens is not None:
-            generation.cached_tokens = output.cached_tokens
-        completion.text += stream.push(output.tokens)
-        completion.finish_reason, completion.stop_reason = output.finish, output.stop_token
-        if output.finish and not stream.stopped_by:
-            completion.text += stream.flush()
-        if stream.stopped_by:
-            self.engine.abort(output.turn)
-            completion.finish_reason, completion.stop_reason = "stop", stream.stopped_by
+    def _tokens(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt. Raises `ParameterError` for what is none."""
+        if isinstance(prompt, list | tuple) and all(isinstance(token, int) for token in prompt):
+            return list(prompt)
+        if not isinstance(prompt, str):
+            raise ParameterError("prompts", f"A prompt must be text or a list of token ids, got {prompt!r:.100}.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ParameterError(
+                "prompts", f"A prompt is not valid Unicode: character {error.start} is half of a surrogate pair."
+            ) from error
+        return self.tokenizer.encode(prompt)
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise ParameterError("params", f"`params` must be SamplingParams or a list of them, got {params!r:.100}.")
         vocab, limit = self._built.model.vocab_size, self.engine.max_model_len
         params.validate(vocab)
         if not tokens:
@@ -170,6 +177,83 @@ class LLM:
             )
         if not all(0 <= token < vocab for token in tokens):
             raise ParameterError("prompts", f"A prompt has a token id outside 0 to {vocab - 1}.")
+
+
+class _Turn:
+    """A completion while it is made, by the rules of `Choice` in frontend/generate.py."""
+
+    def __init__(
+        self, generation: Generation, completion: Completion, params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        self._generation = generation
+        self._completion = completion
+        self._params = params
+        self._stream = TextStream(
+            tokenizer,
+            list(params.stop),
+            params.skip_special_tokens,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+        )
+
+    def take(self, output: TurnOutput) -> bool:
+        """Add one step's output to the completion; whether it ends with that."""
+        done, stream = self._completion, self._stream
+        done.token_ids += output.tokens
+        if done.logprobs is not None:
+            done.logprobs += output.logprobs or []
+        if done.index == 0 and output.cached_tokens is not None:
+            self._generation.cached_tokens = output.cached_tokens
+        # The token that ends a turn is no part of its text, special or not.
+        hidden = output.finish == "stop" and not self._params.include_stop_str_in_output
+        done.text += stream.push(output.tokens[:-1] if hidden else output.tokens)
+        if stream.stopped_by is not None:
+            done.finish_reason, done.stop_reason = "stop", stream.stopped_by
+            del done.token_ids[stream.tokens_used :]
+            if done.logprobs is not None:
+                del done.logprobs[stream.tokens_used :]
+        elif output.finish is not None:
+            done.finish_reason = output.finish
+            done.text += stream.flush()
+            if output.stop_token in self._params.stop_token_ids:
+                done.stop_reason = output.stop_token
+        return done.finish_reason is not None
+
+
+def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
+    """What the arguments of `LLM` mean. Raises `ConfigError`."""
+    names = [name for name in EngineConfig.__struct_fields__ if name != "model"]
+    for name in settings:
+        if name not in names:
+            raise ConfigError(f"LLM has no setting {name!r}. Its settings are {', '.join(names)}.")
+    if isinstance(size := settings.get("kv_cache_memory"), str):
+        settings = {**settings, "kv_cache_memory": parse_bytes(size)}
+    config = EngineConfig(model=model, **settings)
+    if problem := mistyped(config):
+        raise ConfigError(problem[1])
+    return config
+
+
+def _for_template(conversation: Any) -> list[Message]:
+    """A conversation as chat templates know it, the same as the server makes of it. Raises `ParameterError`."""
+    from pydantic import ValidationError
+
+    from miniserve.frontend.schemas import ChatMessage
+
+    if not isinstance(conversation, list | tuple):
+        raise ParameterError(
+            "messages",
+            '`messages` must be a list of messages like {"role": "user", "content": "Hi"}, or a list of such lists, '
+            f"got {conversation!r:.100}.",
+        )
+    try:
+        return [ChatMessage.model_validate(message).for_template() for message in conversation]
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"] if not str(part).startswith("<"))
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        where = f" (at `{path}`)" if path else ""
+        raise ParameterError("messages", f"A message is not understood{where}: {reason}.") from error
 
 
 @contextlib.contextmanager

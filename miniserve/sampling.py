@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import msgspec
 
@@ -23,12 +24,24 @@ class ParameterError(ValueError):
         self.message = message
 
 
+def mistyped(struct: msgspec.Struct) -> tuple[str, str] | None:
+    """A field that holds what its type does not allow, and a sentence about it; None where there is none."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(struct), type(struct))
+    except msgspec.ValidationError as error:
+        (name,) = re.findall(r"`\$\.(\w+)", str(error))
+        kind = type(struct).__annotations__[name]
+        return name, f"`{name}` must be of type {kind}, got {getattr(struct, name)!r}."
+    return None
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next tokens are chosen and when a turn ends. Names and defaults follow vLLM's `SamplingParams`.
 
     temperature 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch the filters off. `logprobs` is the number
     of alternatives reported beside the sampled token (0: the sampled token only, None: off). `max_tokens` None means
-    as many as the context allows. `seed` makes a request reproducible whatever else is in its batch.
+    as many as the context allows. `seed` makes a request reproducible whatever else is in its batch. One `stop` string
+    becomes a list of one.
     """
 
     n: int = 1
@@ -43,20 +56,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: dict[int, float] = {}
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: list[str] = []
+    stop: str | list[str] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", [self.stop])
+
     @property
     def greedy(self) -> bool:
         """True where the arg max is taken. Temperatures under 1e-5 would overflow the logits, so they are greedy."""
         return self.temperature < 1e-5
 
+    def nth(self, i: int) -> SamplingParams:
+        """The parameters of a prompt's choice number `i`: its own seed, so that the choices differ."""
+        if self.seed is None or i == 0:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + i + 2**63) % 2**64 - 2**63)
+
     def validate(self, vocab_size: int | None = None) -> SamplingParams:
-        """Return self, or raise `ParameterError` for the first value out of bounds.
+        """Return self, or raise `ParameterError` for the first value of a wrong type or out of bounds.
 
         `vocab_size` (tokens) also checks the token ids in `logit_bias` and `stop_token_ids`.
         """
@@ -65,6 +88,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if not ok:
                 raise ParameterError(param, f"`{param}` must be {rule}, got {getattr(self, param)!r}.")
 
+        if problem := mistyped(self):
+            raise ParameterError(*problem)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             check(math.isfinite(getattr(self, name)), name, "a finite number")
         check(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")

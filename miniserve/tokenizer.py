@@ -119,11 +119,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. Control tokens spelled in it are parsed; it is the client's own prompt."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return _ids(self._backend, [text], add_special_tokens)[0]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        # As with `encode`: the call for one keeps the GIL.
+        return str(self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes a token stands for, special ones included; empty for ids the tokenizer does not know."""
@@ -202,47 +203,50 @@ class Tokenizer:
         return value
 
     def _spells_control(self, text: str, guard: Guard) -> bool:
-        return any(
-            self._control.get(i) in guard.tokens for i in self._backend.encode(text, add_special_tokens=False).ids
-        )
+        return any(self._control.get(i) in guard.tokens for i in _ids(self._backend, [text])[0])
 
     def _encode_pieces(self, parts: list[tuple[str, bool]]) -> list[int]:
         """Token ids of (text, written by the client as a control token) parts: only the others may hold any."""
-        ids: list[int] = []
+        parts = [(text, literal) for text, literal in parts if text]
+        texts = [text for text, literal in parts if not literal]
+        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        found: list[str | int] = []  # runs of plain text and the control tokens between them
         run: list[str] = []
 
         def end_run() -> None:
             if text := "".join(run):
-                ids.extend(self._plain_ids(text, first=not ids))
+                found.append(text)
                 run.clear()
 
         for text, literal in parts:
-            if literal:
-                run.append(text)
-                continue
-            encoding = self._backend.encode(text, add_special_tokens=False)
             start = 0
-            for i, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
-                if i in self._control:
-                    run.append(text[start:left])
-                    end_run()
-                    ids.append(i)
-                    start = right
+            if not literal:
+                encoding = next(encodings)
+                for i, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
+                    if i in self._control:
+                        run.append(text[start:left])
+                        end_run()
+                        found.append(i)
+                        start = right
             run.append(text[start:])
         end_run()
-        return ids
+        runs = [item for item in found if isinstance(item, str)]
+        plain = iter(self._plain_ids(runs, first=runs[:1] == found[:1]))
+        return [i for item in found for i in (next(plain) if isinstance(item, str) else (item,))]
 
-    def _plain_ids(self, text: str, first: bool) -> list[int]:
-        """Token ids of a text that holds no control tokens, whatever it spells."""
+    def _plain_ids(self, runs: list[str], first: bool) -> list[list[int]]:
+        """Token ids of texts that hold no control tokens, whatever they spell.
+
+        `first` says that the first of them begins the whole text.
+        """
         start, inner = self._plain
-        backend = start if first else inner
-        ids = list(backend.encode(text, add_special_tokens=False).ids)
-        if self._control.keys().isdisjoint(ids):
-            return ids
-        # A vocabulary whose merges spell a control token: character by character they cannot.
-        ids = [i for character in text for i in inner.encode(character, add_special_tokens=False).ids]
-        if not self._control.keys().isdisjoint(ids):
-            raise ParameterError("messages", "The text of a message spells a control token of this model.")
+        ids = [*_ids(start, runs[:first]), *_ids(inner, runs[first:])]
+        for number, run in enumerate(runs):
+            if not self._control.keys().isdisjoint(ids[number]):
+                # A vocabulary whose merges spell a control token: character by character they cannot.
+                ids[number] = [i for character in _ids(inner, list(run)) for i in character]
+                if not self._control.keys().isdisjoint(ids[number]):
+                    raise ParameterError("messages", "The text of a message spells a control token of this model.")
         return ids
 
     @property
@@ -265,6 +269,11 @@ class Tokenizer:
         inner = start.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
         backend = tokenizers.Tokenizer.from_str(start)
         return backend, backend if inner == start else tokenizers.Tokenizer.from_str(inner)
+
+
+def _ids(backend: tokenizers.Tokenizer, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """The token ids of each text. The library's call for one text keeps the GIL, and with it the event loop."""
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
 
 # --- reading a model's folder ---------------------------------------------------------------------------------------

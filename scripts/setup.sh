@@ -90,5 +90,4 @@ fi
 echo "set-up: installing miniserve ($setup${extras:+; $extras})"
 rm -f .venv/stamp-*
 pip ${constraints[@]+"${constraints[@]}"} -e ".${extras:+[$extras]}" || explain
-grep -iE '^(warning|error)' "$log" >&2 || true
 echo "$stamp" >".venv/stamp-$want"

@@ -97,6 +97,10 @@ class FakeClient:
         self.queued, self.running, self.active = 4, 5, 9
         self.policy_name = "conserve"
 
+    def check_room(self) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+
     def submit(
         self, tokens: list[int], params: SamplingParams, *, conversation: str = "", salt: str = "", request_id: str = ""
     ) -> FakeTurn:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,11 +16,14 @@ import openai
 import pytest
 import uvicorn
 from fake_engine import EOS, FakeClient, spell
+from pydantic import ValidationError
 
 from miniserve import hub
 from miniserve.config import EngineConfig, ServeConfig
+from miniserve.frontend import middleware
 from miniserve.frontend.app import create_app
 from miniserve.frontend.client import EngineError, QueueFull
+from miniserve.frontend.schemas import MAX_DEPTH, Body, ChatRequest, CompletionRequest, DetokenizeRequest
 from miniserve.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -31,7 +36,8 @@ def tokenizer() -> Tokenizer:
 
 
 def make_app(tokenizer: Tokenizer, engine: FakeClient, defaults: dict[str, Any] | None = None, **config: Any) -> Any:
-    settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny", "alias"], **config)
+    names = config.pop("served_model_names", ["tiny", "alias"])
+    settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=names, **config)
     return create_app(settings, engine, tokenizer, defaults or {})
 
 
@@ -135,6 +141,24 @@ async def test_stream_is_exact(api: Api) -> None:
 async def test_stream_without_usage(api: Api) -> None:
     chunks = events(await api.chat(stream=True))
     assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+
+
+async def test_stream_with_continuous_usage(api: Api) -> None:
+    api.engine.play = lambda tokens, params: {"steps": spell("abc"), "pause": 0.01, "cached": 16}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events(await api.chat(stream=True, n=2, stream_options=options))
+    for index in range(2):
+        usages = [c["usage"] for c in chunks if c["choices"][0]["index"] == index]
+        assert [u["completion_tokens"] for u in usages] == [0, 1, 2, 3, 3]
+        assert {u["prompt_tokens"] for u in usages} == {len(PROMPT)}
+        assert usages[-1]["total_tokens"] == len(PROMPT) + 3
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    chunks = events(await api.complete(stream=True, max_tokens=2, echo=True, stream_options=options))
+    assert [c["usage"]["completion_tokens"] for c in chunks] == [0, 1, 2, 2, 2]
+    for ignored in ({"continuous_usage_stats": True}, {"include_usage": False, "continuous_usage_stats": True}):
+        chunks = events(await api.chat(stream=True, stream_options=ignored))
+        assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -384,6 +408,7 @@ async def test_messages(api: Api) -> None:
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
+JSON = {"Content-Type": "application/json"}
 IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
 
 
@@ -415,6 +440,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
         ({"stop": ""}, "stop[0]", "at least 1"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "integer"),
         ({"logit_bias": {"49152": 1}}, "logit_bias", "49151"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024"),
         ({"stop_token_ids": [49152]}, "stop_token_ids", "49151"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
@@ -464,6 +490,88 @@ async def test_bad_completion_requests(api: Api, body: dict[str, Any], param: st
     assert not api.engine.turns
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [1] * 9}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 9}]}),
+        (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [1] * 9}]}),
+        (ChatRequest, {"messages": HI, "tools": [1] * 9}),
+        (ChatRequest, {"messages": HI, "stop": [1] * 9}),
+        (ChatRequest, {"messages": HI, "stop_token_ids": ["a"] * 9}),
+        (ChatRequest, {"messages": HI, "logit_bias": {f"a{i}": 1 for i in range(9999)}}),
+        (CompletionRequest, {"prompt": [{}] * 9}),
+        (CompletionRequest, {"prompt": [["a"] * 9]}),
+        (CompletionRequest, {"prompt": [1, *["a"] * 9]}),
+        (DetokenizeRequest, {"tokens": ["a"] * 9}),
+    ],
+)
+def test_many_mistakes_are_one_error(kind: type[Body], body: dict[str, Any]) -> None:
+    """An error object for each of a million wrong items would take seconds and a gigabyte."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() == 1
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Objects and lists `depth` deep."""
+    value: Any = 1
+    for level in range(depth, 1, -1):
+        value = [value] if level % 2 else {"x": value}
+    return {"x": value}
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 500])
+async def test_deep_json(tokenizer: Tokenizer, depth: int, caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeClient(steps=[[65]])
+    engine.max_model_len = 10_000
+    api = Api(make_app(tokenizer, engine), engine)
+    for path in ("/v1/chat/completions", "/tokenize"):
+        for allowed in (True, False):
+            value = nested(MAX_DEPTH if allowed else depth)
+            call = [*HI, {"role": "assistant", "tool_calls": [value]}]
+            for body, param in (
+                ({"messages": HI, "chat_template_kwargs": value}, "chat_template_kwargs"),
+                ({"messages": call}, "messages[1].tool_calls[0]"),
+            ):
+                response = await api.http.post(path, json=body)
+                if allowed:
+                    assert response.status_code == 200, response.text
+                else:
+                    error = error_of(response, 400)
+                    assert "nested too deeply" in error["message"]
+                    assert error["param"] == param
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_half_surrogates_in_free_form_json(api: Api) -> None:
+    for where in ({"tool_calls": [{"a": ["\ud800"]}]}, {"tool_calls": [{"\ud800": 1}]}):
+        content = json.dumps({"messages": [{"role": "assistant", **where}]})
+        error = error_of(await api.http.post("/tokenize", content=content, headers=JSON), 400)
+        assert error["param"] == "messages[0].tool_calls[0]"
+        assert "surrogate" in error["message"]
+    content = json.dumps({"messages": HI, "chat_template_kwargs": {"x": "\ud800"}})
+    assert error_of(await api.http.post("/tokenize", content=content, headers=JSON), 400)["param"] == (
+        "chat_template_kwargs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not UTF-8 from byte 43 on"),
+        (b'{"messages": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "more than 4300 digits"),
+        (gzip.compress(json.dumps({"messages": HI}).encode()), "gzip"),
+    ],
+    ids=["latin-1", "deep", "digits", "gzip"],
+)
+async def test_bodies_that_python_cannot_read(api: Api, content: bytes, words: str) -> None:
+    error = error_of(await api.http.post("/v1/chat/completions", content=content, headers=JSON), 400)
+    assert error["code"] == "invalid_json"
+    assert words in error["message"]
+
+
 async def test_bodies_that_are_no_requests(api: Api) -> None:
     async def post(content: bytes, kind: str | None = "application/json") -> httpx.Response:
         headers = {"Content-Type": kind} if kind else {}
@@ -482,8 +590,6 @@ async def test_bodies_that_are_no_requests(api: Api) -> None:
     assert "Content-Type: application/json" in error_of(await post(b"{}", None), 400)["message"]
     missing = error_of(await post(b"{}"), 400)
     assert (missing["param"], missing["code"]) == ("messages", "missing_required_parameter")
-    surrogate = b'{"messages":[{"role":"user","content":"x","name":"n"}],"chat_template_kwargs":{"x":"\\ud800"}}'
-    assert (await post(surrogate)).status_code in (200, 400)
 
 
 async def test_context_length(api: Api) -> None:
@@ -529,10 +635,13 @@ async def test_body_limit(tokenizer: Tokenizer) -> None:
         for _ in range(20):
             yield b" " * 100
 
-    error_of(await api.chat(user="x" * 1000), 413)
-    headers = {"Content-Type": "application/json"}
-    error_of(await api.http.post("/tokenize", content=chunked(), headers=headers), 413)
-    error_of(await api.http.post("/tokenize", headers=headers | {"Content-Length": "9" * 5000}), 413)
+    for response in (
+        await api.chat(user="x" * 1000),
+        await api.http.post("/tokenize", content=chunked(), headers=JSON),
+        await api.http.post("/tokenize", headers=JSON | {"Content-Length": "9" * 5000}),
+    ):
+        error_of(response, 413)
+        assert response.headers["connection"] == "close"
     assert (await api.chat()).status_code == 200
 
 
@@ -596,6 +705,17 @@ async def test_small_routes(api: Api) -> None:
         assert error_of(await api.http.post("/tokenize", json=body), 400)["param"] == "prompt"
     error_of(await api.http.post("/detokenize", json={"tokens": [49152]}), 400)
     error_of(await api.http.post("/detokenize", json={"tokens": [1], "model": "x"}), 404)
+
+
+async def test_one_model(tokenizer: Tokenizer) -> None:
+    engine = FakeClient()
+    api = Api(make_app(tokenizer, engine, served_model_names=["org/tiny", "alias"]), engine)
+    models = (await api.http.get("/v1/models")).json()["data"]
+    for path, model in (("org/tiny", models[0]), ("org%2Ftiny", models[0]), ("alias", models[1])):
+        assert (await api.http.get(f"/v1/models/{path}")).json() == model
+    for path in ("tiny", "org", "org/tiny/"):
+        error = error_of(await api.http.get(f"/v1/models/{path}"), 404)
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
 async def test_metrics(api: Api) -> None:
@@ -670,6 +790,56 @@ async def test_disconnect_cancels(tokenizer: Tokenizer, stream: bool) -> None:
     assert all(turn.given < 1000 for turn in engine.turns)
 
 
+async def test_a_body_that_does_not_end(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
+    async with serving(make_app(tokenizer, FakeClient())) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        writer.write(head.encode())
+        for _ in range(2):  # each piece in time, all together not
+            writer.write(b"{")
+            await asyncio.sleep(0.2)
+        async with asyncio.timeout(2):
+            answer = (await reader.read()).decode()  # to its end: the server has closed the connection
+        writer.close()
+    head, _, body = answer.partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 408 ")
+    assert "connection: close" in head.lower()
+    assert json.loads(body)["error"]["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_may_take_longer_than_bodies(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.05)
+    engine = FakeClient(steps=spell("Hello"), pause=0.05)
+    async with serving(make_app(tokenizer, engine)) as port, httpx.AsyncClient() as http:
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        response = await http.post(url, json={"messages": HI, "stream": stream})
+        assert response.status_code == 200
+        assert not stream or deltas(events(response)) == "Hello"
+    assert not engine.turns[0].cancelled.is_set()
+
+
+async def test_clients_read_why_a_body_is_refused(tokenizer: Tokenizer) -> None:
+    """Clients send all of it before they look for an answer."""
+    async with (
+        serving(make_app(tokenizer, FakeClient(), max_body_bytes=1000)) as port,
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0) as ai,
+    ):
+        with pytest.raises(openai.APIStatusError) as caught:
+            await ai.completions.create(model="tiny", prompt="x" * 20_000_000)
+        assert caught.value.status_code == 413
+
+        async def chunked() -> AsyncIterator[bytes]:
+            yield b" " * 2000
+
+        async with asyncio.timeout(2), httpx.AsyncClient() as http:  # nothing is left to be waited for
+            response = await http.post(f"http://127.0.0.1:{port}/tokenize", content=chunked(), headers=JSON)
+        assert error_of(response, 413)["code"] == "request_too_large"
+
+
 async def test_keep_alive_after_answers(tokenizer: Tokenizer) -> None:
     engine = FakeClient(steps=spell("Hello"))
     async with serving(make_app(tokenizer, engine)) as port, httpx.AsyncClient() as http:
@@ -696,6 +866,9 @@ async def test_openai_client(tokenizer: Tokenizer) -> None:
             done = await ai.completions.create(model="tiny", prompt="Hi", max_tokens=4, logprobs=1)
             assert (done.choices[0].text, done.choices[0].logprobs.text_offset) == ("Hell", [0, 1, 2, 3])
             assert [model.id async for model in ai.models.list()] == ["tiny", "alias"]
+            assert (await ai.models.retrieve("alias")).id == "alias"
+            with pytest.raises(openai.NotFoundError):
+                await ai.models.retrieve("gpt")
             with pytest.raises(openai.BadRequestError, match="maximum context length") as caught:
                 await ai.chat.completions.create(model="tiny", messages=HI, max_tokens=5000)
             assert caught.value.code == "context_length_exceeded"

@@ -160,6 +160,31 @@ def test_the_key_comes_from_the_flag_then_the_environment(monkeypatch: pytest.Mo
     assert config("--api-key flag").api_key == "flag"
 
 
+def test_white_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISERVE_API_KEY", "from a file\n")
+    assert config("").api_key == "from a file"
+    assert config("--api-key ' flag\t'").api_key == "flag"
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [("", "is empty"), (" \n", "is empty"), ("Schlüssel", "printable ASCII"), ("a\nb", "printable ASCII")],
+)
+@pytest.mark.parametrize("source", ["--api-key", "MINISERVE_API_KEY", "VLLM_API_KEY"])
+def test_a_key_that_cannot_work_is_one_line(
+    command: str, key: str, says: str, source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Above all an unset variable does not open the server to everybody."""
+    if source != "--api-key":
+        monkeypatch.setenv(source, key)
+    assert cli.main([command, *(["--api-key", key] if source == "--api-key" else [])]) == 1
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert f"The API key in {source} " in told
+    assert says in told
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

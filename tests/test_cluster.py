@@ -11,8 +11,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import zmq
 from tiny import prompts, reference
 
+from miniserve.cluster.channels import Outboxes
+from miniserve.cluster.messages import Failed
 from miniserve.config import EngineConfig, ServeConfig, Topology
 from miniserve.frontend.client import EngineClient, QueueFull, StartupError
 from miniserve.hub import resolve
@@ -172,6 +175,47 @@ async def test_losing_a_decoder_in_mid_flight(tiny_models):
         await settled(client)
 
 
+async def test_a_worker_that_breaks_is_as_dead_as_a_killed_one(tiny_models):
+    """It can still say why, with its last breath; its turns go on at the other one."""
+    folder = tiny_models["qwen2"]
+    items = prompts(6, seed=6, shortest=50)
+    texts = reference(folder, items, 40)
+    async with cluster(folder, "2D", "colocated") as client:
+        tasks = [asyncio.create_task(collect(client, item, greedy(40))) for item in items]
+        while not all((stats := client.stats.get(name)) and stats.running for name in ("d0", "d1")):
+            await asyncio.sleep(0.01)
+        last_words = Outboxes(zmq.Context.instance(), "d0", 1)
+        last_words.send(client._processes["d0"].spec.frontend, Failed("ZeroDivisionError"))
+        await asyncio.sleep(0.1)
+        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        assert await asyncio.gather(*tasks) == texts
+        assert client.healthy
+        await settled(client)
+
+
+async def test_parameters_that_slip_through_hurt_nobody_else(tiny_models):
+    folder = tiny_models["qwen2"]
+    item = prompts(1, seed=6, shortest=50)[0]
+    async with cluster(folder, "1D", "colocated") as client:
+        other = asyncio.create_task(collect(client, item, greedy(40)))
+        bad = client.submit(item, SamplingParams(temperature=0, logit_bias={10**6: 1.0}))
+        outputs = [output async for output in bad]
+        assert outputs[-1].finish == "error"
+        assert "logit_bias" in outputs[-1].error
+        assert await other == reference(folder, [item], 40)[0]
+        await settled(client)
+
+
+async def test_what_waited_for_a_step_does_not_wait_for_a_message(tiny_folder):
+    """Equal prompts at once: the second waits for the first one's pages, and begins as soon as they are there."""
+    async with cluster(tiny_folder, "1D") as client:
+        for seed in range(4):
+            item = prompts(1, seed=seed, shortest=100, longest=100)[0]
+            started = time.monotonic()
+            await asyncio.gather(*(collect(client, item, greedy(1)) for _ in range(2)))
+            assert time.monotonic() - started < 0.7, "an idle worker looks around once a second"
+
+
 async def test_losing_the_last_decoder(tiny_folder):
     """Running turns end with an error that says so; nothing hangs."""
     async with cluster(tiny_folder, "1D") as client:
@@ -189,7 +233,7 @@ async def test_queue_and_bounds(tiny_folder):
     async with cluster(tiny_folder, "1D", queue=2, max_num_seqs=1) as client:
         running = [client.submit([1, 2, 3], greedy(200)) for _ in range(3)]
         with pytest.raises(QueueFull) as full:
-            client.submit([1, 2, 3], greedy())
+            client.check_room()
         assert full.value.retry_after >= 1
         with pytest.raises(ParameterError, match="maximum context length is 512"):
             client.submit([1] * 512, greedy())

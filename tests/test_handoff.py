@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from tiny import prompts, reference
 
-from miniserve.cluster.messages import Commit, Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
+from miniserve.cluster.messages import Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
 from miniserve.config import EngineConfig
 from miniserve.kv.hashing import root_hash
 from miniserve.sampling import SamplingParams
@@ -29,7 +29,7 @@ class Side:
         )
         self.engine = self.built.engine
         self.sent: list = []
-        self.out: list[int] = []
+        self.out: dict[int, int] = {}
         self.handoffs = Handoffs(
             self.engine, self.built.memory, self.built.layout, 30.0, lambda to, body: self.sent.append(body), clock
         )
@@ -44,10 +44,11 @@ class Side:
         for sequence in self.engine.admit():
             self.handoffs.request(sequence, "")
         step = self.engine.step()
-        for sequence in step.prefilled:
-            self.handoffs.publish(sequence)
-        for output in step.outputs:
-            self.out += output.tokens
+        for sequence, first_token in step.prefilled:
+            self.handoffs.publish(sequence, first_token)
+        for output in self.handoffs.outputs + step.outputs:
+            self.out[output.index] = output.tokens[0]
+        self.handoffs.outputs.clear()
 
     def take(self, kind: type) -> list:
         """The messages of one kind, no longer in `sent`."""
@@ -84,10 +85,12 @@ class Pair:
         return found
 
     def finish(self) -> list[int]:
-        """Let D end the turn; its text, the first token from whoever sampled it."""
+        """Let D end the turn; its text, which D knows from the first token on."""
         while self.d.engine.find("t"):
             self.d.step()
-        return (self.p.out if len(self.d.out) < 12 else []) + self.d.out
+        self.d.step()
+        assert self.p.out.items() <= self.d.out.items(), "D goes on from what P has told"
+        return [self.d.out[i] for i in range(len(self.d.out))]
 
     def check(self) -> None:
         """Nothing is held by anybody."""
@@ -115,7 +118,7 @@ def test_pages_arrive_chunk_by_chunk_and_the_commit_is_acknowledged(pair):
     pair.p.handoffs.on_release(release.turn)
     assert pair.p.engine.pool.num_cached == 6, "full pages stay as prefix cache"
     assert pair.finish() == pair.text
-    assert len(pair.d.out) == 11, "the first token is P's"
+    assert pair.p.out == {0: pair.text[0]}, "the first token is P's"
     (move,) = pair.d.handoffs.moves
     assert (move.pages, move.bytes) == (7, 7 * pair.d.built.memory.shape.bytes)
     pair.check()
@@ -163,6 +166,29 @@ def test_pages_copied_after_the_lease_do_not_count(pair):
         pair.d.handoffs.on_publish(message)
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 100 - 32
+    pair.check()
+
+
+@pytest.mark.parametrize("length", [100, 112])
+def test_a_commit_that_comes_too_late_still_carries_the_first_token(tiny_folder, monkeypatch, length):
+    """The client has it already: D computes the pages, but draws no other first token."""
+    monkeypatch.setattr("test_handoff.PROMPT", prompts(1, seed=8, shortest=length, longest=length)[0])
+    pair = Pair(tiny_folder)
+    pair.ask()
+    messages = pair.publications()
+    other = (pair.text[0] + 1) % 256
+    pair.p.out = {0: other}
+    messages[-1] = msgspec.structs.replace(
+        messages[-1], commit=msgspec.structs.replace(messages[-1].commit, tokens=[other])
+    )
+    for message in messages[:-1]:
+        pair.d.handoffs.on_publish(message)
+    pair.now += 31
+    pair.p.handoffs.expire()
+    pair.d.handoffs.on_publish(messages[-1])
+    import test_handoff
+
+    assert pair.finish() == [other, *reference(tiny_folder, [[*test_handoff.PROMPT, other]], 11)[0]]
     pair.check()
 
 
@@ -227,7 +253,7 @@ def test_a_turn_that_ends_with_its_first_token(pair):
     pair.ask()
     for message in pair.publications():
         if message.commit:
-            message = msgspec.structs.replace(message, commit=Commit(message.commit.token, "stop"))
+            message = msgspec.structs.replace(message, commit=msgspec.structs.replace(message.commit, finish="stop"))
         pair.d.handoffs.on_publish(message)
     assert pair.d.engine.find("t") is None
     pair.p.handoffs.on_release("t")

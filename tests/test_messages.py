@@ -43,7 +43,7 @@ MESSAGES: list[m.Message] = [
     m.Shutdown(),
     m.Prefill("t1", [1, 2, 3], PARAMS, seed=1, salt="", prior=0, have=16),
     m.Publish("t1", 0, [4, 5], [b"\x00" * 16, b"\xff" * 16], deadline=12345.5),
-    m.Publish("t1", 2, [], [], deadline=0.0, commit=m.Commit(token=42, finish="length")),
+    m.Publish("t1", 2, [], [], deadline=0.0, commit=OUTPUT),
     m.Release("t1"),
     m.PrefillRefused("t1", "no pages"),
     m.Loading("weights", 3, 30),

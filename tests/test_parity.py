@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+import tiny
+import torch
 from tiny import reference
 
 from miniserve.llm import LLM
@@ -155,6 +157,25 @@ def test_sampling_is_reproducible_in_any_batch(tiny_models):
     assert together == alone
     other = [SamplingParams(temperature=0.9, seed=99, max_tokens=24, ignore_eos=True)] * 8
     assert [g.outputs[0].token_ids for g in llm.generate(items, other, progress=False)] != alone
+
+
+def test_bf16_text_is_the_same_in_any_batch(tmp_path):
+    """Native kernels compute each row alike whatever shares its batch, so even rounding does not tell."""
+    folder = tiny.make_model(tmp_path / "m", "llama", hidden=576, heads=9, kv_heads=3, dtype=torch.bfloat16, seed=6)
+    llm = small(folder, dtype="bfloat16")
+    if llm._built.kernels != "native":
+        pytest.skip(f"kernels: {llm._built.kernels}")
+    items = prompts(10, seed=9)
+    for temperature in (0.0, 0.9):
+        params = [
+            SamplingParams(temperature=temperature, seed=seed, max_tokens=32, ignore_eos=True) for seed in range(10)
+        ]
+        alone = [
+            llm.generate([i], p, progress=False)[0].outputs[0].token_ids for i, p in zip(items, params, strict=True)
+        ]
+        for chunk in (7, 512):
+            other = small(folder, dtype="bfloat16", max_num_batched_tokens=chunk)
+            assert [g.outputs[0].token_ids for g in other.generate(items, params, progress=False)] == alone
 
 
 def test_long_prompt_does_not_stall_decodes(tiny_models):

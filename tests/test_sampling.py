@@ -76,6 +76,31 @@ def test_values_out_of_bounds_are_named(name: str, value: Any) -> None:
     assert raised.value.message == str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("n", True, "int"),
+        ("temperature", "0.5", "float"),
+        ("temperature", None, "float"),
+        ("top_k", 5.0, "int"),
+        ("seed", "1", "int | None"),
+        ("logit_bias", {"5": 1.0}, "dict[int, float]"),
+        ("logit_bias", [5], "dict[int, float]"),
+        ("max_tokens", "5", "int | None"),
+        ("stop", None, "str | list[str]"),
+        ("stop", ["a", 1], "str | list[str]"),
+        ("stop", b"END", "str | list[str]"),
+        ("stop_token_ids", 5, "list[int]"),
+        ("ignore_eos", "no", "bool"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(name: str, value: Any, kind: str) -> None:
+    with pytest.raises(ParameterError) as raised:
+        SamplingParams(**{name: value}).validate()
+    assert raised.value.param == name
+    assert raised.value.message == f"`{name}` must be of type {kind}, got {value!r}."
+
+
 def test_every_parameter_with_a_bound_is_tested() -> None:
     flags = {"ignore_eos", "skip_special_tokens", "include_stop_str_in_output"}
     assert {name for name, _ in BAD} == set(SamplingParams.__struct_fields__) - flags
@@ -99,6 +124,26 @@ def test_max_tokens_none_leaves_min_tokens_free() -> None:
 @pytest.mark.parametrize(("temperature", "greedy"), [(0.0, True), (1e-6, True), (1e-5, False), (1.0, False)])
 def test_tiny_temperatures_are_greedy(temperature: float, greedy: bool) -> None:
     assert SamplingParams(temperature=temperature).greedy is greedy
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    params = SamplingParams(stop="END")
+    assert params == SamplingParams(stop=["END"]) == params.validate()
+    assert msgspec.structs.replace(params, stop="\n").stop == ["\n"]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params)) == {"stop": ["END"]}
+    with pytest.raises(ParameterError, match="non-empty"):
+        SamplingParams(stop="").validate()
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [(None, [None] * 3), (5, [5, 6, 7]), (-1, [-1, 0, 1]), (2**63 - 2, [2**63 - 2, 2**63 - 1, -(2**63)])],
+)
+def test_each_choice_has_a_seed_of_its_own(seed: int | None, seeds: list[int | None]) -> None:
+    params = SamplingParams(n=3, seed=seed, top_k=5)
+    choices = [params.nth(i).validate() for i in range(3)]
+    assert [choice.seed for choice in choices] == seeds
+    assert all(msgspec.structs.replace(choice, seed=seed) == params for choice in choices)
 
 
 def test_defaults_do_not_travel() -> None:

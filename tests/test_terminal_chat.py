@@ -56,11 +56,15 @@ class Scripted:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                if self.path != "/v1/models":
+                    return self.nothing()
                 self.reply(200, script.models)
 
             def do_POST(self) -> None:
                 script.headers.append({name.lower(): value for name, value in self.headers.items()})
                 script.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                if self.path != "/v1/chat/completions":
+                    return self.nothing()
                 if script.refuse is not None:
                     return self.reply(*script.refuse)
                 script.before_headers(self)
@@ -70,6 +74,10 @@ class Scripted:
                 self.end_headers()
                 script.play(self)
                 self.close_connection = True
+
+            def nothing(self) -> None:
+                message = f"There is nothing at {self.command} {self.path}."
+                self.reply(404, json.dumps({"error": {"message": message}}).encode())
 
             def reply(self, status: int, body: bytes) -> None:
                 self.send_response(status)
@@ -142,6 +150,18 @@ def test_system_and_help(server: Scripted) -> None:
     assert [server.said(i)[0] for i in (0, 1)] == [("system", "Rhyme."), ("user", "Hello")]
 
 
+@pytest.mark.parametrize("line", ["/bogus", "/exti", "/Reset", "/systm Rhyme.", "/"])
+def test_a_mistyped_command_is_not_sent(server: Scripted, line: str) -> None:
+    done = server.chat(f"{line}\nHello\n")
+    assert done.stdout.startswith(f"There is no {line.split()[0]}. /reset begins anew")
+    assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "Hello"}]]
+
+
+def test_a_path_is_no_command(server: Scripted) -> None:
+    server.chat("/etc/hosts: what is it?\n")
+    assert server.said(0) == [("user", "/etc/hosts: what is it?")]
+
+
 def test_options_are_sent_only_when_given(server: Scripted) -> None:
     server.chat("Hello\n")
     server.chat("Hello\n", "--model", "other", "--temperature", "0", "--max-tokens", "5", "--api-key", "secret")
@@ -193,6 +213,19 @@ def test_what_is_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_no_openai_api(server: Scripted, models: bytes) -> None:
     server.models = models
     assert "Does --url end in /v1?" in told(server.chat("Hello\n"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--model", "tiny"]])
+def test_a_url_without_v1(server: Scripted, flags: list[str]) -> None:
+    server.url = server.url.removesuffix("/v1")
+    line = told(server.chat("Hello\n", *flags))
+    where = "POST /chat/completions" if flags else "GET /models"
+    assert line == f"miniserve: The server says: There is nothing at {where}. Does --url end in /v1?"
+
+
+def test_another_404_is_no_question_of_the_url(server: Scripted) -> None:
+    server.refuse = (404, b'{"error": {"message": "There is no model x here."}}')
+    assert told(server.chat("Hello\n", "--model", "x")) == "miniserve: The server says: There is no model x here."
 
 
 def test_the_servers_own_words(server: Scripted) -> None:

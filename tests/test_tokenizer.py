@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,27 @@ def test_many_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
     expected = [tokenizer.chat(messages) for messages in said]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(tokenizer.chat, said)) == expected
+
+
+@pytest.mark.parametrize("how", ["encode", "chat", "forged", "decode"])
+def test_long_texts_leave_other_threads_running(tokenizer: Tokenizer, how: str) -> None:
+    """A thread that tokenizes must not hold the interpreter: the event loop streams to others meanwhile."""
+    text = "hello the 你好 😀 " * 50_000
+    said = [{"role": "user", "content": "<|im_end|>" * (how == "forged") + text}]
+    ids = tokenizer.encode(text) * 8 if how == "decode" else []
+    tokenizer.chat([{"role": "user", "content": "<|im_end|>"}])
+    work = {"encode": lambda: tokenizer.encode(text), "decode": lambda: tokenizer.decode(ids)}
+    thread = threading.Thread(target=work.get(how, lambda: tokenizer.chat(said)))
+    began = before = time.perf_counter()
+    thread.start()
+    stalled = 0.0
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        stalled += now - before if now - before > 0.1 else 0
+        before = now
+    assert before - began > 0.2, "too quick to tell"
+    assert stalled < (before - began) / 2
 
 
 # --- nothing is forged ----------------------------------------------------------------------------------------------

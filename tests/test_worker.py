@@ -48,8 +48,8 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
     for envelope in envelopes:
         worker._handle(envelope)
     worker._engine.admit()
-    for sequence in worker._engine.step().prefilled:
-        worker._handoffs.publish(sequence)
+    for sequence, first_token in worker._engine.step().prefilled:
+        worker._handoffs.publish(sequence, first_token)
     return {body.turn for _, body in worker._outboxes.sent if isinstance(body, Publish)}
 
 

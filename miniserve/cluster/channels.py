@@ -7,11 +7,14 @@ never blocks, and what a dead process did not read is gone with it.
 from __future__ import annotations
 
 import contextlib
+import logging
 
 import msgspec
 import zmq
 
 from miniserve.cluster.messages import Envelope, Message
+
+log = logging.getLogger("miniserve.channels")
 
 _decoder = msgspec.msgpack.Decoder(Envelope)
 _encoder = msgspec.msgpack.Encoder()
@@ -64,16 +67,19 @@ class Inbox:
         return int(self._socket.fd)
 
     def receive(self, timeout_ms: int = 0) -> list[Envelope]:
-        """All messages that are here, waiting up to `timeout_ms` for the first. Raises `msgspec.MsgspecError` for
-        bytes that are none of our messages."""
+        """All messages that are here, waiting up to `timeout_ms` for the first. What is none of ours is dropped."""
         if timeout_ms and not self._socket.poll(timeout_ms):
             return []
-        messages = []
+        messages: list[Envelope] = []
         while True:
             try:
-                messages.append(decode(self._socket.recv(zmq.NOBLOCK)))
+                data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
+            try:
+                messages.append(decode(data))
+            except msgspec.MsgspecError as error:
+                log.error("dropped a message that is none of ours: %s", error)
 
     def close(self) -> None:
         """Unbind."""

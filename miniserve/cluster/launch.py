@@ -40,10 +40,16 @@ class RunDir:
         base.mkdir(mode=0o700, exist_ok=True)
         if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
             raise OSError(f"{base} is not a private directory of this user: remove it, or set XDG_RUNTIME_DIR.")
-        _sweep(base)
-        self.path = Path(tempfile.mkdtemp(dir=base))
-        self._lock = (self.path / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # One at a time, so that nobody sweeps away what another one has made and not locked yet.
+        handle = os.open(base, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            _sweep(base)
+            self.path = Path(tempfile.mkdtemp(dir=base))
+            self._lock = (self.path / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        finally:
+            os.close(handle)
 
     def address(self, name: str) -> str:
         """The inbox address of a process of this run."""

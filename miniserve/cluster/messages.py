@@ -42,6 +42,29 @@ class Peer(Wire, frozen=True):
     pool: PoolInfo
 
 
+class TokenLogprob(Wire, frozen=True):
+    """The log-probability of a sampled token and of the most likely alternatives, before any penalty or temperature."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class TurnOutput(Wire, frozen=True):
+    """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn).
+    `turn` is what `Run` called it."""
+
+    turn: str
+    index: int
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int | None = None
+    error: str = ""
+
+
 # --- frontend -> worker ---------------------------------------------------------------------------------------------
 
 
@@ -53,6 +76,9 @@ class Peers(Wire, frozen=True):
 
 class Run(Wire, frozen=True):
     """Serve one turn: prefill `tokens`, decode until it ends, report every token.
+
+    `turn` names this run of it: a turn that starts again elsewhere gets a new name, so that what still travels of the
+    old run means nothing to anybody.
 
     The last `prior` of `tokens` were already given to the client as output (a turn that moved here after a failure).
     `seed` is always set: two workers that sample the same position draw the same number. With `prefill_at` (a
@@ -94,18 +120,13 @@ class Prefill(Wire, frozen=True):
     have: int
 
 
-class Commit(Wire, frozen=True):
-    """The end of a prefill: the sampled first token, so that D can decode on."""
-
-    token: int
-    finish: FinishReason | None = None
-
-
 class Publish(Wire, frozen=True):
-    """P's finished pages, which hold the prompt from page `first` on.
+    """P's finished pages, which hold the prompt from page `first` on. The last publication is the commit.
 
     `pages` are numbers in P's pool and `hashes` the chain hash of the tokens each one holds. They stay untouched until
     the ack, but not past `deadline` (seconds on the host's monotonic clock): what D copies later does not count.
+    `commit` is the first token as P reports it to the frontend. D decodes on from it, and reports it too: P may die
+    before its own report is read.
     """
 
     turn: str
@@ -113,7 +134,7 @@ class Publish(Wire, frozen=True):
     pages: list[int]
     hashes: list[bytes]
     deadline: float
-    commit: Commit | None = None
+    commit: TurnOutput | None = None
 
 
 class Release(Wire, frozen=True):
@@ -161,28 +182,6 @@ class Failed(Wire, frozen=True):
     """A worker could not start: the reason, and what to do about it, for a person."""
 
     reason: str
-
-
-class TokenLogprob(Wire, frozen=True):
-    """The log-probability of a sampled token and of the most likely alternatives, before any penalty or temperature."""
-
-    token: int
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
-
-
-class TurnOutput(Wire, frozen=True):
-    """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn)."""
-
-    turn: str
-    index: int
-    tokens: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish: FinishReason | None = None
-    stop_token: int | None = None
-    cached_tokens: int | None = None
-    error: str = ""
 
 
 class Move(Wire, frozen=True):

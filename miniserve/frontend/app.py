@@ -15,7 +15,16 @@ from miniserve.frontend import errors
 from miniserve.frontend.client import EngineClient, EngineError
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
-from miniserve.frontend.responses import ChatCompletion, Completion, Detokenized, Health, ModelList, Tokenized, Version
+from miniserve.frontend.responses import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    Health,
+    Model,
+    ModelList,
+    Tokenized,
+    Version,
+)
 from miniserve.frontend.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.frontend.service import Service
 from miniserve.tokenizer import Tokenizer
@@ -53,6 +62,16 @@ def create_app(
     )
     errors.install(app)
 
+    def card(name: str) -> Model:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "miniserve",
+            "root": config.engine.model,
+            "max_model_len": client.max_model_len,
+        }
+
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": STREAM}})
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation; with `stream` true as server-sent events."""
@@ -66,21 +85,13 @@ def create_app(
     @app.get("/v1/models")
     async def models() -> ModelList:
         """The names of the one model that is served."""
-        limit = client.max_model_len
-        return {
-            "object": "list",
-            "data": [
-                {
-                    "id": name,
-                    "object": "model",
-                    "created": created,
-                    "owned_by": "miniserve",
-                    "root": config.engine.model,
-                    "max_model_len": limit,
-                }
-                for name in names
-            ],
-        }
+        return {"object": "list", "data": [card(name) for name in names]}
+
+    @app.get("/v1/models/{model:path}")  # names may hold slashes
+    async def retrieve_model(model: str) -> Model:
+        """One of these names."""
+        service.check_model(model)
+        return card(model)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Tokenized:

@@ -7,21 +7,17 @@ from miniserve.frontend.generate import Choice, Generation
 from miniserve.frontend.logprobs import chat_logprobs
 from miniserve.frontend.responses import ChatChoice, ChatChunkChoice, ChatCompletion, ChatLogprobs, Delta, Head
 from miniserve.frontend.schemas import ChatRequest, TokenizeRequest
-from miniserve.sampling import ParameterError
 from miniserve.tokenizer import Tokenizer
 
 
 def chat_tokens(tokenizer: Tokenizer, request: ChatRequest | TokenizeRequest) -> list[int]:
     """The prompt of a conversation. Slow: not for the event loop. Raises `ParameterError`."""
-    try:
-        return tokenizer.chat(
-            [message.for_template() for message in request.messages or []],
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            template_kwargs=request.chat_template_kwargs,
-        )
-    except UnicodeError as error:  # in what templates get as it is: tool calls and their own variables
-        raise ParameterError("messages", "The messages hold half of a surrogate pair: not valid Unicode.") from error
+    return tokenizer.chat(
+        [message.for_template() for message in request.messages or []],
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        template_kwargs=request.chat_template_kwargs,
+    )
 
 
 class ChatShape:

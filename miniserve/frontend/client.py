@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -120,9 +119,10 @@ class EngineClient:
         self._processes: dict[str, WorkerProcess] = {}
         self._turns: dict[str, Turn] = {}
         self._failed: dict[str, str] = {}
+        self._dead: set[str] = set()
         self._tasks: list[asyncio.Task] = []
         self._changed = asyncio.Event()
-        self._draining = False
+        self._draining = self._stopped = False
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -178,12 +178,12 @@ class EngineClient:
                 self.transfer[source, home] = "mapped" if mapped else "none (prefills at home)"
 
     def drain(self) -> None:
-        """Take no new turns; those that run go on."""
+        """Let no new requests in; those that run go on, with all the turns they still want to submit."""
         self._draining = True
 
     async def stop(self) -> None:
         """End all turns, stop the workers, remove the run's directory. Safe to call at any time, and twice."""
-        self._draining = True
+        self._draining = self._stopped = True
         for turn in list(self._turns.values()):
             turn.cancel()
         for task in self._tasks:
@@ -197,7 +197,7 @@ class EngineClient:
 
     def kill(self) -> None:
         """Stop everything now, whatever is running."""
-        self._draining = True
+        self._draining = self._stopped = True
         for process in self._processes.values():
             process.kill()
         self._clean_up()
@@ -213,6 +213,15 @@ class EngineClient:
 
     # --- turns ------------------------------------------------------------------------------------------------------
 
+    def check_room(self) -> None:
+        """Raises `QueueFull` or `EngineError` where a new request should not be let in."""
+        if self._draining:
+            raise EngineError(self.unhealthy_reason)
+        try:
+            self._scheduler.check_room(time.monotonic())
+        except QueueIsFull as error:
+            raise QueueFull(str(error), error.retry_after) from error
+
     def submit(
         self,
         tokens: list[int],
@@ -224,22 +233,19 @@ class EngineClient:
     ) -> Turn:
         """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end.
 
-        Raises `QueueFull`, `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
+        Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
         """
         if not 0 < len(tokens) < self.max_model_len:
             raise ParameterError(
                 "prompt", f"The prompt has {len(tokens)} tokens; the maximum context length is {self.max_model_len}."
             )
-        if self._draining:
+        if self._stopped:
             raise EngineError(self.unhealthy_reason)
         turn = Turn(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
         seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
         self._turns[turn.id] = turn
         try:
             commands = self._scheduler.submit(turn.id, tokens, params, seed, conversation, salt, time.monotonic())
-        except QueueIsFull as error:
-            del self._turns[turn.id]
-            raise QueueFull(str(error), error.retry_after) from error
         except NoDecoder as error:
             del self._turns[turn.id]
             raise EngineError(self.unhealthy_reason or str(error)) from error
@@ -256,10 +262,10 @@ class EngineClient:
                 case Send(worker, message):
                     if process := self._processes.get(worker):
                         self._outboxes.send(process.spec.address, message)
-                case Deliver(output):
-                    turn = self._turns.get(output.turn)
+                case Deliver(name, output):
+                    turn = self._turns.get(name)
                     if output.finish is not None:
-                        self._turns.pop(output.turn, None)
+                        self._turns.pop(name, None)
                     if turn is not None:
                         turn.put(output)
 
@@ -346,13 +352,21 @@ class EngineClient:
         """Watch the processes; give the scheduler its time."""
         while True:
             await asyncio.sleep(TICK_SECONDS if self.max_model_len else 0.1)
-            for name, process in list(self._processes.items()):
-                if (code := process.exit_code) is not None and name not in self._failed:
-                    # What it still had to say may lie in the inbox: a reason is better than an exit code.
-                    await asyncio.sleep(0.1)
-                    self._failed.setdefault(name, f"The worker {name} ended with exit code {code}.")
-                    self._changed.set()
-                    log.error("worker %s is gone: %s", name, self._failed[name])
-                    self._carry_out(self._scheduler.worker_down(name))
-            with contextlib.suppress(Exception):
+            try:
+                await self._bury_the_dead()
                 self._carry_out(self._scheduler.on_tick(time.monotonic()))
+            except Exception:
+                log.exception("the watch over the workers stumbled and goes on")
+
+    async def _bury_the_dead(self) -> None:
+        """Tell the scheduler of workers that have ended, whether or not they could still say why."""
+        for name, process in list(self._processes.items()):
+            if name in self._dead or (code := process.exit_code) is None:
+                continue
+            self._dead.add(name)
+            # What it still had to say may lie in the inbox: a reason is better than an exit code.
+            await asyncio.sleep(0.1)
+            self._failed.setdefault(name, f"The worker {name} ended with exit code {code}.")
+            self._changed.set()
+            log.error("worker %s is gone: %s", name, self._failed[name])
+            self._carry_out(self._scheduler.worker_down(name))

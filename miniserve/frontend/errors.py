@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from miniserve.frontend.client import EngineError, QueueFull
 from miniserve.sampling import ParameterError
 
 RETRY_SECONDS = 5
+GZIP = b"\x1f\x8b"
 
 
 class ErrorInfo(TypedDict):
@@ -77,6 +79,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), code="queue_full", headers=after)
         case EngineError():
             return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": str(RETRY_SECONDS)})
+        case RoutingError(__cause__=ValueError() | RecursionError() as cause):
+            return _unreadable(cause)
         case RoutingError():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "The server failed to answer this request; its log says why.", code="internal_error")
@@ -102,6 +106,20 @@ def install(app: FastAPI) -> None:
     for kind in (ParameterError, RequestValidationError, EngineError, RoutingError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer_unexpected)
+
+
+def _unreadable(cause: Exception) -> ApiError:
+    """From what Python's JSON reader fails of; FastAPI only says that something was wrong with the body."""
+    match cause:
+        case UnicodeDecodeError(object=body) if body.startswith(GZIP):
+            reason = "it is compressed with gzip. Send it as it is, without `Content-Encoding`"
+        case UnicodeDecodeError():
+            reason = f"it is not {cause.encoding.upper()} from byte {cause.start} on. Send it in UTF-8, not compressed"
+        case RecursionError():
+            reason = "it is nested too deeply. Use fewer levels of objects and lists"
+        case _:
+            reason = f"it holds an integer of more than {sys.get_int_max_str_digits()} digits. Use a smaller one"
+    return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
 
 
 def _rejected(first: Mapping[str, Any]) -> ApiError:

@@ -7,8 +7,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Self
 
-import msgspec
-
 from miniserve.cluster.messages import TokenLogprob, TurnOutput
 from miniserve.frontend.client import EngineError, Turn
 from miniserve.frontend.errors import ApiError
@@ -35,7 +33,7 @@ class Choice:
         self.cached_tokens = 0
         self._stream = TextStream(
             tokenizer,
-            params.stop,
+            list(params.stop),
             params.skip_special_tokens,
             params.include_stop_str_in_output,
             params.min_tokens,
@@ -104,7 +102,7 @@ class Generation:
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._groups = [
-            [Choice(p * params.n + i, prompt, _nth(params, i), tokenizer) for i in range(params.n)]
+            [Choice(p * params.n + i, prompt, params.nth(i), tokenizer) for i in range(params.n)]
             for p, (prompt, params) in enumerate(prompts)
         ]
         self.choices = [choice for group in self._groups for choice in group]
@@ -204,11 +202,3 @@ class Generation:
                 self._metrics.ended("abort", self._arrived)
         for task in self._tasks:
             task.cancel()
-
-
-def _nth(params: SamplingParams, i: int) -> SamplingParams:
-    """The parameters of a prompt's choice number `i`: its own seed, so that the choices differ."""
-    if params.seed is None or i == 0:
-        return params
-    seed = (params.seed + i + 2**63) % 2**64 - 2**63
-    return msgspec.structs.replace(params, seed=seed)

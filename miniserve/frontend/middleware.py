@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import re
 import uuid
@@ -9,6 +11,12 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from miniserve.frontend.errors import ApiError
+
+BODY_SECONDS = 60.0
+"""How long a request's body may take to arrive."""
+LINGER_SECONDS = 5.0
+"""How long to read on after a body was refused."""
+CLOSE = {"Connection": "close"}
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
@@ -59,7 +67,7 @@ class ApiKey:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes, whether or not the request says how long it is."""
+    """Refuses bodies of more than `limit` bytes, whether or not the request says how long it is, and slow ones."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -68,19 +76,49 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        refusal = ApiError(413, f"The body is larger than {self._limit} bytes.", code="request_too_large")
+        refusal = ApiError(
+            413, f"The body is larger than {self._limit} bytes.", code="request_too_large", headers=CLOSE
+        )
         length = _header(scope, b"content-length")
         # Python does not read numbers of thousands of digits.
         if length.isdigit() and (len(length) > 15 or int(length) > self._limit):
+            if not _header(scope, b"expect"):  # a client that waits for "100 Continue" has not begun
+                await _linger(receive)
             return await refusal.response(scope, receive, send)
-        taken = 0
+        taken, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
-        async def receive_counted() -> Message:
-            nonlocal taken
-            message = await receive()
+        async def receive_body() -> Message:
+            nonlocal taken, complete
+            if complete:  # all that can come is a disconnect, at any time
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"The body did not arrive within {BODY_SECONDS:g} s: send as many bytes as you announce, or fewer.",
+                    code="request_timeout",
+                    headers=CLOSE,
+                ) from None
             taken += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if taken > self._limit:
+                if not complete:
+                    await _linger(receive)
                 raise refusal
             return message
 
-        await self._app(scope, receive_counted, send)
+        await self._app(scope, receive_body, send)
+
+
+async def _linger(receive: Receive) -> None:
+    """Read what is left of a body, for a while.
+
+    Clients look for an answer when they have sent everything, and find none if the connection is closed before.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (await receive()).get("more_body"):
+                pass

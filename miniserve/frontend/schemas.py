@@ -1,4 +1,7 @@
-"""What requests may hold. Fields are OpenAI's, then vLLM's extras; unknown fields are ignored, as vLLM does."""
+"""What requests may hold. Fields are OpenAI's, then vLLM's extras; unknown fields are ignored, as vLLM does.
+
+Every list is `fail_fast`: one error is told, and an error for each of a million wrong items would cost a gigabyte.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from miniserve.template import Message
 
 MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
+MAX_DEPTH = 100
+"""How deep free-form JSON may be nested: templates and serializers recurse into it."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 
@@ -50,18 +55,46 @@ def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _few_biases(value: Any) -> Any:
+    """Before they are looked at: `fail_fast` is for lists only."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"This should have at most {MAX_LOGIT_BIAS} items, not {len(value)}")
+    return value
+
+
+def _sound_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what templates cannot work with. Goes level by level, and stops at the first that is too deep."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        items = [item for outer in level for item in outer]
+        items += [item for outer in level if isinstance(outer, dict) for item in outer.values()]
+        for item in items:
+            if isinstance(item, str):
+                _valid_unicode(item)
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
+
+
 Text = Annotated[str, AfterValidator(_valid_unicode)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
 Prompt = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[TokenId], Tag("<list>")],
+    Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<list>")],
     Discriminator(_kind, "prompt", "A prompt must be a string or a list of token ids"),
 ]
-PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
-Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | list[TokenId] | PromptList)]
+PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS), BeforeValidator(_few_biases)]
+Json = Annotated[dict[str, Any], AfterValidator(_sound_json)]
+"""An object of the client's own making, for the chat template."""
+JsonList = Annotated[list[Json], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -87,7 +120,7 @@ class ContentPart(Body):
 
 
 Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Tag("<list>")],
+    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<list>")],
     Discriminator(_kind, "content", "Content must be a string or a list of text parts"),
 ]
 
@@ -96,7 +129,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Text | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: JsonList | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
 
@@ -117,7 +150,7 @@ class ChatMessage(Body):
         return message
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
 
 
 # --- generation -----------------------------------------------------------------------------------------------------
@@ -125,6 +158,8 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: every chunk tells the usage of its choice so far."""
 
 
 class GenerationRequest(Body):
@@ -138,13 +173,7 @@ class GenerationRequest(Body):
     stop: Stops | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_LOGIT_BIAS),
-        ]
-        | None
-    ) = None
+    logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prompt_cache_key: Annotated[Text, Field(max_length=MAX_KEY_CHARS)] | None = None
@@ -154,7 +183,7 @@ class GenerationRequest(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -199,12 +228,12 @@ class ChatRequest(GenerationRequest):
     max_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: JsonList | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Json | None = None
 
     @model_validator(mode="after")
     def _only_what_is_supported(self) -> ChatRequest:
@@ -280,7 +309,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Json | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -292,4 +321,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

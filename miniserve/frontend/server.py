@@ -26,6 +26,8 @@ from miniserve.sampling import ParameterError
 from miniserve.tokenizer import Tokenizer
 
 T = TypeVar("T")
+FLUSH_SECONDS = 2.0
+"""How long clients have to take what is still on its way to them when the server ends."""
 
 
 class Stopped(Exception):
@@ -135,6 +137,8 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         http.should_exit = True
         http.force_exit = True
         await serving
+        await client.stop()  # requests that still run are told so
+        await _hang_up(http)
         return 0
     finally:
         await client.stop()
@@ -150,14 +154,28 @@ async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, si
         while client.active:
             await asyncio.sleep(0.05)
         # What has been generated is still on its way to clients.
-        while http.server_state.tasks:
-            await asyncio.sleep(0.01)
+        await _tasks_ended(http, FLUSH_SECONDS)
 
     try:
         await signals.unless(signals.second, asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
         if client.active:
             _say(f"Ending {client.active} requests that still run.")
+
+
+async def _hang_up(http: HttpServer) -> None:
+    """Close what is still open: a request that was never sent to its end then ends as with any client that goes."""
+    for connection in list(http.server_state.connections):
+        connection.transport.abort()
+    await _tasks_ended(http, FLUSH_SECONDS)
+
+
+async def _tasks_ended(http: HttpServer, seconds: float) -> None:
+    """Wait for all requests to end, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while http.server_state.tasks:
+                await asyncio.sleep(0.01)
 
 
 def _say(line: str) -> None:

@@ -25,6 +25,7 @@ from miniserve.frontend.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
+    StreamOptions,
     TokenizeRequest,
 )
 from miniserve.frontend.streaming import ChunkShape, ClientGone, EventStream, events, while_connected
@@ -69,7 +70,7 @@ class Service:
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Answer /tokenize. Raises `ApiError`, `ParameterError`."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         if body.prompt is not None:
             tokens = await asyncio.to_thread(self._tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
@@ -83,15 +84,25 @@ class Service:
 
     async def detokenize(self, body: DetokenizeRequest) -> Detokenized:
         """Answer /detokenize. Raises `ApiError`."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         self._check_vocabulary(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, False)}
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` for a name that is none of the model's."""
+        if name is not None and name not in self._names:
+            raise ApiError(
+                404,
+                f"There is no model {name[:128]!r} here: this server has {', '.join(self._names)}.",
+                param="model",
+                code="model_not_found",
+            )
 
     async def _generate(
         self, request: Request, body: GenerationRequest, shape: Shape, tokenized: Callable[[], list[list[int]]]
     ) -> Response:
         arrived = time.perf_counter()
-        self._check_model(body.model)
+        self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
         conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
         # A long prompt takes a while, in which other streams want to go on.
@@ -116,25 +127,19 @@ class Service:
             )
 
         generation = Generation(list(zip(prompts, fitted, strict=True)), submit, self._tokenizer, self.metrics, arrived)
+        self._client.check_room()
         generation.start()  # before a stream's status is sent: a full queue is a 503
         if body.stream:
-            with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            return EventStream(generation, events(generation, shape, head, with_usage))
+            options = body.stream_options or StreamOptions()
+            with_usage = bool(options.include_usage)
+            continuous = with_usage and bool(options.continuous_usage_stats)
+            return EventStream(generation, events(generation, shape, head, with_usage, continuous))
         try:
             async with generation:
                 await while_connected(request.receive, generation.finish())
         except ClientGone:
             return Response(status_code=499)  # for the log; nobody reads it
         return Response(msgspec.json.encode(shape.whole(head, generation)), media_type="application/json")
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name not in self._names:
-            raise ApiError(
-                404,
-                f"There is no model {name[:128]!r} here: this server has {', '.join(self._names)}.",
-                param="model",
-                code="model_not_found",
-            )
 
     def _check_vocabulary(self, tokens: list[int], param: str) -> None:
         size = self._client.vocab_size

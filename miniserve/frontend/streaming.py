@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.frontend.errors import as_api_error
 from miniserve.frontend.generate import Choice, Generation
+from miniserve.frontend.responses import Usage
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -60,29 +61,46 @@ class ChunkShape(Protocol):
 
 
 async def events(
-    generation: Generation, shape: ChunkShape, head: Mapping[str, Any], include_usage: bool
+    generation: Generation, shape: ChunkShape, head: Mapping[str, Any], include_usage: bool, continuous_usage: bool
 ) -> AsyncIterator[bytes]:
     """The events of a stream but for `[DONE]`; those that can be sent together come in one piece.
 
-    `head` holds the fields that are the same in all chunks. Raises what the generation failed of.
+    `head` holds the fields that are the same in all chunks. With `include_usage` the last chunk tells the usage, and
+    with `continuous_usage` every other one that of its choice so far. Raises what the generation failed of.
     """
     # Only the choice is encoded for each chunk; all around it is the same bytes.
     before = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
     after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
-    openings = [opening for choice in generation.choices if (opening := shape.opening(choice)) is not None]
-    yield b"".join(before + msgspec.json.encode(opening) + after for opening in openings)
+    def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int) -> bytes:
+        end = after
+        if continuous_usage:
+            end = b'],"usage":' + msgspec.json.encode(_usage(choice, output_tokens)) + b"}\n\n"
+        return before + msgspec.json.encode(chunk) + end
+
+    openings = [(choice, opening) for choice in generation.choices if (opening := shape.opening(choice)) is not None]
+    yield b"".join(event(choice, opening, 0) for choice, opening in openings)
     async for news in generation.updates():
-        chunks: list[Mapping[str, Any]] = []
+        chunks: list[bytes] = []
         for choice in news:
             text, logprobs = choice.take()
             if text or logprobs:
-                chunks.append(shape.piece(choice, text, logprobs))
+                chunks.append(event(choice, shape.piece(choice, text, logprobs), choice.output_tokens))
             if choice.finish is not None:
-                chunks.append(shape.closing(choice))
-        yield b"".join(before + msgspec.json.encode(chunk) + after for chunk in chunks)
+                chunks.append(event(choice, shape.closing(choice), choice.output_tokens))
+        yield b"".join(chunks)
     if include_usage:
         yield b"data: " + msgspec.json.encode({**head, "choices": [], "usage": generation.usage}) + b"\n\n"
+
+
+def _usage(choice: Choice, output_tokens: int) -> Usage:
+    prompt = len(choice.prompt)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": choice.cached_tokens},
+    }
 
 
 class EventStream(Response):

@@ -38,7 +38,10 @@ class Server:
             connection.request(method, base + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             if response.status != 200:
-                raise ConfigError(f"The server says: {_message(response.read()) or response.reason}")
+                said = _message(response.read()) or response.reason
+                if response.status == 404 and not base.endswith("/v1"):
+                    said = f"{said.rstrip('.')}. Does --url end in /v1?"
+                raise ConfigError(f"The server says: {said}")
         except BROKEN as error:
             connection.close()
             raise ConfigError(
@@ -145,6 +148,8 @@ def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) ->
             conversation = Conversation(conversation.system)
         elif command == "/system":
             conversation = Conversation(rest.strip())
+        elif command.rfind("/") == 0:  # a path has more of them
+            print(f"There is no {command}. {HELP}")
         elif line:
             _turn(server, conversation, options, line, person)
 

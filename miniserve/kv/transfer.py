@@ -43,5 +43,5 @@ def connect(memory: KVMemory, layout: str, peer: PoolInfo) -> Transfer | None:
         return None
     try:
         return MappedTransfer(memory, peer)
-    except OSError:
+    except (OSError, ValueError):  # the number of a dead process may be another one's by now
         return None

@@ -41,6 +41,10 @@ class PackedLinear:
         self._bias = bias
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if x.shape[0] == 1:
+            # oneDNN adds up one row in another order than the same row among others. With this every row's result is
+            # the same in any batch, and so is a request's text, in bf16 too. A decode step alone: 19 -> 19.5 ms.
+            return self(torch.cat((x, x)), None if residual is None else torch.cat((residual, residual)))[:1]
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], None)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")

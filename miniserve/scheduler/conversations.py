@@ -11,10 +11,14 @@ from miniserve.kv.hashing import page_hashes, root_hash
 
 @dataclass
 class Conversation:
-    """All turns of one agent task. `home` is the worker that holds its KV between turns, "" before the first turn and
-    when that worker is gone. `tokens` is the length of the last turn's prompt and output, times are in seconds."""
+    """All turns of one agent task.
 
-    key: str
+    `key` is the client's id, or a number where it gave none. `home` is the worker that holds its KV between turns, ""
+    before the first turn and when that worker is gone. `tokens` is the length of the last turn, with its output;
+    times are in seconds.
+    """
+
+    key: str | int
     home: str = ""
     turns: int = 0
     tokens: int = 0
@@ -43,7 +47,7 @@ class Conversations:
         self._capacity = capacity
         self._max_idle = max_idle
         # Least recently active first.
-        self._by_key: OrderedDict[str, Conversation] = OrderedDict()
+        self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
         self._by_prompt: dict[bytes, dict[tuple[int, ...], Conversation]] = {}
         self._made = 0
 
@@ -67,7 +71,7 @@ class Conversations:
                 conversation = parent
         if conversation is None:
             self._made += 1
-            conversation = Conversation(key or f"auto-{self._made}", home=parent.home if parent else "")
+            conversation = Conversation(key or self._made, home=parent.home if parent else "")
             if parent is not None:
                 conversation.turns = 1  # its first turn was the parent's
             self._by_key[conversation.key] = conversation

@@ -84,8 +84,8 @@ class Conserve:
         home = at_home(conversation, pages, decoders)
         if home is None:
             return None
-        first = conversation.turns == 0 or not conversation.home
-        if not first or not prefillers:
+        # One whose home has died begins anew. A turn beside the first one finds its KV on the way to that home.
+        if conversation.home or not prefillers:
             return Placement(home.name)
         return Placement(home.name, min(prefillers, key=lambda p: p.queued_prefill_tokens).name)
 

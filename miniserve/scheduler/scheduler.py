@@ -6,7 +6,7 @@ of its turn, so that nothing is repeated or skipped when a worker dies and anoth
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Abort, Message, Move, Peer, Peers, Report, Run, TurnOutput, WorkerStats
@@ -17,6 +17,10 @@ from miniserve.scheduler.policies import Policy, WorkerView
 RESERVED_OUTPUT = 256
 """Output tokens a turn gets pages for in the ledger. Few turns use all of max_tokens; one that needs more grows, and in
 the worst case a worker preempts."""
+
+
+RECENT_ENDS = 64
+"""Ends of turns that tell how fast the queue moves."""
 
 
 class QueueIsFull(RuntimeError):
@@ -41,8 +45,9 @@ class Send:
 
 @dataclass(frozen=True)
 class Deliver:
-    """Command: give `output` to the client of its turn."""
+    """Command: give `output` to the client of `turn`."""
 
+    turn: str
     output: TurnOutput
 
 
@@ -51,7 +56,10 @@ Command = Send | Deliver
 
 @dataclass
 class Turn:
-    """A turn from `submit` to its end. `tokens` grows with what was delivered."""
+    """A turn from `submit` to its end. `tokens` grows with what was delivered.
+
+    `run` is what its workers call it. It may run more than once, on other workers, each time under another name.
+    """
 
     id: str
     tokens: list[int]
@@ -62,6 +70,8 @@ class Turn:
     arrived: float
     pages: int
     given: int
+    runs: int = 0
+    run: str = ""
     home: str = ""
     prefill_at: str = ""
     early: dict[int, TurnOutput] = field(default_factory=dict)
@@ -99,9 +109,9 @@ class Scheduler:
         self._workers: dict[str, WorkerView] = {}
         self._peers: dict[str, Peer] = {}
         self._queue: deque[Turn] = deque()
-        self._turns: OrderedDict[str, Turn] = OrderedDict()
-        self._ended = 0
-        self._ended_since = 0.0
+        self._turns: dict[str, Turn] = {}
+        self._runs: dict[str, Turn] = {}
+        self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
 
     @property
     def queued(self) -> int:
@@ -136,10 +146,8 @@ class Scheduler:
             if conversation.home == name:
                 conversation.home, conversation.resident = "", 0
         lost = [t for t in self._turns.values() if t.home == name]
-        for turn in lost:
-            turn.home = turn.prefill_at = ""
-            turn.early.clear()
-        self._queue.extendleft(reversed(lost))
+        for turn in reversed(lost):
+            self._run_again(turn)
         if not self.decoders:
             for turn in list(self._turns.values()):
                 commands += self._fail(turn, f"The worker {name} died and no decoder is left. Restart the server.")
@@ -151,14 +159,18 @@ class Scheduler:
 
     # --- turns ------------------------------------------------------------------------------------------------------
 
+    def check_room(self, now: float) -> None:
+        """Raises `QueueIsFull` if no more turns should be submitted. Once for a request: one that was let in may
+        submit all of its turns."""
+        if len(self._queue) >= self._max_queued:
+            raise QueueIsFull(len(self._queue), self._retry_after(now))
+
     def submit(
         self, turn: str, tokens: list[int], params: SamplingParams, seed: int, conversation: str, salt: str, now: float
     ) -> list[Command]:
-        """Accept a turn: place it, or queue it. Raises `QueueIsFull` or `NoDecoder`, and then changes nothing."""
+        """Accept a turn: place it, or queue it. Raises `NoDecoder`, and then changes nothing."""
         if not self.decoders:
             raise NoDecoder("No decoder is alive.")
-        if len(self._queue) >= self._max_queued:
-            raise QueueIsFull(len(self._queue), self._retry_after(now))
         found = self.conversations.find(conversation, tokens, salt)
         found.active += 1
         output = min(params.max_tokens or RESERVED_OUTPUT, RESERVED_OUTPUT)
@@ -175,7 +187,7 @@ class Scheduler:
         found = self._turns.get(turn)
         if found is None:
             return []
-        commands: list[Command] = [Send(found.home, Abort(turn))] if found.home else []
+        commands = self._abort(found)
         self._end(found, now)
         return [*commands, *self._place_queued()]
 
@@ -189,8 +201,8 @@ class Scheduler:
             self._count_move(worker, move)
         commands: list[Command] = []
         for output in report.outputs:
-            if turn := self._turns.get(output.turn):
-                commands += self._take(turn, worker, output, now)
+            if turn := self._runs.get(output.turn):  # else of a run that is over
+                commands += self._take(turn, output, now)
         return [*commands, *self._place_queued()]
 
     def on_tick(self, now: float) -> list[Command]:
@@ -199,18 +211,25 @@ class Scheduler:
             self._rest(conversation, 0)
         return self._place_queued()
 
-    def _take(self, turn: Turn, worker: str, output: TurnOutput, now: float) -> list[Command]:
+    def _take(self, turn: Turn, output: TurnOutput, now: float) -> list[Command]:
         """Deliver an output if it is the next one; keep it if it is early; drop it if it is known."""
-        if worker not in (turn.home, turn.prefill_at):
-            return []  # a worker that lost this turn still spoke of it
         if output.finish == "error":
             return self._fail(turn, output.error)
-        if output.index >= turn.delivered:
-            turn.early[output.index] = output
-        commands: list[Command] = []
+        if output.index < turn.delivered:
+            known = turn.tokens[turn.given + output.index :][: len(output.tokens)]
+            if output.tokens == known:
+                return []
+            # A first token that P gave to the client and D does not know of, and D drew another one. D has to go on
+            # from what the client has.
+            commands = self._abort(turn)
+            self._leave(turn)
+            self._run_again(turn)
+            return commands
+        turn.early[output.index] = output
+        commands = []
         while (ready := turn.early.pop(turn.delivered, None)) is not None:
             turn.tokens += ready.tokens
-            commands.append(Deliver(ready))
+            commands.append(Deliver(turn.id, ready))
             if ready.finish:
                 self._end(turn, now)
                 break
@@ -218,27 +237,44 @@ class Scheduler:
                 break
         return commands
 
+    def _abort(self, turn: Turn) -> list[Command]:
+        return [Send(turn.home, Abort(turn.run))] if turn.home in self._workers else []
+
     def _fail(self, turn: Turn, reason: str) -> list[Command]:
-        commands: list[Command] = [Send(turn.home, Abort(turn.id))] if turn.home in self._workers else []
+        commands = self._abort(turn)
         self._end(turn, turn.arrived)
-        return [*commands, Deliver(TurnOutput(turn.id, turn.delivered, [], finish="error", error=reason))]
+        failed = TurnOutput(turn.id, turn.delivered, [], finish="error", error=reason)
+        return [*commands, Deliver(turn.id, failed)]
+
+    def _leave(self, turn: Turn) -> None:
+        """Give back what the ledger holds for a turn at its home."""
+        if home := self._workers.get(turn.home):
+            home.reserved -= turn.pages
+            home.turns -= 1
+
+    def _run_again(self, turn: Turn) -> None:
+        """Put a turn that has lost its run at the head of the queue; it goes on from its tokens."""
+        self._runs.pop(turn.run, None)
+        turn.home = turn.prefill_at = turn.run = ""
+        turn.early.clear()
+        self._queue.appendleft(turn)
 
     def _end(self, turn: Turn, now: float) -> None:
         """Settle the ledger; the conversation's KV stays at home."""
         del self._turns[turn.id]
+        self._runs.pop(turn.run, None)
         conversation = turn.conversation
         conversation.active -= 1
-        if home := self._workers.get(turn.home):
-            home.reserved -= turn.pages
-            home.turns -= 1
+        if turn.home:
+            self._leave(turn)
             conversation.turns += 1
             conversation.tokens = len(turn.tokens)
-            if not conversation.active:
-                self._rest(conversation, self._pages(conversation.tokens))
-        elif not turn.home:
+        else:
             self._queue.remove(turn)
+        if not conversation.active:
+            self._rest(conversation, self._pages(conversation.tokens))
         conversation.last_end = max(conversation.last_end, now)
-        self._ended += 1
+        self._ends.append(now)
 
     # --- placement --------------------------------------------------------------------------------------------------
 
@@ -264,7 +300,10 @@ class Scheduler:
             home_view.turns += 1
             key = (placement.prefill_at or placement.home, placement.home)
             self.placements[key] = self.placements.get(key, 0) + 1
-            run = Run(turn.id, turn.tokens, turn.params, turn.seed, turn.salt, turn.delivered, turn.prefill_at)
+            turn.runs += 1
+            turn.run = f"{turn.id}.{turn.runs}"
+            self._runs[turn.run] = turn
+            run = Run(turn.run, turn.tokens, turn.params, turn.seed, turn.salt, turn.delivered, turn.prefill_at)
             if placement.prefill_at:
                 # Until its next report tells: several turns may be placed before that.
                 self._workers[placement.prefill_at].queued_prefill_tokens += len(turn.tokens)
@@ -289,10 +328,12 @@ class Scheduler:
         total.pages += move.pages
         total.bytes += move.bytes
         total.seconds += move.seconds
-        if turn := self._turns.get(move.turn):
+        if turn := self._runs.get(move.turn):
             turn.conversation.moves += 1
 
     def _retry_after(self, now: float) -> int:
-        """Whole seconds until the queue is likely to have moved on, from the rate at which turns ended so far."""
-        rate = self._ended / max(now - self._ended_since, 1.0)
-        return max(1, min(60, round(len(self._queue) / rate))) if rate else 5
+        """Whole seconds until the queue is likely to have moved on, from the rate at which turns ended lately."""
+        if not self._ends:
+            return 5
+        rate = len(self._ends) / max(now - self._ends[0], 0.1)
+        return max(1, min(60, round(len(self._queue) / rate)))

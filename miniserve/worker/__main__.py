@@ -28,8 +28,9 @@ def main() -> int:
     if not line:
         return 0  # the frontend is gone already
     spec = msgspec.json.decode(line, type=WorkerSpec)
-    # Ctrl-C goes to the whole terminal; the frontend drains and then tells us.
+    # Ctrl-C goes to the whole terminal, and supervisors stop whole groups; the frontend drains and then tells us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_frontend, args=(spec.run_dir,), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
     context = zmq.Context()

@@ -97,7 +97,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
     decoder = Decoder(model, weights, ops, max_model_len)
     engine = Engine(
-        Runner(decoder, memory, eos_token_ids(folder, hf_config), device),
+        Runner(decoder, memory, eos_token_ids(folder, hf_config, model.vocab_size), device),
         PagePool(num_pages, caching=config.enable_prefix_caching),
         page_tokens=config.block_size,
         max_num_batched_tokens=config.max_num_batched_tokens or default_budget,
@@ -134,8 +134,11 @@ def warm_up(engine: Engine, root: bytes) -> None:
     engine.reset()
 
 
-def eos_token_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
-    """The tokens that end a turn: those of config.json and of generation_config.json, single or a list."""
+def eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> frozenset[int]:
+    """The tokens that end a turn: those of config.json and of generation_config.json, single or a list.
+
+    Some models name one that they have no row for; it can never be sampled.
+    """
     try:
         generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -146,4 +149,4 @@ def eos_token_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     for source in (config, generation):
         ids = source.get("eos_token_id")
         found |= {ids} if isinstance(ids, int) else set(ids or ())
-    return frozenset(found)
+    return frozenset(token for token in found if 0 <= token < vocab_size)

@@ -29,10 +29,13 @@ class Counters:
 
 @dataclass
 class Step:
-    """What a step brought: tokens for clients, and the sequences prefilled for another worker that came further."""
+    """What a step brought."""
 
     outputs: list[TurnOutput] = field(default_factory=list)
-    prefilled: list[Sequence] = field(default_factory=list)
+    prefilled: list[tuple[Sequence, TurnOutput | None]] = field(default_factory=list)
+    """Sequences prefilled for another worker that came further; with the first token, which is among `outputs` too."""
+    tokens: int = 0
+    """How many were computed."""
 
 
 class Engine:
@@ -180,15 +183,17 @@ class Engine:
         for sequence, count in batch:
             if sequence.missing > 1:
                 self.counters.prompt_tokens += count
+            done.tokens += count
             sequence.computed += count
             self.register(sequence)
-            sampled = sequence.missing == 0
-            if sampled:
+            output = None
+            if sequence.missing == 0:
                 index = sequence.num_outputs
                 sequence.append(tokens.pop(0), self._runner.eos, self.max_model_len)
-                done.outputs.append(self._output(sequence, index, logprobs.pop(0)))
+                output = self._output(sequence, index, logprobs.pop(0))
+                done.outputs.append(output)
             if sequence.prefill_for:
-                done.prefilled.append(sequence)
+                done.prefilled.append((sequence, output))
             elif sequence.finish:
                 self.finish(sequence)
         return done
@@ -197,6 +202,9 @@ class Engine:
         """What a receiving sequence still lacks is computed here from now on."""
         if sequence.status is Status.RECEIVING:
             sequence.status = Status.RUNNING
+            if sequence.missing > 1 and len(sequence.pages) * self.page_tokens < len(sequence.tokens):
+                # It has got its first token but not all of its KV: more than it was admitted with is to be computed.
+                self._preempt(sequence)
 
     def register(self, sequence: Sequence) -> None:
         """Make the full pages whose KV is complete known to the prefix cache."""

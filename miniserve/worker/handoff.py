@@ -3,7 +3,7 @@
 D reserves pages, then asks P. After each chunk P publishes the finished pages; D checks their hashes against its own
 chain and copies them between steps. The last publication is the commit and carries the first token; D answers with a
 release. P's lease on the published pages ends by that release, by D's death, or at the deadline. Whatever goes wrong,
-D computes what it lacks itself.
+D computes what it lacks itself. A turn that runs again elsewhere has another name there: handoffs are never mixed up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import (
-    Commit,
     Message,
     Move,
     Peer,
@@ -22,6 +21,7 @@ from miniserve.cluster.messages import (
     PrefillRefused,
     Publish,
     Release,
+    TurnOutput,
 )
 from miniserve.kv.hashing import root_hash
 from miniserve.kv.memory import KVMemory
@@ -70,6 +70,8 @@ class Handoffs:
     ) -> None:
         self.moves: list[Move] = []
         """Handoffs that ended well since somebody last took them."""
+        self.outputs: list[TurnOutput] = []
+        """First tokens that came with a commit, likewise."""
         self._engine = engine
         self._memory = memory
         self._layout = layout
@@ -147,18 +149,23 @@ class Handoffs:
             self._give_up(message.turn, "the pages hold other tokens than ours")
             return
         pull.transfer.pull(message.pages, sequence.pages[message.first : end])
-        if self._clock() > message.deadline:
-            # P may have reused a page while we copied.
-            self._give_up(message.turn, "the lease ended before the pages were copied")
-            return
-        pull.pages += len(message.pages)
-        sequence.computed = min(end * size, sequence.given)
-        self._engine.register(sequence)
-        if message.commit is not None:
-            self._commit(pull, message.commit)
+        late = self._clock() > message.deadline
+        if not late:
+            pull.pages += len(message.pages)
+            sequence.computed = min(end * size, sequence.given)
+            self._engine.register(sequence)
+        if message.commit is not None and end == len(sequence.pages):
+            # The client may have this token already: we go on from it even if we have to compute the pages.
+            sequence.tokens += message.commit.tokens
+            sequence.finish = message.commit.finish
+            self.outputs.append(message.commit)
+        if late:
+            self._give_up(message.turn, "the lease ended before the pages were copied")  # P may have reused one by then
+        elif message.commit is not None:
+            self._complete(pull)
 
-    def _commit(self, pull: Pull, commit: Commit) -> None:
-        """The prefill is complete. P has told the client about the first token already."""
+    def _complete(self, pull: Pull) -> None:
+        """All that P had is here."""
         sequence = pull.sequence
         if sequence.computed != sequence.given:
             self._give_up(sequence.turn, f"the commit came at {sequence.computed} of {sequence.given} tokens")
@@ -174,8 +181,10 @@ class Handoffs:
                 seconds=self._clock() - pull.started,
             )
         )
-        sequence.tokens.append(commit.token)
-        sequence.finish = commit.finish
+        self._go_on(sequence)
+
+    def _go_on(self, sequence: Sequence) -> None:
+        """The rest of the turn is ours, if there is any."""
         if sequence.finish:
             self._engine.finish(sequence)
         else:
@@ -197,7 +206,7 @@ class Handoffs:
         log.warning("turn %s: handoff from %s failed (%s), prefilling here", turn, pull.source.name, reason)
         if self.epoch(pull.source.name) == pull.source.epoch:
             self._send(pull.source.address, Release(turn))
-        self._engine.resume(pull.sequence)
+        self._go_on(pull.sequence)
 
     # --- P ----------------------------------------------------------------------------------------------------------
 
@@ -221,15 +230,14 @@ class Handoffs:
         self._leases[message.turn] = Lease(sequence, peer, message.have // size)
         self._engine.add(sequence)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Tell D which pages a step has finished; the first token ends the prefill."""
+    def publish(self, sequence: Sequence, first_token: TurnOutput | None) -> None:
+        """Tell D which pages a step has finished; `first_token` (what is reported of it) ends the prefill."""
         lease = self._leases.get(sequence.turn)
         if lease is None:
             return
         size = self._engine.page_tokens
-        complete = len(sequence.tokens) > sequence.given
-        ready = len(sequence.pages) if complete else sequence.computed // size
-        if ready <= lease.published and not complete:
+        ready = len(sequence.pages) if first_token else sequence.computed // size
+        if ready <= lease.published and not first_token:
             return
         deadline = self._clock() + self._deadline
         self._send(
@@ -240,11 +248,11 @@ class Handoffs:
                 pages=sequence.pages[lease.published : ready],
                 hashes=sequence.given_hashes(size)[lease.published : ready],
                 deadline=deadline,
-                commit=Commit(sequence.tokens[-1], sequence.finish) if complete else None,
+                commit=first_token,
             ),
         )
         lease.published = ready
-        if complete:
+        if first_token:
             lease.deadline = deadline
             self._engine.finish(sequence, keep_pages=True)
 

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 
-import msgspec
 import zmq
 
 from miniserve.cluster.channels import Inbox, Outboxes
@@ -29,6 +28,7 @@ from miniserve.cluster.messages import (
     WorkerStats,
 )
 from miniserve.kv.hashing import root_hash
+from miniserve.sampling import ParameterError
 from miniserve.worker.build import Built
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.sequence import Sequence
@@ -61,17 +61,21 @@ class Worker:
     def run(self) -> None:
         """Serve until told to shut down."""
         self._tell(self._ready())
+        computed = 0
         while not self._stopping:
-            idle = not self._engine.has_work
+            # After a step what waited may have room: only a round that computed nothing is followed by a rest.
+            idle = not computed and not self._engine.has_work
             heard = self._receive(int(IDLE_SECONDS * 1000) if idle else 0)
             started = time.monotonic()
             self._handoffs.expire()
             for sequence in self._engine.admit():
                 self._handoffs.request(sequence, self._salts.pop(sequence.turn, ""))
             step = self._engine.step()
-            for sequence in step.prefilled:
-                self._handoffs.publish(sequence)
-            self._outputs += step.outputs
+            computed = step.tokens
+            for sequence, first_token in step.prefilled:
+                self._handoffs.publish(sequence, first_token)
+            self._outputs += self._handoffs.outputs + step.outputs
+            self._handoffs.outputs.clear()
             now = time.monotonic()
             self._busy += now - started
             # What was heard in idleness (a release, an abort) has changed the state, and no step will tell of it.
@@ -80,11 +84,7 @@ class Worker:
 
     def _receive(self, timeout_ms: int) -> bool:
         """Handle what has arrived; whether there was anything."""
-        try:
-            envelopes = self._inbox.receive(timeout_ms)
-        except msgspec.MsgspecError as error:
-            log.error("dropped a message that is none of ours: %s", error)
-            return False
+        envelopes = self._inbox.receive(timeout_ms)
         for envelope in envelopes:
             self._handle(envelope)
         return bool(envelopes)
@@ -128,8 +128,14 @@ class Worker:
     def _start(self, run: Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
         limit, vocab = self._engine.max_model_len, self._built.model.vocab_size
+        error = ""
         if not 0 < len(run.tokens) < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
             error = f"{len(run.tokens)} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
+        try:
+            run.params.validate(vocab)
+        except ParameterError as wrong:
+            error = wrong.message
+        if error:
             self._outputs.append(TurnOutput(run.turn, run.prior, [], finish="error", error=error))
             return
         if run.prefill_at:

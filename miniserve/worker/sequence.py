@@ -87,10 +87,8 @@ class Sequence:
         """Add `token` as the next output and set `finish` if the turn ends with it."""
         self.tokens.append(token)
         params = self.params
-        if token in params.stop_token_ids:
+        if token in params.stop_token_ids or (token in eos and not params.ignore_eos):
             self.stop_token = token
-            self.finish = "stop"
-        elif token in eos and not params.ignore_eos:
             self.finish = "stop"
         limit = params.max_tokens is not None and self.num_outputs >= params.max_tokens
         if self.finish is None and (limit or len(self.tokens) >= max_len):

@@ -1,0 +1,265 @@
+"""The scheduler and workers under every order in which messages can arrive, aborts and deaths in between.
+
+The real `Scheduler` and real `Worker`s in one process and one thread. Messages of one sender to one receiver stay in
+order, as ZeroMQ keeps them; otherwise the next one to arrive is anybody's. The model is made up: the next token is a
+hash of all before it, and the KV of a token is a hash too, which is checked wherever a step would read it. So a page
+that is reused too early, or served under a wrong name, is noticed even if the text would come out right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from collections import defaultdict, deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from miniserve.cluster.launch import WorkerSpec
+from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo, Report, TokenLogprob
+from miniserve.config import EngineConfig
+from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.pages import PagePool
+from miniserve.sampling import SamplingParams
+from miniserve.scheduler.policies import POLICIES
+from miniserve.scheduler.scheduler import Command, Scheduler, Send
+from miniserve.worker.engine import Engine
+from miniserve.worker.process import Worker
+from miniserve.worker.sequence import Sequence
+
+PAGE, LONGEST, VOCAB = 4, 64, 1000
+EOS = frozenset(range(30))
+TOPOLOGIES = [("d0",), ("d0", "d1"), ("p0", "d0"), ("p0", "d0", "d1"), ("p0", "p1", "d0", "d1")]
+
+
+def digest(tokens: list[int]) -> int:
+    return int.from_bytes(hashlib.blake2b(str(tokens).encode(), digest_size=7).digest(), "little")
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    return digest([seed, *tokens]) % VOCAB
+
+
+class Model:
+    """Stands in for `Runner`: writes a hash where KV would go, and reads what lies before it."""
+
+    eos = EOS
+
+    def __init__(self, memory: KVMemory) -> None:
+        self._pages = memory.pages
+
+    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[TokenLogprob | None]]:
+        sampled = []
+        for sequence, count in work:
+            assert sequence.computed + count <= len(sequence.tokens)
+            for position in range(sequence.computed + count):
+                slot = self._pages[sequence.pages[position // PAGE], 0, 0, position % PAGE, 0]
+                kv = digest(sequence.tokens[: position + 1])
+                if position >= sequence.computed:
+                    slot[0] = kv
+                assert int(slot[0]) == kv, f"{sequence.turn}: the KV of token {position} is another one's"
+            if sequence.computed + count == len(sequence.tokens):
+                sampled.append(next_token(sequence.tokens, sequence.seed))
+        return sampled, [None] * len(sampled)
+
+
+class World:
+    """A cluster whose messages, steps, clients and deaths happen in an order drawn from `seed`."""
+
+    def __init__(self, seed: int, deaths: int) -> None:
+        self.pick = random.Random(seed)
+        self.wires: dict[tuple[str, str], deque[Envelope]] = defaultdict(deque)
+        self.deaths = deaths
+        self.unnoticed: list[str] = []
+        self.alive: dict[str, Worker] = {}
+        self.wanted: dict[str, list[int]] = {}
+        self.got: dict[str, list[int]] = defaultdict(list)
+        self.prompts: dict[str, list[int]] = {}
+        self.ends: dict[str, str] = {}
+        self.scheduler = Scheduler(POLICIES[self.pick.choice(list(POLICIES))](), PAGE, 6, 100)
+        pages = self.pick.choice([17, 24, 40])
+        for name in self.pick.choice(TOPOLOGIES):
+            self.alive[name] = self.worker(name, pages)
+            self.carry_out(self.scheduler.worker_up(self.peer(name), prefiller=name.startswith("p")))
+
+    def worker(self, name: str, pages: int) -> Worker:
+        memory = KVMemory(PageShape(1, PAGE, 1, 1, torch.int64), pages, torch.device("cpu"))
+        engine = Engine(
+            Model(memory),
+            PagePool(pages),
+            page_tokens=PAGE,
+            max_num_batched_tokens=self.pick.choice([3, 7, 12]),
+            max_num_seqs=6,
+            max_model_len=LONGEST,
+        )
+        built = SimpleNamespace(engine=engine, memory=memory, layout="L", model=SimpleNamespace(vocab_size=VOCAB))
+        outboxes = SimpleNamespace(send=lambda to, body: self.send(name, to, body))
+        return Worker(WorkerSpec(name, 1, "", name, "frontend", EngineConfig(model="")), built, None, outboxes)
+
+    def peer(self, name: str) -> Peer:
+        memory = self.alive[name]._built.memory
+        return Peer(name, 1, name, PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, "L"))
+
+    def send(self, sender: str, to: str, body: Message) -> None:
+        self.wires[sender, to].append(Envelope(sender, 0 if sender == "frontend" else 1, body))
+
+    # --- what can happen ---
+
+    def submit(self) -> None:
+        """A new prompt, one that shares a beginning with others, or the next turn of a conversation."""
+        pick, turn = self.pick, f"t{len(self.wanted)}"
+        fresh = [pick.randrange(30, VOCAB) for _ in range(pick.randint(1, 25))]
+        if self.prompts and pick.random() < 0.4:
+            before = pick.choice(list(self.prompts))
+            tokens = (self.prompts[before] + self.got[before])[:50] + fresh[:4]
+        else:
+            tokens = [100] * pick.choice([0, 0, 8, 16]) + fresh
+        seed = len(self.wanted)
+        params = SamplingParams(
+            temperature=0, max_tokens=pick.choice([1, 2, 5, 12, 30]), ignore_eos=pick.random() < 0.5
+        )
+        answer = Sequence(turn, tokens, params, seed, b"")
+        while not answer.finish:
+            answer.append(next_token(answer.tokens, seed), EOS, LONGEST)
+        self.prompts[turn], self.wanted[turn] = tokens, answer.tokens[len(tokens) :]
+        self.carry_out(self.scheduler.submit(turn, tokens, params, seed, pick.choice(["", "", "c"]), "", 0.0))
+
+    def cancel(self) -> None:
+        if running := [turn for turn in self.wanted if turn not in self.ends]:
+            turn = self.pick.choice(running)
+            self.ends[turn] = "abort"
+            self.carry_out(self.scheduler.cancel(turn, 0.0))
+
+    def step(self, name: str, until: int = 3) -> None:
+        """One round of a worker's loop, or the part of it before it dies."""
+        worker = self.alive[name]
+        for _ in range(self.pick.choice([0, 1, 2, 5, 100])):
+            waiting = [wire for (_, to), wire in self.wires.items() if to == name and wire]
+            if not waiting:
+                break
+            worker._handle(self.pick.choice(waiting).popleft())
+        if until > 0:
+            for sequence in worker._engine.admit():
+                worker._handoffs.request(sequence, worker._salts.pop(sequence.turn, ""))
+        if until > 1:
+            step = worker._engine.step()
+            for sequence, first_token in step.prefilled:
+                worker._handoffs.publish(sequence, first_token)
+            worker._outputs += worker._handoffs.outputs + step.outputs
+            worker._handoffs.outputs.clear()
+        if until > 2:
+            worker._report(0.0)
+        worker._engine.pool.check()
+
+    def listen(self) -> None:
+        """The frontend hears one message."""
+        waiting = [key for key, wire in self.wires.items() if key[1] == "frontend" and wire]
+        if waiting:
+            sender, _ = key = self.pick.choice(waiting)
+            body = self.wires[key].popleft().body
+            assert isinstance(body, Report)
+            self.carry_out(self.scheduler.on_report(sender, body, 0.0))
+
+    def die(self) -> None:
+        """A worker dies somewhere in its loop; of what it has just sent some is lost. A decoder is always left."""
+        decoders = [name for name in self.alive if name.startswith("d")]
+        mortal = [name for name in self.alive if name not in decoders or len(decoders) > 1]
+        if not self.deaths or not mortal:
+            return
+        self.deaths -= 1
+        name = self.pick.choice(mortal)
+        self.step(name, until=self.pick.randint(0, 3))
+        del self.alive[name]
+        self.unnoticed.append(name)
+        for (sender, to), wire in self.wires.items():
+            if sender == name:
+                for _ in range(min(len(wire), self.pick.choice([0, 0, 1, 2, 100]))):
+                    wire.pop()
+            if to == name:
+                wire.clear()
+
+    def notice(self) -> None:
+        if self.unnoticed:
+            self.carry_out(self.scheduler.worker_down(self.unnoticed.pop(0)))
+
+    def carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Send):
+                if command.worker in self.alive:
+                    self.send("frontend", command.worker, command.message)
+                continue
+            turn, output = command.turn, command.output
+            assert turn not in self.ends, "nothing comes after the end"
+            assert not output.tokens or output.index == len(self.got[turn]), "no token is repeated or skipped"
+            self.got[turn] += output.tokens
+            if output.finish:
+                self.ends[turn] = output.finish
+
+    # --- the whole of it ---
+
+    def run(self) -> None:
+        for _ in range(150):
+            what = self.pick.random()
+            if what < 0.12:
+                self.submit()
+            elif what < 0.15:
+                self.cancel()
+            elif what < 0.17:
+                self.die()
+            elif what < 0.22:
+                self.notice()
+            elif what < 0.5:
+                self.listen()
+            else:
+                self.step(self.pick.choice(list(self.alive)))
+        while self.unnoticed:
+            self.notice()
+        for _ in range(600):
+            for name in list(self.alive):
+                self.step(name)
+            for _ in range(20):
+                self.listen()
+            if self.wanted.keys() <= self.ends.keys():
+                break
+        for _ in range(40):  # aborts and releases under way
+            for name in list(self.alive):
+                self.step(name)
+            self.listen()
+
+    def check(self) -> None:
+        for turn, wanted in self.wanted.items():
+            assert turn in self.ends, f"{turn} hangs: {self.scheduler._turns[turn]}"
+            if self.ends[turn] == "abort":
+                assert self.got[turn] == wanted[: len(self.got[turn])]
+            else:
+                assert self.got[turn] == wanted
+        for name, worker in self.alive.items():
+            engine, handoffs = worker._engine, worker._handoffs
+            assert (engine.pool.num_held, engine.running, list(engine.waiting)) == (0, [], []), name
+            assert (handoffs._leases, handoffs._pulls, worker._salts, worker._early) == ({}, {}, {}, []), name
+        for view in self.scheduler._workers.values():
+            assert (view.reserved, view.turns) == (0, 0)
+            assert view.resident == sum(c.resident for c in self.scheduler.conversations if c.home == view.name)
+        assert not self.scheduler._runs
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("deaths", range(4))
+@pytest.mark.parametrize("block", range(5))
+def test_every_turn_ends_with_its_text_and_nothing_is_held(deaths: int, block: int) -> None:
+    for seed in range(block * 20, block * 20 + 20):
+        world = World(seed, deaths)
+        try:
+            world.run()
+            world.check()
+        except Exception as error:
+            raise AssertionError(f"seed {seed} with {deaths} deaths: {type(error).__name__}: {error}") from error
