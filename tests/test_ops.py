@@ -118,6 +118,41 @@ def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, ro
     assert_close(kernels.rope(heads, cos.unsqueeze(1), sin.unsqueeze(1)), wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["native", "torch"])
+@pytest.mark.parametrize(("columns", "size"), [(32, 32), (64, 576), (96, 160), (208, 1536)])
+def test_matrix_products(kind: str, dtype: torch.dtype, columns: int, size: int) -> None:
+    torch.manual_seed(columns)
+    weight, bias = torch.randn(columns, size).to(dtype), torch.randn(columns).to(dtype)
+    x, residual = torch.randn(200, size).to(dtype), torch.randn(200, columns).to(dtype)
+    kernels = ops(kind, dtype, width=size)
+    product = x.double() @ weight.double().T
+    for rows in (1, 5, 6, 7, 95, 96, 97, 200):
+        plain, biased = kernels.linear(weight.clone()), kernels.linear(weight.clone(), bias)
+        assert_close(plain(x[:rows]), product[:rows])
+        assert_close(plain(x[:rows], residual[:rows]), (product + residual)[:rows])
+        assert_close(biased(x[:rows], residual[:rows]), (product + bias + residual)[:rows])
+        if kind == "native":
+            assert torch.equal(plain(x[:rows])[-1], plain(x[rows - 1 : rows])[0]), "a row is the same in any company"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["native", "torch"])
+@pytest.mark.parametrize("vocab", [1, 64, 200])
+def test_logits(kind: str, dtype: torch.dtype, vocab: int) -> None:
+    torch.manual_seed(vocab)
+    weight, x = torch.randn(vocab, 96).to(dtype), torch.randn(17, 96).to(dtype)
+    head = ops(kind, dtype, width=96).head(weight)
+    wanted = x.double() @ weight.double().T
+    for rows in (0, 1, 6, 7, 17):
+        found = head(x[:rows])
+        assert found.shape == (rows, vocab)
+        assert found.dtype is torch.float32
+        if rows:
+            limit = LIMIT[torch.float32] if kind == "native" else LIMIT[dtype]
+            assert (found.double() - wanted[:rows]).abs().max() / wanted.abs().max() < limit
+
+
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     made, said = make_ops(CPU, torch.float32, 64, (64,))

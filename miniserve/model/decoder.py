@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class Weights:
     embedding: torch.Tensor
     layers: list[Layer]
     norm: torch.Tensor
-    head: Linear
+    head: Callable[[torch.Tensor], torch.Tensor]
     num_bytes: int
 
 
@@ -77,4 +78,4 @@ class Decoder:
             x = layer.out(attended, x)
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)
             x = layer.down(ops.silu_mul(layer.gate_up(h)), x)
-        return weights.head(ops.rms_norm(x, weights.norm, config.norm_eps)).float()
+        return weights.head(ops.rms_norm(x, weights.norm, config.norm_eps))

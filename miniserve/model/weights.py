@@ -90,7 +90,7 @@ def _build(
         progress(index + 1, config.layers)
     norm = get("model.norm.weight", hidden)
     head = embedding if config.tie_embeddings else get("lm_head.weight", config.vocab_size, hidden)
-    return Weights(embedding, layers, norm, ops.linear(head), total)
+    return Weights(embedding, layers, norm, ops.head(head), total)
 
 
 def _reader(folder: Path, stack: ExitStack) -> Read:

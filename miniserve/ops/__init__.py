@@ -25,6 +25,10 @@ class Ops(Protocol):
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout."""
         ...
 
+    def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Prepare the last matrix, `[vocab, hidden]`: the result makes float32 logits of `[rows, hidden]`."""
+        ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension."""
         ...

@@ -1,4 +1,4 @@
-// CPU kernels: paged attention, RMS norm, rotary embedding, SiLU gate. Compiled at first use by ops/native.py.
+// CPU kernels: matrix products, paged attention, RMS norm, rotary embedding, SiLU gate. Compiled at first use by ops/native.py.
 //
 // Plain pointers, no libtorch: any version of torch works. Each kernel exists for float and, where the CPU multiplies
 // bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float. Vectors are GCC's own, which it lowers to whatever
@@ -28,8 +28,9 @@ constexpr int LANES = 8, VECTORS = 2;  // of 16 registers (AVX2) 6 x 2
 #endif
 constexpr int COLS = LANES * VECTORS;  // columns that the matrix kernel computes at once
 constexpr int ROWS = 6;                // and rows
-constexpr int KEYS = 64;               // keys in a block: a multiple of COLS
+constexpr int KEYS = 64;               // keys in a block, and rows of the output matrix: a multiple of COLS
 constexpr int BLOCK_ROWS = 192;        // most rows in a block of queries: what fits beside the keys in the L2 cache
+constexpr int64_t PANEL = 96;          // rows of a product that one thread takes at once: a multiple of ROWS
 constexpr int64_t PARALLEL = 1 << 14;  // numbers below which another thread costs more than it saves
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
@@ -173,7 +174,7 @@ void transpose(Words* m) {
     if constexpr (LANES == 16) swap_squares<LANES / 2>(m);
 }
 
-// Keys (rows of `words` words) as the right-hand matrix of scores: packed[key / COLS][word][key % COLS].
+// KEYS rows of `words` words as the right-hand matrix of their dot products: packed[row / COLS][word][row % COLS].
 void pack_keys(const void* const* rows, int words, uint32_t* packed) {
     for (int key = 0; key < KEYS; key += LANES) {
         uint32_t* out = packed + key / COLS * words * COLS + key % COLS;
@@ -364,6 +365,49 @@ void attention(const Batch& batch, int layer, int heads, float scale, const T* q
     }
 }
 
+// --- matrix products -------------------------------------------------------------------------------------------------
+
+// A weight [columns, size] in blocks of KEYS columns of the product, each read from front to end.
+template <typename T>
+void pack(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {
+    const int words = size * sizeof(T) / 4;
+#pragma omp parallel for
+    for (int64_t first = 0; first < columns; first += KEYS) {
+        const void* rows[KEYS];
+        for (int i = 0; i < KEYS; i++) rows[i] = weight + std::min(first + i, columns - 1) * size;
+        pack_keys(rows, words, packed + first * words);
+    }
+}
+
+// out = x * weight^T + bias + residual, either of which may be null. Each row's sums are added up in the same order
+// whatever other rows there are.
+template <typename T, typename Out>
+void product(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns, const T* bias,
+             const T* residual, Out* out) {
+    const int words = size * sizeof(T) / 4;
+#pragma omp parallel for collapse(2)
+    for (int64_t first = 0; first < columns; first += KEYS)
+        for (int64_t panel = 0; panel < rows; panel += PANEL)
+            for (int64_t r = panel; r < std::min(panel + PANEL, rows); r += ROWS) {
+                float block[ROWS * KEYS];
+                Out line[KEYS];
+                const int count = std::min<int64_t>(ROWS, rows - r), width = std::min<int64_t>(KEYS, columns - first);
+                const uint32_t* from = reinterpret_cast<const uint32_t*>(x + r * size);
+                for (int c = 0; c < KEYS; c += COLS)
+                    multiply<T>(count, from, words, packed + (first + c) * words, words, block + c, KEYS, false);
+                for (int i = 0; i < count; i++) {
+                    const int64_t at = (r + i) * columns + first;
+                    for (int c = 0; c < width; c += LANES) {
+                        Floats sum = load(block + i * KEYS + c);
+                        if (bias) sum += load(bias + first + c);
+                        if (residual) sum += load(residual + at + c);
+                        store(line + c, sum);
+                    }
+                    std::memcpy(out + at, line, width * sizeof(Out));
+                }
+            }
+}
+
 // --- between the matrix products -------------------------------------------------------------------------------------
 
 template <typename T>
@@ -429,6 +473,17 @@ void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
     }                                                                                                                  \
     extern "C" void silu_mul_##NAME(const T* gate_up, int64_t rows, int64_t size, T* out) {                            \
         silu_mul<T>(gate_up, rows, size, out);                                                                         \
+    }                                                                                                                  \
+    extern "C" void pack_##NAME(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {                    \
+        pack<T>(weight, columns, size, packed);                                                                        \
+    }                                                                                                                  \
+    extern "C" void product_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns,    \
+                                   const T* bias, const T* residual, T* out) {                                         \
+        product<T, T>(x, rows, size, packed, columns, bias, residual, out);                                            \
+    }                                                                                                                  \
+    extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns,     \
+                                  float* out) {                                                                        \
+        product<T, float>(x, rows, size, packed, columns, nullptr, nullptr, out);                                      \
     }
 
 EXPORT(float, float32)

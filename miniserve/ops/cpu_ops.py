@@ -1,4 +1,4 @@
-"""The native CPU kernels of `cpu.cpp` behind the `Ops` interface; matrix products stay with torch (oneDNN)."""
+"""The native CPU kernels of `cpu.cpp` behind the `Ops` interface."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import torch
 from miniserve.ops import Linear
 from miniserve.ops.batch import Batch
 from miniserve.ops.native import NoKernels, load
-from miniserve.ops.torch_ops import prepare_linear
 
 _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+BLOCK = 64
+"""Columns of a product whose weights are packed together: KEYS in cpu.cpp."""
 
 
 class NativeBatch(ctypes.Structure):
@@ -32,6 +35,9 @@ ARGUMENTS: dict[str, list[Any]] = {
     "attention": [_pointer, _int, _int, _float, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
     "rms_norm": [_pointer, _long, _long, _long, _long, _pointer, _float, _pointer],
     "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer],
+    "pack": [_pointer, _long, _long, _pointer],
+    "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer, _pointer],
+    "logits": [_pointer, _long, _long, _pointer, _long, _pointer],
     "silu_mul": [_pointer, _long, _long, _pointer],
 }
 
@@ -64,10 +70,46 @@ class CpuOps:
 
         self._attention, self._rms_norm = kernel("attention"), kernel("rms_norm")
         self._rope, self._silu_mul = kernel("rope"), kernel("silu_mul")
+        self._pack_rows, self._product, self._logits = kernel("pack"), kernel("product"), kernel("logits")
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """Prepare a weight."""
-        return prepare_linear(weight, bias)
+        """Pack a weight; it can be freed afterwards."""
+        columns = weight.shape[0]
+        packed = self._pack(weight)
+
+        def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            out = torch.empty((x.shape[0], columns), dtype=x.dtype)
+            self._product(
+                x.data_ptr(),
+                *x.shape,
+                packed.data_ptr(),
+                columns,
+                None if bias is None else bias.data_ptr(),
+                None if residual is None else residual.data_ptr(),
+                out.data_ptr(),
+            )
+            return out
+
+        return product
+
+    def _pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """The blocks that the product reads."""
+        rows, size = weight.shape
+        packed = torch.empty((-(-rows // BLOCK) * BLOCK, size), dtype=weight.dtype)
+        self._pack_rows(weight.contiguous().data_ptr(), rows, size, packed.data_ptr())
+        return packed
+
+    def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Prepare the last matrix. Its sums stay in float32: a bf16 logit of 20 has steps of 0.125, and many ties."""
+        vocab = weight.shape[0]
+        packed = self._pack(weight)
+
+        def logits(x: torch.Tensor) -> torch.Tensor:
+            out = torch.empty((x.shape[0], vocab), dtype=torch.float32)
+            self._logits(x.data_ptr(), x.shape[0], x.shape[1], packed.data_ptr(), vocab, out.data_ptr())
+            return out
+
+        return logits
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension of `[T, size]` or `[T, H, size]`."""

@@ -6,6 +6,7 @@ contiguous keys and values. A gather reads each byte once more, which is small b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -41,19 +42,9 @@ class PackedLinear:
         self._bias = bias
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if x.shape[0] == 1:
-            # oneDNN adds up one row in another order than the same row among others. With this every row's result is
-            # the same in any batch, and so is a request's text, in bf16 too. A decode step alone: 19 -> 19.5 ms.
-            return self(torch.cat((x, x)), None if residual is None else torch.cat((residual, residual)))[:1]
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], None)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
-
-
-def prepare_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """Packed where oneDNN has native bf16 kernels, else as it is."""
-    packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
-    return PackedLinear(weight, bias) if packed else DenseLinear(weight, bias)
 
 
 @dataclass(frozen=True)
@@ -101,8 +92,14 @@ class TorchOps:
         self._causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=device).triu_(1)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """Prepare a weight."""
-        return prepare_linear(weight, bias)
+        """Prepare a weight: packed where oneDNN has native bf16 kernels, else as it is."""
+        packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
+        return PackedLinear(weight, bias) if packed else DenseLinear(weight, bias)
+
+    def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Prepare the last matrix. In 16 bits the logits are rounded before they become float32."""
+        product = self.linear(weight)
+        return lambda x: product(x).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension, as the layer norm of (x, -x): its mean is zero and its
