@@ -178,6 +178,14 @@ def _add_serve(commands: Any) -> None:
         metavar="SECONDS",
         help="how long running requests may go on after SIGTERM or Ctrl-C; default: %(default)s",
     )
+    cluster.add_argument(
+        "--worker-timeout",
+        type=_seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="a worker that is silent for so long is ended and started again: longer than any step; "
+        "default: %(default)s",
+    )
     http.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
 
 

@@ -107,4 +107,6 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_queued_reqs: int = 1024
     max_body_bytes: int = 32 * 2**20
     shutdown_timeout: float = 30.0
+    worker_timeout: float = 120.0
+    """Seconds without a sign of life after which a worker is ended and started again. Longer than any step."""
     log_level: str = "warning"

@@ -17,7 +17,7 @@ from tiny import prompts, reference
 from miniserve.cluster.channels import Outboxes
 from miniserve.cluster.messages import Failed
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.frontend.client import EngineClient, QueueFull, StartupError
+from miniserve.frontend.client import EngineClient, EngineError, QueueFull, StartupError
 from miniserve.hub import resolve
 from miniserve.sampling import ParameterError, SamplingParams
 
@@ -29,7 +29,9 @@ def greedy(max_tokens: int = TOKENS) -> SamplingParams:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, topology: str, policy: str = "conserve", queue: int = 1024, **engine):
+async def cluster(
+    folder: Path, topology: str, policy: str = "conserve", queue: int = 1024, timeout: float = 120.0, **engine
+):
     """A running `EngineClient`, checked for leaks at the end."""
     engine = {"max_num_batched_tokens": 48, "threads": 1, "kv_cache_memory": 2**23, **engine}
     config = ServeConfig(
@@ -37,6 +39,7 @@ async def cluster(folder: Path, topology: str, policy: str = "conserve", queue: 
         topology=Topology.parse(topology),
         policy=policy,
         max_num_queued_reqs=queue,
+        worker_timeout=timeout,
     )
     client = EngineClient(config, resolve(str(folder)))
     await client.start()
@@ -216,17 +219,67 @@ async def test_what_waited_for_a_step_does_not_wait_for_a_message(tiny_folder):
             assert time.monotonic() - started < 0.7, "an idle worker looks around once a second"
 
 
-async def test_losing_the_last_decoder(tiny_folder):
-    """Running turns end with an error that says so; nothing hangs."""
-    async with cluster(tiny_folder, "1D") as client:
-        turn = client.submit([1, 2, 3], greedy(400))
+async def back(client: EngineClient, *epochs: tuple[str, int]) -> None:
+    """Wait until these incarnations serve."""
+    async with asyncio.timeout(30):
+        while not all((p := client._scheduler._peers.get(name)) and p.epoch == epoch for name, epoch in epochs):
+            await asyncio.sleep(0.1)
+
+
+async def test_losing_every_worker_once(tiny_models):
+    """The only prefiller is killed, then the only decoder: all streams finish, and both workers come back."""
+    folder = tiny_models["qwen3"]
+    items = prompts(8, seed=12, shortest=100, longest=200)
+    texts = reference(folder, items, 120)
+    async with cluster(folder, "1P1D") as client:
+        tasks = [asyncio.create_task(collect(client, item, greedy(120))) for item in items]
+        await asyncio.sleep(0.2)
+        os.kill(client._processes["p0"].pid, signal.SIGKILL)
+        await back(client, ("p0", 2))
+        tasks.append(asyncio.create_task(collect(client, items[0], greedy(120))))
         await asyncio.sleep(0.1)
+        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        while client.healthy:
+            await asyncio.sleep(0.05)
+        assert "is being started again" in client.unhealthy_reason
+        late = asyncio.create_task(collect(client, items[1], greedy(120)))  # taken, and served when d0 is back
+        await back(client, ("d0", 2))
+        assert client.healthy
+        assert await asyncio.gather(*tasks, late) == [*texts, texts[0], texts[1]]
+        before = sum(h.count for h in client.handoffs.values())
+        assert await collect(client, [*items[2], 1], greedy(8)) == reference(folder, [[*items[2], 1]], 8)[0]
+        assert sum(h.count for h in client.handoffs.values()) == before + 1, "the new ones exchange pages"
+        await settled(client)
+
+
+async def test_a_worker_that_hangs_is_replaced(tiny_models):
+    folder = tiny_models["llama3"]
+    items = prompts(4, seed=13, shortest=60)
+    texts = reference(folder, items, 100)
+    async with cluster(folder, "1P1D", timeout=3.0) as client:
+        tasks = [asyncio.create_task(collect(client, item, greedy(100))) for item in items]
+        await asyncio.sleep(0.1)
+        os.kill(client._processes["p0"].pid, signal.SIGSTOP)
+        assert await asyncio.gather(*tasks) == texts
+        await back(client, ("p0", 2))
+        await settled(client)
+
+
+async def test_a_worker_that_dies_over_and_over_is_given_up(tiny_folder, monkeypatch):
+    """Then requests end with an error that says so, and nothing hangs."""
+    monkeypatch.setattr("miniserve.cluster.health.MOST_DEATHS", 2)
+    async with cluster(tiny_folder, "1D") as client:
+        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        await back(client, ("d0", 2))
+        turn = client.submit([1, 2, 3], greedy(400))
         os.kill(client._processes["d0"].pid, signal.SIGKILL)
         outputs = [output async for output in turn]
         assert outputs[-1].finish == "error"
         assert "no decoder is left" in outputs[-1].error
         assert not client.healthy
-        assert "d0" in client.unhealthy_reason
+        assert "restart the server (d0" in client.unhealthy_reason
+        with pytest.raises(EngineError, match="restart the server"):
+            client.submit([1, 2, 3], greedy())
 
 
 async def test_queue_and_bounds(tiny_folder):

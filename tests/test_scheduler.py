@@ -7,7 +7,7 @@ import pytest
 from miniserve.cluster.messages import Abort, Message, Peer, PoolInfo, Report, Run, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
 from miniserve.scheduler.policies import POLICIES
-from miniserve.scheduler.scheduler import Command, Deliver, QueueIsFull, Scheduler, Send
+from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, QueueIsFull, Scheduler, Send
 
 PAGE = 16
 STATS = WorkerStats(100, 100, 0, 0, 0, 0, 0, 0)
@@ -49,7 +49,7 @@ def test_a_turn_that_runs_again_has_another_name() -> None:
     made = scheduler("p0", "d0", "d1")
     home, first = run_of(submit(made, "t", [1] * 40))
     assert delivered(tell(made, "p0", first.turn, 0, 7)) == [("t", [7])]
-    other, second = run_of(made.worker_down(home))
+    other, second = run_of(made.worker_down(home, returns=False))
     assert other != home
     assert second.turn != first.turn
     assert (second.tokens, second.prior) == ([1] * 40 + [7], 1)
@@ -62,7 +62,7 @@ def test_a_worker_that_drew_another_first_token_is_set_right() -> None:
     made = scheduler("p0", "d0")
     _, first = run_of(submit(made, "t", [1] * 40))
     assert delivered(tell(made, "p0", first.turn, 0, 7)) == [("t", [7])]
-    made.worker_down("p0")
+    made.worker_down("p0", returns=False)
     commands = tell(made, "d0", first.turn, 0, 8)
     assert sent(commands, Abort) == [("d0", Abort(first.turn))]
     _, second = run_of(commands)
@@ -127,3 +127,32 @@ def test_choices_of_one_request_move_once() -> None:
     made = scheduler("p0", "d0")
     places = [run_of(submit(made, f"t{i}", [1] * 40, key="c"))[1].prefill_at for i in range(3)]
     assert places == ["p0", "", ""]
+
+
+def test_turns_wait_for_a_decoder_that_returns() -> None:
+    made = scheduler("p0", "d0")
+    _, first = run_of(submit(made, "t", [1] * 40))
+    assert delivered(tell(made, "p0", first.turn, 0, 7)) == [("t", [7])]
+    assert sent(made.worker_down("d0", returns=True), Run) == []
+    assert made.can_serve
+    assert sent(submit(made, "u", [2] * 40), Run) == [], "new turns wait too"
+    commands = made.worker_up(Peer("d0", 2, "d0.2", PoolInfo(1, 1, 100, 1, "")), prefiller=False)
+    assert [run.tokens for _, run in sent(commands, Run)] == [[1] * 40 + [7], [2] * 40]
+    made.worker_down("d0", returns=True)
+    ends = made.worker_down("d0", returns=False)  # it could not be started
+    assert [c.turn for c in ends if isinstance(c, Deliver) and c.output.finish == "error"] == ["t", "u"]
+    with pytest.raises(NoDecoder):
+        submit(made, "v", [3] * 40)
+
+
+def test_a_turn_that_workers_die_of_ends() -> None:
+    made = scheduler("d0")
+    submit(made, "bad", [1] * 40)
+    ends = []
+    for epoch in range(2, 5):
+        ends += [c.output for c in made.worker_down("d0", returns=True) if isinstance(c, Deliver)]
+        made.worker_up(Peer("d0", epoch, "", PoolInfo(1, 1, 100, 1, "")), prefiller=False)
+    (output,) = ends
+    assert output.finish == "error"
+    assert "3 workers died" in output.error
+    assert made.active == 0

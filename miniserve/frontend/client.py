@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 
 from miniserve.cluster.channels import Outboxes, decode
+from miniserve.cluster.health import Health
 from miniserve.cluster.launch import RunDir, WorkerProcess, WorkerSpec
 from miniserve.cluster.messages import (
     Envelope,
@@ -41,7 +42,7 @@ from miniserve.scheduler.scheduler import (
 
 log = logging.getLogger("miniserve.client")
 
-TICK_SECONDS = 1.0
+TICK_SECONDS = 0.5
 
 
 class EngineError(RuntimeError):
@@ -119,7 +120,9 @@ class EngineClient:
         self._processes: dict[str, WorkerProcess] = {}
         self._turns: dict[str, Turn] = {}
         self._failed: dict[str, str] = {}
-        self._dead: set[str] = set()
+        self._restarts: dict[str, float | None] = {}
+        """Workers that are dead, and when each will be started again; None: no more."""
+        self._health = Health(config.worker_timeout)
         self._tasks: list[asyncio.Task] = []
         self._changed = asyncio.Event()
         self._draining = self._stopped = False
@@ -153,24 +156,35 @@ class EngineClient:
         address = self._run_dir.address("frontend")
         self._inbox.bind(address)
         for name in self._config.topology.workers:
-            spec = WorkerSpec(
-                name=name,
-                epoch=1,
-                run_dir=str(self._run_dir.path),
-                address=self._run_dir.address(f"{name}.1"),
-                frontend=address,
-                engine=self._engine,
-            )
-            self._processes[name] = WorkerProcess(spec)
+            self._start_worker(name, 1)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._tick())]
 
+    def _start_worker(self, name: str, epoch: int) -> None:
+        assert self._run_dir is not None
+        spec = WorkerSpec(
+            name=name,
+            epoch=epoch,
+            run_dir=str(self._run_dir.path),
+            address=self._run_dir.address(f"{name}.{epoch}"),
+            frontend=self._run_dir.address("frontend"),
+            engine=self._engine,
+        )
+        self._processes[name] = WorkerProcess(spec)
+
+    def _admit(self, name: str) -> None:
+        """A worker is up: make it known to the others and to the scheduler."""
+        spec = self._processes[name].spec
+        self._failed.pop(name, None)
+        self._health.heard(name, time.monotonic())
+        peer = Peer(name, spec.epoch, spec.address, self.ready[name].pool)
+        self._carry_out(self._scheduler.worker_up(peer, prefiller=name.startswith("p")))
+
     def _join(self) -> None:
-        """All workers are up: make them known to each other and to the scheduler."""
+        """All workers are up for the first time."""
         first = next(iter(self.ready.values()))
         self.max_model_len, self.vocab_size = first.max_model_len, first.vocab_size
-        for name, ready in self.ready.items():
-            peer = Peer(name, self._processes[name].spec.epoch, self._processes[name].spec.address, ready.pool)
-            self._carry_out(self._scheduler.worker_up(peer, prefiller=name.startswith("p")))
+        for name in self.ready:
+            self._admit(name)
         prefillers = [name for name in self.ready if name.startswith("p")]
         for source in prefillers:
             for home in self.ready.keys() - set(prefillers):
@@ -281,10 +295,13 @@ class EngineClient:
         """Empty while all workers that are needed live."""
         if self._draining:
             return "The server is shutting down."
-        if not self._scheduler.decoders:
-            dead = ", ".join(f"{name}: {reason}" for name, reason in self._failed.items())
-            return f"No decoder is alive ({dead}). Restart the server." if dead else "The workers are starting."
-        return ""
+        if self._scheduler.decoders:
+            return ""
+        if not self.max_model_len:
+            return "The workers are starting."
+        dead = ", ".join(f"{name}: {reason}" for name, reason in self._failed.items())
+        what = "one is being started again" if self._scheduler.can_serve else "restart the server"
+        return f"No decoder is alive, {what} ({dead})"
 
     @property
     def stats(self) -> dict[str, WorkerStats]:
@@ -338,12 +355,16 @@ class EngineClient:
             return
         match envelope.body:
             case Report() as report:
+                self._health.heard(envelope.sender, time.monotonic())
                 self._carry_out(self._scheduler.on_report(envelope.sender, report, time.monotonic()))
             case Loading() as loading:
-                self._on_progress(envelope.sender, loading)
+                if not self.max_model_len:  # nobody looks at a bar any more when a worker starts again
+                    self._on_progress(envelope.sender, loading)
             case Ready() as ready:
                 self.ready[envelope.sender] = ready
                 self._changed.set()
+                if self.max_model_len:  # not the first start, which waits for all
+                    self._admit(envelope.sender)
             case Failed(reason):
                 self._failed[envelope.sender] = reason
                 self._changed.set()
@@ -359,14 +380,25 @@ class EngineClient:
                 log.exception("the watch over the workers stumbled and goes on")
 
     async def _bury_the_dead(self) -> None:
-        """Tell the scheduler of workers that have ended, whether or not they could still say why."""
+        """Tell the scheduler of workers that have ended, whether or not they could still say why, and replace them."""
+        now = time.monotonic()
+        for name in self._health.silent(now):
+            log.error("worker %s has been silent for %g s: it is ended", name, self._config.worker_timeout)
+            self._processes[name].kill()
         for name, process in list(self._processes.items()):
-            if name in self._dead or (code := process.exit_code) is None:
+            if name in self._restarts or (code := process.exit_code) is None:
                 continue
-            self._dead.add(name)
             # What it still had to say may lie in the inbox: a reason is better than an exit code.
             await asyncio.sleep(0.1)
             self._failed.setdefault(name, f"The worker {name} ended with exit code {code}.")
             self._changed.set()
-            log.error("worker %s is gone: %s", name, self._failed[name])
-            self._carry_out(self._scheduler.worker_down(name))
+            delay = self._health.died(name, now) if self.max_model_len else None
+            self._restarts[name] = None if delay is None else now + delay
+            what = "it is not started again" if delay is None else f"it is started again in {delay:g} s"
+            log.error("worker %s is gone, %s: %s", name, what, self._failed[name])
+            self._outboxes.forget(process.spec.address)
+            self._carry_out(self._scheduler.worker_down(name, returns=delay is not None))
+        for name, at in list(self._restarts.items()):
+            if at is not None and at <= now:
+                del self._restarts[name]
+                self._start_worker(name, self._processes[name].spec.epoch + 1)

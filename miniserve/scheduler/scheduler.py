@@ -19,6 +19,8 @@ RESERVED_OUTPUT = 256
 the worst case a worker preempts."""
 
 
+MOST_LOSSES = 3
+"""Workers that may die under a turn before it is taken for what kills them."""
 RECENT_ENDS = 64
 """Ends of turns that tell how fast the queue moves."""
 
@@ -71,6 +73,7 @@ class Turn:
     pages: int
     given: int
     runs: int = 0
+    losses: int = 0
     run: str = ""
     home: str = ""
     prefill_at: str = ""
@@ -112,6 +115,8 @@ class Scheduler:
         self._turns: dict[str, Turn] = {}
         self._runs: dict[str, Turn] = {}
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
+        self._expected: set[str] = set()
+        """Decoders that are being started again."""
 
     @property
     def queued(self) -> int:
@@ -128,17 +133,28 @@ class Scheduler:
         """The decoders that live."""
         return [w for w in self._workers.values() if not w.prefiller]
 
+    @property
+    def can_serve(self) -> bool:
+        """Whether a turn will be served: by a decoder that lives, or by one that is being started again."""
+        return bool(self.decoders or self._expected)
+
     # --- workers ----------------------------------------------------------------------------------------------------
 
     def worker_up(self, peer: Peer, *, prefiller: bool) -> list[Command]:
-        """A worker is ready: tell all, and place what waited for room."""
+        """A worker is ready, or ready again: tell all, and place what waited for room."""
+        self._expected.discard(peer.name)
         self._workers[peer.name] = WorkerView(peer.name, prefiller, peer.pool.num_pages, self._max_turns)
         self._peers[peer.name] = peer
         return [*self._announce(), *self._place_queued()]
 
-    def worker_down(self, name: str) -> list[Command]:
-        """A worker has died. Its turns go on elsewhere, from their tokens; without any decoder left they end."""
-        self._workers.pop(name, None)
+    def worker_down(self, name: str, *, returns: bool) -> list[Command]:
+        """A worker has died, and perhaps `returns`. Its turns go on elsewhere, from their tokens, or wait for a decoder
+        to return; where none will, they end."""
+        view = self._workers.pop(name, None)
+        if not returns:
+            self._expected.discard(name)
+        elif view is not None and not view.prefiller:
+            self._expected.add(name)
         self._peers.pop(name, None)
         self.stats.pop(name, None)
         commands = self._announce()
@@ -148,7 +164,10 @@ class Scheduler:
         lost = [t for t in self._turns.values() if t.home == name]
         for turn in reversed(lost):
             self._run_again(turn)
-        if not self.decoders:
+            turn.losses += 1
+            if turn.losses >= MOST_LOSSES:
+                commands += self._fail(turn, f"{turn.losses} workers died while they served this request.")
+        if not self.can_serve:
             for turn in list(self._turns.values()):
                 commands += self._fail(turn, f"The worker {name} died and no decoder is left. Restart the server.")
         return [*commands, *self._place_queued()]
@@ -169,7 +188,7 @@ class Scheduler:
         self, turn: str, tokens: list[int], params: SamplingParams, seed: int, conversation: str, salt: str, now: float
     ) -> list[Command]:
         """Accept a turn: place it, or queue it. Raises `NoDecoder`, and then changes nothing."""
-        if not self.decoders:
+        if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
         found = self.conversations.find(conversation, tokens, salt)
         found.active += 1
