@@ -86,7 +86,11 @@ def _add_serve(commands: Any) -> None:
         default="auto",
         help="default: auto (the model's; on a CPU bf16 only where it is native)",
     )
-    model.add_argument("--max-model-len", type=_tokens, help="most tokens of prompt and output, like 8192 or 32k")
+    model.add_argument(
+        "--max-model-len",
+        type=_tokens,
+        help="most tokens of prompt and output, like 8192 or 32k (32,000; 32K is 32,768)",
+    )
     model.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="what clients call the model")
     model.add_argument("--chat-template", help="a jinja file or text, instead of the model's own")
     model.add_argument(
@@ -205,7 +209,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
-    """The settings that flags describe; every field of `EngineConfig` and `ServeConfig` has a flag of its name."""
+    """The settings that flags describe; a flag fills the field of its name."""
     values = vars(args)
     engine = {name: values[name] for name in EngineConfig.__struct_fields__ if name in values}
     server = {name: values[name] for name in ServeConfig.__struct_fields__ if name in values}

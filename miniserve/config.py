@@ -49,7 +49,7 @@ class Topology(msgspec.Struct, frozen=True):
         m = re.fullmatch(r"(?:(\d+)[pP])?(\d+)[dD]", text.strip())
         if m is None or int(m[2]) < 1:
             raise ConfigError(
-                f"--topology {text!r} is not understood: write prefillers and decoders like 1D, 2D, 1P1D or 1P3D "
+                f"{text!r} is not understood: write prefillers and decoders like 1D, 2D, 1P1D or 1P3D "
                 "(at least one decoder)."
             )
         return cls(int(m[1] or 0), int(m[2]))

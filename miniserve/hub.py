@@ -27,7 +27,7 @@ from miniserve.config import cache_dir
 
 DEFAULT_MODEL = "smollm2-135m"
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
-RECIPE = 1
+RECIPE = 2
 """Number of the way a source is turned into a folder; one made by another recipe is made again."""
 
 MARKER = ".miniserve.json"

@@ -62,7 +62,7 @@ def test_topologies(text: str, workers: list[str], written: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "1P", "0D", "1P0D", "D", "2", "1D1P", "1P1D1", "-1D", "1P 1D", "1.5D"])
 def test_what_is_no_topology_says_how_to_write_one(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--topology .* like 1D, 2D, 1P1D"):
+    with pytest.raises(ConfigError, match=r"is not understood: write .* like 1D, 2D, 1P1D"):
         Topology.parse(text)
 
 

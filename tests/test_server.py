@@ -54,12 +54,13 @@ class Running:
 
 
 @contextmanager
-def server(folder: Path, *flags: str, runtime: Path) -> Iterator[Running]:
+def server(folder: Path, *flags: str, runtime: Path, stderr: int | None = None) -> Iterator[Running]:
     """A server that is healthy. Its run directory lies in `runtime`, which must be empty when it has gone."""
     command = [sys.executable, "-m", "miniserve", "serve", str(folder), "--served-model-name", "m", "--port", "0"]
     process = subprocess.Popen(
         [*command, *flags],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env=os.environ | {"XDG_RUNTIME_DIR": str(runtime)},
     )
@@ -222,6 +223,19 @@ def test_sigterm_drains(tiny_folder, tmp_path):
         assert chunks[-1].choices[0].finish_reason == "length"
         assert running.process.wait(10) == 0
         assert gone(workers, tmp_path)
+
+
+def test_it_drains_when_nobody_reads_what_it_says(tiny_folder, tmp_path):
+    """`miniserve serve 2>&1 | tee log`: Ctrl-C ends tee as well."""
+    reader, writer = os.pipe()
+    with server(tiny_folder, "--max-num-batched-tokens", "8", runtime=tmp_path, stderr=writer) as running:
+        os.close(writer)
+        thread, chunks = long_stream(running)
+        os.close(reader)
+        running.process.send_signal(signal.SIGINT)
+        thread.join(30)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert running.process.wait(10) == 0
 
 
 @pytest.mark.parametrize("how", ["second signal", "timeout"])

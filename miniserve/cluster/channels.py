@@ -61,11 +61,6 @@ class Inbox:
         self._socket.set_hwm(0)
         self._socket.bind(address)
 
-    @property
-    def fd(self) -> int:
-        """Becomes readable when something may have arrived (edge-triggered: then `receive` until it is empty)."""
-        return int(self._socket.fd)
-
     def receive(self, timeout_ms: int = 0) -> list[Envelope]:
         """All messages that are here, waiting up to `timeout_ms` for the first. What is none of ours is dropped."""
         if timeout_ms and not self._socket.poll(timeout_ms):

@@ -20,6 +20,10 @@ import msgspec
 
 from miniserve.config import EngineConfig
 
+SPINNING = {"GOMP_SPINCOUNT": "1000"}
+"""How long a thread of OpenMP's spins for its next piece of work before it sleeps. By default so long that on a machine
+with anything else to do one waits for another that does not even run."""
+
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """What a worker process reads from stdin, as one line of JSON. Its inbox is bound at `address`."""
@@ -79,7 +83,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             # One thread pool of torch's is enough; the others only cost start-up time and memory.
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | _import_path(),
+            env=SPINNING | os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | _import_path(),
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # died at once: `exit_code` tells

@@ -22,8 +22,8 @@ class Wire(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class PoolInfo(Wire, frozen=True):
     """Where a worker's KV pool lies, so that a peer on the same host can map it.
 
-    The pool is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`. `layout` fingerprints model, dtype
-    and page shape; workers with different layouts never exchange pages.
+    The pool is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`; `fd` is -1 where it is not. `layout`
+    fingerprints model, dtype and page shape; workers with different layouts never exchange pages.
     """
 
     pid: int
@@ -53,7 +53,7 @@ class TokenLogprob(Wire, frozen=True):
 
 class TurnOutput(Wire, frozen=True):
     """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn).
-    `turn` is what `Run` called it."""
+    `turn` is what `Run` called it. `cached_tokens` comes with a turn's first output."""
 
     turn: str
     index: int
@@ -69,7 +69,8 @@ class TurnOutput(Wire, frozen=True):
 
 
 class Peers(Wire, frozen=True):
-    """The workers that are ready, sent to all of them whenever the set changes. A peer missing here is dead."""
+    """The workers that are ready, sent to all of them whenever the set changes. A peer missing here is dead, or
+    not up yet."""
 
     peers: list[Peer]
 
@@ -185,7 +186,8 @@ class Failed(Wire, frozen=True):
 
 
 class Move(Wire, frozen=True):
-    """A handoff that ended well: KV of `turn` went from `source` to the reporting worker."""
+    """A handoff that ended well: KV of `turn` went from `source` to the reporting worker, which copied for `seconds` in
+    all."""
 
     turn: str
     source: str

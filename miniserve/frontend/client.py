@@ -299,9 +299,9 @@ class EngineClient:
             return ""
         if not self.max_model_len:
             return "The workers are starting."
-        dead = ", ".join(f"{name}: {reason}" for name, reason in self._failed.items())
+        dead = ", ".join(f"{name}: {reason.rstrip('.')}" for name, reason in self._failed.items())
         what = "one is being started again" if self._scheduler.can_serve else "restart the server"
-        return f"No decoder is alive, {what} ({dead})"
+        return f"No decoder is alive, {what} ({dead})."
 
     @property
     def stats(self) -> dict[str, WorkerStats]:

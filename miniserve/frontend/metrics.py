@@ -26,7 +26,7 @@ CACHE_COUNTERS = [  # name, text, field of WorkerStats
 ]
 WORKER_NUMBERS: list[tuple[type[Family], str, str, str]] = [
     (COUNTER, "worker_steps", "Steps that ran the model", "steps"),
-    (COUNTER, "worker_busy_seconds", "Seconds in such steps", "busy_seconds"),
+    (COUNTER, "worker_busy_seconds", "Seconds of work: steps, messages, copies of KV", "busy_seconds"),
     (COUNTER, "worker_prompt_tokens", "Prompt tokens computed", "prompt_tokens"),
     (COUNTER, "worker_generated_tokens", "Tokens sampled", "generated_tokens"),
     (GAUGE, "worker_requests_running", "Requests in the batch", "running"),
@@ -38,7 +38,7 @@ HANDOFF_COUNTERS = [  # name, text, field of HandoffTotals
     ("handoffs", "Handoffs that ended well", "count"),
     ("handoff_pages", "KV pages handed off", "pages"),
     ("handoff_bytes", "Bytes of KV handed off", "bytes"),
-    ("handoff_seconds", "Seconds of handing off KV", "seconds"),
+    ("handoff_seconds", "Seconds of copying the KV of handoffs", "seconds"),
 ]
 Ending = Literal["stop", "length", "abort", "error"]
 

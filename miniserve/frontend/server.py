@@ -129,7 +129,8 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]))
-        print(banner(config, files, client, listener.getsockname()[1], time.monotonic() - started), flush=True)
+        with contextlib.suppress(OSError):
+            print(banner(config, files, client, listener.getsockname()[1], time.monotonic() - started), flush=True)
         try:
             await signals.unless(signals.first, asyncio.shield(serving))
         except Stopped:
@@ -178,8 +179,9 @@ async def _tasks_ended(http: HttpServer, seconds: float) -> None:
                 await asyncio.sleep(0.01)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(line: str, end: str = "\n") -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more (`| tee` dies of Ctrl-C too): no reason to stop
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 # --- what a person sees ---------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ class LoadingLines:
         if self._live:
             self._state[worker] = state
             line = "  ".join(self._state.values())
-            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
+            _say(f"\r{line:<{self._width}}", end="")
             self._width = len(line)
         elif loading.done == 0:
             _say(state)
@@ -208,7 +210,7 @@ class LoadingLines:
     def end(self) -> None:
         """Clear the line."""
         if self._live and self._width:
-            print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
+            _say(f"\r{'':<{self._width}}\r", end="")
 
 
 def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: int, seconds: float) -> str:
@@ -235,7 +237,7 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
         "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",
         "API": url,
     }
-    key = ' -H "Authorization: Bearer $MINISERVE_API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer YOUR_KEY"' if config.api_key else ""
     curl = (
         f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d "
         f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from miniserve.config import ConfigError
 from miniserve.model.config import ModelConfig
-from miniserve.model.decoder import Layer, Weights
+from miniserve.model.transformer import Layer, Weights
 from miniserve.ops import Ops
 
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]

@@ -17,7 +17,7 @@ from miniserve.config import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("g++", "c++")
-"""GCC it must be: `cpu.cpp` uses its vectors."""
+"""GCC it must be, since `cpu.cpp` uses its vectors; $CXX comes first where it is set."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 
 

@@ -26,8 +26,6 @@ class Conversation:
     """Turns that run or wait now."""
     resident: int = 0
     """Pages it is thought to hold at home while no turn runs."""
-    moves: int = 0
-    """Handoffs of its KV."""
     last_end: float = 0.0
     prompt: tuple[bytes, tuple[int, ...]] | None = field(default=None, repr=False)
     """Where the index finds it: the chain hash of the last prompt's full pages, and the tokens after them."""

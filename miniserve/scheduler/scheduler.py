@@ -347,8 +347,6 @@ class Scheduler:
         total.pages += move.pages
         total.bytes += move.bytes
         total.seconds += move.seconds
-        if turn := self._runs.get(move.turn):
-            turn.conversation.moves += 1
 
     def _retry_after(self, now: float) -> int:
         """Whole seconds until the queue is likely to have moved on, from the rate at which turns ended lately."""

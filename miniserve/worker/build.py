@@ -14,7 +14,7 @@ from miniserve.config import ConfigError, EngineConfig
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
 from miniserve.model.config import ModelConfig
-from miniserve.model.decoder import Decoder
+from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
 from miniserve.worker import sizing
@@ -95,9 +95,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     memory = KVMemory(shape, num_pages, device)
     phase("kv")
     default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
-    decoder = Decoder(model, weights, ops, max_model_len)
+    transformer = Transformer(model, weights, ops, max_model_len)
     engine = Engine(
-        Runner(decoder, memory, eos_token_ids(folder, hf_config, model.vocab_size), device),
+        Runner(transformer, memory, eos_token_ids(folder, hf_config, model.vocab_size), device),
         PagePool(num_pages, caching=config.enable_prefix_caching),
         page_tokens=config.block_size,
         max_num_batched_tokens=config.max_num_batched_tokens or default_budget,

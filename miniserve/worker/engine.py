@@ -33,7 +33,8 @@ class Step:
 
     outputs: list[TurnOutput] = field(default_factory=list)
     prefilled: list[tuple[Sequence, TurnOutput | None]] = field(default_factory=list)
-    """Sequences prefilled for another worker that came further; with the first token, which is among `outputs` too."""
+    """Sequences prefilled for another worker that this step advanced, each with its first token once it has one (then
+    among `outputs` too)."""
     tokens: int = 0
     """How many were computed."""
 
@@ -98,7 +99,7 @@ class Engine:
         return sequence
 
     def finish(self, sequence: Sequence, *, keep_pages: bool = False) -> None:
-        """Take a sequence out. With `keep_pages` its pages stay held, and the caller releases them."""
+        """Take a sequence out. With `keep_pages` its pages stay held, until their lease ends (`Handoffs`)."""
         if self._turns.pop(sequence.turn, None) is None:
             return
         if sequence.status is Status.WAITING:
@@ -144,8 +145,9 @@ class Engine:
             sequence.registered = len(matched)
             if sequence.cached is None:
                 sequence.cached = sequence.computed
-                self.counters.prefix_queries += sequence.given
-                self.counters.prefix_hits += sequence.cached
+                if not sequence.prefill_at:  # the prefiller looks it up too, and counts
+                    self.counters.prefix_queries += sequence.given
+                    self.counters.prefix_hits += sequence.cached
             sequence.status = Status.RECEIVING if sequence.prefill_at else Status.RUNNING
             self.running.append(sequence)
             if sequence.prefill_at:

@@ -39,8 +39,8 @@ class Pull:
     sequence: Sequence
     source: Peer
     transfer: Transfer
-    started: float
     pages: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Handoffs:
             log.warning("turn %s: no way to pages of %s, prefilling here", sequence.turn, sequence.prefill_at)
             self._engine.resume(sequence)
             return
-        self._pulls[sequence.turn] = Pull(sequence, peer, transfer, self._clock())
+        self._pulls[sequence.turn] = Pull(sequence, peer, transfer)
         self._send(
             peer.address,
             Prefill(
@@ -148,8 +148,11 @@ class Handoffs:
         if message.hashes != sequence.given_hashes(size)[message.first : end]:
             self._give_up(message.turn, "the pages hold other tokens than ours")
             return
+        started = self._clock()
         pull.transfer.pull(message.pages, sequence.pages[message.first : end])
-        late = self._clock() > message.deadline
+        copied = self._clock()
+        pull.seconds += copied - started
+        late = copied > message.deadline
         if not late:
             pull.pages += len(message.pages)
             sequence.computed = min(end * size, sequence.given)
@@ -178,7 +181,7 @@ class Handoffs:
                 source=pull.source.name,
                 pages=pull.pages,
                 bytes=pull.pages * self._memory.shape.bytes,
-                seconds=self._clock() - pull.started,
+                seconds=pull.seconds,
             )
         )
         self._go_on(sequence)

@@ -65,8 +65,10 @@ class Worker:
         while not self._stopping:
             # After a step what waited may have room: only a round that computed nothing is followed by a rest.
             idle = not computed and not self._engine.has_work
-            heard = self._receive(int(IDLE_SECONDS * 1000) if idle else 0)
+            heard = self._inbox.receive(int(IDLE_SECONDS * 1000) if idle else 0)
             started = time.monotonic()
+            for envelope in heard:
+                self._handle(envelope)
             self._handoffs.expire()
             for sequence in self._engine.admit():
                 self._handoffs.request(sequence, self._salts.pop(sequence.turn, ""))
@@ -81,13 +83,6 @@ class Worker:
             # What was heard in idleness (a release, an abort) has changed the state, and no step will tell of it.
             if self._outputs or self._handoffs.moves or (idle and heard) or now - self._reported > IDLE_SECONDS:
                 self._report(now)
-
-    def _receive(self, timeout_ms: int) -> bool:
-        """Handle what has arrived; whether there was anything."""
-        envelopes = self._inbox.receive(timeout_ms)
-        for envelope in envelopes:
-            self._handle(envelope)
-        return bool(envelopes)
 
     def _handle(self, envelope: Envelope) -> None:
         """One message. Those of peers count only from the incarnation that lives now."""

@@ -6,7 +6,7 @@ import torch
 
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.kv.memory import KVMemory
-from miniserve.model.decoder import Decoder
+from miniserve.model.transformer import Transformer
 from miniserve.ops.batch import Batch
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
@@ -15,17 +15,18 @@ from miniserve.worker.sequence import Sequence
 class Runner:
     """The model, the bytes of the KV pool and the sampler of one device. `eos` are the ids that end a turn."""
 
-    def __init__(self, decoder: Decoder, memory: KVMemory, eos: frozenset[int], device: torch.device) -> None:
+    def __init__(self, transformer: Transformer, memory: KVMemory, eos: frozenset[int], device: torch.device) -> None:
         self.memory = memory
         self.eos = eos
-        self._decoder = decoder
+        self._transformer = transformer
         self._device = device
         self._sampler = Sampler(eos)
 
     def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[TokenLogprob | None]]:
         """Compute the next `count` tokens of each (sequence, count).
 
-        Returns a sampled token, and perhaps its log-probability, for each sequence that is complete with this.
+        Returns a sampled token, and perhaps its log-probability, for each sequence that is complete with this, in the
+        order of `work`.
         """
         tokens: list[int] = []
         positions: list[int] = []
@@ -46,7 +47,7 @@ class Runner:
             contexts=[sequence.computed + count for sequence, count in work],
             pages=[sequence.pages for sequence, _ in work],
         )
-        logits = self._decoder.forward(batch, self.memory.pages)
+        logits = self._transformer.forward(batch, self.memory.pages)
         if not complete:
             return [], []
         return self._sampler.sample(logits, complete)

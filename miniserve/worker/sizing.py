@@ -121,7 +121,7 @@ def size_pool(
         how = (
             f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
             f"- {format_bytes(weights)} weights - {format_bytes(CPU_RUNTIME_BYTES)} runtime = "
-            f"{format_bytes(max(room, 0))}, of which 4 contexts or {CPU_POOL_TOKENS} tokens are used"
+            f"{format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is taken"
         )
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens)

@@ -39,7 +39,7 @@ class Weights:
     num_bytes: int
 
 
-class Decoder:
+class Transformer:
     """The model on one device: a batch of new tokens in, logits of the wanted rows out."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
