@@ -15,7 +15,7 @@ from miniserve.config import ConfigError, EngineConfig, parse_bytes
 from miniserve.hub import resolve
 from miniserve.kv.hashing import root_hash
 from miniserve.sampling import ParameterError, SamplingParams, mistyped
-from miniserve.stream import TextStream
+from miniserve.stream import TurnText
 from miniserve.template import Message
 from miniserve.tokenizer import Tokenizer
 from miniserve.worker.build import build
@@ -180,43 +180,26 @@ class LLM:
 
 
 class _Turn:
-    """A completion while it is made, by the rules of `Choice` in frontend/generate.py."""
+    """A completion while it is made."""
 
     def __init__(
         self, generation: Generation, completion: Completion, params: SamplingParams, tokenizer: Tokenizer
     ) -> None:
         self._generation = generation
         self._completion = completion
-        self._params = params
-        self._stream = TextStream(
-            tokenizer,
-            list(params.stop),
-            params.skip_special_tokens,
-            params.include_stop_str_in_output,
-            params.min_tokens,
-        )
+        self._words = TurnText(tokenizer, params)
 
     def take(self, output: TurnOutput) -> bool:
         """Add one step's output to the completion; whether it ends with that."""
-        done, stream = self._completion, self._stream
-        done.token_ids += output.tokens
+        done = self._completion
+        text, count = self._words.feed(output)
+        done.text += text
+        done.token_ids += output.tokens[:count]
         if done.logprobs is not None:
-            done.logprobs += output.logprobs or []
+            done.logprobs += (output.logprobs or [])[:count]
         if done.index == 0 and output.cached_tokens is not None:
             self._generation.cached_tokens = output.cached_tokens
-        # The token that ends a turn is no part of its text, special or not.
-        hidden = output.finish == "stop" and not self._params.include_stop_str_in_output
-        done.text += stream.push(output.tokens[:-1] if hidden else output.tokens)
-        if stream.stopped_by is not None:
-            done.finish_reason, done.stop_reason = "stop", stream.stopped_by
-            del done.token_ids[stream.tokens_used :]
-            if done.logprobs is not None:
-                del done.logprobs[stream.tokens_used :]
-        elif output.finish is not None:
-            done.finish_reason = output.finish
-            done.text += stream.flush()
-            if output.stop_token in self._params.stop_token_ids:
-                done.stop_reason = output.stop_token
+        done.finish_reason, done.stop_reason = self._words.finish, self._words.stop_reason
         return done.finish_reason is not None
 
 

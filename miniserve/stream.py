@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from miniserve.cluster.messages import TurnOutput
+    from miniserve.sampling import SamplingParams
     from miniserve.tokenizer import Tokenizer
 
 
@@ -110,3 +112,41 @@ class TextStream:
         safe = len(text) - max(stop.matched for stop in self._stops)
         self._held = text[safe:]
         return text[:safe]
+
+
+class TurnText:
+    """The text of one turn, as its parameters want it, for the server and the library alike.
+
+    `finish` is None while it goes on; `stop_reason` is the stop string or the token of `stop_token_ids` that ended it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self.finish: Literal["stop", "length"] | None = None
+        self.stop_reason: str | int | None = None
+        self._params = params
+        self._given = 0
+        self._stream = TextStream(
+            tokenizer,
+            list(params.stop),
+            params.skip_special_tokens,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+        )
+
+    def feed(self, output: TurnOutput) -> tuple[str, int]:
+        """Take in the next tokens: the text that can now be given out, and how many of the tokens count (those up to a
+        stop string)."""
+        count = len(output.tokens)
+        self._given += count
+        # The token that ends a turn is no part of its text, special or not.
+        hidden = output.stop_token is not None and not self._params.include_stop_str_in_output
+        text = self._stream.push(output.tokens[:-1] if hidden else output.tokens)
+        if self._stream.stopped_by is not None:
+            count -= self._given - self._stream.tokens_used
+            self.finish, self.stop_reason = "stop", self._stream.stopped_by
+        elif output.finish == "stop" or output.finish == "length":
+            text += self._stream.flush()
+            self.finish = output.finish
+            if output.stop_token in self._params.stop_token_ids:
+                self.stop_reason = output.stop_token
+        return text, count

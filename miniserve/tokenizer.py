@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from miniserve.guard import Guard, Pieces, is_control
 from miniserve.sampling import ParameterError
-from miniserve.stream import TextStream as TextStream
 from miniserve.template import ChatTemplates, Message, find_templates, read_json
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from miniserve.frontend.errors import ApiError
 from miniserve.frontend.metrics import Metrics
 from miniserve.frontend.responses import Finish, Usage
 from miniserve.sampling import SamplingParams
-from miniserve.tokenizer import TextStream, Tokenizer
+from miniserve.stream import TurnText
+from miniserve.tokenizer import Tokenizer
 
 Submit = Callable[[list[int], SamplingParams, int], Turn]
 """Starts a turn: prompt, parameters, the choice's number. Raises `EngineError`."""
@@ -27,19 +28,21 @@ class Choice:
         self.prompt = prompt
         self.params = params
         self.turn: Turn | None = None
-        self.finish: Finish | None = None
-        self.stop_reason: str | int | None = None
         self.output_tokens = 0
         self.cached_tokens = 0
-        self._stream = TextStream(
-            tokenizer,
-            list(params.stop),
-            params.skip_special_tokens,
-            params.include_stop_str_in_output,
-            params.min_tokens,
-        )
+        self._words = TurnText(tokenizer, params)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why it has ended, None while it goes on."""
+        return self._words.finish
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop string or stop token that ended it."""
+        return self._words.stop_reason
 
     @property
     def has_news(self) -> bool:
@@ -59,21 +62,9 @@ class Choice:
         if out.finish == "abort":
             raise EngineError("The server is stopping and has ended this request: send it again.")
         self.cached_tokens = out.cached_tokens or self.cached_tokens
-        self.output_tokens += len(out.tokens)
-        self._logprobs += out.logprobs or []
-        # The token that ends a turn is no part of its text, special or not.
-        hidden = out.stop_token is not None and not self.params.include_stop_str_in_output
-        text = self._stream.push(out.tokens[:-1] if hidden else out.tokens)
-        if self._stream.stopped_by is not None:
-            if surplus := self.output_tokens - self._stream.tokens_used:
-                self.output_tokens -= surplus
-                del self._logprobs[-surplus:]
-            self.finish, self.stop_reason = "stop", self._stream.stopped_by
-        elif out.finish is not None:
-            text += self._stream.flush()
-            self.finish = out.finish
-            if out.stop_token in self.params.stop_token_ids:
-                self.stop_reason = out.stop_token
+        text, count = self._words.feed(out)
+        self.output_tokens += count
+        self._logprobs += (out.logprobs or [])[:count]
         if text:
             self._text.append(text)
 
