@@ -1,4 +1,5 @@
-// CPU kernels: matrix products, paged attention, RMS norm, rotary embedding, SiLU gate. Compiled at first use by ops/native.py.
+// CPU kernels: matrix products, paged attention, RMS norm, rotary embedding, SiLU gate. Compiled at first use by
+// ops/native.py.
 //
 // Plain pointers, no libtorch: any version of torch works. Each kernel exists for float and, where the CPU multiplies
 // bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float. Vectors are GCC's own, which it lowers to whatever
@@ -55,9 +56,7 @@ Floats load(const float* from) { return load_as<Floats>(from); }
 void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
 #ifdef __AVX512BF16__
-Floats load(const bf16* from) {
-    return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
-}
+Floats load(const bf16* from) { return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16); }
 void store(bf16* to, Floats x) {
     __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(to, &rounded, sizeof rounded);
@@ -66,10 +65,12 @@ void store(bf16* to, Floats x) {
 
 // 2^x to float precision for x up to 127: the nearest power of two, times the Taylor series of the rest.
 Floats exp2(Floats x) {
-    const float round = 12582912.0f;  // 1.5 * 2^23: a sum with it has no room for a fraction, its last bits are the number
+    const float round =
+        12582912.0f;  // 1.5 * 2^23: a sum with it has no room for a fraction, its last bits are the number
     Floats shifted = x + round;
     Floats t = (x - (shifted - round)) * 0.6931471805599453f;
-    Floats series = 1.0f + t * (1.0f + t * (1 / 2.f + t * (1 / 6.f + t * (1 / 24.f + t * (1 / 120.f + t * (1 / 720.f))))));
+    Floats series =
+        1.0f + t * (1.0f + t * (1 / 2.f + t * (1 / 6.f + t * (1 / 24.f + t * (1 / 120.f + t * (1 / 720.f))))));
     return x < -126.0f ? Floats{} : (Floats)((Words)series + ((Words)shifted << 23));
 }
 
@@ -114,7 +115,8 @@ Floats multiply_add(Floats sum, uint32_t a, Words b, bf16) {
 
 // c[R x COLS] = or += a[R x words] * b[words x COLS]
 template <typename T, int R>
-__attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c, int c_stride, bool add) {
+__attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c,
+                                             int c_stride, bool add) {
     Floats sums[R][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -137,20 +139,28 @@ __attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, co
 }
 
 template <typename T>
-void multiply(int rows, const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c, int c_stride, bool add) {
+void multiply(int rows, const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c, int c_stride,
+              bool add) {
     switch (rows) {
-        case 1: return multiply_rows<T, 1>(a, a_stride, b, words, c, c_stride, add);
-        case 2: return multiply_rows<T, 2>(a, a_stride, b, words, c, c_stride, add);
-        case 3: return multiply_rows<T, 3>(a, a_stride, b, words, c, c_stride, add);
-        case 4: return multiply_rows<T, 4>(a, a_stride, b, words, c, c_stride, add);
-        case 5: return multiply_rows<T, 5>(a, a_stride, b, words, c, c_stride, add);
-        default: return multiply_rows<T, 6>(a, a_stride, b, words, c, c_stride, add);
+        case 1:
+            return multiply_rows<T, 1>(a, a_stride, b, words, c, c_stride, add);
+        case 2:
+            return multiply_rows<T, 2>(a, a_stride, b, words, c, c_stride, add);
+        case 3:
+            return multiply_rows<T, 3>(a, a_stride, b, words, c, c_stride, add);
+        case 4:
+            return multiply_rows<T, 4>(a, a_stride, b, words, c, c_stride, add);
+        case 5:
+            return multiply_rows<T, 5>(a, a_stride, b, words, c, c_stride, add);
+        default:
+            return multiply_rows<T, 6>(a, a_stride, b, words, c, c_stride, add);
     }
 }
 
 // --- packing keys and values -----------------------------------------------------------------------------------------
 
-// One step of a transpose: swap the off-diagonal squares of size S.
+// One step of a transpose: in each pair of rows S apart, swap what lies off the diagonal of the 2S x 2S squares they
+// run through. S = 1 turns rows (a b), (c d) into (a c), (b d); with S = 1, 2, 4, ... all of the matrix is turned.
 template <int S>
 void swap_squares(Words* m) {
     Words low, high;
@@ -183,8 +193,10 @@ void pack_keys(const void* const* rows, int words, uint32_t* packed) {
             Words square[LANES];
             for (int i = 0; i < LANES; i++) {
                 const uint32_t* row = static_cast<const uint32_t*>(rows[key + i]) + w;
-                if (count == LANES) square[i] = load_as<Words>(row);
-                else std::memcpy(&square[i], row, count * 4);
+                if (count == LANES)
+                    square[i] = load_as<Words>(row);
+                else
+                    std::memcpy(&square[i], row, count * 4);
             }
             transpose(square);
             for (int i = 0; i < count; i++) std::memcpy(out + (w + i) * COLS, &square[i], sizeof(Words));
@@ -248,6 +260,7 @@ struct Attention {
         return static_cast<T*>(batch.pool) + (half * batch.page_tokens + at % batch.page_tokens) * token();
     }
 
+    // The new keys and values, [T, kv_heads, dim] with rows `k_stride` and `v_stride` apart, into their slots.
     void store_new(const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
         for (int s = 0; s < batch.sequences; s++) {
             int first = batch.contexts[s] - batch.lengths[s];
@@ -267,14 +280,14 @@ struct Attention {
         const int rows = (end - begin) * group, width = (dim + COLS - 1) / COLS * COLS;
         const int before = batch.contexts[sequence] - batch.lengths[sequence];
 
-        scratch.resize(BLOCK_ROWS * words + KEYS * words + width * key_words + BLOCK_ROWS * (width + LANES + 1) + ROWS * KEYS * 2);
+        scratch.resize(rows * words + KEYS * words + width * key_words + rows * (width + LANES + 1) + ROWS * KEYS * 2);
         uint32_t* queries = scratch.data();                                     // [rows, words]
-        uint32_t* keys = queries + BLOCK_ROWS * words;                          // packed
+        uint32_t* keys = queries + rows * words;                                // packed
         uint32_t* values = keys + KEYS * words;                                 // packed
         float* sums = reinterpret_cast<float*>(values + width * key_words);     // [rows, width]: weighted values
-        float* largest = sums + BLOCK_ROWS * width;                             // [rows]: largest score so far
-        float* total = largest + BLOCK_ROWS;                                    // [rows, LANES]: sums of weights so far
-        float* scores = total + BLOCK_ROWS * LANES;                             // [ROWS, KEYS]
+        float* largest = sums + rows * width;                                   // [rows]: largest score so far
+        float* total = largest + rows;                                          // [rows, LANES]: sums of weights so far
+        float* scores = total + rows * LANES;                                   // [ROWS, KEYS]
         uint32_t* weights = reinterpret_cast<uint32_t*>(scores + ROWS * KEYS);  // [ROWS, key_words]
 
         for (int r = 0; r < rows; r++) {
@@ -285,8 +298,8 @@ struct Attention {
         std::fill(sums, sums + rows * width, 0.0f);
         std::fill(total, total + rows * LANES, 0.0f);
 
-        const float sharpness = scale * 1.4426950408889634f;     // weights are 2^x instead of e^x
-        const int visible = before + end;                        // keys that the last query sees
+        const float sharpness = scale * 1.4426950408889634f;  // weights are 2^x instead of e^x
+        const int visible = before + end;                     // keys that the last query sees
         for (int first = 0; first < visible; first += KEYS) {
             const void *key_rows[KEYS], *value_rows[KEYS];
             for (int i = 0; i < KEYS; i++) {
@@ -302,12 +315,12 @@ struct Attention {
                     multiply<T>(count, queries + r * words, words, keys + c * words, words, scores + c, KEYS, false);
                 for (int i = 0; i < count; i++) {
                     const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see
-                    soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES, sums + (r + i) * width, width,
-                           reinterpret_cast<T*>(weights + i * key_words));
+                    soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES,
+                           sums + (r + i) * width, width, reinterpret_cast<T*>(weights + i * key_words));
                 }
                 for (int d = 0; d < width; d += COLS)
-                    multiply<T>(count, weights, key_words, values + d * key_words, key_words, sums + r * width + d, width,
-                                true);
+                    multiply<T>(count, weights, key_words, values + d * key_words, key_words, sums + r * width + d,
+                                width, true);
             }
         }
 
@@ -319,8 +332,10 @@ struct Attention {
         }
     }
 
-    // A block of scores as weights relative to the largest score so far. When that grows, what was summed up shrinks.
-    static void soften(float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width, T* weights) {
+    // A row of KEYS scores as weights 2^(score * sharpness - largest), where `largest` is the largest product so far
+    // and only the first `seen` keys count. When it grows from a to b, what was summed up before shrinks by 2^(a - b).
+    static void soften(float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width,
+                       T* weights) {
         for (int i = std::max(seen, 0); i < KEYS; i++) scores[i] = -INFINITY;
         Floats top = load(scores);
         for (int i = LANES; i < KEYS; i += LANES) top = larger(top, load(scores + i));
@@ -341,9 +356,10 @@ struct Attention {
     }
 };
 
+// q is [T, heads, dim] with rows `q_stride` apart, out the same without gaps; T is the sum of the batch's lengths.
 template <typename T>
-void attention(const Batch& batch, int layer, int heads, float scale, const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v,
-               int64_t v_stride, T* out) {
+void attention(const Batch& batch, int layer, int heads, float scale, const T* q, int64_t q_stride, const T* k,
+               int64_t k_stride, const T* v, int64_t v_stride, T* out) {
     Attention<T> it{batch, layer, heads, scale, q, q_stride, out};
     it.store_new(k, k_stride, v, v_stride);
 
@@ -410,8 +426,11 @@ void product(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int
 
 // --- between the matrix products -------------------------------------------------------------------------------------
 
+// x is [rows, group, size] with rows `x_stride` apart: one vector of `size` for a hidden state, `group` heads for q and
+// k.
 template <typename T>
-void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size, const T* weight, float eps, T* out) {
+void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size, const T* weight, float eps,
+              T* out) {
 #pragma omp parallel for if (rows * group * size > PARALLEL)
     for (int64_t row = 0; row < rows * group; row++) {
         const T* from = x + row / group * x_stride + row % group * size;
@@ -421,10 +440,13 @@ void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t
             squares += v * v;
         }
         const float scale = 1.0f / std::sqrt(sum_lanes(squares) / size + eps);
-        for (int64_t i = 0; i < size; i += LANES) store(out + row * size + i, load(from + i) * scale * load(weight + i));
+        for (int64_t i = 0; i < size; i += LANES)
+            store(out + row * size + i, load(from + i) * scale * load(weight + i));
     }
 }
 
+// In place: x is [rows, heads, dim] with rows `x_stride` apart, cos and sin are [rows, dim]. A number turns with the
+// one half a head away; the first half of sin is negated.
 template <typename T>
 void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const T* cos, const T* sin) {
     const int64_t half = dim / 2;
@@ -441,6 +463,7 @@ void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, cons
         }
 }
 
+// out[rows, size] = silu(gate) * up of gate_up[rows, 2 * size].
 template <typename T>
 void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
 #pragma omp parallel for if (rows * size > PARALLEL)
@@ -457,33 +480,33 @@ void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
 
 }  // namespace
 
-#define EXPORT(T, NAME)                                                                                                \
-    extern "C" void attention_##NAME(const Batch* batch, int layer, int heads, float scale, const T* q,                \
-                                     int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,     \
-                                     T* out) {                                                                         \
-        attention<T>(*batch, layer, heads, scale, q, q_stride, k, k_stride, v, v_stride, out);                         \
-    }                                                                                                                  \
-    extern "C" void rms_norm_##NAME(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size,           \
-                                    const T* weight, float eps, T* out) {                                              \
-        rms_norm<T>(x, x_stride, rows, group, size, weight, eps, out);                                                 \
-    }                                                                                                                  \
-    extern "C" void rope_##NAME(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const T* cos,        \
-                                const T* sin) {                                                                        \
-        rope<T>(x, x_stride, rows, heads, dim, cos, sin);                                                              \
-    }                                                                                                                  \
-    extern "C" void silu_mul_##NAME(const T* gate_up, int64_t rows, int64_t size, T* out) {                            \
-        silu_mul<T>(gate_up, rows, size, out);                                                                         \
-    }                                                                                                                  \
-    extern "C" void pack_##NAME(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {                    \
-        pack<T>(weight, columns, size, packed);                                                                        \
-    }                                                                                                                  \
-    extern "C" void product_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns,    \
-                                   const T* bias, const T* residual, T* out) {                                         \
-        product<T, T>(x, rows, size, packed, columns, bias, residual, out);                                            \
-    }                                                                                                                  \
-    extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns,     \
-                                  float* out) {                                                                        \
-        product<T, float>(x, rows, size, packed, columns, nullptr, nullptr, out);                                      \
+#define EXPORT(T, NAME)                                                                                             \
+    extern "C" void attention_##NAME(const Batch* batch, int layer, int heads, float scale, const T* q,             \
+                                     int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,  \
+                                     T* out) {                                                                      \
+        attention<T>(*batch, layer, heads, scale, q, q_stride, k, k_stride, v, v_stride, out);                      \
+    }                                                                                                               \
+    extern "C" void rms_norm_##NAME(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size,        \
+                                    const T* weight, float eps, T* out) {                                           \
+        rms_norm<T>(x, x_stride, rows, group, size, weight, eps, out);                                              \
+    }                                                                                                               \
+    extern "C" void rope_##NAME(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const T* cos,     \
+                                const T* sin) {                                                                     \
+        rope<T>(x, x_stride, rows, heads, dim, cos, sin);                                                           \
+    }                                                                                                               \
+    extern "C" void silu_mul_##NAME(const T* gate_up, int64_t rows, int64_t size, T* out) {                         \
+        silu_mul<T>(gate_up, rows, size, out);                                                                      \
+    }                                                                                                               \
+    extern "C" void pack_##NAME(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {                 \
+        pack<T>(weight, columns, size, packed);                                                                     \
+    }                                                                                                               \
+    extern "C" void product_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns, \
+                                   const T* bias, const T* residual, T* out) {                                      \
+        product<T, T>(x, rows, size, packed, columns, bias, residual, out);                                         \
+    }                                                                                                               \
+    extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns,  \
+                                  float* out) {                                                                     \
+        product<T, float>(x, rows, size, packed, columns, nullptr, nullptr, out);                                   \
     }
 
 EXPORT(float, float32)
