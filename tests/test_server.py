@@ -214,6 +214,8 @@ def test_sigterm_drains(tiny_folder, tmp_path):
     with server(tiny_folder, "--topology", "1P1D", runtime=tmp_path) as running:
         workers = running.workers
         thread, chunks = long_stream(running)
+        for worker in workers:  # supervisors signal the whole group
+            worker.terminate()
         running.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         with pytest.raises(openai.APIStatusError) as refused:

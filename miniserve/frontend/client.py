@@ -351,8 +351,8 @@ class EngineClient:
 
     def _handle(self, envelope: Envelope) -> None:
         process = self._processes.get(envelope.sender)
-        if process is None or process.spec.epoch != envelope.epoch:
-            return
+        if process is None or process.spec.epoch != envelope.epoch or envelope.sender in self._restarts:
+            return  # of an incarnation that is over
         match envelope.body:
             case Report() as report:
                 self._health.heard(envelope.sender, time.monotonic())
@@ -384,7 +384,7 @@ class EngineClient:
         now = time.monotonic()
         for name in self._health.silent(now):
             log.error("worker %s has been silent for %g s: it is ended", name, self._config.worker_timeout)
-            self._processes[name].kill()
+            await asyncio.to_thread(self._processes[name].kill)
         for name, process in list(self._processes.items()):
             if name in self._restarts or (code := process.exit_code) is None:
                 continue

@@ -5,6 +5,7 @@ Every list is `fail_fast`: one error is told, and an error for each of a million
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -162,7 +163,7 @@ class StreamOptions(Body):
     """With `include_usage`: every chunk tells the usage of its choice so far."""
 
 
-class GenerationRequest(Body):
+class GenerationRequest(Body, ABC):
     """What chat and text completions share."""
 
     model: Text | None = None
@@ -197,9 +198,9 @@ class GenerationRequest(Body):
         return self
 
     @property
+    @abstractmethod
     def output_limit(self) -> int | None:
         """Most tokens to generate for each choice; None where the request does not say."""
-        raise NotImplementedError
 
     @property
     def default_limit(self) -> int | None:
@@ -207,9 +208,9 @@ class GenerationRequest(Body):
         return None
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives to report beside each sampled token; None for no log-probabilities at all."""
-        raise NotImplementedError
 
     def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
         """The parameters of one choice; `defaults` is a generation_config.json. Raises `ParameterError`."""
