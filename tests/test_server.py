@@ -213,9 +213,12 @@ def long_stream(running: Running) -> tuple[threading.Thread, list]:
 def test_sigterm_drains(tiny_folder, tmp_path):
     with server(tiny_folder, "--topology", "1P1D", runtime=tmp_path) as running:
         workers = running.workers
-        thread, chunks = long_stream(running)
         for worker in workers:  # supervisors signal the whole group
             worker.terminate()
+        time.sleep(0.2)
+        # Looked at one by one: a worker that had died of it would soon be replaced.
+        assert not any(worker.status() == psutil.STATUS_ZOMBIE for worker in workers)
+        thread, chunks = long_stream(running)
         running.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         with pytest.raises(openai.APIStatusError) as refused:
