@@ -182,15 +182,17 @@ async def test_a_worker_that_breaks_is_as_dead_as_a_killed_one(tiny_models):
     """It can still say why, with its last breath; its turns go on at the other one."""
     folder = tiny_models["qwen2"]
     items = prompts(6, seed=6, shortest=50)
-    texts = reference(folder, items, 40)
+    texts = reference(folder, items, 300)
     async with cluster(folder, "2D", "colocated") as client:
-        tasks = [asyncio.create_task(collect(client, item, greedy(40))) for item in items]
+        tasks = [asyncio.create_task(collect(client, item, greedy(300))) for item in items]
         while not all((stats := client.stats.get(name)) and stats.running for name in ("d0", "d1")):
             await asyncio.sleep(0.01)
         last_words = Outboxes(zmq.Context.instance(), "d0", 1)
         last_words.send(client._processes["d0"].spec.frontend, Failed("ZeroDivisionError"))
-        await asyncio.sleep(0.1)
+        while "d0" not in client._failed:
+            await asyncio.sleep(0)
         os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        await back(client, ("d0", 2))
         assert await asyncio.gather(*tasks) == texts
         assert client.healthy
         await settled(client)
@@ -211,7 +213,7 @@ async def test_parameters_that_slip_through_hurt_nobody_else(tiny_models):
 
 async def test_what_waited_for_a_step_does_not_wait_for_a_message(tiny_folder):
     """Equal prompts at once: the second waits for the first one's pages, and begins as soon as they are there."""
-    async with cluster(tiny_folder, "1D") as client:
+    async with cluster(tiny_folder, "1D", max_num_batched_tokens=512) as client:
         for seed in range(4):
             item = prompts(1, seed=seed, shortest=100, longest=100)[0]
             started = time.monotonic()
