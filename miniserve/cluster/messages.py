@@ -53,7 +53,8 @@ class TokenLogprob(Wire, frozen=True):
 
 class TurnOutput(Wire, frozen=True):
     """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn).
-    `turn` is what `Run` called it. `cached_tokens` comes with a turn's first output."""
+    `turn` is what `Run` called it. With a turn's first output come `cached_tokens` (prompt tokens whose KV was found) and,
+    in seconds, how long it `waited` at the worker for pages and how long its `prefill` took from then on."""
 
     turn: str
     index: int
@@ -62,6 +63,8 @@ class TurnOutput(Wire, frozen=True):
     finish: FinishReason | None = None
     stop_token: int | None = None
     cached_tokens: int | None = None
+    waited: float = 0.0
+    prefill: float = 0.0
     error: str = ""
 
 
@@ -75,6 +78,19 @@ class Peers(Wire, frozen=True):
     peers: list[Peer]
 
 
+class Keep(Wire, frozen=True):
+    """What was observed of a turn's conversation, so that its worker knows whose KV to give up first between turns.
+
+    `conversation` names the pages that belong together. The next turn is expected `gap` seconds after the end of this
+    one, with probability `chance`; recomputing one of its pages would take `page_seconds`.
+    """
+
+    conversation: str = ""
+    gap: float = 0.0
+    chance: float = 1.0
+    page_seconds: float = 0.0
+
+
 class Run(Wire, frozen=True):
     """Serve one turn: prefill `tokens`, decode until it ends, report every token.
 
@@ -83,7 +99,9 @@ class Run(Wire, frozen=True):
 
     The last `prior` of `tokens` were already given to the client as output (a turn that moved here after a failure).
     `seed` is always set: two workers that sample the same position draw the same number. With `prefill_at` (a
-    prefiller's name) the receiver reserves pages, asks that worker to prefill and pulls the KV.
+    prefiller's name) the receiver reserves pages, asks that worker to prefill and pulls the KV; with `share_history`
+    that worker may first fetch from the receiver what it lacks of the conversation's history. With `history_at` (the
+    worker that was the conversation's home) the receiver fetches the history from there before anything else.
     """
 
     turn: str
@@ -93,6 +111,9 @@ class Run(Wire, frozen=True):
     salt: str = ""
     prior: int = 0
     prefill_at: str = ""
+    share_history: bool = False
+    history_at: str = ""
+    keep: Keep = Keep()
 
 
 class Abort(Wire, frozen=True):
@@ -105,12 +126,12 @@ class Shutdown(Wire, frozen=True):
     """Leave the step loop and exit."""
 
 
-# --- decoder <-> prefiller ------------------------------------------------------------------------------------------
+# --- worker <-> worker ----------------------------------------------------------------------------------------------
 
 
 class Prefill(Wire, frozen=True):
     """D asks P to prefill. D has reserved its pages and already holds the first `have` tokens (a whole number of
-    pages), so P publishes only what follows."""
+    pages), so P publishes only what follows. With `share_history` P may fetch from D what it lacks of the first ones."""
 
     turn: str
     tokens: list[int]
@@ -119,15 +140,26 @@ class Prefill(Wire, frozen=True):
     salt: str
     prior: int
     have: int
+    share_history: bool = False
+    keep: Keep = Keep()
+
+
+class Fetch(Wire, frozen=True):
+    """Asks for the KV of a conversation's history: the pages whose chain hashes are `hashes`, from page `first` of the
+    prompt on. The answer is publications of as many of them as are there, the final one being `last`."""
+
+    turn: str
+    first: int
+    hashes: list[bytes]
 
 
 class Publish(Wire, frozen=True):
-    """P's finished pages, which hold the prompt from page `first` on. The last publication is the commit.
+    """Finished pages, which hold the prompt from page `first` on. Without any pages it only says: still at work.
 
-    `pages` are numbers in P's pool and `hashes` the chain hash of the tokens each one holds. They stay untouched until
-    the ack, but not past `deadline` (seconds on the host's monotonic clock): what D copies later does not count.
-    `commit` is the first token as P reports it to the frontend. D decodes on from it, and reports it too: P may die
-    before its own report is read.
+    `pages` are numbers in the sender's pool and `hashes` the chain hash of the tokens each one holds. They stay untouched
+    until the ack, but not past `deadline` (seconds on the host's monotonic clock): what is copied later does not count.
+    `last` ends the handoff. A prefill ends with `commit`, the first token as P reports it to the frontend: D decodes on
+    from it, and reports it too, since P may die before its own report is read. `ticket` is the transfer's own.
     """
 
     turn: str
@@ -135,11 +167,14 @@ class Publish(Wire, frozen=True):
     pages: list[int]
     hashes: list[bytes]
     deadline: float
+    last: bool = False
     commit: TurnOutput | None = None
+    ticket: tuple[int, int] = (0, 0)
 
 
 class Release(Wire, frozen=True):
-    """D is done with a handoff (acknowledged, aborted, or given up): P ends the lease and any work left for it."""
+    """The receiver is done with a handoff (acknowledged, aborted, or given up): the sender ends the lease and any work
+    left for it."""
 
     turn: str
 
@@ -187,17 +222,34 @@ class Failed(Wire, frozen=True):
 
 class Move(Wire, frozen=True):
     """A handoff that ended well: KV of `turn` went from `source` to the reporting worker, which copied for `seconds` in
-    all."""
+    all, and for `exposed` seconds after the source had finished its work: what no overlap has hidden. `history` is true
+    where the source was asked for what it had, not for a prefill."""
 
     turn: str
     source: str
     pages: int
     bytes: int
     seconds: float
+    exposed: float = 0.0
+    history: bool = False
+
+
+class StepTime(Wire, frozen=True):
+    """What one step computed and how many `seconds` it took: `prefill` tokens of prompts, which looked back on
+    `prefill_context` tokens in all, and one token for each of `decodes` sequences with `decode_context` tokens in all."""
+
+    prefill: int
+    prefill_context: int
+    decodes: int
+    decode_context: int
+    seconds: float
 
 
 class WorkerStats(Wire, frozen=True):
-    """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages."""
+    """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages.
+
+    `host_pages` of `host_total` pages of host memory hold evicted KV; `offloaded` and `restored` count pages copied there
+    and back."""
 
     total_pages: int
     free_pages: int
@@ -214,18 +266,24 @@ class WorkerStats(Wire, frozen=True):
     prefix_queries: int = 0
     prefix_hits: int = 0
     busy_seconds: float = 0.0
+    host_total: int = 0
+    host_pages: int = 0
+    offloaded: int = 0
+    restored: int = 0
 
 
 class Report(Wire, frozen=True):
-    """After a step, or once a second when idle: tokens, finished handoffs, the worker's state."""
+    """After a step, or once a second when idle: tokens, finished handoffs, the worker's state, the steps since the last
+    report."""
 
     outputs: list[TurnOutput]
     moves: list[Move]
     stats: WorkerStats
+    steps: list[StepTime] = []
 
 
 Message = (
-    Peers | Run | Abort | Shutdown | Prefill | Publish | Release | PrefillRefused | Loading | Ready | Failed | Report
+    Peers | Run | Abort | Shutdown | Prefill | Fetch | Publish | Release | PrefillRefused | Loading | Ready | Failed | Report
 )
 
 

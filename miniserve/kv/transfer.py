@@ -1,47 +1,122 @@
-"""How a worker gets pages out of a peer's pool. One interface; which backend serves a pair is chosen at start."""
+"""How KV pages get from one worker's pool into another's. One interface; which backend serves a pair is chosen at start.
+
+Both sides of a pair hold a `Transfer`. Whoever has pages offers them and puts the ticket into its publication; whoever
+reads the publication fetches with that ticket. Nothing here blocks the engine.
+"""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from miniserve.cluster.messages import PoolInfo
+from miniserve.cluster.messages import Peer
+from miniserve.config import ConfigError
 from miniserve.kv.memory import KVMemory, SharedMemory
+
+BACKENDS = ("auto", "mapped", "collective")
+
+
+class TransferError(RuntimeError):
+    """The pages did not come: the peer is gone, or stuck."""
+
+
+class Copy(Protocol):
+    """Pages on their way here."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `store` would return at once."""
+        ...
+
+    def store(self, ours: list[int]) -> None:
+        """Write them to our pages `ours`, as many and in the order of `fetch`. Raises `TransferError`."""
+        ...
 
 
 class Transfer(Protocol):
-    """A way from one peer's pool into our own."""
+    """The way between one peer's pool and our own, both directions."""
 
     name: str
 
-    def pull(self, theirs: list[int], ours: list[int]) -> None:
-        """Copy whole pages, `theirs[i]` of the peer to `ours[i]`; complete on return."""
+    def offer(self, pages: list[int]) -> tuple[int, int]:
+        """Our side: `pages` of our pool are about to be published. The ticket goes along with the publication."""
+        ...
+
+    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:
+        """Begin to get `pages` of the peer's pool. Once for each publication with pages, in their order, even if nobody
+        wants them any more."""
+        ...
+
+    def close(self) -> None:
+        """The peer is gone."""
         ...
 
 
 class MappedTransfer:
-    """The peer's pool is mapped into this process once; a pull is a memcpy a page. Same host, CPU memory."""
+    """The peer's pool is mapped into this process once; the copy is a memcpy a page, made when it is stored."""
 
     name = "mapped"
 
-    def __init__(self, memory: KVMemory, peer: PoolInfo) -> None:
+    def __init__(self, memory: KVMemory, peer: Peer) -> None:
         """Raises OSError if the peer's process is gone."""
         assert memory.shared is not None
+        pool = peer.pool
         self._ours = memory.shared.pages(memory.shape.bytes)
-        self._theirs = SharedMemory.attach(peer.pid, peer.fd, peer.num_pages * peer.page_bytes).reshape(
-            peer.num_pages, peer.page_bytes
+        self._theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes).reshape(
+            pool.num_pages, pool.page_bytes
         )
 
-    def pull(self, theirs: list[int], ours: list[int]) -> None:
+    def offer(self, pages: list[int]) -> tuple[int, int]:
         """See `Transfer`."""
+        return (0, 0)
+
+    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> MappedCopy:
+        """See `Transfer`."""
+        return MappedCopy(self, pages)
+
+    def close(self) -> None:
+        """See `Transfer`. The mapping goes with its last reader."""
+
+    def pull(self, theirs: list[int], ours: list[int]) -> None:
+        """Copy page `theirs[i]` of the peer to `ours[i]`."""
         for source, destination in zip(theirs, ours, strict=True):
             self._ours[destination] = self._theirs[source]
 
 
-def connect(memory: KVMemory, layout: str, peer: PoolInfo) -> Transfer | None:
-    """The way to `peer`'s pages; None if there is none (another layout, device memory, or the process is gone)."""
-    if peer.layout != layout or peer.fd < 0 or memory.shared is None:
+class MappedCopy:
+    """See `Copy`."""
+
+    ready = True
+
+    def __init__(self, transfer: MappedTransfer, pages: list[int]) -> None:
+        self._transfer = transfer
+        self._pages = pages
+
+    def store(self, ours: list[int]) -> None:
+        """See `Copy`."""
+        self._transfer.pull(self._pages, ours)
+
+
+def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
+    """The way between our pool and `peer`'s; None if there is none (another layout, device memory, or it is gone).
+
+    `us` is our name and epoch. `how` is one of `BACKENDS`; the sockets of `collective` are found through `run_dir`.
+    """
+    if peer.pool.layout != layout:
+        return None
+    if how == "collective":
+        from miniserve.kv.collective import CollectiveTransfer  # torch.distributed takes a while to import
+
+        return CollectiveTransfer(memory, us, peer, run_dir)
+    if peer.pool.fd < 0 or memory.shared is None:
         return None
     try:
         return MappedTransfer(memory, peer)
     except (OSError, ValueError):  # the number of a dead process may be another one's by now
         return None
+
+
+def check_backend(name: str) -> str:
+    """`name`, if it is a backend's. Raises `ConfigError`."""
+    if name not in BACKENDS:
+        raise ConfigError(f"--kv-transfer {name!r} is unknown: use {', '.join(BACKENDS)}.")
+    return name
