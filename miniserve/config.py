@@ -87,6 +87,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads of this worker; 0: all cores shared out among the workers."""
     workers: int = 1
     """How many workers share this machine's memory and cores."""
+    kv_transfer: str = "auto"
+    """How KV travels between workers: `mapped`, `collective`, or `auto`, which is mapped where that is possible."""
     handoff_deadline: float = 30.0
     """Seconds P keeps pages for D after a publication."""
 

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 from tiny import prompts, reference
 
-from miniserve.cluster.messages import Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
+from miniserve.cluster.messages import Fetch, Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
 from miniserve.config import EngineConfig
 from miniserve.kv.hashing import root_hash
+from miniserve.kv.transfer import connect
 from miniserve.sampling import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.handoff import Handoffs
@@ -31,7 +32,13 @@ class Side:
         self.sent: list = []
         self.out: dict[int, int] = {}
         self.handoffs = Handoffs(
-            self.engine, self.built.memory, self.built.layout, 30.0, lambda to, body: self.sent.append(body), clock
+            self.engine,
+            self.built.memory,
+            self.built.layout,
+            30.0,
+            lambda to, body: self.sent.append(body),
+            lambda peer: connect(self.built.memory, self.built.layout, (name, 1), peer, "", "mapped"),
+            clock,
         )
         memory = self.built.memory
         pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, self.built.layout)
@@ -42,7 +49,7 @@ class Side:
 
     def step(self) -> None:
         for sequence in self.engine.admit():
-            self.handoffs.request(sequence, "")
+            self.handoffs.request(sequence)
         step = self.engine.step()
         for sequence, first_token in step.prefilled:
             self.handoffs.publish(sequence, first_token)
@@ -68,8 +75,8 @@ class Pair:
         for side, other in ((self.p, self.d), (self.d, self.p)):
             side.handoffs.set_peers([other.peer])
 
-    def ask(self) -> Sequence:
-        sequence = self.d.sequence(prefill_at="p0")
+    def ask(self, **kwargs) -> Sequence:
+        sequence = self.d.sequence(prefill_at="p0", **kwargs)
         self.d.engine.add(sequence)
         self.d.step()
         (prefill,) = self.d.take(Prefill)
@@ -112,7 +119,7 @@ def test_pages_arrive_chunk_by_chunk_and_the_commit_is_acknowledged(pair):
     for message in publications:
         assert sequence.status is Status.RECEIVING, "D computes nothing before the commit"
         assert pair.p.handoffs.num_leases == 1
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     (release,) = pair.d.take(Release)
     assert pair.p.engine.pool.num_held == 7, "P keeps the pages until the ack"
     pair.p.handoffs.on_release(release.turn)
@@ -134,7 +141,7 @@ def test_only_what_d_lacks_moves(pair):
     publications = pair.publications()
     assert publications[0].first == 3
     for message in publications:
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     pair.p.handoffs.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.handoffs.moves[0].pages == 4
@@ -146,7 +153,7 @@ def test_a_hash_mismatch_is_recomputed(pair, bad):
     for i, message in enumerate(pair.publications()):
         if i == bad:
             message = msgspec.structs.replace(message, hashes=[b"x" * 16] * len(message.hashes))
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     assert pair.d.take(Release)
     pair.p.handoffs.on_release("t")
     assert pair.finish() == pair.text
@@ -158,12 +165,12 @@ def test_a_hash_mismatch_is_recomputed(pair, bad):
 def test_pages_copied_after_the_lease_do_not_count(pair):
     pair.ask()
     first, *rest = pair.publications()
-    pair.d.handoffs.on_publish(first)
+    pair.d.handoffs.on_publish(first, "p0")
     pair.now += 31
     pair.p.handoffs.expire()
     assert pair.p.engine.pool.num_held == 0, "the lease has ended"
     for message in rest:
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 100 - 32
     pair.check()
@@ -182,10 +189,10 @@ def test_a_commit_that_comes_too_late_still_carries_the_first_token(tiny_folder,
         messages[-1], commit=msgspec.structs.replace(messages[-1].commit, tokens=[other])
     )
     for message in messages[:-1]:
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     pair.now += 31
     pair.p.handoffs.expire()
-    pair.d.handoffs.on_publish(messages[-1])
+    pair.d.handoffs.on_publish(messages[-1], "p0")
     import test_handoff
 
     assert pair.finish() == [other, *reference(tiny_folder, [[*test_handoff.PROMPT, other]], 11)[0]]
@@ -205,10 +212,10 @@ def test_losing_p(pair, published):
     pair.ask()
     messages = pair.publications()
     for message in messages[: min(published, 3)]:
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     pair.d.handoffs.set_peers([])
     for message in messages:  # words of the dead
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     assert pair.finish() == pair.text
     assert pair.d.engine.pool.num_held == 0
     pair.d.engine.pool.check()
@@ -254,7 +261,7 @@ def test_a_turn_that_ends_with_its_first_token(pair):
     for message in pair.publications():
         if message.commit:
             message = msgspec.structs.replace(message, commit=msgspec.structs.replace(message.commit, finish="stop"))
-        pair.d.handoffs.on_publish(message)
+        pair.d.handoffs.on_publish(message, "p0")
     assert pair.d.engine.find("t") is None
     pair.p.handoffs.on_release("t")
     pair.check()
@@ -272,3 +279,159 @@ def test_other_layouts_exchange_nothing(pair):
 
 def replace_pool(peer: Peer, **changes) -> Peer:
     return msgspec.structs.replace(peer, pool=msgspec.structs.replace(peer.pool, **changes))
+
+
+# --- history ---
+
+
+def warm(side: Side, tokens: int) -> None:
+    """`side` has served the first `tokens` of the prompt before."""
+    side.engine.add(Sequence("w", PROMPT[:tokens], GREEDY, 0, root_hash(side.built.layout)))
+    while side.engine.find("w"):
+        side.step()
+    side.out.clear()
+    side.engine.counters.prompt_tokens = 0
+
+
+def fetched(side: Side, other: Side) -> list[Publish]:
+    """`other` asks `side` for history: what is published."""
+    (fetch,) = other.take(Fetch)
+    side.handoffs.on_fetch(fetch, other.peer.name)
+    return side.take(Publish)
+
+
+def test_a_prefiller_fetches_the_history_it_lacks(pair):
+    warm(pair.d, 90)
+    pair.ask(share_history=True)
+    pair.p.step()
+    (history,) = fetched(pair.d, pair.p)
+    assert (history.first, len(history.pages), history.last) == (0, 5, True)
+    assert pair.d.handoffs.num_leases == 1
+    pair.p.handoffs.on_publish(history, "d0")
+    for message in pair.publications():
+        assert message.first >= 5, "only new pages come back"
+        pair.d.handoffs.on_publish(message, "p0")
+    pair.d.handoffs.on_release(pair.p.take(Release)[0].turn)
+    pair.p.handoffs.on_release(pair.d.take(Release)[0].turn)
+    assert pair.finish() == pair.text
+    assert pair.p.engine.counters.prompt_tokens == 20
+    assert pair.d.engine.counters.prompt_tokens == 0
+    assert [(m.source, m.pages, m.history) for m in pair.p.handoffs.moves] == [("d0", 5, True)]
+    assert [(m.source, m.pages, m.history) for m in pair.d.handoffs.moves] == [("p0", 2, False)]
+    pair.check()
+
+
+def test_a_prefiller_that_has_the_history_asks_for_none(pair):
+    warm(pair.d, 90)
+    warm(pair.p, 95)
+    pair.ask(share_history=True)
+    pair.p.step()
+    assert not pair.p.take(Fetch)
+
+
+def test_a_new_home_fetches_the_history_from_the_old_one(pair):
+    warm(pair.p, 90)
+    sequence = pair.d.sequence(history_at="p0")
+    pair.d.engine.add(sequence)
+    pair.d.step()
+    for message in fetched(pair.p, pair.d):
+        pair.d.handoffs.on_publish(message, "p0")
+    assert sequence.cached == 80
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    assert pair.d.engine.counters.prompt_tokens == 20
+    pair.check()
+
+
+def test_history_of_a_long_past_comes_in_pieces(tiny_folder, monkeypatch):
+    monkeypatch.setattr("miniserve.worker.handoff.PIECE", 2)
+    pair = Pair(tiny_folder)
+    warm(pair.p, 90)
+    pair.d.engine.add(pair.d.sequence(history_at="p0"))
+    pair.d.step()
+    messages = fetched(pair.p, pair.d)
+    assert [(m.first, len(m.pages), m.last) for m in messages] == [(0, 2, False), (2, 2, False), (4, 1, True)]
+    for message in messages:
+        pair.d.handoffs.on_publish(message, "p0")
+    assert pair.d.handoffs.moves[0].pages == 5
+    assert pair.finish() == pair.text
+
+
+def test_history_that_is_gone_is_computed(pair):
+    pair.d.engine.add(pair.d.sequence(history_at="p0"))
+    pair.d.step()
+    (message,) = fetched(pair.p, pair.d)
+    assert (message.pages, message.last) == ([], True)
+    pair.d.handoffs.on_publish(message, "p0")
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    assert not pair.d.handoffs.moves
+    pair.check()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_history_with_other_hashes_or_copied_too_late_is_computed(pair, bad):
+    warm(pair.p, 90)
+    pair.d.engine.add(pair.d.sequence(history_at="p0"))
+    pair.d.step()
+    (message,) = fetched(pair.p, pair.d)
+    if bad:
+        message = msgspec.structs.replace(message, hashes=[b"x" * 16] * len(message.hashes))
+    else:
+        pair.now += 31
+        pair.p.handoffs.expire()
+        assert pair.p.engine.pool.num_held == 0
+    pair.d.handoffs.on_publish(message, "p0")
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    assert pair.d.engine.counters.prompt_tokens == 100
+    pair.check()
+
+
+def test_an_abort_while_p_fetches_the_history(pair):
+    warm(pair.d, 90)
+    pair.ask(share_history=True)
+    pair.p.step()
+    (history,) = fetched(pair.d, pair.p)
+    pair.d.handoffs.abort("t")
+    pair.d.engine.abort("t")
+    assert pair.d.engine.pool.num_held == 5, "P may be reading"
+    pair.p.handoffs.on_release("t")
+    pair.p.handoffs.on_publish(history, "d0")
+    assert pair.p.engine.counters.prompt_tokens == 0
+    pair.d.handoffs.on_release(pair.p.take(Release)[0].turn)
+    pair.check()
+
+
+# --- deadlines of the receiver ---
+
+
+def test_a_stuck_handoff_ends_at_its_deadline(pair):
+    pair.ask()
+    pair.now += 29
+    pair.d.handoffs.poll()
+    assert pair.d.engine.find("t").status is Status.RECEIVING
+    pair.now += 2
+    pair.d.handoffs.poll()
+    assert pair.d.take(Release)
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    pair.check()
+
+
+def test_a_prefiller_that_is_busy_is_not_stuck(pair):
+    pair.ask()
+    for _ in range(10):
+        pair.now += 10
+        pair.p.handoffs.expire()
+        for message in pair.p.take(Publish):
+            assert not message.pages
+            pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.poll()
+    assert pair.d.engine.find("t").status is Status.RECEIVING
+    for message in pair.publications():
+        pair.d.handoffs.on_publish(message, "p0")
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    assert pair.d.engine.counters.prompt_tokens == 0
+    pair.check()

@@ -151,7 +151,7 @@ class World:
             worker._handle(self.pick.choice(waiting).popleft())
         if until > 0:
             for sequence in worker._engine.admit():
-                worker._handoffs.request(sequence, worker._salts.pop(sequence.turn, ""))
+                worker._handoffs.request(sequence)
         if until > 1:
             step = worker._engine.step()
             for sequence, first_token in step.prefilled:
@@ -262,7 +262,7 @@ class World:
         for name, worker in self.alive.items():
             engine, handoffs = worker._engine, worker._handoffs
             assert (engine.pool.num_held, engine.running, list(engine.waiting)) == (0, [], []), name
-            assert (handoffs._leases, handoffs._pulls, worker._salts, worker._early) == ({}, {}, {}, []), name
+            assert (handoffs._leases, handoffs._pulls, handoffs._salts, worker._early) == ({}, {}, {}, []), name
         for view in self.scheduler._workers.values():
             assert (view.reserved, view.turns) == (0, 0)
             assert view.resident == sum(c.resident for c in self.scheduler.conversations if c.home == view.name)

@@ -6,10 +6,12 @@ so that a long prompt never stalls the sequences that are decoding.
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from miniserve.cluster.messages import TokenLogprob, TurnOutput
+from miniserve.cluster.messages import StepTime, TokenLogprob, TurnOutput
 from miniserve.kv.pages import OutOfPages, PagePool
 from miniserve.worker.runner import Runner
 from miniserve.worker.sequence import Sequence, Status
@@ -35,8 +37,8 @@ class Step:
     prefilled: list[tuple[Sequence, TurnOutput | None]] = field(default_factory=list)
     """Sequences prefilled for another worker that this step advanced, each with its first token once it has one (then
     among `outputs` too)."""
-    tokens: int = 0
-    """How many were computed."""
+    time: StepTime | None = None
+    """What was computed and how long it took, None for nothing."""
 
 
 class Engine:
@@ -55,6 +57,7 @@ class Engine:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
         self.counters = Counters()
@@ -66,6 +69,7 @@ class Engine:
         self.page_tokens = page_tokens
         self._budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
+        self._clock = clock
         # Room left for decodes to grow into, so that admitting one sequence does not at once preempt another.
         self._watermark = max(1, pool.num_pages // 100)
         self._turns: dict[str, Sequence] = {}
@@ -78,13 +82,14 @@ class Engine:
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens this worker still has to compute."""
-        queued = sum(len(s.tokens) for s in self.waiting if not s.prefill_at)
-        return queued + sum(s.missing for s in self.running if s.status is Status.RUNNING and s.missing > 1)
+        ours = [s for s in (*self.waiting, *self.running) if not s.prefill_at]
+        return sum(s.missing for s in ours if s.missing > 1)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a turn. Its prompt must be shorter than `max_model_len`; a turn that is here already is ignored."""
         assert 0 < len(sequence.tokens) < self.max_model_len
         if sequence.turn not in self._turns:
+            sequence.added = self._clock()
             self._turns[sequence.turn] = sequence
             self.waiting.append(sequence)
 
@@ -144,13 +149,15 @@ class Engine:
             sequence.computed = len(matched) * self.page_tokens
             sequence.registered = len(matched)
             if sequence.cached is None:
+                sequence.admitted = self._clock()
                 sequence.cached = sequence.computed
                 if not sequence.prefill_at:  # the prefiller looks it up too, and counts
                     self.counters.prefix_queries += sequence.given
                     self.counters.prefix_hits += sequence.cached
-            sequence.status = Status.RECEIVING if sequence.prefill_at else Status.RUNNING
+            elsewhere = sequence.prefill_at or sequence.history_at
+            sequence.status = Status.RECEIVING if elsewhere else Status.RUNNING
             self.running.append(sequence)
-            if sequence.prefill_at:
+            if elsewhere:
                 receiving.append(sequence)
         self.waiting.extendleft(reversed(deferred))
         return receiving
@@ -181,18 +188,20 @@ class Engine:
         if not batch:
             return done
         self.counters.steps += 1
+        started = self._clock()
         tokens, logprobs = self._runner.run(batch)
+        now = self._clock()
+        done.time = _timed(batch, now - started)
         for sequence, count in batch:
             if sequence.missing > 1:
                 self.counters.prompt_tokens += count
-            done.tokens += count
             sequence.computed += count
             self.register(sequence)
             output = None
             if sequence.missing == 0:
                 index = sequence.num_outputs
                 sequence.append(tokens.pop(0), self._runner.eos, self.max_model_len)
-                output = self._output(sequence, index, logprobs.pop(0))
+                output = self._output(sequence, index, logprobs.pop(0), now)
                 done.outputs.append(output)
             if sequence.prefill_for:
                 done.prefilled.append((sequence, output))
@@ -256,12 +265,13 @@ class Engine:
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.registered = 0
-        sequence.prefill_at = ""
+        sequence.prefill_at = sequence.history_at = ""
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
 
-    def _output(self, sequence: Sequence, index: int, logprob: TokenLogprob | None) -> TurnOutput:
+    def _output(self, sequence: Sequence, index: int, logprob: TokenLogprob | None, now: float) -> TurnOutput:
         self.counters.generated_tokens += 1
+        first = index == sequence.prior
         return TurnOutput(
             turn=sequence.turn,
             index=index,
@@ -269,5 +279,20 @@ class Engine:
             logprobs=None if logprob is None else [logprob],
             finish=sequence.finish,
             stop_token=sequence.stop_token,
-            cached_tokens=sequence.cached if index == sequence.prior else None,
+            cached_tokens=sequence.cached if first else None,
+            waited=sequence.admitted - sequence.added if first else 0.0,
+            prefill=now - sequence.admitted if first else 0.0,
         )
+
+
+def _timed(batch: list[tuple[Sequence, int]], seconds: float) -> StepTime:
+    """What a step is about to compute; each token of a prompt looks back on all before it."""
+    prefill = context = decodes = decode_context = 0
+    for sequence, count in batch:
+        if sequence.missing > 1:
+            prefill += count
+            context += count * sequence.computed + count * count // 2
+        else:
+            decodes += 1
+            decode_context += len(sequence.tokens)
+    return StepTime(prefill, context, decodes, decode_context, seconds)

@@ -1,19 +1,26 @@
-"""Moving a turn's KV from the worker that prefilled it (P) to the one that decodes it (D). Both sides are here.
+"""Moving a turn's KV from one worker to another. Both sides of every handoff are here.
 
-D reserves pages, then asks P. After each chunk P publishes the finished pages; D checks their hashes against its own
-chain and copies them between steps. The last publication is the commit and carries the first token; D answers with a
-release. P's lease on the published pages ends by that release, by D's death, or at the deadline. Whatever goes wrong,
-D computes what it lacks itself. A turn that runs again elsewhere has another name there: handoffs are never mixed up.
+Prefill: D reserves pages, then asks P. After each chunk P publishes the finished pages; D checks their hashes against
+its own chain and copies them between steps. The last publication is the commit and carries the first token.
+History: whoever lacks the KV of earlier turns fetches it from the worker that has it; the answer is publications too.
+So P gets what D holds of a conversation, and a new home what the old one holds.
+
+The receiver ends a handoff with a release. The sender's lease on the published pages ends by that release, by the
+receiver's death, or at the deadline; the receiver's patience ends with the sender's death, or when nothing has come for
+as long. Whatever goes wrong, the receiver computes what it lacks itself. A turn that runs again elsewhere has another
+name there: handoffs are never mixed up.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import (
+    Fetch,
     Message,
     Move,
     Peer,
@@ -25,38 +32,49 @@ from miniserve.cluster.messages import (
 )
 from miniserve.kv.hashing import root_hash
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.transfer import Transfer, connect
+from miniserve.kv.transfer import Copy, Transfer, TransferError
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence, Status
 
 log = logging.getLogger("miniserve.handoff")
 
+PIECE = 32
+"""Pages of history in one publication: the receiver stores one piece between two of its steps."""
+SIGNS_OF_LIFE = 4
+"""Publications without pages that P sends within the deadline, while a prefill waits or takes its time."""
+
 
 @dataclass
 class Pull:
-    """D's side: `sequence` is filled from `source`."""
+    """The receiver's side: `sequence` is filled from `source`, at most until `deadline`."""
 
     sequence: Sequence
     source: Peer
     transfer: Transfer
+    history: bool
+    deadline: float
     pages: int = 0
     seconds: float = 0.0
+    arriving: deque[tuple[Publish, Copy | None]] = field(default_factory=deque)
 
 
 @dataclass
 class Lease:
-    """P's side: pages of `sequence` are kept for `destination`. `published` pages are known to D."""
+    """The sender's side: `pages` are kept for `destination`, those of a `sequence` that is prefilled for it, or of a
+    history it has fetched. The first `published` pages of the prompt are known to the receiver."""
 
-    sequence: Sequence
     destination: Peer
+    pages: list[int]
     published: int
-    deadline: float = float("inf")
+    deadline: float
+    sequence: Sequence | None = None
 
 
 class Handoffs:
-    """All handoffs of one worker. `send` takes a peer's address and a message; `deadline` is in seconds.
+    """All handoffs of one worker. `send` takes a peer's address and a message; `patience` is the deadline in seconds.
 
-    `clock` is the host's monotonic clock, which both sides read.
+    `connect` finds the way to a peer's pages, None if there is none. `clock` is the host's monotonic clock, which both
+    sides read.
     """
 
     def __init__(
@@ -64,8 +82,9 @@ class Handoffs:
         engine: Engine,
         memory: KVMemory,
         layout: str,
-        deadline: float,
+        patience: float,
         send: Callable[[str, Message], None],
+        connect: Callable[[Peer], Transfer | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.moves: list[Move] = []
@@ -75,18 +94,26 @@ class Handoffs:
         self._engine = engine
         self._memory = memory
         self._layout = layout
-        self._deadline = deadline
+        self._patience = patience
         self._send = send
+        self._connect = connect
         self._clock = clock
         self._peers: dict[str, tuple[Peer, Transfer | None]] = {}
         self._announced: dict[str, int] = {}
         self._pulls: dict[str, Pull] = {}
         self._leases: dict[str, Lease] = {}
+        self._salts: dict[str, str] = {}
+        """Cache salts of turns that will be prefilled elsewhere, until they are."""
 
     @property
     def num_leases(self) -> int:
         """Turns whose pages are kept for another worker."""
         return len(self._leases)
+
+    @property
+    def copying(self) -> bool:
+        """Whether pages are on their way here: `poll` should be called soon."""
+        return any(pull.arriving for pull in self._pulls.values())
 
     def epoch(self, name: str) -> int:
         """The living incarnation of a peer, -1 if there is none."""
@@ -98,13 +125,14 @@ class Handoffs:
 
     def set_peers(self, peers: list[Peer]) -> None:
         """The workers that live now. What was shared with others is settled at once."""
-        known = self._peers
-        self._peers = {}
+        known, self._peers = self._peers, {}
         for peer in peers:
             self._announced[peer.name] = peer.epoch
             old = known.get(peer.name)
-            same = old is not None and old[0] == peer
-            self._peers[peer.name] = old if same and old else (peer, connect(self._memory, self._layout, peer.pool))
+            self._peers[peer.name] = known.pop(peer.name) if old and old[0] == peer else (peer, self._connect(peer))
+        for _, transfer in known.values():
+            if transfer is not None:
+                transfer.close()
         for turn, pull in list(self._pulls.items()):
             if self.epoch(pull.source.name) != pull.source.epoch:
                 self._give_up(turn, f"{pull.source.name} is gone")
@@ -112,83 +140,147 @@ class Handoffs:
             if self.epoch(lease.destination.name) != lease.destination.epoch:
                 self._end(turn)
 
-    # --- D ----------------------------------------------------------------------------------------------------------
+    # --- the receiver -----------------------------------------------------------------------------------------------
 
-    def request(self, sequence: Sequence, salt: str) -> None:
-        """`sequence` has just got all its pages: ask its prefiller to fill them."""
-        peer, transfer = self._peers.get(sequence.prefill_at, (None, None))
+    def expect(self, turn: str, salt: str) -> None:
+        """A turn has come that will be prefilled elsewhere, under this cache salt."""
+        self._salts[turn] = salt
+
+    def request(self, sequence: Sequence) -> None:
+        """`sequence` has just got all its pages: ask for what others are to fill them with, the history first."""
+        turn, size = sequence.turn, self._engine.page_tokens
+        # What D has told that it holds, or all but the page of the last token, which is always computed.
+        most = self._leases[turn].published if sequence.prefill_for else (len(sequence.tokens) - 1) // size
+        wanted = sequence.hashes(size)[sequence.computed // size : most]
+        if sequence.history_at and wanted and (pull := self._begin(sequence, sequence.history_at, history=True)):
+            self._send(pull.source.address, Fetch(turn, sequence.computed // size, wanted))
+            return
+        salt = self._salts.pop(turn, "")
+        if sequence.prefill_at and (pull := self._begin(sequence, sequence.prefill_at, history=False)):
+            self._send(
+                pull.source.address,
+                Prefill(
+                    turn=turn,
+                    tokens=sequence.tokens,
+                    params=sequence.params,
+                    seed=sequence.seed,
+                    salt=salt,
+                    prior=sequence.prior,
+                    have=sequence.computed,
+                    share_history=sequence.share_history,
+                    keep=sequence.keep,
+                ),
+            )
+            return
+        self._engine.resume(sequence)
+
+    def _begin(self, sequence: Sequence, source: str, *, history: bool) -> Pull | None:
+        """Prepare for pages of `source`; None if there is no way to them."""
+        peer, transfer = self._peers.get(source, (None, None))
         if peer is None or transfer is None:
-            log.warning("turn %s: no way to pages of %s, prefilling here", sequence.turn, sequence.prefill_at)
-            self._engine.resume(sequence)
-            return
-        self._pulls[sequence.turn] = Pull(sequence, peer, transfer)
-        self._send(
-            peer.address,
-            Prefill(
-                turn=sequence.turn,
-                tokens=sequence.tokens,
-                params=sequence.params,
-                seed=sequence.seed,
-                salt=salt,
-                prior=sequence.prior,
-                have=sequence.computed,
-            ),
-        )
+            log.warning("turn %s: no way to pages of %s, computing them here", sequence.turn, source)
+            return None
+        pull = Pull(sequence, peer, transfer, history, self._clock() + self._patience)
+        self._pulls[sequence.turn] = pull
+        return pull
 
-    def on_publish(self, message: Publish) -> None:
-        """Copy what P has finished; with the commit the sequence is ours."""
+    def on_publish(self, message: Publish, sender: str) -> None:
+        """Begin to copy what the sender has finished; with the last publication the sequence is ours."""
+        _, transfer = self._peers.get(sender, (None, None))
+        # Wanted or not: what was offered has to be taken, or the next pages would be mistaken for these.
+        copy = transfer.fetch(message.ticket, message.pages) if transfer and message.pages else None
         pull = self._pulls.get(message.turn)
-        if pull is None or pull.sequence.status is not Status.RECEIVING:
+        if pull is None or pull.source.name != sender:
             return
+        pull.deadline = self._clock() + self._patience
+        pull.arriving.append((message, copy))
+        self._store(pull)
+
+    def poll(self) -> None:
+        """Store what has arrived, and give up what will not come any more. Call it between steps."""
+        now = self._clock()
+        for turn, pull in list(self._pulls.items()):
+            self._store(pull)
+            if self._pulls.get(turn) is pull and now > pull.deadline:
+                self._give_up(turn, f"nothing has come for {self._patience:g} s")
+
+    def _store(self, pull: Pull) -> None:
+        while pull.arriving and self._pulls.get(pull.sequence.turn) is pull:
+            message, copy = pull.arriving[0]
+            if copy is not None and not copy.ready:
+                return
+            pull.arriving.popleft()
+            self._take(pull, message, copy)
+
+    def _take(self, pull: Pull, message: Publish, copy: Copy | None) -> None:
+        """Pages of one publication are here, and wait to be put where they belong."""
         sequence, size = pull.sequence, self._engine.page_tokens
         end = message.first + len(message.pages)
-        if message.first * size != sequence.computed or end > len(sequence.pages):
-            self._give_up(message.turn, f"pages {message.first} to {end} do not follow {sequence.computed} tokens")
-            return
-        if message.hashes != sequence.given_hashes(size)[message.first : end]:
-            self._give_up(message.turn, "the pages hold other tokens than ours")
-            return
-        started = self._clock()
-        pull.transfer.pull(message.pages, sequence.pages[message.first : end])
-        copied = self._clock()
-        pull.seconds += copied - started
-        late = copied > message.deadline
-        if not late:
-            pull.pages += len(message.pages)
-            sequence.computed = min(end * size, sequence.given)
-            self._engine.register(sequence)
+        if message.pages or message.last:
+            if message.first * size != sequence.computed or end > len(sequence.pages):
+                self._give_up(message.turn, f"pages {message.first} to {end} do not follow {sequence.computed} tokens")
+                return
+            if message.hashes != sequence.given_hashes(size)[message.first : end]:
+                self._give_up(message.turn, "the pages hold other tokens than ours")
+                return
+        late = False
+        if copy is not None:
+            started = self._clock()
+            try:
+                copy.store(sequence.pages[message.first : end])
+            except TransferError as error:
+                late = True
+                reason = str(error)
+            copied = self._clock()
+            pull.seconds += copied - started
+            if copied > message.deadline:
+                late = True
+                reason = "the lease ended before the pages were copied"  # the sender may have reused one by then
+            if not late:
+                pull.pages += len(message.pages)
+                sequence.computed = min(end * size, sequence.given)
+                self._engine.register(sequence)
         if message.commit is not None and end == len(sequence.pages):
             # The client may have this token already: we go on from it even if we have to compute the pages.
             sequence.tokens += message.commit.tokens
             sequence.finish = message.commit.finish
             self.outputs.append(message.commit)
         if late:
-            self._give_up(message.turn, "the lease ended before the pages were copied")  # P may have reused one by then
-        elif message.commit is not None:
-            self._complete(pull)
+            self._give_up(message.turn, reason)
+        elif message.last:
+            # Published when it was finished: `deadline` counts from then.
+            self._complete(pull, self._clock() - (message.deadline - self._patience))
 
-    def _complete(self, pull: Pull) -> None:
-        """All that P had is here."""
+    def _complete(self, pull: Pull, exposed: float) -> None:
+        """All that the sender had is here."""
         sequence = pull.sequence
-        if sequence.computed != sequence.given:
+        if not pull.history and sequence.computed != sequence.given:
             self._give_up(sequence.turn, f"the commit came at {sequence.computed} of {sequence.given} tokens")
             return
         del self._pulls[sequence.turn]
         self._send(pull.source.address, Release(sequence.turn))
-        self.moves.append(
-            Move(
-                turn=sequence.turn,
-                source=pull.source.name,
-                pages=pull.pages,
-                bytes=pull.pages * self._memory.shape.bytes,
-                seconds=pull.seconds,
+        if pull.pages or not pull.history:
+            self.moves.append(
+                Move(
+                    turn=sequence.turn,
+                    source=pull.source.name,
+                    pages=pull.pages,
+                    bytes=pull.pages * self._memory.shape.bytes,
+                    seconds=pull.seconds,
+                    exposed=max(exposed, 0.0),
+                    history=pull.history,
+                )
             )
-        )
-        self._go_on(sequence)
+        self._go_on(pull)
 
-    def _go_on(self, sequence: Sequence) -> None:
-        """The rest of the turn is ours, if there is any."""
-        if sequence.finish:
+    def _go_on(self, pull: Pull) -> None:
+        """The rest of the turn is ours, if there is any, or the prefiller's."""
+        sequence = pull.sequence
+        if pull.history:
+            sequence.cached = max(sequence.cached or 0, sequence.computed)
+            sequence.history_at = ""
+            self.request(sequence)
+        elif sequence.finish:
             self._engine.finish(sequence)
         else:
             self._engine.resume(sequence)
@@ -199,19 +291,20 @@ class Handoffs:
             self._give_up(message.turn, message.reason)
 
     def abort(self, turn: str) -> None:
-        """The client has left: P need not go on."""
+        """The client has left: the sender need not go on."""
+        self._salts.pop(turn, None)
         if pull := self._pulls.pop(turn, None):
             self._send(pull.source.address, Release(turn))
 
     def _give_up(self, turn: str, reason: str) -> None:
         """Go on alone from the last token that was verified."""
         pull = self._pulls.pop(turn)
-        log.warning("turn %s: handoff from %s failed (%s), prefilling here", turn, pull.source.name, reason)
+        log.warning("turn %s: handoff from %s failed (%s), computing here", turn, pull.source.name, reason)
         if self.epoch(pull.source.name) == pull.source.epoch:
             self._send(pull.source.address, Release(turn))
-        self._go_on(pull.sequence)
+        self._go_on(pull)
 
-    # --- P ----------------------------------------------------------------------------------------------------------
+    # --- the sender -------------------------------------------------------------------------------------------------
 
     def on_prefill(self, message: Prefill, destination: str) -> None:
         """Queue a prefill for another worker, or refuse what can never fit."""
@@ -229,8 +322,11 @@ class Handoffs:
             root_hash(self._layout, message.salt),
             prior=message.prior,
             prefill_for=destination,
+            history_at=destination if message.share_history else "",
+            keep=message.keep,
         )
-        self._leases[message.turn] = Lease(sequence, peer, message.have // size)
+        deadline = self._clock() + self._patience
+        self._leases[message.turn] = Lease(peer, [], message.have // size, deadline, sequence)
         self._engine.add(sequence)
 
     def publish(self, sequence: Sequence, first_token: TurnOutput | None) -> None:
@@ -238,44 +334,79 @@ class Handoffs:
         lease = self._leases.get(sequence.turn)
         if lease is None:
             return
-        size = self._engine.page_tokens
-        ready = len(sequence.pages) if first_token else sequence.computed // size
+        ready = len(sequence.pages) if first_token else sequence.computed // self._engine.page_tokens
         if ready <= lease.published and not first_token:
             return
-        deadline = self._clock() + self._deadline
+        self._offer(sequence.turn, lease, sequence, sequence.pages, ready, first_token)
+        if first_token:
+            lease.pages = sequence.pages
+            self._engine.finish(sequence, keep_pages=True)
+
+    def on_fetch(self, message: Fetch, destination: str) -> None:
+        """Publish what is here of a conversation's history."""
+        pages = self._engine.pool.match(message.hashes)
+        peer, transfer = self._peers[destination]
+        deadline = self._clock() + self._patience
+        self._leases[message.turn] = Lease(peer, pages, message.first, deadline)
+        for start in range(0, max(len(pages), 1), PIECE):
+            piece = pages[start : start + PIECE]
+            self._send(
+                peer.address,
+                Publish(
+                    turn=message.turn,
+                    first=message.first + start,
+                    pages=piece,
+                    hashes=message.hashes[start : start + len(piece)],
+                    deadline=deadline,
+                    last=start + PIECE >= len(pages),
+                    ticket=transfer.offer(piece) if transfer and piece else (0, 0),
+                ),
+            )
+
+    def _offer(
+        self, turn: str, lease: Lease, sequence: Sequence, pages: list[int], ready: int, commit: TurnOutput | None
+    ) -> None:
+        """Publish the pages of a prefill up to `ready`."""
+        _, transfer = self._peers[lease.destination.name]
+        fresh = pages[lease.published : ready]
+        lease.deadline = self._clock() + self._patience
         self._send(
             lease.destination.address,
             Publish(
-                turn=sequence.turn,
+                turn=turn,
                 first=lease.published,
-                pages=sequence.pages[lease.published : ready],
-                hashes=sequence.given_hashes(size)[lease.published : ready],
-                deadline=deadline,
-                commit=first_token,
+                pages=fresh,
+                hashes=sequence.given_hashes(self._engine.page_tokens)[lease.published : ready],
+                deadline=lease.deadline,
+                last=commit is not None,
+                commit=commit,
+                ticket=transfer.offer(fresh) if transfer and fresh else (0, 0),
             ),
         )
-        lease.published = ready
-        if first_token:
-            lease.deadline = deadline
-            self._engine.finish(sequence, keep_pages=True)
+        lease.published = max(ready, lease.published)
 
     def on_release(self, turn: str) -> None:
-        """D has what it wants, or wants no more."""
+        """The receiver has what it wants, or wants no more."""
         if turn in self._leases:
             self._end(turn)
 
     def expire(self) -> None:
-        """End the leases whose deadline has passed."""
+        """End the leases whose deadline has passed; tell those who wait for a prefill that it is still wanted here."""
         now = self._clock()
-        for turn in [turn for turn, lease in self._leases.items() if now > lease.deadline]:
-            log.warning("turn %s: %s did not fetch its pages in time", turn, self._leases[turn].destination.name)
-            self._end(turn)
+        for turn, lease in list(self._leases.items()):
+            unfinished = lease.sequence is not None and lease.sequence.status is not Status.FINISHED
+            if unfinished and now > lease.deadline - self._patience * (1 - 1 / SIGNS_OF_LIFE):
+                assert lease.sequence is not None
+                self._offer(turn, lease, lease.sequence, [], lease.published, None)
+            elif not unfinished and now > lease.deadline:
+                log.warning("turn %s: %s did not fetch its pages in time", turn, lease.destination.name)
+                self._end(turn)
 
     def _end(self, turn: str) -> None:
         """Give the pages back, and drop the work if it is not done."""
-        sequence = self._leases.pop(turn).sequence
-        if sequence.status is Status.FINISHED:
-            self._engine.pool.release(sequence.pages)
-            sequence.pages = []
-        else:
+        lease = self._leases.pop(turn)
+        if lease.sequence is not None and lease.sequence.status is not Status.FINISHED:
+            self.abort(turn)  # what it may be fetching
             self._engine.abort(turn)
+        else:
+            self._engine.pool.release(lease.pages)

@@ -13,6 +13,7 @@ from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import (
     Abort,
     Envelope,
+    Fetch,
     Message,
     Peers,
     PoolInfo,
@@ -24,19 +25,23 @@ from miniserve.cluster.messages import (
     Report,
     Run,
     Shutdown,
+    StepTime,
     TurnOutput,
     WorkerStats,
 )
 from miniserve.kv.hashing import root_hash
+from miniserve.kv.transfer import connect
 from miniserve.sampling import ParameterError
 from miniserve.worker.build import Built
-from miniserve.worker.handoff import Handoffs
+from miniserve.worker.handoff import SIGNS_OF_LIFE, Handoffs
 from miniserve.worker.sequence import Sequence
 
 log = logging.getLogger("miniserve.worker")
 
 IDLE_SECONDS = 1.0
 """How often an idle worker looks at its leases and reports."""
+COPY_SECONDS = 0.001
+"""How often an otherwise idle worker looks for pages that are on their way here."""
 
 
 class Worker:
@@ -48,12 +53,20 @@ class Worker:
         self._engine = built.engine
         self._inbox = inbox
         self._outboxes = outboxes
-        self._handoffs = Handoffs(built.engine, built.memory, built.layout, spec.engine.handoff_deadline, outboxes.send)
-        self._salts: dict[str, str] = {}
-        """Cache salts of turns that will be prefilled elsewhere, until they are."""
+        self._handoffs = Handoffs(
+            built.engine,
+            built.memory,
+            built.layout,
+            spec.engine.handoff_deadline,
+            outboxes.send,
+            lambda peer: connect(
+                built.memory, built.layout, (spec.name, spec.epoch), peer, spec.run_dir, spec.engine.kv_transfer
+            ),
+        )
         self._early: list[Envelope] = []
         """Messages of peers we have not been told about yet."""
         self._outputs: list[TurnOutput] = []
+        self._steps: list[StepTime] = []
         self._busy = 0.0
         self._reported = 0.0
         self._stopping = False
@@ -61,33 +74,42 @@ class Worker:
     def run(self) -> None:
         """Serve until told to shut down."""
         self._tell(self._ready())
-        computed = 0
+        rest = min(IDLE_SECONDS, self._spec.engine.handoff_deadline / SIGNS_OF_LIFE)
+        idle = False
         while not self._stopping:
             # After a step what waited may have room: only a round that computed nothing is followed by a rest.
-            idle = not computed and not self._engine.has_work
-            heard = self._inbox.receive(int(IDLE_SECONDS * 1000) if idle else 0)
+            wait = (COPY_SECONDS if self._handoffs.copying else rest) if idle else 0.0
+            heard = self._inbox.receive(int(wait * 1000))
             started = time.monotonic()
-            for envelope in heard:
-                self._handle(envelope)
-            self._handoffs.expire()
-            for sequence in self._engine.admit():
-                self._handoffs.request(sequence, self._salts.pop(sequence.turn, ""))
-            step = self._engine.step()
-            computed = step.tokens
-            for sequence, first_token in step.prefilled:
-                self._handoffs.publish(sequence, first_token)
-            self._outputs += self._handoffs.outputs + step.outputs
-            self._handoffs.outputs.clear()
+            computed = self._round(heard)
             now = time.monotonic()
             self._busy += now - started
             # What was heard in idleness (a release, an abort) has changed the state, and no step will tell of it.
             if self._outputs or self._handoffs.moves or (idle and heard) or now - self._reported > IDLE_SECONDS:
                 self._report(now)
+            idle = not computed and not self._engine.has_work
+
+    def _round(self, heard: list[Envelope]) -> bool:
+        """Messages, admission, a step; whether it computed anything."""
+        for envelope in heard:
+            self._handle(envelope)
+        self._handoffs.expire()
+        self._handoffs.poll()
+        for sequence in self._engine.admit():
+            self._handoffs.request(sequence)
+        step = self._engine.step()
+        for sequence, first_token in step.prefilled:
+            self._handoffs.publish(sequence, first_token)
+        self._outputs += self._handoffs.outputs + step.outputs
+        self._handoffs.outputs.clear()
+        if step.time is not None:
+            self._steps.append(step.time)
+        return step.time is not None
 
     def _handle(self, envelope: Envelope) -> None:
         """One message. Those of peers count only from the incarnation that lives now."""
         body = envelope.body
-        if isinstance(body, Prefill | Publish | Release | PrefillRefused):
+        if isinstance(body, Prefill | Fetch | Publish | Release | PrefillRefused):
             if self._handoffs.epoch(envelope.sender) == envelope.epoch:
                 self._handle_peer(envelope.sender, body)
             elif self._handoffs.announced(envelope.sender) < envelope.epoch:
@@ -97,7 +119,6 @@ class Worker:
         elif isinstance(body, Abort):
             self._handoffs.abort(body.turn)
             self._engine.abort(body.turn)
-            self._salts.pop(body.turn, None)
         elif isinstance(body, Peers):
             self._handoffs.set_peers([peer for peer in body.peers if peer.name != self._spec.name])
             # Whoever is still unknown stays early: a later announcement, already under way, tells of it.
@@ -109,12 +130,14 @@ class Worker:
         else:
             log.error("dropped a %s: workers do not take it", type(body).__name__)
 
-    def _handle_peer(self, sender: str, body: Prefill | Publish | Release | PrefillRefused) -> None:
+    def _handle_peer(self, sender: str, body: Prefill | Fetch | Publish | Release | PrefillRefused) -> None:
         match body:
             case Prefill():
                 self._handoffs.on_prefill(body, sender)
+            case Fetch():
+                self._handoffs.on_fetch(body, sender)
             case Publish():
-                self._handoffs.on_publish(body)
+                self._handoffs.on_publish(body, sender)
             case Release():
                 self._handoffs.on_release(body.turn)
             case PrefillRefused():
@@ -134,7 +157,7 @@ class Worker:
             self._outputs.append(TurnOutput(run.turn, run.prior, [], finish="error", error=error))
             return
         if run.prefill_at:
-            self._salts[run.turn] = run.salt
+            self._handoffs.expect(run.turn, run.salt)
         self._engine.add(
             Sequence(
                 run.turn,
@@ -144,6 +167,9 @@ class Worker:
                 root_hash(self._built.layout, run.salt),
                 prior=run.prior,
                 prefill_at=run.prefill_at,
+                history_at=run.history_at,
+                share_history=run.share_history,
+                keep=run.keep,
             )
         )
 
@@ -175,8 +201,8 @@ class Worker:
         )
 
     def _report(self, now: float) -> None:
-        self._tell(Report(self._outputs, self._handoffs.moves, self._stats()))
-        self._outputs, self._handoffs.moves = [], []
+        self._tell(Report(self._outputs, self._handoffs.moves, self._stats(), self._steps))
+        self._outputs, self._handoffs.moves, self._steps = [], [], []
         self._reported = now
 
     def _stats(self) -> WorkerStats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from miniserve.cluster.messages import FinishReason
+from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
 from miniserve.sampling import SamplingParams
 
@@ -14,7 +14,7 @@ class Status(Enum):
 
     WAITING = "waiting"
     RECEIVING = "receiving"
-    """Its pages are reserved and a prefiller fills them: not ours to compute yet."""
+    """Its pages are reserved and another worker fills them: not ours to compute yet."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -23,8 +23,8 @@ class Sequence:
     """`tokens` grows from the prompt by what is sampled; the KV of the first `computed` of them lies in `pages`.
 
     `given` tokens came with the request, the last `prior` of which the client has already seen as output.
-    With `prefill_at` another worker is asked to prefill; with `prefill_for` this worker prefills for another one, and
-    is done with the first sampled token.
+    With `history_at` another worker is asked for the KV of earlier turns; with `prefill_at` one is asked to prefill the
+    rest, and with `share_history` that one may ask for ours. With `prefill_for` this worker prefills for another one, and is done with the first sampled token.
     """
 
     def __init__(
@@ -38,6 +38,9 @@ class Sequence:
         prior: int = 0,
         prefill_at: str = "",
         prefill_for: str = "",
+        history_at: str = "",
+        share_history: bool = False,
+        keep: Keep = Keep(),  # noqa: B008 - immutable
     ) -> None:
         self.turn = turn
         self.tokens = list(tokens)
@@ -47,6 +50,9 @@ class Sequence:
         self.seed = seed
         self.prefill_at = prefill_at
         self.prefill_for = prefill_for
+        self.history_at = history_at
+        self.share_history = share_history
+        self.keep = keep
         self.status = Status.WAITING
         self.pages: list[int] = []
         self.computed = 0
@@ -54,6 +60,8 @@ class Sequence:
         """Full pages that the prefix cache knows."""
         self.cached: int | None = None
         """Tokens whose KV was found when the turn was first admitted."""
+        self.added = self.admitted = 0.0
+        """When it came, and when it got its pages (seconds of the engine's clock)."""
         self.finish: FinishReason | None = None
         self.stop_token: int | None = None
         self._root = root
