@@ -114,17 +114,33 @@ def _add_serve(commands: Any) -> None:
         help="conserve: first turns are prefilled by a prefiller, all else at home; colocated: all at home; "
         "default: %(default)s",
     )
+    cluster.add_argument(
+        "--decision-log", metavar="FILE", help="write each placement decision and what came of it as JSON lines"
+    )
+    cluster.add_argument(
+        "--mispredict",
+        type=_share,
+        default=0.0,
+        metavar="FRACTION",
+        help="with --policy ampd: share of decisions turned around, to study wrong predictions; default: %(default)s",
+    )
     cluster.add_argument("--device", default="auto", help="auto, cpu or cuda")
     cluster.add_argument(
         "--threads", type=_positive, default=0, help="CPU threads of each worker; default: cores shared"
     )
-
     cluster.add_argument(
         "--cpu-kernels",
         choices=("auto", "torch"),
         default="auto",
         help="auto: compiled with this machine's C++ compiler at first use, where it has one; torch: without; "
         "default: %(default)s",
+    )
+    cluster.add_argument(
+        "--kv-transfer",
+        choices=("auto", "mapped", "collective"),  # BACKENDS of kv/transfer.py, which needs torch
+        default="auto",
+        help="how KV travels between workers: mapped (shared memory, one host), collective (Gloo over TCP loopback); "
+        "auto: mapped where possible; default: %(default)s",
     )
 
     memory = parser.add_argument_group("memory and batching, of each worker")
@@ -314,6 +330,10 @@ def _seconds(text: str) -> float:
 
 def _fraction(text: str) -> float:
     return float(_number(text, float, lambda n: 0 < n <= 1, "a fraction above 0 and at most 1"))
+
+
+def _share(text: str) -> float:
+    return float(_number(text, float, lambda n: 0 <= n <= 1, "a share from 0 to 1"))
 
 
 def _port(text: str) -> int:

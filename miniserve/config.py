@@ -110,5 +110,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 2**20
     shutdown_timeout: float = 30.0
     worker_timeout: float = 120.0
-    """Seconds without a sign of life after which a worker is ended and started again. Longer than any step."""
+    """Seconds without a sign of life after which a worker is ended and started again. Longer than any step; one that
+    loads again may have longer (`cluster/health.py`)."""
+    decision_log: str | None = None
+    """A file that gets each placement decision and what came of it, as JSON lines."""
+    mispredict: float = 0.0
+    """Share of the decisions of the policy `ampd` that are turned around, to study wrong predictions."""
     log_level: str = "warning"

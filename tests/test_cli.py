@@ -14,6 +14,7 @@ import pytest
 from miniserve import __version__, cli
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology
 from miniserve.frontend.defaults import generation_defaults
+from miniserve.kv.transfer import BACKENDS
 from miniserve.scheduler.policies import POLICIES
 
 
@@ -97,7 +98,8 @@ def test_every_flag_arrives() -> None:
         "--kv-cache-memory 2GiB --gpu-memory-utilization 0.5 --max-num-batched-tokens 2k --max-num-seqs 7 "
         "--no-enable-prefix-caching --threads 3 --handoff-deadline 5 --topology 1P3D --policy colocated "
         "--served-model-name a b --host 0.0.0.0 --port 0 --api-key secret --chat-template x.jinja "
-        "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug"
+        "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug "
+        "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25"
     ) == ServeConfig(
         engine=EngineConfig(
             model="my/model",
@@ -113,6 +115,8 @@ def test_every_flag_arrives() -> None:
             enable_prefix_caching=False,
             threads=3,
             handoff_deadline=5.0,
+            cpu_kernels="torch",
+            kv_transfer="collective",
         ),
         topology=Topology(1, 3),
         policy="colocated",
@@ -125,6 +129,9 @@ def test_every_flag_arrives() -> None:
         max_num_queued_reqs=9,
         shutdown_timeout=1.5,
         log_level="debug",
+        worker_timeout=7.0,
+        decision_log="log.jsonl",
+        mispredict=0.25,
     )
 
 
@@ -144,6 +151,16 @@ def test_the_model_is_named_either_way_but_not_twice() -> None:
 
 def test_vllms_name_for_kv_cache_memory() -> None:
     assert config("--kv-cache-memory-bytes 1073741824").engine.kv_cache_memory == 2**30
+
+
+@pytest.mark.parametrize("how", BACKENDS)
+def test_every_way_of_kv_can_be_chosen(how: str) -> None:
+    assert config(f"--kv-transfer {how}").engine.kv_transfer == how
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_none_or_all_decisions_may_be_turned_around(share: float) -> None:
+    assert config(f"--mispredict {share}").mispredict == share
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -197,6 +214,10 @@ def test_a_key_that_cannot_work_is_one_line(
         ("serve --block-size 1.5", "a whole number above 0"),
         ("serve --gpu-memory-utilization 1.1", "a fraction"),
         ("serve --gpu-memory-utilization nan", "a fraction"),
+        ("serve --mispredict 1.5", "a share from 0 to 1"),
+        ("serve --mispredict -0.1", "a share from 0 to 1"),
+        ("serve --mispredict nan", "a share from 0 to 1"),
+        ("serve --kv-transfer pigeon", "choose from 'auto', 'mapped', 'collective'"),
         ("serve --shutdown-timeout -1", "a number of seconds"),
         ("serve --shutdown-timeout inf", "a number of seconds"),
         ("serve --kv-cache-memory lots", "write it like 2GiB"),
