@@ -16,8 +16,9 @@ from tiny import prompts, reference
 
 from miniserve.cluster.channels import Outboxes
 from miniserve.cluster.messages import Failed
+from miniserve.cluster.workers import StartupError
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.frontend.client import EngineClient, EngineError, QueueFull, StartupError
+from miniserve.frontend.client import EngineClient, EngineError, QueueFull
 from miniserve.hub import resolve
 from miniserve.sampling import ParameterError, SamplingParams
 
@@ -43,8 +44,8 @@ async def cluster(
     )
     client = EngineClient(config, resolve(str(folder)))
     await client.start()
-    pids = [process.pid for process in client._processes.values()]
-    run_dir = client._run_dir.path
+    pids = [process.pid for process in client.workers.processes.values()]
+    run_dir = client.workers.run_dir.path
     try:
         yield client
     finally:
@@ -157,7 +158,7 @@ async def test_losing_the_prefiller_in_mid_flight(tiny_models):
     async with cluster(folder, "1P1D", max_num_batched_tokens=16) as client:
         tasks = [asyncio.create_task(collect(client, item, greedy(32))) for item in items]
         await asyncio.sleep(0.25)
-        os.kill(client._processes["p0"].pid, signal.SIGKILL)
+        os.kill(client.workers.processes["p0"].pid, signal.SIGKILL)
         assert await asyncio.gather(*tasks) == texts
         assert client.healthy
         assert await collect(client, items[0], greedy(32)) == texts[0]
@@ -172,7 +173,7 @@ async def test_losing_a_decoder_in_mid_flight(tiny_models):
     async with cluster(folder, "1P2D") as client:
         tasks = [asyncio.create_task(collect(client, item, greedy())) for item in items]
         await asyncio.sleep(0.3)
-        os.kill(client._processes["d1"].pid, signal.SIGKILL)
+        os.kill(client.workers.processes["d1"].pid, signal.SIGKILL)
         assert await asyncio.gather(*tasks) == texts
         assert client.healthy
         await settled(client)
@@ -188,10 +189,10 @@ async def test_a_worker_that_breaks_is_as_dead_as_a_killed_one(tiny_models):
         while not all((stats := client.stats.get(name)) and stats.running for name in ("d0", "d1")):
             await asyncio.sleep(0.01)
         last_words = Outboxes(zmq.Context.instance(), "d0", 1)
-        last_words.send(client._processes["d0"].spec.frontend, Failed("ZeroDivisionError"))
-        while "d0" not in client._failed:
+        last_words.send(client.workers.processes["d0"].spec.frontend, Failed("ZeroDivisionError"))
+        while "d0" not in client.workers.failed:
             await asyncio.sleep(0)
-        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
         await back(client, ("d0", 2))
         assert await asyncio.gather(*tasks) == texts
         assert client.healthy
@@ -236,11 +237,11 @@ async def test_losing_every_worker_once(tiny_models):
     async with cluster(folder, "1P1D") as client:
         tasks = [asyncio.create_task(collect(client, item, greedy(120))) for item in items]
         await asyncio.sleep(0.2)
-        os.kill(client._processes["p0"].pid, signal.SIGKILL)
+        os.kill(client.workers.processes["p0"].pid, signal.SIGKILL)
         await back(client, ("p0", 2))
         tasks.append(asyncio.create_task(collect(client, items[0], greedy(120))))
         await asyncio.sleep(0.1)
-        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
         while client.healthy:
             await asyncio.sleep(0.05)
         assert "is being started again" in client.unhealthy_reason
@@ -261,9 +262,28 @@ async def test_a_worker_that_hangs_is_replaced(tiny_models):
     async with cluster(folder, "1P1D", timeout=3.0) as client:
         tasks = [asyncio.create_task(collect(client, item, greedy(100))) for item in items]
         await asyncio.sleep(0.1)
-        os.kill(client._processes["p0"].pid, signal.SIGSTOP)
+        os.kill(client.workers.processes["p0"].pid, signal.SIGSTOP)
         assert await asyncio.gather(*tasks) == texts
         await back(client, ("p0", 2))
+        await settled(client)
+
+
+async def test_a_replacement_that_hangs_while_it_loads_is_replaced(tiny_models, monkeypatch):
+    """The only decoder dies, and the next one gets stuck before it serves: its streams wait for the third."""
+    monkeypatch.setattr("miniserve.cluster.health.SLOWER", 1.0)  # shorter for a test; loading again takes no longer
+    folder = tiny_models["qwen2"]
+    items = prompts(4, seed=14, shortest=60)
+    texts = reference(folder, items, 100)
+    async with cluster(folder, "1D", timeout=3.0) as client:
+        tasks = [asyncio.create_task(collect(client, item, greedy(100))) for item in items]
+        await asyncio.sleep(0.1)
+        os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
+        while client.workers.processes["d0"].spec.epoch == 1:
+            await asyncio.sleep(0.05)
+        os.kill(client.workers.processes["d0"].pid, signal.SIGSTOP)
+        await back(client, ("d0", 3))
+        assert await asyncio.gather(*tasks) == texts
+        assert client.healthy
         await settled(client)
 
 
@@ -271,10 +291,10 @@ async def test_a_worker_that_dies_over_and_over_is_given_up(tiny_folder, monkeyp
     """Then requests end with an error that says so, and nothing hangs."""
     monkeypatch.setattr("miniserve.cluster.health.MOST_DEATHS", 2)
     async with cluster(tiny_folder, "1D") as client:
-        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
         await back(client, ("d0", 2))
         turn = client.submit([1, 2, 3], greedy(400))
-        os.kill(client._processes["d0"].pid, signal.SIGKILL)
+        os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
         outputs = [output async for output in turn]
         assert outputs[-1].finish == "error"
         assert "no decoder is left" in outputs[-1].error

@@ -20,6 +20,8 @@ import psutil
 import pytest
 import torch
 
+from miniserve.frontend.server import ways
+
 QUESTIONS = [
     "What is the capital of France? Answer in one sentence.",
     "And which river flows through it?",
@@ -302,3 +304,12 @@ def test_startup_failures_are_one_line(tiny_folder, tmp_path):
     assert "--max-model-len" in fail("--max-model-len", "100k")
     assert "room for" in fail("--kv-cache-memory", "10k")
     assert not list(tmp_path.glob("miniserve-*/*"))
+
+
+def test_how_kv_travels_is_one_line():
+    mapped = dict.fromkeys(
+        [("p0", "d0"), ("d0", "p0"), ("p0", "d1"), ("d1", "p0"), ("d0", "d1"), ("d1", "d0")], "mapped"
+    )
+    assert ways({}) == "none needed"
+    assert ways(mapped) == "mapped between all workers"
+    assert ways(mapped | {("p0", "d1"): "none"}) == "mapped between all workers but p0->d1 none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 FIRST_DELAY = 0.5
@@ -9,6 +10,10 @@ LONGEST_DELAY = 30.0
 MOST_DEATHS = 5
 """Deaths within `WINDOW` after which a worker is not started again: what ends it will end it once more."""
 WINDOW = 600.0
+SLOWER = 5.0
+"""A worker that loads again may be silent for so many times what its whole first start took, if that is longer than the
+timeout. Healthy silences (imports, the largest tensor, a step on cold weights) are parts of a start, and the first one
+was measured on this machine, with all workers loading at once: what is silent for longer is not slow, it hangs."""
 
 
 class Health:
@@ -17,19 +22,42 @@ class Health:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._heard: dict[str, float] = {}
+        self._loading: dict[str, float] = {}
+        """Workers that load, and when they were started."""
+        self._first_start: dict[str, float] = {}
+        """How long each worker's first start took that ended well."""
         self._deaths: dict[str, deque[float]] = {}
 
+    def started(self, name: str, now: float) -> None:
+        """A worker's process has been started and loads: each step of its progress is a sign of life."""
+        self._loading[name] = self._heard[name] = now
+
+    def ready(self, name: str, now: float) -> None:
+        """It has loaded and serves: an idle worker says something once a second, a busy one after each step."""
+        self._heard[name] = now
+        self._first_start.setdefault(name, now - self._loading.pop(name))
+
     def heard(self, name: str, now: float) -> None:
-        """A worker that serves has said something; an idle one does so once a second, a busy one after each step."""
+        """A worker that loads or serves has said something."""
         self._heard[name] = now
 
-    def silent(self, now: float) -> list[str]:
-        """Workers that have served and are not heard of any more: hung, or stopped."""
-        return [name for name, at in self._heard.items() if now - at > self._timeout]
+    def silent(self, now: float) -> dict[str, float]:
+        """Workers that are not heard of any more, hung or stopped, and for how many seconds they have been silent."""
+        return {name: now - at for name, at in self._heard.items() if now - at > self._longest_silence(name)}
+
+    def _longest_silence(self, name: str) -> float:
+        if name not in self._loading:
+            return self._timeout
+        if name not in self._first_start:
+            # Nothing tells yet how long this model takes on this machine (a cold disk, kernels to compile), so the very
+            # first start may be silent for ever: a person watches its progress, and can end it.
+            return math.inf
+        return max(self._timeout, SLOWER * self._first_start[name])
 
     def died(self, name: str, now: float) -> float | None:
         """A worker has ended. Seconds until it should be started again, doubled with each death; None for no more."""
         self._heard.pop(name, None)
+        self._loading.pop(name, None)
         deaths = self._deaths.setdefault(name, deque())
         deaths.append(now)
         while now - deaths[0] > WINDOW:

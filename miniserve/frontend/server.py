@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Iterator
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ import uvicorn
 import uvloop
 
 from miniserve.cluster.messages import Loading, Ready
+from miniserve.cluster.workers import StartupError
 from miniserve.config import ConfigError, ServeConfig, format_bytes
 from miniserve.frontend.app import create_app
-from miniserve.frontend.client import EngineClient, StartupError
+from miniserve.frontend.client import EngineClient
 from miniserve.frontend.defaults import generation_defaults
 from miniserve.hub import ModelFiles
 from miniserve.sampling import ParameterError
@@ -220,7 +222,6 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
     tokens = first.pool.num_pages * first.page_tokens
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    transfers = ", ".join(f"{source}->{home} {how}" for (source, home), how in sorted(client.transfer.items()))
     phases: dict[str, float] = {}
     for ready in client.ready.values():  # workers load side by side: the slowest counts
         for phase, took in ready.phases.items():
@@ -230,7 +231,7 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
         "dtype": f"{first.dtype} on {first.device}, {first.threads} threads a worker",
         "kernels": first.kernels,
         "topology": f"{config.topology}, policy {client.policy_name}",
-        "transfer": transfers or "none needed",
+        "transfer": ways(client.transfer),
         "weights": f"{format_bytes(first.weights_bytes)} a worker",
         "KV cache": f"{tokens:,} tokens a worker: {first.kv_note}",
         "concurrency": f"{tokens / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
@@ -243,3 +244,12 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
         f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
     )
     return "\n".join([*(f"{label + ':':<13}{text}" for label, text in rows.items()), "try:", f"  {curl}", ""])
+
+
+def ways(transfer: dict[tuple[str, str], str]) -> str:
+    """How KV travels between workers, in one line: the usual way, and the pairs that have another one."""
+    if not transfer:
+        return "none needed"
+    usual, _ = Counter(transfer.values()).most_common(1)[0]
+    others = [f"{source}->{home} {how}" for (source, home), how in sorted(transfer.items()) if how != usual]
+    return f"{usual} between all workers" + (f" but {', '.join(others)}" if others else "")

@@ -1,0 +1,229 @@
+"""The worker processes of one run: started, watched, started again when they end. Nothing here knows of turns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from miniserve.cluster.channels import Outboxes, decode
+from miniserve.cluster.health import Health
+from miniserve.cluster.launch import RunDir, WorkerProcess, WorkerSpec
+from miniserve.cluster.messages import Envelope, Failed, Loading, Message, Peer, Ready, Report, Shutdown
+from miniserve.config import EngineConfig
+
+log = logging.getLogger("miniserve.workers")
+
+WATCH_SECONDS = 0.5
+WATCH_START_SECONDS = 0.1
+"""Between two looks at the processes, later and while a person waits for the first start."""
+
+
+class StartupError(RuntimeError):
+    """A worker could not start; the message is for a person."""
+
+
+class Workers:
+    """Owns the worker processes, the run's directory and the sockets. All methods belong to one event loop; nothing
+    here blocks it.
+
+    The owner is called back: `up` when a worker serves (at the first start when all do), `report` with what it reports
+    from then on, `down` when it has ended, even while it loads, and whether it returns; `loading` with the progress of
+    the first start.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        engine: EngineConfig,
+        timeout: float,
+        *,
+        up: Callable[[Peer, Ready], None],
+        down: Callable[[str, bool], None],
+        report: Callable[[str, Report], None],
+        loading: Callable[[str, Loading], None],
+    ) -> None:
+        """`timeout`: seconds of silence after which a worker is ended and started again."""
+        self.processes: dict[str, WorkerProcess] = {}
+        """The latest incarnation of each worker, dead or alive."""
+        self.failed: dict[str, str] = {}
+        """Why a worker does not serve; those that do have no entry."""
+        self.run_dir: RunDir | None = None
+        self._names = names
+        self._engine = engine
+        self._up, self._down, self._report, self._loading = up, down, report, loading
+        self._health = Health(timeout)
+        self._ready: dict[str, Ready] = {}
+        self._restarts: dict[str, float | None] = {}
+        """Workers that are dead, and when each will be started again; None: no more."""
+        self._started = False
+        """Whether all workers have served once. Until then one that ends is not replaced: the start has failed."""
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task] = []
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Spawn the workers and wait, however long they load, until all are ready. Raises `StartupError`; then nothing
+        is left running."""
+        try:
+            self._spawn()
+            while len(self._ready) < len(self.processes):
+                await self._changed.wait()
+                self._changed.clear()
+                if self.failed:
+                    # The same model and flags everywhere: one worker's reason is that of all.
+                    raise StartupError(next(iter(self.failed.values())))
+        except BaseException:
+            await self.stop()
+            raise
+        self._started = True
+        for name in self._ready:
+            self._admit(name)
+
+    def _spawn(self) -> None:
+        try:
+            self.run_dir = RunDir()
+        except OSError as error:
+            raise StartupError(f"No directory for sockets: {error}") from error
+        self._context = zmq.asyncio.Context()
+        self._outboxes = Outboxes(zmq.Context.shadow(self._context), "frontend", 0)
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.set_hwm(0)
+        self._inbox.bind(self.run_dir.address("frontend"))
+        for name in self._names:
+            self._start_worker(name, 1)
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+
+    def _start_worker(self, name: str, epoch: int) -> None:
+        assert self.run_dir is not None
+        spec = WorkerSpec(
+            name=name,
+            epoch=epoch,
+            run_dir=str(self.run_dir.path),
+            address=self.run_dir.address(f"{name}.{epoch}"),
+            frontend=self.run_dir.address("frontend"),
+            engine=self._engine,
+        )
+        self.processes[name] = WorkerProcess(spec)
+        self._health.started(name, time.monotonic())
+
+    def _admit(self, name: str) -> None:
+        """A worker is up: the owner makes it known to the others."""
+        spec, ready = self.processes[name].spec, self._ready[name]
+        self.failed.pop(name, None)
+        self._up(Peer(name, spec.epoch, spec.address, ready.pool), ready)
+
+    async def stop(self) -> None:
+        """Tell the workers to leave, end those that do not, remove the run's directory. Safe at any time, and twice."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        for name in self.processes:
+            self.send(name, Shutdown())
+        await asyncio.gather(*(asyncio.to_thread(process.stop, 2.0) for process in self.processes.values()))
+        self._clean_up()
+
+    def kill(self) -> None:
+        """End all workers now, whatever they do."""
+        for process in self.processes.values():
+            process.kill()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        self.processes.clear()
+        if self.run_dir is not None:
+            self._outboxes.close()
+            self._inbox.close(0)
+            self._context.term()
+            self.run_dir.remove()
+            self.run_dir = None
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def send(self, name: str, message: Message) -> None:
+        """Queue a message for a worker; returns at once. A worker that is not there is none to wait for."""
+        if process := self.processes.get(name):
+            self._outboxes.send(process.spec.address, message)
+
+    async def _receive(self) -> None:
+        while True:
+            data = await self._inbox.recv()
+            try:
+                envelope = decode(data)
+            except msgspec.MsgspecError as error:
+                log.error("dropped a message that is none of ours: %s", error)
+                continue
+            try:
+                self._handle(envelope)
+            except Exception:
+                # Whatever is wrong with one message, the next ones are for other people's turns.
+                log.exception("a %s from %s was not handled", type(envelope.body).__name__, envelope.sender)
+
+    def _handle(self, envelope: Envelope) -> None:
+        name, now = envelope.sender, time.monotonic()
+        process = self.processes.get(name)
+        if process is None or process.spec.epoch != envelope.epoch or name in self._restarts:
+            return  # of an incarnation that is over
+        match envelope.body:
+            case Report() as report:
+                self._health.heard(name, now)
+                if self._started:
+                    self._report(name, report)
+            case Loading() as loading:
+                self._health.heard(name, now)
+                if not self._started:  # nobody looks at a bar any more when a worker starts again
+                    self._loading(name, loading)
+            case Ready() as ready:
+                self._health.ready(name, now)
+                self._ready[name] = ready
+                self._changed.set()
+                if self._started:  # not the first start, which waits for all
+                    self._admit(name)
+            case Failed(reason):
+                self.failed[name] = reason
+                self._changed.set()
+
+    # --- watch ------------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS if self._started else WATCH_START_SECONDS)
+            try:
+                await self._bury_the_dead()
+                self._replace(time.monotonic())
+            except Exception:
+                log.exception("the watch over the workers stumbled and goes on")
+
+    async def _bury_the_dead(self) -> None:
+        """End the silent, and tell of workers that have ended, whether or not they could still say why."""
+        now = time.monotonic()
+        for name, seconds in self._health.silent(now).items():
+            log.error("worker %s has been silent for %.0f s: it is ended", name, seconds)
+            await asyncio.to_thread(self.processes[name].kill)
+        for name, process in list(self.processes.items()):
+            if name in self._restarts or (code := process.exit_code) is None:
+                continue
+            # What it still had to say may lie in the inbox: a reason is better than an exit code.
+            await asyncio.sleep(0.1)
+            self.failed.setdefault(name, f"The worker {name} ended with exit code {code}.")
+            self._changed.set()
+            delay = self._health.died(name, now) if self._started else None
+            self._restarts[name] = None if delay is None else now + delay
+            what = "it is not started again" if delay is None else f"it is started again in {delay:g} s"
+            log.error("worker %s is gone, %s: %s", name, what, self.failed[name])
+            self._outboxes.forget(process.spec.address)
+            self._down(name, delay is not None)
+
+    def _replace(self, now: float) -> None:
+        """Start the workers again whose time has come."""
+        for name, at in list(self._restarts.items()):
+            if at is not None and at <= now:
+                del self._restarts[name]
+                self._start_worker(name, self.processes[name].spec.epoch + 1)
