@@ -9,7 +9,7 @@ from typing import Any
 
 from miniserve.cluster.messages import TokenLogprob, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
-from miniserve.scheduler.scheduler import HandoffTotals
+from miniserve.scheduler.views import Link
 
 STATS = WorkerStats(
     total_pages=100,
@@ -74,7 +74,7 @@ class FakeTurn:
                 finish,  # type: ignore[arg-type]
                 self.stop_token if last else None,
                 self.cached if number == 0 else None,
-                self.error,
+                error=self.error,
             )
             if finish:
                 return
@@ -92,7 +92,7 @@ class FakeClient:
         self.healthy = True
         self.unhealthy_reason = ""
         self.stats = {"p0": STATS, "d0": STATS}
-        self.handoffs = {("p0", "d0"): HandoffTotals(count=2, pages=10, bytes=4096, seconds=0.5)}
+        self.handoffs = {("p0", "d0"): Link(count=2, pages=10, bytes=4096, seconds=0.5)}
         self.placements = {("p0", "d0"): 2, ("d0", "d0"): 1}
         self.queued, self.running, self.active = 4, 5, 9
         self.policy_name = "conserve"

@@ -69,7 +69,7 @@ async def settled(client: EngineClient) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         await asyncio.sleep(0.2)
-        if len(client.stats) == len(client._scheduler._workers) and all(
+        if len(client.stats) == len(client.scheduler.workers) and all(
             s.held_pages == 0 and s.leases == 0 and s.running == s.waiting == 0 for s in client.stats.values()
         ):
             break
@@ -77,7 +77,7 @@ async def settled(client: EngineClient) -> None:
         assert (s.held_pages, s.leases, s.running, s.waiting) == (0, 0, 0, 0), (name, s)
         assert s.free_pages + s.cached_pages == s.total_pages
     assert client.active == client.queued == 0
-    assert all(w.reserved == 0 and w.turns == 0 for w in client._scheduler._workers.values())
+    assert all(w.reserved == 0 and w.turns == 0 for w in client.scheduler.workers.values())
 
 
 @pytest.mark.parametrize("policy", ["colocated", "conserve"])
@@ -225,7 +225,7 @@ async def test_what_waited_for_a_step_does_not_wait_for_a_message(tiny_folder):
 async def back(client: EngineClient, *epochs: tuple[str, int]) -> None:
     """Wait until these incarnations serve."""
     async with asyncio.timeout(30):
-        while not all((p := client._scheduler._peers.get(name)) and p.epoch == epoch for name, epoch in epochs):
+        while not all((p := client.scheduler._peers.get(name)) and p.epoch == epoch for name, epoch in epochs):
             await asyncio.sleep(0.1)
 
 

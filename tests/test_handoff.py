@@ -421,6 +421,7 @@ def test_a_stuck_handoff_ends_at_its_deadline(pair):
 
 def test_a_prefiller_that_is_busy_is_not_stuck(pair):
     pair.ask()
+    pair.p.engine.admit()
     for _ in range(10):
         pair.now += 10
         pair.p.handoffs.expire()

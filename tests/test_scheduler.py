@@ -69,7 +69,7 @@ def test_a_worker_that_drew_another_first_token_is_set_right() -> None:
     assert second.tokens == [1] * 40 + [7]
     assert delivered(commands) == []
     assert delivered(tell(made, "d0", second.turn, 1, 3)) == [("t", [3])]
-    assert made._workers["d0"].turns == 1
+    assert made.workers["d0"].turns == 1
 
 
 def test_a_client_cannot_take_the_name_of_another_conversation() -> None:
@@ -82,20 +82,20 @@ def test_a_client_cannot_take_the_name_of_another_conversation() -> None:
     assert len(made.conversations) == 3
     made.on_tick(1e9)
     assert len(made.conversations) == 0
-    assert made._workers["d0"].resident == 0
+    assert made.workers["d0"].resident == 0
 
 
 def test_a_queued_turn_that_is_cancelled_leaves_the_ledger_as_it_was() -> None:
     made = scheduler("d0", max_turns=1)
     _, run = run_of(submit(made, "a", [1] * 40, key="c"))
     end(made, "a", "d0", run.turn)
-    before = made._workers["d0"].resident
+    before = made.workers["d0"].resident
     assert before == 3
     submit(made, "b", [2] * 40)
     submit(made, "c", [1] * 60, key="c")
     assert made.queued == 1
     made.cancel("c", 0.0)
-    assert made._workers["d0"].resident == before
+    assert made.workers["d0"].resident == before
 
 
 def test_retry_after_is_what_the_queue_takes() -> None:

@@ -53,8 +53,8 @@ class TokenLogprob(Wire, frozen=True):
 
 class TurnOutput(Wire, frozen=True):
     """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn).
-    `turn` is what `Run` called it. With a turn's first output come `cached_tokens` (prompt tokens whose KV was found) and,
-    in seconds, how long it `waited` at the worker for pages and how long its `prefill` took from then on."""
+    `turn` is what `Run` called it. With a turn's first output come `cached_tokens` (prompt tokens whose KV was found)
+    and, in seconds, how long it `waited` at the worker for pages and how long its `prefill` took from then on."""
 
     turn: str
     index: int
@@ -131,7 +131,8 @@ class Shutdown(Wire, frozen=True):
 
 class Prefill(Wire, frozen=True):
     """D asks P to prefill. D has reserved its pages and already holds the first `have` tokens (a whole number of
-    pages), so P publishes only what follows. With `share_history` P may fetch from D what it lacks of the first ones."""
+    pages), so P publishes only what follows. With `share_history` P may fetch from D what it lacks of the first
+    ones."""
 
     turn: str
     tokens: list[int]
@@ -156,10 +157,11 @@ class Fetch(Wire, frozen=True):
 class Publish(Wire, frozen=True):
     """Finished pages, which hold the prompt from page `first` on. Without any pages it only says: still at work.
 
-    `pages` are numbers in the sender's pool and `hashes` the chain hash of the tokens each one holds. They stay untouched
-    until the ack, but not past `deadline` (seconds on the host's monotonic clock): what is copied later does not count.
-    `last` ends the handoff. A prefill ends with `commit`, the first token as P reports it to the frontend: D decodes on
-    from it, and reports it too, since P may die before its own report is read. `ticket` is the transfer's own.
+    `pages` are numbers in the sender's pool and `hashes` the chain hash of the tokens each one holds. They stay
+    untouched until the ack, but not past `deadline` (seconds on the host's monotonic clock): what is copied later does
+    not count. `last` ends the handoff. A prefill ends with `commit`, the first token as P reports it to the frontend: D
+    decodes on from it, and reports it too, since P may die before its own report is read. `ticket` is the transfer's
+    own.
     """
 
     turn: str
@@ -236,7 +238,8 @@ class Move(Wire, frozen=True):
 
 class StepTime(Wire, frozen=True):
     """What one step computed and how many `seconds` it took: `prefill` tokens of prompts, which looked back on
-    `prefill_context` tokens in all, and one token for each of `decodes` sequences with `decode_context` tokens in all."""
+    `prefill_context` tokens in all, and one token for each of `decodes` sequences with `decode_context` tokens in
+    all."""
 
     prefill: int
     prefill_context: int
@@ -248,8 +251,8 @@ class StepTime(Wire, frozen=True):
 class WorkerStats(Wire, frozen=True):
     """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages.
 
-    `host_pages` of `host_total` pages of host memory hold evicted KV; `offloaded` and `restored` count pages copied there
-    and back."""
+    `host_pages` of `host_total` pages of host memory hold evicted KV; `offloaded` and `restored` count pages copied
+    there and back."""
 
     total_pages: int
     free_pages: int
@@ -283,7 +286,19 @@ class Report(Wire, frozen=True):
 
 
 Message = (
-    Peers | Run | Abort | Shutdown | Prefill | Fetch | Publish | Release | PrefillRefused | Loading | Ready | Failed | Report
+    Peers
+    | Run
+    | Abort
+    | Shutdown
+    | Prefill
+    | Fetch
+    | Publish
+    | Release
+    | PrefillRefused
+    | Loading
+    | Ready
+    | Failed
+    | Report
 )
 
 

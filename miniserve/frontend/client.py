@@ -14,18 +14,12 @@ import msgspec
 from miniserve.cluster.messages import Loading, Peer, Ready, Report, TurnOutput, WorkerStats
 from miniserve.cluster.workers import Workers
 from miniserve.config import ServeConfig
+from miniserve.frontend.decision_log import DecisionLog
 from miniserve.hub import ModelFiles
 from miniserve.sampling import ParameterError, SamplingParams
-from miniserve.scheduler.policies import POLICIES
-from miniserve.scheduler.scheduler import (
-    Command,
-    Deliver,
-    HandoffTotals,
-    NoDecoder,
-    QueueIsFull,
-    Scheduler,
-    Send,
-)
+from miniserve.scheduler.policies import make_policy
+from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, Note, QueueIsFull, Scheduler, Send
+from miniserve.scheduler.views import Link
 
 log = logging.getLogger("miniserve.client")
 
@@ -92,8 +86,14 @@ class EngineClient:
         self.max_model_len = 0
         self.vocab_size = 0
         self._kv_transfer = config.engine.kv_transfer
-        self._scheduler = Scheduler(
-            POLICIES[config.policy](), config.engine.block_size, config.engine.max_num_seqs, config.max_num_queued_reqs
+        self._log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
+        self.scheduler = Scheduler(
+            make_policy(config.policy, config.mispredict),
+            config.engine.block_size,
+            config.engine.max_num_seqs,
+            config.max_num_queued_reqs,
+            policy_name=config.policy,
+            notes=self._log is not None,
         )
         names = config.topology.workers
         self.workers = Workers(
@@ -134,6 +134,8 @@ class EngineClient:
         if self._ticking is not None:
             self._ticking.cancel()
         await self.workers.stop()
+        if self._log is not None:
+            self._log.close()
 
     def kill(self) -> None:
         """Stop everything now, whatever is running."""
@@ -147,7 +149,7 @@ class EngineClient:
         if self._draining:
             raise EngineError(self.unhealthy_reason)
         try:
-            self._scheduler.check_room(time.monotonic())
+            self.scheduler.check_room(time.monotonic())
         except QueueIsFull as error:
             raise QueueFull(str(error), error.retry_after) from error
 
@@ -159,8 +161,10 @@ class EngineClient:
         conversation: str = "",
         salt: str = "",
         request_id: str = "",
+        tool: bool = False,
     ) -> Turn:
-        """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end.
+        """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end. `tool`
+        is whether the prompt ends in a tool's result.
 
         Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
         """
@@ -174,7 +178,9 @@ class EngineClient:
         seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
         self._turns[turn.id] = turn
         try:
-            commands = self._scheduler.submit(turn.id, tokens, params, seed, conversation, salt, time.monotonic())
+            commands = self.scheduler.submit(
+                turn.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool
+            )
         except NoDecoder as error:
             del self._turns[turn.id]
             raise EngineError(self.unhealthy_reason or str(error)) from error
@@ -183,13 +189,16 @@ class EngineClient:
 
     def _cancel(self, turn: str) -> None:
         self._turns.pop(turn, None)
-        self._carry_out(self._scheduler.cancel(turn, time.monotonic()))
+        self._carry_out(self.scheduler.cancel(turn, time.monotonic()))
 
     def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
             match command:
                 case Send(worker, message):
                     self.workers.send(worker, message)
+                case Note(record):
+                    if self._log is not None:
+                        self._log.write(record)
                 case Deliver(name, output):
                     turn = self._turns.get(name)
                     if output.finish is not None:
@@ -209,12 +218,12 @@ class EngineClient:
         """Empty while all workers that are needed live."""
         if self._draining:
             return "The server is shutting down."
-        if self._scheduler.decoders:
+        if self.scheduler.decoders:
             return ""
         if not self.max_model_len:
             return "The workers are starting."
         dead = ", ".join(f"{name}: {reason.rstrip('.')}" for name, reason in self.workers.failed.items())
-        what = "one is being started again" if self._scheduler.can_serve else "restart the server"
+        what = "one is being started again" if self.scheduler.can_serve else "restart the server"
         return f"No decoder is alive, {what} ({dead})."
 
     @property
@@ -232,50 +241,50 @@ class EngineClient:
     @property
     def stats(self) -> dict[str, WorkerStats]:
         """The latest snapshot of each worker."""
-        return self._scheduler.stats
+        return self.scheduler.stats
 
     @property
-    def handoffs(self) -> dict[tuple[str, str], HandoffTotals]:
+    def handoffs(self) -> dict[tuple[str, str], Link]:
         """(from, to) -> totals of KV moved."""
-        return self._scheduler.handoffs
+        return self.scheduler.links
 
     @property
     def placements(self) -> dict[tuple[str, str], int]:
         """(prefilled at, home) -> turns."""
-        return self._scheduler.placements
+        return self.scheduler.placements
 
     @property
     def queued(self) -> int:
         """Turns that wait for a placement."""
-        return self._scheduler.queued
+        return self.scheduler.queued
 
     @property
     def running(self) -> int:
         """Turns placed on workers."""
-        return self._scheduler.active - self._scheduler.queued
+        return self.scheduler.active - self.scheduler.queued
 
     @property
     def active(self) -> int:
         """Turns that wait or run."""
-        return self._scheduler.active
+        return self.scheduler.active
 
     # --- what workers and time bring ---------------------------------------------------------------------------------
 
     def _worker_up(self, peer: Peer, ready: Ready) -> None:
         self.ready[peer.name] = ready
-        self._carry_out(self._scheduler.worker_up(peer, prefiller=peer.name.startswith("p")))
+        self._carry_out(self.scheduler.worker_up(peer, prefiller=peer.name.startswith("p"), now=time.monotonic()))
 
     def _worker_down(self, name: str, returns: bool) -> None:
-        self._carry_out(self._scheduler.worker_down(name, returns=returns))
+        self._carry_out(self.scheduler.worker_down(name, returns=returns, now=time.monotonic()))
 
     def _on_report(self, name: str, report: Report) -> None:
-        self._carry_out(self._scheduler.on_report(name, report, time.monotonic()))
+        self._carry_out(self.scheduler.on_report(name, report, time.monotonic()))
 
     async def _tick(self) -> None:
         """Give the scheduler its time."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             try:
-                self._carry_out(self._scheduler.on_tick(time.monotonic()))
+                self._carry_out(self.scheduler.on_tick(time.monotonic()))
             except Exception:
                 log.exception("the scheduler stumbled and goes on")

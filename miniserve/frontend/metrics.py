@@ -34,7 +34,7 @@ WORKER_NUMBERS: list[tuple[type[Family], str, str, str]] = [
     (GAUGE, "worker_queued_prefill_tokens", "Prompt tokens that wait to be computed", "queued_prefill_tokens"),
     (GAUGE, "worker_leases", "Handoffs whose pages are kept for another worker", "leases"),
 ]
-HANDOFF_COUNTERS = [  # name, text, field of HandoffTotals
+HANDOFF_COUNTERS = [  # name, text, field of Link
     ("handoffs", "Handoffs that ended well", "count"),
     ("handoff_pages", "KV pages handed off", "pages"),
     ("handoff_bytes", "Bytes of KV handed off", "bytes"),

@@ -1,4 +1,4 @@
-"""How KV pages get from one worker's pool into another's. One interface; which backend serves a pair is chosen at start.
+"""How KV pages get from one worker's pool into another's. One interface; `connect` chooses what serves a pair.
 
 Both sides of a pair hold a `Transfer`. Whoever has pages offers them and puts the ticket into its publication; whoever
 reads the publication fetches with that ticket. Nothing here blocks the engine.

@@ -1,4 +1,4 @@
-"""Which conversation a turn belongs to, and what has been observed of it."""
+"""Which conversation a turn belongs to."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from miniserve.kv.hashing import page_hashes, root_hash
+from miniserve.scheduler.history import TURNS, History
+from miniserve.scheduler.prompts import Mark, Prompts
 
 
-@dataclass
+@dataclass(slots=True)
 class Conversation:
     """All turns of one agent task.
 
@@ -21,32 +22,56 @@ class Conversation:
     key: str | int
     home: str = ""
     turns: int = 0
+    """Turns that have ended, those of a fork's parent included."""
     tokens: int = 0
     active: int = 0
     """Turns that run or wait now."""
     resident: int = 0
     """Pages it is thought to hold at home while no turn runs."""
+    began: float = 0.0
     last_end: float = 0.0
-    prompt: tuple[bytes, tuple[int, ...]] | None = field(default=None, repr=False)
-    """Where the index finds it: the chain hash of the last prompt's full pages, and the tokens after them."""
+    moves: int = 0
+    """Times that its KV went to another home."""
+    moved_at: int = 0
+    """The turn before which it last did."""
+    edits: int = 0
+    """Times that the client changed what had been said."""
+    copy_at: str = ""
+    """The worker that prefilled a turn for the home, and still holds its first `copy_tokens` tokens unless it evicted
+    them."""
+    copy_tokens: int = 0
+    history: History = field(default_factory=History)
+    marks: list[Mark] = field(default_factory=list, repr=False)
+    """The prompts of its last turns, and its first one: where the index finds it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """`known` tokens of the prompt were seen in `conversation` before."""
+
+    conversation: Conversation
+    known: int
 
 
 class Conversations:
-    """Conversations by explicit id, else by the longest prompt that a new prompt continues.
+    """Conversations by explicit id, else by the longest earlier prompt that a new prompt begins with.
 
-    A prompt continues a conversation if that one's last prompt is a prefix of it. What the model answered need not
-    match: clients resend it in their own rendering. Lookups hash the prompt once, whatever the number of conversations.
-    `capacity` conversations are kept; beyond it, and after `max_idle` seconds, those idle for longest are forgotten,
-    which costs nothing but a placement made anew.
+    A prompt that begins with the last prompt of a conversation continues it. What the model answered need not match:
+    clients resend it in their own rendering. One that begins with an earlier prompt is an edited history; one that
+    shares no more than the first prompt with it is somebody else's, who was asked the same. While a turn of the found
+    conversation still runs, the new prompt is a fork: a new conversation, which begins at the same home, since its
+    pages are shared.
+
+    Lookups hash the prompt once, whatever the number of conversations. `capacity` conversations are kept; beyond it,
+    and after `max_idle` seconds, those idle for longest are forgotten, which costs nothing but a placement made anew.
     """
 
-    def __init__(self, page_tokens: int, *, capacity: int = 10_000, max_idle: float = 3600.0) -> None:
-        self._page_tokens = page_tokens
+    def __init__(self, page_tokens: int, *, capacity: int = 100_000, max_idle: float = 3600.0) -> None:
         self._capacity = capacity
         self._max_idle = max_idle
         # Least recently active first.
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
-        self._by_prompt: dict[bytes, dict[tuple[int, ...], Conversation]] = {}
+        self._prompts: Prompts[Conversation] = Prompts(page_tokens)
         self._made = 0
 
     def __len__(self) -> int:
@@ -55,27 +80,36 @@ class Conversations:
     def __iter__(self) -> Iterator[Conversation]:
         return iter(self._by_key.values())
 
-    def find(self, key: str, tokens: list[int], salt: str) -> Conversation:
-        """The conversation of a prompt: that of the explicit `key`, one that it continues, or a new one.
+    def get(self, key: str | int) -> Conversation | None:
+        """The conversation that is called so."""
+        return self._by_key.get(key)
 
-        A prompt that continues a conversation while a turn of it still runs is a fork: a new conversation, which
-        begins at the same home, since its pages are shared.
+    def find(self, key: str, tokens: list[int], chain: list[bytes], now: float) -> Found:
+        """The conversation of a prompt: that of the explicit `key`, one that it continues or edits, or a new one.
+
+        `chain` is the prompt's `page_chain`.
         """
-        parent = None
-        conversation = self._by_key.get(key) if key else None
-        if conversation is None and not key:
-            parent = self._longest_prefix(tokens, salt)
-            if parent is not None and not parent.active:
-                conversation = parent
+        conversation, parent, known = self._by_key.get(key) if key else None, None, 0
+        if conversation is not None:
+            known = self._prefix_of(conversation, tokens, chain)
+        elif not key:
+            parent, place = self._longest_prefix(tokens, chain)
+            if parent is not None:
+                last = place == len(parent.marks) - 1
+                known = parent.tokens if last and not parent.active else parent.marks[place].length
+                if not parent.active and (place > 0 or (last and parent.marks[0].length < len(tokens))):
+                    conversation = parent
+                    conversation.edits += not last
         if conversation is None:
             self._made += 1
-            conversation = Conversation(key or self._made, home=parent.home if parent else "")
-            if parent is not None:
+            conversation = Conversation(key or self._made, began=now, last_end=now)
+            if parent is not None and parent.marks[0].length < len(tokens):
+                conversation.home = parent.home
                 conversation.turns = 1  # its first turn was the parent's
             self._by_key[conversation.key] = conversation
         self._by_key.move_to_end(conversation.key)
-        self._index(conversation, tokens, salt)
-        return conversation
+        self._mark(conversation, tokens, chain)
+        return Found(conversation, min(known, len(tokens)))
 
     def expire(self, now: float) -> list[Conversation]:
         """Forget what has been idle too long or is too much; returns it."""
@@ -88,41 +122,37 @@ class Conversations:
                 break  # all others were active later
         for conversation in gone:
             del self._by_key[conversation.key]
-            self._unindex(conversation)
+            for mark in conversation.marks:
+                self._prompts.remove(mark, conversation)
         return gone
 
-    def _place(self, tokens: list[int], salt: str) -> tuple[bytes, tuple[int, ...]]:
-        root = root_hash("", salt)
-        hashes = page_hashes(root, tokens, self._page_tokens)
-        return hashes[-1] if hashes else root, tuple(tokens[len(hashes) * self._page_tokens :])
+    def _mark(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> None:
+        """The conversation's newest prompt; earlier ones that this one does not begin with are history no more."""
+        kept = [mark for mark in conversation.marks if self._prompts.begins(mark, tokens, chain)]
+        kept = kept[:1] + kept[1:][-(TURNS - 2) :]
+        for mark in conversation.marks:
+            if mark not in kept:
+                self._prompts.remove(mark, conversation)
+        newest = self._prompts.mark(tokens, chain)
+        conversation.marks = [*kept, newest]
+        self._prompts.add(newest, conversation)
 
-    def _index(self, conversation: Conversation, tokens: list[int], salt: str) -> None:
-        self._unindex(conversation)
-        conversation.prompt = self._place(tokens, salt)
-        digest, tail = conversation.prompt
-        self._by_prompt.setdefault(digest, {})[tail] = conversation
+    def _prefix_of(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> int:
+        """How many tokens of a prompt were part of what is known of this conversation."""
+        for place in range(len(conversation.marks) - 1, -1, -1):
+            if self._prompts.begins(conversation.marks[place], tokens, chain):
+                last = place == len(conversation.marks) - 1
+                return conversation.tokens if last else conversation.marks[place].length
+        return 0
 
-    def _unindex(self, conversation: Conversation) -> None:
-        if conversation.prompt is None:
-            return
-        digest, tail = conversation.prompt
-        found = self._by_prompt.get(digest, {})
-        if found.get(tail) is conversation:
-            del found[tail]
-            if not found:
-                del self._by_prompt[digest]
+    def _longest_prefix(self, tokens: list[int], chain: list[bytes]) -> tuple[Conversation | None, int]:
+        """The conversation with the longest prompt that `tokens` begin with or are, and which of its prompts that is.
 
-    def _longest_prefix(self, tokens: list[int], salt: str) -> Conversation | None:
-        """The conversation whose last prompt is the longest proper prefix of `tokens`."""
-        size = self._page_tokens
-        root = root_hash("", salt)
-        chain = [root, *page_hashes(root, tokens, size)]
-        for pages in range(len(chain) - 1, -1, -1):
-            tails = self._by_prompt.get(chain[pages])
-            if tails is None:
-                continue
-            rest = tokens[pages * size : (pages + 1) * size]
-            for length in range(len(rest), -1, -1):
-                if pages * size + length < len(tokens) and (found := tails.get(tuple(rest[:length]))):
-                    return found
-        return None
+        Of several, one that is idle and was last asked just that.
+        """
+        found = self._prompts.longest(tokens, chain)
+        if found is None:
+            return None, 0
+        mark, owners = found
+        places = [(c, c.marks.index(mark)) for c in owners]
+        return max(places, key=lambda p: (not p[0].active, p[1] == len(p[0].marks) - 1))

@@ -7,17 +7,19 @@ of its turn, so that nothing is repeated or skipped when a worker dies and anoth
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from miniserve.cluster.messages import Abort, Message, Move, Peer, Peers, Report, Run, TurnOutput, WorkerStats
+from miniserve.cluster.messages import Abort, Keep, Message, Move, Peer, Peers, Report, Run, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
 from miniserve.scheduler.conversations import Conversation, Conversations
-from miniserve.scheduler.policies import Policy, WorkerView
-
-RESERVED_OUTPUT = 256
-"""Output tokens a turn gets pages for in the ledger. Few turns use all of max_tokens; one that needs more grows, and in
-the worst case a worker preempts."""
-
+from miniserve.scheduler.fleet import Fleet
+from miniserve.scheduler.observations import Speed
+from miniserve.scheduler.placement import Need, Placement, Policy
+from miniserve.scheduler.prefixes import Prefixes
+from miniserve.scheduler.prompts import page_chain
+from miniserve.scheduler.records import Record, decision, outcome, remembered
+from miniserve.scheduler.turns import Phases, Turn
+from miniserve.scheduler.views import Cluster, Link, WorkerView
 
 MOST_LOSSES = 3
 """Workers that may die under a turn before it is taken for what kills them."""
@@ -53,63 +55,46 @@ class Deliver:
     output: TurnOutput
 
 
-Command = Send | Deliver
+@dataclass(frozen=True)
+class Note:
+    """Command: write `record` to the decision log, if there is one."""
+
+    record: Record
 
 
-@dataclass
-class Turn:
-    """A turn from `submit` to its end. `tokens` grows with what was delivered.
-
-    `run` is what its workers call it. It may run more than once, on other workers, each time under another name.
-    """
-
-    id: str
-    tokens: list[int]
-    params: SamplingParams
-    seed: int
-    salt: str
-    conversation: Conversation
-    arrived: float
-    pages: int
-    given: int
-    runs: int = 0
-    losses: int = 0
-    run: str = ""
-    home: str = ""
-    prefill_at: str = ""
-    early: dict[int, TurnOutput] = field(default_factory=dict)
-    """Outputs that overtook an earlier one: first tokens come from P, the next ones from D."""
-
-    @property
-    def delivered(self) -> int:
-        """Output tokens the client has."""
-        return len(self.tokens) - self.given
-
-
-@dataclass
-class HandoffTotals:
-    """Totals of the KV that went from one worker to another."""
-
-    count: int = 0
-    pages: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
+Command = Send | Deliver | Note
 
 
 class Scheduler:
     """Places conversations on workers. Every method takes the time in seconds where it needs it, and returns commands
-    to be carried out in order."""
+    to be carried out in order. `policy_name` is for the log, which is written only if `notes`."""
 
-    def __init__(self, policy: Policy, page_tokens: int, max_turns: int, max_queued: int) -> None:
-        self.stats: dict[str, WorkerStats] = {}
-        self.handoffs: dict[tuple[str, str], HandoffTotals] = {}
+    def __init__(
+        self,
+        policy: Policy,
+        page_tokens: int,
+        max_turns: int,
+        max_queued: int,
+        *,
+        policy_name: str = "",
+        notes: bool = False,
+    ) -> None:
+        self.links: dict[tuple[str, str], Link] = {}
         self.placements: dict[tuple[str, str], int] = {}
         self.conversations = Conversations(page_tokens)
+        self.workers: dict[str, WorkerView] = {}
+        """Those that live."""
+        self.names: list[str] = []
+        """All workers that ever were, in the order of their numbers in `History`."""
+        self.fleet = Fleet()
         self._policy = policy
+        self._policy_name = policy_name
+        self._notes = notes
         self._page_tokens = page_tokens
         self._max_turns = max_turns
         self._max_queued = max_queued
-        self._workers: dict[str, WorkerView] = {}
+        self._speed = Speed()
+        self._prefixes = Prefixes()
         self._peers: dict[str, Peer] = {}
         self._queue: deque[Turn] = deque()
         self._turns: dict[str, Turn] = {}
@@ -129,9 +114,19 @@ class Scheduler:
         return len(self._turns)
 
     @property
+    def turns(self) -> list[Turn]:
+        """The turns that wait or run."""
+        return list(self._turns.values())
+
+    @property
+    def stats(self) -> dict[str, WorkerStats]:
+        """The latest snapshot of each worker that lives."""
+        return {name: view.stats for name, view in self.workers.items() if view.stats is not None}
+
+    @property
     def decoders(self) -> list[WorkerView]:
         """The decoders that live."""
-        return [w for w in self._workers.values() if not w.prefiller]
+        return [w for w in self.workers.values() if not w.prefiller]
 
     @property
     def can_serve(self) -> bool:
@@ -140,37 +135,53 @@ class Scheduler:
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
-    def worker_up(self, peer: Peer, *, prefiller: bool) -> list[Command]:
+    def worker_up(self, peer: Peer, *, prefiller: bool, now: float = 0.0) -> list[Command]:
         """A worker is ready, or ready again: tell all, and place what waited for room."""
         self._expected.discard(peer.name)
-        self._workers[peer.name] = WorkerView(peer.name, prefiller, peer.pool.num_pages, self._max_turns)
+        self.workers[peer.name] = WorkerView(
+            peer.name,
+            prefiller,
+            peer.pool.num_pages,
+            self._max_turns,
+            peer.epoch,
+            peer.pool.page_bytes,
+            Speed(self._speed),
+        )
+        if peer.name not in self.names:
+            self.names.append(peer.name)
         self._peers[peer.name] = peer
-        return [*self._announce(), *self._place_queued()]
+        return [*self._announce(), *self._place_queued(now)]
 
-    def worker_down(self, name: str, *, returns: bool) -> list[Command]:
+    def worker_down(self, name: str, *, returns: bool, now: float = 0.0) -> list[Command]:
         """A worker has died, and perhaps `returns`. Its turns go on elsewhere, from their tokens, or wait for a decoder
         to return; where none will, they end."""
-        view = self._workers.pop(name, None)
+        view = self.workers.pop(name, None)
         if not returns:
             self._expected.discard(name)
         elif view is not None and not view.prefiller:
             self._expected.add(name)
         self._peers.pop(name, None)
-        self.stats.pop(name, None)
+        self._prefixes.drop(name)
         commands = self._announce()
         for conversation in self.conversations:
             if conversation.home == name:
                 conversation.home, conversation.resident = "", 0
+            if conversation.copy_at == name:
+                conversation.copy_at, conversation.copy_tokens = "", 0
+        for turn in self._turns.values():
+            if turn.prefill_at == name:
+                turn.lent_pages = 0
         lost = [t for t in self._turns.values() if t.home == name]
         for turn in reversed(lost):
-            self._run_again(turn)
+            self._run_again(turn, now)
             turn.losses += 1
             if turn.losses >= MOST_LOSSES:
-                commands += self._fail(turn, f"{turn.losses} workers died while they served this request.")
+                commands += self._fail(turn, f"{turn.losses} workers died while they served this request.", now)
         if not self.can_serve:
             for turn in list(self._turns.values()):
-                commands += self._fail(turn, f"The worker {name} died and no decoder is left. Restart the server.")
-        return [*commands, *self._place_queued()]
+                reason = f"The worker {name} died and no decoder is left. Restart the server."
+                commands += self._fail(turn, reason, now)
+        return [*commands, *self._place_queued(now)]
 
     def _announce(self) -> list[Command]:
         peers = list(self._peers.values())
@@ -185,55 +196,83 @@ class Scheduler:
             raise QueueIsFull(len(self._queue), self._retry_after(now))
 
     def submit(
-        self, turn: str, tokens: list[int], params: SamplingParams, seed: int, conversation: str, salt: str, now: float
+        self,
+        turn: str,
+        tokens: list[int],
+        params: SamplingParams,
+        seed: int,
+        conversation: str,
+        salt: str,
+        now: float,
+        *,
+        tool: bool = False,
     ) -> list[Command]:
-        """Accept a turn: place it, or queue it. Raises `NoDecoder`, and then changes nothing."""
+        """Accept a turn: place it, or queue it. `tool` is whether its prompt ends in a tool's result.
+
+        Raises `NoDecoder`, and then changes nothing.
+        """
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
-        found = self.conversations.find(conversation, tokens, salt)
-        found.active += 1
-        output = min(params.max_tokens or RESERVED_OUTPUT, RESERVED_OUTPUT)
-        self._rest(found, 0)
+        chain = page_chain(tokens, salt, self._page_tokens)
+        found = self.conversations.find(conversation, tokens, chain, now)
+        of = found.conversation
+        gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else -1.0
+        self.fleet.arrived(of, gap)
+        of.active += 1
+        self._rest(of, 0)
+        output = self.fleet.output(of, params.max_tokens)
         accepted = Turn(
-            turn, list(tokens), params, seed, salt, found, now, self._pages(len(tokens) + output), len(tokens)
+            id=turn,
+            tokens=list(tokens),
+            params=params,
+            seed=seed,
+            salt=salt,
+            conversation=of,
+            chain=chain,
+            known=found.known,
+            arrived=now,
+            gap=gap,
+            tool=tool,
+            output=output,
+            pages=self._pages(len(tokens) + output),
+            given=len(tokens),
+            number=of.turns + 1,
         )
         self._turns[turn] = accepted
         self._queue.append(accepted)
-        return self._place_queued()
+        return self._place_queued(now)
 
     def cancel(self, turn: str, now: float) -> list[Command]:
         """The client has left: free everything at once. Unknown turns are ignored."""
         found = self._turns.get(turn)
         if found is None:
             return []
-        commands = self._abort(found)
-        self._end(found, now)
-        return [*commands, *self._place_queued()]
+        return [*self._abort(found), *self._end(found, "abort", now), *self._place_queued(now)]
 
     def on_report(self, worker: str, report: Report, now: float) -> list[Command]:
         """A worker has stepped: outputs for clients, finished handoffs, its state."""
-        if worker not in self._workers:
+        view = self.workers.get(worker)
+        if view is None:
             return []
-        self.stats[worker] = report.stats
-        self._workers[worker].queued_prefill_tokens = report.stats.queued_prefill_tokens
+        view.observe(report, now)
         for move in report.moves:
             self._count_move(worker, move)
         commands: list[Command] = []
         for output in report.outputs:
             if turn := self._runs.get(output.turn):  # else of a run that is over
                 commands += self._take(turn, output, now)
-        return [*commands, *self._place_queued()]
+        return [*commands, *self._place_queued(now)]
 
     def on_tick(self, now: float) -> list[Command]:
         """Once in a while: forget conversations nobody has continued."""
         for conversation in self.conversations.expire(now):
             self._rest(conversation, 0)
-        return self._place_queued()
+        return self._place_queued(now)
 
     def _take(self, turn: Turn, output: TurnOutput, now: float) -> list[Command]:
         """Deliver an output if it is the next one; keep it if it is early; drop it if it is known."""
         if output.finish == "error":
-            return self._fail(turn, output.error)
+            return self._fail(turn, output.error, now)
         if output.index < turn.delivered:
             known = turn.tokens[turn.given + output.index :][: len(output.tokens)]
             if output.tokens == known:
@@ -241,98 +280,176 @@ class Scheduler:
             # A first token that P gave to the client and D does not know of, and D drew another one. D has to go on
             # from what the client has.
             commands = self._abort(turn)
-            self._leave(turn)
-            self._run_again(turn)
+            self._leave(turn, now)
+            self._run_again(turn, now)
             return commands
         turn.early[output.index] = output
         commands = []
         while (ready := turn.early.pop(turn.delivered, None)) is not None:
             turn.tokens += ready.tokens
             commands.append(Deliver(turn.id, ready))
+            if ready.cached_tokens is not None:
+                self._begun(turn, ready, now)
             if ready.finish:
-                self._end(turn, now)
+                commands += self._end(turn, ready.finish, now)
                 break
+            self._grow(turn)
             if not ready.tokens:
                 break
         return commands
 
+    def _begun(self, turn: Turn, first: TurnOutput, now: float) -> None:
+        """A run has given its first token: its prompt is computed."""
+        turn.first_token = turn.first_token or now
+        turn.phases.waited, turn.phases.prefill = first.waited, first.prefill
+        turn.phases.cached = first.cached_tokens or 0
+        self._return_lent(turn)
+        if turn.prefill_at:
+            turn.conversation.copy_at, turn.conversation.copy_tokens = turn.prefill_at, turn.given
+            self._prefixes.add(turn.chain, turn.prefill_at)
+        self._prefixes.add(turn.chain, turn.home)
+        turn.chain = []
+
+    def _grow(self, turn: Turn) -> None:
+        """A turn that generates more than expected takes more of its home's pages, in the ledger too."""
+        if (pages := self._pages(len(turn.tokens) + 1)) > turn.pages:
+            if home := self.workers.get(turn.home):
+                home.reserved += pages - turn.pages
+            turn.pages = pages
+
     def _abort(self, turn: Turn) -> list[Command]:
-        return [Send(turn.home, Abort(turn.run))] if turn.home in self._workers else []
+        return [Send(turn.home, Abort(turn.run))] if turn.home in self.workers else []
 
-    def _fail(self, turn: Turn, reason: str) -> list[Command]:
-        commands = self._abort(turn)
-        self._end(turn, turn.arrived)
+    def _fail(self, turn: Turn, reason: str, now: float) -> list[Command]:
         failed = TurnOutput(turn.id, turn.delivered, [], finish="error", error=reason)
-        return [*commands, Deliver(turn.id, failed)]
+        return [*self._abort(turn), *self._end(turn, "error", now), Deliver(turn.id, failed)]
 
-    def _leave(self, turn: Turn) -> None:
-        """Give back what the ledger holds for a turn at its home."""
-        if home := self._workers.get(turn.home):
-            home.reserved -= turn.pages
-            home.turns -= 1
+    def _leave(self, turn: Turn, now: float) -> None:
+        """Give back what the ledger holds for a turn."""
+        self._return_lent(turn)
+        if home := self.workers.get(turn.home):
+            home.drop_turn(turn.pages, now)
 
-    def _run_again(self, turn: Turn) -> None:
+    def _return_lent(self, turn: Turn) -> None:
+        if prefiller := self.workers.get(turn.prefill_at):
+            prefiller.reserved -= turn.lent_pages
+        turn.lent_pages = 0
+
+    def _run_again(self, turn: Turn, now: float) -> None:
         """Put a turn that has lost its run at the head of the queue; it goes on from its tokens."""
+        self._return_lent(turn)
         self._runs.pop(turn.run, None)
         turn.home = turn.prefill_at = turn.run = ""
         turn.early.clear()
         self._queue.appendleft(turn)
 
-    def _end(self, turn: Turn, now: float) -> None:
+    def _end(self, turn: Turn, finish: str, now: float) -> list[Command]:
         """Settle the ledger; the conversation's KV stays at home."""
         del self._turns[turn.id]
         self._runs.pop(turn.run, None)
         conversation = turn.conversation
         conversation.active -= 1
         if turn.home:
-            self._leave(turn)
+            self._leave(turn, now)
             conversation.turns += 1
             conversation.tokens = len(turn.tokens)
+            if turn.first_token:
+                record = remembered(turn, self.names, now)
+                conversation.history.append(record)
+                self.fleet.ended(record)
         else:
             self._queue.remove(turn)
         if not conversation.active:
             self._rest(conversation, self._pages(conversation.tokens))
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
+        return [Note(outcome(turn, finish, now))] if self._notes and turn.runs else []
 
     # --- placement --------------------------------------------------------------------------------------------------
 
-    def _place_queued(self) -> list[Command]:
+    def _place_queued(self, now: float) -> list[Command]:
         """Place waiting turns, first come first served: a turn that has to wait for a decoder keeps later ones from
         taking the room it waits for."""
+        if not self._queue:
+            return []
         commands: list[Command] = []
-        open_decoders = self.decoders
         waiting: deque[Turn] = deque()
-        prefillers = [w for w in self._workers.values() if w.prefiller]
-        while self._queue and open_decoders:
+        prefillers = [w for w in self.workers.values() if w.prefiller]
+        cluster = Cluster(prefillers, self.decoders, set(self.workers), self.links, self._page_tokens)
+        while self._queue and not cluster.open.isdisjoint(d.name for d in cluster.decoders):
             turn = self._queue.popleft()
-            placement = self._policy.place(turn.conversation, turn.pages, prefillers, open_decoders)
+            need = self._need(turn, now)
+            placement = self._policy.place(need, cluster)
             if placement is None:
                 waiting.append(turn)
                 home = turn.conversation.home
-                open_decoders = [d for d in open_decoders if home and d.name != home]
+                cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
                 continue
-            turn.home, turn.prefill_at = placement.home, placement.prefill_at
-            turn.conversation.home = placement.home
-            home_view = self._workers[placement.home]
-            home_view.reserved += turn.pages
-            home_view.turns += 1
-            key = (placement.prefill_at or placement.home, placement.home)
-            self.placements[key] = self.placements.get(key, 0) + 1
-            turn.runs += 1
-            turn.run = f"{turn.id}.{turn.runs}"
-            self._runs[turn.run] = turn
-            run = Run(turn.run, turn.tokens, turn.params, turn.seed, turn.salt, turn.delivered, turn.prefill_at)
-            if placement.prefill_at:
-                # Until its next report tells: several turns may be placed before that.
-                self._workers[placement.prefill_at].queued_prefill_tokens += len(turn.tokens)
-            commands.append(Send(placement.home, run))
+            if self._notes:
+                commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
+            commands.append(Send(placement.home, self._begin(turn, need, placement, now)))
         self._queue = waiting + self._queue
         return commands
 
+    def _need(self, turn: Turn, now: float) -> Need:
+        """What a policy is told of a turn. A run after the first one finds nothing that was not there before."""
+        conversation = turn.conversation
+        known = {name: pages * self._page_tokens for name, pages in self._prefixes.find(turn.chain).items()}
+        if conversation.copy_at:
+            copied = min(conversation.copy_tokens, turn.known)
+            known[conversation.copy_at] = max(known.get(conversation.copy_at, 0), copied)
+        if conversation.home:
+            known[conversation.home] = max(known.get(conversation.home, 0), turn.known)
+        return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now)
+
+    def _begin(self, turn: Turn, need: Need, placement: Placement, now: float) -> Run:
+        """Enter a placement into the ledger; what its home has to be told."""
+        conversation, home = turn.conversation, self.workers[placement.home]
+        turn.home, turn.prefill_at = placement.home, placement.prefill_at
+        if conversation.home not in ("", home.name):
+            conversation.moves += 1
+            conversation.moved_at = conversation.turns + 1
+        conversation.home = home.name
+        home.add_turn(turn.pages, now)
+        key = (placement.prefill_at or home.name, home.name)
+        self.placements[key] = self.placements.get(key, 0) + 1
+        turn.runs += 1
+        turn.run = f"{turn.id}.{turn.runs}"
+        turn.placed = turn.placed or now
+        turn.phases = Phases()
+        turn.chosen = next(
+            (o for o in placement.options if (o.home, o.prefill_at) == (home.name, placement.prefill_at)), None
+        )
+        self._runs[turn.run] = turn
+        # Until its next report tells: several turns may be placed before that.
+        prefills = self.workers[placement.prefill_at] if placement.prefill_at else home
+        prefills.queued_prefill_tokens += need.new(prefills.name)
+        if prefills is not home:
+            turn.lent_pages = self._pages(len(turn.tokens))
+            prefills.reserved += turn.lent_pages
+        return Run(
+            turn.run,
+            turn.tokens,
+            turn.params,
+            turn.seed,
+            turn.salt,
+            turn.delivered,
+            placement.prefill_at,
+            placement.share_history,
+            placement.history_at,
+            self._keep(turn, home),
+        )
+
+    def _keep(self, turn: Turn, home: WorkerView) -> Keep:
+        """What the home should know when it runs out of pages between this conversation's turns."""
+        gap, chance = self.fleet.outlook(turn.conversation, turn.number)
+        last_page = max(len(turn.tokens) - self._page_tokens, 0)
+        seconds = home.speed.prefill(self._page_tokens, last_page)
+        return Keep(str(turn.conversation.key), gap, chance, seconds)
+
     def _rest(self, conversation: Conversation, pages: int) -> None:
         """Set what an idle conversation is thought to hold at home."""
-        if home := self._workers.get(conversation.home):
+        if home := self.workers.get(conversation.home):
             home.resident += pages - conversation.resident
             conversation.resident = pages
         else:
@@ -342,11 +459,11 @@ class Scheduler:
         return -(-tokens // self._page_tokens)
 
     def _count_move(self, worker: str, move: Move) -> None:
-        total = self.handoffs.setdefault((move.source, worker), HandoffTotals())
-        total.count += 1
-        total.pages += move.pages
-        total.bytes += move.bytes
-        total.seconds += move.seconds
+        self.links.setdefault((move.source, worker), Link()).observe(move)
+        if turn := self._runs.get(move.turn):
+            turn.phases.transfer += move.seconds
+            turn.phases.exposed += move.exposed
+            turn.phases.moved_pages += move.pages
 
     def _retry_after(self, now: float) -> int:
         """Whole seconds until the queue is likely to have moved on, from the rate at which turns ended lately."""

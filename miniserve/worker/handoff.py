@@ -396,8 +396,9 @@ class Handoffs:
         for turn, lease in list(self._leases.items()):
             unfinished = lease.sequence is not None and lease.sequence.status is not Status.FINISHED
             if unfinished and now > lease.deadline - self._patience * (1 - 1 / SIGNS_OF_LIFE):
-                assert lease.sequence is not None
-                self._offer(turn, lease, lease.sequence, [], lease.published, None)
+                # Only while there is progress: two workers whose pages wait for each other must not do so for ever.
+                if lease.sequence is not None and self._engine.has_work:
+                    self._offer(turn, lease, lease.sequence, [], lease.published, None)
             elif not unfinished and now > lease.deadline:
                 log.warning("turn %s: %s did not fetch its pages in time", turn, lease.destination.name)
                 self._end(turn)

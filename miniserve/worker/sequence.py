@@ -24,7 +24,8 @@ class Sequence:
 
     `given` tokens came with the request, the last `prior` of which the client has already seen as output.
     With `history_at` another worker is asked for the KV of earlier turns; with `prefill_at` one is asked to prefill the
-    rest, and with `share_history` that one may ask for ours. With `prefill_for` this worker prefills for another one, and is done with the first sampled token.
+    rest, and with `share_history` that one may ask for ours. With `prefill_for` this worker prefills for another one,
+    and is done with the first sampled token.
     """
 
     def __init__(

@@ -1,0 +1,206 @@
+"""What is measured while it happens: averages, quantiles, and how fast a worker computes. No profile run comes first.
+
+Pure: times come in as arguments, in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from miniserve.cluster.messages import StepTime
+
+CELL_MEMORY = 16
+"""Measurements after which a cell's mean forgets the oldest ones: minutes of a drifting machine, not one hiccup."""
+REFIT = 64
+"""Measurements between two fits, once the first ones are in."""
+GUESS_TOKEN, GUESS_STEP = 1e-3, 20e-3
+"""Seconds of a prompt's token and of a decode step before anything was measured. Any numbers will do: they are the same
+for all workers, and gone with the first steps."""
+
+
+class Average:
+    """A running mean that forgets: the last `memory` values count."""
+
+    def __init__(self, memory: int = 16) -> None:
+        self.count = 0
+        self.value = 0.0
+        self._memory = memory
+
+    def add(self, value: float) -> None:
+        """One more measurement."""
+        self.count += 1
+        self.value += (value - self.value) / min(self.count, self._memory)
+
+
+class TimeAverage:
+    """The mean of a quantity over time, the last `window` seconds counting most."""
+
+    def __init__(self, window: float, now: float = 0.0) -> None:
+        self.value = 0.0
+        self._window = window
+        self._at = now
+
+    def update(self, value: float, now: float) -> None:
+        """The quantity has been `value` since the last update."""
+        kept = math.exp(-max(now - self._at, 0.0) / self._window)
+        self.value = self.value * kept + value * (1 - kept)
+        self._at = now
+
+
+class Recent:
+    """The last `size` values, for quantiles."""
+
+    def __init__(self, size: int = 256) -> None:
+        self._values: deque[float] = deque(maxlen=size)
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float) -> None:
+        """One more value."""
+        self._values.append(value)
+        self._sorted = []
+
+    def quantile(self, q: float, default: float) -> float:
+        """The value that a share `q` of them does not exceed; `default` without any."""
+        if not self._values:
+            return default
+        if not self._sorted:
+            self._sorted = sorted(self._values)
+        return quantile(self._sorted, q)
+
+
+def quantile(ordered: list[float], q: float) -> float:
+    """The nearest-rank quantile of a sorted list that is not empty."""
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+class Plane:
+    """`seconds = w . x` from measurements of (x, seconds), with no w below zero.
+
+    Measurements are kept as running means of cells, one for each power of two of what was computed: what was seen of
+    other sizes is not forgotten while a worker does the same for an hour. The fit is least squares of the relative
+    error over cells; a small ridge, larger for the later features, decides what the cells leave open.
+    """
+
+    def __init__(self, features: int) -> None:
+        self._cells: dict[tuple[int, ...], list[float]] = {}
+        """Key -> count, mean seconds, mean of each feature."""
+        self._weights = [0.0] * features
+        self._count = 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether there was any measurement."""
+        return bool(self._cells)
+
+    def add(self, x: tuple[float, ...], seconds: float) -> None:
+        """One more measurement."""
+        key = tuple(int(math.log2(value + 1)) for value in x)
+        cell = self._cells.get(key)
+        if cell is None:
+            self._cells[key] = [1.0, seconds, *x]
+        else:
+            cell[0] = min(cell[0] + 1, CELL_MEMORY)
+            if cell[0] > 4:
+                seconds = min(seconds, 4 * cell[1])  # a hiccup of the machine
+            for i, value in enumerate((seconds, *x), 1):
+                cell[i] += (value - cell[i]) / cell[0]
+        self._count += 1
+        if self._count % REFIT == 0 or (self._count < REFIT and self._count & (self._count - 1) == 0):
+            self._fit()
+
+    def at(self, *x: float) -> float:
+        """Seconds expected at `x`."""
+        return sum(w * value for w, value in zip(self._weights, x, strict=True))
+
+    def _fit(self) -> None:
+        features = len(self._weights)
+        rows = [[value / cell[1] for value in cell[2:]] for cell in self._cells.values() if cell[1] > 0]
+        counts = [cell[0] for cell in self._cells.values() if cell[1] > 0]
+        scale = [max(sum(row[i] for row in rows) / max(len(rows), 1), 1e-12) for i in range(features)]
+        used = list(range(features))
+        while used:
+            a = [
+                [sum(c * r[i] / scale[i] * r[j] / scale[j] for c, r in zip(counts, rows, strict=True)) for j in used]
+                for i in used
+            ]
+            b = [sum(c * r[i] / scale[i] for c, r in zip(counts, rows, strict=True)) for i in used]
+            for n, i in enumerate(used):
+                a[n][n] += 1e-6 if i == 0 else 1e-2
+            solved = _solve(a, b)
+            worst = min(range(len(used)), key=solved.__getitem__)
+            if solved[worst] >= 0:
+                break
+            del used[worst]
+        self._weights = [0.0] * features
+        for n, i in enumerate(used):
+            self._weights[i] = solved[n] / scale[i]
+
+
+def _solve(a: list[list[float]], b: list[float]) -> list[float]:
+    """The solution of a positive definite system, by elimination; `a` and `b` are used up."""
+    n = len(b)
+    for i in range(n):
+        for j in range(i + 1, n):
+            factor = a[j][i] / a[i][i]
+            for k in range(i, n):
+                a[j][k] -= factor * a[i][k]
+            b[j] -= factor * b[i]
+    for i in reversed(range(n)):
+        b[i] = (b[i] - sum(a[i][k] * b[k] for k in range(i + 1, n))) / a[i][i]
+    return b
+
+
+class Speed:
+    """How long a worker takes, from its own steps; from those of all workers (`fleet`) until it has made some.
+
+    The shapes are those of a transformer: a decode step is a constant (the weights are read), a part for each sequence
+    and one for each token of KV that is read; a prefill is a part for each token, one for each pair of a token and one
+    that it looks back on, and a constant for each step.
+    """
+
+    def __init__(self, fleet: Speed | None = None) -> None:
+        self._fleet = fleet
+        self._decode = Plane(3)
+        self._prefill = Plane(3)
+        self._chunk = 1
+
+    def observe(self, step: StepTime) -> None:
+        """A step was made."""
+        if self._fleet is not None:
+            self._fleet.observe(step)
+        if not step.prefill:
+            self._decode.add((1.0, step.decodes, step.decode_context), step.seconds)
+            return
+        self._chunk = max(self._chunk, step.prefill)
+        beside = self.decode_more(0, 0, step.decodes, step.decode_context) if step.decodes else 0.0
+        seconds = max(step.seconds - beside, 0.1 * step.seconds)
+        self._prefill.add((step.prefill, step.prefill_context, 1.0), seconds)
+
+    def prefill(self, tokens: int, context: int = 0) -> float:
+        """Seconds to compute `tokens` of a prompt after `context` others, with nothing beside it."""
+        if tokens <= 0:
+            return 0.0
+        if not self._prefill.measured:
+            return self._fleet.prefill(tokens, context) if self._fleet else tokens * GUESS_TOKEN
+        pairs = tokens * context + tokens * tokens / 2
+        return self._prefill.at(tokens, pairs, math.ceil(tokens / self._chunk))
+
+    def held_up(self, tokens: int, context: int = 0) -> float:
+        """By how many seconds such a prefill delays each stream beside it: its steps would have been made anyway, but
+        shorter."""
+        steps = math.ceil(tokens / self._chunk) if self._prefill.measured else 1
+        return max(self.prefill(tokens, context) - steps * self.decode(0, 0), 0.0)
+
+    def decode(self, batch: int, context: int) -> float:
+        """Seconds of a step that decodes `batch` sequences with `context` tokens in all."""
+        if not self._decode.measured:
+            return self._fleet.decode(batch, context) if self._fleet else GUESS_STEP
+        return self._decode.at(1.0, batch, context)
+
+    def decode_more(self, batch: int, context: int, more: int, more_context: int) -> float:
+        """By how many seconds a step gets longer with `more` sequences of `more_context` tokens in all."""
+        return max(self.decode(batch + more, context + more_context) - self.decode(batch, context), 0.0)

@@ -1,0 +1,177 @@
+"""miniserve's own rule: every place is judged by what it would cost everybody, from what was observed."""
+
+from __future__ import annotations
+
+from miniserve.scheduler.placement import Need, Option, Placement
+from miniserve.scheduler.views import Cluster, WorkerView
+
+MARGIN_SHARE, MARGIN_SECONDS = 0.1, 0.02
+"""By how much another place must be cheaper before a prompt leaves its home: estimates are not better than that."""
+AWAY_SECONDS = 0.1
+"""The same for a later turn, whose history would have to travel too."""
+ELASTIC_SHARE = 0.5
+"""A prefiller that spends more of its time on prompts is no home for streams."""
+CROWDED = 1.5
+"""How many times longer a decoder's steps must be than a prefiller's before that one becomes a home: prompts of others
+will hold up what lives there."""
+ROOM = 0.1
+"""The share of its pages that a new home must have free after a move."""
+
+
+class Observe:
+    """The cheapest place by the sum of all delays, in seconds: those of this turn (queue, prefill, KV on its way,
+    decode) and those that it causes to the streams beside it.
+
+    A prompt computed at home holds up each stream there for as long as it takes; one computed at a prefiller holds up
+    nobody, but waits there for others, and its KV has to travel. So small prompts and those that find an idle home
+    stay, long ones beside many streams leave. How many streams will be there is the mean over the last half minute, or
+    how many there are now, if that is more.
+
+    A conversation keeps its home. It gets another one, by one move at the beginning of a turn, if the home is full or
+    holds more than fits and another has room, or if it is a prefiller that has got work of its own. A prefiller with
+    nothing to do may become the home of a new conversation: where decoders are crowded its steps are shorter.
+    """
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        """See `Policy`."""
+        home = cluster.worker(need.conversation.home)
+        if home is None:
+            homes = [w for w in (*cluster.decoders, *cluster.prefillers) if self._may_take(need, cluster, w)]
+            return self._first(need, cluster, homes)
+        return self._later(need, cluster, home)
+
+    def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
+        """A conversation without a home."""
+        options = [option for home in homes for option in self._options(need, cluster, home)]
+        if not options:
+            return None
+        best = min(options, key=lambda option: option.cost)
+        # Of those that are as good: at home, on a decoder, and the one with more room for those who follow.
+        near = [o for o in options if o.cost <= best.cost + self._margin(best)]
+        best = max(near, key=lambda o: (o.prefill_at == "", *self._room(cluster, o.home)))
+        return self._placement(best, tuple(options), "cheapest for a first turn")
+
+    def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
+        """A conversation whose KV is at `home`."""
+        if home.name in cluster.open and home.fits(need.pages) and not self._should_leave(need, home):
+            options = self._options(need, cluster, home)
+            here = options[0]
+            best = min(options, key=lambda option: option.cost)
+            if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
+                return self._placement(best, tuple(options), "a large append beside others")
+            return self._placement(here, tuple(options), "at home")
+        if need.conversation.active > 1:
+            return self._stay(need, cluster, home)  # other turns of it run there
+        others = [d for d in cluster.decoders if d is not home and self._may_take(need, cluster, d)]
+        roomy = [d for d in others if d.free - need.pages >= ROOM * d.total_pages]
+        # One that has just moved stays, unless it would have to wait.
+        if not roomy or (need.conversation.moved_at == need.conversation.turns and home.fits(need.pages)):
+            return self._stay(need, cluster, home)
+        options = [option for d in roomy for option in self._options(need, cluster, d)]
+        best = min(options, key=lambda option: option.cost)
+        return self._placement(best, tuple(options), "its home is full" if not home.prefiller else "prefillers prefill")
+
+    def _stay(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
+        if home.name in cluster.open and home.fits(need.pages):
+            return Placement(home.name, reason="nowhere better")
+        return None
+
+    def _should_leave(self, need: Need, home: WorkerView) -> bool:
+        if home.prefiller:
+            return home.queued_prefill_tokens > 0 or home.prefilling.value > ELASTIC_SHARE
+        return home.free < need.pages and home.turns > 0
+
+    def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
+        """Whether `worker` may become the home of this turn now."""
+        if worker.name not in cluster.open or not worker.fits(need.pages):
+            return False
+        if not worker.prefiller:
+            return True
+        if worker.queued_prefill_tokens or worker.prefilling.value > ELASTIC_SHARE or worker.free < need.pages:
+            return False
+        steps = [self._step(need, cluster, d) for d in cluster.decoders]
+        return not steps or min(steps) > CROWDED * self._step(need, cluster, worker)
+
+    def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
+        """The ways to serve a turn with this home; the first one is to prefill there."""
+        history_at = ""
+        old = cluster.worker(need.conversation.home)
+        if old is not None and old is not home and need.known.get(old.name, 0) > need.known.get(home.name, 0):
+            history_at = old.name
+        decode, beside = self._decode(need, cluster, home)
+        options = [self._local(need, cluster, home, history_at, decode, beside)]
+        if not home.prefiller:  # two that prefill for each other might wait for each other's pages
+            options += [self._remote(need, cluster, home, p, decode, beside) for p in cluster.prefillers]
+        return options
+
+    def _local(
+        self, need: Need, cluster: Cluster, home: WorkerView, history_at: str, decode: float, beside: float
+    ) -> Option:
+        known = need.known.get(home.name, 0)
+        transfer = 0.0
+        if history_at and (old := cluster.worker(history_at)):
+            transfer = cluster.copy_seconds(old, home, need.known[old.name] - known)
+            known = need.known[old.name]
+        prefill = home.speed.prefill(max(need.tokens - known, 1), known)
+        return Option(
+            home.name,
+            history_at=history_at,
+            queue=home.queue_seconds,
+            prefill=prefill,
+            transfer=transfer,
+            decode=decode,
+            harm=beside + self._streams(home) * home.speed.held_up(max(need.tokens - known, 1), known),
+        )
+
+    def _remote(
+        self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float
+    ) -> Option:
+        here, there = need.known.get(home.name, 0), need.known.get(p.name, 0)
+        known = max(here, there)
+        prefill = p.speed.prefill(max(need.tokens - known, 1), known)
+        history = cluster.copy_seconds(home, p, here - there)
+        back = cluster.copy_seconds(p, home, need.tokens - here)
+        return Option(
+            home.name,
+            p.name,
+            queue=p.queue_seconds,
+            prefill=prefill,
+            transfer=history + cluster.exposed_seconds(p, home),
+            decode=decode,
+            harm=beside
+            + self._streams(p) * p.speed.held_up(max(need.tokens - known, 1), known)
+            + self._streams(home) * back,
+        )
+
+    def _decode(self, need: Need, cluster: Cluster, home: WorkerView) -> tuple[float, float]:
+        """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""
+        step = self._step(need, cluster, home)
+        more = step - home.speed.decode(home.turns, home.reserved * cluster.page_tokens) if home.turns else 0.0
+        return need.output * step, need.output * home.turns * max(more, 0.0)
+
+    def _step(self, need: Need, cluster: Cluster, home: WorkerView) -> float:
+        """A decode step with this turn in it; where prompts of others are computed, as long as they make it on
+        average."""
+        step = home.speed.decode(home.turns + 1, home.reserved * cluster.page_tokens + need.tokens)
+        return step / max(1 - home.prefilling.value, ELASTIC_SHARE) if home.prefiller else step
+
+    def _streams(self, worker: WorkerView) -> float:
+        """How many streams a prompt will hold up there."""
+        return max(worker.turns, worker.load.value)
+
+    def _room(self, cluster: Cluster, name: str) -> tuple[bool, int]:
+        worker = cluster.worker(name)
+        return (not worker.prefiller, worker.free) if worker else (False, 0)
+
+    def _margin(self, option: Option) -> float:
+        return MARGIN_SHARE * (option.first_token + option.harm) + MARGIN_SECONDS
+
+    def _placement(self, option: Option, options: tuple[Option, ...], reason: str) -> Placement:
+        return Placement(
+            option.home,
+            option.prefill_at,
+            option.history_at,
+            share_history=bool(option.prefill_at),
+            reason=reason,
+            options=options,
+        )

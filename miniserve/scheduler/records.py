@@ -1,0 +1,153 @@
+"""What is told of a turn afterwards: what was decided and on what grounds, and what came of it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from miniserve.scheduler.history import TurnRecord
+from miniserve.scheduler.placement import Need, Option, Placement
+from miniserve.scheduler.turns import Turn
+from miniserve.scheduler.views import Cluster
+
+
+class WorkerRead(msgspec.Struct, frozen=True):
+    """What a decision read of one worker. Pages of KV, tokens, seconds."""
+
+    free: int
+    reserved: int
+    turns: int
+    load: float
+    queued_prefill_tokens: int
+    prefilling: float
+    known: int
+    """Tokens of the prompt that it is thought to hold."""
+
+
+class Decision(msgspec.Struct, frozen=True, tag="decision", tag_field="kind"):
+    """A turn was placed. `time` is in seconds of the scheduler's clock; `run` names this run of the turn."""
+
+    time: float
+    run: str
+    conversation: str | int
+    turn: int
+    policy: str
+    tokens: int
+    expected_output: int
+    pages: int
+    queued: float
+    workers: dict[str, WorkerRead]
+    options: tuple[Option, ...]
+    home: str
+    prefill_at: str
+    history_at: str
+    reason: str
+
+
+class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="kind"):
+    """A turn has ended (`finish`: stop, length, abort, error). `expected_first_token` is what the chosen option said,
+    None where nothing was estimated; `first_token` is what it took from the decision on."""
+
+    time: float
+    run: str
+    conversation: str | int
+    turn: int
+    finish: str
+    runs: int
+    tokens: int
+    cached: int
+    output: int
+    expected_first_token: float | None
+    first_token: float
+    waited: float
+    prefill: float
+    transfer: float
+    exposed: float
+    decode: float
+    moved_pages: int
+
+
+Record = Decision | Outcome
+
+
+def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster: Cluster) -> Decision:
+    """Of a turn that is about to be placed."""
+    workers = {
+        w.name: WorkerRead(
+            free=w.free,
+            reserved=w.reserved,
+            turns=w.turns,
+            load=w.load.value,
+            queued_prefill_tokens=w.queued_prefill_tokens,
+            prefilling=w.prefilling.value,
+            known=need.known.get(w.name, 0),
+        )
+        for w in (*cluster.prefillers, *cluster.decoders)
+    }
+    return Decision(
+        time=need.now,
+        run=f"{turn.id}.{turn.runs + 1}",
+        conversation=turn.conversation.key,
+        turn=turn.number,
+        policy=policy,
+        tokens=need.tokens,
+        expected_output=need.output,
+        pages=need.pages,
+        queued=need.now - turn.arrived,
+        workers=workers,
+        options=placement.options,
+        home=placement.home,
+        prefill_at=placement.prefill_at,
+        history_at=placement.history_at,
+        reason=placement.reason,
+    )
+
+
+def outcome(turn: Turn, finish: str, now: float) -> Outcome:
+    """Of a turn that has ended."""
+    phases, first = turn.phases, turn.first_token or now
+    return Outcome(
+        time=now,
+        run=f"{turn.id}.{turn.runs}",
+        conversation=turn.conversation.key,
+        turn=turn.number,
+        finish=finish,
+        runs=turn.runs,
+        tokens=turn.given,
+        cached=phases.cached,
+        output=turn.delivered,
+        expected_first_token=turn.chosen.first_token if turn.chosen else None,
+        first_token=first - turn.placed,
+        waited=phases.waited,
+        prefill=phases.prefill,
+        transfer=phases.transfer,
+        exposed=phases.exposed,
+        decode=now - first,
+        moved_pages=phases.moved_pages,
+    )
+
+
+def remembered(turn: Turn, names: list[str], now: float) -> TurnRecord:
+    """Of a turn that has ended, for its conversation's history. `names` are all workers, in the order of their
+    numbers."""
+    phases, first = turn.phases, turn.first_token or now
+    return TurnRecord(
+        turn=turn.number,
+        arrived=turn.arrived - turn.conversation.began,
+        gap=turn.gap,
+        prompt=turn.given,
+        new=turn.given - turn.known,
+        cached=phases.cached,
+        output=turn.delivered,
+        queued=turn.placed - turn.arrived,
+        waited=phases.waited,
+        prefill=phases.prefill,
+        transfer=phases.transfer,
+        exposed=phases.exposed,
+        first_token=first - turn.arrived,
+        decode=now - first,
+        moved_pages=phases.moved_pages,
+        home=names.index(turn.home),
+        prefill_at=names.index(turn.prefill_at) if turn.prefill_at else -1,
+        tool=turn.tool,
+        runs=turn.runs,
+    )

@@ -1,0 +1,137 @@
+"""What the scheduler knows of the workers: the ledger of KV it keeps itself, and what it has observed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from miniserve.cluster.messages import Move, Report, WorkerStats
+from miniserve.scheduler.observations import Average, Speed, TimeAverage
+
+LOAD_WINDOW = 30.0
+"""Seconds over which a worker's load is averaged: what the next few turns will find there."""
+
+
+@dataclass
+class WorkerView:
+    """A worker. KV is counted in pages, times in seconds.
+
+    `reserved` is promised to turns that run, `resident` held by conversations between turns (the worker may evict it).
+    """
+
+    name: str
+    prefiller: bool
+    total_pages: int
+    max_turns: int
+    epoch: int = 1
+    page_bytes: int = 0
+    speed: Speed = field(default_factory=Speed)
+    reserved: int = 0
+    resident: int = 0
+    turns: int = 0
+    """Turns whose home it is now, those that are prefilled elsewhere included."""
+    queued_prefill_tokens: int = 0
+    heard: float = 0.0
+    """When its last report came."""
+    stats: WorkerStats | None = None
+    load: TimeAverage = field(default_factory=lambda: TimeAverage(LOAD_WINDOW))
+    """`turns`, averaged."""
+    prefilling: TimeAverage = field(default_factory=lambda: TimeAverage(LOAD_WINDOW))
+    """The share of its time that it spends on prompts."""
+
+    @property
+    def free(self) -> int:
+        """Pages nobody runs in and no conversation rests in; below zero when more rests than fits."""
+        return self.total_pages - self.reserved - self.resident
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long the prompts that wait here will take."""
+        return self.speed.prefill(self.queued_prefill_tokens)
+
+    def fits(self, pages: int) -> bool:
+        """Whether a turn that needs `pages` can start here now. One turn alone always can."""
+        if self.turns == 0:
+            return True
+        return self.turns < self.max_turns and self.reserved + pages <= self.total_pages
+
+    def add_turn(self, pages: int, now: float) -> None:
+        """A turn begins here."""
+        self.load.update(self.turns, now)
+        self.reserved += pages
+        self.turns += 1
+
+    def drop_turn(self, pages: int, now: float) -> None:
+        """A turn has ended here, or goes on elsewhere."""
+        self.load.update(self.turns, now)
+        self.reserved -= pages
+        self.turns -= 1
+
+    def observe(self, report: Report, now: float) -> None:
+        """It has reported."""
+        self.stats = report.stats
+        self.queued_prefill_tokens = report.stats.queued_prefill_tokens
+        for step in report.steps:
+            self.speed.observe(step)
+        spent = sum(step.seconds for step in report.steps if step.prefill)
+        if self.heard and now > self.heard:
+            self.prefilling.update(min(spent / (now - self.heard), 1.0), now)
+        self.load.update(self.turns, now)
+        self.heard = now
+
+
+@dataclass
+class Link:
+    """KV that went from one worker to another: totals, and how fast it went."""
+
+    count: int = 0
+    pages: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    exposed: Average = field(default_factory=Average)
+    """Seconds of a handoff that no computing has hidden."""
+    bandwidth: Average = field(default_factory=Average)
+    """Bytes a second."""
+
+    def observe(self, move: Move) -> None:
+        """A handoff ended well."""
+        self.count += 1
+        self.pages += move.pages
+        self.bytes += move.bytes
+        self.seconds += move.seconds
+        if not move.history:
+            self.exposed.add(move.exposed)
+        elapsed = max(move.seconds, move.exposed) if move.history else move.seconds
+        if move.bytes and elapsed > 0:
+            self.bandwidth.add(move.bytes / elapsed)
+
+
+@dataclass
+class Cluster:
+    """All a policy may look at beside the turn. `open` names the workers that may take a turn now: one that waits for a
+    decoder keeps later ones from it."""
+
+    prefillers: list[WorkerView]
+    decoders: list[WorkerView]
+    open: set[str]
+    links: dict[tuple[str, str], Link]
+    page_tokens: int
+
+    def worker(self, name: str) -> WorkerView | None:
+        """A worker that lives."""
+        return next((w for w in (*self.prefillers, *self.decoders) if w.name == name), None)
+
+    def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
+        """How long the KV of `tokens` takes between two workers, as far as copies were measured."""
+        if tokens <= 0:
+            return 0.0
+        link = self.links.get((source.name, destination.name))
+        if link is None or not link.bandwidth.count:
+            link = next((other for other in self.links.values() if other.bandwidth.count), None)
+        if link is None:
+            return 0.0
+        return tokens / self.page_tokens * source.page_bytes / link.bandwidth.value
+
+    def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
+        """What a handoff costs beyond the prefill itself, as far as any were measured."""
+        link = self.links.get((source.name, destination.name))
+        return link.exposed.value if link else 0.0
