@@ -102,7 +102,14 @@ class FakeClient:
             raise self.refuse
 
     def submit(
-        self, tokens: list[int], params: SamplingParams, *, conversation: str = "", salt: str = "", request_id: str = ""
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        conversation: str = "",
+        salt: str = "",
+        request_id: str = "",
+        tool: bool = False,
     ) -> FakeTurn:
         if self.refuse is not None:
             raise self.refuse

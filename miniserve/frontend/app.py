@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from miniserve import __version__
 from miniserve.config import ServeConfig
-from miniserve.frontend import errors
+from miniserve.frontend import errors, views
 from miniserve.frontend.client import EngineClient, EngineError
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
@@ -114,6 +114,28 @@ def create_app(
     async def version() -> Version:
         """The version of miniserve."""
         return {"version": __version__}
+
+    @app.get("/v1/conversations")
+    async def conversations(limit: Annotated[int, Query(ge=1, le=views.MOST_LISTED)] = 100) -> views.ConversationList:
+        """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
+        return views.conversation_list(client.scheduler, time.monotonic(), limit)
+
+    @app.get("/v1/conversations/{conversation:path}")
+    async def conversation(conversation: str) -> views.ConversationDetail:
+        """One of them: what was observed of its last turns, and where their time went."""
+        found = views.conversation_detail(client.scheduler, conversation, time.monotonic())
+        if found is None:
+            raise errors.ApiError(
+                404,
+                f"No conversation {conversation[:128]!r} is known (any more): see GET /v1/conversations.",
+                code="conversation_not_found",
+            )
+        return found
+
+    @app.get("/v1/workers")
+    async def workers() -> views.WorkerList:
+        """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
+        return views.worker_list(client.scheduler, client.policy_name, time.monotonic())
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

@@ -198,6 +198,11 @@ class GenerationRequest(Body, ABC):
         return self
 
     @property
+    def ends_in_tool_result(self) -> bool:
+        """Whether the turn before has called a tool, and this one brings what it said."""
+        return False
+
+    @property
     @abstractmethod
     def output_limit(self) -> int | None:
         """Most tokens to generate for each choice; None where the request does not say."""
@@ -235,6 +240,11 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Json | None = None
+
+    @property
+    def ends_in_tool_result(self) -> bool:
+        """Whether the turn before has called a tool, and this one brings what it said."""
+        return self.messages[-1].role == "tool"
 
     @model_validator(mode="after")
     def _only_what_is_supported(self) -> ChatRequest:

@@ -124,6 +124,7 @@ class Service:
                 conversation=conversation or (f"{head['id']}-{number // params.n}" if params.n > 1 else ""),
                 salt=body.cache_salt or "",
                 request_id=f"{head['id']}-{number}",
+                tool=body.ends_in_tool_result,
             )
 
         generation = Generation(list(zip(prompts, fitted, strict=True)), submit, self._tokenizer, self.metrics, arrived)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from miniserve.scheduler.history import TURNS, History
 from miniserve.scheduler.prompts import Mark, Prompts
@@ -83,6 +84,10 @@ class Conversations:
     def get(self, key: str | int) -> Conversation | None:
         """The conversation that is called so."""
         return self._by_key.get(key)
+
+    def latest(self, count: int) -> list[Conversation]:
+        """The `count` that a turn came for last, the latest first."""
+        return list(islice(reversed(self._by_key.values()), count))
 
     def find(self, key: str, tokens: list[int], chain: list[bytes], now: float) -> Found:
         """The conversation of a prompt: that of the explicit `key`, one that it continues or edits, or a new one.

@@ -146,13 +146,13 @@ class Observe:
     def _decode(self, need: Need, cluster: Cluster, home: WorkerView) -> tuple[float, float]:
         """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""
         step = self._step(need, cluster, home)
-        more = step - home.speed.decode(home.turns, home.reserved * cluster.page_tokens) if home.turns else 0.0
+        more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0
         return need.output * step, need.output * home.turns * max(more, 0.0)
 
     def _step(self, need: Need, cluster: Cluster, home: WorkerView) -> float:
         """A decode step with this turn in it; where prompts of others are computed, as long as they make it on
         average."""
-        step = home.speed.decode(home.turns + 1, home.reserved * cluster.page_tokens + need.tokens)
+        step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
         return step / max(1 - home.prefilling.value, ELASTIC_SHARE) if home.prefiller else step
 
     def _streams(self, worker: WorkerView) -> float:

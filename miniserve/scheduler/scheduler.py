@@ -143,6 +143,7 @@ class Scheduler:
             prefiller,
             peer.pool.num_pages,
             self._max_turns,
+            self._page_tokens,
             peer.epoch,
             peer.pool.page_bytes,
             Speed(self._speed),
@@ -375,7 +376,7 @@ class Scheduler:
         commands: list[Command] = []
         waiting: deque[Turn] = deque()
         prefillers = [w for w in self.workers.values() if w.prefiller]
-        cluster = Cluster(prefillers, self.decoders, set(self.workers), self.links, self._page_tokens)
+        cluster = Cluster(prefillers, self.decoders, set(self.workers), self.links)
         while self._queue and not cluster.open.isdisjoint(d.name for d in cluster.decoders):
             turn = self._queue.popleft()
             need = self._need(turn, now)

@@ -22,6 +22,7 @@ class WorkerView:
     prefiller: bool
     total_pages: int
     max_turns: int
+    page_tokens: int
     epoch: int = 1
     page_bytes: int = 0
     speed: Speed = field(default_factory=Speed)
@@ -42,6 +43,11 @@ class WorkerView:
     def free(self) -> int:
         """Pages nobody runs in and no conversation rests in; below zero when more rests than fits."""
         return self.total_pages - self.reserved - self.resident
+
+    @property
+    def tokens_in_use(self) -> int:
+        """Tokens that the turns here have room for."""
+        return self.reserved * self.page_tokens
 
     @property
     def queue_seconds(self) -> float:
@@ -114,7 +120,6 @@ class Cluster:
     decoders: list[WorkerView]
     open: set[str]
     links: dict[tuple[str, str], Link]
-    page_tokens: int
 
     def worker(self, name: str) -> WorkerView | None:
         """A worker that lives."""
@@ -129,7 +134,7 @@ class Cluster:
             link = next((other for other in self.links.values() if other.bandwidth.count), None)
         if link is None:
             return 0.0
-        return tokens / self.page_tokens * source.page_bytes / link.bandwidth.value
+        return tokens / source.page_tokens * source.page_bytes / link.bandwidth.value
 
     def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
         """What a handoff costs beyond the prefill itself, as far as any were measured."""
