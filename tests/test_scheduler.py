@@ -7,7 +7,9 @@ import pytest
 from miniserve.cluster.messages import Abort, Message, Peer, PoolInfo, Report, Run, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
 from miniserve.scheduler.policies import POLICIES
-from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, QueueIsFull, Scheduler, Send
+from miniserve.scheduler.prefixes import Prefixes
+from miniserve.scheduler.prompts import page_chain
+from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, Note, QueueIsFull, Scheduler, Send
 
 PAGE = 16
 STATS = WorkerStats(100, 100, 0, 0, 0, 0, 0, 0)
@@ -156,3 +158,128 @@ def test_a_turn_that_workers_die_of_ends() -> None:
     assert output.finish == "error"
     assert "3 workers died" in output.error
     assert made.active == 0
+
+
+def up(name: str, epoch: int = 1, pages: int = 100) -> Peer:
+    return Peer(name, epoch, f"{name}.{epoch}", PoolInfo(1, 1, pages, 1, ""))
+
+
+def test_a_turn_that_generates_more_than_expected_takes_its_pages_in_the_ledger_too() -> None:
+    made = scheduler("d0")
+    _, run = run_of(submit(made, "t", [1] * 40))
+    view = made.workers["d0"]
+    assert view.reserved == 4, "40 tokens and 16 of output"
+    made._turns["t"].params = SamplingParams()
+    for i in range(60):
+        tell(made, "d0", run.turn, i, 7)
+    assert view.reserved == 7, "100 tokens and the next one"
+    end_commands = tell(made, "d0", run.turn, 60, 7, finish="stop")
+    assert delivered(end_commands) == [("t", [7])]
+    assert (view.reserved, view.resident) == (0, 7)
+
+
+def test_a_turn_gets_the_pages_that_its_conversation_has_needed() -> None:
+    made = scheduler("d0")
+    tokens = [1] * 40
+    for n in range(3):
+        _, run = run_of(made.submit(f"t{n}", tokens, SamplingParams(max_tokens=None), 0, "c", "", n))
+        for i in range(200):
+            tell(made, "d0", run.turn, i, 7, n + 0.5, finish="stop" if i == 199 else None, cached_tokens=i and None)
+        tokens = tokens + [7] * 200
+    made.submit("t3", tokens, SamplingParams(max_tokens=None), 0, "c", "", 9)
+    assert made._turns["t3"].output == 200
+    made.submit("new", [2] * 40, SamplingParams(max_tokens=10), 0, "", "", 9)
+    assert made._turns["new"].output == 10
+
+
+def test_what_a_prefiller_lends_is_given_back_once() -> None:
+    made = scheduler("p0", "d0")
+    _, run = run_of(submit(made, "t", [1] * 40))
+    assert made.workers["p0"].reserved == 3
+    tell(made, "p0", run.turn, 0, 7, cached_tokens=0)
+    assert made.workers["p0"].reserved == 0
+    _, run = run_of(submit(made, "u", [2] * 40))
+    made.worker_down("p0", returns=True)
+    made.worker_up(up("p0", 2), prefiller=True)
+    tell(made, "d0", run.turn, 0, 7, cached_tokens=0)
+    assert made.workers["p0"].reserved == 0, "the new one has lent nothing"
+
+
+def test_a_placement_elsewhere_is_a_move_and_the_new_home_is_told_where_the_history_is() -> None:
+    made = scheduler("d0", "d1", policy="observe", max_turns=1)
+    home, run = run_of(submit(made, "t", [1] * 40, key="a"))
+    end(made, "t", home, run.turn)
+    other = {"d0": "d1", "d1": "d0"}[home]
+    _, blocker = run_of(submit(made, "b", [3] * 40, key="b"))
+    if made.conversations.get("b").home != home:  # fill the home of "a", not the other one
+        end(made, "b", other, blocker.turn)
+        made.workers[home].add_turn(1, 0.0)
+    worker, again = run_of(submit(made, "u", [1] * 60, key="a"))
+    assert (worker, again.history_at) == (other, home)
+    found = made.conversations.get("a")
+    assert (found.home, found.moves, found.moved_at) == (other, 1, 2)
+
+
+def test_the_home_is_told_what_to_expect_of_a_conversation() -> None:
+    made = scheduler("d0")
+    for n in range(4):
+        _, run = run_of(submit(made, f"t{n}", [1] * (40 + n), key="a", now=10.0 * n))
+        tell(made, "d0", run.turn, 0, 5, 10.0 * n + 1, finish="stop", cached_tokens=0)
+    assert run.keep.conversation == "a"
+    assert run.keep.gap == 9.0
+    assert 0.6 < run.keep.chance <= 1
+    assert run.keep.page_seconds > 0
+
+
+def test_notes_are_made_only_where_somebody_reads_them() -> None:
+    made = scheduler("p0", "d0")
+    assert not [c for c in submit(made, "t", [1] * 40) if isinstance(c, Note)]
+    made = Scheduler(POLICIES["observe"](), PAGE, 4, 4, policy_name="observe", notes=True)
+    made.worker_up(up("p0"), prefiller=True)
+    made.worker_up(up("d0"), prefiller=False)
+    commands = submit(made, "t", [1] * 40)
+    (decision,) = (c.record for c in commands if isinstance(c, Note))
+    assert (decision.policy, decision.home, decision.tokens, decision.turn) == ("observe", "d0", 40, 1)
+    assert set(decision.workers) == {"p0", "d0"}
+    assert len(decision.options) == 2
+    assert decision.options[0].cost > 0
+    _, run = run_of(commands)
+    commands = tell(made, "d0", run.turn, 0, 5, 2.0, finish="stop", cached_tokens=16, waited=0.25, prefill=0.5)
+    (outcome,) = (c.record for c in commands if isinstance(c, Note))
+    assert outcome.run == decision.run == run.turn
+    assert (outcome.cached, outcome.waited, outcome.prefill, outcome.finish) == (16, 0.25, 0.5, "stop")
+    assert outcome.expected_first_token == decision.options[0].first_token
+    assert outcome.first_token == 2.0
+
+
+def test_a_queued_turn_keeps_later_ones_from_its_home_but_from_no_other() -> None:
+    made = scheduler("d0", "d1", max_turns=1)
+    homes = {}
+    for name in ("a", "b"):
+        homes[name], run = run_of(submit(made, name, [ord(name)] * 40, key=name))
+        end(made, name, homes[name], run.turn)
+    assert len(set(homes.values())) == 2
+    _, running = run_of(submit(made, "a2", [ord("a")] * 60, key="a"))
+    assert sent(submit(made, "a3", [ord("a")] * 80, key="a"), Run) == []
+    worker, _ = run_of(submit(made, "b2", [ord("b")] * 60, key="b"))
+    assert worker == homes["b"]
+    assert sent(submit(made, "new", [9] * 40), Run) == []
+    worker, run = run_of(end(made, "a2", homes["a"], running.turn))
+    assert (worker, run.turn) == (homes["a"], "a3.1"), "first come, first served"
+
+
+def test_prefixes_tell_who_has_computed_the_beginning_of_a_prompt() -> None:
+    found = Prefixes(capacity=8)
+    chain = page_chain(list(range(160)), "", PAGE)
+    found.add(chain, "d0")
+    assert found.find(chain) == {"d0": 8}
+    assert found.find(chain[:6]) == {"d0": 4}
+    found.add(chain[:4], "p0")
+    assert found.find(chain) == {"d0": 8, "p0": 2}
+    assert found.find(page_chain([1] * 160, "", PAGE)) == {}
+    found.drop("d0")
+    assert found.find(chain) == {"p0": 2}
+    found.add(page_chain(list(range(500, 660)), "", PAGE), "d0")
+    found.add(page_chain(list(range(900, 1060)), "", PAGE), "d0")
+    assert len(found._workers) == 8
+    assert found.find([]) == found.find(chain[:1]) == {}

@@ -14,6 +14,8 @@ CELL_MEMORY = 16
 """Measurements after which a cell's mean forgets the oldest ones: minutes of a drifting machine, not one hiccup."""
 REFIT = 64
 """Measurements between two fits, once the first ones are in."""
+FADE = 500
+"""Measurements of others after which a cell that got none counts half: it still says what only it has seen."""
 GUESS_TOKEN, GUESS_STEP = 1e-3, 20e-3
 """Seconds of a prompt's token and of a decode step before anything was measured. Any numbers will do: they are the same
 for all workers, and gone with the first steps."""
@@ -87,7 +89,7 @@ class Plane:
 
     def __init__(self, features: int) -> None:
         self._cells: dict[tuple[int, ...], list[float]] = {}
-        """Key -> count, mean seconds, mean of each feature."""
+        """Key -> count, number of the last measurement, mean seconds, mean of each feature."""
         self._weights = [0.0] * features
         self._count = 0
 
@@ -100,15 +102,16 @@ class Plane:
         """One more measurement."""
         key = tuple(int(math.log2(value + 1)) for value in x)
         cell = self._cells.get(key)
+        self._count += 1
         if cell is None:
-            self._cells[key] = [1.0, seconds, *x]
+            self._cells[key] = [1.0, self._count, seconds, *x]
         else:
             cell[0] = min(cell[0] + 1, CELL_MEMORY)
+            cell[1] = self._count
             if cell[0] > 4:
-                seconds = min(seconds, 4 * cell[1])  # a hiccup of the machine
-            for i, value in enumerate((seconds, *x), 1):
+                seconds = min(seconds, 4 * cell[2])  # a hiccup of the machine
+            for i, value in enumerate((seconds, *x), 2):
                 cell[i] += (value - cell[i]) / cell[0]
-        self._count += 1
         if self._count % REFIT == 0 or (self._count < REFIT and self._count & (self._count - 1) == 0):
             self._fit()
 
@@ -118,8 +121,9 @@ class Plane:
 
     def _fit(self) -> None:
         features = len(self._weights)
-        rows = [[value / cell[1] for value in cell[2:]] for cell in self._cells.values() if cell[1] > 0]
-        counts = [cell[0] for cell in self._cells.values() if cell[1] > 0]
+        cells = [cell for cell in self._cells.values() if cell[2] > 0]
+        rows = [[value / cell[2] for value in cell[3:]] for cell in cells]
+        counts = [cell[0] / (1 + (self._count - cell[1]) / FADE) for cell in cells]
         scale = [max(sum(row[i] for row in rows) / max(len(rows), 1), 1e-12) for i in range(features)]
         used = list(range(features))
         while used:

@@ -1,0 +1,25 @@
+"""A policy that no server has: any placement that the ledger allows, at random. Text must not depend on it."""
+
+from __future__ import annotations
+
+import random
+
+from miniserve.scheduler.placement import Need, Placement
+from miniserve.scheduler.views import Cluster
+
+
+class Anywhere:
+    """Any home, any prefiller, history from anywhere or nowhere: conversations are forced to move all the time."""
+
+    def __init__(self, pick: random.Random) -> None:
+        self._pick = pick
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        """See `Policy`."""
+        workers = [*cluster.prefillers, *cluster.decoders]
+        homes = [w.name for w in workers if w.name in cluster.open and w.fits(need.pages)]
+        if not homes or self._pick.random() < 0.1:
+            return None
+        home = self._pick.choice(homes)
+        others = ["", *(w.name for w in workers if w.name != home)]
+        return Placement(home, self._pick.choice(others), self._pick.choice(others), self._pick.random() < 0.5)
