@@ -71,12 +71,14 @@ class Stream:
         return [b - a for a, b in zip(self.times, self.times[1:], strict=False) if start < b <= end]
 
 
-async def read(client: EngineClient, prompt: list[int], tokens: int, key: str, into: Stream | None = None) -> Stream:
+async def read(
+    client: EngineClient, prompt: list[int], tokens: int, key: str, into: Stream | None = None, salt: str = ""
+) -> Stream:
     """Run one turn to its end."""
     stream = into or Stream(0.0)
     stream.sent = time.monotonic()
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    async for output in client.submit(prompt, params, conversation=key):
+    async for output in client.submit(prompt, params, conversation=key, salt=salt):
         if output.finish == "error":
             raise RuntimeError(output.error)
         stream.times += [time.monotonic()] * len(output.tokens)
@@ -113,7 +115,7 @@ async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, floa
     """One round: gaps without and with the newcomer, in milliseconds."""
     streams = [Stream(0.0) for _ in range(STREAMS)]
     reading = []
-    for n, stream in enumerate(streams):
+    for stream in streams:
         reading.append(asyncio.create_task(read(client, prompt(pick, 100), 4000, f"s{pick.random()}", stream)))
         while not stream.times:
             await asyncio.sleep(0.01)
@@ -208,14 +210,12 @@ async def pressure(files: ModelFiles) -> list[dict]:
 async def recovery(files: ModelFiles) -> list[dict]:
     """Kill p0, later d0, under eight streams."""
     rows = []
-    prompts = [prompt(random.Random(n), 300) for n in range(8)]
     async with cluster(files, "1P1D", "conserve", max_model_len=4096) as client:
-        plain = await asyncio.gather(*(read(client, p, 150, f"plain{n}") for n, p in enumerate(prompts)))
-        for victim, wait in (("p0", 0.6), ("d0", 0.0)):
+        for victim, wait in (("p0", 1.0), ("d0", 0.0)):
+            prompts = [prompt(random.Random(f"{victim}{n}"), 300) for n in range(8)]
             streams = [Stream(0.0) for _ in prompts]
-            # Other salts than before: nothing is cached of these prompts.
             reading = [
-                asyncio.create_task(read(client, [*p[:-1], p[-1]], 150, f"{victim}{n}", s))
+                asyncio.create_task(read(client, p, 150, f"{victim}{n}", s))
                 for n, (p, s) in enumerate(zip(prompts, streams, strict=True))
             ]
             while wait == 0.0 and not all(len(s.times) > 10 for s in streams):
@@ -228,6 +228,10 @@ async def recovery(files: ModelFiles) -> list[dict]:
                 await asyncio.sleep(0.01)
             back = time.monotonic() - killed
             await asyncio.gather(*reading)
+            # Under another salt nothing is cached: the same prompts once more, and nobody dies.
+            plain = await asyncio.gather(
+                *(read(client, p, 150, f"again{victim}{n}", salt="again") for n, p in enumerate(prompts))
+            )
             silence = max(
                 b - a for s in streams for a, b in zip([s.sent, *s.times], s.times, strict=False) if b > killed
             )

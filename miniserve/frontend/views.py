@@ -272,7 +272,7 @@ def _worker(view: WorkerView, now: float) -> WorkerCard:
         "name": view.name,
         "role": "prefiller" if view.prefiller else "decoder",
         "epoch": view.epoch,
-        "last_heard": now - view.heard if view.heard else 0.0,
+        "last_heard": now - view.heard,
         "turns": view.turns,
         "load": view.load.value,
         "running": stats.running if stats else 0,

@@ -139,14 +139,15 @@ class Scheduler:
         """A worker is ready, or ready again: tell all, and place what waited for room."""
         self._expected.discard(peer.name)
         self.workers[peer.name] = WorkerView(
-            peer.name,
-            prefiller,
-            peer.pool.num_pages,
-            self._max_turns,
-            self._page_tokens,
-            peer.epoch,
-            peer.pool.page_bytes,
-            Speed(self._speed),
+            name=peer.name,
+            prefiller=prefiller,
+            total_pages=peer.pool.num_pages,
+            max_turns=self._max_turns,
+            page_tokens=self._page_tokens,
+            epoch=peer.epoch,
+            page_bytes=peer.pool.page_bytes,
+            speed=Speed(self._speed),
+            heard=now,
         )
         if peer.name not in self.names:
             self.names.append(peer.name)

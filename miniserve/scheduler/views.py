@@ -32,12 +32,16 @@ class WorkerView:
     """Turns whose home it is now, those that are prefilled elsewhere included."""
     queued_prefill_tokens: int = 0
     heard: float = 0.0
-    """When its last report came."""
+    """When its last report came, or when it came up."""
     stats: WorkerStats | None = None
-    load: TimeAverage = field(default_factory=lambda: TimeAverage(LOAD_WINDOW))
+    load: TimeAverage = field(init=False)
     """`turns`, averaged."""
-    prefilling: TimeAverage = field(default_factory=lambda: TimeAverage(LOAD_WINDOW))
+    prefilling: TimeAverage = field(init=False)
     """The share of its time that it spends on prompts."""
+
+    def __post_init__(self) -> None:
+        self.load = TimeAverage(LOAD_WINDOW, self.heard)
+        self.prefilling = TimeAverage(LOAD_WINDOW, self.heard)
 
     @property
     def free(self) -> int:
@@ -79,7 +83,7 @@ class WorkerView:
         for step in report.steps:
             self.speed.observe(step)
         spent = sum(step.seconds for step in report.steps if step.prefill)
-        if self.heard and now > self.heard:
+        if now > self.heard:
             self.prefilling.update(min(spent / (now - self.heard), 1.0), now)
         self.load.update(self.turns, now)
         self.heard = now
