@@ -1,4 +1,4 @@
-"""The command line: `miniserve serve`, `miniserve chat`. Flags are vLLM's wherever vLLM has one."""
+"""The command line: `miniserve serve`, `miniserve chat`, `miniserve top`. Flags are vLLM's wherever vLLM has one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   miniserve serve llama-3.1-8b --max-model-len 16k    an alias, a folder or a hub id
   miniserve serve --topology 1P1D --policy conserve   a prefiller and a decoder
   miniserve chat                                      talk to the server that runs here
+  miniserve top                                       watch it: workers, KV, conversations
 """
 
 
@@ -51,6 +52,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)
+    _add_top(commands)
     return parser
 
 
@@ -271,11 +273,15 @@ def _add_chat(commands: Any) -> None:
         description="Talk to a running server; shows the time to the first token and tokens per second.",
     )
     parser.set_defaults(run=_chat)
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="default: %(default)s")
+    _add_url(parser)
     parser.add_argument("--model", help="default: the server's first")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, help="default: the model's")
     parser.add_argument("--max-tokens", type=_positive, help="most tokens of an answer")
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="default: %(default)s")
     parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
 
 
@@ -285,6 +291,36 @@ def _chat(args: argparse.Namespace) -> int:
     options = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
     given = {name: value for name, value in options.items() if value is not None}
     return chat(args.url, _api_key(args), args.system or "", given)
+
+
+# --- top ------------------------------------------------------------------------------------------------------------
+
+
+def _add_top(commands: Any) -> None:
+    parser = commands.add_parser(
+        "top",
+        help="watch a running server in the terminal",
+        description="Watch a running server: its workers, their KV, the latest conversations. Ctrl-C or q leaves.",
+        epilog="Of workers: `run` and `wait` are requests in the batch and before it, `backlog` prompt tokens to be "
+        "computed, `prefills` the share of time spent on prompts, `512 tok.` and `step` what a prompt of 512 tokens "
+        "and a decode step take. Of KV: pages `reserved` for turns that run, `resident` for what rests between turns.",
+    )
+    parser.set_defaults(run=_top)
+    _add_url(parser)
+    parser.add_argument(
+        "--interval",
+        type=_interval,
+        default=1.0,
+        metavar="SECONDS",
+        help="how often the server is asked; default: %(default)s",
+    )
+    parser.add_argument("--once", action="store_true", help="print what there is now, and end")
+
+
+def _top(args: argparse.Namespace) -> int:
+    from miniserve.frontend.terminal_top import top
+
+    return top(args.url, _api_key(args), args.interval, args.once)
 
 
 # --- values of flags ------------------------------------------------------------------------------------------------
@@ -326,6 +362,10 @@ def _tokens(text: str) -> int:
 
 def _seconds(text: str) -> float:
     return float(_number(text, float, lambda n: 0 <= n < 1e9, "a number of seconds"))
+
+
+def _interval(text: str) -> float:
+    return float(_number(text, float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"))
 
 
 def _fraction(text: str) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from miniserve.cluster.messages import TokenLogprob, TurnOutput, WorkerStats
+from miniserve.cluster.messages import Move, Peer, PoolInfo, Report, StepTime, TokenLogprob, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
+from miniserve.scheduler.policies import make_policy
+from miniserve.scheduler.scheduler import Command, Scheduler
 from miniserve.scheduler.views import Link
 
 STATS = WorkerStats(
@@ -80,6 +83,74 @@ class FakeTurn:
                 return
 
 
+@dataclass
+class Played:
+    """A real scheduler with the workers p0 and d0, whose reports are made up. `now` is its clock, in seconds; one turn
+    runs at a time."""
+
+    now: float
+    notes: bool = False
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(
+            make_policy("conserve"), 16, max_turns=1, max_queued=8, policy_name="conserve", notes=self.notes
+        )
+        self.commands: list[Command] = []
+        for name in ("p0", "d0"):
+            peer = Peer(name, 1, name, PoolInfo(1, 1, 100, 4096, ""))
+            self.commands += self.scheduler.worker_up(peer, prefiller=name == "p0", now=self.now)
+
+    def submit(self, turn: str, tokens: list[int], key: str = "", *, tool: bool = False) -> None:
+        params = SamplingParams(max_tokens=16)
+        self.commands += self.scheduler.submit(turn, tokens, params, 0, key, "", self.now, tool=tool)
+
+    def report(
+        self, worker: str, *outputs: TurnOutput, moves: Sequence[Move] = (), steps: Sequence[StepTime] = ()
+    ) -> None:
+        report = Report(list(outputs), list(moves), STATS, list(steps))
+        self.commands += self.scheduler.on_report(worker, report, self.now)
+
+    def first(self, turn: str, *, waited: float, prefill: float, exposed: float = 0.0, cached: int = 0) -> None:
+        """The first token, `waited + prefill + exposed` seconds from now. With `exposed`, p0 has prefilled, and four
+        pages went to d0."""
+        self.now += waited + prefill + exposed
+        run = f"{turn}.1"
+        moves = [Move(run, "p0", 4, 4 * 4096, 2 * exposed, exposed)] if exposed else []
+        output = TurnOutput(run, 0, [7], cached_tokens=cached, waited=waited, prefill=prefill)
+        self.report("d0", output, moves=moves, steps=[StepTime(64, 2048, 0, 0, prefill)])
+
+    def end(self, turn: str, *, decode: float) -> None:
+        """Two more tokens, the last one `decode` seconds from now."""
+        self.now += decode
+        self.report("d0", TurnOutput(f"{turn}.1", 1, [8, 9], finish="stop"), steps=[StepTime(0, 0, 1, 64, decode / 2)])
+
+
+def played(now: float) -> Scheduler:
+    """What has come to pass by `now`: conversation "c1" has had two turns, "team/a" and number 3, which has no key, one
+    each; one of "busy" runs, and one of "late" is queued."""
+    play = Played(now - 100)
+    play.submit("a", [1] * 60, "c1")
+    play.first("a", waited=0.25, prefill=1.0, exposed=0.5)
+    play.now += 0.25
+    play.submit("b", [2] * 60, "team/a")  # waits until a has ended
+    play.end("a", decode=0.75)
+    play.first("b", waited=0.0, prefill=1.0, exposed=0.25)
+    play.end("b", decode=1.0)
+    play.now += 10
+    play.submit("c", [1] * 60 + [7, 8, 9] + [3] * 20, "c1", tool=True)
+    play.first("c", waited=0.5, prefill=0.25, cached=48)
+    play.end("c", decode=1.0)
+    play.submit("d", [4] * 60)
+    play.first("d", waited=0.0, prefill=1.0, exposed=0.25)
+    play.end("d", decode=1.0)
+    play.now = now - 2
+    play.submit("e", [5] * 60, "busy")
+    play.first("e", waited=0.0, prefill=0.5, exposed=0.25)
+    play.submit("f", [6] * 60, "late")
+    play.report("p0")
+    return play.scheduler
+
+
 class FakeClient:
     """The interface of `EngineClient`. `play` are keyword arguments of the turns to come, or makes them."""
 
@@ -96,6 +167,7 @@ class FakeClient:
         self.placements = {("p0", "d0"): 2, ("d0", "d0"): 1}
         self.queued, self.running, self.active = 4, 5, 9
         self.policy_name = "conserve"
+        self.scheduler = played(time.monotonic())
 
     def check_room(self) -> None:
         if self.refuse is not None:
