@@ -111,12 +111,12 @@ class Played:
         self.commands += self.scheduler.on_report(worker, report, self.now)
 
     def first(self, turn: str, *, waited: float, prefill: float, exposed: float = 0.0, cached: int = 0) -> None:
-        """The first token, `waited + prefill + exposed` seconds from now. With `exposed`, p0 has prefilled, and four
-        pages went to d0."""
-        self.now += waited + prefill + exposed
+        """The first token, `waited + prefill` seconds from now. With `exposed`, p0 has prefilled, and four pages went
+        to d0."""
+        self.now += waited + prefill
         run = f"{turn}.1"
         moves = [Move(run, "p0", 4, 4 * 4096, 2 * exposed, exposed)] if exposed else []
-        output = TurnOutput(run, 0, [7], cached_tokens=cached, waited=waited, prefill=prefill)
+        output = TurnOutput(run, 0, [7], cached_tokens=cached, prefill=prefill)
         self.report("d0", output, moves=moves, steps=[StepTime(64, 2048, 0, 0, prefill)])
 
     def end(self, turn: str, *, decode: float) -> None:

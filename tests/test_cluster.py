@@ -80,13 +80,23 @@ async def settled(client: EngineClient) -> None:
     assert all(w.reserved == 0 and w.turns == 0 for w in client.scheduler.workers.values())
 
 
-@pytest.mark.parametrize("policy", ["colocated", "conserve"])
-@pytest.mark.parametrize("topology", ["1D", "2D", "1P1D", "1P2D"])
-async def test_parity(tiny_models, topology, policy):
-    arch = {"1D": "qwen2", "2D": "llama3", "1P1D": "qwen3", "1P2D": "mistral"}[topology]
+@pytest.mark.parametrize(
+    ("topology", "policy", "transfer"),
+    [
+        ("1D", "colocated", "mapped"),
+        ("2D", "observe", "mapped"),
+        ("1P1D", "conserve", "mapped"),
+        ("1P1D", "disaggregated", "collective"),
+        ("1P2D", "observe", "collective"),
+        ("1P2D", "conserve", "collective"),
+        ("2P2D", "ampd", "mapped"),
+    ],
+)
+async def test_parity(tiny_models, topology, policy, transfer):
+    arch = {"1D": "qwen2", "2D": "llama3", "1P1D": "qwen3", "1P2D": "mistral", "2P2D": "llama"}[topology]
     items = prompts(12, seed=1, longest=200)
     texts = reference(tiny_models[arch], items, TOKENS)
-    async with cluster(tiny_models[arch], topology, policy) as client:
+    async with cluster(tiny_models[arch], topology, policy, kv_transfer=transfer) as client:
         assert await collect(client, items[0], greedy()) == texts[0]
         together = await asyncio.gather(*(collect(client, item, greedy()) for item in items))
         assert together == texts
@@ -95,7 +105,9 @@ async def test_parity(tiny_models, topology, policy):
         again = await asyncio.gather(*(collect(client, item, greedy(16)) for item in longer))
         assert again == reference(tiny_models[arch], longer, 16)
         moved = sum(h.count for h in client.handoffs.values())
-        assert moved == (len(items) + 1 if "P" in topology and policy == "conserve" else 0)
+        if policy in ("colocated", "conserve", "disaggregated"):
+            turns = {"colocated": 0, "conserve": len(items) + 1, "disaggregated": 2 * len(items) + 1}
+            assert moved == turns[policy]
         await settled(client)
 
 

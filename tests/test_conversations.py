@@ -180,6 +180,7 @@ def test_an_idle_conversation_is_small():
     all = Conversations(16)
     prompts = [[pick.randrange(50_000) for _ in range(250)] for _ in range(count)]
     chains = [[page_chain(p[: 50 * (turn + 1)], "", 16) for turn in range(5)] for p in prompts]
+    record = TurnRecord(*[1.5] * len(TurnRecord._fields))
     tracemalloc.start()
     before = tracemalloc.take_snapshot()
     for p, of_turns in zip(prompts, chains, strict=True):
@@ -188,7 +189,7 @@ def test_an_idle_conversation_is_small():
             conversation.turns += 1
             conversation.tokens = 50 * (turn + 1)
             conversation.last_end = turn + 0.25
-            conversation.history.append(TurnRecord(*[1.5] * len(TurnRecord._fields)))
+            conversation.history.append(record)
     size = sum(s.size_diff for s in tracemalloc.take_snapshot().compare_to(before, "filename")) / count
     tracemalloc.stop()
     assert len(all) == count
@@ -219,6 +220,7 @@ def test_history_keeps_the_last_turns_as_they_were():
                 -1,
                 True,
                 1,
+                2,
             )
         )
     rows = list(history)

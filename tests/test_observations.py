@@ -108,7 +108,7 @@ def test_averages() -> None:
 
 
 def record(turn: int, output: int, gap: float = -1.0) -> TurnRecord:
-    return TurnRecord(turn, 0, gap, 100, 10, 0, output, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, False, 1)
+    return TurnRecord(turn, 0, gap, 100, 10, 0, output, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, False, 1, 0)
 
 
 def test_output_is_what_this_conversation_has_shown_then_what_all_have() -> None:

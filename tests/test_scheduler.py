@@ -244,10 +244,10 @@ def test_notes_are_made_only_where_somebody_reads_them() -> None:
     assert len(decision.options) == 2
     assert decision.options[0].cost > 0
     _, run = run_of(commands)
-    commands = tell(made, "d0", run.turn, 0, 5, 2.0, finish="stop", cached_tokens=16, waited=0.25, prefill=0.5)
+    commands = tell(made, "d0", run.turn, 0, 5, 2.0, finish="stop", cached_tokens=16, prefill=0.5)
     (outcome,) = (c.record for c in commands if isinstance(c, Note))
     assert outcome.run == decision.run == run.turn
-    assert (outcome.cached, outcome.waited, outcome.prefill, outcome.finish) == (16, 0.25, 0.5, "stop")
+    assert (outcome.cached, outcome.waited, outcome.prefill, outcome.finish) == (16, 1.5, 0.5, "stop")
     assert outcome.expected_first_token == decision.options[0].first_token
     assert outcome.first_token == 2.0
 

@@ -84,7 +84,7 @@ def test_all_there_is_fits_on_a_usual_terminal() -> None:
     assert row(lines, "worker") == titles.split()
     workers = lines.index(next(line for line in lines if line.startswith("worker")))
     assert lines[workers + 2].split()[:8] == ["d0", "decoder", "1", "1", "1", "0", "0", "1%"]
-    assert lines[workers + 2].split()[-3:] == ["3", "1.2", "s"]
+    assert lines[workers + 2].split()[-3:] == ["3", "1.5", "s"]
     kv = lines.index(next(line for line in lines if line.startswith("KV pages")))
     assert lines[kv].split()[-5:] == ["held", "cached", "free", "reserved", "resident"]
     assert lines[kv + 2].split()[2:] == ["25", "15", "60", "4", "14"]

@@ -54,7 +54,7 @@ class TokenLogprob(Wire, frozen=True):
 class TurnOutput(Wire, frozen=True):
     """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn).
     `turn` is what `Run` called it. With a turn's first output come `cached_tokens` (prompt tokens whose KV was found)
-    and, in seconds, how long it `waited` at the worker for pages and how long its `prefill` took from then on."""
+    and the seconds that its `prefill` took from when it got its pages."""
 
     turn: str
     index: int
@@ -63,7 +63,6 @@ class TurnOutput(Wire, frozen=True):
     finish: FinishReason | None = None
     stop_token: int | None = None
     cached_tokens: int | None = None
-    waited: float = 0.0
     prefill: float = 0.0
     error: str = ""
 

@@ -23,8 +23,9 @@ class DecisionLog:
     def __init__(self, path: str, policy: str, now: float) -> None:
         try:
             self._file = Path(path).expanduser().open("ab", buffering=0)
-        except OSError as error:
-            raise ConfigError(f"--decision-log {path!r} cannot be written to: {error.strerror or error}.") from error
+        except (OSError, RuntimeError) as error:  # the latter for a home directory of nobody
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--decision-log {path!r} cannot be written to: {reason}.") from error
         self._broken = False
         self._line({"kind": "start", "policy": policy, "time": now, "unix_time": time.time()})
 

@@ -171,9 +171,7 @@ WORKER_COLUMNS: Sequence[Column[WorkerCard]] = (
     Column("512 tok.", 7, lambda w: _took(w["rates"]["prefill_512"])),
     Column("step", 6, lambda w: _took(w["rates"]["decode_step"])),
     Column("preempted", 9, lambda w: f"{w['preemptions']:,}"),
-    Column(
-        "heard", 5, lambda w: _span(w["last_heard"]), style=lambda w: "red" if w["last_heard"] > SILENT_SECONDS else ""
-    ),
+    Column("heard", 5, lambda w: _span(w["last_heard"]), style=lambda w: "red" if _silent(w) else ""),
 )
 KV_COLUMNS: Sequence[Column[WorkerCard]] = (
     Column("KV pages", 0, lambda w: clean(w["name"]), left=True),
@@ -221,11 +219,19 @@ def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _took(seconds: float) -> str:
+def _took(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{int(seconds < 0.1)}f} ms"
 
 
-def _span(seconds: float) -> str:
+def _silent(worker: WorkerCard) -> bool:
+    return (worker["last_heard"] or 0.0) > SILENT_SECONDS
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= unit:
             return f"{seconds / unit:.0f} {name}"

@@ -7,7 +7,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from miniserve.scheduler.conversations import Conversation
-from miniserve.scheduler.history import TurnRecord
+from miniserve.scheduler.history import FINISHES, TurnRecord
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import Turn
 from miniserve.scheduler.views import WorkerView
@@ -41,8 +41,9 @@ class ConversationList(TypedDict):
 
 
 class Phases(TypedDict):
-    """Where a turn's time went, in seconds. `first_token` counts from the arrival, and so does nothing else; `transfer`
-    is the copying of KV, of which `exposed` was not hidden behind the prefill."""
+    """Where a turn's time went, in seconds: `queued` for a placement, `waited` at its workers, `prefill`, which make up
+    the time to the `first_token`, and `decode`. Beside these, `transfer` is the copying of KV, of which `exposed` was
+    not hidden behind the prefill."""
 
     queued: float
     waited: float
@@ -69,6 +70,7 @@ class TurnCard(TypedDict):
     prefill_at: str
     moved_pages: int
     runs: int
+    finish: str
     phases: Phases
 
 
@@ -107,11 +109,12 @@ class Kv(TypedDict):
 
 
 class Rates(TypedDict):
-    """What was measured of a worker, in seconds: prompts of 512 and 2,048 tokens, and a decode step as it is now."""
+    """What was measured of a worker, in seconds: prompts of 512 and 2,048 tokens, and a decode step as it is now; null
+    before there was any."""
 
-    prefill_512: float
-    prefill_2048: float
-    decode_step: float
+    prefill_512: float | None
+    prefill_2048: float | None
+    decode_step: float | None
 
 
 class WorkerCard(TypedDict):
@@ -120,7 +123,7 @@ class WorkerCard(TypedDict):
     name: str
     role: Literal["prefiller", "decoder"]
     epoch: int
-    last_heard: float
+    last_heard: float | None
     turns: int
     load: float
     running: int
@@ -157,12 +160,12 @@ class WorkerList(TypedDict):
 
 def conversation_list(scheduler: Scheduler, now: float, limit: int) -> ConversationList:
     """The `limit` latest conversations."""
-    states = _states(scheduler)
+    turns = _running_turns(scheduler)
     latest = scheduler.conversations.latest(min(limit, MOST_LISTED))
     return {
         "object": "list",
         "total": len(scheduler.conversations),
-        "data": [_card(conversation, states, now) for conversation in latest],
+        "data": [_card(conversation, turns.get(id(conversation), []), now) for conversation in latest],
     }
 
 
@@ -172,10 +175,11 @@ def conversation_detail(scheduler: Scheduler, key: str, now: float) -> Conversat
     found = scheduler.conversations.get(key) or (None if number is None else scheduler.conversations.get(number))
     if found is None:
         return None
+    turns = _running_turns(scheduler).get(id(found), [])
     return {
-        **_card(found, _states(scheduler), now),
+        **_card(found, turns, now),
         "history": [_turn(record, scheduler.names) for record in found.history],
-        "running": [_running(turn, now) for turn in scheduler.turns if turn.conversation is found],
+        "running": [_running(turn, now) for turn in turns],
     }
 
 
@@ -202,24 +206,24 @@ def worker_list(scheduler: Scheduler, policy: str, now: float) -> WorkerList:
     }
 
 
-def _states(scheduler: Scheduler) -> dict[int, Literal["running", "queued"]]:
-    """By the identity of conversations with turns: whether one of them runs."""
-    states: dict[int, Literal["running", "queued"]] = {}
+def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
+    """By the identity of conversations: their turns that wait or run."""
+    turns: dict[int, list[Turn]] = {}
     for turn in scheduler.turns:
-        if turn.home or id(turn.conversation) not in states:
-            states[id(turn.conversation)] = "running" if turn.home else "queued"
-    return states
+        turns.setdefault(id(turn.conversation), []).append(turn)
+    return turns
 
 
-def _card(conversation: Conversation, states: dict[int, Literal["running", "queued"]], now: float) -> ConversationCard:
+def _card(conversation: Conversation, turns: list[Turn], now: float) -> ConversationCard:
+    placed = [turn for turn in turns if turn.home]
     return {
         "id": str(conversation.key),
         "object": "conversation",
-        "state": states.get(id(conversation), "idle"),
+        "state": "running" if placed else "queued" if turns else "idle",
         "home": conversation.home or None,
         "turns": conversation.turns,
         "tokens": conversation.tokens,
-        "kv_pages": conversation.resident,
+        "kv_pages": conversation.resident + sum(turn.pages for turn in placed),
         "moves": conversation.moves,
         "edits": conversation.edits,
         "age": now - conversation.began,
@@ -241,6 +245,7 @@ def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
         "prefill_at": names[record.prefill_at if record.prefill_at >= 0 else record.home],
         "moved_pages": record.moved_pages,
         "runs": record.runs,
+        "finish": FINISHES[record.finish],
         "phases": {
             "queued": record.queued,
             "waited": record.waited,
@@ -256,7 +261,7 @@ def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
 def _running(turn: Turn, now: float) -> RunningTurn:
     return {
         "request": turn.id,
-        "state": "decode" if turn.delivered else "prefill" if turn.home else "queued",
+        "state": "queued" if not turn.home else "decode" if turn.delivered else "prefill",
         "age": now - turn.arrived,
         "prompt_tokens": turn.given,
         "output_tokens": turn.delivered,
@@ -272,7 +277,7 @@ def _worker(view: WorkerView, now: float) -> WorkerCard:
         "name": view.name,
         "role": "prefiller" if view.prefiller else "decoder",
         "epoch": view.epoch,
-        "last_heard": now - view.heard,
+        "last_heard": now - view.heard if stats else None,
         "turns": view.turns,
         "load": view.load.value,
         "running": stats.running if stats else 0,
@@ -293,8 +298,10 @@ def _worker(view: WorkerView, now: float) -> WorkerCard:
             "host_used": stats.host_pages if stats else 0,
         },
         "rates": {
-            "prefill_512": view.speed.prefill(512),
-            "prefill_2048": view.speed.prefill(2048),
-            "decode_step": view.speed.decode(max(view.turns, 1), view.tokens_in_use),
+            "prefill_512": view.speed.prefill(512) if view.speed.knows_prefill else None,
+            "prefill_2048": view.speed.prefill(2048) if view.speed.knows_prefill else None,
+            "decode_step": view.speed.decode(max(view.turns, 1), view.tokens_in_use)
+            if view.speed.knows_decode
+            else None,
         },
     }

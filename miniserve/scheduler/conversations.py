@@ -97,6 +97,9 @@ class Conversations:
         conversation, parent, known = self._by_key.get(key) if key else None, None, 0
         if conversation is not None:
             known = self._prefix_of(conversation, tokens, chain)
+            before = conversation.marks[-1]
+            same = self._prompts.mark(tokens, chain) == before
+            conversation.edits += not same and not self._prompts.begins(before, tokens, chain)
         elif not key:
             parent, place = self._longest_prefix(tokens, chain)
             if parent is not None:

@@ -12,14 +12,18 @@ TURNS = 16
 """Turns of a conversation that are remembered one by one: behaviour changes, and memory is bounded."""
 
 
+FINISHES = ("stop", "length", "abort", "error")
+
+
 class TurnRecord(NamedTuple):
     """One turn that has ended. Times in seconds; lengths in tokens.
 
-    `arrived` counts from the conversation's first turn, `gap` from the end of the turn before (-1 where there was
-    none). The phases follow each other: `queued` for a placement, `waited` at the worker for pages, `prefill` with what
-    was `exposed` of the handoff, then `decode`. `first_token` counts from the arrival. `transfer` is the time of
-    copying, most of it beside the prefill. `home` and `prefill_at` are numbers of workers (-1 for none); `tool` is
-    whether the prompt ended in a tool's result: the turn before has called one.
+    `arrived` counts from the conversation's first turn, `gap` from the end of the turn before (-1 where none was). The
+    phases follow each other: `queued` for a placement, `waited` at its workers for steps of others and for pages,
+    `prefill`; these make up the time to the `first_token`; then `decode`. Beside them: `transfer` is the time of
+    copying KV, `exposed` what of it began when the prefill was done (so it is part of `decode`) or held up a prefill.
+    `home` and `prefill_at` are numbers of workers (-1 for none); `tool` is whether the prompt ended in a tool's result:
+    the turn before has called one.
     """
 
     turn: int
@@ -41,6 +45,8 @@ class TurnRecord(NamedTuple):
     prefill_at: int
     tool: bool
     runs: int
+    finish: int
+    """Which of `FINISHES`."""
 
 
 COLUMNS = len(TurnRecord._fields)

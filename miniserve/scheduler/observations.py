@@ -172,6 +172,16 @@ class Speed:
         self._prefill = Plane(3)
         self._chunk = 1
 
+    @property
+    def knows_prefill(self) -> bool:
+        """Whether it has computed prompts itself."""
+        return self._prefill.measured
+
+    @property
+    def knows_decode(self) -> bool:
+        """Whether it has made decode steps itself."""
+        return self._decode.measured
+
     def observe(self, step: StepTime) -> None:
         """A step was made."""
         if self._fleet is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from miniserve.scheduler.history import TurnRecord
+from miniserve.scheduler.history import FINISHES, TurnRecord
 from miniserve.scheduler.placement import Need, Option, Placement
 from miniserve.scheduler.turns import Turn
 from miniserve.scheduler.views import Cluster
@@ -117,7 +117,7 @@ def outcome(turn: Turn, finish: str, now: float) -> Outcome:
         output=turn.delivered,
         expected_first_token=turn.chosen.first_token if turn.chosen else None,
         first_token=first - turn.placed,
-        waited=phases.waited,
+        waited=turn.waited(now),
         prefill=phases.prefill,
         transfer=phases.transfer,
         exposed=phases.exposed,
@@ -126,7 +126,7 @@ def outcome(turn: Turn, finish: str, now: float) -> Outcome:
     )
 
 
-def remembered(turn: Turn, names: list[str], now: float) -> TurnRecord:
+def remembered(turn: Turn, names: list[str], finish: str, now: float) -> TurnRecord:
     """Of a turn that has ended, for its conversation's history. `names` are all workers, in the order of their
     numbers."""
     phases, first = turn.phases, turn.first_token or now
@@ -139,7 +139,7 @@ def remembered(turn: Turn, names: list[str], now: float) -> TurnRecord:
         cached=phases.cached,
         output=turn.delivered,
         queued=turn.placed - turn.arrived,
-        waited=phases.waited,
+        waited=turn.waited(now),
         prefill=phases.prefill,
         transfer=phases.transfer,
         exposed=phases.exposed,
@@ -150,4 +150,5 @@ def remembered(turn: Turn, names: list[str], now: float) -> TurnRecord:
         prefill_at=names.index(turn.prefill_at) if turn.prefill_at else -1,
         tool=turn.tool,
         runs=turn.runs,
+        finish=FINISHES.index(finish),
     )

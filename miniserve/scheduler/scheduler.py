@@ -302,10 +302,10 @@ class Scheduler:
 
     def _begun(self, turn: Turn, first: TurnOutput, now: float) -> None:
         """A run has given its first token: its prompt is computed."""
-        turn.first_token = turn.first_token or now
-        turn.phases.waited, turn.phases.prefill = first.waited, first.prefill
-        turn.phases.cached = first.cached_tokens or 0
         self._return_lent(turn)
+        if not turn.first_token:
+            turn.first_token = now
+            turn.phases.prefill, turn.phases.cached = first.prefill, first.cached_tokens or 0
         if turn.prefill_at:
             turn.conversation.copy_at, turn.conversation.copy_tokens = turn.prefill_at, turn.given
             self._prefixes.add(turn.chain, turn.prefill_at)
@@ -356,7 +356,7 @@ class Scheduler:
             conversation.turns += 1
             conversation.tokens = len(turn.tokens)
             if turn.first_token:
-                record = remembered(turn, self.names, now)
+                record = remembered(turn, self.names, finish, now)
                 conversation.history.append(record)
                 self.fleet.ended(record)
         else:
@@ -417,8 +417,8 @@ class Scheduler:
         self.placements[key] = self.placements.get(key, 0) + 1
         turn.runs += 1
         turn.run = f"{turn.id}.{turn.runs}"
-        turn.placed = turn.placed or now
-        turn.phases = Phases()
+        if not turn.first_token:
+            turn.placed, turn.phases = now, Phases()
         turn.chosen = next(
             (o for o in placement.options if (o.home, o.prefill_at) == (home.name, placement.prefill_at)), None
         )

@@ -12,9 +12,8 @@ from miniserve.scheduler.placement import Option
 
 @dataclass
 class Phases:
-    """Of the run that went through: seconds, and tokens found and moved. See `history.TurnRecord`."""
+    """Of the run that gave the first token: seconds, and tokens found and moved. See `history.TurnRecord`."""
 
-    waited: float = 0.0
     prefill: float = 0.0
     transfer: float = 0.0
     exposed: float = 0.0
@@ -57,11 +56,16 @@ class Turn:
     lent_pages: int = 0
     """What the ledger holds for it at `prefill_at`, until its first token."""
     placed: float = 0.0
+    """When the run began that gave the first token."""
     first_token: float = 0.0
     phases: Phases = field(default_factory=Phases)
     chosen: Option | None = None
     early: dict[int, TurnOutput] = field(default_factory=dict)
     """Outputs that overtook an earlier one: first tokens come from P, the next ones from D."""
+
+    def waited(self, now: float) -> float:
+        """Seconds between the placement and the first token in which its prompt was not computed."""
+        return max((self.first_token or now) - self.placed - self.phases.prefill, 0.0)
 
     @property
     def delivered(self) -> int:

@@ -61,8 +61,8 @@ class Sequence:
         """Full pages that the prefix cache knows."""
         self.cached: int | None = None
         """Tokens whose KV was found when the turn was first admitted."""
-        self.added = self.admitted = 0.0
-        """When it came, and when it got its pages (seconds of the engine's clock)."""
+        self.admitted = 0.0
+        """When it first got its pages (seconds of the engine's clock)."""
         self.finish: FinishReason | None = None
         self.stop_token: int | None = None
         self._root = root
