@@ -93,7 +93,7 @@ def test_all_there_is_fits_on_a_usual_terminal() -> None:
     titles = "conversation state home turns tokens KV pages moves edits idle"
     assert row(lines, "conversation") == titles.split()
     assert row(lines, "late") == ["late", "queued", "0", "0", "0", "0", "0"]
-    assert row(lines, "busy") == ["busy", "running", "d0", "0", "0", "0", "0", "0"]
+    assert row(lines, "busy") == ["busy", "running", "d0", "0", "0", "4", "0", "0"]
     assert row(lines, "c1") == ["c1", "idle", "d0", "2", "86", "6", "0", "0", "1", "min"]
 
 
