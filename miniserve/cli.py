@@ -176,6 +176,20 @@ def _add_serve(commands: Any) -> None:
         help="find KV of known prefixes; default: on",
     )
     memory.add_argument(
+        "--swap-space",
+        type=_checked(parse_bytes),
+        default=0,
+        metavar="SIZE",
+        help="host memory for KV that had to leave the pool, like 4GiB; default: none",
+    )
+    memory.add_argument(
+        "--kv-eviction",
+        choices=("expected", "lru"),
+        default="expected",
+        help="expected: the KV that is needed least leaves first, as its conversation was observed; lru: the least "
+        "recently used; default: %(default)s",
+    )
+    memory.add_argument(
         "--handoff-deadline",
         type=_seconds,
         default=30.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -81,6 +82,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int | None = None
     max_num_seqs: int = 256
     enable_prefix_caching: bool = True
+    swap_space: int = 0
+    """Bytes of host memory for KV that was evicted from the pool."""
+    kv_eviction: Literal["expected", "lru"] = "expected"
+    """`expected`: the KV that is needed least goes first; `lru`: the least recently used."""
     cpu_kernels: str = "auto"
     """`auto`: compiled at first use where there is a compiler; `torch`: without them."""
     threads: int = 0

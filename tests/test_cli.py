@@ -96,7 +96,8 @@ def test_every_flag_arrives() -> None:
     assert config(
         "my/model --load-format dummy --dtype bfloat16 --device cpu --max-model-len 32K --block-size 32 "
         "--kv-cache-memory 2GiB --gpu-memory-utilization 0.5 --max-num-batched-tokens 2k --max-num-seqs 7 "
-        "--no-enable-prefix-caching --threads 3 --handoff-deadline 5 --topology 1P3D --policy colocated "
+        "--no-enable-prefix-caching --swap-space 4GiB --kv-eviction lru "
+        "--threads 3 --handoff-deadline 5 --topology 1P3D --policy colocated "
         "--served-model-name a b --host 0.0.0.0 --port 0 --api-key secret --chat-template x.jinja "
         "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug "
         "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25"
@@ -113,6 +114,8 @@ def test_every_flag_arrives() -> None:
             max_num_batched_tokens=2000,
             max_num_seqs=7,
             enable_prefix_caching=False,
+            swap_space=4 * 2**30,
+            kv_eviction="lru",
             threads=3,
             handoff_deadline=5.0,
             cpu_kernels="torch",

@@ -10,7 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from miniserve.config import ConfigError, EngineConfig
+from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
 from miniserve.model.config import ModelConfig
@@ -66,6 +67,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
     threads = sizing.prepare_cpu(config) if device.type == "cpu" else 1
     shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
+    num_slots = sizing.swap_pages(config, shape)
     if device.type == "cpu":
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         estimate = model.num_parameters * dtype.itemsize
@@ -93,16 +95,25 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     if device.type != "cpu":
         num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, weights.num_bytes, device)
     memory = KVMemory(shape, num_pages, device)
+    host = HostPool(memory, num_slots, order=config.kv_eviction) if num_slots else None
+    if host is not None:
+        kv_note += f"; {num_slots} pages = {format_bytes(num_slots * shape.bytes)} of swap space"
     phase("kv")
     default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
     transformer = Transformer(model, weights, ops, max_model_len)
     engine = Engine(
         Runner(transformer, memory, eos_token_ids(folder, hf_config, model.vocab_size), device),
-        PagePool(num_pages, caching=config.enable_prefix_caching),
+        PagePool(
+            num_pages,
+            caching=config.enable_prefix_caching,
+            order=config.kv_eviction,
+            on_evict=host.store if host is not None else None,
+        ),
         page_tokens=config.block_size,
         max_num_batched_tokens=config.max_num_batched_tokens or default_budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
+        host=host,
     )
     identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, config.load_format]
     layout = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()

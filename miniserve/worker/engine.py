@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from miniserve.cluster.messages import StepTime, TokenLogprob, TurnOutput
+from miniserve.cluster.messages import Keep, StepTime, TokenLogprob, TurnOutput
+from miniserve.kv.host import HostPool
 from miniserve.kv.pages import OutOfPages, PagePool
 from miniserve.worker.runner import Runner
 from miniserve.worker.sequence import Sequence, Status
@@ -42,7 +43,8 @@ class Step:
 
 
 class Engine:
-    """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool.
+    """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool. `host`, if
+    any, keeps what `pool` evicts.
 
     Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for
     all the tokens it was admitted with, so a prefill never runs out in the middle.
@@ -57,9 +59,11 @@ class Engine:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
+        host: HostPool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
+        self.host = host
         self.counters = Counters()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -113,13 +117,15 @@ class Engine:
             self.running.remove(sequence)
         sequence.status = Status.FINISHED
         if not keep_pages:
-            self.pool.release(sequence.pages)
+            self.pool.release(sequence.pages, sequence.keep, self._clock())
             sequence.pages = []
 
     def reset(self) -> None:
         """Forget the prefix cache and the counters. Only while nothing is here."""
         assert not self._turns
         self.pool.clear()
+        if self.host is not None:
+            self.host.clear()
         self.counters = Counters()
 
     # --- admission --------------------------------------------------------------------------------------------------
@@ -131,23 +137,28 @@ class Engine:
         """
         receiving: list[Sequence] = []
         deferred: list[Sequence] = []
+        now = self._clock()
         while self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
-            matched = self._match(sequence)
-            if self._is_being_computed(sequence, len(matched)):
+            matched, slots = self._match(sequence)
+            found = len(matched) + len(slots)
+            if self._is_being_computed(sequence, found):
                 # Somebody computes the next page of this prefix right now: wait for it instead of doing it twice.
-                self.pool.release(matched)
+                self._unmatch(sequence, matched, slots, now)
                 deferred.append(self.waiting.popleft())
                 continue
             count = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
             reserve = self._watermark if self.running else 0
             if count + reserve > self.pool.num_available:
-                self.pool.release(matched)
+                self._unmatch(sequence, matched, slots, now)
                 break
             self.waiting.popleft()
-            sequence.pages = matched + self.pool.allocate(count)
-            sequence.computed = len(matched) * self.page_tokens
+            sequence.pages = matched + self.pool.allocate(count, now)
+            sequence.computed = found * self.page_tokens
             sequence.registered = len(matched)
+            if self.host is not None and slots:
+                self.host.restore(slots, sequence.pages[len(matched) : found])
+                self.register(sequence)
             if sequence.cached is None:
                 sequence.admitted = self._clock()
                 sequence.cached = sequence.computed
@@ -162,10 +173,20 @@ class Engine:
         self.waiting.extendleft(reversed(deferred))
         return receiving
 
-    def _match(self, sequence: Sequence) -> list[int]:
-        """Cached pages for the prefix. The last token is always computed: its logits give the next one."""
-        usable = (len(sequence.tokens) - 1) // self.page_tokens
-        return self.pool.match(sequence.hashes(self.page_tokens)[:usable])
+    def _match(self, sequence: Sequence) -> tuple[list[int], list[int]]:
+        """Cached pages for the prefix, and slots of host memory for what follows them.
+
+        The last token is always computed: its logits give the next one.
+        """
+        hashes = sequence.hashes(self.page_tokens)[: (len(sequence.tokens) - 1) // self.page_tokens]
+        pages = self.pool.match(hashes)
+        return pages, self.host.match(hashes[len(pages) :], sequence.keep) if self.host is not None else []
+
+    def _unmatch(self, sequence: Sequence, pages: list[int], slots: list[int], now: float) -> None:
+        """Give back what `_match` found for a sequence that has to wait; nothing is needed sooner."""
+        self.pool.release(pages, _soon(sequence), now)
+        if self.host is not None:
+            self.host.release(slots, _soon(sequence), now)
 
     def _is_being_computed(self, sequence: Sequence, matched: int) -> bool:
         """Whether a running prefill will soon register the page after the first `matched` ones."""
@@ -223,7 +244,7 @@ class Engine:
         if full > sequence.registered:
             hashes = sequence.hashes(self.page_tokens)
             for page in range(sequence.registered, full):
-                self.pool.register(sequence.pages[page], hashes[page])
+                self.pool.register(sequence.pages[page], hashes[page], hashes[page - 1] if page else None)
             sequence.registered = full
 
     def _schedule(self) -> list[tuple[Sequence, int]]:
@@ -249,7 +270,7 @@ class Engine:
             return True
         while True:
             try:
-                sequence.pages += self.pool.allocate(1)
+                sequence.pages += self.pool.allocate(1, self._clock())
                 return True
             except OutOfPages:
                 # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
@@ -262,7 +283,7 @@ class Engine:
         """Give up the KV; it is recomputed, or found in the prefix cache, when there is room again."""
         self.counters.preemptions += 1
         self.running.remove(sequence)
-        self.pool.release(sequence.pages)
+        self.pool.release(sequence.pages, _soon(sequence), self._clock())
         sequence.pages = []
         sequence.computed = sequence.registered = 0
         sequence.prefill_at = sequence.history_at = ""
@@ -283,6 +304,12 @@ class Engine:
             waited=sequence.admitted - sequence.added if first else 0.0,
             prefill=now - sequence.admitted if first else 0.0,
         )
+
+
+def _soon(sequence: Sequence) -> Keep:
+    """What is known of the conversation of a waiting sequence: it needs its pages as soon as there is room."""
+    keep = sequence.keep
+    return Keep(keep.conversation, gap=1.0, chance=1.0, page_seconds=keep.page_seconds)
 
 
 def _timed(batch: list[tuple[Sequence, int]], seconds: float) -> StepTime:

@@ -207,6 +207,7 @@ class Worker:
 
     def _stats(self) -> WorkerStats:
         engine, pool, counters = self._engine, self._engine.pool, self._engine.counters
+        host = engine.host
         return WorkerStats(
             total_pages=pool.num_pages,
             free_pages=pool.num_free,
@@ -223,6 +224,10 @@ class Worker:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             busy_seconds=self._busy,
+            host_total=host.num_pages if host else 0,
+            host_pages=host.num_used if host else 0,
+            offloaded=host.offloaded if host else 0,
+            restored=host.restored if host else 0,
         )
 
 

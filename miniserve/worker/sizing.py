@@ -116,11 +116,14 @@ def size_pool(
     else:
         available = memory_available()
         room = int(available * config.gpu_memory_utilization / config.workers) - weights - CPU_RUNTIME_BYTES
+        room -= config.swap_space  # it comes out of the same memory
         want = max(4 * max_model_len, CPU_POOL_TOKENS) * shape.token_bytes
         size = min(want, room)
         how = (
             f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
-            f"- {format_bytes(weights)} weights - {format_bytes(CPU_RUNTIME_BYTES)} runtime = "
+            f"- {format_bytes(weights)} weights - {format_bytes(CPU_RUNTIME_BYTES)} runtime "
+            + (f"- {format_bytes(config.swap_space)} swap space " if config.swap_space else "")
+            + "= "
             f"{format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is taken"
         )
     pages = max(size, 0) // shape.bytes
@@ -141,3 +144,13 @@ def size_pool(
         f"{format_bytes(pages * shape.bytes)} ({how})"
     )
     return pages, note
+
+
+def swap_pages(config: EngineConfig, shape: PageShape) -> int:
+    """Pages that fit the swap space, 0 if there is to be none. Raises `ConfigError` for one that holds nothing."""
+    if 0 < config.swap_space < shape.bytes:
+        raise ConfigError(
+            f"--swap-space {config.swap_space} is {config.swap_space} bytes, less than one page of KV cache "
+            f"({format_bytes(shape.bytes, up=True)}). Write it like 4GiB, or leave it out."
+        )
+    return config.swap_space // shape.bytes if config.enable_prefix_caching else 0
