@@ -15,7 +15,7 @@ from miniserve.scheduler.policies import POLICIES
 EXAMPLES = """examples:
   miniserve serve                                     the default model, one worker
   miniserve serve llama-3.1-8b --max-model-len 16k    an alias, a folder or a hub id
-  miniserve serve --topology 1P1D --policy conserve   a prefiller and a decoder
+  miniserve serve --topology 1P1D                     a prefiller and a decoder
   miniserve chat                                      talk to the server that runs here
   miniserve top                                       watch it: workers, KV, conversations
 """
@@ -112,9 +112,10 @@ def _add_serve(commands: Any) -> None:
     cluster.add_argument(
         "--policy",
         choices=tuple(POLICIES),
-        default="conserve",
-        help="conserve: first turns are prefilled by a prefiller, all else at home; colocated: all at home; "
-        "default: %(default)s",
+        default="observe",
+        help="observe: every turn where it costs least, by what was measured; conserve: first turns are prefilled by a "
+        "prefiller, all else at home; colocated: all at home; disaggregated: every turn is prefilled by a prefiller; "
+        "ampd: turn by turn, by the expected first token; default: %(default)s",
     )
     cluster.add_argument(
         "--decision-log", metavar="FILE", help="write each placement decision and what came of it as JSON lines"

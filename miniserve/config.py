@@ -103,7 +103,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: EngineConfig
     topology: Topology = Topology(0, 1)
-    policy: str = "conserve"
+    policy: str = "observe"
     served_model_names: list[str] = []
     host: str = "127.0.0.1"
     port: int = 8000

@@ -225,7 +225,7 @@ def test_a_key_that_cannot_work_is_one_line(
         ("serve --shutdown-timeout inf", "a number of seconds"),
         ("serve --kv-cache-memory lots", "write it like 2GiB"),
         ("serve --topology 1P", "1P1D"),
-        ("serve --policy best", "choose from 'colocated', 'conserve'"),
+        ("serve --policy best", "choose from 'colocated', 'disaggregated'"),
         ("serve --dtype int8", "invalid choice"),
         ("serve --no-such-flag", "--no-such-flag"),
         ("serve one two", "two"),

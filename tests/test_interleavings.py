@@ -26,6 +26,7 @@ from miniserve.cluster.channels import decode
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, TokenLogprob
 from miniserve.config import EngineConfig
+from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
 from miniserve.kv.transfer import Copy, TransferError
@@ -145,9 +146,12 @@ class World:
     def worker(self, name: str, epoch: int) -> Worker:
         pages, address = self.pages, f"{name}.{epoch}"
         memory = KVMemory(PageShape(1, PAGE, 1, 1, torch.int64), pages, torch.device("cpu"))
+        order = self.pick.choice(["expected", "lru"])
+        host = HostPool(memory, self.pick.choice([6, 60]), order=order) if self.pick.random() < 0.5 else None
         engine = Engine(
             Model(memory),
-            PagePool(pages),
+            PagePool(pages, order=order, on_evict=host and host.store),
+            host=host,
             page_tokens=PAGE,
             max_num_batched_tokens=self.pick.choice([3, 7, 12]),
             max_num_seqs=6,
@@ -215,6 +219,8 @@ class World:
         if until > 2:
             worker._report(0.0)
         worker._engine.pool.check()
+        if worker._engine.host:
+            worker._engine.host.check()
 
     def listen(self) -> None:
         """The frontend hears one message."""

@@ -93,7 +93,6 @@ class Engine:
         """Queue a turn. Its prompt must be shorter than `max_model_len`; a turn that is here already is ignored."""
         assert 0 < len(sequence.tokens) < self.max_model_len
         if sequence.turn not in self._turns:
-            sequence.added = self._clock()
             self._turns[sequence.turn] = sequence
             self.waiting.append(sequence)
 
@@ -301,7 +300,6 @@ class Engine:
             finish=sequence.finish,
             stop_token=sequence.stop_token,
             cached_tokens=sequence.cached if first else None,
-            waited=sequence.admitted - sequence.added if first else 0.0,
             prefill=now - sequence.admitted if first else 0.0,
         )
 
