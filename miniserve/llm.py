@@ -46,8 +46,8 @@ class LLM:
     """A model ready to generate, with the same engine that worker processes run.
 
     `model` is a folder, an alias like `smollm2-135m`, or a hub id; the other arguments are those of `EngineConfig`
-    (dtype, max_model_len, kv_cache_memory in bytes or like "2GiB", max_num_batched_tokens, ...). Raises `ModelError` or
-    `ConfigError`.
+    (dtype, max_model_len, kv_cache_memory and swap_space in bytes or like "2GiB", max_num_batched_tokens, ...). Raises
+    `ModelError` or `ConfigError`.
     """
 
     def __init__(
@@ -209,8 +209,9 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     for name in settings:
         if name not in names:
             raise ConfigError(f"LLM has no setting {name!r}. Its settings are {', '.join(names)}.")
-    if isinstance(size := settings.get("kv_cache_memory"), str):
-        settings = {**settings, "kv_cache_memory": parse_bytes(size)}
+    for name in ("kv_cache_memory", "swap_space"):
+        if isinstance(size := settings.get(name), str):
+            settings = {**settings, name: parse_bytes(size)}
     config = EngineConfig(model=model, **settings)
     if problem := mistyped(config):
         raise ConfigError(problem[1])

@@ -3,6 +3,7 @@
     .venv/bin/python scripts/bench_conversations.py interference [--repeats 5] [--json FILE]
     .venv/bin/python scripts/bench_conversations.py pressure [--json FILE]
     .venv/bin/python scripts/bench_conversations.py recovery [--json FILE]
+    .venv/bin/python scripts/bench_conversations.py policies [--rate 0.5] [--repeats 3] [--json FILE]
 
 interference: four streams decode; the first turn of a conversation, 2,000 tokens, arrives. Gaps between the tokens of
 the streams while it is computed, against gaps without it, for several topologies and policies.
@@ -10,6 +11,9 @@ pressure: twice as many conversations as the KV pool holds, some with short gaps
 turn after turn. Tokens recomputed and times to first tokens, by the order of eviction, with and without host memory.
 recovery: eight streams on 1P1D. The prefiller is killed, then the decoder: longest silence of a stream, time until the
 worker serves again, and whether every text is what it is without deaths.
+policies: agents arrive at random (Poisson), each with four turns and gaps between them, on 1P1D; every policy gets the
+same agents at the same moments. Time to the first token of the first turn and of later ones, from an agent's arrival to
+the first token of its last turn (TTFET), gaps between tokens, and the whole.
 
 Configurations run one after the other in one process, in rounds, so that what else the machine does hits all alike.
 """
@@ -34,6 +38,7 @@ from miniserve.config import EngineConfig, ServeConfig, Topology
 from miniserve.frontend.client import EngineClient
 from miniserve.hub import ModelFiles, resolve
 from miniserve.sampling import SamplingParams
+from miniserve.scheduler.policies import POLICIES
 
 VOCAB = 40_000
 
@@ -251,11 +256,79 @@ async def recovery(files: ModelFiles) -> list[dict]:
     return rows
 
 
+# --- policies -------------------------------------------------------------------------------------------------------
+
+AGENTS, AGENT_FIRST, AGENT_APPENDS, AGENT_OUTPUT, AGENT_GAP = 24, (400, 1200), (40, 40, 400), (20, 60), (0.3, 1.5)
+
+
+async def agent(client: EngineClient, seed: str, at: float, rows: list[dict]) -> None:
+    """One conversation, which arrives `at` seconds from now; the third append is ten times as long as the others."""
+    pick = random.Random(seed)
+    history = prompt(pick, pick.randint(*AGENT_FIRST))
+    lengths = [pick.randint(*AGENT_OUTPUT) for _ in range(len(AGENT_APPENDS) + 1)]
+    await asyncio.sleep(at)
+    arrived, firsts, gaps = time.monotonic(), [], []
+    for turn, length in enumerate(lengths):
+        stream = await read(client, history, length, seed)
+        firsts.append(stream.first)
+        gaps += stream.gaps(0.0, float("inf"))
+        if turn < len(AGENT_APPENDS):
+            history = history + stream.tokens + prompt(pick, AGENT_APPENDS[turn])
+            await asyncio.sleep(pick.uniform(*AGENT_GAP))
+    last = stream.times[0] - arrived
+    rows.append(
+        {"first": firsts[0], "later": firsts[1:], "ttfet": last, "gaps": gaps, "e2e": stream.times[-1] - arrived}
+    )
+
+
+async def policies(files: ModelFiles, rate: float, repeats: int) -> list[dict]:
+    """All policies in turns, `repeats` times; medians over the repeats."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in POLICIES}
+    for repeat in range(repeats):
+        for policy in POLICIES:
+            pick, rows, at, tasks = random.Random(repeat), [], 0.0, []
+            async with cluster(files, "1P1D", policy, max_model_len=4096) as client:
+                await read(client, prompt(random.Random(7), 600), 30, "warm")
+                for n in range(AGENTS):
+                    at += pick.expovariate(rate)
+                    tasks.append(agent(client, f"{repeat}-{n}", at, rows))
+                await asyncio.gather(*tasks)
+                moved = sum(link.bytes for link in client.handoffs.values())
+                placed = dict(client.placements)
+            later = [x for r in rows for x in r["later"]]
+            gaps = [x for r in rows for x in r["gaps"]]
+            result = {
+                "first_ttft_mean_s": statistics.mean(r["first"] for r in rows),
+                "first_ttft_p95_s": percentile([r["first"] for r in rows], 0.95),
+                "later_ttft_mean_s": statistics.mean(later),
+                "later_ttft_p95_s": percentile(later, 0.95),
+                "ttfet_mean_s": statistics.mean(r["ttfet"] for r in rows),
+                "ttfet_p95_s": percentile([r["ttfet"] for r in rows], 0.95),
+                "gap_mean_ms": 1e3 * statistics.mean(gaps),
+                "gap_p95_ms": 1e3 * percentile(gaps, 0.95),
+                "gap_p99_ms": 1e3 * percentile(gaps, 0.99),
+                "e2e_mean_s": statistics.mean(r["e2e"] for r in rows),
+                "e2e_p95_s": percentile([r["e2e"] for r in rows], 0.95),
+                "moved_mib": moved / 2**20,
+            }
+            found[policy].append(result)
+            shown = {k: round(v, 3) for k, v in result.items()}
+            print(
+                json.dumps({"policy": policy, **shown, "placed": {f"{p}->{h}": n for (p, h), n in placed.items()}}),
+                flush=True,
+            )
+    return [
+        {"policy": name, "rate": rate} | {key: statistics.median(r[key] for r in results) for key in results[0]}
+        for name, results in found.items()
+    ]
+
+
 def main() -> int:
     """Run one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("interference", "pressure", "recovery"))
+    parser.add_argument("what", choices=("interference", "pressure", "recovery", "policies"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=0.5, help="agents a second")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     files = resolve("smollm2-135m")
@@ -263,6 +336,7 @@ def main() -> int:
         "interference": lambda: interference(files, args.repeats),
         "pressure": lambda: pressure(files),
         "recovery": lambda: recovery(files),
+        "policies": lambda: policies(files, args.rate, args.repeats),
     }[args.what]
     rows = asyncio.run(run())
     if args.json:

@@ -32,6 +32,9 @@ WORKER_NUMBERS: list[tuple[type[Family], str, str, str]] = [
     (GAUGE, "worker_requests_running", "Requests in the batch", "running"),
     (GAUGE, "worker_requests_waiting", "Requests that wait in the worker", "waiting"),
     (GAUGE, "worker_queued_prefill_tokens", "Prompt tokens that wait to be computed", "queued_prefill_tokens"),
+    (COUNTER, "worker_pages_offloaded", "KV pages copied to host memory", "offloaded"),
+    (COUNTER, "worker_pages_restored", "KV pages copied back from host memory", "restored"),
+    (GAUGE, "worker_host_pages", "KV pages in host memory", "host_pages"),
     (GAUGE, "worker_leases", "Handoffs whose pages are kept for another worker", "leases"),
 ]
 HANDOFF_COUNTERS = [  # name, text, field of Link

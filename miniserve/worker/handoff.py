@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import (
     Fetch,
+    Keep,
     Message,
     Move,
     Peer,
@@ -410,4 +411,5 @@ class Handoffs:
             self.abort(turn)  # what it may be fetching
             self._engine.abort(turn)
         else:
-            self._engine.pool.release(lease.pages)
+            keep = lease.sequence.keep if lease.sequence else Keep()
+            self._engine.pool.release(lease.pages, keep, self._clock())
