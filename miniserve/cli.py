@@ -195,7 +195,7 @@ def _add_serve(commands: Any) -> None:
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long a prefiller keeps finished pages for a decoder; default: %(default)s",
+        help="how long a worker keeps finished pages for another, and waits for another's; default: %(default)s",
     )
 
     http = parser.add_argument_group("server")

@@ -95,7 +95,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_transfer: str = "auto"
     """How KV travels between workers: `mapped`, `collective`, or `auto`, which is mapped where that is possible."""
     handoff_deadline: float = 30.0
-    """Seconds P keeps pages for D after a publication."""
+    """Seconds a worker keeps pages for another after publishing them, and waits for another's."""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
