@@ -9,9 +9,9 @@ MARGIN_SHARE, MARGIN_SECONDS = 0.1, 0.02
 """By how much another place must be cheaper before a prompt leaves its home: estimates are not better than that."""
 AWAY_SECONDS = 0.1
 """The same for a later turn, whose history would have to travel too."""
-ELASTIC_SHARE = 0.5
-"""A prefiller that spends more of its time on prompts is no home for streams."""
-CROWDED = 1.5
+ELASTIC_SHARE = 0.25
+"""A prefiller that spends more of its time on prompts is not idle, and no home for streams."""
+CROWDED = 2.0
 """How many times longer a decoder's steps must be than a prefiller's before that one becomes a home: prompts of others
 will hold up what lives there."""
 ROOM = 0.1
@@ -153,7 +153,7 @@ class Observe:
         """A decode step with this turn in it; where prompts of others are computed, as long as they make it on
         average."""
         step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
-        return step / max(1 - home.prefilling.value, ELASTIC_SHARE) if home.prefiller else step
+        return step / (1 - min(home.prefilling.value, 0.5)) if home.prefiller else step
 
     def _streams(self, worker: WorkerView) -> float:
         """How many streams a prompt will hold up there."""
