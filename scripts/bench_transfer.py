@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""What the two ways of moving KV pages cost beside a plain copy of the same bytes, on this machine.
+
+  scripts/bench_transfer.py [--pages 128] [--chunk 32] [--repeats 15] [--json FILE.json]
+
+The pages are those of SmolLM2-135M in bf16. `mapped` is held against memcpy between two shared memories in one process,
+`collective` against a loopback TCP connection between two processes with raw sockets. A second process has the source
+pool, as in a cluster; it publishes chunk after chunk and everything from its first word to the last stored page counts.
+All variants take turns within each repeat, so that a noisy neighbour meets all of them; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import socket
+import statistics
+import tempfile
+import time
+from collections import deque
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from miniserve.cluster.messages import Peer, PoolInfo
+from miniserve.kv.collective import CollectiveTransfer
+from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.transfer import Copy, MappedTransfer, Transfer
+from miniserve.worker.sizing import keep_freed_memory
+
+SHAPE = PageShape(layers=30, page_tokens=16, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+BASELINES = {"mapped": ("memcpy, page by page", "memcpy, at once"), "collective": ("raw sockets",)}
+VARIANTS = [*BASELINES["mapped"], "mapped", *BASELINES["collective"], "collective"]
+
+
+def peer_of(name: str, memory: KVMemory) -> Peer:
+    """`memory` as its owner, this process, tells others about it."""
+    assert memory.shared is not None
+    return Peer(name, 1, "", PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, ""))
+
+
+def prepare() -> None:
+    """As a worker starts."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+
+
+def source(control: Connection, run_dir: str, peer: Peer, num_pages: int) -> None:
+    """The other process: publishes when told to."""
+    prepare()
+    memory = KVMemory(SHAPE, num_pages, torch.device("cpu"))
+    memory.pages.view(torch.int16).random_()
+    transfers: dict[str, Transfer] = {
+        "mapped": MappedTransfer(memory, peer),
+        "collective": CollectiveTransfer(memory, ("source", 1), peer, run_dir),
+    }
+    control.send(peer_of("source", memory))
+    wire = socket.create_connection(("127.0.0.1", control.recv()))
+    assert memory.shared is not None
+    everything = memory.shared.bytes.numpy().data
+    while (job := control.recv()) is not None:
+        variant, chunks = job
+        if variant == "raw sockets":
+            wire.sendall(everything)
+            continue
+        for chunk in chunks:
+            control.send((transfers[variant].offer(chunk), chunk))
+
+
+class Bench:
+    """The receiving process. `spare` times as much memory as is moved lies untouched until it is used."""
+
+    def __init__(self, num_pages: int, chunk: int, spare: int, run_dir: str) -> None:
+        self.num_pages, self.chunk = num_pages, chunk
+        self.memory = KVMemory(SHAPE, num_pages * (1 + spare), torch.device("cpu"))
+        self.memory.pages[:num_pages] = 0
+        self.untouched = iter(range(num_pages, self.memory.num_pages, num_pages))
+        self.control, theirs = multiprocessing.Pipe()
+        us = peer_of("here", self.memory)
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=source, args=(theirs, run_dir, us, num_pages), daemon=True)
+        self.process.start()
+        peer = self.control.recv()
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.control.send(listener.getsockname()[1])
+        self.wire = listener.accept()[0]
+        mapped = MappedTransfer(self.memory, peer)
+        self.transfers: dict[str, Transfer] = {
+            "mapped": mapped,
+            "collective": CollectiveTransfer(self.memory, ("here", 1), peer, run_dir),
+        }
+        self.theirs = mapped._theirs
+        assert self.memory.shared is not None
+        self.ours = self.memory.shared.pages(SHAPE.bytes)
+
+    def run(self, variant: str, touched: bool) -> float:
+        """Move all pages once; seconds."""
+        first = 0 if touched else next(self.untouched)
+        ours = self.ours[first : first + self.num_pages]
+        order = random.sample(range(self.num_pages), self.num_pages)
+        chunks = [order[i : i + self.chunk] for i in range(0, self.num_pages, self.chunk)]
+        begun = time.perf_counter()
+        if variant == "memcpy, page by page":
+            for page in order:
+                ours[page] = self.theirs[page]
+        elif variant == "memcpy, at once":
+            ours[:] = self.theirs
+        elif variant == "raw sockets":
+            self.control.send((variant, chunks))
+            view = ours.reshape(-1).data
+            while view:
+                view = view[self.wire.recv_into(view) :]
+        else:
+            self.control.send((variant, chunks))
+            self._fetch(self.transfers[variant], len(chunks), first)
+        seconds = time.perf_counter() - begun
+        assert np.array_equal(ours, self.theirs), f"{variant}: other bytes than the source's"
+        return seconds
+
+    def _fetch(self, transfer: Transfer, publications: int, first: int) -> None:
+        """As an engine does it, except that it has nothing else to do."""
+        copies: deque[tuple[Copy, list[int]]] = deque()
+        for _ in range(publications):
+            ticket, pages = self.control.recv()
+            copies.append((transfer.fetch(ticket, pages), [first + page for page in pages]))
+            while copies and copies[0][0].ready and not self.control.poll():
+                copy, ours = copies.popleft()
+                copy.store(ours)
+        for copy, ours in copies:
+            copy.store(ours)
+
+
+def measure(bench: Bench, repeats: int, touched: bool) -> dict[str, float]:
+    """GB/s of each variant, medians."""
+    for variant in VARIANTS if touched else ():
+        bench.run(variant, touched)  # the first use connects and grows buffers
+    runs: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for _ in range(repeats):
+        for variant in VARIANTS:
+            runs[variant].append(bench.run(variant, touched))
+    moved = bench.num_pages * SHAPE.bytes
+    return {variant: moved / statistics.median(seconds) / 1e9 for variant, seconds in runs.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pages", type=int, default=128, help="moved each time")
+    parser.add_argument("--chunk", type=int, default=32, help="pages of one publication")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", help="write the figures there")
+    args = parser.parse_args()
+    prepare()
+    fresh = max(3, args.repeats // 3)
+    with tempfile.TemporaryDirectory() as run_dir:
+        bench = Bench(args.pages, args.chunk, fresh * len(VARIANTS), run_dir)
+        touched = measure(bench, args.repeats, touched=True)
+        untouched = measure(bench, fresh, touched=False)
+        bench.control.send(None)
+        bench.process.join(10)
+    print(f"{args.pages} pages of {SHAPE.bytes:,} bytes, {args.chunk} a publication; GB/s, medians of {args.repeats}")
+    print(f"{'':<24}{'touched before':>16}{'untouched':>12}")
+    for variant in VARIANTS:
+        print(f"{variant:<24}{touched[variant]:>16.2f}{untouched[variant]:>12.2f}")
+    ratios = {}
+    for backend, plain in BASELINES.items():
+        ratios[backend] = {
+            name: figures[backend] / max(figures[baseline] for baseline in plain)
+            for name, figures in (("touched", touched), ("untouched", untouched))
+        }
+        print(
+            f"{backend} is {ratios[backend]['touched']:.0%} of the faster plain copy"
+            f" ({ratios[backend]['untouched']:.0%} into untouched memory)"
+        )
+    if args.json:
+        figures = {
+            "arguments": vars(args),
+            "page_bytes": SHAPE.bytes,
+            "cpus": os.cpu_count(),
+            "torch": torch.__version__,
+        }
+        figures |= {"cpus": os.cpu_count(), "touched_gb_s": touched, "untouched_gb_s": untouched, "ratios": ratios}
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
