@@ -13,7 +13,7 @@ recovery: eight streams on 1P1D. The prefiller is killed, then the decoder: long
 worker serves again, and whether every text is what it is without deaths.
 policies: agents arrive at random (Poisson), each with four turns and gaps between them, on 1P1D; every policy gets the
 same agents at the same moments. Time to the first token of the first turn and of later ones, from an agent's arrival to
-the first token of its last turn (TTFET), gaps between tokens, and the whole.
+the first token of its last turn (TTFET), gaps between tokens, and the whole. `colocated` has two decoders instead.
 
 Configurations run one after the other in one process, in rounds, so that what else the machine does hits all alike.
 """
@@ -164,23 +164,25 @@ async def interference(files: ModelFiles, repeats: int) -> list[dict]:
 
 # --- pressure -------------------------------------------------------------------------------------------------------
 
-POOL_TOKENS, TALKS, FIRST, APPEND, OUTPUT, TURNS = 8192, 16, 900, 60, 16, 5
-SHORT, LONG = 2.0, 16.0
+POOL_TOKENS, TALKS, FIRST, APPEND, OUTPUT = 4096, 16, 400, 40, 12
+SHORT, LONG = (6.0, 10), (18.0, 4)
+"""Mean gap in seconds and turns of the two kinds of conversations."""
 KEEPING = [("lru", 0), ("expected", 0), ("lru", 1), ("expected", 1)]
 
 
 async def talk(client: EngineClient, number: int, rows: list[dict]) -> None:
     """One conversation; even ones come back soon, odd ones late."""
     pick = random.Random(number)
+    gap, turns = LONG if number % 2 else SHORT
     await asyncio.sleep(pick.uniform(0, 8))
     history = prompt(pick, FIRST)
-    for turn in range(TURNS if number % 2 else 3 * TURNS):
+    for turn in range(turns):
         stream = await read(client, history, OUTPUT, f"talk{number}")
         if turn:
             known = len(history) - APPEND
             rows.append({"ttft": stream.first, "recomputed": max(known - stream.cached, 0), "short": number % 2 == 0})
         history = history + stream.tokens + prompt(pick, APPEND)
-        await asyncio.sleep((LONG if number % 2 else SHORT) * pick.uniform(0.8, 1.2))
+        await asyncio.sleep(gap * pick.uniform(0.8, 1.2))
 
 
 async def pressure(files: ModelFiles) -> list[dict]:
@@ -191,7 +193,7 @@ async def pressure(files: ModelFiles) -> list[dict]:
         page_bytes = 30 * 2 * 16 * 3 * 64 * 2
         size = POOL_TOKENS // 16 * page_bytes
         kwargs = {"kv_cache_memory": size, "swap_space": 4 * size * host, "kv_eviction": order}
-        async with cluster(files, "1D", "colocated", max_model_len=4096, **kwargs) as client:
+        async with cluster(files, "1D", "colocated", max_model_len=2048, **kwargs) as client:
             await asyncio.gather(*(talk(client, n, turns) for n in range(TALKS)))
             await asyncio.sleep(1.2)
             stats = client.stats["d0"]
@@ -287,7 +289,8 @@ async def policies(files: ModelFiles, rate: float, repeats: int) -> list[dict]:
     for repeat in range(repeats):
         for policy in POLICIES:
             pick, rows, at, tasks = random.Random(repeat), [], 0.0, []
-            async with cluster(files, "1P1D", policy, max_model_len=4096) as client:
+            topology = "2D" if policy == "colocated" else "1P1D"  # two workers for everybody
+            async with cluster(files, topology, policy, max_model_len=4096) as client:
                 await read(client, prompt(random.Random(7), 600), 30, "warm")
                 for n in range(AGENTS):
                     at += pick.expovariate(rate)

@@ -101,13 +101,13 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
 
     `us` is our name and epoch. `how` is one of `BACKENDS`; the sockets of `collective` are found through `run_dir`.
     """
-    if peer.pool.layout != layout:
+    if peer.pool.layout != layout or memory.shared is None:
         return None
     if how == "collective":
         from miniserve.kv.collective import CollectiveTransfer  # torch.distributed takes a while to import
 
         return CollectiveTransfer(memory, us, peer, run_dir)
-    if peer.pool.fd < 0 or memory.shared is None:
+    if peer.pool.fd < 0:
         return None
     try:
         return MappedTransfer(memory, peer)
