@@ -9,6 +9,8 @@ MARGIN_SHARE, MARGIN_SECONDS = 0.1, 0.02
 """By how much another place must be cheaper before a prompt leaves its home: estimates are not better than that."""
 AWAY_SECONDS = 0.1
 """The same for a later turn, whose history would have to travel too."""
+PATIENCE = 0.25
+"""By how much later a later turn's first token may come elsewhere than at home, whatever that spares others."""
 ELASTIC_SHARE = 0.25
 """A prefiller that spends more of its time on prompts is not idle, and no home for streams."""
 CROWDED = 2.0
@@ -56,7 +58,9 @@ class Observe:
         if home.name in cluster.open and home.fits(need.pages) and not self._should_leave(need, home):
             options = self._options(need, cluster, home)
             here = options[0]
-            best = min(options, key=lambda option: option.cost)
+            # Streams may be spared by this turn's waiting for a prefiller, but not by much of it: it is somebody's too.
+            fair = [o for o in options if o.first_token <= (1 + PATIENCE) * here.first_token + MARGIN_SECONDS]
+            best = min(fair, key=lambda option: option.cost)
             if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
                 return self._placement(best, tuple(options), "a large append beside others")
             return self._placement(here, tuple(options), "at home")
