@@ -230,3 +230,29 @@ def test_history_keeps_the_last_turns_as_they_were():
     assert history.column("output") == [float(n) for n in range(3, TURNS + 3)]
     assert history.quantile("output", 0.5) == 3 + TURNS // 2
     assert History().quantile("output", 0.5) is None
+
+
+def test_a_prompt_that_the_index_has_dropped_is_its_owners_no_more():
+    """Short prompts share a digest: one whose mark was pushed out by many alike must not confuse who comes later."""
+    book = Book()
+    book.turn([1], "x")
+    others = [f"k{n}" for n in range(ALIKE)]
+    for key in others:
+        book.turn([1], key)
+    for n, key in enumerate(others):
+        book.turn([2, n], key)
+    book.turn([1, 5], "x")
+    for prompt_ in ([7], [1], [1, 5, 6], [9, 9]):
+        book.turn(prompt_)
+        book.turn(prompt_, "y")
+    for n in range(50):
+        book.turn([3, n])
+
+
+def test_a_conversation_that_runs_for_long_keeps_no_other_from_being_forgotten(book):
+    running = book.find(prompt(1))
+    running.active = 1
+    for n in range(5):
+        book.turn(prompt(n + 2))
+    book.now += 10_000
+    assert len(book.all.expire(book.now)) == 5

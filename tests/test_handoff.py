@@ -436,3 +436,32 @@ def test_a_prefiller_that_is_busy_is_not_stuck(pair):
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 0
     pair.check()
+
+
+def test_history_that_comes_after_it_was_given_up_is_not_taken_for_the_prefill(pair):
+    warm(pair.p, 90)
+    sequence = pair.d.sequence(history_at="p0", prefill_at="p0")
+    pair.d.engine.add(sequence)
+    pair.d.step()
+    (stale,) = fetched(pair.p, pair.d)
+    pair.p.handoffs.on_release("t")  # P hears all at once: it has published, and the pages are free again
+    pair.now += 31
+    pair.d.handoffs.poll()
+    (prefill,) = pair.d.take(Prefill)
+    stale = msgspec.structs.replace(stale, deadline=pair.now + 30)
+    pair.d.handoffs.on_publish(stale, "p0")
+    assert sequence.computed == 0
+    pair.d.take(Release)
+    pair.p.handoffs.on_prefill(prefill, "d0")
+    for message in pair.publications():
+        pair.d.handoffs.on_publish(message, "p0")
+    pair.p.handoffs.on_release("t")
+    assert pair.finish() == pair.text
+    pair.check()
+
+
+def test_a_decoder_that_computes_what_did_not_come_says_so(pair):
+    pair.ask()
+    assert pair.d.engine.queued_prefill_tokens == 0
+    pair.d.handoffs.on_refused(PrefillRefused("t", "no"))
+    assert pair.d.engine.queued_prefill_tokens == 100

@@ -69,3 +69,12 @@ def test_old_deaths_do_not_count() -> None:
     seen = Health(timeout=10.0)
     for round_number in range(20):
         assert seen.died("d0", round_number * (health.WINDOW + 1)) == 0.5
+
+
+def test_silence_while_nobody_could_listen_is_excused() -> None:
+    health = Health(10.0)
+    health.started("d0", 0.0)
+    health.ready("d0", 1.0)
+    health.excuse(100.0)
+    assert health.silent(105.0) == {}
+    assert health.silent(112.0) == {"d0": 11.0}

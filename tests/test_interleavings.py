@@ -158,7 +158,9 @@ class World:
             max_model_len=LONGEST,
         )
         built = SimpleNamespace(engine=engine, memory=memory, layout="L", model=SimpleNamespace(vocab_size=VOCAB))
-        outboxes = SimpleNamespace(send=lambda to, body: self.send(address, to, Envelope(name, epoch, body)))
+        outboxes = SimpleNamespace(
+            send=lambda to, body: self.send(address, to, Envelope(name, epoch, body)), forget=lambda address: None
+        )
         spec = WorkerSpec(name, epoch, "", address, "frontend", EngineConfig(model=""))
         made = Worker(spec, built, None, outboxes)
         made._handoffs._clock = engine._clock = lambda: self.now

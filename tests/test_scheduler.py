@@ -283,3 +283,57 @@ def test_prefixes_tell_who_has_computed_the_beginning_of_a_prompt() -> None:
     found.add(page_chain(list(range(900, 1060)), "", PAGE), "d0")
     assert len(found._workers) == 8
     assert found.find([]) == found.find(chain[:1]) == {}
+
+
+def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
+    made = scheduler("p0", "d0", policy="observe")
+    found = made.conversations.find("a", [1], page_chain([1], "", PAGE), 0.0).conversation
+    found.home = "p0"
+    home, run = run_of(submit(made, "t", [1] * 40, key="a"))
+    assert home == "p0"
+    submit(made, "u", [2] * 40, key="b")
+    commands = made.worker_down("d0", returns=False)
+    assert [c.turn for c in commands if isinstance(c, Deliver)] == ["u"]
+    assert delivered(end(made, "t", "p0", run.turn)) == [("t", [5])]
+
+
+def test_a_conversation_that_lives_on_a_prefiller_goes_on_while_the_decoder_is_away() -> None:
+    made = scheduler("p0", "d0", policy="observe")
+    found = made.conversations.find("a", [1], page_chain([1], "", PAGE), 0.0).conversation
+    found.home = "p0"
+    _, run = run_of(submit(made, "t", [1] * 40, key="a"))
+    end(made, "t", "p0", run.turn)
+    made.worker_down("d0", returns=True)
+    home, _ = run_of(submit(made, "u", [1] * 60, key="a"))
+    assert home == "p0"
+
+
+def test_what_a_prefiller_says_late_changes_nothing() -> None:
+    """D has given up and computed the prompt itself; then P's report of the same run comes, with another token."""
+    made = scheduler("p0", "d0")
+    _, run = run_of(submit(made, "t", [1] * 40))
+    assert delivered(tell(made, "d0", run.turn, 0, 8)) == [("t", [8])]
+    assert tell(made, "p0", run.turn, 0, 7) == []
+    assert delivered(tell(made, "d0", run.turn, 1, 9)) == [("t", [9])]
+
+
+def test_a_policy_that_breaks_loses_no_turn() -> None:
+    made = scheduler("d0", max_turns=1)
+    _, run = run_of(submit(made, "a", [1] * 40))
+    submit(made, "b", [2] * 40)
+    place, made._policy.place = made._policy.place, lambda need, cluster: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        submit(made, "c", [3] * 40)
+    made._policy.place = place
+    assert made.queued == 2
+    assert run_of(end(made, "a", "d0", run.turn))[1].turn == "b.1"
+
+
+def test_a_prefiller_that_died_is_not_thought_to_hold_the_prompt_when_it_returns() -> None:
+    made = scheduler("p0", "d0")
+    _, run = run_of(submit(made, "t", [1] * 400, key="a"))
+    made.worker_down("p0", returns=True)
+    made.worker_up(up("p0", 2), prefiller=True)
+    tell(made, "d0", run.turn, 0, 7, cached_tokens=0)
+    assert made.conversations.get("a").copy_at == ""
+    assert made._prefixes.find(page_chain([1] * 400, "", PAGE)) == {"d0": 16}

@@ -26,6 +26,9 @@ class Outboxes:
     def send(self, address: str, body: Message) -> None:
         self.sent.append((address, body))
 
+    def forget(self, address: str) -> None:
+        pass
+
 
 @pytest.fixture
 def p0(tiny_folder):

@@ -41,6 +41,10 @@ class Health:
         """A worker that loads or serves has said something."""
         self._heard[name] = now
 
+    def excuse(self, seconds: float) -> None:
+        """Nobody could be heard for so long."""
+        self._heard = {name: at + seconds for name, at in self._heard.items()}
+
     def silent(self, now: float) -> dict[str, float]:
         """Workers that are not heard of any more, hung or stopped, and for how many seconds they have been silent."""
         return {name: now - at for name, at in self._heard.items() if now - at > self._longest_silence(name)}

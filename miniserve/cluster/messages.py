@@ -171,6 +171,8 @@ class Publish(Wire, frozen=True):
     last: bool = False
     commit: TurnOutput | None = None
     ticket: tuple[int, int] = (0, 0)
+    history: bool = False
+    """Whether this answers a `Fetch`, not a `Prefill`."""
 
 
 class Release(Wire, frozen=True):

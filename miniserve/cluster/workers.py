@@ -194,7 +194,12 @@ class Workers:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_SECONDS if self._started else WATCH_START_SECONDS)
+            rest = WATCH_SECONDS if self._started else WATCH_START_SECONDS
+            before = time.monotonic()
+            await asyncio.sleep(rest)
+            if (late := time.monotonic() - before - rest) > 1.0:
+                # We were stopped, perhaps all of us: what workers have said meanwhile is still to be read.
+                self._health.excuse(late)
             try:
                 await self._bury_the_dead()
                 self._replace(time.monotonic())

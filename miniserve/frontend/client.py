@@ -181,9 +181,11 @@ class EngineClient:
             commands = self.scheduler.submit(
                 turn.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool
             )
-        except NoDecoder as error:
+        except Exception as error:
             del self._turns[turn.id]
-            raise EngineError(self.unhealthy_reason or str(error)) from error
+            if isinstance(error, NoDecoder):
+                raise EngineError(self.unhealthy_reason or str(error)) from error
+            raise
         self._carry_out(commands)
         return turn
 

@@ -95,12 +95,12 @@ class Conversations:
         `chain` is the prompt's `page_chain`.
         """
         conversation, parent, known = self._by_key.get(key) if key else None, None, 0
-        if conversation is not None:
+        if conversation is not None and conversation.marks:
             known = self._prefix_of(conversation, tokens, chain)
             before = conversation.marks[-1]
             same = self._prompts.mark(tokens, chain) == before
             conversation.edits += not same and not self._prompts.begins(before, tokens, chain)
-        elif not key:
+        elif conversation is None and not key:
             parent, place = self._longest_prefix(tokens, chain)
             if parent is not None:
                 last = place == len(parent.marks) - 1
@@ -126,8 +126,8 @@ class Conversations:
             too_many = len(self._by_key) - len(gone) > self._capacity
             if not conversation.active and (too_many or now - conversation.last_end > self._max_idle):
                 gone.append(conversation)
-            elif not too_many:
-                break  # all others were active later
+            elif not too_many and not conversation.active:
+                break  # all others were asked later
         for conversation in gone:
             del self._by_key[conversation.key]
             for mark in conversation.marks:

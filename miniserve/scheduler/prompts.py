@@ -63,7 +63,10 @@ class Prompts(Generic[T]):
         if not isinstance(there, dict):
             (other,) = (m for m in there.marks if m.digest == mark.digest and not (there is owner and m == mark))
             there = self._owners[mark.digest] = {other.tail: (there,)}
-        there[mark.tail] = (*there.get(mark.tail, ()), owner)[-ALIKE:]
+        owners = (*there.get(mark.tail, ()), owner)
+        for forgotten in owners[:-ALIKE]:
+            forgotten.marks.remove(mark)  # what the index does not have is not among its owner's marks
+        there[mark.tail] = owners[-ALIKE:]
 
     def remove(self, mark: Mark, owner: T) -> None:
         """`owner` does not want to be found by this any more."""

@@ -171,8 +171,8 @@ class Scheduler:
             if conversation.copy_at == name:
                 conversation.copy_at, conversation.copy_tokens = "", 0
         for turn in self._turns.values():
-            if turn.prefill_at == name:
-                turn.lent_pages = 0
+            if turn.prefill_at == name:  # which has nothing of it when it returns
+                turn.prefill_at, turn.lent_pages = "", 0
         lost = [t for t in self._turns.values() if t.home == name]
         for turn in reversed(lost):
             self._run_again(turn, now)
@@ -180,7 +180,8 @@ class Scheduler:
             if turn.losses >= MOST_LOSSES:
                 commands += self._fail(turn, f"{turn.losses} workers died while they served this request.", now)
         if not self.can_serve:
-            for turn in list(self._turns.values()):
+            # Those at home on a prefiller have all they need.
+            for turn in [t for t in self._turns.values() if t.home not in self.workers]:
                 reason = f"The worker {name} died and no decoder is left. Restart the server."
                 commands += self._fail(turn, reason, now)
         return [*commands, *self._place_queued(now)]
@@ -262,7 +263,7 @@ class Scheduler:
         commands: list[Command] = []
         for output in report.outputs:
             if turn := self._runs.get(output.turn):  # else of a run that is over
-                commands += self._take(turn, output, now)
+                commands += self._take(turn, output, worker, now)
         return [*commands, *self._place_queued(now)]
 
     def on_tick(self, now: float) -> list[Command]:
@@ -271,14 +272,14 @@ class Scheduler:
             self._rest(conversation, 0)
         return self._place_queued(now)
 
-    def _take(self, turn: Turn, output: TurnOutput, now: float) -> list[Command]:
+    def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
         """Deliver an output if it is the next one; keep it if it is early; drop it if it is known."""
         if output.finish == "error":
             return self._fail(turn, output.error, now)
         if output.index < turn.delivered:
             known = turn.tokens[turn.given + output.index :][: len(output.tokens)]
-            if output.tokens == known:
-                return []
+            if output.tokens == known or worker != turn.home:
+                return []  # nobody goes on from what a prefiller says late
             # A first token that P gave to the client and D does not know of, and D drew another one. D has to go on
             # from what the client has.
             commands = self._abort(turn)
@@ -378,19 +379,24 @@ class Scheduler:
         waiting: deque[Turn] = deque()
         prefillers = [w for w in self.workers.values() if w.prefiller]
         cluster = Cluster(prefillers, self.decoders, set(self.workers), self.links)
-        while self._queue and not cluster.open.isdisjoint(d.name for d in cluster.decoders):
-            turn = self._queue.popleft()
-            need = self._need(turn, now)
-            placement = self._policy.place(need, cluster)
-            if placement is None:
-                waiting.append(turn)
-                home = turn.conversation.home
-                cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
-                continue
-            if self._notes:
-                commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
-            commands.append(Send(placement.home, self._begin(turn, need, placement, now)))
-        self._queue = waiting + self._queue
+        homes = {w.name for w in self.workers.values() if not w.prefiller or w.turns or w.resident}
+        homes = homes if self.decoders else set(self.workers)
+        try:
+            while self._queue and not cluster.open.isdisjoint(homes):
+                turn = self._queue[0]
+                need = self._need(turn, now)
+                placement = self._policy.place(need, cluster)
+                self._queue.popleft()
+                if placement is None:
+                    waiting.append(turn)
+                    home = turn.conversation.home
+                    cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
+                    continue
+                if self._notes:
+                    commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
+                commands.append(Send(placement.home, self._begin(turn, need, placement, now)))
+        finally:
+            self._queue = waiting + self._queue
         return commands
 
     def _need(self, turn: Turn, now: float) -> Need:

@@ -233,6 +233,7 @@ class Engine:
         """What a receiving sequence still lacks is computed here from now on."""
         if sequence.status is Status.RECEIVING:
             sequence.status = Status.RUNNING
+            sequence.prefill_at = sequence.history_at = ""
             if sequence.missing > 1 and len(sequence.pages) * self.page_tokens < len(sequence.tokens):
                 # It has got its first token but not all of its KV: more than it was admitted with is to be computed.
                 self._preempt(sequence)

@@ -191,7 +191,7 @@ class Handoffs:
         # Wanted or not: what was offered has to be taken, or the next pages would be mistaken for these.
         copy = transfer.fetch(message.ticket, message.pages) if transfer and message.pages else None
         pull = self._pulls.get(message.turn)
-        if pull is None or pull.source.name != sender:
+        if pull is None or pull.source.name != sender or pull.history != message.history:
             return
         pull.deadline = self._clock() + self._patience
         pull.arriving.append((message, copy))
@@ -360,6 +360,7 @@ class Handoffs:
                     hashes=message.hashes[start : start + len(piece)],
                     deadline=deadline,
                     last=start + PIECE >= len(pages),
+                    history=True,
                     ticket=transfer.offer(piece) if transfer and piece else (0, 0),
                 ),
             )

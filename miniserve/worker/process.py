@@ -65,6 +65,8 @@ class Worker:
         )
         self._early: list[Envelope] = []
         """Messages of peers we have not been told about yet."""
+        self._addresses: set[str] = set()
+        """The inboxes of the workers that live."""
         self._outputs: list[TurnOutput] = []
         self._steps: list[StepTime] = []
         self._busy = 0.0
@@ -121,6 +123,10 @@ class Worker:
             self._engine.abort(body.turn)
         elif isinstance(body, Peers):
             self._handoffs.set_peers([peer for peer in body.peers if peer.name != self._spec.name])
+            addresses = {peer.address for peer in body.peers}
+            for gone in self._addresses - addresses:
+                self._outboxes.forget(gone)
+            self._addresses = addresses
             # Whoever is still unknown stays early: a later announcement, already under way, tells of it.
             early, self._early = self._early, []
             for waiting in early:
