@@ -62,7 +62,7 @@ class Observe:
             fair = [o for o in options if o.first_token <= (1 + PATIENCE) * here.first_token + MARGIN_SECONDS]
             best = min(fair, key=lambda option: option.cost)
             if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
-                return self._placement(best, tuple(options), "a large append beside others")
+                return self._placement(best, tuple(options), "an append beside others")
             return self._placement(here, tuple(options), "at home")
         if need.conversation.active > 1:
             return self._stay(need, cluster, home)  # other turns of it run there
