@@ -157,8 +157,12 @@ class CollectiveTransfer:
             self._drop()
             if self._group is not None:  # breaking it takes 10 ms or more
                 wait = (self._group, BREAK_TAG, timedelta(milliseconds=1))
-                self._threads.append(threading.Thread(target=self._await_break, args=wait, daemon=True))
-                self._threads[-1].start()
+                breaking = threading.Thread(target=self._await_break, args=wait, daemon=True)
+                try:
+                    breaking.start()
+                    self._threads.append(breaking)
+                except RuntimeError:  # while Python 3.12 exits, no thread can be started any more
+                    self._await_break(*wait)
             self._changed.notify_all()
 
     # --- the threads ------------------------------------------------------------------------------------------------

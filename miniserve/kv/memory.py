@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,7 @@ class SharedMemory:
 
     def __init__(self, size: int) -> None:
         self.fd = os.memfd_create("miniserve-kv", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, size)
         self._map = mmap.mmap(self.fd, size)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
