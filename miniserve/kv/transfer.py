@@ -9,10 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from miniserve.cluster.messages import Peer
-from miniserve.config import ConfigError
 from miniserve.kv.memory import KVMemory, SharedMemory
-
-BACKENDS = ("auto", "mapped", "collective")
 
 
 class TransferError(RuntimeError):
@@ -99,7 +96,7 @@ class MappedCopy:
 def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
     """The way between our pool and `peer`'s; None if there is none (another layout, device memory, or it is gone).
 
-    `us` is our name and epoch. `how` is one of `BACKENDS`; the sockets of `collective` are found through `run_dir`.
+    `us` is our name and epoch. `how` is `auto`, `mapped` or `collective`, whose sockets are found through `run_dir`.
     """
     if peer.pool.layout != layout or memory.shared is None:
         return None
@@ -113,10 +110,3 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
         return MappedTransfer(memory, peer)
     except (OSError, ValueError):  # the number of a dead process may be another one's by now
         return None
-
-
-def check_backend(name: str) -> str:
-    """`name`, if it is a backend's. Raises `ConfigError`."""
-    if name not in BACKENDS:
-        raise ConfigError(f"--kv-transfer {name!r} is unknown: use {', '.join(BACKENDS)}.")
-    return name
