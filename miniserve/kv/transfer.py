@@ -12,6 +12,9 @@ from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, SharedMemory
 
 
+BACKENDS = ("auto", "mapped", "collective")
+
+
 class TransferError(RuntimeError):
     """The pages did not come: the peer is gone, or stuck."""
 
@@ -96,7 +99,7 @@ class MappedCopy:
 def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
     """The way between our pool and `peer`'s; None if there is none (another layout, device memory, or it is gone).
 
-    `us` is our name and epoch. `how` is `auto`, `mapped` or `collective`, whose sockets are found through `run_dir`.
+    `us` is our name and epoch. `how` is one of `BACKENDS`; the sockets of `collective` are found through `run_dir`.
     """
     if peer.pool.layout != layout or memory.shared is None:
         return None
