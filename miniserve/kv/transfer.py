@@ -11,7 +11,6 @@ from typing import Protocol
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, SharedMemory
 
-
 BACKENDS = ("auto", "mapped", "collective")
 
 
