@@ -1,0 +1,140 @@
+"""From the times of tokens to the figures of a report.
+
+The metrics are those of the paper (arXiv 2606.01839). Each conversation counts once for TTFET, last-turn TBT and E2E,
+each turn once for TTFT. Normalised figures divide by what the same conversation took alone on an idle worker. The time
+its tools took is left out of TTFET and E2E: it is not the server's, and would hide what is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+SLO = 5.0
+"""An SLO is this many times standalone."""
+
+
+class TurnTimes(NamedTuple):
+    """One turn as its client saw it, in seconds of any one clock: when it was sent, when its `first` and `last` token
+    came; and tokens: of its prompt, found in a cache (-1 if the server does not tell), generated. `error` is why it
+    failed."""
+
+    sent: float
+    first: float
+    last: float
+    prompt: int
+    cached: int
+    output: int
+    error: str = ""
+
+
+@dataclass
+class TaskTimes:
+    """A conversation: its turns so far. `arrival` is in seconds, `gaps` the seconds its tools took between turns."""
+
+    key: str
+    arrival: float
+    turns: list[TurnTimes] = field(default_factory=list)
+    gaps: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended early."""
+        return any(turn.error for turn in self.turns)
+
+
+class Latency(NamedTuple):
+    """Of one conversation, in seconds. `ttft` has one value for each turn; `tbt` is the mean gap between tokens of the
+    last turn, None where that has only one token."""
+
+    ttft: tuple[float, ...]
+    ttfet: float
+    tbt: float | None
+    e2e: float
+
+
+def latency(task: TaskTimes) -> Latency:
+    """The figures of a conversation that has come to its end."""
+    last = task.turns[-1]
+    return Latency(
+        ttft=tuple(turn.first - turn.sent for turn in task.turns),
+        ttfet=last.first - task.arrival - task.gaps,
+        tbt=(last.last - last.first) / (last.output - 1) if last.output > 1 else None,
+        e2e=last.last - task.arrival - task.gaps,
+    )
+
+
+def percentile(ordered: Sequence[float], q: float) -> float:
+    """The `q` quantile of sorted values, interpolated linearly between them (numpy's default)."""
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def gmean(values: Sequence[float]) -> float:
+    """The geometric mean of values above 0."""
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def seconds(values: Iterable[float]) -> dict[str, float] | None:
+    """p50, p95, p99; None of nothing."""
+    ordered = sorted(values)
+    return {f"p{q}": percentile(ordered, q / 100) for q in (50, 95, 99)} if ordered else None
+
+
+def normalised(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
+    """gmean, p50 and p95 of (value, standalone) pairs as ratios; None of nothing."""
+    ratios = sorted(value / alone for value, alone in pairs if alone > 0 and value > 0)
+    if not ratios:
+        return None
+    return {"gmean": gmean(ratios), "p50": percentile(ratios, 0.5), "p95": percentile(ratios, 0.95)}
+
+
+def summary(tasks: Sequence[TaskTimes], standalone: dict[str, Latency] | None, duration: float) -> dict[str, Any]:
+    """The keys of the contract (docs/evaluation.md) that come from tokens' times.
+
+    `standalone` is by the key of a task; None, or a key that is missing, where it was not measured. A failed
+    conversation breaks all its SLOs and counts for nothing else but `errors`.
+    """
+    done = {task.key: latency(task) for task in tasks if task.turns and not task.failed}
+    alone = {key: standalone[key] for key in done if key in standalone} if standalone else {}
+    failed = len(tasks) - len(done)
+    output = sum(turn.output for task in tasks for turn in task.turns)
+    tbts = {key: value.tbt for key, value in done.items() if value.tbt is not None}
+    ratios: dict[str, list[tuple[float, float]]] = {
+        "ttft": [pair for key, a in alone.items() for pair in zip(done[key].ttft, a.ttft, strict=True)],
+        "ttfet": [(done[key].ttfet, a.ttfet) for key, a in alone.items()],
+        "last_turn_tbt": [(tbts[key], a.tbt) for key, a in alone.items() if key in tbts and a.tbt],
+        "e2e": [(done[key].e2e, a.e2e) for key, a in alone.items()],
+    }
+    return {
+        "conversations": len(tasks),
+        "turns": sum(len(task.turns) for task in tasks),
+        "output_tokens": output,
+        "duration_s": duration,
+        "ttft_s": seconds(t for value in done.values() for t in value.ttft),
+        "later_ttft_s": seconds(t for value in done.values() for t in value.ttft[1:]),
+        "ttfet_s": seconds(value.ttfet for value in done.values()),
+        "last_turn_tbt_s": seconds(tbts.values()),
+        "e2e_s": seconds(value.e2e for value in done.values()),
+        **{f"{name}_norm": normalised(pairs) for name, pairs in ratios.items()},
+        "slo_violation": {
+            name: _violations(ratios[name], failed) if alone else None for name in ("ttfet", "last_turn_tbt", "e2e")
+        },
+        "throughput": {
+            "conversations_per_s": len(done) / duration if duration > 0 else 0.0,
+            "output_tokens_per_s": output / duration if duration > 0 else 0.0,
+        },
+        "cached_tokens": sum(max(turn.cached, 0) for task in tasks for turn in task.turns),
+        "prompt_tokens": sum(turn.prompt for task in tasks for turn in task.turns),
+        "errors": sum(task.failed for task in tasks),
+    }
+
+
+def _violations(pairs: Sequence[tuple[float, float]], failed: int) -> float:
+    """The share of conversations that took more than `SLO` times standalone, or failed."""
+    broken = sum(value > SLO * alone for value, alone in pairs) + failed
+    return broken / max(len(pairs) + failed, 1)
