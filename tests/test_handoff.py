@@ -33,7 +33,7 @@ class Side:
         self.out: dict[int, int] = {}
         self.handoffs = Handoffs(
             self.engine,
-            self.built.memory,
+            self.built.memory.shape.bytes,
             self.built.layout,
             30.0,
             lambda to, body: self.sent.append(body),

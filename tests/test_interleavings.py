@@ -23,18 +23,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.cluster.channels import decode
-from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, TokenLogprob
-from miniserve.config import EngineConfig
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
-from miniserve.kv.transfer import Copy, TransferError
+from miniserve.kv.transfer import Copy, Transfer, TransferError, connect
 from miniserve.sampling import SamplingParams
 from miniserve.scheduler.policies import POLICIES, make_policy
 from miniserve.scheduler.records import Decision
 from miniserve.scheduler.scheduler import MOST_LOSSES, Command, Note, Scheduler, Send
 from miniserve.worker.engine import Engine
+from miniserve.worker.handoff import Handoffs
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
 
@@ -118,6 +117,7 @@ class World:
         self.wires: dict[tuple[str, str], deque[Envelope]] = defaultdict(deque)
         self.deaths = deaths
         self.unnoticed: list[str] = []
+        self.memories: dict[str, KVMemory] = {}
         self.alive: dict[str, Worker] = {}
         """By address: a name and the number of this incarnation."""
         self.absent: list[tuple[str, int]] = []
@@ -137,8 +137,8 @@ class World:
 
     def start(self, name: str, epoch: int) -> None:
         address = f"{name}.{epoch}"
-        worker = self.alive[address] = self.worker(name, epoch)
-        memory = worker._built.memory
+        self.alive[address] = self.worker(name, epoch)
+        memory = self.memories[address]
         pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, "L")
         peer = Peer(name, epoch, address, pool)
         self.carry_out(self.scheduler.worker_up(peer, prefiller=name.startswith("p"), now=self.now))
@@ -156,16 +156,20 @@ class World:
             max_num_batched_tokens=self.pick.choice([3, 7, 12]),
             max_num_seqs=6,
             max_model_len=LONGEST,
+            clock=lambda: self.now,
         )
-        built = SimpleNamespace(engine=engine, memory=memory, layout="L", model=SimpleNamespace(vocab_size=VOCAB))
         outboxes = SimpleNamespace(
             send=lambda to, body: self.send(address, to, Envelope(name, epoch, body)), forget=lambda address: None
         )
-        spec = WorkerSpec(name, epoch, "", address, "frontend", EngineConfig(model=""))
-        made = Worker(spec, built, None, outboxes)
-        made._handoffs._clock = engine._clock = lambda: self.now
-        if self.slow:
-            made._handoffs._connect = lambda peer: Slow(self, memory, (address, peer.address))
+
+        def way(peer: Peer) -> Transfer | None:
+            if self.slow:
+                return Slow(self, memory, (address, peer.address))
+            return connect(memory, "L", (name, epoch), peer, "", "mapped")
+
+        handoffs = Handoffs(engine, memory.shape.bytes, "L", 30.0, outboxes.send, way, engine.clock)
+        made = Worker(name, engine, handoffs, outboxes, "frontend", layout="L", vocab_size=VOCAB, clock=engine.clock)
+        self.memories[address] = memory
         return made
 
     def send(self, sender: str, to: str, envelope: Envelope) -> None:
@@ -208,21 +212,21 @@ class World:
                 break
             worker._handle(self.pick.choice(waiting).popleft())
         if until > 0:
-            worker._handoffs.expire()
-            worker._handoffs.poll()
-            for sequence in worker._engine.admit():
-                worker._handoffs.request(sequence)
+            worker.handoffs.expire()
+            worker.handoffs.poll()
+            for sequence in worker.engine.admit():
+                worker.handoffs.request(sequence)
         if until > 1:
-            step = worker._engine.step()
+            step = worker.engine.step()
             for sequence, first_token in step.prefilled:
-                worker._handoffs.publish(sequence, first_token)
-            worker._outputs += worker._handoffs.outputs + step.outputs
-            worker._handoffs.outputs.clear()
+                worker.handoffs.publish(sequence, first_token)
+            worker._outputs += worker.handoffs.outputs + step.outputs
+            worker.handoffs.outputs.clear()
         if until > 2:
             worker._report(0.0)
-        worker._engine.pool.check()
-        if worker._engine.host:
-            worker._engine.host.check()
+        worker.engine.pool.check()
+        if worker.engine.host:
+            worker.engine.host.check()
 
     def listen(self) -> None:
         """The frontend hears one message."""
@@ -327,7 +331,7 @@ class World:
             else:
                 assert self.got[turn] == wanted
         for name, worker in self.alive.items():
-            engine, handoffs = worker._engine, worker._handoffs
+            engine, handoffs = worker.engine, worker.handoffs
             assert (engine.pool.num_held, engine.running, list(engine.waiting)) == (0, [], []), name
             assert (handoffs._leases, handoffs._pulls, handoffs._salts, worker._early) == ({}, {}, {}, []), name
         for view in self.scheduler.workers.values():

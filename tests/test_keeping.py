@@ -36,7 +36,7 @@ def make(folder: Path, pages: int, slots: int = 0, clock: Clock | None = None, *
     sizes = {"kv_cache_memory": pages * PAGE_BYTES, "swap_space": slots * PAGE_BYTES, "max_model_len": 256}
     engine = built(folder, **sizes, **engine).engine
     assert engine.pool.num_pages == pages
-    engine._clock = clock or Clock()
+    engine.clock = clock or Clock()
     return engine
 
 

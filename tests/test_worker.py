@@ -12,7 +12,7 @@ from miniserve.cluster.messages import Envelope, Message, Peer, Peers, PoolInfo,
 from miniserve.config import EngineConfig
 from miniserve.sampling import SamplingParams
 from miniserve.worker.build import build
-from miniserve.worker.process import Worker
+from miniserve.worker.process import Worker, make_worker
 
 PROMPT = prompts(1, seed=8, shortest=100, longest=100)[0]
 
@@ -35,7 +35,7 @@ def p0(tiny_folder):
     """A prefiller, and the decoder it will hear of."""
     config = EngineConfig(model=str(tiny_folder), kv_cache_memory=2**22)
     built = build(config)
-    worker = Worker(WorkerSpec("p0", 1, "", "inproc://p0", "inproc://frontend", config), built, None, Outboxes())
+    worker = make_worker(WorkerSpec("p0", 1, "", "inproc://p0", "inproc://frontend", config), built, Outboxes())
     memory = built.memory
     pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, built.layout)
     return worker, lambda epoch: Peer("d0", epoch, "inproc://d0", pool)
@@ -50,9 +50,9 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
     """The turns that the worker publishes pages of after hearing these."""
     for envelope in envelopes:
         worker._handle(envelope)
-    worker._engine.admit()
-    for sequence, first_token in worker._engine.step().prefilled:
-        worker._handoffs.publish(sequence, first_token)
+    worker.engine.admit()
+    for sequence, first_token in worker.engine.step().prefilled:
+        worker.handoffs.publish(sequence, first_token)
     return {body.turn for _, body in worker._outboxes.sent if isinstance(body, Publish)}
 
 
@@ -73,4 +73,4 @@ def test_words_of_the_dead_are_dropped(p0):
     assert hear(worker, Envelope("frontend", 0, Peers([])), ask(2)) == set()
     assert hear(worker, Envelope("frontend", 0, Peers([d0(3)]))) == set()
     assert not worker._early
-    assert worker._handoffs.num_leases == 0
+    assert worker.handoffs.num_leases == 0

@@ -14,7 +14,7 @@ import traceback
 import msgspec
 import zmq
 
-from miniserve.cluster.channels import Outboxes
+from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import Failed, Loading
 from miniserve.config import ConfigError
@@ -51,7 +51,11 @@ def main() -> int:
         warming = time.monotonic()
         warm_up(built.engine, root_hash(built.layout))
         built.phases.update({"imports": imported - _born, "warm-up": time.monotonic() - warming})
-        serve(spec, built, context, outboxes)
+        inbox = Inbox(context, spec.address)
+        try:
+            serve(spec, built, inbox, outboxes)
+        finally:
+            inbox.close()
     except Exception as error:
         if not isinstance(error, ConfigError):
             traceback.print_exc()

@@ -10,12 +10,24 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from miniserve.cluster.messages import Keep, StepTime, TokenLogprob, TurnOutput
 from miniserve.kv.host import HostPool
 from miniserve.kv.pages import OutOfPages, PagePool
-from miniserve.worker.runner import Runner
 from miniserve.worker.sequence import Sequence, Status
+
+
+class Runner(Protocol):
+    """Who computes: the model (`worker/runner.py`), or the simulator."""
+
+    eos: frozenset[int]
+    """Tokens that end a turn."""
+
+    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[TokenLogprob | None]]:
+        """The next `count` tokens of each (sequence, count). Returns a sampled token, and perhaps its log-probability,
+        for each sequence that is complete with this, in the order of `work`."""
+        ...
 
 
 @dataclass
@@ -73,7 +85,7 @@ class Engine:
         self.page_tokens = page_tokens
         self._budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self._clock = clock
+        self.clock = clock
         # Room left for decodes to grow into, so that admitting one sequence does not at once preempt another.
         self._watermark = max(1, pool.num_pages // 100)
         self._turns: dict[str, Sequence] = {}
@@ -116,7 +128,7 @@ class Engine:
             self.running.remove(sequence)
         sequence.status = Status.FINISHED
         if not keep_pages:
-            self.pool.release(sequence.pages, sequence.keep, self._clock())
+            self.pool.release(sequence.pages, sequence.keep, self.clock())
             sequence.pages = []
 
     def reset(self) -> None:
@@ -136,7 +148,7 @@ class Engine:
         """
         receiving: list[Sequence] = []
         deferred: list[Sequence] = []
-        now = self._clock()
+        now = self.clock()
         while self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             matched, slots = self._match(sequence)
@@ -159,7 +171,7 @@ class Engine:
                 self.host.restore(slots, sequence.pages[len(matched) : found])
                 self.register(sequence)
             if sequence.cached is None:
-                sequence.admitted = self._clock()
+                sequence.admitted = self.clock()
                 sequence.cached = sequence.computed
                 if not sequence.prefill_at:  # the prefiller looks it up too, and counts
                     self.counters.prefix_queries += sequence.given
@@ -208,9 +220,9 @@ class Engine:
         if not batch:
             return done
         self.counters.steps += 1
-        started = self._clock()
+        started = self.clock()
         tokens, logprobs = self._runner.run(batch)
-        now = self._clock()
+        now = self.clock()
         done.time = _timed(batch, now - started)
         for sequence, count in batch:
             if sequence.missing > 1:
@@ -270,7 +282,7 @@ class Engine:
             return True
         while True:
             try:
-                sequence.pages += self.pool.allocate(1, self._clock())
+                sequence.pages += self.pool.allocate(1, self.clock())
                 return True
             except OutOfPages:
                 # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
@@ -283,7 +295,7 @@ class Engine:
         """Give up the KV; it is recomputed, or found in the prefix cache, when there is room again."""
         self.counters.preemptions += 1
         self.running.remove(sequence)
-        self.pool.release(sequence.pages, _soon(sequence), self._clock())
+        self.pool.release(sequence.pages, _soon(sequence), self.clock())
         sequence.pages = []
         sequence.computed = sequence.registered = 0
         sequence.prefill_at = sequence.history_at = ""

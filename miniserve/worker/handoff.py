@@ -32,7 +32,6 @@ from miniserve.cluster.messages import (
     TurnOutput,
 )
 from miniserve.kv.hashing import root_hash
-from miniserve.kv.memory import KVMemory
 from miniserve.kv.transfer import Copy, Transfer, TransferError
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence, Status
@@ -72,7 +71,8 @@ class Lease:
 
 
 class Handoffs:
-    """All handoffs of one worker. `send` takes a peer's address and a message; `patience` is the deadline in seconds.
+    """All handoffs of one worker, whose pages have `page_bytes` bytes. `send` takes a peer's address and a message;
+    `patience` is the deadline in seconds.
 
     `connect` finds the way to a peer's pages, None if there is none. `clock` is the host's monotonic clock, which both
     sides read.
@@ -81,7 +81,7 @@ class Handoffs:
     def __init__(
         self,
         engine: Engine,
-        memory: KVMemory,
+        page_bytes: int,
         layout: str,
         patience: float,
         send: Callable[[str, Message], None],
@@ -93,9 +93,9 @@ class Handoffs:
         self.outputs: list[TurnOutput] = []
         """First tokens that came with a commit, likewise."""
         self._engine = engine
-        self._memory = memory
+        self._page_bytes = page_bytes
         self._layout = layout
-        self._patience = patience
+        self.patience = patience
         self._send = send
         self._connect = connect
         self._clock = clock
@@ -181,7 +181,7 @@ class Handoffs:
         if peer is None or transfer is None:
             log.warning("turn %s: no way to pages of %s, computing them here", sequence.turn, source)
             return None
-        pull = Pull(sequence, peer, transfer, history, self._clock() + self._patience)
+        pull = Pull(sequence, peer, transfer, history, self._clock() + self.patience)
         self._pulls[sequence.turn] = pull
         return pull
 
@@ -193,7 +193,7 @@ class Handoffs:
         pull = self._pulls.get(message.turn)
         if pull is None or pull.source.name != sender or pull.history != message.history:
             return
-        pull.deadline = self._clock() + self._patience
+        pull.deadline = self._clock() + self.patience
         pull.arriving.append((message, copy))
         self._store(pull)
 
@@ -203,7 +203,7 @@ class Handoffs:
         for turn, pull in list(self._pulls.items()):
             self._store(pull)
             if self._pulls.get(turn) is pull and now > pull.deadline:
-                self._give_up(turn, f"nothing has come for {self._patience:g} s")
+                self._give_up(turn, f"nothing has come for {self.patience:g} s")
 
     def _store(self, pull: Pull) -> None:
         while pull.arriving and self._pulls.get(pull.sequence.turn) is pull:
@@ -250,7 +250,7 @@ class Handoffs:
             self._give_up(message.turn, reason)
         elif message.last:
             # Published when it was finished: `deadline` counts from then.
-            self._complete(pull, self._clock() - (message.deadline - self._patience))
+            self._complete(pull, self._clock() - (message.deadline - self.patience))
 
     def _complete(self, pull: Pull, exposed: float) -> None:
         """All that the sender had is here."""
@@ -266,7 +266,7 @@ class Handoffs:
                     turn=sequence.turn,
                     source=pull.source.name,
                     pages=pull.pages,
-                    bytes=pull.pages * self._memory.shape.bytes,
+                    bytes=pull.pages * self._page_bytes,
                     seconds=pull.seconds,
                     exposed=max(exposed, 0.0),
                     history=pull.history,
@@ -326,7 +326,7 @@ class Handoffs:
             history_at=destination if message.share_history else "",
             keep=message.keep,
         )
-        deadline = self._clock() + self._patience
+        deadline = self._clock() + self.patience
         self._leases[message.turn] = Lease(peer, [], message.have // size, deadline, sequence)
         self._engine.add(sequence)
 
@@ -347,7 +347,7 @@ class Handoffs:
         """Publish what is here of a conversation's history."""
         pages = self._engine.pool.match(message.hashes)
         peer, transfer = self._peers[destination]
-        deadline = self._clock() + self._patience
+        deadline = self._clock() + self.patience
         self._leases[message.turn] = Lease(peer, pages, message.first, deadline)
         for start in range(0, max(len(pages), 1), PIECE):
             piece = pages[start : start + PIECE]
@@ -371,7 +371,7 @@ class Handoffs:
         """Publish the pages of a prefill up to `ready`."""
         _, transfer = self._peers[lease.destination.name]
         fresh = pages[lease.published : ready]
-        lease.deadline = self._clock() + self._patience
+        lease.deadline = self._clock() + self.patience
         self._send(
             lease.destination.address,
             Publish(
@@ -397,7 +397,7 @@ class Handoffs:
         now = self._clock()
         for turn, lease in list(self._leases.items()):
             unfinished = lease.sequence is not None and lease.sequence.status is not Status.FINISHED
-            if unfinished and now > lease.deadline - self._patience * (1 - 1 / SIGNS_OF_LIFE):
+            if unfinished and now > lease.deadline - self.patience * (1 - 1 / SIGNS_OF_LIFE):
                 # Only while there is progress: two workers whose pages wait for each other must not do so for ever.
                 if lease.sequence is not None and self._engine.has_work:
                     self._offer(turn, lease, lease.sequence, [], lease.published, None)
