@@ -53,6 +53,9 @@ class Message:
     def __init__(self, ticket: tuple[int, int], data: np.ndarray) -> None:
         self.generation, self.number = ticket
         self.data = data
+        self.begun = time.monotonic()
+        self.seconds = 0.0
+        """How long it took from then, or from the arrival of the one before it."""
         self.lost = False
         self.over = threading.Event()
         """Arrived, or lost."""
@@ -75,6 +78,11 @@ class CollectiveCopy:
         self._message = message
         self._pool = pool
         self._deadline = deadline
+
+    @property
+    def seconds(self) -> float:
+        """See `Copy`."""
+        return self._message.seconds
 
     @property
     def ready(self) -> bool:
@@ -115,6 +123,7 @@ class CollectiveTransfer:
         self._generation = 0
         self._group: Any = None  # a ProcessGroupGloo, once connected
         self._offered = 0
+        self._arrival = 0.0  # of the last message here
         self._sends: deque[Message] = deque()
         self._receives: deque[Message] = deque()
         self._acks: deque[Work] = deque(maxlen=AHEAD + 1)  # kept until sent, which the next but AHEAD message proves
@@ -257,6 +266,9 @@ class CollectiveTransfer:
                 return True
             for work in reversed(works):
                 work.wait(self._timeout)  # before that, is_completed() knows nothing
+            if way == "recv":
+                now = time.monotonic()
+                message.seconds, self._arrival = now - max(message.begun, self._arrival), now
             message.over.set()
             if way == "recv":
                 self._acks.append(self._signal(group, "send", tag + ACK))

@@ -22,7 +22,9 @@ def page_hashes(root: bytes, tokens: list[int], page_tokens: int, known: list[by
     """Chain hashes of the full pages of `tokens`; `known` holds those of the first pages, which are not redone."""
     hashes = list(known or ())
     parent = hashes[-1] if hashes else root
-    for end in range((len(hashes) + 1) * page_tokens, len(tokens) + 1, page_tokens):
-        parent = extend_hash(parent, tokens[end - page_tokens : end])
+    size = page_tokens * 4
+    data = array("i", tokens[len(hashes) * page_tokens :]).tobytes()
+    for end in range(size, len(data) + 1, size):
+        parent = blake2b(parent + data[end - size : end], digest_size=HASH_BYTES).digest()
         hashes.append(parent)
     return hashes

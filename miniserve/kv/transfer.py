@@ -22,6 +22,11 @@ class Copy(Protocol):
     """Pages on their way here."""
 
     @property
+    def seconds(self) -> float:
+        """How long they were on their way beside our steps, once `ready`; what `store` itself takes comes on top."""
+        ...
+
+    @property
     def ready(self) -> bool:
         """Whether `store` would return at once."""
         ...
@@ -85,6 +90,7 @@ class MappedCopy:
     """See `Copy`."""
 
     ready = True
+    seconds = 0.0
 
     def __init__(self, transfer: MappedTransfer, pages: list[int]) -> None:
         self._transfer = transfer

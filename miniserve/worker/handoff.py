@@ -233,7 +233,7 @@ class Handoffs:
                 late = True
                 reason = str(error)
             copied = self._clock()
-            pull.seconds += copied - started
+            pull.seconds += copy.seconds + copied - started
             if copied > message.deadline:
                 late = True
                 reason = "the lease ended before the pages were copied"  # the sender may have reused one by then

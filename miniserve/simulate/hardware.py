@@ -1,0 +1,150 @@
+"""How long a step takes on hardware that is not here: a few measured constants in the shape of a transformer's cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from miniserve.config import ConfigError
+from miniserve.worker.sequence import Sequence
+
+
+class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One device with one model, as it was measured. Times in seconds, sizes in tokens and bytes.
+
+    A step that computes chunks of prompts and one token for each of B decoding sequences takes
+
+        overhead + max(floor, base + sum over chunks (per_token n + per_pair n (c + n/2) + per_context c)
+                                   + per_sequence B + per_kv_token S)
+
+    for chunks of n tokens after c others, and S tokens of KV of the sequences that decode. `floor` is what a step takes
+    to be launched when the device has nearly nothing to do; `base` is what any step does once: it reads the weights.
+    """
+
+    name: str
+    source: str
+    """Where the constants come from."""
+    base: float
+    per_token: float
+    per_pair: float
+    per_context: float = 0.0
+    per_sequence: float = 0.0
+    per_kv_token: float = 0.0
+    floor: float = 0.0
+    overhead: float = 0.0
+    """The worker's own time around a step: messages, batching."""
+    chunk_overhead: float = 0.0
+    """What a step with any prompt in it takes on top."""
+    kv_bytes_per_token: int
+    kv_tokens: int
+    """What the KV pool holds."""
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    page_tokens: int = 16
+    transfer_bytes_per_second: float
+    transfer_latency: float = 0.0
+    """Seconds of a transfer of any size."""
+    transfer_page_seconds: float = 0.0
+    """And for each page, whatever its bytes."""
+    message_seconds: float = 0.0
+    """From one process to another."""
+    busy_watts: float | None = None
+    idle_watts: float | None = None
+
+    def step_seconds(self, chunks: Iterable[tuple[int, int]], decodes: int, kv_tokens: int) -> float:
+        """Of a step with these chunks (tokens, tokens before them), and `decodes` sequences of `kv_tokens` in all."""
+        work = self.base + self.per_sequence * decodes + self.per_kv_token * kv_tokens
+        some = 0.0
+        for count, context in chunks:
+            work += self.per_token * count + self.per_pair * count * (context + count / 2) + self.per_context * context
+            some = self.chunk_overhead
+        return self.overhead + max(self.floor, work + some)
+
+    def batch_seconds(self, batch: list[tuple[Sequence, int]]) -> float:
+        """Of a step of the engine."""
+        chunks = [(count, sequence.computed) for sequence, count in batch if sequence.missing > 1]
+        decodes = len(batch) - len(chunks)
+        kv = sum(len(sequence.tokens) for sequence, _ in batch if sequence.missing == 1)
+        return self.step_seconds(chunks, decodes, kv)
+
+    def transfer_seconds(self, pages: int) -> float:
+        """Of `pages` that go to another device, alone on the way."""
+        size = pages * self.page_tokens * self.kv_bytes_per_token
+        return self.transfer_latency + pages * self.transfer_page_seconds + size / self.transfer_bytes_per_second
+
+
+def _a40(name: str, note: str, **changed: float) -> Hardware:
+    """Fits to the measurements in the paper's artifact: Qwen3-0.6B in bf16, vLLM 0.11 in eager mode."""
+    constants: dict[str, float] = {
+        "base": 5.7e-3,
+        "per_token": 0.0144e-3,
+        "per_pair": 2 * 1.387e-9,
+        # An append of 67 tokens after c others takes 0.95e-3 c + 5.6 ms; its pairs are 67 c of that.
+        "per_context": 0.95e-6 - 67 * 2 * 1.387e-9,
+        "per_sequence": 0.06e-3,
+        "per_kv_token": 1.85e-7,
+        "floor": 14.3e-3,
+        "busy_watts": 270.0,
+        "idle_watts": 77.0,
+        **changed,
+    }
+    return Hardware(
+        name=name,
+        source=f"arXiv 2606.01839 and its artifact; {note}",
+        kv_bytes_per_token=114_688,
+        kv_tokens=308_448,
+        # PCIe 4 x16, 4.6 us a token; 2 ms and 5 us a block of bookkeeping on each side.
+        transfer_bytes_per_second=114_688 / 4.6e-6,
+        transfer_latency=4e-3,
+        transfer_page_seconds=10e-6,
+        **constants,  # type: ignore[arg-type]
+    )
+
+
+PRESETS: dict[str, Hardware] = {
+    hardware.name: hardware
+    for hardware in (
+        _a40("a40-qwen3-0.6b", "NVIDIA A40 at 300 W, eager mode"),
+        _a40("a40-qwen3-0.6b-graphs", "the same with CUDA graphs: no floor to launch a step (not measured)", floor=0.0),
+        _a40(
+            "a40-qwen3-0.6b-200w",
+            "NVIDIA A40 capped to 200 W, eager mode",
+            # Its fit, 2.215e-6 L^2 + 0.0081 L + 38.7, with what it has as a constant spread over 16k tokens.
+            per_token=(0.0081 + (38.7 - 14.3 - 5.7) / 16384) * 1e-3,
+            per_pair=2 * 2.215e-9,
+            per_kv_token=1.85e-7 * 1.02,
+            busy_watts=200.0,
+        ),
+    )
+}
+
+
+def load_hardware(text: str) -> Hardware:
+    """A preset by its name, or the file that `miniserve profile` has written. Raises `ConfigError`."""
+    if preset := PRESETS.get(text):
+        return preset
+    path = Path(text)
+    if not path.is_file():
+        raise ConfigError(
+            f"No hardware profile {text!r}: use {', '.join(PRESETS)}, or a file that `miniserve profile` has written."
+        )
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Hardware)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path} is not a hardware profile: {error}.") from error
+
+
+def load_roles(text: str) -> tuple[Hardware, Hardware]:
+    """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`. Raises `ConfigError`."""
+    if "=" not in text:
+        one = load_hardware(text)
+        return one, one
+    roles = dict(part.partition("=")[::2] for part in text.split(","))
+    if set(roles) != {"P", "D"}:
+        raise ConfigError(f"--hardware {text!r} is not understood: write one profile, or P=...,D=... for the roles.")
+    prefiller, decoder = load_hardware(roles["P"]), load_hardware(roles["D"])
+    if (prefiller.page_tokens, prefiller.kv_bytes_per_token) != (decoder.page_tokens, decoder.kv_bytes_per_token):
+        raise ConfigError(f"--hardware {text!r}: {prefiller.name} and {decoder.name} have KV pages of different sizes.")
+    return prefiller, decoder
