@@ -50,14 +50,15 @@ def generate(name: str, count: int, seed: int) -> list[Task]:
 
 
 def load(text: str, count: int | None, seed: int) -> list[Task]:
-    """Tasks of the trace at a path, or of a workload by its name (None: all of a trace, 255 of a workload).
+    """Tasks of a workload by its name, or of the trace at a path (None: all of a trace, 255 of a workload). A file that
+    is called like a workload is meant by `./chat`.
 
     Raises `ConfigError` (`TraceError` is one).
     """
-    path = Path(text)
-    if path.is_file():
+    named = text in _GENERATORS or text.startswith("mix:")
+    if not named and (path := Path(text)).exists():
         return choose(read_trace(path), count, seed)
-    if text not in _GENERATORS and not text.startswith("mix:"):
+    if not named:
         raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {WORKLOADS}.")
     return generate(text, COUNT if count is None else count, seed)
 
