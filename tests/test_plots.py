@@ -233,7 +233,7 @@ def test_a_timeline_has_a_lane_for_each_worker_prefillers_first(plots: ModuleTyp
     lanes, fill = made[0].axes
     format_tick = lanes.yaxis.get_major_formatter()
     assert [format_tick(place) for place in lanes.get_yticks()] == ["p0", "d9", "d10"]
-    assert [text.get_text() for text in lanes.texts] == ["busy 1%", "busy 40%", "busy 80%"]  # transfers do not count
+    assert [text.get_text() for text in lanes.texts] == ["busy 1 %", "busy 40 %", "busy 80 %"]  # transfers do not count
     both, held = fill.get_lines()[:2]
     assert list(held.get_ydata()) == [0.0, 50.0, 40.0]
     assert list(both.get_ydata()) == [0.0, 60.0, 100.0]

@@ -120,10 +120,12 @@ def _against_rate(
         for place, (name, look) in enumerate(styles.items()):
             points = list(_by_rate(series[name], panel))
             values += [value for _, spread in points for value in spread]
-            if panel.scale == "percent":
-                points = [(at, Spread(*(value or -LANE * (place + 1) for value in spread))) for at, spread in points]
+            lane = place + 1.0
             if len(rates) == 1:  # there are no lines, and points side by side do not hide each other
-                points = [(at + (place + 1) / (len(styles) + 1) - 0.5, spread) for at, spread in points]
+                points = [(at + lane / (len(styles) + 1) - 0.5, spread) for at, spread in points]
+                lane = (len(styles) + 1) / 2
+            if panel.scale == "percent":
+                points = [(at, Spread(*(value or -LANE * lane for value in spread))) for at, spread in points]
             if points:
                 line(axes, points, look)
         _rate_axis(axes, rates, size[0] / columns)

@@ -16,7 +16,7 @@ WIDTH = 11.0
 KINDS = {"decode": "#8ecdf0", "mixed": "#009e73", "prefill": "#e69f00", "transfer": "#222222"}
 """Those that are rarer are drawn above the others."""
 TOLD = {"decode": "decode", "mixed": "both in one step", "prefill": "prefill", "transfer": "KV transfer"}
-WORKERS = "#0072b2", "#d55e00", "#007a5a", "#b5548b", "#595959", "#a06f00", "#3b3b98", "#8c6d31"
+WORKERS = "#0072b2", "#d55e00", "#007a5a", "#b5548b", "#595959", "#a06f00", "#3b3b98", "#56b4e9"
 DASHES = "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1))
 TALL, THIN = 0.56, 0.14
 """Of a lane: what a worker computes, and below it what it moves at the same time."""
@@ -65,7 +65,7 @@ def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[st
             axes.broken_barh(bars, place, facecolors=color, linewidth=0, zorder=FRONT, rasterized=True)
         busy = sum(b - a for a, b in joined(((a, b) for a, b, kind in mine if kind != "transfer"), 0.0))
         axes.annotate(
-            f"busy {busy / (end - start):.0%}" if end > start else "",
+            f"busy {100 * busy / (end - start):.0f} %" if end > start else "",
             (1, lane),
             (6, 0),
             xycoords=("axes fraction", "data"),
