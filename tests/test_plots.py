@@ -250,6 +250,7 @@ def test_timelines_of_nothing_and_of_very_much(plots: ModuleType, tmp_path: Path
     assert [png.read_bytes(), svg.read_bytes()] == [path.read_bytes() for path in again]
     assert png.stat().st_size > 20_000
     assert svg.stat().st_size < 500_000
+    assert b"<image" in svg.read_bytes()  # bars are pixels there too
 
 
 def test_spans_that_touch_are_joined_and_others_are_not() -> None:
