@@ -1,15 +1,17 @@
-"""The command line: `miniserve serve`, `miniserve chat`, `miniserve top`. Flags are vLLM's wherever vLLM has one."""
+"""The command line: `miniserve serve`, `chat`, `top`; those of the evaluation are in `evaluate.py`. Flags are vLLM's
+wherever vLLM has one."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from miniserve import __version__
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes
+from miniserve.evaluate import add_commands
+from miniserve.flags import Parser, checked, fraction, interval, port, positive, seconds, share, tokens
 from miniserve.scheduler.policies import POLICIES
 
 EXAMPLES = """examples:
@@ -18,6 +20,8 @@ EXAMPLES = """examples:
   miniserve serve --topology 1P1D                     a prefiller and a decoder
   miniserve chat                                      talk to the server that runs here
   miniserve top                                       watch it: workers, KV, conversations
+  miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
+  miniserve simulate swe-agent --topology 1P3D        the same on GPUs that are not here
 """
 
 
@@ -44,14 +48,6 @@ def _flush() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without a screenful of usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with exit code 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="miniserve",
@@ -64,6 +60,7 @@ def _parser() -> Parser:
     _add_serve(commands)
     _add_chat(commands)
     _add_top(commands)
+    add_commands(commands)
     return parser
 
 
@@ -101,7 +98,7 @@ def _add_serve(commands: Any) -> None:
     )
     model.add_argument(
         "--max-model-len",
-        type=_tokens,
+        type=tokens,
         help="most tokens of prompt and output, like 8192 or 32k (32,000; 32K is 32,768)",
     )
     model.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="what clients call the model")
@@ -116,7 +113,7 @@ def _add_serve(commands: Any) -> None:
     cluster = parser.add_argument_group("workers")
     cluster.add_argument(
         "--topology",
-        type=_checked(Topology.parse),
+        type=checked(Topology.parse),
         default="1D",
         help="prefillers and decoders: 1D (default), 1P1D, 1P2D",
     )
@@ -133,14 +130,14 @@ def _add_serve(commands: Any) -> None:
     )
     cluster.add_argument(
         "--mispredict",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="FRACTION",
         help="with --policy ampd: share of decisions turned around, to study wrong predictions; default: %(default)s",
     )
     cluster.add_argument("--device", default="auto", help="auto, cpu or cuda")
     cluster.add_argument(
-        "--threads", type=_positive, default=0, help="CPU threads of each worker; default: cores shared"
+        "--threads", type=positive, default=0, help="CPU threads of each worker; default: cores shared"
     )
     cluster.add_argument(
         "--cpu-kernels",
@@ -161,25 +158,25 @@ def _add_serve(commands: Any) -> None:
     memory.add_argument(
         "--kv-cache-memory",
         "--kv-cache-memory-bytes",
-        type=_checked(parse_bytes),
+        type=checked(parse_bytes),
         metavar="SIZE",
         help="size of the KV pool, like 2GiB; default: from the model and what is free",
     )
     memory.add_argument(
         "--gpu-memory-utilization",
-        type=_fraction,
+        type=fraction,
         default=0.9,
         metavar="FRACTION",
         help="of the device's memory (on a CPU: of what is free) that may be used; default: %(default)s",
     )
-    memory.add_argument("--block-size", type=_positive, default=16, help="tokens in a KV page; default: %(default)s")
+    memory.add_argument("--block-size", type=positive, default=16, help="tokens in a KV page; default: %(default)s")
     memory.add_argument(
         "--max-num-batched-tokens",
-        type=_tokens,
+        type=tokens,
         help="tokens computed in one step; default: 512 on a CPU, 8192 on CUDA",
     )
     memory.add_argument(
-        "--max-num-seqs", type=_positive, default=256, help="sequences that run at once; default: %(default)s"
+        "--max-num-seqs", type=positive, default=256, help="sequences that run at once; default: %(default)s"
     )
     memory.add_argument(
         "--enable-prefix-caching",
@@ -189,7 +186,7 @@ def _add_serve(commands: Any) -> None:
     )
     memory.add_argument(
         "--swap-space",
-        type=_checked(parse_bytes),
+        type=checked(parse_bytes),
         default=0,
         metavar="SIZE",
         help="host memory for KV that had to leave the pool, like 4GiB; default: none",
@@ -203,7 +200,7 @@ def _add_serve(commands: Any) -> None:
     )
     memory.add_argument(
         "--handoff-deadline",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long a worker keeps finished pages for another, and waits for another's; default: %(default)s",
@@ -211,24 +208,24 @@ def _add_serve(commands: Any) -> None:
 
     http = parser.add_argument_group("server")
     http.add_argument("--host", default="127.0.0.1", help="default: %(default)s (only this machine)")
-    http.add_argument("--port", type=_port, default=8000, help="default: %(default)s; 0: any free one")
+    http.add_argument("--port", type=port, default=8000, help="default: %(default)s; 0: any free one")
     http.add_argument("--api-key", help="ask clients for this key; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
     http.add_argument(
         "--max-num-queued-reqs",
-        type=_positive,
+        type=positive,
         default=1024,
         help="requests that may wait; more get 503 with Retry-After; default: %(default)s",
     )
     http.add_argument(
         "--shutdown-timeout",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long running requests may go on after SIGTERM or Ctrl-C; default: %(default)s",
     )
     cluster.add_argument(
         "--worker-timeout",
-        type=_seconds,
+        type=seconds,
         default=120.0,
         metavar="SECONDS",
         help="a worker that is silent for so long is ended and started again: longer than any step; "
@@ -262,12 +259,12 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
             **server,
             "engine": EngineConfig(**{**engine, "model": model}),
             "served_model_names": args.served_model_name or [model],
-            "api_key": _api_key(args),
+            "api_key": api_key(args),
         }
     )
 
 
-def _api_key(args: argparse.Namespace) -> str | None:
+def api_key(args: argparse.Namespace) -> str | None:
     """The key of the flag, else of the environment; None where none is given. Raises `ConfigError`."""
     given = {"--api-key": args.api_key} | {name: os.environ.get(name) for name in ("MINISERVE_API_KEY", "VLLM_API_KEY")}
     for source, text in given.items():
@@ -303,7 +300,7 @@ def _add_chat(commands: Any) -> None:
     parser.add_argument("--model", help="default: the server's first")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--temperature", type=float, help="default: the model's")
-    parser.add_argument("--max-tokens", type=_positive, help="most tokens of an answer")
+    parser.add_argument("--max-tokens", type=positive, help="most tokens of an answer")
 
 
 def _add_url(parser: argparse.ArgumentParser) -> None:
@@ -316,7 +313,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     options = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
     given = {name: value for name, value in options.items() if value is not None}
-    return chat(args.url, _api_key(args), args.system or "", given)
+    return chat(args.url, api_key(args), args.system or "", given)
 
 
 # --- top ------------------------------------------------------------------------------------------------------------
@@ -335,7 +332,7 @@ def _add_top(commands: Any) -> None:
     _add_url(parser)
     parser.add_argument(
         "--interval",
-        type=_interval,
+        type=interval,
         default=1.0,
         metavar="SECONDS",
         help="how often the server is asked; default: %(default)s",
@@ -346,64 +343,7 @@ def _add_top(commands: Any) -> None:
 def _top(args: argparse.Namespace) -> int:
     from miniserve.frontend.terminal_top import top
 
-    return top(args.url, _api_key(args), args.interval, args.once)
-
-
-# --- values of flags ------------------------------------------------------------------------------------------------
-
-
-def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of ours as argparse wants it: its message is shown as it is."""
-
-    def check(text: str) -> Any:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return check
-
-
-def _number(text: str, kind: Callable[[str], Any], ok: Callable[[Any], bool], what: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not ok(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return int(_number(text, int, lambda n: n > 0, "a whole number above 0"))
-
-
-def _tokens(text: str) -> int:
-    """A count of tokens: 8192, 8k (8000) or 8K (8192), as in vLLM."""
-    units = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
-    unit = units.get(text[-1:], 1)
-    number = text[:-1] if unit > 1 else text
-    return int(_number(number, float, lambda n: 1 <= n * unit < 2**31, "a number of tokens, like 8192 or 32k") * unit)
-
-
-def _seconds(text: str) -> float:
-    return float(_number(text, float, lambda n: 0 <= n < 1e9, "a number of seconds"))
-
-
-def _interval(text: str) -> float:
-    return float(_number(text, float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"))
-
-
-def _fraction(text: str) -> float:
-    return float(_number(text, float, lambda n: 0 < n <= 1, "a fraction above 0 and at most 1"))
-
-
-def _share(text: str) -> float:
-    return float(_number(text, float, lambda n: 0 <= n <= 1, "a share from 0 to 1"))
-
-
-def _port(text: str) -> int:
-    return int(_number(text, int, lambda n: 0 <= n < 65536, "a port from 0 to 65535"))
+    return top(args.url, api_key(args), args.interval, args.once)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.frontend.generate import Choice, Generation
 from miniserve.frontend.logprobs import CompletionLogprobWriter
@@ -19,7 +22,8 @@ def prompt_tokens(tokenizer: Tokenizer, request: CompletionRequest) -> list[list
 
 
 class CompletionShape:
-    """Choices as text completions, whole and in chunks. With `echo` the text of a choice begins with its prompt."""
+    """Choices as text completions, whole and in chunks. With `echo` the text of a choice begins with its prompt, but as
+    with vLLM not where the prompt's ids are told."""
 
     id_prefix = "cmpl-"
     chunk_object = "text_completion"
@@ -28,7 +32,9 @@ class CompletionShape:
     def __init__(self, tokenizer: Tokenizer, request: CompletionRequest) -> None:
         self._tokenizer = tokenizer
         self._request = request
+        self.token_ids = bool(request.return_token_ids)
         self._writers: dict[int, CompletionLogprobWriter] = {}
+        self._told_prompt: set[int] = set()
 
     def whole(self, head: Head, generation: Generation) -> Completion:
         """The answer in one piece, of choices that have ended."""
@@ -46,6 +52,10 @@ class CompletionShape:
         """The prompt, where it is to be echoed."""
         return self._choice(choice, self._echo(choice), []) if self._request.echo else None
 
+    def beside_opening(self, choice: Choice) -> Mapping[str, Any]:
+        """Nothing: here the choices themselves tell the prompt's ids."""
+        return {}
+
     def piece(self, choice: Choice, text: str, logprobs: list[TokenLogprob]) -> CompletionChoice:
         """More text."""
         return self._choice(choice, text, logprobs)
@@ -55,16 +65,21 @@ class CompletionShape:
         return self._choice(choice, "", [], ended=True)
 
     def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False) -> CompletionChoice:
-        return {
+        answer: CompletionChoice = {
             "index": choice.index,
             "text": text,
             "logprobs": self._logprobs(choice, logprobs),
             "finish_reason": choice.finish if ended else None,
             "stop_reason": choice.stop_reason if ended else None,
         }
+        if self.token_ids:
+            answer["prompt_token_ids"] = None if choice.index in self._told_prompt else choice.prompt
+            answer["token_ids"] = choice.take_tokens()
+            self._told_prompt.add(choice.index)
+        return answer
 
     def _echo(self, choice: Choice) -> str:
-        if not self._request.echo:
+        if not self._request.echo or self.token_ids:
             return ""
         prompt = self._request.prompt[choice.index // choice.params.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)

@@ -32,6 +32,7 @@ class Choice:
         self.cached_tokens = 0
         self._words = TurnText(tokenizer, params)
         self._text: list[str] = []
+        self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
     @property
@@ -45,15 +46,25 @@ class Choice:
         return self._words.stop_reason
 
     @property
-    def has_news(self) -> bool:
+    def has_text(self) -> bool:
         """Whether there is text to take, or the choice has ended."""
         return bool(self._text) or self.finish is not None
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there are tokens to take."""
+        return bool(self._tokens)
 
     def take(self) -> tuple[str, list[TokenLogprob]]:
         """The text since the last time, and the log-probabilities of its tokens if they were asked for."""
         text, logprobs = "".join(self._text), self._logprobs
         self._text, self._logprobs = [], []
         return text, logprobs
+
+    def take_tokens(self) -> list[int]:
+        """The tokens since the last time, with text or not."""
+        tokens, self._tokens = self._tokens, []
+        return tokens
 
     def feed(self, out: TurnOutput) -> None:
         """Take in the next tokens. Raises `ApiError` or `EngineError` where the engine gave up."""
@@ -64,6 +75,7 @@ class Choice:
         self.cached_tokens = out.cached_tokens or self.cached_tokens
         text, count = self._words.feed(out)
         self.output_tokens += count
+        self._tokens += out.tokens[:count]
         self._logprobs += (out.logprobs or [])[:count]
         if text:
             self._text.append(text)
@@ -178,9 +190,8 @@ class Generation:
                 if out.finish is None:  # a stop string, which the engine knows nothing of
                     turn.cancel()
                 self._metrics.ended(choice.finish, self._arrived)
-            if choice.has_news:
-                self._news[choice.index] = choice
-                self._wake.set()
+            self._news[choice.index] = choice
+            self._wake.set()
             if choice.finish is not None:
                 return
         raise EngineError("The engine has lost this request: send it again.")

@@ -1,6 +1,6 @@
 """What the API answers, as types: mypy checks the code that builds the answers, and OpenAPI documents them.
 
-Shapes and names are OpenAI's; `stop_reason`, `max_model_len` and everything about tokenizing are vLLM's.
+Shapes and names are OpenAI's; `stop_reason`, `max_model_len`, token ids and everything about tokenizing are vLLM's.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class ChatChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: Finish | None
     stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletion(TypedDict):
@@ -70,6 +71,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class Delta(TypedDict, total=False):
@@ -83,6 +85,7 @@ class ChatChunkChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: Finish | None
     stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
 
 
 # --- completions ----------------------------------------------------------------------------------------------------
@@ -96,13 +99,15 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionChoice(TypedDict):
-    """Also the shape of a choice in a stream, with a piece of the text."""
+    """Also the shape of a choice in a stream, with a piece of the text; only its first chunk has the prompt's ids."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
     stop_reason: str | int | None
+    prompt_token_ids: NotRequired[list[int] | None]
+    token_ids: NotRequired[list[int]]
 
 
 class Completion(TypedDict):

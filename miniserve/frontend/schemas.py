@@ -190,6 +190,8 @@ class GenerationRequest(Body, ABC):
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
     """Prefixes are only shared among requests with the same salt."""
+    return_token_ids: bool | None = None
+    """The answer tells its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:

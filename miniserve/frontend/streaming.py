@@ -48,10 +48,18 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class ChunkShape(Protocol):
-    """How choices look in the chunks of one of the APIs: mappings, encoded as JSON."""
+    """How choices look in the chunks of one of the APIs: mappings, encoded as JSON.
+
+    With `token_ids` they tell the tokens, and each token has a chunk even if it has no text (yet).
+    """
+
+    token_ids: bool
 
     def opening(self, choice: Choice) -> Mapping[str, Any] | None:
         """Before anything was generated."""
+
+    def beside_opening(self, choice: Choice) -> Mapping[str, Any]:
+        """What the chunk of the opening says beside it."""
 
     def piece(self, choice: Choice, text: str, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
         """More text."""
@@ -69,28 +77,39 @@ async def events(
     with `continuous_usage` every other one that of its choice so far. Raises what the generation failed of.
     """
     # Only the choice is encoded for each chunk; all around it is the same bytes.
-    before = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
+    before = _before_choice(head)
     after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
-    def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int) -> bytes:
+    def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, before: bytes = before) -> bytes:
         end = after
         if continuous_usage:
             end = b'],"usage":' + msgspec.json.encode(_usage(choice, output_tokens)) + b"}\n\n"
         return before + msgspec.json.encode(chunk) + end
 
     openings = [(choice, opening) for choice in generation.choices if (opening := shape.opening(choice)) is not None]
-    yield b"".join(event(choice, opening, 0) for choice, opening in openings)
+    yield b"".join(
+        event(choice, opening, 0, _before_choice({**head, **shape.beside_opening(choice)}))
+        for choice, opening in openings
+    )
     async for news in generation.updates():
         chunks: list[bytes] = []
         for choice in news:
+            by_token = shape.token_ids and choice.has_tokens
+            if not (choice.has_text or by_token):
+                continue
             text, logprobs = choice.take()
-            if text or logprobs:
+            if text or logprobs or by_token:
                 chunks.append(event(choice, shape.piece(choice, text, logprobs), choice.output_tokens))
             if choice.finish is not None:
                 chunks.append(event(choice, shape.closing(choice), choice.output_tokens))
-        yield b"".join(chunks)
+        if chunks:
+            yield b"".join(chunks)
     if include_usage:
         yield b"data: " + msgspec.json.encode({**head, "choices": [], "usage": generation.usage}) + b"\n\n"
+
+
+def _before_choice(fields: Mapping[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['
 
 
 def _usage(choice: Choice, output_tokens: int) -> Usage:

@@ -86,8 +86,11 @@ def seconds(values: Iterable[float]) -> dict[str, float] | None:
 
 
 def normalised(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
-    """gmean, p50 and p95 of (value, standalone) pairs as ratios; None of nothing."""
-    ratios = sorted(value / alone for value, alone in pairs if alone > 0 and value > 0)
+    """gmean, p50 and p95 of (value, standalone) pairs as ratios; None of nothing.
+
+    A value of 0 (a server that sends all tokens at once) counts as a thousandth: the geometric mean knows no zero.
+    """
+    ratios = sorted(max(value / alone, 1e-3) for value, alone in pairs if alone > 0)
     if not ratios:
         return None
     return {"gmean": gmean(ratios), "p50": percentile(ratios, 0.5), "p95": percentile(ratios, 0.95)}
@@ -101,7 +104,7 @@ def summary(tasks: Sequence[TaskTimes], standalone: dict[str, Latency] | None, d
     """
     done = {task.key: latency(task) for task in tasks if task.turns and not task.failed}
     alone = {key: standalone[key] for key in done if key in standalone} if standalone else {}
-    failed = len(tasks) - len(done)
+    failed = sum(task.failed for task in tasks)
     output = sum(turn.output for task in tasks for turn in task.turns)
     tbts = {key: value.tbt for key, value in done.items() if value.tbt is not None}
     ratios: dict[str, list[tuple[float, float]]] = {
@@ -122,7 +125,8 @@ def summary(tasks: Sequence[TaskTimes], standalone: dict[str, Latency] | None, d
         "e2e_s": seconds(value.e2e for value in done.values()),
         **{f"{name}_norm": normalised(pairs) for name, pairs in ratios.items()},
         "slo_violation": {
-            name: _violations(ratios[name], failed) if alone else None for name in ("ttfet", "last_turn_tbt", "e2e")
+            name: _violations(ratios[name], failed) if standalone else None
+            for name in ("ttfet", "last_turn_tbt", "e2e")
         },
         "throughput": {
             "conversations_per_s": len(done) / duration if duration > 0 else 0.0,
@@ -130,7 +134,21 @@ def summary(tasks: Sequence[TaskTimes], standalone: dict[str, Latency] | None, d
         },
         "cached_tokens": sum(max(turn.cached, 0) for task in tasks for turn in task.turns),
         "prompt_tokens": sum(turn.prompt for task in tasks for turn in task.turns),
-        "errors": sum(task.failed for task in tasks),
+        "errors": failed,
+    }
+
+
+def energy(joules: float | None, tasks: Sequence[TaskTimes]) -> dict[str, float | None]:
+    """The key `energy` of the contract. The tokens of `tokens_per_joule` are those of all prompts, found in a cache or
+    not, and all outputs: as the paper counts, by the size of its figures."""
+    if not joules:
+        return {"joules": joules, "tokens_per_joule": None, "output_tokens_per_joule": None}
+    output = sum(turn.output for task in tasks for turn in task.turns)
+    prompt = sum(turn.prompt for task in tasks for turn in task.turns)
+    return {
+        "joules": joules,
+        "tokens_per_joule": (prompt + output) / joules,
+        "output_tokens_per_joule": output / joules,
     }
 
 

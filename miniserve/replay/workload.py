@@ -16,6 +16,8 @@ import numpy as np
 BLOCK_TOKENS = 512
 """Tokens of a shared block: those that `hash_ids` of Mooncake's traces stand for."""
 
+ARRIVALS = ("poisson", "fixed", "burst")
+
 
 class TurnSize(NamedTuple):
     """One turn: `new` tokens from the user or a tool (the first turn: the whole prompt), `output` tokens from the
@@ -78,6 +80,11 @@ class Spread(NamedTuple):
             )
         return spread
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        prefix = f"{self.kind}:" if self.kind in ("log", "exp") else ""
+        return f"{prefix}{self.low:g}" + (f"..{self.high:g}" if self.kind in ("uniform", "log") else "")
+
     def draw(self, rng: np.random.Generator) -> float:
         """One number."""
         if self.kind == "exp":
@@ -99,11 +106,11 @@ class Shape:
 
     def apply(self, task: Task, seed: int) -> Task:
         """The task as it will be replayed."""
-        rng = generator(seed, "shape", task.key)
+        gaps, appends = generator(seed, "gap", task.key), generator(seed, "append", task.key)
         turns = []
         for n, turn in enumerate(task.turns[: self.max_turns]):
-            gap = self.gap.draw(rng) if self.gap and n else turn.gap
-            new = max(1, round(self.append.draw(rng))) if self.append and n else turn.new
+            gap = self.gap.draw(gaps) if self.gap and n else turn.gap
+            new = max(1, round(self.append.draw(appends))) if self.append and n else turn.new
             turns.append(TurnSize(new, turn.output, gap))
         return replace(task, turns=tuple(turns)).scaled(self.scale)
 
@@ -117,7 +124,7 @@ def generator(seed: int, *names: str) -> np.random.Generator:
 def choose(tasks: Sequence[Task], count: int | None, seed: int) -> list[Task]:
     """`count` of the tasks (None: all), drawn by `seed`, each once as long as there are enough of them.
 
-    Tasks whose arrival is known keep their order: the first ones are taken.
+    Tasks whose arrival is known keep their order: the first ones are taken. If more are wanted, no arrival is known.
     """
     if count is None or (count <= len(tasks) and all(task.arrival is not None for task in tasks)):
         return list(tasks[:count])
@@ -127,13 +134,15 @@ def choose(tasks: Sequence[Task], count: int | None, seed: int) -> list[Task]:
         again = len(chosen) // len(tasks)
         for n in rng.permutation(len(tasks))[: count - len(chosen)]:
             task = tasks[int(n)]
-            chosen.append(replace(task, key=f"{task.key}+{again}", arrival=None) if again else task)
+            chosen.append(replace(task, key=f"{task.key}+{again}" if again else task.key, arrival=None))
     return chosen
 
 
 def arrivals(kind: str, rate: float, count: int, seed: int, burst: int = 8) -> list[float]:
     """When `count` tasks come, in seconds, `rate` of them a second: `poisson`, `fixed` (evenly) or `burst` (`burst` at
-    once, the bursts at random). The first one or ones come at 0."""
+    once, the bursts at random). The first one or ones come at 0. Raises ValueError for another kind."""
+    if kind not in ARRIVALS:
+        raise ValueError(f"{kind!r} is not one of {', '.join(ARRIVALS)}")
     if kind == "fixed":
         return [n / rate for n in range(count)]
     size = burst if kind == "burst" else 1
@@ -152,7 +161,8 @@ class Text:
         self._range = (low, high)
         self._rng = generator(seed, "text", task.key)
         self._seed = seed
-        self._shared = [token for block in task.shared for token in self._block(block, task.block)]
+        shared = [token for block in task.shared for token in self._block(block, task.block)]
+        self._shared = shared[: task.turns[0].new]  # scaling rounds blocks and prompts each for themselves
 
     def take(self, count: int) -> list[int]:
         """The next `count` ids."""

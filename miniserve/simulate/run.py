@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miniserve.config import Topology
-from miniserve.replay.metrics import Latency, seconds, summary
+from miniserve.replay.metrics import Latency, TaskTimes, energy, seconds, summary
 from miniserve.replay.workload import Task
 from miniserve.scheduler.policies import make_policy
 from miniserve.simulate.cluster import Simulation
@@ -70,7 +70,7 @@ def simulate(
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
         "busy": {name: worker.runner.busy / duration for name, worker in workers.items()},
-        "energy": _energy(list(workers.values()), duration, sum(t.output for a in simulation.times for t in a.turns)),
+        "energy": _energy(list(workers.values()), duration, simulation.times),
     }
     if setting.window is not None:
         result["timeline"] = _timeline(setting, simulation)
@@ -109,15 +109,15 @@ def _decode(hardware: Hardware, length: int) -> float:
     return hardware.step_seconds((), 1, length)
 
 
-def _energy(workers: list[SimulatedWorker], duration: float, tokens: int) -> dict[str, float | None]:
-    """Busy and idle watts of all workers over the run."""
+def _energy(workers: list[SimulatedWorker], duration: float, times: list[TaskTimes]) -> dict[str, float | None]:
+    """Joules of all workers over the run, from their busy and idle watts, and what `tokens_per_joule` makes of it."""
     joules = 0.0
     for worker in workers:
         hardware, busy = worker.hardware, worker.runner.busy
         if hardware.busy_watts is None or hardware.idle_watts is None:
-            return {"joules": None, "tokens_per_joule": None}
+            return energy(None, times)
         joules += busy * hardware.busy_watts + max(duration - busy, 0.0) * hardware.idle_watts
-    return {"joules": joules, "tokens_per_joule": tokens / joules if joules else None}
+    return energy(joules, times)
 
 
 def _timeline(setting: Setting, simulation: Simulation) -> dict[str, Any]:
