@@ -22,8 +22,14 @@ from miniserve import hub
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.frontend import middleware
 from miniserve.frontend.app import create_app
+from miniserve.frontend.chat import ChatShape
 from miniserve.frontend.client import EngineError, QueueFull
+from miniserve.frontend.generate import Generation
+from miniserve.frontend.metrics import Metrics
+from miniserve.frontend.responses import Head
 from miniserve.frontend.schemas import MAX_DEPTH, Body, ChatRequest, CompletionRequest, DetokenizeRequest
+from miniserve.frontend.streaming import events as streamed
+from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -748,6 +754,73 @@ async def test_metrics(api: Api) -> None:
         'miniserve:kv_pages{state="free",worker="d0"}': 60,
     }
     assert {name: float(samples[name]) for name in expected} == expected
+
+
+# --- token ids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_completions_tell_their_tokens(api: Api, echo: bool) -> None:
+    """As vLLM does: all of them, the one that ended it too; the prompt's ids take the place of its echo."""
+    answer = (await api.complete(return_token_ids=True, echo=echo, n=2)).json()
+    for choice in answer["choices"]:
+        assert choice["prompt_token_ids"] == list(b"Hi")
+        assert choice["token_ids"] == [*b"Hello", EOS]
+        assert choice["text"] == "Hello"
+    assert not (await api.complete()).json()["choices"][0].keys() & {"prompt_token_ids", "token_ids"}
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_a_stream_has_a_chunk_for_every_token(api: Api, echo: bool) -> None:
+    """Those that are no whole character, or perhaps the beginning of a stop string, have no text yet."""
+    steps = [[195], [169], *spell("ab"), [EOS]]
+    api.engine.play = lambda tokens, params: {"steps": steps, "stop_token": EOS, "pause": 0.005}
+    response = await api.complete(stream=True, return_token_ids=True, echo=echo, n=2, stop=["bc"])
+    chunks = [chunk["choices"][0] for chunk in events(response)]
+    for index in (0, 1):
+        own = [chunk for chunk in chunks if chunk["index"] == index]
+        assert [c["prompt_token_ids"] for c in own] == [list(b"Hi")] + [None] * (len(own) - 1)
+        told = [(c["token_ids"], c["text"]) for c in own[echo:]]
+        assert told == [([195], ""), ([169], "é"), ([97], "a"), ([98], ""), ([EOS], "b"), ([], "")]
+        assert [c["finish_reason"] for c in own[echo:]] == [None] * 5 + ["stop"]
+    plain = events(await api.complete(stream=True, stop=["bc"]))
+    assert [c["choices"][0]["text"] for c in plain] == ["é", "a", "b", ""]
+    assert not any(c["choices"][0].keys() & {"prompt_token_ids", "token_ids"} for c in plain)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_chats_tell_their_tokens(tokenizer: Tokenizer, wanted: bool) -> None:
+    """The prompt's ids are beside the choices there: once, and in the chunk that says who speaks."""
+
+    def begin() -> Generation:
+        engine = FakeClient(steps=[[195], [169], [EOS]], stop_token=EOS, pause=0.005)
+        prompts = [([1, 2, 3], SamplingParams(max_tokens=9))]
+        metrics = Metrics(engine, "tiny")  # type: ignore[arg-type]
+        generation = Generation(prompts, lambda p, params, _: engine.submit(p, params), tokenizer, metrics, 0.0)  # type: ignore[arg-type, return-value]
+        generation.start()
+        return generation
+
+    head: Head = {"id": "x", "object": "chat.completion", "created": 1, "model": "tiny"}
+    async with begin() as generation:
+        await generation.finish()
+        whole = ChatShape(tokenizer, wanted).whole(head, generation)
+    async with begin() as generation:
+        data = b"".join(
+            [piece async for piece in streamed(generation, ChatShape(tokenizer, wanted), head, False, False)]
+        )
+    chunks = [json.loads(line[6:]) for line in data.decode().split("\n\n")[:-1]]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    if wanted:
+        assert whole["prompt_token_ids"] == chunks[0]["prompt_token_ids"] == [1, 2, 3]
+        assert whole["choices"][0]["token_ids"] == [195, 169, EOS]
+        assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+        assert "token_ids" not in choices[0]
+        told = [(c["token_ids"], c["delta"]) for c in choices[1:]]
+        assert told == [([195], {"content": ""}), ([169], {"content": "é"}), ([EOS], {"content": ""}), ([], {})]
+    else:
+        assert [c["delta"] for c in choices[1:]] == [{"content": "é"}, {}]
+        assert "token_ids" not in data.decode()
+        assert "token_ids" not in json.dumps(whole)
 
 
 # --- over a socket --------------------------------------------------------------------------------------------------

@@ -193,8 +193,8 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
         raise ConfigError(f"--url {url!r} is no address: write it like http://127.0.0.1:8000.") from error
     except (aiohttp.ClientError, OSError) as error:
         raise ConfigError(
-            f"No server answers at {url} ({str(error) or type(error).__name__}). Start one with `miniserve serve`, or name "
-            "another with --url."
+            f"No server answers at {url} ({str(error) or type(error).__name__}). Start one with `miniserve serve`, or "
+            "name another with --url."
         ) from error
     if status in (401, 403):
         raise ConfigError(f"The server at {url} wants an API key: give it with --api-key.")
