@@ -2,7 +2,7 @@
 tiny model in real workers.
 
 What the driver itself takes, at 32 streams and 490 tokens a second (a server in another process that writes a chunk for
-each token and stream every 64 ms; prompts of 1,000 to 3,120 ids): 1.9 % of one core of an EPYC, all of it counted. The
+each token and stream every 64 ms; prompts of 1,000 to 3,120 ids): 2 % of one core of an EPYC, all of it counted. The
 same bare loop of aiohttp takes 1.3 %, and 2.7 % on asyncio's own event loop.
 """
 
@@ -136,14 +136,14 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
     engine.trouble = count
     extra = {"return_token_ids": None} if ids == "made up" else {}
     with serving(engine, tokenizer) as url:
+        began = time.monotonic()
         report = replay(config(url, TASKS, starts=[0.0, 0.2, 0.1], seed=3, rate=10.0, extra=extra))
 
-    began = engine.times[0]
     cached = prompts = 0
     for of, start in zip(TASKS, (0.0, 0.2, 0.1), strict=True):
         text = Text(of, 3, 1000, VOCAB)
         want: list[int] = []
-        due = began + start - 0.05
+        due = began + start
         turns = engine.conversation(first_id(of, 3))
         assert len(turns) == len(of.turns)
         for n, (size, turn) in enumerate(zip(of.turns, turns, strict=True)):
@@ -170,7 +170,7 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
     assert report["placements"] == {"p0->d0": 6}
     assert report["kv_transfer"] == {"bytes": 600, "seconds": pytest.approx(1.5)}
     # What the tools took is in no latency; a token takes 2 ms or more.
-    assert 0.01 < report["e2e_s"]["p50"] < 0.3 < report["duration_s"]
+    assert 0.01 < report["e2e_s"]["p50"] < report["e2e_s"]["p99"] < 0.3 < report["duration_s"]
     assert report["last_turn_tbt_s"]["p50"] >= 0.002
     assert report["ttft_norm"] is None
     msgspec.json.encode(report)

@@ -25,7 +25,7 @@ from rich.live import Live
 
 from miniserve.config import ConfigError
 from miniserve.replay.energy import Energy
-from miniserve.replay.metrics import Latency, TaskTimes, TurnTimes, latency, percentile, summary
+from miniserve.replay.metrics import Latency, TaskTimes, TurnTimes, energy, latency, percentile, summary
 from miniserve.replay.server import Answer, Server, Totals, TurnError, ask, describe, totals
 from miniserve.replay.workload import Task, Text
 
@@ -178,7 +178,6 @@ class Run:
         moved = after.since(self._before) if after and self._before else None
         told = summary(self.ended, self.standalone, self._over - self._began)
         failures = Counter(turn.error for times in self.ended for turn in times.turns if turn.error)
-        output = told["output_tokens"]
         return told | {
             "policy": self.server.policy,
             "topology": self.server.topology,
@@ -186,11 +185,7 @@ class Run:
             "seed": self.config.seed,
             "kv_transfer": {"bytes": moved.bytes if moved else None, "seconds": moved.seconds if moved else None},
             "placements": dict(moved.placements) if moved else None,
-            "energy": {
-                "joules": joules,
-                "tokens_per_joule": output / joules if joules else None,
-                "source": self._energy.source if self._energy else None,
-            },
+            "energy": energy(joules, self.ended) | {"source": self._energy.source if self._energy else None},
             "server": msgspec.to_builtins(self.server) | {"url": self.config.url},
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
@@ -283,7 +278,8 @@ class Run:
     def _line(self, speed: float) -> str:
         ttfts = sorted(self._ttfts)
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
+        done = len(self.standalone or ()) if self._phase == "alone" else len(self.ended)
         return (
-            f"{self._phase}: {len(self.ended)} of {len(self.config.tasks)} conversations done, {self._running} running"
+            f"{self._phase}: {done} of {len(self.config.tasks)} conversations done, {self._running} running"
             f", {len(ttfts)} turns, {speed:.0f} tokens/s, {first}{sum(times.failed for times in self.ended)} errors"
         )
