@@ -29,6 +29,8 @@ class Conversation:
     """Turns that run or wait now."""
     resident: int = 0
     """Pages it is thought to hold at home while no turn runs."""
+    wanted: float = 0.0
+    """What of that it is expected to come back for."""
     began: float = 0.0
     last_end: float = 0.0
     moves: int = 0

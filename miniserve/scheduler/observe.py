@@ -11,13 +11,13 @@ AWAY_SECONDS = 0.1
 """The same for a later turn, whose history would have to travel too."""
 PATIENCE = 0.25
 """By how much later a later turn's first token may come elsewhere than at home, whatever that spares others."""
-ELASTIC_SHARE = 0.25
-"""A prefiller that spends more of its time on prompts is not idle, and no home for streams."""
-CROWDED = 2.0
-"""How many times longer a decoder's steps must be than a prefiller's before that one becomes a home: prompts of others
-will hold up what lives there."""
 ROOM = 0.1
-"""The share of its pages that a new home must have free after a move."""
+"""The share of its pages that a worker must have room for after it has become a home: conversations grow."""
+WORTH = 4.0
+"""A newcomer for whom there is no room waits for so many times what it would cost all to compute again what it drives
+out. Once would be right if that happened once; it happens at each turn of those who then share too little room."""
+STEP_STRETCH = 6.0
+"""See `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
 
 
 class Observe:
@@ -29,10 +29,19 @@ class Observe:
     stay, long ones beside many streams leave. How many streams will be there is the mean over the last half minute, or
     how many there are now, if that is more.
 
-    A conversation keeps its home. It gets another one, by one move at the beginning of a turn, if the home is full or
-    holds more than fits and another has room, or if it is a prefiller that has got work of its own. A prefiller with
-    nothing to do may become the home of a new conversation: where decoders are crowded its steps are shorter.
+    Every worker may be a home. At a prefiller steps count as longer, by the share of its time that prompts take.
+
+    A newcomer waits while no worker has room: beside what runs there, room is kept for conversations that are expected
+    back soon. What it would drive out would have to be computed again, at each turn of all who are too many; so it is
+    better served a little later. Those that have a home pass it meanwhile. Where the tools of others take long, waiting
+    may cost more than it spares; the limit is what driving out would cost, in the same seconds.
+
+    A conversation keeps its home. It gets another one, by one move at the beginning of a turn, if the home has no room
+    for its turn and another has.
     """
+
+    newcomers_wait = True
+    step_stretch = STEP_STRETCH
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""
@@ -66,14 +75,15 @@ class Observe:
             return self._placement(here, tuple(options), "at home")
         if need.conversation.active > 1:
             return self._stay(need, cluster, home)  # other turns of it run there
-        others = [d for d in cluster.decoders if d is not home and self._may_take(need, cluster, d)]
-        roomy = [d for d in others if d.free - need.pages >= ROOM * d.total_pages]
+        everyone = (*cluster.decoders, *cluster.prefillers)
+        others = [w for w in everyone if w is not home and self._may_take(need, cluster, w)]
+        roomy = [d for d in others if d.room - need.pages >= ROOM * d.total_pages]
         # One that has just moved stays, unless it would have to wait.
         if not roomy or (need.conversation.moved_at == need.conversation.turns and home.fits(need.pages)):
             return self._stay(need, cluster, home)
         options = [option for d in roomy for option in self._options(need, cluster, d)]
         best = min(options, key=lambda option: option.cost)
-        return self._placement(best, tuple(options), "its home is full" if not home.prefiller else "prefillers prefill")
+        return self._placement(best, tuple(options), "its home is full")
 
     def _stay(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
         if home.name in cluster.open and home.fits(need.pages):
@@ -81,20 +91,17 @@ class Observe:
         return None
 
     def _should_leave(self, need: Need, home: WorkerView) -> bool:
-        if home.prefiller:
-            return home.queued_prefill_tokens > 0 or home.prefilling.value > ELASTIC_SHARE
-        return home.free < need.pages and home.turns > 0
+        return home.room < need.pages and home.turns > 0
 
     def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
         """Whether `worker` may become the home of this turn now."""
         if worker.name not in cluster.open or not worker.fits(need.pages):
             return False
-        if not worker.prefiller:
-            return True
-        if worker.queued_prefill_tokens or worker.prefilling.value > ELASTIC_SHARE or worker.free < need.pages:
-            return False
-        steps = [self._step(need, cluster, d) for d in cluster.decoders]
-        return not steps or min(steps) > CROWDED * self._step(need, cluster, worker)
+        if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
+            # It would drive out what is needed soon, which would have to be computed again.
+            again = worker.speed.prefill(need.tokens) + self._streams(worker) * worker.speed.held_up(need.tokens)
+            return need.waited > WORTH * again
+        return True
 
     def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
         """The ways to serve a turn with this home; the first one is to prefill there."""
@@ -154,10 +161,9 @@ class Observe:
         return need.output * step, need.output * home.turns * max(more, 0.0)
 
     def _step(self, need: Need, cluster: Cluster, home: WorkerView) -> float:
-        """A decode step with this turn in it; where prompts of others are computed, as long as they make it on
-        average."""
+        """A decode step with this turn in it; at a prefiller, as long as the prompts of others make it on average."""
         step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
-        return step / (1 - min(home.prefilling.value, 0.5)) if home.prefiller else step
+        return step / (1 - min(home.prefilling.value, 0.75)) if home.prefiller else step
 
     def _streams(self, worker: WorkerView) -> float:
         """How many streams a prompt will hold up there."""

@@ -15,7 +15,8 @@ from miniserve.scheduler.views import Cluster, WorkerView
 @dataclass(frozen=True)
 class Need:
     """A turn that wants a place: `tokens` of prompt, `output` tokens expected, which take `pages` in all. `known` says
-    how many tokens of the prompt a worker is thought to hold. `now` is in seconds."""
+    how many tokens of the prompt a worker is thought to hold. It has `waited` for so many seconds; `now` is in seconds
+    too."""
 
     conversation: Conversation
     tokens: int
@@ -23,6 +24,7 @@ class Need:
     pages: int
     known: Mapping[str, int]
     now: float
+    waited: float = 0.0
 
     def new(self, worker: str) -> int:
         """Tokens that this worker would have to compute: the last one always, for its logits."""
@@ -72,6 +74,12 @@ class Placement:
 
 class Policy(Protocol):
     """One decision: see `place`."""
+
+    newcomers_wait: bool
+    """Whether a conversation that waits for its first home lets others pass that have one."""
+    step_stretch: float
+    """How many times longer than the step of a lone stream a step may take in which prompts are computed beside
+    streams; 0 for as long as it takes."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn; None if it has to wait."""

@@ -14,6 +14,9 @@ from miniserve.scheduler.views import Cluster, WorkerView
 class Colocated:
     """Every turn is prefilled and decoded at home: what a cluster of ordinary servers with sticky routing does."""
 
+    newcomers_wait = False
+    step_stretch = 0.0
+
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""
         home = at_home(need, cluster)
@@ -24,6 +27,9 @@ class Disaggregated:
     """Every turn is prefilled by a prefiller, the one that has most of it cached, and moves to its decoder: full
     disaggregation as in DistServe (arXiv 2401.09670), with prefix caching on both sides. What the decoder has stays
     there; the prefiller computes again what the decoder has generated."""
+
+    newcomers_wait = False
+    step_stretch = 0.0
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""
@@ -37,6 +43,9 @@ class Disaggregated:
 class Conserve:
     """The paper's rule (arXiv 2606.01839): the first turn is prefilled by a prefiller and its KV moves once to the
     decoder with the most free KV; the rest stays there."""
+
+    newcomers_wait = False
+    step_stretch = 0.0
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""
@@ -56,6 +65,9 @@ class Ampd:
 
     `mispredict` is the share of later turns, drawn by a hash, where the decision is turned around.
     """
+
+    newcomers_wait = False
+    step_stretch = 0.0
 
     def __init__(self, mispredict: float = 0.0) -> None:
         self._mispredict = mispredict

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
 
 from miniserve.cluster.messages import Abort, Keep, Message, Move, Peer, Peers, Report, Run, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
@@ -23,6 +25,8 @@ from miniserve.scheduler.views import Cluster, Link, WorkerView
 
 MOST_LOSSES = 3
 """Workers that may die under a turn before it is taken for what kills them."""
+LATE_GAPS, LATE_SECONDS = 3.0, 1.0
+"""A conversation that has not come back after so many of its gaps and so many seconds is not expected any more."""
 RECENT_ENDS = 64
 """Ends of turns that tell how fast the queue moves."""
 
@@ -100,6 +104,10 @@ class Scheduler:
         self._turns: dict[str, Turn] = {}
         self._runs: dict[str, Turn] = {}
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
+        self._late: list[tuple[float, int, int, Conversation]] = []
+        """A heap of (when, a number, turns so far, conversation): who has not come back by then is not expected any
+        more."""
+        self._count = count()
         self._expected: set[str] = set()
         """Decoders that are being started again."""
 
@@ -167,7 +175,7 @@ class Scheduler:
         commands = self._announce()
         for conversation in self.conversations:
             if conversation.home == name:
-                conversation.home, conversation.resident = "", 0
+                conversation.home, conversation.resident, conversation.wanted = "", 0, 0.0
             if conversation.copy_at == name:
                 conversation.copy_at, conversation.copy_tokens = "", 0
         for turn in self._turns.values():
@@ -222,7 +230,7 @@ class Scheduler:
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else -1.0
         self.fleet.arrived(of, gap)
         of.active += 1
-        self._rest(of, 0)
+        self._rest(of, 0, now)
         output = self.fleet.output(of, params.max_tokens)
         accepted = Turn(
             id=turn,
@@ -269,7 +277,7 @@ class Scheduler:
     def on_tick(self, now: float) -> list[Command]:
         """Once in a while: forget conversations nobody has continued."""
         for conversation in self.conversations.expire(now):
-            self._rest(conversation, 0)
+            self._rest(conversation, 0, now)
         return self._place_queued(now)
 
     def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
@@ -363,7 +371,7 @@ class Scheduler:
         else:
             self._queue.remove(turn)
         if not conversation.active:
-            self._rest(conversation, self._pages(conversation.tokens))
+            self._rest(conversation, self._pages(conversation.tokens), now)
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
         return [Note(outcome(turn, finish, now))] if self._notes and turn.runs else []
@@ -375,6 +383,7 @@ class Scheduler:
         taking the room it waits for."""
         if not self._queue:
             return []
+        self._give_up_late(now)
         commands: list[Command] = []
         waiting: deque[Turn] = deque()
         prefillers = [w for w in self.workers.values() if w.prefiller]
@@ -384,13 +393,19 @@ class Scheduler:
         try:
             while self._queue and not cluster.open.isdisjoint(homes):
                 turn = self._queue[0]
+                if not cluster.newcomers and not turn.conversation.home:
+                    waiting.append(self._queue.popleft())
+                    continue
                 need = self._need(turn, now)
                 placement = self._policy.place(need, cluster)
                 self._queue.popleft()
                 if placement is None:
                     waiting.append(turn)
                     home = turn.conversation.home
-                    cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
+                    if home or not self._policy.newcomers_wait:
+                        cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
+                    else:
+                        cluster.newcomers = False
                     continue
                 if self._notes:
                     commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
@@ -408,7 +423,7 @@ class Scheduler:
             known[conversation.copy_at] = max(known.get(conversation.copy_at, 0), copied)
         if conversation.home:
             known[conversation.home] = max(known.get(conversation.home, 0), turn.known)
-        return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now)
+        return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
 
     def _begin(self, turn: Turn, need: Need, placement: Placement, now: float) -> Run:
         """Enter a placement into the ledger; what its home has to be told."""
@@ -455,13 +470,33 @@ class Scheduler:
         seconds = home.speed.prefill(self._page_tokens, last_page)
         return Keep(str(turn.conversation.key), gap, chance, seconds)
 
-    def _rest(self, conversation: Conversation, pages: int) -> None:
+    def _rest(self, conversation: Conversation, pages: int, now: float) -> None:
         """Set what an idle conversation is thought to hold at home."""
+        home = self.workers.get(conversation.home)
+        if home is None:
+            conversation.resident, conversation.wanted = 0, 0.0
+            return
+        home.resident += pages - conversation.resident
+        conversation.resident = pages
+        self._want(conversation, 0.0)
+        if pages:
+            gap, chance = self.fleet.outlook(conversation, conversation.turns)
+            self._want(conversation, pages * chance)
+            heappush(
+                self._late, (now + LATE_GAPS * gap + LATE_SECONDS, next(self._count), conversation.turns, conversation)
+            )
+
+    def _want(self, conversation: Conversation, pages: float) -> None:
         if home := self.workers.get(conversation.home):
-            home.resident += pages - conversation.resident
-            conversation.resident = pages
-        else:
-            conversation.resident = 0
+            home.wanted = max(home.wanted + pages - conversation.wanted, 0.0)
+        conversation.wanted = pages
+
+    def _give_up_late(self, now: float) -> None:
+        """Conversations that have not come back in time are not expected any more."""
+        while self._late and self._late[0][0] <= now:
+            _, _, turns, conversation = heappop(self._late)
+            if conversation.turns == turns and not conversation.active:
+                self._want(conversation, 0.0)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._page_tokens)

@@ -28,6 +28,9 @@ class WorkerView:
     speed: Speed = field(default_factory=Speed)
     reserved: int = 0
     resident: int = 0
+    wanted: float = 0.0
+    """What of `resident` is expected to be needed again soon: the pages of each conversation times the chance of its
+    next turn."""
     turns: int = 0
     """Turns whose home it is now, those that are prefilled elsewhere included."""
     queued_prefill_tokens: int = 0
@@ -47,6 +50,11 @@ class WorkerView:
     def free(self) -> int:
         """Pages nobody runs in and no conversation rests in; below zero when more rests than fits."""
         return self.total_pages - self.reserved - self.resident
+
+    @property
+    def room(self) -> float:
+        """Pages that a newcomer can take without driving out what is needed soon."""
+        return self.total_pages - self.reserved - self.wanted
 
     @property
     def tokens_in_use(self) -> int:
@@ -124,6 +132,8 @@ class Cluster:
     decoders: list[WorkerView]
     open: set[str]
     links: dict[tuple[str, str], Link]
+    newcomers: bool = True
+    """Whether conversations without a home may be placed: not once one of them has to wait."""
 
     def worker(self, name: str) -> WorkerView | None:
         """A worker that lives."""

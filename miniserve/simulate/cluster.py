@@ -87,6 +87,7 @@ class Simulation:
                 self._speak,
                 self._carry,
                 max_model_len=max(longest, 2),
+                stretch=policy.step_stretch,
                 record=record,
             )
         for name, worker in self.workers.items():

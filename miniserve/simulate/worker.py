@@ -13,6 +13,7 @@ from miniserve.kv.pages import Order, PagePool
 from miniserve.simulate.hardware import Hardware
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
+from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
 
@@ -124,6 +125,7 @@ class SimulatedWorker:
         *,
         max_model_len: int,
         order: Order = "expected",
+        stretch: float = 0.0,
         record: bool = False,
     ) -> None:
         self.name = name
@@ -147,6 +149,7 @@ class SimulatedWorker:
             max_num_batched_tokens=hardware.max_num_batched_tokens,
             max_num_seqs=hardware.max_num_seqs,
             max_model_len=max_model_len,
+            pace=Pace(hardware.max_num_batched_tokens, stretch) if stretch else None,
             clock=self.clock,
         )
         handoffs = Handoffs(

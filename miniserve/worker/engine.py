@@ -15,6 +15,7 @@ from typing import Protocol
 from miniserve.cluster.messages import Keep, StepTime, TokenLogprob, TurnOutput
 from miniserve.kv.host import HostPool
 from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Sequence, Status
 
 
@@ -72,6 +73,7 @@ class Engine:
         max_num_seqs: int,
         max_model_len: int,
         host: HostPool | None = None,
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -84,6 +86,7 @@ class Engine:
         self._runner = runner
         self.page_tokens = page_tokens
         self._budget = max_num_batched_tokens
+        self._pace = pace
         self._max_num_seqs = max_num_seqs
         self.clock = clock
         # Room left for decodes to grow into, so that admitting one sequence does not at once preempt another.
@@ -224,6 +227,8 @@ class Engine:
         tokens, logprobs = self._runner.run(batch)
         now = self.clock()
         done.time = _timed(batch, now - started)
+        if self._pace is not None:
+            self._pace.observe(done.time)
         for sequence, count in batch:
             if sequence.missing > 1:
                 self.counters.prompt_tokens += count
@@ -269,6 +274,8 @@ class Engine:
         batch = [(s, count) for s, count in batch if s.status is Status.RUNNING]
         # At least one token, so that even a budget smaller than the decodes starves nobody.
         budget = max(self._budget - len(batch), 1)
+        if batch and self._pace is not None:
+            budget = min(budget, self._pace.tokens)
         for sequence in self.running:
             if budget > 0 and sequence.status is Status.RUNNING and sequence.missing > 1:
                 count = min(budget, sequence.missing)
