@@ -11,8 +11,8 @@ from typing import Any
 from miniserve import __version__
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes
 from miniserve.evaluate import add_commands
-from miniserve.flags import Parser, checked, fraction, interval, port, positive, seconds, share, tokens
-from miniserve.scheduler.policies import POLICIES
+from miniserve.flags import Parser, checked, fraction, interval, port, positive, seconds, share, stretch, tokens
+from miniserve.scheduler.policies import POLICIES, make_policy
 
 EXAMPLES = """examples:
   miniserve serve                                     the default model, one worker
@@ -179,6 +179,13 @@ def _add_serve(commands: Any) -> None:
         "--max-num-seqs", type=positive, default=256, help="sequences that run at once; default: %(default)s"
     )
     memory.add_argument(
+        "--step-stretch",
+        type=stretch,
+        metavar="FACTOR",
+        help="how many times longer than a lone stream's step one may take that computes prompts beside streams; 0: as "
+        "long as --max-num-batched-tokens makes it; default: 6 with --policy observe, else 0",
+    )
+    memory.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -253,6 +260,8 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     """The settings that flags describe; a flag fills the field of its name."""
     values = vars(args)
     engine = {name: values[name] for name in EngineConfig.__struct_fields__ if name in values}
+    if args.step_stretch is None:
+        engine["step_stretch"] = make_policy(args.policy).step_stretch
     server = {name: values[name] for name in ServeConfig.__struct_fields__ if name in values}
     return ServeConfig(
         **{

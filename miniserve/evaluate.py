@@ -1,4 +1,4 @@
-"""The commands of the evaluation: `miniserve replay`, `simulate`, `compare`, `profile`: their flags, and who does it."""
+"""The commands of the evaluation, `miniserve replay`, `simulate`, `compare` and `profile`: flags, and who does it."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> Non
     group.add_argument(
         "--append", type=_spread, metavar="DIST", help="new tokens of later turns, instead: 67, log:67..8000"
     )
+    group.add_argument(
+        "--same-prompt",
+        action="store_true",
+        help="all first prompts are beginnings of one: their KV is cached once for all, as in the paper's artifact",
+    )
     if not rates:
         group.add_argument("--seed", type=whole, default=0, help="of all that is drawn; default: %(default)s")
 
@@ -63,7 +68,7 @@ def workload(args: argparse.Namespace) -> tuple[list[Any], list[float], float | 
     from miniserve.replay.generators import load
     from miniserve.replay.workload import Shape, arrivals
 
-    shape = Shape(args.max_turns, args.scale_tokens, args.gap, args.append)
+    shape = Shape(args.max_turns, args.scale_tokens, args.gap, args.append, args.same_prompt)
     tasks = [shape.apply(task, args.seed) for task in load(args.trace, args.conversations, args.seed)]
     known = [task.arrival for task in tasks if task.arrival is not None]
     if args.rate is None and len(known) == len(tasks):
@@ -102,7 +107,11 @@ def _add_replay(commands: Any) -> None:
 
 def _replay(args: argparse.Namespace) -> int:
     from miniserve.cli import api_key
-    from miniserve.replay.driver import ReplayConfig, replay
+
+    try:
+        from miniserve.replay.driver import ReplayConfig, replay
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'miniserve[bench]'.") from error
 
     tasks, starts, asked = workload(args)
     result = replay(
@@ -116,6 +125,7 @@ def _replay(args: argparse.Namespace) -> int:
             rate=asked,
             standalone=len(tasks) if args.standalone is None else args.standalone,
             vocab=args.vocab,
+            scale=args.scale_tokens,
             timeout=args.timeout,
         )
     )
@@ -153,6 +163,12 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
         help="a preset (a40-qwen3-0.6b, a40-qwen3-0.6b-graphs, a40-qwen3-0.6b-200w), a file of `miniserve profile`, or "
         "P=...,D=... for the roles; default: %(default)s",
     )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="find KV of known prefixes; default: on",
+    )
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -171,6 +187,7 @@ def _simulate(args: argparse.Namespace) -> int:
         rate=asked,
         seed=args.seed,
         window=args.window,
+        caching=args.enable_prefix_caching,
     )
     with counting("conversations", len(tasks)) as progress:
         result = simulate(setting, progress=progress)

@@ -88,6 +88,11 @@ def scale(text: str) -> float:
     return float(number(text, float, lambda n: 0 < n <= 1000, "a factor above 0"))
 
 
+def stretch(text: str) -> float:
+    """A factor of at least 1, or 0 for none."""
+    return float(number(text, float, lambda n: n == 0 or 1 <= n <= 1000, "0, or a factor from 1"))
+
+
 def whole(text: str) -> int:
     """A whole number, 0 too."""
     return int(number(text, int, lambda n: 0 <= n < 2**63, "a whole number"))

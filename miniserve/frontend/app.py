@@ -70,6 +70,7 @@ def create_app(
             "owned_by": "miniserve",
             "root": config.engine.model,
             "max_model_len": client.max_model_len,
+            "vocab_size": client.vocab_size,
         }
 
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": STREAM}})

@@ -129,6 +129,7 @@ class Model(TypedDict):
     owned_by: str
     root: str
     max_model_len: int
+    vocab_size: int
 
 
 class ModelList(TypedDict):

@@ -60,7 +60,7 @@ class Service:
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
-        shape = ChatShape(self._tokenizer)
+        shape = ChatShape(self._tokenizer, bool(body.return_token_ids))
         return await self._generate(request, body, shape, lambda: [chat_tokens(self._tokenizer, body)])
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:

@@ -72,6 +72,7 @@ def workload_flags(args: argparse.Namespace, rate: float, seed: int) -> list[str
     flags += [str(part) for name, value in given.items() if value is not None for part in (name, value)]
     spreads = {"--gap": args.gap, "--append": args.append}
     flags += [str(part) for name, value in spreads.items() if value is not None for part in (name, value)]
+    flags += ["--same-prompt"] if args.same_prompt else []
     return [*flags, "--scale-tokens", f"{args.scale_tokens:g}"]
 
 
@@ -86,10 +87,11 @@ async def _simulate_all(args: argparse.Namespace, grid: list[tuple[Series, float
 
         async def one(cell: Series, rate: float, seed: int) -> dict[str, Any]:
             nonlocal done
+            caching = [] if args.enable_prefix_caching else ["--no-enable-prefix-caching"]
             flags = ["--policy", cell.policy, "--topology", str(cell.topology), "--mispredict", f"{cell.mispredict:g}"]
             async with room:
                 result = await _run(
-                    ["simulate", *workload_flags(args, rate, seed), *flags, "--hardware", args.hardware]
+                    ["simulate", *workload_flags(args, rate, seed), *flags, "--hardware", args.hardware, *caching]
                 )
             done += 1
             progress(done)

@@ -97,12 +97,14 @@ class Spread(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What is done to the tasks of a trace: at most `max_turns` of each, token counts times `scale`, and instead of
-    what the trace says, `gap` seconds between turns and `append` new tokens in later ones."""
+    what the trace says, `gap` seconds between turns and `append` new tokens in later ones. With `same_prompt` all first
+    prompts are beginnings of one and the same: their KV is there already, once for all, as in the paper's artifact."""
 
     max_turns: int | None = None
     scale: float = 1.0
     gap: Spread | None = None
     append: Spread | None = None
+    same_prompt: bool = False
 
     def apply(self, task: Task, seed: int) -> Task:
         """The task as it will be replayed."""
@@ -112,7 +114,8 @@ class Shape:
             gap = self.gap.draw(gaps) if self.gap and n else turn.gap
             new = max(1, round(self.append.draw(appends))) if self.append and n else turn.new
             turns.append(TurnSize(new, turn.output, gap))
-        return replace(task, turns=tuple(turns)).scaled(self.scale)
+        shared = tuple(range(turns[0].new // task.block)) if self.same_prompt else task.shared
+        return replace(task, turns=tuple(turns), shared=shared).scaled(self.scale)
 
 
 def generator(seed: int, *names: str) -> np.random.Generator:

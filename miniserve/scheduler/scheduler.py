@@ -101,6 +101,8 @@ class Scheduler:
         self._prefixes = Prefixes()
         self._peers: dict[str, Peer] = {}
         self._queue: deque[Turn] = deque()
+        self._newcomers: deque[Turn] = deque()
+        """Turns that wait for a first home, where the policy lets others pass them; else they are in the queue."""
         self._turns: dict[str, Turn] = {}
         self._runs: dict[str, Turn] = {}
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
@@ -114,7 +116,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """Turns that wait for a placement."""
-        return len(self._queue)
+        return len(self._queue) + len(self._newcomers)
 
     @property
     def active(self) -> int:
@@ -203,8 +205,8 @@ class Scheduler:
     def check_room(self, now: float) -> None:
         """Raises `QueueIsFull` if no more turns should be submitted. Once for a request: one that was let in may
         submit all of its turns."""
-        if len(self._queue) >= self._max_queued:
-            raise QueueIsFull(len(self._queue), self._retry_after(now))
+        if self.queued >= self._max_queued:
+            raise QueueIsFull(self.queued, self._retry_after(now))
 
     def submit(
         self,
@@ -250,7 +252,7 @@ class Scheduler:
             number=of.turns + 1,
         )
         self._turns[turn] = accepted
-        self._queue.append(accepted)
+        self._line(accepted).append(accepted)
         return self._place_queued(now)
 
     def cancel(self, turn: str, now: float) -> list[Command]:
@@ -352,7 +354,7 @@ class Scheduler:
         self._runs.pop(turn.run, None)
         turn.home = turn.prefill_at = turn.run = ""
         turn.early.clear()
-        self._queue.appendleft(turn)
+        self._line(turn).appendleft(turn)
 
     def _end(self, turn: Turn, finish: str, now: float) -> list[Command]:
         """Settle the ledger; the conversation's KV stays at home."""
@@ -369,7 +371,9 @@ class Scheduler:
                 conversation.history.append(record)
                 self.fleet.ended(record)
         else:
-            self._queue.remove(turn)
+            for line in (self._queue, self._newcomers):
+                if turn in line:
+                    line.remove(turn)
         if not conversation.active:
             self._rest(conversation, self._pages(conversation.tokens), now)
         conversation.last_end = max(conversation.last_end, now)
@@ -378,10 +382,14 @@ class Scheduler:
 
     # --- placement --------------------------------------------------------------------------------------------------
 
+    def _line(self, turn: Turn) -> deque[Turn]:
+        """Where a turn waits."""
+        return self._newcomers if self._policy.newcomers_wait and not turn.conversation.home else self._queue
+
     def _place_queued(self, now: float) -> list[Command]:
         """Place waiting turns, first come first served: a turn that has to wait for a decoder keeps later ones from
-        taking the room it waits for."""
-        if not self._queue:
+        taking the room it waits for. Newcomers that stand in a line of their own come last."""
+        if not self.queued:
             return []
         self._give_up_late(now)
         commands: list[Command] = []
@@ -392,27 +400,35 @@ class Scheduler:
         homes = homes if self.decoders else set(self.workers)
         try:
             while self._queue and not cluster.open.isdisjoint(homes):
-                turn = self._queue[0]
-                if not cluster.newcomers and not turn.conversation.home:
-                    waiting.append(self._queue.popleft())
-                    continue
-                need = self._need(turn, now)
-                placement = self._policy.place(need, cluster)
-                self._queue.popleft()
-                if placement is None:
+                placed = self._try(self._queue[0], cluster, now)
+                turn = self._queue.popleft()
+                commands += placed
+                if not placed:
                     waiting.append(turn)
                     home = turn.conversation.home
-                    if home or not self._policy.newcomers_wait:
-                        cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
-                    else:
-                        cluster.newcomers = False
-                    continue
-                if self._notes:
-                    commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
-                commands.append(Send(placement.home, self._begin(turn, need, placement, now)))
+                    cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
+            while self._newcomers and cluster.open:
+                placed = self._try(self._newcomers[0], cluster, now)
+                if not placed and not self._newcomers[0].conversation.home:
+                    break
+                turn = self._newcomers.popleft()
+                commands += placed
+                if not placed:  # another turn of its conversation has found the home
+                    waiting.append(turn)
         finally:
             self._queue = waiting + self._queue
         return commands
+
+    def _try(self, turn: Turn, cluster: Cluster, now: float) -> list[Command]:
+        """Place a turn; no commands if it has to wait."""
+        need = self._need(turn, now)
+        placement = self._policy.place(need, cluster)
+        if placement is None:
+            return []
+        commands: list[Command] = []
+        if self._notes:
+            commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
+        return [*commands, Send(placement.home, self._begin(turn, need, placement, now))]
 
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy is told of a turn. A run after the first one finds nothing that was not there before."""
@@ -513,4 +529,4 @@ class Scheduler:
         if not self._ends:
             return 5
         rate = len(self._ends) / max(now - self._ends[0], 0.1)
-        return max(1, min(60, round(len(self._queue) / rate)))
+        return max(1, min(60, round(self.queued / rate)))

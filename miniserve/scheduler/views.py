@@ -132,8 +132,6 @@ class Cluster:
     decoders: list[WorkerView]
     open: set[str]
     links: dict[tuple[str, str], Link]
-    newcomers: bool = True
-    """Whether conversations without a home may be placed: not once one of them has to wait."""
 
     def worker(self, name: str) -> WorkerView | None:
         """A worker that lives."""

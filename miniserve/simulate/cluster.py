@@ -60,6 +60,7 @@ class Simulation:
         *,
         seed: int = 0,
         policy_name: str = "",
+        caching: bool = True,
         record: bool = False,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -88,6 +89,7 @@ class Simulation:
                 self._carry,
                 max_model_len=max(longest, 2),
                 stretch=policy.step_stretch,
+                caching=caching,
                 record=record,
             )
         for name, worker in self.workers.items():

@@ -43,7 +43,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
     page_tokens: int = 64
-    """Of a KV page. Large ones make the simulation quicker; what is lost is at most a page of a turn's cached prefix."""
+    """Of a KV page. Large ones make the simulation quicker, and lose at most a page of what a turn finds cached."""
     transfer_bytes_per_second: float
     transfer_latency: float = 0.0
     """Seconds of a transfer of any size."""

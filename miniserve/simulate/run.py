@@ -29,6 +29,8 @@ class Setting:
     seed: int = 0
     window: tuple[float, float] | None = None
     """Seconds of which a timeline is wanted."""
+    caching: bool = True
+    """Whether workers find KV of known prefixes."""
 
 
 def simulate(
@@ -45,6 +47,7 @@ def simulate(
         setting.hardware,
         make_policy(setting.policy, setting.mispredict),
         seed=setting.seed,
+        caching=setting.caching,
         record=setting.window is not None,
         progress=progress,
     )

@@ -126,6 +126,7 @@ class SimulatedWorker:
         max_model_len: int,
         order: Order = "expected",
         stretch: float = 0.0,
+        caching: bool = True,
         record: bool = False,
     ) -> None:
         self.name = name
@@ -139,7 +140,7 @@ class SimulatedWorker:
         """With `record`: when KV was on its way here."""
         self.kv: list[tuple[float, int, int]] = []
         """With `record`: (time, held, cached pages) after each round."""
-        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, order=order)
+        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, caching=caching, order=order)
         self._send = send
         self.runner = SimulatedRunner(hardware, self.clock, speak, self.spans)
         engine = Engine(

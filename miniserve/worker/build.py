@@ -20,6 +20,7 @@ from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
 from miniserve.worker import sizing
 from miniserve.worker.engine import Engine
+from miniserve.worker.pace import Pace
 from miniserve.worker.runner import Runner
 from miniserve.worker.sequence import Sequence
 
@@ -100,6 +101,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         kv_note += f"; {num_slots} pages = {format_bytes(num_slots * shape.bytes)} of swap space"
     phase("kv")
     default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
+    budget = config.max_num_batched_tokens or default_budget
     transformer = Transformer(model, weights, ops, max_model_len)
     engine = Engine(
         Runner(transformer, memory, eos_token_ids(folder, hf_config, model.vocab_size), device),
@@ -110,10 +112,11 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             on_evict=host.store if host is not None else None,
         ),
         page_tokens=config.block_size,
-        max_num_batched_tokens=config.max_num_batched_tokens or default_budget,
+        max_num_batched_tokens=budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         host=host,
+        pace=Pace(budget, config.step_stretch) if config.step_stretch else None,
     )
     identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, config.load_format]
     layout = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()

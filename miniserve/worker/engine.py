@@ -83,9 +83,9 @@ class Engine:
         self.running: list[Sequence] = []
         """Admitted sequences, oldest first, those that receive their KV included."""
         self.max_model_len = max_model_len
-        self._runner = runner
+        self.runner = runner
         self.page_tokens = page_tokens
-        self._budget = max_num_batched_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         self._pace = pace
         self._max_num_seqs = max_num_seqs
         self.clock = clock
@@ -224,7 +224,7 @@ class Engine:
             return done
         self.counters.steps += 1
         started = self.clock()
-        tokens, logprobs = self._runner.run(batch)
+        tokens, logprobs = self.runner.run(batch)
         now = self.clock()
         done.time = _timed(batch, now - started)
         if self._pace is not None:
@@ -237,7 +237,7 @@ class Engine:
             output = None
             if sequence.missing == 0:
                 index = sequence.num_outputs
-                sequence.append(tokens.pop(0), self._runner.eos, self.max_model_len)
+                sequence.append(tokens.pop(0), self.runner.eos, self.max_model_len)
                 output = self._output(sequence, index, logprobs.pop(0), now)
                 done.outputs.append(output)
             if sequence.prefill_for:
@@ -273,7 +273,7 @@ class Engine:
         # Growing may have preempted a sequence that was scheduled before: the youngest ones come last.
         batch = [(s, count) for s, count in batch if s.status is Status.RUNNING]
         # At least one token, so that even a budget smaller than the decodes starves nobody.
-        budget = max(self._budget - len(batch), 1)
+        budget = max(self.max_num_batched_tokens - len(batch), 1)
         if batch and self._pace is not None:
             budget = min(budget, self._pace.tokens)
         for sequence in self.running:
