@@ -30,7 +30,8 @@ import torch
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.collective import CollectiveTransfer
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer import Copy, MappedTransfer, Transfer
+from miniserve.kv.mapped import MappedTransfer
+from miniserve.kv.transfer import Copy, Transfer
 from miniserve.worker.sizing import keep_freed_memory
 
 SHAPE = PageShape(layers=30, page_tokens=16, kv_heads=3, head_dim=64, dtype=torch.bfloat16)

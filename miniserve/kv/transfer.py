@@ -6,10 +6,12 @@ reads the publication fetches with that ticket. Nothing here blocks the engine.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from miniserve.cluster.messages import Peer
-from miniserve.kv.memory import KVMemory, SharedMemory
+
+if TYPE_CHECKING:
+    from miniserve.kv.memory import KVMemory
 
 BACKENDS = ("auto", "mapped", "collective")
 
@@ -55,52 +57,6 @@ class Transfer(Protocol):
         ...
 
 
-class MappedTransfer:
-    """The peer's pool is mapped into this process once; the copy is a memcpy a page, made when it is stored."""
-
-    name = "mapped"
-
-    def __init__(self, memory: KVMemory, peer: Peer) -> None:
-        """Raises OSError if the peer's process is gone."""
-        assert memory.shared is not None
-        pool = peer.pool
-        self._ours = memory.shared.pages(memory.shape.bytes)
-        self._theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes).reshape(
-            pool.num_pages, pool.page_bytes
-        )
-
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `Transfer`."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> MappedCopy:
-        """See `Transfer`."""
-        return MappedCopy(self, pages)
-
-    def close(self) -> None:
-        """See `Transfer`. The mapping goes with its last reader."""
-
-    def pull(self, theirs: list[int], ours: list[int]) -> None:
-        """Copy page `theirs[i]` of the peer to `ours[i]`."""
-        for source, destination in zip(theirs, ours, strict=True):
-            self._ours[destination] = self._theirs[source]
-
-
-class MappedCopy:
-    """See `Copy`."""
-
-    ready = True
-    seconds = 0.0
-
-    def __init__(self, transfer: MappedTransfer, pages: list[int]) -> None:
-        self._transfer = transfer
-        self._pages = pages
-
-    def store(self, ours: list[int]) -> None:
-        """See `Copy`."""
-        self._transfer.pull(self._pages, ours)
-
-
 def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
     """The way between our pool and `peer`'s; None if there is none (another layout, device memory, or it is gone).
 
@@ -108,12 +64,15 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
     """
     if peer.pool.layout != layout or memory.shared is None:
         return None
+    # Each when it is needed: torch.distributed takes a while to import, and the simulator needs no torch at all.
     if how == "collective":
-        from miniserve.kv.collective import CollectiveTransfer  # torch.distributed takes a while to import
+        from miniserve.kv.collective import CollectiveTransfer
 
         return CollectiveTransfer(memory, us, peer, run_dir)
     if peer.pool.fd < 0:
         return None
+    from miniserve.kv.mapped import MappedTransfer
+
     try:
         return MappedTransfer(memory, peer)
     except (OSError, ValueError):  # the number of a dead process may be another one's by now

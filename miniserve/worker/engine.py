@@ -10,13 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from miniserve.cluster.messages import Keep, StepTime, TokenLogprob, TurnOutput
-from miniserve.kv.host import HostPool
 from miniserve.kv.pages import OutOfPages, PagePool
 from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Sequence, Status
+
+if TYPE_CHECKING:
+    from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
 
 
 class Runner(Protocol):

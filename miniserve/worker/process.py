@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from miniserve.cluster.channels import Inbox
 from miniserve.cluster.launch import WorkerSpec
@@ -32,10 +32,12 @@ from miniserve.cluster.messages import (
 from miniserve.kv.hashing import root_hash
 from miniserve.kv.transfer import connect
 from miniserve.sampling import ParameterError
-from miniserve.worker.build import Built
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import SIGNS_OF_LIFE, Handoffs
 from miniserve.worker.sequence import Sequence
+
+if TYPE_CHECKING:
+    from miniserve.worker.build import Built  # needs torch, which the simulator does not
 
 log = logging.getLogger("miniserve.worker")
 
