@@ -5,10 +5,10 @@
     .venv/bin/python scripts/bench_policies.py goodput TRACE OUT
     .venv/bin/python scripts/bench_policies.py verdict OUT
 
-validation: the paper's setting, as its artifact ran it and as it should be. grid: four workers, 255 conversations of five
-turns; eager mode or CUDA graphs, tools that take no time or 0 to 30 s, appends of 67 tokens or up to 8,000; all
-policies. goodput: finer rates. The last three use seeds, and conversations of the trace, that the policy was not designed
-with (`DESIGN_SEEDS`): those that were drawn then are left out. verdict: what the grid says about `observe`.
+validation: the paper's setting, as its artifact ran it and as it should be. grid: four workers, 255 conversations of
+five turns; eager mode or CUDA graphs, tools that take no time or 0 to 30 s, appends of 67 tokens or up to 8,000; all
+policies. goodput: finer rates. Both use seeds, and conversations of the trace, that the policy was not designed with:
+what was drawn with `DESIGN_SEEDS` is left out. verdict: what the grid says about `observe`.
 """
 
 from __future__ import annotations

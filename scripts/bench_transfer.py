@@ -29,8 +29,8 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.collective import CollectiveTransfer
-from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.mapped import MappedTransfer
+from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer import Copy, Transfer
 from miniserve.worker.sizing import keep_freed_memory
 

@@ -101,8 +101,12 @@ class Simulation:
     def run(self) -> None:
         """Until all conversations have ended."""
         while self._done < len(self._tasks):
-            self.now, _, happen, what = heappop(self._events)
-            happen(what)
+            self.step()
+
+    def step(self) -> None:
+        """The next event."""
+        self.now, _, happen, what = heappop(self._events)
+        happen(what)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
