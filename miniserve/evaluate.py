@@ -225,6 +225,12 @@ def _add_compare(commands: Any) -> None:
     )
     parser.add_argument("--serve", metavar="MODEL", help="run real servers of this model here instead of simulating")
     parser.add_argument("--serve-args", default="", metavar="ARGS", help="more flags for `miniserve serve`")
+    parser.add_argument(
+        "--window",
+        type=span,
+        metavar="START..END",
+        help="draw what workers did in these seconds, simulated, at the highest rate; with --out",
+    )
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="simulations at once")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write cells.json, tables.md and the figures there")
 

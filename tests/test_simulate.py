@@ -295,7 +295,8 @@ def test_the_command(tmp_path: Path, capsys):
 def test_a_comparison(tmp_path: Path, capsys):
     pytest.importorskip("matplotlib")
     command = "compare chat --conversations 6 --policies conserve,colocated@1D --topology 1P1D --rates 1,2 --seeds 1,2"
-    assert cli.main([*command.split(), "--out", str(tmp_path)]) == 0
+    assert cli.main([*command.split(), "--out", str(tmp_path), "--window", "0..60"]) == 0
+    assert (tmp_path / "timeline-conserve-1P1D.svg").stat().st_size > 1000
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert [(c["label"], c["rate"], c["seed"]) for c in cells] == [
         (label, rate, seed) for label in ("conserve 1P1D", "colocated 1D") for rate in (1, 2) for seed in (1, 2)
@@ -316,6 +317,7 @@ def test_a_comparison(tmp_path: Path, capsys):
         ("--policies best", "'best' is not one of colocated"),
         ("--policies conserve@3X", "is not understood"),
         ("--out {nowhere}", "is not a folder"),
+        ("--window 1..2", "use it with --out"),
         ("--hardware h100 --policies conserve", "No hardware profile"),
     ],
 )

@@ -36,18 +36,24 @@ def compare(args: argparse.Namespace) -> int:
     """Run the grid that the flags of `evaluate.py` describe. 1 if a run failed."""
     if args.out is not None and not args.out.is_dir():
         raise ConfigError(f"{args.out} is not a folder: create it first.")
+    if args.window is not None and (args.serve or args.out is None):
+        raise ConfigError("--window draws simulated workers: use it with --out and without --serve.")
+    if args.out is not None:
+        from miniserve.replay.plots import draw, draw_timeline  # says at once if matplotlib is missing
     grid = [(s, rate, seed) for s in series(args) for rate in args.rates for seed in args.seeds]
     if args.serve:
         cells = asyncio.run(_serve_all(args, grid))
     else:
         cells = asyncio.run(_simulate_all(args, grid))
     print_tables(cells, Console())
+    timelines = {cell["label"]: timeline for cell in cells if (timeline := cell.pop("timeline", None))}
     if args.out is not None:
         (args.out / "cells.json").write_text(json.dumps(cells, indent=1) + "\n", "utf-8")
         (args.out / "tables.md").write_text(markdown(cells), "utf-8")
-        from miniserve.replay.plots import draw
-
-        for path in draw(cells, args.out):
+        paths = draw(cells, args.out)
+        for label, timeline in timelines.items():
+            paths += draw_timeline(timeline, args.out, f"timeline-{label.replace(' ', '-')}")
+        for path in paths:
             print(path)
     return 1 if any(cell["errors"] for cell in cells) else 0
 
@@ -89,6 +95,8 @@ async def _simulate_all(args: argparse.Namespace, grid: list[tuple[Series, float
             nonlocal done
             caching = [] if args.enable_prefix_caching else ["--no-enable-prefix-caching"]
             flags = ["--policy", cell.policy, "--topology", str(cell.topology), "--mispredict", f"{cell.mispredict:g}"]
+            if args.window is not None and (rate, seed) == (max(args.rates), args.seeds[0]):
+                flags += ["--window", f"{args.window[0]:g}..{args.window[1]:g}"]
             async with room:
                 result = await _run(
                     ["simulate", *workload_flags(args, rate, seed), *flags, "--hardware", args.hardware, *caching]
