@@ -123,8 +123,8 @@ def test_a_handoff_overlaps_with_the_prefill():
 def test_conserve_moves_each_first_prompt_once():
     result = simulate(setting(tasks(10), "1P2D", "conserve"))
     assert result["kv_transfer"]["bytes"] == 10 * 19 * 16 * 1000
-    assert sum(n for place, n in result["placements"].items() if place.startswith("p0>")) == 10
-    assert sum(n for place, n in result["placements"].items() if ">" not in place) == 20
+    assert sum(n for place, n in result["placements"].items() if place.startswith("p0->")) == 10
+    assert sum(n for place, n in result["placements"].items() if "->" not in place) == 20
 
 
 def test_energy_counts_busy_and_idle_time():
@@ -263,14 +263,15 @@ def test_a_fit_finds_the_constants_again():
     shapes = [(n, c, 0, 0) for n in (16, 64, 256) for c in (0, 500, 2000)]
     shapes += [(0, 0, b, s) for b in (1, 4, 16) for s in (100, 4000)] + [(64, 500, 4, 1000)]
     steps = [(n, c, b, s, true.step_seconds([(n, c)] if n else [], b, s)) for n, c, b, s in shapes]
-    found = [Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, steps)] * 2
+    found = [Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, 0.002, steps)] * 2
     fitted = fit(found, "mine", 2)
     for name in ("base", "per_token", "per_pair", "per_sequence", "per_kv_token"):
         assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-6), name
     assert fitted.per_context == pytest.approx(0, abs=1e-9)
+    assert fitted.overhead == 0.002
     assert quality(fitted, found) == ["32 steps; the profile is off by 0% (median), 0% (p95)"]
     down = [(n, c, b, s, 1.0 - n / 1000) for n, c, b, s, _ in steps]
-    assert fit([Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, down)], "x", 1).per_token == 0.0
+    assert fit([Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, 0.0, down)], "x", 1).per_token == 0.0
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -325,3 +326,18 @@ def test_a_comparison_that_cannot_be(tmp_path: Path, capsys, flags: str, complai
     flags = flags.replace("{nowhere}", str(tmp_path / "nowhere"))
     assert cli.main(["compare", "chat", "--conversations", "2", *flags.split()]) == 1
     assert complaint in capsys.readouterr().err
+
+
+def test_a_profile_of_this_machine(tiny_folder: Path, tmp_path: Path, capfd):
+    """Two copies at once, of a tiny model; the simulator takes what it writes."""
+    path = tmp_path / "here.json"
+    assert cli.main(["profile", str(tiny_folder), "--workers", "2", "--threads", "1", "--out", str(path)]) == 0
+    assert "steps; the profile is off by" in capfd.readouterr().err
+    here = load_hardware(str(path))
+    assert here.base > 0
+    assert here.overhead > 0
+    assert 1e-6 < here.step_seconds([(64, 0)], 0, 0) < 1.0
+    result = simulate(setting(tasks(3, first=100), "1P1D", "observe", hardware=here))
+    assert result["errors"] == 0
+    assert cli.main(["profile", str(tmp_path / "nothing"), "--out", str(path)]) == 1
+    assert "nothing" in capfd.readouterr().err

@@ -37,8 +37,8 @@ class Event(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What a miniserve has counted since it started: turns by where they were prefilled and live (`p0->d0`), and bytes
-    and seconds of KV that went between workers."""
+    """What a miniserve has counted since it started: turns by where they were prefilled and decoded (`p0->d0`, or `d0`
+    for both), and bytes and seconds of KV that went between workers."""
 
     placements: Counter[str]
     bytes: int
@@ -246,7 +246,8 @@ async def totals(http: aiohttp.ClientSession, server: Server) -> Totals | None:
     placements: Counter[str] = Counter()
     for labels, count in re.findall(r"^miniserve:placements_total\{(.*)\} (\S+)$", text, re.MULTILINE):
         label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        placements[f"{label['prefill_worker']}->{label['home']}"] += round(float(count))
+        prefiller, home = label["prefill_worker"], label["home"]
+        placements[home if prefiller == home else f"{prefiller}->{home}"] += round(float(count))
 
     def total(name: str) -> float:
         return sum(map(float, re.findall(rf"^miniserve:{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE)))

@@ -17,9 +17,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from miniserve.cluster.messages import Envelope, Message, Report, Run, StepTime
 from miniserve.config import ConfigError, EngineConfig
 from miniserve.sampling import SamplingParams
 from miniserve.simulate.hardware import Hardware
+from miniserve.worker.engine import Engine
 
 REPEATS = 7
 """Measurements of each shape, of which the median counts."""
@@ -42,6 +44,7 @@ class Measured(msgspec.Struct):
     page_tokens: int
     max_num_batched_tokens: int
     copy_bytes_per_second: float
+    overhead: float
     steps: list[tuple[int, int, int, int, float]]
 
 
@@ -99,6 +102,7 @@ def fit(found: list[Measured], name: str, workers: int) -> Hardware:
         per_context=weights[3],
         per_sequence=weights[4],
         per_kv_token=weights[5],
+        overhead=statistics.mean(copy.overhead for copy in found),
         kv_bytes_per_token=first.kv_bytes_per_token,
         kv_tokens=min(copy.kv_tokens for copy in found),
         page_tokens=first.page_tokens,
@@ -110,7 +114,7 @@ def fit(found: list[Measured], name: str, workers: int) -> Hardware:
 def quality(hardware: Hardware, found: list[Measured]) -> list[str]:
     """How far the constants are from what was measured, in words."""
     errors = sorted(
-        abs(hardware.step_seconds([(n, c)] if n else [], b, s) / seconds - 1)
+        abs((hardware.step_seconds([(n, c)] if n else [], b, s) - hardware.overhead) / seconds - 1)
         for copy in found
         for n, c, b, s, seconds in copy.steps
     )
@@ -195,10 +199,46 @@ def main() -> int:
         page_tokens=size,
         max_num_batched_tokens=budget,
         copy_bytes_per_second=_copy_rate(built.memory.pages, shape.bytes),
+        overhead=_overhead(engine, built.layout, built.model.vocab_size),
         steps=steps,
     )
     sys.stdout.buffer.write(msgspec.json.encode(found))
     return 0
+
+
+class _Nowhere:
+    """See `worker.process.Outboxes`: encodes, and keeps what was told of steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepTime] = []
+
+    def send(self, address: str, body: Message) -> None:
+        msgspec.msgpack.encode(Envelope("d0", 1, body))
+        if isinstance(body, Report):
+            self.steps += body.steps
+
+    def forget(self, address: str) -> None:
+        """Nobody is there."""
+
+
+def _overhead(engine: Engine, layout: str, vocab: int) -> float:
+    """Seconds that the worker's loop takes beside each step, with four streams."""
+    from miniserve.worker.handoff import Handoffs
+    from miniserve.worker.process import Worker
+
+    nowhere = _Nowhere()
+    handoffs = Handoffs(engine, 0, layout, 30.0, nowhere.send, lambda peer: None)
+    worker = Worker("d0", engine, handoffs, nowhere, "frontend", layout=layout, vocab_size=vocab)
+    length = min(128, engine.max_model_len // 4)
+    params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+    runs = [Run(f"{n}", [n + 1] * 16, params, 0) for n in range(4)]
+    worker.work([Envelope("frontend", 0, run) for run in runs])
+    nowhere.steps.clear()
+    started = time.perf_counter()
+    while engine.has_work:
+        worker.work([])
+    loop = time.perf_counter() - started
+    return max(loop - sum(step.seconds for step in nowhere.steps), 0.0) / len(nowhere.steps)
 
 
 def _copy_rate(pages: object, page_bytes: int) -> float:

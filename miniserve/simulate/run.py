@@ -69,7 +69,7 @@ def simulate(
             "bytes": sum(link.bytes for link in scheduler.links.values()),
             "seconds": sum(link.seconds for link in scheduler.links.values()),
         },
-        "placements": {f"{a}>{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
+        "placements": {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
         "busy": {name: worker.runner.busy / duration for name, worker in workers.items()},
