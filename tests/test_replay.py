@@ -9,6 +9,7 @@ same bare loop of aiohttp takes 1.3 %, and 2.7 % on asyncio's own event loop.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from aiohttp import web
 from fake_engine import FakeClient, FakeTurn
 from test_server import server as real_server
 
-from miniserve import hub
+from miniserve import cli, hub
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.frontend.app import create_app
 from miniserve.frontend.client import QueueFull
@@ -169,9 +170,9 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
     assert report["server"]["kind"] == "miniserve"
     assert report["placements"] == {"p0->d0": 6}
     assert report["kv_transfer"] == {"bytes": 600, "seconds": pytest.approx(1.5)}
-    # What the tools took is in no latency; a token takes 2 ms or more.
+    # What the tools took is in no latency; a token takes 2 ms or more, but several may be read at once.
     assert 0.01 < report["e2e_s"]["p50"] < report["e2e_s"]["p99"] < 0.3 < report["duration_s"]
-    assert report["last_turn_tbt_s"]["p50"] >= 0.002
+    assert report["last_turn_tbt_s"]["p50"] > 0.0002
     assert report["ttft_norm"] is None
     msgspec.json.encode(report)
 
@@ -377,13 +378,36 @@ def test_a_real_server(tiny_folder: Path, tmp_path: Path) -> None:
     with real_server(tiny_folder, "--topology", "1P1D", "--policy", "conserve", runtime=tmp_path) as running:
         report = replay(config(running.url, tasks, vocab=300))
         assert running.metric("vllm:generation_tokens_total") == report["output_tokens"] == 4 * 27
+        until = time.monotonic() + 10
+        while running.metric("miniserve:kv_pages", state="held") and time.monotonic() < until:
+            time.sleep(0.1)  # idle workers report once a second
         assert running.metric("miniserve:kv_pages", state="held") == 0
     assert report["errors"] == report["stale_cached_tokens"] == report["short_turns"] == 0
     assert report["output_ids"] == "returned"
-    assert report["placements"] == {"p0->d0": 4, "d0->d0": 8}
+    assert report["placements"] == {"p0->d0": 4, "d0": 8}
     assert report["kv_transfer"]["bytes"] > 0
     # Turns 2 and 3 find all that came before, but the last page and the token that was never an input.
     assert report["cached_tokens"] == 4 * (64 + 96)
+
+
+def test_the_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, out = tmp_path / "t.csv", tmp_path / "out.json"
+    rows = [f"{c},{t},{40 if t == 0 else 8},5,{t * 0.1}" for c in range(4) for t in range(3)]
+    trace.write_text("\n".join(["conversation_id,turn,new_input_tokens,output_tokens,gap_s", *rows]) + "\n")
+    with serving(Engine(), tokenizer) as url:
+        command = f"replay {trace} --url {url} --rate 20 --conversations 3 --max-turns 2 --seed 7 --json {out}"
+        assert cli.main(command.split()) == 0
+        report = json.loads(out.read_text())
+        assert (report["conversations"], report["turns"], report["output_tokens"]) == (3, 6, 30)
+        assert (report["rate"], report["seed"], report["errors"]) == (20.0, 7, 0)
+        assert 0.02 < report["ttfet_norm"]["gmean"] < 50
+        assert cli.main([*command.split(), "--standalone", "0", "--scale-tokens", "0.5"]) == 0
+        report = json.loads(out.read_text())
+        assert (report["output_tokens"], report["ttfet_norm"]) == (12, None)
+        assert cli.main([*command.split(), "--scale-tokens", "1000"]) == 1
+        assert "--scale-tokens" in capsys.readouterr().err
+    assert cli.main(command.split()) == 1
+    assert "No server answers" in capsys.readouterr().err
 
 
 # --- energy ---------------------------------------------------------------------------------------------------------
