@@ -11,7 +11,10 @@ from miniserve.scheduler.views import Cluster
 class Anywhere:
     """Any home, any prefiller, history from anywhere or nowhere: conversations are forced to move all the time."""
 
+    step_stretch = 0.0
+
     def __init__(self, pick: random.Random) -> None:
+        self.newcomers_wait = pick.random() < 0.5
         self._pick = pick
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:

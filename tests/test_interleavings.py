@@ -34,6 +34,7 @@ from miniserve.scheduler.records import Decision
 from miniserve.scheduler.scheduler import MOST_LOSSES, Command, Note, Scheduler, Send
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
+from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
 
@@ -158,6 +159,7 @@ class World:
             max_num_batched_tokens=self.pick.choice([3, 7, 12]),
             max_num_seqs=6,
             max_model_len=LONGEST,
+            pace=Pace(8, 3.0) if self.pick.random() < 0.5 else None,
             clock=lambda: self.now,
         )
         outboxes = SimpleNamespace(

@@ -23,7 +23,7 @@ def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, res
         made.speed.observe(StepTime(0, 0, batch, 100 * batch, STEP + 0.005 * (batch - 1)))
     for _ in range(turns):
         made.add_turn(10, 0.0)
-    made.resident = resident
+    made.resident = made.wanted = resident
     made.queued_prefill_tokens = queued
     return made
 
@@ -99,19 +99,19 @@ def test_ampd_compares_first_tokens_and_mispredicts_as_often_as_asked():
 def test_observe_keeps_a_first_turn_at_an_idle_home_and_sends_it_away_from_streams():
     observe = Observe()
     assert where(observe.place(need(), cluster(worker("p0"), worker("d0")))) == ("d0", "")
-    crowd = cluster(worker("p0", queued=100), worker("d0", turns=4))
+    crowd = cluster(worker("p0", queued=100), worker("d0", turns=4), closed=("p0",))
     placed = observe.place(need(2000, 10), crowd)
     assert where(placed) == ("d0", "p0")
     local, remote = (next(o for o in placed.options if o.prefill_at == p and o.home == "d0") for p in ("", "p0"))
     assert local.prefill == pytest.approx(2.0, rel=0.1)
     assert local.harm - remote.harm == pytest.approx(4 * (2.0 - 4 * STEP), rel=0.15), "four streams wait for it"
     assert remote.queue == pytest.approx(0.1, rel=0.2)
-    long_queue = cluster(worker("p0", queued=20_000), worker("d0", turns=4))
+    long_queue = cluster(worker("p0", queued=20_000), worker("d0", turns=4), closed=("p0",))
     assert where(observe.place(need(2000, 10), long_queue)) == ("d0", ""), "waiting there would be worse"
 
 
 def test_observe_looks_at_what_is_cached():
-    crowd = cluster(worker("p0"), worker("d0", turns=2))
+    crowd = cluster(worker("p0"), worker("d0", turns=2), closed=("p0",))
     assert where(Observe().place(need(2000, 10), crowd)) == ("d0", "p0")
     assert where(Observe().place(need(2000, 10, d0=1984), crowd)) == ("d0", "")
     crowd = cluster(worker("d0", turns=2), worker("d1", turns=2, resident=100))
@@ -144,23 +144,55 @@ def test_observe_moves_a_conversation_whose_home_is_full_once():
     assert observe.place(turn, cluster(full, roomy)) is None, "another turn of it runs there"
 
 
-def test_a_prefiller_is_a_home_only_while_it_is_idle_and_decoders_are_crowded():
+def test_a_prefiller_is_a_home_where_that_is_better_for_all():
     observe = Observe()
-    assert where(observe.place(need(100, 200), cluster(worker("p0"), worker("d0", turns=1)))) == ("d0", "")
+    assert where(observe.place(need(100, 200), cluster(worker("p0"), worker("d0")))) == ("d0", ""), (
+        "as good as a decoder"
+    )
     crowded = worker("d0", turns=16)
     assert where(observe.place(need(100, 200), cluster(worker("p0"), crowded))) == ("p0", "")
-    assert where(observe.place(need(100, 200), cluster(worker("p0", queued=10), crowded)))[0] == "d0"
-    busy = worker("p0")
-    busy.prefilling.value = 0.6
-    assert where(observe.place(need(100, 200), cluster(busy, crowded)))[0] == "d0"
-
-
-def test_a_conversation_leaves_a_prefiller_that_has_work():
-    observe = Observe()
+    # Prompts of others make its steps longer: half of its time means steps of twice the length.
+    busy, d0 = worker("p0"), worker("d0", turns=1)
+    assert where(observe.place(need(20, 200), cluster(busy, d0)))[0] == "p0"
+    busy.prefilling.value = 0.5
+    assert where(observe.place(need(20, 200), cluster(busy, d0)))[0] == "d0"
+    # Nobody prefills for a prefiller: two might wait for each other's pages.
+    placed = observe.place(need(2000, 10), cluster(worker("p0", turns=2), worker("p1", turns=2), crowded))
+    assert all(not option.prefill_at for option in placed.options if option.home in ("p0", "p1"))
     turn = need(1020, 100, home="p0", turns=1, p0=1000)
-    assert where(observe.place(turn, cluster(worker("p0", turns=1), worker("d0"), bandwidth=1e9))) == ("p0", "")
-    placed = observe.place(turn, cluster(worker("p0", turns=1, queued=2000), worker("d0"), bandwidth=1e9))
-    assert (placed.home, placed.prefill_at, placed.history_at) == ("d0", "", "p0")
+    queued = cluster(worker("p0", turns=1, queued=2000), worker("d0"), bandwidth=1e9)
+    assert where(observe.place(turn, queued)) == ("p0", ""), "it stays, though others' prompts wait there"
+    full = cluster(worker("p0", turns=64), worker("d0"), bandwidth=1e9)
+    placed = observe.place(turn, full)
+    assert (placed.home, placed.history_at) == ("d0", "p0")
+
+
+def test_a_newcomer_waits_rather_than_drive_out_what_is_needed():
+    observe = Observe()
+    asked = need(2000, 10)  # 126 pages; a tenth of the pool is kept for those who grow
+    assert observe.place(asked, cluster(worker("d0", turns=2, resident=780))) is None
+    assert where(observe.place(asked, cluster(worker("d0", turns=2, resident=750)))) == ("d0", "")
+    resting = worker("d0", turns=2, resident=780)
+    resting.wanted = 100.0
+    assert where(observe.place(asked, cluster(resting))) == ("d0", ""), "nobody is expected to come back for the rest"
+    assert where(observe.place(asked, cluster(worker("d0", resident=990)))) == ("d0", ""), (
+        "an idle worker takes anybody"
+    )
+    assert where(
+        observe.place(need(2000, 10, home="d0", turns=1, d0=1900), cluster(worker("d0", turns=2, resident=780)))
+    )
+
+
+def test_a_newcomer_waits_no_longer_than_it_is_worth():
+    """To compute 2,000 tokens again takes 2 s and holds up two streams for nearly as long: 5.8 s in all, four times."""
+    full = cluster(worker("d0", turns=2, resident=780))
+
+    def after(seconds: float) -> Placement | None:
+        asked = need(2000, 10)
+        return Observe().place(Need(asked.conversation, 2000, 10, asked.pages, {}, 0.0, waited=seconds), full)
+
+    assert after(20.0) is None
+    assert where(after(26.0)) == ("d0", "")
 
 
 def test_observe_does_not_flap():

@@ -241,7 +241,7 @@ def test_notes_are_made_only_where_somebody_reads_them() -> None:
     (decision,) = (c.record for c in commands if isinstance(c, Note))
     assert (decision.policy, decision.home, decision.tokens, decision.turn) == ("observe", "d0", 40, 1)
     assert set(decision.workers) == {"p0", "d0"}
-    assert len(decision.options) == 2
+    assert [(o.home, o.prefill_at) for o in decision.options] == [("d0", ""), ("d0", "p0"), ("p0", "")]
     assert decision.options[0].cost > 0
     _, run = run_of(commands)
     commands = tell(made, "d0", run.turn, 0, 5, 2.0, finish="stop", cached_tokens=16, prefill=0.5)
@@ -337,3 +337,61 @@ def test_a_prefiller_that_died_is_not_thought_to_hold_the_prompt_when_it_returns
     tell(made, "d0", run.turn, 0, 7, cached_tokens=0)
     assert made.conversations.get("a").copy_at == ""
     assert made._prefixes.find(page_chain([1] * 400, "", PAGE)) == {"d0": 16}
+
+
+def test_those_with_a_home_pass_a_newcomer_that_waits_for_room() -> None:
+    made = scheduler("d0", policy="observe", max_queued=9)
+    home, run = run_of(submit(made, "a1", [1] * 800, key="a"))
+    end(made, "a1", home, run.turn, 1.0)
+    assert made.workers["d0"].wanted == pytest.approx(51 * 2 / 3, rel=0.35), "51 pages, times the chance of a return"
+    _, busy = run_of(submit(made, "b1", [2] * 16, key="b", now=1.0))
+    assert sent(submit(made, "c1", [3] * 700, key="c", now=1.1), Run) == [], "44 pages and a tenth of 100 do not fit"
+    assert sent(submit(made, "d1", [4] * 16, key="d", now=1.1), Run) == [], "first come, first served"
+    _, again = run_of(submit(made, "a2", [1] * 820, key="a", now=1.2))
+    assert again.turn == "a2.1"
+    assert made.queued == 2
+    made.cancel("c1", 1.3)
+    assert made.queued == 1
+    end(made, "b1", "d0", busy.turn, 1.4)
+    assert made.queued == 0, "what is smaller fits"
+
+
+def test_a_conversation_that_is_late_keeps_no_room() -> None:
+    made = scheduler("d0", policy="observe", max_queued=9)
+    _, run = run_of(submit(made, "a1", [1] * 800, key="a"))
+    end(made, "a1", "d0", run.turn, 1.0)
+    run_of(submit(made, "b1", [2] * 16, key="b", now=1.0))
+    assert sent(submit(made, "c1", [3] * 700, key="c", now=1.1), Run) == []
+    assert made.on_tick(1.5) == []
+    ((_, waited),) = sent(made.on_tick(2.5), Run)
+    assert waited.turn == "c1.1"
+    assert made.workers["d0"].wanted == 0
+    assert made.workers["d0"].resident == 51, "the pages are still there, but nobody counts on it"
+    assert not made._late
+
+
+@pytest.mark.parametrize("policy", ["colocated", "conserve"])
+def test_elsewhere_a_newcomer_that_waits_lets_nobody_pass(policy: str) -> None:
+    made = scheduler("d0", policy=policy, max_queued=9)
+    _, run = run_of(submit(made, "a1", [1] * 200, key="a"))
+    end(made, "a1", "d0", run.turn)
+    run_of(submit(made, "b1", [2] * 1200, key="b"))
+    assert sent(submit(made, "c1", [3] * 700, key="c"), Run) == []
+    assert sent(submit(made, "a2", [1] * 220, key="a"), Run) == []
+
+
+def test_what_is_expected_goes_with_its_worker_and_with_its_conversation() -> None:
+    made = scheduler("d0", "d1", policy="observe")
+    homes = []
+    for n in range(4):
+        home, run = run_of(submit(made, f"t{n}", [n + 1] * 400, key=f"k{n}"))
+        end(made, f"t{n}", home, run.turn)
+        homes.append(home)
+    assert set(homes) == {"d0", "d1"}
+    assert all(made.workers[name].wanted > 0 for name in ("d0", "d1"))
+    made.worker_down("d0", returns=True)
+    made.worker_up(Peer("d0", 2, "d0", PoolInfo(1, 1, 100, 1, "")), prefiller=False)
+    assert made.workers["d0"].wanted == 0
+    made.on_tick(1e9)
+    assert len(made.conversations) == 0
+    assert [(w.wanted, w.resident) for w in made.workers.values()] == [(0, 0), (0, 0)]

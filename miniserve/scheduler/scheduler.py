@@ -278,6 +278,7 @@ class Scheduler:
 
     def on_tick(self, now: float) -> list[Command]:
         """Once in a while: forget conversations nobody has continued."""
+        self._give_up_late(now)
         for conversation in self.conversations.expire(now):
             self._rest(conversation, 0, now)
         return self._place_queued(now)
