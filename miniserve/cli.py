@@ -12,7 +12,7 @@ from miniserve import __version__
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes
 from miniserve.evaluate import add_commands
 from miniserve.flags import Parser, checked, fraction, interval, port, positive, seconds, share, stretch, tokens
-from miniserve.scheduler.policies import POLICIES, make_policy
+from miniserve.scheduler.policies import POLICIES
 
 EXAMPLES = """examples:
   miniserve serve                                     the default model, one worker
@@ -260,8 +260,6 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     """The settings that flags describe; a flag fills the field of its name."""
     values = vars(args)
     engine = {name: values[name] for name in EngineConfig.__struct_fields__ if name in values}
-    if args.step_stretch is None:
-        engine["step_stretch"] = make_policy(args.policy).step_stretch
     server = {name: values[name] for name in ServeConfig.__struct_fields__ if name in values}
     return ServeConfig(
         **{

@@ -81,9 +81,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     max_num_batched_tokens: int | None = None
     max_num_seqs: int = 256
-    step_stretch: float = 0.0
+    step_stretch: float | None = None
     """How many times longer than a lone stream's step one may take in which prompts are computed beside streams; 0: as
-    long as `max_num_batched_tokens` makes it."""
+    long as `max_num_batched_tokens` makes it. A server leaves None to its policy; else it means 0."""
     enable_prefix_caching: bool = True
     swap_space: int = 0
     """Bytes of host memory for KV that was evicted from the pool."""

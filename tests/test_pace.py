@@ -23,7 +23,7 @@ def lone(pace: Pace, seconds: float = LONE) -> None:
     pace.observe(StepTime(0, 0, 1, 100, seconds))
 
 
-@pytest.mark.parametrize("streams", [0.0, 0.01, 0.03])
+@pytest.mark.parametrize("streams", [0.0, 0.005, 0.015])
 def test_steps_come_to_rest_at_the_stretch(streams: float) -> None:
     pace = Pace(512, 6.0)
     assert pace.tokens == 512

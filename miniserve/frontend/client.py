@@ -87,8 +87,10 @@ class EngineClient:
         self.vocab_size = 0
         self._kv_transfer = config.engine.kv_transfer
         self._log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
+        policy = make_policy(config.policy, config.mispredict)
+        stretch = policy.step_stretch if config.engine.step_stretch is None else config.engine.step_stretch
         self.scheduler = Scheduler(
-            make_policy(config.policy, config.mispredict),
+            policy,
             config.engine.block_size,
             config.engine.max_num_seqs,
             config.max_num_queued_reqs,
@@ -98,7 +100,9 @@ class EngineClient:
         names = config.topology.workers
         self.workers = Workers(
             names,
-            msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), workers=len(names)),
+            msgspec.structs.replace(
+                config.engine, model=str(files.folder.resolve()), workers=len(names), step_stretch=stretch
+            ),
             config.worker_timeout,
             up=self._worker_up,
             down=self._worker_down,
