@@ -19,7 +19,8 @@ import torch
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv import collective
 from miniserve.kv.collective import CollectiveCopy, CollectiveTransfer
-from miniserve.kv.mapped import MappedTransfer, Transfer, TransferError
+from miniserve.kv.mapped import MappedTransfer
+from miniserve.kv.transfer import Transfer, TransferError
 from miniserve.kv.memory import KVMemory, PageShape
 
 PAGES = 24
