@@ -20,8 +20,8 @@ from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv import collective
 from miniserve.kv.collective import CollectiveCopy, CollectiveTransfer
 from miniserve.kv.mapped import MappedTransfer
-from miniserve.kv.transfer import Transfer, TransferError
 from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.transfer import Transfer, TransferError
 
 PAGES = 24
 SHAPES = {
