@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.cluster.channels import decode
-from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, TokenLogprob
+from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, StepTime, TokenLogprob
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -112,6 +112,17 @@ class SlowCopy:
         self.transfer.memory.pages[ours] = self.content
 
 
+class Whim(Pace):
+    """A pace on a machine whose steps take any time: how much of a prompt comes next is anybody's guess."""
+
+    def __init__(self, pick: random.Random) -> None:
+        super().__init__(pick.choice([2, 8, 40]), pick.choice([1.0, 3.0]))
+        self._pick = pick
+
+    def observe(self, step: StepTime) -> None:
+        super().observe(msgspec.structs.replace(step, seconds=self._pick.choice([0.0, 0.01, 0.02, 0.05, 1.0])))
+
+
 class World:
     """A cluster whose messages, steps, clients and deaths happen in an order drawn from `seed`."""
 
@@ -159,7 +170,7 @@ class World:
             max_num_batched_tokens=self.pick.choice([3, 7, 12]),
             max_num_seqs=6,
             max_model_len=LONGEST,
-            pace=Pace(8, 3.0) if self.pick.random() < 0.5 else None,
+            pace=Whim(self.pick) if self.pick.random() < 0.5 else None,
             clock=lambda: self.now,
         )
         outboxes = SimpleNamespace(
@@ -340,8 +351,13 @@ class World:
             assert (handoffs._leases, handoffs._pulls, handoffs._salts, worker._early) == ({}, {}, {}, []), name
         for view in self.scheduler.workers.values():
             assert (view.reserved, view.turns) == (0, 0)
-            assert view.resident == sum(c.resident for c in self.scheduler.conversations if c.home == view.name)
+            at_home = [c for c in self.scheduler.conversations if c.home == view.name]
+            assert view.resident == sum(c.resident for c in at_home)
+            assert view.wanted == pytest.approx(sum(c.wanted for c in at_home), abs=1e-6)
         assert not self.scheduler._runs
+        assert not self.scheduler.queued
+        self.scheduler.on_tick(self.now + 1e6)
+        assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in self.scheduler.workers.values())
 
 
 @pytest.fixture(autouse=True)

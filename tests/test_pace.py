@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from miniserve.cluster.messages import StepTime
+from miniserve.kv.pages import PagePool
+from miniserve.sampling import SamplingParams
+from miniserve.worker.engine import Engine
 from miniserve.worker.pace import LEAST_SHARE, Pace
+from miniserve.worker.sequence import Sequence
 
 LONE, TOKEN = 0.01, 0.001
 
@@ -71,3 +77,103 @@ def test_what_is_shortest_is_forgotten_in_time() -> None:
     for _ in range(12):
         seconds = step(pace)
     assert seconds == pytest.approx(6 * 0.03, rel=0.05)
+
+
+def test_steps_keep_to_the_stretch_whatever_a_token_costs() -> None:
+    """Random machines: where the stretch leaves more than the least share, steps come close to it from both sides."""
+    pick = random.Random(5)
+    for _ in range(200):
+        budget, stretch, lone_step = pick.choice([512, 2048, 8192]), pick.uniform(1.5, 8), 10 ** pick.uniform(-4, -1)
+        beside = lone_step * pick.uniform(0, 0.8) * (stretch - 1)  # what more streams add
+        token = lone_step * 10 ** pick.uniform(-4, -1)
+        fits = (stretch * lone_step - lone_step - beside) / token
+        pace = Pace(budget, stretch)
+        pace.observe(StepTime(0, 0, 1, 100, lone_step))
+        pace.tokens = pick.choice([budget, budget // LEAST_SHARE])
+        for _ in range(100):
+            taken = pace.tokens
+            assert budget // LEAST_SHARE <= taken <= budget
+            pace.observe(StepTime(taken, 0, 4, 100, lone_step + beside + token * taken))
+        seconds = lone_step + beside + token * pace.tokens
+        if budget // LEAST_SHARE < fits < budget:
+            assert seconds == pytest.approx(stretch * lone_step, rel=0.05)
+        else:
+            assert pace.tokens == pytest.approx(min(max(fits, budget // LEAST_SHARE), budget), rel=0.2)
+
+
+def test_one_slow_step_halves_the_share_and_is_soon_forgotten() -> None:
+    """A machine that stands still for a second: nothing is learned of it beyond a few steps."""
+    pace = Pace(512, 12.0)
+    lone(pace)
+    for _ in range(12):
+        step(pace)
+    before = pace.tokens
+    pace.observe(StepTime(pace.tokens, 0, 2, 100, 100 * LONE))
+    assert pace.tokens == pytest.approx(before / 2, abs=1)
+    for _ in range(4):
+        step(pace)
+    assert pace.tokens == pytest.approx(before, abs=2)
+
+
+def test_steps_without_streams_and_without_time_teach_nothing() -> None:
+    pace = Pace(512, 6.0)
+    lone(pace)
+    pace.observe(StepTime(512, 0, 0, 0, 10.0))
+    pace.observe(StepTime(512, 0, 2, 100, 0.0))
+    assert pace.tokens == 512
+
+
+class Machine:
+    """A runner on which each step takes LONE and TOKEN for each token of a prompt; it notes what it was given."""
+
+    eos: frozenset[int] = frozenset()
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.steps: list[tuple[int, int, float]] = []
+
+    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[None]]:
+        prompts = sum(count for sequence, count in work if sequence.missing > 1)
+        streams = sum(sequence.missing == 1 for sequence, _ in work)
+        seconds = LONE + TOKEN * prompts
+        self.now += seconds
+        self.steps.append((prompts, streams, seconds))
+        done = [7 for sequence, count in work if sequence.computed + count == len(sequence.tokens)]
+        return done, [None] * len(done)
+
+
+@pytest.mark.parametrize("stretch", [5.0, 9.0])
+def test_the_engine_takes_prompts_beside_streams_as_the_pace_says(stretch: float) -> None:
+    machine = Machine()
+    engine = Engine(
+        machine,
+        PagePool(1000),
+        page_tokens=16,
+        max_num_batched_tokens=512,
+        max_num_seqs=8,
+        max_model_len=8000,
+        pace=Pace(512, stretch),
+        clock=lambda: machine.now,
+    )
+
+    def steps(count: int) -> list[tuple[int, int, float]]:
+        before = len(machine.steps)
+        for _ in range(count):
+            engine.admit()
+            engine.step()
+        return machine.steps[before:]
+
+    def add(name: str, length: int, output: int) -> None:
+        engine.add(Sequence(name, [len(name)] * length, SamplingParams(max_tokens=output), 0, name.encode()))
+
+    add("prompt", 2000, 1)
+    assert [prompts for prompts, _, _ in steps(4)] == [512, 512, 512, 464], "with nobody beside it all goes in"
+    add("stream", 16, 1000)
+    steps(10)
+    add("append", 4000, 1)
+    beside = steps(20)
+    assert all(streams == 1 for _, streams, _ in beside)
+    assert all(prompts for prompts, _, _ in beside), "both get on in each step"
+    assert beside[-1][2] == pytest.approx(stretch * LONE, rel=0.06)
+    engine.abort("stream")
+    assert steps(1)[0][0] == 512, "the stream is gone"

@@ -183,6 +183,53 @@ def test_a_newcomer_waits_rather_than_drive_out_what_is_needed():
     )
 
 
+def test_a_newcomer_goes_where_there_is_room_and_not_where_it_would_be_cheaper():
+    full, roomy = worker("d0", turns=1, resident=950), worker("d1", turns=3)
+    placed = Observe().place(need(2000, 10, d0=1984), cluster(full, roomy))
+    assert where(placed) == ("d1", ""), "though d0 knows its beginning"
+    assert {option.home for option in placed.options} == {"d1"}
+    full.wanted = 0.0
+    assert where(Observe().place(need(2000, 10, d0=1984), cluster(full, roomy))) == ("d0", "")
+    # A prefiller's room counts like a decoder's.
+    assert where(Observe().place(need(2000, 10), cluster(worker("p0", turns=1), worker("d0", turns=1, resident=950))))[
+        0
+    ] == ("p0")
+    everywhere = [worker(name, turns=1, resident=950) for name in ("p0", "d0", "d1")]
+    assert Observe().place(need(2000, 10), cluster(*everywhere)) is None
+
+
+def test_room_is_kept_for_newcomers_growth_but_one_at_home_may_use_it():
+    """A tenth of 1,000 pages: the newcomer of 126 pages that leaves 99 waits, the one that leaves 100 does not."""
+    for left, comes in ((99, False), (100, True)):
+        d0 = worker("d0", turns=1, resident=1000 - 10 - 126 - left)
+        assert (Observe().place(need(2000, 10), cluster(d0)) is not None) == comes
+        assert where(Observe().place(need(2000, 10, home="d0", turns=1, d0=1900), cluster(d0))) == ("d0", "")
+
+
+def test_a_full_home_is_left_for_any_worker_with_room():
+    full = worker("d0", turns=2, resident=960)
+    turn = need(1020, home="d0", turns=1, d0=1000)
+    placed = Observe().place(turn, cluster(full, worker("d1", turns=1, resident=950), worker("p0", turns=1)))
+    assert (placed.home, placed.prefill_at, placed.history_at) == ("p0", "", "d0"), "the prefiller has room, d1 has not"
+    left = worker("d1", turns=1, resident=950)
+    left.wanted = 0.0
+    placed = Observe().place(turn, cluster(full, left))
+    assert (placed.home, placed.history_at) == ("d1", "d0"), "d1's pages are full of what nobody comes back for"
+    placed = Observe().place(turn, cluster(full, worker("d1", turns=1, resident=950), worker("p0", resident=950)))
+    assert where(placed) == ("d0", ""), "where nobody has room it is best off at home"
+    full.wanted = 0.0
+    placed = Observe().place(turn, cluster(full, worker("d1"), worker("p0")))
+    assert where(placed) == ("d0", ""), "those who rest there are not coming back"
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "observe"])
+def test_other_policies_know_neither_room_nor_newcomers_nor_pace(name):
+    policy = make_policy(name)
+    assert (policy.newcomers_wait, policy.step_stretch) == (False, 0.0)
+    placed = policy.place(need(2000, 10), cluster(worker("p0"), worker("d0", turns=2, resident=1500)))
+    assert placed.home == "d0", "what rests there is driven out"
+
+
 def test_a_newcomer_waits_no_longer_than_it_is_worth():
     """To compute 2,000 tokens again takes 2 s and holds up two streams for nearly as long: 5.8 s in all, four times."""
     full = cluster(worker("d0", turns=2, resident=780))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import random
 
-from miniserve.cluster.messages import Abort, Message, Peer, PoolInfo, Report, Run, TurnOutput, WorkerStats
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miniserve.cluster.messages import Abort, Message, Peer, PoolInfo, Report, Run, StepTime, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
 from miniserve.scheduler.policies import POLICIES
 from miniserve.scheduler.prefixes import Prefixes
@@ -370,7 +374,22 @@ def test_a_conversation_that_is_late_keeps_no_room() -> None:
     assert not made._late
 
 
-@pytest.mark.parametrize("policy", ["colocated", "conserve"])
+def test_one_that_came_back_in_time_is_expected_anew() -> None:
+    """Gaps of 10 s: late 31 s after the end of its last turn, not of the turn before."""
+    made = scheduler("d0", policy="observe", max_turns=9)
+    last = returning(made, "a", [1] * 160, gap=10.0)
+    view = made.workers["d0"]
+    assert view.wanted == 5.5, "11 pages; nobody has gone on after three turns yet"
+    _, run = run_of(submit(made, "a4", [1] * 176, key="a", now=last + 10))
+    assert view.wanted == 0, "it runs"
+    tell(made, "d0", run.turn, 0, 5, last + 20, finish="stop", cached_tokens=0)
+    for seconds, expected in ((20, True), (32, True), (50.9, True), (51.1, False)):
+        made.on_tick(last + seconds)
+        assert (view.wanted > 0) == expected, seconds
+    assert view.resident == 12
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "observe"])
 def test_elsewhere_a_newcomer_that_waits_lets_nobody_pass(policy: str) -> None:
     made = scheduler("d0", policy=policy, max_queued=9)
     _, run = run_of(submit(made, "a1", [1] * 200, key="a"))
@@ -395,3 +414,176 @@ def test_what_is_expected_goes_with_its_worker_and_with_its_conversation() -> No
     made.on_tick(1e9)
     assert len(made.conversations) == 0
     assert [(w.wanted, w.resident) for w in made.workers.values()] == [(0, 0), (0, 0)]
+
+
+def returning(made: Scheduler, key: str, tokens: list[int], gap: float) -> float:
+    """A conversation that has had three turns, `gap` seconds apart; when the last one ended."""
+    now = 0.0
+    for n in range(3):
+        home, run = run_of(submit(made, f"{key}{n}", tokens, key=key, now=now))
+        tell(made, home, run.turn, 0, 5, now + 1, finish="stop", cached_tokens=0)
+        now += 1 + gap
+    return now - gap
+
+
+def test_a_newcomer_comes_in_after_what_its_coming_in_would_cost_however_full_it_is() -> None:
+    made = scheduler("d0", policy="observe", max_turns=9, max_queued=9)
+    now = returning(made, "a", [1] * 800, gap=100.0)
+    assert made.workers["d0"].wanted == 25.5
+    run_of(submit(made, "b1", [2] * 16, key="b", now=now))
+    made.on_report("d0", Report([], [], STATS, [StepTime(n, n * n // 2, 0, 0, n / 1000) for n in (512, 1024)]), now)
+    assert sent(submit(made, "c1", [3] * 1000, key="c", now=now), Run) == []
+    assert sent(submit(made, "d1", [4] * 1000, key="d", now=now + 1), Run) == []
+    came: list[tuple[str, float]] = []
+    for tenth in range(200):  # a second to compute, nearly another one for b: four times that
+        at = now + tenth / 10
+        for _, run in sent(made.on_tick(at), Run):
+            came.append((run.turn, at - now))
+    assert [turn for turn, _ in came] == ["c1.1"], "the other one does not fit beside it at all"
+    assert came[0][1] == pytest.approx(8, abs=0.3)
+    assert made.workers["d0"].wanted == 25.5, "a is still expected"
+    (_, last) = run_of(made.cancel("c1", now + 20))
+    assert last.turn == "d1.1", "who has waited long enough comes in as soon as there are pages"
+
+
+def test_room_that_appears_is_given_to_newcomers_in_their_order() -> None:
+    made = scheduler("d0", policy="observe", max_turns=9, max_queued=9)
+    now = returning(made, "a", [1] * 500, gap=100.0)
+    _, long = run_of(submit(made, "b1", [2] * 1000, key="b", now=now))
+    for name in ("c1", "d1", "e1", "f1"):
+        assert sent(submit(made, name, [ord(name[0])] * 300, key=name[0], now=now), Run) == []
+    assert made.queued == 4
+    assert made.cancel("d1", now) == []
+    assert made.queued == 3
+    _, run = run_of(end(made, "b1", "d0", long.turn, now + 0.1))
+    assert run.turn == "c1.1", "beside what a and b are expected to need again there is room for one"
+    assert made.workers["d0"].room > 10
+    _, run = run_of(end(made, "c1", "d0", run.turn, now + 0.2))
+    assert run.turn == "e1.1"
+    assert made.queued == 1
+
+
+def test_a_turn_beside_a_newcomer_of_its_conversation_follows_it_home() -> None:
+    made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=9)
+    for view in made.workers.values():
+        view.add_turn(95, 0.0)
+    for name in ("c1", "c2", "c3"):
+        assert sent(submit(made, name, [3] * 160, key="c"), Run) == []
+    made.workers["d1"].drop_turn(95, 0.0)
+    placed = sent(made.on_tick(0.1), Run)
+    assert [(home, run.turn) for home, run in placed] == [("d1", "c1.1"), ("d1", "c2.1"), ("d1", "c3.1")]
+    assert made.queued == 0
+
+
+def test_who_has_lost_its_worker_comes_before_newcomers() -> None:
+    made = scheduler("d0", "d1", policy="observe", max_turns=1, max_queued=9)
+    homes = {}
+    for name in ("a", "b"):
+        homes[name], run = run_of(submit(made, name, [ord(name)] * 40, key=name))
+        tell(made, homes[name], run.turn, 0, 7, cached_tokens=0)
+    assert sent(submit(made, "c", [3] * 40, key="c"), Run) == []
+    assert sent(made.worker_down(homes["a"], returns=True), Run) == []
+    assert made.queued == 2
+    home, again = run_of(made.cancel("b", 0.1))
+    assert (home, again.turn, again.tokens) == (homes["b"], "a.2", [ord("a")] * 40 + [7])
+
+
+@pytest.mark.parametrize("waiting", [1, 300])
+def test_a_report_asks_once_for_all_newcomers_that_wait(waiting: int) -> None:
+    made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=1000)
+    for view in made.workers.values():
+        view.add_turn(95, 0.0)
+    for n in range(waiting):
+        submit(made, f"t{n}", [n + 1] * 160)
+    asked = []
+    place = made._policy.place
+    made._policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
+    assert made.on_report("d0", Report([], [], STATS), 0.1) == []
+    assert len(asked) == 1
+    assert made.queued == waiting
+
+
+def test_a_conversation_lives_on_a_prefiller_as_on_any_worker() -> None:
+    made = scheduler("p0", "d0", policy="observe", max_turns=64, max_queued=9)
+    steps = [StepTime(0, 0, batch, 100 * batch, 0.02 + 0.005 * batch) for batch in (1, 2, 4, 8, 16)]
+    steps += [StepTime(n, n * n // 2, 0, 0, n / 1000) for n in (64, 512)]
+    for name in ("p0", "d0"):
+        made.on_report(name, Report([], [], STATS, steps), 0.0)
+    for _ in range(16):
+        made.workers["d0"].add_turn(1, 0.0)
+    home, run = run_of(submit(made, "a1", [1] * 40, key="a"))
+    assert (home, run.prefill_at, run.history_at) == ("p0", "", "")
+    view = made.workers["p0"]
+    assert (view.turns, view.reserved) == (1, 4)
+    end(made, "a1", home, run.turn, 1.0)
+    assert (view.turns, view.reserved, view.resident) == (0, 0, 3)
+    assert view.wanted == pytest.approx(2)
+    home, run = run_of(submit(made, "a2", [1] * 60, key="a", now=1.5))
+    assert (home, run.prefill_at, run.history_at) == ("p0", "", "")
+    assert view.wanted == 0, "it has come back"
+    ((home, run),) = sent(made.worker_down("p0", returns=True, now=2.0), Run)
+    assert (home, run.turn, run.history_at) == ("d0", "a2.2", "")
+
+
+def check_wanted(made: Scheduler) -> None:
+    """What a worker expects is the sum over those who rest there, and no more than they hold."""
+    here = dict.fromkeys(made.workers, 0.0)
+    for conversation in made.conversations:
+        assert 0 <= conversation.wanted <= conversation.resident
+        assert not (conversation.active and conversation.resident), "one that runs holds what the ledger has reserved"
+        if conversation.home:
+            here[conversation.home] += conversation.wanted
+    for name, view in made.workers.items():
+        assert view.wanted == pytest.approx(here[name], abs=1e-6)
+        assert view.reserved >= 0
+    assert all(turn.conversation.home or made._policy.newcomers_wait for turn in made._newcomers)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_what_is_expected_comes_to_nothing_in_the_end(policy: str, seed: int) -> None:
+    """Turns, forks, moves, cancels, deaths and long silences in any order."""
+    pick, now = random.Random(seed), 0.0
+    workers = pick.choice([("d0",), ("d0", "d1"), ("p0", "d0"), ("p0", "d0", "d1")])
+    made = scheduler(*workers, policy=policy, max_turns=pick.choice([1, 3, 9]), max_queued=10**6)
+    made.conversations._capacity = pick.choice([3, 1000])
+    epochs = dict.fromkeys(workers, 1)
+    number = 0
+
+    def ends(turn: str, token: int) -> None:
+        of = made._runs[turn]
+        tell(made, of.home, turn, of.delivered, token, now, finish=pick.choice(["stop", None]), cached_tokens=0)
+
+    for _ in range(120):
+        now += pick.choice([0.0, 0.1, 1.0, 20.0])
+        what = pick.random()
+        if what < 0.4:
+            number += 1
+            tokens = [pick.randint(1, 3)] * pick.choice([16, 40, 200, 700])
+            submit(made, f"t{number}", tokens + [number] * pick.choice([0, 20]), pick.choice(["", "a", "b", "c"]), now)
+        elif what < 0.75 and made._runs:
+            ends(pick.choice(list(made._runs)), 5)
+        elif what < 0.85 and made.active:
+            made.cancel(pick.choice([turn.id for turn in made.turns]), now)
+        elif what < 0.88:
+            name = pick.choice(workers)
+            made.worker_down(name, returns=True, now=now)
+            epochs[name] += 1
+            made.worker_up(up(name, epochs[name]), prefiller=name.startswith("p"), now=now)
+        elif what < 0.9:
+            made.on_tick(now + pick.choice([0, 5000]))
+        check_wanted(made)
+    for _ in range(10_000):
+        if not made.active:
+            break
+        now += 1.0
+        assert made._runs, "somebody waits though nobody runs"
+        ends(next(iter(made._runs)), 5)
+        check_wanted(made)
+    assert (made.active, made.queued) == (0, 0)
+    made.on_tick(now + 3000)
+    assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in made.workers.values())
+    made.on_tick(now + 1e6)
+    assert [(view.reserved, view.turns, view.resident) for view in made.workers.values()] == [(0, 0, 0)] * len(workers)
+    assert (len(made.conversations), made._late) == (0, [])
