@@ -14,8 +14,12 @@ class Anywhere:
     step_stretch = 0.0
 
     def __init__(self, pick: random.Random) -> None:
-        self.newcomers_wait = pick.random() < 0.5
         self._pick = pick
+        self._patience = pick.choice([0.0, 1.0, 20.0])
+
+    def patience(self, need: Need, cluster: Cluster) -> float:
+        """See `Policy`."""
+        return self._patience
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""

@@ -177,3 +177,21 @@ def test_the_engine_takes_prompts_beside_streams_as_the_pace_says(stretch: float
     assert beside[-1][2] == pytest.approx(stretch * LONE, rel=0.06)
     engine.abort("stream")
     assert steps(1)[0][0] == 512, "the stream is gone"
+
+
+def test_one_slow_step_with_a_short_rest_only_halves_the_share() -> None:
+    pace = Pace(2048, 6.0)
+    lone(pace)
+    pace.observe(StepTime(3, 0, 2, 100, 1.0))
+    assert pace.tokens == 1024
+
+
+def test_a_small_budget_does_not_stick_at_one_token() -> None:
+    pace = Pace(16, 6.0)
+    lone(pace)
+    for _ in range(20):
+        step(pace, streams=1.0)
+    assert pace.tokens == 1
+    for _ in range(20):
+        step(pace, streams=0.02)
+    assert pace.tokens == 16

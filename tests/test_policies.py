@@ -225,7 +225,8 @@ def test_a_full_home_is_left_for_any_worker_with_room():
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "observe"])
 def test_other_policies_know_neither_room_nor_newcomers_nor_pace(name):
     policy = make_policy(name)
-    assert (policy.newcomers_wait, policy.step_stretch) == (False, 0.0)
+    some = cluster(worker("p0"), worker("d0"))
+    assert (policy.patience(need(), some), policy.step_stretch) == (0.0, 0.0)
     placed = policy.place(need(2000, 10), cluster(worker("p0"), worker("d0", turns=2, resident=1500)))
     assert placed.home == "d0", "what rests there is driven out"
 

@@ -525,7 +525,7 @@ def test_a_conversation_lives_on_a_prefiller_as_on_any_worker() -> None:
     assert (home, run.turn, run.history_at) == ("d0", "a2.2", "")
 
 
-def check_wanted(made: Scheduler) -> None:
+def check_wanted(made: Scheduler, policy: str) -> None:
     """What a worker expects is the sum over those who rest there, and no more than they hold."""
     here = dict.fromkeys(made.workers, 0.0)
     for conversation in made.conversations:
@@ -536,7 +536,7 @@ def check_wanted(made: Scheduler) -> None:
     for name, view in made.workers.items():
         assert view.wanted == pytest.approx(here[name], abs=1e-6)
         assert view.reserved >= 0
-    assert all(turn.conversation.home or made._policy.newcomers_wait for turn in made._newcomers)
+    assert all(turn.conversation.home or policy == "observe" for turn in made._newcomers)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -573,17 +573,78 @@ def test_what_is_expected_comes_to_nothing_in_the_end(policy: str, seed: int) ->
             made.worker_up(up(name, epochs[name]), prefiller=name.startswith("p"), now=now)
         elif what < 0.9:
             made.on_tick(now + pick.choice([0, 5000]))
-        check_wanted(made)
+        check_wanted(made, policy)
     for _ in range(10_000):
         if not made.active:
             break
         now += 1.0
         assert made._runs, "somebody waits though nobody runs"
         ends(next(iter(made._runs)), 5)
-        check_wanted(made)
+        check_wanted(made, policy)
     assert (made.active, made.queued) == (0, 0)
     made.on_tick(now + 3000)
     assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in made.workers.values())
     made.on_tick(now + 1e6)
     assert [(view.reserved, view.turns, view.resident) for view in made.workers.values()] == [(0, 0, 0)] * len(workers)
     assert (len(made.conversations), made._late) == (0, [])
+
+
+def test_a_newcomer_that_has_waited_long_enough_keeps_room_from_others() -> None:
+    """Two conversations of 33 pages return as soon as they have ended; one of 76 must not wait for ever."""
+    made = scheduler("d0", policy="observe", max_turns=10, max_queued=100)
+    steps = [StepTime(n, n * n // 2, 0, 0, n / 1000) for n in (64, 512)]
+    made.on_report("d0", Report([], [], STATS, [*steps, StepTime(0, 0, 1, 100, 0.01)]), 0.0)
+    running = {key: run_of(submit(made, key, [ord(key)] * 500, key=key))[1].turn for key in "ab"}
+    assert sent(submit(made, "big", [9] * 1200, key="big"), Run) == []
+    for n in range(100):
+        now = 0.5 + n / 2
+        placed = []
+        for key, turn in list(running.items()):
+            placed += sent(tell(made, "d0", turn, 0, 5, now, finish="stop", cached_tokens=0), Run)
+            del running[key]
+            placed += sent(submit(made, f"{key}{n}", [ord(key)] * 500, key=key, now=now), Run)
+        running |= {run.turn[0]: run.turn for _, run in placed}
+        if any(run.turn == "big.1" for _, run in placed):
+            break
+    assert 4 * 1.2 < now < 40, "later than it is worth, but not much"
+
+
+def test_a_queued_turn_whose_home_has_died_blocks_nobody_with_a_home() -> None:
+    made = scheduler("d0", "d1", policy="observe", max_turns=2, max_queued=100)
+    lost, run = run_of(submit(made, "a", [1] * 40, key="a"))
+    end(made, "a", lost, run.turn, 0.1)
+    other = {"d0": "d1", "d1": "d0"}[lost]
+    made.workers[lost].add_turn(1, 0.1)
+    run_of(submit(made, "b", [2] * 40, key="b", now=0.1))
+    made.workers[lost].add_turn(1, 0.1)
+    made.workers[other].wanted = 95.0
+    assert sent(submit(made, "a2", [1] * 60, key="a", now=0.2), Run) == []
+    made.worker_down(lost, returns=True, now=0.2)
+    assert made.queued == 1
+    assert run_of(submit(made, "b2", [2] * 60, key="b", now=0.2))[0] == other
+
+
+def test_turns_of_a_conversation_that_has_found_its_home_do_not_wait_behind_a_newcomer() -> None:
+    made = scheduler("d0", policy="observe", max_turns=8, max_queued=100)
+    made.workers["d0"].wanted = 92.0
+    run_of(submit(made, "z", [8] * 8, key="z"))
+    for turn, tokens in (("a1", 40), ("b1", 400), ("a2", 40)):
+        assert sent(submit(made, turn, [ord(turn[0])] * tokens, key=turn[0]), Run) == []
+    made.workers["d0"].wanted = 60.0
+    assert [run.turn for _, run in sent(made.on_tick(0.0), Run)] == ["a1.1", "a2.1"]
+    assert [turn.id for turn in made._newcomers] == ["b1"]
+
+
+def test_an_expectation_begins_anew_after_a_turn_was_cancelled_in_the_queue() -> None:
+    made = scheduler("d0", policy="observe", max_turns=1, max_queued=100)
+    for n in range(4):  # gaps of 10 s, the last end at 34
+        _, run = run_of(submit(made, f"t{n}", [1] * 40, key="a", now=11.0 * n))
+        tell(made, "d0", run.turn, 0, 5, 11.0 * n + 1, finish="stop", cached_tokens=0)
+    run_of(submit(made, "blocker", [2] * 40, key="b", now=60.0))
+    assert sent(submit(made, "t9", [1] * 40, key="a", now=61.0), Run) == []
+    made.cancel("t9", 62.0)
+    assert made.conversations.get("a").wanted > 0
+    made.on_tick(70.0)  # past 34 + 3 x 10 + 1
+    assert made.conversations.get("a").wanted > 0
+    made.on_tick(94.0)
+    assert made.conversations.get("a").wanted == 0

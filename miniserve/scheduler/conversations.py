@@ -31,6 +31,8 @@ class Conversation:
     """Pages it is thought to hold at home while no turn runs."""
     wanted: float = 0.0
     """What of that it is expected to come back for."""
+    expectation: int = 0
+    """The number of that expectation, 0 for none."""
     began: float = 0.0
     last_end: float = 0.0
     moves: int = 0

@@ -40,7 +40,6 @@ class Observe:
     for its turn and another has.
     """
 
-    newcomers_wait = True
     step_stretch = STEP_STRETCH
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
@@ -99,9 +98,18 @@ class Observe:
             return False
         if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
             # It would drive out what is needed soon, which would have to be computed again.
-            again = worker.speed.prefill(need.tokens) + self._streams(worker) * worker.speed.held_up(need.tokens)
-            return need.waited > WORTH * again
+            return need.waited > self._worth(need, worker)
         return True
+
+    def patience(self, need: Need, cluster: Cluster) -> float:
+        """See `Policy`."""
+        workers = (*cluster.decoders, *cluster.prefillers)
+        return min((self._worth(need, worker) for worker in workers), default=0.0)
+
+    def _worth(self, need: Need, worker: WorkerView) -> float:
+        """How long a newcomer should wait for room here: `WORTH` times what all lose if as much is computed again."""
+        again = worker.speed.prefill(need.tokens) + self._streams(worker) * worker.speed.held_up(need.tokens)
+        return WORTH * again
 
     def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
         """The ways to serve a turn with this home; the first one is to prefill there."""

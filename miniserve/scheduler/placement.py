@@ -75,8 +75,6 @@ class Placement:
 class Policy(Protocol):
     """One decision: see `place`."""
 
-    newcomers_wait: bool
-    """Whether a conversation that waits for its first home lets others pass that have one."""
     step_stretch: float
     """How many times longer than the step of a lone stream a step may take in which prompts are computed beside
     streams; 0 for as long as it takes."""
@@ -84,6 +82,21 @@ class Policy(Protocol):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn; None if it has to wait."""
         ...
+
+    def patience(self, need: Need, cluster: Cluster) -> float:
+        """For how many seconds a conversation that waits for its first home lets those pass that have one; then it
+        keeps room from them. 0 for policies that serve strictly in order."""
+        ...
+
+
+class InOrder:
+    """What most policies have in common: nobody passes anybody, and steps take as long as they take."""
+
+    step_stretch = 0.0
+
+    def patience(self, need: Need, cluster: Cluster) -> float:
+        """See `Policy`."""
+        return 0.0
 
 
 def at_home(need: Need, cluster: Cluster) -> WorkerView | None:

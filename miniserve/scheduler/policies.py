@@ -7,15 +7,12 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from miniserve.scheduler.observe import Observe
-from miniserve.scheduler.placement import Need, Option, Placement, Policy, at_home, least_queued
+from miniserve.scheduler.placement import InOrder, Need, Option, Placement, Policy, at_home, least_queued
 from miniserve.scheduler.views import Cluster, WorkerView
 
 
-class Colocated:
+class Colocated(InOrder):
     """Every turn is prefilled and decoded at home: what a cluster of ordinary servers with sticky routing does."""
-
-    newcomers_wait = False
-    step_stretch = 0.0
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""
@@ -23,13 +20,10 @@ class Colocated:
         return Placement(home.name, reason="home") if home else None
 
 
-class Disaggregated:
+class Disaggregated(InOrder):
     """Every turn is prefilled by a prefiller, the one that has most of it cached, and moves to its decoder: full
     disaggregation as in DistServe (arXiv 2401.09670), with prefix caching on both sides. What the decoder has stays
     there; the prefiller computes again what the decoder has generated."""
-
-    newcomers_wait = False
-    step_stretch = 0.0
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""
@@ -40,12 +34,9 @@ class Disaggregated:
         return Placement(home.name, prefiller.name, reason="every turn")
 
 
-class Conserve:
+class Conserve(InOrder):
     """The paper's rule (arXiv 2606.01839): the first turn is prefilled by a prefiller and its KV moves once to the
     decoder with the most free KV; the rest stays there."""
-
-    newcomers_wait = False
-    step_stretch = 0.0
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """See `Policy`."""
@@ -58,16 +49,13 @@ class Conserve:
         return Placement(home.name, least_queued(cluster).name, reason="first turn")
 
 
-class Ampd:
+class Ampd(InOrder):
     """AMPD's rule (arXiv 2602.14516): the first turn goes to a prefiller. A later one goes wherever its first token is
     expected earlier: at home, `T_local = Q_d + T_pre(hist, new)`, or at a prefiller, `T_remote = Q_p + T_kv(hist, d->p)
     + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured.
 
     `mispredict` is the share of later turns, drawn by a hash, where the decision is turned around.
     """
-
-    newcomers_wait = False
-    step_stretch = 0.0
 
     def __init__(self, mispredict: float = 0.0) -> None:
         self._mispredict = mispredict

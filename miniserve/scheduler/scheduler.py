@@ -106,10 +106,10 @@ class Scheduler:
         self._turns: dict[str, Turn] = {}
         self._runs: dict[str, Turn] = {}
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
-        self._late: list[tuple[float, int, int, Conversation]] = []
-        """A heap of (when, a number, turns so far, conversation): who has not come back by then is not expected any
+        self._late: list[tuple[float, int, Conversation]] = []
+        """A heap of (when, number of the expectation, conversation): who has not come back by then is not expected any
         more."""
-        self._count = count()
+        self._expectations = count(1)
         self._expected: set[str] = set()
         """Decoders that are being started again."""
 
@@ -177,12 +177,18 @@ class Scheduler:
         commands = self._announce()
         for conversation in self.conversations:
             if conversation.home == name:
-                conversation.home, conversation.resident, conversation.wanted = "", 0, 0.0
+                conversation.home, conversation.resident = "", 0
+                conversation.wanted, conversation.expectation = 0.0, 0
             if conversation.copy_at == name:
                 conversation.copy_at, conversation.copy_tokens = "", 0
         for turn in self._turns.values():
             if turn.prefill_at == name:  # which has nothing of it when it returns
                 turn.prefill_at, turn.lent_pages = "", 0
+        queued, self._queue = self._queue, deque()
+        homeless = [t for t in queued if not t.conversation.home]
+        self._queue.extend(t for t in queued if t.conversation.home)
+        for turn in reversed(homeless):
+            self._line(turn, now).appendleft(turn)
         lost = [t for t in self._turns.values() if t.home == name]
         for turn in reversed(lost):
             self._run_again(turn, now)
@@ -252,7 +258,7 @@ class Scheduler:
             number=of.turns + 1,
         )
         self._turns[turn] = accepted
-        self._line(accepted).append(accepted)
+        self._line(accepted, now).append(accepted)
         return self._place_queued(now)
 
     def cancel(self, turn: str, now: float) -> list[Command]:
@@ -355,7 +361,7 @@ class Scheduler:
         self._runs.pop(turn.run, None)
         turn.home = turn.prefill_at = turn.run = ""
         turn.early.clear()
-        self._line(turn).appendleft(turn)
+        self._line(turn, now).appendleft(turn)
 
     def _end(self, turn: Turn, finish: str, now: float) -> list[Command]:
         """Settle the ledger; the conversation's KV stays at home."""
@@ -383,20 +389,27 @@ class Scheduler:
 
     # --- placement --------------------------------------------------------------------------------------------------
 
-    def _line(self, turn: Turn) -> deque[Turn]:
-        """Where a turn waits."""
-        return self._newcomers if self._policy.newcomers_wait and not turn.conversation.home else self._queue
+    def _line(self, turn: Turn, now: float) -> deque[Turn]:
+        """Where a turn waits: newcomers in a line of their own as long as they let others pass."""
+        if turn.conversation.home:
+            return self._queue
+        need = self._need(turn, now)
+        return self._newcomers if need.waited < self._policy.patience(need, self._cluster()) else self._queue
+
+    def _cluster(self) -> Cluster:
+        """What a policy may look at."""
+        prefillers = [w for w in self.workers.values() if w.prefiller]
+        return Cluster(prefillers, self.decoders, set(self.workers), self.links)
 
     def _place_queued(self, now: float) -> list[Command]:
         """Place waiting turns, first come first served: a turn that has to wait for a decoder keeps later ones from
-        taking the room it waits for. Newcomers that stand in a line of their own come last."""
+        taking the room it waits for. Newcomers that let others pass come last."""
         if not self.queued:
             return []
         self._give_up_late(now)
         commands: list[Command] = []
         waiting: deque[Turn] = deque()
-        prefillers = [w for w in self.workers.values() if w.prefiller]
-        cluster = Cluster(prefillers, self.decoders, set(self.workers), self.links)
+        cluster = self._cluster()
         homes = {w.name for w in self.workers.values() if not w.prefiller or w.turns or w.resident}
         homes = homes if self.decoders else set(self.workers)
         try:
@@ -410,12 +423,20 @@ class Scheduler:
                     cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
             while self._newcomers and cluster.open:
                 placed = self._try(self._newcomers[0], cluster, now)
-                if not placed and not self._newcomers[0].conversation.home:
+                if not placed and self._line(self._newcomers[0], now) is self._newcomers:
                     break
                 turn = self._newcomers.popleft()
                 commands += placed
-                if not placed:  # another turn of its conversation has found the home
+                home = turn.conversation.home
+                if placed and turn.conversation.active > 1:  # the others of it, which have a home now, come next
+                    of = turn.conversation
+                    here = [t for t in self._newcomers if t.conversation is of]
+                    self._newcomers = deque([*here, *(t for t in self._newcomers if t.conversation is not of)])
+                elif not placed:
                     waiting.append(turn)
+                    if not home:  # it has waited long enough: from now on it keeps room from others
+                        break
+                    cluster.open.discard(home)
         finally:
             self._queue = waiting + self._queue
         return commands
@@ -491,28 +512,27 @@ class Scheduler:
         """Set what an idle conversation is thought to hold at home."""
         home = self.workers.get(conversation.home)
         if home is None:
-            conversation.resident, conversation.wanted = 0, 0.0
+            conversation.resident, conversation.wanted, conversation.expectation = 0, 0.0, 0
             return
         home.resident += pages - conversation.resident
         conversation.resident = pages
         self._want(conversation, 0.0)
         if pages:
             gap, chance = self.fleet.outlook(conversation, conversation.turns)
-            self._want(conversation, pages * chance)
-            heappush(
-                self._late, (now + LATE_GAPS * gap + LATE_SECONDS, next(self._count), conversation.turns, conversation)
-            )
+            self._want(conversation, pages * chance, next(self._expectations))
+            late = now + LATE_GAPS * gap + LATE_SECONDS
+            heappush(self._late, (late, conversation.expectation, conversation))
 
-    def _want(self, conversation: Conversation, pages: float) -> None:
+    def _want(self, conversation: Conversation, pages: float, expectation: int = 0) -> None:
         if home := self.workers.get(conversation.home):
             home.wanted = max(home.wanted + pages - conversation.wanted, 0.0)
-        conversation.wanted = pages
+        conversation.wanted, conversation.expectation = pages, expectation
 
     def _give_up_late(self, now: float) -> None:
         """Conversations that have not come back in time are not expected any more."""
         while self._late and self._late[0][0] <= now:
-            _, _, turns, conversation = heappop(self._late)
-            if conversation.turns == turns and not conversation.active:
+            _, expectation, conversation = heappop(self._late)
+            if conversation.expectation == expectation:
                 self._want(conversation, 0.0)
 
     def _pages(self, tokens: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from miniserve.cluster.messages import StepTime
 
 LEAST_SHARE = 16
@@ -34,5 +36,7 @@ class Pace:
         elif step.decodes and self._shortest and step.seconds > 0:
             ratio = self._stretch * self._shortest / step.seconds
             if ratio < 1 or step.prefill >= self.tokens:  # a short rest of a prompt says nothing about longer ones
-                wanted = step.prefill * min(max(ratio, 0.5), 2.0)
-                self.tokens = int(min(max(wanted, self._least), self._most))
+                wanted = self.tokens * min(max(ratio, 0.5), 2.0)
+                # Rounded in the direction it goes: else one token would stay one for ever.
+                wanted = ceil(wanted) if ratio > 1 else int(wanted)
+                self.tokens = min(max(wanted, self._least), self._most)
