@@ -14,7 +14,7 @@ from miniserve.config import ConfigError, Topology
 from miniserve.flags import checked, positive, rate, scale, seconds, share, span, whole
 from miniserve.scheduler.policies import POLICIES
 
-ARRIVALS = ("poisson", "fixed", "burst")
+ARRIVALS = ("poisson", "fixed", "burst")  # those of replay/workload.py, which needs numpy
 TRACE_HELP = (
     "a trace (CSV, or Mooncake's JSONL), or a workload made up: swe-agent, chat, deep-research, "
     "mix:swe-agent=0.5,chat=0.5"

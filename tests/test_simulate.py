@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from miniserve import cli
+from miniserve import cli, evaluate
 from miniserve.config import ConfigError, Topology
 from miniserve.replay.metrics import latency
-from miniserve.replay.workload import Shape, Spread, Task, TurnSize, arrivals
+from miniserve.replay.workload import ARRIVALS, Shape, Spread, Task, TurnSize, arrivals
 from miniserve.scheduler.policies import POLICIES, make_policy
 from miniserve.simulate.cluster import Simulation
 from miniserve.simulate.hardware import PRESETS, Hardware, load_hardware, load_roles
@@ -275,6 +275,10 @@ def test_a_fit_finds_the_constants_again():
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_every_way_to_arrive_can_be_chosen():
+    assert evaluate.ARRIVALS == ARRIVALS
 
 
 def test_the_command(tmp_path: Path, capsys):
