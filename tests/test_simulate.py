@@ -192,7 +192,7 @@ def test_observe_waits_rather_than_computes_again():
     work = [Task(f"t{n}", (TurnSize(900, 30), *[TurnSize(20, 30)] * 4)) for n in range(20)]
     found = {policy: simulate(setting(work, "2D", policy, rate=5.0)) for policy in ("colocated", "observe")}
     again = {policy: result["prompt_tokens"] - result["cached_tokens"] for policy, result in found.items()}
-    assert again["observe"] < 0.6 * again["colocated"]
+    assert again["observe"] < 0.7 * again["colocated"]
     assert found["observe"]["ttfet_s"]["p95"] < found["colocated"]["ttfet_s"]["p95"]
 
 
