@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from miniserve import cli, evaluate
@@ -314,6 +315,25 @@ def test_a_comparison(tmp_path: Path, capsys):
     assert cli.main([*again, "--json", str(tmp_path / "again.json")]) == 0, "each cell can be repeated"
     told = json.loads((tmp_path / "again.json").read_text())
     assert told["ttfet_s"] == cells[0]["ttfet_s"]
+
+
+def test_a_comparison_on_real_workers(tiny_folder: Path, tmp_path: Path, capsys):
+    """Each cell has a server of its own, which is gone afterwards."""
+    pytest.importorskip("aiohttp")
+    trace = tmp_path / "t.csv"
+    trace.write_text("conversation_id,turn,new_input_tokens,output_tokens\na,0,40,6\na,1,8,6\nb,0,30,5\n")
+    command = f"compare {trace} --policies colocated,conserve --topology 1P1D --rates 5 --serve {tiny_folder}"
+    assert cli.main([*command.split(), "--out", str(tmp_path)]) == 0
+    cells = json.loads((tmp_path / "cells.json").read_text())
+    assert [(c["label"], c["output_tokens"], c["errors"]) for c in cells] == [
+        ("colocated 2D", 17, 0),
+        ("conserve 1P1D", 17, 0),
+    ]
+    assert cells[1]["placements"] == {"p0->d0": 2, "d0": 1}
+    assert str(tiny_folder) in cells[0]["server_command"]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tiny_folder) in " ".join(p.info["cmdline"] or ())]
+    assert cli.main([*command.split()[:-1], str(tmp_path / "nothing")]) == 1
+    assert "did not start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

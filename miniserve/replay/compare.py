@@ -41,10 +41,11 @@ def compare(args: argparse.Namespace) -> int:
     if args.out is not None:
         from miniserve.replay.plots import draw, draw_timeline  # says at once if matplotlib is missing
     grid = [(s, rate, seed) for s in series(args) for rate in args.rates for seed in args.seeds]
-    if args.serve:
-        cells = asyncio.run(_serve_all(args, grid))
-    else:
-        cells = asyncio.run(_simulate_all(args, grid))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives us
+    try:
+        cells = asyncio.run(_serve_all(args, grid) if args.serve else _simulate_all(args, grid))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print_tables(cells, Console())
     timelines = {cell["label"]: timeline for cell in cells if (timeline := cell.pop("timeline", None))}
     if args.out is not None:
@@ -150,19 +151,24 @@ async def _serve_all(args: argparse.Namespace, grid: list[tuple[Series, float, i
 async def _on_server(serve: list[str], command: list[str]) -> dict[str, Any]:
     """Run a command against a server that lives as long as it takes."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "miniserve.cli", *serve, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "miniserve.cli",
+        *serve,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
-    assert process.stderr is not None
+    assert process.stdout is not None
     said = []
     try:
-        async for line in process.stderr:
+        async for line in process.stdout:
             said.append(line.decode(errors="replace"))
             if (start := said[-1].find("http://")) >= 0:
-                url = said[-1][start:].split()[0]
+                url = said[-1][start:].split()[0].removesuffix("/v1")
                 break
         else:
             raise ConfigError(f"`miniserve {shlex.join(serve)}` did not start: {''.join(said).strip()}")
-        listening = asyncio.create_task(process.stderr.read())  # or it would block one day
+        listening = asyncio.create_task(process.stdout.read())  # or it would block one day
         result = await _run([*command, "--url", url])
     finally:
         if process.returncode is None:
