@@ -131,6 +131,7 @@ class Machine:
     def __init__(self) -> None:
         self.now = 0.0
         self.steps: list[tuple[int, int, float]] = []
+        self.shares: list[dict[str, int]] = []
 
     def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[None]]:
         prompts = sum(count for sequence, count in work if sequence.missing > 1)
@@ -138,6 +139,7 @@ class Machine:
         seconds = LONE + TOKEN * prompts
         self.now += seconds
         self.steps.append((prompts, streams, seconds))
+        self.shares.append({sequence.turn: count for sequence, count in work})
         done = [7 for sequence, count in work if sequence.computed + count == len(sequence.tokens)]
         return done, [None] * len(done)
 
@@ -195,3 +197,51 @@ def test_a_small_budget_does_not_stick_at_one_token() -> None:
     for _ in range(20):
         step(pace, streams=0.02)
     assert pace.tokens == 16
+
+
+def shares(*prompts: tuple[str, int], streams: int = 0) -> list[dict[str, int]]:
+    """What each step computes of prompts that came in this order, 64 tokens a step, until the last one is computed."""
+    machine = Machine()
+    engine = Engine(
+        machine, PagePool(1000), page_tokens=16, max_num_batched_tokens=64, max_num_seqs=99, max_model_len=8000
+    )
+    for n in range(streams):
+        engine.add(Sequence(f"s{n}", [n] * 2, SamplingParams(max_tokens=999), 0, bytes([n])))
+    while streams and (not machine.steps or machine.steps[-1][1] < streams):
+        engine.admit()
+        engine.step()
+    for name, length in prompts:
+        engine.add(Sequence(name, [ord(name)] * length, SamplingParams(max_tokens=1), 0, name.encode()))
+    done: list[dict[str, int]] = []
+    while any(engine.find(name) for name, _ in prompts):
+        engine.admit()
+        engine.step()
+        done.append({name: count for name, count in machine.shares[-1].items() if name in dict(prompts)})
+    return done
+
+
+def test_a_short_prompt_shares_steps_with_a_long_one_before_it() -> None:
+    assert shares(("a", 128), ("b", 20)) == [{"a": 44, "b": 20}, {"a": 64}, {"a": 20}]
+    assert shares(("a", 128), ("b", 32), ("c", 32)) == [
+        {"a": 32, "b": 32},
+        {"a": 32, "c": 32},
+        {"a": 64},
+    ], "they get half a step, no more"
+
+
+def test_prompts_of_a_kind_come_one_after_the_other() -> None:
+    assert shares(("a", 100), ("b", 100)) == [{"a": 64}, {"a": 36, "b": 28}, {"b": 64}, {"b": 8}]
+    assert shares(("a", 30), ("b", 30), ("c", 30)) == [{"a": 30, "b": 30, "c": 4}, {"c": 26}]
+
+
+def test_a_long_prompt_gets_on_however_many_short_ones_there_are() -> None:
+    steps = shares(("a", 256), *((chr(98 + n), 32) for n in range(12)))
+    assert [step["a"] for step in steps[:8]] == [32] * 8
+    assert len(steps) == (256 + 12 * 32) // 64, "no token of a step is lost"
+
+
+def test_a_step_with_little_room_serves_the_oldest() -> None:
+    steps = shares(("a", 40), ("b", 5), streams=63)
+    assert steps[0] == {"a": 1}, "half of one token is none"
+    assert sum(step.get("a", 0) for step in steps) == 40
+    assert sum(step.get("b", 0) for step in steps) == 5

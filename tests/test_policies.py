@@ -232,15 +232,15 @@ def test_other_policies_know_neither_room_nor_newcomers_nor_pace(name):
 
 
 def test_a_newcomer_waits_no_longer_than_it_is_worth():
-    """To compute 2,000 tokens again takes 2 s and holds up two streams for nearly as long: 5.8 s in all, four times."""
+    """To compute 2,000 tokens again takes 2 s and delays two streams by nearly as much: 5.8 s in all, eight times."""
     full = cluster(worker("d0", turns=2, resident=780))
 
     def after(seconds: float) -> Placement | None:
         asked = need(2000, 10)
         return Observe().place(Need(asked.conversation, 2000, 10, asked.pages, {}, 0.0, waited=seconds), full)
 
-    assert after(20.0) is None
-    assert where(after(26.0)) == ("d0", "")
+    assert after(40.0) is None
+    assert where(after(52.0)) == ("d0", "")
 
 
 def test_observe_does_not_flap():
@@ -250,3 +250,12 @@ def test_observe_does_not_flap():
         d0, d1 = worker("d0", turns=3 + tremble % 2), worker("d1", turns=3)
         d0.queued_prefill_tokens = tremble
         assert where(Observe().place(turn, cluster(worker("p0"), d0, d1))) == ("d0", "")
+
+
+def test_a_short_prompt_waits_for_one_step_of_a_long_one_before_it() -> None:
+    """Engines let it share the next step; a long one waits for all."""
+    d0 = worker("d0", queued=4000)
+    assert d0.queue_seconds(CHUNK // 2) == pytest.approx(TOKEN * CHUNK, rel=0.05)
+    assert d0.queue_seconds(CHUNK) == pytest.approx(TOKEN * 4000, rel=0.05)
+    assert worker("d0", queued=10).queue_seconds(5) == pytest.approx(TOKEN * 10, rel=0.3)
+    assert worker("d0").queue_seconds(5) == 0

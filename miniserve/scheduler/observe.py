@@ -13,7 +13,7 @@ PATIENCE = 0.25
 """By how much later a later turn's first token may come elsewhere than at home, whatever that spares others."""
 ROOM = 0.1
 """The share of its pages that a worker must have room for after it has become a home: conversations grow."""
-WORTH = 4.0
+WORTH = 8.0
 """A newcomer for whom there is no room waits for so many times what it would cost all to compute again what it drives
 out. Once would be right if that happened once; it happens at each turn of those who then share too little room."""
 STEP_STRETCH = 6.0
@@ -131,15 +131,15 @@ class Observe:
         if history_at and (old := cluster.worker(history_at)):
             transfer = cluster.copy_seconds(old, home, need.known[old.name] - known)
             known = need.known[old.name]
-        prefill = home.speed.prefill(max(need.tokens - known, 1), known)
+        new = max(need.tokens - known, 1)
         return Option(
             home.name,
             history_at=history_at,
-            queue=home.queue_seconds,
-            prefill=prefill,
+            queue=home.queue_seconds(new),
+            prefill=home.speed.prefill(new, known),
             transfer=transfer,
             decode=decode,
-            harm=beside + self._streams(home) * home.speed.held_up(max(need.tokens - known, 1), known),
+            harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
 
     def _remote(
@@ -147,18 +147,18 @@ class Observe:
     ) -> Option:
         here, there = need.known.get(home.name, 0), need.known.get(p.name, 0)
         known = max(here, there)
-        prefill = p.speed.prefill(max(need.tokens - known, 1), known)
+        new = max(need.tokens - known, 1)
         history = cluster.copy_seconds(home, p, here - there)
         back = cluster.copy_seconds(p, home, need.tokens - here)
         return Option(
             home.name,
             p.name,
-            queue=p.queue_seconds,
-            prefill=prefill,
+            queue=p.queue_seconds(new),
+            prefill=p.speed.prefill(new, known),
             transfer=history + cluster.exposed_seconds(p, home),
             decode=decode,
             harm=beside
-            + self._streams(p) * p.speed.held_up(max(need.tokens - known, 1), known)
+            + self._streams(p) * p.speed.held_up(new, known)
             + self._streams(home) * back,
         )
 

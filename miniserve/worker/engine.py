@@ -1,7 +1,7 @@
 """The engine: continuous batching over paged KV. No wires here; the worker process and `LLM` both drive it.
 
 Each step runs one batch: a token for every decoding sequence, then pieces of prompts as far as the token budget goes,
-so that a long prompt never stalls the sequences that are decoding.
+so that a long prompt never stalls the sequences that are decoding, nor for long the short prompts behind it.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ class Engine:
             sequence.registered = full
 
     def _schedule(self) -> list[tuple[Sequence, int]]:
-        """Who computes how many tokens in this step: decodes first, then prompts, oldest first."""
+        """Who computes how many tokens in this step: decodes first, then prompts."""
         batch: list[tuple[Sequence, int]] = []
         for sequence in [s for s in self.running if s.status is Status.RUNNING and s.missing == 1]:
             if sequence.status is Status.RUNNING and self._grow(sequence):
@@ -278,12 +278,21 @@ class Engine:
         budget = max(self.max_num_batched_tokens - len(batch), 1)
         if batch and self._pace is not None:
             budget = min(budget, self._pace.tokens)
-        for sequence in self.running:
-            if budget > 0 and sequence.status is Status.RUNNING and sequence.missing > 1:
-                count = min(budget, sequence.missing)
-                batch.append((sequence, count))
-                budget -= count
-        return batch
+        return batch + self._share(budget)
+
+    def _share(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Divide `budget` tokens of a step among prompts, oldest first. Up to half goes to short ones first: what
+        follows in a conversation need not wait for all of another one's long prompt."""
+        prompts = [s for s in self.running if s.status is Status.RUNNING and s.missing > 1]
+        counts = [0] * len(prompts)
+        for longest, share in ((self.max_num_batched_tokens // 2, budget // 2), (self.max_model_len, budget)):
+            share -= sum(counts)
+            for i, sequence in enumerate(prompts):
+                if sequence.missing <= longest:
+                    more = min(share, sequence.missing - counts[i])
+                    counts[i] += more
+                    share -= more
+        return [(sequence, count) for sequence, count in zip(prompts, counts, strict=True) if count]
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
