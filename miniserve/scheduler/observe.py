@@ -157,9 +157,7 @@ class Observe:
             prefill=p.speed.prefill(new, known),
             transfer=history + cluster.exposed_seconds(p, home),
             decode=decode,
-            harm=beside
-            + self._streams(p) * p.speed.held_up(new, known)
-            + self._streams(home) * back,
+            harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
         )
 
     def _decode(self, need: Need, cluster: Cluster, home: WorkerView) -> tuple[float, float]:
