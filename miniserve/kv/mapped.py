@@ -40,7 +40,7 @@ class MappedTransfer:
 class MappedCopy:
     """See `Copy`."""
 
-    ready = True
+    ready = stored = True
     seconds = 0.0
 
     def __init__(self, transfer: MappedTransfer, pages: list[int]) -> None:
@@ -50,3 +50,6 @@ class MappedCopy:
     def store(self, ours: list[int]) -> None:
         """See `Copy`."""
         self._transfer.pull(self._pages, ours)
+
+    def abandon(self) -> None:
+        """See `Copy`."""

@@ -25,7 +25,7 @@ class Copy(Protocol):
 
     @property
     def seconds(self) -> float:
-        """How long they were on their way beside our steps, once `ready`; what `store` itself takes comes on top."""
+        """How long they were on their way beside our steps, once `stored`; what `store` itself takes comes on top."""
         ...
 
     @property
@@ -34,7 +34,17 @@ class Copy(Protocol):
         ...
 
     def store(self, ours: list[int]) -> None:
-        """Write them to our pages `ours`, as many and in the order of `fetch`. Raises `TransferError`."""
+        """Begin to write them to our pages `ours`, as many and in the order of `fetch`. Once. Raises `TransferError`."""
+        ...
+
+    @property
+    def stored(self) -> bool:
+        """Whether what `store` has begun is done: from then on anybody may read the pages. On a CPU, when it returns."""
+        ...
+
+    def abandon(self) -> None:
+        """Nobody wants any more what `store` has begun. From now on the pages may be given to others: whatever is still
+        written to them is written before all that the engine computes, or another copy writes, from here on."""
         ...
 
 

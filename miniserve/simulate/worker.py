@@ -71,6 +71,8 @@ class SimulatedRunner:
 class SimulatedCopy:
     """See `kv.transfer.Copy`: pages that are here `seconds` after `begin`. The copy runs beside both workers' steps."""
 
+    stored = True
+
     def __init__(self, begin: float, seconds: float, clock: Clock) -> None:
         self.seconds = seconds
         self.at = begin + seconds
@@ -82,6 +84,9 @@ class SimulatedCopy:
         return self._clock.now >= self.at
 
     def store(self, ours: list[int]) -> None:
+        """See `kv.transfer.Copy`."""
+
+    def abandon(self) -> None:
         """See `kv.transfer.Copy`."""
 
 

@@ -46,7 +46,8 @@ SIGNS_OF_LIFE = 4
 
 @dataclass
 class Pull:
-    """The receiver's side: `sequence` is filled from `source`, at most until `deadline`."""
+    """The receiver's side: `sequence` is filled from `source`, at most until `deadline`. Of what is `arriving` the first
+    one may be `storing`: being written to the pages of `sequence`."""
 
     sequence: Sequence
     source: Peer
@@ -56,6 +57,7 @@ class Pull:
     pages: int = 0
     seconds: float = 0.0
     arriving: deque[tuple[Publish, Copy | None]] = field(default_factory=deque)
+    storing: Copy | None = None
 
 
 @dataclass
@@ -206,38 +208,56 @@ class Handoffs:
                 self._give_up(turn, f"nothing has come for {self.patience:g} s")
 
     def _store(self, pull: Pull) -> None:
+        """Put what has arrived where it belongs, in its order, as far as that goes without waiting."""
         while pull.arriving and self._pulls.get(pull.sequence.turn) is pull:
             message, copy = pull.arriving[0]
-            if copy is not None and not copy.ready:
+            failure = ""
+            if pull.storing is None:
+                if copy is not None and not copy.ready:
+                    return
+                if reason := self._misfit(pull.sequence, message):
+                    self._give_up(message.turn, reason)
+                    return
+                if copy is not None:
+                    failure = self._begin_store(pull, message, copy)
+            if pull.storing is not None and not pull.storing.stored:
                 return
             pull.arriving.popleft()
-            self._take(pull, message, copy)
+            pull.storing = None
+            self._take(pull, message, copy, failure)
 
-    def _take(self, pull: Pull, message: Publish, copy: Copy | None) -> None:
-        """Pages of one publication are here, and wait to be put where they belong."""
+    def _misfit(self, sequence: Sequence, message: Publish) -> str:
+        """Why the pages of a publication are not what `sequence` needs next; empty if they are."""
+        size, end = self._engine.page_tokens, message.first + len(message.pages)
+        if not message.pages and not message.last:
+            return ""  # a sign of life
+        if message.first * size != sequence.computed or end > len(sequence.pages):
+            return f"pages {message.first} to {end} do not follow {sequence.computed} tokens"
+        if message.hashes != sequence.given_hashes(size)[message.first : end]:
+            return "the pages hold other tokens than ours"
+        return ""
+
+    def _begin_store(self, pull: Pull, message: Publish, copy: Copy) -> str:
+        """Let `copy` write to the pages of the sequence; why it cannot, empty if it does."""
+        started = self._clock()
+        try:
+            copy.store(pull.sequence.pages[message.first : message.first + len(message.pages)])
+        except TransferError as error:
+            return str(error)
+        finally:
+            pull.seconds += self._clock() - started
+        pull.storing = copy
+        return ""
+
+    def _take(self, pull: Pull, message: Publish, copy: Copy | None, failure: str) -> None:
+        """The pages of one publication are stored, or there was a failure."""
         sequence, size = pull.sequence, self._engine.page_tokens
         end = message.first + len(message.pages)
-        if message.pages or message.last:
-            if message.first * size != sequence.computed or end > len(sequence.pages):
-                self._give_up(message.turn, f"pages {message.first} to {end} do not follow {sequence.computed} tokens")
-                return
-            if message.hashes != sequence.given_hashes(size)[message.first : end]:
-                self._give_up(message.turn, "the pages hold other tokens than ours")
-                return
-        late = False
         if copy is not None:
-            started = self._clock()
-            try:
-                copy.store(sequence.pages[message.first : end])
-            except TransferError as error:
-                late = True
-                reason = str(error)
-            copied = self._clock()
-            pull.seconds += copy.seconds + copied - started
-            if copied > message.deadline:
-                late = True
-                reason = "the lease ended before the pages were copied"  # the sender may have reused one by then
-            if not late:
+            pull.seconds += copy.seconds
+            if self._clock() > message.deadline:
+                failure = "the lease ended before the pages were copied"  # the sender may have reused one by then
+            if not failure:
                 pull.pages += len(message.pages)
                 sequence.computed = min(end * size, sequence.given)
                 self._engine.register(sequence)
@@ -246,8 +266,8 @@ class Handoffs:
             sequence.tokens += message.commit.tokens
             sequence.finish = message.commit.finish
             self.outputs.append(message.commit)
-        if late:
-            self._give_up(message.turn, reason)
+        if failure:
+            self._give_up(message.turn, failure)
         elif message.last:
             # Published when it was finished: `deadline` counts from then.
             self._complete(pull, self._clock() - (message.deadline - self.patience))
@@ -294,12 +314,20 @@ class Handoffs:
     def abort(self, turn: str) -> None:
         """The client has left: the sender need not go on."""
         self._salts.pop(turn, None)
-        if pull := self._pulls.pop(turn, None):
+        if turn in self._pulls:
+            pull = self._drop(turn)
             self._send(pull.source.address, Release(turn))
+
+    def _drop(self, turn: str) -> Pull:
+        """Nothing more is stored for this pull: its pages may be computed here, or be another's, at once."""
+        pull = self._pulls.pop(turn)
+        if pull.storing is not None:
+            pull.storing.abandon()
+        return pull
 
     def _give_up(self, turn: str, reason: str) -> None:
         """Go on alone from the last token that was verified."""
-        pull = self._pulls.pop(turn)
+        pull = self._drop(turn)
         log.warning("turn %s: handoff from %s failed (%s), computing here", turn, pull.source.name, reason)
         if self.epoch(pull.source.name) == pull.source.epoch:
             self._send(pull.source.address, Release(turn))
