@@ -75,12 +75,15 @@ class Model:
 
 
 class Slow:
-    """A transfer whose pages take their time, and now and then do not come: as `collective`, but in our hands."""
+    """A transfer whose pages take their time, and now and then do not come: as `collective`, but in our hands. They are
+    written at any time after `store`, as by a GPU beside its steps."""
 
     name = "slow"
 
     def __init__(self, world: World, memory: KVMemory, wire: tuple[str, str]) -> None:
         self.world, self.memory, self.wire = world, memory, wire
+        self.writing: list[SlowCopy] = []
+        world.slow_ways[wire[0]].append(self)
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
         self.world.offered.append(self.memory.pages[pages].clone())
@@ -108,8 +111,24 @@ class SlowCopy:
     def store(self, ours: list[int]) -> None:
         if self.transfer.world.pick.random() < 0.05:
             raise TransferError("lost on its way")
-        self.transfer.world.stored += len(ours)
-        self.transfer.memory.pages[ours] = self.content
+        self.ours, self.left = ours, self.transfer.world.pick.choice([1, 1, 2, 4, 10])
+        self.transfer.writing.append(self)
+
+    @property
+    def stored(self) -> bool:
+        self.left -= 1
+        if self.left <= 0 and self in self.transfer.writing:
+            self.write()
+        return self.left <= 0
+
+    def abandon(self) -> None:
+        if self in self.transfer.writing:
+            self.write()  # at the last moment that is allowed
+
+    def write(self) -> None:
+        self.transfer.writing.remove(self)
+        self.transfer.world.stored += len(self.ours)
+        self.transfer.memory.pages[self.ours] = self.content
 
 
 class Whim(Pace):
@@ -142,6 +161,7 @@ class World:
         self.offered: list[torch.Tensor] = []
         self.stored = self.moved = 0
         self.slow = self.pick.random() < 0.5
+        self.slow_ways: dict[str, list[Slow]] = defaultdict(list)
         self.now = 100.0
         chosen = Anywhere(self.pick) if policy == "anywhere" else make_policy(policy, 0.3)
         self.scheduler = Scheduler(chosen, PAGE, 6, 100, notes=True)
@@ -221,6 +241,9 @@ class World:
     def step(self, name: str, until: int = 3) -> None:
         """One round of a worker's loop, or the part of it before it dies."""
         worker = self.alive[name]
+        for copy in [copy for way in self.slow_ways[name] for copy in way.writing]:
+            if self.pick.random() < 0.3:
+                copy.write()
         for _ in range(self.pick.choice([0, 1, 2, 5, 100])):
             waiting = [wire for (_, to), wire in self.wires.items() if to == name and wire]
             if not waiting:
