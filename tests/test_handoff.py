@@ -469,7 +469,7 @@ class SlowStore:
     def __init__(self, side: Side, monkeypatch) -> None:
         self.log: list[str] = []
         self.unfinished: list[Storing] = []
-        peer, transfer = side.handoffs._peers["p0"]
+        _, transfer = side.handoffs._peers["p0"]
         fetch = transfer.fetch
         monkeypatch.setattr(transfer, "fetch", lambda ticket, pages: Storing(self, fetch(ticket, pages)))
 

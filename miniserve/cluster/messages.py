@@ -19,11 +19,29 @@ class Wire(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Base of all messages: tagged, immutable, encoded as arrays."""
 
 
+class CudaHandle(Wire, frozen=True):
+    """A KV pool on a GPU, as CUDA IPC lets another process of the same host map it: what torch's `_share_cuda_` gives.
+
+    The pool is `size` bytes at `offset` of what `handle` names; `counter` and `counter_offset` are torch's own count of
+    those who map it. The pool is on GPU number `device`, which can read the memory of the GPUs in `reach`, itself among
+    them: numbers among those that the workers see, all of them the same.
+    """
+
+    device: int
+    reach: list[int]
+    handle: bytes
+    size: int
+    offset: int
+    counter: bytes
+    counter_offset: int
+
+
 class PoolInfo(Wire, frozen=True):
     """Where a worker's KV pool lies, so that a peer on the same host can map it.
 
-    The pool is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`; `fd` is -1 where it is not. `layout`
-    fingerprints model, dtype and page shape; workers with different layouts never exchange pages.
+    On a CPU it is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`; `fd` is -1 where it is not. On a GPU
+    it is what `cuda` names. Its first `num_pages` pages are those that the worker gives out. `layout` fingerprints
+    model, dtype and page shape; workers with different layouts never exchange pages.
     """
 
     pid: int
@@ -31,6 +49,7 @@ class PoolInfo(Wire, frozen=True):
     num_pages: int
     page_bytes: int
     layout: str
+    cuda: CudaHandle | None = None
 
 
 class Peer(Wire, frozen=True):

@@ -1,4 +1,5 @@
-"""Pages through a `torch.distributed` process group of exactly two workers: Gloo over loopback TCP, a CPU's NCCL.
+"""Pages through a `torch.distributed` process group of exactly two workers: Gloo over loopback TCP. Those of a GPU go
+through its host's memory (`staging.py`); why not by NCCL is in docs/gpu.md.
 
 Every pair of workers has its own group, so a peer that dies or hangs breaks nothing but its pair. When a group breaks,
 all that was under way in it is lost and both sides meet again in the next *generation*. Both see the group break, so
@@ -16,12 +17,13 @@ from collections import deque
 from datetime import timedelta
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.distributed import FileStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]  # the stubs lack a store
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
+from miniserve.kv.side import Done, Mark
+from miniserve.kv.staging import Staging, staging
 from miniserve.kv.transfer import TransferError
 
 log = logging.getLogger("miniserve.transfer")
@@ -48,11 +50,13 @@ Way = Literal["send", "recv"]
 
 
 class Message:
-    """The bytes of one publication on their way, in either direction: `data` is `[page, byte]`."""
+    """The bytes of one publication on their way, in either direction: `data` is `[page, byte]`, to be sent once `whole`
+    is done."""
 
-    def __init__(self, ticket: tuple[int, int], data: np.ndarray) -> None:
+    def __init__(self, ticket: tuple[int, int], data: torch.Tensor, whole: Mark) -> None:
         self.generation, self.number = ticket
         self.data = data
+        self.whole = whole
         self.begun = time.monotonic()
         self.seconds = 0.0
         """How long it took from then, or from the arrival of the one before it."""
@@ -72,17 +76,18 @@ Posted = tuple[Message, Any, list[Work]]
 
 
 class CollectiveCopy:
-    """See `Copy`. `pool` is ours as `[page, byte]`; `deadline` is a time on the monotonic clock."""
+    """See `Copy`. `staging` is that of our pool; `deadline` is a time on the monotonic clock."""
 
-    def __init__(self, message: Message, pool: np.ndarray, deadline: float) -> None:
+    def __init__(self, message: Message, staging: Staging, deadline: float) -> None:
         self._message = message
-        self._pool = pool
+        self._staging = staging
         self._deadline = deadline
+        self._mark: Mark | None = None
 
     @property
     def seconds(self) -> float:
         """See `Copy`."""
-        return self._message.seconds
+        return self._message.seconds + (self._mark.seconds if self._mark is not None else 0.0)
 
     @property
     def ready(self) -> bool:
@@ -96,24 +101,29 @@ class CollectiveCopy:
         if self._message.lost:
             raise TransferError("the connection to the peer broke")
         assert len(ours) == len(self._message.data)
-        self._pool[ours] = self._message.data
+        self._mark = self._staging.write(self._message.data, ours)
+
+    @property
+    def stored(self) -> bool:
+        """See `Copy`."""
+        return self._mark is not None and self._mark.done
+
+    def abandon(self) -> None:
+        """See `Copy`."""
+        self._staging.abandon()
 
 
 class CollectiveTransfer:
     """See `Transfer`; made once for each pair of incarnations. One thread keeps the pair connected, one sends, one
-    receives: nobody who calls waits for the peer.
-
-    Each publication under way has a staging buffer. Numpy asks for huge pages for it, and malloc, as a worker sets it,
-    keeps it for the next one: there is nothing to gain by keeping buffers here.
+    receives: nobody who calls waits for the peer. Each publication under way has host memory of its own.
     """
 
     name = "collective"
 
     def __init__(self, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0) -> None:
         """`us` is our name and epoch; a peer that does not answer for `timeout` seconds is taken for hung."""
-        assert memory.shared is not None
         first, second = sorted([us, (peer.name, peer.epoch)])
-        self._pool = memory.shared.pages(memory.shape.bytes)
+        self._staging = staging(memory)
         self._peer = peer.name
         self._rank = 0 if us == first else 1
         self._path = f"{run_dir}/pair-{first[0]}.{first[1]}-{second[0]}.{second[1]}"
@@ -138,26 +148,26 @@ class CollectiveTransfer:
             thread.start()
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `Transfer`. The pages are copied now: their lease may end."""
-        data = self._pool[pages]
+        """See `Transfer`. The pages are copied before anything else is done with them: their lease may end."""
+        data, whole = self._staging.read(pages)
         with self._changed:
             ticket = (self._generation, self._offered)
             self._offered += 1
             if not self._closed.is_set():
-                self._sends.append(Message(ticket, data))
+                self._sends.append(Message(ticket, data, whole))
                 self._changed.notify_all()
         return ticket
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> CollectiveCopy:
         """See `Transfer`."""
-        message = Message(ticket, np.empty((len(pages), self._pool.shape[1]), np.uint8))
+        message = Message(ticket, self._staging.room(len(pages)), Done())
         with self._changed:
             if self._closed.is_set() or message.generation < self._generation:
                 message.lose()
             else:
                 self._receives.append(message)
                 self._changed.notify_all()
-        return CollectiveCopy(message, self._pool, time.monotonic() + self._timeout.total_seconds())
+        return CollectiveCopy(message, self._staging, time.monotonic() + self._timeout.total_seconds())
 
     def close(self) -> None:
         """See `Transfer`. What has not arrived is lost; the threads end soon."""
@@ -258,7 +268,8 @@ class CollectiveTransfer:
         tag = 4 * (2 * (message.number % TAGS) + (self._rank if way == "send" else 1 - self._rank))
         try:
             if new:
-                works.append(getattr(group, way)([torch.from_numpy(message.data)], 1 - self._rank, tag + DATA))
+                message.whole.wait()
+                works.append(getattr(group, way)([message.data], 1 - self._rank, tag + DATA))
                 works.append(self._signal(group, way, tag + DONE))
                 if way == "send":
                     works.append(self._signal(group, "recv", tag + ACK))

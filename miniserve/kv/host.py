@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from miniserve.cluster.messages import Keep
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import UNKNOWN, Evicted, Order, PagePool
+from miniserve.kv.side import Mark, beside, pin
 
 RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
 """Of slots whose content is on the device as well: nobody needs them until it is evicted there again, so they go first
@@ -21,8 +23,9 @@ class HostPool:
     """`num_pages` slots for evicted pages of `memory`, found by their hashes.
 
     A `PagePool` of its own does the bookkeeping, so that what is dropped for good goes in the same `order` as what is
-    evicted. Copies are synchronous; `clock` counts their seconds. On a CPU the memory is only taken when it is first
-    written; beside a GPU it is pinned.
+    evicted. On a CPU copies are synchronous, `clock` counts their seconds, and the memory is only taken when it is
+    first written. Beside a GPU the memory is pinned, which takes all of it at once, and copies run on a stream of their
+    own: the next step waits for them on the GPU, nobody here does. Unverified on a GPU (docs/gpu.md).
     """
 
     def __init__(
@@ -42,11 +45,12 @@ class HostPool:
         """Seconds to copy a page, a running average over both directions; 0 before the first."""
         self._clock = clock
         self._device = memory.pages
-        size = num_pages * memory.shape.bytes
-        if self._device.device.type == "cpu":
-            flat = torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE), dtype=torch.uint8)
-        else:
-            flat = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._side = beside(self._device.device)
+        self._marks: deque[tuple[Mark, int]] = deque()
+        """Copies on the side stream that have not been counted yet, and of how many pages."""
+        flat = torch.frombuffer(mmap.mmap(-1, num_pages * memory.shape.bytes, mmap.MAP_PRIVATE), dtype=torch.uint8)
+        if self._side is not None:
+            pin(flat)
         self._host = memory.shape.view(flat)
 
     @property
@@ -66,6 +70,7 @@ class HostPool:
             if not self.pool.num_available:
                 return  # all slots are about to be restored
             slots = self.pool.allocate(1, now)
+            # Beside whatever runs now: the page is complete. Its slot may still be read by a restore, on this stream.
             self._copy(self._device, [evicted.page], self._host, slots)
             self.pool.register(slots[0], evicted.digest, evicted.parent)
             self.offloaded += 1
@@ -75,12 +80,15 @@ class HostPool:
         """Slots of the longest prefix of the chain `hashes` that is here, pinned until `restore` or `release`; no slots
         where copying a page takes longer than computing it, as far as both are known.
         """
+        self._count()
         if keep.page_seconds and self.page_seconds > keep.page_seconds:
             return []
         return self.pool.match(hashes)
 
     def restore(self, slots: list[int], pages: list[int]) -> None:
-        """Copy the matched `slots` to `pages` of the device."""
+        """Copy the matched `slots` to `pages` of the device; whatever was to be done with those is done before."""
+        if self._side is not None:
+            self._side.follow()
         self._copy(self._host, slots, self._device, pages)
         self.restored += len(slots)
         self.pool.release(slots, RESTORED)
@@ -100,8 +108,26 @@ class HostPool:
         assert self.pool.num_held == 0
 
     def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> None:
-        started = self._clock()
-        for one, other in zip(froms, tos, strict=True):
-            target[other].copy_(source[one])
-        seconds = (self._clock() - started) / len(froms)
-        self.page_seconds += (seconds - self.page_seconds) / (8 if self.page_seconds else 1)
+        """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next."""
+
+        def copy() -> None:
+            for one, other in zip(froms, tos, strict=True):
+                target[other].copy_(source[one], non_blocking=True)
+
+        if self._side is None:
+            started = self._clock()
+            copy()
+            self._observe(self._clock() - started, len(froms))
+        else:
+            self._count()
+            self._marks.append((self._side.run(copy), len(froms)))
+            self._side.lead()
+
+    def _count(self) -> None:
+        """How long the copies took that have ended on the side stream."""
+        while self._marks and self._marks[0][0].done:
+            mark, pages = self._marks.popleft()
+            self._observe(mark.seconds, pages)
+
+    def _observe(self, seconds: float, pages: int) -> None:
+        self.page_seconds += (seconds / pages - self.page_seconds) / (8 if self.page_seconds else 1)

@@ -1,4 +1,4 @@
-"""The bytes of a KV pool: one page-major allocation, in anonymous shared memory on a CPU so that peers can map it."""
+"""The bytes of a KV pool: one page-major allocation that peers can map, shared memory on a CPU or by CUDA IPC."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import mmap
 import os
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+
+from miniserve.cluster.messages import CudaHandle, PoolInfo
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,44 @@ class KVMemory:
 
     `pages` is `[page, layer, k/v, slot, kv_head, head_dim]`. On a CPU it lies in `shared`, memory that is only taken
     when it is first written; else `shared` is None.
+
+    On a GPU `pages` has one page more, number `num_pages`: a scratch page for whatever has to write somewhere, like the
+    rows that fill up the batch of a CUDA graph. No page table and no peer ever names it, so nobody reads it.
     """
 
     def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
         self.shape = shape
         self.num_pages = num_pages
-        size = num_pages * shape.bytes
-        self.shared = SharedMemory(size) if device.type == "cpu" else None
+        self.shared = SharedMemory(num_pages * shape.bytes) if device.type == "cpu" else None
         if self.shared is not None:
             flat = self.shared.bytes
         else:
             # Zeros, not empty: stale bits that spell NaN would survive a masked attention as NaN * 0.
-            flat = torch.zeros(size, dtype=torch.uint8, device=device)
+            flat = torch.zeros((num_pages + 1) * shape.bytes, dtype=torch.uint8, device=device)
         self.pages = shape.view(flat)
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """`pages` as uint8 `[page, byte]`, the same memory."""
+        return self.pages.view(torch.uint8).view(-1, self.shape.bytes)
+
+    def info(self, layout: str) -> PoolInfo:
+        """What others should know of this pool; `layout` names what it holds."""
+        fd = self.shared.fd if self.shared is not None else -1
+        return PoolInfo(os.getpid(), fd, self.num_pages, self.shape.bytes, layout, self._handle)
+
+    @cached_property
+    def _handle(self) -> CudaHandle | None:
+        """The way to this pool by CUDA IPC; None on a CPU.
+
+        Made once, since torch counts each export. What is exported is the whole block that the driver gave: the pool is
+        one allocation that is never made again.
+        """
+        if self.pages.device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self.pages.device)  # whoever maps it finds the zeros
+        shared = self.pages.untyped_storage()._share_cuda_()
+        device, handle, size, offset, counter, counter_offset = shared[:6]
+        others = [other for other in range(torch.cuda.device_count()) if other != device]
+        reach = [device, *(other for other in others if torch.cuda.can_device_access_peer(device, other))]
+        return CudaHandle(device, reach, handle, size, offset, counter, counter_offset)

@@ -6,12 +6,15 @@ reads the publication fetches with that ticket. Nothing here blocks the engine.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import logging
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from miniserve.cluster.messages import Peer
+from miniserve.cluster.messages import Peer, PoolInfo
 
 if TYPE_CHECKING:
     from miniserve.kv.memory import KVMemory
+
+log = logging.getLogger("miniserve.transfer")
 
 BACKENDS = ("auto", "mapped", "collective")
 
@@ -34,12 +37,12 @@ class Copy(Protocol):
         ...
 
     def store(self, ours: list[int]) -> None:
-        """Begin to write them to our pages `ours`, as many and in the order of `fetch`. Once. Raises `TransferError`."""
+        """Begin to write them to our pages `ours`, as many and in the order of `fetch`. Raises `TransferError`."""
         ...
 
     @property
     def stored(self) -> bool:
-        """Whether what `store` has begun is done: from then on anybody may read the pages. On a CPU, when it returns."""
+        """Whether what `store` has begun is done, so that anybody may read the pages. On a CPU, when it returns."""
         ...
 
     def abandon(self) -> None:
@@ -68,22 +71,44 @@ class Transfer(Protocol):
 
 
 def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
-    """The way between our pool and `peer`'s; None if there is none (another layout, device memory, or it is gone).
+    """The way between our pool and `peer`'s; None if there is none (another layout, no access, or it is gone).
 
     `us` is our name and epoch. `how` is one of `BACKENDS`; the sockets of `collective` are found through `run_dir`.
     """
-    if peer.pool.layout != layout or memory.shared is None:
-        return None
+    kind = way(memory.info(layout), peer.pool, how)
     # Each when it is needed: torch.distributed takes a while to import, and the simulator needs no torch at all.
-    if how == "collective":
+    if kind == "collective":
         from miniserve.kv.collective import CollectiveTransfer
 
         return CollectiveTransfer(memory, us, peer, run_dir)
-    if peer.pool.fd < 0:
+    if kind is None:
         return None
-    from miniserve.kv.mapped import MappedTransfer
-
     try:
-        return MappedTransfer(memory, peer)
-    except (OSError, ValueError):  # the number of a dead process may be another one's by now
+        if memory.shared is not None:
+            from miniserve.kv.mapped import MappedTransfer
+
+            return MappedTransfer(memory, peer)
+        from miniserve.kv.ipc import CudaMappedTransfer
+
+        return CudaMappedTransfer(memory, peer)
+    except (OSError, ValueError, RuntimeError) as error:  # the number of a dead process may be another one's by now
+        log.warning("the pool of %s cannot be mapped: %s", peer.name, error)
         return None
+
+
+def way(one: PoolInfo, other: PoolInfo, how: str) -> Literal["mapped", "collective"] | None:
+    """How pages travel between two pools if `how` (one of `BACKENDS`) is asked for; None if they cannot.
+
+    The same whichever comes first: both workers of a pair choose by it, and the frontend tells what they chose.
+    """
+    if one.layout != other.layout:
+        return None
+    if how == "collective":
+        return "collective"
+    if one.fd >= 0 and other.fd >= 0:
+        return "mapped"
+    if one.cuda is None or other.cuda is None:
+        return None
+    if one.cuda.device in other.cuda.reach and other.cuda.device in one.cuda.reach:
+        return "mapped"
+    return "collective" if how == "auto" else None

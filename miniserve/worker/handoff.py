@@ -46,8 +46,8 @@ SIGNS_OF_LIFE = 4
 
 @dataclass
 class Pull:
-    """The receiver's side: `sequence` is filled from `source`, at most until `deadline`. Of what is `arriving` the first
-    one may be `storing`: being written to the pages of `sequence`."""
+    """The receiver's side: `sequence` is filled from `source`, at most until `deadline`. The first of `arriving` may be
+    `storing`: being written to the pages of `sequence`."""
 
     sequence: Sequence
     source: Peer

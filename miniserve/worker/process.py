@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -16,7 +15,6 @@ from miniserve.cluster.messages import (
     Fetch,
     Message,
     Peers,
-    PoolInfo,
     Prefill,
     PrefillRefused,
     Publish,
@@ -270,13 +268,7 @@ def ready(built: Built) -> Ready:
     """What the frontend should know of a worker that is up."""
     memory = built.memory
     return Ready(
-        pool=PoolInfo(
-            pid=os.getpid(),
-            fd=memory.shared.fd if memory.shared else -1,
-            num_pages=memory.num_pages,
-            page_bytes=memory.shape.bytes,
-            layout=built.layout,
-        ),
+        pool=memory.info(built.layout),
         dtype=built.dtype,
         device=built.device,
         kernels=built.kernels,

@@ -1,0 +1,106 @@
+"""Pages that travel as bytes: read from our pool into host memory to be sent, and written to it when they have come."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from miniserve.kv.memory import KVMemory
+from miniserve.kv.side import Done, Mark, SideStream
+
+
+class Staging(Protocol):
+    """Moves pages of one pool to and from host memory, as bytes `[page, byte]`."""
+
+    def room(self, count: int) -> torch.Tensor:
+        """Host memory for so many pages."""
+        ...
+
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
+        """A copy of our pages, whole at the mark. What is given to the pages from now on does not reach it."""
+        ...
+
+    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
+        """Begin to write to our pages."""
+        ...
+
+    def abandon(self) -> None:
+        """What is still being written is written before all that the engine does with the pages from now on."""
+        ...
+
+
+class HostStaging:
+    """See `Staging`, for a pool in host memory: every copy is made at once.
+
+    Numpy asks for huge pages for what it copies to, and malloc, as a worker sets it, keeps it for the next one: there
+    is nothing to gain by keeping buffers here.
+    """
+
+    def __init__(self, memory: KVMemory) -> None:
+        assert memory.shared is not None
+        self._pool = memory.shared.pages(memory.shape.bytes)
+
+    def room(self, count: int) -> torch.Tensor:
+        """See `Staging`."""
+        return torch.from_numpy(np.empty((count, self._pool.shape[1]), np.uint8))
+
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
+        """See `Staging`."""
+        return torch.from_numpy(self._pool[pages]), Done()
+
+    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
+        """See `Staging`."""
+        self._pool[pages] = data.numpy()
+        return Done()
+
+    def abandon(self) -> None:
+        """See `Staging`."""
+
+
+class DeviceStaging:
+    """See `Staging`, for a pool on a GPU: pages go through pinned host memory, on a stream beside the engine's.
+
+    torch keeps pinned memory that was freed, in powers of two, and gives none out again that a copy still uses, which
+    it knows by the tensor (so these are never made from numpy's arrays). Only the first publications of a size wait for
+    the driver to pin theirs. Unverified on a GPU (docs/gpu.md).
+    """
+
+    def __init__(self, memory: KVMemory) -> None:
+        self._pool = memory.bytes
+        self._side = SideStream(memory.pages.device)
+
+    def room(self, count: int) -> torch.Tensor:
+        """See `Staging`."""
+        return torch.empty((count, self._pool.shape[1]), dtype=torch.uint8, pin_memory=self._pool.is_cuda)
+
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
+        """See `Staging`. The engine's next step waits for it on the GPU: by then the pages may be another's."""
+        data = self.room(len(pages))
+        self._side.follow()
+        mark = self._side.run(lambda: self._to_host(pages, data))
+        self._side.lead()
+        return data, mark
+
+    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
+        """See `Staging`."""
+        self._side.follow()
+        return self._side.run(lambda: self._to_device(data, pages))
+
+    def abandon(self) -> None:
+        """See `Staging`."""
+        self._side.lead()
+
+    def _to_host(self, pages: list[int], data: torch.Tensor) -> None:
+        for target, page in zip(data, pages, strict=True):
+            target.copy_(self._pool[page], non_blocking=True)
+
+    def _to_device(self, data: torch.Tensor, pages: list[int]) -> None:
+        for source, page in zip(data, pages, strict=True):
+            self._pool[page].copy_(source, non_blocking=True)
+
+
+def staging(memory: KVMemory) -> Staging:
+    """What fits the pool's device."""
+    return HostStaging(memory) if memory.shared is not None else DeviceStaging(memory)
