@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from miniserve import __version__
-from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes
+from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes, parse_devices
 from miniserve.evaluate import add_commands
 from miniserve.flags import Parser, checked, fraction, interval, port, positive, seconds, share, stretch, tokens
 from miniserve.scheduler.policies import POLICIES
@@ -114,8 +114,7 @@ def _add_serve(commands: Any) -> None:
     cluster.add_argument(
         "--topology",
         type=checked(Topology.parse),
-        default="1D",
-        help="prefillers and decoders: 1D (default), 1P1D, 1P2D",
+        help="prefillers and decoders, like 1D, 1P1D, 1P2D; default: 1D on one device, 1P(N-1)D on N GPUs",
     )
     cluster.add_argument(
         "--policy",
@@ -137,6 +136,14 @@ def _add_serve(commands: Any) -> None:
     )
     cluster.add_argument("--device", default="auto", help="auto, cpu or cuda")
     cluster.add_argument(
+        "--devices",
+        type=checked(parse_devices),
+        default=[],
+        metavar="GPUS",
+        help="like 0,1 or cuda:0,cuda:1: one worker on each, in turns; workers on one GPU share its memory; "
+        "default: all GPUs",
+    )
+    cluster.add_argument(
         "--threads", type=positive, default=0, help="CPU threads of each worker; default: cores shared"
     )
     cluster.add_argument(
@@ -150,8 +157,8 @@ def _add_serve(commands: Any) -> None:
         "--kv-transfer",
         choices=("auto", "mapped", "collective"),  # BACKENDS of kv/transfer.py, which needs torch
         default="auto",
-        help="how KV travels between workers: mapped (shared memory, one host), collective (Gloo over TCP loopback); "
-        "auto: mapped where possible; default: %(default)s",
+        help="how KV travels between workers: mapped (shared memory or CUDA IPC, one host), collective (Gloo over "
+        "TCP loopback); auto: mapped where possible; default: %(default)s",
     )
 
     memory = parser.add_argument_group("memory and batching, of each worker")

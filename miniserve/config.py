@@ -38,6 +38,14 @@ def format_bytes(size: int, *, up: bool = False) -> str:
     return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + name
 
 
+def parse_devices(text: str) -> list[str]:
+    """GPUs from `cuda:0,cuda:1` or `0,1`, as torch calls them. Raises `ConfigError`."""
+    found = [re.fullmatch(r"(?:cuda:)?(\d+)", name.strip()) for name in text.split(",")]
+    if not all(found):
+        raise ConfigError(f"{text!r} names no GPUs: write them like cuda:0,cuda:1 or 0,1.")
+    return [f"cuda:{int(m[1])}" for m in found if m]
+
+
 class Topology(msgspec.Struct, frozen=True):
     """How many prefillers and decoders: `1P3D`, `2D`. Decoders only is colocated serving."""
 
@@ -95,6 +103,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads of this worker; 0: all cores shared out among the workers."""
     workers: int = 1
     """How many workers share this machine's memory and cores."""
+    sharing: int = 1
+    """How many of them run on this worker's device: on a GPU each may use its share of `gpu_memory_utilization`."""
     kv_transfer: str = "auto"
     """How KV travels between workers: `mapped`, `collective`, or `auto`, which is mapped where that is possible."""
     handoff_deadline: float = 30.0
@@ -105,7 +115,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `miniserve serve` can be told."""
 
     engine: EngineConfig
-    topology: Topology = Topology(0, 1)
+    topology: Topology | None = None
+    """None: 1D on one device, 1P(N-1)D on N of them."""
+    devices: list[str] = []
+    """GPUs like `cuda:0` for the workers, one after the other in turns; none: all that can be seen, or what
+    `engine.device` names."""
     policy: str = "observe"
     served_model_names: list[str] = []
     host: str = "127.0.0.1"

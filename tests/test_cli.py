@@ -97,7 +97,7 @@ def test_every_flag_arrives() -> None:
         "my/model --load-format dummy --dtype bfloat16 --device cpu --max-model-len 32K --block-size 32 "
         "--kv-cache-memory 2GiB --gpu-memory-utilization 0.5 --max-num-batched-tokens 2k --max-num-seqs 7 "
         "--no-enable-prefix-caching --swap-space 4GiB --kv-eviction lru "
-        "--threads 3 --handoff-deadline 5 --topology 1P3D --policy colocated "
+        "--threads 3 --handoff-deadline 5 --topology 1P3D --devices 0,cuda:2 --policy colocated "
         "--served-model-name a b --host 0.0.0.0 --port 0 --api-key secret --chat-template x.jinja "
         "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug "
         "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25"
@@ -122,6 +122,7 @@ def test_every_flag_arrives() -> None:
             kv_transfer="collective",
         ),
         topology=Topology(1, 3),
+        devices=["cuda:0", "cuda:2"],
         policy="colocated",
         served_model_names=["a", "b"],
         host="0.0.0.0",
@@ -225,6 +226,8 @@ def test_a_key_that_cannot_work_is_one_line(
         ("serve --shutdown-timeout inf", "a number of seconds"),
         ("serve --kv-cache-memory lots", "write it like 2GiB"),
         ("serve --topology 1P", "1P1D"),
+        ("serve --devices cpu", "write them like cuda:0,cuda:1 or 0,1"),
+        ("serve --devices 0,,1", "write them like"),
         ("serve --policy best", "choose from 'colocated', 'disaggregated'"),
         ("serve --dtype int8", "invalid choice"),
         ("serve --no-such-flag", "--no-such-flag"),

@@ -14,13 +14,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import psutil
 import pytest
 import torch
 
-from miniserve.frontend.server import ways
+from miniserve.frontend.server import places, ways
 
 QUESTIONS = [
     "What is the capital of France? Answer in one sentence.",
@@ -313,3 +314,12 @@ def test_how_kv_travels_is_one_line():
     assert ways({}) == "none needed"
     assert ways(mapped) == "mapped between all workers"
     assert ways(mapped | {("p0", "d1"): "none"}) == "mapped between all workers but p0->d1 none"
+
+
+def test_where_workers_run_in_one_line() -> None:
+    def on(**devices: str) -> dict[str, SimpleNamespace]:
+        return {name: SimpleNamespace(device=device) for name, device in devices.items()}
+
+    assert places(on(p0="cpu", d0="cpu")) == "cpu"
+    assert places(on(d0="cuda:0")) == "cuda:0 (d0)"
+    assert places(on(p0="cuda:0", d0="cuda:1", d1="cuda:0")) == "cuda:0 (p0, d1 share its memory), cuda:1 (d0)"

@@ -286,7 +286,8 @@ class Child:
         """All pages of the peer, of which only the first bytes are here when this returns."""
         ticket, expected = self.ask("offer", list(range(PAGES)))
         copy = self.transfer.fetch(ticket, list(range(PAGES)))
-        while copy._message.data[0, :16].numpy().tobytes() != expected[:16]:
+        arriving = copy._message.data.numpy()
+        while arriving[0, :16].tobytes() != expected[:16]:
             pass
         return ticket, copy
 

@@ -39,8 +39,7 @@ class Workers:
 
     def __init__(
         self,
-        names: list[str],
-        engine: EngineConfig,
+        engines: dict[str, EngineConfig],
         timeout: float,
         *,
         up: Callable[[Peer, Ready], None],
@@ -48,14 +47,14 @@ class Workers:
         report: Callable[[str, Report], None],
         loading: Callable[[str, Loading], None],
     ) -> None:
-        """`timeout`: seconds of silence after which a worker is ended and started again."""
+        """`engines`: the settings of each worker by its name, in the order of start. `timeout`: seconds of silence
+        after which a worker is ended and started again."""
         self.processes: dict[str, WorkerProcess] = {}
         """The latest incarnation of each worker, dead or alive."""
         self.failed: dict[str, str] = {}
         """Why a worker does not serve; those that do have no entry."""
         self.run_dir: RunDir | None = None
-        self._names = names
-        self._engine = engine
+        self._engines = engines
         self._up, self._down, self._report, self._loading = up, down, report, loading
         self._health = Health(timeout)
         self._ready: dict[str, Ready] = {}
@@ -96,7 +95,7 @@ class Workers:
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
         self._inbox.bind(self.run_dir.address("frontend"))
-        for name in self._names:
+        for name in self._engines:
             self._start_worker(name, 1)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
@@ -108,7 +107,7 @@ class Workers:
             run_dir=str(self.run_dir.path),
             address=self.run_dir.address(f"{name}.{epoch}"),
             frontend=self.run_dir.address("frontend"),
-            engine=self._engine,
+            engine=self._engines[name],
         )
         self.processes[name] = WorkerProcess(spec)
         self._health.started(name, time.monotonic())

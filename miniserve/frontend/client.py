@@ -11,11 +11,13 @@ from itertools import permutations
 
 import msgspec
 
+from miniserve.cluster.devices import place
 from miniserve.cluster.messages import Loading, Peer, Ready, Report, TurnOutput, WorkerStats
 from miniserve.cluster.workers import Workers
 from miniserve.config import ServeConfig
 from miniserve.frontend.decision_log import DecisionLog
 from miniserve.hub import ModelFiles
+from miniserve.kv.transfer import way
 from miniserve.sampling import ParameterError, SamplingParams
 from miniserve.scheduler.policies import make_policy
 from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, Note, QueueIsFull, Scheduler, Send
@@ -75,7 +77,7 @@ class EngineClient:
     """Owns the scheduler and its turns, and has the workers started. All methods belong to one event loop; nothing here
     blocks it.
 
-    After `start`, `ready` holds each worker's facts.
+    After `start`, `ready` holds each worker's facts. Raises `ConfigError` for devices or a policy that cannot be.
     """
 
     def __init__(
@@ -97,12 +99,10 @@ class EngineClient:
             policy_name=config.policy,
             notes=self._log is not None,
         )
-        names = config.topology.workers
+        engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
+        self.topology, engines = place(config.topology, config.devices, engine)
         self.workers = Workers(
-            names,
-            msgspec.structs.replace(
-                config.engine, model=str(files.folder.resolve()), workers=len(names), step_stretch=stretch
-            ),
+            engines,
             config.worker_timeout,
             up=self._worker_up,
             down=self._worker_down,
@@ -236,13 +236,13 @@ class EngineClient:
     def transfer(self) -> dict[tuple[str, str], str]:
         """(from, to) -> how KV travels. All pairs: any worker may have the history of a conversation that moves."""
 
-        def how(*pair: str) -> str:
-            if self._kv_transfer == "collective":
-                return "collective"
-            mapped = all(self.ready[name].pool.fd >= 0 for name in pair)
-            return "mapped" if mapped else "none (prefills at home)"
+        def how(source: str, home: str) -> str:
+            kind = way(self.ready[source].pool, self.ready[home].pool, self._kv_transfer)
+            if kind == "collective" and self._kv_transfer == "auto":
+                return "collective (their GPUs cannot read each other)"
+            return kind or "none (prefills at home)"
 
-        return {pair: how(*pair) for pair in permutations(self.ready, 2)}
+        return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
 
     @property
     def stats(self) -> dict[str, WorkerStats]:

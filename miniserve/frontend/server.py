@@ -219,7 +219,9 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
     """What runs, how it was sized, how long it took, and how to use it."""
     name = config.served_model_names[0]
     first: Ready = next(iter(client.ready.values()))
-    tokens = first.pool.num_pages * first.page_tokens
+    room = {worker: ready.pool.num_pages * ready.page_tokens for worker, ready in client.ready.items()}
+    least = min(room.values())
+    tokens = f"{least:,}" if len(set(room.values())) == 1 else f"{least:,} to {max(room.values()):,}"
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     phases: dict[str, float] = {}
@@ -228,13 +230,13 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
             phases[phase] = max(phases.get(phase, 0.0), took)
     rows = {
         "model": f"{name} ({files.source})",
-        "dtype": f"{first.dtype} on {first.device}, {first.threads} threads a worker",
+        "dtype": f"{first.dtype} on {places(client.ready)}, {first.threads} threads a worker",
         "kernels": first.kernels,
-        "topology": f"{config.topology}, policy {client.policy_name}",
+        "topology": f"{client.topology}, policy {client.policy_name}",
         "transfer": ways(client.transfer),
         "weights": f"{format_bytes(first.weights_bytes)} a worker",
-        "KV cache": f"{tokens:,} tokens a worker: {first.kv_note}",
-        "concurrency": f"{tokens / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
+        "KV cache": f"{tokens} tokens a worker: {first.kv_note}",
+        "concurrency": f"{least / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
         "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",
         "API": url,
     }
@@ -244,6 +246,17 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
         f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
     )
     return "\n".join([*(f"{label + ':':<13}{text}" for label, text in rows.items()), "try:", f"  {curl}", ""])
+
+
+def places(workers: dict[str, Ready]) -> str:
+    """The devices; on GPUs who is where, and who shares one."""
+    at: dict[str, list[str]] = {}
+    for name, ready in workers.items():
+        at.setdefault(ready.device, []).append(name)
+    return ", ".join(
+        f"{device} ({', '.join(names)}{' share its memory' if len(names) > 1 else ''})" if "cuda" in device else device
+        for device, names in at.items()
+    )
 
 
 def ways(transfer: dict[tuple[str, str], str]) -> str:

@@ -17,6 +17,9 @@ CPU_RUNTIME_BYTES = 700 * 2**20
 CPU_POOL_TOKENS = 65536
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
+CUDA_RUNTIME_BYTES = 1200 * 2**20
+"""What a process takes on a GPU beside what torch allocates: CUDA's context, kernels, their workspaces. A guess, on the
+safe side (docs/gpu.md)."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -109,6 +112,16 @@ def size_pool(
     """
     if config.kv_cache_memory is not None:
         size, how = config.kv_cache_memory, "--kv-cache-memory"
+    elif device.type == "cuda" and config.sharing > 1:
+        # What is free now tells little: the other workers load at the same time.
+        free, total = torch.cuda.mem_get_info(device)
+        share = int(config.gpu_memory_utilization * total / config.sharing)
+        used = torch.cuda.memory_reserved(device) + CUDA_RUNTIME_BYTES
+        size = min(share - used, free)
+        how = (
+            f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)} / {config.sharing} workers on {device}, "
+            f"less {format_bytes(used)} for weights and runtime"
+        )
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         size = int(free - (1 - config.gpu_memory_utilization) * total)

@@ -1,0 +1,100 @@
+"""Which worker runs on which device. The frontend decides it and has no torch: GPUs are counted without CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from miniserve.config import ConfigError, EngineConfig, Topology
+
+PROC_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def place(
+    topology: Topology | None, devices: list[str], engine: EngineConfig
+) -> tuple[Topology, dict[str, EngineConfig]]:
+    """The topology, and the settings of each worker by its name: one worker after the other gets the next of `devices`,
+    in turns.
+
+    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Without a
+    topology it is 1D on one device and 1P(N-1)D on N. Raises `ConfigError`.
+    """
+    if devices and engine.device in ("auto", "cuda"):
+        _check(devices)
+    elif devices:
+        raise ConfigError(f"--devices names GPUs, --device {engine.device} does not: leave one of them out.")
+    chosen = devices or _all(engine.device)
+    if topology is None:
+        topology = Topology(1, len(chosen) - 1) if len(chosen) > 1 else Topology(0, 1)
+    names = topology.workers
+    if len(names) < len(devices):
+        raise ConfigError(f"--devices names {len(devices)} GPUs, --topology {topology} has {len(names)} workers.")
+    at = {name: chosen[i % len(chosen)] for i, name in enumerate(names)}
+    sharing = Counter(at.values())
+    return topology, {
+        name: msgspec.structs.replace(engine, device=device, workers=len(names), sharing=sharing[device])
+        for name, device in at.items()
+    }
+
+
+def _all(device: str) -> list[str]:
+    """The devices that `--device` means."""
+    wanted = device == "cuda" or (device == "auto" and _torch_has_cuda())
+    return [f"cuda:{n}" for n in range(count_gpus() if wanted else 0)] or [device]
+
+
+def _check(devices: list[str]) -> None:
+    """Raise `ConfigError` for a GPU that is not there, as far as they can be counted."""
+    count = count_gpus()
+    for device in devices:
+        if 0 < count <= int(device.removeprefix("cuda:")):
+            raise ConfigError(f"--devices names {device}, but there are {count} GPUs to be seen, from cuda:0 on.")
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that CUDA will see in a process of ours: those of the driver, as far as CUDA_VISIBLE_DEVICES names
+    them. 0 where nothing tells of any."""
+    total = _driver_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return total
+    count = 0
+    for name in filter(None, (name.strip() for name in visible.split(","))):
+        if name.lstrip("-").isdecimal() and not 0 <= int(name) < total:
+            break  # what follows a number that is none is not seen either
+        count += 1
+    return count if total else 0
+
+
+def _driver_gpus() -> int:
+    """All GPUs of the driver: asked through NVML, else counted where the driver lists them."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return int(pynvml.nvmlDeviceGetCount())
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # no package, no driver: NVML has an exception of its own for each
+        return len(list(PROC_GPUS.iterdir())) if PROC_GPUS.is_dir() else 0
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the workers' torch was built for CUDA, as its version file tells: importing torch takes a second."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        version = importlib.util.spec_from_file_location("torch_version", Path(folder) / "version.py")
+        if version is None or version.loader is None:
+            continue
+        module = importlib.util.module_from_spec(version)
+        try:
+            version.loader.exec_module(module)
+        except OSError:
+            continue
+        return getattr(module, "cuda", None) is not None
+    return False
