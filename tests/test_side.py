@@ -78,9 +78,6 @@ class LazyStream:
         self.calls.append("lead")
         self.drain()
 
-    def settle(self) -> None:
-        self.calls.append("settle")
-
     def drain(self) -> None:
         while self.queue:
             self.advance()
@@ -160,12 +157,12 @@ def test_a_mapped_copy_that_is_abandoned_overwrites_nothing(
     assert content(ours, 6) == b"M" * SHAPE.bytes
 
 
-def test_what_is_offered_is_complete_and_close_waits_for_readers(
+def test_close_waits_for_readers(
     mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
 ) -> None:
     _, _, transfer = mapped
     assert transfer.offer([1]) == (0, 0)
-    assert transfer.side.calls == ["settle"]
+    assert transfer.side.calls == [], "what is published is complete"
     copy = transfer.fetch((0, 0), [3])
     copy.store([6])
     transfer.close()
@@ -248,7 +245,7 @@ def test_staged_pages_are_those_of_the_offer(streams: list[LazyStream]) -> None:
     assert not mark.done
     stage.abandon()
     assert content(memory, 0, 1) == offered
-    assert streams[0].calls == ["follow", "run", "lead", "follow", "run", "lead"]
+    assert streams[0].calls == ["run", "lead", "follow", "run", "lead"]
 
 
 def test_staged_pages_through_gloo(tmp_path: Path, streams: list[LazyStream]) -> None:
@@ -296,6 +293,18 @@ def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStre
     assert content(memory, 6) == kept, "the next step reads the page"
     assert (swap.offloaded, swap.restored) == (1, 1)
     swap.check()
+
+
+def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = device_memory(1)
+    swap = HostPool(memory, 4)
+    kept = content(memory, 3)
+    swap.store(evicted(3), 0.0)
+    monkeypatch.setattr(LazyStream, "lead", lambda self: None)
+    swap.restore(swap.match([bytes([3]) * 16], Keep()), [6])
+    assert content(memory, 6) != kept
+    swap.settle()
+    assert content(memory, 6) == kept
 
 
 def test_a_slot_is_restored_before_it_is_used_again(streams: list[LazyStream]) -> None:

@@ -48,6 +48,7 @@ class HostPool:
         self._side = beside(self._device.device)
         self._marks: deque[tuple[Mark, int]] = deque()
         """Copies on the side stream that have not been counted yet, and of how many pages."""
+        self._restoring: Mark | None = None
         flat = torch.frombuffer(mmap.mmap(-1, num_pages * memory.shape.bytes, mmap.MAP_PRIVATE), dtype=torch.uint8)
         if self._side is not None:
             pin(flat)
@@ -89,9 +90,15 @@ class HostPool:
         """Copy the matched `slots` to `pages` of the device; whatever was to be done with those is done before."""
         if self._side is not None:
             self._side.follow()
-        self._copy(self._host, slots, self._device, pages)
+        self._restoring = self._copy(self._host, slots, self._device, pages)
         self.restored += len(slots)
         self.pool.release(slots, RESTORED)
+
+    def settle(self) -> None:
+        """Block until what was restored is on the device. The engine's steps wait for it there; a peer would not."""
+        if self._restoring is not None:
+            self._restoring.wait()
+            self._restoring = None
 
     def release(self, slots: list[int], keep: Keep = UNKNOWN, now: float = 0.0) -> None:
         """Unpin matched slots that were not restored; see `PagePool.release`."""
@@ -107,8 +114,9 @@ class HostPool:
         self.pool.check()
         assert self.pool.num_held == 0
 
-    def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> None:
-        """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next."""
+    def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Mark | None:
+        """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next. None if
+        that is done."""
 
         def copy() -> None:
             for one, other in zip(froms, tos, strict=True):
@@ -118,10 +126,12 @@ class HostPool:
             started = self._clock()
             copy()
             self._observe(self._clock() - started, len(froms))
-        else:
-            self._count()
-            self._marks.append((self._side.run(copy), len(froms)))
-            self._side.lead()
+            return None
+        self._count()
+        mark = self._side.run(copy)
+        self._side.lead()
+        self._marks.append((mark, len(froms)))
+        return mark
 
     def _count(self) -> None:
         """How long the copies took that have ended on the side stream."""

@@ -32,8 +32,7 @@ class CudaMappedTransfer:
         self.pull([0], [memory.num_pages]).wait()
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `Transfer`. What is published is complete: a chunk of a prompt that samples nothing may still run."""
-        self.side.settle()
+        """See `Transfer`. What is published is complete on the device: the peer may read it at once."""
         return (0, 0)
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> CudaMappedCopy:

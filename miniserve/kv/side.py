@@ -97,10 +97,6 @@ class SideStream:
         wait."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def settle(self) -> None:
-        """Block until the engine's stream has done all that it was given so far."""
-        torch.cuda.current_stream(self._device).synchronize()
-
     def drain(self) -> None:
         """Block until all that was queued here is done."""
         self._stream.synchronize()

@@ -76,9 +76,9 @@ class DeviceStaging:
         return torch.empty((count, self._pool.shape[1]), dtype=torch.uint8, pin_memory=self._pool.is_cuda)
 
     def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
-        """See `Staging`. The engine's next step waits for it on the GPU: by then the pages may be another's."""
+        """See `Staging`. The pages are complete, so this does not wait for the step that runs; the engine's next step
+        waits for it on the GPU, since the pages may be another's by then."""
         data = self.room(len(pages))
-        self._side.follow()
         mark = self._side.run(lambda: self._to_host(pages, data))
         self._side.lead()
         return data, mark

@@ -57,7 +57,8 @@ class Transfer(Protocol):
     name: str
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
-        """Our side: `pages` of our pool are about to be published. The ticket goes along with the publication."""
+        """Our side: `pages` of our pool, complete on the device, are about to be published. The ticket goes along with
+        the publication."""
         ...
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:

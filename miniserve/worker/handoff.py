@@ -374,6 +374,8 @@ class Handoffs:
     def on_fetch(self, message: Fetch, destination: str) -> None:
         """Publish what is here of a conversation's history."""
         pages = self._engine.pool.match(message.hashes)
+        if self._engine.host is not None:
+            self._engine.host.settle()  # a page may be known that is only on its way back from there
         peer, transfer = self._peers[destination]
         deadline = self._clock() + self.patience
         self._leases[message.turn] = Lease(peer, pages, message.first, deadline)
