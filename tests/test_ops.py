@@ -111,13 +111,18 @@ def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, ro
     gate, up = gate_up.double().chunk(2, -1)
     assert_close(kernels.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
 
-    angles = torch.rand(rows, 32) * 6
-    cos, sin = angles.cos().repeat(1, 2).to(dtype), torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
-    heads = qkv[:, :5]
-    low, high = heads.double().chunk(2, -1)
-    c, s = cos[:, None, :32].double(), sin[:, None, 32:].double()
-    wanted = torch.cat((low * c - high * s, high * c + low * s), -1)
-    assert_close(kernels.rope(heads, cos.unsqueeze(1), sin.unsqueeze(1)), wanted)
+    angles = torch.rand(rows + 9, 32) * 6
+    positions = torch.randint(rows + 9, (rows,))
+    c, s = (x.to(dtype).double()[positions, None] for x in (angles.cos(), angles.sin()))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.double().chunk(2, -1)
+        return torch.cat((low * c - high * s, high * c + low * s), -1)
+
+    q, k = qkv[:, :5], qkv[:, 5:]
+    wanted = turned(q), turned(k)
+    for got, want in zip(kernels.rope(q, k, kernels.rotary(angles, dtype)(positions)), wanted, strict=True):
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

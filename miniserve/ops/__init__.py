@@ -14,7 +14,7 @@ class Linear(Protocol):
     """A weight prepared for its device."""
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`."""
+        """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`, perhaps written over `residual`."""
         ...
 
 
@@ -33,8 +33,13 @@ class Ops(Protocol):
         """Root mean square norm over the last dimension."""
         ...
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn `x` `[T, H, D]` by the angles in `cos`, `sin` `[T, 1, D]` (see `model.rope`), perhaps in place."""
+    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
+        """Prepare the angles of all positions (see `model.rope`): the result makes, for the positions `[T]` of a batch,
+        what `rope` wants to know of them."""
+        ...
+
+    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: each number with the one half a head away."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

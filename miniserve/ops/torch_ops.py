@@ -108,9 +108,15 @@ class TorchOps:
         size = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size] * weight
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn pairs of numbers half a head apart; the first half of `sin` is negated, so that a roll does it all."""
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
+        """See `rotary_tables`."""
+        return rotary_tables(angles.to(self._device), dtype)
+
+    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn pairs of numbers half a head apart: a roll brings each to its partner."""
+        cos, sin = turns
+        half = q.shape[-1] // 2
+        return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half."""
@@ -199,6 +205,19 @@ class TorchOps:
                 attended = torch.bmm(weights, values[:, : before + end]).view(kv_heads, group, block, dim)
                 out[chunk.start + start : chunk.start + end] = attended.permute(2, 0, 1, 3).reshape(block, -1, dim)
         return out
+
+
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin for each token of a batch, `[T, 1, D]`."""
+
+
+def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
+    """cos and sin of `angles` `[positions, D / 2]` in `dtype`, to be looked up by position. The first half of sin is
+    negated: x * cos + roll(x, D / 2) * sin is the rotation."""
+    cos, sin = angles.cos(), angles.sin()
+    all_cos = torch.cat((cos, cos), -1).to(dtype).unsqueeze(1)
+    all_sin = torch.cat((-sin, sin), -1).to(dtype).unsqueeze(1)
+    return lambda positions: (all_cos[positions], all_sin[positions])
 
 
 def native_bf16() -> bool:
