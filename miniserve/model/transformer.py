@@ -46,7 +46,7 @@ class Transformer:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
         self.config = config
         self._weights = weights
-        self._ops = ops
+        self.ops = ops
         self._scale = config.head_dim**-0.5
         self._turns = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
 
@@ -56,7 +56,7 @@ class Transformer:
 
         Returns float32 logits `[len(batch.outputs), vocab]`.
         """
-        return self.compute(self._ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
+        return self.compute(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
 
     @torch.inference_mode()
     def compute(
@@ -64,7 +64,7 @@ class Transformer:
     ) -> torch.Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
         graph. Without `outputs` the logits of all rows are wanted."""
-        config, ops, weights = self.config, self._ops, self._weights
+        config, ops, weights = self.config, self.ops, self._weights
         turns = self._turns(positions)
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         x = F.embedding(tokens, weights.embedding)

@@ -46,6 +46,17 @@ class Ops(Protocol):
         """`[T, 2 * I]` -> silu(first half) * second half, `[T, I]`."""
         ...
 
+    def filter(
+        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Candidates of `probs` `[n, vocab]`: (ids, weights); the weight of one that is filtered out is 0. Without ids
+        the weights are those of the whole vocabulary, else of `ids` `[n, candidates]`.
+
+        The filters are columns `[n, 1]`, top_k int32 and the others float32. What top_p counts in is what the other two
+        leave; the likeliest always stays.
+        """
+        ...
+
     def plan(self, batch: Batch, kv: torch.Tensor) -> Any:
         """What attention needs to know of a batch, worked out once for all layers.
 

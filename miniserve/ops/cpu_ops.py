@@ -13,7 +13,7 @@ import torch
 from miniserve.ops import Linear
 from miniserve.ops.batch import Batch
 from miniserve.ops.native import NoKernels, load
-from miniserve.ops.torch_ops import Turns, rotary_tables
+from miniserve.ops.torch_ops import Turns, filter_sorted, rotary_tables
 
 _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -137,6 +137,12 @@ class CpuOps:
         out = torch.empty((rows, size), dtype=gate_up.dtype)
         self._silu_mul(gate_up.data_ptr(), rows, size, out.data_ptr())
         return out
+
+    def filter(
+        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `filter_sorted`."""
+        return filter_sorted(probs, top_k, top_p, min_p)
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> NativePlan:
         """The batch's page tables, one after the other, and where each begins."""

@@ -142,7 +142,7 @@ def warm_up(engine: Engine, root: bytes) -> None:
     length = min(64, engine.max_model_len // 2)
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     engine.add(Sequence("warm-up", [1] * length, params, 0, root))
-    while engine.find("warm-up"):
+    while engine.has_work or engine.find("warm-up"):
         engine.admit()
         engine.step()
     engine.reset()
