@@ -72,6 +72,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """True where the arg max is taken. Temperatures under 1e-5 would overflow the logits, so they are greedy."""
         return self.temperature < 1e-5
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token depends on which ones came before it, beyond what the model makes of them."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
     def nth(self, i: int) -> SamplingParams:
         """The parameters of a prompt's choice number `i`: its own seed, so that the choices differ."""
         if self.seed is None or i == 0:

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.cluster.channels import decode
-from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, StepTime, TokenLogprob
+from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, StepTime
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -32,7 +32,7 @@ from miniserve.sampling import SamplingParams
 from miniserve.scheduler.policies import POLICIES, make_policy
 from miniserve.scheduler.records import Decision
 from miniserve.scheduler.scheduler import MOST_LOSSES, Command, Note, Scheduler, Send
-from miniserve.worker.engine import Engine
+from miniserve.worker.engine import Engine, Known
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
@@ -52,26 +52,31 @@ def next_token(tokens: list[int], seed: int) -> int:
 
 
 class Model:
-    """Stands in for `Runner`: writes a hash where KV would go, and reads what lies before it."""
+    """Stands in for `Runner`: writes a hash where KV would go, and reads what lies before it. All is done at launch."""
 
     eos = EOS
 
     def __init__(self, memory: KVMemory) -> None:
         self._pages = memory.pages
+        self._latest: dict[Sequence, int] = {}
 
-    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[TokenLogprob | None]]:
-        sampled = []
+    def launch(self, work: list[tuple[Sequence, int]]) -> Known:
+        latest: dict[Sequence, int] = {}
         for sequence, count in work:
-            assert sequence.computed + count <= len(sequence.tokens)
-            for position in range(sequence.computed + count):
+            start, tokens = sequence.computed + sequence.under_way, list(sequence.tokens)
+            if sequence.sampling:
+                tokens.append(self._latest[sequence])  # the host does not know it yet
+            assert start + count <= len(tokens)
+            for position in range(start + count):
                 slot = self._pages[sequence.pages[position // PAGE], 0, 0, position % PAGE, 0]
-                kv = digest(sequence.tokens[: position + 1])
-                if position >= sequence.computed:
+                kv = digest(tokens[: position + 1])
+                if position >= start:
                     slot[0] = kv
                 assert int(slot[0]) == kv, f"{sequence.turn}: the KV of token {position} is another one's"
-            if sequence.computed + count == len(sequence.tokens):
-                sampled.append(next_token(sequence.tokens, sequence.seed))
-        return sampled, [None] * len(sampled)
+            if count == sequence.to_launch:
+                latest[sequence] = next_token(tokens, sequence.seed)
+        self._latest = latest
+        return Known((list(latest.values()), [None] * len(latest)))
 
 
 class Slow:
@@ -191,6 +196,7 @@ class World:
             max_num_seqs=6,
             max_model_len=LONGEST,
             pace=Whim(self.pick) if self.pick.random() < 0.5 else None,
+            overlap=self.pick.random() < 0.5,
             clock=lambda: self.now,
         )
         outboxes = SimpleNamespace(

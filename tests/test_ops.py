@@ -21,7 +21,7 @@ LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 
 
 def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64) -> Ops:
-    made, said = make_ops(CPU, dtype, head_dim, (width,), native=kind == "native")
+    made, said = make_ops(CPU, dtype, 4, head_dim, (width,), native=kind == "native")
     if kind == "native" and not isinstance(made, CpuOps):
         pytest.skip(said)
     return made
@@ -111,13 +111,18 @@ def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, ro
     gate, up = gate_up.double().chunk(2, -1)
     assert_close(kernels.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
 
-    angles = torch.rand(rows, 32) * 6
-    cos, sin = angles.cos().repeat(1, 2).to(dtype), torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
-    heads = qkv[:, :5]
-    low, high = heads.double().chunk(2, -1)
-    c, s = cos[:, None, :32].double(), sin[:, None, 32:].double()
-    wanted = torch.cat((low * c - high * s, high * c + low * s), -1)
-    assert_close(kernels.rope(heads, cos.unsqueeze(1), sin.unsqueeze(1)), wanted)
+    angles = torch.rand(rows + 9, 32) * 6
+    positions = torch.randint(rows + 9, (rows,))
+    c, s = (x.to(dtype).double()[positions, None] for x in (angles.cos(), angles.sin()))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.double().chunk(2, -1)
+        return torch.cat((low * c - high * s, high * c + low * s), -1)
+
+    q, k = qkv[:, :5], qkv[:, 5:]
+    wanted = turned(q), turned(k)
+    for got, want in zip(kernels.rope(q, k, kernels.rotary(angles, dtype)(positions)), wanted, strict=True):
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,7 +162,7 @@ def test_logits(kind: str, dtype: torch.dtype, vocab: int) -> None:
 
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    made, said = make_ops(CPU, torch.float32, 64, (64,))
+    made, said = make_ops(CPU, torch.float32, 4, 64, (64,))
     assert not isinstance(made, CpuOps)
     assert "no g++ found" in said
 
@@ -185,5 +190,5 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 
 
 def test_sizes_that_do_not_fill_vectors_are_left_to_torch() -> None:
-    assert not isinstance(make_ops(CPU, torch.float32, 40, (64,))[0], CpuOps)
-    assert not isinstance(make_ops(CPU, torch.float16, 64, (64,))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float32, 4, 40, (64,))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float16, 4, 64, (64,))[0], CpuOps)

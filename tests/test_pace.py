@@ -9,7 +9,7 @@ import pytest
 from miniserve.cluster.messages import StepTime
 from miniserve.kv.pages import PagePool
 from miniserve.sampling import SamplingParams
-from miniserve.worker.engine import Engine
+from miniserve.worker.engine import Engine, Known
 from miniserve.worker.pace import LEAST_SHARE, Pace
 from miniserve.worker.sequence import Sequence
 
@@ -133,7 +133,7 @@ class Machine:
         self.steps: list[tuple[int, int, float]] = []
         self.shares: list[dict[str, int]] = []
 
-    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[None]]:
+    def launch(self, work: list[tuple[Sequence, int]]) -> Known:
         prompts = sum(count for sequence, count in work if sequence.missing > 1)
         streams = sum(sequence.missing == 1 for sequence, _ in work)
         seconds = LONE + TOKEN * prompts
@@ -141,7 +141,7 @@ class Machine:
         self.steps.append((prompts, streams, seconds))
         self.shares.append({sequence.turn: count for sequence, count in work})
         done = [7 for sequence, count in work if sequence.computed + count == len(sequence.tokens)]
-        return done, [None] * len(done)
+        return Known((done, [None] * len(done)))
 
 
 @pytest.mark.parametrize("stretch", [5.0, 9.0])

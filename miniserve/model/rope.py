@@ -24,12 +24,6 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     return inverse
 
 
-def tables(
-    rope: RopeConfig, head_dim: int, max_len: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin `[max_len, 1, head_dim]`, the first half of sin negated: a number turns with the one half a head
-    away, so x * cos + roll(x, half) * sin is the rotation."""
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inverse_frequencies(rope, head_dim))
-    cos, sin = angles.cos(), angles.sin()
-    both = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-    return both[0].to(device, dtype).unsqueeze(1), both[1].to(device, dtype).unsqueeze(1)
+def angles(rope: RopeConfig, head_dim: int, max_len: int) -> torch.Tensor:
+    """Radians by which each pair of numbers is turned at each position, float32 `[max_len, head_dim / 2]`."""
+    return torch.outer(torch.arange(max_len, dtype=torch.float32), inverse_frequencies(rope, head_dim))

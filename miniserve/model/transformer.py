@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,14 @@ class Transformer:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
         self.config = config
         self._weights = weights
-        self._ops = ops
+        self.ops = ops
         self._scale = config.head_dim**-0.5
-        embedding = weights.embedding
-        self._cos, self._sin = rope.tables(config.rope, config.head_dim, max_len, embedding.dtype, embedding.device)
+        self._turns = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._weights.embedding.device
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
@@ -56,11 +61,18 @@ class Transformer:
 
         Returns float32 logits `[len(batch.outputs), vocab]`.
         """
-        config, ops, weights = self.config, self._ops, self._weights
-        plan = ops.plan(batch, kv)
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        return self.compute(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
+
+    @torch.inference_mode()
+    def compute(
+        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
+        graph. Without `outputs` the logits of all rows are wanted."""
+        config, ops, weights = self.config, self.ops, self._weights
+        turns = self._turns(positions)
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        x = F.embedding(batch.tokens, weights.embedding)
+        x = F.embedding(tokens, weights.embedding)
         for index, layer in enumerate(weights.layers):
             h = ops.rms_norm(x, layer.input_norm, config.norm_eps)
             qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)
@@ -68,13 +80,11 @@ class Transformer:
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = ops.rms_norm(q, layer.q_norm, config.norm_eps)
                 k = ops.rms_norm(k, layer.k_norm, config.norm_eps)
-                q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-            else:
-                q, k = ops.rope(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), 1)
+            q, k = ops.rope(q, k, turns)
             attended = ops.attention(plan, index, q, k, v, self._scale).flatten(1)
-            if index == config.layers - 1:
+            if index == config.layers - 1 and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
-                attended, x = attended[batch.outputs], x[batch.outputs]
+                attended, x = attended[outputs], x[outputs]
             x = layer.out(attended, x)
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)
             x = layer.down(ops.silu_mul(layer.gate_up(h)), x)

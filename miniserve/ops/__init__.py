@@ -14,7 +14,7 @@ class Linear(Protocol):
     """A weight prepared for its device."""
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`."""
+        """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`, perhaps written over `residual`."""
         ...
 
 
@@ -33,12 +33,28 @@ class Ops(Protocol):
         """Root mean square norm over the last dimension."""
         ...
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn `x` `[T, H, D]` by the angles in `cos`, `sin` `[T, 1, D]` (see `model.rope`), perhaps in place."""
+    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
+        """Prepare the angles of all positions (see `model.rope`): the result makes, for the positions `[T]` of a batch,
+        what `rope` wants to know of them."""
+        ...
+
+    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: each number with the one half a head away."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`[T, 2 * I]` -> silu(first half) * second half, `[T, I]`."""
+        ...
+
+    def filter(
+        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Candidates of `probs` `[n, vocab]`: (ids, weights); the weight of one that is filtered out is 0. Without ids
+        the weights are those of the whole vocabulary, else of `ids` `[n, candidates]`.
+
+        The filters are columns `[n, 1]`, top_k int32 and the others float32. What top_p counts in is what the other two
+        leave; the likeliest always stays.
+        """
         ...
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> Any:
@@ -58,6 +74,7 @@ class Ops(Protocol):
 def make_ops(
     device: torch.device,
     dtype: torch.dtype,
+    heads: int,
     head_dim: int,
     widths: tuple[int, ...],
     *,
@@ -66,17 +83,23 @@ def make_ops(
 ) -> tuple[Ops, str]:
     """The implementation for `device`, and in words which one it is.
 
-    `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden states, MLP activations.
-    With `native` a CPU gets compiled kernels where they can be had; `tell` hears of it if they have to be compiled.
+    `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
+    states, MLP activations. Without `native` it is plain torch. A CPU gets compiled kernels where they can be had, and
+    `tell` hears of it if they have to be compiled.
     """
     from miniserve.ops.torch_ops import TorchOps
 
-    if device.type != "cpu" or not native:
+    if not native:
         return TorchOps(device), "torch"
-    from miniserve.ops.cpu_ops import CpuOps
     from miniserve.ops.native import NoKernels
 
     try:
+        if device.type == "cuda":
+            from miniserve.ops.cuda_ops import CudaOps
+
+            return CudaOps(device, dtype, heads, head_dim), "flashinfer"
+        from miniserve.ops.cpu_ops import CpuOps
+
         return CpuOps(dtype, head_dim, widths, tell), "native"
     except NoKernels as reason:
         return TorchOps(device), f"torch, slower than native ones: {reason}"

@@ -13,6 +13,7 @@ import torch
 from miniserve.ops import Linear
 from miniserve.ops.batch import Batch
 from miniserve.ops.native import NoKernels, load
+from miniserve.ops.torch_ops import Turns, filter_sorted, rotary_tables
 
 _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -118,11 +119,17 @@ class CpuOps:
         self._rms_norm(x.data_ptr(), x.stride(0), x.shape[0], group, size, weight.data_ptr(), eps, out.data_ptr())
         return out
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn `x` in place."""
-        rows, heads, dim = x.shape
-        self._rope(x.data_ptr(), x.stride(0), rows, heads, dim, cos.data_ptr(), sin.data_ptr())
-        return x
+    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
+        """See `rotary_tables`."""
+        return rotary_tables(angles, dtype)
+
+    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn both in place."""
+        cos, sin = turns
+        for x in (q, k):
+            rows, heads, dim = x.shape
+            self._rope(x.data_ptr(), x.stride(0), rows, heads, dim, cos.data_ptr(), sin.data_ptr())
+        return q, k
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half."""
@@ -130,6 +137,12 @@ class CpuOps:
         out = torch.empty((rows, size), dtype=gate_up.dtype)
         self._silu_mul(gate_up.data_ptr(), rows, size, out.data_ptr())
         return out
+
+    def filter(
+        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `filter_sorted`."""
+        return filter_sorted(probs, top_k, top_p, min_p)
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> NativePlan:
         """The batch's page tables, one after the other, and where each begins."""

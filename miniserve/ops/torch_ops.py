@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from miniserve.ops import Linear
 from miniserve.ops.batch import Batch
 
+SORTED = 1024
+"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
+vocabulary."""
 QUERY_BLOCK = 128
 """Queries that attend together in a prefill chunk: keys beyond the block's end are never looked at."""
 
@@ -108,14 +111,26 @@ class TorchOps:
         size = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size] * weight
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn pairs of numbers half a head apart; the first half of `sin` is negated, so that a roll does it all."""
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
+        """See `rotary_tables`."""
+        return rotary_tables(angles.to(self._device), dtype)
+
+    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn pairs of numbers half a head apart: a roll brings each to its partner."""
+        cos, sin = turns
+        half = q.shape[-1] // 2
+        return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half."""
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
+
+    def filter(
+        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `filter_sorted`."""
+        return filter_sorted(probs, top_k, top_p, min_p)
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> Plan:
         """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
@@ -199,6 +214,38 @@ class TorchOps:
                 attended = torch.bmm(weights, values[:, : before + end]).view(kv_heads, group, block, dim)
                 out[chunk.start + start : chunk.start + end] = attended.permute(2, 0, 1, 3).reshape(block, -1, dim)
         return out
+
+
+def filter_sorted(
+    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Ops.filter`: the candidates in falling order. A few are sorted first, and all only if that was too few."""
+    vocab = probs.shape[1]
+    for width in (min(SORTED, vocab), vocab):
+        weights, ids = probs.topk(width)
+        keep = weights >= min_p * weights[:, :1]
+        keep &= torch.arange(width, device=probs.device) < top_k
+        kept = weights * keep
+        # With the rest of the vocabulary out of sight, its mass counts too unless the other two filters end before.
+        total = torch.where(keep[:, -1:], probs.sum(-1, keepdim=True), kept.sum(-1, keepdim=True))
+        before = kept.cumsum(-1) - kept
+        keep &= (before < top_p * total) | (top_p >= 1)
+        if width == vocab or not bool(keep[:, -1].any()):
+            break
+    return ids, weights * keep
+
+
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin for each token of a batch, `[T, 1, D]`."""
+
+
+def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
+    """cos and sin of `angles` `[positions, D / 2]` in `dtype`, to be looked up by position. The first half of sin is
+    negated: x * cos + roll(x, D / 2) * sin is the rotation."""
+    cos, sin = angles.cos(), angles.sin()
+    all_cos = torch.cat((cos, cos), -1).to(dtype).unsqueeze(1)
+    all_sin = torch.cat((-sin, sin), -1).to(dtype).unsqueeze(1)
+    return lambda positions: (all_cos[positions], all_sin[positions])
 
 
 def native_bf16() -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo, TokenLogprob
+from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
 from miniserve.kv.pages import Order, PagePool
 from miniserve.simulate.hardware import Hardware
-from miniserve.worker.engine import Engine
+from miniserve.worker.engine import Engine, Known
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
@@ -54,7 +54,7 @@ class SimulatedRunner:
         self._speak = speak
         self._spans = spans
 
-    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[TokenLogprob | None]]:
+    def launch(self, work: list[tuple[Sequence, int]]) -> Known:
         """See `worker.engine.Runner`."""
         started = self._clock.now
         seconds = self._hardware.batch_seconds(work)
@@ -65,7 +65,7 @@ class SimulatedRunner:
             kind = "decode" if not prompts else "prefill" if prompts == len(work) else "mixed"
             self._spans.append((started, self._clock.now, kind))
         tokens = [self._speak(s) for s, count in work if s.computed + count == len(s.tokens)]
-        return tokens, [None] * len(tokens)
+        return Known((tokens, [None] * len(tokens)))
 
 
 class SimulatedCopy:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from miniserve.cluster.messages import Keep, StepTime, TokenLogprob, TurnOutput
 from miniserve.kv.pages import OutOfPages, PagePool
 from miniserve.worker.pace import Pace
@@ -21,16 +23,50 @@ if TYPE_CHECKING:
     from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
 
 
+Sampled = tuple[list[int], list[TokenLogprob | None]]
+"""A token, and perhaps its log-probability, for each sequence of a step that is complete with it."""
+
+
+class Launched(Protocol):
+    """A step that the device works on."""
+
+    def wait(self) -> Sampled:
+        """What was sampled, in the order of the step's work, once it is done."""
+        ...
+
+
 class Runner(Protocol):
     """Who computes: the model (`worker/runner.py`), or the simulator."""
 
     eos: frozenset[int]
     """Tokens that end a turn."""
 
-    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """The next `count` tokens of each (sequence, count). Returns a sampled token, and perhaps its log-probability,
-        for each sequence that is complete with this, in the order of `work`."""
+    def launch(self, work: list[tuple[Sequence, int]]) -> Launched:
+        """Begin to compute the next `count` tokens of each (sequence, count), from where those that are under way end,
+        and to sample for each sequence that is complete with this. A token that is still being sampled comes from the
+        step launched before."""
         ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """See `Launched`: the step of a runner that is done as soon as it is launched."""
+
+    sampled: Sampled
+
+    def wait(self) -> Sampled:
+        """See `Launched`."""
+        return self.sampled
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step under way: (sequence, tokens, whether it samples) of each sequence in it."""
+
+    work: list[tuple[Sequence, int, bool]]
+    time: StepTime
+    started: float
+    launched: Launched
 
 
 @dataclass
@@ -63,6 +99,12 @@ class Engine:
 
     Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for
     all the tokens it was admitted with, so a prefill never runs out in the middle.
+
+    With `overlap` a step is launched before the one before it has ended, so that the device never waits for the host:
+    what that one samples stays on the device and is not known here yet. A sequence that it turns out to end is in one
+    step too many, whose token is dropped. That step may still write to its last page when that is free again. Nobody is
+    disturbed: who gets the page computes after it on the same device, and what comes from elsewhere (another worker's
+    KV) is stored in a later round at the earliest, when that step has ended.
     """
 
     def __init__(
@@ -76,6 +118,7 @@ class Engine:
         max_model_len: int,
         host: HostPool | None = None,
         pace: Pace | None = None,
+        overlap: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -89,6 +132,9 @@ class Engine:
         self.page_tokens = page_tokens
         self.max_num_batched_tokens = max_num_batched_tokens
         self._pace = pace
+        self._overlap = overlap
+        self._flight: Flight | None = None
+        self._ended = 0.0
         self._max_num_seqs = max_num_seqs
         self.clock = clock
         # Room left for decodes to grow into, so that admitting one sequence does not at once preempt another.
@@ -97,14 +143,14 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute something. What only waits, waits for a message or for pages."""
-        return any(s.status is Status.RUNNING for s in self.running)
+        """Whether a step would bring something. What only waits, waits for a message or for pages."""
+        return self._flight is not None or any(s.status is Status.RUNNING for s in self.running)
 
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens this worker still has to compute."""
         ours = [s for s in (*self.waiting, *self.running) if not s.prefill_at]
-        return sum(s.missing for s in ours if s.missing > 1)
+        return sum(s.to_launch for s in ours if s.to_launch > 1)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a turn. Its prompt must be shorter than `max_model_len`; a turn that is here already is ignored."""
@@ -139,6 +185,7 @@ class Engine:
     def reset(self) -> None:
         """Forget the prefix cache and the counters. Only while nothing is here."""
         assert not self._turns
+        assert self._flight is None
         self.pool.clear()
         if self.host is not None:
             self.host.clear()
@@ -219,28 +266,55 @@ class Engine:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self) -> Step:
-        """Run one batch; an empty step if there is nothing to compute."""
+        """Run one batch; an empty step if there is nothing to compute. With `overlap` that launches a batch and brings
+        what the one before it has sampled."""
+        flight = self._launch()
+        if self._overlap:
+            flight, self._flight = self._flight, flight
+        return self._collect(flight) if flight is not None else Step()
+
+    def _launch(self) -> Flight | None:
+        """Begin the next batch, if there is anything to compute."""
         batch = self._schedule()
-        done = Step()
         if not batch:
-            return done
+            return None
         self.counters.steps += 1
-        started = self.clock()
-        tokens, logprobs = self.runner.run(batch)
-        now = self.clock()
-        done.time = _timed(batch, now - started)
-        if self._pace is not None:
-            self._pace.observe(done.time)
+        timed, started = _work(batch), self.clock()
+        self.counters.prompt_tokens += timed.prefill
+        launched = self.runner.launch(batch)
+        work = []
         for sequence, count in batch:
-            if sequence.missing > 1:
-                self.counters.prompt_tokens += count
-            sequence.computed += count
-            self.register(sequence)
+            sampling = count == sequence.to_launch
+            sequence.under_way += count
+            sequence.sampling = sampling
+            work.append((sequence, count, sampling))
+        return Flight(work, timed, started, launched)
+
+    def _collect(self, flight: Flight) -> Step:
+        """Wait for a batch; what it brought."""
+        tokens, logprobs = flight.launched.wait()
+        now = self.clock()
+        # It began when the one before it had ended.
+        seconds, self._ended = now - max(flight.started, self._ended), now
+        done = Step(time=msgspec.structs.replace(flight.time, seconds=seconds))
+        if self._pace is not None and done.time is not None:
+            self._pace.observe(done.time)
+        sampled = iter(zip(tokens, logprobs, strict=True))
+        for sequence, count, sampling in flight.work:
+            token, logprob = next(sampled) if sampling else (0, None)
+            if sequence.status is Status.FINISHED:
+                continue
+            if sequence.status is Status.RUNNING:  # else preempted since: only the token is left of it
+                sequence.under_way -= count
+                sequence.computed += count
+                self.register(sequence)
             output = None
-            if sequence.missing == 0:
+            if sampling:
+                # Of its own next step, if that is launched already, nothing is sampled that we know of either.
+                sequence.sampling = sequence.under_way > 0
                 index = sequence.num_outputs
-                sequence.append(tokens.pop(0), self.runner.eos, self.max_model_len)
-                output = self._output(sequence, index, logprobs.pop(0), now)
+                sequence.append(token, self.runner.eos, self.max_model_len)
+                output = self._output(sequence, index, logprob, now)
                 done.outputs.append(output)
             if sequence.prefill_for:
                 done.prefilled.append((sequence, output))
@@ -269,7 +343,8 @@ class Engine:
     def _schedule(self) -> list[tuple[Sequence, int]]:
         """Who computes how many tokens in this step: decodes first, then prompts."""
         batch: list[tuple[Sequence, int]] = []
-        for sequence in [s for s in self.running if s.status is Status.RUNNING and s.missing == 1]:
+        ready = [s for s in self.running if s.status is Status.RUNNING and s.can_go_on(self.max_model_len)]
+        for sequence in [s for s in ready if s.to_launch == 1]:
             if sequence.status is Status.RUNNING and self._grow(sequence):
                 batch.append((sequence, 1))
         # Growing may have preempted a sequence that was scheduled before: the youngest ones come last.
@@ -283,20 +358,20 @@ class Engine:
     def _share(self, budget: int) -> list[tuple[Sequence, int]]:
         """Divide `budget` tokens of a step among prompts, oldest first. Up to half goes to short ones first: what
         follows in a conversation need not wait for all of another one's long prompt."""
-        prompts = [s for s in self.running if s.status is Status.RUNNING and s.missing > 1]
+        prompts = [s for s in self.running if s.status is Status.RUNNING and s.to_launch > 1]
         counts = [0] * len(prompts)
         for longest, share in ((self.max_num_batched_tokens // 2, budget // 2), (self.max_model_len, budget)):
             share -= sum(counts)
             for i, sequence in enumerate(prompts):
-                if sequence.missing <= longest:
-                    more = min(share, sequence.missing - counts[i])
+                if sequence.to_launch <= longest:
+                    more = min(share, sequence.to_launch - counts[i])
                     counts[i] += more
                     share -= more
         return [(sequence, count) for sequence, count in zip(prompts, counts, strict=True) if count]
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
-        if len(sequence.pages) * self.page_tokens >= len(sequence.tokens):
+        if len(sequence.pages) * self.page_tokens >= sequence.length:
             return True
         while True:
             try:
@@ -315,7 +390,7 @@ class Engine:
         self.running.remove(sequence)
         self.pool.release(sequence.pages, _soon(sequence), self.clock())
         sequence.pages = []
-        sequence.computed = sequence.registered = 0
+        sequence.computed = sequence.under_way = sequence.registered = 0
         sequence.prefill_at = sequence.history_at = ""
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
@@ -341,14 +416,14 @@ def _soon(sequence: Sequence) -> Keep:
     return Keep(keep.conversation, gap=1.0, chance=1.0, page_seconds=keep.page_seconds)
 
 
-def _timed(batch: list[tuple[Sequence, int]], seconds: float) -> StepTime:
+def _work(batch: list[tuple[Sequence, int]]) -> StepTime:
     """What a step is about to compute; each token of a prompt looks back on all before it."""
     prefill = context = decodes = decode_context = 0
     for sequence, count in batch:
-        if sequence.missing > 1:
+        if sequence.to_launch > 1:
             prefill += count
-            context += count * sequence.computed + count * count // 2
+            context += count * (sequence.computed + sequence.under_way) + count * count // 2
         else:
             decodes += 1
-            decode_context += len(sequence.tokens)
-    return StepTime(prefill, context, decodes, decode_context, seconds)
+            decode_context += sequence.length
+    return StepTime(prefill, context, decodes, decode_context, 0.0)

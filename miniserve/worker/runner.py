@@ -4,50 +4,92 @@ from __future__ import annotations
 
 import torch
 
-from miniserve.cluster.messages import TokenLogprob
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
 from miniserve.ops.batch import Batch
-from miniserve.worker.sampler import Sampler
+from miniserve.worker.engine import Sampled
+from miniserve.worker.graphs import DecodeGraphs
+from miniserve.worker.sampler import Sampler, Samples, put
 from miniserve.worker.sequence import Sequence
 
 
-class Runner:
-    """The model, the bytes of the KV pool and the sampler of one device. `eos` are the ids that end a turn."""
+class DeviceStep:
+    """See `worker.engine.Launched`. Behind the step, what it samples is already on its way to the host."""
 
-    def __init__(self, transformer: Transformer, memory: KVMemory, eos: frozenset[int], device: torch.device) -> None:
+    def __init__(self, samples: Samples | None, device: torch.device) -> None:
+        self._samples = samples
+        self._done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._samples = samples and samples.to_host()
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> Sampled:
+        """See `Launched`. Pages that the step has filled may be shown to others from then on."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._samples.read() if self._samples is not None else ([], [])
+
+
+class Runner:
+    """The model, the bytes of the KV pool and the sampler of one device. `eos` are the ids that end a turn; with
+    `graphs` batches of decodes are replayed."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        memory: KVMemory,
+        eos: frozenset[int],
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.memory = memory
         self.eos = eos
+        self.graphs = graphs
         self._transformer = transformer
         self._device = device
-        self._sampler = Sampler(eos)
+        self._sampler = Sampler(eos, transformer.ops)
+        self._latest: tuple[dict[Sequence, int], torch.Tensor] | None = None
+        """What the step launched last samples: the row of each sequence, and the tokens."""
 
-    def run(self, work: list[tuple[Sequence, int]]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Compute the next `count` tokens of each (sequence, count).
-
-        Returns a sampled token, and perhaps its log-probability, for each sequence that is complete with this, in the
-        order of `work`.
-        """
+    @torch.inference_mode()
+    def launch(self, work: list[tuple[Sequence, int]]) -> DeviceStep:
+        """See `worker.engine.Runner`. Nothing in here waits for the device."""
         tokens: list[int] = []
         positions: list[int] = []
         outputs: list[int] = []
         complete: list[Sequence] = []
+        fed: list[tuple[int, Sequence]] = []
         for sequence, count in work:
-            end = sequence.computed + count
-            tokens += sequence.tokens[sequence.computed : end]
-            positions += range(sequence.computed, end)
-            if end == len(sequence.tokens):
+            start = sequence.computed + sequence.under_way
+            known = sequence.tokens[start : start + count]
+            if not known:  # what is being sampled
+                known = [0]
+                fed.append((len(tokens), sequence))
+            tokens += known
+            positions += range(start, start + count)
+            if count == sequence.to_launch:
                 outputs.append(len(tokens) - 1)
                 complete.append(sequence)
         batch = Batch(
-            tokens=torch.tensor(tokens, device=self._device),
-            positions=torch.tensor(positions, device=self._device),
-            outputs=torch.tensor(outputs, dtype=torch.int64, device=self._device),
+            tokens=self._put(tokens),
+            positions=self._put(positions),
+            outputs=self._put(outputs),
             lengths=[count for _, count in work],
-            contexts=[sequence.computed + count for sequence, count in work],
+            contexts=[sequence.computed + sequence.under_way + count for sequence, count in work],
             pages=[sequence.pages for sequence, _ in work],
         )
-        logits = self._transformer.forward(batch, self.memory.pages)
-        if not complete:
-            return [], []
-        return self._sampler.sample(logits, complete)
+        if fed:
+            assert self._latest is not None
+            rows, sampled = self._latest
+            wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
+            batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
+        logits = self.graphs.logits(batch) if self.graphs is not None else None
+        if logits is None:
+            logits = self._transformer.forward(batch, self.memory.pages)
+        samples = self._sampler.sample(logits, complete) if complete else None
+        self._latest = ({s: row for row, s in enumerate(complete)}, samples.tokens) if samples is not None else None
+        return DeviceStep(samples, self._device)
+
+    def _put(self, values: list[int]) -> torch.Tensor:
+        return put(values, self._device)

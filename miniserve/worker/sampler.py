@@ -5,16 +5,15 @@ So the same request gives the same text whatever shares its batch, after a preem
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
 
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.ops import Ops
 from miniserve.worker.sequence import Sequence
-
-SORTED = 1024
-"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
-vocabulary."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -23,39 +22,79 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-class Sampler:
-    """Chooses the next token of each sequence. `eos` are the ids that end a turn."""
+@dataclass(frozen=True)
+class LogprobRows:
+    """What the API reports of the tokens sampled in some `rows`: of each row the token's own
+    log-probability and rank from 1, then the likeliest ids and theirs; `counts` says how many are wanted."""
 
-    def __init__(self, eos: frozenset[int]) -> None:
+    rows: list[int]
+    counts: list[int]
+    own: torch.Tensor
+    rank: torch.Tensor
+    ids: torch.Tensor
+    top: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled `tokens`, int64 `[n]`, and what is reported of some. Nobody has waited for them yet."""
+
+    tokens: torch.Tensor
+    logprobs: LogprobRows | None = None
+
+    def to_host(self) -> Samples:
+        """The same in pinned memory, where it will be as soon as the device is done with all it has been told."""
+        rows = self.logprobs
+        if rows is not None:
+            host = (pinned(x) for x in (rows.own, rows.rank, rows.ids, rows.top))
+            rows = LogprobRows(rows.rows, rows.counts, *host)
+        return Samples(pinned(self.tokens), rows)
+
+    def read(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Wait for them: one token for each row, with its log-probability where the request asks for it."""
+        tokens = self.tokens.tolist()
+        found: list[TokenLogprob | None] = [None] * len(tokens)
+        if wanted := self.logprobs:
+            own, rank, ids, top = (x.tolist() for x in (wanted.own, wanted.rank, wanted.ids, wanted.top))
+            for i, (row, count) in enumerate(zip(wanted.rows, wanted.counts, strict=True)):
+                best = list(zip(ids[i][:count], top[i][:count], strict=True))
+                found[row] = TokenLogprob(tokens[row], own[i], rank[i], best)
+        return tokens, found
+
+
+class Sampler:
+    """Chooses the next token of each sequence, on the device and without waiting for it. `eos` are the ids that end a
+    turn; `ops` keeps the candidates of a filter."""
+
+    def __init__(self, eos: frozenset[int], ops: Ops) -> None:
         self._eos = eos
+        self._ops = ops
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """One token for each row of `logits` (float32 `[n, vocab]`, changed in place), with its log-probability where
-        the request asks for it."""
-        raw = {
-            row: logits[row].log_softmax(-1)
-            for row, sequence in enumerate(sequences)
-            if sequence.params.logprobs is not None
-        }
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Samples:
+        """One token for each row of `logits` (float32 `[n, vocab]`, changed in place)."""
+        reported = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+        raw = _rows(logits, reported).log_softmax(-1) if reported else None
         for row, sequence in enumerate(sequences):
             self._shape(logits[row], sequence)
-        tokens = logits.argmax(-1).tolist()
+        tokens = logits.argmax(-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:
-            picked = _draw(logits if len(drawn) == len(sequences) else logits[drawn], [sequences[r] for r in drawn])
-            for row, token in zip(drawn, picked, strict=True):
-                tokens[row] = token
-        logprobs: list[TokenLogprob | None] = [None] * len(sequences)
-        for row, values in raw.items():
-            logprobs[row] = _logprob(values, tokens[row], sequences[row].params.logprobs or 0)
-        return tokens, logprobs
+            picked = self._draw(_rows(logits, drawn), [sequences[row] for row in drawn])
+            tokens = picked if len(drawn) == len(sequences) else tokens.index_copy(0, put(drawn, logits.device), picked)
+        if raw is None:
+            return Samples(tokens)
+        counts = [sequences[row].params.logprobs or 0 for row in reported]
+        own = raw.gather(1, _rows(tokens, reported).unsqueeze(1))
+        top, ids = raw.topk(max(counts))
+        rank = (raw > own).sum(-1) + 1
+        return Samples(tokens, LogprobRows(reported, counts, own.squeeze(1), rank, ids, top))
 
     def _shape(self, row: torch.Tensor, sequence: Sequence) -> None:
         """Apply what a request wants changed in its logits: bias, penalties, no end before min_tokens."""
         params = sequence.params
         if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+            seen = put(sorted(set(sequence.tokens)), row.device)
             values = row[seen]
             # CTRL (arXiv 1909.05858), as transformers and vLLM do it: away from zero is always less likely.
             penalty = params.repetition_penalty
@@ -63,46 +102,48 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty:
             outputs = sequence.tokens[len(sequence.tokens) - sequence.num_outputs :]
             if outputs:
-                ids, counts = torch.tensor(outputs, device=row.device).unique(return_counts=True)
-                row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+                often = Counter(outputs)
+                counts = put(list(often.values()), row.device)
+                row[put(list(often), row.device)] -= params.frequency_penalty * counts + params.presence_penalty
         if params.logit_bias:
-            row[torch.tensor(list(params.logit_bias), device=row.device)] += torch.tensor(
-                list(params.logit_bias.values()), device=row.device
-            )
-        if sequence.num_outputs < params.min_tokens:
+            bias = params.logit_bias
+            row[put(list(bias), row.device)] += put(list(bias.values()), row.device, torch.float32)
+        if sequence.num_outputs + sequence.sampling < params.min_tokens:
             ends = [*params.stop_token_ids, *(() if params.ignore_eos else self._eos)]
-            row[torch.tensor(ends, dtype=torch.int64, device=row.device)] = -torch.inf
+            row[put(ends, row.device)] = -torch.inf
+
+    def _draw(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        """Draw one id a row by inverting the cumulative distribution at the request's own random number."""
+        params = [sequence.params for sequence in sequences]
+
+        def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return put(values, logits.device, dtype).unsqueeze(1)
+
+        temperature = column([p.temperature for p in params])
+        points = column([uniform(s.seed, s.num_outputs + s.sampling) for s in sequences], torch.float64)
+        probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        if all(p.top_k <= 0 and p.top_p >= 1 and p.min_p <= 0 for p in params):
+            return _invert(probs, points).squeeze(1)
+        top_k = column([p.top_k if 0 < p.top_k < probs.shape[1] else probs.shape[1] for p in params], torch.int32)
+        top_p, min_p = column([p.top_p for p in params]), column([p.min_p for p in params])
+        ids, kept = self._ops.filter(probs, top_k, top_p, min_p)
+        picked = _invert(kept, points)
+        return (picked if ids is None else ids.gather(1, picked)).squeeze(1)
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """Draw one id a row by inverting the cumulative distribution at the request's own random number."""
-    params = [sequence.params for sequence in sequences]
+def put(values: list[int] | list[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """`values` on the device, without waiting for it: through pinned memory, which torch does not use again before the
+    copy has been made."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
-    def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device).unsqueeze(1)
 
-    temperature = column([p.temperature for p in params])
-    points = column([uniform(s.seed, s.num_outputs) for s in sequences], torch.float64)
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if all(p.top_k <= 0 and p.top_p >= 1 and p.min_p <= 0 for p in params):
-        return _invert(probs, points).squeeze(1).tolist()
-    vocab = probs.shape[1]
-    top_k = column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64)
-    top_p = column([p.top_p for p in params])
-    min_p = column([p.min_p for p in params])
-    for width in (min(SORTED, vocab), vocab):
-        sorted_probs, ids = probs.topk(width)
-        keep = sorted_probs >= min_p * sorted_probs[:, :1]
-        keep &= torch.arange(width, device=logits.device) < top_k
-        kept = sorted_probs * keep
-        # top_p counts in what top_k and min_p left. The first candidate always stays. With the rest of the vocabulary
-        # out of sight, its mass counts too unless the other two filters end before.
-        total = torch.where(keep[:, -1:], probs.sum(-1, keepdim=True), kept.sum(-1, keepdim=True))
-        before = kept.cumsum(-1) - kept
-        keep &= (before < top_p * total) | (top_p >= 1)
-        if width == vocab or not bool(keep[:, -1].any()):
-            break
-    return ids.gather(1, _invert(sorted_probs * keep, points)).squeeze(1).tolist()
+def pinned(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` that will be in pinned host memory when the device has come so far."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def _rows(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return x if len(rows) == x.shape[0] else x[put(rows, x.device)]
 
 
 def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -112,10 +153,3 @@ def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     # Rounding may land past the last weight that is not zero.
     last = (weights > 0).int().cumsum(-1).argmax(-1, keepdim=True)
     return torch.minimum(index, last)
-
-
-def _logprob(values: torch.Tensor, token: int, count: int) -> TokenLogprob:
-    """What the API reports of a sampled token: log-probability, rank from 1, and the `count` likeliest."""
-    top, ids = values.topk(count)
-    rank = int((values > values[token]).sum()) + 1
-    return TokenLogprob(token, float(values[token]), rank, list(zip(ids.tolist(), top.tolist(), strict=True)))

@@ -57,6 +57,10 @@ class Sequence:
         self.status = Status.WAITING
         self.pages: list[int] = []
         self.computed = 0
+        self.under_way = 0
+        """Tokens after these whose KV a launched step is computing."""
+        self.sampling = False
+        """Whether a launched step samples the token that comes after `tokens`."""
         self.registered = 0
         """Full pages that the prefix cache knows."""
         self.cached: int | None = None
@@ -75,8 +79,28 @@ class Sequence:
 
     @property
     def missing(self) -> int:
-        """Tokens whose KV is not there: 1 means the next step is a decode."""
+        """Tokens whose KV is not there."""
         return len(self.tokens) - self.computed
+
+    @property
+    def length(self) -> int:
+        """Tokens there are, the one that is being sampled included."""
+        return len(self.tokens) + self.sampling
+
+    @property
+    def to_launch(self) -> int:
+        """Tokens whose KV is neither there nor under way: 1 means that the next step is a decode."""
+        return self.length - self.computed - self.under_way
+
+    def can_go_on(self, max_len: int) -> bool:
+        """Whether a step can be launched for it now. While a token is being sampled that is so if it is not the last
+        one for sure, and if the choice of the next one does not depend on which it is."""
+        if not self.sampling:
+            return True
+        params = self.params
+        last = self.prefill_for or self.length >= max_len
+        last = last or (params.max_tokens is not None and self.num_outputs + 1 >= params.max_tokens)
+        return not last and not params.looks_back
 
     def hashes(self, page_tokens: int) -> list[bytes]:
         """Chain hashes of all full pages of `tokens`."""

@@ -1,0 +1,119 @@
+"""CUDA graphs of decode steps: a few hundred kernels launched by one call.
+
+A graph is recorded for a batch size and replayed with other numbers in the same tensors, so a batch is padded to the
+next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from miniserve.model.transformer import Transformer
+from miniserve.ops.batch import Batch
+
+log = logging.getLogger("miniserve.graphs")
+
+LADDER = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
+"""Batch sizes that are recorded: at most a fifth of the rows is padding, from 32 on."""
+
+Replay = Callable[[], None]
+
+
+class GraphOps(Protocol):
+    """What a graph needs of `Ops` besides: a plan whose tensors stay where they are."""
+
+    def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> Any:
+        """A plan for decodes of `size` sequences, with `tables` page numbers at most."""
+        ...
+
+    def fill(self, plan: Any, batch: Batch, kv: torch.Tensor) -> None:
+        """Set it to `batch`, of `size` decodes or fewer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A graph, and the tensors it reads and writes."""
+
+    plan: Any
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    logits: torch.Tensor
+    replay: Replay
+
+
+class DecodeGraphs:
+    """Records a graph when a batch of its size comes for the first time. `seconds` tells how long that took, by size;
+    `record` makes a replay of what a function computes, and tells where its result will be."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        ops: GraphOps,
+        kv: torch.Tensor,
+        most: int,
+        max_pages: int,
+        record: Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Replay]] | None = None,
+    ) -> None:
+        """Batches of up to `most` sequences with up to `max_pages` each are replayed, as far as the ladder goes."""
+        self.seconds: dict[int, float] = {}
+        self._transformer = transformer
+        self._ops = ops
+        self._kv = kv
+        self._max_pages = max_pages
+        self._sizes = [size for size in LADDER if size < most] + [most] * (most <= LADDER[-1])
+        self._record = record or CudaRecorder()
+        self._recorded: dict[int, Recorded] = {}
+
+    def logits(self, batch: Batch) -> torch.Tensor | None:
+        """float32 `[len(batch.lengths), vocab]`, valid until the next call; None for a batch that no graph is for."""
+        count = len(batch.lengths)
+        if count > self._sizes[-1] or len(batch.tokens) != count:
+            return None
+        size = self._sizes[bisect_left(self._sizes, count)]
+        recorded = self._recorded.get(size) or self._make(size)
+        recorded.tokens[:count].copy_(batch.tokens)
+        recorded.positions[:count].copy_(batch.positions)
+        recorded.positions[count:].zero_()
+        self._ops.fill(recorded.plan, batch, self._kv)
+        recorded.replay()
+        return recorded.logits[:count]
+
+    def _make(self, size: int) -> Recorded:
+        started = time.monotonic()
+        plan = self._ops.fixed_plan(size, self._kv, size * self._max_pages)
+        tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self._kv.device)
+        logits, replay = self._record(lambda: self._transformer.compute(plan, tokens, positions, None))
+        recorded = self._recorded[size] = Recorded(plan, tokens, positions, logits, replay)
+        self.seconds[size] = time.monotonic() - started
+        log.info("recorded a CUDA graph of %d decodes in %.2f s", size, self.seconds[size])
+        return recorded
+
+
+class CudaRecorder:
+    """Records with `torch.cuda.CUDAGraph`. All graphs share one pool of memory: only one runs at a time, in one
+    stream."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Replay]:
+        """See `DecodeGraphs`. What is lazily initialised must be so before: hence the first run beside the graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of this process may call CUDA meanwhile: only ours must not do what cannot be recorded.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = compute()
+        self._pool = graph.pool()
+        return logits, graph.replay
