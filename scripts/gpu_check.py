@@ -11,7 +11,7 @@ process of their own, which is started again. What did not run in time is report
 
 On a GPU machine without network: copy the wheels into the ignored folder `wheels/` of the checkout and run there
 
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$HOME/site" wheels/*.whl
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $HOME/site wheels/*.whl
   export PYTHONPATH="$HOME/site" FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_DISABLE_JIT=1 FLASHINFER_WORKSPACE_BASE=$HOME
   python3 scripts/gpu_check.py --out "$OUT"
 
@@ -37,9 +37,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "tests", ROOT / "scripts"):
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # before a miniserve that is installed
 
 import torch  # noqa: E402
 from gpu.checks import CHECKS, Check  # noqa: E402
@@ -162,7 +160,8 @@ def _row(name: str, figure: Figure, judged: bool) -> str:
     value = figure.value if isinstance(figure.value, str) else f"{figure.value:.4g}"
     limit = figure.limit if isinstance(figure.limit, str) else f"{figure.limit:.4g}"
     said = "" if not figure.rule or not judged else "ok" if figure.ok else "**FAIL**"
-    return f"| {name} | {figure.name} | {value} {figure.unit} | {f'{figure.rule} {limit}' if figure.rule else ''} | {said} |"
+    rule = f"{figure.rule} {limit}" if figure.rule else ""
+    return f"| {name} | {figure.name} | {value} {figure.unit} | {rule} | {said} |"
 
 
 def facts(device: str, small: bool) -> dict[str, Any]:
@@ -177,10 +176,17 @@ def facts(device: str, small: bool) -> dict[str, Any]:
 
     import transformers
 
-    gpu = said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    gpu = "no GPU"
+    if device != "cpu":
+        gpu = said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return {
-        "machine": f"{gpu if device != 'cpu' else 'no GPU'}, {os.cpu_count()} CPUs ({platform.processor() or 'unknown'})",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "machine": f"{gpu}, {os.cpu_count()} CPUs",
+        "versions": ", ".join(map(" ".join, versions.items())),
         "commit": said("git", "rev-parse", "--short", "HEAD"),
         "device": device,
         "small": small,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from miniserve import dummy, hub
@@ -23,7 +22,7 @@ from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))  # for tiny.py
+sys.path.insert(1, str(ROOT / "tests"))  # for tiny.py
 
 
 @dataclass(frozen=True)
@@ -199,8 +198,3 @@ def seconds(work: Callable[[], object], run: Setting, repeats: int, warm: int = 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     return json.loads(path.read_text())
-
-
-def plain(figure: Figure) -> dict[str, Any]:
-    """For JSON."""
-    return msgspec.to_builtins(figure)

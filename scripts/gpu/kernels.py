@@ -71,7 +71,7 @@ def _attend(
     """The error of attention, whether the pool holds what it should, and which kernels these are."""
     kv_heads = 2
     heads, device, numbers = kv_heads * group, torch.device(run.device), generator(run, group)
-    ops, kernels = make_ops(device, dtype, dim, (heads * dim,))
+    ops, kernels = make_ops(device, dtype, heads, dim, (heads * dim,))
     counts = [-(-context // PAGE) for _, context in sequences]
     order = list(range(sum(counts) + 2))
     random.Random(group).shuffle(order)
@@ -121,7 +121,7 @@ def between(run: Setting) -> Figures:
 
 def _between(run: Setting, device: torch.device, dtype: torch.dtype, dim: int, rows: int) -> list[tuple[str, float]]:
     width, numbers = 576, generator(run, rows)
-    ops, _ = make_ops(device, dtype, dim, (width,))
+    ops, _ = make_ops(device, dtype, 8, dim, (width,))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=numbers, device=device).to(dtype)
@@ -180,7 +180,7 @@ def _product(run: Setting, device: torch.device, dtype: torch.dtype, columns: in
         return torch.randn(shape, generator=numbers, device=device).to(dtype)
 
     weight, bias, x, residual = normal(columns, size), normal(columns), normal(200, size), normal(200, columns)
-    ops, _ = make_ops(device, dtype, 64, (size,))
+    ops, _ = make_ops(device, dtype, 8, 64, (size,))
     plain: Any = ops.linear(weight.clone())
     biased, head = ops.linear(weight.clone(), bias), ops.head(weight.clone())
     product, worst = x.double() @ weight.double().T, 0.0

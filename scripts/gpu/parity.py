@@ -11,7 +11,7 @@ from typing import Any
 import tiny
 import torch
 
-from gpu.common import Figure, Figures, Setting, greedy
+from gpu.common import Figure, Figures, Setting, drain, greedy
 from gpu.kernels import short
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
@@ -26,7 +26,7 @@ ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128}
 """Each with a size of heads that FlashInfer's kernels are compiled for."""
 TOKENS = 48
 SHORT = 12
-"""Tokens of an answer in bf16: close calls come soon, and after one nothing can be compared; so more of shorter ones."""
+"""Tokens of an answer in bf16: close calls come soon and after one nothing can be compared; so more, shorter ones."""
 VOCAB = 320
 ROUNDING = 3e-5
 """Two fp32 logits that differ by less (as a part of the largest) may change places by the order of a sum alone."""
@@ -161,7 +161,7 @@ def logit_error(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int
 def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) -> torch.Tensor:
     """Ours of all positions, computed in two chunks over shuffled pages."""
     device, config = torch.device(run.device), ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    ops, _ = make_ops(device, dtype, config.head_dim, (config.hidden_size, config.intermediate_size))
+    ops, _ = make_ops(device, dtype, config.heads, config.head_dim, (config.hidden_size, config.intermediate_size))
     transformer = Transformer(config, load_weights(folder, config, ops, dtype, device), ops, config.max_len)
     pages = list(range(-(-len(tokens) // 16) + 1))
     random.Random(0).shuffle(pages)
@@ -188,6 +188,7 @@ def text(llm: LLM, items: list[list[int]], params: SamplingParams | list[Samplin
 
 def leaks(llm: LLM) -> Figure:
     """Pages still held when all is over."""
+    drain(llm.engine)  # a step may be in flight
     llm.engine.pool.check()
     return Figure("pages held afterwards", llm.engine.pool.num_held, "", "==", 0)
 
@@ -196,39 +197,38 @@ def modes(run: Setting, dtype: torch.dtype) -> Figures:
     """Graphs on and off, overlap on and off, and the same request with stops and draws in each."""
     arch = "qwen3"
     folder = model(run, arch, dtype)
-    items = prompts(12, seed=1)
-    truth = paths(run, folder, items)
+    count, length = (12, TOKENS) if dtype is torch.float32 else (24, SHORT)
+    items = prompts(count, seed=1)
+    truth = paths(run, folder, items, length)
     tolerance, _ = logit_error(run, folder, dtype, items[-1] * 2 + truth[-1].tokens)
     # Different lengths, so that the batch shrinks through sizes of graphs, and ends that nothing foretells.
     some, ends = [], []
     for i, path in enumerate(truth):
-        length = TOKENS - 3 * i
-        stop = path.tokens[length // 2]
+        some_length = length - i % (length // 2)
+        stop = path.tokens[some_length // 2]
         end = path.tokens.index(stop) + 1
-        some.append(SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, stop_token_ids=[stop]))
+        some.append(SamplingParams(temperature=0.0, max_tokens=some_length, ignore_eos=True, stop_token_ids=[stop]))
         ends.append(Truth(path.tokens[:end], path.margins[:end]))
-    drawn = [SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=16, ignore_eos=True) for i in range(12)]
+    drawn = [SamplingParams(temperature=0.8, top_p=0.95, seed=i, max_tokens=16, ignore_eos=True) for i in range(count)]
     first: Any = None
     for eager in (True, False):
         for overlap in (False, True):
             llm = small_llm(run, folder, dtype, enforce_eager=eager, async_scheduling=overlap)
             how = f"{'eager' if eager else 'graphs'}, {'overlap' if overlap else 'no overlap'}"
-            answers = [text(llm, items), text(llm, items, some), text(llm, items, drawn)]
+            answers = [text(llm, items, greedy(length)), text(llm, items, some), text(llm, items, drawn)]
             wrong, compared = disagreements(answers[0], truth, tolerance)
             yield Figure(f"answers off transformers' path, {how}", wrong, "", "==", 0)
-            yield Figure(
-                f"tokens compared, {how}", compared, f"of {len(items) * TOKENS}", ">=", len(items) * TOKENS / 2
-            )
+            yield Figure(f"tokens compared, {how}", compared, f"of {count * length}", ">=", count * length / 2)
             wrong, _ = disagreements(answers[1], ends, tolerance)
             yield Figure(f"answers wrong that stop early, {how}", wrong, "", "==", 0)
             yield leaks(llm)
             first = first or answers
-            same = sum(
-                a == b for kind, other in zip(first, answers, strict=True) for a, b in zip(kind, other, strict=True)
-            )
+            same = sum(map(list.__eq__, sum(first, []), sum(answers, [])))
             # In bf16 a batch of another shape may round differently: no more than told. In fp32 all must be the same.
             rule = "==" if dtype is torch.float32 else ""
-            yield Figure(f"answers, drawn ones too, as in the first mode, {how}", same, "of 36", rule, 36)
+            yield Figure(
+                f"answers, drawn ones too, as in the first mode, {how}", same, f"of {3 * count}", rule, 3 * count
+            )
 
 
 # --- draws ----------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def replay(run: Setting, topology: str) -> Figures:
     out = run.folder / f"replay-{topology}.json"
     flags = ["--topology", topology, "--policy", "conserve" if "P" in topology else "observe"]
     flags += ["--load-format", "dummy"]
-    workload = ["--conversations", "4", "--max-turns", "3", "--rate", "4", "--scale-tokens", "0.005"]
+    workload = ["--conversations", "4", "--max-turns", "3", "--rate", "4", "--scale-tokens", "0.02"]
     if run.small:
         flags += ["--kv-cache-memory", "64MiB", "--max-model-len", "1024", "--threads", "1"]
     else:
@@ -158,9 +158,11 @@ def replay(run: Setting, topology: str) -> Figures:
     yield Figure("output", told["throughput"]["output_tokens_per_s"], "tokens/s")
     for name in ("ttft", "ttfet", "last_turn_tbt", "e2e"):
         for which in ("p50", "p95"):
-            yield Figure(f"{name} {which}", told[f"{name}_s"][which] * 1e3, "ms")
+            if (value := told[f"{name}_s"][which]) is not None:  # too few tokens to tell
+                yield Figure(f"{name} {which}", value * 1e3, "ms")
     for name in ("ttfet", "last_turn_tbt", "e2e"):
-        yield Figure(f"{name} beside an idle server, gmean", told[f"{name}_norm"]["gmean"], "times")
+        if (value := told[f"{name}_norm"]["gmean"]) is not None:
+            yield Figure(f"{name} beside an idle server, gmean", value, "times")
     if "P" in topology:
         yield Figure("KV handed over", told["kv_transfer"]["bytes"], "bytes", ">=", 1)
     yield Figure("placements", ", ".join(f"{way} {n}" for way, n in told["placements"].items()))

@@ -56,6 +56,7 @@ def engine_for(run: Setting, preset: str, **engine: Any) -> Built:
     """The engine that decode, prefill and append are measured with."""
     # Pinned down so that the same build serves several checks: 256 sequences of 1,024 tokens and what they grow to.
     built = shaped(run, preset, max_model_len=1024 if run.small else 20480, **engine)
+    drain(built.engine)
     built.engine.reset()
     return built
 
@@ -175,7 +176,7 @@ def append(run: Setting, preset: str) -> Figures:
     engine, length, new = built.engine, 256 if run.small else 16384, 67
     vocab = built.model.vocab_size
     history = random_prompts(1, length, vocab, seed=7)[0]
-    first_token(engine, "history", history + [1])
+    first_token(engine, "history", [*history, 1])
     times, steps = [], []
     for repeat in range(9):
         prompt = history + random_prompts(1, new, vocab, seed=100 + repeat)[0]
