@@ -147,6 +147,14 @@ def _add_serve(commands: Any) -> None:
         "default: %(default)s",
     )
     cluster.add_argument(
+        "--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs (slower steps, less memory)"
+    )
+    cluster.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="prepare a step while the device runs the one before; default: on a GPU",
+    )
+    cluster.add_argument(
         "--kv-transfer",
         choices=("auto", "mapped", "collective"),  # BACKENDS of kv/transfer.py, which needs torch
         default="auto",

@@ -91,6 +91,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`expected`: the KV that is needed least goes first; `lru`: the least recently used."""
     cpu_kernels: str = "auto"
     """`auto`: compiled at first use where there is a compiler; `torch`: without them."""
+    enforce_eager: bool = False
+    """Without CUDA graphs."""
+    async_scheduling: bool | None = None
+    """Whether the host prepares a step while the device runs the one before; None: on a GPU."""
     threads: int = 0
     """CPU threads of this worker; 0: all cores shared out among the workers."""
     workers: int = 1

@@ -90,4 +90,10 @@ fi
 echo "set-up: installing miniserve ($setup${extras:+; $extras})"
 rm -f .venv/stamp-*
 pip ${constraints[@]+"${constraints[@]}"} -e ".${extras:+[$extras]}" || explain
+if [ "$setup" = cpu ] && [ "$want" = test ]; then
+    # Tests hold our calls against FlashInfer's own signatures. Its Python part imports without a GPU, and needs but these
+    # of all that it asks for. Where it cannot be had those tests are skipped.
+    pip -c constraints-cpu.txt --no-deps flashinfer-python apache-tvm-ffi &&
+        pip -c constraints-cpu.txt nvidia-ml-py requests tqdm packaging || true
+fi
 echo "$stamp" >".venv/stamp-$want"

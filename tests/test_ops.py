@@ -21,7 +21,7 @@ LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 
 
 def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64) -> Ops:
-    made, said = make_ops(CPU, dtype, head_dim, (width,), native=kind == "native")
+    made, said = make_ops(CPU, dtype, 4, head_dim, (width,), native=kind == "native")
     if kind == "native" and not isinstance(made, CpuOps):
         pytest.skip(said)
     return made
@@ -162,7 +162,7 @@ def test_logits(kind: str, dtype: torch.dtype, vocab: int) -> None:
 
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    made, said = make_ops(CPU, torch.float32, 64, (64,))
+    made, said = make_ops(CPU, torch.float32, 4, 64, (64,))
     assert not isinstance(made, CpuOps)
     assert "no g++ found" in said
 
@@ -190,5 +190,5 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 
 
 def test_sizes_that_do_not_fill_vectors_are_left_to_torch() -> None:
-    assert not isinstance(make_ops(CPU, torch.float32, 40, (64,))[0], CpuOps)
-    assert not isinstance(make_ops(CPU, torch.float16, 64, (64,))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float32, 4, 40, (64,))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float16, 4, 64, (64,))[0], CpuOps)

@@ -14,6 +14,8 @@ from miniserve.sampling import SamplingParams
 from miniserve.worker.sequence import Sequence
 
 TOKENS = 64
+OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+"""Whether a step is launched before the one before it has told what it sampled."""
 ARCHS = ("llama", "llama3", "qwen2", "qwen3", "mistral")
 
 
@@ -56,14 +58,15 @@ def test_alone(tiny_models, expected, arch, kernels):
     assert clean(llm)
 
 
+@OVERLAP
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
     ("chunk", "kernels"),
     [(1, "auto"), (7, "auto"), (7, "torch"), (16, "auto"), (64, "auto"), (512, "auto"), (512, "torch")],
 )
-def test_mixed_batch_any_chunk(tiny_models, expected, arch, chunk, kernels):
+def test_mixed_batch_any_chunk(tiny_models, expected, arch, chunk, kernels, overlap):
     items, texts = expected[arch]
-    llm = small(tiny_models[arch], max_num_batched_tokens=chunk, cpu_kernels=kernels)
+    llm = small(tiny_models[arch], max_num_batched_tokens=chunk, cpu_kernels=kernels, async_scheduling=overlap)
     assert greedy(llm, items) == texts
     assert clean(llm)
 
@@ -76,13 +79,14 @@ def test_page_sizes(tiny_models, expected, block_size):
     assert clean(llm)
 
 
+@OVERLAP
 @pytest.mark.parametrize("arch", ARCHS)
-def test_prefix_hits(tiny_models, arch):
+def test_prefix_hits(tiny_models, arch, overlap):
     """Prompts that share beginnings, asked again and continued: from cache the text is the same."""
     base = prompts(6, seed=1)[-1] * 2
     items = [base, base[:40], [*base[:48], 3, 4, 5], [*base, 9], base]
     texts = reference(tiny_models[arch], items, TOKENS)
-    llm = small(tiny_models[arch], max_num_batched_tokens=32)
+    llm = small(tiny_models[arch], async_scheduling=overlap, max_num_batched_tokens=32)
     assert greedy(llm, items) == texts
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     again = llm.generate(items, params, progress=False)
@@ -96,33 +100,42 @@ def test_prefix_hits(tiny_models, arch):
     assert clean(llm)
 
 
+@OVERLAP
 @pytest.mark.parametrize("caching", [True, False])
-def test_preemption(tiny_models, expected, caching):
+def test_preemption(tiny_models, expected, caching, overlap):
     """A pool that holds a third of what the batch wants: sequences are preempted and recomputed."""
     items, texts = expected["llama"]
-    llm = small(tiny_models["llama"], max_model_len=256, enable_prefix_caching=caching)
+    llm = small(tiny_models["llama"], async_scheduling=overlap, max_model_len=256, enable_prefix_caching=caching)
     per_page = llm._built.memory.shape.bytes
-    llm = small(tiny_models["llama"], max_model_len=256, enable_prefix_caching=caching, kv_cache_memory=20 * per_page)
+    llm = small(
+        tiny_models["llama"],
+        async_scheduling=overlap,
+        max_model_len=256,
+        enable_prefix_caching=caching,
+        kv_cache_memory=20 * per_page,
+    )
     assert greedy(llm, items) == texts
     assert llm.engine.counters.preemptions > 0
     assert clean(llm)
 
 
-def test_eviction(tiny_models):
+@OVERLAP
+def test_eviction(tiny_models, overlap):
     """Far more prompts than the pool can remember, each asked twice."""
     items = prompts(40, seed=2)
     texts = reference(tiny_models["qwen3"], items, 8)
-    llm = small(tiny_models["qwen3"], max_model_len=256, kv_cache_memory=400_000)
+    llm = small(tiny_models["qwen3"], async_scheduling=overlap, max_model_len=256, kv_cache_memory=400_000)
     assert llm.engine.pool.num_pages < sum(len(i) // 16 for i in items)
     assert greedy(llm, items, 8) == texts
     assert greedy(llm, list(reversed(items)), 8) == list(reversed(texts))
     assert clean(llm)
 
 
-def test_abort_at_any_moment(tiny_models, expected):
+@OVERLAP
+def test_abort_at_any_moment(tiny_models, expected, overlap):
     """Aborted sequences free their pages and disturb nobody."""
     items, texts = expected["llama"]
-    llm = small(tiny_models["llama"], max_num_batched_tokens=24)
+    llm = small(tiny_models["llama"], async_scheduling=overlap, max_num_batched_tokens=24)
     engine, pick = llm.engine, random.Random(3)
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     got: dict[str, list[int]] = {}
@@ -144,14 +157,15 @@ def test_abort_at_any_moment(tiny_models, expected):
     assert clean(llm)
 
 
-def test_sampling_is_reproducible_in_any_batch(tiny_models):
+@OVERLAP
+def test_sampling_is_reproducible_in_any_batch(tiny_models, overlap):
     """The same seed gives the same text alone, in a batch, and after preemption."""
     items = prompts(8, seed=4)
     params = [
         SamplingParams(temperature=0.9, top_p=0.95, top_k=40, seed=seed, max_tokens=24, ignore_eos=True)
         for seed in range(8)
     ]
-    llm = small(tiny_models["llama"])
+    llm = small(tiny_models["llama"], async_scheduling=overlap)
     alone = [llm.generate([i], p, progress=False)[0].outputs[0].token_ids for i, p in zip(items, params, strict=True)]
     together = [g.outputs[0].token_ids for g in llm.generate(items, params, progress=False)]
     assert together == alone
@@ -178,9 +192,10 @@ def test_bf16_text_is_the_same_in_any_batch(tmp_path):
             assert [g.outputs[0].token_ids for g in other.generate(items, params, progress=False)] == alone
 
 
-def test_long_prompt_does_not_stall_decodes(tiny_models):
+@OVERLAP
+def test_long_prompt_does_not_stall_decodes(tiny_models, overlap):
     """While a long prompt is prefilled in chunks, a running stream gets a token in each step."""
-    llm = small(tiny_models["llama"], max_num_batched_tokens=32)
+    llm = small(tiny_models["llama"], async_scheduling=overlap, max_num_batched_tokens=32)
     engine = llm.engine
     params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     engine.add(Sequence("stream", [1, 2, 3], params, 0, b""))
@@ -192,14 +207,15 @@ def test_long_prompt_does_not_stall_decodes(tiny_models):
         engine.admit()
         assert [o.turn for o in engine.step().outputs if o.turn == "stream"] == ["stream"]
         steps += 1
-    assert steps == -(-250 // 31)
+    assert steps == -(-250 // 31) + overlap
 
 
-def test_same_prefix_is_computed_once(tiny_models):
+@OVERLAP
+def test_same_prefix_is_computed_once(tiny_models, overlap):
     """Many prompts with one beginning that arrive together: the beginning is computed by one of them."""
     base = prompts(9, seed=5)[-1] + list(range(200))
     items = [[*base, i] for i in range(6)]
-    llm = small(tiny_models["llama"], max_num_batched_tokens=64)
+    llm = small(tiny_models["llama"], async_scheduling=overlap, max_num_batched_tokens=64)
     assert greedy(llm, items, 4) == reference(tiny_models["llama"], items, 4)
     fresh = len(base) // 16 * 16
     assert llm.engine.counters.prompt_tokens < fresh + 6 * 20

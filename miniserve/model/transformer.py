@@ -50,6 +50,11 @@ class Transformer:
         self._scale = config.head_dim**-0.5
         self._turns = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._weights.embedding.device
+
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV.

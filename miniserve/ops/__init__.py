@@ -74,6 +74,7 @@ class Ops(Protocol):
 def make_ops(
     device: torch.device,
     dtype: torch.dtype,
+    heads: int,
     head_dim: int,
     widths: tuple[int, ...],
     *,
@@ -82,17 +83,23 @@ def make_ops(
 ) -> tuple[Ops, str]:
     """The implementation for `device`, and in words which one it is.
 
-    `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden states, MLP activations.
-    With `native` a CPU gets compiled kernels where they can be had; `tell` hears of it if they have to be compiled.
+    `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
+    states, MLP activations. Without `native` it is plain torch. A CPU gets compiled kernels where they can be had, and
+    `tell` hears of it if they have to be compiled.
     """
     from miniserve.ops.torch_ops import TorchOps
 
-    if device.type != "cpu" or not native:
+    if not native:
         return TorchOps(device), "torch"
-    from miniserve.ops.cpu_ops import CpuOps
     from miniserve.ops.native import NoKernels
 
     try:
+        if device.type == "cuda":
+            from miniserve.ops.cuda_ops import CudaOps
+
+            return CudaOps(device, dtype, heads, head_dim), "flashinfer"
+        from miniserve.ops.cpu_ops import CpuOps
+
         return CpuOps(dtype, head_dim, widths, tell), "native"
     except NoKernels as reason:
         return TorchOps(device), f"torch, slower than native ones: {reason}"

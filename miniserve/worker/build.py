@@ -10,6 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from miniserve.config import ConfigError, EngineConfig, format_bytes
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
@@ -18,8 +20,10 @@ from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
+from miniserve.ops.cuda_ops import CudaOps
 from miniserve.worker import sizing
 from miniserve.worker.engine import Engine
+from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.pace import Pace
 from miniserve.worker.runner import Runner
 from miniserve.worker.sequence import Sequence
@@ -69,6 +73,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     threads = sizing.prepare_cpu(config) if device.type == "cpu" else 1
     shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
     num_slots = sizing.swap_pages(config, shape)
+    default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
+    budget = config.max_num_batched_tokens or default_budget
     if device.type == "cpu":
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         estimate = model.num_parameters * dtype.itemsize
@@ -76,6 +82,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     ops, kernels = make_ops(
         device,
         dtype,
+        model.heads,
         model.head_dim,
         (model.hidden_size, model.intermediate_size),
         native=config.cpu_kernels != "torch",
@@ -83,28 +90,40 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     )
     phase("kernels")
     tell("weights", 0, model.layers)
-    weights = load_weights(
-        folder,
-        model,
-        ops,
-        dtype,
-        device,
-        dummy=config.load_format == "dummy",
-        progress=lambda done, total: tell("weights", done, total),
-    )
-    phase("weights")
-    if device.type != "cpu":
-        num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, weights.num_bytes, device)
+    try:
+        weights = load_weights(
+            folder,
+            model,
+            ops,
+            dtype,
+            device,
+            dummy=config.load_format == "dummy",
+            progress=lambda done, total: tell("weights", done, total),
+        )
+        transformer = Transformer(model, weights, ops, max_model_len)
+        phase("weights")
+        if device.type != "cpu":
+            step = sizing.step_bytes(transformer, shape, config.max_num_seqs, min(budget, max_model_len))
+            num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, weights.num_bytes, device, step)
+            phase("profile")
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(
+            f"The GPU's memory does not hold the weights and a step of {budget} tokens ({error}). Use a smaller model, "
+            "a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
+        ) from error
     memory = KVMemory(shape, num_pages, device)
     host = HostPool(memory, num_slots, order=config.kv_eviction) if num_slots else None
     if host is not None:
         kv_note += f"; {num_slots} pages = {format_bytes(num_slots * shape.bytes)} of swap space"
     phase("kv")
-    default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
-    budget = config.max_num_batched_tokens or default_budget
-    transformer = Transformer(model, weights, ops, max_model_len)
+    eos = eos_token_ids(folder, hf_config, model.vocab_size)
+    graphs = None
+    if isinstance(ops, CudaOps) and not config.enforce_eager:
+        longest = -(-max_model_len // config.block_size)
+        graphs = DecodeGraphs(transformer, ops, memory.pages, config.max_num_seqs, longest)
+    overlap = config.async_scheduling
     engine = Engine(
-        Runner(transformer, memory, eos_token_ids(folder, hf_config, model.vocab_size), device),
+        Runner(transformer, memory, eos, device, graphs),
         PagePool(
             num_pages,
             caching=config.enable_prefix_caching,
@@ -117,6 +136,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         max_model_len=max_model_len,
         host=host,
         pace=Pace(budget, config.step_stretch) if config.step_stretch else None,
+        overlap=device.type == "cuda" if overlap is None else overlap,
     )
     identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, config.load_format]
     layout = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()

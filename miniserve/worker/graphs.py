@@ -26,11 +26,11 @@ Replay = Callable[[], None]
 class GraphOps(Protocol):
     """What a graph needs of `Ops` besides: a plan whose tensors stay where they are."""
 
-    def fixed_plan(self, size: int, kv: torch.Tensor) -> Any:
-        """A plan for decodes of `size` sequences."""
+    def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> Any:
+        """A plan for decodes of `size` sequences, with `tables` page numbers at most."""
         ...
 
-    def fill(self, plan: Any, batch: Batch) -> None:
+    def fill(self, plan: Any, batch: Batch, kv: torch.Tensor) -> None:
         """Set it to `batch`, of `size` decodes or fewer."""
         ...
 
@@ -56,13 +56,15 @@ class DecodeGraphs:
         ops: GraphOps,
         kv: torch.Tensor,
         most: int,
+        max_pages: int,
         record: Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Replay]] | None = None,
     ) -> None:
-        """Batches of up to `most` sequences are replayed, as far as the ladder goes."""
+        """Batches of up to `most` sequences with up to `max_pages` each are replayed, as far as the ladder goes."""
         self.seconds: dict[int, float] = {}
         self._transformer = transformer
         self._ops = ops
         self._kv = kv
+        self._max_pages = max_pages
         self._sizes = [size for size in LADDER if size < most] + [most] * (most <= LADDER[-1])
         self._record = record or CudaRecorder()
         self._recorded: dict[int, Recorded] = {}
@@ -77,13 +79,13 @@ class DecodeGraphs:
         recorded.tokens[:count].copy_(batch.tokens)
         recorded.positions[:count].copy_(batch.positions)
         recorded.positions[count:].zero_()
-        self._ops.fill(recorded.plan, batch)
+        self._ops.fill(recorded.plan, batch, self._kv)
         recorded.replay()
         return recorded.logits[:count]
 
     def _make(self, size: int) -> Recorded:
         started = time.monotonic()
-        plan = self._ops.fixed_plan(size, self._kv)
+        plan = self._ops.fixed_plan(size, self._kv, size * self._max_pages)
         tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self._kv.device)
         logits, replay = self._record(lambda: self._transformer.compute(plan, tokens, positions, None))
         recorded = self._recorded[size] = Recorded(plan, tokens, positions, logits, replay)

@@ -8,9 +8,13 @@ from pathlib import Path
 import torch
 
 from miniserve.config import ConfigError, EngineConfig, format_bytes
-from miniserve.kv.memory import PageShape
+from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.model.config import DTYPES, ModelConfig
+from miniserve.model.transformer import Transformer
 from miniserve.ops.torch_ops import native_bf16
+from miniserve.sampling import SamplingParams
+from miniserve.worker.runner import Runner
+from miniserve.worker.sequence import Sequence
 
 CPU_RUNTIME_BYTES = 700 * 2**20
 """What a worker process takes beside weights and KV: libraries and the activations of a step (measured, 512 tokens)."""
@@ -101,9 +105,15 @@ def memory_available() -> int:
 
 
 def size_pool(
-    config: EngineConfig, shape: PageShape, max_model_len: int, weights: int, device: torch.device
+    config: EngineConfig,
+    shape: PageShape,
+    max_model_len: int,
+    weights: int,
+    device: torch.device,
+    activations: int = 0,
 ) -> tuple[int, str]:
-    """Pages in the pool, and the arithmetic in words. `weights` is their size in bytes, loaded already on a GPU.
+    """Pages in the pool, and the arithmetic in words. `weights` is their size in bytes, loaded already on a GPU, where
+    a step takes up to `activations` bytes on top.
 
     Raises `ConfigError` if not even one sequence of `max_model_len` tokens fits.
     """
@@ -111,8 +121,11 @@ def size_pool(
         size, how = config.kv_cache_memory, "--kv-cache-memory"
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        size = int(free - (1 - config.gpu_memory_utilization) * total)
-        how = f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)}, less what is in use"
+        size = int(free - (1 - config.gpu_memory_utilization) * total) - activations
+        how = (
+            f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)}, less what is in use and "
+            f"{format_bytes(activations, up=True)} for a step"
+        )
     else:
         available = memory_available()
         room = int(available * config.gpu_memory_utilization / config.workers) - weights - CPU_RUNTIME_BYTES
@@ -144,6 +157,27 @@ def size_pool(
         f"{format_bytes(pages * shape.bytes)} ({how})"
     )
     return pages, note
+
+
+def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, budget: int) -> int:
+    """Bytes that the largest step takes on a GPU beside weights and KV, measured: `budget` tokens, shared by as many
+    sequences as may run, each of which samples with all filters. One sequence must be able to have so many."""
+    device = transformer.device
+    count = min(max_num_seqs, budget)
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, logprobs=20)
+    work, pages = [], -(-budget // count // shape.page_tokens) + 1
+    for i in range(count):
+        sequence = Sequence(str(i), [0] * (budget // count), params, 0, b"")
+        sequence.pages = list(range(i * pages, (i + 1) * pages))
+        work.append((sequence, budget // count))
+    memory = KVMemory(shape, count * pages, device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    Runner(transformer, memory, frozenset(), device).launch(work).wait()
+    taken = torch.cuda.max_memory_allocated(device) - before
+    del memory
+    torch.cuda.empty_cache()
+    return taken
 
 
 def swap_pages(config: EngineConfig, shape: PageShape) -> int:

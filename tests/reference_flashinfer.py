@@ -1,0 +1,175 @@
+"""FlashInfer as plain math on a CPU: what `CudaOps` calls, each call held against the signature in the package.
+
+Attention here reads pages slot by slot from the tables it was planned with, in float64: it shares nothing with
+`TorchOps`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+
+def real() -> Any:
+    """The package itself, which imports without a GPU if it is told what to build for."""
+    os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
+    return pytest.importorskip("flashinfer", reason="flashinfer-python is not installed (scripts/setup.sh does it)")
+
+
+def checked(function: Callable[..., Any], like: Callable[..., Any], positional: int = 0) -> Callable[..., Any]:
+    """`function`, called with names that `like` knows: its first `positional` arguments may come without."""
+    signature = inspect.signature(inspect.unwrap(like))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        assert len(args) <= positional, "arguments by name only"
+        signature.bind(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+class Wrapper:
+    """Attention of either kind. `plan` keeps what it is given, in the buffers of a fixed wrapper if it is one."""
+
+    def __init__(self, fi: Any, decode: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.kind = fi.BatchDecodeWithPagedKVCacheWrapper if decode else fi.BatchPrefillWithPagedKVCacheWrapper
+        inspect.signature(inspect.unwrap(self.kind.__init__)).bind(None, *args, **kwargs)
+        assert kwargs["backend"] == "fa2", "auto would take another module"
+        self.fixed = kwargs if kwargs.get("use_cuda_graph") else None
+        self.decode = decode
+        self.planned: dict[str, Any] = {}
+
+    def plan(self, **kwargs: Any) -> None:
+        plan = self.kind._plan_impl if self.decode else self.kind.plan  # decode's own takes any keyword
+        inspect.signature(inspect.unwrap(plan)).bind(None, **kwargs)
+        for value in kwargs.values():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == torch.int32
+        indptr = kwargs["indptr" if self.decode else "paged_kv_indptr"]
+        indices = kwargs["indices" if self.decode else "paged_kv_indices"]
+        last = kwargs["last_page_len" if self.decode else "paged_kv_last_page_len"]
+        assert indptr[0] == 0
+        assert indptr[-1] == len(indices)
+        assert len(last) == len(indptr) - 1
+        assert bool((last >= 1).all())
+        assert bool((last <= kwargs["page_size"]).all())
+        if self.fixed is not None:
+            self.fixed["paged_kv_indptr_buffer"].copy_(indptr)
+            self.fixed["paged_kv_last_page_len_buffer"].copy_(last)
+            self.fixed["paged_kv_indices_buffer"][: len(indices)].copy_(indices)
+            indptr, last = self.fixed["paged_kv_indptr_buffer"], self.fixed["paged_kv_last_page_len_buffer"]
+            indices = self.fixed["paged_kv_indices_buffer"]
+        starts = torch.arange(len(last) + 1) if self.decode else kwargs["qo_indptr"]
+        assert self.decode or kwargs["causal"]
+        self.planned = kwargs | {"tables": (indptr, indices, last, starts)}
+
+    def run(self, **kwargs: Any) -> torch.Tensor:
+        inspect.signature(inspect.unwrap(self.kind.run)).bind(None, **kwargs)
+        q, (keys, values), out = kwargs["q"], kwargs["paged_kv_cache"], kwargs["out"]
+        indptr, indices, last, starts = self.planned["tables"]
+        size, group = self.planned["page_size"], self.planned["num_qo_heads"] // self.planned["num_kv_heads"]
+        dtypes = {self.planned["q_data_type"], self.planned["kv_data_type"], q.dtype, keys.dtype, out.dtype}
+        assert len(dtypes) == 1, "its default is fp16"
+        assert q.shape[0] == starts[-1]
+        assert q.shape[1:] == (self.planned["num_qo_heads"], self.planned["head_dim" if self.decode else "head_dim_qk"])
+        for i in range(len(last)):
+            pages = indices[indptr[i] : indptr[i + 1]].long()
+            tokens = (len(pages) - 1) * size + int(last[i])
+            k, v = (x[pages].flatten(0, 1)[:tokens].double().repeat_interleave(group, 1) for x in (keys, values))
+            mine = q[starts[i] : starts[i + 1]].double()
+            scores = torch.einsum("qhd,khd->hqk", mine, k) * self.planned["sm_scale"]
+            position = torch.arange(tokens - len(mine), tokens)
+            scores.masked_fill_(torch.arange(tokens) > position[:, None], -torch.inf)
+            out[starts[i] : starts[i + 1]] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)
+        return out
+
+
+def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    x = input.double()
+    return out.copy_(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double())
+
+
+def rope(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> None:
+    assert cos_sin_cache.dtype == torch.float32
+    assert is_neox
+    cos, sin = cos_sin_cache[positions.long(), None].double().chunk(2, -1)
+    for x in (query, key):
+        heads = x.view(x.shape[0], -1, head_size)
+        low, high = heads.double().chunk(2, -1)
+        heads.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), -1))
+
+
+def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
+    gate, up = input.double().chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(input.dtype)
+
+
+def append(
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    kv_layout: str,
+) -> None:
+    keys, values = paged_kv_cache
+    assert kv_layout == "NHD"
+    assert keys.stride() == values.stride()
+    assert len(kv_last_page_len) == len(kv_indptr) - 1
+    for x in (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len):
+        assert x.dtype == torch.int32
+        assert x.is_contiguous()
+    for row, (i, position) in enumerate(zip(batch_indices.tolist(), positions.tolist(), strict=True)):
+        page = kv_indices[kv_indptr[i] + position // keys.shape[1]]
+        keys[page, position % keys.shape[1]] = append_key[row]
+        values[page, position % keys.shape[1]] = append_value[row]
+
+
+def top_k_renorm(probs: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    assert top_k.shape == probs.shape[:1]
+    rows = zip(probs, top_k.tolist(), strict=True)
+    kept = torch.stack([torch.where(row >= row.topk(k).values[-1], row, 0) for row, k in rows])
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def top_p_renorm(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    assert top_p.shape == probs.shape[:1]
+    ordered, ids = probs.sort(-1, descending=True)
+    keep = (ordered.cumsum(-1) - ordered) < top_p[:, None]
+    kept = torch.zeros_like(probs).scatter(1, ids, ordered * keep)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def reference() -> Any:
+    """What `CudaOps` takes for the module flashinfer."""
+    fi = real()
+    return SimpleNamespace(
+        BatchDecodeWithPagedKVCacheWrapper=lambda *args, **kwargs: Wrapper(fi, True, args, kwargs),
+        BatchPrefillWithPagedKVCacheWrapper=lambda *args, **kwargs: Wrapper(fi, False, args, kwargs),
+        norm=SimpleNamespace(rmsnorm=checked(rmsnorm, fi.norm.rmsnorm)),
+        rope=SimpleNamespace(
+            apply_rope_with_cos_sin_cache_inplace=checked(rope, fi.rope.apply_rope_with_cos_sin_cache_inplace)
+        ),
+        activation=SimpleNamespace(silu_and_mul=checked(silu_and_mul, fi.activation.silu_and_mul)),
+        page=SimpleNamespace(append_paged_kv_cache=checked(append, fi.page.append_paged_kv_cache)),
+        sampling=SimpleNamespace(
+            top_k_renorm_probs=checked(top_k_renorm, fi.sampling.top_k_renorm_probs),
+            top_p_renorm_probs=checked(top_p_renorm, fi.sampling.top_p_renorm_probs),
+        ),
+    )
