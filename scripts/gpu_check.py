@@ -179,14 +179,10 @@ def facts(device: str, small: bool) -> dict[str, Any]:
     gpu = "no GPU"
     if device != "cpu":
         gpu = said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    versions = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "machine": f"{gpu}, {os.cpu_count()} CPUs",
-        "versions": ", ".join(map(" ".join, versions.items())),
+        "versions": ", ".join(f"{name} {v}" for name, v in versions.items()) + f", Python {platform.python_version()}",
         "commit": said("git", "rev-parse", "--short", "HEAD"),
         "device": device,
         "small": small,
@@ -238,11 +234,8 @@ def main() -> int:
                 print(f"{result['verdict']:<10} {result.get('seconds', 0):6.1f} s  {check.name}", flush=True)
                 for figure in result.get("figures", []):
                     told = figure.value if isinstance(figure.value, str) else f"{figure.value:.4g}"
-                    wrong = (
-                        ""
-                        if figure.ok or result["verdict"] == "not judged"
-                        else f"  <-- not {figure.rule} {figure.limit}"
-                    )
+                    fine = figure.ok or result["verdict"] == "not judged"
+                    wrong = "" if fine else f"  <-- not {figure.rule} {figure.limit}"
                     if check.group != "correctness" or wrong:
                         print(f"    {figure.name}: {told} {figure.unit}{wrong}", flush=True)
                 if result["error"]:

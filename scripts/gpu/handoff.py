@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from gpu import ceilings
 from gpu.common import Figure, Figures, Setting, drop_engine, model_folder, read_json
-from miniserve.cluster.messages import Peer, PoolInfo
+from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer import Transfer, connect
 from miniserve.model.config import ModelConfig
@@ -30,8 +29,7 @@ PATIENCE = 60.0
 
 def peer_of(name: str, memory: KVMemory) -> Peer:
     """A pool as its owner tells others about it."""
-    fd = memory.shared.fd if memory.shared is not None else -1
-    return Peer(name, 1, "", PoolInfo(os.getpid(), fd, memory.num_pages, memory.shape.bytes, LAYOUT))
+    return Peer(name, 1, "", memory.info(LAYOUT))
 
 
 def new_memory(device: str, shape: PageShape, num_pages: int, seed: int) -> KVMemory:
@@ -57,18 +55,22 @@ def way(memory: KVMemory, us: str, peer: Peer, run_dir: str) -> Transfer:
     return transfer
 
 
-def fetch(run_device: str, memory: KVMemory, transfer: Transfer, publications: list[Any], ours: list[int]) -> None:
+def fetch(transfer: Transfer, publications: list[Any], ours: list[int]) -> None:
     """Get (ticket, pages) of each publication into `ours`, in order; all of it is there afterwards."""
     copies = [(transfer.fetch(ticket, pages), len(pages)) for ticket, pages in publications]
     at, end = 0, time.monotonic() + PATIENCE
-    for copy, count in copies:
-        while not copy.ready:
+
+    def until(done: Callable[[], bool]) -> None:
+        while not done():
             if time.monotonic() > end:
                 raise TimeoutError("pages did not come")
+
+    for copy, count in copies:
+        until(lambda copy=copy: copy.ready)
         copy.store(ours[at : at + count])
         at += count
-    if run_device != "cpu":
-        torch.cuda.synchronize()
+    for copy, _ in copies:
+        until(lambda copy=copy: copy.stored)
 
 
 def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str) -> None:
@@ -81,7 +83,7 @@ def other(control: Connection, device: str, shape: PageShape, num_pages: int, ru
         if what == "offer":
             control.send(transfer.offer(*rest))
         elif what == "fetch":
-            fetch(device, memory, transfer, *rest)
+            fetch(transfer, *rest)
             control.send(None)
         else:
             control.send(hashes(memory, *rest))
@@ -139,7 +141,7 @@ def same_bytes(run: Setting) -> Figures:
         chunks = [(sent[:third], back[:third]), (sent[third:], back[third:])]
         from_there = [(tell("offer", coming), coming) for _, coming in chunks]
         from_here = [(transfer.offer(going), going) for going, _ in chunks]
-        fetch(run.device, memory, transfer, from_there, landing)
+        fetch(transfer, from_there, landing)
         tell("fetch", from_here, theirs)
         after_here, after_there = hashes(memory, everything), tell("hash", everything)
         wrong_here = sum(after_here[a] != before_there[b] for a, b in zip(landing, back, strict=True))
@@ -167,7 +169,7 @@ def speed(run: Setting, preset: str) -> Figures:
             publications = [(tell("offer", part), part) for part in parts]
             ours = random.Random(-repeat).sample(range(count, 2 * count), count)
             begun = time.perf_counter()
-            fetch(run.device, memory, transfer, publications, ours)
+            fetch(transfer, publications, ours)
             times.append(time.perf_counter() - begun)
         taken = sorted(times[1:])[2]
         wrong = sum(a != b for a, b in zip(hashes(memory, ours[:8]), tell("hash", order[:8]), strict=True))

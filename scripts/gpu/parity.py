@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
 from miniserve.ops.batch import Batch
 from miniserve.sampling import SamplingParams
+from miniserve.worker.sampler import Sampler
+from miniserve.worker.sequence import Sequence
 
 ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128}
 """Each with a size of heads that FlashInfer's kernels are compiled for."""
@@ -223,12 +226,10 @@ def modes(run: Setting, dtype: torch.dtype) -> Figures:
             yield Figure(f"answers wrong that stop early, {how}", wrong, "", "==", 0)
             yield leaks(llm)
             first = first or answers
-            same = sum(map(list.__eq__, sum(first, []), sum(answers, [])))
+            same = sum(map(list.__eq__, chain(*first), chain(*answers)))
             # In bf16 a batch of another shape may round differently: no more than told. In fp32 all must be the same.
-            rule = "==" if dtype is torch.float32 else ""
-            yield Figure(
-                f"answers, drawn ones too, as in the first mode, {how}", same, f"of {3 * count}", rule, 3 * count
-            )
+            rule, most = "==" if dtype is torch.float32 else "", 3 * count
+            yield Figure(f"answers, draws too, as in the first mode, {how}", same, f"of {most}", rule, most)
 
 
 # --- draws ----------------------------------------------------------------------------------------------------------
@@ -264,8 +265,26 @@ def sampling(run: Setting) -> Figures:
         yield Figure(f"{name}: probability of such draws", chi_square(seen, exact), "chi-square", ">=", UNLIKELY)
         again = [tokens[0] for tokens in text(llm, [prompt] * 7, params[:7])]
         yield Figure(f"{name}: same seed, other batch, same draw", sum(map(int.__eq__, again, draws)), "of 7", "==", 7)
+    yield from _by_kernels(run, 512 if run.small else 4096)
     greedy_again = text(llm, [prompt], SamplingParams(temperature=2.0, top_k=1, seed=1, max_tokens=1, ignore_eos=True))
     yield Figure("top_k 1 is greedy", int(greedy_again[0][0] == int(raw.argmax())), "", "==", 1)
+
+
+def _by_kernels(run: Setting, count: int) -> Figures:
+    """The same of the kernels that serve, over given logits of a larger vocabulary."""
+    device, vocab = torch.device(run.device), 1000 if run.small else 32000
+    ops, kernels = make_ops(device, run.half, 8, 64, (576,))
+    raw = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) * 3
+    for name, filters in FILTERS.items():
+        params = SamplingParams(temperature=0.9, ignore_eos=True, **filters)
+        rows = [Sequence(str(seed), [1], params, seed, b"") for seed in range(count)]
+        logits = raw.to(device).expand(count, -1).clone()
+        draws, _ = Sampler(frozenset(), ops).sample(logits, rows).read()
+        exact = distribution(raw.double(), params)
+        seen = torch.bincount(torch.tensor(draws), minlength=vocab).double()
+        beyond = int(seen[exact == 0].sum())
+        yield Figure(f"{name}, {kernels}: draws that are filtered out", beyond, f"of {count}", "==", 0)
+        yield Figure(f"{name}, {kernels}: probability of such draws", chi_square(seen, exact), "", ">=", UNLIKELY)
 
 
 def distribution(raw: torch.Tensor, params: SamplingParams) -> torch.Tensor:

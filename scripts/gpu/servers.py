@@ -158,11 +158,11 @@ def replay(run: Setting, topology: str) -> Figures:
     yield Figure("output", told["throughput"]["output_tokens_per_s"], "tokens/s")
     for name in ("ttft", "ttfet", "last_turn_tbt", "e2e"):
         for which in ("p50", "p95"):
-            if (value := told[f"{name}_s"][which]) is not None:  # too few tokens to tell
-                yield Figure(f"{name} {which}", value * 1e3, "ms")
+            if spread := told[f"{name}_s"]:  # None where there are too few tokens to tell
+                yield Figure(f"{name} {which}", spread[which] * 1e3, "ms")
     for name in ("ttfet", "last_turn_tbt", "e2e"):
-        if (value := told[f"{name}_norm"]["gmean"]) is not None:
-            yield Figure(f"{name} beside an idle server, gmean", value, "times")
+        if spread := told[f"{name}_norm"]:
+            yield Figure(f"{name} beside an idle server, gmean", spread["gmean"], "times")
     if "P" in topology:
         yield Figure("KV handed over", told["kv_transfer"]["bytes"], "bytes", ">=", 1)
     yield Figure("placements", ", ".join(f"{way} {n}" for way, n in told["placements"].items()))
