@@ -33,6 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_frontend, args=(spec.run_dir,), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
+    logging.getLogger("miniserve").setLevel(logging.INFO)
     context = zmq.Context()
     outboxes = Outboxes(context, spec.name, spec.epoch)
 
