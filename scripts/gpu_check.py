@@ -43,8 +43,8 @@ import torch  # noqa: E402
 from gpu.checks import CHECKS, Check  # noqa: E402
 from gpu.common import Figure, Setting  # noqa: E402
 
-BUDGET = 480.0
-"""Seconds for everything: issue 5."""
+BUDGET = 460.0
+"""Seconds for everything: what issue 5 allows, less what the last check may take to end."""
 GRACE = 10.0
 """A check that is near its end when its time is over may finish."""
 

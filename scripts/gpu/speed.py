@@ -56,6 +56,7 @@ def engine_for(run: Setting, preset: str, **engine: Any) -> Built:
     """The engine that decode, prefill and append are measured with."""
     # Pinned down so that the same build serves several checks: 256 sequences of 1,024 tokens and what they grow to.
     built = shaped(run, preset, max_model_len=1024 if run.small else 20480, **engine)
+    abort(built.engine, [s.turn for s in (*built.engine.waiting, *built.engine.running)])  # of a check that failed
     drain(built.engine)
     built.engine.reset()
     return built
@@ -89,6 +90,11 @@ def step_seconds(run: Setting, engine: Engine, steps: int) -> float:
     return sorted(found)[1]
 
 
+def tokens_held(engine: Engine) -> int:
+    """Tokens of all sequences that run: a decode step reads the KV of them."""
+    return sum(len(sequence.tokens) for sequence in engine.running)
+
+
 def _tokens_of_a_step(engine: Engine) -> None:
     """Step until tokens come: with overlap a step may bring those of the one before, or none."""
     while not engine.step().outputs:
@@ -105,8 +111,9 @@ def decode(run: Setting, preset: str, eager: bool = False) -> Figures:
         turns = turns[:size]
         for _ in range(4):  # what is in flight, and the graph of this size
             _tokens_of_a_step(engine)
+        before = tokens_held(engine)
         taken = step_seconds(run, engine, 4 if run.small else 24)
-        context = sum(len(engine.find(turn).tokens) for turn in turns)
+        context = (before + tokens_held(engine)) / 2
         read = weight_bytes(built) + context * built.memory.shape.token_bytes
         share = read / taken / bandwidth
         limit = ROOFLINE.get(size) if preset == LLAMA and not eager else None
@@ -320,8 +327,10 @@ def transformers_beside(run: Setting) -> Figures:
 def _cb_requests(manager: Any, prompts: list[list[int]], lengths: list[int], longest: float) -> tuple[int, float]:
     """Output tokens of all requests after `longest` seconds at most, and the seconds."""
     begun = time.perf_counter()
-    for prompt, length in zip(prompts, lengths, strict=True):
+    asked = [
         manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
     tokens = finished = 0
     while finished < len(prompts) and time.perf_counter() - begun < longest:
         if (result := manager.get_result(timeout=0.1)) is not None and result.is_finished():
@@ -332,5 +341,9 @@ def _cb_requests(manager: Any, prompts: list[list[int]], lengths: list[int], lon
         elif not manager.is_running():
             raise RuntimeError("transformers' generation thread has ended")
     # Finished ones are told of; of the others its scheduler knows.
+    taken = time.perf_counter() - begun
     running = list(manager.batch_processor.scheduler.active_requests.values())
-    return tokens + sum(len(state.generated_tokens) for state in running), time.perf_counter() - begun
+    tokens += sum(len(state.generated_tokens) for state in running)
+    for request in asked if finished < len(prompts) else ():
+        manager.cancel_request(request)
+    return tokens, taken
