@@ -21,7 +21,8 @@ from gpu.parity import Truth, disagreements, logit_error, model, paths, prompts
 
 START = 120.0
 """Seconds that a server may take to start."""
-TRACE = ROOT.parent / "shared" / "traces" / "swe_agent.csv"
+TRACES = [folder / "shared" / "traces" / "swe_agent.csv" for folder in (ROOT, ROOT.parent)]
+"""Where the recorded trace may lie; without it one like it is made up."""
 TOPOLOGIES = {"1D": "colocated", "2D": "observe", "1P1D": "conserve", "1P2D": "conserve"}
 """Each with a policy that uses all of it."""
 
@@ -129,7 +130,7 @@ def replay(run: Setting, topology: str) -> Figures:
     """Coding agents against a server with Qwen3-0.6B's shape: every turn answered, and how long they waited."""
     drop_engine(run)
     folder = model_folder(run, "qwen3-0.6b")
-    trace = str(TRACE) if TRACE.exists() else "swe-agent"
+    trace = next((str(path) for path in TRACES if path.exists()), "swe-agent")
     out = run.folder / f"replay-{topology}.json"
     flags = ["--topology", topology, "--policy", "conserve" if "P" in topology else "observe"]
     flags += ["--load-format", "dummy"]
