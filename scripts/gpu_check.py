@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # before a miniserve that is installed
 
 import torch  # noqa: E402
@@ -56,7 +57,6 @@ def worker(control: Connection, device: str, small: bool, folder: str) -> None:
     """Runs the checks it is told to, and sends each figure as it comes. Ends itself after an error that may have left
     the device unusable."""
     os.setsid()  # whoever ends it ends its children too
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["MINISERVE_CACHE"] = str(Path(folder) / "cache")
     import transformers
 
