@@ -17,6 +17,7 @@ import torch
 from reference_flashinfer import reference
 from test_parity import clean, greedy, prompts
 
+from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.ops.batch import Batch
 from miniserve.ops.cuda_ops import CudaOps, Tables
@@ -152,6 +153,12 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
         def cuda_ops(device: Any, dtype: Any, heads: int, dim: int, widths: Any, **rest: Any) -> tuple[CudaOps, str]:
             return CudaOps(CPU, dtype, heads, dim, kernels=reference()), "flashinfer"
 
+        def memory(shape: PageShape, num_pages: int, device: torch.device) -> KVMemory:
+            made = KVMemory(shape, num_pages + 1, device)
+            made.num_pages = num_pages  # the last one is the scratch page
+            return made
+
+        monkeypatch.setattr(build, "KVMemory", memory)
         monkeypatch.setattr(build, "make_ops", cuda_ops)
         monkeypatch.setattr(build, "DecodeGraphs", lambda *args: DecodeGraphs(*args, record=recorder))
         made = LLM(folder, kv_cache_memory=2**22, threads=1, enforce_eager=eager, dtype="float32", **engine)

@@ -71,6 +71,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     dtype = sizing.choose_dtype(config.dtype, model, device)
     max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
     threads = sizing.prepare_cpu(config) if device.type == "cpu" else 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
     shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
     num_slots = sizing.swap_pages(config, shape)
     default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS

@@ -38,6 +38,11 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name!r} is not supported: use auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this PyTorch sees no CUDA GPU. Use --device cpu, or check the driver.")
+    if device.type == "cuda":
+        count, index = torch.cuda.device_count(), device.index or 0
+        if index >= count:
+            raise ConfigError(f"There is no {name}: this PyTorch sees {count} GPUs, from cuda:0 on.")
+        return torch.device("cuda", index)
     return device
 
 
