@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Literal
 
 import msgspec
 
@@ -35,6 +36,14 @@ def mistyped(struct: msgspec.Struct) -> tuple[str, str] | None:
     return None
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output must match, in one of llguidance's forms: a JSON schema as JSON, a regular expression, or a grammar
+    in its variant of Lark."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next tokens are chosen and when a turn ends. Names and defaults follow vLLM's `SamplingParams`.
 
@@ -60,6 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -75,7 +85,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def looks_back(self) -> bool:
         """Whether the choice of a token depends on which ones came before it, beyond what the model makes of them."""
-        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+        penalised = self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+        return penalised or self.grammar is not None
 
     def nth(self, i: int) -> SamplingParams:
         """The parameters of a prompt's choice number `i`: its own seed, so that the choices differ."""
