@@ -156,6 +156,7 @@ async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, si
     async def ended() -> None:
         while client.active:
             await asyncio.sleep(0.05)
+        client.feed.close()  # nothing more happens; else those who listen would be waited for
         # What has been generated is still on its way to clients.
         await _tasks_ended(http, FLUSH_SECONDS)
 
