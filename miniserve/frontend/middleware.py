@@ -50,8 +50,8 @@ def is_open(path: str) -> bool:
 
 
 class ApiKey:
-    """Lets in whoever knows the key. Everybody may see /health and the dashboard's page, which shows nothing until it is
-    given the key."""
+    """Lets in whoever knows the key. Everybody may see /health and the dashboard's page, which shows nothing until it
+    is given the key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app

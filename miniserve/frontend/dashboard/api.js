@@ -1,6 +1,7 @@
 // The server: requests with the key, and streams of server-sent events. EventSource cannot send a key, fetch can.
 
 const KEY = "miniserve-api-key";
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
 
 export class Refused extends Error {

@@ -72,10 +72,13 @@ function draw(canvas, dots, values, now) {
   const [left, right, top, bottom] = [46, 6, 6, 18];
   const x = (time) => width - right - ((now - time) / SPAN) * (width - left - right);
   const y = (value) => height - bottom - (Math.log(value / from) / Math.log(to / from)) * (height - top - bottom);
+  // Of few decades, their parts too.
+  const parts = to / from > 10 ? [1] : [1, 2, 5];
+  const ticks = STEPS.flatMap((step) => parts.map((part) => part * step)).filter((tick) => tick >= from && tick <= to * 1.001);
   pen.strokeStyle = faint;
   pen.fillStyle = ink;
   pen.textBaseline = "middle";
-  for (const step of STEPS.filter((step) => step >= from && step <= to)) {
+  for (const step of ticks) {
     pen.textAlign = "right";
     pen.fillText(seconds(step).replace(/\.0+ /, " "), left - 6, y(step));
     pen.beginPath();

@@ -1,6 +1,6 @@
 // Listens to GET /v1/events, asks for what was before, and has all parts drawn.
 
-import { Refused, events, getJson, request, setKey } from "./api.js";
+import { Refused, events, getJson, hasKey, request, setKey } from "./api.js";
 import { Charts } from "./charts.js";
 import { Chat } from "./chat.js";
 import { showDecision } from "./detail.js";
@@ -11,13 +11,18 @@ import { forgetWorkers, showWorkers } from "./workers.js";
 
 const SILENCE_SECONDS = 10; // the server says something every second
 const LONGEST_WAIT = 10;
+const READING_SECONDS = 3;
 const PAST = 40; // conversations whose past is asked for at the start
 
 const model = new Model();
+let policy = "";
 let pointed = null;
+let latest = null;
+let latestSince = 0;
+let lostUntil = 0;
 const lanes = new Lanes(model, (turn) => {
   pointed = turn;
-  showDecision(pointed ?? model.latest, !pointed);
+  showDetail();
 });
 const charts = new Charts(model);
 new Chat((id) => (lanes.own = id));
@@ -27,6 +32,13 @@ const sleep = (s) => new Promise((resolve) => setTimeout(resolve, 1000 * s));
 function status(state, text) {
   byId("status").dataset.state = state;
   setText(byId("status"), text);
+}
+
+// The turn that is pointed at, else the latest, which stays long enough to be read.
+function showDetail() {
+  const now = model.now();
+  if (!latest || now - latestSince > READING_SECONDS) [latest, latestSince] = [model.latest, now];
+  showDecision(pointed ?? latest, !pointed);
 }
 
 async function listen() {
@@ -52,20 +64,25 @@ function take(event, data) {
     // Perhaps another server than before: what we knew may not be so any more.
     [model, lanes].forEach((part) => part.clear());
     forgetWorkers();
+    [policy, pointed, latest] = [data.policy, null, null];
     model.setClock(data.time, true);
     lanes.setSpan(lanes.span);
     status("live", "live");
-    begin(data.policy).catch(() => {}); // the stream will tell if the server is gone
+    begin().catch(() => {}); // the stream will tell if the server is gone
   } else if (event === "workers") {
     const queued = showWorkers(data);
-    status("live", queued ? `live, ${queued} queued` : "live");
+    if (model.now() > lostUntil) status("live", queued ? `live, ${queued} queued` : "live");
   } else if (event === "turns") model.liveTurns(data);
   else if (event === "decision") model.decision(data);
   else if (event === "outcome") model.outcome(data);
-  else if (event === "lost") status("wait", `too much at once: ${data.events} events were lost`);
+  else if (event === "lost") {
+    status("wait", `too much at once: ${data.events} events were lost`);
+    lostUntil = model.now() + 5;
+    begin().catch(() => {});
+  }
 }
 
-async function begin(policy) {
+async function begin() {
   const { data } = await getJson("/v1/models");
   setText(byId("about"), `${data[0].id}, policy ${policy}`);
   for (const card of (await getJson(`/v1/conversations?limit=${PAST}`)).data) model.stale.add(card.id);
@@ -112,7 +129,7 @@ async function forever() {
 }
 
 function askForKey() {
-  status("gone", sessionStorage.length ? "the API key is wrong" : "an API key is needed");
+  status("gone", hasKey() ? "the API key is wrong" : "an API key is needed");
   byId("key").hidden = false;
   byId("key-input").focus();
   return new Promise((resolve) => {
@@ -129,7 +146,7 @@ byId("window").addEventListener("change", (event) => lanes.setSpan(Number(event.
 setInterval(() => {
   if (document.hidden) return;
   lanes.update();
-  showDecision(pointed ?? model.latest, !pointed);
+  showDetail();
 }, 200);
 setInterval(() => {
   model.prune();

@@ -72,6 +72,7 @@ export class Model {
       turn.placed = t.placed;
       turn.first ??= t.first_token;
       Object.assign(turn, { home: t.home, prefillAt: t.prefill_at, prompt: t.prompt_tokens, output: t.output_tokens });
+      conversation.home ||= t.home ?? "";
       if (t.turn === 1) conversation.began ??= t.arrived;
       turn.version += 1;
     }

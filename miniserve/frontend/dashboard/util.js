@@ -23,6 +23,7 @@ export const whole = (number) => Math.round(number).toLocaleString("en");
 
 export function seconds(s) {
   if (s === null || s === undefined || Number.isNaN(s)) return "–";
+  if (s < 0.00005) return "0 ms";
   if (s < 0.9995) return `${(1000 * s).toFixed(s < 0.01 ? 1 : 0)} ms`;
   return s < 100 ? `${s.toFixed(s < 10 ? 2 : 1)} s` : `${whole(s)} s`;
 }

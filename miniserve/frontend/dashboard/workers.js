@@ -53,7 +53,7 @@ export function showWorkers(list) {
   }
   const links = list.links.filter((link) => link.moves).map((link) => {
     const speed = link.bandwidth ? ` at ${bytes(link.bandwidth)}/s` : "";
-    return `${link.source} ▸ ${link.destination} ${whole(link.moves)} times, ${bytes(link.bytes)}${speed}`;
+    return `${link.source} ▸ ${link.destination} ${whole(link.moves)}×, ${bytes(link.bytes)}${speed}`;
   });
   setText(byId("links"), links.length ? `KV moved: ${links.join("; ")}` : "no KV has moved yet");
   return list.queued;
