@@ -359,8 +359,8 @@ async def test_a_turn_from_its_decision_to_its_end(tokenizer: Tokenizer, browser
         engine.report("a", 0, [7], prefill=0.01)
         await asyncio.sleep(0.1)
         engine.report("a", 1, [8, 9], "stop")
-        await says(tab, "figure p", "of 2 turns")
-        await says(tab, "figure p", "of 2 conversations")
+        await says(tab, "figure p", "2 turns")
+        await says(tab, "figure p", "2 conversations")
         turn = tab.locator('.turn[aria-label^="<b>c1</b>, turn 1"]')
         await turn.hover()
         await says(tab, "#detail .real", "–")  # harm is not measured

@@ -8,10 +8,22 @@ const STEPS = [0.001, 0.01, 0.1, 1, 10, 100, 1000];
 
 // Each gives [time, seconds] of a turn, or null.
 const CHARTS = [
-  { name: "TTFT", about: "from a turn's arrival to its first token", dot: (t) => [t.first, t.first - t.arrived] },
-  { name: "TBT", about: "mean gap between tokens of a turn", dot: (t) => (t.output > 1 ? [t.end, (t.end - t.first) / (t.output - 1)] : null) },
-  { name: "TTFET", about: "from a conversation's arrival to the first token of its last turn so far", last: true,
-    dot: (t) => (t.conversation.began === null ? null : [t.first, t.first - t.conversation.began]) },
+  {
+    name: "TTFT",
+    about: "from a turn's arrival to its first token",
+    dot: (turn) => [turn.first, turn.first - turn.arrived],
+  },
+  {
+    name: "TBT",
+    about: "mean gap between tokens of a turn",
+    dot: (turn) => (turn.output > 1 ? [turn.end, (turn.end - turn.first) / (turn.output - 1)] : null),
+  },
+  {
+    name: "TTFET",
+    about: "from a conversation's arrival to the first token of its last turn so far",
+    last: true,
+    dot: ({ first, conversation }) => (conversation.began === null ? null : [first, first - conversation.began]),
+  },
 ];
 
 export class Charts {
@@ -46,8 +58,8 @@ export class Charts {
       }
       const values = dots.map((dot) => dot.value).sort((a, b) => a - b);
       const at = (q) => seconds(values[Math.min(Math.floor(q * values.length), values.length - 1)]);
-      const of_ = `${values.length} ${chart.last ? "conversation" : "turn"}${values.length === 1 ? "" : "s"}`;
-      setText(chart.summary, values.length ? `median ${at(0.5)}, 95 % below ${at(0.95)}, of ${of_}` : "nothing yet");
+      const number = `${values.length} ${chart.last ? "conversation" : "turn"}${values.length === 1 ? "" : "s"}`;
+      setText(chart.summary, values.length ? `p50 ${at(0.5)} · p95 ${at(0.95)} · ${number}` : "nothing yet");
       draw(chart.canvas, dots, values, now);
     }
   }
@@ -74,7 +86,8 @@ function draw(canvas, dots, values, now) {
   const y = (value) => height - bottom - (Math.log(value / from) / Math.log(to / from)) * (height - top - bottom);
   // Of few decades, their parts too.
   const parts = to / from > 10 ? [1] : [1, 2, 5];
-  const ticks = STEPS.flatMap((step) => parts.map((part) => part * step)).filter((tick) => tick >= from && tick <= to * 1.001);
+  const all = STEPS.flatMap((step) => parts.map((part) => part * step));
+  const ticks = all.filter((tick) => tick >= from && tick <= to * 1.001);
   pen.strokeStyle = faint;
   pen.fillStyle = ink;
   pen.textBaseline = "middle";

@@ -60,8 +60,8 @@ export class Chat {
         if (below) log.scrollTop = log.scrollHeight;
       }
     } catch (error) {
-      const why = error.name === "AbortError" ? "stopped" : error instanceof TypeError ? "the server is gone" : error.message;
-      if (this.id === id) log.append(h("p", { class: "error" }, why));
+      const known = { AbortError: "stopped", TypeError: "the server is gone" };
+      if (this.id === id) log.append(h("p", { class: "error" }, known[error.name] ?? error.message));
     }
     // What was said stays said: the next turn goes on from it, and finds its KV.
     if (said) messages.push({ role: "assistant", content: said });

@@ -3,69 +3,84 @@
 import { byId, color, h, seconds, setText, where, whole } from "./util.js";
 
 const PHASES = ["queue", "prefill", "transfer", "decode", "harm"];
-const short = (s) => (s === null || s === undefined ? "–" : s.toFixed(s < 9.995 ? 3 : 1));
+// Columns of what was read of workers.
+const READ = {
+  free: "free",
+  turns: "turns",
+  load: "load",
+  queued_prefill_tokens: "to do",
+  prefilling: "busy",
+  known: "known",
+};
+const number = (s) => (s === null ? "–" : s.toFixed(s < 9.995 ? 3 : 1));
+const chip = (worker) => h("b", { class: "chip", "--c": color(worker) }, worker);
+const th = (name) => h("th", { scope: "col", class: name }, name);
+const head = (names) => h("thead", {}, h("tr", {}, ...names.map(th)));
 
-let shown = null;
-let version = -1;
+let shown = [];
 
 export function showDecision(turn, isLatest) {
   setText(byId("detail-which"), isLatest ? "the latest; point at a turn for its own" : "of the turn you point at");
-  if (turn === shown && (turn?.version ?? -1) === version) return;
-  // Numbers of a running turn change each second; what is shown of it does not, until it has ended.
-  if (turn === shown && turn && !turn.end && turn.decision === byId("detail").decision) return;
-  [shown, version] = [turn, turn?.version ?? -1];
-  byId("detail").decision = turn?.decision;
+  const now = turn ? [turn, turn.home, turn.decision, turn.outcome, turn.end] : [null];
+  if (now.every((part, i) => part === shown[i])) return;
+  shown = now;
   byId("detail").replaceChildren(...(turn ? content(turn) : [h("p", { class: "muted" }, "Nothing was decided yet.")]));
 }
 
 function content(turn) {
-  const { decision: d, outcome: o } = turn;
-  const chips = [turn.prefillAt !== turn.home ? [turn.prefillAt, "prefills"] : null, [turn.home, ""]];
-  const [pre, at] = chips.map((c) => c && h("b", { class: "chip", "--c": color(c[0]) }, c[0] ?? "queue"));
-  const does = !turn.home ? ["waits in the ", at] : pre ? [pre, " prefills, ", at, " decodes"] : [at, " does all of it"];
-  const parts = [h("h3", { class: "clip" }, `${turn.conversation.id} · turn ${turn.number}`)];
-  parts.push(h("p", {}, ...does, d ? `: ${d.reason || "no other way"}` : ""));
+  const { decision, outcome, home, prefillAt } = turn;
+  const elsewhere = prefillAt !== home ? [chip(prefillAt), " prefills, ", chip(home), " decodes"] : [];
+  const does = !home ? ["It is queued."] : elsewhere.length ? elsewhere : [chip(home), " does all of it"];
+  const title = h("h3", { class: "clip" }, `${turn.conversation.id} · turn ${turn.number}`);
   const moved = turn.moved ? ` ${whole(turn.moved)} pages of KV moved.` : "";
-  const tokens = `${whole(turn.prompt)} tokens`;
-  if (d) {
-    const read = `${tokens}, ${whole(d.expected_output)} more expected: ${whole(d.pages)} pages.`;
-    parts.push(h("p", { class: "muted" }, `${read} It was queued for ${seconds(d.queued)}.${moved}`));
-    parts.push(options(d, o), workers(d));
-  } else {
-    const why = "It was decided before this page listened; its numbers are in the decision log, if there is one.";
-    const first = turn.first ? `, the first token after ${seconds(turn.first - turn.arrived)}` : "";
-    parts.push(h("p", { class: "muted" }, `${tokens}${first}.${moved} ${turn.home ? why : ""}`));
+  if (!decision) {
+    const why = home ? "Its decision was made before this page listened." : "";
+    const first = turn.first ? `, the first after ${seconds(turn.first - turn.arrived)}` : "";
+    const facts = `${whole(turn.prompt)} tokens in, ${whole(turn.output ?? 0)} out${first}.${moved} ${why}`;
+    return [title, h("p", {}, ...does), h("p", { class: "muted" }, facts)];
   }
-  return parts;
+  const { tokens, expected_output, pages, queued } = decision;
+  const needs = `${whole(tokens)} tokens in, ${whole(expected_output)} out expected: ${whole(pages)} pages.`;
+  return [
+    title,
+    h("p", {}, ...does, `: ${decision.reason}`),
+    h("p", { class: "muted" }, `${needs} Queued for ${seconds(queued)}.${moved}`),
+    costs(decision, outcome),
+    workers(decision),
+  ];
 }
 
-// Bars of all rows have one scale.
-function options(d, o) {
-  const chosen = (option) => option.home === d.home && option.prefill_at === d.prefill_at;
-  const rows = d.options.map((option) => ({ ...option, name: where(option.prefill_at, option.home), chosen: chosen(option) }));
-  if (o) {
-    const real = { queue: o.waited, prefill: o.prefill, transfer: o.exposed, decode: Math.max(o.decode - o.exposed, 0) };
-    rows.push({ ...real, harm: null, cost: o.first_token + o.decode, name: "real", real: true });
+// A row for each option and one for what happened; the bars below them have one scale.
+function costs({ options, home, prefill_at }, outcome) {
+  const rows = options.map((option) => {
+    const chosen = option.home === home && option.prefill_at === prefill_at;
+    const name = where(option.prefill_at, option.home);
+    return { ...option, name: chosen ? `✓ ${name}` : name, kind: chosen ? "chosen" : "" };
+  });
+  if (outcome) {
+    const { waited, prefill, exposed, decode, first_token } = outcome;
+    const parts = { queue: waited, prefill, transfer: exposed, decode: Math.max(decode - exposed, 0), harm: null };
+    rows.push({ ...parts, cost: first_token + decode, name: "real", kind: "real" });
   }
   const most = Math.max(...rows.map((row) => row.cost), 1e-9);
-  const head = h("tr", {}, h("th", { scope: "col" }, "s"), ...PHASES.map((phase) => h("th", { scope: "col", class: phase }, phase)), h("th", { scope: "col" }, "cost"));
-  const table = h("table", {}, h("caption", {}, rows.length > Number(Boolean(o)) ? "Expected costs in seconds, and what happened" : "This policy compares no costs"), h("thead", {}, head));
-  for (const row of rows) {
-    const name = h("th", { scope: "row" }, `${row.chosen ? "✓ " : ""}${row.name}`);
-    const cells = [...PHASES, "cost"].map((phase) => h("td", {}, short(row[phase])));
-    const bar = h("div", { class: "bar" }, ...PHASES.map((phase) => h("i", { class: phase, "--part": (row[phase] ?? 0) / most })));
-    const kind = row.chosen ? "chosen" : row.real ? "real" : "";
-    table.append(h("tbody", { class: kind }, h("tr", {}, name, ...cells), h("tr", { "aria-hidden": "true" }, h("td", { colspan: 7 }, bar))));
-  }
-  if (!o) table.append(h("tbody", { class: "real" }, h("tr", {}, h("th", { scope: "row" }, "real"), h("td", { colspan: 6 }, "when it has ended"))));
-  return table;
+  const bodies = rows.map((row) => {
+    const bar = PHASES.map((phase) => h("i", { class: phase, "--part": (row[phase] ?? 0) / most }));
+    const cells = [...PHASES, "cost"].map((column) => h("td", {}, number(row[column])));
+    const numbers = h("tr", {}, h("th", { scope: "row" }, row.name), ...cells);
+    const drawn = h("tr", { "aria-hidden": "true" }, h("td", { colspan: 7 }, h("div", { class: "bar" }, ...bar)));
+    return h("tbody", { class: row.kind }, numbers, drawn);
+  });
+  const what = options.length ? "What each way was expected to cost, in seconds" : "This policy compares no costs";
+  const told = h("caption", {}, outcome ? `${what}; what it took` : `${what}; what it took follows at its end`);
+  return h("table", {}, told, head(["", ...PHASES, "cost"]), ...bodies);
 }
 
-function workers(d) {
-  const columns = { free: "free", turns: "turns", load: "load", queued_prefill_tokens: "to do", prefilling: "prefilling", known: "known" };
-  const cell = { load: (x) => x.toFixed(1), prefilling: (x) => `${Math.round(100 * x)} %` };
-  const head = h("tr", {}, h("th", { scope: "col" }, ""), ...Object.values(columns).map((name) => h("th", { scope: "col" }, name)));
-  const rows = Object.entries(d.workers).map(([name, read]) =>
-    h("tr", {}, h("th", { scope: "row" }, h("b", { class: "chip", "--c": color(name) }, name)), ...Object.keys(columns).map((key) => h("td", {}, (cell[key] ?? whole)(read[key])))));
-  return h("table", {}, h("caption", {}, "Read of the workers: pages free, turns now and on average, tokens to prefill, tokens known"), h("thead", {}, head), h("tbody", {}, ...rows));
+function workers(decision) {
+  const words = { load: (x) => x.toFixed(1), prefilling: (x) => `${Math.round(100 * x)} %` };
+  const rows = Object.entries(decision.workers).map(([name, read]) => {
+    const cells = Object.keys(READ).map((key) => h("td", {}, (words[key] ?? whole)(read[key])));
+    return h("tr", {}, h("th", { scope: "row" }, chip(name)), ...cells);
+  });
+  const told = "Read of workers: free pages, turns now and lately, prompt tokens to do and time spent so, tokens known";
+  return h("table", {}, h("caption", {}, told), head(["", ...Object.values(READ)]), h("tbody", {}, ...rows));
 }

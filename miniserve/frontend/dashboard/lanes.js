@@ -1,9 +1,10 @@
 // Conversations as lanes over time. Each keeps its row until an idle one has to make room, so that nothing jumps. The
 // turns lie on a belt that moves left; only those that still run are laid out again.
 
-import { byId, color, h, seconds, setText, where } from "./util.js";
+import { byId, color, h, setText, where } from "./util.js";
 
-export const ROWS = 20;
+const ROWS = 20;
+const PARTS = ["queued", "waited", "prefill", "decode"]; // of a turn, one after the other
 
 export class Lanes {
   constructor(model, show) {
@@ -45,7 +46,8 @@ export class Lanes {
     this.width = this.rows[0].belt.parentElement.clientWidth;
     this.epoch = this.model.now();
     for (const drawn of this.drawn.values()) drawn.version = -1;
-    const ticks = [1, 0.75, 0.5, 0.25].map((part) => h("span", {}, `−${seconds(part * this.span).replace(".0", "").replace(/(\.\d)0 s/, "$1 s")}`));
+    const ago = (s) => (s < 100 ? `−${s} s` : `−${s / 60} min`);
+    const ticks = [1, 0.75, 0.5, 0.25].map((part) => h("span", {}, ago(part * this.span)));
     byId("axis").replaceChildren(...ticks, h("span", {}, "now"));
     this.update();
   }
@@ -108,7 +110,7 @@ export class Lanes {
     let drawn = this.drawn.get(turn);
     if (!drawn) {
       const part = (kind) => h("i", { class: `seg ${kind}` });
-      const parts = Object.fromEntries(["queued", "waited", "prefill", "decode"].map((kind) => [kind, part(kind)]));
+      const parts = Object.fromEntries(PARTS.map((kind) => [kind, part(kind)]));
       const marks = h("i", { class: "mark" });
       const element = h("button", { class: "turn", type: "button", tabindex: "-1" }, ...Object.values(parts), marks);
       drawn = { element, parts, marks, version: -1 };
@@ -122,18 +124,19 @@ export class Lanes {
     const first = Math.min(turn.first ?? end, end);
     const placed = Math.min(turn.home ? turn.placed ?? end : end, first);
     const began = turn.prefill === undefined ? placed : Math.max(first - turn.prefill, placed);
-    const stops = { queued: [turn.arrived, placed], waited: [placed, began], prefill: [began, first], decode: [first, end] };
+    const times = [turn.arrived, placed, began, first, end];
     element.style.left = `${(turn.arrived - this.epoch) * perSecond}px`;
     element.style.width = `${Math.max((end - turn.arrived) * perSecond, 4)}px`;
     element.classList.toggle("live", !turn.end);
-    for (const [kind, [from, to]] of Object.entries(stops)) {
+    for (const [i, kind] of PARTS.entries()) {
+      const [from, to] = times.slice(i, i + 2);
       const { style } = parts[kind];
       const width = (to - from) * perSecond;
       const worker = kind === "decode" ? turn.home : turn.prefillAt;
       style.left = `${(from - turn.arrived) * perSecond}px`;
       style.width = `${to > from ? Math.max(width, 1) : 0}px`;
       if (kind !== "queued" && worker) style.setProperty("--c", color(worker));
-      if (kind === "prefill" || kind === "decode") setText(parts[kind], width > 22 ? worker ?? "" : "");
+      if (kind === "prefill" || kind === "decode") setText(parts[kind], width > (kind === "prefill" ? 22 : 40) ? worker ?? "" : "");
     }
     const handed = turn.home && turn.prefillAt !== turn.home && turn.first;
     const failed = turn.finish === "abort" || turn.finish === "error";
