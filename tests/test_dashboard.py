@@ -464,8 +464,7 @@ async def test_a_server_that_goes_and_returns(tokenizer: Tokenizer, browser: Any
         await says(tab, "#status", "live")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 800, 1600])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (800, "dark"), (1600, "light")])
 async def test_it_fits(tokenizer: Tokenizer, browser: Any, width: int, scheme: str) -> None:
     """Nothing has to be scrolled sideways, and nothing moves when there is more to show."""
     engine = LiveClient()
