@@ -25,6 +25,7 @@ export class Lanes {
     const turnAt = (event) => this.turnOf.get(event.target.closest(".turn"));
     box.addEventListener("pointerover", (event) => turnAt(event) && show(turnAt(event)));
     box.addEventListener("pointerleave", () => show(this.turnOf.get(document.activeElement) ?? null));
+    box.addEventListener("click", (event) => event.target.closest(".turn")?.focus()); // Safari does not by itself
     box.addEventListener("focusin", (event) => turnAt(event) && show(turnAt(event)));
     box.addEventListener("focusout", () => show(null));
     box.addEventListener("keydown", (event) => this.#key(event));
