@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miniserve.cluster.messages import Move, Peer, PoolInfo, Report, StepTime, TokenLogprob, TurnOutput, WorkerStats
+from miniserve.frontend.events import Feed
 from miniserve.sampling import SamplingParams
 from miniserve.scheduler.policies import make_policy
 from miniserve.scheduler.scheduler import Command, Scheduler
@@ -168,6 +169,7 @@ class FakeClient:
         self.queued, self.running, self.active = 4, 5, 9
         self.policy_name = "conserve"
         self.scheduler = played(time.monotonic())
+        self.feed = Feed(self.scheduler, self.policy_name)
 
     def check_room(self) -> None:
         if self.refuse is not None:

@@ -87,4 +87,4 @@ def test_answers_are_as_documented(schema: Any, mode: GenerationMode, method: st
 
 def test_all_routes_are_tested(schema: Any) -> None:
     documented = {(op.ok().method.upper(), op.ok().path) for op in schema.get_all_operations()}
-    assert documented == set(ROUTES)
+    assert documented == {*ROUTES, ("GET", "/v1/events")}  # which never ends: see test_dashboard.py

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from miniserve import __version__
 from miniserve.config import ServeConfig
-from miniserve.frontend import errors, views
+from miniserve.frontend import errors, page, views
 from miniserve.frontend.client import EngineClient, EngineError
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
@@ -40,6 +40,14 @@ EVENT = {
     "required": ["data"],
 }
 STREAM = {"text/event-stream": {"itemSchema": EVENT}}
+NEWS = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["start", "workers", "turns", "decision", "outcome", "lost"]},
+        "data": {"type": "string", "description": "As JSON; of a decision or outcome, the line of the decision log."},
+    },
+    "required": ["event", "data"],
+}
 
 
 def create_app(
@@ -138,9 +146,20 @@ def create_app(
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
         return views.worker_list(client.scheduler, client.policy_name, time.monotonic())
 
+    @app.get(
+        "/v1/events",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {"itemSchema": NEWS}}}},
+    )
+    async def events() -> Response:
+        """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
+        turns. Whoever does not keep up loses the oldest, and is told of it."""
+        return page.LiveEvents(client.feed)
+
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
+    page.install(app)
     return app

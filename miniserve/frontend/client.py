@@ -16,6 +16,7 @@ from miniserve.cluster.messages import Loading, Peer, Ready, Report, TurnOutput,
 from miniserve.cluster.workers import Workers
 from miniserve.config import ServeConfig
 from miniserve.frontend.decision_log import DecisionLog
+from miniserve.frontend.events import Feed
 from miniserve.hub import ModelFiles
 from miniserve.kv.transfer import way
 from miniserve.sampling import ParameterError, SamplingParams
@@ -99,6 +100,7 @@ class EngineClient:
             policy_name=config.policy,
             notes=self._log is not None,
         )
+        self.feed = Feed(self.scheduler, config.policy)
         engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
         self.topology, engines = place(config.topology, config.devices, engine)
         self.workers = Workers(
@@ -133,6 +135,7 @@ class EngineClient:
     async def stop(self) -> None:
         """End all turns, stop the workers, remove the run's directory. Safe to call at any time, and twice."""
         self._draining = self._stopped = True
+        self.feed.close()
         for turn in list(self._turns.values()):
             turn.cancel()
         if self._ticking is not None:
@@ -205,6 +208,7 @@ class EngineClient:
                 case Note(record):
                     if self._log is not None:
                         self._log.write(record)
+                    self.feed.tell(record)
                 case Deliver(name, output):
                     turn = self._turns.get(name)
                     if output.finish is not None:

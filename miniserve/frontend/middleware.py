@@ -44,15 +44,21 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
+def is_open(path: str) -> bool:
+    """Whether a path needs no API key."""
+    return path in ("/", "/health") or path.startswith("/dashboard/")
+
+
 class ApiKey:
-    """Lets in whoever knows the key, and everybody to /health."""
+    """Lets in whoever knows the key. Everybody may see /health and the dashboard's page, which shows nothing until it
+    is given the key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and not is_open(scope["path"]):
             scheme, _, token = _header(scope, b"authorization").partition(b" ")
             # The comparison takes the same time wherever the first difference is.
             if not (hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"):

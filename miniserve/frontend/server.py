@@ -156,6 +156,7 @@ async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, si
     async def ended() -> None:
         while client.active:
             await asyncio.sleep(0.05)
+        client.feed.close()  # nothing more happens; else those who listen would be waited for
         # What has been generated is still on its way to clients.
         await _tasks_ended(http, FLUSH_SECONDS)
 
@@ -239,6 +240,7 @@ def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: i
         "concurrency": f"{least / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
         "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",
         "API": url,
+        "dashboard": url.removesuffix("v1"),
     }
     key = ' -H "Authorization: Bearer YOUR_KEY"' if config.api_key else ""
     curl = (

@@ -86,6 +86,32 @@ class RunningTurn(TypedDict):
     prefill_at: str | None
 
 
+class LiveTurn(TypedDict):
+    """A turn that waits or runs now, among all of them. Its times are by the clock of decisions, null for what was not
+    yet."""
+
+    request: str
+    conversation: str
+    turn: int
+    state: Literal["queued", "prefill", "decode"]
+    arrived: float
+    placed: float | None
+    first_token: float | None
+    prompt_tokens: int
+    output_tokens: int
+    home: str | None
+    prefill_at: str | None
+
+
+class LiveTurns(TypedDict):
+    """`total` wait or run at `time`; `data` are the first of them. `conversations` are known."""
+
+    time: float
+    total: int
+    conversations: int
+    data: list[LiveTurn]
+
+
 class ConversationDetail(ConversationCard):
     """One conversation: its last turns, and those that run."""
 
@@ -206,6 +232,16 @@ def worker_list(scheduler: Scheduler, policy: str, now: float) -> WorkerList:
     }
 
 
+def live_turns(scheduler: Scheduler, now: float) -> LiveTurns:
+    """The turns that wait or run, those that came first of them first."""
+    return {
+        "time": now,
+        "total": scheduler.active,
+        "conversations": len(scheduler.conversations),
+        "data": [_live(turn) for turn in scheduler.turns[:MOST_LISTED]],
+    }
+
+
 def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
     """By the identity of conversations: their turns that wait or run."""
     turns: dict[int, list[Turn]] = {}
@@ -258,10 +294,30 @@ def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
     }
 
 
+def _live(turn: Turn) -> LiveTurn:
+    return {
+        "request": turn.id,
+        "conversation": str(turn.conversation.key),
+        "turn": turn.number,
+        "state": _state(turn),
+        "arrived": turn.arrived,
+        "placed": turn.placed if turn.runs else None,
+        "first_token": turn.first_token or None,
+        "prompt_tokens": turn.given,
+        "output_tokens": turn.delivered,
+        "home": turn.home or None,
+        "prefill_at": turn.prefill_at or turn.home or None,
+    }
+
+
+def _state(turn: Turn) -> Literal["queued", "prefill", "decode"]:
+    return "queued" if not turn.home else "decode" if turn.delivered else "prefill"
+
+
 def _running(turn: Turn, now: float) -> RunningTurn:
     return {
         "request": turn.id,
-        "state": "queued" if not turn.home else "decode" if turn.delivered else "prefill",
+        "state": _state(turn),
         "age": now - turn.arrived,
         "prompt_tokens": turn.given,
         "output_tokens": turn.delivered,

@@ -61,7 +61,7 @@ class Deliver:
 
 @dataclass(frozen=True)
 class Note:
-    """Command: write `record` to the decision log, if there is one."""
+    """Command: tell `record` to whoever wants to know: the decision log, listeners."""
 
     record: Record
 
@@ -71,7 +71,7 @@ Command = Send | Deliver | Note
 
 class Scheduler:
     """Places conversations on workers. Every method takes the time in seconds where it needs it, and returns commands
-    to be carried out in order. `policy_name` is for the log, which is written only if `notes`."""
+    to be carried out in order. `policy_name` is for notes of its decisions, made only while `notes` is set."""
 
     def __init__(
         self,
@@ -93,7 +93,8 @@ class Scheduler:
         self.fleet = Fleet()
         self._policy = policy
         self._policy_name = policy_name
-        self._notes = notes
+        self.notes = notes
+        """Whether somebody reads notes; may change at any time."""
         self._page_tokens = page_tokens
         self._max_turns = max_turns
         self._max_queued = max_queued
@@ -385,7 +386,7 @@ class Scheduler:
             self._rest(conversation, self._pages(conversation.tokens), now)
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
-        return [Note(outcome(turn, finish, now))] if self._notes and turn.runs else []
+        return [Note(outcome(turn, finish, now))] if self.notes and turn.runs else []
 
     # --- placement --------------------------------------------------------------------------------------------------
 
@@ -448,7 +449,7 @@ class Scheduler:
         if placement is None:
             return []
         commands: list[Command] = []
-        if self._notes:
+        if self.notes:
             commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
         return [*commands, Send(placement.home, self._begin(turn, need, placement, now))]
 
