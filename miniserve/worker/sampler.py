@@ -102,11 +102,10 @@ class Sampler:
             # CTRL (arXiv 1909.05858), as transformers and vLLM do it: away from zero is always less likely.
             penalty = params.repetition_penalty
             row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            if outputs := sequence.outputs:
-                often = Counter(outputs)
-                counts = put(list(often.values()), row.device)
-                row[put(list(often), row.device)] -= params.frequency_penalty * counts + params.presence_penalty
+        if (params.presence_penalty or params.frequency_penalty) and (outputs := sequence.outputs):
+            often = Counter(outputs)
+            counts = put(list(often.values()), row.device)
+            row[put(list(often), row.device)] -= params.frequency_penalty * counts + params.presence_penalty
         if params.logit_bias:
             bias = params.logit_bias
             row[put(list(bias), row.device)] += put(list(bias.values()), row.device, torch.float32)
