@@ -106,12 +106,6 @@ def failure(matcher: LLMatcher) -> str:
     return ""
 
 
-def spelled(tokenizer: Tokenizer, text: str) -> str:
-    """A Lark expression for `text`: the token itself where one of the model's control tokens is written so."""
-    token = tokenizer.control_id(text)
-    return quoted(text) if token is None else f"<[{token}]>"
-
-
 def quoted(text: str) -> str:
     """A Lark expression for exactly this text."""
     return re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))

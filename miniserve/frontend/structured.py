@@ -24,9 +24,9 @@ MAX_CHECKING = 64
 SECONDS = 5.0
 """The longest that a request waits for it."""
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-WHITESPACE = "[ \\n\\r\\t]{1,40}"
-"""Between the parts of JSON: room for a line break and indentation, but not the endless blanks that a model may fall
-into, since nothing in a grammar makes it stop."""
+WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
+"""Between the parts of JSON: one space, or a new line and its indentation. Nothing else in a grammar would stop a small
+model from filling its whole answer with blanks."""
 
 
 class GrammarChecks:
