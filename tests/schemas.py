@@ -22,7 +22,8 @@ NAMES = (
     "$x",
 )
 PATTERNS = ("^[a-z]{1,8}$", "^\\d{3}-\\d{4}$", "^(yes|no)$", "^[A-Z][a-z]{0,5}( [A-Z][a-z]{0,5})?$", "^a?b*c$")
-FORMATS = ("date", "uuid", "ipv4", "email")
+ENUM = ("red", "größer", 'a "b"', 1, 2.5, None, True, [1, "x"], {"k": []}, "日本")
+FORMATS = ("date", "uuid", "ipv4", "time")
 
 
 def random_schema(pick: random.Random) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def _object(pick: random.Random, depth: int, defs: list[str]) -> dict[str, Any]:
         "required": [name for name in names if pick.random() < 0.6],
         "additionalProperties": False,
     }
-    if pick.random() < 0.1:
+    if pick.random() < 0.03:  # names of any length
         schema["additionalProperties"] = {"type": "integer"}
     if pick.random() < 0.2:
         schema["title"] = "A thing"
@@ -65,7 +66,7 @@ def _object(pick: random.Random, depth: int, defs: list[str]) -> dict[str, Any]:
 def _array(pick: random.Random, depth: int, defs: list[str]) -> dict[str, Any]:
     least = pick.randint(0, 2)
     schema: dict[str, Any] = {"type": "array", "minItems": least, "maxItems": least + pick.randint(0, 3)}
-    if pick.random() < 0.2:
+    if schema["maxItems"] and pick.random() < 0.2:
         schema["prefixItems"] = [_schema(pick, depth - 1, defs) for _ in range(schema["maxItems"])]
     schema["items"] = _schema(pick, depth - 1, defs)
     return schema
