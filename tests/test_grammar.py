@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -16,7 +17,7 @@ import tiny
 from fake_engine import EOS, FakeClient, spell
 from llguidance import LLParserLimits
 from schemas import random_schema
-from test_api import Api, error_of, events, make_app
+from test_api import Api, error_of, make_app
 from test_cluster import cluster, collect, settled
 from test_parity import clean, small
 
@@ -331,10 +332,8 @@ CATASTROPHES = [
 @pytest.mark.parametrize("wanted", CATASTROPHES, ids=lambda g: g.text[:30])
 def test_catastrophes_compile_or_fail_in_time(tokenizer, wanted):
     started = time.perf_counter()
-    try:
+    with contextlib.suppress(GrammarError):
         tokenizer.compiler.compile(wanted)
-    except GrammarError as error:
-        assert str(error)
     assert time.perf_counter() - started < 3
 
 
@@ -416,7 +415,7 @@ def schema_format(schema: Any, **more: Any) -> dict[str, Any]:
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
-        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "both"),
+        ({"structured_outputs": {"regex": "a"}, **schema_format({})}, "structured_outputs", "both"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs `json_schema`"),
         (schema_format({"type": "nothing"}), "response_format", "nothing"),
@@ -466,4 +465,3 @@ async def test_a_grammar_that_fails_later_is_the_requests_fault(tokenizer):
     assert "too complex" in error_of(await api.chat(), 400)["message"]
     lines = (await api.chat(stream=True)).text.split("\n\n")
     assert any("too complex" in line and "invalid_request_error" in line for line in lines)
-    assert events is not None
