@@ -40,8 +40,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=None, help="1 where others use the cores too")
     args = parser.parse_args()
-    llm = LLM(args.model, max_model_len=1024, kv_cache_memory="1GiB")
+    llm = LLM(args.model, max_model_len=1024, kv_cache_memory="256MiB", threads=args.threads)
     free: list[float] = []
     bound: list[float] = []
     for number in range(2 * args.rounds + 2):
