@@ -451,7 +451,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs `json_schema`"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported yet"),
         ({"tool_choice": "required"}, "tool_choice", "not supported yet"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "not supported yet"),

@@ -29,6 +29,7 @@ from miniserve.frontend.schemas import (
     TokenizeRequest,
 )
 from miniserve.frontend.streaming import ChunkShape, ClientGone, EventStream, events, while_connected
+from miniserve.frontend.structured import GrammarChecks
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class Service:
         self._tokenizer = tokenizer
         self._names = names
         self._defaults = defaults
+        self._grammars = GrammarChecks(tokenizer)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
@@ -104,6 +106,8 @@ class Service:
         arrived = time.perf_counter()
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
+        if grammar := await self._grammars.wanted(body):
+            params = msgspec.structs.replace(params, grammar=grammar)
         conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
         # A long prompt takes a while, in which other streams want to go on.
         prompts = await asyncio.to_thread(tokenized)
