@@ -42,7 +42,7 @@ class Tokenizer:
 
     `vocab_size` is one more than the highest token id (the model's own may be padded beyond). `eos_token_ids` end a
     turn. `special_ids` are the tokens left out of text when special tokens are skipped. `has_template` tells whether
-    `chat` can work.
+    `chat` can work; `template_text` is the source of all templates, and of the checkpoint's response template.
     """
 
     def __init__(
@@ -53,9 +53,11 @@ class Tokenizer:
         bos_token_id: int | None = None,
         templates: dict[str, str] | None = None,
         special_texts: dict[str, str] | None = None,
+        model_type: str = "",
+        response_template: Any = None,
     ) -> None:
         """`templates` maps names (`default`, `tool_use`) to jinja text; `special_texts` maps `bos_token` and the like
-        to their text, for the templates."""
+        to their text, for the templates. `response_template` is what the checkpoint says of how answers are parsed."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -70,6 +72,11 @@ class Tokenizer:
         self._bytes_of = _byte_reader(backend)
         self._lock = threading.Lock()
         self._templates = ChatTemplates(templates or {}, special_texts or {})
+        self.model_type = model_type
+        self.template_text = "\n".join((templates or {}).values())
+        if response_template:
+            self.template_text += "\n" + json.dumps(response_template, ensure_ascii=False)
+        self._added_ids = {text: i for i, text in self._added.items()}
         # Tokens matched after normalization can be spelled in ways that no search for their text finds.
         self._odd_spellings = backend.normalizer is not None and any(
             token.normalized for i, token in added.items() if i in self._control
@@ -112,6 +119,8 @@ class Tokenizer:
             bos_token_id=ids.get("bos_token", first("bos_token_id")),
             templates=find_templates(folder, settings, chat_template),
             special_texts=texts,
+            model_type=str(configs[1].get("model_type", "")),
+            response_template=settings.get("response_template"),
         )
 
     # --- text and tokens ---
@@ -136,6 +145,10 @@ class Tokenizer:
                 found = b"" if text is None else self._bytes_of(text)
             self._bytes[token] = found
         return found
+
+    def added_id(self, text: str) -> int | None:
+        """The token that was added to the vocabulary for exactly this text, like `<think>`; None if there is none."""
+        return self._added_ids.get(text)
 
     def token_text(self, token: int) -> str:
         """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""

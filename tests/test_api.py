@@ -27,7 +27,8 @@ from miniserve.frontend.client import EngineError, QueueFull
 from miniserve.frontend.generate import Generation
 from miniserve.frontend.metrics import Metrics
 from miniserve.frontend.responses import Head
-from miniserve.frontend.schemas import MAX_DEPTH, Body, ChatRequest, CompletionRequest, DetokenizeRequest
+from miniserve.frontend.schemas import Body, ChatRequest, CompletionRequest, DetokenizeRequest
+from miniserve.frontend.sound import MAX_DEPTH
 from miniserve.frontend.streaming import events as streamed
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from miniserve.frontend.calls import Attempt, LlamaAttempt, MistralAttempt, Sche
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
-    """One of them. `starts` are the marks that begin a call, `bare` says that one may begin without, and `marks` are all
-    that may be tokens of their own. `parallel`: models that know it can call several tools at once.
+    """One of them. `starts` are the marks that begin a call, `bare` says that one may begin without, and `marks` are
+    all that may be tokens of their own. `parallel`: models that know it can call several tools at once.
     """
 
     name: str

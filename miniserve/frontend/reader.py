@@ -154,7 +154,6 @@ class Reader:
     ) -> None:
         self.visible = visible
         self.ends = ends
-        self.thinks = thinking is not None
         self.has_thought = opened
         self._thinking = thinking
         self._opened = opened
@@ -186,9 +185,9 @@ class Reader:
         self._held += text
         if not self._inside and not self._began(self._thinking, final):
             return parts
-        if self._thinking is not None and self._inside:
+        if self._inside:
             self._reason(self._thinking, parts, final)
-        if self._thinking is None:
+        if not self.thinking:
             rest, self._held = self._held, ""
             parts += self._content(rest, final)
         return parts
