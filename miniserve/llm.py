@@ -12,6 +12,7 @@ import msgspec
 
 from miniserve.cluster.messages import FinishReason, TokenLogprob, TurnOutput
 from miniserve.config import ConfigError, EngineConfig, parse_bytes
+from miniserve.grammar import GrammarError
 from miniserve.hub import resolve
 from miniserve.kv.hashing import root_hash
 from miniserve.sampling import ParameterError, SamplingParams, mistyped
@@ -20,6 +21,10 @@ from miniserve.template import Message
 from miniserve.tokenizer import Tokenizer
 from miniserve.worker.build import build
 from miniserve.worker.sequence import Sequence
+
+
+COMPILING_SECONDS = 0.001
+"""How often to look whether a grammar has been compiled, while there is nothing else to do."""
 
 
 class Completion(msgspec.Struct):
@@ -139,6 +144,8 @@ class LLM:
             with _progress_bar(progress, len(open_turns)) as advance:
                 while open_turns:
                     self.engine.admit()
+                    if self.engine.compiling and not self.engine.has_work:
+                        time.sleep(COMPILING_SECONDS)
                     for output in self.engine.step().outputs:
                         ended = open_turns[output.turn].take(output)
                         if ended:
@@ -169,6 +176,11 @@ class LLM:
             raise ParameterError("params", f"`params` must be SamplingParams or a list of them, got {params!r:.100}.")
         vocab, limit = self._built.model.vocab_size, self.engine.max_model_len
         params.validate(vocab)
+        if params.grammar is not None:
+            try:
+                self._built.grammars.start(params.grammar, []).result()
+            except GrammarError as error:
+                raise ParameterError("grammar", f"`grammar` cannot be followed: {error}") from error
         if not tokens:
             raise ParameterError("prompts", "A prompt has no tokens.")
         if len(tokens) >= limit:
@@ -197,6 +209,8 @@ class _Turn:
         done.token_ids += output.tokens[:count]
         if done.logprobs is not None:
             done.logprobs += (output.logprobs or [])[:count]
+        if output.finish == "error":
+            raise ParameterError("grammar", output.error)
         if done.index == 0 and output.cached_tokens is not None:
             self._generation.cached_tokens = output.cached_tokens
         done.finish_reason, done.stop_reason = self._words.finish, self._words.stop_reason

@@ -37,8 +37,8 @@ def mistyped(struct: msgspec.Struct) -> tuple[str, str] | None:
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What an output must match, in one of llguidance's forms: a JSON schema as JSON, a regular expression, or a grammar
-    in its variant of Lark."""
+    """What an output must match, in one of llguidance's forms: a JSON schema as JSON, a regular expression, or a
+    grammar in its variant of Lark."""
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str

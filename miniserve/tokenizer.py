@@ -26,6 +26,8 @@ from miniserve.template import ChatTemplates, Message, find_templates, read_json
 if TYPE_CHECKING:
     import tokenizers
 
+    from miniserve.grammar import Compiler
+
 
 def byte_alphabet() -> dict[int, str]:
     """Byte -> the printable character that stands for it in byte-level vocabularies.
@@ -153,6 +155,29 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written so, if the model has one."""
+        return next((i for i, content in self._control.items() if content == text), None)
+
+    # --- grammars ---
+
+    @property
+    def compiler(self) -> Compiler:
+        """What compiles grammars over this vocabulary. Slow the first time: half a second, in which no other thread of
+        this process runs."""
+        with self._lock:
+            return self._compiler
+
+    @cached_property
+    def _compiler(self) -> Compiler:
+        from miniserve.grammar import Compiler
+
+        return Compiler(self)
+
+    def to_json(self) -> str:
+        """All of it as a tokenizer.json."""
+        return self._backend.to_str()
 
     # --- chat ---
 

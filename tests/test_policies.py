@@ -250,12 +250,3 @@ def test_observe_does_not_flap():
         d0, d1 = worker("d0", turns=3 + tremble % 2), worker("d1", turns=3)
         d0.queued_prefill_tokens = tremble
         assert where(Observe().place(turn, cluster(worker("p0"), d0, d1))) == ("d0", "")
-
-
-def test_a_short_prompt_waits_for_one_step_of_a_long_one_before_it() -> None:
-    """Engines let it share the next step; a long one waits for all."""
-    d0 = worker("d0", queued=4000)
-    assert d0.queue_seconds(CHUNK // 2) == pytest.approx(TOKEN * CHUNK, rel=0.05)
-    assert d0.queue_seconds(CHUNK) == pytest.approx(TOKEN * 4000, rel=0.05)
-    assert worker("d0", queued=10).queue_seconds(5) == pytest.approx(TOKEN * 10, rel=0.3)
-    assert worker("d0").queue_seconds(5) == 0

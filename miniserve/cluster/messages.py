@@ -73,7 +73,8 @@ class TokenLogprob(Wire, frozen=True):
 class TurnOutput(Wire, frozen=True):
     """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn).
     `turn` is what `Run` called it. With a turn's first output come `cached_tokens` (prompt tokens whose KV was found)
-    and the seconds that its `prefill` took from when it got its pages."""
+    and the seconds that its `prefill` took from when it got its pages. With the finish "error" comes what went wrong,
+    and whether the request is `invalid`, that is, at fault itself."""
 
     turn: str
     index: int
@@ -84,6 +85,7 @@ class TurnOutput(Wire, frozen=True):
     cached_tokens: int | None = None
     prefill: float = 0.0
     error: str = ""
+    invalid: bool = False
 
 
 # --- frontend -> worker ---------------------------------------------------------------------------------------------

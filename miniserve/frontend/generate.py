@@ -84,6 +84,8 @@ class Choice:
 
     def feed(self, out: TurnOutput) -> None:
         """Take in the next tokens. Raises `ApiError` or `EngineError` where the engine gave up."""
+        if out.finish == "error" and out.invalid:
+            raise ApiError(400, out.error)
         if out.finish == "error":
             raise ApiError(500, out.error or "The engine failed at this request.", code="engine_failure")
         if out.finish == "abort":

@@ -171,8 +171,7 @@ class Speed:
         self._fleet = fleet
         self._decode = Plane(3)
         self._prefill = Plane(3)
-        self.chunk = 1
-        """Most tokens of prompts that a step was seen to compute."""
+        self._chunk = 1
 
     @property
     def knows_prefill(self) -> bool:
@@ -191,7 +190,7 @@ class Speed:
         if not step.prefill:
             self._decode.add((1.0, step.decodes, step.decode_context), step.seconds)
             return
-        self.chunk = max(self.chunk, step.prefill)
+        self._chunk = max(self._chunk, step.prefill)
         beside = self.decode_more(0, 0, step.decodes, step.decode_context) if step.decodes else 0.0
         seconds = max(step.seconds - beside, 0.1 * step.seconds)
         self._prefill.add((step.prefill, step.prefill_context, 1.0), seconds)
@@ -203,12 +202,12 @@ class Speed:
         if not self._prefill.measured:
             return self._fleet.prefill(tokens, context) if self._fleet else tokens * GUESS_TOKEN
         pairs = tokens * context + tokens * tokens / 2
-        return self._prefill.at(tokens, pairs, math.ceil(tokens / self.chunk))
+        return self._prefill.at(tokens, pairs, math.ceil(tokens / self._chunk))
 
     def held_up(self, tokens: int, context: int = 0) -> float:
         """By how many seconds such a prefill delays each stream beside it: its steps would have been made anyway, but
         shorter."""
-        steps = math.ceil(tokens / self.chunk) if self._prefill.measured else 1
+        steps = math.ceil(tokens / self._chunk) if self._prefill.measured else 1
         return max(self.prefill(tokens, context) - steps * self.decode(0, 0), 0.0)
 
     def decode(self, batch: int, context: int) -> float:

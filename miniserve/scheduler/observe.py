@@ -135,7 +135,7 @@ class Observe:
         return Option(
             home.name,
             history_at=history_at,
-            queue=home.queue_seconds(new),
+            queue=home.queue_seconds,
             prefill=home.speed.prefill(new, known),
             transfer=transfer,
             decode=decode,
@@ -153,7 +153,7 @@ class Observe:
         return Option(
             home.name,
             p.name,
-            queue=p.queue_seconds(new),
+            queue=p.queue_seconds,
             prefill=p.speed.prefill(new, known),
             transfer=history + cluster.exposed_seconds(p, home),
             decode=decode,

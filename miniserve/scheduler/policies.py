@@ -70,8 +70,7 @@ class Ampd(InOrder):
         if not conversation.home:
             return Placement(home.name, least_queued(cluster).name, reason="first turn")
         history = need.known.get(home.name, 0)
-        new = need.new(home.name)
-        local = Option(home.name, queue=home.queue_seconds(new), prefill=home.speed.prefill(new, history))
+        local = Option(home.name, queue=home.queue_seconds, prefill=home.speed.prefill(need.new(home.name), history))
         remote = [self._remote(need, cluster, home, p) for p in cluster.prefillers]
         best = min(remote, key=lambda option: option.first_token)
         away = best.first_token < local.first_token
@@ -88,9 +87,8 @@ class Ampd(InOrder):
         here, there = need.known.get(home.name, 0), need.known.get(p.name, 0)
         history = max(here, there)
         moved = cluster.copy_seconds(home, p, here - there) + cluster.copy_seconds(p, home, need.tokens - here)
-        new = max(need.tokens - history, 1)
-        prefill = p.speed.prefill(new, history)
-        return Option(home.name, p.name, queue=p.queue_seconds(new), prefill=prefill, transfer=moved)
+        prefill = p.speed.prefill(max(need.tokens - history, 1), history)
+        return Option(home.name, p.name, queue=p.queue_seconds, prefill=prefill, transfer=moved)
 
 
 def _draw(text: str) -> float:

@@ -292,7 +292,7 @@ class Scheduler:
     def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
         """Deliver an output if it is the next one; keep it if it is early; drop it if it is known."""
         if output.finish == "error":
-            return self._fail(turn, output.error, now)
+            return self._fail(turn, output.error, now, output.invalid)
         if output.index < turn.delivered:
             known = turn.tokens[turn.given + output.index :][: len(output.tokens)]
             if output.tokens == known or worker != turn.home:
@@ -340,8 +340,8 @@ class Scheduler:
     def _abort(self, turn: Turn) -> list[Command]:
         return [Send(turn.home, Abort(turn.run))] if turn.home in self.workers else []
 
-    def _fail(self, turn: Turn, reason: str, now: float) -> list[Command]:
-        failed = TurnOutput(turn.id, turn.delivered, [], finish="error", error=reason)
+    def _fail(self, turn: Turn, reason: str, now: float, invalid: bool = False) -> list[Command]:
+        failed = TurnOutput(turn.id, turn.delivered, [], finish="error", error=reason, invalid=invalid)
         return [*self._abort(turn), *self._end(turn, "error", now), Deliver(turn.id, failed)]
 
     def _leave(self, turn: Turn, now: float) -> None:

@@ -61,10 +61,10 @@ class WorkerView:
         """Tokens that the turns here have room for."""
         return self.reserved * self.page_tokens
 
-    def queue_seconds(self, tokens: int) -> float:
-        """How long the prompts that wait here delay one of `tokens`. A short one shares the next step with them."""
-        ahead = self.queued_prefill_tokens
-        return self.speed.prefill(min(ahead, self.speed.chunk) if 2 * tokens <= self.speed.chunk else ahead)
+    @property
+    def queue_seconds(self) -> float:
+        """How long the prompts that wait here will take."""
+        return self.speed.prefill(self.queued_prefill_tokens)
 
     def fits(self, pages: int) -> bool:
         """Whether a turn that needs `pages` can start here now. One turn alone always can."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.grammar import Compiler
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -21,8 +22,10 @@ from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
 from miniserve.ops.cuda_ops import CudaOps
+from miniserve.tokenizer import Tokenizer
 from miniserve.worker import sizing
 from miniserve.worker.engine import Engine
+from miniserve.worker.grammar import Grammars
 from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.pace import Pace
 from miniserve.worker.runner import Runner
@@ -37,6 +40,7 @@ class Built:
     exchange pages; it is also the root of all page hashes."""
 
     engine: Engine
+    grammars: Grammars
     memory: KVMemory
     model: ModelConfig
     layout: str
@@ -67,6 +71,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     folder = Path(config.model)
     hf_config = json.loads((folder / "config.json").read_text("utf-8"))
     model = ModelConfig.from_hf(hf_config)
+    eos = eos_token_ids(folder, hf_config, model.vocab_size)
+    # Beside all that follows: reading a large vocabulary takes a second.
+    grammars = Grammars(lambda: Compiler(Tokenizer.load(folder), model.vocab_size, eos))
     device = sizing.choose_device(config.device)
     dtype = sizing.choose_dtype(config.dtype, model, device)
     max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
@@ -118,7 +125,6 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     if host is not None:
         kv_note += f"; {num_slots} pages = {format_bytes(num_slots * shape.bytes)} of swap space"
     phase("kv")
-    eos = eos_token_ids(folder, hf_config, model.vocab_size)
     graphs = None
     if isinstance(ops, CudaOps) and not config.enforce_eager:
         longest = -(-max_model_len // config.block_size)
@@ -137,6 +143,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         host=host,
+        grammars=grammars,
         pace=Pace(budget, config.step_stretch) if config.step_stretch else None,
         overlap=device.type == "cuda" if overlap is None else overlap,
     )
@@ -144,6 +151,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     layout = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     return Built(
         engine=engine,
+        grammars=grammars,
         memory=memory,
         model=model,
         layout=layout,

@@ -20,7 +20,9 @@ from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Sequence, Status
 
 if TYPE_CHECKING:
-    from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
+    # They need torch or llguidance, which the simulator does not.
+    from miniserve.kv.host import HostPool
+    from miniserve.worker.grammar import Grammars
 
 
 Sampled = tuple[list[int], list[TokenLogprob | None]]
@@ -95,7 +97,7 @@ class Step:
 
 class Engine:
     """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool. `host`, if
-    any, keeps what `pool` evicts.
+    any, keeps what `pool` evicts; `grammars` compiles those of turns that have one.
 
     Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for
     all the tokens it was admitted with, so a prefill never runs out in the middle.
@@ -117,12 +119,15 @@ class Engine:
         max_num_seqs: int,
         max_model_len: int,
         host: HostPool | None = None,
+        grammars: Grammars | None = None,
         pace: Pace | None = None,
         overlap: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
         self.host = host
+        self.compiling = False
+        """Whether a turn waits for its grammar: it may be ready at any moment, and `admit` has to find it."""
         self.counters = Counters()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -131,6 +136,9 @@ class Engine:
         self.runner = runner
         self.page_tokens = page_tokens
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._grammars = grammars
+        self._failed: list[Sequence] = []
+        """Turns whose grammar did not compile, since the last step."""
         self._pace = pace
         self._overlap = overlap
         self._flight: Flight | None = None
@@ -158,6 +166,8 @@ class Engine:
         if sequence.turn not in self._turns:
             self._turns[sequence.turn] = sequence
             self.waiting.append(sequence)
+            if sequence.params.grammar is not None and self._grammars is not None:
+                sequence.compiling = self._grammars.start(sequence.params.grammar, sequence.outputs)
 
     def find(self, turn: str) -> Sequence | None:
         """The unfinished sequence of a turn."""
@@ -173,6 +183,8 @@ class Engine:
         """Take a sequence out. With `keep_pages` its pages stay held, until their lease ends (`Handoffs`)."""
         if self._turns.pop(sequence.turn, None) is None:
             return
+        if sequence.compiling is not None:
+            sequence.compiling.cancel()
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         else:
@@ -194,15 +206,25 @@ class Engine:
     # --- admission --------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Sequence]:
-        """Give pages to waiting sequences in their order, as many as fit.
+        """Give pages to waiting sequences in their order, as many as fit. Those whose grammar is being compiled let the
+        others pass.
 
         Returns those whose KV comes from another worker: all their pages are reserved now.
         """
         receiving: list[Sequence] = []
         deferred: list[Sequence] = []
         now = self.clock()
+        self.compiling = False
         while self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
+            if sequence.compiling is not None and not sequence.compiling.done():
+                self.compiling = True
+                deferred.append(self.waiting.popleft())
+                continue
+            if sequence.compiling is not None and sequence.compiling.exception() is not None:
+                self.finish(sequence)
+                self._failed.append(sequence)
+                continue
             matched, slots = self._match(sequence)
             found = len(matched) + len(slots)
             if self._is_being_computed(sequence, found):
@@ -271,7 +293,17 @@ class Engine:
         flight = self._launch()
         if self._overlap:
             flight, self._flight = self._flight, flight
-        return self._collect(flight) if flight is not None else Step()
+        step = self._collect(flight) if flight is not None else Step()
+        for sequence in self._failed:
+            error = sequence.compiling.exception() if sequence.compiling is not None else None
+            output = _failure(sequence, str(error))
+            # For another worker: that one has compiled it, and goes on by itself.
+            if sequence.prefill_for:
+                step.prefilled.append((sequence, output))
+            else:
+                step.outputs.append(output)
+        self._failed.clear()
+        return step
 
     def _launch(self) -> Flight | None:
         """Begin the next batch, if there is anything to compute."""
@@ -313,8 +345,12 @@ class Engine:
                 # Of its own next step, if that is launched already, nothing is sampled that we know of either.
                 sequence.sampling = sequence.under_way > 0
                 index = sequence.num_outputs
-                sequence.append(token, self.runner.eos, self.max_model_len)
-                output = self._output(sequence, index, logprob, now)
+                if sequence.compiling is not None and (reason := sequence.compiling.result().error):
+                    sequence.finish = "error"
+                    output = _failure(sequence, reason)
+                else:
+                    sequence.append(token, self.runner.eos, self.max_model_len)
+                    output = self._output(sequence, index, logprob, now)
                 done.outputs.append(output)
             if sequence.prefill_for:
                 done.prefilled.append((sequence, output))
@@ -408,6 +444,12 @@ class Engine:
             cached_tokens=sequence.cached if first else None,
             prefill=now - sequence.admitted if first else 0.0,
         )
+
+
+def _failure(sequence: Sequence, reason: str) -> TurnOutput:
+    """The end of a turn whose grammar cannot be followed (any further)."""
+    error = f"The grammar that the output has to match cannot be followed: {reason}"
+    return TurnOutput(sequence.turn, sequence.num_outputs, [], finish="error", error=error, invalid=True)
 
 
 def _soon(sequence: Sequence) -> Keep:

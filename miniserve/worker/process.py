@@ -42,7 +42,7 @@ log = logging.getLogger("miniserve.worker")
 IDLE_SECONDS = 1.0
 """How often an idle worker looks at its leases and reports."""
 COPY_SECONDS = 0.001
-"""How often an otherwise idle worker looks for pages that are on their way here."""
+"""How often an otherwise idle worker looks for what is about to come: pages on their way here, compiled grammars."""
 
 
 class Outboxes(Protocol):
@@ -100,7 +100,8 @@ class Worker:
         round that computed nothing is followed by a rest."""
         if not self._idle:
             return 0.0
-        return COPY_SECONDS if self.handoffs.copying else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
+        soon = self.handoffs.copying or self.engine.compiling
+        return COPY_SECONDS if soon else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
 
     def work(self, heard: list[Envelope]) -> None:
         """One round: what was heard, a step, and a report if there is something to tell."""

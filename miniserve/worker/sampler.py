@@ -13,6 +13,7 @@ import torch
 
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.ops import Ops
+from miniserve.worker.grammar import Masks
 from miniserve.worker.sequence import Sequence
 
 
@@ -69,6 +70,7 @@ class Sampler:
     def __init__(self, eos: frozenset[int], ops: Ops) -> None:
         self._eos = eos
         self._ops = ops
+        self._masks = Masks()
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Samples:
@@ -77,6 +79,7 @@ class Sampler:
         raw = _rows(logits, reported).log_softmax(-1) if reported else None
         for row, sequence in enumerate(sequences):
             self._shape(logits[row], sequence)
+        self._masks.apply(logits, sequences, self._eos)
         tokens = logits.argmax(-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:
@@ -100,15 +103,14 @@ class Sampler:
             penalty = params.repetition_penalty
             row[seen] = torch.where(values > 0, values / penalty, values * penalty)
         if params.presence_penalty or params.frequency_penalty:
-            outputs = sequence.tokens[len(sequence.tokens) - sequence.num_outputs :]
-            if outputs:
+            if outputs := sequence.outputs:
                 often = Counter(outputs)
                 counts = put(list(often.values()), row.device)
                 row[put(list(often), row.device)] -= params.frequency_penalty * counts + params.presence_penalty
         if params.logit_bias:
             bias = params.logit_bias
             row[put(list(bias), row.device)] += put(list(bias.values()), row.device, torch.float32)
-        if sequence.num_outputs + sequence.sampling < params.min_tokens:
+        if sequence.num_outputs + sequence.sampling < params.min_tokens and params.grammar is None:
             ends = [*params.stop_token_ids, *(() if params.ignore_eos else self._eos)]
             row[put(ends, row.device)] = -torch.inf
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
 from miniserve.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from miniserve.worker.grammar import Matcher  # needs numpy and llguidance, which the simulator does not
 
 
 class Status(Enum):
@@ -67,6 +72,8 @@ class Sequence:
         """Tokens whose KV was found when the turn was first admitted."""
         self.admitted = 0.0
         """When it first got its pages (seconds of the engine's clock)."""
+        self.compiling: Future[Matcher] | None = None
+        """What its outputs must match, perhaps not ready yet; None where they are free."""
         self.finish: FinishReason | None = None
         self.stop_token: int | None = None
         self._root = root
@@ -76,6 +83,11 @@ class Sequence:
     def num_outputs(self) -> int:
         """Output tokens of the turn so far, wherever they were made."""
         return len(self.tokens) - self.given + self.prior
+
+    @property
+    def outputs(self) -> list[int]:
+        """These tokens."""
+        return self.tokens[len(self.tokens) - self.num_outputs :]
 
     @property
     def missing(self) -> int:
@@ -120,7 +132,8 @@ class Sequence:
         """Add `token` as the next output and set `finish` if the turn ends with it."""
         self.tokens.append(token)
         params = self.params
-        if token in params.stop_token_ids or (token in eos and not params.ignore_eos):
+        # Where a grammar lets a turn end, nothing could follow.
+        if token in params.stop_token_ids or (token in eos and not (params.ignore_eos and params.grammar is None)):
             self.stop_token = token
             self.finish = "stop"
         limit = params.max_tokens is not None and self.num_outputs >= params.max_tokens
