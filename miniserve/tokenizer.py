@@ -78,7 +78,6 @@ class Tokenizer:
         self.template_text = "\n".join((templates or {}).values())
         if response_template:
             self.template_text += "\n" + json.dumps(response_template, ensure_ascii=False)
-        self._added_ids = {text: i for i, text in self._added.items()}
         # Tokens matched after normalization can be spelled in ways that no search for their text finds.
         self._odd_spellings = backend.normalizer is not None and any(
             token.normalized for i, token in added.items() if i in self._control
@@ -147,10 +146,6 @@ class Tokenizer:
                 found = b"" if text is None else self._bytes_of(text)
             self._bytes[token] = found
         return found
-
-    def added_id(self, text: str) -> int | None:
-        """The token that was added to the vocabulary for exactly this text, like `<think>`; None if there is none."""
-        return self._added_ids.get(text)
 
     def token_text(self, token: int) -> str:
         """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""

@@ -14,6 +14,7 @@ from typing import Any
 from miniserve.frontend.calls import schema_types
 from miniserve.frontend.formats import Format
 from miniserve.frontend.reader import Thinking
+from miniserve.grammar import quoted, spelled
 from miniserve.sampling import Grammar
 from miniserve.tokenizer import Tokenizer
 
@@ -54,8 +55,7 @@ class _Writer:
 
     def mark(self, text: str) -> str:
         """A mark: the token for it, or its characters."""
-        id = self._tokenizer.added_id(text)
-        return _quoted(text) if id is None else f"<[{id}]>"
+        return spelled(self._tokenizer, text)
 
     def schema(self, name: str, schema: dict[str, Any], strict: bool) -> str:
         """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
@@ -72,14 +72,10 @@ class _Writer:
     def thought(self, thinking: Thinking, opened: bool) -> list[str]:
         """The rule of the reasoning up to the calls."""
         start = f"{self.mark(thinking.start)}{'?' if opened else ''} "
-        if self._tokenizer.added_id(thinking.end) is not None:
+        if self._tokenizer.control_id(thinking.end) is not None:
             return [f"thought: {start}/(?s:.*)/ {self.mark(thinking.end)} /\\s{{0,4}}/"]
         end = re.escape(thinking.end).replace("/", "\\/")
         return [f"thought: {start}thinking /\\s{{0,4}}/", f"thinking[lazy]: /(?s:.*){end}/"]
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
@@ -95,14 +91,14 @@ def _objects(writer: _Writer, functions: list[dict[str, Any]], key: str) -> str:
     """A rule for a call of one of `functions` as a JSON object; `key` is what holds the arguments."""
     choices = []
     for number, function in enumerate(functions):
-        schema = writer.schema(f"arguments_{number}", _parameters(function), bool(function.get("strict")))
-        head = f'{{"name": {_quoted(function["name"])}, "{key}": '
-        choices.append(f'{_quoted(head)} {schema} "}}"')
+        schema = writer.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
+        head = f'{{"name": {quoted(function["name"])}, "{key}": '
+        choices.append(f'{quoted(head)} {schema} "}}"')
     return writer.one_of("call", choices)
 
 
 def _repeated(rule: str, separator: str, more: int) -> str:
-    again = f"{_quoted(separator)} {rule}" if separator else rule
+    again = f"{quoted(separator)} {rule}" if separator else rule
     return f"{rule} ({again}){{0,{more}}}" if more else rule
 
 
@@ -129,8 +125,8 @@ def _mistral(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str
 def _mistral_args(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
     choices = []
     for number, function in enumerate(functions):
-        schema = writer.schema(f"arguments_{number}", _parameters(function), bool(function.get("strict")))
-        choices.append(f"{writer.mark('[TOOL_CALLS]')} {_quoted(function['name'])} {writer.mark('[ARGS]')} {schema}")
+        schema = writer.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
+        choices.append(f"{writer.mark('[TOOL_CALLS]')} {quoted(function['name'])} {writer.mark('[ARGS]')} {schema}")
     return _repeated(writer.one_of("call", choices), "", more)
 
 
@@ -138,10 +134,10 @@ def _qwen3_coder(writer: _Writer, functions: list[dict[str, Any]], more: int) ->
     choices = []
     for number, function in enumerate(functions):
         schema = _parameters(function)
-        parts = [_quoted(f"<function={function['name']}>\n")]
+        parts = [quoted(f"<function={function['name']}>\n")]
         for index, (key, kind) in enumerate(schema["properties"].items() if "properties" in schema else ()):
-            name = f"argument_{number}_{index}"
-            rule = f"{_quoted(f'<parameter={key}>' + chr(10))} {_plain(writer, name, kind, schema, function)}"
+            name = f"p{number}_{index}"
+            rule = f"{quoted(f'<parameter={key}>' + chr(10))} {_plain(writer, name, kind, schema, function)}"
             parts.append(rule if key in schema.get("required", ()) else f"({rule})?")
         choices.append(" ".join([*parts, '"</function>\\n"']))
     call = writer.one_of("call", choices)
@@ -155,12 +151,12 @@ def _plain(writer: _Writer, name: str, kind: Any, schema: dict[str, Any], functi
     kind = kind if isinstance(kind, dict) else {}
     values = kind.get("enum")
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        return f"{writer.one_of(name, [_quoted(value) for value in values])} {_quoted(close)}"
+        return f"{writer.one_of(name, [quoted(value) for value in values])} {quoted(close)}"
     if not (types := schema_types(kind)) or "string" in types:
         writer.rules.append(f"{name}[lazy]: /(?s:.*)\\n<\\/parameter>\\n/")
         return name
     definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    return f"{writer.schema(name, {**kind, **definitions}, bool(function.get('strict')))} {_quoted(close)}"
+    return f"{writer.schema(name, {**kind, **definitions}, bool(function.get('strict')))} {quoted(close)}"
 
 
 _LAYOUTS: dict[str, Callable[[_Writer, list[dict[str, Any]], int], str]] = {

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from miniserve.cluster.messages import TokenLogprob
-from miniserve.frontend.call_grammar import call_grammar
 from miniserve.frontend.dialect import Dialect
 from miniserve.frontend.generate import Choice, Generation
 from miniserve.frontend.logprobs import chat_logprobs
@@ -58,6 +57,8 @@ class ChatTask:
         calling = self._request.calling
         if not calling.forced:
             return params
+        from miniserve.frontend.call_grammar import call_grammar  # llguidance, which not every server needs
+
         grammar = call_grammar(
             self._dialect.form,
             calling.forced,

@@ -58,14 +58,14 @@ class Dialect(msgspec.Struct, frozen=True):
             return None
         marks = [*self.form.marks] if tools else []
         marks += self.thinking[:2] if self.thinking else []
-        ids = {id for mark in marks if (id := tokenizer.added_id(mark)) is not None}
+        ids = {id for mark in marks if (id := tokenizer.control_id(mark)) is not None}
         schemas = schemas_of(tools or [])
         return Reader(
             self.thinking,
             opened,
             CallScanner(self.form, schemas, single) if tools else None,
             frozenset(ids & tokenizer.special_ids),
-            tokenizer.added_id(self.thinking.end) if self.thinking else None,
+            tokenizer.control_id(self.thinking.end) if self.thinking else None,
         )
 
     def opened(self, tokenizer: Tokenizer, prompt: list[int], continued: str | None) -> bool:
@@ -138,7 +138,7 @@ def _find_format(tokenizer: Tokenizer, knows_tools: bool) -> str:
             return name
     if not knows_tools:
         return "smollm2"
-    if tokenizer.added_id("<|start_header_id|>") is not None:
+    if tokenizer.control_id("<|start_header_id|>") is not None:
         return "llama3_json"
     return BY_ARCHITECTURE.get(tokenizer.model_type, "hermes")
 
@@ -147,7 +147,7 @@ def _find_thinking(tokenizer: Tokenizer) -> str:
     for name, marks in THINKING.items():
         if any(mark in tokenizer.template_text for mark in (marks.start, marks.end)):
             return name
-        if None not in (tokenizer.added_id(marks.start), tokenizer.added_id(marks.end)):
+        if None not in (tokenizer.control_id(marks.start), tokenizer.control_id(marks.end)):
             return name
     return "none"
 

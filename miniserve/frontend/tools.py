@@ -69,7 +69,7 @@ def _check_function(function: dict[str, Any], at: str) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ParameterError(
             f"{at}.name",
-            f"`{at}.name` must be 1 to 128 letters, digits, dots, dashes or underscores: {str(name)[:64]!r}.",
+            f"`{at}.name` must be 1 to 128 letters, digits, `_`, `-` or `.`, not {str(name)[:64]!r}.",
         )
     if not isinstance(function.get("description") or "", str):
         raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")
@@ -113,7 +113,7 @@ def _named(tools: list[Tool], choice: dict[str, Any]) -> Tool:
     if choice.get("type") != "function" or not isinstance(name, str):
         raise ParameterError(
             "tool_choice",
-            '`tool_choice` must be "none", "auto", "required" or like {"type": "function", "function": {"name": "..."}}.',
+            '`tool_choice` must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}.',
         )
     for tool in tools:
         if tool["function"]["name"] == name:
@@ -126,7 +126,7 @@ def check_call(call: dict[str, Any]) -> None:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
-            'A tool call must look like {"id": "...", "type": "function", "function": {"name": "...", "arguments": "..."}}'
+            'A tool call must look like {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
         )
     if not isinstance(call.get("id", ""), str | None):
         raise ValueError("The `id` of a tool call must be a string")
