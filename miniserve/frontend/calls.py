@@ -269,10 +269,11 @@ class LlamaAttempt:
         if first is None:
             return Found([], start)
         key, whole = first[1] or "", first[2]
-        if not (key in FIRST_KEYS if whole else any(known.startswith(key) for known in FIRST_KEYS)):
-            return Found([], first.end())
         if not whole:
-            return None if first.end() == len(text) else Found([], first.end())
+            may_be = first.end() == len(text) and any(known.startswith(key) for known in FIRST_KEYS)
+            return None if may_be else Found([], start + 1)
+        if key not in FIRST_KEYS:
+            return Found([], start + 1)
         self._json = self._json or JsonEnd(start)
         end = self._json.find(text)
         if end is None:

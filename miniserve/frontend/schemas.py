@@ -47,6 +47,10 @@ def _kind(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
+def _choice_kind(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
+
+
 def _prompt_list(value: Any) -> Any:
     """One prompt, as text or token ids, is a list of one."""
     one = isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int | float))
@@ -86,6 +90,12 @@ Tools = Annotated[
     JsonList,
     BeforeValidator(few_tools),
     WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS}),
+]
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
+    Discriminator(_choice_kind, "tool_choice", "Input should be 'none', 'auto', 'required' or an object"),
 ]
 
 
@@ -239,7 +249,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | Json | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     """Whether an answer may call more than one tool; yes, unless it is false."""
     reasoning_effort: Annotated[Text, Field(max_length=32)] | None = None
