@@ -264,7 +264,7 @@ def test_the_library_reads_the_same() -> None:
     text = "I look.\n" + FORMATS["hermes"].write(calls)
     message = parse_response(text, template, prefix="")
     theirs = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
-    assert [message["content"], *theirs] == plain(read("hermes", [text])) if "content" in message else theirs == calls
+    assert [message["content"], *theirs] == plain(read("hermes", [text])) == ["I look.", *calls]
 
 
 # --- templates ------------------------------------------------------------------------------------------------------
