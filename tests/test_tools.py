@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.frontend.app import create_app
 from miniserve.frontend.call_grammar import call_grammar
-from miniserve.frontend.calls import typed
+from miniserve.frontend.calls import Found, typed
 from miniserve.frontend.dialect import find_dialect
 from miniserve.frontend.formats import FORMATS
 from miniserve.frontend.reader import CallScanner, Part, ToolCall, merged
@@ -189,6 +190,7 @@ def test_arguments_are_as_the_model_wrote_them() -> None:
         ("5", {"type": "string"}, "5"),
         ("5", {}, "5"),
         ("5", None, "5"),
+        ("5", {"type": 7, "anyOf": 7, "oneOf": [7], "enum": 7}, "5"),
         ("five", {"type": "integer"}, "five"),
         ("True", {"type": "boolean"}, True),
         ('{"a": [1]}', {"type": "object"}, {"a": [1]}),
@@ -219,19 +221,27 @@ def test_no_character_is_lost(form: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     parts = read(form, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)])
     assert plain(parts) == plain(read(form, [text]))
-    at, called = 0, False
-    for part in [*parts, ""]:
-        if isinstance(part, ToolCall):
-            called = True
-            continue
-        found = text.index(part, at) if part else len(text)
-        gap = text[at:found]
-        if called:  # what is no content is calls and nothing else
-            assert gap.strip()
-            assert all(isinstance(p, ToolCall) or not p.strip("; \n") for p in read(form, [gap]))
-        else:
-            assert not gap.strip()
-        at, called = found + len(part), False
+    recording = Recording(FORMATS[form], SCHEMAS, False)
+    given_out = recording.read(text) + recording.read("", final=True)
+    assert plain(merged(given_out)) == plain(parts)
+    assert re.sub(r"[\s;]", "", recording.seen) == re.sub(r"[\s;]", "", text)
+    content = "".join(part for part in parts if isinstance(part, str))
+    if not any(isinstance(part, ToolCall) for part in parts):
+        assert content == text
+
+
+class Recording(CallScanner):
+    """Notes what calls were made of, and what was given out, in order."""
+
+    seen = ""
+
+    def _settle(self, found: Found, parts: list[Part]) -> None:
+        self.seen += self._held[: found.end] if found.calls else ""
+        super()._settle(found, parts)
+
+    def _give(self, text: str, parts: list[Part]) -> None:
+        self.seen += text
+        super()._give(text, parts)
 
 
 def test_long_calls_take_no_longer_for_coming_in_pieces() -> None:
@@ -260,11 +270,15 @@ def test_the_library_reads_the_same() -> None:
             },
         },
     }
-    calls = [("write", {"text": "a\n{é", "count": 1}), ("list_all", {})]
-    text = "I look.\n" + FORMATS["hermes"].write(calls)
-    message = parse_response(text, template, prefix="")
-    theirs = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
-    assert [message["content"], *theirs] == plain(read("hermes", [text])) == ["I look.", *calls]
+    for text in (
+        "I look.\n" + FORMATS["hermes"].write([("write", {"text": "a\n{é", "count": 1})]),
+        FORMATS["hermes"].write([("write", {"text": "a"}), ("list_all", {})]),
+        "I look.",
+    ):
+        message = parse_response(text, template, prefix="")
+        functions = [call["function"] for call in message.get("tool_calls", [])]
+        theirs = [(function["name"], function["arguments"]) for function in functions]
+        assert [*([message["content"]] if "content" in message else []), *theirs] == plain(read("hermes", [text]))
 
 
 # --- templates ------------------------------------------------------------------------------------------------------
@@ -666,7 +680,7 @@ def tool(name: Any = "f", **function: Any) -> dict[str, Any]:
         ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties", "an object"),
         ({"tools": [tool(parameters={"required": [1]})]}, "tools[0].function.parameters.required", "strings"),
         ({"tools": [tool()] * 257}, "tools", "at most 256"),
-        ({"tools": [tool(description="x" * 2**20)]}, "tools", "characters of JSON"),
+        ({"tools": [tool(description="x" * 2**20)]}, "tools", "262144 characters"),
         (
             {"tools": [tool(), tool("g", parameters={"properties": {str(i): {} for i in range(99999)}})]},
             "tools",
@@ -689,7 +703,7 @@ async def test_bad_tools(tokenizers: dict[str, Tokenizer], body: dict[str, Any],
     api = Api(tokenizers["hermes"])
     began = time.perf_counter()
     response = await api.post(**body)
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 10  # half a second alone
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert (error["param"], error["type"]) == (param, "invalid_request_error")

@@ -237,9 +237,10 @@ def schema_types(schema: Any) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     kind = schema.get("type")
-    types = {kind} if isinstance(kind, str) else {item for item in kind or [] if isinstance(item, str)}
+    types = {item for item in (kind if isinstance(kind, list) else [kind]) if isinstance(item, str)}
     for union in ("anyOf", "oneOf"):
-        for choice in schema.get(union) or []:
+        choices = schema.get(union)
+        for choice in choices if isinstance(choices, list) else []:
             types |= schema_types(choice)
     values = schema.get("enum")
     if not types and isinstance(values, list) and values and all(isinstance(value, str) for value in values):

@@ -38,16 +38,23 @@ Tool = dict[str, Any]
 
 
 def few_tools(value: Any) -> Any:
-    """Before they are looked at: checking a million would take a while."""
-    if isinstance(value, list) and len(value) > MAX_TOOLS:
+    """Before they are looked at one by one, which takes longer than the event loop has for a megabyte of them."""
+    if not isinstance(value, list):
+        return value
+    if len(value) > MAX_TOOLS:
         raise ValueError(f"This should have at most {MAX_TOOLS} items, not {len(value)}")
+    with suppress(RecursionError):  # what is too deep is refused next
+        if (size := len(json.dumps(value, ensure_ascii=False))) > MAX_TOOLS_CHARS:
+            raise ValueError(
+                f"These are {size} characters of JSON, and at most {MAX_TOOLS_CHARS} characters are allowed: send "
+                "fewer tools or shorter ones"
+            )
     return value
 
 
 def check_tools(tools: list[Tool]) -> None:
     """Raises `ParameterError` for the first that is not in order."""
     names: set[str] = set()
-    size = 0
     for number, tool in enumerate(tools):
         at = f"tools[{number}]"
         function = tool.get("function")
@@ -57,11 +64,6 @@ def check_tools(tools: list[Tool]) -> None:
         if function["name"] in names:
             raise ParameterError(f"{at}.function.name", f"Two tools are called {function['name']!r}: rename one.")
         names.add(function["name"])
-        size += len(json.dumps(tool, ensure_ascii=False))
-        if size > MAX_TOOLS_CHARS:
-            raise ParameterError(
-                "tools", f"`tools` are longer than {MAX_TOOLS_CHARS} characters of JSON: send fewer or shorter ones."
-            )
 
 
 def _check_function(function: dict[str, Any], at: str) -> None:
