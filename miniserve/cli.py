@@ -169,6 +169,12 @@ def _add_serve(commands: Any) -> None:
         "default: %(default)s",
     )
     cluster.add_argument(
+        "--prompt-lookup",
+        action=argparse.BooleanOptionalAction,
+        help="draft tokens from what a conversation has said before, and keep those that hold: the same text in fewer "
+        "steps; default: on a CPU",
+    )
+    cluster.add_argument(
         "--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs (slower steps, less memory)"
     )
     cluster.add_argument(

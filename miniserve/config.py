@@ -99,6 +99,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`expected`: the KV that is needed least goes first; `lru`: the least recently used."""
     cpu_kernels: str = "auto"
     """`auto`: compiled at first use where there is a compiler; `torch`: without them."""
+    prompt_lookup: bool | None = None
+    """Whether tokens are drafted from a conversation's own ones; None: on a CPU."""
     enforce_eager: bool = False
     """Without CUDA graphs."""
     async_scheduling: bool | None = None

@@ -22,7 +22,6 @@ from miniserve.tokenizer import Tokenizer
 from miniserve.worker.build import build
 from miniserve.worker.sequence import Sequence
 
-
 COMPILING_SECONDS = 0.001
 """How often to look whether a grammar has been compiled, while there is nothing else to do."""
 

@@ -11,6 +11,7 @@ from tiny import reference
 
 from miniserve.llm import LLM
 from miniserve.sampling import SamplingParams
+from miniserve.worker import engine as worker_engine
 from miniserve.worker.sequence import Sequence
 
 TOKENS = 64
@@ -32,7 +33,9 @@ def greedy(llm: LLM, items: list[list[int]], max_tokens: int = TOKENS) -> list[l
 
 
 def small(folder, **engine) -> LLM:
-    return LLM(str(folder), **{"kv_cache_memory": 2**22, "threads": 1, **engine})
+    """A sequence that drafts is never launched ahead: overlap is tested without, unless both are asked for."""
+    defaults = {"kv_cache_memory": 2**22, "threads": 1, "prompt_lookup": not engine.get("async_scheduling")}
+    return LLM(str(folder), **{**defaults, **engine})
 
 
 def clean(llm: LLM) -> bool:
@@ -219,3 +222,68 @@ def test_same_prefix_is_computed_once(tiny_models, overlap):
     assert greedy(llm, items, 4) == reference(tiny_models["llama"], items, 4)
     fresh = len(base) // 16 * 16
     assert llm.engine.counters.prompt_tokens < fresh + 6 * 20
+
+
+class Oracle:
+    """In place of a `Drafter`: knows how all texts go on, and errs now and then."""
+
+    texts: list[list[int]]
+
+    def __init__(self) -> None:
+        self._pick = random.Random(1)
+
+    def draft(self, tokens: list[int], most: int) -> list[int]:
+        (text,) = (text for text in self.texts if text[: len(tokens)] == tokens)
+        draft = text[len(tokens) :][: self._pick.randrange(most + 1)] if most > 0 else []
+        return [token if self._pick.random() < 0.8 else (token + 1) % 256 for token in draft]
+
+    def observe(self, drafted: int, held: int) -> None:
+        assert 0 <= held <= drafted > 0
+
+
+@OVERLAP
+@pytest.mark.parametrize("arch", ARCHS)
+def test_drafts(tiny_models, expected, monkeypatch, arch, overlap):
+    """Drafts that hold for a while, alone and beside prompts and other decodes."""
+    items, texts = expected[arch]
+    monkeypatch.setattr(worker_engine, "Drafter", Oracle)
+    monkeypatch.setattr(Oracle, "texts", [item + text for item, text in zip(items, texts, strict=True)], raising=False)
+    llm = small(tiny_models[arch], async_scheduling=overlap, prompt_lookup=True, max_num_batched_tokens=32)
+    assert [greedy(llm, [item])[0] for item in items] == texts
+    assert greedy(llm, items) == texts
+    counters = llm.engine.counters
+    assert counters.drafted_tokens > counters.held_tokens > 500
+    assert counters.steps < 0.7 * counters.generated_tokens
+    assert clean(llm)
+
+
+def test_drafts_change_nothing_that_is_sampled(tiny_models):
+    """Each position draws with its own number: a draft holds only where the very token would have been drawn."""
+    pick = random.Random(3)
+    items = [[pick.randrange(4) for _ in range(80)] for _ in range(6)]
+    for params in (
+        {"temperature": 0.6, "logit_bias": dict.fromkeys(range(4), 30.0), "logprobs": 3},
+        {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "logit_bias": dict.fromkeys(range(3), 30.0)},
+        {"temperature": 0.0, "stop_token_ids": [2], "min_tokens": 7, "logprobs": 0},
+        {"temperature": 0.6, "repetition_penalty": 1.2, "logit_bias": dict.fromkeys(range(4), 30.0)},
+    ):
+        found = []
+        for lookup in (False, True):
+            llm = small(tiny_models["llama"], prompt_lookup=lookup)
+            each = [SamplingParams(seed=i, max_tokens=30, **params) for i in range(6)]
+            found.append([g.outputs for g in llm.generate(items, each, progress=False)])
+            held = llm.engine.counters.held_tokens
+            assert clean(llm)
+        assert found[0] == found[1]
+        assert (held > 20) == ("repetition_penalty" not in params) or "stop_token_ids" in params
+
+
+@pytest.mark.parametrize("pages", [12, 20, 40])
+def test_drafts_take_no_page_from_others(tiny_models, pages):
+    """In a pool that is too small for all, drafts end where the pages do."""
+    items = [[5, 6, 7, 8] * 8 for _ in range(5)]
+    llm = small(tiny_models["qwen3"], max_model_len=128)
+    page = llm._built.memory.shape.bytes
+    llm = small(tiny_models["qwen3"], max_model_len=128, kv_cache_memory=pages * page, enable_prefix_caching=False)
+    assert greedy(llm, items, 60) == reference(tiny_models["qwen3"], items, 60)
+    assert clean(llm)

@@ -274,7 +274,7 @@ class WorkerStats(Wire, frozen=True):
     """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages.
 
     `host_pages` of `host_total` pages of host memory hold evicted KV; `offloaded` and `restored` count pages copied
-    there and back."""
+    there and back, `held_tokens` of the `drafted_tokens` that were sampled as drafted."""
 
     total_pages: int
     free_pages: int
@@ -295,6 +295,8 @@ class WorkerStats(Wire, frozen=True):
     host_pages: int = 0
     offloaded: int = 0
     restored: int = 0
+    drafted_tokens: int = 0
+    held_tokens: int = 0
 
 
 class Report(Wire, frozen=True):

@@ -22,6 +22,8 @@ COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
 CACHE_COUNTERS = [  # name, text, field of WorkerStats
     ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "prefix_queries"),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache", "prefix_hits"),
+    ("spec_decode_num_draft_tokens", "Tokens drafted by prompt lookup", "drafted_tokens"),
+    ("spec_decode_num_accepted_tokens", "Drafted tokens that held", "held_tokens"),
     ("num_preemptions", "Times that a running request lost its pages to another", "preemptions"),
 ]
 WORKER_NUMBERS: list[tuple[type[Family], str, str, str]] = [

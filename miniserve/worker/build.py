@@ -145,6 +145,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         host=host,
         grammars=grammars,
         pace=Pace(budget, config.step_stretch) if config.step_stretch else None,
+        drafts=device.type == "cpu" if config.prompt_lookup is None else config.prompt_lookup,
         overlap=device.type == "cuda" if overlap is None else overlap,
     )
     identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, config.load_format]

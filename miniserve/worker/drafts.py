@@ -10,6 +10,9 @@ NGRAM = 3
 """Tokens that must have come before in this order."""
 FIRST, MOST = 5, 11
 """Tokens of a first draft, and of one after drafts that held. The CPU's matrix kernel computes six rows at a time."""
+ROWS = 12
+"""So many rows may a step have with drafts in it: up to there it takes little longer than with one, since all weights
+are read anyway."""
 LONGEST_PAUSE = 64
 """Tokens without a draft, at most, after drafts that did not hold."""
 

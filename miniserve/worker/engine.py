@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from miniserve.cluster.messages import Keep, StepTime, TokenLogprob, TurnOutput
 from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.worker.drafts import ROWS, Drafter
 from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Sequence, Status
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 
 Sampled = tuple[list[int], list[TokenLogprob | None]]
-"""A token, and perhaps its log-probability, for each sequence of a step that is complete with it."""
+"""A token, and perhaps its log-probability, for each sequence of a step that is complete with it, and then one for each
+token of its draft: what comes after it, if it holds."""
 
 
 class Launched(Protocol):
@@ -45,8 +48,8 @@ class Runner(Protocol):
 
     def launch(self, work: list[tuple[Sequence, int]]) -> Launched:
         """Begin to compute the next `count` tokens of each (sequence, count), from where those that are under way end,
-        and to sample for each sequence that is complete with this. A token that is still being sampled comes from the
-        step launched before."""
+        and to sample for each sequence that is complete with this, and after each token of its draft. A token that is
+        still being sampled comes from the step launched before."""
         ...
 
 
@@ -63,9 +66,9 @@ class Known:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step under way: (sequence, tokens, whether it samples) of each sequence in it."""
+    """A step under way: (sequence, tokens, whether it samples, draft) of each sequence in it."""
 
-    work: list[tuple[Sequence, int, bool]]
+    work: list[tuple[Sequence, int, bool, list[int]]]
     time: StepTime
     started: float
     launched: Launched
@@ -79,6 +82,9 @@ class Counters:
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    held_tokens: int = 0
+    """Of those drafted."""
     prefix_queries: int = 0
     prefix_hits: int = 0
 
@@ -122,6 +128,7 @@ class Engine:
         grammars: Grammars | None = None,
         pace: Pace | None = None,
         overlap: bool = False,
+        drafts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -141,6 +148,7 @@ class Engine:
         """Turns whose grammar did not compile, since the last step."""
         self._pace = pace
         self._overlap = overlap
+        self._drafts = drafts
         self._flight: Flight | None = None
         self._ended = 0.0
         self._max_num_seqs = max_num_seqs
@@ -166,6 +174,8 @@ class Engine:
         if sequence.turn not in self._turns:
             self._turns[sequence.turn] = sequence
             self.waiting.append(sequence)
+            if self._drafts and not sequence.prefill_for and not sequence.params.looks_back:
+                sequence.drafter = Drafter()
             if sequence.params.grammar is not None and self._grammars is not None:
                 sequence.compiling = self._grammars.start(sequence.params.grammar, sequence.outputs)
 
@@ -319,7 +329,8 @@ class Engine:
             sampling = count == sequence.to_launch
             sequence.under_way += count
             sequence.sampling = sampling
-            work.append((sequence, count, sampling))
+            work.append((sequence, count, sampling, sequence.draft))
+            sequence.draft = []
         return Flight(work, timed, started, launched)
 
     def _collect(self, flight: Flight) -> Step:
@@ -332,14 +343,19 @@ class Engine:
         if self._pace is not None and done.time is not None:
             self._pace.observe(done.time)
         sampled = iter(zip(tokens, logprobs, strict=True))
-        for sequence, count, sampling in flight.work:
-            token, logprob = next(sampled) if sampling else (0, None)
+        for sequence, count, sampling, draft in flight.work:
+            found = list(islice(sampled, 1 + len(draft))) if sampling else []
             if sequence.status is Status.FINISHED:
                 continue
-            if sequence.status is Status.RUNNING:  # else preempted since: only the token is left of it
+            held = next((i for i, token in enumerate(draft) if found[i][0] != token), len(draft))
+            if sequence.status is Status.RUNNING:  # else preempted since: only the tokens are left of it
                 sequence.under_way -= count
                 sequence.computed += count
                 self.register(sequence)
+            if draft and sequence.drafter is not None:
+                sequence.drafter.observe(len(draft), held)
+                self.counters.drafted_tokens += len(draft)
+                self.counters.held_tokens += held
             output = None
             if sampling:
                 # Of its own next step, if that is launched already, nothing is sampled that we know of either.
@@ -349,8 +365,7 @@ class Engine:
                     sequence.finish = "error"
                     output = _failure(sequence, reason)
                 else:
-                    sequence.append(token, self.runner.eos, self.max_model_len)
-                    output = self._output(sequence, index, logprob, now)
+                    output = self._output(sequence, index, found[: held + 1], now)
                 done.outputs.append(output)
             if sequence.prefill_for:
                 done.prefilled.append((sequence, output))
@@ -385,6 +400,7 @@ class Engine:
                 batch.append((sequence, 1))
         # Growing may have preempted a sequence that was scheduled before: the youngest ones come last.
         batch = [(s, count) for s, count in batch if s.status is Status.RUNNING]
+        self._draft([sequence for sequence, _ in batch])
         # At least one token, so that even a budget smaller than the decodes starves nobody.
         budget = max(self.max_num_batched_tokens - len(batch), 1)
         if batch and self._pace is not None:
@@ -404,6 +420,21 @@ class Engine:
                     counts[i] += more
                     share -= more
         return [(sequence, count) for sequence, count in zip(prompts, counts, strict=True) if count]
+
+    def _draft(self, decodes: list[Sequence]) -> None:
+        """Guess how some of the sequences go on that decode in this step, as far as rows and pages suffice."""
+        rows = ROWS - len(decodes)
+        for sequence in decodes:
+            if rows > 0 and sequence.drafter is not None:
+                limit = self.max_model_len - sequence.length
+                if sequence.params.max_tokens is not None:
+                    limit = min(limit, sequence.params.max_tokens - sequence.num_outputs)
+                draft = sequence.drafter.draft(sequence.tokens, min(rows, limit - 1))
+                more = -(-(sequence.length + len(draft)) // self.page_tokens) - len(sequence.pages)
+                if more > 0 and self.pool.num_available >= more + self._watermark:
+                    sequence.pages += self.pool.allocate(more, self.clock())
+                sequence.draft = draft[: len(sequence.pages) * self.page_tokens - sequence.length]
+                rows -= len(sequence.draft)
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
@@ -431,14 +462,26 @@ class Engine:
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
 
-    def _output(self, sequence: Sequence, index: int, logprob: TokenLogprob | None, now: float) -> TurnOutput:
-        self.counters.generated_tokens += 1
-        first = index == sequence.prior
+    def _output(
+        self, sequence: Sequence, index: int, found: list[tuple[int, TokenLogprob | None]], now: float
+    ) -> TurnOutput:
+        """Take in the tokens that were `found`, as far as the turn goes; what is told of them."""
+        first, before = index == sequence.prior, len(sequence.tokens)
+        for token, _ in found:
+            sequence.append(token, self.runner.eos, self.max_model_len)
+            if sequence.finish:
+                break
+        taken = len(sequence.tokens) - before
+        self.counters.generated_tokens += taken
+        if sequence.status is Status.RUNNING:
+            sequence.computed += taken - 1  # those of the draft: their KV is there
+            self.register(sequence)
+        logprobs = [logprob for _, logprob in found[:taken] if logprob is not None]
         return TurnOutput(
             turn=sequence.turn,
             index=index,
-            tokens=[sequence.tokens[-1]],
-            logprobs=None if logprob is None else [logprob],
+            tokens=sequence.tokens[before:],
+            logprobs=logprobs or None,
             finish=sequence.finish,
             stop_token=sequence.stop_token,
             cached_tokens=sequence.cached if first else None,
@@ -466,6 +509,6 @@ def _work(batch: list[tuple[Sequence, int]]) -> StepTime:
             prefill += count
             context += count * (sequence.computed + sequence.under_way) + count * count // 2
         else:
-            decodes += 1
+            decodes += 1 + len(sequence.draft)
             decode_context += sequence.length
     return StepTime(prefill, context, decodes, decode_context, 0.0)

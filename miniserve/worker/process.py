@@ -227,6 +227,8 @@ class Worker:
             generated_tokens=counters.generated_tokens,
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
+            drafted_tokens=counters.drafted_tokens,
+            held_tokens=counters.held_tokens,
             busy_seconds=self._busy,
             host_total=host.num_pages if host else 0,
             host_pages=host.num_used if host else 0,

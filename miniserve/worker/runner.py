@@ -59,6 +59,7 @@ class Runner:
         positions: list[int] = []
         outputs: list[int] = []
         complete: list[Sequence] = []
+        ahead: list[int] = []
         fed: list[tuple[int, Sequence]] = []
         for sequence, count in work:
             start = sequence.computed + sequence.under_way
@@ -66,17 +67,19 @@ class Runner:
             if not known:  # what is being sampled
                 known = [0]
                 fed.append((len(tokens), sequence))
-            tokens += known
-            positions += range(start, start + count)
             if count == sequence.to_launch:
-                outputs.append(len(tokens) - 1)
-                complete.append(sequence)
+                last = len(tokens) + count - 1
+                outputs += range(last, last + 1 + len(sequence.draft))
+                complete += [sequence] * (1 + len(sequence.draft))
+                ahead += range(1 + len(sequence.draft))
+            tokens += known + sequence.draft
+            positions += range(start, start + count + len(sequence.draft))
         batch = Batch(
             tokens=self._put(tokens),
             positions=self._put(positions),
             outputs=self._put(outputs),
-            lengths=[count for _, count in work],
-            contexts=[sequence.computed + sequence.under_way + count for sequence, count in work],
+            lengths=[count + len(sequence.draft) for sequence, count in work],
+            contexts=[s.computed + s.under_way + count + len(s.draft) for s, count in work],
             pages=[sequence.pages for sequence, _ in work],
         )
         if fed:
@@ -87,8 +90,9 @@ class Runner:
         logits = self.graphs.logits(batch) if self.graphs is not None else None
         if logits is None:
             logits = self._transformer.forward(batch, self.memory.pages)
-        samples = self._sampler.sample(logits, complete) if complete else None
-        self._latest = ({s: row for row, s in enumerate(complete)}, samples.tokens) if samples is not None else None
+        samples = self._sampler.sample(logits, complete, ahead) if complete else None
+        rows_of = {sequence: row for row, sequence in enumerate(complete)}
+        self._latest = (rows_of, samples.tokens) if samples is not None else None
         return DeviceStep(samples, self._device)
 
     def _put(self, values: list[int]) -> torch.Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import repeat
 
 import torch
 
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.ops import Ops
+from miniserve.sampling import SamplingParams
 from miniserve.worker.grammar import Masks
 from miniserve.worker.sequence import Sequence
 
@@ -73,17 +75,20 @@ class Sampler:
         self._masks = Masks()
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Samples:
-        """One token for each row of `logits` (float32 `[n, vocab]`, changed in place)."""
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence], ahead: list[int] | None = None) -> Samples:
+        """One token for each row of `logits` (float32 `[n, vocab]`, changed in place): the next one of
+        `sequences[row]`, or with `ahead` the one that comes so many after it."""
+        numbers = [s.num_outputs + s.sampling + more for s, more in zip(sequences, ahead or repeat(0), strict=False)]
         reported = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
         raw = _rows(logits, reported).log_softmax(-1) if reported else None
         for row, sequence in enumerate(sequences):
-            self._shape(logits[row], sequence)
+            self._shape(logits[row], sequence, numbers[row])
         self._masks.apply(logits, sequences, self._eos)
         tokens = logits.argmax(-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:
-            picked = self._draw(_rows(logits, drawn), [sequences[row] for row in drawn])
+            points = [uniform(sequences[row].seed, numbers[row]) for row in drawn]
+            picked = self._draw(_rows(logits, drawn), [sequences[row].params for row in drawn], points)
             tokens = picked if len(drawn) == len(sequences) else tokens.index_copy(0, put(drawn, logits.device), picked)
         if raw is None:
             return Samples(tokens)
@@ -93,8 +98,9 @@ class Sampler:
         rank = (raw > own).sum(-1) + 1
         return Samples(tokens, LogprobRows(reported, counts, own.squeeze(1), rank, ids, top))
 
-    def _shape(self, row: torch.Tensor, sequence: Sequence) -> None:
-        """Apply what a request wants changed in its logits: bias, penalties, no end before min_tokens."""
+    def _shape(self, row: torch.Tensor, sequence: Sequence, number: int) -> None:
+        """Apply what a request wants changed in the logits of output `number`: bias, penalties, no end before
+        min_tokens."""
         params = sequence.params
         if params.repetition_penalty != 1.0:
             seen = put(sorted(set(sequence.tokens)), row.device)
@@ -102,34 +108,32 @@ class Sampler:
             # CTRL (arXiv 1909.05858), as transformers and vLLM do it: away from zero is always less likely.
             penalty = params.repetition_penalty
             row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            if outputs := sequence.outputs:
-                often = Counter(outputs)
-                counts = put(list(often.values()), row.device)
-                row[put(list(often), row.device)] -= params.frequency_penalty * counts + params.presence_penalty
+        if (params.presence_penalty or params.frequency_penalty) and (outputs := sequence.outputs):
+            often = Counter(outputs)
+            counts = put(list(often.values()), row.device)
+            row[put(list(often), row.device)] -= params.frequency_penalty * counts + params.presence_penalty
         if params.logit_bias:
             bias = params.logit_bias
             row[put(list(bias), row.device)] += put(list(bias.values()), row.device, torch.float32)
-        if sequence.num_outputs + sequence.sampling < params.min_tokens and params.grammar is None:
+        if number < params.min_tokens and params.grammar is None:
             ends = [*params.stop_token_ids, *(() if params.ignore_eos else self._eos)]
             row[put(ends, row.device)] = -torch.inf
 
-    def _draw(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-        """Draw one id a row by inverting the cumulative distribution at the request's own random number."""
-        params = [sequence.params for sequence in sequences]
+    def _draw(self, logits: torch.Tensor, params: list[SamplingParams], points: list[float]) -> torch.Tensor:
+        """Draw one id a row by inverting the cumulative distribution at the request's own random number (`points`)."""
 
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return put(values, logits.device, dtype).unsqueeze(1)
 
         temperature = column([p.temperature for p in params])
-        points = column([uniform(s.seed, s.num_outputs + s.sampling) for s in sequences], torch.float64)
+        at = column(points, torch.float64)
         probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if all(p.top_k <= 0 and p.top_p >= 1 and p.min_p <= 0 for p in params):
-            return _invert(probs, points).squeeze(1)
+            return _invert(probs, at).squeeze(1)
         top_k = column([p.top_k if 0 < p.top_k < probs.shape[1] else probs.shape[1] for p in params], torch.int32)
         top_p, min_p = column([p.top_p for p in params]), column([p.min_p for p in params])
         ids, kept = self._ops.filter(probs, top_k, top_p, min_p)
-        picked = _invert(kept, points)
+        picked = _invert(kept, at)
         return (picked if ids is None else ids.gather(1, picked)).squeeze(1)
 
 

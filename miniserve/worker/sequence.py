@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
 from miniserve.sampling import SamplingParams
+from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
     from miniserve.worker.grammar import Matcher  # needs numpy and llguidance, which the simulator does not
@@ -66,6 +67,10 @@ class Sequence:
         """Tokens after these whose KV a launched step is computing."""
         self.sampling = False
         """Whether a launched step samples the token that comes after `tokens`."""
+        self.drafter: Drafter | None = None
+        """Who guesses how it goes on; None where nothing is to be guessed."""
+        self.draft: list[int] = []
+        """Tokens after these that a launched step computes too, in case it samples them."""
         self.registered = 0
         """Full pages that the prefix cache knows."""
         self.cached: int | None = None
@@ -106,13 +111,13 @@ class Sequence:
 
     def can_go_on(self, max_len: int) -> bool:
         """Whether a step can be launched for it now. While a token is being sampled that is so if it is not the last
-        one for sure, and if the choice of the next one does not depend on which it is."""
+        one for sure, and if neither the choice of the next one nor a draft depends on which it is."""
         if not self.sampling:
             return True
         params = self.params
         last = self.prefill_for or self.length >= max_len
         last = last or (params.max_tokens is not None and self.num_outputs + 1 >= params.max_tokens)
-        return not last and not params.looks_back
+        return not last and not params.looks_back and self.drafter is None
 
     def hashes(self, page_tokens: int) -> list[bytes]:
         """Chain hashes of all full pages of `tokens`."""
