@@ -47,6 +47,8 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 _JSON = re.compile(r"%json\s*")
+_PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/')
+"""Comments, strings and expressions of Lark, as llguidance reads them."""
 
 
 class GrammarError(ValueError):
@@ -106,15 +108,10 @@ def failure(matcher: LLMatcher) -> str:
     return ""
 
 
-def spelled(tokenizer: Tokenizer, text: str) -> str:
-    """A Lark expression for `text`: the token itself where one of the model's control tokens is written so."""
-    token = tokenizer.control_id(text)
-    return quoted(text) if token is None else f"<[{token}]>"
-
-
 def quoted(text: str) -> str:
     """A Lark expression for exactly this text."""
-    return re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
+    found = re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
+    return found.replace("\x7f", "\\x7f").replace("%", "\\x25")  # which would begin a directive to `check_bounds`
 
 
 def check_bounds(grammar: Grammar) -> None:
@@ -125,13 +122,17 @@ def check_bounds(grammar: Grammar) -> None:
     if grammar.kind == "json_schema":
         _check_schema(_parsed(text, 0)[0])
     elif grammar.kind == "lark":
-        rules, end = len(text), 0
+        rules, end = "", 0
         while found := _JSON.search(text, end):
+            rules += text[end : found.start()] + " "
             schema, end = _parsed(text, found.end())
             _check_schema(schema)
-            rules -= end - found.end()
-        if rules > MAX_RULE_CHARS:
-            raise GrammarError(f"its rules have {rules} characters, and at most {MAX_RULE_CHARS} are allowed.")
+        rules += text[end:]
+        if len(rules) > MAX_RULE_CHARS:
+            raise GrammarError(f"its rules have {len(rules)} characters, and at most {MAX_RULE_CHARS} are allowed.")
+        if re.search("[&~]", _PLAIN.sub("", rules)):
+            # Whether such a term matches anything at all may take for ever to find out.
+            raise GrammarError("the operators & and ~ are not allowed: write the expression without them.")
 
 
 def _for_llguidance(grammar: Grammar) -> str:

@@ -151,10 +151,6 @@ class Tokenizer:
         """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
-    def control_id(self, text: str) -> int | None:
-        """The control token that is written so, if the model has one."""
-        return next((i for i, content in self._control.items() if content == text), None)
-
     # --- grammars ---
 
     @property

@@ -44,6 +44,7 @@ class FakeTurn:
     finish: str = "stop"
     stop_token: int | None = None
     error: str = ""
+    invalid: bool = False
     cached: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     given: int = 0
@@ -78,6 +79,7 @@ class FakeTurn:
                 self.stop_token if last else None,
                 self.cached if number == 0 else None,
                 error=self.error,
+                invalid=self.invalid,
             )
             if finish:
                 return

@@ -452,7 +452,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs `json_schema`"),
         ({"tools": [{"type": "function"}]}, "tools[0]", "must look like"),
         ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "needs `tools`"),

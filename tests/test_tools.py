@@ -650,6 +650,17 @@ async def test_what_reaches_the_engine(tokenizers: dict[str, Tokenizer]) -> None
     assert api.engine.turns[0].conversation == ""
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tools_that_cannot_be_forced(tokenizers: dict[str, Tokenizer], stream: bool) -> None:
+    api = Api(tokenizers["hermes"])
+    api.say("x")
+    tools = [tool(parameters={"type": "object", "properties": {"a": {"type": "robot"}}})]
+    assert (await api.post(tools=tools)).status_code == 200
+    response = await api.post(tools=tools, tool_choice="required", stream=stream)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "tools"
+
+
 async def test_the_flag(tokenizers: dict[str, Tokenizer]) -> None:
     api = Api(tokenizers["smollm2"], tool_call_parser="mistral")
     api.say(FORMATS["mistral"].write(CALLS[1:]))

@@ -59,8 +59,8 @@ class _Writer:
 
     def schema(self, name: str, schema: dict[str, Any], strict: bool) -> str:
         """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
-        nothing of are passed over."""
-        style = {**STYLE, "lenient": not strict}
+        nothing of are passed over, and alternatives are taken to exclude each other."""
+        style = {**STYLE, "lenient": not strict, "coerce_one_of": not strict}
         self.rules.append(f"{name}: %json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}")
         return name
 

@@ -38,6 +38,8 @@ from miniserve.template import Message
 
 MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
+MAX_CHOICES = 1000
+MAX_GRAMMAR_CHARS = 16384
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 
@@ -175,6 +177,48 @@ class StreamOptions(Body):
     """With `include_usage`: every chunk tells the usage of its choice so far."""
 
 
+class JsonSchemaFormat(Body):
+    """`strict` true refuses schemas that cannot be held to exactly; else `oneOf` is taken for `anyOf`."""
+
+    name: Text | None = None
+    description: Text | None = None
+    schema_: Annotated[Json, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError(
+                'The type "json_schema" needs `json_schema`, with a name and a schema, and no other type does'
+            )
+        return self
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to say what an output must match: exactly one of these. A `grammar` is Lark as llguidance writes it,
+    or GBNF."""
+
+    json_: Annotated[Json | Text | None, Field(alias="json")] = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: Annotated[Text, Field(max_length=MAX_GRAMMAR_CHARS)] | None = None
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        if (
+            sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar, self.json_object))
+            != 1
+        ):
+            raise ValueError("Give exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`")
+        return self
+
+
 class GenerationRequest(Body, ABC):
     """What chat and text completions share."""
 
@@ -200,6 +244,8 @@ class GenerationRequest(Body, ABC):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
     """Prefixes are only shared among requests with the same salt."""
     return_token_ids: bool | None = None
@@ -209,6 +255,12 @@ class GenerationRequest(Body, ABC):
     def _stream_options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
+        return self
+
+    @model_validator(mode="after")
+    def _one_format(self) -> GenerationRequest:
+        if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
+            raise ParameterError("structured_outputs", "Give `response_format` or `structured_outputs`, not both.")
         return self
 
     @property
@@ -254,7 +306,6 @@ class ChatRequest(GenerationRequest):
     """Whether an answer may call more than one tool; yes, unless it is false."""
     reasoning_effort: Annotated[Text, Field(max_length=32)] | None = None
     """A variable of the chat template; "none" is told to templates as thinking that is switched off, too."""
-    response_format: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Json | None = None
@@ -271,11 +322,6 @@ class ChatRequest(GenerationRequest):
     def _only_what_is_supported(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "`top_logprobs` needs `logprobs` true.")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise ParameterError(
-                "response_format",
-                '`response_format` other than {"type": "text"} is not supported yet: ask for the format in a message.',
-            )
         check_tools(self.tools or [])
         self._calling = Calling(self.tools, self.tool_choice, self.parallel_tool_calls)
         return self

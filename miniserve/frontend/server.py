@@ -116,7 +116,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
             defaults = generation_defaults(files.folder, config.generation_config)
             tokenizer, _ = await signals.unless(
                 signals.first,
-                asyncio.gather(asyncio.to_thread(Tokenizer.load, files.folder, config.chat_template), client.start()),
+                asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start()),
             )
         except (StartupError, ParameterError) as error:
             raise ConfigError(str(error)) from error
@@ -145,6 +145,13 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         return 0
     finally:
         await client.stop()
+
+
+def _tokenizer(config: ServeConfig, files: ModelFiles) -> Tokenizer:
+    """The tokenizer, and while nobody waits yet what compiles grammars for it. Raises `ParameterError`."""
+    tokenizer = Tokenizer.load(files.folder, config.chat_template)
+    _ = tokenizer.compiler
+    return tokenizer
 
 
 async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, signals: Signals) -> None:

@@ -31,6 +31,7 @@ from miniserve.frontend.schemas import (
     TokenizeRequest,
 )
 from miniserve.frontend.streaming import ChunkShape, ClientGone, EventStream, events, while_connected
+from miniserve.frontend.structured import GrammarChecks
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ class Service:
         self._dialect = dialect
         self._names = names
         self._defaults = defaults
+        self._grammars = GrammarChecks(tokenizer)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
@@ -123,6 +125,8 @@ class Service:
         arrived = time.perf_counter()
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
+        if grammar := await self._grammars.wanted(body):
+            params = msgspec.structs.replace(params, grammar=grammar)
         conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
         default_limit = body.default_limit or self._defaults.get("max_new_tokens")
 
@@ -134,6 +138,9 @@ class Service:
 
         # A long prompt takes a while, in which other streams want to go on.
         prompts = await asyncio.to_thread(prepared)
+        for _, own in prompts:
+            if own.grammar is not None and own.grammar is not grammar:
+                await self._grammars.check(own.grammar, "tools")
         head: Head = {
             "id": shape.id_prefix + request.state.request_id,
             "object": shape.chunk_object,
