@@ -66,6 +66,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._control = {i: token.content for i, token in added.items() if is_control(token.content, token.special)}
+        self._control_ids = {text: i for i, text in self._control.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.bos_token_id = bos_token_id
@@ -150,6 +151,10 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written so, if the model has one."""
+        return self._control_ids.get(text)
 
     # --- grammars ---
 

@@ -14,7 +14,7 @@ from typing import Any
 from miniserve.frontend.calls import schema_types
 from miniserve.frontend.formats import Format
 from miniserve.frontend.reader import Thinking
-from miniserve.grammar import quoted, spelled
+from miniserve.grammar import quoted
 from miniserve.sampling import Grammar
 from miniserve.tokenizer import Tokenizer
 
@@ -55,7 +55,8 @@ class _Writer:
 
     def mark(self, text: str) -> str:
         """A mark: the token for it, or its characters."""
-        return spelled(self._tokenizer, text)
+        token = self._tokenizer.control_id(text)
+        return quoted(text) if token is None else f"<[{token}]>"
 
     def schema(self, name: str, schema: dict[str, Any], strict: bool) -> str:
         """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
