@@ -12,6 +12,8 @@ from miniserve import __version__
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes, parse_devices
 from miniserve.evaluate import add_commands
 from miniserve.flags import Parser, checked, fraction, interval, port, positive, seconds, share, stretch, tokens
+from miniserve.frontend.dialect import THINKING
+from miniserve.frontend.formats import FORMATS
 from miniserve.scheduler.policies import POLICIES
 
 EXAMPLES = """examples:
@@ -103,6 +105,19 @@ def _add_serve(commands: Any) -> None:
     )
     model.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="what clients call the model")
     model.add_argument("--chat-template", help="a jinja file or text, instead of the model's own")
+    model.add_argument(
+        "--tool-call-parser",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="the model's format of tool calls; default: auto (from its chat template, else its architecture)",
+    )
+    model.add_argument(
+        "--reasoning-parser",
+        choices=("auto", "none", *THINKING),
+        default="auto",
+        help="the marks around the model's reasoning; none: it is left in the content; default: auto (from its chat "
+        "template and vocabulary)",
+    )
     model.add_argument(
         "--generation-config",
         choices=("auto", "vllm"),

@@ -132,6 +132,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     api_key: str | None = None
     chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    """The format of the model's tool calls; `auto`: found from its chat template, else from its architecture."""
+    reasoning_parser: str = "auto"
+    """The marks around the model's reasoning; `auto`: found from its chat template and vocabulary."""
     generation_config: str = "auto"
     """`auto`: the model's generation_config.json gives the sampling defaults; `vllm`: neutral defaults."""
     max_num_queued_reqs: int = 1024

@@ -54,7 +54,8 @@ class TextStream:
     Held back are the bytes of an unfinished character and text that may still be the beginning of a stop string. Of
     several stop strings the one that ends first wins, and of those the longest; how the text is cut into tokens and
     pushes makes no difference. One that ends within the first `min_tokens` tokens does not count. Text is the plain
-    concatenation of the tokens' bytes: a sentencepiece model's first token keeps its leading space.
+    concatenation of the tokens' bytes: a sentencepiece model's first token keeps its leading space. `visible` are
+    special tokens that are not skipped: the marks of tool calls, for whoever reads those.
 
     `stopped_by` is the stop string that was met, `tokens_used` the number of tokens up to the one that completed it
     (all so far, if none).
@@ -67,11 +68,12 @@ class TextStream:
         skip_special_tokens: bool = True,
         include_stop: bool = False,
         min_tokens: int = 0,
+        visible: frozenset[int] = frozenset(),
     ) -> None:
         self.stopped_by: str | None = None
         self.tokens_used = 0
         self._token_bytes = tokenizer.token_bytes
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - visible if skip_special_tokens else frozenset()
         self._stops = [StopString(text) for text in stop or []]
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -120,7 +122,7 @@ class TurnText:
     `finish` is None while it goes on; `stop_reason` is the stop string or the token of `stop_token_ids` that ended it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, visible: frozenset[int] = frozenset()) -> None:
         self.finish: Literal["stop", "length"] | None = None
         self.stop_reason: str | int | None = None
         self._params = params
@@ -131,6 +133,7 @@ class TurnText:
             params.skip_special_tokens,
             params.include_stop_str_in_output,
             params.min_tokens,
+            visible,
         )
 
     def feed(self, output: TurnOutput) -> tuple[str, int]:

@@ -14,30 +14,37 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "documents"})
+THINKING_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
+"""Requests may set these for every model: clients send them to models that do not think, too."""
 
 
 class ChatTemplates:
     """The compiled templates of a model. Immutable, safe to use from many threads.
 
     `texts` maps names (`default`, `tool_use`) to jinja text and `variables` what every template sees (`bos_token`).
-    Raises `ParameterError` for text that is no jinja.
+    `settable` are the variables that requests may set: those that the templates read. Raises `ParameterError` for text
+    that is no jinja.
     """
 
     def __init__(self, texts: dict[str, str], variables: dict[str, str]) -> None:
         self._variables = variables
         self._compiled: dict[str, jinja2.Template] = {}
+        self.settable = THINKING_VARIABLES
         if not texts:
             return
         import jinja2
+        from jinja2.meta import find_undeclared_variables
 
         environment = _environment()
         for name, text in texts.items():
             try:
                 self._compiled[name] = environment.from_string(text)
+                self.settable |= find_undeclared_variables(environment.parse(text))
             except jinja2.TemplateError as error:
                 raise ParameterError(
                     "chat_template", f"The chat template is not valid jinja: {error.message}"
                 ) from error
+        self.settable -= RESERVED | variables.keys() | environment.globals.keys()
 
     def __bool__(self) -> bool:
         return bool(self._compiled)
@@ -59,8 +66,12 @@ class ChatTemplates:
                 "messages",
                 "This model has no chat template: use /v1/completions, or start the server with --chat-template FILE.",
             )
-        if taken := RESERVED & variables.keys():
-            raise ParameterError("chat_template_kwargs", f"`{min(taken)}` is not a variable you can set in a template.")
+        if unknown := variables.keys() - self.settable:
+            raise ParameterError(
+                "chat_template_kwargs",
+                f"`{min(unknown)[:64]}` is no variable that you can set in this model's chat template. Those are: "
+                f"{', '.join(sorted(self.settable))}.",
+            )
         if end:
             _append_to_content(messages[-1], end + " ")
         scope = {**self._variables, "documents": None, **variables, "tools": tools, "messages": messages}

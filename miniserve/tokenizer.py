@@ -44,7 +44,7 @@ class Tokenizer:
 
     `vocab_size` is one more than the highest token id (the model's own may be padded beyond). `eos_token_ids` end a
     turn. `special_ids` are the tokens left out of text when special tokens are skipped. `has_template` tells whether
-    `chat` can work.
+    `chat` can work; `template_text` is the source of all templates, and of the checkpoint's response template.
     """
 
     def __init__(
@@ -55,15 +55,18 @@ class Tokenizer:
         bos_token_id: int | None = None,
         templates: dict[str, str] | None = None,
         special_texts: dict[str, str] | None = None,
+        model_type: str = "",
+        response_template: Any = None,
     ) -> None:
         """`templates` maps names (`default`, `tool_use`) to jinja text; `special_texts` maps `bos_token` and the like
-        to their text, for the templates."""
+        to their text, for the templates. `response_template` is what the checkpoint says of how answers are parsed."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._control = {i: token.content for i, token in added.items() if is_control(token.content, token.special)}
+        self._control_ids = {text: i for i, text in self._control.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.bos_token_id = bos_token_id
@@ -72,6 +75,10 @@ class Tokenizer:
         self._bytes_of = _byte_reader(backend)
         self._lock = threading.Lock()
         self._templates = ChatTemplates(templates or {}, special_texts or {})
+        self.model_type = model_type
+        self.template_text = "\n".join((templates or {}).values())
+        if response_template:
+            self.template_text += "\n" + json.dumps(response_template, ensure_ascii=False)
         # Tokens matched after normalization can be spelled in ways that no search for their text finds.
         self._odd_spellings = backend.normalizer is not None and any(
             token.normalized for i, token in added.items() if i in self._control
@@ -114,6 +121,8 @@ class Tokenizer:
             bos_token_id=ids.get("bos_token", first("bos_token_id")),
             templates=find_templates(folder, settings, chat_template),
             special_texts=texts,
+            model_type=str(configs[1].get("model_type", "")),
+            response_template=settings.get("response_template"),
         )
 
     # --- text and tokens ---
@@ -142,6 +151,10 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written so, if the model has one."""
+        return self._control_ids.get(text)
 
     # --- grammars ---
 

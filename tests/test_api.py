@@ -27,7 +27,8 @@ from miniserve.frontend.client import EngineError, QueueFull
 from miniserve.frontend.generate import Generation
 from miniserve.frontend.metrics import Metrics
 from miniserve.frontend.responses import Head
-from miniserve.frontend.schemas import MAX_DEPTH, Body, ChatRequest, CompletionRequest, DetokenizeRequest
+from miniserve.frontend.schemas import Body, ChatRequest, CompletionRequest, DetokenizeRequest
+from miniserve.frontend.sound import MAX_DEPTH
 from miniserve.frontend.streaming import events as streamed
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
@@ -452,9 +453,9 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs `json_schema`"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported yet"),
-        ({"tool_choice": "required"}, "tool_choice", "not supported yet"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice", "not supported yet"),
+        ({"tools": [{"type": "function"}]}, "tools[0]", "must look like"),
+        ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "needs `tools`"),
         ({"cache_salt": ""}, "cache_salt", "at least 1"),
         ({"prompt_cache_key": "x" * 257}, "prompt_cache_key", "at most 256"),
     ],
@@ -535,9 +536,11 @@ async def test_deep_json(tokenizer: Tokenizer, depth: int, caplog: pytest.LogCap
     for path in ("/v1/chat/completions", "/tokenize"):
         for allowed in (True, False):
             value = nested(MAX_DEPTH if allowed else depth)
-            call = [*HI, {"role": "assistant", "tool_calls": [value]}]
+            inner = nested((MAX_DEPTH if allowed else depth) - 2)
+            function = {"name": "f", "arguments": inner}
+            call = [*HI, {"role": "assistant", "tool_calls": [{"function": function}]}]
             for body, param in (
-                ({"messages": HI, "chat_template_kwargs": value}, "chat_template_kwargs"),
+                ({"messages": HI, "chat_template_kwargs": {"thinking": value["x"]}}, "chat_template_kwargs"),
                 ({"messages": call}, "messages[1].tool_calls[0]"),
             ):
                 response = await api.http.post(path, json=body)

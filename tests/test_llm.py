@@ -109,7 +109,7 @@ def test_the_same_tokens_give_what_the_server_gives(llm: LLM, outputs: list[Turn
             output = TurnOutput(output.turn, output.index, output.tokens, logprobs, output.finish, output.stop_token)
         choice.feed(output)
         assert turn.take(output) is (choice.finish is not None)
-    text, logprobs = choice.take()
+    text, logprobs = choice.take_text()
     assert (completion.text, completion.logprobs or []) == (text, logprobs)
     assert (completion.finish_reason, completion.stop_reason) == (choice.finish, choice.stop_reason)
     assert len(completion.token_ids) == choice.output_tokens

@@ -13,6 +13,7 @@ from miniserve import __version__
 from miniserve.config import ServeConfig
 from miniserve.frontend import errors, page, views
 from miniserve.frontend.client import EngineClient, EngineError
+from miniserve.frontend.dialect import find_dialect
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
 from miniserve.frontend.responses import (
@@ -56,10 +57,11 @@ def create_app(
     """The API as an ASGI app.
 
     `client` need not have started yet. `generation_defaults` is the model's generation_config.json, or empty for
-    neutral sampling.
+    neutral sampling. Raises `ConfigError` for parsers that there are none of.
     """
     names = config.served_model_names or [config.engine.model]
-    service = Service(client, tokenizer, names, generation_defaults)
+    dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
+    service = Service(client, tokenizer, dialect, names, generation_defaults)
     created = int(time.time())
     middleware = [Middleware(RequestId)]
     if config.api_key is not None:

@@ -5,22 +5,80 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.frontend.dialect import Dialect
 from miniserve.frontend.generate import Choice, Generation
 from miniserve.frontend.logprobs import chat_logprobs
-from miniserve.frontend.responses import ChatChoice, ChatChunkChoice, ChatCompletion, ChatLogprobs, Delta, Head
+from miniserve.frontend.reader import Part, Reader, Reasoning, ToolCall
+from miniserve.frontend.responses import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessageOut,
+    Delta,
+    Head,
+    ToolCallOut,
+)
 from miniserve.frontend.schemas import ChatRequest, TokenizeRequest
+from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
 
 
-def chat_tokens(tokenizer: Tokenizer, request: ChatRequest | TokenizeRequest) -> list[int]:
+def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | TokenizeRequest) -> list[int]:
     """The prompt of a conversation. Slow: not for the event loop. Raises `ParameterError`."""
+    # Tools stay in the prompt when none may be called, so that it begins like that of the turn before.
+    messages = [message.for_template() for message in request.messages or []]
     return tokenizer.chat(
-        [message.for_template() for message in request.messages or []],
+        dialect.messages(messages, request.tools),
+        tools=request.tools or None if dialect.knows_tools else None,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        template_kwargs=request.chat_template_kwargs,
+        template_kwargs=request.template_variables,
     )
+
+
+class ChatTask:
+    """What a request for a chat completion asks of the model: a prompt, perhaps a call, somebody to read the answer."""
+
+    def __init__(self, tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest) -> None:
+        self._tokenizer = tokenizer
+        self._dialect = dialect
+        self._request = request
+
+    def prompts(self) -> list[list[int]]:
+        """The one prompt. Slow: not for the event loop. Raises `ParameterError`."""
+        return [chat_tokens(self._tokenizer, self._dialect, self._request)]
+
+    def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
+        """`params`, with a grammar where a call is forced. Slow, too. Raises `ParameterError`."""
+        calling = self._request.calling
+        if not calling.forced:
+            return params
+        from miniserve.frontend.call_grammar import call_grammar  # llguidance, which not every server needs
+
+        grammar = call_grammar(
+            self._dialect.form,
+            calling.forced,
+            single=calling.single,
+            thinking=self._dialect.thinking,
+            opened=self._opened(prompt),
+            tokenizer=self._tokenizer,
+        )
+        return msgspec.structs.replace(params, grammar=grammar)
+
+    def reader(self, prompt: list[int]) -> Reader | None:
+        """What reads one answer; None where all of it is content."""
+        calling = self._request.calling
+        return self._dialect.reader(self._tokenizer, calling.callable, calling.single, self._opened(prompt))
+
+    def _opened(self, prompt: list[int]) -> bool:
+        continued = None
+        if self._request.continue_final_message:
+            continued = self._request.messages[-1].for_template()["content"]
+        return self._dialect.opened(self._tokenizer, prompt, continued)
 
 
 class ChatShape:
@@ -57,12 +115,12 @@ class ChatShape:
         """The prompt's ids, if they were asked for."""
         return {"prompt_token_ids": choice.prompt} if self.token_ids else {}
 
-    def piece(self, choice: Choice, text: str, logprobs: list[TokenLogprob]) -> ChatChunkChoice:
-        """More text."""
+    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> ChatChunkChoice:
+        """A further part of the answer."""
         told = self._logprobs(choice, logprobs)
         chunk: ChatChunkChoice = {
             "index": choice.index,
-            "delta": {"content": text},
+            "delta": _delta(part),
             "logprobs": told,
             "finish_reason": None,
         }
@@ -84,10 +142,10 @@ class ChatShape:
         return chunk
 
     def _choice(self, choice: Choice) -> ChatChoice:
-        text, logprobs = choice.take()
+        parts, logprobs = choice.take()
         answer: ChatChoice = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": _message(parts),
             "logprobs": self._logprobs(choice, logprobs),
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
@@ -98,3 +156,31 @@ class ChatShape:
 
     def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> ChatLogprobs | None:
         return None if choice.params.logprobs is None else chat_logprobs(self._tokenizer, logprobs)
+
+
+def _delta(part: Part) -> Delta:
+    if isinstance(part, str):
+        return {"content": part}
+    if isinstance(part, Reasoning):
+        return {"reasoning": part.text, "reasoning_content": part.text}
+    return {"tool_calls": [{"index": part.index, **_call(part)}]}
+
+
+def _message(parts: list[Part]) -> ChatMessageOut:
+    content = "".join(part for part in parts if isinstance(part, str))
+    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
+    message: ChatMessageOut = {
+        "role": "assistant",
+        "content": None if not content and (reasoning or calls) else content,
+        "refusal": None,
+    }
+    if reasoning:
+        message["reasoning"] = message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _call(call: ToolCall) -> ToolCallOut:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

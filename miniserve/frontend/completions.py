@@ -8,17 +8,33 @@ from typing import Any
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.frontend.generate import Choice, Generation
 from miniserve.frontend.logprobs import CompletionLogprobWriter
+from miniserve.frontend.reader import Part
 from miniserve.frontend.responses import Completion, CompletionChoice, CompletionLogprobs, Head
 from miniserve.frontend.schemas import CompletionRequest
+from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
 
 
-def prompt_tokens(tokenizer: Tokenizer, request: CompletionRequest) -> list[list[int]]:
-    """The tokens of each prompt. Slow: not for the event loop."""
-    return [
-        tokenizer.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
-        for prompt in request.prompt
-    ]
+class CompletionTask:
+    """What a request for completions asks of the model: to go on with each of its prompts."""
+
+    def __init__(self, tokenizer: Tokenizer, request: CompletionRequest) -> None:
+        self._tokenizer = tokenizer
+        self._request = request
+
+    def prompts(self) -> list[list[int]]:
+        """The tokens of each prompt. Slow: not for the event loop."""
+        return [
+            self._tokenizer.encode(prompt, self._request.add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in self._request.prompt
+        ]
+
+    def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
+        """The same for all."""
+        return params
+
+    def reader(self, prompt: list[int]) -> None:
+        """None: all text is content."""
 
 
 class CompletionShape:
@@ -38,7 +54,7 @@ class CompletionShape:
 
     def whole(self, head: Head, generation: Generation) -> Completion:
         """The answer in one piece, of choices that have ended."""
-        taken = [(choice, *choice.take()) for choice in generation.choices]
+        taken = [(choice, *choice.take_text()) for choice in generation.choices]
         return {
             "id": head["id"],
             "object": "text_completion",
@@ -56,9 +72,10 @@ class CompletionShape:
         """Nothing: here the choices themselves tell the prompt's ids."""
         return {}
 
-    def piece(self, choice: Choice, text: str, logprobs: list[TokenLogprob]) -> CompletionChoice:
+    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> CompletionChoice:
         """More text."""
-        return self._choice(choice, text, logprobs)
+        assert isinstance(part, str)  # nobody reads anything else out of the text
+        return self._choice(choice, part, logprobs)
 
     def closing(self, choice: Choice) -> CompletionChoice:
         """Says why the choice has ended."""

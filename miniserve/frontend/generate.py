@@ -11,6 +11,7 @@ from miniserve.cluster.messages import TokenLogprob, TurnOutput
 from miniserve.frontend.client import EngineError, Turn
 from miniserve.frontend.errors import ApiError
 from miniserve.frontend.metrics import Metrics
+from miniserve.frontend.reader import Part, Reader, merged
 from miniserve.frontend.responses import Finish, Usage
 from miniserve.sampling import SamplingParams
 from miniserve.stream import TurnText
@@ -23,22 +24,31 @@ Submit = Callable[[list[int], SamplingParams, int], Turn]
 class Choice:
     """One choice: what came of it, and what of that was not taken yet."""
 
-    def __init__(self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, reader: Reader | None = None
+    ) -> None:
+        """Without a `reader` all text is content."""
         self.index = index
         self.prompt = prompt
         self.params = params
         self.turn: Turn | None = None
         self.output_tokens = 0
         self.cached_tokens = 0
-        self._words = TurnText(tokenizer, params)
-        self._text: list[str] = []
+        self.reasoning_tokens = 0
+        self.thinks = reader is not None and reader.thinking
+        self._reader = reader
+        self._words = TurnText(tokenizer, params, reader.visible if reader else frozenset())
+        self._parts: list[Part] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
     @property
     def finish(self) -> Finish | None:
         """Why it has ended, None while it goes on."""
-        return self._words.finish
+        ended = self._words.finish
+        if self._reader is not None and (self._reader.done or (ended == "stop" and self._reader.calls)):
+            return "tool_calls"
+        return ended
 
     @property
     def stop_reason(self) -> str | int | None:
@@ -46,20 +56,26 @@ class Choice:
         return self._words.stop_reason
 
     @property
-    def has_text(self) -> bool:
-        """Whether there is text to take, or the choice has ended."""
-        return bool(self._text) or self.finish is not None
+    def has_parts(self) -> bool:
+        """Whether there are parts to take, or the choice has ended."""
+        return bool(self._parts) or self.finish is not None
 
     @property
     def has_tokens(self) -> bool:
         """Whether there are tokens to take."""
         return bool(self._tokens)
 
-    def take(self) -> tuple[str, list[TokenLogprob]]:
-        """The text since the last time, and the log-probabilities of its tokens if they were asked for."""
-        text, logprobs = "".join(self._text), self._logprobs
-        self._text, self._logprobs = [], []
-        return text, logprobs
+    def take(self) -> tuple[list[Part], list[TokenLogprob]]:
+        """The parts of the answer since the last time, and the log-probabilities of the tokens if they were asked for.
+        Neighbours are never of the same kind, unless they are calls."""
+        parts, logprobs = self._parts, self._logprobs
+        self._parts, self._logprobs = [], []
+        return merged(parts), logprobs
+
+    def take_text(self) -> tuple[str, list[TokenLogprob]]:
+        """The same for an API that knows nothing but content."""
+        parts, logprobs = self.take()
+        return "".join(part for part in parts if isinstance(part, str)), logprobs
 
     def take_tokens(self) -> list[int]:
         """The tokens since the last time, with text or not."""
@@ -79,8 +95,30 @@ class Choice:
         self.output_tokens += count
         self._tokens += out.tokens[:count]
         self._logprobs += (out.logprobs or [])[:count]
-        if text:
-            self._text.append(text)
+        if self._reader is not None:
+            self._read(self._reader, text, out.tokens[:count])
+        elif text:
+            self._parts.append(text)
+
+    def _read(self, reader: Reader, text: str, tokens: list[int]) -> None:
+        thinking = reader.thinking
+        self._parts += reader.read(text, final=self._words.finish is not None)
+        if thinking and reader.has_thought:
+            last = reader.ends if not reader.thinking else None
+            self.reasoning_tokens += tokens.index(last) + 1 if last in tokens else len(tokens)
+
+
+def usage(prompt_tokens: int, cached_tokens: int, choices: list[Choice], output_tokens: int) -> Usage:
+    """What a request has used: `output_tokens` in `choices`."""
+    used: Usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+    if any(choice.thinks for choice in choices):
+        used["completion_tokens_details"] = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
+    return used
 
 
 class Generation:
@@ -97,8 +135,10 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: Metrics,
         arrived: float,
+        reader: Callable[[list[int]], Reader | None] = lambda prompt: None,
     ) -> None:
-        """`prompts` are token ids and parameters, `arrived` is when the request did (`time.perf_counter`)."""
+        """`prompts` are token ids and parameters, `arrived` is when the request did (`time.perf_counter`), `reader`
+        makes what reads an answer to a prompt."""
         self._submit = submit
         self._metrics = metrics
         self._arrived = arrived
@@ -107,7 +147,7 @@ class Generation:
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._groups = [
-            [Choice(p * params.n + i, prompt, params.nth(i), tokenizer) for i in range(params.n)]
+            [Choice(p * params.n + i, prompt, params.nth(i), tokenizer, reader(prompt)) for i in range(params.n)]
             for p, (prompt, params) in enumerate(prompts)
         ]
         self.choices = [choice for group in self._groups for choice in group]
@@ -153,13 +193,8 @@ class Generation:
     def usage(self) -> Usage:
         """Tokens so far; a prompt counts once however many choices it has."""
         prompt = sum(len(group[0].prompt) for group in self._groups)
-        output = sum(choice.output_tokens for choice in self.choices)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": output,
-            "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": sum(group[0].cached_tokens for group in self._groups)},
-        }
+        cached = sum(group[0].cached_tokens for group in self._groups)
+        return usage(prompt, cached, self.choices, sum(choice.output_tokens for choice in self.choices))
 
     def _begin(self, choice: Choice, siblings: list[Choice]) -> None:
         choice.turn = self._submit(choice.prompt, choice.params, choice.index)
@@ -189,9 +224,9 @@ class Generation:
             self._metrics.generated(len(out.tokens))
             before = now
             if choice.finish is not None:
-                if out.finish is None:  # a stop string, which the engine knows nothing of
+                if out.finish is None:  # a stop string or a last call, which the engine knows nothing of
                     turn.cancel()
-                self._metrics.ended(choice.finish, self._arrived)
+                self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
             self._news[choice.index] = choice
             self._wake.set()
             if choice.finish is not None:

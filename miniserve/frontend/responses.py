@@ -9,18 +9,25 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(TypedDict):
     cached_tokens: int
 
 
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
+    """The details of the completion are only told of models that reason."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
 class Head(TypedDict):
@@ -49,10 +56,34 @@ class ChatLogprobs(TypedDict):
     content: list[TokenLogprobs]
 
 
+class CalledFunction(TypedDict):
+    """`arguments` is the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallOut(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCallOut):
+    """A call in a stream: whole, in one piece."""
+
+    index: int
+
+
 class ChatMessageOut(TypedDict):
+    """`content` is null where there are only calls or only reasoning, which has two names."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallOut]]
 
 
 class ChatChoice(TypedDict):
@@ -77,6 +108,9 @@ class ChatCompletion(TypedDict):
 class Delta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    reasoning: str
+    reasoning_content: str
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkChoice(TypedDict):

@@ -9,8 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
+from miniserve.frontend.sound import sound_json, valid_unicode
+from miniserve.frontend.tools import MAX_TOOLS, TOOL_SCHEMA, Calling, check_call, check_tools, few_tools, for_template
 from miniserve.sampling import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -27,25 +40,17 @@ MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384
-MAX_DEPTH = 100
-"""How deep free-form JSON may be nested: templates and serializers recurse into it."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
-
-
-def _valid_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"This is not valid Unicode: character {error.start} is half of a surrogate pair without the other half"
-        ) from error
-    return text
 
 
 def _kind(value: Any) -> str | None:
     """Which branch of a union of text and list a value means, so that errors are about that branch only."""
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _choice_kind(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
 def _prompt_list(value: Any) -> Any:
@@ -65,22 +70,7 @@ def _few_biases(value: Any) -> Any:
     return value
 
 
-def _sound_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Refuses what templates cannot work with. Goes level by level, and stops at the first that is too deep."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        items = [item for outer in level for item in outer]
-        items += [item for outer in level if isinstance(outer, dict) for item in outer.values()]
-        for item in items:
-            if isinstance(item, str):
-                _valid_unicode(item)
-        level = [item for item in items if isinstance(item, dict | list)]
-        if not level:
-            return value
-    raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
-
-
-Text = Annotated[str, AfterValidator(_valid_unicode)]
+Text = Annotated[str, AfterValidator(valid_unicode)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
@@ -95,9 +85,20 @@ PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_len
 Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS), BeforeValidator(_few_biases)]
-Json = Annotated[dict[str, Any], AfterValidator(_sound_json)]
+Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
 """An object of the client's own making, for the chat template."""
 JsonList = Annotated[list[Json], Field(fail_fast=True)]
+Tools = Annotated[
+    JsonList,
+    BeforeValidator(few_tools),
+    WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS}),
+]
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
+    Discriminator(_choice_kind, "tool_choice", "Input should be 'none', 'auto', 'required' or an object"),
+]
 
 
 class Body(BaseModel):
@@ -135,16 +136,27 @@ class ChatMessage(Body):
     tool_calls: JsonList | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    """Another name of the same."""
 
     @model_validator(mode="after")
-    def _has_content(self) -> ChatMessage:
+    def _is_whole(self) -> ChatMessage:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"A message of the role {self.role!r} needs `content`")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("A message of the role 'tool' needs `tool_call_id`, the id of the call that it answers")
+        for call in self.tool_calls or []:
+            check_call(call)
         return self
 
     def for_template(self) -> Message:
-        """As chat templates know messages: content is one string, `developer` is called `system`."""
-        message = self.model_dump(exclude_none=True)
+        """As chat templates know messages: content is one string, arguments of calls are objects, `developer` is called
+        `system`."""
+        message = self.model_dump(exclude_none=True, exclude={"reasoning", "tool_calls"})
+        if self.tool_calls:
+            message["tool_calls"] = [for_template(call) for call in self.tool_calls]
+        if self.reasoning is not None:
+            message.setdefault("reasoning_content", self.reasoning)
         if isinstance(self.content, list):
             message["content"] = "\n".join(part.text for part in self.content)
         message.setdefault("content", "")
@@ -288,11 +300,18 @@ class ChatRequest(GenerationRequest):
     max_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: JsonList | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may call more than one tool; yes, unless it is false."""
+    reasoning_effort: Annotated[Text, Field(max_length=32)] | None = None
+    """A variable of the chat template; "none" is told to templates as thinking that is switched off, too."""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Json | None = None
+    """Variables of the model's chat template: those that it reads, `enable_thinking` and the like always."""
+
+    _calling: Calling = PrivateAttr()
 
     @property
     def ends_in_tool_result(self) -> bool:
@@ -303,14 +322,24 @@ class ChatRequest(GenerationRequest):
     def _only_what_is_supported(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "`top_logprobs` needs `logprobs` true.")
-        if isinstance(self.tool_choice, dict) or self.tool_choice == "required":
-            raise ParameterError("tool_choice", "A forced `tool_choice` is not supported yet: leave it out.")
-        if self.tools and self.tool_choice != "none":
-            raise ParameterError(
-                "tools",
-                '`tools` are not supported yet: leave them out, or send `tool_choice` "none" to have none called.',
-            )
+        check_tools(self.tools or [])
+        self._calling = Calling(self.tools, self.tool_choice, self.parallel_tool_calls)
         return self
+
+    @property
+    def calling(self) -> Calling:
+        """Which tools may be called, and which have to be."""
+        return self._calling
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template gets beside the conversation."""
+        own: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            own["reasoning_effort"] = self.reasoning_effort
+        if self.reasoning_effort == "none":
+            own |= {"enable_thinking": False, "thinking": False}
+        return own | (self.chat_template_kwargs or {})
 
     @property
     def output_limit(self) -> int | None:
@@ -365,6 +394,7 @@ class TokenizeRequest(Body):
     model: Text | None = None
     prompt: Text | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -375,7 +405,13 @@ class TokenizeRequest(Body):
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ParameterError("prompt", "Give either `prompt` or `messages`.")
+        check_tools(self.tools or [])
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template gets beside the conversation."""
+        return self.chat_template_kwargs or {}
 
 
 class DetokenizeRequest(Body):

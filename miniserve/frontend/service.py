@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -12,12 +12,14 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
-from miniserve.frontend.chat import ChatShape, chat_tokens
+from miniserve.frontend.chat import ChatShape, ChatTask, chat_tokens
 from miniserve.frontend.client import EngineClient, Turn
-from miniserve.frontend.completions import CompletionShape, prompt_tokens
+from miniserve.frontend.completions import CompletionShape, CompletionTask
+from miniserve.frontend.dialect import Dialect
 from miniserve.frontend.errors import ApiError
 from miniserve.frontend.generate import Generation
 from miniserve.frontend.metrics import Metrics
+from miniserve.frontend.reader import Reader
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
 from miniserve.frontend.schemas import (
     MAX_KEY_CHARS,
@@ -47,15 +49,34 @@ class Shape(ChunkShape, Protocol):
         """The answer in one piece, of choices that have ended."""
 
 
+class Task(Protocol):
+    """What a request asks of the model."""
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of each prompt. Slow: not for the event loop. Raises `ParameterError`."""
+
+    def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
+        """`params` as they are for that prompt. Slow, too. Raises `ParameterError`."""
+
+    def reader(self, prompt: list[int]) -> Reader | None:
+        """What reads one answer to it; None where all of it is content."""
+
+
 class Service:
     """Answers requests. `names` are what the model is called, `defaults` is its generation_config.json."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer, names: list[str], defaults: Mapping[str, Any]
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        dialect: Dialect,
+        names: list[str],
+        defaults: Mapping[str, Any],
     ) -> None:
         self.metrics = Metrics(client, names[0])
         self._client = client
         self._tokenizer = tokenizer
+        self._dialect = dialect
         self._names = names
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer)
@@ -63,12 +84,12 @@ class Service:
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
         shape = ChatShape(self._tokenizer, bool(body.return_token_ids))
-        return await self._generate(request, body, shape, lambda: [chat_tokens(self._tokenizer, body)])
+        return await self._generate(request, body, shape, ChatTask(self._tokenizer, self._dialect, body))
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         """Answer /v1/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
         shape = CompletionShape(self._tokenizer, body)
-        return await self._generate(request, body, shape, lambda: prompt_tokens(self._tokenizer, body))
+        return await self._generate(request, body, shape, CompletionTask(self._tokenizer, body))
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Answer /tokenize. Raises `ApiError`, `ParameterError`."""
@@ -76,7 +97,7 @@ class Service:
         if body.prompt is not None:
             tokens = await asyncio.to_thread(self._tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
-            tokens = await asyncio.to_thread(chat_tokens, self._tokenizer, body)
+            tokens = await asyncio.to_thread(chat_tokens, self._tokenizer, self._dialect, body)
         return {
             "count": len(tokens),
             "max_model_len": self._client.max_model_len,
@@ -100,19 +121,26 @@ class Service:
                 code="model_not_found",
             )
 
-    async def _generate(
-        self, request: Request, body: GenerationRequest, shape: Shape, tokenized: Callable[[], list[list[int]]]
-    ) -> Response:
+    async def _generate(self, request: Request, body: GenerationRequest, shape: Shape, task: Task) -> Response:
         arrived = time.perf_counter()
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
         if grammar := await self._grammars.wanted(body):
             params = msgspec.structs.replace(params, grammar=grammar)
         conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
-        # A long prompt takes a while, in which other streams want to go on.
-        prompts = await asyncio.to_thread(tokenized)
         default_limit = body.default_limit or self._defaults.get("max_new_tokens")
-        fitted = [self._fitted(prompt, params, default_limit, shape.input_field) for prompt in prompts]
+
+        def prepared() -> list[tuple[list[int], SamplingParams]]:
+            return [
+                (prompt, task.params(self._fitted(prompt, params, default_limit, shape.input_field), prompt))
+                for prompt in task.prompts()
+            ]
+
+        # A long prompt takes a while, in which other streams want to go on.
+        prompts = await asyncio.to_thread(prepared)
+        for _, own in prompts:
+            if own.grammar is not None and own.grammar is not grammar:
+                await self._grammars.check(own.grammar, "tools")
         head: Head = {
             "id": shape.id_prefix + request.state.request_id,
             "object": shape.chunk_object,
@@ -131,7 +159,7 @@ class Service:
                 tool=body.ends_in_tool_result,
             )
 
-        generation = Generation(list(zip(prompts, fitted, strict=True)), submit, self._tokenizer, self.metrics, arrived)
+        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived, task.reader)
         self._client.check_room()
         generation.start()  # before a stream's status is sent: a full queue is a 503
         if body.stream:

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.frontend.errors import as_api_error
-from miniserve.frontend.generate import Choice, Generation
-from miniserve.frontend.responses import Usage
+from miniserve.frontend.generate import Choice, Generation, usage
+from miniserve.frontend.reader import Part
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ class ChunkShape(Protocol):
     def beside_opening(self, choice: Choice) -> Mapping[str, Any]:
         """What the chunk of the opening says beside it."""
 
-    def piece(self, choice: Choice, text: str, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
-        """More text."""
+    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
+        """A further part of the answer."""
 
     def closing(self, choice: Choice) -> Mapping[str, Any]:
         """The choice's last chunk."""
@@ -83,7 +83,8 @@ async def events(
     def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, before: bytes = before) -> bytes:
         end = after
         if continuous_usage:
-            end = b'],"usage":' + msgspec.json.encode(_usage(choice, output_tokens)) + b"}\n\n"
+            used = usage(len(choice.prompt), choice.cached_tokens, [choice], output_tokens)
+            end = b'],"usage":' + msgspec.json.encode(used) + b"}\n\n"
         return before + msgspec.json.encode(chunk) + end
 
     openings = [(choice, opening) for choice in generation.choices if (opening := shape.opening(choice)) is not None]
@@ -95,11 +96,13 @@ async def events(
         chunks: list[bytes] = []
         for choice in news:
             by_token = shape.token_ids and choice.has_tokens
-            if not (choice.has_text or by_token):
+            if not (choice.has_parts or by_token):
                 continue
-            text, logprobs = choice.take()
-            if text or logprobs or by_token:
-                chunks.append(event(choice, shape.piece(choice, text, logprobs), choice.output_tokens))
+            parts, logprobs = choice.take()
+            for part in parts or ([""] if logprobs or by_token else []):
+                # What belongs to tokens comes with the first part that they have made.
+                chunks.append(event(choice, shape.piece(choice, part, logprobs), choice.output_tokens))
+                logprobs = []
             if choice.finish is not None:
                 chunks.append(event(choice, shape.closing(choice), choice.output_tokens))
         if chunks:
@@ -110,16 +113,6 @@ async def events(
 
 def _before_choice(fields: Mapping[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['
-
-
-def _usage(choice: Choice, output_tokens: int) -> Usage:
-    prompt = len(choice.prompt)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": output_tokens,
-        "total_tokens": prompt + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": choice.cached_tokens},
-    }
 
 
 class EventStream(Response):

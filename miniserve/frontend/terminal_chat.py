@@ -173,21 +173,26 @@ def _turn(server: Server, conversation: Conversation, options: dict[str, Any], l
 
 
 def _answer(server: Server, conversation: Conversation, options: dict[str, Any]) -> tuple[str, str]:
-    """Stream an answer to the terminal; the text (what there is of it after Ctrl-C), and a line about its speed."""
+    """Stream an answer to the terminal; the text (what there is of it after Ctrl-C), and a line about its speed.
+    Reasoning is shown, but is no part of the text."""
     body = {**options, "messages": conversation.messages, "stream": True, "stream_options": {"include_usage": True}}
     text: list[str] = []
     times: list[float] = []
     usage: dict[str, Any] = {}
+    thinking = False
     started = time.perf_counter()
     try:
         with server.request("POST", "/chat/completions", body, {"X-Conversation-ID": conversation.id}) as reply:
             for event in reply.events():
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:
-                    if piece := choice["delta"].get("content"):
-                        times.append(time.perf_counter() - started)
-                        text.append(piece)
-                        print(piece, end="", flush=True)
+                    piece, thought = (choice["delta"].get(key) or "" for key in ("content", "reasoning"))
+                    if not (piece or thought):
+                        continue
+                    times.append(time.perf_counter() - started)
+                    text.append(piece)
+                    print("\n\n" * bool(thinking and piece) + piece + thought, end="", flush=True)
+                    thinking = bool(thought)
     except KeyboardInterrupt:
         print(" [ended]", end="")
     return "".join(text), _summary(times, usage)

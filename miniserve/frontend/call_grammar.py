@@ -1,0 +1,170 @@
+"""A forced tool call as a grammar: the model's own format, the arguments by the schemas of the tools.
+
+Marks that are tokens of their own are named by id, so that the model writes the token that it knows. White space is
+what the models were trained on and nothing else: a small one would fill its whole answer with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from miniserve.frontend.calls import schema_types
+from miniserve.frontend.formats import Format
+from miniserve.frontend.reader import Thinking
+from miniserve.grammar import quoted
+from miniserve.sampling import Grammar
+from miniserve.tokenizer import Tokenizer
+
+MOST_CALLS = 16
+"""In one answer; without a bound a small model may call for ever."""
+STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def call_grammar(
+    form: Format,
+    tools: list[dict[str, Any]],
+    *,
+    single: bool,
+    thinking: Thinking | None,
+    opened: bool,
+    tokenizer: Tokenizer,
+) -> Grammar:
+    """What an answer matches that calls one or more of `tools`, or with `single` exactly one, after its reasoning.
+
+    `opened` says that the prompt has begun the reasoning.
+    """
+    writer = _Writer(tokenizer)
+    many = 1 if single or not form.parallel else MOST_CALLS
+    calls = _LAYOUTS[form.name](writer, [tool["function"] for tool in tools], many - 1)
+    start = f"start: {calls}"
+    if thinking is not None:
+        start = f"start: thought? {calls}" if not opened else f"start: thought {calls}"
+        writer.rules += writer.thought(thinking, opened)
+    return Grammar("lark", "\n".join([start, *writer.rules]) + "\n")
+
+
+class _Writer:
+    """Collects the rules of one grammar."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.rules: list[str] = []
+        self._tokenizer = tokenizer
+
+    def mark(self, text: str) -> str:
+        """A mark: the token for it, or its characters."""
+        token = self._tokenizer.control_id(text)
+        return quoted(text) if token is None else f"<[{token}]>"
+
+    def schema(self, name: str, schema: dict[str, Any], strict: bool) -> str:
+        """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
+        nothing of are passed over, and alternatives are taken to exclude each other."""
+        style = {**STYLE, "lenient": not strict, "coerce_one_of": not strict}
+        self.rules.append(f"{name}: %json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}")
+        return name
+
+    def one_of(self, name: str, choices: list[str]) -> str:
+        """A rule for one of `choices`."""
+        self.rules.append(f"{name}: {' | '.join(choices)}")
+        return name
+
+    def thought(self, thinking: Thinking, opened: bool) -> list[str]:
+        """The rule of the reasoning up to the calls."""
+        start = f"{self.mark(thinking.start)}{'?' if opened else ''} "
+        if self._tokenizer.control_id(thinking.end) is not None:
+            return [f"thought: {start}/(?s:.*)/ {self.mark(thinking.end)} /\\s{{0,4}}/"]
+        end = re.escape(thinking.end).replace("/", "\\/")
+        return [f"thought: {start}thinking /\\s{{0,4}}/", f"thinking[lazy]: /(?s:.*){end}/"]
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments. As other servers have it, only what is listed may be given, unless the
+    schema says something about the rest."""
+    schema = {"type": "object", **(function.get("parameters") or {})}
+    if schema.keys() & {"$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additionalProperties"}:
+        return schema
+    return {**schema, "properties": schema.get("properties", {}), "additionalProperties": False}
+
+
+def _objects(writer: _Writer, functions: list[dict[str, Any]], key: str) -> str:
+    """A rule for a call of one of `functions` as a JSON object; `key` is what holds the arguments."""
+    choices = []
+    for number, function in enumerate(functions):
+        schema = writer.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
+        head = f'{{"name": {quoted(function["name"])}, "{key}": '
+        choices.append(f'{quoted(head)} {schema} "}}"')
+    return writer.one_of("call", choices)
+
+
+def _repeated(rule: str, separator: str, more: int) -> str:
+    again = f"{quoted(separator)} {rule}" if separator else rule
+    return f"{rule} ({again}){{0,{more}}}" if more else rule
+
+
+def _hermes(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
+    call = _objects(writer, functions, "arguments")
+    writer.rules.append(f'tagged: {writer.mark("<tool_call>")} "\\n" {call} "\\n" {writer.mark("</tool_call>")}')
+    return _repeated("tagged", "\n", more)
+
+
+def _smollm2(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
+    calls = _repeated(_objects(writer, functions, "arguments"), ", ", more)
+    return f'{writer.mark("<tool_call>")} "[" {calls} "]" {writer.mark("</tool_call>")}'
+
+
+def _llama3_json(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
+    return _repeated(_objects(writer, functions, "parameters"), "; ", more)
+
+
+def _mistral(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
+    calls = _repeated(_objects(writer, functions, "arguments"), ", ", more)
+    return f'{writer.mark("[TOOL_CALLS]")} " [" {calls} "]"'
+
+
+def _mistral_args(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
+    choices = []
+    for number, function in enumerate(functions):
+        schema = writer.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
+        choices.append(f"{writer.mark('[TOOL_CALLS]')} {quoted(function['name'])} {writer.mark('[ARGS]')} {schema}")
+    return _repeated(writer.one_of("call", choices), "", more)
+
+
+def _qwen3_coder(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
+    choices = []
+    for number, function in enumerate(functions):
+        schema = _parameters(function)
+        parts = [quoted(f"<function={function['name']}>\n")]
+        for index, (key, kind) in enumerate(schema["properties"].items() if "properties" in schema else ()):
+            name = f"p{number}_{index}"
+            rule = f"{quoted(f'<parameter={key}>' + chr(10))} {_plain(writer, name, kind, schema, function)}"
+            parts.append(rule if key in schema.get("required", ()) else f"({rule})?")
+        choices.append(" ".join([*parts, '"</function>\\n"']))
+    call = writer.one_of("call", choices)
+    writer.rules.append(f'tagged: {writer.mark("<tool_call>")} "\\n" {call} {writer.mark("</tool_call>")}')
+    return _repeated("tagged", "\n", more)
+
+
+def _plain(writer: _Writer, name: str, kind: Any, schema: dict[str, Any], function: dict[str, Any]) -> str:
+    """An argument as Qwen3-Coder writes it, with the tag that closes it: text without quotes, all else as JSON."""
+    close = "\n</parameter>\n"
+    kind = kind if isinstance(kind, dict) else {}
+    values = kind.get("enum")
+    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+        return f"{writer.one_of(name, [quoted(value) for value in values])} {quoted(close)}"
+    if not (types := schema_types(kind)) or "string" in types:
+        writer.rules.append(f"{name}[lazy]: /(?s:.*)\\n<\\/parameter>\\n/")
+        return name
+    definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return f"{writer.schema(name, {**kind, **definitions}, bool(function.get('strict')))} {quoted(close)}"
+
+
+_LAYOUTS: dict[str, Callable[[_Writer, list[dict[str, Any]], int], str]] = {
+    "hermes": _hermes,
+    "smollm2": _smollm2,
+    "qwen3_coder": _qwen3_coder,
+    "llama3_json": _llama3_json,
+    "mistral": _mistral,
+    "mistral_args": _mistral_args,
+}
