@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -19,6 +19,7 @@ from miniserve.frontend.dialect import Dialect
 from miniserve.frontend.errors import ApiError
 from miniserve.frontend.generate import Generation
 from miniserve.frontend.metrics import Metrics
+from miniserve.frontend.parameters import ignored_header
 from miniserve.frontend.reader import Reader
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
 from miniserve.frontend.schemas import (
@@ -27,10 +28,10 @@ from miniserve.frontend.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
-    StreamOptions,
+    RequestBody,
     TokenizeRequest,
 )
-from miniserve.frontend.streaming import ChunkShape, ClientGone, EventStream, events, while_connected
+from miniserve.frontend.streaming import ClientGone, EventStream, while_connected
 from miniserve.frontend.structured import GrammarChecks
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
@@ -38,15 +39,22 @@ from miniserve.tokenizer import Tokenizer
 CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 
 
-class Shape(ChunkShape, Protocol):
-    """How the answers of one of the APIs look."""
+class Shape(Protocol):
+    """How the answers of one of the APIs look. A stream that does not break off ends with `ending`."""
 
     id_prefix: str
     chunk_object: str
     input_field: str
+    ending: bytes
 
     def whole(self, head: Head, generation: Generation) -> Mapping[str, Any]:
         """The answer in one piece, of choices that have ended."""
+
+    def stream(self, head: Head, generation: Generation) -> AsyncIterator[bytes]:
+        """Events, some at a time. Raises what the generation failed of."""
+
+    def broken(self, error: ApiError) -> bytes:
+        """The event of what a stream failed of."""
 
 
 class Task(Protocol):
@@ -83,13 +91,13 @@ class Service:
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
-        shape = ChatShape(self._tokenizer, bool(body.return_token_ids))
-        return await self._generate(request, body, shape, ChatTask(self._tokenizer, self._dialect, body))
+        shape = ChatShape(self._tokenizer, bool(body.return_token_ids), body.stream_options)
+        return told(await self._generate(request, body, shape, ChatTask(self._tokenizer, self._dialect, body)), body)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         """Answer /v1/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
         shape = CompletionShape(self._tokenizer, body)
-        return await self._generate(request, body, shape, CompletionTask(self._tokenizer, body))
+        return told(await self._generate(request, body, shape, CompletionTask(self._tokenizer, body)), body)
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Answer /tokenize. Raises `ApiError`, `ParameterError`."""
@@ -121,13 +129,16 @@ class Service:
                 code="model_not_found",
             )
 
-    async def _generate(self, request: Request, body: GenerationRequest, shape: Shape, task: Task) -> Response:
+    async def _generate(
+        self, request: Request, body: GenerationRequest, shape: Shape, task: Task, before: str | int = ""
+    ) -> Response:
+        """`before` is the conversation of the turn before, where that is known and the client does not say another."""
         arrived = time.perf_counter()
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
         if grammar := await self._grammars.wanted(body):
             params = msgspec.structs.replace(params, grammar=grammar)
-        conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
+        conversation = _conversation_id(request.headers) or body.prompt_cache_key or before
         default_limit = body.default_limit or self._defaults.get("max_new_tokens")
 
         def prepared() -> list[tuple[list[int], SamplingParams]]:
@@ -163,10 +174,7 @@ class Service:
         self._client.check_room()
         generation.start()  # before a stream's status is sent: a full queue is a 503
         if body.stream:
-            options = body.stream_options or StreamOptions()
-            with_usage = bool(options.include_usage)
-            continuous = with_usage and bool(options.continuous_usage_stats)
-            return EventStream(generation, events(generation, shape, head, with_usage, continuous))
+            return EventStream(generation, shape.stream(head, generation), shape.broken, shape.ending)
         try:
             async with generation:
                 await while_connected(request.receive, generation.finish())
@@ -204,6 +212,12 @@ class Service:
         return msgspec.structs.replace(
             params, max_tokens=params.max_tokens or min(default_limit or room, room)
         ).validate()
+
+
+def told(response: Response, body: RequestBody) -> Response:
+    """`response`, with the names of parameters that were ignored."""
+    response.headers.update(ignored_header(body.ignored))
+    return response
 
 
 def _conversation_id(headers: Headers) -> str:
