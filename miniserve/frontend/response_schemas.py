@@ -44,7 +44,7 @@ def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
     """Refuses objects of other types by name."""
 
     def check(value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else value.type if isinstance(value, Body) else None
+        kind = value.get("type") if isinstance(value, dict) else None
         if kind not in kinds:
             given = f"of type {kind[:32]!r}" if isinstance(kind, str) else "without a `type`"
             raise ValueError(f"{what} {given} are not supported: use {', '.join(kinds)}")
@@ -161,11 +161,14 @@ class ResponsesRequest(RequestBody):
     stream: bool | None = None
     store: bool | None = None
     """Whether `previous_response_id` can name this response; yes, unless it is false."""
-    metadata: Annotated[
-        dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
-        Field(max_length=MAX_METADATA),
-        BeforeValidator(_few_pairs),
-    ] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
+            Field(max_length=MAX_METADATA),
+            BeforeValidator(_few_pairs),
+        ]
+        | None
+    ) = None
     truncation: Literal["disabled"] | None = None
     include: Annotated[list[Text], Field(max_length=16)] | None = None
     prompt_cache_key: Annotated[Text, Field(max_length=MAX_KEY_CHARS)] | None = None

@@ -108,7 +108,7 @@ class Body(BaseModel):
 
 
 class RequestBody(Body):
-    """A body that knows which of its parameters mean nothing. `refused` ones are an error: by name, what to do instead."""
+    """A body that knows which parameters mean nothing. `refused` are an error: by name, what to do instead."""
 
     refused: ClassVar[Mapping[str, str]] = {}
 

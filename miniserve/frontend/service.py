@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
@@ -12,16 +13,24 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from miniserve.frontend import errors
 from miniserve.frontend.chat import ChatShape, ChatTask, chat_tokens
 from miniserve.frontend.client import EngineClient, Turn
 from miniserve.frontend.completions import CompletionShape, CompletionTask
 from miniserve.frontend.dialect import Dialect
 from miniserve.frontend.errors import ApiError
 from miniserve.frontend.generate import Generation
+from miniserve.frontend.message_schemas import NAMES as MESSAGES_NAMES
+from miniserve.frontend.message_schemas import CountTokensRequest, MessagesRequest
+from miniserve.frontend.messages_api import MessagesShape, TokenCount
 from miniserve.frontend.metrics import Metrics
 from miniserve.frontend.parameters import ignored_header
 from miniserve.frontend.reader import Reader
+from miniserve.frontend.response_schemas import NAMES as RESPONSES_NAMES
+from miniserve.frontend.response_schemas import AnyItem, ResponsesRequest
+from miniserve.frontend.response_store import ResponseStore
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
+from miniserve.frontend.responses_api import ResponsesShape, previous
 from miniserve.frontend.schemas import (
     MAX_KEY_CHARS,
     ChatRequest,
@@ -40,11 +49,15 @@ CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 
 
 class Shape(Protocol):
-    """How the answers of one of the APIs look. A stream that does not break off ends with `ending`."""
+    """How the answers of one of the APIs look. A stream ends with `ending`.
+
+    `id_is_a_key`: whoever knows an answer's id can use it. Then clients do not choose it.
+    """
 
     id_prefix: str
     chunk_object: str
     input_field: str
+    id_is_a_key: bool
     ending: bytes
 
     def whole(self, head: Head, generation: Generation) -> Mapping[str, Any]:
@@ -88,6 +101,7 @@ class Service:
         self._names = names
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer)
+        self._responses: ResponseStore[AnyItem] = ResponseStore()
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
@@ -98,6 +112,35 @@ class Service:
         """Answer /v1/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
         shape = CompletionShape(self._tokenizer, body)
         return told(await self._generate(request, body, shape, CompletionTask(self._tokenizer, body)), body)
+
+    async def respond(self, request: Request, body: ResponsesRequest) -> Response:
+        """Answer /v1/responses. Raises `ApiError`, `EngineError`."""
+        before = previous(self._responses, body.previous_response_id)
+        items = [*(before.items if before else ()), *body.items]
+        with errors.in_words_of(RESPONSES_NAMES):
+            chat = body.chat(items)
+            shape = ResponsesShape(body, items, self._responses)
+            task = ChatTask(self._tokenizer, self._dialect, chat)
+            # Only one response can go on where the conversation's last turn ended. Others fork: the scheduler sees how.
+            home = before.conversation if before and not before.continued else ""
+            response = await self._generate(request, chat, shape, task, home)
+        if before:
+            before.continued = True
+        return told(response, body)
+
+    async def message(self, request: Request, body: MessagesRequest) -> Response:
+        """Answer /v1/messages. Raises `ApiError`, `EngineError`."""
+        with errors.in_words_of(MESSAGES_NAMES):
+            chat = body.chat()
+            task = ChatTask(self._tokenizer, self._dialect, chat)
+            return told(await self._generate(request, chat, MessagesShape(), task), body)
+
+    async def count_tokens(self, body: CountTokensRequest) -> TokenCount:
+        """Answer /v1/messages/count_tokens. Raises `ApiError`."""
+        self.check_model(body.model)
+        with errors.in_words_of(MESSAGES_NAMES):
+            tokens = await asyncio.to_thread(chat_tokens, self._tokenizer, self._dialect, body.chat())
+        return {"input_tokens": len(tokens)}
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Answer /tokenize. Raises `ApiError`, `ParameterError`."""
@@ -153,7 +196,7 @@ class Service:
             if own.grammar is not None and own.grammar is not grammar:
                 await self._grammars.check(own.grammar, "tools")
         head: Head = {
-            "id": shape.id_prefix + request.state.request_id,
+            "id": shape.id_prefix + (uuid.uuid4().hex if shape.id_is_a_key else request.state.request_id),
             "object": shape.chunk_object,
             "created": int(time.time()),
             "model": body.model or self._names[0],

@@ -122,6 +122,7 @@ class Chunks:
     """How chat and text completions stream: in chunks, with `[DONE]` at the end. To be mixed into a `ChunkShape`."""
 
     ending = b"data: [DONE]\n\n"
+    id_is_a_key = False
     stream_options: StreamOptions | None = None
 
     def stream(self: ChunkShape, head: Head, generation: Generation) -> AsyncIterator[bytes]:
