@@ -49,10 +49,7 @@ EVENT = {
     "required": ["data"],
 }
 STREAM = {"text/event-stream": {"itemSchema": EVENT}}
-NAMED_ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {**told, "model": AnthropicErrorBody} for status, told in ERRORS.items()
-}
-EVENT = {
+NAMED_EVENT = {
     "type": "object",
     "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "As JSON, with a `type`."}},
     "required": ["event", "data"],
