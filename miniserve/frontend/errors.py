@@ -6,6 +6,7 @@ Routes of the Anthropic API tell the same errors in that API's shape (anthropic_
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,8 +95,8 @@ def as_api_error(error: Exception) -> ApiError:
 
 @contextmanager
 def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
-    """Tells errors about a chat request to a client that sent another one, from which it was made. `names` are the
-    client's for parameters of chats; what stands behind a name (`[0].content`) stays."""
+    """Tells errors about a chat request to a client that sent another one, from which it was made. `names` are patterns
+    of parameters of chats, and what the client calls them."""
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:
@@ -104,13 +105,11 @@ def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
             told = _rejected({**first, "loc": ("body", *first["loc"])})
         else:
             told = as_api_error(error)
-        message, param = told.message, told.param
-        for ours, theirs in names.items():
-            if param is not None and (param == ours or param.startswith((f"{ours}[", f"{ours}."))):
-                param = theirs + param[len(ours) :]
-                message = message.replace(f"`{ours}", f"`{theirs}")
-                break
-        raise ApiError(told.status_code, message, param=param, code=told.code, headers=told.headers) from error
+        message, param = told.message, told.param or ""
+        for pattern, name in names.items():
+            param = re.sub(f"^{pattern}(?![a-z_])", name, param)
+        message = message.replace(f"`{told.param}`", f"`{param}`")
+        raise ApiError(told.status_code, message, param=param or None, code=told.code, headers=told.headers) from error
 
 
 def install(app: FastAPI) -> None:

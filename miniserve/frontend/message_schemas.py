@@ -23,7 +23,14 @@ from miniserve.frontend.sound import sound_json
 from miniserve.frontend.tools import few_tools
 from miniserve.sampling import ParameterError
 
-NAMES = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences", "response_format": "output_config.format"}
+NAMES = {
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    r"tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema",
+    r"tools\[(\d+)\]\.function": r"tools[\1]",
+}
 """Parameters of chats, as this API calls them."""
 TOOL_KEYS = ("name", "description", "input_schema", "strict")
 ERROR = "Error: "

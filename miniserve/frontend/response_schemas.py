@@ -18,6 +18,7 @@ NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+    r"tools\[(\d+)\]\.function": r"tools[\1]",
 }
 """Parameters of chats, as this API calls them."""
 MAX_METADATA = 16
