@@ -379,8 +379,8 @@ async def test_anthropic_client(hermes: Tokenizer) -> None:
     assert (
         await api.anthropic.messages.count_tokens(model="tiny", messages=messages, tools=[WEATHER])
     ).input_tokens == len(api.engine.turns[-1].tokens)
+    image: Any = [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "x"}}]}]
     with pytest.raises(anthropic.BadRequestError, match="image"):
-        image: Any = [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "x"}}]}]
         await api.anthropic.messages.create(messages=image, **options)
     api.say("Hel", finish="error", error="The engine broke.")
     with pytest.raises(anthropic.APIStatusError, match="The engine broke"):
