@@ -352,6 +352,15 @@ async def test_forks(api: Api) -> None:
     assert api.engine.asked == ["", 1, "", 3]  # type: ignore[attr-defined]
 
 
+async def test_forks_at_the_same_time_and_retries(api: Api) -> None:
+    first = await api.whole(input="One")
+    api.engine.refuse = EngineError("No decoder is alive.")
+    error_of(await api.post(previous_response_id=first["id"]), 503)
+    api.engine.refuse = None
+    await asyncio.gather(*(api.whole(input=text, previous_response_id=first["id"]) for text in "abc"))
+    assert sorted(api.engine.asked, key=str) == ["", "", "", 1]  # type: ignore[attr-defined]
+
+
 async def test_ids_of_conversations_that_clients_choose(api: Api) -> None:
     response = await api.http.post("/responses", json={"input": "a"}, headers={"X-Conversation-ID": "mine"})
     await api.whole(input="b", previous_response_id=response.json()["id"])

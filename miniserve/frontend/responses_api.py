@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, Literal
 
@@ -231,6 +232,21 @@ def previous(store: ResponseStore[AnyItem], id: str | None) -> Stored[AnyItem] |
             code="previous_response_not_found",
         )
     return stored
+
+
+@contextmanager
+def going_on(before: Stored[AnyItem] | None) -> Iterator[str | int]:
+    """The conversation that a response behind `before` is a turn of. Only one can be, unless that one fails: the others
+    are forks, and the scheduler sees from the prompt where they belong."""
+    if before is None or before.continued:
+        yield ""
+        return
+    before.continued = True
+    try:
+        yield before.conversation
+    except BaseException:
+        before.continued = False
+        raise
 
 
 def _usage(generation: Generation) -> ResponseUsage:

@@ -30,7 +30,7 @@ from miniserve.frontend.response_schemas import NAMES as RESPONSES_NAMES
 from miniserve.frontend.response_schemas import AnyItem, ResponsesRequest
 from miniserve.frontend.response_store import ResponseStore
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
-from miniserve.frontend.responses_api import ResponsesShape, previous
+from miniserve.frontend.responses_api import ResponsesShape, going_on, previous
 from miniserve.frontend.schemas import (
     MAX_KEY_CHARS,
     ChatRequest,
@@ -121,11 +121,8 @@ class Service:
             chat = body.chat(items)
             shape = ResponsesShape(body, items, self._responses)
             task = ChatTask(self._tokenizer, self._dialect, chat)
-            # Only one response can go on where the conversation's last turn ended. Others fork: the scheduler sees how.
-            home = before.conversation if before and not before.continued else ""
-            response = await self._generate(request, chat, shape, task, home)
-        if before:
-            before.continued = True
+            with going_on(before) as home:
+                response = await self._generate(request, chat, shape, task, home)
         return told(response, body)
 
     async def message(self, request: Request, body: MessagesRequest) -> Response:
