@@ -425,6 +425,7 @@ def test_the_store_is_bounded() -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0]", "beside `type`"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "`tools[0].name` must be"),
         ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
+        ({"tool_choice": 5}, "tool_choice", "or an object"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "'allowed_tools'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "needs `schema`"),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "text.format", "cannot be followed"),

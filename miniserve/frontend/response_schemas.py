@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 
 from miniserve.frontend.parameters import REFUSED_BY_RESPONSES
-from miniserve.frontend.schemas import MAX_KEY_CHARS, Body, ChatRequest, Count, Json, JsonList, RequestBody, Text
+from miniserve.frontend.schemas import (
+    MAX_KEY_CHARS,
+    Body,
+    ChatRequest,
+    Count,
+    Json,
+    JsonList,
+    RequestBody,
+    Text,
+    ToolChoice,
+)
 from miniserve.frontend.tools import few_tools
 from miniserve.sampling import ParameterError
 
@@ -152,7 +162,7 @@ class ResponsesRequest(RequestBody):
     instructions: Text | None = None
     previous_response_id: Annotated[Text, Field(max_length=MAX_KEY_CHARS)] | None = None
     tools: Annotated[JsonList, BeforeValidator(few_tools)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | Json | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
