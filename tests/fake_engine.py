@@ -38,7 +38,7 @@ class FakeTurn:
     id: str
     tokens: list[int]
     params: SamplingParams
-    conversation: str
+    conversation: str | int
     salt: str
     steps: Sequence[list[int]] = ()
     pause: float = 0.0
@@ -182,7 +182,7 @@ class FakeClient:
         tokens: list[int],
         params: SamplingParams,
         *,
-        conversation: str = "",
+        conversation: str | int = "",
         salt: str = "",
         request_id: str = "",
         tool: bool = False,

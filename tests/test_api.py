@@ -383,6 +383,14 @@ async def test_parameters(tokenizer: Tokenizer) -> None:
     assert turn.salt == "s"
 
 
+async def test_ignored_parameters_are_told(api: Api) -> None:
+    for post in (api.chat, api.complete):
+        for stream in (False, True):
+            response = await post(stream=stream, user="me", verbosity="low", metadata={}, temprature=1)
+            assert response.headers["x-ignored-parameters"] == "temprature, user, verbosity"
+    assert "guided_json" in error_of(await api.chat(guided_json={"type": "object"}), 400)["message"]
+
+
 async def test_conversation_ids(api: Api) -> None:
     for headers, body, expected in [
         ({"X-Conversation-ID": "c", "X-Session-ID": "s"}, {}, "c"),

@@ -26,7 +26,7 @@ def scheduler(*workers: str, policy: str = "conserve", max_turns: int = 4, max_q
     return made
 
 
-def submit(made: Scheduler, turn: str, tokens: list[int], key: str = "", now: float = 0.0) -> list[Command]:
+def submit(made: Scheduler, turn: str, tokens: list[int], key: str | int = "", now: float = 0.0) -> list[Command]:
     return made.submit(turn, tokens, SamplingParams(max_tokens=16), 0, key, "", now)
 
 
@@ -126,6 +126,22 @@ def test_a_request_that_was_let_in_may_submit_all_its_turns() -> None:
     assert made.queued == 7
     with pytest.raises(QueueIsFull):
         made.check_room(0.0)
+
+
+def test_a_conversation_is_found_by_the_name_that_it_was_given() -> None:
+    """Even with a prompt that does not continue the last one."""
+    made = scheduler("p0", "d0", "d1")
+    home, first = run_of(submit(made, "t", [1] * 40))
+    name = made.conversation_of("t")
+    assert isinstance(name, int)
+    submit(made, "k", [3] * 40, key="mine")
+    assert made.conversation_of("k") == "mine"
+    end(made, "t", home, first.turn)
+    assert made.conversation_of("t") == ""
+    again, _ = run_of(submit(made, "u", [2] * 40, key=name))
+    assert (again, made.conversation_of("u")) == (home, name)
+    submit(made, "v", [4] * 40)
+    assert made.conversation_of("v") not in (name, "mine")
 
 
 def test_choices_of_one_request_move_once() -> None:

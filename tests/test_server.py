@@ -145,6 +145,28 @@ def test_five_turns_move_once_and_equal_transformers(smollm2, smollm2_folder):
     assert smollm2.metric("vllm:request_success_total") == 5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_go_on_where_their_kv_is(smollm2, stream):
+    """With the stock client: only what is new is sent and computed, in one conversation; a chat would say the same."""
+    client, ask = smollm2.client, {"model": "m", "temperature": 0, "max_output_tokens": 24}
+    before, history, known = None, [], 0
+    for question in QUESTIONS[:3]:
+        question = f"{question} ({stream})"  # a conversation of this test's own
+        history.append({"role": "user", "content": question})
+        if stream:
+            with client.responses.stream(input=question, previous_response_id=before, **ask) as events:
+                answer = events.until_done().get_final_response()
+        else:
+            answer = client.responses.create(input=question, previous_response_id=before, **ask)
+        cached = answer.usage.input_tokens_details.cached_tokens
+        assert cached >= known // 16 * 16
+        before, known = answer.id, answer.usage.total_tokens - 1
+        chat = client.chat.completions.create(messages=history, model="m", temperature=0, max_tokens=24)
+        assert chat.choices[0].message.content == answer.output_text
+        history.append({"role": "assistant", "content": answer.output_text})
+    assert cached > 0
+
+
 def test_a_disconnect_frees_the_kv(smollm2):
     stream = smollm2.client.chat.completions.create(
         model="m",

@@ -12,10 +12,15 @@ from starlette.responses import Response
 from miniserve import __version__
 from miniserve.config import ServeConfig
 from miniserve.frontend import errors, page, views
+from miniserve.frontend.anthropic_errors import AnthropicErrorBody
 from miniserve.frontend.client import EngineClient, EngineError
 from miniserve.frontend.dialect import find_dialect
+from miniserve.frontend.message_schemas import CountTokensRequest, MessagesRequest
+from miniserve.frontend.messages_api import MessageOut, TokenCount
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
+from miniserve.frontend.response_schemas import ResponsesRequest
+from miniserve.frontend.response_types import ResponseOut
 from miniserve.frontend.responses import (
     ChatCompletion,
     Completion,
@@ -35,12 +40,21 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "500": {"model": errors.ErrorBody, "description": "The server failed."},
     "503": {"model": errors.ErrorBody, "description": "The server is full or not well: try again after Retry-After."},
 }
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**told, "model": AnthropicErrorBody} for status, told in ERRORS.items()
+}
 EVENT = {
     "type": "object",
     "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."}},
     "required": ["data"],
 }
 STREAM = {"text/event-stream": {"itemSchema": EVENT}}
+NAMED_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "As JSON, with a `type`."}},
+    "required": ["event", "data"],
+}
+NAMED_STREAM = {"text/event-stream": {"itemSchema": NAMED_EVENT}}
 NEWS = {
     "type": "object",
     "properties": {
@@ -92,6 +106,21 @@ def create_app(
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Go on with one or many texts; with `stream` true as server-sent events."""
         return await service.complete(request, body)
+
+    @app.post("/v1/responses", responses={200: {"model": ResponseOut, "content": NAMED_STREAM}})
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
+        return await service.respond(request, body)
+
+    @app.post("/v1/messages", responses={**ANTHROPIC_ERRORS, 200: {"model": MessageOut, "content": NAMED_STREAM}})
+    async def messages(request: Request, body: MessagesRequest) -> Response:
+        """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
+        return await service.message(request, body)
+
+    @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
+    async def count_tokens(body: CountTokensRequest) -> TokenCount:
+        """How many tokens the prompt of such a request has."""
+        return await service.count_tokens(body)
 
     @app.get("/v1/models")
     async def models() -> ModelList:

@@ -22,7 +22,8 @@ from miniserve.frontend.responses import (
     Head,
     ToolCallOut,
 )
-from miniserve.frontend.schemas import ChatRequest, TokenizeRequest
+from miniserve.frontend.schemas import ChatRequest, StreamOptions, TokenizeRequest
+from miniserve.frontend.streaming import Chunks
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
 
@@ -81,15 +82,18 @@ class ChatTask:
         return self._dialect.opened(self._tokenizer, prompt, continued)
 
 
-class ChatShape:
+class ChatShape(Chunks):
     """Choices as chat completions, whole and in chunks; with `token_ids` they tell those of prompt and answer."""
 
     id_prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"
     input_field = "messages"
 
-    def __init__(self, tokenizer: Tokenizer, token_ids: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, token_ids: bool = False, stream_options: StreamOptions | None = None
+    ) -> None:
         self.token_ids = token_ids
+        self.stream_options = stream_options
         self._tokenizer = tokenizer
 
     def whole(self, head: Head, generation: Generation) -> ChatCompletion:

@@ -46,10 +46,12 @@ class QueueFull(EngineError):
 
 
 class Turn:
-    """One running request. Iterating gives its outputs in order; the last one has `finish` set."""
+    """One running request. Iterating gives its outputs in order; the last one has `finish` set. `conversation` is the
+    key of the one that the scheduler found it to belong to."""
 
     def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
         self.id = id
+        self.conversation: str | int = ""
         self._cancel = cancel
         self._outputs: asyncio.Queue[TurnOutput] = asyncio.Queue()
         self._ended = False
@@ -165,13 +167,13 @@ class EngineClient:
         tokens: list[int],
         params: SamplingParams,
         *,
-        conversation: str = "",
+        conversation: str | int = "",
         salt: str = "",
         request_id: str = "",
         tool: bool = False,
     ) -> Turn:
         """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end. `tool`
-        is whether the prompt ends in a tool's result.
+        is whether the prompt ends in a tool's result. `conversation` is the client's key or a former turn's, if any.
 
         Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
         """
@@ -193,6 +195,7 @@ class EngineClient:
             if isinstance(error, NoDecoder):
                 raise EngineError(self.unhealthy_reason or str(error)) from error
             raise
+        turn.conversation = self.scheduler.conversation_of(turn.id)
         self._carry_out(commands)
         return turn
 

@@ -11,6 +11,7 @@ from miniserve.frontend.logprobs import CompletionLogprobWriter
 from miniserve.frontend.reader import Part
 from miniserve.frontend.responses import Completion, CompletionChoice, CompletionLogprobs, Head
 from miniserve.frontend.schemas import CompletionRequest
+from miniserve.frontend.streaming import Chunks
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ class CompletionTask:
         """None: all text is content."""
 
 
-class CompletionShape:
+class CompletionShape(Chunks):
     """Choices as text completions, whole and in chunks. With `echo` the text of a choice begins with its prompt, but as
     with vLLM not where the prompt's ids are told."""
 
@@ -49,6 +50,7 @@ class CompletionShape:
         self._tokenizer = tokenizer
         self._request = request
         self.token_ids = bool(request.return_token_ids)
+        self.stream_options = request.stream_options
         self._writers: dict[int, CompletionLogprobWriter] = {}
         self._told_prompt: set[int] = set()
 

@@ -1,19 +1,26 @@
-"""Errors as the OpenAI API words them: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong."""
+"""Errors as the OpenAI API words them: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong.
+
+Routes of the Anthropic API tell the same errors in that API's shape (anthropic_errors.py).
+"""
 
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import HTTPException, RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
+from miniserve.frontend.anthropic_errors import anthropic_body, speaks_anthropic
 from miniserve.frontend.client import EngineError, QueueFull
 from miniserve.sampling import ParameterError
 
@@ -59,10 +66,10 @@ class ApiError(HTTPException):
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    @property
-    def response(self) -> Response:
-        """The whole answer."""
-        return Response(msgspec.json.encode(self.body), self.status_code, self.headers, "application/json")
+    def response(self, path: str) -> Response:
+        """The whole answer, as clients of the route `path` expect it."""
+        body = anthropic_body(self.status_code, self.message) if speaks_anthropic(path) else self.body
+        return Response(msgspec.json.encode(body), self.status_code, self.headers, "application/json")
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -86,6 +93,25 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "The server failed to answer this request; its log says why.", code="internal_error")
 
 
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Tells errors about a chat request to a client that sent another one, from which it was made. `names` are patterns
+    of parameters of chats, and what the client calls them."""
+    try:
+        yield
+    except (ParameterError, ApiError, ValidationError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            told = _rejected({**first, "loc": ("body", *first["loc"])})
+        else:
+            told = as_api_error(error)
+        message, param = told.message, told.param or ""
+        for pattern, name in names.items():
+            param = re.sub(f"^{pattern}(?![a-z_])", name, param)
+        message = message.replace(f"`{told.param}`", f"`{param}`")
+        raise ApiError(told.status_code, message, param=param or None, code=told.code, headers=told.headers) from error
+
+
 def install(app: FastAPI) -> None:
     """Make `app` answer every error this way."""
 
@@ -95,11 +121,11 @@ def install(app: FastAPI) -> None:
             problem = "There is nothing at" if error.status_code == 404 else "The wrong method:"
             message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
             told = ApiError(error.status_code, message, headers=error.headers)
-        return told.response
+        return told.response(request.url.path)
 
     async def answer_unexpected(request: Request, error: Exception) -> Response:
         # The outermost handler: no middleware is left to add the id to the answer. The server logs the traceback.
-        response = as_api_error(error).response
+        response = as_api_error(error).response(request.url.path)
         response.headers["X-Request-Id"] = request.state.request_id
         return response
 

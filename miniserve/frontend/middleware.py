@@ -60,15 +60,17 @@ class ApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_open(scope["path"]):
             scheme, _, token = _header(scope, b"authorization").partition(b" ")
-            # The comparison takes the same time wherever the first difference is.
-            if not (hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"):
+            # A comparison takes the same time wherever the first difference is.
+            bearer = hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
+            if not (bearer or hmac.compare_digest(_header(scope, b"x-api-key"), self._key)):
                 refusal = ApiError(
                     401,
-                    "A valid API key is needed: send the one given to --api-key as `Authorization: Bearer KEY`.",
+                    "A valid API key is needed: send the one given to --api-key as `Authorization: Bearer KEY` (or "
+                    "`x-api-key: KEY`).",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                return await refusal.response(scope, receive, send)
+                return await refusal.response(scope["path"])(scope, receive, send)
         await self._app(scope, receive, send)
 
 
@@ -90,7 +92,7 @@ class BodyLimit:
         if length.isdigit() and (len(length) > 15 or int(length) > self._limit):
             if not _header(scope, b"expect"):  # a client that waits for "100 Continue" has not begun
                 await _linger(receive)
-            return await refusal.response(scope, receive, send)
+            return await refusal.response(scope["path"])(scope, receive, send)
         taken, complete = 0, False
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 

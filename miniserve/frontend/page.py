@@ -64,7 +64,7 @@ class LiveEvents(Response):
             refusal = ApiError(
                 503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"}
             )
-            await refusal.response(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
 
     async def _send_all(self, listener: Listener, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -1,4 +1,4 @@
-"""What requests may hold. Fields are OpenAI's, then vLLM's extras; unknown fields are ignored, as vLLM does.
+"""What requests may hold. Fields are OpenAI's, then vLLM's extras; for all others see parameters.py.
 
 Every list is `fail_fast`: one error is told, and an error for each of a million wrong items would cost a gigabyte.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -16,12 +16,14 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    ModelWrapValidatorHandler,
     PrivateAttr,
     Tag,
     WithJsonSchema,
     model_validator,
 )
 
+from miniserve.frontend.parameters import REFUSED_BY_CHAT, REFUSED_BY_COMPLETIONS, ignored_names
 from miniserve.frontend.sound import sound_json, valid_unicode
 from miniserve.frontend.tools import MAX_TOOLS, TOOL_SCHEMA, Calling, check_call, check_tools, few_tools, for_template
 from miniserve.sampling import (
@@ -103,6 +105,27 @@ ToolChoice = Annotated[
 
 class Body(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+
+
+class RequestBody(Body):
+    """A body that knows which parameters mean nothing. `refused` are an error: by name, what to do instead."""
+
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    _ignored: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _account_for_all(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(data)
+        if isinstance(data, dict):
+            made._ignored = ignored_names(cls.model_fields.keys(), cls.refused, data)
+        return made
+
+    @property
+    def ignored(self) -> list[str]:
+        """Parameters that the client sent in vain."""
+        return self._ignored
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
@@ -219,7 +242,7 @@ class StructuredOutputs(Body):
         return self
 
 
-class GenerationRequest(Body, ABC):
+class GenerationRequest(RequestBody, ABC):
     """What chat and text completions share."""
 
     model: Text | None = None
@@ -295,6 +318,8 @@ class GenerationRequest(Body, ABC):
 
 
 class ChatRequest(GenerationRequest):
+    refused = REFUSED_BY_CHAT
+
     messages: Messages
     max_completion_tokens: Count | None = None
     max_tokens: Count | None = None
@@ -351,21 +376,17 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
+    refused = REFUSED_BY_COMPLETIONS
+
     prompt: Prompts
     max_tokens: Count | None = 16
     """As with OpenAI and vLLM 16 where it is left out; null means the rest of the context."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    suffix: str | None = None
-    best_of: int | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _only_what_is_supported(self) -> CompletionRequest:
-        if self.suffix:
-            raise ParameterError("suffix", "`suffix` is not supported: put all of the text into `prompt`.")
-        if self.best_of not in (None, 1):
-            raise ParameterError("best_of", "`best_of` is not supported: ask for `n` choices and pick one.")
         if self.echo and self.logprobs is not None:
             raise ParameterError(
                 "echo", "`echo` with `logprobs` is not supported: log-probabilities are of generated tokens only."

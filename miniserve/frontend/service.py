@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -12,25 +13,34 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from miniserve.frontend import errors
 from miniserve.frontend.chat import ChatShape, ChatTask, chat_tokens
 from miniserve.frontend.client import EngineClient, Turn
 from miniserve.frontend.completions import CompletionShape, CompletionTask
 from miniserve.frontend.dialect import Dialect
 from miniserve.frontend.errors import ApiError
 from miniserve.frontend.generate import Generation
+from miniserve.frontend.message_schemas import NAMES as MESSAGES_NAMES
+from miniserve.frontend.message_schemas import CountTokensRequest, MessagesRequest
+from miniserve.frontend.messages_api import MessagesShape, TokenCount
 from miniserve.frontend.metrics import Metrics
+from miniserve.frontend.parameters import ignored_header
 from miniserve.frontend.reader import Reader
+from miniserve.frontend.response_schemas import NAMES as RESPONSES_NAMES
+from miniserve.frontend.response_schemas import AnyItem, ResponsesRequest
+from miniserve.frontend.response_store import ResponseStore
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
+from miniserve.frontend.responses_api import ResponsesShape, going_on, previous
 from miniserve.frontend.schemas import (
     MAX_KEY_CHARS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
-    StreamOptions,
+    RequestBody,
     TokenizeRequest,
 )
-from miniserve.frontend.streaming import ChunkShape, ClientGone, EventStream, events, while_connected
+from miniserve.frontend.streaming import ClientGone, EventStream, while_connected
 from miniserve.frontend.structured import GrammarChecks
 from miniserve.sampling import SamplingParams
 from miniserve.tokenizer import Tokenizer
@@ -38,15 +48,26 @@ from miniserve.tokenizer import Tokenizer
 CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 
 
-class Shape(ChunkShape, Protocol):
-    """How the answers of one of the APIs look."""
+class Shape(Protocol):
+    """How the answers of one of the APIs look. A stream ends with `ending`.
+
+    `id_is_a_key`: whoever knows an answer's id can use it. Then clients do not choose it.
+    """
 
     id_prefix: str
     chunk_object: str
     input_field: str
+    id_is_a_key: bool
+    ending: bytes
 
     def whole(self, head: Head, generation: Generation) -> Mapping[str, Any]:
         """The answer in one piece, of choices that have ended."""
+
+    def stream(self, head: Head, generation: Generation) -> AsyncIterator[bytes]:
+        """Events, some at a time. Raises what the generation failed of."""
+
+    def broken(self, error: ApiError) -> bytes:
+        """The event of what a stream failed of."""
 
 
 class Task(Protocol):
@@ -80,16 +101,43 @@ class Service:
         self._names = names
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer)
+        self._responses: ResponseStore[AnyItem] = ResponseStore()
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer /v1/chat/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
-        shape = ChatShape(self._tokenizer, bool(body.return_token_ids))
-        return await self._generate(request, body, shape, ChatTask(self._tokenizer, self._dialect, body))
+        shape = ChatShape(self._tokenizer, bool(body.return_token_ids), body.stream_options)
+        return told(await self._generate(request, body, shape, ChatTask(self._tokenizer, self._dialect, body)), body)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         """Answer /v1/completions. Raises `ApiError`, `ParameterError`, `EngineError`."""
         shape = CompletionShape(self._tokenizer, body)
-        return await self._generate(request, body, shape, CompletionTask(self._tokenizer, body))
+        return told(await self._generate(request, body, shape, CompletionTask(self._tokenizer, body)), body)
+
+    async def respond(self, request: Request, body: ResponsesRequest) -> Response:
+        """Answer /v1/responses. Raises `ApiError`, `EngineError`."""
+        before = previous(self._responses, body.previous_response_id)
+        items = [*(before.items if before else ()), *body.items]
+        with errors.in_words_of(RESPONSES_NAMES):
+            chat = body.chat(items)
+            shape = ResponsesShape(body, items, self._responses)
+            task = ChatTask(self._tokenizer, self._dialect, chat)
+            with going_on(before) as home:
+                response = await self._generate(request, chat, shape, task, home)
+        return told(response, body)
+
+    async def message(self, request: Request, body: MessagesRequest) -> Response:
+        """Answer /v1/messages. Raises `ApiError`, `EngineError`."""
+        with errors.in_words_of(MESSAGES_NAMES):
+            chat = body.chat()
+            task = ChatTask(self._tokenizer, self._dialect, chat)
+            return told(await self._generate(request, chat, MessagesShape(), task), body)
+
+    async def count_tokens(self, body: CountTokensRequest) -> TokenCount:
+        """Answer /v1/messages/count_tokens. Raises `ApiError`."""
+        self.check_model(body.model)
+        with errors.in_words_of(MESSAGES_NAMES):
+            tokens = await asyncio.to_thread(chat_tokens, self._tokenizer, self._dialect, body.chat())
+        return {"input_tokens": len(tokens)}
 
     async def tokenize(self, body: TokenizeRequest) -> Tokenized:
         """Answer /tokenize. Raises `ApiError`, `ParameterError`."""
@@ -121,13 +169,16 @@ class Service:
                 code="model_not_found",
             )
 
-    async def _generate(self, request: Request, body: GenerationRequest, shape: Shape, task: Task) -> Response:
+    async def _generate(
+        self, request: Request, body: GenerationRequest, shape: Shape, task: Task, before: str | int = ""
+    ) -> Response:
+        """`before` is the conversation of the turn before, where that is known and the client does not say another."""
         arrived = time.perf_counter()
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
         if grammar := await self._grammars.wanted(body):
             params = msgspec.structs.replace(params, grammar=grammar)
-        conversation = _conversation_id(request.headers) or body.prompt_cache_key or ""
+        conversation = _conversation_id(request.headers) or body.prompt_cache_key or before
         default_limit = body.default_limit or self._defaults.get("max_new_tokens")
 
         def prepared() -> list[tuple[list[int], SamplingParams]]:
@@ -142,7 +193,7 @@ class Service:
             if own.grammar is not None and own.grammar is not grammar:
                 await self._grammars.check(own.grammar, "tools")
         head: Head = {
-            "id": shape.id_prefix + request.state.request_id,
+            "id": shape.id_prefix + (uuid.uuid4().hex if shape.id_is_a_key else request.state.request_id),
             "object": shape.chunk_object,
             "created": int(time.time()),
             "model": body.model or self._names[0],
@@ -163,10 +214,7 @@ class Service:
         self._client.check_room()
         generation.start()  # before a stream's status is sent: a full queue is a 503
         if body.stream:
-            options = body.stream_options or StreamOptions()
-            with_usage = bool(options.include_usage)
-            continuous = with_usage and bool(options.continuous_usage_stats)
-            return EventStream(generation, events(generation, shape, head, with_usage, continuous))
+            return EventStream(generation, shape.stream(head, generation), shape.broken, shape.ending)
         try:
             async with generation:
                 await while_connected(request.receive, generation.finish())
@@ -204,6 +252,12 @@ class Service:
         return msgspec.structs.replace(
             params, max_tokens=params.max_tokens or min(default_limit or room, room)
         ).validate()
+
+
+def told(response: Response, body: RequestBody) -> Response:
+    """`response`, with the names of parameters that were ignored."""
+    response.headers.update(ignored_header(body.ignored))
+    return response
 
 
 def _conversation_id(headers: Headers) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
@@ -13,9 +13,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from miniserve.cluster.messages import TokenLogprob
-from miniserve.frontend.errors import as_api_error
+from miniserve.frontend.errors import ApiError, as_api_error
 from miniserve.frontend.generate import Choice, Generation, usage
 from miniserve.frontend.reader import Part
+from miniserve.frontend.responses import Head
+from miniserve.frontend.schemas import StreamOptions
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class ChunkShape(Protocol):
     """
 
     token_ids: bool
+    stream_options: StreamOptions | None
 
     def opening(self, choice: Choice) -> Mapping[str, Any] | None:
         """Before anything was generated."""
@@ -115,19 +118,51 @@ def _before_choice(fields: Mapping[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['
 
 
+class Chunks:
+    """How chat and text completions stream: in chunks, with `[DONE]` at the end. To be mixed into a `ChunkShape`."""
+
+    ending = b"data: [DONE]\n\n"
+    id_is_a_key = False
+    stream_options: StreamOptions | None = None
+
+    def stream(self: ChunkShape, head: Head, generation: Generation) -> AsyncIterator[bytes]:
+        """All events but the ending. Raises what the generation failed of."""
+        options = self.stream_options or StreamOptions()
+        with_usage = bool(options.include_usage)
+        return events(generation, self, head, with_usage, with_usage and bool(options.continuous_usage_stats))
+
+    def broken(self, error: ApiError) -> bytes:
+        """The event of what a stream failed of."""
+        return b"data: " + msgspec.json.encode(error.body) + b"\n\n"
+
+
+def named_event(kind: str, data: Mapping[str, Any]) -> bytes:
+    """One event with a name; the data hold it, too, as `type`."""
+    return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode({"type": kind, **data}) + b"\n\n"
+
+
 class EventStream(Response):
     """Sends the events of a generation as they come, and ends it when the client goes.
 
-    An error in mid-stream, when the status has long been sent, becomes an event of its own.
+    An error in mid-stream, when the status has long been sent, becomes an event of its own, by `broken`; at the end
+    stands `ending`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, stream: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        stream: AsyncIterator[bytes],
+        broken: Callable[[ApiError], bytes],
+        ending: bytes,
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._generation = generation
         self._stream = stream
+        self._broken = broken
+        self._ending = ending
         # Proxies that buffer (nginx) would hold back tokens.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -148,5 +183,5 @@ class EventStream(Response):
             told = as_api_error(error)
             if told.code == "internal_error":
                 logger.exception("a stream ended in an error")
-            await send_body(b"data: " + msgspec.json.encode(told.body) + b"\n\n")
-        await send_body(b"data: [DONE]\n\n", more=False)
+            await send_body(self._broken(told))
+        await send_body(self._ending, more=False)

@@ -93,7 +93,7 @@ class Conversations:
         """The `count` that a turn came for last, the latest first."""
         return list(islice(reversed(self._by_key.values()), count))
 
-    def find(self, key: str, tokens: list[int], chain: list[bytes], now: float) -> Found:
+    def find(self, key: str | int, tokens: list[int], chain: list[bytes], now: float) -> Found:
         """The conversation of a prompt: that of the explicit `key`, one that it continues or edits, or a new one.
 
         `chain` is the prompt's `page_chain`.

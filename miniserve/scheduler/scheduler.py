@@ -221,7 +221,7 @@ class Scheduler:
         tokens: list[int],
         params: SamplingParams,
         seed: int,
-        conversation: str,
+        conversation: str | int,
         salt: str,
         now: float,
         *,
@@ -261,6 +261,10 @@ class Scheduler:
         self._turns[turn] = accepted
         self._line(accepted, now).append(accepted)
         return self._place_queued(now)
+
+    def conversation_of(self, turn: str) -> str | int:
+        """The key of the conversation that a turn belongs to; "" when that has ended."""
+        return found.conversation.key if (found := self._turns.get(turn)) else ""
 
     def cancel(self, turn: str, now: float) -> list[Command]:
         """The client has left: free everything at once. Unknown turns are ignored."""
