@@ -12,7 +12,12 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"sky": {"enum": ["clear", "rain"]}}, "required": ["sky"]},
     },
 }
-SCHEMA = {"type": "object", "properties": {"outside": {"type": "boolean"}}, "required": ["outside"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"outside": {"type": "boolean"}},
+    "required": ["outside"],
+    "additionalProperties": False,
+}
 ASK = {
     "model": "openai/m",
     "api_base": sys.argv[1],
