@@ -80,11 +80,10 @@ def test_libraries(running: Running, tmp_path: Path, client: str) -> None:
     assert run(tmp_path, "python", str(HERE / f"with_{client}.py"), f"{running.url}/v1")
 
 
-def test_libraries_with_the_default_model(smollm2_folder: Path, tmp_path: Path) -> None:
+def test_openai_with_the_default_model(smollm2_folder: Path, tmp_path: Path) -> None:
     flags = ["--threads", "1", "--max-model-len", "2048", "--kv-cache-memory", "256M"]
     with server(smollm2_folder, *flags, runtime=tmp_path) as up:
-        for client in ("openai", "litellm"):
-            assert run(tmp_path, "python", str(HERE / f"with_{client}.py"), f"{up.url}/v1")
+        assert run(tmp_path, "python", str(HERE / "with_openai.py"), f"{up.url}/v1")
 
 
 def test_mini_swe_agent(running: Running, tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_mini_swe_agent(running: Running, tmp_path: Path) -> None:
     assert len(answers) == 3
     assert all(answer["choices"][0]["finish_reason"] == "tool_calls" for answer in answers)
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
-    assert 0 == cached[0] < cached[1] < cached[2]
+    assert cached[0] < cached[1] < cached[2], "each step finds the KV of the one before"
 
 
 def test_aiperf(running: Running, folder: Path, tmp_path: Path) -> None:
