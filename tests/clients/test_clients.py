@@ -113,8 +113,6 @@ def test_mini_swe_agent(running: Running, tmp_path: Path) -> None:
     answers = [m["extra"]["response"] for m in trajectory["messages"] if m["role"] == "assistant"]
     assert len(answers) == 3
     assert all(answer["choices"][0]["finish_reason"] == "tool_calls" for answer in answers)
-    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
-    assert cached[0] < cached[1] < cached[2], "each step finds the KV of the one before"
 
 
 def test_aiperf(running: Running, folder: Path, tmp_path: Path) -> None:
