@@ -5,10 +5,10 @@ ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format venv clean
+.PHONY: help serve test test-clients lint format venv clean
 
 help:  ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 serve:  ## start a server: make serve MODEL=qwen3-0.6b ARGS="--topology 1P1D"
 	@scripts/setup.sh serve
@@ -16,6 +16,11 @@ serve:  ## start a server: make serve MODEL=qwen3-0.6b ARGS="--topology 1P1D"
 
 test: lint  ## ruff, mypy, pytest: make test PYTEST_ARGS="-k tokenizer"
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-clients:  ## openai, litellm, mini-swe-agent, aiperf and guidellm against a real server
+	@scripts/setup.sh test
+	@scripts/setup-clients.sh
+	@$(PY) -m pytest tests/clients $(PYTEST_ARGS)
 
 lint:  ## ruff and mypy only
 	@scripts/setup.sh test
@@ -32,5 +37,5 @@ venv:  ## only create .venv with everything in it
 	@scripts/setup.sh test
 
 clean:  ## remove .venv and what tools leave behind (models stay in ~/.cache/miniserve)
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,6 +32,9 @@ MAX_DEPTH = 64
 MAX_PROPERTIES = 1000
 """Most properties of a schema, in all of its objects together."""
 MAX_PATTERN_CHARS = 1024
+MAX_COMBINED_PATTERNS = 8
+"""Most different patterns of a schema whose strings may have to match several of them: the library's search for a text
+that does is bounded by nothing, and doubles with each."""
 MAX_MULTIPLE = 10_000
 """The least common multiple of all `multipleOf`: remainders are states, and 100,003 of them take 0.3 s."""
 MAX_CACHED = 128
@@ -156,6 +159,8 @@ def _parsed(text: str, start: int) -> tuple[Any, int]:
 def _check_schema(schema: Any) -> None:
     """Raises `GrammarError` for what llguidance's own limits do not stop in time."""
     properties, multiple = 0, 1
+    different: set[str] = set()
+    combined = False
     for depth, value in _walk(schema):
         if depth > MAX_DEPTH:
             raise GrammarError(f"the schema is nested more than {MAX_DEPTH} levels deep.")
@@ -166,6 +171,9 @@ def _check_schema(schema: Any) -> None:
         patterns = [*found] if isinstance(found := value.get("patternProperties"), dict) else []
         if isinstance(pattern := value.get("pattern"), str):
             patterns.append(pattern)
+        different |= set(patterns)
+        # Beside a pattern, those of a reference or of alternatives count, too.
+        combined |= "allOf" in value or ("pattern" in value and not value.keys().isdisjoint(("$ref", "anyOf", "oneOf")))
         if any(len(pattern) > MAX_PATTERN_CHARS for pattern in patterns):
             raise GrammarError(f"a pattern has more than {MAX_PATTERN_CHARS} characters.")
         factor = value.get("multipleOf")
@@ -174,6 +182,11 @@ def _check_schema(schema: Any) -> None:
             multiple = math.lcm(multiple, int("".join(map(str, digits))))
             if multiple > MAX_MULTIPLE:
                 raise GrammarError(f"the least common multiple of all `multipleOf` is above {MAX_MULTIPLE}.")
+    if combined and len(different) > MAX_COMBINED_PATTERNS:
+        raise GrammarError(
+            f"it combines patterns, as `allOf` does, and has {len(different)} of them: at most {MAX_COMBINED_PATTERNS} "
+            "are allowed then."
+        )
     if properties > MAX_PROPERTIES:
         raise GrammarError(f"the schema has {properties} properties, and at most {MAX_PROPERTIES} are allowed.")
 

@@ -294,6 +294,7 @@ TOO_MUCH = {
     "nested more than": json_grammar(nested(99)),
     "has 5000 properties": json_grammar({"properties": {f"p{i}": {} for i in range(5000)}}),
     "`multipleOf`": json_grammar({"allOf": [{"type": "integer", "multipleOf": k} for k in (97, 89, 83)]}),
+    "combines patterns": json_grammar({"allOf": [{"type": "string", "pattern": f".*{i}.*"} for i in range(40)]}),
     "a pattern has more than": json_grammar({"type": "string", "pattern": "a" * 1025}),
     "least common": Grammar("lark", 'start: "x" %json {"type": "integer", "multipleOf": 9999991}'),
     "its rules have": Grammar("lark", "start: " + '"a" ' * 20000),

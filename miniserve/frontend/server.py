@@ -23,6 +23,7 @@ from miniserve.config import ConfigError, ServeConfig, format_bytes
 from miniserve.frontend.app import create_app
 from miniserve.frontend.client import EngineClient
 from miniserve.frontend.defaults import generation_defaults
+from miniserve.frontend.heads import BoundedHeads
 from miniserve.hub import ModelFiles
 from miniserve.sampling import ParameterError
 from miniserve.tokenizer import Tokenizer
@@ -127,7 +128,11 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         app = create_app(config, client, tokenizer, defaults)
         http = HttpServer(
             uvicorn.Config(
-                app, log_level=config.log_level, access_log=config.log_level in ("debug", "info"), lifespan="off"
+                app,
+                http=BoundedHeads,
+                log_level=config.log_level,
+                access_log=config.log_level in ("debug", "info"),
+                lifespan="off",
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]))

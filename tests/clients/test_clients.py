@@ -1,0 +1,151 @@
+"""Clients that people really use, against a real server, with nothing fetched: `make test-clients`.
+
+They live in an environment of their own (constraints-clients.txt), and each runs as its users run it: a script, or its
+command line. docs/clients.md says the same for people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dialects
+import pytest
+import tiny
+from test_server import Running, server
+
+HERE = Path(__file__).parent
+ENVIRONMENT = Path(os.environ.get("CLIENTS_VENV", HERE.parents[1] / ".venv-clients"))
+NOWHERE = "http://127.0.0.1:9"
+"""A proxy that refuses: whoever asks anybody but the server fails."""
+
+pytestmark = pytest.mark.skipif(
+    not (ENVIRONMENT / "bin" / "python").exists(), reason="needs .venv-clients: run `make test-clients`"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose template knows tools, with room for the long prompts of agents."""
+    made = tiny.make_model(tmp_path_factory.mktemp("clients") / "tiny", "llama", max_len=16384)
+    settings = json.loads((made / "tokenizer_config.json").read_text())
+    settings["chat_template"] = dialects.TEMPLATES["hermes"]
+    (made / "tokenizer_config.json").write_text(json.dumps(settings))
+    return made
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of it, of two workers. Answers are not reasoned about: nothing would end that."""
+    flags = ["--topology", "1P1D", "--threads", "1", "--kv-cache-memory", "64M", "--reasoning-parser", "none"]
+    with server(folder, *flags, runtime=tmp_path_factory.mktemp("run")) as up:
+        yield up
+        assert up.metric("miniserve:kv_pages", state="held") == 0
+
+
+def run(tmp_path: Path, *command: str, **environment: str) -> str:
+    """What a program of the clients' environment prints; it must end well, and finds no way out of this machine."""
+    offline = {
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "HTTP_PROXY": NOWHERE,
+        "HTTPS_PROXY": NOWHERE,
+        "NO_PROXY": "127.0.0.1,localhost",
+        "COLUMNS": "160",
+    }
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    done = subprocess.run(
+        [str(ENVIRONMENT / "bin" / command[0]), *command[1:]],
+        env=kept | offline | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("client", ["openai", "litellm"])
+def test_libraries(running: Running, tmp_path: Path, client: str) -> None:
+    assert run(tmp_path, "python", str(HERE / f"with_{client}.py"), f"{running.url}/v1")
+
+
+def test_openai_with_the_default_model(smollm2_folder: Path, tmp_path: Path) -> None:
+    flags = ["--threads", "1", "--max-model-len", "2048", "--kv-cache-memory", "256M"]
+    with server(smollm2_folder, *flags, runtime=tmp_path) as up:
+        assert run(tmp_path, "python", str(HERE / "with_openai.py"), f"{up.url}/v1")
+
+
+def test_mini_swe_agent(running: Running, tmp_path: Path) -> None:
+    """A task of three commands: the agent's own prompts, loop and shell; see scripted.py for the model's part."""
+    (tmp_path / "work").mkdir()
+    settings: dict[str, Any] = {
+        "model.model_kwargs.api_base": f"{running.url}/v1",
+        "model.model_kwargs.api_key": "none",
+        "model.model_kwargs.temperature": 0,
+        "model.model_kwargs.max_tokens": 400,
+        "environment.cwd": tmp_path / "work",
+    }
+    run(
+        tmp_path,
+        *["mini", "-m", "openai/m", "--model-class", "scripted.ScriptedModel", "-t", "Count the lines with an o."],
+        *["--yolo", "--exit-immediately", "--cost-limit", "0", "-o", str(tmp_path / "trajectory.json")],
+        *["-c", "mini.yaml", *(word for key, value in settings.items() for word in ("-c", f"{key}={value}"))],
+        PYTHONPATH=str(HERE),
+        MSWEA_CONFIGURED="true",
+        MSWEA_COST_TRACKING="ignore_errors",
+        MSWEA_GLOBAL_CONFIG_DIR=str(tmp_path / "mswea"),
+    )
+    assert (tmp_path / "work" / "notes.txt").read_text() == "one\ntwo\n"
+    trajectory = json.loads((tmp_path / "trajectory.json").read_text())
+    assert trajectory["info"]["exit_status"] == "Submitted"
+    assert trajectory["info"]["submission"] == "one\ntwo\n"
+    answers = [m["extra"]["response"] for m in trajectory["messages"] if m["role"] == "assistant"]
+    assert len(answers) == 3
+    assert all(answer["choices"][0]["finish_reason"] == "tool_calls" for answer in answers)
+
+
+def test_aiperf(running: Running, folder: Path, tmp_path: Path) -> None:
+    """Three conversations of two turns. While Hugging Face is offline it takes tokenizers from its cache only, no
+    folder: so that is where this one lies."""
+    cached = tmp_path / "huggingface" / "hub" / "models--local--tiny"
+    shutil.copytree(folder, cached / "snapshots" / "1", ignore=shutil.ignore_patterns("*.safetensors"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    run(
+        tmp_path,
+        *["aiperf", "profile", "--model", "m", "--url", running.url, "--endpoint-type", "chat", "--streaming"],
+        *["--tokenizer", "local/tiny", "--use-server-token-count", "--extra-inputs", "ignore_eos:true"],
+        *["--conversation-num", "3", "--session-turns-mean", "2", "--session-turns-stddev", "0", "--concurrency", "2"],
+        *["--isl", "64", "--osl", "8", "--random-seed", "1", "--workers-max", "1"],
+        *["--ui", "none", "--no-gpu-telemetry", "--artifact-dir", str(tmp_path / "aiperf")],
+    )
+    report = json.loads((tmp_path / "aiperf" / "profile_export_aiperf.json").read_text())
+    assert report["request_count"]["avg"] == 6
+    assert not (report.get("error_request_count") or {}).get("avg")
+    assert report["output_sequence_length"]["avg"] == 8
+    assert report["time_to_first_token"]["avg"] > 0
+
+
+def test_guidellm(running: Running, folder: Path, tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        *["guidellm", "run", "--backend", f"kind=openai_http,target={running.url},model=m"],
+        *["--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6"],
+        *["--tokenizer", f"kind=huggingface_auto,model={folder}"],
+        *["--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=8"],
+        *["--output", f"kind=json,path={tmp_path / 'report.json'}", "--disable-console"],
+    )
+    (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (6, 0)
