@@ -70,7 +70,7 @@ class BoundedHeads(HttpToolsProtocol):
             error = ApiError(
                 431, f"The head of a request may have {MAX_HEAD_BYTES} bytes: send fewer and shorter headers."
             )
-            body = error.response.body
+            body = error.response("").body
             head = f"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: {len(body)}\r\n"
             self.transport.write(
                 f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + bytes(body)
