@@ -361,10 +361,11 @@ class World:
                 self.listen()
             if self.wanted.keys() <= self.ends.keys():
                 break
-        for _ in range(40):  # aborts and releases under way
+        for _ in range(40):  # publications, aborts and releases under way
             for name in list(self.alive):
                 self.step(name)
-            self.listen()
+            for _ in range(20):
+                self.listen()
 
     def check(self, deaths: int) -> None:
         for turn, wanted in self.wanted.items():
