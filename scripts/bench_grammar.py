@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=None, help="1 where others use the cores too")
     args = parser.parse_args()
-    llm = LLM(args.model, max_model_len=1024, kv_cache_memory="256MiB", threads=args.threads)
+    llm = LLM(args.model, max_model_len=1024, kv_cache_memory="256MiB", threads=args.threads or 0)
     free: list[float] = []
     bound: list[float] = []
     for number in range(2 * args.rounds + 2):
