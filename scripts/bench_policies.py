@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_policies.py validation TRACE OUT
     .venv/bin/python scripts/bench_policies.py grid TRACE OUT [--cells eager,graphs-gaps] [--jobs 2]
-    .venv/bin/python scripts/bench_policies.py goodput TRACE OUT
+    .venv/bin/python scripts/bench_policies.py goodput TRACE OUT [--cells eager]
     .venv/bin/python scripts/bench_policies.py verdict OUT
 
 validation: the paper's setting, as its artifact ran it and as it should be. grid: four workers, 255 conversations of
@@ -106,9 +106,9 @@ def grid(trace: Path, out: Path, names: list[str], jobs: int) -> None:
         )
 
 
-def fine(trace: Path, out: Path, jobs: int) -> None:
+def fine(trace: Path, out: Path, names: list[str], jobs: int) -> None:
     """Finer rates for the three that matter there."""
-    for name, rates in FINE.items():
+    for name, rates in ((name, FINE[name]) for name in names if name in FINE):
         hardware, flags = CELLS[name]
         policies = ["--policies", "colocated,conserve,observe", "--rates", rates, "--seeds", SEEDS, "--jobs", str(jobs)]
         compare(trace, out / f"{name}-fine", "--hardware", hardware, *flags, *policies)
@@ -159,7 +159,7 @@ def main() -> None:
     elif args.what == "validation":
         validation(args.paths[0], out, args.jobs)
     elif args.what == "goodput":
-        fine(held_out(args.paths[0], out), out, args.jobs)
+        fine(held_out(args.paths[0], out), out, args.cells.split(","), args.jobs)
     else:
         grid(held_out(args.paths[0], out), out, args.cells.split(","), args.jobs)
 
