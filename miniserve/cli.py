@@ -186,8 +186,8 @@ def _add_serve(commands: Any) -> None:
         "--kv-transfer",
         choices=("auto", "mapped", "collective"),  # BACKENDS of kv/transfer.py, which needs torch
         default="auto",
-        help="how KV travels between workers: mapped (shared memory or CUDA IPC, one host), collective (Gloo over "
-        "TCP loopback); auto: mapped where possible; default: %(default)s",
+        help="how KV travels between workers: mapped (shared memory or CUDA IPC), collective (NCCL between GPUs, Gloo "
+        "over TCP loopback on a CPU); auto: mapped where possible; default: %(default)s",
     )
 
     memory = parser.add_argument_group("memory and batching, of each worker")

@@ -151,9 +151,12 @@ def test_the_banner_tells_which_gpus_cannot_read_each_other(gpus) -> None:
         return ways(client.transfer)
 
     for how, says in (
-        ("auto", "collective (their GPUs cannot read each other) between all workers but d0->p0 mapped, p0->d0 mapped"),
+        (
+            "auto",
+            "collective (NCCL, their GPUs cannot read each other) between all workers but d0->p0 mapped, p0->d0 mapped",
+        ),
         ("mapped", "none (prefills at home) between all workers but d0->p0 mapped, p0->d0 mapped"),
-        ("collective", "collective between all workers"),
+        ("collective", "collective (NCCL) between all workers"),
     ):
         assert told(how) == says
 

@@ -11,7 +11,7 @@ from tiny import prompts, reference
 from miniserve.cluster.messages import Fetch, Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
 from miniserve.config import EngineConfig
 from miniserve.kv.hashing import root_hash
-from miniserve.kv.transfer import connect
+from miniserve.kv.transfer import TransferError, connect
 from miniserve.sampling import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.handoff import Handoffs
@@ -485,7 +485,13 @@ class Storing:
 
     def __init__(self, slow: SlowStore, copy) -> None:
         self.slow, self.copy = slow, copy
-        self.stored = False
+        self.written = self.broken = False
+
+    @property
+    def stored(self) -> bool:
+        if self.broken:
+            raise TransferError("the connection to the peer broke")
+        return self.written
 
     def store(self, ours: list[int]) -> None:
         self.slow.log.append("store")
@@ -494,7 +500,7 @@ class Storing:
 
     def write(self) -> None:
         self.copy.store(self.ours)
-        self.stored = True
+        self.written = True
 
     def abandon(self) -> None:
         """The last moment at which it may still be written."""
@@ -551,7 +557,7 @@ def test_an_abort_while_pages_are_stored(pair, monkeypatch, before):
     assert not pair.d.handoffs.copying
 
 
-@pytest.mark.parametrize("why", ["dead", "stuck", "refused", "late"])
+@pytest.mark.parametrize("why", ["dead", "stuck", "refused", "late", "broken"])
 @pytest.mark.parametrize("before", [0, 2])
 def test_giving_up_while_pages_are_stored(pair, monkeypatch, why, before):
     slow = SlowStore(pair.d, monkeypatch)
@@ -573,9 +579,15 @@ def test_giving_up_while_pages_are_stored(pair, monkeypatch, why, before):
             pair.now += 31
             slow.finish()
             pair.d.handoffs.poll()
+        case "broken":
+            slow.unfinished[0].broken = True
+            pair.d.built.memory.pages[sequence.pages[before * 2]] = 1  # a part of it was written
+            pair.d.handoffs.poll()
     assert sequence.status is Status.RUNNING
     assert sequence.computed == before * 32
-    assert slow.log == ["store"] * (before + 1) + ["abandon"] * (why != "late"), "what is done needs no abandoning"
+    assert slow.log == ["store"] * (before + 1) + ["abandon"] * (why not in ("late", "broken")), (
+        "what is over needs no abandoning"
+    )
     pair.p.handoffs.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 100 - before * 32

@@ -123,6 +123,10 @@ class SlowCopy:
     def stored(self) -> bool:
         self.left -= 1
         if self.left <= 0 and self in self.transfer.writing:
+            if self.transfer.world.pick.random() < 0.03:
+                self.transfer.writing.remove(self)
+                self.transfer.memory.pages[self.ours[:1]] = self.content[:1]
+                raise TransferError("broke on its way")
             self.write()
         return self.left <= 0
 

@@ -200,14 +200,14 @@ def test_the_way_between_two_pools() -> None:
     same, near, far = on_gpu(0, [0, 1]), on_gpu(1, [1, 0]), on_gpu(2, [2])
     deaf = on_gpu(3, [3, 0])  # sees GPU 0, which does not see it
     expected = [
-        (cpu, cpu, ("mapped", "collective", "mapped")),
-        (same, same, ("mapped", "collective", "mapped")),
-        (same, near, ("mapped", "collective", "mapped")),
-        (same, far, ("collective", "collective", None)),
-        (same, deaf, ("collective", "collective", None)),
+        (cpu, cpu, ("mapped", "gloo", "mapped")),
+        (same, same, ("mapped", "gloo", "mapped")),
+        (same, near, ("mapped", "nccl", "mapped")),
+        (same, far, ("nccl", "nccl", None)),
+        (same, deaf, ("nccl", "nccl", None)),
         (same, on_gpu(0, [0], "other"), (None, None, None)),
-        (cpu, nowhere, (None, "collective", None)),
-        (cpu, same, (None, "collective", None)),
+        (cpu, nowhere, (None, "gloo", None)),
+        (cpu, same, (None, "gloo", None)),
     ]
     for one, other, ways in expected:
         assert tuple(way(one, other, how) for how in ("auto", "collective", "mapped")) == ways

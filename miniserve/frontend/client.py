@@ -245,9 +245,10 @@ class EngineClient:
 
         def how(source: str, home: str) -> str:
             kind = way(self.ready[source].pool, self.ready[home].pool, self._kv_transfer)
-            if kind == "collective" and self._kv_transfer == "auto":
-                return "collective (their GPUs cannot read each other)"
-            return kind or "none (prefills at home)"
+            if kind is None:
+                return "none (prefills at home)"
+            why = ", their GPUs cannot read each other" if self._kv_transfer == "auto" else ""
+            return "mapped" if kind == "mapped" else f"collective ({'NCCL' if kind == 'nccl' else 'Gloo'}{why})"
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("miniserve.transfer")
 
 BACKENDS = ("auto", "mapped", "collective")
+Way = Literal["mapped", "nccl", "gloo"]
+"""The last two are `collective`."""
 
 
 class TransferError(RuntimeError):
@@ -42,7 +44,8 @@ class Copy(Protocol):
 
     @property
     def stored(self) -> bool:
-        """Whether what `store` has begun is done, so that anybody may read the pages. On a CPU, when it returns."""
+        """Whether what `store` has begun is done, so that anybody may read the pages. On a CPU, when it returns. Raises
+        `TransferError` if it will never be; nothing is written to the pages then."""
         ...
 
     def abandon(self) -> None:
@@ -78,13 +81,18 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
     """
     kind = way(memory.info(layout), peer.pool, how)
     # Each when it is needed: torch.distributed takes a while to import, and the simulator needs no torch at all.
-    if kind == "collective":
+    if kind == "gloo":
         from miniserve.kv.collective import CollectiveTransfer
 
         return CollectiveTransfer(memory, us, peer, run_dir)
     if kind is None:
         return None
     try:
+        if kind == "nccl":
+            from miniserve.kv.nccl import Nccl
+            from miniserve.kv.remote import RemoteTransfer
+
+            return RemoteTransfer(Nccl(memory), memory, us, peer, run_dir)
         if memory.shared is not None:
             from miniserve.kv.mapped import MappedTransfer
 
@@ -93,23 +101,22 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
 
         return CudaMappedTransfer(memory, peer)
     except (OSError, ValueError, RuntimeError) as error:  # the number of a dead process may be another one's by now
-        log.warning("the pool of %s cannot be mapped: %s", peer.name, error)
+        log.warning("no way to the pool of %s: %s", peer.name, error)
         return None
 
 
-def way(one: PoolInfo, other: PoolInfo, how: str) -> Literal["mapped", "collective"] | None:
+def way(one: PoolInfo, other: PoolInfo, how: str) -> Way | None:
     """How pages travel between two pools if `how` (one of `BACKENDS`) is asked for; None if they cannot.
 
-    The same whichever comes first: both workers of a pair choose by it, and the frontend tells what they chose.
+    The same whichever comes first: both workers of a pair choose by it, and the frontend tells what they chose. NCCL
+    has no way between two ranks on one GPU.
     """
     if one.layout != other.layout:
         return None
-    if how == "collective":
-        return "collective"
-    if one.fd >= 0 and other.fd >= 0:
+    gpus = None if one.cuda is None or other.cuda is None else (one.cuda, other.cuda)
+    reach = gpus is not None and gpus[0].device in gpus[1].reach and gpus[1].device in gpus[0].reach
+    if how != "collective" and (reach or (one.fd >= 0 and other.fd >= 0)):
         return "mapped"
-    if one.cuda is None or other.cuda is None:
+    if how == "mapped" or (how == "auto" and gpus is None):
         return None
-    if one.cuda.device in other.cuda.reach and other.cuda.device in one.cuda.reach:
-        return "mapped"
-    return "collective" if how == "auto" else None
+    return "nccl" if gpus is not None and gpus[0].device != gpus[1].device else "gloo"

@@ -220,8 +220,12 @@ class Handoffs:
                     return
                 if copy is not None:
                     failure = self._begin_store(pull, message, copy)
-            if pull.storing is not None and not pull.storing.stored:
-                return
+            if pull.storing is not None:
+                try:
+                    if not pull.storing.stored:
+                        return
+                except TransferError as error:
+                    failure = str(error)
             pull.arriving.popleft()
             pull.storing = None
             self._take(pull, message, copy, failure)

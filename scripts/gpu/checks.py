@@ -37,6 +37,7 @@ CORRECTNESS = [
     *(Check(f"modes {kernels.short(d)}", "correctness", partial(parity.modes, dtype=d)) for d in (FP32, BF16)),
     Check("sampling", "correctness", parity.sampling),
     Check("ipc", "correctness", handoff.same_bytes),
+    Check("nccl", "correctness", handoff.same_bytes_by_nccl),
     Check("topologies", "correctness", servers.topologies, 90),
 ]
 LLAMA, QWEN = speed.LLAMA, "qwen3-0.6b"

@@ -17,6 +17,7 @@ from gpu import ceilings
 from gpu.common import Figure, Figures, Setting, drop_engine, model_folder, read_json
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.remote import RemoteTransfer
 from miniserve.kv.transfer import Transfer, connect
 from miniserve.model.config import ModelConfig
 
@@ -47,8 +48,12 @@ def hashes(memory: KVMemory, pages: list[int]) -> list[str]:
     return [hashlib.sha256(memory.pages[p].contiguous().view(torch.uint8).cpu().numpy()).hexdigest() for p in pages]
 
 
-def way(memory: KVMemory, us: str, peer: Peer, run_dir: str) -> Transfer:
-    """How pages come from `peer`."""
+def way(memory: KVMemory, us: str, peer: Peer, run_dir: str, nccl: bool) -> Transfer:
+    """How pages come from `peer`: as between workers, or by NCCL."""
+    if nccl:
+        from miniserve.kv.nccl import Nccl
+
+        return RemoteTransfer(Nccl(memory), memory, (us, 1), peer, run_dir)
     transfer = connect(memory, LAYOUT, (us, 1), peer, run_dir, "auto")
     if transfer is None:
         raise RuntimeError("connect() found no way between two pools on this device")
@@ -73,11 +78,13 @@ def fetch(transfer: Transfer, publications: list[Any], ours: list[int]) -> None:
         until(lambda copy=copy: copy.stored)
 
 
-def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str) -> None:
+def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str, nccl: bool) -> None:
     """The second process: offers, fetches and tells hashes when told to."""
+    if device != "cpu":
+        torch.cuda.set_device(device)
     memory = new_memory(device, shape, num_pages, seed=2)
     control.send(peer_of("other", memory))
-    transfer = way(memory, "other", control.recv(), run_dir)
+    transfer = way(memory, "other", control.recv(), run_dir, nccl)
     while job := control.recv():
         what, *rest = job
         if what == "offer":
@@ -91,20 +98,24 @@ def other(control: Connection, device: str, shape: PageShape, num_pages: int, ru
 
 
 @contextmanager
-def pair(run: Setting, shape: PageShape, num_pages: int) -> Iterator[tuple[KVMemory, Transfer, Any]]:
-    """Our pool, the way to the other process's, and a function that tells it what to do."""
+def pair(
+    run: Setting, shape: PageShape, num_pages: int, nccl: bool = False
+) -> Iterator[tuple[KVMemory, Transfer, Any]]:
+    """Our pool, the way to the other process's, and a function that tells it what to do. With `nccl` that is on the
+    second GPU, where there is one."""
     memory = new_memory(run.device, shape, num_pages, seed=1)
     run_dir = run.folder / f"handoff-{time.monotonic_ns()}"
     run_dir.mkdir(mode=0o700)
     context = multiprocessing.get_context("spawn")
     control, theirs = context.Pipe()
-    process = context.Process(target=other, args=(theirs, run.device, shape, num_pages, str(run_dir)), daemon=True)
+    device = "cuda:1" if nccl and torch.cuda.device_count() > 1 else run.device
+    process = context.Process(target=other, args=(theirs, device, shape, num_pages, str(run_dir), nccl), daemon=True)
     process.start()
     theirs.close()
     try:
         peer = _heard(control)
         control.send(peer_of("here", memory))
-        transfer = way(memory, "here", peer, str(run_dir))
+        transfer = way(memory, "here", peer, str(run_dir), nccl)
 
         def tell(*job: Any) -> Any:
             control.send(job)
@@ -126,13 +137,21 @@ def _heard(control: Connection) -> Any:
     return control.recv()
 
 
-def same_bytes(run: Setting) -> Figures:
+def same_bytes_by_nccl(run: Setting) -> Figures:
+    """As `same_bytes`, by NCCL: between two GPUs, or on one with a NCCL that has two ranks there (2.30 or later)."""
+    if not run.cuda or (torch.cuda.device_count() < 2 and torch.cuda.nccl.version() < (2, 30)):
+        yield Figure("not run", "needs two GPUs, or NCCL 2.30 on one")
+    else:
+        yield from same_bytes(run, nccl=True)
+
+
+def same_bytes(run: Setting, nccl: bool = False) -> Figures:
     """Pages in both directions at once, scattered in either pool, and nothing else touched."""
     half = 8 if run.small else 64
     shape = PageShape(layers=3, page_tokens=16, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     everything, pick = list(range(2 * half)), random.Random(0)
-    with pair(run, shape, 2 * half) as (memory, transfer, tell):
-        yield Figure("way", transfer.name, "", "==", "mapped")
+    with pair(run, shape, 2 * half, nccl) as (memory, transfer, tell):
+        yield Figure("way", transfer.name, "", "==", "collective" if nccl else "mapped")
         # Lower halves are given away, upper halves are written to.
         sent, back = pick.sample(range(half), half // 2), pick.sample(range(half), half // 2)
         landing, theirs = pick.sample(range(half, 2 * half), half // 2), pick.sample(range(half, 2 * half), half // 2)
