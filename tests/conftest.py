@@ -9,12 +9,18 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from miniserve.cluster.launch import SPINNING
+
 # How long an example takes says nothing on a machine that is shared.
 hypothesis.settings.register_profile("miniserve", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("miniserve")
 
 # Read by huggingface_hub when it is imported: no test asks the network for a model by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Read when torch is imported. Engines in this process then wait as workers do: on busy cores
+# their tests take half as long.
+os.environ.update(SPINNING)
 
 USERS_CACHE = os.environ.get("MINISERVE_CACHE")
 

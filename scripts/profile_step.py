@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""Where the milliseconds of a worker's step go on a CPU: one decode, 16 decodes, a chunk of a prompt.
+
+Each operation of the model is timed by itself, and what is left of a step is the host's: scheduling, batches,
+sampling. Beside it: how fast the weights are read, against a plain read of as many bytes in the same run. Medians.
+
+    scripts/profile_step.py smollm2-135m [--threads 2] [--steps 15] [--context 512] [--kernels torch]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+from miniserve.cluster.launch import SPINNING
+
+os.environ.update(SPINNING | os.environ)  # as a worker has it, and read when torch is imported
+
+import torch
+
+from miniserve import hub, ops
+from miniserve.config import EngineConfig
+from miniserve.kv.hashing import root_hash
+from miniserve.sampling import SamplingParams
+from miniserve.worker import build as building
+from miniserve.worker.engine import Engine
+from miniserve.worker.sequence import Sequence
+
+READ_BYTES = 1 << 28
+"""Much more than a cache holds, as the weights of most models are."""
+NAMES = ("rms_norm", "rope", "attention", "silu_mul", "plan")
+
+
+class Timed:
+    """Ops that count their seconds. Matrices are told apart by their place in a layer."""
+
+    def __init__(self, inner: ops.Ops) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inner = inner
+        self._made = 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return self._timed(name, found) if name in NAMES else found
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        name = ("qkv", "out", "gate and up", "down")[self._made % 4]
+        self._made += 1
+        return self._timed(f"matrix: {name}", self._inner.linear(weight, bias))
+
+    def head(self, weight: torch.Tensor) -> Any:
+        return self._timed("matrix: head", self._inner.head(weight))
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            begun = time.perf_counter()
+            result = function(*arguments)
+            self.seconds[name] += time.perf_counter() - begun
+            return result
+
+        return call
+
+
+def read_speed() -> float:
+    """Bytes a second of a plain read by all threads, the best of some: what memory gives."""
+    block = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    times = []
+    for _ in range(9):
+        begun = time.perf_counter()
+        block.max()
+        times.append(time.perf_counter() - begun)
+    return READ_BYTES / min(times)
+
+
+def until_idle(engine: Engine) -> None:
+    """Run what is queued to its end."""
+    while engine.has_work:
+        engine.admit()
+        engine.step()
+
+
+def add(engine: Engine, layout: str, name: str, length: int, outputs: int) -> None:
+    """Queue a prompt of its own tokens."""
+    tokens = torch.randint(100, 20_000, (length,), generator=torch.Generator().manual_seed(hash(name) % 1000)).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
+    engine.add(Sequence(name, tokens, params, 0, root_hash(layout)))
+
+
+def measure(
+    built: building.Built, timed: Timed, decodes: int, context: int, chunk: int, steps: int
+) -> dict[str, float]:
+    """Medians of the milliseconds of a step, by name: `decodes` at `context` tokens, or a prompt of `chunk`."""
+    engine, rows = built.engine, []
+    for number in range(decodes):
+        add(engine, built.layout, f"decode {decodes} {number}", context, steps + 20)
+    while len(engine.running) < decodes or engine.queued_prefill_tokens:
+        engine.admit()
+        engine.step()
+    for number in range(steps):
+        if chunk:
+            add(engine, built.layout, f"chunk {number}", chunk, 1)
+        engine.admit()
+        timed.seconds.clear()
+        begun = time.perf_counter()
+        engine.step()
+        whole = time.perf_counter() - begun
+        rows.append({**timed.seconds, "host": whole - sum(timed.seconds.values()), "step": whole})
+    until_idle(engine)
+    return {name: 1e3 * statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0]}
+
+
+def main() -> None:
+    """Profile and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--kernels", choices=("auto", "torch"), default="auto")
+    arguments = parser.parse_args()
+    holder: list[Timed] = []
+
+    def make_ops(*args: Any, **kwargs: Any) -> tuple[Any, str]:
+        inner, says = ops.make_ops(*args, **kwargs)
+        holder.append(Timed(inner))
+        return holder[0], says
+
+    config = EngineConfig(
+        model=str(hub.resolve(arguments.model).folder),
+        threads=arguments.threads,
+        cpu_kernels=arguments.kernels,
+        max_num_batched_tokens=512,
+        step_stretch=0.0,
+        prompt_lookup=False,
+    )
+    with patch.object(building, "make_ops", make_ops):
+        built = building.build(config)
+    print(built.kernels, built.dtype, f"{built.threads} threads")
+    reads = [read_speed()]
+    columns = {
+        "1 decode": measure(built, holder[0], 1, arguments.context, 0, arguments.steps),
+        "16 decodes": measure(built, holder[0], 16, arguments.context, 0, arguments.steps),
+        "prompt of 512": measure(built, holder[0], 0, 0, 512, arguments.steps),
+    }
+    reads.append(read_speed())
+    names = sorted({name for column in columns.values() for name in column} - {"host", "step"})
+    print(f"\n| ms of a step | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name in [*names, "host", "step"]:
+        print(f"| {name} | " + " | ".join(f"{column.get(name, 0.0):.2f}" for column in columns.values()) + " |")
+    one = columns["1 decode"]
+    matrices = sum(ms for name, ms in one.items() if name.startswith("matrix"))
+    read = built.weights_bytes / max(reads) * 1e3
+    print(
+        f"\nA plain read: {max(reads) / 1e9:.1f} GB/s (before {reads[0] / 1e9:.1f}, after {reads[1] / 1e9:.1f}). "
+        f"The weights, {built.weights_bytes / 1e6:.0f} MB, take {read:.1f} ms to read: "
+        f"{100 * read / matrices:.0f} % of the products' time in one decode, {100 * read / one['step']:.0f} % of the step's."
+    )
+
+
+if __name__ == "__main__":
+    main()
