@@ -156,10 +156,11 @@ def main() -> None:
     one = columns["1 decode"]
     matrices = sum(ms for name, ms in one.items() if name.startswith("matrix"))
     read = built.weights_bytes / max(reads) * 1e3
+    of_products, of_step = 100 * read / matrices, 100 * read / one["step"]
     print(
         f"\nA plain read: {max(reads) / 1e9:.1f} GB/s (before {reads[0] / 1e9:.1f}, after {reads[1] / 1e9:.1f}). "
         f"The weights, {built.weights_bytes / 1e6:.0f} MB, take {read:.1f} ms to read: "
-        f"{100 * read / matrices:.0f} % of the products' time in one decode, {100 * read / one['step']:.0f} % of the step's."
+        f"{of_products:.0f} % of the products' time in one decode, {of_step:.0f} % of the step's."
     )
 
 
