@@ -387,7 +387,7 @@ def test_a_conversation_that_is_late_keeps_no_room() -> None:
     assert waited.turn == "c1.1"
     assert made.workers["d0"].wanted == 0
     assert made.workers["d0"].resident == 51, "the pages are still there, but nobody counts on it"
-    assert not made._late
+    assert not made._rest.late
 
 
 def test_one_that_came_back_in_time_is_expected_anew() -> None:
@@ -552,7 +552,7 @@ def check_wanted(made: Scheduler, policy: str) -> None:
     for name, view in made.workers.items():
         assert view.wanted == pytest.approx(here[name], abs=1e-6)
         assert view.reserved >= 0
-    assert all(turn.conversation.home or policy == "observe" for turn in made._newcomers)
+    assert all(turn.conversation.home or policy == "observe" for turn in made._lines.newcomers)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -602,7 +602,7 @@ def test_what_is_expected_comes_to_nothing_in_the_end(policy: str, seed: int) ->
     assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in made.workers.values())
     made.on_tick(now + 1e6)
     assert [(view.reserved, view.turns, view.resident) for view in made.workers.values()] == [(0, 0, 0)] * len(workers)
-    assert (len(made.conversations), made._late) == (0, [])
+    assert (len(made.conversations), made._rest.late) == (0, [])
 
 
 def test_a_newcomer_that_has_waited_long_enough_keeps_room_from_others() -> None:
@@ -648,7 +648,7 @@ def test_turns_of_a_conversation_that_has_found_its_home_do_not_wait_behind_a_ne
         assert sent(submit(made, turn, [ord(turn[0])] * tokens, key=turn[0]), Run) == []
     made.workers["d0"].wanted = 60.0
     assert [run.turn for _, run in sent(made.on_tick(0.0), Run)] == ["a1.1", "a2.1"]
-    assert [turn.id for turn in made._newcomers] == ["b1"]
+    assert [turn.id for turn in made._lines.newcomers] == ["b1"]
 
 
 def test_an_expectation_begins_anew_after_a_turn_was_cancelled_in_the_queue() -> None:

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import count
 
 from miniserve.cluster.messages import Abort, Keep, Message, Move, Peer, Peers, Report, Run, TurnOutput, WorkerStats
 from miniserve.sampling import SamplingParams
-from miniserve.scheduler.conversations import Conversation, Conversations
+from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.fleet import Fleet
+from miniserve.scheduler.lines import Lines
 from miniserve.scheduler.observations import Speed
 from miniserve.scheduler.placement import Need, Placement, Policy
 from miniserve.scheduler.prefixes import Prefixes
 from miniserve.scheduler.prompts import page_chain
 from miniserve.scheduler.records import Record, decision, outcome, remembered
+from miniserve.scheduler.rest import Rest
 from miniserve.scheduler.turns import Phases, Turn
 from miniserve.scheduler.views import Cluster, Link, WorkerView
 
 MOST_LOSSES = 3
 """Workers that may die under a turn before it is taken for what kills them."""
-LATE_GAPS, LATE_SECONDS = 3.0, 1.0
-"""A conversation that has not come back after so many of its gaps and so many seconds is not expected any more."""
 RECENT_ENDS = 64
 """Ends of turns that tell how fast the queue moves."""
 
@@ -101,23 +99,18 @@ class Scheduler:
         self._speed = Speed()
         self._prefixes = Prefixes()
         self._peers: dict[str, Peer] = {}
-        self._queue: deque[Turn] = deque()
-        self._newcomers: deque[Turn] = deque()
-        """Turns that wait for a first home, where the policy lets others pass them; else they are in the queue."""
+        self._lines = Lines(self._lets_pass)
+        self._rest = Rest(self.workers, self.fleet)
         self._turns: dict[str, Turn] = {}
         self._runs: dict[str, Turn] = {}
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
-        self._late: list[tuple[float, int, Conversation]] = []
-        """A heap of (when, number of the expectation, conversation): who has not come back by then is not expected any
-        more."""
-        self._expectations = count(1)
         self._expected: set[str] = set()
         """Decoders that are being started again."""
 
     @property
     def queued(self) -> int:
         """Turns that wait for a placement."""
-        return len(self._queue) + len(self._newcomers)
+        return len(self._lines)
 
     @property
     def active(self) -> int:
@@ -178,18 +171,14 @@ class Scheduler:
         commands = self._announce()
         for conversation in self.conversations:
             if conversation.home == name:
-                conversation.home, conversation.resident = "", 0
-                conversation.wanted, conversation.expectation = 0.0, 0
+                conversation.home = ""
+                self._rest.forget(conversation)
             if conversation.copy_at == name:
                 conversation.copy_at, conversation.copy_tokens = "", 0
         for turn in self._turns.values():
             if turn.prefill_at == name:  # which has nothing of it when it returns
                 turn.prefill_at, turn.lent_pages = "", 0
-        queued, self._queue = self._queue, deque()
-        homeless = [t for t in queued if not t.conversation.home]
-        self._queue.extend(t for t in queued if t.conversation.home)
-        for turn in reversed(homeless):
-            self._line(turn, now).appendleft(turn)
+        self._lines.sort(now)
         lost = [t for t in self._turns.values() if t.home == name]
         for turn in reversed(lost):
             self._run_again(turn, now)
@@ -239,7 +228,7 @@ class Scheduler:
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else -1.0
         self.fleet.arrived(of, gap)
         of.active += 1
-        self._rest(of, 0, now)
+        self._rest.set(of, 0, now)
         output = self.fleet.output(of, params.max_tokens)
         accepted = Turn(
             id=turn,
@@ -259,7 +248,7 @@ class Scheduler:
             number=of.turns + 1,
         )
         self._turns[turn] = accepted
-        self._line(accepted, now).append(accepted)
+        self._lines.append(accepted, now)
         return self._place_queued(now)
 
     def conversation_of(self, turn: str) -> str | int:
@@ -289,9 +278,9 @@ class Scheduler:
 
     def on_tick(self, now: float) -> list[Command]:
         """Once in a while: forget conversations nobody has continued."""
-        self._give_up_late(now)
+        self._rest.give_up_late(now)
         for conversation in self.conversations.expire(now):
-            self._rest(conversation, 0, now)
+            self._rest.set(conversation, 0, now)
         return self._place_queued(now)
 
     def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
@@ -366,7 +355,7 @@ class Scheduler:
         self._runs.pop(turn.run, None)
         turn.home = turn.prefill_at = turn.run = ""
         turn.early.clear()
-        self._line(turn, now).appendleft(turn)
+        self._lines.appendleft(turn, now)
 
     def _end(self, turn: Turn, finish: str, now: float) -> list[Command]:
         """Settle the ledger; the conversation's KV stays at home."""
@@ -383,23 +372,19 @@ class Scheduler:
                 conversation.history.append(record)
                 self.fleet.ended(record)
         else:
-            for line in (self._queue, self._newcomers):
-                if turn in line:
-                    line.remove(turn)
+            self._lines.remove(turn)
         if not conversation.active:
-            self._rest(conversation, self._pages(conversation.tokens), now)
+            self._rest.set(conversation, self._pages(conversation.tokens), now)
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
         return [Note(outcome(turn, finish, now))] if self.notes and turn.runs else []
 
     # --- placement --------------------------------------------------------------------------------------------------
 
-    def _line(self, turn: Turn, now: float) -> deque[Turn]:
-        """Where a turn waits: newcomers in a line of their own as long as they let others pass."""
-        if turn.conversation.home:
-            return self._queue
+    def _lets_pass(self, turn: Turn, now: float) -> bool:
+        """Whether a newcomer may still be passed by others."""
         need = self._need(turn, now)
-        return self._newcomers if need.waited < self._policy.patience(need, self._cluster()) else self._queue
+        return need.waited < self._policy.patience(need, self._cluster())
 
     def _cluster(self) -> Cluster:
         """What a policy may look at."""
@@ -407,43 +392,20 @@ class Scheduler:
         return Cluster(prefillers, self.decoders, set(self.workers), self.links)
 
     def _place_queued(self, now: float) -> list[Command]:
-        """Place waiting turns, first come first served: a turn that has to wait for a decoder keeps later ones from
-        taking the room it waits for. Newcomers that let others pass come last."""
+        """Place the waiting turns that can be placed."""
         if not self.queued:
             return []
-        self._give_up_late(now)
+        self._rest.give_up_late(now)
         commands: list[Command] = []
-        waiting: deque[Turn] = deque()
         cluster = self._cluster()
+
+        def place(turn: Turn) -> bool:
+            placed = self._try(turn, cluster, now)
+            commands.extend(placed)
+            return bool(placed)
+
         homes = {w.name for w in self.workers.values() if not w.prefiller or w.turns or w.resident}
-        homes = homes if self.decoders else set(self.workers)
-        try:
-            while self._queue and not cluster.open.isdisjoint(homes):
-                placed = self._try(self._queue[0], cluster, now)
-                turn = self._queue.popleft()
-                commands += placed
-                if not placed:
-                    waiting.append(turn)
-                    home = turn.conversation.home
-                    cluster.open.intersection_update(name for name in tuple(cluster.open) if home and name != home)
-            while self._newcomers and cluster.open:
-                placed = self._try(self._newcomers[0], cluster, now)
-                if not placed and self._line(self._newcomers[0], now) is self._newcomers:
-                    break
-                turn = self._newcomers.popleft()
-                commands += placed
-                home = turn.conversation.home
-                if placed and turn.conversation.active > 1:  # the others of it, which have a home now, come next
-                    of = turn.conversation
-                    here = [t for t in self._newcomers if t.conversation is of]
-                    self._newcomers = deque([*here, *(t for t in self._newcomers if t.conversation is not of)])
-                elif not placed:
-                    waiting.append(turn)
-                    if not home:  # it has waited long enough: from now on it keeps room from others
-                        break
-                    cluster.open.discard(home)
-        finally:
-            self._queue = waiting + self._queue
+        self._lines.serve(place, cluster.open, homes if self.decoders else set(self.workers), now)
         return commands
 
     def _try(self, turn: Turn, cluster: Cluster, now: float) -> list[Command]:
@@ -512,33 +474,6 @@ class Scheduler:
         last_page = max(len(turn.tokens) - self._page_tokens, 0)
         seconds = home.speed.prefill(self._page_tokens, last_page)
         return Keep(str(turn.conversation.key), gap, chance, seconds)
-
-    def _rest(self, conversation: Conversation, pages: int, now: float) -> None:
-        """Set what an idle conversation is thought to hold at home."""
-        home = self.workers.get(conversation.home)
-        if home is None:
-            conversation.resident, conversation.wanted, conversation.expectation = 0, 0.0, 0
-            return
-        home.resident += pages - conversation.resident
-        conversation.resident = pages
-        self._want(conversation, 0.0)
-        if pages:
-            gap, chance = self.fleet.outlook(conversation, conversation.turns)
-            self._want(conversation, pages * chance, next(self._expectations))
-            late = now + LATE_GAPS * gap + LATE_SECONDS
-            heappush(self._late, (late, conversation.expectation, conversation))
-
-    def _want(self, conversation: Conversation, pages: float, expectation: int = 0) -> None:
-        if home := self.workers.get(conversation.home):
-            home.wanted = max(home.wanted + pages - conversation.wanted, 0.0)
-        conversation.wanted, conversation.expectation = pages, expectation
-
-    def _give_up_late(self, now: float) -> None:
-        """Conversations that have not come back in time are not expected any more."""
-        while self._late and self._late[0][0] <= now:
-            _, expectation, conversation = heappop(self._late)
-            if conversation.expectation == expectation:
-                self._want(conversation, 0.0)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._page_tokens)
