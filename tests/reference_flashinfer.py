@@ -91,6 +91,7 @@ class Wrapper:
 
 
 def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    assert len(input), "a grid of no rows is an error of CUDA's"
     x = input.double()
     return out.copy_(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double())
 
@@ -113,6 +114,7 @@ def rope(
 
 
 def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
+    assert len(input), "a grid of no rows is an error of CUDA's"
     gate, up = input.double().chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up).to(input.dtype)
 
@@ -148,7 +150,7 @@ def top_k_renorm(probs: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-def top_p_renorm(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def top_p_renorm(probs: torch.Tensor, top_p: torch.Tensor, is_deterministic: bool) -> torch.Tensor:
     assert top_p.shape == probs.shape[:1]
     ordered, ids = probs.sort(-1, descending=True)
     keep = (ordered.cumsum(-1) - ordered) < top_p[:, None]

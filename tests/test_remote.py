@@ -76,6 +76,9 @@ class SocketNetwork:
         self.listener: socket.socket | None = None
         self.links: list[SocketLink] = []
 
+    def enter_thread(self) -> None:
+        self.thread = threading.current_thread()
+
     def identity(self) -> bytes:
         self.listener = socket.socket(socket.AF_UNIX)
         name = b"\0" + uuid.uuid4().bytes
@@ -261,6 +264,42 @@ def test_what_is_abandoned_goes_elsewhere_or_is_waited_for(ends: tuple[End, End]
     assert right.asked == [[11], [6, 7], [PAGES, PAGES]]
     coming.abandon()
     assert sides[3].calls == ["lead"]
+
+
+def test_what_is_abandoned_and_stuck_is_not_waited_for_long(
+    ends: tuple[End, End], sides: list[QuietSide], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine waits on the GPU for the end of what is being written: then a stuck peer must not hold it."""
+    monkeypatch.setattr(remote, "ABANDONED_SECONDS", 0.1)
+    left, right = ends
+    store(right.transfer.fetch((0, 0), [0]), [11])
+    left.go.clear()
+    copy = right.transfer.fetch((0, 0), [1])
+    copy.store([7])
+    until(lambda: copy.mark)
+    copy.abandon()
+    assert sides[3].calls == ["follow", "follow", "lead"]
+    until(lambda: copy.lost, PROMPT)
+    left.go.set()
+    store(right.transfer.fetch((0, 0), [2]), [8])
+    assert right.content(8) == left.content(2)
+
+
+def test_what_the_device_says_breaks_the_connection_too(ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = ends
+    store(right.transfer.fetch((0, 0), [0]), [11])
+    receive = SocketLink.receive
+
+    def fail(link: SocketLink, pages: list[int]) -> SocketMark:
+        monkeypatch.setattr(SocketLink, "receive", receive)
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(SocketLink, "receive", fail)
+    copy = right.transfer.fetch((0, 0), [1])
+    copy.store([7])
+    until(lambda: copy.lost, PROMPT)
+    store(right.transfer.fetch((0, 0), [1]), [7])
+    assert right.content(7) == left.content(1)
 
 
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
@@ -500,7 +539,6 @@ class NowSide(QuietSide):
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch):
     """Joins a link over a fake library."""
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 5}))
 
     def join(library: FakeLibrary, rank: int, check: Callable[[], None] = lambda: None):

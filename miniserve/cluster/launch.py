@@ -23,6 +23,9 @@ from miniserve.config import EngineConfig
 SPINNING = {"GOMP_SPINCOUNT": "1000"}
 """How long a thread of OpenMP's spins for its next piece of work before it sleeps. By default so long that on a machine
 with anything else to do one waits for another that does not even run."""
+CUDA_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""Streams that share one of the GPU's queues wait for each other. By default there are 8, and a worker has a stream for
+each direction of each peer, some of which wait for that peer."""
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -83,7 +86,11 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             # One thread pool of torch's is enough; the others only cost start-up time and memory.
-            env=SPINNING | os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | _import_path(),
+            env=SPINNING
+            | CUDA_QUEUES
+            | os.environ
+            | {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
+            | _import_path(),
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # died at once: `exit_code` tells

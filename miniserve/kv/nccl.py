@@ -75,6 +75,10 @@ class Nccl:
         self._library = load()
         self._memory = memory
 
+    def enter_thread(self) -> None:
+        """See `Network`. A thread begins with GPU 0 as its current one, and would take memory there."""
+        torch.cuda.set_device(self._memory.pages.device)
+
     def identity(self) -> bytes:
         """See `Network`: where the other side finds a thread of NCCL's in this process."""
         identity = UniqueId()
@@ -83,8 +87,7 @@ class Nccl:
 
     def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclLink:
         """See `Network`."""
-        with torch.cuda.device(self._memory.pages.device):
-            return NcclLink(self._library, self._memory, identity, rank, side, check)
+        return NcclLink(self._library, self._memory, identity, rank, side, check)
 
 
 class NcclLink:

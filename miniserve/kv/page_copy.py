@@ -28,8 +28,10 @@ def copy_pages(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos
     """Launch on the current stream: page `froms[i]` of `source` to page `tos[i]` of `target`, both int64
     `[page, word]` and contiguous."""
     words = target.shape[1]
-    # Pinned, so that the host does not wait; torch keeps it until it has been read.
-    numbers = torch.tensor([froms, tos], dtype=torch.int64, pin_memory=target.is_cuda)
+    # Pinned, so that the host does not wait; torch keeps it until it has been read. An even length, since triton
+    # compiles another kernel for numbers that do not begin at a multiple of 16 bytes.
+    numbers = torch.zeros((2, len(froms) + len(froms) % 2), dtype=torch.int64, pin_memory=target.is_cuda)
+    numbers[:, : len(froms)] = torch.tensor([froms, tos])
     numbers = numbers.to(target.device, non_blocking=True)
     grid = (len(froms), triton.cdiv(words, BLOCK_WORDS))
     _copy[grid](source, target, numbers[0], numbers[1], words, BLOCK=BLOCK_WORDS)

@@ -31,6 +31,8 @@ log = logging.getLogger("miniserve.transfer")
 
 ASKS, OWNS = 0, 1
 """Ranks in a link."""
+ABANDONED_SECONDS = 0.5
+"""How long pages may still be on their way that nobody wants any more: the engine's next step waits for their end."""
 RETRY_SECONDS = 0.1
 """From the end of one connection to the next attempt."""
 POLL_SECONDS = 100e-6
@@ -58,6 +60,10 @@ class Link(Protocol):
 class Network(Protocol):
     """Makes links over our pool."""
 
+    def enter_thread(self) -> None:
+        """The thread that calls will make links and use them."""
+        ...
+
     def identity(self) -> bytes:
         """What both sides of a new link need to find each other."""
         ...
@@ -82,12 +88,12 @@ class Connection:
         if self.closed or self._hangup.poll(0):
             raise TransferError("the peer has left")
 
-    def finish(self, mark: Mark, seconds: float) -> None:
-        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or if it takes longer than this."""
-        end = time.monotonic() + seconds
+    def finish(self, mark: Mark, deadline: Callable[[], float]) -> None:
+        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or after the deadline, which may
+        change."""
         while not mark.done:
             self.check()
-            if time.monotonic() > end:
+            if time.monotonic() > deadline():
                 raise TransferError("the peer is stuck")
             time.sleep(POLL_SECONDS)
 
@@ -101,9 +107,11 @@ class Connection:
 class Direction:
     """One direction of a pair. Its thread meets the peer, again and again until `close`."""
 
-    def __init__(self, path: str, timeout: float) -> None:
+    def __init__(self, network: Network, side: SideStream, path: str, timeout: float) -> None:
         """The owner of the pages listens at `path`. A peer that has begun and does not end within `timeout` seconds is
         taken for hung."""
+        self.network = network
+        self.side = side
         self.path = path
         self.timeout = timeout
         self.closed = threading.Event()
@@ -118,12 +126,18 @@ class Direction:
             if self.connection is not None:
                 self.connection.close()
 
+    def deadline(self) -> Callable[[], float]:
+        """Of what begins now."""
+        end = time.monotonic() + self.timeout
+        return lambda: end
+
     def _run(self) -> None:
+        self.network.enter_thread()
         while not self.closed.is_set():
             with contextlib.suppress(OSError), self._connected() as connection:
                 try:
                     self._converse(connection)
-                except TransferError as error:
+                except RuntimeError as error:  # a `TransferError`, or what CUDA says
                     if not self.closed.is_set():
                         log.warning("the connection %s broke: %s", os.path.basename(self.path), error)
             self.closed.wait(RETRY_SECONDS)
@@ -160,9 +174,7 @@ class Asking(Direction):
 
     def __init__(self, network: Network, side: SideStream, scratch: int, path: str, timeout: float) -> None:
         """What nobody wants any more by the time it comes is written to our page `scratch`."""
-        super().__init__(path, timeout)
-        self._network = network
-        self._side = side
+        super().__init__(network, side, path, timeout)
         self._scratch = scratch
         self._link: Link | None = None
         self._early: deque[RemoteCopy] = deque()  # to be asked for as soon as there is a link
@@ -175,7 +187,7 @@ class Asking(Direction):
             if self.closed.is_set():
                 raise TransferError("the peer is gone")
             # Now, by the thread whose stream is the engine's: the pages come when that is done with ours.
-            self._side.follow()
+            self.side.follow()
             if self._link is None:
                 self._early.append(copy)
             else:
@@ -197,7 +209,8 @@ class Asking(Direction):
             elif copy.mark is None:
                 copy.ours = [self._scratch] * len(copy.theirs)
             elif copy in self._asked:
-                self._side.lead()
+                copy.deadline = min(copy.deadline, time.monotonic() + ABANDONED_SECONDS)
+                self.side.lead()
 
     def _meet(self) -> socket.socket:
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -211,10 +224,10 @@ class Asking(Direction):
     def _converse(self, connection: Connection) -> None:
         if not (identity := connection.channel.recv(1024)):
             return
-        link = self._network.join(identity, ASKS, self._side, connection.check)
+        link = self.network.join(identity, ASKS, self.side, connection.check)
         try:
             # Proves that the way is open, and sets it up before a turn needs it. Nobody reads the scratch page.
-            connection.finish(link.receive([self._scratch]), self.timeout)
+            connection.finish(link.receive([self._scratch]), self.deadline())
             with self.lock:
                 self._link = link
                 while self._early:
@@ -223,8 +236,9 @@ class Asking(Direction):
             while connection.channel.recv(len(COMING)):
                 with self.lock:
                     copy = self._asked[0]
+                    copy.deadline = time.monotonic() + self.timeout
                     copy.mark = link.receive(copy.ours)
-                connection.finish(copy.mark, self.timeout)
+                connection.finish(copy.mark, copy.due)
                 with self.lock:
                     copy.over = True
                     self._asked.popleft()
@@ -246,9 +260,7 @@ class Owning(Direction):
 
     def __init__(self, network: Network, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
         """Pages below `num_pages` can be had. Raises OSError."""
-        super().__init__(path, timeout)
-        self._network = network
-        self._side = side
+        super().__init__(network, side, path, timeout)
         self._num_pages = num_pages
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.suppress(FileNotFoundError):
@@ -267,17 +279,17 @@ class Owning(Direction):
         return self._listener.accept()[0]
 
     def _converse(self, connection: Connection) -> None:
-        identity = self._network.identity()
+        identity = self.network.identity()
         connection.channel.send(identity)
-        link = self._network.join(identity, OWNS, self._side, connection.check)
+        link = self.network.join(identity, OWNS, self.side, connection.check)
         try:
-            connection.finish(link.send([0]), self.timeout)
+            connection.finish(link.send([0]), self.deadline())
             while asked := connection.channel.recv(4 * self._num_pages):
                 pages = array("i", asked).tolist()
                 if not 0 <= min(pages) <= max(pages) < self._num_pages:
                     raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {self._num_pages}")
                 connection.channel.send(COMING)
-                connection.finish(link.send(pages), self.timeout)
+                connection.finish(link.send(pages), self.deadline())
         finally:
             link.abort()
 
@@ -294,9 +306,14 @@ class RemoteCopy:
         self.theirs = theirs
         self.ours: list[int] = []
         self.mark: Mark | None = None
-        """Of the pages, once they are coming."""
+        """Of the pages, once they are coming, until `deadline`."""
+        self.deadline = 0.0
         self.over = self.lost = False
         self._asking = asking
+
+    def due(self) -> float:
+        """`deadline`, as of now."""
+        return self.deadline
 
     def store(self, ours: list[int]) -> None:
         """See `Copy`."""

@@ -7,6 +7,7 @@ reads the publication fetches with that ticket. Nothing here blocks the engine.
 from __future__ import annotations
 
 import logging
+import subprocess
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from miniserve.cluster.messages import Peer, PoolInfo
@@ -100,7 +101,8 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
         from miniserve.kv.ipc import CudaMappedTransfer
 
         return CudaMappedTransfer(memory, peer)
-    except (OSError, ValueError, RuntimeError) as error:  # the number of a dead process may be another one's by now
+    # The number of a dead process may be another one's by now; a kernel may not be compiled for want of a compiler.
+    except (OSError, ValueError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         log.warning("no way to the pool of %s: %s", peer.name, error)
         return None
 

@@ -84,6 +84,8 @@ class Transformer:
             attended = ops.attention(plan, index, q, k, v, self._scale).flatten(1)
             if index == config.layers - 1 and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
+                if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
+                    return torch.empty((0, config.vocab_size), device=x.device)
                 attended, x = attended[outputs], x[outputs]
             x = layer.out(attended, x)
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)

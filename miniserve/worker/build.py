@@ -97,6 +97,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         native=config.cpu_kernels != "torch",
         tell=lambda line: tell(line, 0, 0),
     )
+    recorded = ops if isinstance(ops, CudaOps) and not config.enforce_eager else None
     phase("kernels")
     tell("weights", 0, model.layers)
     try:
@@ -112,7 +113,11 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         transformer = Transformer(model, weights, ops, max_model_len)
         phase("weights")
         if device.type != "cpu":
-            step = sizing.step_bytes(transformer, shape, config.max_num_seqs, min(budget, max_model_len))
+            step = sizing.step_bytes(
+                transformer, shape, config.max_num_seqs, min(budget, config.max_num_seqs * max_model_len)
+            )
+            if recorded is not None:
+                step += DecodeGraphs.logits_bytes(model.vocab_size, config.max_num_seqs)
             num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, weights.num_bytes, device, step)
             phase("profile")
     except torch.cuda.OutOfMemoryError as error:
@@ -126,9 +131,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         kv_note += f"; {num_slots} pages = {format_bytes(num_slots * shape.bytes)} of swap space"
     phase("kv")
     graphs = None
-    if isinstance(ops, CudaOps) and not config.enforce_eager:
+    if recorded is not None:
         longest = -(-max_model_len // config.block_size)
-        graphs = DecodeGraphs(transformer, ops, memory.pages, config.max_num_seqs, longest)
+        graphs = DecodeGraphs(transformer, recorded, memory.pages, config.max_num_seqs, longest)
     overlap = config.async_scheduling
     engine = Engine(
         Runner(transformer, memory, eos, device, graphs),

@@ -40,18 +40,17 @@ class GraphOps(Protocol):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A graph, and the tensors it reads and writes."""
+    """A graph, and the tensors it reads."""
 
     plan: Any
     tokens: torch.Tensor
     positions: torch.Tensor
-    logits: torch.Tensor
     replay: Replay
 
 
 class DecodeGraphs:
     """Records a graph when a batch of its size comes for the first time. `seconds` tells how long that took, by size;
-    `record` makes a replay of what a function computes, and tells where its result will be."""
+    `record` makes a replay of what a function does."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class DecodeGraphs:
         kv: torch.Tensor,
         most: int,
         max_pages: int,
-        record: Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Replay]] | None = None,
+        record: Callable[[Callable[[], object]], Replay] | None = None,
     ) -> None:
         """Batches of up to `most` sequences with up to `max_pages` each are replayed, as far as the ladder goes."""
         self.seconds: dict[int, float] = {}
@@ -71,11 +70,20 @@ class DecodeGraphs:
         self._sizes = [size for size in LADDER if size < most] + [most] * (most <= LADDER[-1])
         self._record = record or CudaRecorder()
         self._recorded: dict[int, Recorded] = {}
+        # One for all sizes: each graph would keep logits of its own, in all a gigabyte for a large vocabulary.
+        vocab = transformer.config.vocab_size
+        self._logits = torch.zeros((self._sizes[-1], vocab), dtype=torch.float32, device=kv.device)
+
+    @staticmethod
+    def logits_bytes(vocab: int, most: int) -> int:
+        """What is taken for the logits of all graphs of up to `most` sequences."""
+        return 4 * vocab * min(most, LADDER[-1])
 
     def logits(self, batch: Batch) -> torch.Tensor | None:
         """float32 `[len(batch.lengths), vocab]`, valid until the next call; None for a batch that no graph is for."""
         count = len(batch.lengths)
-        if count > self._sizes[-1] or len(batch.tokens) != count:
+        # Not for prompts, of which a piece may be one token, but then not all rows are wanted.
+        if count > self._sizes[-1] or not len(batch.tokens) == len(batch.outputs) == count:
             return None
         size = self._sizes[bisect_left(self._sizes, count)]
         recorded = self._recorded.get(size) or self._make(size)
@@ -84,14 +92,16 @@ class DecodeGraphs:
         recorded.positions[count:].zero_()
         self._ops.fill(recorded.plan, batch, self._kv)
         recorded.replay()
-        return recorded.logits[:count]
+        return self._logits[:count]
 
     def _make(self, size: int) -> Recorded:
         started = time.monotonic()
         plan = self._ops.fixed_plan(size, self._kv, size * self._max_pages)
         tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self._kv.device)
-        logits, replay = self._record(lambda: self._transformer.compute(plan, tokens, positions, None))
-        recorded = self._recorded[size] = Recorded(plan, tokens, positions, logits, replay)
+        replay = self._record(
+            lambda: self._logits[:size].copy_(self._transformer.compute(plan, tokens, positions, None))
+        )
+        recorded = self._recorded[size] = Recorded(plan, tokens, positions, replay)
         self.seconds[size] = time.monotonic() - started
         log.info("recorded a CUDA graph of %d decodes in %.2f s", size, self.seconds[size])
         return recorded
@@ -103,17 +113,18 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        # One, since torch has only 32 of them, and gives them out again to others after that.
+        self._side = torch.cuda.Stream()
 
-    def __call__(self, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Replay]:
+    def __call__(self, compute: Callable[[], object]) -> Replay:
         """See `DecodeGraphs`. What is lazily initialised must be so before: hence the first run beside the graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             compute()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
         # Other threads of this process may call CUDA meanwhile: only ours must not do what cannot be recorded.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = compute()
+            compute()
         self._pool = graph.pool()
-        return logits, graph.replay
+        return graph.replay

@@ -81,7 +81,7 @@ def fetch(transfer: Transfer, publications: list[Any], ours: list[int]) -> None:
 def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str, nccl: bool) -> None:
     """The second process: offers, fetches and tells hashes when told to."""
     if device != "cpu":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
     memory = new_memory(device, shape, num_pages, seed=2)
     control.send(peer_of("other", memory))
     transfer = way(memory, "other", control.recv(), run_dir, nccl)
