@@ -10,6 +10,8 @@ import torch
 from tiny import reference
 
 from miniserve.llm import LLM
+from miniserve.ops.batch import Batch
+from miniserve.ops.torch_ops import native_bf16
 from miniserve.sampling import SamplingParams
 from miniserve.worker import engine as worker_engine
 from miniserve.worker.sequence import Sequence
@@ -49,6 +51,35 @@ def expected(tiny_models):
     """Prompts and what transformers continues them with, by architecture."""
     items = prompts(8)
     return {arch: (items, reference(tiny_models[arch], items, TOKENS)) for arch in ARCHS}
+
+
+@pytest.mark.parametrize("outputs", ["some", "none"])
+@pytest.mark.parametrize("dtype", ["float32", *(["bfloat16"] if native_bf16() else [])])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_model_in_one_call_is_the_model(tiny_models, arch, dtype, outputs):
+    """The same kernels in the same order: equal to the last bit."""
+    llm = small(tiny_models[arch], dtype=dtype)
+    transformer = llm.engine.runner._transformer
+    if transformer._fused is None:
+        pytest.skip("no native kernels here")
+    torch.manual_seed(1)
+    pool = torch.randn_like(llm._built.memory.pages.float()).to(llm._built.memory.pages.dtype)[:40]
+    lengths, contexts = [1, 70, 5, 1], [33, 70, 64, 1]
+    positions = [p for length, context in zip(lengths, contexts, strict=True) for p in range(context - length, context)]
+    batch = Batch(
+        tokens=torch.randint(256, (77,)),
+        positions=torch.tensor(positions),
+        outputs=torch.tensor([0, 70, 71, 76] if outputs == "some" else [], dtype=torch.int64),
+        lengths=lengths,
+        contexts=contexts,
+        pages=[[3, 1, 2], [30, 12, 9, 8, 7], [20, 21, 22, 23], [39]],
+    )
+    whole, parts = pool.clone(), pool.clone()
+    plan = transformer.ops.plan(batch, parts)
+    wanted = transformer.compute(plan, batch.tokens, batch.positions, batch.outputs)
+    assert torch.equal(transformer.forward(batch, whole), wanted)
+    assert torch.equal(whole, parts), "the same KV in the same slots"
+    assert not torch.equal(whole, pool)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])

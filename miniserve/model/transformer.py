@@ -49,6 +49,7 @@ class Transformer:
         self.ops = ops
         self._scale = config.head_dim**-0.5
         self._turns = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
+        self._fused = ops.fuse(config, weights, self._turns)
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +62,8 @@ class Transformer:
 
         Returns float32 logits `[len(batch.outputs), vocab]`.
         """
-        return self.compute(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
+        compute = self._fused or self.compute
+        return compute(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
 
     @torch.inference_mode()
     def compute(

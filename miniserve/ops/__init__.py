@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from miniserve.ops.batch import Batch
+
+if TYPE_CHECKING:
+    from miniserve.model.config import ModelConfig
+    from miniserve.model.transformer import Weights
 
 
 class Linear(Protocol):
@@ -16,6 +20,10 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`, perhaps written over `residual`."""
         ...
+
+
+Compute = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""A plan, tokens, positions, and the rows that are wanted -> their logits."""
 
 
 class Ops(Protocol):
@@ -55,6 +63,11 @@ class Ops(Protocol):
         The filters are columns `[n, 1]`, top_k int32 and the others float32. What top_p counts in is what the other two
         leave; the likeliest always stays.
         """
+        ...
+
+    def fuse(self, config: ModelConfig, weights: Weights, rotary: Any) -> Compute | None:
+        """All of the model in one call, if there is one: the same as `Transformer.compute`, which is told in terms of
+        the other operations. `rotary` is what `rotary` has made."""
         ...
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> Any:

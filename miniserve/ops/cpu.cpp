@@ -5,6 +5,10 @@
 // bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float. Vectors are GCC's own, which it lowers to whatever
 // the CPU has, so the only intrinsics are those of bf16.
 //
+// A kernel is called by all threads of a team, which share its work and wait for each other at its end. Each can be called
+// by itself from Python; `forward` at the end is the whole model, so that a step of a hundred and more kernels is one call
+// and its threads never go to sleep between two of them.
+//
 // Attention is FlashAttention's loop (arXiv 2205.14135) over the pages of PagedAttention (arXiv 2309.06180). A work
 // item is a block of queries of one sequence for one key/value head; the query heads that share that head are further
 // rows of the same block. For 64 keys at a time: gather them through the page table into a layout the matrix kernel
@@ -185,14 +189,15 @@ void transpose(Words* m) {
 }
 
 // KEYS rows of `words` words as the right-hand matrix of their dot products: packed[row / COLS][word][row % COLS].
-void pack_keys(const void* const* rows, int words, uint32_t* packed) {
+template <typename T>
+void pack_keys(const T* const* rows, int words, uint32_t* packed) {
     for (int key = 0; key < KEYS; key += LANES) {
         uint32_t* out = packed + key / COLS * words * COLS + key % COLS;
         for (int w = 0; w < words; w += LANES) {
             int count = std::min(LANES, words - w);
             Words square[LANES];
             for (int i = 0; i < LANES; i++) {
-                const uint32_t* row = static_cast<const uint32_t*>(rows[key + i]) + w;
+                const uint32_t* row = reinterpret_cast<const uint32_t*>(rows[key + i]) + w;
                 if (count == LANES)
                     square[i] = load_as<Words>(row);
                 else
@@ -205,20 +210,20 @@ void pack_keys(const void* const* rows, int words, uint32_t* packed) {
 }
 
 // Values as the right-hand matrix of the output: packed[dim / COLS][word of keys][dim % COLS].
-void pack_values(const void* const* rows, int dim, uint32_t* packed, float) {
+void pack_values(const float* const* rows, int dim, uint32_t* packed) {
     for (int d = 0; d < dim; d += LANES) {
         uint32_t* out = packed + d / COLS * KEYS * COLS + d % COLS;
         for (int key = 0; key < KEYS; key++)
-            std::memcpy(out + key * COLS, static_cast<const float*>(rows[key]) + d, sizeof(Words));
+            std::memcpy(out + key * COLS, rows[key] + d, sizeof(Words));
     }
 }
 #ifdef __AVX512BF16__
-void pack_values(const void* const* rows, int dim, uint32_t* packed, bf16) {
+void pack_values(const bf16* const* rows, int dim, uint32_t* packed) {
     for (int d = 0; d < dim; d += LANES) {
         uint32_t* out = packed + d / COLS * (KEYS / 2) * COLS + d % COLS;
         for (int key = 0; key < KEYS; key += 2) {
-            auto first = load_as<Halves>(static_cast<const bf16*>(rows[key]) + d);
-            auto second = load_as<Halves>(static_cast<const bf16*>(rows[key + 1]) + d);
+            auto first = load_as<Halves>(rows[key] + d);
+            auto second = load_as<Halves>(rows[key + 1] + d);
             Words pairs = __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
             std::memcpy(out + key / 2 * COLS, &pairs, sizeof pairs);
         }
@@ -262,13 +267,38 @@ struct Attention {
 
     // The new keys and values, [T, kv_heads, dim] with rows `k_stride` and `v_stride` apart, into their slots.
     void store_new(const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
+#pragma omp for schedule(dynamic)
         for (int s = 0; s < batch.sequences; s++) {
             int first = batch.contexts[s] - batch.lengths[s];
-#pragma omp parallel for if (batch.lengths[s] * token() > PARALLEL)
             for (int i = 0; i < batch.lengths[s]; i++) {
                 int64_t row = batch.starts[s] + i;
                 std::memcpy(slot(s, first + i, 0), k + row * k_stride, token() * sizeof(T));
                 std::memcpy(slot(s, first + i, 1), v + row * v_stride, token() * sizeof(T));
+            }
+        }
+    }
+
+    // Where the keys and values of KEYS tokens lie, from token `first` on. Past the last visible one any will do: its
+    // weight will be 0. A head's are far apart and nobody guesses the next page, so the memory is asked for them here,
+    // while the block before is computed.
+    void find_block(int sequence, int head, int first, int visible, const T** key_rows, const T** value_rows) const {
+        const int64_t half = (int64_t)batch.page_tokens * token();  // from a page's keys to its values
+        const int line = 64 / sizeof(T);
+        const T* key = slot(sequence, first, 0) + head * batch.dim;
+        for (int i = 0, at = first, left = batch.page_tokens - first % batch.page_tokens; i < KEYS; i++) {
+            key_rows[i] = key;
+            value_rows[i] = key + half;
+            for (int d = 0; d < batch.dim; d += line) {
+                __builtin_prefetch(key + d, 0, 2);
+                __builtin_prefetch(key + half + d, 0, 2);
+            }
+            if (++at >= visible) {
+                at = visible;
+            } else if (--left == 0) {
+                key = slot(sequence, at, 0) + head * batch.dim;
+                left = batch.page_tokens;
+            } else {
+                key += token();
             }
         }
     }
@@ -300,15 +330,13 @@ struct Attention {
 
         const float sharpness = scale * 1.4426950408889634f;  // weights are 2^x instead of e^x
         const int visible = before + end;                     // keys that the last query sees
-        for (int first = 0; first < visible; first += KEYS) {
-            const void *key_rows[KEYS], *value_rows[KEYS];
-            for (int i = 0; i < KEYS; i++) {
-                int at = std::min(first + i, visible - 1);  // past the end: any key, its weight will be 0
-                key_rows[i] = slot(sequence, at, 0) + head * dim;
-                value_rows[i] = slot(sequence, at, 1) + head * dim;
-            }
-            pack_keys(key_rows, words, keys);
-            pack_values(value_rows, dim, values, T{});
+        const T *key_rows[2][KEYS], *value_rows[2][KEYS];     // of this block and the next
+        find_block(sequence, head, 0, visible, key_rows[0], value_rows[0]);
+        for (int first = 0, now = 0; first < visible; first += KEYS, now ^= 1) {
+            if (first + KEYS < visible)
+                find_block(sequence, head, first + KEYS, visible, key_rows[now ^ 1], value_rows[now ^ 1]);
+            pack_keys(key_rows[now], words, keys);
+            pack_values(value_rows[now], dim, values);
             for (int r = 0; r < rows; r += ROWS) {
                 const int count = std::min(ROWS, rows - r);
                 for (int c = 0; c < KEYS; c += COLS)
@@ -356,10 +384,11 @@ struct Attention {
     }
 };
 
-// q is [T, heads, dim] with rows `q_stride` apart, out the same without gaps; T is the sum of the batch's lengths.
+// q is [T, heads, dim] with rows `q_stride` apart, out the same without gaps; T is the sum of the batch's lengths. Each
+// thread has a `scratch` of its own.
 template <typename T>
 void attention(const Batch& batch, int layer, int heads, float scale, const T* q, int64_t q_stride, const T* k,
-               int64_t k_stride, const T* v, int64_t v_stride, T* out) {
+               int64_t k_stride, const T* v, int64_t v_stride, T* out, std::vector<uint32_t>& scratch) {
     Attention<T> it{batch, layer, heads, scale, q, q_stride, out};
     it.store_new(k, k_stride, v, v_stride);
 
@@ -372,13 +401,9 @@ void attention(const Batch& batch, int layer, int heads, float scale, const T* q
         // The last block of a prompt sees the most keys: begun first, so that no thread ends long after the others.
         for (int end = batch.lengths[s]; end > 0; end -= block)
             for (int head = 0; head < batch.kv_heads; head++) items.push_back({s, head, std::max(end - block, 0), end});
-#pragma omp parallel
-    {
-        std::vector<uint32_t> scratch;
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < items.size(); i++)
-            it.attend(items[i].sequence, items[i].head, items[i].begin, items[i].end, scratch);
-    }
+    for (size_t i = 0; i < items.size(); i++)
+        it.attend(items[i].sequence, items[i].head, items[i].begin, items[i].end, scratch);
 }
 
 // --- matrix products -------------------------------------------------------------------------------------------------
@@ -387,9 +412,9 @@ void attention(const Batch& batch, int layer, int heads, float scale, const T* q
 template <typename T>
 void pack(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {
     const int words = size * sizeof(T) / 4;
-#pragma omp parallel for
+#pragma omp for
     for (int64_t first = 0; first < columns; first += KEYS) {
-        const void* rows[KEYS];
+        const T* rows[KEYS];
         for (int i = 0; i < KEYS; i++) rows[i] = weight + std::min(first + i, columns - 1) * size;
         pack_keys(rows, words, packed + first * words);
     }
@@ -401,7 +426,7 @@ template <typename T, typename Out>
 void product(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns, const T* bias,
              const T* residual, Out* out) {
     const int words = size * sizeof(T) / 4;
-#pragma omp parallel for collapse(2)
+#pragma omp for collapse(2)
     for (int64_t first = 0; first < columns; first += KEYS)
         for (int64_t panel = 0; panel < rows; panel += PANEL)
             for (int64_t r = panel; r < std::min(panel + PANEL, rows); r += ROWS) {
@@ -427,13 +452,14 @@ void product(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int
 // --- between the matrix products -------------------------------------------------------------------------------------
 
 // x is [rows, group, size] with rows `x_stride` apart: one vector of `size` for a hidden state, `group` heads for q and
-// k.
+// k. out is the same with rows `out_stride` apart, and may be x.
 template <typename T>
 void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size, const T* weight, float eps,
-              T* out) {
-#pragma omp parallel for if (rows * group * size > PARALLEL)
+              T* out, int64_t out_stride) {
+#pragma omp for
     for (int64_t row = 0; row < rows * group; row++) {
         const T* from = x + row / group * x_stride + row % group * size;
+        T* to = out + row / group * out_stride + row % group * size;
         Floats squares{};
         for (int64_t i = 0; i < size; i += LANES) {
             Floats v = load(from + i);
@@ -441,20 +467,21 @@ void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t
         }
         const float scale = 1.0f / std::sqrt(sum_lanes(squares) / size + eps);
         for (int64_t i = 0; i < size; i += LANES)
-            store(out + row * size + i, load(from + i) * scale * load(weight + i));
+            store(to + i, load(from + i) * scale * load(weight + i));
     }
 }
 
-// In place: x is [rows, heads, dim] with rows `x_stride` apart, cos and sin are [rows, dim]. A number turns with the
-// one half a head away; the first half of sin is negated.
+// In place: x is [rows, heads, dim] with rows `x_stride` apart, cos and sin are [positions, dim], where row r is at
+// `positions[r]`. A number turns with the one half a head away; the first half of sin is negated.
 template <typename T>
-void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const T* cos, const T* sin) {
+void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const int64_t* positions, const T* cos,
+          const T* sin) {
     const int64_t half = dim / 2;
-#pragma omp parallel for if (rows * heads * dim > PARALLEL)
+#pragma omp for
     for (int64_t row = 0; row < rows; row++)
         for (int64_t head = 0; head < heads; head++) {
             T *low = x + row * x_stride + head * dim, *high = low + half;
-            const T *c = cos + row * dim, *s = sin + row * dim;
+            const T *c = cos + positions[row] * dim, *s = sin + positions[row] * dim;
             for (int64_t i = 0; i < half; i += LANES) {
                 Floats a = load(low + i), b = load(high + i);
                 store(low + i, a * load(c + i) + b * load(s + i));
@@ -466,7 +493,7 @@ void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, cons
 // out[rows, size] = silu(gate) * up of gate_up[rows, 2 * size].
 template <typename T>
 void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
-#pragma omp parallel for if (rows * size > PARALLEL)
+#pragma omp for
     for (int64_t row = 0; row < rows; row++) {
         const T *gate = gate_up + row * 2 * size, *up = gate + size;
         for (int64_t i = 0; i < size; i += LANES) {
@@ -478,35 +505,122 @@ void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
     }
 }
 
+// --- the model -------------------------------------------------------------------------------------------------------
+
+// A weight as `pack` leaves it, and its bias or null.
+template <typename T>
+struct Matrix {
+    const uint32_t* packed;
+    const T* bias;
+};
+
+// As `Layer` in model/transformer.py: q, k and v are one matrix, gate and up another; q_norm and k_norm may be null.
+template <typename T>
+struct Layer {
+    const T *input_norm, *q_norm, *k_norm, *post_norm;
+    Matrix<T> qkv, out, gate_up, down;
+};
+
+}  // namespace
+
+// ops/cpu_ops.py has the same struct. cos and sin are [positions, dim] as in `rope`.
+template <typename T>
+struct Model {
+    int64_t hidden, inner, heads, layers, vocab;
+    float eps, scale;
+    const T *embedding, *cos, *sin, *norm;
+    const uint32_t* head;
+    const Layer<T>* layer;
+};
+
+namespace {
+
+// The same as `Transformer.compute`: float logits [outputs, vocab] of the rows `wanted`, in rising order.
+template <typename T>
+void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int64_t* tokens, const int64_t* positions,
+             int64_t outputs, const int64_t* wanted, float* logits) {
+    const int64_t hidden = model.hidden, inner = model.inner, dim = batch.dim;
+    const int64_t q_width = model.heads * dim, kv_width = batch.kv_heads * dim, width = q_width + 2 * kv_width;
+    std::vector<T> memory(rows * (2 * hidden + width + q_width + 3 * inner));
+    T *x = memory.data(), *h = x + rows * hidden, *qkv = h + rows * hidden, *attended = qkv + rows * width;
+    T *gate_up = attended + rows * q_width, *gated = gate_up + rows * 2 * inner;
+    T *q = qkv, *k = q + q_width, *v = k + kv_width;
+#pragma omp parallel firstprivate(rows)
+    {
+        std::vector<uint32_t> scratch;
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++)
+            std::memcpy(x + row * hidden, model.embedding + tokens[row] * hidden, hidden * sizeof(T));
+        for (int64_t l = 0; l < model.layers; l++) {
+            const Layer<T>& layer = model.layer[l];
+            rms_norm(x, hidden, rows, 1, hidden, layer.input_norm, model.eps, h, hidden);
+            product<T, T>(h, rows, hidden, layer.qkv.packed, width, layer.qkv.bias, nullptr, qkv);
+            if (layer.q_norm) {
+                rms_norm(q, width, rows, model.heads, dim, layer.q_norm, model.eps, q, width);
+                rms_norm(k, width, rows, batch.kv_heads, dim, layer.k_norm, model.eps, k, width);
+            }
+            // Keys come right after queries, and are turned alike.
+            rope(q, width, rows, model.heads + batch.kv_heads, dim, positions, model.cos, model.sin);
+            attention(batch, l, model.heads, model.scale, q, width, k, width, v, width, attended, scratch);
+            if (l == model.layers - 1) {
+                // No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
+#pragma omp single
+                for (int64_t i = 0; i < outputs; i++) {
+                    std::memmove(attended + i * q_width, attended + wanted[i] * q_width, q_width * sizeof(T));
+                    std::memmove(x + i * hidden, x + wanted[i] * hidden, hidden * sizeof(T));
+                }
+                rows = outputs;
+            }
+            product<T, T>(attended, rows, q_width, layer.out.packed, hidden, layer.out.bias, x, x);
+            rms_norm(x, hidden, rows, 1, hidden, layer.post_norm, model.eps, h, hidden);
+            product<T, T>(h, rows, hidden, layer.gate_up.packed, 2 * inner, layer.gate_up.bias, nullptr, gate_up);
+            silu_mul(gate_up, rows, inner, gated);
+            product<T, T>(gated, rows, inner, layer.down.packed, hidden, layer.down.bias, x, x);
+        }
+        rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, h, hidden);
+        product<T, float>(h, rows, hidden, model.head, model.vocab, nullptr, nullptr, logits);
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                             \
+    extern "C" void forward_##NAME(const Model<T>* model, const Batch* batch, int64_t rows, const int64_t* tokens,  \
+                                   const int64_t* positions, int64_t outputs, const int64_t* wanted,                \
+                                   float* logits) {                                                                 \
+        forward(*model, *batch, rows, tokens, positions, outputs, wanted, logits);                                  \
+    }                                                                                                               \
     extern "C" void attention_##NAME(const Batch* batch, int layer, int heads, float scale, const T* q,             \
                                      int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,  \
                                      T* out) {                                                                      \
-        attention<T>(*batch, layer, heads, scale, q, q_stride, k, k_stride, v, v_stride, out);                      \
+        _Pragma("omp parallel") {                                                                                   \
+            std::vector<uint32_t> scratch;                                                                          \
+            attention(*batch, layer, heads, scale, q, q_stride, k, k_stride, v, v_stride, out, scratch);            \
+        }                                                                                                           \
     }                                                                                                               \
     extern "C" void rms_norm_##NAME(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size,        \
                                     const T* weight, float eps, T* out) {                                           \
-        rms_norm<T>(x, x_stride, rows, group, size, weight, eps, out);                                              \
+        _Pragma("omp parallel if (rows * group * size > PARALLEL)")                                                 \
+            rms_norm(x, x_stride, rows, group, size, weight, eps, out, group * size);                               \
     }                                                                                                               \
-    extern "C" void rope_##NAME(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const T* cos,     \
-                                const T* sin) {                                                                     \
-        rope<T>(x, x_stride, rows, heads, dim, cos, sin);                                                           \
+    extern "C" void rope_##NAME(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim,                   \
+                                const int64_t* positions, const T* cos, const T* sin) {                             \
+        _Pragma("omp parallel if (rows * heads * dim > PARALLEL)")                                                  \
+            rope(x, x_stride, rows, heads, dim, positions, cos, sin);                                               \
     }                                                                                                               \
     extern "C" void silu_mul_##NAME(const T* gate_up, int64_t rows, int64_t size, T* out) {                         \
-        silu_mul<T>(gate_up, rows, size, out);                                                                      \
+        _Pragma("omp parallel if (rows * size > PARALLEL)") silu_mul(gate_up, rows, size, out);                     \
     }                                                                                                               \
     extern "C" void pack_##NAME(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {                 \
-        pack<T>(weight, columns, size, packed);                                                                     \
+        _Pragma("omp parallel") pack(weight, columns, size, packed);                                                \
     }                                                                                                               \
     extern "C" void product_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns, \
                                    const T* bias, const T* residual, T* out) {                                      \
-        product<T, T>(x, rows, size, packed, columns, bias, residual, out);                                         \
+        _Pragma("omp parallel") product<T, T>(x, rows, size, packed, columns, bias, residual, out);                 \
     }                                                                                                               \
     extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns,  \
                                   float* out) {                                                                     \
-        product<T, float>(x, rows, size, packed, columns, nullptr, nullptr, out);                                   \
+        _Pragma("omp parallel") product<T, float>(x, rows, size, packed, columns, nullptr, nullptr, out);           \
     }
 
 EXPORT(float, float32)

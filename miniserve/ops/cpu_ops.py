@@ -6,14 +6,18 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miniserve.ops import Linear
+from miniserve.ops import Compute
 from miniserve.ops.batch import Batch
 from miniserve.ops.native import NoKernels, load
-from miniserve.ops.torch_ops import Turns, filter_sorted, rotary_tables
+from miniserve.ops.torch_ops import filter_sorted, rotary_tables
+
+if TYPE_CHECKING:
+    from miniserve.model.config import ModelConfig
+    from miniserve.model.transformer import Weights
 
 _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -32,10 +36,37 @@ class NativeBatch(ctypes.Structure):
     ]
 
 
+class NativeMatrix(ctypes.Structure):
+    """`Matrix` in cpu.cpp."""
+
+    _fields_ = [("packed", _pointer), ("bias", _pointer)]
+
+
+NORMS = ("input_norm", "q_norm", "k_norm", "post_norm")
+MATRICES = ("qkv", "out", "gate_up", "down")
+
+
+class NativeLayer(ctypes.Structure):
+    """`Layer` in cpu.cpp."""
+
+    _fields_ = [*((name, _pointer) for name in NORMS), *((name, NativeMatrix) for name in MATRICES)]
+
+
+class NativeModel(ctypes.Structure):
+    """`Model` in cpu.cpp."""
+
+    _fields_ = [
+        *((name, _long) for name in ("hidden", "inner", "heads", "layers", "vocab")),
+        *((name, _float) for name in ("eps", "scale")),
+        *((name, _pointer) for name in ("embedding", "cos", "sin", "norm", "head", "layer")),
+    ]
+
+
 ARGUMENTS: dict[str, list[Any]] = {
+    "forward": [_pointer, _pointer, _long, _pointer, _pointer, _long, _pointer, _pointer],
     "attention": [_pointer, _int, _int, _float, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
     "rms_norm": [_pointer, _long, _long, _long, _long, _pointer, _float, _pointer],
-    "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer],
+    "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer, _pointer],
     "pack": [_pointer, _long, _long, _pointer],
     "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer, _pointer],
     "logits": [_pointer, _long, _long, _pointer, _long, _pointer],
@@ -44,11 +75,71 @@ ARGUMENTS: dict[str, list[Any]] = {
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """See `rotary_tables`."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the kernel reads."""
+        return positions, self.cos, self.sin
+
+
+@dataclass(frozen=True)
 class NativePlan:
     """A batch as the kernels read it. `numbers` is the memory that `native` points into."""
 
     native: NativeBatch
     numbers: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """See `Linear`."""
+
+    product: Any
+    packed: torch.Tensor
+    columns: int
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Linear`."""
+        out = torch.empty((x.shape[0], self.columns), dtype=x.dtype)
+        self.product(
+            x.data_ptr(),
+            *x.shape,
+            self.packed.data_ptr(),
+            self.columns,
+            _address(self.bias),
+            _address(residual),
+            out.data_ptr(),
+        )
+        return out
+
+    @property
+    def native(self) -> NativeMatrix:
+        """The same for a `NativeLayer`."""
+        return NativeMatrix(self.packed.data_ptr(), _address(self.bias))
+
+
+@dataclass(frozen=True)
+class PackedHead:
+    """See `Ops.head`."""
+
+    logits: Any
+    packed: torch.Tensor
+    vocab: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Ops.head`."""
+        out = torch.empty((x.shape[0], self.vocab), dtype=torch.float32)
+        self.logits(x.data_ptr(), *x.shape, self.packed.data_ptr(), self.vocab, out.data_ptr())
+        return out
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class CpuOps:
@@ -72,26 +163,11 @@ class CpuOps:
         self._attention, self._rms_norm = kernel("attention"), kernel("rms_norm")
         self._rope, self._silu_mul = kernel("rope"), kernel("silu_mul")
         self._pack_rows, self._product, self._logits = kernel("pack"), kernel("product"), kernel("logits")
+        self._forward = kernel("forward")
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packed:
         """Pack a weight; it can be freed afterwards."""
-        columns = weight.shape[0]
-        packed = self._pack(weight)
-
-        def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            out = torch.empty((x.shape[0], columns), dtype=x.dtype)
-            self._product(
-                x.data_ptr(),
-                *x.shape,
-                packed.data_ptr(),
-                columns,
-                None if bias is None else bias.data_ptr(),
-                None if residual is None else residual.data_ptr(),
-                out.data_ptr(),
-            )
-            return out
-
-        return product
+        return Packed(self._product, self._pack(weight), weight.shape[0], bias)
 
     def _pack(self, weight: torch.Tensor) -> torch.Tensor:
         """The blocks that the product reads."""
@@ -102,15 +178,7 @@ class CpuOps:
 
     def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Prepare the last matrix. Its sums stay in float32: a bf16 logit of 20 has steps of 0.125, and many ties."""
-        vocab = weight.shape[0]
-        packed = self._pack(weight)
-
-        def logits(x: torch.Tensor) -> torch.Tensor:
-            out = torch.empty((x.shape[0], vocab), dtype=torch.float32)
-            self._logits(x.data_ptr(), x.shape[0], x.shape[1], packed.data_ptr(), vocab, out.data_ptr())
-            return out
-
-        return logits
+        return PackedHead(self._logits, self._pack(weight), weight.shape[0])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension of `[T, size]` or `[T, H, size]`."""
@@ -119,16 +187,17 @@ class CpuOps:
         self._rms_norm(x.data_ptr(), x.stride(0), x.shape[0], group, size, weight.data_ptr(), eps, out.data_ptr())
         return out
 
-    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
-        """See `rotary_tables`."""
-        return rotary_tables(angles, dtype)
+    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Rotary:
+        """The kernel looks the positions up itself."""
+        return Rotary(*rotary_tables(angles, dtype))
 
-    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, turns: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn both in place."""
-        cos, sin = turns
+        tables = [table.data_ptr() for table in turns]
         for x in (q, k):
-            rows, heads, dim = x.shape
-            self._rope(x.data_ptr(), x.stride(0), rows, heads, dim, cos.data_ptr(), sin.data_ptr())
+            self._rope(x.data_ptr(), x.stride(0), *x.shape, *tables)
         return q, k
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -143,6 +212,51 @@ class CpuOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `filter_sorted`."""
         return filter_sorted(probs, top_k, top_p, min_p)
+
+    def fuse(self, config: ModelConfig, weights: Weights, rotary: Rotary) -> Compute:
+        """See `Ops.fuse`."""
+        head = weights.head
+        assert isinstance(head, PackedHead)
+        layers = (NativeLayer * config.layers)()
+        for native, layer in zip(layers, weights.layers, strict=True):
+            for name in NORMS:
+                setattr(native, name, _address(getattr(layer, name)))
+            for name in MATRICES:
+                setattr(native, name, getattr(layer, name).native)
+        model = NativeModel(
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            heads=config.heads,
+            layers=config.layers,
+            vocab=head.vocab,
+            eps=config.norm_eps,
+            scale=config.head_dim**-0.5,
+            embedding=weights.embedding.data_ptr(),
+            cos=rotary.cos.data_ptr(),
+            sin=rotary.sin.data_ptr(),
+            norm=weights.norm.data_ptr(),
+            head=head.packed.data_ptr(),
+            layer=ctypes.addressof(layers),
+        )
+
+        def forward(
+            plan: NativePlan, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor
+        ) -> torch.Tensor:
+            logits = torch.empty((len(outputs), head.vocab), dtype=torch.float32)
+            self._forward(
+                ctypes.byref(model),
+                ctypes.byref(plan.native),
+                len(tokens),
+                tokens.data_ptr(),
+                positions.data_ptr(),
+                len(outputs),
+                outputs.data_ptr(),
+                logits.data_ptr(),
+            )
+            return logits
+
+        self._kept = layers, weights, rotary  # `model` points into them
+        return forward
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> NativePlan:
         """The batch's page tables, one after the other, and where each begins."""

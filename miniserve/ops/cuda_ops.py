@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from miniserve.ops import Linear
 from miniserve.ops.batch import Batch
 from miniserve.ops.native import NoKernels
+
+if TYPE_CHECKING:
+    from miniserve.model.config import ModelConfig
+    from miniserve.model.transformer import Weights
 
 HEAD_DIMS = (64, 128, 256)
 WORKSPACE_BYTES = 384 * 2**20
@@ -140,6 +144,9 @@ class CudaOps:
         # Without `is_deterministic` it adds floats up in any order, and a token at the edge may come or go.
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
+
+    def fuse(self, config: ModelConfig, weights: Weights, rotary: Any) -> None:
+        """See `Ops.fuse`; what saves the host here are graphs."""
 
     # --- attention --------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from miniserve.ops import Linear
 from miniserve.ops.batch import Batch
+
+if TYPE_CHECKING:
+    from miniserve.model.config import ModelConfig
+    from miniserve.model.transformer import Weights
 
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
@@ -113,7 +118,8 @@ class TorchOps:
 
     def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
         """See `rotary_tables`."""
-        return rotary_tables(angles.to(self._device), dtype)
+        cos, sin = (table.unsqueeze(1) for table in rotary_tables(angles.to(self._device), dtype))
+        return lambda positions: (cos[positions], sin[positions])
 
     def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn pairs of numbers half a head apart: a roll brings each to its partner."""
@@ -131,6 +137,9 @@ class TorchOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `filter_sorted`."""
         return filter_sorted(probs, top_k, top_p, min_p)
+
+    def fuse(self, config: ModelConfig, weights: Weights, rotary: Any) -> None:
+        """See `Ops.fuse`."""
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> Plan:
         """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
@@ -239,13 +248,11 @@ Turns = tuple[torch.Tensor, torch.Tensor]
 """cos and sin for each token of a batch, `[T, 1, D]`."""
 
 
-def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
-    """cos and sin of `angles` `[positions, D / 2]` in `dtype`, to be looked up by position. The first half of sin is
-    negated: x * cos + roll(x, D / 2) * sin is the rotation."""
+def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of `angles` `[positions, D / 2]` in `dtype`, as `[positions, D]`. The first half of sin is negated:
+    x * cos + roll(x, D / 2) * sin is the rotation."""
     cos, sin = angles.cos(), angles.sin()
-    all_cos = torch.cat((cos, cos), -1).to(dtype).unsqueeze(1)
-    all_sin = torch.cat((-sin, sin), -1).to(dtype).unsqueeze(1)
-    return lambda positions: (all_cos[positions], all_sin[positions])
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def native_bf16() -> bool:
