@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -541,8 +542,8 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
              int64_t outputs, const int64_t* wanted, float* logits) {
     const int64_t hidden = model.hidden, inner = model.inner, dim = batch.dim;
     const int64_t q_width = model.heads * dim, kv_width = batch.kv_heads * dim, width = q_width + 2 * kv_width;
-    std::vector<T> memory(rows * (2 * hidden + width + q_width + 3 * inner));
-    T *x = memory.data(), *h = x + rows * hidden, *qkv = h + rows * hidden, *attended = qkv + rows * width;
+    std::unique_ptr<T[]> memory(new T[rows * (2 * hidden + width + q_width + 3 * inner)]);  // as it is, not zeros
+    T *x = memory.get(), *h = x + rows * hidden, *qkv = h + rows * hidden, *attended = qkv + rows * width;
     T *gate_up = attended + rows * q_width, *gated = gate_up + rows * 2 * inner;
     T *q = qkv, *k = q + q_width, *v = k + kv_width;
 #pragma omp parallel firstprivate(rows)
