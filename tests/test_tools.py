@@ -16,14 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
+from miniserve.frontend.answer_grammar import answer_grammar
 from miniserve.frontend.app import create_app
-from miniserve.frontend.call_grammar import call_grammar
 from miniserve.frontend.calls import Found, typed
-from miniserve.frontend.dialect import find_dialect
+from miniserve.frontend.dialect import THINKING, find_dialect
 from miniserve.frontend.formats import FORMATS
 from miniserve.frontend.reader import CallScanner, Part, ToolCall, merged
 from miniserve.frontend.schemas import ChatRequest
+from miniserve.frontend.structured import json_grammar
 from miniserve.grammar import Compiler
+from miniserve.sampling import Grammar
 from miniserve.tokenizer import Tokenizer
 
 NASTY = 'a "quoted" }{ ][ \\ </tool_call> <tool_call>{"name": "x"}\n日本 \u2028 é'
@@ -126,6 +128,7 @@ MALFORMED = {
     "llama3_json": [
         '{"city": "Paris"}',
         '{"name": "Paris"',
+        '{"name": "Paris", "age": 2000}',
         "<|python_tag|>print(1)",
         '{"names": 1}',
         "{}",
@@ -166,7 +169,13 @@ def test_malformed_calls_are_text(form: str, text: str) -> None:
         ),
         ("qwen3_coder", "<function=list_all>\n</function>\n</tool_call>", [("list_all", {})]),
         ("llama3_json", '<|python_tag|>{"type": "function", "name": "f", "parameters": {"a": 1}}', [("f", {"a": 1})]),
-        ("llama3_json", ' \n{"function": "f", "parameters": {}} ; {"name": "g"}', [("f", {}), ("g", {})]),
+        (
+            "llama3_json",
+            ' \n{"function": "write", "parameters": {}} ; {"name": "list_all"}',
+            [("write", {}), ("list_all", {})],
+        ),
+        ("llama3_json", '{"name": "f", "parameters": {"a": 1}}', [("f", {"a": 1})]),
+        ("llama3_json", '<|python_tag|>{"name": "f"}', [("f", {})]),
         ("mistral", '[TOOL_CALLS]f[CALL_ID]a1[ARGS]{"a": 1}[TOOL_CALLS]g{}', [("f", {"a": 1}), ("g", {})]),
         ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "123456789"}]', [("f", {})]),
     ],
@@ -382,7 +391,7 @@ def test_tools_in_the_system_message(tokenizers: dict[str, Tokenizer]) -> None:
 def matches(tokenizer: Tokenizer, form: str, text: str, **how: Any) -> bool:
     options = {"single": False, "thinking": None, "opened": False, **how}
     tools = options.pop("tools", TOOLS)
-    grammar = call_grammar(FORMATS[form], tools, tokenizer=tokenizer, **options)
+    grammar = answer_grammar(FORMATS[form], tools, options.pop("wanted", None), tokenizer=tokenizer, **options)
     matcher = Compiler(tokenizer).compile(grammar)
     tokens = tokenizer.encode(text)
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
@@ -439,8 +448,6 @@ def test_schemas_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str) ->
 
 @pytest.mark.parametrize("form", ["hermes", "smollm2"])  # with tokens for the marks, and without
 def test_forced_calls_after_reasoning(tokenizers: dict[str, Tokenizer], form: str) -> None:
-    from miniserve.frontend.dialect import THINKING
-
     tokenizer, call = tokenizers[form], FORMATS[form].write([("list_all", {})])
     how = {"thinking": THINKING["qwen3"]}
     for text, opened, right in (
@@ -452,6 +459,61 @@ def test_forced_calls_after_reasoning(tokenizers: dict[str, Tokenizer], form: st
         (call, True, False),
     ):
         assert matches(tokenizer, form, text, opened=opened, **how) == right, text
+
+
+# --- calls beside a format ------------------------------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WANTED = [
+    (json_grammar(PERSON), ['{"name": "Anna", "age": 3}', '{\n  "name": "Wri}te",\n  "age": 3\n}'], ["{}", "Anna"]),
+    (json_grammar({"type": "array", "items": {"type": "integer"}}), ["[1, 2]", "[]"], ["[", "1"]),
+    (Grammar("regex", r"a+/[b/]\/\\(?:\n|x)?"), ["aa/b/\\", "a///\\\n"], ["aa", "b"]),
+    (Grammar("regex", ""), [""], ["a"]),
+    (Grammar("lark", 'start: "}" | "b" x\nx: /[0-9]+/ | %json {"type": "null"}'), ["}", "b12", "bnull"], ["b"]),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("number", range(len(WANTED)))
+def test_a_format_or_calls(tokenizers: dict[str, Tokenizer], form: str, number: int) -> None:
+    tokenizer, write = tokenizers[form], FORMATS[form].write
+    wanted, right, wrong = WANTED[number]
+    both = [*CALLS[1:], ("write", {"text": "x", "count": 2})]
+    for single in (False, True):
+        for text in (*right, *(write([call]) for call in both)):
+            assert matches(tokenizer, form, text, wanted=wanted, single=single), text
+        for text in (*wrong, "I look.", (right[-1] or "x") + write(CALLS[1:]), write([("unknown", {})])):
+            assert not matches(tokenizer, form, text, wanted=wanted, single=single), text
+        several = write(both)
+        assert matches(tokenizer, form, several, wanted=wanted, single=single) == (
+            FORMATS[form].parallel and not single
+        )
+
+
+@pytest.mark.parametrize("number", range(len(WANTED)))
+@pytest.mark.parametrize("form", ["hermes", "smollm2"])  # with tokens for the marks, and without
+def test_a_format_after_reasoning(tokenizers: dict[str, Tokenizer], form: str, number: int) -> None:
+    wanted, right, wrong = WANTED[number]
+
+    def ok(text: str, opened: bool = False, tools: Any = ()) -> bool:
+        how = {"thinking": THINKING["qwen3"], "opened": opened, "tools": [*tools], "wanted": wanted}
+        return matches(tokenizers[form], form, text, **how)
+
+    for text in right:
+        assert ok(text)
+        assert ok(f"<think>\nHm <b> {{\n</think>\n\n{text}")
+        assert ok(f"Hm\n</think>\n\n{text}", opened=True)
+        assert ok(f"<think>Hm</think>{text}", opened=True, tools=TOOLS)
+        assert not ok(text, opened=True)
+        assert not ok(f"Hm\n</think>\n\n{text}")
+    for text in wrong:
+        assert not ok(f"<think>Hm</think>{text}")
+    assert ok("<think>\nHm\n</think>\n\n" + FORMATS[form].write(CALLS[1:]), tools=TOOLS)
 
 
 # --- the API --------------------------------------------------------------------------------------------------------
@@ -659,6 +721,41 @@ async def test_tools_that_cannot_be_forced(tokenizers: dict[str, Tokenizer], str
     response = await api.post(tools=tools, tool_choice="required", stream=stream)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_format_leaves_the_choice_of_a_call(tokenizers: dict[str, Tokenizer], form: str) -> None:
+    """As with OpenAI: the model calls a tool, or answers in the format."""
+    api = Api(tokenizers[form])
+    body = {
+        "tools": TOOLS,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}},
+    }
+    api.say(FORMATS[form].write(CALLS[1:]))
+    for found in await api.answers(**body):
+        assert (found["finish_reason"], found["message"]["content"]) == ("tool_calls", None)
+        assert found["message"]["tool_calls"] == [called("list_all", "{}")]
+    # What is in the format is no call, whatever it resembles.
+    for text in ('{"name": "Anna", "age": 3}', '{"name": "<tool_call><function=f></function></tool_call>", "age": 3}'):
+        api.say(text)
+        for found in await api.answers(**body):
+            assert (found["finish_reason"], found["message"]["content"]) == ("stop", text)
+            assert "tool_calls" not in found["message"]
+    grammars = [turn.params.grammar for turn in api.engine.turns]
+    assert all(grammar and grammar.kind == "lark" and "list_all" in grammar.text for grammar in grammars)
+    await api.post(**body, tool_choice="none")
+    await api.post(**body, tool_choice="required")
+    none, required = (turn.params.grammar.text for turn in api.engine.turns[-2:])
+    assert ("list_all" in none, '"age"' in none) == (False, True)
+    assert ("list_all" in required, '"age"' in required) == (True, False)
+
+
+async def test_who_is_at_fault_beside_a_format(tokenizers: dict[str, Tokenizer]) -> None:
+    api = Api(tokenizers["hermes"])
+    robot = [tool(parameters={"type": "object", "properties": {"a": {"type": "robot"}}})]
+    for tools, regex, param in ((robot, "a", "tools"), (TOOLS, "(", "structured_outputs")):
+        response = await api.post(tools=tools, structured_outputs={"regex": regex})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 async def test_the_flag(tokenizers: dict[str, Tokenizer]) -> None:

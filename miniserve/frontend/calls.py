@@ -252,12 +252,14 @@ def schema_types(schema: Any) -> set[str]:
 
 
 class LlamaAttempt:
-    """Llama 3.x: a JSON object, after <|python_tag|> or by itself; its first key tells it from other JSON early."""
+    """Llama 3.x: a JSON object, after <|python_tag|> or by itself; its first key tells it from other JSON early. By
+    itself it is a call if it has arguments or names a tool: other objects have names, too."""
 
     _OPEN = re.compile(r"(?:<\|python_tag\|>)?\s*")
     _FIRST = re.compile(r'\{\s*(?:"(\w*)("?))?')
 
     def __init__(self, schemas: Schemas) -> None:
+        self._schemas = schemas
         self._json: JsonEnd | None = None
 
     def read(self, text: str, final: bool) -> Found | None:
@@ -279,7 +281,9 @@ class LlamaAttempt:
         end = self._json.find(text)
         if end is None:
             return Found([], self._json.at) if self._json.broken else None
-        return Found(json_calls(text[start:end]), end)
+        calls = json_calls(text[start:end])
+        told = start > 0 or all(call.name in self._schemas or call.arguments != "{}" for call in calls)
+        return Found(calls if told else [], end)
 
 
 class MistralAttempt:

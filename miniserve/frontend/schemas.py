@@ -292,6 +292,18 @@ class GenerationRequest(RequestBody, ABC):
         return False
 
     @property
+    def format_field(self) -> Literal["structured_outputs", "response_format"] | None:
+        """What says of the request which format its output has; None where it may be any text."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return "response_format" if self.response_format and self.response_format.type != "text" else None
+
+    @property
+    def grammar_field(self) -> str:
+        """What is at fault where no output can be held to what the request asks for, though the format is fine."""
+        return self.format_field or ""
+
+    @property
     @abstractmethod
     def output_limit(self) -> int | None:
         """Most tokens to generate for each choice; None where the request does not say."""
@@ -355,6 +367,11 @@ class ChatRequest(GenerationRequest):
     def calling(self) -> Calling:
         """Which tools may be called, and which have to be."""
         return self._calling
+
+    @property
+    def grammar_field(self) -> str:
+        """The tools, if any may be called."""
+        return "tools" if self.calling.callable else super().grammar_field
 
     @property
     def template_variables(self) -> dict[str, Any]:

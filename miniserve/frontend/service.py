@@ -191,7 +191,7 @@ class Service:
         prompts = await asyncio.to_thread(prepared)
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not grammar:
-                await self._grammars.check(own.grammar, "tools")
+                await self._grammars.check(own.grammar, body.grammar_field)
         head: Head = {
             "id": shape.id_prefix + (uuid.uuid4().hex if shape.id_is_a_key else request.state.request_id),
             "object": shape.chunk_object,

@@ -39,13 +39,9 @@ class GrammarChecks:
 
     async def wanted(self, body: GenerationRequest) -> Grammar | None:
         """What the output of a request must match, checked. Raises `ParameterError`, `ApiError`."""
-        if body.structured_outputs is not None:
-            param = "structured_outputs"
-        elif body.response_format is not None and body.response_format.type != "text":
-            param = "response_format"
-        else:
+        if body.format_field is None:
             return None
-        return await self.check(await asyncio.to_thread(requested, body), param)
+        return await self.check(await asyncio.to_thread(requested, body), body.format_field)
 
     async def check(self, grammar: Grammar, param: str) -> Grammar:
         """Return `grammar` if it compiles. Raises `ParameterError` about `param` if it does not, and `ApiError` 503

@@ -1,7 +1,8 @@
-"""A forced tool call as a grammar: the model's own format, the arguments by the schemas of the tools.
+"""What an answer has to match, as one grammar: its reasoning, then calls in the model's own format, or the format that
+the request asks for.
 
-Marks that are tokens of their own are named by id, so that the model writes the token that it knows. White space is
-what the models were trained on and nothing else: a small one would fill its whole answer with it.
+Marks that are tokens of their own are named by id, so that the model writes the token that it knows. White space in
+calls is what the models were trained on and nothing else: a small one would fill its whole answer with it.
 """
 
 from __future__ import annotations
@@ -14,43 +15,58 @@ from typing import Any
 from miniserve.frontend.calls import schema_types
 from miniserve.frontend.formats import Format
 from miniserve.frontend.reader import Thinking
+from miniserve.frontend.structured import WHITESPACE
 from miniserve.grammar import quoted
 from miniserve.sampling import Grammar
 from miniserve.tokenizer import Tokenizer
 
 MOST_CALLS = 16
 """In one answer; without a bound a small model may call for ever."""
-STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+TRAINED_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+FORMAT_SPACE = {"whitespace_pattern": WHITESPACE}
 
 
-def call_grammar(
+def answer_grammar(
     form: Format,
     tools: list[dict[str, Any]],
+    wanted: Grammar | None,
     *,
     single: bool,
     thinking: Thinking | None,
     opened: bool,
     tokenizer: Tokenizer,
 ) -> Grammar:
-    """What an answer matches that calls one or more of `tools`, or with `single` exactly one, after its reasoning.
-
-    `opened` says that the prompt has begun the reasoning.
-    """
-    writer = _Writer(tokenizer)
-    many = 1 if single or not form.parallel else MOST_CALLS
-    calls = _LAYOUTS[form.name](writer, [tool["function"] for tool in tools], many - 1)
-    start = f"start: {calls}"
+    """What an answer matches that calls one or more of `tools` (with `single` exactly one), or if there is a format
+    `wanted` is in that instead. Before it there may be reasoning, by the marks of `thinking`; it has to be there where
+    the prompt has `opened` it."""
+    writer = _Writer(tokenizer, beside=wanted is not None)
+    answers = []
+    if tools:
+        many = 1 if single or not form.parallel else MOST_CALLS
+        answers.append(_LAYOUTS[form.name](writer, [tool["function"] for tool in tools], many - 1))
+    if wanted is not None:
+        answers.append(writer.format(wanted))
+    start = f"start: {writer.one_of('answer', answers)}"
     if thinking is not None:
-        start = f"start: thought? {calls}" if not opened else f"start: thought {calls}"
+        start = f"start: thought{'' if opened else '?'} answer"
         writer.rules += writer.thought(thinking, opened)
     return Grammar("lark", "\n".join([start, *writer.rules]) + "\n")
 
 
-class _Writer:
-    """Collects the rules of one grammar."""
+_UNESCAPED = re.compile(r"\\.|/|\n", re.DOTALL)
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+
+def _escaped(found: re.Match[str]) -> str:
+    """What stands in an expression by itself, as it has to stand between slashes."""
+    return {"/": "\\/", "\n": "\\n"}.get(found[0], found[0])
+
+
+class _Writer:
+    """Collects the rules of one grammar. `beside` says that calls are not the only answers."""
+
+    def __init__(self, tokenizer: Tokenizer, beside: bool) -> None:
         self.rules: list[str] = []
+        self.beside = beside
         self._tokenizer = tokenizer
 
     def mark(self, text: str) -> str:
@@ -58,10 +74,10 @@ class _Writer:
         token = self._tokenizer.control_id(text)
         return quoted(text) if token is None else f"<[{token}]>"
 
-    def schema(self, name: str, schema: dict[str, Any], strict: bool) -> str:
+    def schema(self, name: str, schema: dict[str, Any], strict: bool, space: dict[str, Any] | None = None) -> str:
         """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
         nothing of are passed over, and alternatives are taken to exclude each other."""
-        style = {**STYLE, "lenient": not strict, "coerce_one_of": not strict}
+        style = {**(space or TRAINED_SPACE), "lenient": not strict, "coerce_one_of": not strict}
         self.rules.append(f"{name}: %json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}")
         return name
 
@@ -69,6 +85,18 @@ class _Writer:
         """A rule for one of `choices`."""
         self.rules.append(f"{name}: {' | '.join(choices)}")
         return name
+
+    def format(self, wanted: Grammar) -> str:
+        """A rule for a whole other grammar."""
+        match wanted.kind:
+            case "json_schema":
+                rule = f"%json {wanted.text}"
+            case "regex":
+                rule = f"/(?:{_UNESCAPED.sub(_escaped, wanted.text)})/"
+            case "lark":
+                rule = f"%lark {{\n{wanted.text}\n}}"
+        self.rules.append(f"format: {rule}")
+        return "format"
 
     def thought(self, thinking: Thinking, opened: bool) -> list[str]:
         """The rule of the reasoning up to the calls."""
@@ -86,6 +114,11 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
     if schema.keys() & {"$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additionalProperties"}:
         return schema
     return {**schema, "properties": schema.get("properties", {}), "additionalProperties": False}
+
+
+def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
+    """What references in a part of `schema` are about, for that part by itself."""
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
 def _objects(writer: _Writer, functions: list[dict[str, Any]], key: str) -> str:
@@ -115,7 +148,21 @@ def _smollm2(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str
 
 
 def _llama3_json(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
-    return _repeated(_objects(writer, functions, "parameters"), "; ", more)
+    if not writer.beside:
+        return _repeated(_objects(writer, functions, "parameters"), "; ", more)
+    # Nothing but what is in it tells such a call from another object, so both have to be made of the same pieces.
+    choices = []
+    for number, function in enumerate(functions):
+        parameters = _parameters(function)
+        wrapped = {
+            "type": "object",
+            "properties": {"name": {"const": function["name"]}, "parameters": parameters},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+            **_definitions(parameters),
+        }
+        choices.append(writer.schema(f"a{number}", wrapped, bool(function.get("strict")), FORMAT_SPACE))
+    return writer.one_of("call", choices)
 
 
 def _mistral(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
@@ -156,8 +203,7 @@ def _plain(writer: _Writer, name: str, kind: Any, schema: dict[str, Any], functi
     if not (types := schema_types(kind)) or "string" in types:
         writer.rules.append(f"{name}[lazy]: /(?s:.*)\\n<\\/parameter>\\n/")
         return name
-    definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    return f"{writer.schema(name, {**kind, **definitions}, bool(function.get('strict')))} {quoted(close)}"
+    return f"{writer.schema(name, {**kind, **_definitions(schema)}, bool(function.get('strict')))} {quoted(close)}"
 
 
 _LAYOUTS: dict[str, Callable[[_Writer, list[dict[str, Any]], int], str]] = {
