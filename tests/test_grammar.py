@@ -293,6 +293,7 @@ TOO_MUCH = {
     "characters": Grammar("regex", "a" * 5000),
     "nested more than": json_grammar(nested(99)),
     "has 5000 properties": json_grammar({"properties": {f"p{i}": {} for i in range(5000)}}),
+    "has 600 `patternProperties`": json_grammar({"patternProperties": {f"^x{i}y.*$": {} for i in range(600)}}),
     "`multipleOf`": json_grammar({"allOf": [{"type": "integer", "multipleOf": k} for k in (97, 89, 83)]}),
     "combines patterns": json_grammar({"allOf": [{"type": "string", "pattern": f".*{i}.*"} for i in range(40)]}),
     "a pattern has more than": json_grammar({"type": "string", "pattern": "a" * 1025}),
@@ -311,6 +312,12 @@ def test_what_the_library_does_not_bound_is_refused_at_once(llm, reason):
     assert time.perf_counter() - started < 0.5
 
 
+def many_schemas(count: int, schema: dict[str, Any]) -> Grammar:
+    """As where one of many tools has to be called."""
+    rules = (f"j{i}: %json {json.dumps(schema)}" for i in range(count))
+    return Grammar("lark", "\n".join([f"start: {' | '.join(f'j{i}' for i in range(count))}", *rules]))
+
+
 CATASTROPHES = [
     Grammar("regex", "((a{1,100}){1,100}){1,100}"),
     Grammar("regex", "(a+)+(a+)+(a+)+$"),
@@ -327,6 +334,9 @@ CATASTROPHES = [
     json_grammar({"type": "array", "items": {"type": "integer"}, "minItems": 10**9}),
     json_grammar({"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$", "minLength": 100, "maxLength": 2000}),
     json_grammar({"enum": [f"v{i * 31}" for i in range(5000)]}),
+    json_grammar({"patternProperties": {f"^x{i}y.*$": {} for i in range(32)}}),
+    many_schemas(100, {"patternProperties": {f"^x{i}y.*$": {} for i in range(32)}}),
+    many_schemas(160, {"properties": {f"p{i}": {"type": "string", "pattern": "^(a.*|b.*)x$"} for i in range(30)}}),
 ]
 
 
