@@ -19,13 +19,14 @@ from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.frontend.answer_grammar import answer_grammar
 from miniserve.frontend.app import create_app
 from miniserve.frontend.calls import Found, typed
+from miniserve.frontend.chat import chat_tokens
 from miniserve.frontend.dialect import THINKING, find_dialect
 from miniserve.frontend.formats import FORMATS
 from miniserve.frontend.reader import CallScanner, Part, ToolCall, merged
 from miniserve.frontend.schemas import ChatRequest
 from miniserve.frontend.structured import json_grammar
 from miniserve.grammar import Compiler
-from miniserve.sampling import Grammar
+from miniserve.sampling import Grammar, ParameterError
 from miniserve.tokenizer import Tokenizer
 
 NASTY = 'a "quoted" }{ ][ \\ </tool_call> <tool_call>{"name": "x"}\n日本 \u2028 é'
@@ -385,6 +386,31 @@ def test_tools_in_the_system_message(tokenizers: dict[str, Tokenizer]) -> None:
     assert dialect.messages([user], None) == [user]
 
 
+def test_templates_that_read_all_of_a_tool(tmp_path: Path) -> None:
+    """As those of Hermes do: what a tool leaves out is empty then, and else not there at all."""
+    reads = "{% for t in tools %}{{ t.function.name ~ ': ' + t.function.description }}{% endfor %}"
+    for template, said in ((reads, "list_all: write: Writes."), ("{{ tools }}", "{'name': 'list_all'}")):
+        tokenizer = dialects.tokenizer(tmp_path, "hermes", template + "<tool_call>")
+        request = ChatRequest.model_validate({"messages": HI, "tools": TOOLS[::-1]})
+        assert said in tokenizer.decode(chat_tokens(tokenizer, find_dialect(tokenizer), request))
+    refuses = dialects.tokenizer(tmp_path, "hermes", "{{ raise_exception('never') }}{{ tools }}")
+    with pytest.raises(ParameterError, match="never"):
+        chat_tokens(refuses, find_dialect(refuses), request)
+
+
+def test_ids_for_mistral(tokenizers: dict[str, Tokenizer]) -> None:
+    dialect = find_dialect(tokenizers["mistral"])
+    for ids in (["call_1_abcdefghi", "call_2_abcdefghi", ""], ["abcdefgh1", "abcdefgh2", None]):
+        calls = [{"id": id, "type": "function", "function": {"name": "f", "arguments": {}}} for id in ids]
+        results = [{"role": "tool", "tool_call_id": id, "content": "x"} for id in ids if id]
+        said, *told = dialect.messages([{"role": "assistant", "content": "", "tool_calls": calls}, *results], None)
+        short = [call["id"] for call in said["tool_calls"]]
+        assert all(re.fullmatch("[A-Za-z0-9]{9}", id) for id in short)
+        assert len(set(short)) == 3
+        assert short[:2] == [message["tool_call_id"] for message in told]
+        assert short[0] in (ids[0], dialect.messages([{**results[0]}], None)[0]["tool_call_id"])
+
+
 # --- forced calls ---------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +445,20 @@ def test_forced_calls(tokenizers: dict[str, Tokenizer], form: str) -> None:
     ):
         assert not matches(tokenizer, form, wrong), wrong
     assert not matches(tokenizer, form, write([("list_all", {})]), tools=TOOLS[:1])
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("mistral", '[TOOL_CALLS][{"name": "list_all", "arguments": {}}]'),
+        ("mistral", '[TOOL_CALLS] [{"name": "list_all", "arguments": {}, "id": "aB3456789"}]'),
+        ("mistral_args", "[TOOL_CALLS]list_all[CALL_ID]aB3456789[ARGS]{}"),
+    ],
+)
+def test_variants_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str, text: str) -> None:
+    """What models of the family write beside what they write here."""
+    assert matches(tokenizers[form], form, text)
+    assert plain(read(form, [text])) == CALLS[1:]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -22,6 +22,8 @@ from miniserve.tokenizer import Tokenizer
 
 MOST_CALLS = 16
 """In one answer; without a bound a small model may call for ever."""
+_ID = "[A-Za-z0-9]{9}"
+"""A call's id as Mistral's models write it, those that do."""
 TRAINED_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 FORMAT_SPACE = {"whitespace_pattern": WHITESPACE}
 
@@ -121,13 +123,13 @@ def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
     return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
-def _objects(writer: _Writer, functions: list[dict[str, Any]], key: str) -> str:
-    """A rule for a call of one of `functions` as a JSON object; `key` is what holds the arguments."""
+def _objects(writer: _Writer, functions: list[dict[str, Any]], key: str, more: str = "") -> str:
+    """A rule for a call of one of `functions` as a JSON object; `key` is what holds the arguments, `more` follows."""
     choices = []
     for number, function in enumerate(functions):
         schema = writer.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
         head = f'{{"name": {quoted(function["name"])}, "{key}": '
-        choices.append(f'{quoted(head)} {schema} "}}"')
+        choices.append(f'{quoted(head)} {schema} {more} "}}"')
     return writer.one_of("call", choices)
 
 
@@ -166,15 +168,19 @@ def _llama3_json(writer: _Writer, functions: list[dict[str, Any]], more: int) ->
 
 
 def _mistral(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
-    calls = _repeated(_objects(writer, functions, "arguments"), ", ", more)
-    return f'{writer.mark("[TOOL_CALLS]")} " [" {calls} "]"'
+    id = f'(/, "id": "{_ID}"/)?'
+    calls = _repeated(_objects(writer, functions, "arguments", id), ", ", more)
+    return f'{writer.mark("[TOOL_CALLS]")} / ?\\[/ {calls} "]"'  # some were trained with the space, some without
 
 
 def _mistral_args(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
     choices = []
     for number, function in enumerate(functions):
         schema = writer.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
-        choices.append(f"{writer.mark('[TOOL_CALLS]')} {quoted(function['name'])} {writer.mark('[ARGS]')} {schema}")
+        choices.append(
+            f"{writer.mark('[TOOL_CALLS]')} {quoted(function['name'])} ({writer.mark('[CALL_ID]')} /{_ID}/)? "
+            f"{writer.mark('[ARGS]')} {schema}"
+        )
     return _repeated(writer.one_of("call", choices), "", more)
 
 

@@ -25,21 +25,32 @@ from miniserve.frontend.responses import (
 )
 from miniserve.frontend.schemas import ChatRequest, StreamOptions, TokenizeRequest
 from miniserve.frontend.streaming import Chunks
-from miniserve.sampling import SamplingParams
+from miniserve.frontend.tools import Tool, with_all_keys
+from miniserve.sampling import ParameterError, SamplingParams
 from miniserve.tokenizer import Tokenizer
 
 
 def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | TokenizeRequest) -> list[int]:
     """The prompt of a conversation. Slow: not for the event loop. Raises `ParameterError`."""
+
+    def rendered(tools: list[Tool] | None) -> list[int]:
+        messages = [message.for_template() for message in request.messages or []]
+        return tokenizer.chat(
+            dialect.messages(messages, tools),
+            tools=tools or None if dialect.knows_tools else None,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            template_kwargs=request.template_variables,
+        )
+
     # Tools stay in the prompt when none may be called, so that it begins like that of the turn before.
-    messages = [message.for_template() for message in request.messages or []]
-    return tokenizer.chat(
-        dialect.messages(messages, request.tools),
-        tools=request.tools or None if dialect.knows_tools else None,
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-        template_kwargs=request.template_variables,
-    )
+    try:
+        return rendered(request.tools)
+    except ParameterError:
+        # Hermes' templates read a description and parameters of each tool, which clients may leave out.
+        if not request.tools or (complete := [with_all_keys(tool) for tool in request.tools]) == request.tools:
+            raise
+        return rendered(complete)
 
 
 class ChatTask:

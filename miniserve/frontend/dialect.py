@@ -6,6 +6,7 @@ the text of the history, in the format that SmolLM2 was trained with.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -37,7 +38,6 @@ MARKS = {
 BY_ARCHITECTURE = {"qwen2": "hermes", "qwen3": "hermes", "mistral": "mistral"}
 TAIL_TOKENS = 16
 """More than a template writes behind a mark of reasoning at the end of a prompt."""
-MISTRAL_ID_CHARS = 9
 Reasoned = Literal["not yet", "begun", "over"]
 """What a prompt has of the reasoning of its answer: with "not yet" the model decides whether there is any."""
 
@@ -186,17 +186,17 @@ def _one_by_one(messages: list[Message]) -> list[Message]:
 
 
 def _with_short_ids(message: Message) -> Message:
-    """Mistral's templates want ids of nine letters and digits."""
+    """Mistral's templates want ids of nine letters and digits; different ones stay different."""
     out = dict(message)
     if "tool_call_id" in message:
         out["tool_call_id"] = _short(message["tool_call_id"])
     if calls := message.get("tool_calls"):
-        out["tool_calls"] = [{**call, "id": _short(call.get("id", ""))} for call in calls]
+        out["tool_calls"] = [{**call, "id": _short(call.get("id") or "")} for call in calls]
     return out
 
 
 def _short(id: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]", "", id)[-MISTRAL_ID_CHARS:].rjust(MISTRAL_ID_CHARS, "0")
+    return id if re.fullmatch(r"[A-Za-z0-9]{9}", id) else hashlib.blake2b(id.encode()).hexdigest()[:9]
 
 
 def schemas_of(tools: list[dict[str, Any]]) -> Mapping[str, Any]:
