@@ -353,6 +353,11 @@ async def test_what_is_ignored_is_told(api: Api) -> None:
     response = await api.post(metadata={"user_id": "me"}, service_tier="auto", thinking=thinking, tools=tools)
     told = response.headers["x-ignored-parameters"]
     assert told == "metadata, service_tier, thinking.budget_tokens, tools.cache_control"
+    system = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}]
+    counted = await api.http.post(
+        "/messages/count_tokens", json={"messages": HI, "system": system, "user_profile_id": "x"}
+    )
+    assert counted.headers["x-ignored-parameters"] == "system[].cache_control, user_profile_id"
 
 
 # --- Anthropic's client ---------------------------------------------------------------------------------------------

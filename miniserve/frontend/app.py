@@ -32,7 +32,7 @@ from miniserve.frontend.responses import (
     Version,
 )
 from miniserve.frontend.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miniserve.frontend.service import Service
+from miniserve.frontend.service import Service, told
 from miniserve.tokenizer import Tokenizer
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -118,8 +118,9 @@ def create_app(
         return await service.message(request, body)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
-    async def count_tokens(body: CountTokensRequest) -> TokenCount:
+    async def count_tokens(body: CountTokensRequest, response: Response) -> TokenCount:
         """How many tokens the prompt of such a request has."""
+        told(response, body)
         return await service.count_tokens(body)
 
     @app.get("/v1/models")
@@ -134,13 +135,15 @@ def create_app(
         return card(model)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Tokenized:
+    async def tokenize(body: TokenizeRequest, response: Response) -> Tokenized:
         """The tokens of a prompt, or of messages as the chat template renders them."""
+        told(response, body)
         return await service.tokenize(body)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Detokenized:
+    async def detokenize(body: DetokenizeRequest, response: Response) -> Detokenized:
         """The text of tokens."""
+        told(response, body)
         return await service.detokenize(body)
 
     @app.get("/health")

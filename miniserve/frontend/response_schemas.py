@@ -33,6 +33,7 @@ NAMES = {
 """Parameters of chats, as this API calls them."""
 MAX_METADATA = 16
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+ITEM_KEYS = frozenset({"id", "status"})
 ENCRYPTED = "reasoning.encrypted_content"
 
 
@@ -85,12 +86,16 @@ ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 
 
 class MessageItem(Body):
+    untold = ITEM_KEYS
+
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: TextOrParts
 
 
 class FunctionCallItem(Body):
+    untold = ITEM_KEYS
+
     type: Literal["function_call"]
     call_id: Annotated[Text, Field(min_length=1)]
     name: Text
@@ -98,6 +103,8 @@ class FunctionCallItem(Body):
 
 
 class FunctionCallOutputItem(Body):
+    untold = ITEM_KEYS
+
     type: Literal["function_call_output"]
     call_id: Annotated[Text, Field(min_length=1)]
     output: TextOrParts
@@ -105,6 +112,8 @@ class FunctionCallOutputItem(Body):
 
 class ReasoningItem(Body):
     """`content` goes before `summary`. What another server has encrypted cannot be read here."""
+
+    untold = ITEM_KEYS
 
     type: Literal["reasoning"]
     content: ReasoningParts | None = None

@@ -6,7 +6,8 @@ Every list is `fail_fast`: one error is told, and an error for each of a million
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -23,7 +24,13 @@ from pydantic import (
     model_validator,
 )
 
-from miniserve.frontend.parameters import REFUSED_BY_CHAT, REFUSED_BY_COMPLETIONS, ignored_names
+from miniserve.frontend.parameters import (
+    ASKS_FOR_NOTHING,
+    MAX_NAMED,
+    REFUSED_BY_CHAT,
+    REFUSED_BY_COMPLETIONS,
+    ignored_names,
+)
 from miniserve.frontend.sound import sound_json, valid_unicode
 from miniserve.frontend.tools import MAX_TOOLS, TOOL_SCHEMA, Calling, check_call, check_tools, few_tools, for_template
 from miniserve.sampling import (
@@ -104,7 +111,30 @@ ToolChoice = Annotated[
 
 
 class Body(BaseModel):
+    """An object in a request. `untold` are keys that our own answers have and that mean nothing when they come back."""
+
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+    untold: ClassVar[frozenset[str]] = frozenset()
+
+
+@cache
+def _fields(kind: type[Body]) -> Mapping[str, str]:
+    """By the keys of requests: the names of fields."""
+    return {field.alias or name: name for name, field in kind.model_fields.items()}
+
+
+def _unknown(given: Any, made: Any, at: str) -> Iterator[str]:
+    """Where in `given` there are keys that mean nothing to `made`, which was read from it."""
+    if isinstance(made, list) and isinstance(given, list) and made and isinstance(made[0], Body):
+        for value, inner in zip(given, made, strict=True):
+            yield from _unknown(value, inner, f"{at}[]")
+    elif isinstance(made, Body) and isinstance(given, dict):
+        fields = _fields(type(made))
+        for key, value in given.items():
+            if key in fields:
+                yield from _unknown(value, getattr(made, fields[key]), f"{at}.{key}")
+            elif key not in made.untold and value not in ASKS_FOR_NOTHING:
+                yield f"{at}.{key}"
 
 
 class RequestBody(Body):
@@ -120,6 +150,12 @@ class RequestBody(Body):
         made = handler(data)
         if isinstance(data, dict):
             made._ignored = ignored_names(cls.model_fields.keys(), cls.refused, data)
+            inside: set[str] = set()
+            for at in (at for name in cls.model_fields for at in _unknown(data.get(name), getattr(made, name), name)):
+                inside.add(at)
+                if len(inside) > MAX_NAMED:  # no more are told
+                    break
+            made._ignored += inside
         return made
 
     @property
@@ -152,6 +188,11 @@ Content = Annotated[
 ]
 
 
+def _no_function_call(value: Any) -> None:
+    if value is not None:
+        raise ValueError("This is not supported: use `tool_calls`, and for the result the role 'tool'")
+
+
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -161,6 +202,7 @@ class ChatMessage(Body):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     """Another name of the same."""
+    function_call: Annotated[None, BeforeValidator(_no_function_call)] = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> ChatMessage:
@@ -426,7 +468,7 @@ class CompletionRequest(GenerationRequest):
 # --- tokenizing -----------------------------------------------------------------------------------------------------
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """A `prompt` or `messages`."""
 
     model: Text | None = None
@@ -452,6 +494,6 @@ class TokenizeRequest(Body):
         return self.chat_template_kwargs or {}
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     model: Text | None = None
     tokens: TokenIds
