@@ -391,6 +391,30 @@ async def test_failures_are_not_stored(api: Api) -> None:
     error_of(await api.post(previous_response_id=failed["id"]), 404)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stored_responses_can_be_read_and_deleted(api: Api, stream: bool) -> None:
+    api.say(f"{THOUGHT}I look.\n{CALL}")
+    options: dict[str, Any] = {"tools": [WEATHER], "metadata": {"a": "b"}}
+    answer = (await api.events(**options))[-1]["response"] if stream else await api.whole(**options)
+    behind = await api.whole(previous_response_id=answer["id"])
+    assert (await api.http.get(f"/responses/{answer['id']}")).json() == answer
+    assert (await api.openai.responses.retrieve(answer["id"])).output_text == "I look."
+    refused = error_of(await api.http.get(f"/responses/{answer['id']}", params={"stream": "true"}), 400)
+    assert refused["param"] == "stream"
+    deleted = await api.http.delete(f"/responses/{answer['id']}")
+    assert deleted.json() == {"id": answer["id"], "object": "response", "deleted": True}
+    for method in ("GET", "DELETE"):
+        error = error_of(await api.http.request(method, f"/responses/{answer['id']}"), 404)
+        assert (error["code"], answer["id"] in error["message"]) == ("response_not_found", True)
+    error_of(await api.post(previous_response_id=answer["id"]), 404)
+    # What has gone on behind it goes on.
+    await api.whole(previous_response_id=behind["id"])
+    assert "I look." in api.prompt
+    await api.openai.responses.delete(behind["id"])
+    with pytest.raises(openai.NotFoundError, match="no response"):
+        await api.openai.responses.retrieve(behind["id"])
+
+
 def test_the_store_is_bounded() -> None:
     store: ResponseStore[int] = ResponseStore(max_responses=3, max_tokens=100)
     for number in range(4):
@@ -402,6 +426,13 @@ def test_the_store_is_bounded() -> None:
     store.put("5", Stored((), 101, ""))
     assert len(store) == 0
     store.put("6", Stored((), 100, ""))
+    assert len(store) == 1
+    store.put("7", Stored((), 50, "", b"x" * 204))
+    assert len(store) == 0
+    assert not store.delete("7")
+    store.put("8", Stored((), 50, "", b"x" * 200))
+    assert store.delete("8")
+    store.put("9", Stored((), 100, ""))
     assert len(store) == 1
 
 

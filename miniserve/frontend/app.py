@@ -20,7 +20,7 @@ from miniserve.frontend.messages_api import MessageOut, TokenCount
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
 from miniserve.frontend.response_schemas import ResponsesRequest
-from miniserve.frontend.response_types import ResponseOut
+from miniserve.frontend.response_types import ResponseDeleted, ResponseOut
 from miniserve.frontend.responses import (
     ChatCompletion,
     Completion,
@@ -111,6 +111,18 @@ def create_app(
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
         return await service.respond(request, body)
+
+    @app.get("/v1/responses/{response}", responses={200: {"model": ResponseOut}})
+    async def retrieve_response(response: str, stream: bool = False) -> Response:
+        """A response that is stored, as it was answered."""
+        if stream:
+            raise errors.ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
+        return service.stored_response(response)
+
+    @app.delete("/v1/responses/{response}")
+    async def delete_response(response: str) -> ResponseDeleted:
+        """Forget a response; those that have gone on behind it stay as they are."""
+        return service.delete_response(response)
 
     @app.post("/v1/messages", responses={**ANTHROPIC_ERRORS, 200: {"model": MessageOut, "content": NAMED_STREAM}})
     async def messages(request: Request, body: MessagesRequest) -> Response:

@@ -29,8 +29,9 @@ from miniserve.frontend.reader import Reader
 from miniserve.frontend.response_schemas import NAMES as RESPONSES_NAMES
 from miniserve.frontend.response_schemas import AnyItem, ResponsesRequest
 from miniserve.frontend.response_store import ResponseStore
+from miniserve.frontend.response_types import ResponseDeleted
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
-from miniserve.frontend.responses_api import ResponsesShape, going_on, previous
+from miniserve.frontend.responses_api import ResponsesShape, going_on, not_kept, previous
 from miniserve.frontend.schemas import (
     MAX_KEY_CHARS,
     ChatRequest,
@@ -124,6 +125,18 @@ class Service:
             with going_on(before) as home:
                 response = await self._generate(request, chat, shape, task, home)
         return told(response, body)
+
+    def stored_response(self, id: str) -> Response:
+        """Answer GET /v1/responses/ID. Raises `ApiError`."""
+        if (stored := self._responses.get(id)) is None:
+            raise not_kept(id)
+        return Response(stored.answer, media_type="application/json")
+
+    def delete_response(self, id: str) -> ResponseDeleted:
+        """Answer DELETE /v1/responses/ID. Raises `ApiError`."""
+        if not self._responses.delete(id):
+            raise not_kept(id)
+        return {"id": id, "object": "response", "deleted": True}
 
     async def message(self, request: Request, body: MessagesRequest) -> Response:
         """Answer /v1/messages. Raises `ApiError`, `EngineError`."""
