@@ -217,6 +217,35 @@ def test_unquoted_arguments_are_what_their_schema_says(text: str, schema: Any, v
     assert typed(text, schema) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ('{"x": 1}', {"$ref": "#/$defs/point"}, {"x": 1}),
+        ('{"x": 1}', {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}], "default": None}, {"x": 1}),
+        ("null", {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}]}, None),
+        ("[1]", {"allOf": [{"$ref": "#/$defs/list"}], "description": "Some."}, [1]),
+        ("1", {"$ref": "#/$defs/word"}, "1"),
+        ("1", {"$ref": "#/$defs/none"}, "1"),
+        ("1", {"$ref": "#/$defs/endless"}, "1"),
+        ("1", {"$ref": "elsewhere.json"}, "1"),
+    ],
+)
+def test_references_are_followed(text: str, schema: Any, value: Any) -> None:
+    """As pydantic writes schemas."""
+    definitions = {
+        "point": {"type": "object"},
+        "list": {"type": "array"},
+        "word": {"enum": ["1", "2"]},
+        "endless": {"$ref": "#/$defs/endless"},
+    }
+    root = {"type": "object", "properties": {"p": schema}, "$defs": definitions}
+    assert typed(text, schema, root) == value
+    text = f"<tool_call>\n<function=f>\n<parameter=p>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    (call,) = CallScanner(FORMATS["qwen3_coder"], {"f": root}, False).read(text, final=True)
+    assert isinstance(call, ToolCall)
+    assert json.loads(call.arguments) == {"p": value}
+
+
 FRAGMENTS = [
     *("<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>", "</parameter>", "\n", "  ", "; "),
     *("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "f"', ', "arguments": {}}', "{", "}", "[", "]", '"', "\\"),
@@ -482,8 +511,7 @@ def test_schemas_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str) ->
 
     assert ok({"p": {"x": 1}, "kind": "a\nb"})
     assert not ok({"p": {"x": 1}, "kind": "d"})
-    if form != "qwen3_coder":  # which does not see that a reference is no text
-        assert not ok({"p": {"x": "1"}, "kind": "c"})
+    assert not ok({"p": {"x": "1"}, "kind": "c"})
 
 
 @pytest.mark.parametrize("form", ["hermes", "smollm2"])  # with tokens for the marks, and without

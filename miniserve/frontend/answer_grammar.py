@@ -206,7 +206,7 @@ def _plain(writer: _Writer, name: str, kind: Any, schema: dict[str, Any], functi
     values = kind.get("enum")
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
         return f"{writer.one_of(name, [quoted(value) for value in values])} {quoted(close)}"
-    if not (types := schema_types(kind)) or "string" in types:
+    if not (types := schema_types(kind, schema)) or "string" in types:
         writer.rules.append(f"{name}[lazy]: /(?s:.*)\\n<\\/parameter>\\n/")
         return name
     return f"{writer.schema(name, {**kind, **_definitions(schema)}, bool(function.get('strict')))} {quoted(close)}"
