@@ -91,11 +91,6 @@ def test_only_marks_and_space_beside_them_are_dropped(fragments: list[str], open
 
 
 @pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return dialects.tokenizer(tmp_path_factory.mktemp("hermes"), "hermes")
-
-
-@pytest.fixture(scope="module")
 def opening(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return dialects.tokenizer(tmp_path_factory.mktemp("opening"), "hermes", OPENS)
 

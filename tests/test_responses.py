@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import dialects
@@ -15,8 +14,6 @@ from fake_engine import FakeClient, FakeTurn
 from pydantic import BaseModel
 from test_api import error_of, serving
 
-from miniserve.config import EngineConfig, ServeConfig
-from miniserve.frontend.app import create_app
 from miniserve.frontend.client import EngineError
 from miniserve.frontend.formats import FORMATS
 from miniserve.frontend.response_schemas import OUTPUT, messages_of
@@ -43,22 +40,10 @@ class Engine(FakeClient):
         return turn
 
 
-class Api:
+class Api(dialects.Server):
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.engine = Engine()
-        self.engine.max_model_len, self.engine.vocab_size = 4096, tokenizer.vocab_size
-        settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"])
-        self.app = create_app(settings, self.engine, tokenizer, {})  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://test/v1")
+        super().__init__(tokenizer, Engine(), "/v1")
         self.openai = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=self.http, max_retries=0)
-        self.say("Hello")
-
-    def say(self, text: str, **play: Any) -> None:
-        end = {"stop_token": 319} if play.get("finish", "stop") == "stop" else {}
-        steps = [[token] for token in self.tokenizer.encode(text)] + ([[319]] if end else [])
-        self.engine.play = lambda prompt, params: {"steps": steps, "cached": 3, **end, **play}
 
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post("/responses", json={"input": "Hi", **body})
@@ -81,16 +66,6 @@ class Api:
             assert (name, number) == (f"event: {event['type']}", event["sequence_number"])
             events.append(event)
         return events
-
-    @property
-    def prompt(self) -> str:
-        return self.tokenizer.decode(self.engine.turns[-1].tokens, skip_special_tokens=False)
-
-
-@pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder: Path = tmp_path_factory.mktemp("hermes")
-    return dialects.tokenizer(folder, "hermes")
 
 
 @pytest.fixture

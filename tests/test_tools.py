@@ -11,13 +11,11 @@ from typing import Any
 import dialects
 import httpx
 import pytest
-from fake_engine import FakeClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.config import ConfigError, EngineConfig, ServeConfig
+from miniserve.config import ConfigError
 from miniserve.frontend.answer_grammar import answer_grammar
-from miniserve.frontend.app import create_app
 from miniserve.frontend.calls import Found, typed
 from miniserve.frontend.chat import chat_tokens
 from miniserve.frontend.dialect import THINKING, find_dialect
@@ -589,23 +587,8 @@ def test_a_format_after_reasoning(tokenizers: dict[str, Tokenizer], form: str, n
 HI = [{"role": "user", "content": "Hi"}]
 
 
-class Api:
-    """A server of a tiny model with a format's template, and the engine behind it. `say` is what the model will say."""
-
-    def __init__(self, tokenizer: Tokenizer, **config: Any) -> None:
-        self.engine = FakeClient()
-        self.engine.max_model_len, self.engine.vocab_size = 4096, tokenizer.vocab_size
-        self.tokenizer = tokenizer
-        settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], **config)
-        app = create_app(settings, self.engine, tokenizer, {})  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://test")
-
-    def say(self, text: str, **play: Any) -> None:
-        tokens = self.tokenizer.encode(text)
-        end = {"stop_token": 319} if play.get("finish", "stop") == "stop" else {}
-        steps = [[token] for token in tokens] + ([[319]] if end else [])
-        self.engine.play = lambda prompt, params: {"steps": steps, **end, **play}
+class Api(dialects.Server):
+    """As clients of chats see it."""
 
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json={"messages": HI, **body})
