@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniserve.config import ConfigError
-from miniserve.frontend.answer_grammar import answer_grammar
+from miniserve.frontend.answer_grammar import _without, answer_grammar
 from miniserve.frontend.calls import Found, typed
 from miniserve.frontend.chat import chat_tokens
 from miniserve.frontend.dialect import THINKING, find_dialect
@@ -559,6 +559,26 @@ def test_a_format_or_calls(tokenizers: dict[str, Tokenizer], form: str, number: 
         assert matches(tokenizer, form, several, wanted=wanted, single=single) == (
             FORMATS[form].parallel and not single
         )
+
+
+@pytest.mark.parametrize("mark", ["</think>", "[/THINK]"])
+@given(data=st.data())
+def test_text_without_a_mark(mark: str, data: st.DataObject) -> None:
+    """Reasoning in a grammar never spells its end out: that would be the end for whoever reads it."""
+    letters = st.sampled_from([*mark, mark, mark[:-1], mark[:3], "a", "\n", "é"])
+    text = "".join(data.draw(st.lists(letters, max_size=12)))
+    assert (re.fullmatch(_without(mark), text) is not None) == (mark not in text)
+
+
+def test_reasoning_does_not_spell_its_end(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, end = tokenizers["hermes"], tokenizers["hermes"].control_id("</think>")
+    options: Any = {"single": False, "thinking": THINKING["qwen3"], "opened": True, "tokenizer": tokenizer}
+    grammar = answer_grammar(FORMATS["hermes"], [], Grammar("regex", "[ab]"), **options)
+    assert end is not None
+    spelled = [*b"<</think>"]
+    for tokens, right in (([*b"x </thin", end, ord("a")], True), ([*spelled, ord("a"), end, ord("a")], False)):
+        matcher = Compiler(tokenizer).compile(grammar)
+        assert (matcher.try_consume_tokens(tokens) == len(tokens)) == right
 
 
 @pytest.mark.parametrize("number", range(len(WANTED)))

@@ -63,6 +63,16 @@ def _escaped(found: re.Match[str]) -> str:
     return {"/": "\\/", "\n": "\\n"}.get(found[0], found[0])
 
 
+def _without(mark: str) -> str:
+    """An expression for all text in which `mark` does not occur. Its first character occurs in it only once."""
+    first, *rest = map(re.escape, mark)
+    assert first not in rest
+    ways = []  # how text goes on behind the first character: as the mark does, and then not
+    for number, character in enumerate(rest):
+        ways.append(f"{''.join(rest[:number])}(?:[^{first}{character}][^{first}]*)?")
+    return f"[^{first}]*(?:{first}(?:{'|'.join(ways)}))*".replace("/", "\\/")
+
+
 class _Writer:
     """Collects the rules of one grammar. `beside` says that calls are not the only answers."""
 
@@ -101,10 +111,10 @@ class _Writer:
         return "format"
 
     def thought(self, thinking: Thinking, opened: bool) -> list[str]:
-        """The rule of the reasoning up to the calls."""
+        """The rule of the reasoning. Whoever reads it ends it where the mark stands, a token or spelled out."""
         start = f"{self.mark(thinking.start)}{'?' if opened else ''} "
         if self._tokenizer.control_id(thinking.end) is not None:
-            return [f"thought: {start}/(?s:.*)/ {self.mark(thinking.end)} /\\s{{0,4}}/"]
+            return [f"thought: {start}/{_without(thinking.end)}/ {self.mark(thinking.end)} /\\s{{0,4}}/"]
         end = re.escape(thinking.end).replace("/", "\\/")
         return [f"thought: {start}thinking /\\s{{0,4}}/", f"thinking[lazy]: /(?s:.*){end}/"]
 
