@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from miniserve.frontend.calls import schema_types
@@ -22,10 +22,10 @@ from miniserve.tokenizer import Tokenizer
 
 MOST_CALLS = 16
 """In one answer; without a bound a small model may call for ever."""
-_ID = "[A-Za-z0-9]{9}"
-"""A call's id as Mistral's models write it, those that do."""
-TRAINED_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-FORMAT_SPACE = {"whitespace_pattern": WHITESPACE}
+MISTRAL_ID = "[A-Za-z0-9]{9}"
+"""A call's id as those of Mistral's models write it that do."""
+TRAINED_SPACE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+FORMAT_SPACE: Mapping[str, Any] = {"whitespace_pattern": WHITESPACE}
 
 
 def answer_grammar(
@@ -51,16 +51,14 @@ def answer_grammar(
     start = f"start: {writer.one_of('answer', answers)}"
     if thinking is not None:
         start = f"start: thought{'' if opened else '?'} answer"
-        writer.rules += writer.thought(thinking, opened)
+        writer.rules.append(writer.thought(thinking, opened))
     return Grammar("lark", "\n".join([start, *writer.rules]) + "\n")
 
 
-_UNESCAPED = re.compile(r"\\.|/|\n", re.DOTALL)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    """What stands in an expression by itself, as it has to stand between slashes."""
-    return {"/": "\\/", "\n": "\\n"}.get(found[0], found[0])
+def _slashed(expression: str) -> str:
+    """A regular expression as it has to be written between slashes."""
+    escapes = {"/": "\\/", "\n": "\\n"}
+    return re.sub(r"\\.|/|\n", lambda found: escapes.get(found[0], found[0]), expression, flags=re.DOTALL)
 
 
 def _without(mark: str) -> str:
@@ -70,7 +68,7 @@ def _without(mark: str) -> str:
     ways = []  # how text goes on behind the first character: as the mark does, and then not
     for number, character in enumerate(rest):
         ways.append(f"{''.join(rest[:number])}(?:[^{first}{character}][^{first}]*)?")
-    return f"[^{first}]*(?:{first}(?:{'|'.join(ways)}))*".replace("/", "\\/")
+    return _slashed(f"[^{first}]*(?:{first}(?:{'|'.join(ways)}))*")
 
 
 class _Writer:
@@ -86,10 +84,10 @@ class _Writer:
         token = self._tokenizer.control_id(text)
         return quoted(text) if token is None else f"<[{token}]>"
 
-    def schema(self, name: str, schema: dict[str, Any], strict: bool, space: dict[str, Any] | None = None) -> str:
+    def schema(self, name: str, schema: dict[str, Any], strict: bool, space: Mapping[str, Any] = TRAINED_SPACE) -> str:
         """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
         nothing of are passed over, and alternatives are taken to exclude each other."""
-        style = {**(space or TRAINED_SPACE), "lenient": not strict, "coerce_one_of": not strict}
+        style = {**space, "lenient": not strict, "coerce_one_of": not strict}
         self.rules.append(f"{name}: %json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}")
         return name
 
@@ -104,19 +102,20 @@ class _Writer:
             case "json_schema":
                 rule = f"%json {wanted.text}"
             case "regex":
-                rule = f"/(?:{_UNESCAPED.sub(_escaped, wanted.text)})/"
+                rule = f"/(?:{_slashed(wanted.text)})/"
             case "lark":
                 rule = f"%lark {{\n{wanted.text}\n}}"
         self.rules.append(f"format: {rule}")
         return "format"
 
-    def thought(self, thinking: Thinking, opened: bool) -> list[str]:
+    def thought(self, thinking: Thinking, opened: bool) -> str:
         """The rule of the reasoning. Whoever reads it ends it where the mark stands, a token or spelled out."""
-        start = f"{self.mark(thinking.start)}{'?' if opened else ''} "
-        if self._tokenizer.control_id(thinking.end) is not None:
-            return [f"thought: {start}/{_without(thinking.end)}/ {self.mark(thinking.end)} /\\s{{0,4}}/"]
-        end = re.escape(thinking.end).replace("/", "\\/")
-        return [f"thought: {start}thinking /\\s{{0,4}}/", f"thinking[lazy]: /(?s:.*){end}/"]
+        start, text = self.mark(thinking.start), _without(thinking.end)
+        if self._tokenizer.control_id(thinking.end) is None:
+            end = f"/{text}{_slashed(re.escape(thinking.end))}/"
+        else:
+            end = f"/{text}/ {self.mark(thinking.end)}"
+        return f"thought: {start}{'?' if opened else ''} {end} /\\s{{0,4}}/"
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def _llama3_json(writer: _Writer, functions: list[dict[str, Any]], more: int) ->
 
 
 def _mistral(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
-    id = f'(/, "id": "{_ID}"/)?'
+    id = f'(/, "id": "{MISTRAL_ID}"/)?'
     calls = _repeated(_objects(writer, functions, "arguments", id), ", ", more)
     return f'{writer.mark("[TOOL_CALLS]")} / ?\\[/ {calls} "]"'  # some were trained with the space, some without
 
@@ -188,7 +187,7 @@ def _mistral_args(writer: _Writer, functions: list[dict[str, Any]], more: int) -
     for number, function in enumerate(functions):
         schema = writer.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
         choices.append(
-            f"{writer.mark('[TOOL_CALLS]')} {quoted(function['name'])} ({writer.mark('[CALL_ID]')} /{_ID}/)? "
+            f"{writer.mark('[TOOL_CALLS]')} {quoted(function['name'])} ({writer.mark('[CALL_ID]')} /{MISTRAL_ID}/)? "
             f"{writer.mark('[ARGS]')} {schema}"
         )
     return _repeated(writer.one_of("call", choices), "", more)
