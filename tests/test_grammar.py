@@ -24,7 +24,8 @@ from test_parity import clean, small
 from miniserve import grammar, hub
 from miniserve.cluster.messages import TurnOutput
 from miniserve.frontend import structured
-from miniserve.frontend.structured import json_grammar
+from miniserve.frontend.schemas import CompletionRequest
+from miniserve.frontend.structured import json_grammar, requested
 from miniserve.grammar import GrammarError, check_bounds, quoted
 from miniserve.llm import LLM
 from miniserve.sampling import Grammar, ParameterError, SamplingParams
@@ -399,6 +400,18 @@ async def test_formats_reach_the_engine(api, tokenizer, body, good, bad):
     for turn in api.engine.turns:
         assert fits(tokenizer, turn.params.grammar, good)
         assert not fits(tokenizer, turn.params.grammar, bad)
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n ", "\r\n", " \t"])
+def test_empty_lines_take_no_time(blank):
+    """It runs in a thread, but Python's searches let no other one run."""
+    for text in ('root ::= "a"', 'start: "a"'):
+        for spaced in (text + "\n" + blank * 8000, blank * 5000 + "\n" + text):
+            request = CompletionRequest(prompt="Hi", structured_outputs={"grammar": spaced})
+            started = time.perf_counter()
+            found = requested(request)
+            assert time.perf_counter() - started < 0.2
+            assert 'start: "a"' in found.text
 
 
 async def test_text_is_no_format(api):
