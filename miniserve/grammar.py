@@ -53,8 +53,9 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 _JSON = re.compile(r"%json\s*")
-_PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/')
-"""Comments, strings and expressions of Lark, as llguidance reads them."""
+_PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"?|/(?:\\.|[^/\\])+/?', re.DOTALL)
+"""Comments, strings and expressions of Lark, as llguidance reads them. What is not closed it refuses; looking for the
+end of such again and again would take more than a second."""
 
 
 class GrammarError(ValueError):

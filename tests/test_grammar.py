@@ -319,6 +319,26 @@ def many_schemas(count: int, schema: dict[str, Any]) -> Grammar:
     return Grammar("lark", "\n".join([f"start: {' | '.join(f'j{i}' for i in range(count))}", *rules]))
 
 
+@pytest.mark.parametrize("text", ['"' + '\\"' * 8000, "/" + "\\/" * 8000, '"\\' * 8000, '"\n' * 8000])
+def test_bounds_are_checked_in_no_time(tokenizer, text):
+    """Python's searches let no other thread run."""
+    started = time.perf_counter()
+    with contextlib.suppress(GrammarError):
+        check_bounds(Grammar("lark", text))
+    assert time.perf_counter() - started < 0.2
+    with pytest.raises(GrammarError):
+        tokenizer.compiler.compile(Grammar("lark", f"start: {text}"))
+
+
+@pytest.mark.parametrize(
+    "hidden", ['T: "a" & /b/', 'T: /x"/ & /b/', 'T: "a" // "\n  & /b/', "T: /[/ ~ /b/", 'T: "\\"" & "']
+)
+def test_operators_do_not_hide(hidden):
+    with pytest.raises(GrammarError, match="operators"):
+        check_bounds(Grammar("lark", f"start: T\n{hidden}\n"))
+    check_bounds(Grammar("lark", 'start: T\nT: "&" // ~\n | /&[~]/ # &'))
+
+
 CATASTROPHES = [
     Grammar("regex", "((a{1,100}){1,100}){1,100}"),
     Grammar("regex", "(a+)+(a+)+(a+)+$"),
