@@ -23,10 +23,10 @@ from miniserve.sampling import Grammar
 if TYPE_CHECKING:
     from miniserve.tokenizer import Tokenizer
 
-MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 262144}
+MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 2**20}
 """Most characters of a grammar. Those of Lark are ours where tools are forced, and hold a schema for each tool."""
-MAX_RULE_CHARS = 32768
-"""Most characters of a Lark grammar beside the schemas in it."""
+MAX_RULE_CHARS = 131072
+"""Most characters of a Lark grammar beside the schemas in it: Qwen3-Coder's calls have a rule for each argument."""
 MAX_DEPTH = 64
 """How deep the objects and lists of a schema may be nested."""
 MAX_PROPERTIES = 1000

@@ -23,6 +23,7 @@ from miniserve.frontend.formats import FORMATS
 from miniserve.frontend.reader import CallScanner, Part, ToolCall, merged
 from miniserve.frontend.schemas import ChatRequest
 from miniserve.frontend.structured import json_grammar
+from miniserve.frontend.tools import MAX_TOOLS, MAX_TOOLS_CHARS, check_tools, few_tools
 from miniserve.grammar import Compiler
 from miniserve.sampling import Grammar, ParameterError
 from miniserve.tokenizer import Tokenizer
@@ -486,6 +487,18 @@ def test_variants_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str, t
     """What models of the family write beside what they write here."""
     assert matches(tokenizers[form], form, text)
     assert plain(read(form, [text])) == CALLS[1:]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["string", "integer"])
+def test_as_many_tools_as_there_may_be_can_be_forced(tokenizers: dict[str, Tokenizer], form: str, kind: str) -> None:
+    names = [f"argument_{i}" for i in range(10)]
+    parameters = {"type": "object", "properties": {name: {"type": kind} for name in names}, "required": names[:1]}
+    tools = [tool(f"tool_{i}", description="It does something." * 10, parameters=parameters) for i in range(MAX_TOOLS)]
+    tools = tools[: MAX_TOOLS_CHARS // len(json.dumps(tools[0]))]
+    check_tools(few_tools(tools))
+    value = {"string": "5", "integer": 5}[kind]
+    assert matches(tokenizers[form], form, FORMATS[form].write([("tool_7", {"argument_0": value})]), tools=tools)
 
 
 @pytest.mark.parametrize("form", FORMS)

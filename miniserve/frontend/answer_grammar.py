@@ -48,11 +48,10 @@ def answer_grammar(
         answers.append(_LAYOUTS[form.name](writer, [tool["function"] for tool in tools], many - 1))
     if wanted is not None:
         answers.append(writer.format(wanted))
-    start = f"start: {writer.one_of('answer', answers)}"
+    start = writer.one_of("answer", answers)
     if thinking is not None:
-        start = f"start: thought{'' if opened else '?'} answer"
-        writer.rules.append(writer.thought(thinking, opened))
-    return Grammar("lark", "\n".join([start, *writer.rules]) + "\n")
+        start = f"{writer.thought(thinking, opened)}{'' if opened else '?'} {start}"
+    return Grammar("lark", "\n".join([f"start: {start}", *writer.rules]) + "\n")
 
 
 def _slashed(expression: str) -> str:
@@ -78,6 +77,14 @@ class _Writer:
         self.rules: list[str] = []
         self.beside = beside
         self._tokenizer = tokenizer
+        self._names: dict[str, str] = {}
+
+    def rule(self, name: str, body: str, kind: str = "") -> str:
+        """A rule, under this name or another one that means the same: tools have many arguments that are alike."""
+        if (text := kind + body) not in self._names:
+            self._names[text] = name
+            self.rules.append(f"{name}{kind}: {body}")
+        return self._names[text]
 
     def mark(self, text: str) -> str:
         """A mark: the token for it, or its characters."""
@@ -88,25 +95,22 @@ class _Writer:
         """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
         nothing of are passed over, and alternatives are taken to exclude each other."""
         style = {**space, "lenient": not strict, "coerce_one_of": not strict}
-        self.rules.append(f"{name}: %json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}")
-        return name
+        return self.rule(name, f"%json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}")
 
     def one_of(self, name: str, choices: list[str]) -> str:
         """A rule for one of `choices`."""
-        self.rules.append(f"{name}: {' | '.join(choices)}")
-        return name
+        return self.rule(name, " | ".join(choices))
 
     def format(self, wanted: Grammar) -> str:
         """A rule for a whole other grammar."""
         match wanted.kind:
             case "json_schema":
-                rule = f"%json {wanted.text}"
+                body = f"%json {wanted.text}"
             case "regex":
-                rule = f"/(?:{_slashed(wanted.text)})/"
+                body = f"/(?:{_slashed(wanted.text)})/"
             case "lark":
-                rule = f"%lark {{\n{wanted.text}\n}}"
-        self.rules.append(f"format: {rule}")
-        return "format"
+                body = f"%lark {{\n{wanted.text}\n}}"
+        return self.rule("format", body)
 
     def thought(self, thinking: Thinking, opened: bool) -> str:
         """The rule of the reasoning. Whoever reads it ends it where the mark stands, a token or spelled out."""
@@ -115,7 +119,7 @@ class _Writer:
             end = f"/{text}{_slashed(re.escape(thinking.end))}/"
         else:
             end = f"/{text}/ {self.mark(thinking.end)}"
-        return f"thought: {start}{'?' if opened else ''} {end} /\\s{{0,4}}/"
+        return self.rule("thought", f"{start}{'?' if opened else ''} {end} /\\s{{0,4}}/")
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:
@@ -149,8 +153,8 @@ def _repeated(rule: str, separator: str, more: int) -> str:
 
 def _hermes(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
     call = _objects(writer, functions, "arguments")
-    writer.rules.append(f'tagged: {writer.mark("<tool_call>")} "\\n" {call} "\\n" {writer.mark("</tool_call>")}')
-    return _repeated("tagged", "\n", more)
+    tagged = writer.rule("tagged", f'{writer.mark("<tool_call>")} "\\n" {call} "\\n" {writer.mark("</tool_call>")}')
+    return _repeated(tagged, "\n", more)
 
 
 def _smollm2(writer: _Writer, functions: list[dict[str, Any]], more: int) -> str:
@@ -204,21 +208,20 @@ def _qwen3_coder(writer: _Writer, functions: list[dict[str, Any]], more: int) ->
             parts.append(rule if key in schema.get("required", ()) else f"({rule})?")
         choices.append(" ".join([*parts, '"</function>\\n"']))
     call = writer.one_of("call", choices)
-    writer.rules.append(f'tagged: {writer.mark("<tool_call>")} "\\n" {call} {writer.mark("</tool_call>")}')
-    return _repeated("tagged", "\n", more)
+    tagged = writer.rule("tagged", f'{writer.mark("<tool_call>")} "\\n" {call} {writer.mark("</tool_call>")}')
+    return _repeated(tagged, "\n", more)
 
 
 def _plain(writer: _Writer, name: str, kind: Any, schema: dict[str, Any], function: dict[str, Any]) -> str:
     """An argument as Qwen3-Coder writes it, with the tag that closes it: text without quotes, all else as JSON."""
-    close = "\n</parameter>\n"
+    close = writer.rule("close", quoted("\n</parameter>\n"))
     kind = kind if isinstance(kind, dict) else {}
     values = kind.get("enum")
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        return f"{writer.one_of(name, [quoted(value) for value in values])} {quoted(close)}"
+        return f"{writer.one_of(name, [quoted(value) for value in values])} {close}"
     if not (types := schema_types(kind, schema)) or "string" in types:
-        writer.rules.append(f"{name}[lazy]: /(?s:.*)\\n<\\/parameter>\\n/")
-        return name
-    return f"{writer.schema(name, {**kind, **_definitions(schema)}, bool(function.get('strict')))} {quoted(close)}"
+        return writer.rule("text", "/(?s:.*)\\n<\\/parameter>\\n/", "[lazy]")
+    return f"{writer.schema(name, {**kind, **_definitions(schema)}, bool(function.get('strict')))} {close}"
 
 
 _LAYOUTS: dict[str, Callable[[_Writer, list[dict[str, Any]], int], str]] = {
