@@ -553,6 +553,7 @@ WANTED = [
     (json_grammar({"type": "array", "items": {"type": "integer"}}), ["[1, 2]", "[]"], ["[", "1"]),
     (Grammar("regex", r"a+/[b/]\/\\(?:\n|x)?"), ["aa/b/\\", "a///\\\n"], ["aa", "b"]),
     (Grammar("regex", ""), [""], ["a"]),
+    (Grammar("lark", '%llguidance {}\n\nstart: "a" | "b" start // as of GBNF'), ["a", "bba"], ["b"]),
     (Grammar("lark", 'start: "}" | "b" x\nx: /[0-9]+/ | %json {"type": "null"}'), ["}", "b12", "bnull"], ["b"]),
 ]
 
