@@ -23,10 +23,10 @@ from miniserve.sampling import Grammar
 if TYPE_CHECKING:
     from miniserve.tokenizer import Tokenizer
 
-MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 262144}
+MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 2**20}
 """Most characters of a grammar. Those of Lark are ours where tools are forced, and hold a schema for each tool."""
-MAX_RULE_CHARS = 32768
-"""Most characters of a Lark grammar beside the schemas in it."""
+MAX_RULE_CHARS = 131072
+"""Most characters of a Lark grammar beside the schemas in it: Qwen3-Coder's calls have a rule for each argument."""
 MAX_DEPTH = 64
 """How deep the objects and lists of a schema may be nested."""
 MAX_PROPERTIES = 1000
@@ -35,6 +35,9 @@ MAX_PATTERN_CHARS = 1024
 MAX_COMBINED_PATTERNS = 8
 """Most different patterns of a schema whose strings may have to match several of them: the library's search for a text
 that does is bounded by nothing, and doubles with each."""
+MAX_PATTERN_PROPERTIES = 32
+"""Most `patternProperties` of a schema. Each pair of them is shown to exclude each other: 600 take 70 s, 32 some 10 ms,
+and there may be a schema for each of many tools."""
 MAX_MULTIPLE = 10_000
 """The least common multiple of all `multipleOf`: remainders are states, and 100,003 of them take 0.3 s."""
 MAX_CACHED = 128
@@ -50,8 +53,9 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 _JSON = re.compile(r"%json\s*")
-_PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/')
-"""Comments, strings and expressions of Lark, as llguidance reads them."""
+_PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"?|/(?:\\.|[^/\\])+/?', re.DOTALL)
+"""Comments, strings and expressions of Lark, as llguidance reads them. What is not closed it refuses; looking for the
+end of such again and again would take more than a second."""
 
 
 class GrammarError(ValueError):
@@ -158,7 +162,7 @@ def _parsed(text: str, start: int) -> tuple[Any, int]:
 
 def _check_schema(schema: Any) -> None:
     """Raises `GrammarError` for what llguidance's own limits do not stop in time."""
-    properties, multiple = 0, 1
+    properties, named_by_pattern, multiple = 0, 0, 1
     different: set[str] = set()
     combined = False
     for depth, value in _walk(schema):
@@ -169,6 +173,7 @@ def _check_schema(schema: Any) -> None:
         if isinstance(found := value.get("properties"), dict):
             properties += len(found)
         patterns = [*found] if isinstance(found := value.get("patternProperties"), dict) else []
+        named_by_pattern += len(patterns)
         if isinstance(pattern := value.get("pattern"), str):
             patterns.append(pattern)
         different |= set(patterns)
@@ -186,6 +191,10 @@ def _check_schema(schema: Any) -> None:
         raise GrammarError(
             f"it combines patterns, as `allOf` does, and has {len(different)} of them: at most {MAX_COMBINED_PATTERNS} "
             "are allowed then."
+        )
+    if named_by_pattern > MAX_PATTERN_PROPERTIES:
+        raise GrammarError(
+            f"the schema has {named_by_pattern} `patternProperties`, and at most {MAX_PATTERN_PROPERTIES} are allowed."
         )
     if properties > MAX_PROPERTIES:
         raise GrammarError(f"the schema has {properties} properties, and at most {MAX_PROPERTIES} are allowed.")

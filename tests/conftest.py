@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from miniserve.cluster.launch import SPINNING
+
+if TYPE_CHECKING:
+    from miniserve.tokenizer import Tokenizer
 
 # How long an example takes says nothing on a machine that is shared.
 hypothesis.settings.register_profile("miniserve", deadline=None, print_blob=True)
@@ -57,6 +61,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def tiny_folder(tiny_models: dict[str, Path]) -> Path:
     """One of the tiny models, for tests that do not care which."""
     return tiny_models["llama"]
+
+
+@pytest.fixture(scope="session")
+def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer of a model that reasons and calls tools."""
+    import dialects
+
+    return dialects.tokenizer(tmp_path_factory.mktemp("hermes"), "hermes")
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import httpx
 import tiny
+from fake_engine import FakeClient
 
+from miniserve.config import EngineConfig, ServeConfig
+from miniserve.frontend.app import create_app
 from miniserve.tokenizer import Tokenizer
 
 HEAD = "{{ '<|im_start|>' ~ m.role ~ '\\n' }}"
@@ -79,3 +84,26 @@ def tokenizer(folder: Path, form: str, template: str | None = None) -> Tokenizer
     config = {"model_type": "llama", "bos_token_id": 317, "eos_token_id": 319}
     (folder / "config.json").write_text(json.dumps(config))
     return Tokenizer.load(folder, template or TEMPLATES[form])
+
+
+class Server:
+    """The API of a tiny model with a format's template, and the engine behind it. `say` is what the model will say."""
+
+    def __init__(self, tokenizer: Tokenizer, engine: FakeClient | None = None, base: str = "", **config: Any) -> None:
+        self.tokenizer = tokenizer
+        self.engine = engine or FakeClient()
+        self.engine.max_model_len, self.engine.vocab_size = 4096, tokenizer.vocab_size
+        settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], **config)
+        self.app = create_app(settings, self.engine, tokenizer, {})  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
+        self.http = httpx.AsyncClient(transport=transport, base_url=f"http://test{base}")
+        self.say("Hello")
+
+    def say(self, text: str, **play: Any) -> None:
+        end = {"stop_token": 319} if play.get("finish", "stop") == "stop" else {}
+        steps = [[token] for token in self.tokenizer.encode(text)] + ([[319]] if end else [])
+        self.engine.play = lambda prompt, params: {"steps": steps, "cached": 3, **end, **play}
+
+    @property
+    def prompt(self) -> str:
+        return self.tokenizer.decode(self.engine.turns[-1].tokens, skip_special_tokens=False)

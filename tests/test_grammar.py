@@ -24,7 +24,8 @@ from test_parity import clean, small
 from miniserve import grammar, hub
 from miniserve.cluster.messages import TurnOutput
 from miniserve.frontend import structured
-from miniserve.frontend.structured import json_grammar
+from miniserve.frontend.schemas import CompletionRequest
+from miniserve.frontend.structured import json_grammar, requested
 from miniserve.grammar import GrammarError, check_bounds, quoted
 from miniserve.llm import LLM
 from miniserve.sampling import Grammar, ParameterError, SamplingParams
@@ -293,11 +294,12 @@ TOO_MUCH = {
     "characters": Grammar("regex", "a" * 5000),
     "nested more than": json_grammar(nested(99)),
     "has 5000 properties": json_grammar({"properties": {f"p{i}": {} for i in range(5000)}}),
+    "has 600 `patternProperties`": json_grammar({"patternProperties": {f"^x{i}y.*$": {} for i in range(600)}}),
     "`multipleOf`": json_grammar({"allOf": [{"type": "integer", "multipleOf": k} for k in (97, 89, 83)]}),
     "combines patterns": json_grammar({"allOf": [{"type": "string", "pattern": f".*{i}.*"} for i in range(40)]}),
     "a pattern has more than": json_grammar({"type": "string", "pattern": "a" * 1025}),
     "least common": Grammar("lark", 'start: "x" %json {"type": "integer", "multipleOf": 9999991}'),
-    "its rules have": Grammar("lark", "start: " + '"a" ' * 20000),
+    "its rules have": Grammar("lark", "start: " + '"a" ' * 40000),
     "operators & and ~": Grammar("lark", "start: T\nT: /.*a.{15}.*/ & /.*b.{15}.*/ & ~/.*c.{17}.*/\n"),
     "not valid JSON": Grammar("lark", "start: %json // not {\n{}"),
 }
@@ -309,6 +311,32 @@ def test_what_the_library_does_not_bound_is_refused_at_once(llm, reason):
     with pytest.raises(GrammarError, match=reason):
         check_bounds(TOO_MUCH[reason])
     assert time.perf_counter() - started < 0.5
+
+
+def many_schemas(count: int, schema: dict[str, Any]) -> Grammar:
+    """As where one of many tools has to be called."""
+    rules = (f"j{i}: %json {json.dumps(schema)}" for i in range(count))
+    return Grammar("lark", "\n".join([f"start: {' | '.join(f'j{i}' for i in range(count))}", *rules]))
+
+
+@pytest.mark.parametrize("text", ['"' + '\\"' * 8000, "/" + "\\/" * 8000, '"\\' * 8000, '"\n' * 8000])
+def test_bounds_are_checked_in_no_time(tokenizer, text):
+    """Python's searches let no other thread run."""
+    started = time.perf_counter()
+    with contextlib.suppress(GrammarError):
+        check_bounds(Grammar("lark", text))
+    assert time.perf_counter() - started < 0.2
+    with pytest.raises(GrammarError):
+        tokenizer.compiler.compile(Grammar("lark", f"start: {text}"))
+
+
+@pytest.mark.parametrize(
+    "hidden", ['T: "a" & /b/', 'T: /x"/ & /b/', 'T: "a" // "\n  & /b/', "T: /[/ ~ /b/", 'T: "\\"" & "']
+)
+def test_operators_do_not_hide(hidden):
+    with pytest.raises(GrammarError, match="operators"):
+        check_bounds(Grammar("lark", f"start: T\n{hidden}\n"))
+    check_bounds(Grammar("lark", 'start: T\nT: "&" // ~\n | /&[~]/ # &'))
 
 
 CATASTROPHES = [
@@ -327,6 +355,9 @@ CATASTROPHES = [
     json_grammar({"type": "array", "items": {"type": "integer"}, "minItems": 10**9}),
     json_grammar({"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$", "minLength": 100, "maxLength": 2000}),
     json_grammar({"enum": [f"v{i * 31}" for i in range(5000)]}),
+    json_grammar({"patternProperties": {f"^x{i}y.*$": {} for i in range(32)}}),
+    many_schemas(100, {"patternProperties": {f"^x{i}y.*$": {} for i in range(32)}}),
+    many_schemas(160, {"properties": {f"p{i}": {"type": "string", "pattern": "^(a.*|b.*)x$"} for i in range(30)}}),
 ]
 
 
@@ -389,6 +420,18 @@ async def test_formats_reach_the_engine(api, tokenizer, body, good, bad):
     for turn in api.engine.turns:
         assert fits(tokenizer, turn.params.grammar, good)
         assert not fits(tokenizer, turn.params.grammar, bad)
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n ", "\r\n", " \t"])
+def test_empty_lines_take_no_time(blank):
+    """It runs in a thread, but Python's searches let no other one run."""
+    for text in ('root ::= "a"', 'start: "a"'):
+        for spaced in (text + "\n" + blank * 8000, blank * 5000 + "\n" + text):
+            request = CompletionRequest(prompt="Hi", structured_outputs={"grammar": spaced})
+            started = time.perf_counter()
+            found = requested(request)
+            assert time.perf_counter() - started < 0.2
+            assert 'start: "a"' in found.text
 
 
 async def test_text_is_no_format(api):

@@ -11,10 +11,7 @@ import dialects
 import httpx
 import httpx2
 import pytest
-from fake_engine import FakeClient
 
-from miniserve.config import EngineConfig, ServeConfig
-from miniserve.frontend.app import create_app
 from miniserve.frontend.client import EngineError
 from miniserve.frontend.formats import FORMATS
 from miniserve.tokenizer import Tokenizer
@@ -30,25 +27,13 @@ CALL = FORMATS["hermes"].write([("weather", {"city": "Paris"})])
 THOUGHT = "<think>\nHm.\n</think>\n\n"
 
 
-class Api:
+class Api(dialects.Server):
     def __init__(self, tokenizer: Tokenizer, **config: Any) -> None:
-        self.tokenizer = tokenizer
-        self.engine = FakeClient()
-        self.engine.max_model_len, self.engine.vocab_size = 4096, tokenizer.vocab_size
-        settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], **config)
-        app = create_app(settings, self.engine, tokenizer, {})  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://test/v1")
-        client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app))
+        super().__init__(tokenizer, base="/v1", **config)
+        client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=self.app))
         self.anthropic = anthropic.AsyncAnthropic(
             base_url="http://test", api_key="key", http_client=client, max_retries=0
         )
-        self.say("Hello")
-
-    def say(self, text: str, **play: Any) -> None:
-        end = {"stop_token": 319} if play.get("finish", "stop") == "stop" else {}
-        steps = [[token] for token in self.tokenizer.encode(text)] + ([[319]] if end else [])
-        self.engine.play = lambda prompt, params: {"steps": steps, "cached": 3, **end, **play}
 
     async def post(self, path: str = "", **body: Any) -> httpx.Response:
         return await self.http.post(f"/messages{path}", json={"messages": HI, "max_tokens": 500, **body})
@@ -69,16 +54,6 @@ class Api:
             events.append(json.loads(data.removeprefix("data: ")))
             assert name == f"event: {events[-1]['type']}"
         return events
-
-    @property
-    def prompt(self) -> str:
-        return self.tokenizer.decode(self.engine.turns[-1].tokens, skip_special_tokens=False)
-
-
-@pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder: Path = tmp_path_factory.mktemp("hermes")
-    return dialects.tokenizer(folder, "hermes")
 
 
 @pytest.fixture
@@ -353,6 +328,11 @@ async def test_what_is_ignored_is_told(api: Api) -> None:
     response = await api.post(metadata={"user_id": "me"}, service_tier="auto", thinking=thinking, tools=tools)
     told = response.headers["x-ignored-parameters"]
     assert told == "metadata, service_tier, thinking.budget_tokens, tools.cache_control"
+    system = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}]
+    counted = await api.http.post(
+        "/messages/count_tokens", json={"messages": HI, "system": system, "user_profile_id": "x"}
+    )
+    assert counted.headers["x-ignored-parameters"] == "system[].cache_control, user_profile_id"
 
 
 # --- Anthropic's client ---------------------------------------------------------------------------------------------

@@ -91,11 +91,6 @@ def test_only_marks_and_space_beside_them_are_dropped(fragments: list[str], open
 
 
 @pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return dialects.tokenizer(tmp_path_factory.mktemp("hermes"), "hermes")
-
-
-@pytest.fixture(scope="module")
 def opening(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return dialects.tokenizer(tmp_path_factory.mktemp("opening"), "hermes", OPENS)
 
@@ -197,6 +192,35 @@ async def test_prompts_that_begin_the_reasoning(opening: Tokenizer) -> None:
     begun = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think>\nWell. "}]
     for found in await api.answers(messages=begun, add_generation_prompt=False, continue_final_message=True):
         assert (found["message"]["reasoning"], found["message"]["content"]) == ("Hm.", "Paris.")
+
+
+async def test_a_format_lets_the_model_think_first(hermes: Tokenizer, opening: Tokenizer) -> None:
+    def accepts(api: Api, text: str) -> bool:
+        grammar = api.engine.turns[-1].params.grammar
+        assert grammar is not None
+        tokens = api.tokenizer.encode(text)
+        matcher = api.tokenizer.compiler.compile(grammar)
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    form = {"response_format": {"type": "json_object"}}
+    continued = {"add_generation_prompt": False, "continue_final_message": True}
+    thought, bare, rest = "<think>\nHm.\n</think>\n\n{}", "{}", "Hm.\n</think>\n\n{}"
+    for tokenizer, body, right in (
+        (hermes, {}, {thought, bare}),  # the model decides
+        (opening, {}, {thought, rest}),  # the prompt has begun it
+        (opening, {"reasoning_effort": "none"}, {bare}),
+        (opening, {"chat_template_kwargs": {"enable_thinking": False}}, {bare}),
+        (hermes, {"messages": [{"role": "assistant", "content": "So: "}], **continued}, {bare}),
+        (hermes, {"messages": [{"role": "assistant", "content": "<think>Hm"}], **continued}, {thought, rest}),
+    ):
+        api = Api(tokenizer)
+        api.say("x")
+        assert (await api.post(**form, **body)).status_code == 200
+        assert {text for text in (thought, bare, rest) if accepts(api, text)} == right
+    api = Api(hermes)
+    api.say(thought)
+    for found in await api.answers(**form):
+        assert (found["message"]["reasoning"], found["message"]["content"]) == ("Hm.", "{}")
 
 
 async def test_the_flag(tmp_path: Path) -> None:

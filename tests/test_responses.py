@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import dialects
@@ -15,8 +14,6 @@ from fake_engine import FakeClient, FakeTurn
 from pydantic import BaseModel
 from test_api import error_of, serving
 
-from miniserve.config import EngineConfig, ServeConfig
-from miniserve.frontend.app import create_app
 from miniserve.frontend.client import EngineError
 from miniserve.frontend.formats import FORMATS
 from miniserve.frontend.response_schemas import OUTPUT, messages_of
@@ -43,22 +40,10 @@ class Engine(FakeClient):
         return turn
 
 
-class Api:
+class Api(dialects.Server):
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.engine = Engine()
-        self.engine.max_model_len, self.engine.vocab_size = 4096, tokenizer.vocab_size
-        settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"])
-        self.app = create_app(settings, self.engine, tokenizer, {})  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://test/v1")
+        super().__init__(tokenizer, Engine(), "/v1")
         self.openai = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=self.http, max_retries=0)
-        self.say("Hello")
-
-    def say(self, text: str, **play: Any) -> None:
-        end = {"stop_token": 319} if play.get("finish", "stop") == "stop" else {}
-        steps = [[token] for token in self.tokenizer.encode(text)] + ([[319]] if end else [])
-        self.engine.play = lambda prompt, params: {"steps": steps, "cached": 3, **end, **play}
 
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post("/responses", json={"input": "Hi", **body})
@@ -81,16 +66,6 @@ class Api:
             assert (name, number) == (f"event: {event['type']}", event["sequence_number"])
             events.append(event)
         return events
-
-    @property
-    def prompt(self) -> str:
-        return self.tokenizer.decode(self.engine.turns[-1].tokens, skip_special_tokens=False)
-
-
-@pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder: Path = tmp_path_factory.mktemp("hermes")
-    return dialects.tokenizer(folder, "hermes")
 
 
 @pytest.fixture
@@ -294,7 +269,7 @@ async def test_formats(api: Api) -> None:
     await api.whole(text={"format": {"type": "text"}})
     grammars = [turn.params.grammar for turn in api.engine.turns]
     assert '"a"' in grammars[0].text
-    assert grammars[1].kind == "json_schema"
+    assert "%json" in grammars[1].text
     assert grammars[2] is None
 
 
@@ -391,6 +366,30 @@ async def test_failures_are_not_stored(api: Api) -> None:
     error_of(await api.post(previous_response_id=failed["id"]), 404)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stored_responses_can_be_read_and_deleted(api: Api, stream: bool) -> None:
+    api.say(f"{THOUGHT}I look.\n{CALL}")
+    options: dict[str, Any] = {"tools": [WEATHER], "metadata": {"a": "b"}}
+    answer = (await api.events(**options))[-1]["response"] if stream else await api.whole(**options)
+    behind = await api.whole(previous_response_id=answer["id"])
+    assert (await api.http.get(f"/responses/{answer['id']}")).json() == answer
+    assert (await api.openai.responses.retrieve(answer["id"])).output_text == "I look."
+    refused = error_of(await api.http.get(f"/responses/{answer['id']}", params={"stream": "true"}), 400)
+    assert refused["param"] == "stream"
+    deleted = await api.http.delete(f"/responses/{answer['id']}")
+    assert deleted.json() == {"id": answer["id"], "object": "response", "deleted": True}
+    for method in ("GET", "DELETE"):
+        error = error_of(await api.http.request(method, f"/responses/{answer['id']}"), 404)
+        assert (error["code"], answer["id"] in error["message"]) == ("response_not_found", True)
+    error_of(await api.post(previous_response_id=answer["id"]), 404)
+    # What has gone on behind it goes on.
+    await api.whole(previous_response_id=behind["id"])
+    assert "I look." in api.prompt
+    await api.openai.responses.delete(behind["id"])
+    with pytest.raises(openai.NotFoundError, match="no response"):
+        await api.openai.responses.retrieve(behind["id"])
+
+
 def test_the_store_is_bounded() -> None:
     store: ResponseStore[int] = ResponseStore(max_responses=3, max_tokens=100)
     for number in range(4):
@@ -402,6 +401,13 @@ def test_the_store_is_bounded() -> None:
     store.put("5", Stored((), 101, ""))
     assert len(store) == 0
     store.put("6", Stored((), 100, ""))
+    assert len(store) == 1
+    store.put("7", Stored((), 50, "", b"x" * 204))
+    assert len(store) == 0
+    assert not store.delete("7")
+    store.put("8", Stored((), 50, "", b"x" * 200))
+    assert store.delete("8")
+    store.put("9", Stored((), 100, ""))
     assert len(store) == 1
 
 

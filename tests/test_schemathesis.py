@@ -35,6 +35,8 @@ ROUTES = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/{response}"),
+    ("DELETE", "/v1/responses/{response}"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"),
     ("POST", "/tokenize"),
@@ -73,7 +75,13 @@ def test_answers_are_as_documented(schema: Any, mode: GenerationMode, method: st
     @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     def check(case: schemathesis.Case) -> None:
         if len(statuses) % 2:
-            case.path_parameters.update({name: KNOWN[name] for name in case.path_parameters})
+            if "response" in case.path_parameters:
+                stored = (
+                    schema["/v1/responses"]["POST"].Case(body={"input": "Hi"}, media_type="application/json").call()
+                )
+                case.path_parameters["response"] = stored.json()["id"]
+                case.query.clear()
+            case.path_parameters.update({name: KNOWN[name] for name in case.path_parameters.keys() & KNOWN})
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body.pop("model", None)  # nearly all made-up names are a 404
             if len(statuses) % 2:  # half of the cases without what most made-up combinations are a 400 of

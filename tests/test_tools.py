@@ -11,19 +11,21 @@ from typing import Any
 import dialects
 import httpx
 import pytest
-from fake_engine import FakeClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.config import ConfigError, EngineConfig, ServeConfig
-from miniserve.frontend.app import create_app
-from miniserve.frontend.call_grammar import call_grammar
+from miniserve.config import ConfigError
+from miniserve.frontend.answer_grammar import _without, answer_grammar
 from miniserve.frontend.calls import Found, typed
-from miniserve.frontend.dialect import find_dialect
+from miniserve.frontend.chat import chat_tokens
+from miniserve.frontend.dialect import THINKING, find_dialect
 from miniserve.frontend.formats import FORMATS
 from miniserve.frontend.reader import CallScanner, Part, ToolCall, merged
 from miniserve.frontend.schemas import ChatRequest
+from miniserve.frontend.structured import json_grammar
+from miniserve.frontend.tools import MAX_TOOLS, MAX_TOOLS_CHARS, check_tools, few_tools
 from miniserve.grammar import Compiler
+from miniserve.sampling import Grammar, ParameterError
 from miniserve.tokenizer import Tokenizer
 
 NASTY = 'a "quoted" }{ ][ \\ </tool_call> <tool_call>{"name": "x"}\n日本 \u2028 é'
@@ -126,6 +128,7 @@ MALFORMED = {
     "llama3_json": [
         '{"city": "Paris"}',
         '{"name": "Paris"',
+        '{"name": "Paris", "age": 2000}',
         "<|python_tag|>print(1)",
         '{"names": 1}',
         "{}",
@@ -166,7 +169,13 @@ def test_malformed_calls_are_text(form: str, text: str) -> None:
         ),
         ("qwen3_coder", "<function=list_all>\n</function>\n</tool_call>", [("list_all", {})]),
         ("llama3_json", '<|python_tag|>{"type": "function", "name": "f", "parameters": {"a": 1}}', [("f", {"a": 1})]),
-        ("llama3_json", ' \n{"function": "f", "parameters": {}} ; {"name": "g"}', [("f", {}), ("g", {})]),
+        (
+            "llama3_json",
+            ' \n{"function": "write", "parameters": {}} ; {"name": "list_all"}',
+            [("write", {}), ("list_all", {})],
+        ),
+        ("llama3_json", '{"name": "f", "parameters": {"a": 1}}', [("f", {"a": 1})]),
+        ("llama3_json", '<|python_tag|>{"name": "f"}', [("f", {})]),
         ("mistral", '[TOOL_CALLS]f[CALL_ID]a1[ARGS]{"a": 1}[TOOL_CALLS]g{}', [("f", {"a": 1}), ("g", {})]),
         ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "123456789"}]', [("f", {})]),
     ],
@@ -205,6 +214,35 @@ def test_arguments_are_as_the_model_wrote_them() -> None:
 )
 def test_unquoted_arguments_are_what_their_schema_says(text: str, schema: Any, value: Any) -> None:
     assert typed(text, schema) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ('{"x": 1}', {"$ref": "#/$defs/point"}, {"x": 1}),
+        ('{"x": 1}', {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}], "default": None}, {"x": 1}),
+        ("null", {"anyOf": [{"$ref": "#/$defs/point"}, {"type": "null"}]}, None),
+        ("[1]", {"allOf": [{"$ref": "#/$defs/list"}], "description": "Some."}, [1]),
+        ("1", {"$ref": "#/$defs/word"}, "1"),
+        ("1", {"$ref": "#/$defs/none"}, "1"),
+        ("1", {"$ref": "#/$defs/endless"}, "1"),
+        ("1", {"$ref": "elsewhere.json"}, "1"),
+    ],
+)
+def test_references_are_followed(text: str, schema: Any, value: Any) -> None:
+    """As pydantic writes schemas."""
+    definitions = {
+        "point": {"type": "object"},
+        "list": {"type": "array"},
+        "word": {"enum": ["1", "2"]},
+        "endless": {"$ref": "#/$defs/endless"},
+    }
+    root = {"type": "object", "properties": {"p": schema}, "$defs": definitions}
+    assert typed(text, schema, root) == value
+    text = f"<tool_call>\n<function=f>\n<parameter=p>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    (call,) = CallScanner(FORMATS["qwen3_coder"], {"f": root}, False).read(text, final=True)
+    assert isinstance(call, ToolCall)
+    assert json.loads(call.arguments) == {"p": value}
 
 
 FRAGMENTS = [
@@ -376,13 +414,38 @@ def test_tools_in_the_system_message(tokenizers: dict[str, Tokenizer]) -> None:
     assert dialect.messages([user], None) == [user]
 
 
+def test_templates_that_read_all_of_a_tool(tmp_path: Path) -> None:
+    """As those of Hermes do: what a tool leaves out is empty then, and else not there at all."""
+    reads = "{% for t in tools %}{{ t.function.name ~ ': ' + t.function.description }}{% endfor %}"
+    for template, said in ((reads, "list_all: write: Writes."), ("{{ tools }}", "{'name': 'list_all'}")):
+        tokenizer = dialects.tokenizer(tmp_path, "hermes", template + "<tool_call>")
+        request = ChatRequest.model_validate({"messages": HI, "tools": TOOLS[::-1]})
+        assert said in tokenizer.decode(chat_tokens(tokenizer, find_dialect(tokenizer), request))
+    refuses = dialects.tokenizer(tmp_path, "hermes", "{{ raise_exception('never') }}{{ tools }}")
+    with pytest.raises(ParameterError, match="never"):
+        chat_tokens(refuses, find_dialect(refuses), request)
+
+
+def test_ids_for_mistral(tokenizers: dict[str, Tokenizer]) -> None:
+    dialect = find_dialect(tokenizers["mistral"])
+    for ids in (["call_1_abcdefghi", "call_2_abcdefghi", ""], ["abcdefgh1", "abcdefgh2", None]):
+        calls = [{"id": id, "type": "function", "function": {"name": "f", "arguments": {}}} for id in ids]
+        results = [{"role": "tool", "tool_call_id": id, "content": "x"} for id in ids if id]
+        said, *told = dialect.messages([{"role": "assistant", "content": "", "tool_calls": calls}, *results], None)
+        short = [call["id"] for call in said["tool_calls"]]
+        assert all(re.fullmatch("[A-Za-z0-9]{9}", id) for id in short)
+        assert len(set(short)) == 3
+        assert short[:2] == [message["tool_call_id"] for message in told]
+        assert short[0] in (ids[0], dialect.messages([{**results[0]}], None)[0]["tool_call_id"])
+
+
 # --- forced calls ---------------------------------------------------------------------------------------------------
 
 
 def matches(tokenizer: Tokenizer, form: str, text: str, **how: Any) -> bool:
     options = {"single": False, "thinking": None, "opened": False, **how}
     tools = options.pop("tools", TOOLS)
-    grammar = call_grammar(FORMATS[form], tools, tokenizer=tokenizer, **options)
+    grammar = answer_grammar(FORMATS[form], tools, options.pop("wanted", None), tokenizer=tokenizer, **options)
     matcher = Compiler(tokenizer).compile(grammar)
     tokens = tokenizer.encode(text)
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
@@ -412,6 +475,32 @@ def test_forced_calls(tokenizers: dict[str, Tokenizer], form: str) -> None:
     assert not matches(tokenizer, form, write([("list_all", {})]), tools=TOOLS[:1])
 
 
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("mistral", '[TOOL_CALLS][{"name": "list_all", "arguments": {}}]'),
+        ("mistral", '[TOOL_CALLS] [{"name": "list_all", "arguments": {}, "id": "aB3456789"}]'),
+        ("mistral_args", "[TOOL_CALLS]list_all[CALL_ID]aB3456789[ARGS]{}"),
+    ],
+)
+def test_variants_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str, text: str) -> None:
+    """What models of the family write beside what they write here."""
+    assert matches(tokenizers[form], form, text)
+    assert plain(read(form, [text])) == CALLS[1:]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["string", "integer"])
+def test_as_many_tools_as_there_may_be_can_be_forced(tokenizers: dict[str, Tokenizer], form: str, kind: str) -> None:
+    names = [f"argument_{i}" for i in range(10)]
+    parameters = {"type": "object", "properties": {name: {"type": kind} for name in names}, "required": names[:1]}
+    tools = [tool(f"tool_{i}", description="It does something." * 10, parameters=parameters) for i in range(MAX_TOOLS)]
+    tools = tools[: MAX_TOOLS_CHARS // len(json.dumps(tools[0]))]
+    check_tools(few_tools(tools))
+    value = {"string": "5", "integer": 5}[kind]
+    assert matches(tokenizers[form], form, FORMATS[form].write([("tool_7", {"argument_0": value})]), tools=tools)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_schemas_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str) -> None:
     point = {
@@ -433,14 +522,11 @@ def test_schemas_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str) ->
 
     assert ok({"p": {"x": 1}, "kind": "a\nb"})
     assert not ok({"p": {"x": 1}, "kind": "d"})
-    if form != "qwen3_coder":  # which does not see that a reference is no text
-        assert not ok({"p": {"x": "1"}, "kind": "c"})
+    assert not ok({"p": {"x": "1"}, "kind": "c"})
 
 
 @pytest.mark.parametrize("form", ["hermes", "smollm2"])  # with tokens for the marks, and without
 def test_forced_calls_after_reasoning(tokenizers: dict[str, Tokenizer], form: str) -> None:
-    from miniserve.frontend.dialect import THINKING
-
     tokenizer, call = tokenizers[form], FORMATS[form].write([("list_all", {})])
     how = {"thinking": THINKING["qwen3"]}
     for text, opened, right in (
@@ -454,28 +540,89 @@ def test_forced_calls_after_reasoning(tokenizers: dict[str, Tokenizer], form: st
         assert matches(tokenizer, form, text, opened=opened, **how) == right, text
 
 
+# --- calls beside a format ------------------------------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WANTED = [
+    (json_grammar(PERSON), ['{"name": "Anna", "age": 3}', '{\n  "name": "Wri}te",\n  "age": 3\n}'], ["{}", "Anna"]),
+    (json_grammar({"type": "array", "items": {"type": "integer"}}), ["[1, 2]", "[]"], ["[", "1"]),
+    (Grammar("regex", r"a+/[b/]\/\\(?:\n|x)?"), ["aa/b/\\", "a///\\\n"], ["aa", "b"]),
+    (Grammar("regex", ""), [""], ["a"]),
+    (Grammar("lark", '%llguidance {}\n\nstart: "a" | "b" start // as of GBNF'), ["a", "bba"], ["b"]),
+    (Grammar("lark", 'start: "}" | "b" x\nx: /[0-9]+/ | %json {"type": "null"}'), ["}", "b12", "bnull"], ["b"]),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("number", range(len(WANTED)))
+def test_a_format_or_calls(tokenizers: dict[str, Tokenizer], form: str, number: int) -> None:
+    tokenizer, write = tokenizers[form], FORMATS[form].write
+    wanted, right, wrong = WANTED[number]
+    both = [*CALLS[1:], ("write", {"text": "x", "count": 2})]
+    for single in (False, True):
+        for text in (*right, *(write([call]) for call in both)):
+            assert matches(tokenizer, form, text, wanted=wanted, single=single), text
+        for text in (*wrong, "I look.", (right[-1] or "x") + write(CALLS[1:]), write([("unknown", {})])):
+            assert not matches(tokenizer, form, text, wanted=wanted, single=single), text
+        several = write(both)
+        assert matches(tokenizer, form, several, wanted=wanted, single=single) == (
+            FORMATS[form].parallel and not single
+        )
+
+
+@pytest.mark.parametrize("mark", ["</think>", "[/THINK]"])
+@given(data=st.data())
+def test_text_without_a_mark(mark: str, data: st.DataObject) -> None:
+    """Reasoning in a grammar never spells its end out: that would be the end for whoever reads it."""
+    letters = st.sampled_from([*mark, mark, mark[:-1], mark[:3], "a", "\n", "é"])
+    text = "".join(data.draw(st.lists(letters, max_size=12)))
+    assert (re.fullmatch(_without(mark), text) is not None) == (mark not in text)
+
+
+def test_reasoning_does_not_spell_its_end(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, end = tokenizers["hermes"], tokenizers["hermes"].control_id("</think>")
+    options: Any = {"single": False, "thinking": THINKING["qwen3"], "opened": True, "tokenizer": tokenizer}
+    grammar = answer_grammar(FORMATS["hermes"], [], Grammar("regex", "[ab]"), **options)
+    assert end is not None
+    spelled = [*b"<</think>"]
+    for tokens, right in (([*b"x </thin", end, ord("a")], True), ([*spelled, ord("a"), end, ord("a")], False)):
+        matcher = Compiler(tokenizer).compile(grammar)
+        assert (matcher.try_consume_tokens(tokens) == len(tokens)) == right
+
+
+@pytest.mark.parametrize("number", range(len(WANTED)))
+@pytest.mark.parametrize("form", ["hermes", "smollm2"])  # with tokens for the marks, and without
+def test_a_format_after_reasoning(tokenizers: dict[str, Tokenizer], form: str, number: int) -> None:
+    wanted, right, wrong = WANTED[number]
+
+    def ok(text: str, opened: bool = False, tools: Any = ()) -> bool:
+        how = {"thinking": THINKING["qwen3"], "opened": opened, "tools": [*tools], "wanted": wanted}
+        return matches(tokenizers[form], form, text, **how)
+
+    for text in right:
+        assert ok(text)
+        assert ok(f"<think>\nHm <b> {{\n</think>\n\n{text}")
+        assert ok(f"Hm\n</think>\n\n{text}", opened=True)
+        assert ok(f"<think>Hm</think>{text}", opened=True, tools=TOOLS)
+        assert not ok(text, opened=True)
+        assert not ok(f"Hm\n</think>\n\n{text}")
+    for text in wrong:
+        assert not ok(f"<think>Hm</think>{text}")
+    assert ok("<think>\nHm\n</think>\n\n" + FORMATS[form].write(CALLS[1:]), tools=TOOLS)
+
+
 # --- the API --------------------------------------------------------------------------------------------------------
 
 HI = [{"role": "user", "content": "Hi"}]
 
 
-class Api:
-    """A server of a tiny model with a format's template, and the engine behind it. `say` is what the model will say."""
-
-    def __init__(self, tokenizer: Tokenizer, **config: Any) -> None:
-        self.engine = FakeClient()
-        self.engine.max_model_len, self.engine.vocab_size = 4096, tokenizer.vocab_size
-        self.tokenizer = tokenizer
-        settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], **config)
-        app = create_app(settings, self.engine, tokenizer, {})  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://test")
-
-    def say(self, text: str, **play: Any) -> None:
-        tokens = self.tokenizer.encode(text)
-        end = {"stop_token": 319} if play.get("finish", "stop") == "stop" else {}
-        steps = [[token] for token in tokens] + ([[319]] if end else [])
-        self.engine.play = lambda prompt, params: {"steps": steps, **end, **play}
+class Api(dialects.Server):
+    """As clients of chats see it."""
 
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json={"messages": HI, **body})
@@ -659,6 +806,41 @@ async def test_tools_that_cannot_be_forced(tokenizers: dict[str, Tokenizer], str
     response = await api.post(tools=tools, tool_choice="required", stream=stream)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_format_leaves_the_choice_of_a_call(tokenizers: dict[str, Tokenizer], form: str) -> None:
+    """As with OpenAI: the model calls a tool, or answers in the format."""
+    api = Api(tokenizers[form])
+    body = {
+        "tools": TOOLS,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}},
+    }
+    api.say(FORMATS[form].write(CALLS[1:]))
+    for found in await api.answers(**body):
+        assert (found["finish_reason"], found["message"]["content"]) == ("tool_calls", None)
+        assert found["message"]["tool_calls"] == [called("list_all", "{}")]
+    # What is in the format is no call, whatever it resembles.
+    for text in ('{"name": "Anna", "age": 3}', '{"name": "<tool_call><function=f></function></tool_call>", "age": 3}'):
+        api.say(text)
+        for found in await api.answers(**body):
+            assert (found["finish_reason"], found["message"]["content"]) == ("stop", text)
+            assert "tool_calls" not in found["message"]
+    grammars = [turn.params.grammar for turn in api.engine.turns]
+    assert all(grammar and grammar.kind == "lark" and "list_all" in grammar.text for grammar in grammars)
+    await api.post(**body, tool_choice="none")
+    await api.post(**body, tool_choice="required")
+    none, required = (turn.params.grammar.text for turn in api.engine.turns[-2:])
+    assert ("list_all" in none, '"age"' in none) == (False, True)
+    assert ("list_all" in required, '"age"' in required) == (True, False)
+
+
+async def test_who_is_at_fault_beside_a_format(tokenizers: dict[str, Tokenizer]) -> None:
+    api = Api(tokenizers["hermes"])
+    robot = [tool(parameters={"type": "object", "properties": {"a": {"type": "robot"}}})]
+    for tools, regex, param in ((robot, "a", "tools"), (TOOLS, "(", "structured_outputs")):
+        response = await api.post(tools=tools, structured_outputs={"regex": regex})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 async def test_the_flag(tokenizers: dict[str, Tokenizer]) -> None:

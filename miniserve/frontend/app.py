@@ -20,7 +20,7 @@ from miniserve.frontend.messages_api import MessageOut, TokenCount
 from miniserve.frontend.metrics import CONTENT_TYPE
 from miniserve.frontend.middleware import ApiKey, BodyLimit, RequestId
 from miniserve.frontend.response_schemas import ResponsesRequest
-from miniserve.frontend.response_types import ResponseOut
+from miniserve.frontend.response_types import ResponseDeleted, ResponseOut
 from miniserve.frontend.responses import (
     ChatCompletion,
     Completion,
@@ -32,7 +32,7 @@ from miniserve.frontend.responses import (
     Version,
 )
 from miniserve.frontend.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miniserve.frontend.service import Service
+from miniserve.frontend.service import Service, told
 from miniserve.tokenizer import Tokenizer
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -112,14 +112,27 @@ def create_app(
         """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
         return await service.respond(request, body)
 
+    @app.get("/v1/responses/{response}", responses={200: {"model": ResponseOut}})
+    async def retrieve_response(response: str, stream: bool = False) -> Response:
+        """A response that is stored, as it was answered."""
+        if stream:
+            raise errors.ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
+        return service.stored_response(response)
+
+    @app.delete("/v1/responses/{response}")
+    async def delete_response(response: str) -> ResponseDeleted:
+        """Forget a response; those that have gone on behind it stay as they are."""
+        return service.delete_response(response)
+
     @app.post("/v1/messages", responses={**ANTHROPIC_ERRORS, 200: {"model": MessageOut, "content": NAMED_STREAM}})
     async def messages(request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
         return await service.message(request, body)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
-    async def count_tokens(body: CountTokensRequest) -> TokenCount:
+    async def count_tokens(body: CountTokensRequest, response: Response) -> TokenCount:
         """How many tokens the prompt of such a request has."""
+        told(response, body)
         return await service.count_tokens(body)
 
     @app.get("/v1/models")
@@ -134,13 +147,15 @@ def create_app(
         return card(model)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Tokenized:
+    async def tokenize(body: TokenizeRequest, response: Response) -> Tokenized:
         """The tokens of a prompt, or of messages as the chat template renders them."""
+        told(response, body)
         return await service.tokenize(body)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Detokenized:
+    async def detokenize(body: DetokenizeRequest, response: Response) -> Detokenized:
         """The text of tokens."""
+        told(response, body)
         return await service.detokenize(body)
 
     @app.get("/health")

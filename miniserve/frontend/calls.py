@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 NAME_KEYS = ("name", "function")
 ARGUMENT_KEYS = ("arguments", "parameters")
+MAX_PARTS = 64
+"""How many alternatives and references of a schema are looked at for its types: they may go round in circles."""
 FIRST_KEYS = (*NAME_KEYS, *ARGUMENT_KEYS, "type", "id")
 
 Schemas = Mapping[str, Any]
@@ -213,14 +216,15 @@ class TagAttempt:
             if found is None:
                 return []
             kind = properties.get(found[1]) if isinstance(properties, dict) else None
-            arguments[found[1]] = typed(found[2].removeprefix("\n").removesuffix("\n"), kind)
+            arguments[found[1]] = typed(found[2].removeprefix("\n").removesuffix("\n"), kind, schema)
             at = found.end()
         return [Call(head[1], json.dumps(arguments, ensure_ascii=False))]
 
 
-def typed(text: str, schema: Any) -> Any:
-    """An argument that is written without quotes, as what its schema says it is; text where it says nothing."""
-    types = schema_types(schema)
+def typed(text: str, schema: Any, root: Any = None) -> Any:
+    """An argument that is written without quotes, as what its schema, a part of `root`, says it is; text where it says
+    nothing."""
+    types = schema_types(schema, root)
     if not types or ("string" in types and not ("null" in types and text == "null")):
         return text
     word = {"True": "true", "False": "false", "None": "null"}.get(text.strip(), text)  # Python's, which models mix up
@@ -232,32 +236,46 @@ def typed(text: str, schema: Any) -> Any:
     return value
 
 
-def schema_types(schema: Any) -> set[str]:
-    """The types that a schema allows, as far as it says so."""
-    if not isinstance(schema, dict):
-        return set()
-    kind = schema.get("type")
-    types = {item for item in (kind if isinstance(kind, list) else [kind]) if isinstance(item, str)}
-    for union in ("anyOf", "oneOf"):
-        choices = schema.get(union)
-        for choice in choices if isinstance(choices, list) else []:
-            types |= schema_types(choice)
-    values = schema.get("enum")
-    if not types and isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        return {"string"}
+def schema_types(schema: Any, root: Any) -> set[str]:
+    """The types that a schema, a part of `root`, allows as far as it says so."""
+    types: set[str] = set()
+    parts = [schema]
+    for part in islice(parts, MAX_PARTS):  # which grow meanwhile
+        if not isinstance(part, dict):
+            continue
+        kind, values = part.get("type"), part.get("enum")
+        own = {item for item in (kind if isinstance(kind, list) else [kind]) if isinstance(item, str)}
+        if not own and isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+            own = {"string"}
+        types |= own
+        for union in ("anyOf", "oneOf", "allOf"):
+            choices = part.get(union)
+            parts += choices if isinstance(choices, list) else []
+        if isinstance(reference := part.get("$ref"), str):
+            parts.append(_referred(reference, root))
     return types
+
+
+def _referred(reference: str, root: Any) -> Any:
+    """What a reference inside of `root` is about; None if nothing is there."""
+    found = root
+    for key in reference.removeprefix("#/").split("/"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 # --- Llama, Mistral -------------------------------------------------------------------------------------------------
 
 
 class LlamaAttempt:
-    """Llama 3.x: a JSON object, after <|python_tag|> or by itself; its first key tells it from other JSON early."""
+    """Llama 3.x: a JSON object, after <|python_tag|> or by itself; its first key tells it from other JSON early. By
+    itself it is a call if it has arguments or names a tool: other objects have names, too."""
 
     _OPEN = re.compile(r"(?:<\|python_tag\|>)?\s*")
     _FIRST = re.compile(r'\{\s*(?:"(\w*)("?))?')
 
     def __init__(self, schemas: Schemas) -> None:
+        self._schemas = schemas
         self._json: JsonEnd | None = None
 
     def read(self, text: str, final: bool) -> Found | None:
@@ -279,7 +297,9 @@ class LlamaAttempt:
         end = self._json.find(text)
         if end is None:
             return Found([], self._json.at) if self._json.broken else None
-        return Found(json_calls(text[start:end]), end)
+        calls = json_calls(text[start:end])
+        told = start > 0 or all(call.name in self._schemas or call.arguments != "{}" for call in calls)
+        return Found(calls if told else [], end)
 
 
 class MistralAttempt:

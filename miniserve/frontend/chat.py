@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from miniserve.cluster.messages import TokenLogprob
-from miniserve.frontend.dialect import Dialect
+from miniserve.frontend.answer_grammar import answer_grammar
+from miniserve.frontend.dialect import Dialect, Reasoned
 from miniserve.frontend.generate import Choice, Generation
 from miniserve.frontend.logprobs import chat_logprobs
 from miniserve.frontend.reader import Part, Reader, Reasoning, ToolCall
@@ -24,21 +25,32 @@ from miniserve.frontend.responses import (
 )
 from miniserve.frontend.schemas import ChatRequest, StreamOptions, TokenizeRequest
 from miniserve.frontend.streaming import Chunks
-from miniserve.sampling import SamplingParams
+from miniserve.frontend.tools import Tool, with_all_keys
+from miniserve.sampling import ParameterError, SamplingParams
 from miniserve.tokenizer import Tokenizer
 
 
 def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | TokenizeRequest) -> list[int]:
     """The prompt of a conversation. Slow: not for the event loop. Raises `ParameterError`."""
+
+    def rendered(tools: list[Tool] | None) -> list[int]:
+        messages = [message.for_template() for message in request.messages or []]
+        return tokenizer.chat(
+            dialect.messages(messages, tools),
+            tools=tools or None if dialect.knows_tools else None,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            template_kwargs=request.template_variables,
+        )
+
     # Tools stay in the prompt when none may be called, so that it begins like that of the turn before.
-    messages = [message.for_template() for message in request.messages or []]
-    return tokenizer.chat(
-        dialect.messages(messages, request.tools),
-        tools=request.tools or None if dialect.knows_tools else None,
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-        template_kwargs=request.template_variables,
-    )
+    try:
+        return rendered(request.tools)
+    except ParameterError:
+        # Hermes' templates read a description and parameters of each tool, which clients may leave out.
+        if not request.tools or (complete := [with_all_keys(tool) for tool in request.tools]) == request.tools:
+            raise
+        return rendered(complete)
 
 
 class ChatTask:
@@ -54,18 +66,20 @@ class ChatTask:
         return [chat_tokens(self._tokenizer, self._dialect, self._request)]
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
-        """`params`, with a grammar where a call is forced. Slow, too. Raises `ParameterError`."""
-        calling = self._request.calling
-        if not calling.forced:
+        """`params`, whose grammar is that of the format if there is one, with the grammar of the whole answer: where a
+        call is forced, or there may be reasoning or a call instead of the format. Slow, too."""
+        calling, reasoned = self._request.calling, self._reasoned(prompt)
+        wanted = None if calling.forced else params.grammar
+        tools = calling.forced or (calling.callable if wanted else [])
+        if not tools and (wanted is None or reasoned == "over"):
             return params
-        from miniserve.frontend.call_grammar import call_grammar  # llguidance, which not every server needs
-
-        grammar = call_grammar(
+        grammar = answer_grammar(
             self._dialect.form,
-            calling.forced,
+            tools,
+            wanted,
             single=calling.single,
-            thinking=self._dialect.thinking,
-            opened=self._opened(prompt),
+            thinking=None if reasoned == "over" else self._dialect.thinking,
+            opened=reasoned == "begun",
             tokenizer=self._tokenizer,
         )
         return msgspec.structs.replace(params, grammar=grammar)
@@ -73,13 +87,19 @@ class ChatTask:
     def reader(self, prompt: list[int]) -> Reader | None:
         """What reads one answer; None where all of it is content."""
         calling = self._request.calling
-        return self._dialect.reader(self._tokenizer, calling.callable, calling.single, self._opened(prompt))
+        return self._dialect.reader(
+            self._tokenizer,
+            calling.callable,
+            single=calling.single,
+            first=self._request.format_field is not None,
+            opened=self._reasoned(prompt) == "begun",
+        )
 
-    def _opened(self, prompt: list[int]) -> bool:
+    def _reasoned(self, prompt: list[int]) -> Reasoned:
         continued = None
         if self._request.continue_final_message:
             continued = self._request.messages[-1].for_template()["content"]
-        return self._dialect.opened(self._tokenizer, prompt, continued)
+        return self._dialect.reasoned(self._tokenizer, prompt, continued)
 
 
 class ChatShape(Chunks):

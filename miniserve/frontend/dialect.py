@@ -6,10 +6,11 @@ the text of the history, in the format that SmolLM2 was trained with.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -37,7 +38,8 @@ MARKS = {
 BY_ARCHITECTURE = {"qwen2": "hermes", "qwen3": "hermes", "mistral": "mistral"}
 TAIL_TOKENS = 16
 """More than a template writes behind a mark of reasoning at the end of a prompt."""
-MISTRAL_ID_CHARS = 9
+Reasoned = Literal["not yet", "begun", "over"]
+"""What a prompt has of the reasoning of its answer: with "not yet" the model decides whether there is any."""
 
 
 class Dialect(msgspec.Struct, frozen=True):
@@ -50,10 +52,16 @@ class Dialect(msgspec.Struct, frozen=True):
     knows_calls: bool
 
     def reader(
-        self, tokenizer: Tokenizer, tools: list[dict[str, Any]] | None, single: bool, opened: bool
+        self,
+        tokenizer: Tokenizer,
+        tools: list[dict[str, Any]] | None,
+        *,
+        single: bool = False,
+        first: bool = False,
+        opened: bool = False,
     ) -> Reader | None:
         """What reads an answer; None where all of it is content. `tools` are those that may be called, `single` allows
-        one call only, and `opened` says that the prompt has begun the reasoning."""
+        one call only and `first` none behind text, and `opened` says that the prompt has begun the reasoning."""
         if not tools and self.thinking is None:
             return None
         marks = [*self.form.marks] if tools else []
@@ -63,20 +71,22 @@ class Dialect(msgspec.Struct, frozen=True):
         return Reader(
             self.thinking,
             opened,
-            CallScanner(self.form, schemas, single) if tools else None,
+            CallScanner(self.form, schemas, single, first) if tools else None,
             frozenset(ids & tokenizer.special_ids),
             tokenizer.control_id(self.thinking.end) if self.thinking else None,
         )
 
-    def opened(self, tokenizer: Tokenizer, prompt: list[int], continued: str | None) -> bool:
-        """Whether reasoning goes on at the end of `prompt`; `continued` is the answer that it ends with, if it does."""
+    def reasoned(self, tokenizer: Tokenizer, prompt: list[int], continued: str | None) -> Reasoned:
+        """How far the reasoning is at the end of `prompt`; `continued` is the answer that it ends with, if it does."""
         if self.thinking is None:
-            return False
+            return "over"
         start, end, always = self.thinking
         if continued is not None:
-            return continued.rfind(start) > continued.rfind(end)
+            return "begun" if continued.rfind(start) > continued.rfind(end) else "over"
         tail = tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False).rstrip()
-        return tail.endswith(start) or (always and not tail.endswith(end))
+        if tail.endswith(end):
+            return "over"
+        return "begun" if always or tail.endswith(start) else "not yet"
 
     def messages(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
         """The conversation as this model's template can render it."""
@@ -176,17 +186,17 @@ def _one_by_one(messages: list[Message]) -> list[Message]:
 
 
 def _with_short_ids(message: Message) -> Message:
-    """Mistral's templates want ids of nine letters and digits."""
+    """Mistral's templates want ids of nine letters and digits; different ones stay different."""
     out = dict(message)
     if "tool_call_id" in message:
         out["tool_call_id"] = _short(message["tool_call_id"])
     if calls := message.get("tool_calls"):
-        out["tool_calls"] = [{**call, "id": _short(call.get("id", ""))} for call in calls]
+        out["tool_calls"] = [{**call, "id": _short(call.get("id") or "")} for call in calls]
     return out
 
 
 def _short(id: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]", "", id)[-MISTRAL_ID_CHARS:].rjust(MISTRAL_ID_CHARS, "0")
+    return id if re.fullmatch(r"[A-Za-z0-9]{9}", id) else hashlib.blake2b(id.encode()).hexdigest()[:9]
 
 
 def schemas_of(tools: list[dict[str, Any]]) -> Mapping[str, Any]:

@@ -62,6 +62,8 @@ def _mistral_args(calls: list[tuple[str, Any]]) -> str:
 
 
 TAGS = ("<tool_call>", "</tool_call>")
+LLAMA = ("<|python_tag|>",)
+MISTRAL = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 FORMATS = {
     form.name: form
     for form in (
@@ -76,27 +78,15 @@ FORMATS = {
         ),
         Format(
             name="llama3_json",
-            starts=("<|python_tag|>",),
-            marks=("<|python_tag|>",),
+            starts=LLAMA,
+            marks=LLAMA,
             attempt=LlamaAttempt,
             write=_llama3_json,
             bare=True,
             parallel=False,
         ),
-        Format(
-            name="mistral",
-            starts=("[TOOL_CALLS]",),
-            marks=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-            attempt=MistralAttempt,
-            write=_mistral,
-        ),
-        Format(
-            name="mistral_args",
-            starts=("[TOOL_CALLS]",),
-            marks=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-            attempt=MistralAttempt,
-            write=_mistral_args,
-        ),
+        Format(name="mistral", starts=MISTRAL[:1], marks=MISTRAL, attempt=MistralAttempt, write=_mistral),
+        Format(name="mistral_args", starts=MISTRAL[:1], marks=MISTRAL, attempt=MistralAttempt, write=_mistral_args),
     )
 }
 """By name; the names are vLLM's where it has one."""

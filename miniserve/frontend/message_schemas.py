@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from miniserve.frontend.parameters import REFUSED_BY_MESSAGES
-from miniserve.frontend.response_schemas import kind_of, one_of
 from miniserve.frontend.schemas import (
-    MAX_KEY_CHARS,
     Body,
     ChatRequest,
     Count,
+    Effort,
+    FewTools,
     Json,
-    JsonList,
     RequestBody,
+    Salt,
     StopTexts,
+    Temperature,
     Text,
+    TopK,
+    TopP,
+    joined,
+    kind_of,
+    one_of,
 )
 from miniserve.frontend.sound import sound_json
-from miniserve.frontend.tools import few_tools
 from miniserve.sampling import ParameterError
 
 NAMES = {
@@ -105,7 +110,7 @@ class OutputFormat(Body):
 
 
 class OutputConfig(Body):
-    effort: Annotated[Text, Field(max_length=32)] | None = None
+    effort: Effort | None = None
     format: OutputFormat | None = None
 
 
@@ -117,7 +122,7 @@ class CountTokensRequest(RequestBody):
     messages: Annotated[list[MessageParam], Field(fail_fast=True, min_length=1)]
     model: Text | None = None
     system: TextOrBlocks | None = None
-    tools: Annotated[JsonList, BeforeValidator(few_tools)] | None = None
+    tools: FewTools | None = None
     tool_choice: ToolChoiceParam | None = None
     thinking: ThinkingSettings | None = None
     output_config: OutputConfig | None = None
@@ -136,7 +141,7 @@ class CountTokensRequest(RequestBody):
         return ChatRequest.model_validate(self._fields())
 
     def _fields(self) -> dict[str, Any]:
-        messages = [{"role": "system", "content": _text(self.system)}] if self.system else []
+        messages = [{"role": "system", "content": joined(self.system)}] if self.system else []
         for number, message in enumerate(self.messages):
             messages += _chat_messages(message, f"messages[{number}]")
         continued = self.messages[-1].role == "assistant"
@@ -165,11 +170,11 @@ class CountTokensRequest(RequestBody):
 class MessagesRequest(CountTokensRequest):
     max_tokens: Count
     stop_sequences: StopTexts | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
     stream: bool | None = None
-    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
+    cache_salt: Salt | None = None
 
     def _fields(self) -> dict[str, Any]:
         return {
@@ -203,7 +208,7 @@ def _chat_messages(message: MessageParam, at: str) -> list[dict[str, Any]]:
             texts.append(block.text)
         elif isinstance(block, ToolResultBlock) and message.role == "user":
             say()
-            result = (ERROR if block.is_error else "") + _text(block.content or "")
+            result = (ERROR if block.is_error else "") + joined(block.content or "")
             messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
         else:
             raise _misplaced(block, message.role, f"{at}.content[{number}]")
@@ -230,10 +235,6 @@ def _answer(blocks: list[Any], at: str) -> dict[str, Any]:
 
 def _misplaced(block: Any, role: str, at: str) -> ParameterError:
     return ParameterError(at, f"`{at}`: a message of the role {role!r} cannot hold a block of type {block.type!r}.")
-
-
-def _text(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)
 
 
 def _chat_tool(number: int, tool: dict[str, Any]) -> dict[str, Any]:

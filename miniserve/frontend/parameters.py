@@ -1,5 +1,6 @@
 """Parameters of the APIs that mean nothing here. Those that would change the answer are refused, with what to do
-instead; all others are ignored, and the answer's `X-Ignored-Parameters` names them (docs/api.md has the table)."""
+instead; all others are ignored, and the answer's `X-Ignored-Parameters` names them (docs/api.md has the table), keys
+inside of messages and the like too."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from miniserve.sampling import ParameterError
 
 IGNORED_HEADER = "X-Ignored-Parameters"
 MAX_NAMED = 16
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 ASKS_FOR_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 """Values of a parameter that are as good as leaving it out."""
 HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,)}

@@ -63,16 +63,18 @@ def _beginning(text: str, marks: tuple[str, ...]) -> int:
 
 
 class CallScanner:
-    """Parts content into text and calls. With `single` all ends with the first call: `done`."""
+    """Parts content into text and calls. With `single` all ends with the first call: `done`. With `first` there is no
+    call behind text: what looks like one is a part of it."""
 
     _BARE = re.compile(r"\s*(?:;\s*)?")
 
-    def __init__(self, form: Format, schemas: Schemas, single: bool) -> None:
+    def __init__(self, form: Format, schemas: Schemas, single: bool, first: bool = False) -> None:
         self.calls = 0
         self.done = False
         self._format = form
         self._schemas = schemas
         self._single = single
+        self._first = first
         self._starts = re.compile("|".join(map(re.escape, form.starts)))
         self._held = ""
         self._gap = ""  # white space before the attempt
@@ -96,6 +98,10 @@ class CallScanner:
 
     def _find(self, parts: list[Part], final: bool) -> bool:
         """Give out what is certainly no call; whether one may begin behind it."""
+        if self._first and not self._fresh:
+            held, self._held = self._held, ""
+            self._give(held, parts)
+            return False
         held, at, kept = self._held, -1, ""
         if self._format.bare and self._fresh:
             passed = self._BARE.match(held)

@@ -9,17 +9,24 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, fi
 
 from miniserve.frontend.parameters import REFUSED_BY_RESPONSES
 from miniserve.frontend.schemas import (
-    MAX_KEY_CHARS,
     Body,
     ChatRequest,
     Count,
+    Effort,
+    FewTools,
     Json,
-    JsonList,
+    Key,
     RequestBody,
+    Salt,
+    Temperature,
     Text,
     ToolChoice,
+    TopP,
+    at_most,
+    joined,
+    kind_of,
+    one_of,
 )
-from miniserve.frontend.tools import few_tools
 from miniserve.sampling import ParameterError
 
 NAMES = {
@@ -33,35 +40,8 @@ NAMES = {
 """Parameters of chats, as this API calls them."""
 MAX_METADATA = 16
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+ITEM_KEYS = frozenset({"id", "status"})
 ENCRYPTED = "reasoning.encrypted_content"
-
-
-def _few_pairs(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_METADATA:
-        raise ValueError(f"This should have at most {MAX_METADATA} items, not {len(value)}")
-    return value
-
-
-def kind_of(value: Any) -> str | None:
-    """Which branch of a union of text, lists and objects with a type a value means; errors are about that one only."""
-    if isinstance(value, str):
-        return "<text>"
-    if isinstance(value, list):
-        return "<list>"
-    return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
-
-
-def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
-    """Refuses objects of other types by name."""
-
-    def check(value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in kinds:
-            given = f"of type {kind[:32]!r}" if isinstance(kind, str) else "without a `type`"
-            raise ValueError(f"{what} {given} are not supported: use {', '.join(kinds)}")
-        return value
-
-    return BeforeValidator(check)
 
 
 class TextPart(Body):
@@ -85,12 +65,16 @@ ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 
 
 class MessageItem(Body):
+    untold = ITEM_KEYS
+
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: TextOrParts
 
 
 class FunctionCallItem(Body):
+    untold = ITEM_KEYS
+
     type: Literal["function_call"]
     call_id: Annotated[Text, Field(min_length=1)]
     name: Text
@@ -98,6 +82,8 @@ class FunctionCallItem(Body):
 
 
 class FunctionCallOutputItem(Body):
+    untold = ITEM_KEYS
+
     type: Literal["function_call_output"]
     call_id: Annotated[Text, Field(min_length=1)]
     output: TextOrParts
@@ -105,6 +91,8 @@ class FunctionCallOutputItem(Body):
 
 class ReasoningItem(Body):
     """`content` goes before `summary`. What another server has encrypted cannot be read here."""
+
+    untold = ITEM_KEYS
 
     type: Literal["reasoning"]
     content: ReasoningParts | None = None
@@ -146,7 +134,7 @@ class TextSettings(Body):
 
 
 class ReasoningSettings(Body):
-    effort: Annotated[Text, Field(max_length=32)] | None = None
+    effort: Effort | None = None
     summary: Text | None = None
     generate_summary: Text | None = None
 
@@ -160,15 +148,15 @@ class ResponsesRequest(RequestBody):
     ]
     model: Text | None = None
     instructions: Text | None = None
-    previous_response_id: Annotated[Text, Field(max_length=MAX_KEY_CHARS)] | None = None
-    tools: Annotated[JsonList, BeforeValidator(few_tools)] | None = None
+    previous_response_id: Key | None = None
+    tools: FewTools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     max_output_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     stream: bool | None = None
     store: bool | None = None
     """Whether `previous_response_id` can name this response; yes, unless it is false."""
@@ -176,14 +164,14 @@ class ResponsesRequest(RequestBody):
         Annotated[
             dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
             Field(max_length=MAX_METADATA),
-            BeforeValidator(_few_pairs),
+            at_most(MAX_METADATA),
         ]
         | None
     ) = None
     truncation: Literal["disabled"] | None = None
     include: Annotated[list[Text], Field(max_length=16)] | None = None
-    prompt_cache_key: Annotated[Text, Field(max_length=MAX_KEY_CHARS)] | None = None
-    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
+    prompt_cache_key: Key | None = None
+    cache_salt: Salt | None = None
 
     @field_validator("include")
     @classmethod
@@ -234,10 +222,10 @@ def messages_of(items: Sequence[AnyItem]) -> list[dict[str, Any]]:
     answer: dict[str, Any] | None = None  # the message that further items of the same answer belong to
     for item in items:
         if isinstance(item, FunctionCallOutputItem):
-            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
             answer = None
         elif isinstance(item, MessageItem) and item.role != "assistant":
-            messages.append({"role": item.role, "content": _text(item.content)})
+            messages.append({"role": item.role, "content": joined(item.content)})
             answer = None
         else:
             if answer is None or _begins_another(answer, item):
@@ -259,15 +247,11 @@ def _add(answer: dict[str, Any], item: AnyItem) -> None:
             if thoughts := "\n".join(part.text for part in item.content or item.summary or []):
                 answer["reasoning_content"] = thoughts
         case MessageItem():
-            answer["content"] = answer.get("content", "") + _text(item.content)
+            answer["content"] = answer.get("content", "") + joined(item.content)
         case FunctionCallItem():
             function = {"name": item.name, "arguments": item.arguments}
             call = {"id": item.call_id, "type": "function", "function": function}
             answer.setdefault("tool_calls", []).append(call)
-
-
-def _text(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 def _chat_tool(number: int, tool: dict[str, Any]) -> dict[str, Any]:

@@ -108,3 +108,9 @@ class ResponseOut(TypedDict):
     tools: list[dict[str, Any]]
     top_p: float
     truncation: Literal["disabled"]
+
+
+class ResponseDeleted(TypedDict):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any, Literal
 
+import msgspec
+
 from miniserve.frontend.errors import ApiError
 from miniserve.frontend.generate import Choice, Generation
 from miniserve.frontend.reader import Part, Reasoning, ToolCall
@@ -202,13 +204,7 @@ class ResponsesShape:
     def _ended(self, begun: ResponseOut, output: OutputItems, generation: Generation) -> ResponseOut:
         (choice,) = generation.choices
         cut_off = choice.finish == "length"
-        if self._request.store is not False:
-            assert choice.turn is not None
-            # A client may go on as soon as it has read the last event, so before that is sent.
-            items = (*self._items, *OUTPUT.validate_python(output.items))
-            tokens = len(choice.prompt) + choice.output_tokens
-            self._store.put(begun["id"], Stored(items, tokens, choice.turn.conversation))
-        return {
+        answer: ResponseOut = {
             **begun,
             "completed_at": None if cut_off else int(time.time()),
             "status": "incomplete" if cut_off else "completed",
@@ -216,6 +212,24 @@ class ResponsesShape:
             "output": output.items,
             "usage": _usage(generation),
         }
+        if self._request.store is not False:
+            assert choice.turn is not None
+            # A client may go on as soon as it has read the last event, so before that is sent.
+            items = (*self._items, *OUTPUT.validate_python(output.items))
+            tokens = len(choice.prompt) + choice.output_tokens
+            stored = Stored(items, tokens, choice.turn.conversation, msgspec.json.encode(answer))
+            self._store.put(answer["id"], stored)
+        return answer
+
+
+def not_kept(id: str) -> ApiError:
+    """That there is no such response, or no longer."""
+    return ApiError(
+        404,
+        f"There is no response {id[:128]!r} here (any more): the latest ones are kept, until the server stops, unless "
+        "`store` is false or they failed.",
+        code="response_not_found",
+    )
 
 
 def previous(store: ResponseStore[AnyItem], id: str | None) -> Stored[AnyItem] | None:

@@ -6,7 +6,8 @@ Every list is `fail_fast`: one error is told, and an error for each of a million
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -23,7 +24,13 @@ from pydantic import (
     model_validator,
 )
 
-from miniserve.frontend.parameters import REFUSED_BY_CHAT, REFUSED_BY_COMPLETIONS, ignored_names
+from miniserve.frontend.parameters import (
+    ASKS_FOR_NOTHING,
+    MAX_NAMED,
+    REFUSED_BY_CHAT,
+    REFUSED_BY_COMPLETIONS,
+    ignored_names,
+)
 from miniserve.frontend.sound import sound_json, valid_unicode
 from miniserve.frontend.tools import MAX_TOOLS, TOOL_SCHEMA, Calling, check_call, check_tools, few_tools, for_template
 from miniserve.sampling import (
@@ -46,13 +53,41 @@ GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pen
 """What a model's generation_config.json may set for requests that do not."""
 
 
-def _kind(value: Any) -> str | None:
-    """Which branch of a union of text and list a value means, so that errors are about that branch only."""
-    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+def kind_of(value: Any) -> str | None:
+    """Which branch of a union of text, lists and objects with a type a value means; errors are about that one only."""
+    if isinstance(value, str):
+        return "<text>"
+    if isinstance(value, list):
+        return "<list>"
+    return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
 
 
 def _choice_kind(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
+
+
+def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
+    """Refuses objects of other types by name."""
+
+    def check(value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind not in kinds:
+            given = f"of type {kind[:32]!r}" if isinstance(kind, str) else "without a `type`"
+            raise ValueError(f"{what} {given} are not supported: use {', '.join(kinds)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Refuses an object with more keys before they are looked at: `fail_fast` is for lists only."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"This should have at most {most} items, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _prompt_list(value: Any) -> Any:
@@ -65,13 +100,6 @@ def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _few_biases(value: Any) -> Any:
-    """Before they are looked at: `fail_fast` is for lists only."""
-    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"This should have at most {MAX_LOGIT_BIAS} items, not {len(value)}")
-    return value
-
-
 Text = Annotated[str, AfterValidator(valid_unicode)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -81,18 +109,24 @@ StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS
 Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
 Prompt = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<list>")],
-    Discriminator(_kind, "prompt", "A prompt must be a string or a list of token ids"),
+    Discriminator(kind_of, "prompt", "A prompt must be a string or a list of token ids"),
 ]
 PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS), BeforeValidator(_few_biases)]
+Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS), at_most(MAX_LOGIT_BIAS)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
+Key = Annotated[Text, Field(max_length=MAX_KEY_CHARS)]
+Salt = Annotated[Key, Field(min_length=1)]
+Effort = Annotated[Text, Field(max_length=32)]
 Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
 """An object of the client's own making, for the chat template."""
 JsonList = Annotated[list[Json], Field(fail_fast=True)]
+FewTools = Annotated[JsonList, BeforeValidator(few_tools)]
 Tools = Annotated[
-    JsonList,
-    BeforeValidator(few_tools),
+    FewTools,
     WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS}),
 ]
 
@@ -104,7 +138,30 @@ ToolChoice = Annotated[
 
 
 class Body(BaseModel):
+    """An object in a request. `untold` are keys that our own answers have and that mean nothing when they come back."""
+
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+    untold: ClassVar[frozenset[str]] = frozenset()
+
+
+@cache
+def _fields(kind: type[Body]) -> Mapping[str, str]:
+    """By the keys of requests: the names of fields."""
+    return {field.alias or name: name for name, field in kind.model_fields.items()}
+
+
+def _unknown(given: Any, made: Any, at: str) -> Iterator[str]:
+    """Where in `given` there are keys that mean nothing to `made`, which was read from it."""
+    if isinstance(made, list) and isinstance(given, list) and made and isinstance(made[0], Body):
+        for value, inner in zip(given, made, strict=True):
+            yield from _unknown(value, inner, f"{at}[]")
+    elif isinstance(made, Body) and isinstance(given, dict):
+        fields = _fields(type(made))
+        for key, value in given.items():
+            if key in fields:
+                yield from _unknown(value, getattr(made, fields[key]), f"{at}.{key}")
+            elif key not in made.untold and value not in ASKS_FOR_NOTHING:
+                yield f"{at}.{key}"
 
 
 class RequestBody(Body):
@@ -120,6 +177,12 @@ class RequestBody(Body):
         made = handler(data)
         if isinstance(data, dict):
             made._ignored = ignored_names(cls.model_fields.keys(), cls.refused, data)
+            inside: set[str] = set()
+            for at in (at for name in cls.model_fields for at in _unknown(data.get(name), getattr(made, name), name)):
+                inside.add(at)
+                if len(inside) > MAX_NAMED:  # no more are told
+                    break
+            made._ignored += inside
         return made
 
     @property
@@ -148,8 +211,18 @@ class ContentPart(Body):
 
 Content = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<list>")],
-    Discriminator(_kind, "content", "Content must be a string or a list of text parts"),
+    Discriminator(kind_of, "content", "Content must be a string or a list of text parts"),
 ]
+
+
+def joined(content: str | list[Any]) -> str:
+    """A content's text, or the texts of its parts with line breaks between."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _no_function_call(value: Any) -> None:
+    if value is not None:
+        raise ValueError("This is not supported: use `tool_calls`, and for the result the role 'tool'")
 
 
 class ChatMessage(Body):
@@ -161,6 +234,7 @@ class ChatMessage(Body):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     """Another name of the same."""
+    function_call: Annotated[None, BeforeValidator(_no_function_call)] = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> ChatMessage:
@@ -175,16 +249,13 @@ class ChatMessage(Body):
     def for_template(self) -> Message:
         """As chat templates know messages: content is one string, arguments of calls are objects, `developer` is called
         `system`."""
-        message = self.model_dump(exclude_none=True, exclude={"reasoning", "tool_calls"})
+        rest = self.model_dump(exclude_none=True, exclude={"role", "content", "reasoning", "tool_calls"})
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": joined(self.content or ""), **rest}
         if self.tool_calls:
             message["tool_calls"] = [for_template(call) for call in self.tool_calls]
         if self.reasoning is not None:
             message.setdefault("reasoning_content", self.reasoning)
-        if isinstance(self.content, list):
-            message["content"] = "\n".join(part.text for part in self.content)
-        message.setdefault("content", "")
-        if self.role == "developer":
-            message["role"] = "system"
         return message
 
 
@@ -247,8 +318,8 @@ class GenerationRequest(RequestBody, ABC):
 
     model: Text | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stops | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -256,10 +327,10 @@ class GenerationRequest(RequestBody, ABC):
     logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    prompt_cache_key: Annotated[Text, Field(max_length=MAX_KEY_CHARS)] | None = None
+    prompt_cache_key: Key | None = None
     """Requests with the same key are turns of one conversation."""
 
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -269,7 +340,7 @@ class GenerationRequest(RequestBody, ABC):
     include_stop_str_in_output: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
+    cache_salt: Salt | None = None
     """Prefixes are only shared among requests with the same salt."""
     return_token_ids: bool | None = None
     """The answer tells its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
@@ -290,6 +361,18 @@ class GenerationRequest(RequestBody, ABC):
     def ends_in_tool_result(self) -> bool:
         """Whether the turn before has called a tool, and this one brings what it said."""
         return False
+
+    @property
+    def format_field(self) -> Literal["structured_outputs", "response_format"] | None:
+        """What says of the request which format its output has; None where it may be any text."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return "response_format" if self.response_format and self.response_format.type != "text" else None
+
+    @property
+    def grammar_field(self) -> str:
+        """What is at fault where no output can be held to what the request asks for, though the format is fine."""
+        return self.format_field or ""
 
     @property
     @abstractmethod
@@ -329,7 +412,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     """Whether an answer may call more than one tool; yes, unless it is false."""
-    reasoning_effort: Annotated[Text, Field(max_length=32)] | None = None
+    reasoning_effort: Effort | None = None
     """A variable of the chat template; "none" is told to templates as thinking that is switched off, too."""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -355,6 +438,11 @@ class ChatRequest(GenerationRequest):
     def calling(self) -> Calling:
         """Which tools may be called, and which have to be."""
         return self._calling
+
+    @property
+    def grammar_field(self) -> str:
+        """The tools, if any may be called."""
+        return "tools" if self.calling.callable else super().grammar_field
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -409,7 +497,7 @@ class CompletionRequest(GenerationRequest):
 # --- tokenizing -----------------------------------------------------------------------------------------------------
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """A `prompt` or `messages`."""
 
     model: Text | None = None
@@ -435,6 +523,6 @@ class TokenizeRequest(Body):
         return self.chat_template_kwargs or {}
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     model: Text | None = None
     tokens: TokenIds

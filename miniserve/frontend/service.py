@@ -29,8 +29,9 @@ from miniserve.frontend.reader import Reader
 from miniserve.frontend.response_schemas import NAMES as RESPONSES_NAMES
 from miniserve.frontend.response_schemas import AnyItem, ResponsesRequest
 from miniserve.frontend.response_store import ResponseStore
+from miniserve.frontend.response_types import ResponseDeleted
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
-from miniserve.frontend.responses_api import ResponsesShape, going_on, previous
+from miniserve.frontend.responses_api import ResponsesShape, going_on, not_kept, previous
 from miniserve.frontend.schemas import (
     MAX_KEY_CHARS,
     ChatRequest,
@@ -125,6 +126,18 @@ class Service:
                 response = await self._generate(request, chat, shape, task, home)
         return told(response, body)
 
+    def stored_response(self, id: str) -> Response:
+        """Answer GET /v1/responses/ID. Raises `ApiError`."""
+        if (stored := self._responses.get(id)) is None:
+            raise not_kept(id)
+        return Response(stored.answer, media_type="application/json")
+
+    def delete_response(self, id: str) -> ResponseDeleted:
+        """Answer DELETE /v1/responses/ID. Raises `ApiError`."""
+        if not self._responses.delete(id):
+            raise not_kept(id)
+        return {"id": id, "object": "response", "deleted": True}
+
     async def message(self, request: Request, body: MessagesRequest) -> Response:
         """Answer /v1/messages. Raises `ApiError`, `EngineError`."""
         with errors.in_words_of(MESSAGES_NAMES):
@@ -191,7 +204,7 @@ class Service:
         prompts = await asyncio.to_thread(prepared)
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not grammar:
-                await self._grammars.check(own.grammar, "tools")
+                await self._grammars.check(own.grammar, body.grammar_field)
         head: Head = {
             "id": shape.id_prefix + (uuid.uuid4().hex if shape.id_is_a_key else request.state.request_id),
             "object": shape.chunk_object,

@@ -87,6 +87,13 @@ def _check_function(function: dict[str, Any], at: str) -> None:
         raise ParameterError(f"{at}.parameters.required", f"`{at}.parameters.required` must be a list of strings.")
 
 
+def with_all_keys(tool: Tool) -> Tool:
+    """A tool with what it may leave out as the empty values of it."""
+    told = {key: value for key, value in tool["function"].items() if value is not None}
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return {**tool, "function": told | {key: value for key, value in empty.items() if key not in told}}
+
+
 class Calling:
     """What `tool_choice` asks for. `callable` are the tools that may be called, `forced` those of which one has to be,
     and `single` allows no second call."""
