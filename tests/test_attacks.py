@@ -74,7 +74,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server of a tiny model with tools, and room for long prompts."""
     folder = tiny.make_model(tmp_path_factory.mktemp("attacked") / "tiny", "llama", max_len=8192)
     template = dialects.TEMPLATES["hermes"]
-    flags = ["--threads", "1", "--kv-cache-memory", "32M", "--reasoning-parser", "none", "--chat-template", template]
+    flags = ["--kv-cache-memory", "32M", "--reasoning-parser", "none", "--chat-template", template]
     with server(folder, *flags, runtime=tmp_path_factory.mktemp("run")) as running:
         yield running
 

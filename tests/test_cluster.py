@@ -85,7 +85,6 @@ async def settled(client: EngineClient) -> None:
     [
         ("1D", "colocated", "mapped"),
         ("2D", "observe", "mapped"),
-        ("1P1D", "conserve", "mapped"),
         ("1P1D", "disaggregated", "collective"),
         ("1P2D", "observe", "collective"),
         ("1P2D", "conserve", "collective"),
@@ -293,6 +292,9 @@ async def test_a_replacement_that_hangs_while_it_loads_is_replaced(tiny_models, 
         while client.workers.processes["d0"].spec.epoch == 1:
             await asyncio.sleep(0.05)
         os.kill(client.workers.processes["d0"].pid, signal.SIGSTOP)
+        while client.workers.processes["d0"].spec.epoch == 2:
+            await asyncio.sleep(0.05)
+        monkeypatch.undo()  # the third one may take its time where other programs are busy too
         await back(client, ("d0", 3))
         assert await asyncio.gather(*tasks) == texts
         assert client.healthy

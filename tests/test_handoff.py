@@ -25,9 +25,8 @@ class Side:
     """One worker without its process; `sent` are the messages it wants to send."""
 
     def __init__(self, name: str, folder, clock, **engine) -> None:
-        self.built = build(
-            EngineConfig(model=str(folder), **{"kv_cache_memory": 2**22, "max_num_batched_tokens": 32, **engine})
-        )
+        settings = {"kv_cache_memory": 2**22, "max_num_batched_tokens": 32, "threads": 1}
+        self.built = build(EngineConfig(model=str(folder), **{**settings, **engine}))
         self.engine = self.built.engine
         self.sent: list = []
         self.out: dict[int, int] = {}

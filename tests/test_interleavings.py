@@ -403,7 +403,7 @@ def quiet():
 
 @pytest.mark.parametrize("policy", [*POLICIES, "anywhere"])
 @given(seed=st.integers(0, 2**32), deaths=st.integers(0, 3))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_every_turn_ends_with_its_text_and_nothing_is_held(policy: str, seed: int, deaths: int) -> None:
     world = World(seed, deaths, policy)
     world.run()

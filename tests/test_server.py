@@ -58,10 +58,13 @@ class Running:
 
 @contextmanager
 def server(folder: Path, *flags: str, runtime: Path, stderr: int | None = None) -> Iterator[Running]:
-    """A server that is healthy. Its run directory lies in `runtime`, which must be empty when it has gone."""
+    """A server that is healthy. Its run directory lies in `runtime`, which must be empty when it has gone.
+
+    Its workers have one thread each: there are other workers and the tests, and small models gain nothing from more.
+    """
     command = [sys.executable, "-m", "miniserve", "serve", str(folder), "--served-model-name", "m", "--port", "0"]
     process = subprocess.Popen(
-        [*command, *flags],
+        [*command, "--threads", "1", *flags],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -96,7 +99,7 @@ def gone(processes: list[psutil.Process], runtime: Path) -> bool:
 @pytest.fixture(scope="module")
 def smollm2(smollm2_folder, tmp_path_factory):
     runtime = tmp_path_factory.mktemp("run")
-    flags = ["--topology", "1P1D", "--policy", "conserve", "--dtype", "float32", "--threads", "1"]
+    flags = ["--topology", "1P1D", "--policy", "conserve", "--dtype", "float32"]
     with server(smollm2_folder, *flags, "--max-model-len", "2048", runtime=runtime) as running:
         yield running
 

@@ -225,8 +225,8 @@ def test_memory_does_not_grow_with_what_is_over():
         return now
 
     used(5)  # what is loaded once
-    few, many = used(20), used(80)
-    assert (many - few) / 60 < 8_000
+    few, many = used(10), used(40)
+    assert (many - few) / 30 < 8_000
 
 
 # --- hardware -------------------------------------------------------------------------------------------------------

@@ -103,7 +103,6 @@ def make_model(
     return folder
 
 
-@torch.no_grad()
 def reference(folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """The `max_tokens` tokens that transformers' own model puts after each of `prompts`: greedy, fp32, end-of-text
     tokens ignored, one prompt at a time.
@@ -111,21 +110,7 @@ def reference(folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -
     Raises ValueError where two tokens are so close that rounding decides: correct implementations may differ there, so
     the test needs other prompts or another seed.
     """
-    model = _load(folder)
-    answers: list[list[int]] = []
-    for prompt in prompts:
-        fresh, past = list(prompt), None
-        answer: list[int] = []
-        while len(answer) < max_tokens:
-            out = model(torch.tensor([fresh]), past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            best = out.logits[0, -1].topk(2)
-            if best.values[0] - best.values[1] < 2e-5:
-                raise ValueError(f"a tie after {len(prompt)} + {len(answer)} tokens: {best}")
-            fresh = [int(best.indices[0])]
-            answer += fresh
-        answers.append(answer)
-    return answers
+    return [list(_continued(folder, tuple(prompt), max_tokens)) for prompt in prompts]
 
 
 @torch.no_grad()
@@ -213,6 +198,23 @@ def _write_old_config(path: Path) -> None:
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
     path.write_text(json.dumps(config))
+
+
+@lru_cache(maxsize=4096)  # tests that differ in the topology or the policy only ask for the same texts
+@torch.no_grad()
+def _continued(folder: Path, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    model = _load(folder)
+    fresh, past = list(prompt), None
+    answer: list[int] = []
+    while len(answer) < max_tokens:
+        out = model(torch.tensor([fresh]), past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        best = out.logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < 2e-5:
+            raise ValueError(f"a tie after {len(prompt)} + {len(answer)} tokens: {best}")
+        fresh = [int(best.indices[0])]
+        answer += fresh
+    return tuple(answer)
 
 
 @lru_cache(maxsize=16)
