@@ -1,9 +1,10 @@
-"""A model for mini-swe-agent that keeps to a script: it gets its next command as the only value its tool may be called
-with. The agent, its prompts, its shell and its client stay as they are; a random model would run random commands.
+"""Models for mini-swe-agent that keep to a script: a grammar makes what comes next in it the only possible answer. The
+agent, its prompts, its shell and its client stay as they are; a random model would run random commands.
 """
 
 import litellm
 from minisweagent.models.litellm_model import BASH_TOOL, LitellmModel
+from minisweagent.models.litellm_textbased_model import LitellmTextbasedModel
 
 SCRIPT = [
     "printf 'one\\ntwo\\n' > notes.txt",
@@ -12,12 +13,16 @@ SCRIPT = [
 ]
 
 
+def next_command(messages):
+    """What the script says at this point of a conversation."""
+    return SCRIPT[sum(message["role"] == "assistant" for message in messages)]
+
+
 class ScriptedModel(LitellmModel):
-    """`--model-class scripted.ScriptedModel`."""
+    """`--model-class scripted.ScriptedModel`: the command is the only value with which the tool can be called."""
 
     def _query(self, messages, **kwargs):
-        said = sum(message["role"] == "assistant" for message in messages)
-        command = {"type": "string", "const": SCRIPT[said]}
+        command = {"type": "string", "const": next_command(messages)}
         parameters = {**BASH_TOOL["function"]["parameters"], "properties": {"command": command}}
         tool = {**BASH_TOOL, "function": {**BASH_TOOL["function"], "parameters": parameters}}
         return litellm.completion(
@@ -28,3 +33,12 @@ class ScriptedModel(LitellmModel):
             parallel_tool_calls=False,
             **(self.config.model_kwargs | kwargs),
         )
+
+
+class ScriptedTextModel(LitellmTextbasedModel):
+    """`--model-class scripted.ScriptedTextModel`: the command stands in a text, as mini_textbased.yaml wants it."""
+
+    def _query(self, messages, **kwargs):
+        answer = f"THOUGHT: as the script says.\n\n```mswea_bash_command\n{next_command(messages)}\n```"
+        only = {"structured_outputs": {"choice": [answer]}}
+        return super()._query(messages, extra_body=only, **kwargs)

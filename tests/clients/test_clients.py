@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server of it, of two workers. Answers are not reasoned about: nothing would end that."""
-    flags = ["--topology", "1P1D", "--threads", "1", "--kv-cache-memory", "64M", "--reasoning-parser", "none"]
+    flags = ["--topology", "1P1D", "--kv-cache-memory", "64M", "--reasoning-parser", "none"]
     with server(folder, *flags, runtime=tmp_path_factory.mktemp("run")) as up:
         yield up
         assert up.metric("miniserve:kv_pages", state="held") == 0
@@ -81,12 +81,16 @@ def test_libraries(running: Running, tmp_path: Path, client: str) -> None:
 
 
 def test_openai_with_the_default_model(smollm2_folder: Path, tmp_path: Path) -> None:
-    flags = ["--threads", "1", "--max-model-len", "2048", "--kv-cache-memory", "256M"]
+    flags = ["--max-model-len", "2048", "--kv-cache-memory", "256M"]
     with server(smollm2_folder, *flags, runtime=tmp_path) as up:
         assert run(tmp_path, "python", str(HERE / "with_openai.py"), f"{up.url}/v1")
 
 
-def test_mini_swe_agent(running: Running, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "model", "ending"),
+    [("mini", "ScriptedModel", "tool_calls"), ("mini_textbased", "ScriptedTextModel", "stop")],
+)
+def test_mini_swe_agent(running: Running, tmp_path: Path, config: str, model: str, ending: str) -> None:
     """A task of three commands: the agent's own prompts, loop and shell; see scripted.py for the model's part."""
     (tmp_path / "work").mkdir()
     settings: dict[str, Any] = {
@@ -98,9 +102,9 @@ def test_mini_swe_agent(running: Running, tmp_path: Path) -> None:
     }
     run(
         tmp_path,
-        *["mini", "-m", "openai/m", "--model-class", "scripted.ScriptedModel", "-t", "Count the lines with an o."],
+        *["mini", "-m", "openai/m", "--model-class", f"scripted.{model}", "-t", "Count the lines with an o."],
         *["--yolo", "--exit-immediately", "--cost-limit", "0", "-o", str(tmp_path / "trajectory.json")],
-        *["-c", "mini.yaml", *(word for key, value in settings.items() for word in ("-c", f"{key}={value}"))],
+        *["-c", f"{config}.yaml", *(word for key, value in settings.items() for word in ("-c", f"{key}={value}"))],
         PYTHONPATH=str(HERE),
         MSWEA_CONFIGURED="true",
         MSWEA_COST_TRACKING="ignore_errors",
@@ -112,7 +116,7 @@ def test_mini_swe_agent(running: Running, tmp_path: Path) -> None:
     assert trajectory["info"]["submission"] == "one\ntwo\n"
     answers = [m["extra"]["response"] for m in trajectory["messages"] if m["role"] == "assistant"]
     assert len(answers) == 3
-    assert all(answer["choices"][0]["finish_reason"] == "tool_calls" for answer in answers)
+    assert all(answer["choices"][0]["finish_reason"] == ending for answer in answers)
 
 
 def test_aiperf(running: Running, folder: Path, tmp_path: Path) -> None:
