@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Where the milliseconds of a worker's step go on a CPU: one decode, 16 decodes, a chunk of a prompt.
 
-Each operation of the model is timed by itself, and what is left of a step is the host's: scheduling, batches,
-sampling. Beside it: how fast the weights are read, against a plain read of as many bytes in the same run. Medians.
+Each operation of the model is timed by itself, with what it costs to call it from Python; what is left of a step is
+scheduling, batches and sampling. Below it the same step as it is served, all of the model in one call where that is
+possible, and what a plain read of the weights takes in the same run. Medians.
 
     scripts/profile_step.py smollm2-135m [--threads 2] [--steps 15] [--context 512] [--kernels torch]
 """
@@ -109,11 +110,13 @@ def measure(
         if chunk:
             add(engine, built.layout, f"chunk {number}", chunk, 1)
         engine.admit()
-        timed.seconds.clear()
+        if timed is not None:
+            timed.seconds.clear()
         begun = time.perf_counter()
         engine.step()
         whole = time.perf_counter() - begun
-        rows.append({**timed.seconds, "host": whole - sum(timed.seconds.values()), "step": whole})
+        parts = dict(timed.seconds) if timed is not None else {}
+        rows.append({**parts, "host": whole - sum(parts.values()), "step": whole})
     until_idle(engine)
     return {name: 1e3 * statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0]}
 
@@ -145,25 +148,29 @@ def main() -> None:
     with patch.object(building, "make_ops", make_ops):
         built = building.build(config)
     print(built.kernels, built.dtype, f"{built.threads} threads")
+    cases = {"1 decode": (1, 0), "16 decodes": (16, 0), "prompt of 512": (0, 512)}
+
+    def columns(built: building.Built, timed: Timed | None) -> dict[str, dict[str, float]]:
+        return {
+            name: measure(built, timed, decodes, arguments.context, chunk, arguments.steps)
+            for name, (decodes, chunk) in cases.items()
+        }
+
     reads = [read_speed()]
-    columns = {
-        "1 decode": measure(built, holder[0], 1, arguments.context, 0, arguments.steps),
-        "16 decodes": measure(built, holder[0], 16, arguments.context, 0, arguments.steps),
-        "prompt of 512": measure(built, holder[0], 0, 0, 512, arguments.steps),
-    }
+    parts = columns(built, holder[0])
+    whole = columns(building.build(config), None)
     reads.append(read_speed())
-    names = sorted({name for column in columns.values() for name in column} - {"host", "step"})
-    print(f"\n| ms of a step | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    names = sorted({name for column in parts.values() for name in column} - {"host", "step"})
+    print(f"\n| ms | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}")
     for name in [*names, "host", "step"]:
-        print(f"| {name} | " + " | ".join(f"{column.get(name, 0.0):.2f}" for column in columns.values()) + " |")
-    one = columns["1 decode"]
-    matrices = sum(ms for name, ms in one.items() if name.startswith("matrix"))
+        says = {"host": "the rest of the step", "step": "step, operation by operation"}.get(name, name)
+        print(f"| {says} | " + " | ".join(f"{column.get(name, 0.0):.2f}" for column in parts.values()) + " |")
+    print("| step as it is served | " + " | ".join(f"{column['step']:.2f}" for column in whole.values()) + " |")
     read = built.weights_bytes / max(reads) * 1e3
-    of_products, of_step = 100 * read / matrices, 100 * read / one["step"]
     print(
         f"\nA plain read: {max(reads) / 1e9:.1f} GB/s (before {reads[0] / 1e9:.1f}, after {reads[1] / 1e9:.1f}). "
-        f"The weights, {built.weights_bytes / 1e6:.0f} MB, take {read:.1f} ms to read: "
-        f"{of_products:.0f} % of the products' time in one decode, {of_step:.0f} % of the step's."
+        f"The weights, {built.weights_bytes / 1e6:.0f} MB, take {read:.1f} ms to read, "
+        f"{100 * read / whole['1 decode']['step']:.0f} % of the step of one decode."
     )
 
 
