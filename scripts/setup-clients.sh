@@ -15,10 +15,12 @@ stamp=$(cat constraints-clients.txt scripts/setup-clients.sh .venv/stamp-test | 
 echo "set-up: installing clients into .venv-clients"
 rm -rf .venv-clients
 .venv/bin/python -m venv --without-pip .venv-clients
-if ! .venv/bin/uv pip install --no-deps --python .venv-clients/bin/python \
-    -r constraints-clients.txt >"$log" 2>&1 </dev/null; then
+# uv does not read pip's settings: where a mirror or a certificate of its own is needed, pip does the same in minutes.
+list=(--no-deps -r constraints-clients.txt)
+if ! .venv/bin/uv pip install --system-certs --python .venv-clients/bin/python "${list[@]}" >"$log" 2>&1 </dev/null &&
+    ! .venv/bin/python -m pip --python .venv-clients/bin/python install --quiet --no-input "${list[@]}" >>"$log" 2>&1 </dev/null; then
     tail -n 15 "$log" >&2
-    echo "set-up: uv could not install the clients: see above. A mirror that pip.conf names uv needs as UV_DEFAULT_INDEX." >&2
+    echo "set-up: neither uv nor pip could install the clients: see above and $log." >&2
     exit 1
 fi
 # guidellm imports torch. scripts/setup.sh knows where a build for this machine comes from, and one is enough.

@@ -312,7 +312,11 @@ def test_drafts_change_nothing_that_is_sampled(tiny_models):
             found.append([g.outputs for g in llm.generate(items, each, progress=False)])
             held = llm.engine.counters.held_tokens
             assert clean(llm)
-        assert found[0] == found[1]
+        if llm._built.kernels == "native":
+            assert found[0] == found[1]
+        else:  # torch's products differ in the last bits with the number of rows, and so do log-probabilities
+            texts = [[[choice.token_ids for choice in outputs] for outputs in run] for run in found]
+            assert texts[0] == texts[1]
         assert (held > 20) == ("repetition_penalty" not in params) or "stop_token_ids" in params
 
 
