@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
+from zlib import crc32
 
 from miniserve.cluster.launch import SPINNING
 
@@ -90,8 +91,9 @@ def until_idle(engine: Engine) -> None:
 
 
 def add(engine: Engine, layout: str, name: str, length: int, outputs: int) -> None:
-    """Queue a prompt of its own tokens."""
-    tokens = torch.randint(100, 20_000, (length,), generator=torch.Generator().manual_seed(hash(name) % 1000)).tolist()
+    """Queue a prompt of tokens that its name decides."""
+    seed = crc32(name.encode())
+    tokens = torch.randint(100, 20_000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
     engine.add(Sequence(name, tokens, params, 0, root_hash(layout)))
 

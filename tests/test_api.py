@@ -24,10 +24,11 @@ from miniserve.frontend import middleware
 from miniserve.frontend.app import create_app
 from miniserve.frontend.chat import ChatShape
 from miniserve.frontend.client import EngineError, QueueFull
+from miniserve.frontend.fields import Body
 from miniserve.frontend.generate import Generation
 from miniserve.frontend.metrics import Metrics
 from miniserve.frontend.responses import Head
-from miniserve.frontend.schemas import Body, ChatRequest, CompletionRequest, DetokenizeRequest
+from miniserve.frontend.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from miniserve.frontend.sound import MAX_DEPTH
 from miniserve.frontend.streaming import events as streamed
 from miniserve.sampling import SamplingParams

@@ -16,10 +16,11 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from openai.types.responses.response_input_param import FunctionCallOutput
 from pydantic import ValidationError
 
+from miniserve.frontend.fields import RequestBody
 from miniserve.frontend.message_schemas import MessagesRequest
 from miniserve.frontend.parameters import ignored_header
 from miniserve.frontend.response_schemas import ResponsesRequest
-from miniserve.frontend.schemas import ChatRequest, CompletionRequest, RequestBody
+from miniserve.frontend.schemas import ChatRequest, CompletionRequest
 
 HI = [{"role": "user", "content": "Hi"}]
 PAGE = (Path(__file__).parent.parent / "docs" / "api.md").read_text("utf-8")

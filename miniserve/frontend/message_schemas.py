@@ -6,10 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from miniserve.frontend.parameters import REFUSED_BY_MESSAGES
-from miniserve.frontend.schemas import (
+from miniserve.frontend.fields import (
     Body,
-    ChatRequest,
     Count,
     Effort,
     FewTools,
@@ -21,10 +19,11 @@ from miniserve.frontend.schemas import (
     Text,
     TopK,
     TopP,
-    joined,
     kind_of,
     one_of,
 )
+from miniserve.frontend.parameters import REFUSED_BY_MESSAGES
+from miniserve.frontend.schemas import ChatRequest, joined
 from miniserve.frontend.sound import sound_json
 from miniserve.sampling import ParameterError
 

@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 
-from miniserve.frontend.parameters import REFUSED_BY_RESPONSES
-from miniserve.frontend.schemas import (
+from miniserve.frontend.fields import (
     Body,
-    ChatRequest,
     Count,
     Effort,
     FewTools,
@@ -23,10 +21,11 @@ from miniserve.frontend.schemas import (
     ToolChoice,
     TopP,
     at_most,
-    joined,
     kind_of,
     one_of,
 )
+from miniserve.frontend.parameters import REFUSED_BY_RESPONSES
+from miniserve.frontend.schemas import ChatRequest, joined
 from miniserve.sampling import ParameterError
 
 NAMES = {

@@ -19,6 +19,7 @@ from miniserve.frontend.client import EngineClient, Turn
 from miniserve.frontend.completions import CompletionShape, CompletionTask
 from miniserve.frontend.dialect import Dialect
 from miniserve.frontend.errors import ApiError
+from miniserve.frontend.fields import MAX_KEY_CHARS, RequestBody
 from miniserve.frontend.generate import Generation
 from miniserve.frontend.message_schemas import NAMES as MESSAGES_NAMES
 from miniserve.frontend.message_schemas import CountTokensRequest, MessagesRequest
@@ -33,12 +34,10 @@ from miniserve.frontend.response_types import ResponseDeleted
 from miniserve.frontend.responses import Detokenized, Head, Tokenized
 from miniserve.frontend.responses_api import ResponsesShape, going_on, not_kept, previous
 from miniserve.frontend.schemas import (
-    MAX_KEY_CHARS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
-    RequestBody,
     TokenizeRequest,
 )
 from miniserve.frontend.streaming import ClientGone, EventStream, while_connected

@@ -17,6 +17,7 @@ import select
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ class Connection:
             self.channel.shutdown(socket.SHUT_RDWR)
 
 
-class Direction:
+class Direction(ABC):
     """One direction of a pair. Its thread meets the peer, again and again until `close`."""
 
     def __init__(self, network: Network, side: SideStream, path: str, timeout: float) -> None:
@@ -157,14 +158,15 @@ class Direction:
                 with self.lock:
                     self.connection = None
 
+    @abstractmethod
     def _meet(self) -> socket.socket:
         """Raises OSError if the peer is not there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _converse(self, connection: Connection) -> None:
         """Use the connection until it breaks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _leave(self) -> None:
         """The thread ends."""
 
