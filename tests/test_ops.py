@@ -83,8 +83,9 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
         later = torch.arange(context) > torch.arange(context - new, context).unsqueeze(1)
         weights = scores.masked_fill(later, -torch.inf).softmax(-1)
         wanted = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
-        # The torch kernels also round scores and weights to bf16; in fp32 they scale the queries before the product.
-        limit = LIMIT[dtype] if kind == "native" else {torch.bfloat16: 5e-2, torch.float32: 5e-6}[dtype]
+        # A score is a sum of `dim` products, and its rounding error, times exp, is a relative error of the weight: in fp32
+        # a median of 8e-7, and once in 600 random cases 2e-6. The torch kernels also round scores and weights to bf16.
+        limit = {torch.float32: 5e-6, torch.bfloat16: LIMIT[dtype] if kind == "native" else 5e-2}[dtype]
         assert_close(out[start : start + new], wanted, limit)
         start += new
     assert torch.equal(kv, before), "new keys and values in their slots, and nothing else has changed"
