@@ -83,8 +83,8 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
         later = torch.arange(context) > torch.arange(context - new, context).unsqueeze(1)
         weights = scores.masked_fill(later, -torch.inf).softmax(-1)
         wanted = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
-        # A score is a sum of `dim` products, and its rounding error, times exp, is a relative error of the weight: in fp32
-        # a median of 8e-7, and once in 600 random cases 2e-6. The torch kernels also round scores and weights to bf16.
+        # The rounding of a score, a sum of `dim` products, is a relative error of its weight: in fp32 the median case
+        # is off by 8e-7, one in 600 by 2e-6. The torch kernels also round scores and weights to bf16.
         limit = {torch.float32: 5e-6, torch.bfloat16: LIMIT[dtype] if kind == "native" else 5e-2}[dtype]
         assert_close(out[start : start + new], wanted, limit)
         start += new
