@@ -205,7 +205,12 @@ def _add_serve(commands: Any) -> None:
         metavar="FRACTION",
         help="of the device's memory (on a CPU: of what is free) that may be used; default: %(default)s",
     )
-    memory.add_argument("--block-size", type=positive, default=16, help="tokens in a KV page; default: %(default)s")
+    memory.add_argument(
+        "--block-size",
+        type=positive,
+        default=16,
+        help="tokens in a KV page, on a CPU a multiple of 16 for its own kernels; default: %(default)s",
+    )
     memory.add_argument(
         "--max-num-batched-tokens",
         type=tokens,

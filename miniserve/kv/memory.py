@@ -16,7 +16,8 @@ from miniserve.cluster.messages import CudaHandle, PoolInfo
 
 @dataclass(frozen=True)
 class PageShape:
-    """What one page holds: `[layer, k/v, slot, kv_head, head_dim]` of `dtype`, contiguous."""
+    """What one page holds: `[layer, k/v, slot, kv_head, head_dim]` of `dtype`, contiguous; the last three
+    in this order or in that of the kernels' `layout`."""
 
     layers: int
     page_tokens: int

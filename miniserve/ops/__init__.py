@@ -27,7 +27,13 @@ Compute = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 
 
 class Ops(Protocol):
-    """Kernels over one KV pool. T is the number of new tokens in the batch, H and Hkv are heads, D the head's size."""
+    """Kernels over one KV pool. T is the number of new tokens in the batch, H and Hkv are heads, D the head's size.
+
+    `layout` names the order of the numbers in each half, keys or values, of a layer of a page. Nobody else reads them,
+    but workers that exchange pages must agree.
+    """
+
+    layout: str
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout."""
@@ -73,7 +79,8 @@ class Ops(Protocol):
     def plan(self, batch: Batch, kv: torch.Tensor) -> Any:
         """What attention needs to know of a batch, worked out once for all layers.
 
-        `kv` is the pool `[page, layer, k/v, slot, kv_head, head_dim]`.
+        `kv` is the pool `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of
+        `layout`.
         """
         ...
 
@@ -90,6 +97,7 @@ def make_ops(
     heads: int,
     head_dim: int,
     widths: tuple[int, ...],
+    page_tokens: int = 16,
     *,
     native: bool = True,
     tell: Callable[[str], None] = lambda line: None,
@@ -97,8 +105,8 @@ def make_ops(
     """The implementation for `device`, and in words which one it is.
 
     `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
-    states, MLP activations. Without `native` it is plain torch. A CPU gets compiled kernels where they can be had, and
-    `tell` hears of it if they have to be compiled.
+    states, MLP activations; `page_tokens` is the size of a page. Without `native` it is plain torch. A CPU gets
+    compiled kernels where they can be had, and `tell` hears of it if they have to be compiled.
     """
     from miniserve.ops.torch_ops import TorchOps
 
@@ -113,6 +121,6 @@ def make_ops(
             return CudaOps(device, dtype, heads, head_dim), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
-        return CpuOps(dtype, head_dim, widths, tell), "native"
+        return CpuOps(dtype, head_dim, widths, page_tokens, tell), "native"
     except NoKernels as reason:
         return TorchOps(device), f"torch, slower than native ones: {reason}"

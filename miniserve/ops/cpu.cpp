@@ -11,9 +11,11 @@
 //
 // Attention is FlashAttention's loop (arXiv 2205.14135) over the pages of PagedAttention (arXiv 2309.06180). A work
 // item is a block of queries of one sequence for one key/value head; the query heads that share that head are further
-// rows of the same block. For 64 keys at a time: gather them through the page table into a layout the matrix kernel
-// reads in order, multiply, fold the scores into the running softmax, multiply with the values. A decode is a block of
-// one query, so both cases are the same code.
+// rows of the same block. For 64 keys at a time: look them up in the page table, multiply, fold the scores into the
+// running softmax, multiply with the values. A decode is a block of one query, so both cases are the same code.
+//
+// Keys and values lie in their pages as the matrix kernel reads them: a decode uses each once, so that to rearrange them
+// then would take longer than to multiply.
 
 #include <algorithm>
 #include <cmath>
@@ -34,7 +36,8 @@ constexpr int LANES = 8, VECTORS = 2;  // of 16 registers (AVX2) 6 x 2
 #endif
 constexpr int COLS = LANES * VECTORS;  // columns that the matrix kernel computes at once
 constexpr int ROWS = 6;                // and rows
-constexpr int KEYS = 64;               // keys in a block, and rows of the output matrix: a multiple of COLS
+constexpr int KEYS = 64;               // keys in a block, and columns of a weight: a multiple of COLS
+constexpr int GROUPS = KEYS / LANES;   // of keys in a block
 constexpr int BLOCK_ROWS = 192;        // most rows in a block of queries: what fits beside the keys in the L2 cache
 constexpr int64_t PANEL = 96;          // rows of a product that one thread takes at once: a multiple of ROWS
 constexpr int64_t PARALLEL = 1 << 14;  // numbers below which another thread costs more than it saves
@@ -105,7 +108,9 @@ float sum_lanes(Floats x) {
 // --- matrix kernel ---------------------------------------------------------------------------------------------------
 //
 // Matrices are seen as 32-bit words: a float, or two bf16 that are neighbours along the inner dimension (a dot product
-// instruction takes both at once). A packed right-hand matrix holds, for each word of the inner dimension, COLS words.
+// instruction takes both at once). A right-hand matrix is read in vectors, LANES columns of one word of the inner
+// dimension. It says where they lie: `begin(s, j)` is vector j of the first word of its s-th part, `stride` words later
+// comes that of the next word.
 
 Floats multiply_add(Floats sum, uint32_t a, Words b, float) {
     float x;
@@ -118,24 +123,51 @@ Floats multiply_add(Floats sum, uint32_t a, Words b, bf16) {
 }
 #endif
 
-// c[R x COLS] = or += a[R x words] * b[words x COLS]
-template <typename T, int R>
-__attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c,
+// A weight as `pack` leaves it: for each word COLS columns.
+struct Packed {
+    const uint32_t* words;
+    static constexpr int stride = COLS;
+    const uint32_t* begin(int, int j) const { return words + j * LANES; }
+};
+
+// The keys of COLS tokens, from group to group, as the right-hand matrix of their dot products.
+struct Keys {
+    const uint32_t* const* groups;
+    static constexpr int stride = LANES;
+    const uint32_t* begin(int, int j) const { return groups[j]; }
+};
+
+// COLS columns, from `first` on, of the values of all groups in a block: each group is a part. Columns past the last are
+// computed from some other and not looked at.
+struct Values {
+    const uint32_t* const* groups;
+    int first, stride;
+    const uint32_t* begin(int s, int j) const { return groups[s] + std::min(first + j * LANES, stride - LANES); }
+};
+
+// c[R x COLS] = or += a[R x parts * words] * b[parts * words x COLS]
+template <typename T, int R, typename Right>
+__attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, Right b, int parts, int words, float* c,
                                              int c_stride, bool add) {
     Floats sums[R][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; j++) sums[r][j] = add ? load(c + r * c_stride + j * LANES) : Floats{};
-    for (int w = 0; w < words; w++, b += COLS) {
-        Words columns[VECTORS];
+    for (int s = 0; s < parts; s++, a += words) {
+        const uint32_t* from[VECTORS];
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; j++) columns[j] = load_as<Words>(b + j * LANES);
+        for (int j = 0; j < VECTORS; j++) from[j] = b.begin(s, j);
+        for (int w = 0; w < words; w++) {
+            Words columns[VECTORS];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
+            for (int j = 0; j < VECTORS; j++) columns[j] = load_as<Words>(from[j] + w * b.stride);
 #pragma GCC unroll 8
-            for (int j = 0; j < VECTORS; j++)
-                sums[r][j] = multiply_add(sums[r][j], a[r * a_stride + w], columns[j], T{});
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int j = 0; j < VECTORS; j++)
+                    sums[r][j] = multiply_add(sums[r][j], a[r * a_stride + w], columns[j], T{});
+        }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -143,26 +175,26 @@ __attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, co
         for (int j = 0; j < VECTORS; j++) store(c + r * c_stride + j * LANES, sums[r][j]);
 }
 
-template <typename T>
-void multiply(int rows, const uint32_t* a, int a_stride, const uint32_t* b, int words, float* c, int c_stride,
+template <typename T, typename Right>
+void multiply(int rows, const uint32_t* a, int a_stride, Right b, int parts, int words, float* c, int c_stride,
               bool add) {
     switch (rows) {
         case 1:
-            return multiply_rows<T, 1>(a, a_stride, b, words, c, c_stride, add);
+            return multiply_rows<T, 1>(a, a_stride, b, parts, words, c, c_stride, add);
         case 2:
-            return multiply_rows<T, 2>(a, a_stride, b, words, c, c_stride, add);
+            return multiply_rows<T, 2>(a, a_stride, b, parts, words, c, c_stride, add);
         case 3:
-            return multiply_rows<T, 3>(a, a_stride, b, words, c, c_stride, add);
+            return multiply_rows<T, 3>(a, a_stride, b, parts, words, c, c_stride, add);
         case 4:
-            return multiply_rows<T, 4>(a, a_stride, b, words, c, c_stride, add);
+            return multiply_rows<T, 4>(a, a_stride, b, parts, words, c, c_stride, add);
         case 5:
-            return multiply_rows<T, 5>(a, a_stride, b, words, c, c_stride, add);
+            return multiply_rows<T, 5>(a, a_stride, b, parts, words, c, c_stride, add);
         default:
-            return multiply_rows<T, 6>(a, a_stride, b, words, c, c_stride, add);
+            return multiply_rows<T, 6>(a, a_stride, b, parts, words, c, c_stride, add);
     }
 }
 
-// --- packing keys and values -----------------------------------------------------------------------------------------
+// --- packing weights -------------------------------------------------------------------------------------------------
 
 // One step of a transpose: in each pair of rows S apart, swap what lies off the diagonal of the 2S x 2S squares they
 // run through. S = 1 turns rows (a b), (c d) into (a c), (b d); with S = 1, 2, 4, ... all of the matrix is turned.
@@ -189,16 +221,16 @@ void transpose(Words* m) {
     if constexpr (LANES == 16) swap_squares<LANES / 2>(m);
 }
 
-// KEYS rows of `words` words as the right-hand matrix of their dot products: packed[row / COLS][word][row % COLS].
+// KEYS rows of a weight, `words` words each: packed[row / COLS][word][row % COLS].
 template <typename T>
-void pack_keys(const T* const* rows, int words, uint32_t* packed) {
-    for (int key = 0; key < KEYS; key += LANES) {
-        uint32_t* out = packed + key / COLS * words * COLS + key % COLS;
+void pack_rows(const T* const* rows, int words, uint32_t* packed) {
+    for (int first = 0; first < KEYS; first += LANES) {
+        uint32_t* out = packed + first / COLS * words * COLS + first % COLS;
         for (int w = 0; w < words; w += LANES) {
             int count = std::min(LANES, words - w);
             Words square[LANES];
             for (int i = 0; i < LANES; i++) {
-                const uint32_t* row = reinterpret_cast<const uint32_t*>(rows[key + i]) + w;
+                const uint32_t* row = reinterpret_cast<const uint32_t*>(rows[first + i]) + w;
                 if (count == LANES)
                     square[i] = load_as<Words>(row);
                 else
@@ -210,28 +242,6 @@ void pack_keys(const T* const* rows, int words, uint32_t* packed) {
     }
 }
 
-// Values as the right-hand matrix of the output: packed[dim / COLS][word of keys][dim % COLS].
-void pack_values(const float* const* rows, int dim, uint32_t* packed) {
-    for (int d = 0; d < dim; d += LANES) {
-        uint32_t* out = packed + d / COLS * KEYS * COLS + d % COLS;
-        for (int key = 0; key < KEYS; key++)
-            std::memcpy(out + key * COLS, rows[key] + d, sizeof(Words));
-    }
-}
-#ifdef __AVX512BF16__
-void pack_values(const bf16* const* rows, int dim, uint32_t* packed) {
-    for (int d = 0; d < dim; d += LANES) {
-        uint32_t* out = packed + d / COLS * (KEYS / 2) * COLS + d % COLS;
-        for (int key = 0; key < KEYS; key += 2) {
-            auto first = load_as<Halves>(rows[key] + d);
-            auto second = load_as<Halves>(rows[key + 1] + d);
-            Words pairs = __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
-            std::memcpy(out + key / 2 * COLS, &pairs, sizeof pairs);
-        }
-    }
-}
-#endif
-
 // --- paged attention -------------------------------------------------------------------------------------------------
 
 }  // namespace
@@ -242,12 +252,14 @@ struct Batch {
     const int32_t *starts, *lengths, *contexts;  // [sequences]: first row, new tokens, tokens with these
     const int32_t* tables;                       // [sequences]: where its pages begin in `pages`
     const int32_t* pages;                        // page numbers
-    void* pool;                                  // [page, layer, k/v, slot, kv_head, dim]
+    void* pool;                                  // [page, layer, k/v, kv_head, group], see `Attention`
     int32_t layers, page_tokens, kv_heads, dim;
 };
 
 namespace {
 
+// LANES tokens of a page are a group. A head's keys of one are [word, token], two neighbouring numbers of a bf16 key in
+// a word; its values are [word, dim], those of two neighbouring tokens in a word.
 template <typename T>
 struct Attention {
     const Batch& batch;
@@ -257,49 +269,51 @@ struct Attention {
     int64_t q_stride;
     T* out;
 
-    int64_t token() const { return (int64_t)batch.kv_heads * batch.dim; }
+    static constexpr int PER_WORD = 4 / sizeof(T);  // numbers in a word
 
-    // Keys (kv = 0) or values (1) of all heads of token `at` of a sequence.
-    T* slot(int sequence, int at, int kv) const {
+    // The keys (kv = 0) or values (1) of the group that token `at` of a sequence is in.
+    uint32_t* group(int sequence, int head, int at, int kv) const {
         int64_t page = batch.pages[batch.tables[sequence] + at / batch.page_tokens];
         int64_t half = (page * batch.layers + layer) * 2 + kv;
-        return static_cast<T*>(batch.pool) + (half * batch.page_tokens + at % batch.page_tokens) * token();
+        int64_t slot = (half * batch.kv_heads + head) * batch.page_tokens + at % batch.page_tokens / LANES * LANES;
+        return static_cast<uint32_t*>(batch.pool) + slot * (batch.dim / PER_WORD);
     }
 
-    // The new keys and values, [T, kv_heads, dim] with rows `k_stride` and `v_stride` apart, into their slots.
+    // The new keys and values, [T, kv_heads, dim] with rows `k_stride` and `v_stride` apart, into their groups.
     void store_new(const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
-#pragma omp for schedule(dynamic)
-        for (int s = 0; s < batch.sequences; s++) {
-            int first = batch.contexts[s] - batch.lengths[s];
-            for (int i = 0; i < batch.lengths[s]; i++) {
-                int64_t row = batch.starts[s] + i;
-                std::memcpy(slot(s, first + i, 0), k + row * k_stride, token() * sizeof(T));
-                std::memcpy(slot(s, first + i, 1), v + row * v_stride, token() * sizeof(T));
-            }
-        }
+        const int dim = batch.dim, words = dim / PER_WORD;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int s = 0; s < batch.sequences; s++)
+            for (int head = 0; head < batch.kv_heads; head++)
+                for (int i = 0; i < batch.lengths[s]; i++) {
+                    const int at = batch.contexts[s] - batch.lengths[s] + i, lane = at % LANES;
+                    const int64_t row = batch.starts[s] + i;
+                    const uint32_t* key = reinterpret_cast<const uint32_t*>(k + row * k_stride + head * dim);
+                    const T* value = v + row * v_stride + head * dim;
+                    uint32_t *keys = group(s, head, at, 0), *values = group(s, head, at, 1);
+                    // What an earlier sequence has left could be NaN, which no weight of 0 makes harmless.
+                    if (lane == 0 && at + LANES > batch.contexts[s])
+                        std::memset(values, 0, LANES * words * sizeof *values);
+                    T* to = reinterpret_cast<T*>(values) + lane / PER_WORD * dim * PER_WORD + lane % PER_WORD;
+                    for (int w = 0; w < words; w++) keys[w * LANES + lane] = key[w];
+                    for (int d = 0; d < dim; d++) to[d * PER_WORD] = value[d];
+                }
     }
 
-    // Where the keys and values of KEYS tokens lie, from token `first` on. Past the last visible one any will do: its
-    // weight will be 0. A head's are far apart and nobody guesses the next page, so the memory is asked for them here,
-    // while the block before is computed.
-    void find_block(int sequence, int head, int first, int visible, const T** key_rows, const T** value_rows) const {
-        const int64_t half = (int64_t)batch.page_tokens * token();  // from a page's keys to its values
-        const int line = 64 / sizeof(T);
-        const T* key = slot(sequence, first, 0) + head * batch.dim;
-        for (int i = 0, at = first, left = batch.page_tokens - first % batch.page_tokens; i < KEYS; i++) {
-            key_rows[i] = key;
-            value_rows[i] = key + half;
-            for (int d = 0; d < batch.dim; d += line) {
-                __builtin_prefetch(key + d, 0, 2);
-                __builtin_prefetch(key + half + d, 0, 2);
-            }
-            if (++at >= visible) {
-                at = visible;
-            } else if (--left == 0) {
-                key = slot(sequence, at, 0) + head * batch.dim;
-                left = batch.page_tokens;
-            } else {
-                key += token();
+    // Where the keys and values of KEYS tokens lie, from token `first` on. Past the last visible one any group will do:
+    // its weights will be 0. Nobody guesses the next page, so the memory is asked for it here, while the block before is
+    // computed.
+    void find_block(int sequence, int head, int first, int visible, const uint32_t** keys,
+                    const uint32_t** values) const {
+        const int size = LANES * batch.dim / PER_WORD, line = 16;  // words
+        for (int g = 0; g < GROUPS; g++) {
+            const int at = std::min(first + g * LANES, visible - 1);
+            keys[g] = group(sequence, head, at, 0);
+            values[g] = group(sequence, head, at, 1);
+            if (first + g * LANES >= visible) continue;
+            for (int w = 0; w < size; w += line) {
+                __builtin_prefetch(keys[g] + w, 0, 2);
+                __builtin_prefetch(values[g] + w, 0, 2);
             }
         }
     }
@@ -307,15 +321,13 @@ struct Attention {
     // Queries `begin` to `end` of a sequence's new tokens, for the query heads that share key/value head `head`.
     void attend(int sequence, int head, int begin, int end, std::vector<uint32_t>& scratch) const {
         const int dim = batch.dim, group = heads / batch.kv_heads;
-        const int words = dim * (int)sizeof(T) / 4, key_words = KEYS * (int)sizeof(T) / 4;
+        const int words = dim / PER_WORD, key_words = KEYS / PER_WORD, group_words = LANES / PER_WORD;
         const int rows = (end - begin) * group, width = (dim + COLS - 1) / COLS * COLS;
         const int before = batch.contexts[sequence] - batch.lengths[sequence];
 
-        scratch.resize(rows * words + KEYS * words + width * key_words + rows * (width + LANES + 1) + ROWS * KEYS * 2);
+        scratch.resize(rows * words + rows * (width + LANES + 1) + ROWS * KEYS * 2);
         uint32_t* queries = scratch.data();                                     // [rows, words]
-        uint32_t* keys = queries + rows * words;                                // packed
-        uint32_t* values = keys + KEYS * words;                                 // packed
-        float* sums = reinterpret_cast<float*>(values + width * key_words);     // [rows, width]: weighted values
+        float* sums = reinterpret_cast<float*>(queries + rows * words);         // [rows, width]: weighted values
         float* largest = sums + rows * width;                                   // [rows]: largest score so far
         float* total = largest + rows;                                          // [rows, LANES]: sums of weights so far
         float* scores = total + rows * LANES;                                   // [ROWS, KEYS]
@@ -331,25 +343,24 @@ struct Attention {
 
         const float sharpness = scale * 1.4426950408889634f;  // weights are 2^x instead of e^x
         const int visible = before + end;                     // keys that the last query sees
-        const T *key_rows[2][KEYS], *value_rows[2][KEYS];     // of this block and the next
-        find_block(sequence, head, 0, visible, key_rows[0], value_rows[0]);
+        const uint32_t *keys[2][GROUPS], *values[2][GROUPS];  // of this block and the next
+        find_block(sequence, head, 0, visible, keys[0], values[0]);
         for (int first = 0, now = 0; first < visible; first += KEYS, now ^= 1) {
             if (first + KEYS < visible)
-                find_block(sequence, head, first + KEYS, visible, key_rows[now ^ 1], value_rows[now ^ 1]);
-            pack_keys(key_rows[now], words, keys);
-            pack_values(value_rows[now], dim, values);
+                find_block(sequence, head, first + KEYS, visible, keys[now ^ 1], values[now ^ 1]);
             for (int r = 0; r < rows; r += ROWS) {
                 const int count = std::min(ROWS, rows - r);
                 for (int c = 0; c < KEYS; c += COLS)
-                    multiply<T>(count, queries + r * words, words, keys + c * words, words, scores + c, KEYS, false);
+                    multiply<T>(count, queries + r * words, words, Keys{keys[now] + c / LANES}, 1, words, scores + c,
+                                KEYS, false);
                 for (int i = 0; i < count; i++) {
                     const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see
                     soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES,
                            sums + (r + i) * width, width, reinterpret_cast<T*>(weights + i * key_words));
                 }
                 for (int d = 0; d < width; d += COLS)
-                    multiply<T>(count, weights, key_words, values + d * key_words, key_words, sums + r * width + d,
-                                width, true);
+                    multiply<T>(count, weights, key_words, Values{values[now], d, dim}, GROUPS, group_words,
+                                sums + r * width + d, width, true);
             }
         }
 
@@ -417,7 +428,7 @@ void pack(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {
     for (int64_t first = 0; first < columns; first += KEYS) {
         const T* rows[KEYS];
         for (int i = 0; i < KEYS; i++) rows[i] = weight + std::min(first + i, columns - 1) * size;
-        pack_keys(rows, words, packed + first * words);
+        pack_rows(rows, words, packed + first * words);
     }
 }
 
@@ -436,7 +447,8 @@ void product(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int
                 const int count = std::min<int64_t>(ROWS, rows - r), width = std::min<int64_t>(KEYS, columns - first);
                 const uint32_t* from = reinterpret_cast<const uint32_t*>(x + r * size);
                 for (int c = 0; c < KEYS; c += COLS)
-                    multiply<T>(count, from, words, packed + (first + c) * words, words, block + c, KEYS, false);
+                    multiply<T>(count, from, words, Packed{packed + (first + c) * words}, 1, words, block + c, KEYS,
+                                false);
                 for (int i = 0; i < count; i++) {
                     const int64_t at = (r + i) * columns + first;
                     for (int c = 0; c < width; c += LANES) {

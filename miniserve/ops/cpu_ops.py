@@ -167,7 +167,14 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 class CpuOps:
     """See `miniserve.ops.Ops`."""
 
-    def __init__(self, dtype: torch.dtype, head_dim: int, widths: tuple[int, ...], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        widths: tuple[int, ...],
+        page_tokens: int,
+        tell: Callable[[str], None],
+    ) -> None:
         """Raises `NoKernels` where they cannot be compiled, or are not made for this dtype or these sizes."""
         library = load(tell)
         name = str(dtype).removeprefix("torch.")
@@ -176,6 +183,9 @@ class CpuOps:
         lanes = library.lanes()
         if head_dim % (2 * lanes) or any(width % lanes for width in widths):
             raise NoKernels(f"heads of {head_dim} or rows of {widths} numbers do not fill vectors of {lanes}")
+        if page_tokens % lanes:
+            raise NoKernels(f"pages of {page_tokens} tokens do not fill vectors of {lanes} (--block-size)")
+        self.layout = f"kv_head, vectors of {lanes} tokens"
 
         def kernel(operation: str) -> Any:
             function = library[f"{operation}_{name}"]

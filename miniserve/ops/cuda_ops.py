@@ -73,6 +73,8 @@ class Tables:
 class CudaOps:
     """See `miniserve.ops.Ops`. `kernels` is the module flashinfer; tests put reference math there."""
 
+    layout = "slot, kv_head, head_dim"
+
     def __init__(
         self, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, kernels: Any = None
     ) -> None:

@@ -85,6 +85,8 @@ class Plan:
 
     slots: torch.Tensor
     """Per layer, where the new keys and then the new values go, counted in slots: int64 `[layer, 2 * T]`."""
+    opened: torch.Tensor | None
+    """Per layer, the rows of pages that get their first token but are not filled: int64 `[layer, rows]`."""
     by_page: torch.Tensor
     by_slot: torch.Tensor
     decodes: list[Decodes] = field(default_factory=list)
@@ -93,6 +95,8 @@ class Plan:
 
 class TorchOps:
     """See `miniserve.ops.Ops`."""
+
+    layout = "slot, kv_head, head_dim"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -153,6 +157,7 @@ class TorchOps:
             return torch.cat((keys, keys + 1), 1)
 
         slots: list[int] = []
+        opened: list[int] = []
         groups: dict[int, list[int]] = {}
         chunks = []
         starts = []
@@ -160,6 +165,8 @@ class TorchOps:
         for i, (length, context, pages) in enumerate(zip(batch.lengths, batch.contexts, batch.pages, strict=True)):
             slots += [pages[p // size] * (layers * 2 * size) + p % size for p in range(context - length, context)]
             used = -(-context // size)
+            if 0 < context % size <= length:
+                opened.append(pages[used - 1])
             if length == 1:
                 groups.setdefault(used.bit_length(), []).append(i)
             else:
@@ -167,7 +174,14 @@ class TorchOps:
             starts.append(start)
             start += length
         first = layer_rows * size + torch.tensor(slots, device=self._device)
-        plan = Plan(torch.cat((first, first + size), 1), by_page, kv.view(-1, *kv.shape[4:]), [], chunks)
+        plan = Plan(
+            torch.cat((first, first + size), 1),
+            rows(opened) if opened else None,
+            by_page,
+            kv.view(-1, *kv.shape[4:]),
+            [],
+            chunks,
+        )
         for members in groups.values():
             contexts = torch.tensor([batch.contexts[i] for i in members], device=self._device)
             longest = max(batch.contexts[i] for i in members)
@@ -189,6 +203,9 @@ class TorchOps:
     ) -> torch.Tensor:
         """Store, gather, attend. Query heads that share a key head are handled as more queries of that head."""
         count = k.shape[0]
+        if plan.opened is not None:
+            # What an earlier sequence has left could be NaN, which no mask makes harmless.
+            plan.by_page.index_fill_(0, plan.opened[layer], 0)
         plan.by_slot.index_copy_(0, plan.slots[layer, :count], k)
         plan.by_slot.index_copy_(0, plan.slots[layer, count:], v)
         kv_heads, dim = k.shape[1:]

@@ -94,6 +94,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         model.heads,
         model.head_dim,
         (model.hidden_size, model.intermediate_size),
+        config.block_size,
         native=config.cpu_kernels != "torch",
         tell=lambda line: tell(line, 0, 0),
     )
@@ -153,7 +154,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         drafts=device.type == "cpu" if config.prompt_lookup is None else config.prompt_lookup,
         overlap=device.type == "cuda" if overlap is None else overlap,
     )
-    identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, config.load_format]
+    identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, ops.layout, config.load_format]
     layout = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     return Built(
         engine=engine,
