@@ -266,6 +266,16 @@ async def test_losing_every_worker_once(tiny_models):
         await settled(client)
 
 
+async def test_a_replacement_gets_the_pool_that_was_there(tiny_models):
+    """What is free when it starts is what the living have left, not what there was for all of them."""
+    async with cluster(tiny_models["qwen3"], "1D", kv_cache_memory=None) as client:
+        first = client.ready["d0"].pool
+        os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
+        await back(client, ("d0", 2))
+        assert client.workers.processes["d0"].spec.engine.kv_cache_memory == first.num_pages * first.page_bytes
+        assert client.ready["d0"].pool.num_pages == first.num_pages
+
+
 async def test_a_worker_that_hangs_is_replaced(tiny_models):
     folder = tiny_models["llama3"]
     items = prompts(4, seed=13, shortest=60)

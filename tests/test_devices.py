@@ -17,6 +17,7 @@ from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, p
 from miniserve.frontend.client import EngineClient
 from miniserve.frontend.server import ways
 from miniserve.kv.memory import PageShape
+from miniserve.worker import sizing
 from miniserve.worker.sizing import CUDA_RUNTIME_BYTES, size_pool
 
 GIB = 2**30
@@ -181,3 +182,19 @@ def test_workers_on_one_gpu_split_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert "90% of 80GiB / 2 workers on cuda:1, less 10.18GiB" in note
     free = 5 * GIB
     assert size(2)[0] <= free, "somebody else has it"
+
+
+def test_files_in_a_containers_memory_give_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container of 16 GiB into which 14 GiB of weights have just been downloaded."""
+    for name, text in {
+        "proc/meminfo": f"MemTotal: 99 kB\nMemAvailable: {60 * 2**20} kB\n",
+        "sys/fs/cgroup/memory.max": f"{16 * GIB}\n",
+        "sys/fs/cgroup/memory.current": f"{15 * GIB}\n",
+        "sys/fs/cgroup/memory.stat": f"anon {GIB}\nfile {14 * GIB}\ninactive_file {13 * GIB}\nactive_file {GIB}\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sizing, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert sizing.memory_available() == 15 * GIB
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert sizing.memory_available() == 60 * GIB

@@ -664,3 +664,13 @@ def test_an_expectation_begins_anew_after_a_turn_was_cancelled_in_the_queue() ->
     assert made.conversations.get("a").wanted > 0
     made.on_tick(94.0)
     assert made.conversations.get("a").wanted == 0
+
+
+def test_a_turn_whose_home_is_an_idle_prefiller_does_not_wait_for_a_decoder() -> None:
+    made = scheduler("p0", "d0", policy="observe")
+    submit(made, "a1", [1] * 900, "a", 0.0)
+    home, first = run_of(submit(made, "b1", [2] * 800, "b", 0.1))
+    assert home == "p0", "d0 is full"
+    end(made, "b1", "p0", first.turn, 1.0)
+    assert submit(made, "a2", [1] * 900, "a", 2.0) == [], "waits for room on d0"
+    assert run_of(submit(made, "b2", [2] * 801 + [3] * 10, "b", 3.0))[0] == "p0"

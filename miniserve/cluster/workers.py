@@ -101,13 +101,17 @@ class Workers:
 
     def _start_worker(self, name: str, epoch: int) -> None:
         assert self.run_dir is not None
+        engine = self._engines[name]
+        if ready := self._ready.get(name):
+            # It was there before, and what is free now is what it and the others have left: the pool it had is right.
+            engine = msgspec.structs.replace(engine, kv_cache_memory=ready.pool.num_pages * ready.pool.page_bytes)
         spec = WorkerSpec(
             name=name,
             epoch=epoch,
             run_dir=str(self.run_dir.path),
             address=self.run_dir.address(f"{name}.{epoch}"),
             frontend=self.run_dir.address("frontend"),
-            engine=self._engines[name],
+            engine=engine,
         )
         self.processes[name] = WorkerProcess(spec)
         self._health.started(name, time.monotonic())
@@ -229,5 +233,5 @@ class Workers:
         """Start the workers again whose time has come."""
         for name, at in list(self._restarts.items()):
             if at is not None and at <= now:
-                del self._restarts[name]
                 self._start_worker(name, self.processes[name].spec.epoch + 1)
+                del self._restarts[name]  # not before: where no process could be made, that was no death

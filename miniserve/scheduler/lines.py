@@ -47,9 +47,10 @@ class Lines:
 
     def serve(self, place: Callable[[Turn], bool], open_workers: set[str], homes: set[str], now: float) -> None:
         """Place those whom `place` can. Who has to wait for a decoder keeps later ones from taking the room it waits
-        for: its decoders are taken out of `open_workers`. Nobody goes on when none of `homes` is open. Newcomers that
-        let others pass come last."""
+        for: its decoders are taken out of `open_workers`. Nobody goes on when none of `homes`, nor one that somebody
+        here has already, is open. Newcomers that let others pass come last."""
         waiting: deque[Turn] = deque()
+        homes = homes | {turn.conversation.home for turn in self._queue}
         try:
             while self._queue and not open_workers.isdisjoint(homes):
                 placed = place(self._queue[0])

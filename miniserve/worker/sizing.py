@@ -99,14 +99,17 @@ def keep_freed_memory() -> None:
 
 
 def memory_available() -> int:
-    """Bytes this machine, or the container's limit, has left for new processes."""
+    """Bytes this machine, or the container's limit, has left for new processes. What a container counts as used
+    includes files that lie in memory unchanged, as weights just downloaded do; those give way."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            files = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()) + files)
     except OSError:
         pass
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
