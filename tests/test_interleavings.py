@@ -48,7 +48,9 @@ def digest(tokens: list[int]) -> int:
 
 
 def next_token(tokens: list[int], seed: int) -> int:
-    return digest([seed, *tokens]) % VOCAB
+    """Texts that go in circles, so that drafts hold, and leave them now and then."""
+    whole = digest([seed, *tokens])
+    return whole // 6 % 200 if whole % 6 == 0 else 30 + digest([seed % 3, tokens[-1]]) % 12
 
 
 class Model:
@@ -62,21 +64,26 @@ class Model:
 
     def launch(self, work: list[tuple[Sequence, int]]) -> Known:
         latest: dict[Sequence, int] = {}
+        sampled: list[int] = []
         for sequence, count in work:
             start, tokens = sequence.computed + sequence.under_way, list(sequence.tokens)
             if sequence.sampling:
                 tokens.append(self._latest[sequence])  # the host does not know it yet
             assert start + count <= len(tokens)
-            for position in range(start + count):
+            assert count == sequence.to_launch or not sequence.draft
+            tokens += sequence.draft
+            end = start + count + len(sequence.draft)
+            for position in range(end):
                 slot = self._pages[sequence.pages[position // PAGE], 0, 0, position % PAGE, 0]
                 kv = digest(tokens[: position + 1])
                 if position >= start:
                     slot[0] = kv
                 assert int(slot[0]) == kv, f"{sequence.turn}: the KV of token {position} is another one's"
             if count == sequence.to_launch:
-                latest[sequence] = next_token(tokens, sequence.seed)
+                sampled += [next_token(tokens[:known], sequence.seed) for known in range(start + count, end + 1)]
+                latest[sequence] = sampled[-1]
         self._latest = latest
-        return Known((list(latest.values()), [None] * len(latest)))
+        return Known((sampled, [None] * len(sampled)))
 
 
 class Slow:
@@ -202,6 +209,7 @@ class World:
             pace=Whim(self.pick) if self.pick.random() < 0.5 else None,
             overlap=self.pick.random() < 0.5,
             clock=lambda: self.now,
+            drafts=self.pick.random() < 0.5,
         )
         outboxes = SimpleNamespace(
             send=lambda to, body: self.send(address, to, Envelope(name, epoch, body)), forget=lambda address: None
