@@ -15,8 +15,9 @@ from miniserve.cluster.launch import SPINNING
 if TYPE_CHECKING:
     from miniserve.tokenizer import Tokenizer
 
-# How long an example takes says nothing on a machine that is shared.
-hypothesis.settings.register_profile("miniserve", deadline=None, print_blob=True)
+# How long an example takes says nothing on a machine that is shared. CI asks whether a change broke something, so its
+# examples are always the same; new ones are looked for by everybody who runs the tests.
+hypothesis.settings.register_profile("miniserve", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("miniserve")
 
 # Read by huggingface_hub when it is imported: no test asks the network for a model by accident.
