@@ -12,7 +12,7 @@ help:  ## show this
 
 serve:  ## start a server: make serve MODEL=qwen3-0.6b ARGS="--topology 1P1D"
 	@scripts/setup.sh serve
-	@exec $(PY) -m miniserve.cli serve $(MODEL) $(ARGS)
+	@exec $(PY) -m miniserve serve $(MODEL) $(ARGS)
 
 test: lint  ## ruff, mypy, pytest: make test PYTEST_ARGS="-k tokenizer"
 	@$(PY) -m pytest $(PYTEST_ARGS)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miniserve.llm import LLM
-    from miniserve.sampling import SamplingParams
+    from miniserve.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__"]
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "SamplingParams":
-        from miniserve.sampling import SamplingParams
+        from miniserve.sampling_params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module 'miniserve' has no attribute {name!r}")

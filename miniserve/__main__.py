@@ -2,6 +2,6 @@
 
 import sys
 
-from miniserve.cli import main
+from miniserve.cli.main import main
 
 sys.exit(main())

@@ -12,13 +12,13 @@ import msgspec
 
 from miniserve.cluster.messages import FinishReason, TokenLogprob, TurnOutput
 from miniserve.config import ConfigError, EngineConfig, parse_bytes
-from miniserve.grammar import GrammarError
-from miniserve.hub import resolve
+from miniserve.hub.resolve import resolve
 from miniserve.kv.hashing import root_hash
-from miniserve.sampling import ParameterError, SamplingParams, mistyped
-from miniserve.stream import TurnText
-from miniserve.template import Message
-from miniserve.tokenizer import Tokenizer
+from miniserve.sampling_params import ParameterError, SamplingParams, mistyped
+from miniserve.text.detokenizer import TurnText
+from miniserve.text.grammar import GrammarError
+from miniserve.text.template import Message
+from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker.build import build
 from miniserve.worker.sequence import Sequence
 
@@ -235,7 +235,7 @@ def _for_template(conversation: Any) -> list[Message]:
     """A conversation as chat templates know it, the same as the server makes of it. Raises `ParameterError`."""
     from pydantic import ValidationError
 
-    from miniserve.frontend.schemas import ChatMessage
+    from miniserve.api.openai.schemas import ChatMessage
 
     if not isinstance(conversation, list | tuple):
         raise ParameterError(

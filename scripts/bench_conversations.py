@@ -35,10 +35,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.frontend.client import EngineClient
-from miniserve.hub import ModelFiles, resolve
-from miniserve.sampling import SamplingParams
-from miniserve.scheduler.policies import POLICIES
+from miniserve.dispatcher import EngineClient
+from miniserve.hub.resolve import ModelFiles, resolve
+from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.baselines import POLICIES
 
 VOCAB = 40_000
 

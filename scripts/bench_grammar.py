@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from miniserve.frontend.structured import json_grammar
+from miniserve.api.structured import json_grammar
 from miniserve.llm import LLM
-from miniserve.sampling import Grammar, SamplingParams
+from miniserve.sampling_params import Grammar, SamplingParams
 from miniserve.worker.sequence import Sequence
 
 ITEM = {"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}}, "required": ["name"]}

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from miniserve.llm import LLM
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 
 TOKENS = 200
 EDIT = "Repeat this file exactly, but call the function `area` instead of `size`:\n\n{}\n"

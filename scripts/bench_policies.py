@@ -23,8 +23,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from miniserve.replay.generators import load
-from miniserve.replay.tables import goodput
+from miniserve.bench.figures.tables import goodput
+from miniserve.bench.replay.generators import load
 
 DESIGN_SEEDS = (1, 101, 102, 103)
 """With these the rule of `observe` and its constants were chosen."""
@@ -66,7 +66,7 @@ def held_out(trace: Path, out: Path) -> Path:
 def compare(trace: Path, folder: Path, *flags: str) -> None:
     """Run `miniserve compare`."""
     folder.mkdir(exist_ok=True, parents=True)
-    command = [sys.executable, "-m", "miniserve.cli", "compare", str(trace), *PAPER, *flags, "--out", str(folder)]
+    command = [sys.executable, "-m", "miniserve", "compare", str(trace), *PAPER, *flags, "--out", str(folder)]
     print(shlex.join(command[2:]), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

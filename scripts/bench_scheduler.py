@@ -19,8 +19,8 @@ import tracemalloc
 from pathlib import Path
 
 from miniserve.cluster.messages import Peer, PoolInfo, Report, StepTime, TurnOutput, WorkerStats
-from miniserve.sampling import SamplingParams
-from miniserve.scheduler.policies import POLICIES, make_policy
+from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.scheduler import Scheduler, Send
 
 PAGE, PAGES, TURNS = 16, 4_000_000, 5

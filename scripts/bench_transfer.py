@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
-from miniserve.kv.collective import CollectiveTransfer
-from miniserve.kv.mapped import MappedTransfer
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer import Copy, Transfer
+from miniserve.kv.transfer.collective import CollectiveTransfer
+from miniserve.kv.transfer.interface import Copy, Transfer
+from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.worker.sizing import keep_freed_memory
 
 SHAPE = PageShape(layers=30, page_tokens=16, kv_heads=3, head_dim=64, dtype=torch.bfloat16)

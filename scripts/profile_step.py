@@ -26,10 +26,11 @@ os.environ.update(SPINNING | os.environ)  # as a worker has it, and read when to
 
 import torch
 
-from miniserve import hub, ops
+from miniserve import ops
 from miniserve.config import EngineConfig
+from miniserve.hub import resolve as hub
 from miniserve.kv.hashing import root_hash
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 from miniserve.worker import build as building
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence

@@ -26,16 +26,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-import tiny
-from anywhere import Anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.frontend.client import EngineClient
-from miniserve.hub import resolve
-from miniserve.sampling import SamplingParams
-from miniserve.scheduler.policies import POLICIES
+from miniserve.dispatcher import EngineClient
+from miniserve.hub.resolve import resolve
+from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.baselines import POLICIES
+from tests.support import tiny
+from tests.support.anywhere import Anywhere
 
 TOPOLOGIES = ("1D", "2D", "1P1D", "1P2D", "2P1D", "2P2D")
 PHASES = ("waiting", "prefill", "handoff", "decode", "rest")

@@ -13,7 +13,7 @@ import pytest
 from miniserve.cluster.launch import SPINNING
 
 if TYPE_CHECKING:
-    from miniserve.tokenizer import Tokenizer
+    from miniserve.text.tokenizer import Tokenizer
 
 # How long an example takes says nothing on a machine that is shared. CI asks whether a change broke something, so its
 # examples are always the same; new ones are looked for by everybody who runs the tests.
@@ -42,9 +42,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of random models: every architecture, both config shapes, tied and untied, one and several files."""
-    import tiny
     import torch
     import transformers
+
+    from tests.support import tiny
 
     torch.set_num_threads(1)  # more of them only get in each other's way here
     transformers.logging.disable_progress_bar()
@@ -67,7 +68,7 @@ def tiny_folder(tiny_models: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A tokenizer of a model that reasons and calls tools."""
-    import dialects
+    from tests.support import dialects
 
     return dialects.tokenizer(tmp_path_factory.mktemp("hermes"), "hermes")
 
@@ -75,7 +76,7 @@ def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The default model from the user's own cache, fetched there if need be; skips where that cannot be done."""
-    from miniserve.hub import ModelError, resolve
+    from miniserve.hub.resolve import ModelError, resolve
 
     with pytest.MonkeyPatch.context() as patch:
         if USERS_CACHE is None:

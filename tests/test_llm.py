@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from miniserve.api.generation import Choice
 from miniserve.cluster.messages import TokenLogprob, TurnOutput
 from miniserve.config import ConfigError
-from miniserve.frontend.generate import Choice
-from miniserve.hub import ModelError
+from miniserve.hub.resolve import ModelError
 from miniserve.llm import LLM, Completion, Generation, _Turn
-from miniserve.sampling import ParameterError, SamplingParams
+from miniserve.sampling_params import ParameterError, SamplingParams
 
 EOS, START, END = 317, 318, 319
 """The ids of `tiny.SPECIAL`; the first and the last end a turn."""

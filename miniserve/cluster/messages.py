@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

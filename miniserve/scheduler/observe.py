@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miniserve.scheduler.placement import Need, Option, Placement
-from miniserve.scheduler.views import Cluster, WorkerView
+from miniserve.scheduler.workers import Cluster, WorkerView
 
 MARGIN_SHARE, MARGIN_SECONDS = 0.1, 0.02
 """By how much another place must be cheaper before a prompt leaves its home: estimates are not better than that."""

@@ -7,7 +7,7 @@ import msgspec
 from miniserve.scheduler.history import FINISHES, TurnRecord
 from miniserve.scheduler.placement import Need, Option, Placement
 from miniserve.scheduler.turns import Turn
-from miniserve.scheduler.views import Cluster
+from miniserve.scheduler.workers import Cluster
 
 
 class WorkerRead(msgspec.Struct, frozen=True):

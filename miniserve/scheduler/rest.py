@@ -7,7 +7,7 @@ from itertools import count
 
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.fleet import Fleet
-from miniserve.scheduler.views import WorkerView
+from miniserve.scheduler.workers import WorkerView
 
 LATE_GAPS, LATE_SECONDS = 3.0, 1.0
 """A conversation that has not come back after so many of its gaps and so many seconds is not expected any more."""

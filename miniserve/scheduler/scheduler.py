@@ -10,18 +10,18 @@ from collections import deque
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import Abort, Keep, Message, Move, Peer, Peers, Report, Run, TurnOutput, WorkerStats
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.fleet import Fleet
-from miniserve.scheduler.lines import Lines
 from miniserve.scheduler.observations import Speed
 from miniserve.scheduler.placement import Need, Placement, Policy
 from miniserve.scheduler.prefixes import Prefixes
 from miniserve.scheduler.prompts import page_chain
+from miniserve.scheduler.queue import Lines
 from miniserve.scheduler.records import Record, decision, outcome, remembered
 from miniserve.scheduler.rest import Rest
 from miniserve.scheduler.turns import Phases, Turn
-from miniserve.scheduler.views import Cluster, Link, WorkerView
+from miniserve.scheduler.workers import Cluster, Link, WorkerView
 
 MOST_LOSSES = 3
 """Workers that may die under a turn before it is taken for what kills them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import TurnOutput
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.placement import Option
 

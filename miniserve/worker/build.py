@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from miniserve.config import ConfigError, EngineConfig, format_bytes
-from miniserve.grammar import Compiler
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -22,7 +21,8 @@ from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
 from miniserve.ops.cuda_ops import CudaOps
-from miniserve.tokenizer import Tokenizer
+from miniserve.text.grammar import Compiler
+from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
@@ -174,7 +174,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
 
 def warm_up(engine: Engine, root: bytes) -> None:
     """Run a prompt and a few tokens, so that the first user does not pay for lazy initialisation; leaves no trace."""
-    from miniserve.sampling import SamplingParams
+    from miniserve.sampling_params import SamplingParams
 
     length = min(64, engine.max_model_len // 2)
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)

@@ -12,8 +12,8 @@ import torch
 from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
-from miniserve.grammar import Compiler, GrammarError, failure
-from miniserve.sampling import Grammar, ParameterError
+from miniserve.sampling_params import Grammar, ParameterError
+from miniserve.text.grammar import Compiler, GrammarError, failure
 
 if TYPE_CHECKING:
     from miniserve.worker.sequence import Sequence

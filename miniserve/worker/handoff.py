@@ -32,7 +32,7 @@ from miniserve.cluster.messages import (
     TurnOutput,
 )
 from miniserve.kv.hashing import root_hash
-from miniserve.kv.transfer import Copy, Transfer, TransferError
+from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence, Status
 

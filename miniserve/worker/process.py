@@ -28,8 +28,8 @@ from miniserve.cluster.messages import (
     WorkerStats,
 )
 from miniserve.kv.hashing import root_hash
-from miniserve.kv.transfer import connect
-from miniserve.sampling import ParameterError
+from miniserve.kv.transfer.connect import connect
+from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import SIGNS_OF_LIFE, Handoffs
 from miniserve.worker.sequence import Sequence

@@ -14,7 +14,7 @@ import torch
 
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.ops import Ops
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 from miniserve.worker.grammar import Masks
 from miniserve.worker.sequence import Sequence
 

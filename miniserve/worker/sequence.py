@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:

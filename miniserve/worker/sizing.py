@@ -12,7 +12,7 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.model.config import DTYPES, ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.ops.torch_ops import native_bf16
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 from miniserve.worker.runner import Runner
 from miniserve.worker.sequence import Sequence
 

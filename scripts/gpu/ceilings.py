@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu.common import Figure, Figures, Setting, seconds
+from scripts.gpu.common import Figure, Figures, Setting, seconds
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 
-from gpu import ceilings, handoff, kernels, parity, servers, speed
-from gpu.common import Figures, Setting
-from gpu.parity import ARCHITECTURES
+from scripts.gpu import ceilings, handoff, kernels, parity, servers, speed
+from scripts.gpu.common import Figures, Setting
+from scripts.gpu.parity import ARCHITECTURES
 
 
 @dataclass(frozen=True)

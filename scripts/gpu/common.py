@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,15 +13,15 @@ from typing import Any
 
 import torch
 
-from miniserve import dummy, hub
 from miniserve.config import EngineConfig
-from miniserve.sampling import SamplingParams
+from miniserve.hub import dummy
+from miniserve.hub import resolve as hub
+from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import Built, build
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(1, str(ROOT / "tests"))  # for tiny.py
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from gpu import ceilings
-from gpu.common import Figure, Figures, Setting, drop_engine, model_folder, read_json
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.remote import RemoteTransfer
-from miniserve.kv.transfer import Transfer, connect
+from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.interface import Transfer
+from miniserve.kv.transfer.remote import RemoteTransfer
 from miniserve.model.config import ModelConfig
+from scripts.gpu import ceilings
+from scripts.gpu.common import Figure, Figures, Setting, drop_engine, model_folder, read_json
 
 LAYOUT = "gpu-check"
 TOKENS = 16384
@@ -51,7 +52,7 @@ def hashes(memory: KVMemory, pages: list[int]) -> list[str]:
 def way(memory: KVMemory, us: str, peer: Peer, run_dir: str, nccl: bool) -> Transfer:
     """How pages come from `peer`: as between workers, or by NCCL."""
     if nccl:
-        from miniserve.kv.nccl import Nccl
+        from miniserve.kv.transfer.nccl import Nccl
 
         return RemoteTransfer(Nccl(memory), memory, (us, 1), peer, run_dir)
     transfer = connect(memory, LAYOUT, (us, 1), peer, run_dir, "auto")

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from gpu.common import Figure, Figures, Setting
 from miniserve.model import rope
 from miniserve.model.config import RopeConfig
 from miniserve.ops import make_ops
 from miniserve.ops.batch import Batch
+from scripts.gpu.common import Figure, Figures, Setting
 
 LIMIT = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2}
 """Largest error, as a part of the largest value: 4 units in the last place of bf16 (2^-8); 42 of fp32 (2^-23), whose

@@ -9,11 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 
-from gpu.common import Figure, Figures, Setting, drain, greedy
-from gpu.kernels import short
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.model.config import ModelConfig
@@ -21,9 +18,12 @@ from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
 from miniserve.ops.batch import Batch
-from miniserve.sampling import SamplingParams
+from miniserve.sampling_params import SamplingParams
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
+from scripts.gpu.common import Figure, Figures, Setting, drain, greedy
+from scripts.gpu.kernels import short
+from tests.support import tiny
 
 ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128}
 """Each with a size of heads that FlashInfer's kernels are compiled for."""

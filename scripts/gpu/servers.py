@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from gpu.common import ROOT, Figure, Figures, Setting, drop_engine, environment, model_folder, read_json
-from gpu.kernels import short
-from gpu.parity import Truth, disagreements, logit_error, model, paths, prompts
+from scripts.gpu.common import ROOT, Figure, Figures, Setting, drop_engine, environment, model_folder, read_json
+from scripts.gpu.kernels import short
+from scripts.gpu.parity import Truth, disagreements, logit_error, model, paths, prompts
 
 START = 120.0
 """Seconds that a server may take to start."""
@@ -32,7 +32,7 @@ def start(run: Setting, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server process with its output in a file; ended afterwards."""
     log = run.folder / f"serve-{time.monotonic_ns()}.log"
     with log.open("wb") as out:
-        command = [sys.executable, "-m", "miniserve.cli", "serve", *flags, "--port", "0", "--device", run.device]
+        command = [sys.executable, "-m", "miniserve", "serve", *flags, "--port", "0", "--device", run.device]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment())
     process.log = log  # type: ignore[attr-defined]
     try:
@@ -142,7 +142,7 @@ def replay(run: Setting, topology: str) -> Figures:
         workload = ["--conversations", "24", "--max-turns", "5", "--rate", "3"]
     with start(run, str(folder), *flags) as process:
         url, banner = ready(process)
-        command = [sys.executable, "-m", "miniserve.cli", "replay", trace, "--url", url, "--json", str(out)]
+        command = [sys.executable, "-m", "miniserve", "replay", trace, "--url", url, "--json", str(out)]
         command += [*workload, "--standalone", "2", "--seed", "0"]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=START)
         if done.returncode or not out.exists():

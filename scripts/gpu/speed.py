@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
-from gpu import ceilings
-from gpu.common import (
+from miniserve.llm import LLM
+from miniserve.sampling_params import SamplingParams
+from miniserve.worker.build import Built
+from miniserve.worker.engine import Engine
+from scripts.gpu import ceilings
+from scripts.gpu.common import (
     Figure,
     Figures,
     Setting,
@@ -22,10 +26,6 @@ from gpu.common import (
     random_prompts,
     shaped,
 )
-from miniserve.llm import LLM
-from miniserve.sampling import SamplingParams
-from miniserve.worker.build import Built
-from miniserve.worker.engine import Engine
 
 ROOFLINE = {1: 0.85, 256: 0.70}
 """Issue 5: the least share of the bandwidth roofline that decoding at a batch size must reach with Llama-3-8B."""

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dialects
 import pytest
-import tiny
-from test_server import Running, server
+
+from tests.e2e.test_server import Running, server
+from tests.support import dialects, tiny
 
 HERE = Path(__file__).parent
 ENVIRONMENT = Path(os.environ.get("CLIENTS_VENV", HERE.parents[1] / ".venv-clients"))

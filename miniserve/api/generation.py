@@ -1,0 +1,243 @@
+"""The choices of one request while they run: from the engine's tokens to text that can be given out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Self
+
+from miniserve.api.errors import ApiError
+from miniserve.api.openai.answers import Finish, Usage
+from miniserve.cluster.messages import TokenLogprob, TurnOutput
+from miniserve.dispatcher import EngineError, Turn
+from miniserve.monitor.metrics import Metrics
+from miniserve.sampling_params import SamplingParams
+from miniserve.text.detokenizer import TurnText
+from miniserve.text.reader import Part, Reader, merged
+from miniserve.text.tokenizer import Tokenizer
+
+Submit = Callable[[list[int], SamplingParams, int], Turn]
+"""Starts a turn: prompt, parameters, the choice's number. Raises `EngineError`."""
+
+
+class Choice:
+    """One choice: what came of it, and what of that was not taken yet."""
+
+    def __init__(
+        self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, reader: Reader | None = None
+    ) -> None:
+        """Without a `reader` all text is content."""
+        self.index = index
+        self.prompt = prompt
+        self.params = params
+        self.turn: Turn | None = None
+        self.output_tokens = 0
+        self.cached_tokens = 0
+        self.reasoning_tokens = 0
+        self.thinks = reader is not None and reader.thinking
+        self._reader = reader
+        self._words = TurnText(tokenizer, params, reader.visible if reader else frozenset())
+        self._parts: list[Part] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why it has ended, None while it goes on."""
+        ended = self._words.finish
+        if self._reader is not None and (self._reader.done or (ended == "stop" and self._reader.calls)):
+            return "tool_calls"
+        return ended
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop string or stop token that ended it."""
+        return self._words.stop_reason
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there are parts to take, or the choice has ended."""
+        return bool(self._parts) or self.finish is not None
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there are tokens to take."""
+        return bool(self._tokens)
+
+    def take(self) -> tuple[list[Part], list[TokenLogprob]]:
+        """The parts of the answer since the last time, and the log-probabilities of the tokens if they were asked for.
+        Neighbours are never of the same kind, unless they are calls."""
+        parts, logprobs = self._parts, self._logprobs
+        self._parts, self._logprobs = [], []
+        return merged(parts), logprobs
+
+    def take_text(self) -> tuple[str, list[TokenLogprob]]:
+        """The same for an API that knows nothing but content."""
+        parts, logprobs = self.take()
+        return "".join(part for part in parts if isinstance(part, str)), logprobs
+
+    def take_tokens(self) -> list[int]:
+        """The tokens since the last time, with text or not."""
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+    def feed(self, out: TurnOutput) -> None:
+        """Take in the next tokens. Raises `ApiError` or `EngineError` where the engine gave up."""
+        if out.finish == "error" and out.invalid:
+            raise ApiError(400, out.error)
+        if out.finish == "error":
+            raise ApiError(500, out.error or "The engine failed at this request.", code="engine_failure")
+        if out.finish == "abort":
+            raise EngineError("The server is stopping and has ended this request: send it again.")
+        self.cached_tokens = out.cached_tokens or self.cached_tokens
+        text, count = self._words.feed(out)
+        self.output_tokens += count
+        self._tokens += out.tokens[:count]
+        self._logprobs += (out.logprobs or [])[:count]
+        if self._reader is not None:
+            self._read(self._reader, text, out.tokens[:count])
+        elif text:
+            self._parts.append(text)
+
+    def _read(self, reader: Reader, text: str, tokens: list[int]) -> None:
+        thinking = reader.thinking
+        self._parts += reader.read(text, final=self._words.finish is not None)
+        if thinking and reader.has_thought:
+            last = reader.ends if not reader.thinking else None
+            self.reasoning_tokens += tokens.index(last) + 1 if last in tokens else len(tokens)
+
+
+def usage(prompt_tokens: int, cached_tokens: int, choices: list[Choice], output_tokens: int) -> Usage:
+    """What a request has used: `output_tokens` in `choices`."""
+    used: Usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+    if any(choice.thinks for choice in choices):
+        used["completion_tokens_details"] = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
+    return used
+
+
+class Generation:
+    """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
+
+    `n` choices follow for each prompt, in order. The first one of a prompt starts at once and the others with its
+    first token, when they find the prompt in the prefix cache.
+    """
+
+    def __init__(
+        self,
+        prompts: list[tuple[list[int], SamplingParams]],
+        submit: Submit,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        arrived: float,
+        reader: Callable[[list[int]], Reader | None] = lambda prompt: None,
+    ) -> None:
+        """`prompts` are token ids and parameters, `arrived` is when the request did (`time.perf_counter`), `reader`
+        makes what reads an answer to a prompt."""
+        self._submit = submit
+        self._metrics = metrics
+        self._arrived = arrived
+        self._tasks: list[asyncio.Task[None]] = []
+        self._news: dict[int, Choice] = {}
+        self._wake = asyncio.Event()
+        self._failure: Exception | None = None
+        self._groups = [
+            [Choice(p * params.n + i, prompt, params.nth(i), tokenizer, reader(prompt)) for i in range(params.n)]
+            for p, (prompt, params) in enumerate(prompts)
+        ]
+        self.choices = [choice for group in self._groups for choice in group]
+
+    def start(self) -> None:
+        """Submit the first choice of each prompt. Raises `EngineError`; then nothing runs."""
+        try:
+            for group in self._groups:
+                self._begin(group[0], siblings=group[1:])
+        except Exception:
+            self._cancel()
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def updates(self) -> AsyncIterator[list[Choice]]:
+        """The choices with news, until all have ended; what came in while nobody asked comes at once.
+
+        Raises what a choice failed of.
+        """
+        running = len(self.choices)
+        while running:
+            while not self._news and self._failure is None:
+                self._wake.clear()
+                await self._wake.wait()
+            if not self._news and self._failure is not None:
+                raise self._failure
+            news, self._news = list(self._news.values()), {}
+            running -= sum(choice.finish is not None for choice in news)
+            yield news
+
+    async def finish(self) -> None:
+        """Wait until all choices have ended. Raises what one failed of."""
+        async for _ in self.updates():
+            pass
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; a prompt counts once however many choices it has."""
+        prompt = sum(len(group[0].prompt) for group in self._groups)
+        cached = sum(group[0].cached_tokens for group in self._groups)
+        return usage(prompt, cached, self.choices, sum(choice.output_tokens for choice in self.choices))
+
+    def _begin(self, choice: Choice, siblings: list[Choice]) -> None:
+        choice.turn = self._submit(choice.prompt, choice.params, choice.index)
+        self._tasks.append(asyncio.create_task(self._follow(choice, choice.turn, siblings)))
+
+    async def _follow(self, choice: Choice, turn: Turn, siblings: list[Choice]) -> None:
+        try:
+            await self._read(choice, turn, siblings)
+        except Exception as error:
+            self._metrics.ended("error", self._arrived)
+            turn.cancel()
+            choice.turn = None
+            self._failure = error
+            self._wake.set()
+
+    async def _read(self, choice: Choice, turn: Turn, siblings: list[Choice]) -> None:
+        before = None
+        async for out in turn:
+            choice.feed(out)
+            now = time.perf_counter()
+            if before is None:
+                self._metrics.first_token(now - self._arrived, len(choice.prompt))
+                for sibling in siblings:
+                    self._begin(sibling, [])
+            elif out.tokens:
+                self._metrics.gap(now - before)
+            self._metrics.generated(len(out.tokens))
+            before = now
+            if choice.finish is not None:
+                if out.finish is None:  # a stop string or a last call, which the engine knows nothing of
+                    turn.cancel()
+                self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
+            self._news[choice.index] = choice
+            self._wake.set()
+            if choice.finish is not None:
+                return
+        raise EngineError("The engine has lost this request: send it again.")
+
+    def _cancel(self) -> None:
+        for choice in self.choices:
+            if choice.turn is not None and choice.finish is None:
+                choice.turn.cancel()
+                choice.turn = None
+                self._metrics.ended("abort", self._arrived)
+        for task in self._tasks:
+            task.cancel()

@@ -1,0 +1,152 @@
+"""The tools of a request: what they may look like, and which of them has to be called."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from typing import Any, Literal
+
+from miniserve.api.sound import sound_json
+from miniserve.sampling_params import ParameterError
+
+MAX_TOOLS = 256
+MAX_TOOLS_CHARS = 256 * 1024
+"""Of all tools as JSON; a model reads all of it before it answers."""
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+TOOL_EXAMPLE = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
+TOOL_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+                "description": {"type": "string"},
+                "parameters": {"type": "object", "properties": {"type": {"const": "object"}}},
+                "strict": {"type": "boolean"},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+"""A tool for OpenAPI. They are kept as they came: a template renders the keys in the client's order."""
+
+Tool = dict[str, Any]
+
+
+def few_tools(value: Any) -> Any:
+    """Before they are looked at one by one, which takes longer than the event loop has for a megabyte of them."""
+    if not isinstance(value, list):
+        return value
+    if len(value) > MAX_TOOLS:
+        raise ValueError(f"This should have at most {MAX_TOOLS} items, not {len(value)}")
+    with suppress(RecursionError):  # what is too deep is refused next
+        if (size := len(json.dumps(value, ensure_ascii=False))) > MAX_TOOLS_CHARS:
+            raise ValueError(
+                f"These are {size} characters of JSON, and at most {MAX_TOOLS_CHARS} characters are allowed: send "
+                "fewer tools or shorter ones"
+            )
+    return value
+
+
+def check_tools(tools: list[Tool]) -> None:
+    """Raises `ParameterError` for the first that is not in order."""
+    names: set[str] = set()
+    for number, tool in enumerate(tools):
+        at = f"tools[{number}]"
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict):
+            raise ParameterError(at, f"`{at}` must look like {TOOL_EXAMPLE}: other kinds of tools are not supported.")
+        _check_function(function, f"{at}.function")
+        if function["name"] in names:
+            raise ParameterError(f"{at}.function.name", f"Two tools are called {function['name']!r}: rename one.")
+        names.add(function["name"])
+
+
+def _check_function(function: dict[str, Any], at: str) -> None:
+    name = function.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ParameterError(
+            f"{at}.name",
+            f"`{at}.name` must be 1 to 128 letters, digits, `_`, `-` or `.`, not {str(name)[:64]!r}.",
+        )
+    if not isinstance(function.get("description") or "", str):
+        raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")
+    parameters = function.get("parameters")
+    if parameters is None:
+        return
+    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+        raise ParameterError(f"{at}.parameters", f"`{at}.parameters` must be a JSON schema of the type object.")
+    if not isinstance(parameters.get("properties", {}), dict):
+        raise ParameterError(f"{at}.parameters.properties", f"`{at}.parameters.properties` must be an object.")
+    required = parameters.get("required", [])
+    if not (isinstance(required, list) and all(isinstance(key, str) for key in required)):
+        raise ParameterError(f"{at}.parameters.required", f"`{at}.parameters.required` must be a list of strings.")
+
+
+def with_all_keys(tool: Tool) -> Tool:
+    """A tool with what it may leave out as the empty values of it."""
+    told = {key: value for key, value in tool["function"].items() if value is not None}
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return {**tool, "function": told | {key: value for key, value in empty.items() if key not in told}}
+
+
+class Calling:
+    """What `tool_choice` asks for. `callable` are the tools that may be called, `forced` those of which one has to be,
+    and `single` allows no second call."""
+
+    def __init__(
+        self,
+        tools: list[Tool] | None,
+        choice: Literal["none", "auto", "required"] | dict[str, Any] | None,
+        parallel: bool | None,
+    ) -> None:
+        """Raises `ParameterError`."""
+        tools = tools or []
+        self.callable = [] if choice == "none" else tools
+        self.forced = tools if choice == "required" else []
+        self.single = parallel is False
+        if not tools and (isinstance(choice, dict) or choice == "required"):
+            raise ParameterError("tool_choice", "A `tool_choice` that asks for a call needs `tools`.")
+        if isinstance(choice, dict):
+            self.forced = [_named(tools, choice)]
+            self.single = True
+
+
+def _named(tools: list[Tool], choice: dict[str, Any]) -> Tool:
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice.get("type") != "function" or not isinstance(name, str):
+        raise ParameterError(
+            "tool_choice",
+            '`tool_choice` must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}.',
+        )
+    for tool in tools:
+        if tool["function"]["name"] == name:
+            return tool
+    raise ParameterError("tool_choice", f"`tool_choice` names {name[:128]!r}, which is none of `tools`.")
+
+
+def check_call(call: dict[str, Any]) -> None:
+    """A call of the history. Raises `ValueError`."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            'A tool call must look like {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+        )
+    if not isinstance(call.get("id", ""), str | None):
+        raise ValueError("The `id` of a tool call must be a string")
+
+
+def for_template(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of the history as templates know it: its arguments are an object, if the text of them is one."""
+    function = dict(call["function"])
+    arguments = function.setdefault("arguments", {})
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            if isinstance(decoded := json.loads(arguments or "{}"), dict):
+                function["arguments"] = sound_json(decoded)
+    return {**call, "function": function}

@@ -1,0 +1,301 @@
+"""The commands of the evaluation, `miniserve replay`, `simulate`, `compare` and `profile`: flags, and who does it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from miniserve.cli.flags import checked, positive, rate, scale, seconds, share, span, whole
+from miniserve.config import ConfigError, Topology
+from miniserve.scheduler.baselines import POLICIES
+
+ARRIVALS = ("poisson", "fixed", "burst")  # those of replay/workload.py, which needs numpy
+TRACE_HELP = (
+    "a trace (CSV, or Mooncake's JSONL), or a workload made up: swe-agent, chat, deep-research, "
+    "mix:swe-agent=0.5,chat=0.5"
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Add the four to argparse's subcommands."""
+    _add_replay(commands)
+    _add_simulate(commands)
+    _add_compare(commands)
+    _add_profile(commands)
+
+
+def add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> None:
+    """What agents ask and when."""
+    parser.add_argument("trace", metavar="TRACE", help=TRACE_HELP)
+    group = parser.add_argument_group("workload")
+    if not rates:
+        group.add_argument(
+            "--rate", type=rate, help="conversations that arrive a second; default: as the trace says, else 1"
+        )
+    group.add_argument(
+        "--arrivals", choices=ARRIVALS, default="poisson", help="how they arrive, with --rate; default: %(default)s"
+    )
+    group.add_argument(
+        "--conversations", type=positive, help="how many, drawn from the trace; default: all of it (255 made up)"
+    )
+    group.add_argument("--max-turns", type=positive, help="turns of each at most")
+    group.add_argument("--scale-tokens", type=scale, default=1.0, metavar="F", help="times all token counts")
+    group.add_argument(
+        "--gap",
+        type=_spread,
+        metavar="DIST",
+        help="seconds between turns, instead of the trace's: 5, 0..30 (uniform), exp:10 (mean)",
+    )
+    group.add_argument(
+        "--append", type=_spread, metavar="DIST", help="new tokens of later turns, instead: 67, log:67..8000"
+    )
+    group.add_argument(
+        "--same-prompt",
+        action="store_true",
+        help="all first prompts are beginnings of one: their KV is cached once for all, as in the paper's artifact",
+    )
+    if not rates:
+        group.add_argument("--seed", type=whole, default=0, help="of all that is drawn; default: %(default)s")
+
+
+def workload(args: argparse.Namespace) -> tuple[list[Any], list[float], float | None]:
+    """Tasks, when they start (seconds), and the rate if it was asked for. Raises `ConfigError`."""
+    from miniserve.bench.replay.generators import load
+    from miniserve.bench.replay.workload import Shape, arrivals
+
+    shape = Shape(args.max_turns, args.scale_tokens, args.gap, args.append, args.same_prompt)
+    tasks = [shape.apply(task, args.seed) for task in load(args.trace, args.conversations, args.seed)]
+    known = [task.arrival for task in tasks if task.arrival is not None]
+    if args.rate is None and len(known) == len(tasks):
+        return tasks, [arrival - min(known) for arrival in known], None
+    asked = args.rate or 1.0
+    return tasks, arrivals(args.arrivals, asked, len(tasks), args.seed), asked
+
+
+# --- replay ---------------------------------------------------------------------------------------------------------
+
+
+def _add_replay(commands: Any) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="replay agents against a running server",
+        description="Replay agents against an OpenAI-compatible server (miniserve, vLLM, llama.cpp): each waits for "
+        "its answer, runs its tool, sends the grown conversation. Prompts are made-up token ids.",
+    )
+    parser.set_defaults(run=_replay)
+    add_workload(parser)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
+    parser.add_argument("--model", help="default: the server's first")
+    parser.add_argument(
+        "--standalone",
+        type=whole,
+        metavar="N",
+        help="how many conversations are first replayed alone, to normalise by; default: all; 0: none",
+    )
+    parser.add_argument("--vocab", type=positive, help="size of the vocabulary, where the server does not tell")
+    parser.add_argument(
+        "--timeout", type=seconds, default=600.0, metavar="SECONDS", help="of one turn; default: %(default)s"
+    )
+    _add_json(parser)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from miniserve.cli.main import api_key
+
+    try:
+        from miniserve.bench.replay.driver import ReplayConfig, replay
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'miniserve[bench]'.") from error
+
+    tasks, starts, asked = workload(args)
+    result = replay(
+        ReplayConfig(
+            url=args.url,
+            api_key=api_key(args),
+            model=args.model,
+            tasks=tasks,
+            starts=starts,
+            seed=args.seed,
+            rate=asked,
+            standalone=len(tasks) if args.standalone is None else args.standalone,
+            vocab=args.vocab,
+            scale=args.scale_tokens,
+            timeout=args.timeout,
+        )
+    )
+    return _give(result, args.json)
+
+
+# --- simulate -------------------------------------------------------------------------------------------------------
+
+
+def _add_simulate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="simulate a cluster under the same scheduler",
+        description="Simulate a cluster on a virtual clock: the server's scheduler, its workers' batching, paging and "
+        "handoffs, with the step times of a hardware profile.",
+    )
+    parser.set_defaults(run=_simulate)
+    add_workload(parser)
+    _add_cluster(parser)
+    parser.add_argument("--topology", type=checked(Topology.parse), default="1P3D", help="default: %(default)s")
+    parser.add_argument("--policy", choices=tuple(POLICIES), default="observe", help="default: %(default)s")
+    parser.add_argument(
+        "--mispredict", type=share, default=0.0, metavar="FRACTION", help="with ampd: share of decisions turned around"
+    )
+    parser.add_argument(
+        "--window", type=span, metavar="START..END", help="seconds of which the JSON gets a timeline, like 20..60"
+    )
+    _add_json(parser)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hardware",
+        default="a40-qwen3-0.6b",
+        help="a preset (a40-qwen3-0.6b, a40-qwen3-0.6b-graphs, a40-qwen3-0.6b-200w), a file of `miniserve profile`, or "
+        "P=...,D=... for the roles; default: %(default)s",
+    )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="find KV of known prefixes; default: on",
+    )
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from miniserve.bench.replay.progress import counting
+    from miniserve.bench.simulate.hardware import load_roles
+    from miniserve.bench.simulate.run import Setting, simulate
+
+    tasks, starts, asked = workload(args)
+    setting = Setting(
+        tasks=tasks,
+        starts=starts,
+        topology=args.topology,
+        hardware=load_roles(args.hardware),
+        policy=args.policy,
+        mispredict=args.mispredict,
+        rate=asked,
+        seed=args.seed,
+        window=args.window,
+        caching=args.enable_prefix_caching,
+    )
+    with counting("conversations", len(tasks)) as progress:
+        result = simulate(setting, progress=progress)
+    return _give(result, args.json)
+
+
+# --- compare --------------------------------------------------------------------------------------------------------
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="compare policies over rates, with tables and figures",
+        description="Run a grid of policies, rates and seeds, simulated or (with --serve) on real workers of this "
+        "machine; print tables, draw figures.",
+    )
+    parser.set_defaults(run=_compare)
+    add_workload(parser, rates=True)
+    _add_cluster(parser)
+    parser.add_argument(
+        "--policies",
+        default="colocated,disaggregated,ampd,conserve,observe",
+        help="which, each perhaps with a topology of its own, like colocated@4D,conserve; default: all",
+    )
+    parser.add_argument(
+        "--topology",
+        type=checked(Topology.parse),
+        default="1P3D",
+        help="of those that have none of their own; colocated has as many workers, all decoders; default: %(default)s",
+    )
+    parser.add_argument("--rates", type=_list(rate), default=[1.0], help="conversations a second, like 0.5,1,1.5")
+    parser.add_argument("--seeds", type=_list(whole), default=[0], help="like 1,2,3; default: 0")
+    parser.add_argument(
+        "--mispredict", type=_list(share), default=[0.1], help="shares of ampd's wrong predictions; default: 0.1"
+    )
+    parser.add_argument("--serve", metavar="MODEL", help="run real servers of this model here instead of simulating")
+    parser.add_argument("--serve-args", default="", metavar="ARGS", help="more flags for `miniserve serve`")
+    parser.add_argument(
+        "--window",
+        type=span,
+        metavar="START..END",
+        help="draw what workers did in these seconds, simulated, at the highest rate; with --out",
+    )
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="simulations at once")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write cells.json, tables.md and the figures there")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from miniserve.bench.compare import compare
+
+    return compare(args)
+
+
+# --- profile --------------------------------------------------------------------------------------------------------
+
+
+def _add_profile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="measure this machine's step times for `simulate`",
+        description="Measure how long steps of a model take here, and write a hardware profile for `simulate`.",
+    )
+    parser.set_defaults(run=_profile)
+    parser.add_argument("model", nargs="?", help="as for serve; default: smollm2-135m")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="as for serve")
+    parser.add_argument(
+        "--threads", type=positive, default=0, help="CPU threads of a worker; default: all cores. One for 1P1D on two"
+    )
+    parser.add_argument("--workers", type=positive, default=1, help="workers that share this machine, all kept busy")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from miniserve.bench.simulate.profile import profile
+
+    return profile(args)
+
+
+# --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
+
+
+def _give(result: dict[str, Any], path: Path | None) -> int:
+    """Write or print a result. 1 if something in it failed."""
+    text = json.dumps(result, indent=1) + "\n"
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        try:
+            path.write_text(text, "utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    return 1 if result["errors"] else 0
+
+
+def _spread(text: str) -> Any:
+    from miniserve.bench.replay.workload import Spread
+
+    try:
+        return Spread.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A list with commas."""
+    return lambda text: [item(part) for part in text.split(",")]

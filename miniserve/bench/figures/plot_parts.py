@@ -1,0 +1,165 @@
+"""What all figures share: how they look, how their lines are drawn and how files are written.
+
+Needs matplotlib, which is in the extra `bench`. Nothing here goes through pyplot, which keeps its figures in a global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from miniserve.bench.figures.tables import Cell, Spread
+from miniserve.config import ConfigError
+
+try:
+    from matplotlib import style
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+except ModuleNotFoundError as error:
+    raise ConfigError("Figures are drawn with matplotlib: pip install 'miniserve[bench]'") from error
+
+DPI = 150
+INK, FAINT, PALE = "#222222", "#d9d9d9", "#f2f2f2"
+FRONT = 3
+"""Where lines are drawn, above the grid, bands and limits."""
+
+Dash = str | tuple[int, tuple[float, ...]]
+
+
+class Look(NamedTuple):
+    """Of a line."""
+
+    color: str
+    marker: str
+    dash: Dash
+    width: float = 1.6
+    hollow: bool = False
+
+
+# Colours of Okabe and Ito, which stay apart for the colour-blind; dashes and markers do so without any colour.
+LOOKS = {
+    "colocated": Look("#595959", "s", (0, (5, 2))),
+    "disaggregated": Look("#cc79a7", "v", (0, (1, 1.3))),
+    "ampd": Look("#e69f00", "^", (0, (5, 1.5, 1, 1.5))),
+    "conserve": Look("#009e73", "D", (0, (9, 2))),
+    "observe": Look("#0072b2", "o", "-", 2.6),
+}
+OTHER_LOOKS = Look("#d55e00", "X", (0, (3, 1))), Look("#56b4e9", "P", (0, (2, 1))), Look("#8c6d31", "*", (0, (1, 2)))
+MORE_DASHES: tuple[Dash, ...] = (0, (2, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2))
+
+
+def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
+    """Of each series. A policy keeps its colour whatever else is shown; its second series has hollow markers."""
+    policies = {name: cells[0]["policy"] for name, cells in series.items()}
+    others = sorted(set(policies.values()) - set(LOOKS))
+    found: dict[str, Look] = {}
+    for name, policy in policies.items():
+        look = LOOKS.get(policy) or OTHER_LOOKS[others.index(policy) % len(OTHER_LOOKS)]
+        before = sum(policies[earlier] == policy for earlier in found)
+        dash = look.dash if before == 0 else MORE_DASHES[(before - 1) % len(MORE_DASHES)]
+        found[name] = look._replace(dash=dash, hollow=before % 2 == 1)
+    return found
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Our style, whatever the user's own settings are; those come back after it."""
+    own = {
+        "font.size": 10,
+        "axes.titlesize": 10.5,
+        "axes.labelsize": 10,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "legend.fontsize": 10,
+        "figure.titlesize": 12,
+        "figure.titleweight": "bold",
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": FAINT,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "miniserve",  # names of elements are random without
+    }
+    return style.context(["default", own])
+
+
+def sheet(title: str, width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure
+
+
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """PNG and SVG: the same bytes for the same figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
+    figure.savefig(paths[0], dpi=DPI, metadata={"Software": None})
+    figure.savefig(paths[1], dpi=DPI, metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None:
+    """Means, and how far seeds lie apart: a band, or a bar where there is only one point."""
+    x = [at for at, _ in points]
+    mean, low, high = ([spread[n] for _, spread in points] for n in range(3))
+    front = FRONT + (look.width > 2)
+    axes.plot(x, mean, zorder=front, **_drawn(look))
+    if low == high:
+        return
+    if len(points) > 1:
+        axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0, zorder=FRONT - 1)
+    else:
+        axes.vlines(x, low, high, color=look.color, linewidth=1.2, zorder=FRONT - 1)
+
+
+def level(axes: Axes, value: float, name: str) -> None:
+    """A horizontal line, named beside the axes, where no data is."""
+    axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(name, (1, value), (4, 0), **place, va="center", fontsize=9)
+
+
+def legend(figure: Figure, styles: Mapping[str, Look]) -> None:
+    """Below everything, in as many columns as there is room for."""
+    lines = [Line2D([], [], label=name, **_drawn(look)) for name, look in styles.items()]
+    wide = [0.9 + 0.08 * len(name) for name in styles]  # inches, about
+    rows = 1
+    while rows < len(wide) and sum(max(wide[n : n + rows]) for n in range(0, len(wide), rows)) > figure.get_figwidth():
+        rows += 1
+    columns = -(-len(wide) // rows)
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, handlelength=3.6)
+
+
+def ticks(axis: Any, places: Sequence[float], told: Mapping[float, str] | None = None) -> None:
+    """Ticks at `places` only, with plain numbers or what is `told` there."""
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if told is None else told.get(value, "")))
+
+
+def _drawn(look: Look) -> dict[str, Any]:
+    return {
+        "color": look.color,
+        "linestyle": look.dash,
+        "linewidth": look.width,
+        "marker": look.marker,
+        "markersize": 6 if look.width < 2 else 7,
+        "markerfacecolor": "white" if look.hollow else look.color,
+        "markeredgecolor": look.color if look.hollow else "white",
+        "markeredgewidth": 1.2 if look.hollow else 0.6,
+    }

@@ -1,0 +1,241 @@
+"""The cells of a comparison as figures. Needs matplotlib, which is in the extra `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from miniserve.bench.figures.plot_parts import PALE, drawing, legend, level, line, looks, save, sheet, ticks
+from miniserve.bench.figures.tables import (
+    GOOD,
+    PREDICTS,
+    SLOS,
+    Cell,
+    Spread,
+    by_rate,
+    by_series,
+    measured,
+    predicts,
+    usual,
+)
+from miniserve.bench.figures.timeline_plot import draw_timeline
+from miniserve.bench.replay.metrics import SLO
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "draw_timeline"]
+
+Keys = tuple[str, ...]
+
+LOG_FROM = 10.0
+"""From this ratio of the highest to the lowest on, ratios are drawn on a logarithmic axis."""
+FINE, COARSE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0)
+"""Ticks of a decade, on an axis of less than one and of more."""
+LANE = 0.19
+"""Shares that are zero lie this far apart, in per cent on an axis, below where zero would be."""
+NAMES = {
+    "ttfet": "First token of the last turn (TTFET)",
+    "last_turn_tbt": "Gap between tokens, last turn (TBT)",
+    "e2e": "Whole conversation (E2E)",
+}
+
+
+class Panel(NamedTuple):
+    """What one set of axes shows against the rate: the figure at `path`, times `factor`. `limit` is a level to mark.
+    `scale` is "linear", "log" or "percent": logarithmic above 1, linear below, with zeros in lanes of their own."""
+
+    title: str
+    unit: str
+    path: Keys
+    factor: float = 1.0
+    limit: tuple[float, str] | None = None
+    scale: str = "linear"
+
+
+def draw(cells: Sequence[Cell], folder: Path, name: str = "") -> list[Path]:
+    """All figures that the cells have values for, in `folder`; names of files begin with `name`."""
+    plain = usual(cells)
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "latency": lambda: _latency(plain),
+        "violations": lambda: _violations(plain),
+        "energy": lambda: _energy(plain),
+        "mispredict": lambda: _mispredict(cells),
+        "throughput": lambda: _throughput(plain),
+    }
+    written = []
+    with drawing():
+        for stem, make in figures.items():
+            if (figure := make()) is not None:
+                written += save(figure, folder, f"{name}-{stem}" if name else stem)
+    return written
+
+
+def _latency(cells: Sequence[Cell]) -> Figure | None:
+    paths = [(f"{slo}_norm", q) for q in ("gmean", "p95") for slo in SLOS]
+    scale = "log" if any(_wide(cells, path) for path in paths) else "linear"
+    units = {"gmean": "geometric mean", "p95": "95th percentile"}
+    titles = [*NAMES.values(), "", "", ""]
+    panels = [
+        Panel(title, f"{units[path[1]]}, × standalone", path, 1, (SLO, "SLO"), scale)
+        for title, path in zip(titles, paths, strict=True)
+    ]
+    return _against_rate("Latency, in times standalone (lower is better)", cells, panels, 3, (11, 6.6))
+
+
+def _violations(cells: Sequence[Cell]) -> Figure | None:
+    limit = 100 * GOOD, f"{100 * GOOD:g} %"
+    panels = [Panel(NAMES[s], "conversations, %", ("slo_violation", s), 100, limit, "percent") for s in SLOS]
+    title = f"Conversations that missed their SLO of {SLO:g} times standalone (lower is better)"
+    return _against_rate(title, cells, panels, 3, (11, 4.2))
+
+
+def _energy(cells: Sequence[Cell]) -> Figure | None:
+    panels = [Panel("", "output tokens per joule", ("energy", "tokens_per_joule"))]
+    return _against_rate("Output tokens per joule (higher is better)", cells, panels, 1, (7, 4.6))
+
+
+def _throughput(cells: Sequence[Cell]) -> Figure | None:
+    panels = [
+        Panel("Output tokens", "tokens/s", ("throughput", "output_tokens_per_s")),
+        Panel("Completed conversations", "conversations/s", ("throughput", "conversations_per_s")),
+    ]
+    return _against_rate("Throughput (higher is better)", cells, panels, 2, (9, 4.2))
+
+
+def _wide(cells: Sequence[Cell], path: Keys) -> bool:
+    values = [found.mean for cell in cells if (found := measured([cell], *path)) and found.mean > 0]
+    return bool(values) and max(values) >= LOG_FROM * min(values)
+
+
+def _against_rate(
+    title: str, cells: Sequence[Cell], panels: Sequence[Panel], columns: int, size: tuple[float, float]
+) -> Figure | None:
+    """Panels of lines, one for each series; None where there is nothing to draw."""
+    series = by_series(cells)
+    styles = {
+        name: look for name, look in looks(series).items() if any(measured(series[name], *p.path) for p in panels)
+    }
+    if not styles:
+        return None
+    figure, rates = sheet(title, *size), list(by_rate(cells))
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(-(-len(panels) // columns), columns, number + 1)
+        axes.set_title(panel.title)
+        # A row of three shows the same unit; so does a column for the rate.
+        axes.set_ylabel(panel.unit if columns < 3 or number % columns == 0 else "")
+        axes.set_xlabel("arrivals, conversations/s" if number >= len(panels) - columns else "")
+        values: list[float] = []
+        for place, (name, look) in enumerate(styles.items()):
+            points = list(_by_rate(series[name], panel))
+            values += [value for _, spread in points for value in spread]
+            lane = place + 1.0
+            if len(rates) == 1:  # there are no lines, and points side by side do not hide each other
+                points = [(at + lane / (len(styles) + 1) - 0.5, spread) for at, spread in points]
+                lane = (len(styles) + 1) / 2
+            if panel.scale == "percent":
+                points = [(at, Spread(*(value or -LANE * lane for value in spread))) for at, spread in points]
+            if points:
+                line(axes, points, look)
+        _rate_axis(axes, rates, size[0] / columns)
+        _value_axis(axes, panel, values, len(styles))
+    legend(figure, styles)
+    return figure
+
+
+def _by_rate(cells: Sequence[Cell], panel: Panel) -> Iterator[tuple[float, Spread]]:
+    for rate, those in by_rate(cells).items():
+        if found := measured(those, *panel.path):
+            yield rate, Spread(*(panel.factor * value for value in found))
+
+
+def _rate_axis(axes: Axes, rates: Sequence[float], inches: float) -> None:
+    """Ticks at the rates tested; a label that would run into the next one is left out."""
+    room = 0.5 / inches * (rates[-1] - rates[0])
+    told: dict[float, str] = {}
+    for rate in reversed(rates):
+        if not told or min(told) - rate >= room:
+            told[rate] = f"{rate:g}"
+    ticks(axes.xaxis, rates, told)
+    if len(rates) == 1:
+        axes.set_xlim(rates[0] - 0.5, rates[0] + 0.5)
+
+
+def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 0) -> None:
+    """Its range and ticks, and the limit."""
+    if not values:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
+    seen = [*values, *([panel.limit[0]] if panel.limit else [])]
+    top = max(seen, default=0.0) or 1.0
+    if panel.scale == "linear":
+        axes.set_ylim(0, 1.08 * top)
+    elif panel.scale == "log":
+        low = min(value for value in seen if value > 0) / 1.12
+        axes.set_yscale("log")
+        axes.set_ylim(low, 1.12 * top)
+        digits = FINE if top < 10 * low else COARSE
+        ticks(axes.yaxis, [digit * 10.0**power for power in range(-3, 6) for digit in digits])
+    else:
+        axes.set_yscale("symlog", linthresh=1, linscale=0.5)
+        middle, bottom = -LANE * (lanes + 1) / 2, -LANE * (lanes + 1)
+        axes.axhspan(bottom, 0, color=PALE, linewidth=0, zorder=0)
+        axes.set_ylim(bottom, 130)
+        places = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
+        ticks(axes.yaxis, [middle, *places], {middle: "none", **{place: f"{place:g}" for place in places}})
+    if panel.limit:
+        level(axes, *panel.limit)
+
+
+def _mispredict(cells: Sequence[Cell]) -> Figure | None:
+    """How the policy that predicts bears wrong predictions, at the rate where most shares of them were tried."""
+    path = "ttfet_norm", "p95"
+    found = [cell for cell in cells if predicts(cell) and measured([cell], *path)]
+    shares = {rate: {cell["mispredict"] for cell in those} for rate, those in by_rate(found).items()}
+    rate = max(shares, key=lambda rate: (len(shares[rate]), rate), default=None)
+    if rate is None or len(shares[rate]) < 2:
+        return None
+    others = [cell for cell in cells if cell["rate"] == rate and cell["policy"] != PREDICTS and measured([cell], *path)]
+    sweeps = _sweeps([cell for cell in found if cell["rate"] == rate])
+    series = {**by_series(others), **sweeps}
+    styles = looks(series)
+    figure = sheet(f"Wrong predictions at {rate:g} conversations/s (lower is better)", 7.4, 4.8)
+    axes = figure.add_subplot()
+    values: list[float] = []
+    for name, mine in series.items():
+        if name in sweeps:
+            points = list(_by_share(mine, path))
+            line(axes, points, styles[name])
+            values += [value for _, spread in points for value in spread]
+        elif level_ := measured(mine, *path):
+            styles[name] = styles[name]._replace(marker="")
+            axes.axhline(
+                level_.mean, color=styles[name].color, linestyle=styles[name].dash, linewidth=styles[name].width
+            )
+            values.append(level_.mean)
+    ticks(axes.xaxis, sorted(100 * share for share in shares[rate]))
+    axes.set_xlabel("predictions made wrong, %")
+    axes.set_ylabel("TTFET, 95th percentile, × standalone")
+    scale = "log" if max(values) >= LOG_FROM * min(values) else "linear"
+    _value_axis(axes, Panel("", "", path, 1, (SLO, "SLO"), scale), values)
+    legend(figure, styles)
+    return figure
+
+
+def _by_share(cells: Sequence[Cell], path: Keys) -> Iterator[tuple[float, Spread]]:
+    """In per cent."""
+    for share in sorted({cell["mispredict"] for cell in cells}):
+        if spread := measured([cell for cell in cells if cell["mispredict"] == share], *path):
+            yield 100 * share, spread
+
+
+def _sweeps(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Cells by label; by topology where the share of wrong predictions is part of the labels."""
+    by_label: dict[str, list[Cell]] = {}
+    by_topology: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_label.setdefault(cell["label"], []).append(cell)
+        by_topology.setdefault(f"{PREDICTS} {cell['topology']}", []).append(cell)
+    swept = any(len({cell["mispredict"] for cell in mine}) > 1 for mine in by_label.values())
+    return by_label if swept else by_topology

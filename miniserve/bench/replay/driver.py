@@ -1,0 +1,285 @@
+"""Drives a live server as agents would: each task comes at its time, and each turn after its tool has run.
+
+One asyncio task for each conversation, one connection for each that waits for an answer. At 500 tokens a second of 32
+streams all this takes some 2 % of a core, so it does not slow down a server beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.live import Live
+
+from miniserve.bench.replay.energy import Energy
+from miniserve.bench.replay.metrics import Latency, TaskTimes, TurnTimes, energy, latency, percentile, summary
+from miniserve.bench.replay.server import Answer, Server, Totals, TurnError, ask, describe, totals
+from miniserve.bench.replay.workload import Task, Text
+from miniserve.config import ConfigError
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+VOCAB = 32_000
+"""Ids of prompts lie below it where nobody says how large the vocabulary is."""
+CONTROL = 1000
+"""And above this, or a quarter of a small vocabulary: control tokens are usually the first ones."""
+CONNECT_SECONDS = 10.0
+KEEP_SECONDS = 4.0
+"""How long an idle connection is used again. Servers close theirs after 5 (uvicorn's default), and a request that is
+sent at that moment would be lost."""
+ALONE = 1_000_003
+"""Seeds of standalone conversations lie this far above the run's, which finds nothing of theirs in a cache."""
+MOST_FAILURES = 10
+
+
+class ReplayConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What to replay where. Times are in seconds."""
+
+    url: str
+    tasks: list[Task]
+    starts: list[float]
+    """When each task arrives."""
+    api_key: str | None = None
+    model: str | None = None
+    """None: the first one the server names."""
+    seed: int = 0
+    rate: float | None = None
+    """Conversations a second that `starts` were made for, for the report."""
+    scale: float = 1.0
+    """What the trace's token counts were multiplied by, for advice."""
+    vocab: int | None = None
+    """None: what the server says, else `VOCAB`."""
+    standalone: bool | int = False
+    """Whether to measure each distinct task alone before, or how many of the first ones."""
+    timeout: float = 600.0
+    """Most that a turn may take."""
+    extra: dict[str, Any] = {}
+    """Further fields of each request; one that is None takes a field out."""
+
+
+def replay(config: ReplayConfig) -> dict[str, Any]:
+    """Replay, and what came of it: the JSON object of docs/evaluation.md.
+
+    Ctrl-C ends it early and is noted in the report. Raises `ConfigError` for what should be put right before.
+    """
+    if not config.tasks:
+        raise ConfigError("There is nothing to replay: no conversation was chosen from the trace.")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_replay(config))
+
+
+async def _replay(config: ReplayConfig) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    if config.api_key:
+        headers["Authorization"] = f"Bearer {config.api_key}"
+    async with aiohttp.ClientSession(
+        headers=headers,
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+    ) as http:
+        server = await describe(http, config.url, config.model)
+        _check_length(config, server)
+        run = Run(config, server, http)
+        work = asyncio.create_task(run.work())
+        with _stops(work), contextlib.suppress(asyncio.CancelledError):
+            await work
+        return await run.report(interrupted=work.cancelled())
+
+
+@contextlib.contextmanager
+def _stops(work: asyncio.Task[None]) -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, ends `work`."""
+    loop = asyncio.get_running_loop()
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: whoever started it ends it
+            loop.add_signal_handler(number, work.cancel)
+            caught.append(number)
+    try:
+        yield
+    finally:
+        for number in caught:
+            loop.remove_signal_handler(number)
+
+
+def _check_length(config: ReplayConfig, server: Server) -> None:
+    longest = max(task.tokens for task in config.tasks)
+    if server.max_model_len is not None and longest > server.max_model_len:
+        fits = config.scale * server.max_model_len / longest
+        digits = 10 ** (1 - math.floor(math.log10(fits)))
+        raise ConfigError(
+            f"The longest conversation has {longest:,} tokens, the server's context {server.max_model_len:,}: "
+            f"--scale-tokens {math.floor(fits * digits) / digits:g} would fit, or fewer --max-turns, or a larger "
+            "--max-model-len of the server."
+        )
+
+
+class Run:
+    """One replay against one server."""
+
+    def __init__(self, config: ReplayConfig, server: Server, http: aiohttp.ClientSession) -> None:
+        self.config = config
+        self.server = server
+        self.ended: list[TaskTimes] = []
+        self.standalone: dict[str, Latency] | None = None
+        self._http = http
+        high = config.vocab or server.vocab or VOCAB
+        self._ids = (min(CONTROL, high // 4), high)
+        self._made_up = False
+        self._short = 0
+        self._stale = 0
+        self._energy = Energy() if urlsplit(server.root).hostname in LOCAL else None
+        self._before: Totals | None = None
+        self._began = 0.0
+        self._over = 0.0
+        # For those who watch.
+        self._phase = "alone"
+        self._running = 0
+        self._answers: set[Answer] = set()
+        self._tokens = 0  # of answers that have ended
+        self._ttfts: list[float] = []
+
+    async def work(self) -> None:
+        """First the standalone conversations, one after the other; then all at their times."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            if self.config.standalone:
+                await self._measure_alone()
+            self._phase, self._ttfts = "replay", []
+            self._before = await totals(self._http, self.server)
+            if self._energy:
+                self._energy.start()
+            self._began = time.monotonic()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for task, start in zip(self.config.tasks, self.config.starts, strict=True):
+                        group.create_task(self._arrive(task, self._began + start))
+            finally:
+                self._over = time.monotonic()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def report(self, interrupted: bool) -> dict[str, Any]:
+        """The keys of the contract, and what else there is to say."""
+        joules = self._energy.joules() if self._energy and self._began else None
+        after = await totals(self._http, self.server) if self._before else None
+        moved = after.since(self._before) if after and self._before else None
+        told = summary(self.ended, self.standalone, self._over - self._began)
+        failures = Counter(turn.error for times in self.ended for turn in times.turns if turn.error)
+        return told | {
+            "policy": self.server.policy,
+            "topology": self.server.topology,
+            "rate": self.config.rate,
+            "seed": self.config.seed,
+            "kv_transfer": {"bytes": moved.bytes if moved else None, "seconds": moved.seconds if moved else None},
+            "placements": dict(moved.placements) if moved else None,
+            "energy": energy(joules, self.ended) | {"source": self._energy.source if self._energy else None},
+            "server": msgspec.to_builtins(self.server) | {"url": self.config.url},
+            "output_ids": "made up" if self._made_up else "returned",
+            "short_turns": self._short,
+            "stale_cached_tokens": self._stale,
+            "unfinished": len(self.config.tasks) - len(self.ended),
+            "interrupted": interrupted,
+            "failures": dict(failures.most_common(MOST_FAILURES)),
+        }
+
+    async def _measure_alone(self) -> None:
+        count = None if self.config.standalone is True else int(self.config.standalone)
+        self.standalone = {}
+        known: dict[tuple[tuple[int, int], ...], Latency] = {}
+        for n, task in enumerate(self.config.tasks[:count]):
+            sizes = tuple((turn.new, turn.output) for turn in task.turns)
+            if sizes not in known:
+                # Seeds of their own: blocks that tasks share are not cached here either.
+                times = await self._converse(task, self.config.seed + ALONE * (n + 1), time.monotonic(), gaps=False)
+                if times.failed:
+                    raise ConfigError(
+                        f"Conversation {task.key!r} failed even alone on the server, so there is nothing to compare "
+                        f"with: {times.turns[-1].error}"
+                    )
+                known[sizes] = latency(times)
+            self.standalone[task.key] = known[sizes]
+
+    async def _arrive(self, task: Task, when: float) -> None:
+        await asyncio.sleep(when - time.monotonic())
+        self._running += 1
+        self.ended.append(await self._converse(task, self.config.seed, when))
+        self._running -= 1
+
+    async def _converse(self, task: Task, seed: int, arrival: float, gaps: bool = True) -> TaskTimes:
+        """All turns of a task, or those up to one that fails."""
+        times = TaskTimes(task.key, arrival)
+        text = Text(task, seed, *self._ids)
+        prompt: list[int] = []
+        ended = arrival
+        for n, turn in enumerate(task.turns):
+            prompt += text.take(turn.new)
+            body = self.server.body(prompt, turn.output, self.config.extra)
+            if n and gaps:
+                await asyncio.sleep(ended + turn.gap - time.monotonic())
+            sent = time.monotonic()
+            if n:
+                times.gaps += sent - ended
+            answer, error = Answer(), ""
+            self._answers.add(answer)
+            try:
+                await ask(self._http, self.server, body, answer, self.config.timeout)
+            except TurnError as failure:
+                error = str(failure)
+            finally:
+                self._answers.remove(answer)
+                self._tokens += answer.tokens
+            ended = time.monotonic()
+            first, last = answer.first or ended, answer.last or ended
+            cached = answer.usage[1] if answer.usage else -1
+            times.turns.append(TurnTimes(sent, first, last, len(prompt), cached, answer.output, error))
+            if error:
+                break
+            self._ttfts.append(first - sent)
+            self._short += answer.output < turn.output
+            if not n:  # a first prompt can be known only as far as it is shared
+                self._stale += max(0, cached - len(task.shared) * task.block)
+            missing = max(answer.output - len(answer.ids), 0)
+            self._made_up = self._made_up or missing > 0
+            prompt += answer.ids + text.take(missing)
+        return times
+
+    async def _watch(self) -> None:
+        """Tells how it goes on stderr: in place on a terminal, else a line now and then."""
+        console = Console(stderr=True, highlight=False)
+        live = Live(console=console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
+        pause = 0.5 if live else 10.0
+        with live or contextlib.nullcontext():
+            tokens, before = 0, time.monotonic()
+            while True:
+                await asyncio.sleep(pause)
+                now, told = time.monotonic(), self._tokens + sum(answer.tokens for answer in self._answers)
+                line = self._line((told - tokens) / (now - before))
+                tokens, before = told, now
+                if live:
+                    live.update(line, refresh=True)
+                else:
+                    console.print(line, soft_wrap=True)
+                if self._energy and self._began:
+                    self._energy.joules()  # before a counter wraps around
+
+    def _line(self, speed: float) -> str:
+        ttfts = sorted(self._ttfts)
+        first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
+        done = len(self.standalone or ()) if self._phase == "alone" else len(self.ended)
+        return (
+            f"{self._phase}: {done} of {len(self.config.tasks)} conversations done, {self._running} running"
+            f", {len(ttfts)} turns, {speed:.0f} tokens/s, {first}{sum(times.failed for times in self.ended)} errors"
+        )

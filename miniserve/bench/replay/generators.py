@@ -1,0 +1,146 @@
+"""Workloads without a trace: made-up tasks whose sizes follow a distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from miniserve.bench.replay.traces import read_trace
+from miniserve.bench.replay.workload import Spread, Task, TurnSize, choose, generator
+from miniserve.config import ConfigError
+
+COUNT = 255
+"""Tasks of a workload if nobody says: those of the paper's evaluation."""
+
+_QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
+_SWE_FIRST = (3303, 12240, 15100, 15890, 16450, 16950, 17295, 18650, 24000)
+_SWE_OUTPUTS = (
+    (58, 76, 87, 102, 131, 161, 187, 238, 318),
+    (34, 36, 39, 40, 42, 46, 53, 66, 90),
+    (31, 37, 42, 49, 58, 66, 73, 160, 957),
+    (29, 35, 44, 54, 70, 174, 302, 4156, 9502),
+    (29, 40, 55, 105, 216, 446, 1759, 4807, 9619),
+    (31, 46, 94, 192, 326, 733, 2344, 5184, 9433),
+    (31, 51, 161, 250, 410, 695, 1019, 4270, 9650),
+    (35, 63, 176, 296, 495, 791, 1520, 4323, 9061),
+    (41, 73, 186, 316, 499, 780, 1052, 4246, 9504),
+    (35, 71, 193, 334, 524, 768, 1074, 3522, 10234),
+)
+"""Output tokens at `_QUANTILES`, for each turn."""
+_SWE_CORRELATION = 0.13
+"""Between the outputs of any two turns from the fourth on."""
+_NORMAL = NormalDist()
+
+
+def generate(name: str, count: int, seed: int) -> list[Task]:
+    """`count` tasks of a workload: one of `WORKLOADS`, or `mix:swe-agent=0.5,chat=0.5` of several by weight.
+
+    Each is drawn by its number and the seed alone: fewer tasks are the first ones of more. Raises `ConfigError`.
+    """
+    if name in _GENERATORS:
+        return [_task(name, n, seed) for n in range(count)]
+    if not name.startswith("mix:"):
+        raise ConfigError(f"{name!r} is no workload: {WORKLOADS}.")
+    names, shares = _mix(name)
+    return [_task(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
+
+
+def load(text: str, count: int | None, seed: int) -> list[Task]:
+    """Tasks of a workload by its name, or of the trace at a path (None: all of a trace, 255 of a workload). A file that
+    is called like a workload is meant by `./chat`.
+
+    Raises `ConfigError` (`TraceError` is one).
+    """
+    named = text in _GENERATORS or text.startswith("mix:")
+    if not named and (path := Path(text)).exists():
+        return choose(read_trace(path), count, seed)
+    if not named:
+        raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {WORKLOADS}.")
+    return generate(text, COUNT if count is None else count, seed)
+
+
+def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
+    """Ten turns of a coding agent without gaps, 67 tokens appended at each, as mini-swe-agent has on SWE-bench.
+
+    Sizes are drawn from quantiles of the trace in arXiv 2606.01839's artifact (1,500 conversations), linear in the
+    logarithm between them; those of first prompts are moved to the paper's own (all 2,294). Outputs of a conversation
+    correlate through a normal variable they have in common. Of 4,000 tasks (in the trace): median outputs 101, 40, 49,
+    54, 103, 192, 248, 288, 314, 340 (102, 40, 49, 54, 105, 192, 250, 296, 316, 334), 313 on average (306); the top
+    tenth of conversations hold 30% of all output (31%), 48% when cut at five turns (51%); of turns, 55% (54%).
+    First prompts: p5 12,270, p50 15,940, p95 17,260 (paper: 12,240, 15,890, 17,295), none above 24,000 (56,635).
+    """
+    first = _between(rng.random(), _SWE_FIRST)
+    common = rng.standard_normal() * math.sqrt(_SWE_CORRELATION)
+    own = rng.standard_normal(len(_SWE_OUTPUTS)) * math.sqrt(1 - _SWE_CORRELATION)
+    outputs = (_between(_NORMAL.cdf(common + z), row) for z, row in zip(own, _SWE_OUTPUTS, strict=True))
+    return [TurnSize(67 if n else first, output) for n, output in enumerate(outputs)]
+
+
+def _chat(rng: np.random.Generator) -> list[TurnSize]:
+    """A person: a first prompt of 100 to 500 tokens, shorter ones later, answers of 250, three turns on average, 10 to
+    60 seconds to read and write. A plausible choice, no fit."""
+    return [
+        TurnSize(
+            _lognormal(rng, 60 if n else 220, 0.8 if n else 0.5, 4000),
+            _lognormal(rng, 180, 0.8, 2000),
+            round(float(rng.lognormal(math.log(25), 0.55)), 3) if n else 0.0,
+        )
+        for n in range(min(int(rng.geometric(1 / 3)), 30))
+    ]
+
+
+def _deep_research(rng: np.random.Generator) -> list[TurnSize]:
+    """A research agent: 5 to 15 turns, pages of 1,000 to 8,000 tokens appended, tools that take 1 to 30 seconds. A
+    plausible choice, no fit."""
+    return [
+        TurnSize(
+            round((Spread("log", 1000, 8000) if n else Spread("uniform", 2000, 4000)).draw(rng)),
+            round(Spread("log", 100, 600).draw(rng)),
+            round(Spread("log", 1, 30).draw(rng), 3) if n else 0.0,
+        )
+        for n in range(int(rng.integers(5, 16)))
+    ]
+
+
+_GENERATORS: dict[str, Callable[[np.random.Generator], list[TurnSize]]] = {
+    "swe-agent": _swe_agent,
+    "chat": _chat,
+    "deep-research": _deep_research,
+}
+WORKLOADS = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5"))
+"""For help texts: what `generate` knows."""
+
+
+def _task(name: str, number: int, seed: int) -> Task:
+    key = f"{name}-{number}"
+    return Task(key, tuple(_GENERATORS[name](generator(seed, "workload", key))))
+
+
+def _mix(text: str) -> tuple[list[str], list[float]]:
+    """Names, and shares that sum to 1."""
+    weights: dict[str, float] = {}
+    for part in text.removeprefix("mix:").split(","):
+        name, _, number = part.strip().partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if name not in _GENERATORS or name in weights or not 0 < weight < math.inf:
+            raise ConfigError(
+                f"{text!r} is no mix: write mix:swe-agent=0.5,chat=0.5, each name once with a weight above 0; "
+                f"known are {', '.join(_GENERATORS)}."
+            )
+        weights[name] = weight
+    return list(weights), [weight / sum(weights.values()) for weight in weights.values()]
+
+
+def _between(quantile: float, table: tuple[int, ...]) -> int:
+    return round(math.exp(np.interp(quantile, _QUANTILES, np.log(table))))
+
+
+def _lognormal(rng: np.random.Generator, median: float, sigma: float, most: int) -> int:
+    return min(max(round(float(rng.lognormal(math.log(median), sigma))), 1), most)

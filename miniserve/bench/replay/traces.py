@@ -1,0 +1,222 @@
+"""Reads traces: CSV of token sizes by conversation and turn, and Mooncake's JSONL of requests."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from miniserve.bench.replay.workload import BLOCK_TOKENS, Task, TurnSize
+from miniserve.config import ConfigError
+
+_LIMIT = 2**31
+_REQUIRED = ("conversation_id", "turn", "new_input_tokens", "output_tokens")
+_KNOWN = (*_REQUIRED, "gap_s", "arrival_s")
+_FLOAT = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+_Tokens = Annotated[int, msgspec.Meta(ge=1, lt=_LIMIT)]
+
+
+class TraceError(ConfigError):
+    """A trace that cannot be read; the message says where, why, and how it should be."""
+
+
+def read_trace(path: Path) -> list[Task]:
+    """The conversations of a trace, in order of their first turns, or of their arrivals where it has them.
+
+    CSV: a header, then a row for each turn: `conversation_id,turn,new_input_tokens,output_tokens[,gap_s][,arrival_s]`,
+    columns in any order. Turns count from 0; conversations may be interleaved. `gap_s` is the seconds since the end of
+    the turn before, `arrival_s` (turn 0 only) those since the start.
+
+    JSONL, as in github.com/kvcache-ai/Mooncake: a request on each line, see `_Requests`. A file whose name does not
+    tell is JSONL if it begins with a brace. Raises `TraceError`.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode().removeprefix("\ufeff")
+    except OSError as e:
+        raise TraceError(f"{path}: cannot be read: {e.strerror}.") from None
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise TraceError(f"{path}, line {line}: not UTF-8; save the trace as UTF-8 text.") from None
+    named = {".csv": False, ".jsonl": True, ".ndjson": True, ".json": True}
+    lines = _Lines(text)
+    try:
+        tasks = (_requests if named.get(path.suffix.lower(), text.lstrip()[:1] == "{") else _rows)(lines)
+        if not tasks:
+            raise ValueError("no turns; a trace has at least one")
+    except (ValueError, csv.Error, msgspec.DecodeError) as e:
+        raise TraceError(f"{path}, line {lines.number}: {e}.") from None
+    return tasks
+
+
+class _Lines:
+    """The lines of a text; `number` is that of the one given last, from 1."""
+
+    def __init__(self, text: str) -> None:
+        self.number = 1
+        self._text = text
+
+    def __iter__(self) -> Iterator[str]:
+        # Not splitlines: it also splits at characters that a quoted name may hold.
+        for number, line in enumerate(io.StringIO(self._text, newline="\n"), 1):
+            self.number = number
+            yield line
+
+
+def _rows(lines: _Lines) -> list[Task]:
+    """Tasks of a CSV file. Raises ValueError or csv.Error."""
+    reader = csv.reader(lines, strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    if missing := [name for name in _REQUIRED if name not in header]:
+        raise ValueError(f"no column {', '.join(missing)}; the first line is a header: {','.join(_REQUIRED)}[,gap_s]")
+    for n, name in enumerate(header):
+        if name not in _KNOWN or name in header[:n]:
+            what = "appears twice" if name in _KNOWN else "is unknown"
+            raise ValueError(f"column {name!r} {what}; known are {', '.join(_KNOWN)}")
+    turns: dict[str, list[TurnSize]] = {}
+    arrivals: dict[str, float] = {}
+    for cells in reader:
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            raise ValueError(f"{len(cells)} values for the {len(header)} columns of the header")
+        row = dict(zip(header, map(str.strip, cells), strict=True))
+        key, turn = row["conversation_id"], _whole(row, "turn", 0)
+        if not key:
+            raise ValueError("conversation_id is empty; each turn names its conversation")
+        before = turns.setdefault(key, [])
+        if turn != len(before):
+            should = f"should be turn {len(before)}: they count from 0, each once, in order"
+            raise ValueError(f"turn {turn} of conversation {key!r} {should}")
+        if turn:
+            gap = _seconds(row, "gap_s") if "gap_s" in row else 0.0
+            if row.get("arrival_s"):
+                raise ValueError(f"arrival_s is {row['arrival_s'][:40]!r}; only turn 0 has one, later turns a gap_s")
+        else:
+            gap = 0.0
+            if row.get("gap_s") and _seconds(row, "gap_s"):
+                raise ValueError("gap_s of turn 0 should be 0 or empty: nothing comes before it")
+            if "arrival_s" in row:
+                arrivals[key] = _seconds(row, "arrival_s")
+        before.append(TurnSize(_whole(row, "new_input_tokens", 1), _whole(row, "output_tokens", 1), gap))
+    tasks = [Task(key, tuple(sizes), arrivals.get(key)) for key, sizes in turns.items()]
+    return sorted(tasks, key=lambda task: task.arrival or 0.0)
+
+
+def _whole(row: dict[str, str], name: str, least: int) -> int:
+    text = row[name]
+    # Python would take more than we do: 1_000, and digits of other scripts.
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) < _LIMIT:
+        raise ValueError(f"{name} is {text[:40]!r}; it should be a whole number from {least} to {_LIMIT - 1}")
+    return int(text)
+
+
+def _seconds(row: dict[str, str], name: str) -> float:
+    text = row[name]
+    if not _FLOAT.fullmatch(text) or float(text) >= _LIMIT:
+        raise ValueError(f"{name} is {text[:40]!r}; it should be seconds, from 0 to {_LIMIT - 1}")
+    return float(text)
+
+
+class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A line of Mooncake's traces: `timestamp` in ms, lengths in tokens, ids of the prompt's blocks."""
+
+    timestamp: Annotated[float, msgspec.Meta(ge=0, lt=_LIMIT * 1000)]
+    input_length: _Tokens
+    output_length: _Tokens
+    hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The full ones."""
+        return self.hash_ids[: self.input_length // BLOCK_TOKENS]
+
+
+@dataclass(slots=True, eq=False)
+class _Conversation:
+    """One that is being put together from requests."""
+
+    key: str
+    arrival: float
+    first: _Request
+    last: _Request
+    turns: list[TurnSize] = field(default_factory=list)
+
+
+_Owners = dict[tuple[int, int], _Conversation]
+
+
+def _requests(lines: _Lines) -> list[Task]:
+    """Conversations of a trace that has only requests: `{"timestamp": ms, "input_length": tokens, "output_length":
+    tokens, "hash_ids": [...]}` on each line, in order of time. An id stands for a block of 512 tokens and all before.
+
+    Which request continues which is a guess: B continues A if it is later and longer and begins with all of A's full
+    blocks, the last of which nobody had before A's conversation (else a system prompt would make all its users one);
+    of several, the one it shares most with. What B adds is its length less A's prompt and answer, at least 1 token: the
+    blocks do not show where the answer ends. Nor when: the gap is from arrival to arrival, so the tool took less.
+    Prompts shorter than a block are conversations of their own.
+
+    A task's `shared` are the full blocks that its first prompt begins with and other conversations have too. Raises
+    ValueError or msgspec.DecodeError.
+    """
+    owners: _Owners = {}  # By place in the prompt and id: whose block it was first.
+    common: set[tuple[int, int]] = set()
+    found: list[_Conversation] = []
+    start = now = -1.0
+    for request in _decoded(lines):
+        if request.timestamp < now:
+            raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
+        now = request.timestamp
+        start = now if start < 0 else start
+        task = _continued(request, owners)
+        if task is None:
+            task = _Conversation(f"line-{lines.number}", (now - start) / 1000, request, request)
+            found.append(task)
+            turn = TurnSize(request.input_length, request.output_length)
+        else:
+            new = max(1, request.input_length - task.last.input_length - task.last.output_length)
+            turn = TurnSize(new, request.output_length, (now - task.last.timestamp) / 1000)
+        task.turns.append(turn)
+        task.last = request
+        common.update(block for block in enumerate(request.blocks) if owners.setdefault(block, task) is not task)
+    tasks = []
+    for task in found:
+        shared = takewhile(common.__contains__, enumerate(task.first.blocks))
+        tasks.append(Task(task.key, tuple(task.turns), task.arrival, tuple(block for _, block in shared)))
+    return tasks
+
+
+def _continued(request: _Request, owners: _Owners) -> _Conversation | None:
+    blocks = request.blocks
+    for place in reversed(range(len(blocks))):
+        task = owners.get((place, blocks[place]))
+        if task is None or len(task.last.blocks) != place + 1 or task.last.blocks != blocks[: place + 1]:
+            continue
+        if request.timestamp > task.last.timestamp and request.input_length > task.last.input_length:
+            return task
+    return None
+
+
+def _decoded(lines: _Lines) -> Iterator[_Request]:
+    decoder = msgspec.json.Decoder(_Request)
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            request = decoder.decode(line)
+        except msgspec.DecodeError as e:
+            how = 'a line is {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [...]}'
+            raise ValueError(f"{e}; {how}") from None
+        blocks = -(-request.input_length // BLOCK_TOKENS)
+        if len(request.hash_ids) != blocks:
+            raise ValueError(
+                f"{len(request.hash_ids)} hash_ids; {request.input_length} tokens have {blocks} (512 each)"
+            )
+        yield request

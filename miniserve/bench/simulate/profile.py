@@ -1,0 +1,261 @@
+"""`miniserve profile`: how long steps take on this machine, as a hardware profile for the simulator.
+
+Each copy of this module's `main` builds an engine as a worker does and times its runner on steps of known shapes. As
+many run at once as there will be workers, each with its share of the cores: they slow each other down, as workers do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from miniserve.bench.simulate.hardware import Hardware
+from miniserve.cluster.messages import Envelope, Message, Report, Run, StepTime
+from miniserve.config import ConfigError, EngineConfig
+from miniserve.sampling_params import SamplingParams
+from miniserve.worker.engine import Engine
+
+REPEATS = 7
+"""Measurements of each shape, of which the median counts."""
+CHUNKS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
+CONTEXTS = (0, 256, 1024, 2048, 4096, 8192)
+BATCHES = (1, 2, 4, 8, 16, 32)
+LARGEST = 6144
+"""Tokens that one step may look back on in all: a CPU should be done with this in a minute."""
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+
+
+class Measured(msgspec.Struct):
+    """What one copy has found. `steps` are (chunk, context before it, decodes, their tokens in all, seconds)."""
+
+    device: str
+    dtype: str
+    kv_bytes_per_token: int
+    kv_tokens: int
+    page_tokens: int
+    max_num_batched_tokens: int
+    copy_bytes_per_second: float
+    overhead: float
+    steps: list[tuple[int, int, int, int, float]]
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Measure as the flags of `evaluate.py` say, and write the file. Raises `ConfigError`."""
+    from miniserve.hub.resolve import DEFAULT_MODEL, ModelError, resolve
+
+    name = args.model or DEFAULT_MODEL
+    try:
+        files = resolve(name, progress=lambda line: print(line, file=sys.stderr))
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    config = EngineConfig(
+        model=str(files.folder),
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+        workers=args.workers,
+    )
+    command = [sys.executable, "-m", "miniserve.bench.simulate.profile"]
+    copies = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(args.workers)
+    ]
+    for copy in copies:
+        assert copy.stdin is not None
+        copy.stdin.write(msgspec.json.encode(config).decode())
+        copy.stdin.close()
+    found = []
+    for copy in copies:
+        assert copy.stdout is not None
+        text = copy.stdout.read()
+        if copy.wait():
+            raise ConfigError("The measurement failed; what it said is above.")
+        found.append(msgspec.json.decode(text, type=Measured))
+    hardware = fit(found, f"{found[0].device}-{Path(name).name}", args.workers)
+    args.out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
+    for line in quality(hardware, found):
+        print(line, file=sys.stderr)
+    return 0
+
+
+def fit(found: list[Measured], name: str, workers: int) -> Hardware:
+    """The constants that come nearest to the measured steps: least squares of the relative error, none below zero."""
+    steps = [step for copy in found for step in copy.steps]
+    rows = np.array([_features(*step[:4]) for step in steps])
+    seconds = np.array([step[4] for step in steps])
+    weights = _non_negative(rows / seconds[:, None], np.ones(len(steps))).tolist()
+    first = found[0]
+    return Hardware(
+        name=name,
+        source=f"miniserve profile, {time.strftime('%Y-%m-%d')}: {first.device}, {first.dtype}, {workers} at once",
+        base=weights[0],
+        per_token=weights[1],
+        per_pair=weights[2],
+        per_context=weights[3],
+        per_sequence=weights[4],
+        per_kv_token=weights[5],
+        overhead=statistics.mean(copy.overhead for copy in found),
+        kv_bytes_per_token=first.kv_bytes_per_token,
+        kv_tokens=min(copy.kv_tokens for copy in found),
+        page_tokens=first.page_tokens,
+        max_num_batched_tokens=first.max_num_batched_tokens,
+        transfer_bytes_per_second=statistics.mean(copy.copy_bytes_per_second for copy in found),
+    )
+
+
+def quality(hardware: Hardware, found: list[Measured]) -> list[str]:
+    """How far the constants are from what was measured, in words."""
+    errors = sorted(
+        abs((hardware.step_seconds([(n, c)] if n else [], b, s) - hardware.overhead) / seconds - 1)
+        for copy in found
+        for n, c, b, s, seconds in copy.steps
+    )
+    return [
+        f"{len(errors)} steps; the profile is off by {errors[len(errors) // 2]:.0%} (median), "
+        f"{errors[int(0.95 * len(errors))]:.0%} (p95)"
+    ]
+
+
+def _features(chunk: int, context: int, decodes: int, tokens: int) -> tuple[float, ...]:
+    """Of a step, in the order of the constants; see `Hardware`."""
+    return (1.0, chunk, chunk * (context + chunk / 2), context if chunk else 0, decodes, tokens)
+
+
+def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Least squares of a x = b with no x below zero: what would be is left out, one after the other."""
+    scale = np.abs(a).mean(axis=0) + 1e-30
+    used = list(range(a.shape[1]))
+    while True:
+        x, *_ = np.linalg.lstsq(a[:, used] / scale[used], b, rcond=None)
+        if x.min() >= 0:
+            break
+        del used[int(x.argmin())]
+    whole = np.zeros(a.shape[1])
+    whole[used] = x / scale[used]
+    return whole
+
+
+# --- one copy -------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Measure with the configuration on stdin, and print what was found."""
+    from miniserve.worker.build import build
+
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    try:
+        built = build(config)
+    except ConfigError as error:
+        print(f"miniserve: {error}", file=sys.stderr)
+        return 1
+    from miniserve.worker.sequence import Sequence
+
+    engine, shape = built.engine, built.memory.shape
+    runner, size = engine.runner, engine.page_tokens
+    budget = engine.max_num_batched_tokens
+    limit = min(LARGEST, engine.max_model_len - 1, (built.memory.num_pages - 1) * size)
+
+    def sequence(number: int, before: int, count: int, first_page: int) -> Sequence:
+        made = Sequence(f"{number}", [7] * (before + count), GREEDY, 0, b"")
+        made.computed = before
+        made.pages = list(range(first_page, first_page + -(-(before + count) // size)))
+        return made
+
+    def timed(chunk: int, context: int, decodes: int, each: int) -> float:
+        work, page = [], 0
+        for number in range(decodes):
+            work.append((sequence(number, each - 1, 1, page), 1))
+            page += len(work[-1][0].pages)
+        if chunk:
+            work.append((sequence(decodes, context, chunk, page), chunk))
+        taken = []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            runner.launch(work).wait()
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    steps: list[tuple[int, int, int, int, float]] = []
+    chunks = [n for n in CHUNKS if n < budget] + [budget]
+    shapes = [(n, c, 0, 0) for n in chunks for c in CONTEXTS if n + c <= limit]
+    shapes += [(0, 0, b, s) for b in BATCHES for s in (64, 512, 2048, 4096) if b * s <= limit]
+    shapes += [(n, c, b, 512) for n, c, b in ((64, 256, 4), (256, 0, 4), (256, 1024, 2)) if n + c + b * 512 <= limit]
+    timed(*shapes[0])
+    for n, c, b, s in shapes:
+        steps.append((n, c, b, b * s, timed(n, c, b, s)))
+    found = Measured(
+        device=built.device,
+        dtype=built.dtype,
+        kv_bytes_per_token=shape.token_bytes,
+        kv_tokens=built.memory.num_pages * size,
+        page_tokens=size,
+        max_num_batched_tokens=budget,
+        copy_bytes_per_second=_copy_rate(built.memory.pages, shape.bytes),
+        overhead=_overhead(engine, built.layout, built.model.vocab_size),
+        steps=steps,
+    )
+    sys.stdout.buffer.write(msgspec.json.encode(found))
+    return 0
+
+
+class _Nowhere:
+    """See `worker.process.Outboxes`: encodes, and keeps what was told of steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepTime] = []
+
+    def send(self, address: str, body: Message) -> None:
+        msgspec.msgpack.encode(Envelope("d0", 1, body))
+        if isinstance(body, Report):
+            self.steps += body.steps
+
+    def forget(self, address: str) -> None:
+        """Nobody is there."""
+
+
+def _overhead(engine: Engine, layout: str, vocab: int) -> float:
+    """Seconds that the worker's loop takes beside each step, with four streams."""
+    from miniserve.worker.handoff import Handoffs
+    from miniserve.worker.process import Worker
+
+    nowhere = _Nowhere()
+    handoffs = Handoffs(engine, 0, layout, 30.0, nowhere.send, lambda peer: None)
+    worker = Worker("d0", engine, handoffs, nowhere, "frontend", layout=layout, vocab_size=vocab)
+    length = min(128, engine.max_model_len // 4)
+    params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+    runs = [Run(f"{n}", [n + 1] * 16, params, 0) for n in range(4)]
+    worker.work([Envelope("frontend", 0, run) for run in runs])
+    nowhere.steps.clear()
+    started = time.perf_counter()
+    while engine.has_work:
+        worker.work([])
+    loop = time.perf_counter() - started
+    return max(loop - sum(step.seconds for step in nowhere.steps), 0.0) / len(nowhere.steps)
+
+
+def _copy_rate(pages: object, page_bytes: int) -> float:
+    """Bytes a second of copying pages one by one, as a handoff does."""
+    import torch
+
+    assert isinstance(pages, torch.Tensor)
+    count = min(64, len(pages) // 2)
+    times = []
+    for _ in range(REPEATS + 1):
+        times.append(time.perf_counter())
+        for page in range(count):
+            pages[page].copy_(pages[count + page])
+        if pages.device.type == "cuda":
+            torch.cuda.synchronize()
+    return count * page_bytes / statistics.median(b - a for a, b in pairwise(times))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

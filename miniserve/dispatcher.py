@@ -1,0 +1,304 @@
+"""The frontend's end of the cluster: runs the scheduler over the workers, and turns its deliveries into streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from itertools import permutations
+
+import msgspec
+
+from miniserve.cluster.devices import place
+from miniserve.cluster.messages import Loading, Peer, Ready, Report, TurnOutput, WorkerStats
+from miniserve.cluster.supervisor import Workers
+from miniserve.config import ServeConfig
+from miniserve.hub.resolve import ModelFiles
+from miniserve.kv.transfer.connect import way
+from miniserve.monitor.decision_log import DecisionLog
+from miniserve.monitor.events import Feed
+from miniserve.sampling_params import ParameterError, SamplingParams
+from miniserve.scheduler.baselines import make_policy
+from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, Note, QueueIsFull, Scheduler, Send
+from miniserve.scheduler.workers import Link
+
+log = logging.getLogger("miniserve.client")
+
+TICK_SECONDS = 0.5
+
+
+class EngineError(RuntimeError):
+    """The engine cannot serve now."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class QueueFull(EngineError):
+    """Too many requests wait already; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Turn:
+    """One running request. Iterating gives its outputs in order; the last one has `finish` set. `conversation` is the
+    key of the one that the scheduler found it to belong to."""
+
+    def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
+        self.id = id
+        self.conversation: str | int = ""
+        self._cancel = cancel
+        self._outputs: asyncio.Queue[TurnOutput] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, output: TurnOutput) -> None:
+        """Called with each output, in order."""
+        if not self._ended:
+            self._ended = output.finish is not None
+            self._outputs.put_nowait(output)
+
+    def cancel(self) -> None:
+        """Stop generating and free the KV at once. Does nothing when the turn has ended."""
+        if not self._ended:
+            self.put(TurnOutput(self.id, -1, [], finish="abort"))
+            self._cancel(self.id)
+
+    async def __aiter__(self) -> AsyncIterator[TurnOutput]:
+        while True:
+            output = await self._outputs.get()
+            yield output
+            if output.finish is not None:
+                return
+
+
+class EngineClient:
+    """Owns the scheduler and its turns, and has the workers started. All methods belong to one event loop; nothing here
+    blocks it.
+
+    After `start`, `ready` holds each worker's facts. Raises `ConfigError` for devices or a policy that cannot be.
+    """
+
+    def __init__(
+        self, config: ServeConfig, files: ModelFiles, on_progress: Callable[[str, Loading], None] | None = None
+    ) -> None:
+        self.ready: dict[str, Ready] = {}
+        self.policy_name = config.policy
+        self.max_model_len = 0
+        self.vocab_size = 0
+        self._kv_transfer = config.engine.kv_transfer
+        self._log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
+        policy = make_policy(config.policy, config.mispredict)
+        stretch = policy.step_stretch if config.engine.step_stretch is None else config.engine.step_stretch
+        self.scheduler = Scheduler(
+            policy,
+            config.engine.block_size,
+            config.engine.max_num_seqs,
+            config.max_num_queued_reqs,
+            policy_name=config.policy,
+            notes=self._log is not None,
+        )
+        self.feed = Feed(self.scheduler, config.policy)
+        engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
+        self.topology, engines = place(config.topology, config.devices, engine)
+        self.workers = Workers(
+            engines,
+            config.worker_timeout,
+            up=self._worker_up,
+            down=self._worker_down,
+            report=self._on_report,
+            loading=on_progress or (lambda worker, loading: None),
+        )
+        self._turns: dict[str, Turn] = {}
+        self._ticking: asyncio.Task | None = None
+        self._draining = self._stopped = False
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Spawn the workers and wait until all are ready. Raises `StartupError`; then nothing is left running."""
+        try:
+            await self.workers.start()
+        except BaseException:
+            await self.stop()
+            raise
+        first = next(iter(self.ready.values()))
+        self.max_model_len, self.vocab_size = first.max_model_len, first.vocab_size
+        self._ticking = asyncio.create_task(self._tick())
+
+    def drain(self) -> None:
+        """Let no new requests in; those that run go on, with all the turns they still want to submit."""
+        self._draining = True
+
+    async def stop(self) -> None:
+        """End all turns, stop the workers, remove the run's directory. Safe to call at any time, and twice."""
+        self._draining = self._stopped = True
+        self.feed.close()
+        for turn in list(self._turns.values()):
+            turn.cancel()
+        if self._ticking is not None:
+            self._ticking.cancel()
+        await self.workers.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def kill(self) -> None:
+        """Stop everything now, whatever is running."""
+        self._draining = self._stopped = True
+        self.workers.kill()
+
+    # --- turns ------------------------------------------------------------------------------------------------------
+
+    def check_room(self) -> None:
+        """Raises `QueueFull` or `EngineError` where a new request should not be let in."""
+        if self._draining:
+            raise EngineError(self.unhealthy_reason)
+        try:
+            self.scheduler.check_room(time.monotonic())
+        except QueueIsFull as error:
+            raise QueueFull(str(error), error.retry_after) from error
+
+    def submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        conversation: str | int = "",
+        salt: str = "",
+        request_id: str = "",
+        tool: bool = False,
+    ) -> Turn:
+        """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end. `tool`
+        is whether the prompt ends in a tool's result. `conversation` is the client's key or a former turn's, if any.
+
+        Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
+        """
+        if not 0 < len(tokens) < self.max_model_len:
+            raise ParameterError(
+                "prompt", f"The prompt has {len(tokens)} tokens; the maximum context length is {self.max_model_len}."
+            )
+        if self._stopped:
+            raise EngineError(self.unhealthy_reason)
+        turn = Turn(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
+        seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
+        self._turns[turn.id] = turn
+        try:
+            commands = self.scheduler.submit(
+                turn.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool
+            )
+        except Exception as error:
+            del self._turns[turn.id]
+            if isinstance(error, NoDecoder):
+                raise EngineError(self.unhealthy_reason or str(error)) from error
+            raise
+        turn.conversation = self.scheduler.conversation_of(turn.id)
+        self._carry_out(commands)
+        return turn
+
+    def _cancel(self, turn: str) -> None:
+        self._turns.pop(turn, None)
+        self._carry_out(self.scheduler.cancel(turn, time.monotonic()))
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Send(worker, message):
+                    self.workers.send(worker, message)
+                case Note(record):
+                    if self._log is not None:
+                        self._log.write(record)
+                    self.feed.tell(record)
+                case Deliver(name, output):
+                    turn = self._turns.get(name)
+                    if output.finish is not None:
+                        self._turns.pop(name, None)
+                    if turn is not None:
+                        turn.put(output)
+
+    # --- what is going on -------------------------------------------------------------------------------------------
+
+    @property
+    def healthy(self) -> bool:
+        """Whether new turns can be served."""
+        return not self.unhealthy_reason
+
+    @property
+    def unhealthy_reason(self) -> str:
+        """Empty while all workers that are needed live."""
+        if self._draining:
+            return "The server is shutting down."
+        if self.scheduler.decoders:
+            return ""
+        if not self.max_model_len:
+            return "The workers are starting."
+        dead = ", ".join(f"{name}: {reason.rstrip('.')}" for name, reason in self.workers.failed.items())
+        what = "one is being started again" if self.scheduler.can_serve else "restart the server"
+        return f"No decoder is alive, {what} ({dead})."
+
+    @property
+    def transfer(self) -> dict[tuple[str, str], str]:
+        """(from, to) -> how KV travels. All pairs: any worker may have the history of a conversation that moves."""
+
+        def how(source: str, home: str) -> str:
+            kind = way(self.ready[source].pool, self.ready[home].pool, self._kv_transfer)
+            if kind is None:
+                return "none (prefills at home)"
+            why = ", their GPUs cannot read each other" if self._kv_transfer == "auto" else ""
+            return "mapped" if kind == "mapped" else f"collective ({'NCCL' if kind == 'nccl' else 'Gloo'}{why})"
+
+        return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
+
+    @property
+    def stats(self) -> dict[str, WorkerStats]:
+        """The latest snapshot of each worker."""
+        return self.scheduler.stats
+
+    @property
+    def handoffs(self) -> dict[tuple[str, str], Link]:
+        """(from, to) -> totals of KV moved."""
+        return self.scheduler.links
+
+    @property
+    def placements(self) -> dict[tuple[str, str], int]:
+        """(prefilled at, home) -> turns."""
+        return self.scheduler.placements
+
+    @property
+    def queued(self) -> int:
+        """Turns that wait for a placement."""
+        return self.scheduler.queued
+
+    @property
+    def running(self) -> int:
+        """Turns placed on workers."""
+        return self.scheduler.active - self.scheduler.queued
+
+    @property
+    def active(self) -> int:
+        """Turns that wait or run."""
+        return self.scheduler.active
+
+    # --- what workers and time bring ---------------------------------------------------------------------------------
+
+    def _worker_up(self, peer: Peer, ready: Ready) -> None:
+        self.ready[peer.name] = ready
+        self._carry_out(self.scheduler.worker_up(peer, prefiller=peer.name.startswith("p"), now=time.monotonic()))
+
+    def _worker_down(self, name: str, returns: bool) -> None:
+        self._carry_out(self.scheduler.worker_down(name, returns=returns, now=time.monotonic()))
+
+    def _on_report(self, name: str, report: Report) -> None:
+        self._carry_out(self.scheduler.on_report(name, report, time.monotonic()))
+
+    async def _tick(self) -> None:
+        """Give the scheduler its time."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            try:
+                self._carry_out(self.scheduler.on_tick(time.monotonic()))
+            except Exception:
+                log.exception("the scheduler stumbled and goes on")

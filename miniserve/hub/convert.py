@@ -1,0 +1,150 @@
+"""Turn the default model's pinned GGUF into a Hugging Face folder: `python -m miniserve.hub.convert IN.gguf OUT_DIR`.
+
+Run as a process of its own by `miniserve.hub.resolve`, so that the memory it takes goes away with it. It reads GGUF's
+metadata for a byte-level BPE Llama and is no general converter. transformers can do this too, but only with accelerate
+installed, in three times the time, and with a tokenizer that needs mending. Bump `hub.RECIPE` when the result changes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+CONTROL = 3
+"""GGUF's token type of special tokens."""
+
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+
+
+def convert(gguf_file: Path, out: Path) -> None:
+    """Write config, bf16 safetensors, tokenizer and chat template of `gguf_file` into the existing folder `out`.
+
+    Raises ValueError where the file is not the kind of model this is made for.
+    """
+    import gguf
+    import torch
+    from safetensors.torch import save_file
+
+    reader = gguf.GGUFReader(gguf_file)
+    meta = {name: field.contents() for name, field in reader.fields.items()}
+    if (kind := (meta["general.architecture"], meta["tokenizer.ggml.model"])) != ("llama", "gpt2"):
+        raise ValueError(f"{gguf_file.name} is {kind}; only a Llama with a byte-level BPE tokenizer is converted here")
+    heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
+    weights = {}
+    for tensor in reader.tensors:
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).to(torch.bfloat16)
+        if (name := NAMES.get(tensor.name)) is None:
+            _, layer, part, suffix = tensor.name.split(".")
+            name = f"model.layers.{layer}.{LAYER_NAMES[part]}.{suffix}"
+            if part in heads:
+                # llama.cpp keeps the two numbers that rope turns together side by side, Hugging Face half a head apart.
+                weight = weight.view(heads[part], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        weights[name] = weight.contiguous()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+    _write(out / "config.json", config(meta))
+    ids = {f"{name}_token_id": meta[f"tokenizer.ggml.{key}_token_id"] for name, key in SPECIAL_IDS.items()}
+    special = {name: ids[name] for name in sorted(ids) if name != "unk_token_id"}
+    _write(out / "generation_config.json", special | SAMPLING)
+    _write(out / "tokenizer.json", tokenizer(meta))
+    _write(out / "tokenizer_config.json", tokenizer_config(meta))
+    (out / "chat_template.jinja").write_text(meta["tokenizer.chat_template"], "utf-8")
+    for path in out.iterdir():
+        path.chmod(0o644)
+
+
+SAMPLING = {"temperature": 0.2, "top_p": 0.9}
+"""What clients get that ask for nothing: the values of the model card's example. At 1.0 so small a model rambles."""
+SPECIAL_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def config(meta: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that GGUF's metadata describes. There is no `output.weight`: embeddings are tied."""
+    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
+        "dtype": "bfloat16",
+        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
+        "head_dim": hidden // heads,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "max_position_embeddings": meta["llama.context_length"],
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": heads,
+        "num_hidden_layers": meta["llama.block_count"],
+        "num_key_value_heads": meta["llama.attention.head_count_kv"],
+        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
+        "rms_norm_eps": meta["llama.attention.layer_norm_rms_epsilon"],
+        "rope_parameters": {"rope_theta": meta["llama.rope.freq_base"], "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "vocab_size": meta["llama.vocab_size"],
+    }
+
+
+def tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json: byte-level BPE that splits numbers into single digits first, as SmolLM2 was trained."""
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": t, **flags} for i, t in enumerate(tokens) if types[i] == CONTROL],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
+        },
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
+        },
+    }
+
+
+def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer_config.json. The generic class takes tokenizer.json as it is; a named one would rebuild it."""
+    tokens = meta["tokenizer.ggml.tokens"]
+    named = {f"{name}_token": tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for name, key in SPECIAL_IDS.items()}
+    return {
+        **named,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": meta["llama.context_length"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,76 @@
+"""A folder that stands in for a model nobody downloaded: true config.json, made-up tokenizer, no weights.
+
+With `--load-format dummy` the shape of a model is all that is measured. The tokenizer spells text in bytes (ids 0 to
+255) and shows every other id as a word of its own, so that the API works and each generated token is visible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] ~ ': ' ~ message['content'] ~ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def make_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
+    """A folder under `root` made from the preset's `config` and `generation_config`, or the one made before."""
+    config = preset["config"]
+    generation = preset.get("generation_config", {})
+    named = {"bos_token": config["bos_token_id"], "eos_token": generation.get("eos_token_id", config["eos_token_id"])}
+    firsts = {name: ids[0] if isinstance(ids, list) else ids for name, ids in named.items()}
+    files = {
+        "config.json": config,
+        "generation_config.json": generation,
+        "tokenizer.json": tokenizer(config["vocab_size"], {i: f"<|{name}|>" for name, i in firsts.items()}),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": TEMPLATE,
+            **{name: f"<|{name}|>" for name in firsts},
+        },
+    }
+    texts = {name: json.dumps(data) for name, data in files.items()}
+    # Named after its content, so that it never changes under a process that reads it.
+    folder = root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}"
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as work:
+            out = Path(work) / "model"
+            out.mkdir(0o755)
+            for name, text in texts.items():
+                (out / name).write_text(text, "utf-8")
+            with contextlib.suppress(OSError):  # somebody else was first
+                os.replace(out, folder)
+    return folder
+
+
+def tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:
+    """A tokenizer.json of `vocab_size` tokens: bytes, then words named after their id; `special` maps id to text."""
+    from miniserve.text.tokenizer import byte_alphabet
+
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    # The special ids of some models lie among the first 256: the byte that stood there takes the last ids instead.
+    spare = iter(range(vocab_size - 1, -1, -1))
+    alphabet = byte_alphabet()
+    vocab: dict[str, int] = {}
+    for byte in range(256):
+        vocab[alphabet[byte]] = byte if byte not in special else next(i for i in spare if i not in special)
+    taken = set(vocab.values()) | special.keys()
+    vocab |= {f"\u0120t{i}": i for i in range(vocab_size) if i not in taken}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": special[i], **flags} for i in sorted(special)],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab | {text: i for i, text in special.items()}, "merges": []},
+    }

@@ -1,0 +1,68 @@
+"""Which way KV pages take between two workers' pools: `way` decides by what both pools are, `connect` opens it."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from typing import TYPE_CHECKING, Literal
+
+from miniserve.cluster.messages import Peer, PoolInfo
+from miniserve.kv.transfer.interface import Transfer
+
+if TYPE_CHECKING:
+    from miniserve.kv.memory import KVMemory
+
+log = logging.getLogger("miniserve.transfer")
+
+BACKENDS = ("auto", "mapped", "collective")
+Way = Literal["mapped", "nccl", "gloo"]
+"""The last two are `collective`."""
+
+
+def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
+    """The way between our pool and `peer`'s; None if there is none (another layout, no access, or it is gone).
+
+    `us` is our name and epoch. `how` is one of `BACKENDS`; the sockets of `collective` are found through `run_dir`.
+    """
+    kind = way(memory.info(layout), peer.pool, how)
+    # Each when it is needed: torch.distributed takes a while to import, and the simulator needs no torch at all.
+    if kind == "gloo":
+        from miniserve.kv.transfer.collective import CollectiveTransfer
+
+        return CollectiveTransfer(memory, us, peer, run_dir)
+    if kind is None:
+        return None
+    try:
+        if kind == "nccl":
+            from miniserve.kv.transfer.nccl import Nccl
+            from miniserve.kv.transfer.remote import RemoteTransfer
+
+            return RemoteTransfer(Nccl(memory), memory, us, peer, run_dir)
+        if memory.shared is not None:
+            from miniserve.kv.transfer.mapped import MappedTransfer
+
+            return MappedTransfer(memory, peer)
+        from miniserve.kv.transfer.ipc import CudaMappedTransfer
+
+        return CudaMappedTransfer(memory, peer)
+    # The number of a dead process may be another one's by now; a kernel may not be compiled for want of a compiler.
+    except (OSError, ValueError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        log.warning("no way to the pool of %s: %s", peer.name, error)
+        return None
+
+
+def way(one: PoolInfo, other: PoolInfo, how: str) -> Way | None:
+    """How pages travel between two pools if `how` (one of `BACKENDS`) is asked for; None if they cannot.
+
+    The same whichever comes first: both workers of a pair choose by it, and the frontend tells what they chose. NCCL
+    has no way between two ranks on one GPU.
+    """
+    if one.layout != other.layout:
+        return None
+    gpus = None if one.cuda is None or other.cuda is None else (one.cuda, other.cuda)
+    reach = gpus is not None and gpus[0].device in gpus[1].reach and gpus[1].device in gpus[0].reach
+    if how != "collective" and (reach or (one.fd >= 0 and other.fd >= 0)):
+        return "mapped"
+    if how == "mapped" or (how == "auto" and gpus is None):
+        return None
+    return "nccl" if gpus is not None and gpus[0].device != gpus[1].device else "gloo"

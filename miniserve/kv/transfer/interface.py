@@ -1,0 +1,62 @@
+"""What every way between two pools does: `Transfer`, and the `Copy` of one publication.
+
+Both sides of a pair hold a `Transfer`. The sender offers pages and puts the ticket into its publication; the receiver
+of the publication fetches with that ticket. Nothing here blocks the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class TransferError(RuntimeError):
+    """The pages did not come: the peer is gone, or stuck."""
+
+
+class Copy(Protocol):
+    """Pages on their way here."""
+
+    @property
+    def seconds(self) -> float:
+        """How long they were on their way beside our steps, once `stored`; what `store` itself takes comes on top."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether `store` would return at once."""
+        ...
+
+    def store(self, ours: list[int]) -> None:
+        """Begin to write them to our pages `ours`, as many and in the order of `fetch`. Raises `TransferError`."""
+        ...
+
+    @property
+    def stored(self) -> bool:
+        """Whether what `store` has begun is done, so that anybody may read the pages. On a CPU, when it returns. Raises
+        `TransferError` if it will never be; nothing is written to the pages then."""
+        ...
+
+    def abandon(self) -> None:
+        """Nobody wants any more what `store` has begun. From now on the pages may be given to others: whatever is still
+        written to them is written before all that the engine computes, or another copy writes, from here on."""
+        ...
+
+
+class Transfer(Protocol):
+    """The way between one peer's pool and our own, both directions."""
+
+    name: str
+
+    def offer(self, pages: list[int]) -> tuple[int, int]:
+        """Our side: `pages` of our pool, complete on the device, are about to be published. The ticket goes along with
+        the publication."""
+        ...
+
+    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:
+        """Begin to get `pages` of the peer's pool. Once for each publication with pages, in their order, even if nobody
+        wants them any more."""
+        ...
+
+    def close(self) -> None:
+        """The peer is gone."""
+        ...

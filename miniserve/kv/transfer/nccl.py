@@ -1,0 +1,189 @@
+"""NCCL's communicators of two, as `Link`s between pools.
+
+Of its C interface only what that takes, by ctypes: torch's process groups have one communicator for both directions of
+a pair, and end the process when a peer is late. torch brings the library along. Declared as in nccl.h since 2.18, and
+unverified until somebody runs it on two GPUs (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+
+import torch
+
+from miniserve.kv.memory import KVMemory
+from miniserve.kv.side import Mark, SideStream
+from miniserve.kv.transfer.interface import TransferError
+from miniserve.kv.transfer.remote import POLL_SECONDS
+
+SUCCESS, IN_PROGRESS = 0, 7  # ncclResult_t
+UINT8 = 1  # ncclDataType_t
+ID_BYTES = 128
+UNDEFINED = -(2**31)
+
+_int, _size, _pointer = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
+
+
+class UniqueId(ctypes.Structure):
+    """ncclUniqueId, which is passed by value."""
+
+    _fields_ = [("internal", ctypes.c_char * ID_BYTES)]
+
+
+class Config(ctypes.Structure):
+    """ncclConfig_t as of 2.17: `size` and `version` tell a later library to take its defaults for what follows."""
+
+    _fields_ = [
+        ("size", _size),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        *((name, _int) for name in ("blocking", "cgaClusterSize", "minCTAs", "maxCTAs")),
+        ("netName", ctypes.c_char_p),
+        ("splitShare", _int),
+    ]
+
+
+FUNCTIONS = {
+    "ncclGetUniqueId": [ctypes.POINTER(UniqueId)],
+    "ncclCommInitRankConfig": [ctypes.POINTER(_pointer), _int, UniqueId, _int, ctypes.POINTER(Config)],
+    "ncclCommGetAsyncError": [_pointer, ctypes.POINTER(_int)],
+    "ncclCommAbort": [_pointer],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
+    "ncclSend": [_pointer, _size, _int, _int, _pointer, _pointer],
+    "ncclRecv": [_pointer, _size, _int, _int, _pointer, _pointer],
+}
+
+
+def load() -> ctypes.CDLL:
+    """The library that torch uses. Raises OSError if there is none."""
+    library = ctypes.CDLL("libnccl.so.2")
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, _int
+    library.ncclGetErrorString.argtypes, library.ncclGetErrorString.restype = [_int], ctypes.c_char_p
+    return library
+
+
+class Nccl:
+    """See `Network`."""
+
+    def __init__(self, memory: KVMemory) -> None:
+        """Raises OSError if there is no NCCL."""
+        self._library = load()
+        self._memory = memory
+
+    def enter_thread(self) -> None:
+        """See `Network`. A thread begins with GPU 0 as its current one, and would take memory there."""
+        torch.cuda.set_device(self._memory.pages.device)
+
+    def identity(self) -> bytes:
+        """See `Network`: where the other side finds a thread of NCCL's in this process."""
+        identity = UniqueId()
+        call(self._library, "ncclGetUniqueId", ctypes.byref(identity))
+        return bytes(identity)
+
+    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclLink:
+        """See `Network`."""
+        return NcclLink(self._library, self._memory, identity, rank, side, check)
+
+
+class NcclLink:
+    """See `Link`. The communicator does not block: a call that has to wait for the peer returns at once, and
+    `_settle` waits, so that a peer that leaves can end it."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        memory: KVMemory,
+        identity: bytes,
+        rank: int,
+        side: SideStream,
+        check: Callable[[], None],
+    ) -> None:
+        self._library = library
+        self._base, self._page_bytes = memory.pages.data_ptr(), memory.shape.bytes
+        self._peer = 1 - rank
+        self._side = side
+        self._check = check
+        self._communicator = _pointer()
+        config = Config(
+            size=ctypes.sizeof(Config),
+            magic=0xCAFEBEEF,
+            version=21700,
+            blocking=0,
+            cgaClusterSize=UNDEFINED,
+            minCTAs=UNDEFINED,
+            maxCTAs=UNDEFINED,
+            netName=None,
+            splitShare=UNDEFINED,
+        )
+        try:
+            self._call(
+                "ncclCommInitRankConfig",
+                ctypes.byref(self._communicator),
+                2,
+                UniqueId.from_buffer_copy(identity),
+                rank,
+                ctypes.byref(config),
+            )
+            self._settle()
+        except TransferError:
+            self.abort()
+            raise
+
+    def send(self, pages: list[int]) -> Mark:
+        """See `Link`."""
+        return self._side.run(lambda: self._move("ncclSend", pages))
+
+    def receive(self, pages: list[int]) -> Mark:
+        """See `Link`."""
+        return self._side.run(lambda: self._move("ncclRecv", pages))
+
+    def abort(self) -> None:
+        """See `Link`."""
+        if self._communicator:
+            self._library.ncclCommAbort(self._communicator)
+            self._communicator = _pointer()
+            self._side.drain()
+
+    def _move(self, function: str, pages: list[int]) -> None:
+        """One kernel for all pages, on the current stream. A page is one run of bytes over all layers."""
+        stream = torch.cuda.current_stream().cuda_stream
+        self._call("ncclGroupStart")
+        try:
+            for page in pages:
+                address = self._base + page * self._page_bytes
+                self._call(function, address, self._page_bytes, UINT8, self._peer, self._communicator, stream)
+        finally:
+            self._call("ncclGroupEnd")
+        self._settle()  # only then has the stream got it, and can be marked
+
+    def _settle(self) -> None:
+        """Wait until the communicator has done what it was asked for. Raises `TransferError`."""
+        state = _int(IN_PROGRESS)
+        while True:
+            self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(state))
+            if state.value == SUCCESS:
+                return
+            if state.value != IN_PROGRESS:
+                raise TransferError(f"NCCL: {text(self._library, state.value)}")
+            self._check()
+            time.sleep(POLL_SECONDS)
+
+    def _call(self, function: str, *arguments: object) -> None:
+        call(self._library, function, *arguments)
+
+
+def call(library: ctypes.CDLL, function: str, *arguments: object) -> None:
+    """Call a function of NCCL's. Raises `TransferError`."""
+    result = getattr(library, function)(*arguments)
+    if result not in (SUCCESS, IN_PROGRESS):
+        raise TransferError(f"NCCL: {function}: {text(library, result)}")
+
+
+def text(library: ctypes.CDLL, result: int) -> str:
+    """What a result of NCCL's means."""
+    return str(library.ncclGetErrorString(result), "ascii", "replace")

@@ -1,0 +1,110 @@
+"""The rules of others, to compare with; miniserve's own is in `observe.py`. A policy is a pure function of what was
+observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b
+
+from miniserve.scheduler.observe import Observe
+from miniserve.scheduler.placement import InOrder, Need, Option, Placement, Policy, at_home, least_queued
+from miniserve.scheduler.workers import Cluster, WorkerView
+
+
+class Colocated(InOrder):
+    """Every turn is prefilled and decoded at home: what a cluster of ordinary servers with sticky routing does."""
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        """See `Policy`."""
+        home = at_home(need, cluster)
+        return Placement(home.name, reason="home") if home else None
+
+
+class Disaggregated(InOrder):
+    """Every turn is prefilled by a prefiller, the one that has most of it cached, and moves to its decoder: full
+    disaggregation as in DistServe (arXiv 2401.09670), with prefix caching on both sides. What the decoder has stays
+    there; the prefiller computes again what the decoder has generated."""
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        """See `Policy`."""
+        home = at_home(need, cluster)
+        if home is None or not cluster.prefillers:
+            return Placement(home.name, reason="no prefiller") if home else None
+        prefiller = max(cluster.prefillers, key=lambda p: (need.known.get(p.name, 0), -p.queued_prefill_tokens))
+        return Placement(home.name, prefiller.name, reason="every turn")
+
+
+class Conserve(InOrder):
+    """The paper's rule (arXiv 2606.01839): the first turn is prefilled by a prefiller and its KV moves once to the
+    decoder with the most free KV; the rest stays there."""
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        """See `Policy`."""
+        home = at_home(need, cluster)
+        if home is None:
+            return None
+        # One whose home has died begins anew. A turn beside the first one finds its KV on the way to that home.
+        if need.conversation.home or not cluster.prefillers:
+            return Placement(home.name, reason="later turn" if need.conversation.home else "no prefiller")
+        return Placement(home.name, least_queued(cluster).name, reason="first turn")
+
+
+class Ampd(InOrder):
+    """AMPD's rule (arXiv 2602.14516): the first turn goes to a prefiller. A later one goes wherever its first token is
+    expected earlier: at home, `T_local = Q_d + T_pre(hist, new)`, or at a prefiller, `T_remote = Q_p + T_kv(hist, d->p)
+    + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured.
+
+    `mispredict` is the share of later turns, drawn by a hash, where the decision is turned around.
+    """
+
+    def __init__(self, mispredict: float = 0.0) -> None:
+        self._mispredict = mispredict
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        """See `Policy`."""
+        conversation, home = need.conversation, at_home(need, cluster)
+        if home is None:
+            return None
+        if not cluster.prefillers:
+            return Placement(home.name, reason="no prefiller")
+        if not conversation.home:
+            return Placement(home.name, least_queued(cluster).name, reason="first turn")
+        history = need.known.get(home.name, 0)
+        local = Option(home.name, queue=home.queue_seconds, prefill=home.speed.prefill(need.new(home.name), history))
+        remote = [self._remote(need, cluster, home, p) for p in cluster.prefillers]
+        best = min(remote, key=lambda option: option.first_token)
+        away = best.first_token < local.first_token
+        wrong = _draw(f"{conversation.key}:{conversation.turns}") < self._mispredict
+        return Placement(
+            home.name,
+            best.prefill_at if away != wrong else "",
+            share_history=True,
+            reason="mispredicted" if wrong else "earlier first token",
+            options=(local, *remote),
+        )
+
+    def _remote(self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView) -> Option:
+        here, there = need.known.get(home.name, 0), need.known.get(p.name, 0)
+        history = max(here, there)
+        moved = cluster.copy_seconds(home, p, here - there) + cluster.copy_seconds(p, home, need.tokens - here)
+        prefill = p.speed.prefill(max(need.tokens - history, 1), history)
+        return Option(home.name, p.name, queue=p.queue_seconds, prefill=prefill, transfer=moved)
+
+
+def _draw(text: str) -> float:
+    """A number in [0, 1) that looks random and is the same for the same text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "colocated": Colocated,
+    "disaggregated": Disaggregated,
+    "ampd": Ampd,
+    "conserve": Conserve,
+    "observe": Observe,
+}
+
+
+def make_policy(name: str, mispredict: float = 0.0) -> Policy:
+    """The policy called `name`, one of `POLICIES`."""
+    return Ampd(mispredict) if name == "ampd" else POLICIES[name]()

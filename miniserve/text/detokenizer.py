@@ -1,0 +1,155 @@
+"""Text that grows token by token: whole characters only, and never a part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from miniserve.cluster.messages import TurnOutput
+    from miniserve.sampling_params import SamplingParams
+    from miniserve.text.tokenizer import Tokenizer
+
+
+class StopString:
+    """One stop string, matched character by character however the text is cut into tokens (Knuth-Morris-Pratt).
+
+    `matched` is how many of its characters the text so far ends with.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        # _back[n]: with n characters matched, the next shorter beginning of `text` that the text also ends with.
+        self._back = [0] * (len(text) + 1)
+        length = 0
+        for i in range(1, len(text)):
+            while length and text[i] != text[length]:
+                length = self._back[length]
+            length += text[i] == text[length]
+            self._back[i + 1] = length
+
+    def feed(self, text: str, may_stop: bool = True) -> int:
+        """How many characters of `text` were taken when the stop string was complete, or 0 if it is not.
+
+        Without `may_stop` it is passed over and the search goes on.
+        """
+        if not self.matched and self.text[0] not in text:
+            return 0
+        for taken, character in enumerate(text, 1):
+            while self.matched and character != self.text[self.matched]:
+                self.matched = self._back[self.matched]
+            self.matched += character == self.text[self.matched]
+            if self.matched == len(self.text):
+                if may_stop:
+                    return taken
+                self.matched = self._back[self.matched]
+        return 0
+
+
+class TextStream:
+    """Turns a turn's tokens into text that can be given out at once.
+
+    Held back are the bytes of an unfinished character and text that may still be the beginning of a stop string. Of
+    several stop strings the one that ends first wins, and of those the longest; how the text is cut into tokens and
+    pushes makes no difference. One that ends within the first `min_tokens` tokens does not count. Text is the plain
+    concatenation of the tokens' bytes: a sentencepiece model's first token keeps its leading space. `visible` are
+    special tokens that are not skipped: the marks of tool calls, for whoever reads those.
+
+    `stopped_by` is the stop string that was met, `tokens_used` the number of tokens up to the one that completed it
+    (all so far, if none).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: list[str] | None = None,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        visible: frozenset[int] = frozenset(),
+    ) -> None:
+        self.stopped_by: str | None = None
+        self.tokens_used = 0
+        self._token_bytes = tokenizer.token_bytes
+        self._skip = tokenizer.special_ids - visible if skip_special_tokens else frozenset()
+        self._stops = [StopString(text) for text in stop or []]
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Take the next tokens; the text that is now safe to give out. Empty after a stop."""
+        out = []
+        for token in token_ids:
+            if self.stopped_by is not None:
+                break
+            self.tokens_used += 1
+            if token not in self._skip and (text := self._decoder.decode(self._token_bytes(token))):
+                out.append(self._take(text))
+        return "".join(out)
+
+    def flush(self) -> str:
+        """The rest at the end of a turn; an unfinished character becomes U+FFFD. Empty after a stop."""
+        if self.stopped_by is not None:
+            return ""
+        text = self._take(self._decoder.decode(b"", final=True))
+        rest, self._held = self._held, ""
+        return text + rest
+
+    def _take(self, text: str) -> str:
+        if not self._stops:
+            return text
+        may_stop = self.tokens_used > self._min_tokens
+        ends = [(end, -len(stop.text), stop) for stop in self._stops if (end := stop.feed(text, may_stop))]
+        text = self._held + text
+        if ends:
+            end, _, stop = min(ends, key=lambda found: found[:2])
+            end += len(self._held)
+            self._held = ""
+            self.stopped_by = stop.text
+            return text[: end if self._include_stop else end - len(stop.text)]
+        safe = len(text) - max(stop.matched for stop in self._stops)
+        self._held = text[safe:]
+        return text[:safe]
+
+
+class TurnText:
+    """The text of one turn, as its parameters want it, for the server and the library alike.
+
+    `finish` is None while it goes on; `stop_reason` is the stop string or the token of `stop_token_ids` that ended it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, visible: frozenset[int] = frozenset()) -> None:
+        self.finish: Literal["stop", "length"] | None = None
+        self.stop_reason: str | int | None = None
+        self._params = params
+        self._given = 0
+        self._stream = TextStream(
+            tokenizer,
+            list(params.stop),
+            params.skip_special_tokens,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+            visible,
+        )
+
+    def feed(self, output: TurnOutput) -> tuple[str, int]:
+        """Take in the next tokens: the text that can now be given out, and how many of the tokens count (those up to a
+        stop string)."""
+        count = len(output.tokens)
+        self._given += count
+        # The token that ends a turn is no part of its text, special or not.
+        hidden = output.stop_token is not None and not self._params.include_stop_str_in_output
+        text = self._stream.push(output.tokens[:-1] if hidden else output.tokens)
+        if self._stream.stopped_by is not None:
+            count -= self._given - self._stream.tokens_used
+            self.finish, self.stop_reason = "stop", self._stream.stopped_by
+        elif output.finish == "stop" or output.finish == "length":
+            text += self._stream.flush()
+            self.finish = output.finish
+            if output.stop_token in self._params.stop_token_ids:
+                self.stop_reason = output.stop_token
+        return text, count

@@ -1,0 +1,171 @@
+"""Chat templates: finding a model's, and rendering messages with it in jinja's sandbox."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miniserve.sampling_params import ParameterError
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = dict[str, Any]
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "documents"})
+THINKING_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
+"""Requests may set these for every model: clients send them to models that do not think, too."""
+
+
+class ChatTemplates:
+    """The compiled templates of a model. Immutable, safe to use from many threads.
+
+    `texts` maps names (`default`, `tool_use`) to jinja text and `variables` what every template sees (`bos_token`).
+    `settable` are the variables that requests may set: those that the templates read. Raises `ParameterError` for text
+    that is no jinja.
+    """
+
+    def __init__(self, texts: dict[str, str], variables: dict[str, str]) -> None:
+        self._variables = variables
+        self._compiled: dict[str, jinja2.Template] = {}
+        self.settable = THINKING_VARIABLES
+        if not texts:
+            return
+        import jinja2
+        from jinja2.meta import find_undeclared_variables
+
+        environment = _environment()
+        for name, text in texts.items():
+            try:
+                self._compiled[name] = environment.from_string(text)
+                self.settable |= find_undeclared_variables(environment.parse(text))
+            except jinja2.TemplateError as error:
+                raise ParameterError(
+                    "chat_template", f"The chat template is not valid jinja: {error.message}"
+                ) from error
+        self.settable -= RESERVED | variables.keys() | environment.globals.keys()
+
+    def __bool__(self) -> bool:
+        return bool(self._compiled)
+
+    def render(
+        self, messages: list[Message], tools: Any, add_generation_prompt: bool, end: str, variables: dict[str, Any]
+    ) -> str:
+        """The rendered text. `variables` are the request's own.
+
+        Where `end` is not empty it is put after the last message's content (which is changed in place), and it and
+        what the template adds after it are cut off. Raises `ParameterError`.
+        """
+        import jinja2
+
+        template = self._compiled.get("tool_use") if tools else None
+        template = template or self._compiled.get("default") or next(iter(self._compiled.values()), None)
+        if template is None:
+            raise ParameterError(
+                "messages",
+                "This model has no chat template: use /v1/completions, or start the server with --chat-template FILE.",
+            )
+        if unknown := variables.keys() - self.settable:
+            raise ParameterError(
+                "chat_template_kwargs",
+                f"`{min(unknown)[:64]}` is no variable that you can set in this model's chat template. Those are: "
+                f"{', '.join(sorted(self.settable))}.",
+            )
+        if end:
+            _append_to_content(messages[-1], end + " ")
+        scope = {**self._variables, "documents": None, **variables, "tools": tools, "messages": messages}
+        try:
+            text = template.render(scope, add_generation_prompt=add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise ParameterError("messages", f"The chat template refuses this: {error.message}") from error
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ParameterError("messages", f"The chat template cannot render this: {error}") from error
+        if end:
+            at = text.rfind(end)
+            if at < 0:
+                raise ParameterError(
+                    "continue_final_message", "The chat template leaves the final message out, so it cannot go on."
+                )
+            # A template that trims content has taken the space after the mark, and meant to trim what is before it.
+            text = text[:at] if text.startswith(end + " ", at) else text[:at].rstrip()
+        return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file. Raises `ParameterError`."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ParameterError("model", f"{path} cannot be read: {error}.") from error
+    return data if isinstance(data, dict) else {}
+
+
+def find_templates(folder: Path, settings: dict[str, Any], given: str | None) -> dict[str, str]:
+    """Name -> jinja text; `given` (a file or a text) replaces the model's own."""
+    if given is not None:
+        if not any(mark in given for mark in "{\n"):
+            try:
+                return {"default": Path(given).expanduser().read_text("utf-8")}
+            except OSError as error:
+                raise ParameterError(
+                    "chat_template", f"--chat-template {given!r} is no file that can be read: {error.strerror}."
+                ) from error
+        return {"default": given}
+    templates: dict[str, str] = {}
+    own = settings.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(own, str):
+        templates["default"] = own
+    elif isinstance(own, list):
+        templates |= {entry["name"]: entry["template"] for entry in own}
+    if (path := folder / "chat_template.jinja").is_file():
+        templates["default"] = path.read_text("utf-8")
+    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        templates[path.stem] = path.read_text("utf-8")
+    return templates
+
+
+def _environment() -> jinja2.Environment:
+    """The sandbox chat templates run in, with what they expect to find there."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant said, for training; here it is only a block."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
+        # jinja's own filter escapes HTML, which no model was trained on.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _append_to_content(message: Message, text: str) -> None:
+    """Put `text` at the end of a message's content: a string, or the last text among its parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + text
+        return
+    parts = [part for part in content or [] if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if not parts:
+        raise ParameterError("continue_final_message", "The final message has no text content to go on from.")
+    parts[-1]["text"] += text

@@ -1,0 +1,331 @@
+"""`miniserve chat` against a scripted server: what it sends, what it shows, and how it bears what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+USAGE = {"prompt_tokens": 40, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 32}}
+Handler = BaseHTTPRequestHandler
+
+
+def chunk(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}}]}
+
+
+def send(handler: Handler, *events: Any) -> None:
+    """Some events, as chunks of HTTP."""
+    for event in events:
+        data = b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+def answer(handler: Handler) -> None:
+    send(handler, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}, chunk("Grüß"))
+    time.sleep(0.02)
+    send(handler, chunk(" Gott"), {"choices": [], "usage": USAGE}, b"[DONE]")
+    handler.wfile.write(b"0\r\n\r\n")
+
+
+class Scripted:
+    """A server that notes requests and lets `play` write the body of a stream."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        self.play: Callable[[Handler], None] = answer
+        self.before_headers: Callable[[Handler], None] = lambda handler: None
+        self.refuse: tuple[int, bytes] | None = None
+        self.models = b'{"data": [{"id": "tiny"}, {"id": "other"}]}'
+        script = self
+
+        class Replies(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                if self.path != "/v1/models":
+                    return self.nothing()
+                self.reply(200, script.models)
+
+            def do_POST(self) -> None:
+                script.headers.append({name.lower(): value for name, value in self.headers.items()})
+                script.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                if self.path != "/v1/chat/completions":
+                    return self.nothing()
+                if script.refuse is not None:
+                    return self.reply(*script.refuse)
+                script.before_headers(self)
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.send_header("Connection", "close")
+                self.end_headers()
+                script.play(self)
+                self.close_connection = True
+
+            def nothing(self) -> None:
+                message = f"There is nothing at {self.command} {self.path}."
+                self.reply(404, json.dumps({"error": {"message": message}}).encode())
+
+            def reply(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Replies)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def chat(self, lines: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        """Say `lines` to it through a pipe."""
+        return subprocess.run(
+            command(self.url, *flags), input=lines, capture_output=True, text=True, timeout=30, env=environment()
+        )
+
+    def said(self, number: int) -> list[tuple[str, str]]:
+        """The messages of a request: (role, content)."""
+        return [(message["role"], message["content"]) for message in self.bodies[number]["messages"]]
+
+
+def command(url: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "miniserve", "chat", "--url", url, *flags]
+
+
+def environment() -> dict[str, str]:
+    hidden = ("MINISERVE_API_KEY", "VLLM_API_KEY")
+    return {name: value for name, value in os.environ.items() if name not in hidden} | {"PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    scripted = Scripted()
+    thread = threading.Thread(target=scripted.http.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield scripted
+    scripted.http.shutdown()
+    scripted.http.server_close()
+
+
+# --- a conversation -------------------------------------------------------------------------------------------------
+
+
+def test_history_grows_under_one_conversation_id(server: Scripted) -> None:
+    done = server.chat("Hello\n\nAgain\n/reset\nAnew\n/exit\nnever\n", "--system", "Be brief.")
+    assert (done.returncode, done.stderr) == (0, "")
+    system, said = ("system", "Be brief."), ("assistant", "Grüß Gott")
+    assert [server.said(i) for i in range(len(server.bodies))] == [
+        [system, ("user", "Hello")],
+        [system, ("user", "Hello"), said, ("user", "Again")],
+        [system, ("user", "Anew")],
+    ]
+    first, second, third = (headers["x-conversation-id"] for headers in server.headers)
+    assert first == second != third
+    assert done.stdout.count("Grüß Gott\n[first token ") == 3
+
+
+def test_what_is_shown_after_an_answer(server: Scripted) -> None:
+    shown = server.chat("Hello\n").stdout.splitlines()[1]
+    assert shown.startswith("[first token 0.")
+    assert " tok/s, 3 tokens, prompt 40 tokens, 32 cached]" in shown
+
+
+def test_system_and_help(server: Scripted) -> None:
+    done = server.chat("/help\n/system Rhyme.\nHello\n/system\nHello\n")
+    assert done.stdout.startswith("/reset begins anew")
+    assert [server.said(i)[0] for i in (0, 1)] == [("system", "Rhyme."), ("user", "Hello")]
+
+
+@pytest.mark.parametrize("line", ["/bogus", "/exti", "/Reset", "/systm Rhyme.", "/"])
+def test_a_mistyped_command_is_not_sent(server: Scripted, line: str) -> None:
+    done = server.chat(f"{line}\nHello\n")
+    assert done.stdout.startswith(f"There is no {line.split()[0]}. /reset begins anew")
+    assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "Hello"}]]
+
+
+def test_a_path_is_no_command(server: Scripted) -> None:
+    server.chat("/etc/hosts: what is it?\n")
+    assert server.said(0) == [("user", "/etc/hosts: what is it?")]
+
+
+def test_options_are_sent_only_when_given(server: Scripted) -> None:
+    server.chat("Hello\n")
+    server.chat("Hello\n", "--model", "other", "--temperature", "0", "--max-tokens", "5", "--api-key", "secret")
+    always = {"messages", "stream", "stream_options", "model"}
+    assert server.bodies[0].keys() == always
+    assert server.bodies[0]["model"] == "tiny"
+    assert "authorization" not in server.headers[0]
+    assert server.bodies[1].keys() == always | {"temperature", "max_tokens"}
+    assert [server.bodies[1][name] for name in ("model", "temperature", "max_tokens")] == ["other", 0.0, 5]
+    assert server.headers[1]["authorization"] == "Bearer secret"
+
+
+def test_an_answer_without_text_leaves_no_trace(server: Scripted) -> None:
+    server.play = lambda handler: send(handler, {"choices": [], "usage": USAGE | {"completion_tokens": 1}}, b"[DONE]")
+    done = server.chat("Hello\nAgain\n")
+    assert done.stdout.splitlines()[1] == "[no text, 1 tokens, prompt 40 tokens, 32 cached]"
+    assert server.said(1) == [("user", "Again")]
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def told(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a failure."""
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_no_server_says_how_to_start_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        done = subprocess.run(command(url), input="", capture_output=True, text=True, timeout=30)
+    assert f"No server answers at {url}" in told(done)
+    assert "`miniserve serve`" in told(done)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "http://x:port/v1", "http://[x/v1"])
+def test_what_is_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from miniserve.cli import main as cli
+
+    assert cli.main(["chat", "--url", url]) == 1
+    assert "write it like http://127.0.0.1:8000/v1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("models", [b"<html>", b"[]", b'{"data": []}'])
+def test_what_is_no_openai_api(server: Scripted, models: bytes) -> None:
+    server.models = models
+    assert "Does --url end in /v1?" in told(server.chat("Hello\n"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--model", "tiny"]])
+def test_a_url_without_v1(server: Scripted, flags: list[str]) -> None:
+    server.url = server.url.removesuffix("/v1")
+    line = told(server.chat("Hello\n", *flags))
+    where = "POST /chat/completions" if flags else "GET /models"
+    assert line == f"miniserve: The server says: There is nothing at {where}. Does --url end in /v1?"
+
+
+def test_another_404_is_no_question_of_the_url(server: Scripted) -> None:
+    server.refuse = (404, b'{"error": {"message": "There is no model x here."}}')
+    assert told(server.chat("Hello\n", "--model", "x")) == "miniserve: The server says: There is no model x here."
+
+
+def test_the_servers_own_words(server: Scripted) -> None:
+    server.refuse = (400, b'{"error": {"message": "too long", "code": "context_length_exceeded"}}')
+    assert told(server.chat("Hello\n")) == "miniserve: The server says: too long"
+    server.refuse = (502, b"")
+    assert told(server.chat("Hello\n")) == "miniserve: The server says: Bad Gateway"
+
+
+def test_an_error_within_the_stream(server: Scripted) -> None:
+    server.play = lambda handler: send(handler, chunk("Gr"), {"error": {"message": "the worker died"}}, b"[DONE]")
+    assert told(server.chat("Hello\n")) == "miniserve: The server says: the worker died"
+
+
+@pytest.mark.parametrize("tail", [b"", b"50\r\ndata: {", b"0\r\n\r\n"], ids=["closed", "within a chunk", "no DONE"])
+def test_a_stream_that_breaks_off(server: Scripted, tail: bytes) -> None:
+    def play(handler: Handler) -> None:
+        send(handler, chunk("Gr"))
+        handler.wfile.write(tail)
+
+    server.play = play
+    done = server.chat("Hello\n")
+    assert done.stdout == "Gr"
+    assert "broke off" in told(done)
+
+
+@pytest.mark.parametrize("when", ["before the first token", "within the answer"])
+def test_ctrl_c_ends_the_answer_and_not_the_chat(server: Scripted, when: str) -> None:
+    """The server sees the connection close, which is what frees the KV."""
+    waiting, gone = threading.Event(), threading.Event()
+
+    def until_gone(handler: Handler) -> None:
+        waiting.set()
+        handler.connection.settimeout(10)
+        if handler.connection.recv(1) == b"":
+            gone.set()
+
+    def play(handler: Handler) -> None:
+        send(handler, chunk("Once upon"))
+        until_gone(handler)
+
+    server.play = play
+    if when == "before the first token":
+        server.before_headers = until_gone
+    process = subprocess.Popen(
+        command(server.url), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"Tell me a story\n")
+    process.stdin.flush()
+    if when == "within the answer":
+        assert process.stdout.read(9) == b"Once upon"
+    assert waiting.wait(10)
+    process.send_signal(signal.SIGINT)
+    assert gone.wait(10)
+    server.play, server.before_headers = answer, lambda handler: None
+    out, errors = process.communicate(b"Hello\n", timeout=10)
+    assert (process.returncode, errors) == (0, b"")
+    assert b" [ended]\n" in out
+    assert "Grüß Gott".encode() in out
+    story = [("user", "Tell me a story"), ("assistant", "Once upon")]
+    assert server.said(1) == [*(story if when == "within the answer" else []), ("user", "Hello")]
+
+
+def test_a_person_at_a_terminal_may_try_again(server: Scripted, tmp_path: Path) -> None:
+    server.refuse = (503, b'{"error": {"message": "queue full"}}')
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        command(server.url),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment() | {"HOME": str(tmp_path), "TERM": "dumb"},
+        start_new_session=True,
+    )
+    os.close(terminal)
+    shown = b""
+
+    def see(text: str) -> None:
+        nonlocal shown
+        while text.encode() not in shown:
+            shown += os.read(controller, 4096)
+        shown = shown.partition(text.encode())[2]
+
+    try:
+        see("tiny at ")
+        see("> ")
+        os.write(controller, b"Hello\n")
+        see("The server says: queue full")
+        see("> ")
+        server.refuse = None
+        os.write(controller, b"Hello\n")
+        see("Grüß Gott")
+        see("32 cached")
+        see("> ")
+        assert server.said(1) == [("user", "Hello")]
+        os.write(controller, b"\x04")
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)

@@ -1,0 +1,419 @@
+"""The scheduler and workers under every order in which messages can arrive, aborts and deaths in between.
+
+The real `Scheduler` and real `Worker`s in one process and one thread. Messages of one sender to one receiver stay in
+order, as ZeroMQ keeps them; otherwise the next one to arrive is anybody's. The model is made up: the next token is a
+hash of all before it, and the KV of a token is a hash too, which is checked wherever a step would read it. So a page
+that is reused too early, or served under a wrong name, is noticed even if the text would come out right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from collections import defaultdict, deque
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miniserve.cluster.channels import decode
+from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, StepTime
+from miniserve.kv.host import HostPool
+from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.pages import PagePool
+from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
+from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.baselines import POLICIES, make_policy
+from miniserve.scheduler.records import Decision
+from miniserve.scheduler.scheduler import MOST_LOSSES, Command, Note, Scheduler, Send
+from miniserve.worker.engine import Engine, Known
+from miniserve.worker.handoff import Handoffs
+from miniserve.worker.pace import Pace
+from miniserve.worker.process import Worker
+from miniserve.worker.sequence import Sequence
+from tests.support.anywhere import Anywhere
+
+PAGE, LONGEST, VOCAB = 4, 64, 1000
+EOS = frozenset(range(30))
+TOPOLOGIES = [("d0",), ("d0", "d1"), ("p0", "d0"), ("p0", "d0", "d1"), ("p0", "p1", "d0", "d1")]
+
+
+def digest(tokens: list[int]) -> int:
+    return int.from_bytes(hashlib.blake2b(str(tokens).encode(), digest_size=7).digest(), "little")
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    """Texts that go in circles, so that drafts hold, and leave them now and then."""
+    whole = digest([seed, *tokens])
+    return whole // 6 % 200 if whole % 6 == 0 else 30 + digest([seed % 3, tokens[-1]]) % 12
+
+
+class Model:
+    """Stands in for `Runner`: writes a hash where KV would go, and reads what lies before it. All is done at launch."""
+
+    eos = EOS
+
+    def __init__(self, memory: KVMemory) -> None:
+        self._pages = memory.pages
+        self._latest: dict[Sequence, int] = {}
+
+    def launch(self, work: list[tuple[Sequence, int]]) -> Known:
+        latest: dict[Sequence, int] = {}
+        sampled: list[int] = []
+        for sequence, count in work:
+            start, tokens = sequence.computed + sequence.under_way, list(sequence.tokens)
+            if sequence.sampling:
+                tokens.append(self._latest[sequence])  # the host does not know it yet
+            assert start + count <= len(tokens)
+            assert count == sequence.to_launch or not sequence.draft
+            tokens += sequence.draft
+            end = start + count + len(sequence.draft)
+            for position in range(end):
+                slot = self._pages[sequence.pages[position // PAGE], 0, 0, position % PAGE, 0]
+                kv = digest(tokens[: position + 1])
+                if position >= start:
+                    slot[0] = kv
+                assert int(slot[0]) == kv, f"{sequence.turn}: the KV of token {position} is another one's"
+            if count == sequence.to_launch:
+                sampled += [next_token(tokens[:known], sequence.seed) for known in range(start + count, end + 1)]
+                latest[sequence] = sampled[-1]
+        self._latest = latest
+        return Known((sampled, [None] * len(sampled)))
+
+
+class Slow:
+    """A transfer whose pages take their time, and now and then do not come: as `collective`, but in our hands. They are
+    written at any time after `store`, as by a GPU beside its steps."""
+
+    name = "slow"
+
+    def __init__(self, world: World, memory: KVMemory, wire: tuple[str, str]) -> None:
+        self.world, self.memory, self.wire = world, memory, wire
+        self.writing: list[SlowCopy] = []
+        world.slow_ways[wire[0]].append(self)
+
+    def offer(self, pages: list[int]) -> tuple[int, int]:
+        self.world.offered.append(self.memory.pages[pages].clone())
+        return (0, len(self.world.offered) - 1)
+
+    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:
+        return SlowCopy(self, self.world.offered[ticket[1]])
+
+    def close(self) -> None:
+        pass
+
+
+class SlowCopy:
+    seconds = 0.0
+
+    def __init__(self, transfer: Slow, content: torch.Tensor) -> None:
+        self.transfer, self.content = transfer, content
+        self.left = transfer.world.pick.choice([0, 0, 1, 3, 10])
+
+    @property
+    def ready(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def store(self, ours: list[int]) -> None:
+        if self.transfer.world.pick.random() < 0.05:
+            raise TransferError("lost on its way")
+        self.ours, self.left = ours, self.transfer.world.pick.choice([1, 1, 2, 4, 10])
+        self.transfer.writing.append(self)
+
+    @property
+    def stored(self) -> bool:
+        self.left -= 1
+        if self.left <= 0 and self in self.transfer.writing:
+            if self.transfer.world.pick.random() < 0.03:
+                self.transfer.writing.remove(self)
+                self.transfer.memory.pages[self.ours[:1]] = self.content[:1]
+                raise TransferError("broke on its way")
+            self.write()
+        return self.left <= 0
+
+    def abandon(self) -> None:
+        if self in self.transfer.writing:
+            self.write()  # at the last moment that is allowed
+
+    def write(self) -> None:
+        self.transfer.writing.remove(self)
+        self.transfer.world.stored += len(self.ours)
+        self.transfer.memory.pages[self.ours] = self.content
+
+
+class Whim(Pace):
+    """A pace on a machine whose steps take any time: how much of a prompt comes next is anybody's guess."""
+
+    def __init__(self, pick: random.Random) -> None:
+        super().__init__(pick.choice([2, 8, 40]), pick.choice([1.0, 3.0]))
+        self._pick = pick
+
+    def observe(self, step: StepTime) -> None:
+        super().observe(msgspec.structs.replace(step, seconds=self._pick.choice([0.0, 0.01, 0.02, 0.05, 1.0])))
+
+
+class World:
+    """A cluster whose messages, steps, clients and deaths happen in an order drawn from `seed`."""
+
+    def __init__(self, seed: int, deaths: int, policy: str) -> None:
+        self.pick = random.Random(seed)
+        self.wires: dict[tuple[str, str], deque[Envelope]] = defaultdict(deque)
+        self.deaths = deaths
+        self.unnoticed: list[str] = []
+        self.memories: dict[str, KVMemory] = {}
+        self.alive: dict[str, Worker] = {}
+        """By address: a name and the number of this incarnation."""
+        self.absent: list[tuple[str, int]] = []
+        self.wanted: dict[str, list[int]] = {}
+        self.got: dict[str, list[int]] = defaultdict(list)
+        self.prompts: dict[str, list[int]] = {}
+        self.ends: dict[str, str] = {}
+        self.offered: list[torch.Tensor] = []
+        self.stored = self.moved = 0
+        self.slow = self.pick.random() < 0.5
+        self.slow_ways: dict[str, list[Slow]] = defaultdict(list)
+        self.now = 100.0
+        chosen = Anywhere(self.pick) if policy == "anywhere" else make_policy(policy, 0.3)
+        self.scheduler = Scheduler(chosen, PAGE, 6, 100, notes=True)
+        self.pages = self.pick.choice([17, 24, 40])
+        for name in self.pick.choice(TOPOLOGIES):
+            self.start(name, 1)
+
+    def start(self, name: str, epoch: int) -> None:
+        address = f"{name}.{epoch}"
+        self.alive[address] = self.worker(name, epoch)
+        memory = self.memories[address]
+        pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, "L")
+        peer = Peer(name, epoch, address, pool)
+        self.carry_out(self.scheduler.worker_up(peer, prefiller=name.startswith("p"), now=self.now))
+
+    def worker(self, name: str, epoch: int) -> Worker:
+        pages, address = self.pages, f"{name}.{epoch}"
+        memory = KVMemory(PageShape(1, PAGE, 1, 1, torch.int64), pages, torch.device("cpu"))
+        order = self.pick.choice(["expected", "lru"])
+        host = HostPool(memory, self.pick.choice([6, 60]), order=order) if self.pick.random() < 0.5 else None
+        engine = Engine(
+            Model(memory),
+            PagePool(pages, order=order, on_evict=host and host.store),
+            host=host,
+            page_tokens=PAGE,
+            max_num_batched_tokens=self.pick.choice([3, 7, 12]),
+            max_num_seqs=6,
+            max_model_len=LONGEST,
+            pace=Whim(self.pick) if self.pick.random() < 0.5 else None,
+            overlap=self.pick.random() < 0.5,
+            clock=lambda: self.now,
+            drafts=self.pick.random() < 0.5,
+        )
+        outboxes = SimpleNamespace(
+            send=lambda to, body: self.send(address, to, Envelope(name, epoch, body)), forget=lambda address: None
+        )
+
+        def way(peer: Peer) -> Transfer | None:
+            if self.slow:
+                return Slow(self, memory, (address, peer.address))
+            return connect(memory, "L", (name, epoch), peer, "", "mapped")
+
+        handoffs = Handoffs(engine, memory.shape.bytes, "L", 30.0, outboxes.send, way, engine.clock)
+        made = Worker(name, engine, handoffs, outboxes, "frontend", layout="L", vocab_size=VOCAB, clock=engine.clock)
+        self.memories[address] = memory
+        return made
+
+    def send(self, sender: str, to: str, envelope: Envelope) -> None:
+        if to == "frontend" or to in self.alive:
+            self.wires[sender, to].append(decode(msgspec.msgpack.encode(envelope)))
+
+    # --- what can happen ---
+
+    def submit(self) -> None:
+        """A new prompt, one that shares a beginning with others, or the next turn of a conversation."""
+        pick, turn = self.pick, f"t{len(self.wanted)}"
+        fresh = [pick.randrange(30, VOCAB) for _ in range(pick.randint(1, 25))]
+        if self.prompts and pick.random() < 0.4:
+            before = pick.choice(list(self.prompts))
+            tokens = (self.prompts[before] + self.got[before])[:50] + fresh[:4]
+        else:
+            tokens = [100] * pick.choice([0, 0, 8, 16]) + fresh
+        seed = len(self.wanted)
+        params = SamplingParams(
+            temperature=0, max_tokens=pick.choice([1, 2, 5, 12, 30]), ignore_eos=pick.random() < 0.5
+        )
+        answer = Sequence(turn, tokens, params, seed, b"")
+        while not answer.finish:
+            answer.append(next_token(answer.tokens, seed), EOS, LONGEST)
+        self.prompts[turn], self.wanted[turn] = tokens, answer.tokens[len(tokens) :]
+        self.carry_out(self.scheduler.submit(turn, tokens, params, seed, pick.choice(["", "", "c"]), "", self.now))
+
+    def cancel(self) -> None:
+        if running := [turn for turn in self.wanted if turn not in self.ends]:
+            turn = self.pick.choice(running)
+            self.ends[turn] = "abort"
+            self.carry_out(self.scheduler.cancel(turn, self.now))
+
+    def step(self, name: str, until: int = 3) -> None:
+        """One round of a worker's loop, or the part of it before it dies."""
+        worker = self.alive[name]
+        for copy in [copy for way in self.slow_ways[name] for copy in way.writing]:
+            if self.pick.random() < 0.3:
+                copy.write()
+        for _ in range(self.pick.choice([0, 1, 2, 5, 100])):
+            waiting = [wire for (_, to), wire in self.wires.items() if to == name and wire]
+            if not waiting:
+                break
+            worker._handle(self.pick.choice(waiting).popleft())
+        if until > 0:
+            worker.handoffs.expire()
+            worker.handoffs.poll()
+            for sequence in worker.engine.admit():
+                worker.handoffs.request(sequence)
+        if until > 1:
+            step = worker.engine.step()
+            for sequence, first_token in step.prefilled:
+                worker.handoffs.publish(sequence, first_token)
+            worker._outputs += worker.handoffs.outputs + step.outputs
+            worker.handoffs.outputs.clear()
+        if until > 2:
+            worker._report(0.0)
+        worker.engine.pool.check()
+        if worker.engine.host:
+            worker.engine.host.check()
+
+    def listen(self) -> None:
+        """The frontend hears one message."""
+        waiting = [key for key, wire in self.wires.items() if key[1] == "frontend" and wire]
+        if waiting:
+            envelope = self.wires[self.pick.choice(waiting)].popleft()
+            assert isinstance(envelope.body, Report)
+            if f"{envelope.sender}.{envelope.epoch}" in self.served:
+                self.carry_out(self.scheduler.on_report(envelope.sender, envelope.body, self.now))
+
+    def die(self) -> None:
+        """A worker dies somewhere in its loop; of what it has just sent some is lost."""
+        if not self.deaths or not self.alive:
+            return
+        self.deaths -= 1
+        name = self.pick.choice(list(self.alive))
+        self.step(name, until=self.pick.randint(0, 3))
+        del self.alive[name]
+        self.unnoticed.append(name)
+        for (sender, to), wire in self.wires.items():
+            if sender == name:
+                for _ in range(min(len(wire), self.pick.choice([0, 0, 1, 2, 100]))):
+                    wire.pop()
+            if to == name:
+                wire.clear()
+
+    def notice(self) -> None:
+        if self.unnoticed:
+            name, epoch = self.unnoticed.pop(0).split(".")
+            self.absent.append((name, int(epoch) + 1))
+            self.carry_out(self.scheduler.worker_down(name, returns=True, now=self.now))
+
+    def come_back(self) -> None:
+        if self.absent:
+            self.start(*self.absent.pop(self.pick.randrange(len(self.absent))))
+
+    @property
+    def served(self) -> set[str]:
+        """Incarnations that the scheduler knows: those alive, and those whose death it has not noticed."""
+        return {*self.alive, *self.unnoticed}
+
+    def carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Note):
+                self.moved += isinstance(command.record, Decision) and bool(command.record.history_at)
+                continue
+            if isinstance(command, Send):
+                for address in self.alive:
+                    if address.startswith(f"{command.worker}."):
+                        self.send("frontend", address, Envelope("frontend", 0, command.message))
+                continue
+            turn, output = command.turn, command.output
+            assert turn not in self.ends, "nothing comes after the end"
+            assert not output.tokens or output.index == len(self.got[turn]), "no token is repeated or skipped"
+            self.got[turn] += output.tokens
+            if output.finish:
+                self.ends[turn] = output.finish
+
+    # --- the whole of it ---
+
+    def run(self) -> None:
+        for _ in range(150):
+            what = self.pick.random()
+            self.now += self.pick.choice([0.0, 0.01, 0.1, 1.0, 10.0])
+            if what < 0.12:
+                self.submit()
+            elif what < 0.15:
+                self.cancel()
+            elif what < 0.17:
+                self.die()
+            elif what < 0.20:
+                self.notice()
+            elif what < 0.22:
+                self.come_back()
+            elif what < 0.5:
+                self.listen()
+            elif self.alive:
+                self.step(self.pick.choice(list(self.alive)))
+        while self.unnoticed:
+            self.notice()
+        while self.absent:
+            self.come_back()
+        for _ in range(600):
+            self.now += 0.5
+            for name in list(self.alive):
+                self.step(name)
+            for _ in range(20):
+                self.listen()
+            if self.wanted.keys() <= self.ends.keys():
+                break
+        for _ in range(40):  # publications, aborts and releases under way
+            for name in list(self.alive):
+                self.step(name)
+            for _ in range(20):
+                self.listen()
+
+    def check(self, deaths: int) -> None:
+        for turn, wanted in self.wanted.items():
+            assert turn in self.ends, f"{turn} hangs: {self.scheduler._turns[turn]}"
+            if self.ends[turn] in ("abort", "error"):
+                assert self.ends[turn] == "abort" or deaths >= MOST_LOSSES, "one that workers die of is given up"
+                assert self.got[turn] == wanted[: len(self.got[turn])]
+            else:
+                assert self.got[turn] == wanted
+        for name, worker in self.alive.items():
+            engine, handoffs = worker.engine, worker.handoffs
+            assert (engine.pool.num_held, engine.running, list(engine.waiting)) == (0, [], []), name
+            assert (handoffs._leases, handoffs._pulls, handoffs._salts, worker._early) == ({}, {}, {}, []), name
+        for view in self.scheduler.workers.values():
+            assert (view.reserved, view.turns) == (0, 0)
+            at_home = [c for c in self.scheduler.conversations if c.home == view.name]
+            assert view.resident == sum(c.resident for c in at_home)
+            assert view.wanted == pytest.approx(sum(c.wanted for c in at_home), abs=1e-6)
+        assert not self.scheduler._runs
+        assert not self.scheduler.queued
+        self.scheduler.on_tick(self.now + 1e6)
+        assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in self.scheduler.workers.values())
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "anywhere"])
+@given(seed=st.integers(0, 2**32), deaths=st.integers(0, 3))
+@settings(max_examples=40)
+def test_every_turn_ends_with_its_text_and_nothing_is_held(policy: str, seed: int, deaths: int) -> None:
+    world = World(seed, deaths, policy)
+    world.run()
+    world.check(deaths)

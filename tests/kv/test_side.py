@@ -1,0 +1,332 @@
+"""What a GPU copies beside its steps, with the calls to CUDA replaced: a stream whose work is done when we say so.
+
+`LazyStream` is as late as CUDA may be: what it was given runs when somebody waits for it, not before. So a page that is
+overwritten or read too early shows in its bytes. What the CPU does at once stands for the engine's stream.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from miniserve.cluster.channels import decode
+from miniserve.cluster.messages import CudaHandle, Envelope, Keep, Peer, Peers, PoolInfo
+from miniserve.kv import host
+from miniserve.kv.host import HostPool
+from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.pages import Evicted
+from miniserve.kv.transfer import collective, ipc, staging
+from miniserve.kv.transfer.collective import CollectiveTransfer
+from miniserve.kv.transfer.connect import connect, way
+from miniserve.kv.transfer.ipc import CudaMappedTransfer
+from miniserve.kv.transfer.staging import DeviceStaging
+
+CPU = torch.device("cpu")
+SHAPE = PageShape(layers=2, page_tokens=4, kv_heads=1, head_dim=8, dtype=torch.bfloat16)
+PAGES = 8
+
+
+class LazyMark:
+    def __init__(self, stream: LazyStream, number: int) -> None:
+        self.stream, self.number = stream, number
+        self.seconds = 3.0
+
+    @property
+    def done(self) -> bool:
+        return self.stream.ran >= self.number
+
+    def wait(self) -> None:
+        while not self.done:
+            self.stream.advance()
+
+
+class LazyStream:
+    """See `SideStream`."""
+
+    made: list[LazyStream] = []
+
+    def __init__(self, device: torch.device) -> None:
+        assert device == CPU
+        self.queue: deque[Callable[[], None]] = deque()
+        self.given = self.ran = 0
+        self.calls: list[str] = []
+        self.made.append(self)
+
+    def advance(self) -> None:
+        self.queue.popleft()()
+        self.ran += 1
+
+    def run(self, work: Callable[[], None]) -> LazyMark:
+        self.calls.append("run")
+        self.queue.append(work)
+        self.given += 1
+        return LazyMark(self, self.given)
+
+    def follow(self) -> None:
+        self.calls.append("follow")
+
+    def lead(self) -> None:
+        self.calls.append("lead")
+        self.drain()
+
+    def drain(self) -> None:
+        while self.queue:
+            self.advance()
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[LazyStream]:
+    monkeypatch.setattr(LazyStream, "made", [])
+    monkeypatch.setattr(ipc, "SideStream", LazyStream)
+    monkeypatch.setattr(staging, "SideStream", LazyStream)
+    monkeypatch.setattr(host, "beside", LazyStream)
+    monkeypatch.setattr(host, "pin", lambda memory: None)
+    return LazyStream.made
+
+
+def device_memory(seed: int) -> KVMemory:
+    """A pool that is laid out as on a GPU: with a scratch page."""
+    memory = KVMemory(SHAPE, PAGES, CPU)
+    memory.shared = None
+    memory.pages = SHAPE.view(torch.zeros((PAGES + 1) * SHAPE.bytes, dtype=torch.uint8))
+    memory.bytes.random_(0, 256, generator=torch.Generator().manual_seed(seed))
+    return memory
+
+
+def content(memory: KVMemory, *pages: int) -> bytes:
+    return memory.bytes[list(pages)].numpy().tobytes()
+
+
+# --- mapped ---------------------------------------------------------------------------------------------------------
+
+
+def copy_words(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> None:
+    """As `page_copy.copy_pages`."""
+    target[tos] = source[froms]
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMappedTransfer]:
+    ours, theirs = device_memory(1), device_memory(2)
+
+    def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
+        return ipc.words_of(theirs.pages.untyped_storage(), pool)
+
+    monkeypatch.setattr(ipc, "map_pool", map_pool)
+    monkeypatch.setattr(ipc, "kernel", lambda: copy_words)
+    before = content(ours, *range(PAGES))
+    transfer = CudaMappedTransfer(ours, Peer("p0", 1, "", PoolInfo(1, -1, PAGES, SHAPE.bytes, "L")))
+    assert content(ours, *range(PAGES)) == before, "the first copy lands on the scratch page"
+    assert content(ours, PAGES) == content(theirs, 0)
+    transfer.side.calls.clear()
+    return ours, theirs, transfer
+
+
+def test_a_mapped_copy_is_stored_when_the_gpu_says_so(mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer]) -> None:
+    ours, theirs, transfer = mapped
+    copy = transfer.fetch((0, 0), [3, 1])
+    assert copy.ready
+    assert not copy.stored
+    copy.store([6, 0])
+    assert not copy.stored
+    transfer.side.advance()
+    assert copy.stored
+    assert copy.seconds == 3.0
+    assert content(ours, 6, 0) == content(theirs, 3, 1)
+    assert transfer.side.calls == ["follow", "run"], "it is not ordered before what the engine does next"
+
+
+def test_a_mapped_copy_that_is_abandoned_overwrites_nothing(
+    mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
+) -> None:
+    ours, _, transfer = mapped
+    copy = transfer.fetch((0, 0), [3])
+    copy.store([6])
+    copy.abandon()
+    ours.bytes[6] = 77  # the engine computes the page, or another copy writes it
+    transfer.side.drain()
+    assert content(ours, 6) == b"M" * SHAPE.bytes
+
+
+def test_close_waits_for_readers(
+    mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
+) -> None:
+    _, _, transfer = mapped
+    assert transfer.offer([1]) == (0, 0)
+    assert transfer.side.calls == [], "what is published is complete"
+    copy = transfer.fetch((0, 0), [3])
+    copy.store([6])
+    transfer.close()
+    assert copy.stored
+
+
+KERNEL = """
+import torch
+from miniserve.kv.transfer.page_copy import copy_pages
+for words in (8, 2048, 5000):
+    source, target = (torch.randint(-(2**62), 2**62, (6, words)) for _ in range(2))
+    expected = target.clone()
+    expected[[5, 0, 3]] = source[[0, 4, 3]]
+    copy_pages(source, [0, 4, 3], target, [5, 0, 3])
+    assert torch.equal(target, expected), words
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch for CUDA")
+def test_the_kernel_copies_pages() -> None:
+    """By triton's interpreter: what it computes, not that it compiles."""
+    subprocess.run([sys.executable, "-c", KERNEL], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+
+
+# --- which way ------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(device: int, reach: list[int], layout: str = "L") -> PoolInfo:
+    return PoolInfo(1, -1, PAGES, SHAPE.bytes, layout, CudaHandle(device, reach, b"h", 10, 0, b"c", 0))
+
+
+def test_the_way_between_two_pools() -> None:
+    cpu = PoolInfo(1, 3, PAGES, SHAPE.bytes, "L")
+    nowhere = PoolInfo(1, -1, PAGES, SHAPE.bytes, "L")
+    same, near, far = on_gpu(0, [0, 1]), on_gpu(1, [1, 0]), on_gpu(2, [2])
+    deaf = on_gpu(3, [3, 0])  # sees GPU 0, which does not see it
+    expected = [
+        (cpu, cpu, ("mapped", "gloo", "mapped")),
+        (same, same, ("mapped", "gloo", "mapped")),
+        (same, near, ("mapped", "nccl", "mapped")),
+        (same, far, ("nccl", "nccl", None)),
+        (same, deaf, ("nccl", "nccl", None)),
+        (same, on_gpu(0, [0], "other"), (None, None, None)),
+        (cpu, nowhere, (None, "gloo", None)),
+        (cpu, same, (None, "gloo", None)),
+    ]
+    for one, other, ways in expected:
+        assert tuple(way(one, other, how) for how in ("auto", "collective", "mapped")) == ways
+        assert tuple(way(other, one, how) for how in ("auto", "collective", "mapped")) == ways
+
+
+def test_a_pool_that_cannot_be_mapped_is_no_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = device_memory(1)
+    monkeypatch.setattr(KVMemory, "info", lambda self, layout: on_gpu(0, [0], layout))
+
+    def fail(pool: PoolInfo, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("CUDA error: invalid device context")
+
+    monkeypatch.setattr(ipc, "map_pool", fail)
+    assert connect(memory, "L", ("d0", 1), Peer("p0", 1, "", on_gpu(0, [0])), "", "auto") is None
+
+
+def test_a_handle_travels() -> None:
+    peers = Peers([Peer("p0", 1, "a", on_gpu(1, [1, 0]))])
+    assert decode(msgspec.msgpack.encode(Envelope("frontend", 0, peers))).body == peers
+
+
+# --- collective, staged ---------------------------------------------------------------------------------------------
+
+
+def test_staged_pages_are_those_of_the_offer(streams: list[LazyStream]) -> None:
+    memory = device_memory(1)
+    offered = content(memory, 5, 2)
+    stage = DeviceStaging(memory)
+    data, whole = stage.read([5, 2])
+    memory.bytes.zero_()  # the lease has ended, and the engine goes on
+    whole.wait()
+    assert data.numpy().tobytes() == offered
+    mark = stage.write(data, [0, 1])
+    assert not mark.done
+    stage.abandon()
+    assert content(memory, 0, 1) == offered
+    assert streams[0].calls == ["run", "lead", "follow", "run", "lead"]
+
+
+def test_staged_pages_through_gloo(tmp_path: Path, streams: list[LazyStream]) -> None:
+    memories = {"p0": device_memory(1), "d0": device_memory(2)}
+    ends = {
+        us: CollectiveTransfer(memories[us], (us, 1), Peer(them, 1, "", on_gpu(0, [0])), str(tmp_path))
+        for us, them in (("p0", "d0"), ("d0", "p0"))
+    }
+    try:
+        copy = ends["d0"].fetch(ends["p0"].offer([1, 4]), [1, 4])
+        until = time.monotonic() + 20
+        while not copy.ready:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        before = content(memories["d0"], 7, 3)
+        copy.store([7, 3])
+        assert not copy.stored
+        assert content(memories["d0"], 7, 3) == before
+        copy._mark.wait()
+        assert copy.stored
+        assert copy.seconds >= 3.0
+        assert content(memories["d0"], 7, 3) == content(memories["p0"], 1, 4)
+    finally:
+        for end in ends.values():
+            end.close()
+    assert collective.AHEAD == 2
+
+
+# --- host memory ----------------------------------------------------------------------------------------------------
+
+
+def evicted(page: int) -> Evicted:
+    return Evicted(page, bytes([page]) * 16, None, Keep(), 0.0)
+
+
+def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStream]) -> None:
+    memory = device_memory(1)
+    swap = HostPool(memory, 4)
+    kept = content(memory, 3)
+    swap.store(evicted(3), 0.0)
+    memory.bytes[3] = 0  # the next step writes to the page
+    slots = swap.match([bytes([3]) * 16], Keep())
+    swap.restore(slots, [6])
+    assert streams[0].calls == ["run", "lead", "follow", "run", "lead"]
+    assert content(memory, 6) == kept, "the next step reads the page"
+    assert (swap.offloaded, swap.restored) == (1, 1)
+    swap.check()
+
+
+def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = device_memory(1)
+    swap = HostPool(memory, 4)
+    kept = content(memory, 3)
+    swap.store(evicted(3), 0.0)
+    monkeypatch.setattr(LazyStream, "lead", lambda self: None)
+    swap.restore(swap.match([bytes([3]) * 16], Keep()), [6])
+    assert content(memory, 6) != kept
+    swap.settle()
+    assert content(memory, 6) == kept
+
+
+def test_a_slot_is_restored_before_it_is_used_again(streams: list[LazyStream]) -> None:
+    memory = device_memory(1)
+    swap = HostPool(memory, 1)
+    kept = content(memory, 3)
+    swap.store(evicted(3), 0.0)
+    swap.restore(swap.match([bytes([3]) * 16], Keep()), [6])
+    swap.store(evicted(4), 0.0)
+    streams[0].drain()
+    assert content(memory, 6) == kept
+
+
+def test_copies_are_timed_by_the_gpu(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LazyStream, "lead", lambda self: None)
+    memory = device_memory(1)
+    swap = HostPool(memory, 4, clock=lambda: pytest.fail("the host's clock knows nothing of it"))
+    swap.store(evicted(3), 0.0)
+    assert swap.page_seconds == 0.0
+    assert swap.match([bytes([3]) * 16], Keep(page_seconds=1.0)), "not known yet: as good as computing"
+    swap.pool.release([0], Keep())
+    streams[0].drain()
+    assert not swap.match([bytes([3]) * 16], Keep(page_seconds=1.0))
+    assert swap.page_seconds == 3.0

@@ -1,0 +1,234 @@
+"""The CUDA backend on a CPU: page tables, plans, padding and sampling, with FlashInfer's calls replaced by reference
+math of the same signatures. The kernels themselves are checked on a GPU (scripts/gpu_check.py)."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.llm import LLM
+from miniserve.ops.batch import Batch
+from miniserve.ops.cuda_ops import CudaOps, Tables
+from miniserve.ops.native import NoKernels
+from miniserve.ops.torch_ops import TorchOps
+from miniserve.sampling_params import SamplingParams
+from miniserve.worker import build
+from miniserve.worker.graphs import LADDER, DecodeGraphs, Replay
+from miniserve.worker.sampler import Sampler
+from miniserve.worker.sequence import Sequence
+from tests.e2e.test_parity import clean, greedy, prompts
+from tests.support import tiny
+from tests.support.reference_flashinfer import reference
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+PAGE = 4
+
+
+def ops(heads: int = 4, head_dim: int = 64) -> CudaOps:
+    return CudaOps(CPU, BF16, heads, head_dim, kernels=reference())
+
+
+def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> Batch:
+    """Sequences in random pages of a pool, the tables longer than what is used of them."""
+    pick = random.Random(seed)
+    free = pick.sample(range(pool), pool)
+    tables = [[free.pop() for _ in range(-(-context // PAGE) + pick.randrange(2))] for context in contexts]
+    positions = [p for length, context in zip(lengths, contexts, strict=True) for p in range(context - length, context)]
+    return Batch(
+        tokens=torch.tensor([pick.randrange(256) for _ in positions]),
+        positions=torch.tensor(positions),
+        outputs=torch.tensor([sum(lengths[: i + 1]) - 1 for i in range(len(lengths))]),
+        lengths=lengths,
+        contexts=contexts,
+        pages=tables,
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("lengths", "contexts"),
+    [
+        ([1], [1]),
+        ([1, 1, 1], [1, 9, 4]),
+        ([7], [7]),
+        ([5, 3], [13, 3]),
+        ([1, 1, 6, 2], [12, 5, 6, 17]),
+        ([1, 4, 1, 3], [8, 4, 5, 9]),
+    ],
+)
+def test_attention_equals_the_reference_path(lengths: list[int], contexts: list[int], kv_heads: int) -> None:
+    """Decodes, chunks and both in one step, in any order, over a strided pool."""
+    torch.manual_seed(len(lengths))
+    kv = torch.randn(40, 3, 2, PAGE, kv_heads, 64).to(BF16)
+    batch = batch_of(lengths, contexts, 39, sum(contexts))
+    rows = sum(lengths)
+    qkv = torch.randn(rows, 4 + 2 * kv_heads, 64).to(BF16)
+    q, k, v = qkv.split((4, kv_heads, kv_heads), 1)
+    found = []
+    for made in (ops(), TorchOps(CPU)):
+        pool = kv.clone()
+        plan = made.plan(batch, pool)
+        found.append((torch.stack([made.attention(plan, layer, q, k, v, 64**-0.5) for layer in range(3)]), pool))
+    pools = found[0][1], found[1][1]
+    for context, pages in zip(contexts, batch.pages, strict=True):
+        for pool in pools if context % PAGE else ():  # the torch kernels clear what comes after the last token
+            pool[pages[-(-context // PAGE) - 1], :, :, context % PAGE :] = 0
+    assert torch.equal(*pools), "the same KV in the same slots"
+    torch.testing.assert_close(found[0][0].float(), found[1][0].float(), rtol=0.02, atol=0.02)
+
+
+def test_the_other_kernels() -> None:
+    made, plain = ops(), TorchOps(CPU)
+    torch.manual_seed(0)
+    qkv = torch.randn(9, 6, 64).to(BF16)
+    weight = torch.rand(64).to(BF16)
+    close = {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(
+        made.rms_norm(qkv[:, :4], weight, 1e-5), plain.rms_norm(qkv[:, :4], weight, 1e-5), **close
+    )
+    gate_up = torch.randn(9, 256).to(BF16)
+    torch.testing.assert_close(made.silu_mul(gate_up), plain.silu_mul(gate_up), **close)
+    angles, positions = torch.rand(50, 32) * 6, torch.randint(50, (9,))
+    q, k = qkv[:, :4], qkv[:, 4:]
+    wanted = plain.rope(q, k, plain.rotary(angles, BF16)(positions))
+    got = made.rope(q, k, made.rotary(angles, BF16)(positions))
+    for x, y in zip(got, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
+    x, w, bias, residual = (torch.randn(*s).to(BF16) for s in ((9, 64), (32, 64), (32,), (9, 32)))
+    for b in (None, bias):
+        torch.testing.assert_close(made.linear(w, b)(x), plain.linear(w, b)(x), **close)
+        wanted = plain.linear(w, b)(x, residual)
+        torch.testing.assert_close(made.linear(w, b)(x, residual.clone()), wanted, rtol=0.05, atol=0.1)
+
+
+def test_tables() -> None:
+    made = Tables.of([1, 4, 5, 12], [[7, 8], [1], [2, 3], [4, 5, 6]], 4)
+    assert made == Tables([0, 1, 2, 4, 7], [1, 4, 1, 4], [7, 1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])
+def test_what_it_has_no_kernels_for(dtype: torch.dtype, dim: int) -> None:
+    with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
+        CudaOps(CPU, dtype, 4, dim)
+
+
+def test_nothing_imports_flashinfer_on_a_cpu() -> None:
+    code = "import miniserve.worker.build, miniserve.llm, sys; print('flashinfer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Replays by computing again."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def __call__(self, compute: Callable[[], object]) -> Replay:
+        compute()
+
+        def replay() -> None:
+            self.replays += 1
+            compute()
+
+        return replay
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Recorder]]:
+    """Makes an `LLM` whose engine computes with CudaOps and replays decodes, as on a GPU; in fp32, so that its text can
+    be compared."""
+
+    def make(folder: Path, *, eager: bool = False, **engine: Any) -> tuple[LLM, Recorder]:
+        recorder = Recorder()
+
+        def cuda_ops(device: Any, dtype: Any, heads: int, dim: int, *rest: Any, **more: Any) -> tuple[CudaOps, str]:
+            return CudaOps(CPU, dtype, heads, dim, kernels=reference()), "flashinfer"
+
+        def memory(shape: PageShape, num_pages: int, device: torch.device) -> KVMemory:
+            made = KVMemory(shape, num_pages + 1, device)
+            made.num_pages = num_pages  # the last one is the scratch page
+            return made
+
+        monkeypatch.setattr(build, "KVMemory", memory)
+        monkeypatch.setattr(build, "make_ops", cuda_ops)
+        monkeypatch.setattr(build, "DecodeGraphs", lambda *args: DecodeGraphs(*args, record=recorder))
+        made = LLM(folder, kv_cache_memory=2**22, threads=1, enforce_eager=eager, dtype="float32", **engine)
+        return made, recorder
+
+    return make
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("arch", ["llama", "llama3", "qwen2", "qwen3", "mistral"])
+def test_greedy_text(tiny_models, as_on_a_gpu, arch: str, eager: bool, overlap: bool) -> None:
+    """Mixed steps, padded decodes, steps ahead: the text is transformers'."""
+    items = prompts(7, seed=11)
+    llm, recorder = as_on_a_gpu(tiny_models[arch], eager=eager, async_scheduling=overlap, max_num_batched_tokens=40)
+    assert greedy(llm, items, 12) == tiny.reference(tiny_models[arch], items, 12)
+    assert (recorder.replays == 0) == eager
+    assert clean(llm)
+
+
+def test_graphs_are_recorded_once_for_a_size(tiny_models, as_on_a_gpu) -> None:
+    llm, recorder = as_on_a_gpu(tiny_models["llama"])
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    llm.generate([[1, 2]] * 3, params, progress=False)
+    graphs = llm.engine.runner.graphs
+    assert list(graphs.seconds) == [4], "three are padded to four"
+    before = recorder.replays
+    llm.generate([[1, 2]] * 4, params, progress=False)
+    assert list(graphs.seconds) == [4]
+    assert recorder.replays == before + 5
+    llm.generate([[1, 2]], params, progress=False)
+    assert list(graphs.seconds) == [4, 1]
+
+
+def test_padding_disturbs_nobody(tiny_models, as_on_a_gpu) -> None:
+    """The rows that are added write to the scratch page alone, which no sequence ever gets."""
+    llm, _ = as_on_a_gpu(tiny_models["llama"])
+    pages = llm._built.memory.pages
+    items = prompts(5, seed=2)
+    greedy(llm, items, 8)
+    assert pages.shape[0] == llm.engine.pool.num_pages + 1
+    assert bool(pages[-1, :, :, 0].any())
+    assert not bool(pages[-1, :, :, 1:].any()), "position 0 alone"
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.8, "min_p": 0.02}],
+    ids=str,
+)
+def test_filters_keep_the_same_candidates(params: dict[str, Any]) -> None:
+    """Whatever sorts and whatever does not: the same distribution is drawn from."""
+    torch.manual_seed(1)
+    logits = (torch.randn(1, 50) * 2).expand(2000, -1)
+    sequences = [Sequence(str(i), [1], SamplingParams(temperature=0.9, **params), i, b"") for i in range(2000)]
+    counts = []
+    for made in (ops(), TorchOps(CPU)):
+        tokens, _ = Sampler(frozenset(), made).sample(logits.clone(), sequences).read()
+        counts.append(torch.tensor(tokens).bincount(minlength=50))
+    assert bool(((counts[0] > 0) == (counts[1] > 0))[(counts[0] + counts[1]) > 30].all())
+    assert (counts[0] - counts[1]).abs().max() < 100
+
+
+def test_ladder() -> None:
+    assert list(LADDER) == sorted(set(LADDER))
+    assert all(b - a <= b / 5 for a, b in pairwise(LADDER) if a >= 32)
