@@ -53,7 +53,7 @@ PAPER = ["--conversations", "255", "--max-turns", "5"]
 
 def held_out(trace: Path, out: Path) -> Path:
     """The trace without the conversations that were drawn during design."""
-    seen = {task.key for seed in DESIGN_SEEDS for task in load(str(trace), 255, seed)}
+    seen = {script.key for seed in DESIGN_SEEDS for script in load(str(trace), 255, seed)}
     path = out / "held-out.csv"
     with trace.open() as source, path.open("w", newline="") as target:
         rows = csv.DictReader(source)

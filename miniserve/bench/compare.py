@@ -1,22 +1,50 @@
-"""`miniserve compare`: a grid of runs, each a command of its own that anybody can repeat, and what is told of them."""
+"""`miniserve compare`: a grid of runs, each a command of its own that can be repeated, with tables and figures."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from miniserve.bench.figures.tables import markdown, print_tables
+from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.progress import counting
 from miniserve.config import ConfigError, Topology
 from miniserve.scheduler.baselines import POLICIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """The grid: every policy at every rate with every seed."""
+
+    workload: WorkloadConfig
+    policies: list[str]
+    """Each perhaps with a topology of its own, like `colocated@4D`."""
+    topology: Topology
+    """Of those without one. `colocated` has as many workers then, all of them decoders."""
+    rates: list[float]
+    seeds: list[int]
+    mispredict: list[float]
+    """Shares of ampd's predictions that are made wrong; ampd runs with each of them."""
+    hardware: str
+    caching: bool = True
+    jobs: int = 1
+    """Simulations at once."""
+    serve: str | None = None
+    """The model of real servers; None: runs are simulated."""
+    serve_args: list[str]
+    window: tuple[float, float] | None = None
+    """Seconds of which a timeline is drawn, at the highest rate, with the first seed."""
+    out: Path | None = None
+    """The folder for cells, tables and figures."""
 
 
 class Series(NamedTuple):
@@ -28,89 +56,88 @@ class Series(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What it is called there."""
+        """Its name in tables and figures."""
         return f"{self.policy} {self.topology}"
 
 
-def compare(args: argparse.Namespace) -> int:
-    """Run the grid that the flags of `evaluate.py` describe. 1 if a run failed."""
-    if args.out is not None and not args.out.is_dir():
-        raise ConfigError(f"{args.out} is not a folder: create it first.")
-    if args.window is not None and (args.serve or args.out is None):
+class Cell(NamedTuple):
+    """One run of the grid."""
+
+    series: Series
+    rate: float
+    seed: int
+
+
+def compare(config: CompareConfig) -> int:
+    """Run the grid, print tables, write files. 1 if a run failed."""
+    if config.out is not None and not config.out.is_dir():
+        raise ConfigError(f"{config.out} is not a folder: create it first.")
+    if config.window is not None and (config.serve or config.out is None):
         raise ConfigError("--window draws simulated workers: use it with --out and without --serve.")
-    if args.out is not None:
-        from miniserve.bench.figures.plots import draw, draw_timeline  # says at once if matplotlib is missing
-    grid = [(s, rate, seed) for s in series(args) for rate in args.rates for seed in args.seeds]
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives us
+    if config.out is not None:
+        from miniserve.bench.figures.plots import draw  # before the runs: matplotlib may be missing
+        from miniserve.bench.figures.timeline_plot import draw_timeline
+    grid = [Cell(line, rate, seed) for line in series(config) for rate in config.rates for seed in config.seeds]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives this process
     try:
-        cells = asyncio.run(_serve_all(args, grid) if args.serve else _simulate_all(args, grid))
+        results = asyncio.run(_serve_all(config, grid) if config.serve else _simulate_all(config, grid))
     finally:
         signal.signal(signal.SIGTERM, before)
-    print_tables(cells, Console())
-    timelines = {cell["label"]: timeline for cell in cells if (timeline := cell.pop("timeline", None))}
-    if args.out is not None:
-        (args.out / "cells.json").write_text(json.dumps(cells, indent=1) + "\n", "utf-8")
-        (args.out / "tables.md").write_text(markdown(cells), "utf-8")
-        paths = draw(cells, args.out)
+    print_tables(results, Console())
+    timelines = {result["label"]: timeline for result in results if (timeline := result.pop("timeline", None))}
+    if config.out is not None:
+        (config.out / "cells.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        (config.out / "tables.md").write_text(markdown(results), "utf-8")
+        paths = draw(results, config.out)
         for label, timeline in timelines.items():
-            paths += draw_timeline(timeline, args.out, f"timeline-{label.replace(' ', '-')}")
+            paths += draw_timeline(timeline, config.out, f"timeline-{label.replace(' ', '-')}")
         for path in paths:
             print(path)
-    return 1 if any(cell["errors"] for cell in cells) else 0
+    return 1 if any(result["errors"] for result in results) else 0
 
 
-def series(args: argparse.Namespace) -> Iterator[Series]:
-    """The series of --policies. Raises `ConfigError`."""
-    for text in args.policies.split(","):
+def series(config: CompareConfig) -> Iterator[Series]:
+    """The lines of the figures. Raises `ConfigError`."""
+    for text in config.policies:
         policy, _, own = text.partition("@")
         if policy not in POLICIES:
             raise ConfigError(f"--policies: {policy!r} is not one of {', '.join(POLICIES)}.")
-        topology = Topology.parse(own) if own else args.topology
+        topology = Topology.parse(own) if own else config.topology
         if policy == "colocated" and not own:
             topology = Topology(0, topology.prefillers + topology.decoders)
-        for wrong in args.mispredict if policy == "ampd" else [0.0]:
+        for wrong in config.mispredict if policy == "ampd" else [0.0]:
             yield Series(policy, topology, wrong)
-
-
-def workload_flags(args: argparse.Namespace, rate: float, seed: int) -> list[str]:
-    """The flags of `replay` and `simulate` that stand for one cell of the grid."""
-    flags = [args.trace, "--rate", f"{rate:g}", "--arrivals", args.arrivals, "--seed", str(seed)]
-    given = {"--conversations": args.conversations, "--max-turns": args.max_turns}
-    flags += [str(part) for name, value in given.items() if value is not None for part in (name, value)]
-    spreads = {"--gap": args.gap, "--append": args.append}
-    flags += [str(part) for name, value in spreads.items() if value is not None for part in (name, value)]
-    flags += ["--same-prompt"] if args.same_prompt else []
-    return [*flags, "--scale-tokens", f"{args.scale_tokens:g}"]
 
 
 # --- simulated ------------------------------------------------------------------------------------------------------
 
 
-async def _simulate_all(args: argparse.Namespace, grid: list[tuple[Series, float, int]]) -> list[dict[str, Any]]:
-    """Every cell, `--jobs` at once."""
-    room = asyncio.Semaphore(args.jobs)
+async def _simulate_all(config: CompareConfig, grid: list[Cell]) -> list[dict[str, Any]]:
+    """Every cell, `config.jobs` at once."""
+    room = asyncio.Semaphore(config.jobs)
     done = 0
     with counting("simulations", len(grid)) as progress:
 
-        async def one(cell: Series, rate: float, seed: int) -> dict[str, Any]:
+        async def one(cell: Cell) -> dict[str, Any]:
             nonlocal done
-            caching = [] if args.enable_prefix_caching else ["--no-enable-prefix-caching"]
-            flags = ["--policy", cell.policy, "--topology", str(cell.topology), "--mispredict", f"{cell.mispredict:g}"]
-            if args.window is not None and (rate, seed) == (max(args.rates), args.seeds[0]):
-                flags += ["--window", f"{args.window[0]:g}..{args.window[1]:g}"]
+            policy, topology, mispredict = cell.series
+            command = ["simulate", *config.workload.flags(cell.rate, cell.seed)]
+            command += ["--policy", policy, "--topology", str(topology), "--mispredict", f"{mispredict:g}"]
+            if config.window is not None and cell[1:] == (max(config.rates), config.seeds[0]):
+                command += ["--window", f"{config.window[0]:g}..{config.window[1]:g}"]
+            command += ["--hardware", config.hardware]
+            command += [] if config.caching else ["--no-enable-prefix-caching"]
             async with room:
-                result = await _run(
-                    ["simulate", *workload_flags(args, rate, seed), *flags, "--hardware", args.hardware, *caching]
-                )
+                result = await _run(command)
             done += 1
             progress(done)
-            return {**result, "label": cell.label}
+            return {**result, "label": cell.series.label}
 
-        return await asyncio.gather(*(one(*cell) for cell in grid))
+        return await asyncio.gather(*map(one, grid))
 
 
 async def _run(command: list[str]) -> dict[str, Any]:
-    """The JSON that a command of miniserve's prints, with the command itself. Raises `ConfigError` if it fails."""
+    """The JSON that a command of miniserve prints, with the command itself. Raises `ConfigError` if it fails."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -132,24 +159,25 @@ async def _run(command: list[str]) -> dict[str, Any]:
 # --- real -----------------------------------------------------------------------------------------------------------
 
 
-async def _serve_all(args: argparse.Namespace, grid: list[tuple[Series, float, int]]) -> list[dict[str, Any]]:
+async def _serve_all(config: CompareConfig, grid: list[Cell]) -> list[dict[str, Any]]:
     """Every cell, one after the other, each on a server of its own: nothing is cached from the one before."""
-    cells = []
+    assert config.serve is not None
+    results = []
     with counting("runs", len(grid)) as progress:
-        for done, (cell, rate, seed) in enumerate(grid, 1):
-            serve = ["serve", args.serve, "--policy", cell.policy, "--topology", str(cell.topology), "--port", "0"]
-            if cell.policy == "ampd":
-                serve += ["--mispredict", f"{cell.mispredict:g}"]
-            result = await _on_server(
-                [*serve, *shlex.split(args.serve_args)], ["replay", *workload_flags(args, rate, seed)]
-            )
-            cells.append({**result, "label": cell.label, "mispredict": cell.mispredict})
+        for done, cell in enumerate(grid, 1):
+            policy, topology, mispredict = cell.series
+            serve = ["serve", config.serve, "--policy", policy, "--topology", str(topology), "--port", "0"]
+            if policy == "ampd":
+                serve += ["--mispredict", f"{mispredict:g}"]
+            replay = ["replay", *config.workload.flags(cell.rate, cell.seed)]
+            result = await _on_server([*serve, *config.serve_args], replay)
+            results.append({**result, "label": cell.series.label, "mispredict": mispredict})
             progress(done)
-    return cells
+    return results
 
 
 async def _on_server(serve: list[str], command: list[str]) -> dict[str, Any]:
-    """Run a command against a server that lives as long as it takes."""
+    """Run a command against a server that lives as long as the command."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -159,20 +187,20 @@ async def _on_server(serve: list[str], command: list[str]) -> dict[str, Any]:
         stderr=asyncio.subprocess.STDOUT,
     )
     assert process.stdout is not None
-    said = []
+    output = []
     try:
         async for line in process.stdout:
-            said.append(line.decode(errors="replace"))
-            if (start := said[-1].find("http://")) >= 0:
-                url = said[-1][start:].split()[0].removesuffix("/v1")
+            output.append(line.decode(errors="replace"))
+            if (start := output[-1].find("http://")) >= 0:
+                url = output[-1][start:].split()[0].removesuffix("/v1")
                 break
         else:
-            raise ConfigError(f"`miniserve {shlex.join(serve)}` did not start: {''.join(said).strip()}")
-        listening = asyncio.create_task(process.stdout.read())  # or it would block one day
+            raise ConfigError(f"`miniserve {shlex.join(serve)}` did not start: {''.join(output).strip()}")
+        draining = asyncio.create_task(process.stdout.read())  # a full pipe would block the server
         result = await _run([*command, "--url", url])
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGINT)
             await process.wait()
-    await listening
+    await draining
     return {"server_command": f"miniserve {shlex.join(serve)}", **result}

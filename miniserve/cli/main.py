@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from miniserve import __version__
-from miniserve.bench.commands import add_commands
+from miniserve.cli.evaluate import add_commands
 from miniserve.cli.flags import Parser, checked, fraction, interval, port, positive, seconds, share, stretch, tokens
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes, parse_devices
 from miniserve.scheduler.baselines import POLICIES

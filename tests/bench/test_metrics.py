@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from miniserve.bench.replay.metrics import (
+    ConversationTimes,
     Latency,
-    TaskTimes,
     TurnTimes,
-    gmean,
     latency,
     normalised,
     percentile,
@@ -21,10 +20,12 @@ from miniserve.bench.replay.metrics import (
 )
 
 # Arrives at 10; its tool takes 2 seconds. TTFT 1 and 0.5, TTFET 3.5 - 2, last-turn TBT 2/4, E2E 5.5 - 2.
-TWO = TaskTimes("two", 10.0, [TurnTimes(10, 11, 11, 100, 0, 1), TurnTimes(13, 13.5, 15.5, 120, 90, 5)], gaps=2.0)
+TWO = ConversationTimes(
+    "two", 10.0, [TurnTimes(10, 11, 11, 100, 0, 1), TurnTimes(13, 13.5, 15.5, 120, 90, 5)], gaps=2.0
+)
 # One turn of one token: no TBT. TTFT = TTFET = E2E = 4.
-ONE = TaskTimes("one", 20.0, [TurnTimes(20, 24, 24, 50, -1, 1)])
-FAILED = TaskTimes("failed", 30.0, [TurnTimes(30, 31, 32, 7, 5, 3), TurnTimes(33, 0, 0, 9, 0, 0, "refused")])
+ONE = ConversationTimes("one", 20.0, [TurnTimes(20, 24, 24, 50, None, 1)])
+FAILED = ConversationTimes("failed", 30.0, [TurnTimes(30, 31, 32, 7, 5, 3), TurnTimes(33, 0, 0, 9, 0, 0, "refused")])
 
 
 def test_latency_of_a_conversation() -> None:
@@ -44,7 +45,6 @@ def test_percentiles_are_numpys(count: int) -> None:
 
 
 def test_normalised() -> None:
-    assert gmean([1, 8]) == pytest.approx(math.sqrt(8))
     pairs = [(8.0, 1.0), (1.0, 1.0), (6.0, 2.0), (5.0, 0.0)]  # The last has no ratio.
     assert normalised(pairs) == {
         "gmean": pytest.approx(24 ** (1 / 3)),

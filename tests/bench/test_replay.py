@@ -26,10 +26,11 @@ import uvicorn
 from aiohttp import web
 
 from miniserve.api.app import create_app
+from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.driver import ALONE, ReplayConfig, replay
 from miniserve.bench.replay.energy import Energy
-from miniserve.bench.replay.server import Event, Server
-from miniserve.bench.replay.workload import Task, Text, TurnSize
+from miniserve.bench.replay.server import Event, TargetServer, TokenCounts
+from miniserve.bench.replay.workload import Script, TurnSize, Workload
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.dispatcher import QueueFull
@@ -104,24 +105,33 @@ def serving(engine: FakeClient, tokenizer: Tokenizer) -> Iterator[str]:
             thread.join()
 
 
-def task(key: str, *turns: tuple[int, int, float]) -> Task:
-    return Task(key, tuple(TurnSize(*turn) for turn in turns))
+def script(key: str, *turns: tuple[int, int, float]) -> Script:
+    return Script(key, tuple(TurnSize(*turn) for turn in turns))
 
 
-def first_id(of: Task, seed: int = 0) -> int:
+def first_id(of: Script, seed: int = 0) -> int:
     return Text(of, seed, 1000, VOCAB).take(1)[0]
 
 
-def config(url: str, tasks: list[Task], **given: Any) -> ReplayConfig:
-    return ReplayConfig(**{"url": url, "tasks": tasks, "starts": [0.0] * len(tasks), "vocab": VOCAB} | given)
+def config(
+    url: str,
+    scripts: list[Script],
+    *,
+    starts: list[float] | None = None,
+    rate: float | None = None,
+    seed: int = 0,
+    **given: Any,
+) -> ReplayConfig:
+    workload = Workload(scripts=scripts, starts=starts or [0.0] * len(scripts), rate=rate, seed=seed)
+    return ReplayConfig(**{"url": url, "workload": workload, "vocab": VOCAB} | given)
 
 
 # --- against miniserve ----------------------------------------------------------------------------------------------
 
 TASKS = [
-    task("a", (30, 5, 0), (7, 6, 0.3), (1, 1, 0)),
-    task("b", (40, 4, 0), (9, 12, 0.1)),
-    task("c", (20, 3, 0)),
+    script("a", (30, 5, 0), (7, 6, 0.3), (1, 1, 0)),
+    script("b", (40, 4, 0), (9, 12, 0.1)),
+    script("c", (20, 3, 0)),
 ]
 
 
@@ -180,8 +190,8 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
 
 def test_failures_stay_with_their_conversation(tokenizer: Tokenizer) -> None:
     engine = Engine()
-    tasks = [task(key, (20, 4, 0), (5, 4, 0)) for key in ("good", "bad", "slow", "broken")]
-    bad, slow, broken = (first_id(of) for of in tasks[1:])
+    scripts = [script(key, (20, 4, 0), (5, 4, 0)) for key in ("good", "bad", "slow", "broken")]
+    bad, slow, broken = (first_id(of) for of in scripts[1:])
 
     def trouble(tokens: list[int]) -> dict[str, Any]:
         if tokens[0] == bad and len(tokens) > 20:
@@ -198,7 +208,7 @@ def test_failures_stay_with_their_conversation(tokenizer: Tokenizer) -> None:
 
     engine.submit = fragile  # type: ignore[method-assign]
     with serving(engine, tokenizer) as url:
-        report = replay(config(url, tasks, timeout=0.5))
+        report = replay(config(url, scripts, timeout=0.5))
     assert report["errors"] == 3
     assert report["output_tokens"] == 8 + (4 + 1) + 0 + 4
     assert sorted(report["failures"]) == [
@@ -206,7 +216,7 @@ def test_failures_stay_with_their_conversation(tokenizer: Tokenizer) -> None:
         "The server did not finish within 0.5 s",
         "The server failed after 1 tokens: out of luck",
     ]
-    assert len(engine.conversation(first_id(tasks[0]))) == 2
+    assert len(engine.conversation(first_id(scripts[0]))) == 2
     assert len(engine.conversation(slow)) == len(engine.conversation(broken)) == 1
     assert engine.conversation(slow)[0].cancelled.is_set()
 
@@ -227,30 +237,30 @@ def test_a_full_server_is_asked_again(tokenizer: Tokenizer) -> None:
 
 def test_ctrl_c_frees_the_server_and_keeps_what_was_measured(tokenizer: Tokenizer) -> None:
     engine = Engine(pause=0.02)
-    tasks = [task("short", (20, 3, 0)), task("long", (20, 2000, 0)), task("gap", (20, 1, 0), (5, 1, 60))]
-    tasks.append(task("late", (20, 1, 0)))
+    scripts = [script("short", (20, 3, 0)), script("long", (20, 2000, 0)), script("gap", (20, 1, 0), (5, 1, 60))]
+    scripts.append(script("late", (20, 1, 0)))
     threading.Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with serving(engine, tokenizer) as url:
-        report = replay(config(url, tasks, starts=[0, 0, 0, 60]))
+        report = replay(config(url, scripts, starts=[0, 0, 0, 60]))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert report["interrupted"]
         assert report["duration_s"] < 1
         assert (report["conversations"], report["unfinished"], report["output_tokens"]) == (1, 3, 3)
         assert report["ttft_s"]["p50"] > 0
-        (running,) = engine.conversation(first_id(tasks[1]))
+        (running,) = engine.conversation(first_id(scripts[1]))
         deadline = time.monotonic() + 2
         while not running.cancelled.is_set() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert running.cancelled.is_set()
 
 
-@pytest.mark.parametrize(("standalone", "alone"), [(True, 4), (1, 3)])
-def test_standalone(tokenizer: Tokenizer, standalone: bool | int, alone: int) -> None:
-    """Each kind of task once, in order, without gaps, with ids of its own; then all of them as ever."""
+@pytest.mark.parametrize(("standalone", "alone"), [(3, 4), (1, 3)])
+def test_standalone(tokenizer: Tokenizer, standalone: int, alone: int) -> None:
+    """Each kind of script once, in order, without gaps, with ids of its own; then all of them as ever."""
     engine = Engine()
-    tasks = [TASKS[0], TASKS[2], task("c too", (20, 3, 0))]
+    scripts = [TASKS[0], TASKS[2], script("c too", (20, 3, 0))]
     with serving(engine, tokenizer) as url:
-        report = replay(config(url, tasks, standalone=standalone))
+        report = replay(config(url, scripts, standalone=standalone))
     assert len(engine.turns) == alone + 5
     before, after = engine.turns[:alone], engine.turns[alone:]
     assert [len(turn.tokens) for turn in before] == [30, 42, 49, 20][:alone]
@@ -266,12 +276,12 @@ def test_what_should_be_put_right_before(tokenizer: Tokenizer) -> None:
     engine = Engine()
     with serving(engine, tokenizer) as url:
         with pytest.raises(ConfigError, match=r"10,030 tokens.*4,096: --scale-tokens 0\.2 would fit"):
-            replay(config(url, [*TASKS, task("d", (10_000, 30, 0))], scale=0.5))
+            replay(config(url, [*TASKS, script("d", (10_000, 30, 0))], scale=0.5))
         with pytest.raises(ConfigError, match="no model 'x': it has tiny"):
             replay(config(f"{url}/v1", TASKS, model="x"))
         engine.trouble = lambda tokens: {"finish": "error", "error": "out of luck"}
         with pytest.raises(ConfigError, match=r"'a' failed even alone.*out of luck"):
-            replay(config(url, TASKS, standalone=True))
+            replay(config(url, TASKS, standalone=3))
         with pytest.raises(ConfigError, match="no OpenAI API"):
             replay(config(f"{url}/health", TASKS))
     with pytest.raises(ConfigError, match="Start one with"):
@@ -328,11 +338,11 @@ def test_llama_server_and_streams_that_break_off() -> None:
         thread.start()
         started.wait(5)
         try:
-            of = task("a", (20, 3, 0), (4, 3, 0), (4, 3, 0))
+            of = script("a", (20, 3, 0), (4, 3, 0), (4, 3, 0))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             report = replay(config(url, [of], vocab=None, extra={"id_slot": 0}))
             with pytest.raises(ConfigError, match="context 300"):
-                replay(config(url, [task("b", (400, 1, 0))]))
+                replay(config(url, [script("b", (400, 1, 0))]))
         finally:
             loop.call_soon_threadsafe(stop.set)
             thread.join()
@@ -359,14 +369,16 @@ def test_llama_server_and_streams_that_break_off() -> None:
 
 
 def test_events_of_vllm_and_of_servers_without_ids() -> None:
-    about = Server(root="", kind="vllm", model="m")
+    about = TargetServer(root="", kind="vllm", model="m")
     choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None, "prompt_token_ids": None}
     assert about.event(msgspec.json.encode({"choices": [choice | {"token_ids": [5, 6]}]})) == Event(2, [5, 6])
     assert about.event(b'{"choices": [{"text": "ab"}]}') == Event(1)
     assert about.event(b'{"choices": [{"text": ""}], "usage": null}') == Event()
     usage = b'"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": '
-    assert about.event(b'{"choices": [], "usage": {%snull}}' % usage) == Event(usage=(9, -1, 2))
-    assert about.event(b'{"choices": [], "usage": {%s{"cached_tokens": 4}}}' % usage) == Event(usage=(9, 4, 2))
+    assert about.event(b'{"choices": [], "usage": {%snull}}' % usage) == Event(usage=TokenCounts(9, None, 2))
+    assert about.event(b'{"choices": [], "usage": {%s{"cached_tokens": 4}}}' % usage) == Event(
+        usage=TokenCounts(9, 4, 2)
+    )
     assert about.event(b'{"error": {"message": "no", "code": 500}}') == Event(error="no")
     assert about.event(b"[DONE]") == Event(done=True)
 
@@ -375,9 +387,9 @@ def test_events_of_vllm_and_of_servers_without_ids() -> None:
 
 
 def test_a_real_server(tiny_folder: Path, tmp_path: Path) -> None:
-    tasks = [task(f"t{n}", (64, 8, 0), (16, 9, 0.05), (16, 10, 0)) for n in range(4)]
+    scripts = [script(f"t{n}", (64, 8, 0), (16, 9, 0.05), (16, 10, 0)) for n in range(4)]
     with real_server(tiny_folder, "--topology", "1P1D", "--policy", "conserve", runtime=tmp_path) as running:
-        report = replay(config(running.url, tasks, vocab=300))
+        report = replay(config(running.url, scripts, vocab=300))
         assert running.metric("vllm:generation_tokens_total") == report["output_tokens"] == 4 * 27
         until = time.monotonic() + 10
         while running.metric("miniserve:kv_pages", state="held") and time.monotonic() < until:

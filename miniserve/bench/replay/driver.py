@@ -1,4 +1,4 @@
-"""Drives a live server as agents would: each task comes at its time, and each turn after its tool has run.
+"""Drives a live server as agents would: each conversation arrives at its time, each turn after its tool has run.
 
 One asyncio task for each conversation, one connection for each that waits for an answer. At 500 tokens a second of 32
 streams all this takes some 2 % of a core, so it does not slow down a server beside it.
@@ -23,21 +23,19 @@ import uvloop
 from rich.console import Console
 from rich.live import Live
 
+from miniserve.bench.replay.answer import Answer, TurnError, ask, session
+from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.energy import Energy
-from miniserve.bench.replay.metrics import Latency, TaskTimes, TurnTimes, energy, latency, percentile, summary
-from miniserve.bench.replay.server import Answer, Server, Totals, TurnError, ask, describe, totals
-from miniserve.bench.replay.workload import Task, Text
+from miniserve.bench.replay.metrics import ConversationTimes, Latency, TurnTimes, energy, latency, percentile, summary
+from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
+from miniserve.bench.replay.workload import Script, Workload
 from miniserve.config import ConfigError
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 VOCAB = 32_000
-"""Ids of prompts lie below it where nobody says how large the vocabulary is."""
+"""Ids of prompts lie below it where neither the user nor the server says how large the vocabulary is."""
 CONTROL = 1000
 """And above this, or a quarter of a small vocabulary: control tokens are usually the first ones."""
-CONNECT_SECONDS = 10.0
-KEEP_SECONDS = 4.0
-"""How long an idle connection is used again. Servers close theirs after 5 (uvicorn's default), and a request that is
-sent at that moment would be lost."""
 ALONE = 1_000_003
 """Seeds of standalone conversations lie this far above the run's, which finds nothing of theirs in a cache."""
 MOST_FAILURES = 10
@@ -47,54 +45,42 @@ class ReplayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to replay where. Times are in seconds."""
 
     url: str
-    tasks: list[Task]
-    starts: list[float]
-    """When each task arrives."""
+    workload: Workload
     api_key: str | None = None
     model: str | None = None
-    """None: the first one the server names."""
-    seed: int = 0
-    rate: float | None = None
-    """Conversations a second that `starts` were made for, for the report."""
+    """None: the first one that the server names."""
     scale: float = 1.0
-    """What the trace's token counts were multiplied by, for advice."""
+    """The factor that the trace's token counts were multiplied by: an error message recommends another one."""
     vocab: int | None = None
-    """None: what the server says, else `VOCAB`."""
-    standalone: bool | int = False
-    """Whether to measure each distinct task alone before, or how many of the first ones."""
+    """None: the server's, else `VOCAB`."""
+    standalone: int = 0
+    """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
-    """Most that a turn may take."""
+    """The longest that a turn may take."""
     extra: dict[str, Any] = {}
-    """Further fields of each request; one that is None takes a field out."""
+    """Further fields of each request; one that is None removes a field."""
 
 
 def replay(config: ReplayConfig) -> dict[str, Any]:
-    """Replay, and what came of it: the JSON object of docs/evaluation.md.
+    """Replay the workload; the JSON object of docs/evaluation.md.
 
-    Ctrl-C ends it early and is noted in the report. Raises `ConfigError` for what should be put right before.
+    Ctrl-C ends it early and is noted in the report. Raises `ConfigError` for what can be mended before.
     """
-    if not config.tasks:
+    if not config.workload.scripts:
         raise ConfigError("There is nothing to replay: no conversation was chosen from the trace.")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_replay(config))
 
 
 async def _replay(config: ReplayConfig) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    if config.api_key:
-        headers["Authorization"] = f"Bearer {config.api_key}"
-    async with aiohttp.ClientSession(
-        headers=headers,
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-    ) as http:
+    async with session(config.api_key) as http:
         server = await describe(http, config.url, config.model)
         _check_length(config, server)
-        run = Run(config, server, http)
-        work = asyncio.create_task(run.work())
+        replay = Replay(config, server, http)
+        work = asyncio.create_task(replay.work())
         with _stops(work), contextlib.suppress(asyncio.CancelledError):
             await work
-        return await run.report(interrupted=work.cancelled())
+        return await replay.report(interrupted=work.cancelled())
 
 
 @contextlib.contextmanager
@@ -103,7 +89,7 @@ def _stops(work: asyncio.Task[None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     caught = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: whoever started it ends it
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
             loop.add_signal_handler(number, work.cancel)
             caught.append(number)
     try:
@@ -113,8 +99,8 @@ def _stops(work: asyncio.Task[None]) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _check_length(config: ReplayConfig, server: Server) -> None:
-    longest = max(task.tokens for task in config.tasks)
+def _check_length(config: ReplayConfig, server: TargetServer) -> None:
+    longest = max(script.tokens for script in config.workload.scripts)
     if server.max_model_len is not None and longest > server.max_model_len:
         fits = config.scale * server.max_model_len / longest
         digits = 10 ** (1 - math.floor(math.log10(fits)))
@@ -125,14 +111,15 @@ def _check_length(config: ReplayConfig, server: Server) -> None:
         )
 
 
-class Run:
-    """One replay against one server."""
+class Replay:
+    """One workload against one server."""
 
-    def __init__(self, config: ReplayConfig, server: Server, http: aiohttp.ClientSession) -> None:
+    def __init__(self, config: ReplayConfig, server: TargetServer, http: aiohttp.ClientSession) -> None:
         self.config = config
         self.server = server
-        self.ended: list[TaskTimes] = []
+        self.ended: list[ConversationTimes] = []
         self.standalone: dict[str, Latency] | None = None
+        self._workload = config.workload
         self._http = http
         high = config.vocab or server.vocab or VOCAB
         self._ids = (min(CONTROL, high // 4), high)
@@ -143,7 +130,7 @@ class Run:
         self._before: Totals | None = None
         self._began = 0.0
         self._over = 0.0
-        # For those who watch.
+        # For the progress line.
         self._phase = "alone"
         self._running = 0
         self._answers: set[Answer] = set()
@@ -163,8 +150,8 @@ class Run:
             self._began = time.monotonic()
             try:
                 async with asyncio.TaskGroup() as group:
-                    for task, start in zip(self.config.tasks, self.config.starts, strict=True):
-                        group.create_task(self._arrive(task, self._began + start))
+                    for script, start in zip(self._workload.scripts, self._workload.starts, strict=True):
+                        group.create_task(self._arrive(script, self._began + start))
             finally:
                 self._over = time.monotonic()
         finally:
@@ -172,17 +159,17 @@ class Run:
             await asyncio.gather(watching, return_exceptions=True)
 
     async def report(self, interrupted: bool) -> dict[str, Any]:
-        """The keys of the contract, and what else there is to say."""
+        """The keys of the contract, and more about the server and the run."""
         joules = self._energy.joules() if self._energy and self._began else None
         after = await totals(self._http, self.server) if self._before else None
         moved = after.since(self._before) if after and self._before else None
-        told = summary(self.ended, self.standalone, self._over - self._began)
+        figures = summary(self.ended, self.standalone, self._over - self._began)
         failures = Counter(turn.error for times in self.ended for turn in times.turns if turn.error)
-        return told | {
+        return figures | {
             "policy": self.server.policy,
             "topology": self.server.topology,
-            "rate": self.config.rate,
-            "seed": self.config.seed,
+            "rate": self._workload.rate,
+            "seed": self._workload.seed,
             "kv_transfer": {"bytes": moved.bytes if moved else None, "seconds": moved.seconds if moved else None},
             "placements": dict(moved.placements) if moved else None,
             "energy": energy(joules, self.ended) | {"source": self._energy.source if self._energy else None},
@@ -190,41 +177,42 @@ class Run:
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
             "stale_cached_tokens": self._stale,
-            "unfinished": len(self.config.tasks) - len(self.ended),
+            "unfinished": len(self._workload.scripts) - len(self.ended),
             "interrupted": interrupted,
             "failures": dict(failures.most_common(MOST_FAILURES)),
         }
 
     async def _measure_alone(self) -> None:
-        count = None if self.config.standalone is True else int(self.config.standalone)
         self.standalone = {}
         known: dict[tuple[tuple[int, int], ...], Latency] = {}
-        for n, task in enumerate(self.config.tasks[:count]):
-            sizes = tuple((turn.new, turn.output) for turn in task.turns)
+        for n, script in enumerate(self._workload.scripts[: self.config.standalone]):
+            sizes = tuple((turn.new, turn.output) for turn in script.turns)
             if sizes not in known:
-                # Seeds of their own: blocks that tasks share are not cached here either.
-                times = await self._converse(task, self.config.seed + ALONE * (n + 1), time.monotonic(), gaps=False)
+                # With seeds of their own: blocks that scripts share are not cached here either.
+                times = await self._converse(
+                    script, self._workload.seed + ALONE * (n + 1), time.monotonic(), gaps=False
+                )
                 if times.failed:
                     raise ConfigError(
-                        f"Conversation {task.key!r} failed even alone on the server, so there is nothing to compare "
+                        f"Conversation {script.key!r} failed even alone on the server, so there is nothing to compare "
                         f"with: {times.turns[-1].error}"
                     )
                 known[sizes] = latency(times)
-            self.standalone[task.key] = known[sizes]
+            self.standalone[script.key] = known[sizes]
 
-    async def _arrive(self, task: Task, when: float) -> None:
+    async def _arrive(self, script: Script, when: float) -> None:
         await asyncio.sleep(when - time.monotonic())
         self._running += 1
-        self.ended.append(await self._converse(task, self.config.seed, when))
+        self.ended.append(await self._converse(script, self._workload.seed, when))
         self._running -= 1
 
-    async def _converse(self, task: Task, seed: int, arrival: float, gaps: bool = True) -> TaskTimes:
-        """All turns of a task, or those up to one that fails."""
-        times = TaskTimes(task.key, arrival)
-        text = Text(task, seed, *self._ids)
+    async def _converse(self, script: Script, seed: int, arrival: float, gaps: bool = True) -> ConversationTimes:
+        """All turns of a conversation, or those up to one that fails."""
+        times = ConversationTimes(script.key, arrival)
+        text = Text(script, seed, *self._ids)
         prompt: list[int] = []
         ended = arrival
-        for n, turn in enumerate(task.turns):
+        for n, turn in enumerate(script.turns):
             prompt += text.take(turn.new)
             body = self.server.body(prompt, turn.output, self.config.extra)
             if n and gaps:
@@ -243,21 +231,21 @@ class Run:
                 self._tokens += answer.tokens
             ended = time.monotonic()
             first, last = answer.first or ended, answer.last or ended
-            cached = answer.usage[1] if answer.usage else -1
+            cached = answer.usage.cached if answer.usage else None
             times.turns.append(TurnTimes(sent, first, last, len(prompt), cached, answer.output, error))
             if error:
                 break
             self._ttfts.append(first - sent)
             self._short += answer.output < turn.output
             if not n:  # a first prompt can be known only as far as it is shared
-                self._stale += max(0, cached - len(task.shared) * task.block)
+                self._stale += max(0, (cached or 0) - len(script.shared) * script.block)
             missing = max(answer.output - len(answer.ids), 0)
             self._made_up = self._made_up or missing > 0
             prompt += answer.ids + text.take(missing)
         return times
 
     async def _watch(self) -> None:
-        """Tells how it goes on stderr: in place on a terminal, else a line now and then."""
+        """Progress on stderr: in place on a terminal, else a line every ten seconds."""
         console = Console(stderr=True, highlight=False)
         live = Live(console=console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
         pause = 0.5 if live else 10.0
@@ -265,9 +253,9 @@ class Run:
             tokens, before = 0, time.monotonic()
             while True:
                 await asyncio.sleep(pause)
-                now, told = time.monotonic(), self._tokens + sum(answer.tokens for answer in self._answers)
-                line = self._line((told - tokens) / (now - before))
-                tokens, before = told, now
+                now, total = time.monotonic(), self._tokens + sum(answer.tokens for answer in self._answers)
+                line = self._line((total - tokens) / (now - before))
+                tokens, before = total, now
                 if live:
                     live.update(line, refresh=True)
                 else:
@@ -280,6 +268,6 @@ class Run:
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
         done = len(self.standalone or ()) if self._phase == "alone" else len(self.ended)
         return (
-            f"{self._phase}: {done} of {len(self.config.tasks)} conversations done, {self._running} running"
+            f"{self._phase}: {done} of {len(self._workload.scripts)} conversations done, {self._running} running"
             f", {len(ttfts)} turns, {speed:.0f} tokens/s, {first}{sum(times.failed for times in self.ended)} errors"
         )

@@ -1,4 +1,4 @@
-"""What a run takes from the socket, as far as this machine's own counters tell."""
+"""The energy that a run takes, by this machine's own counters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Energy:
     """Joules of all GPUs of this machine (NVML) or, where there are none, of its processors and memory (RAPL).
 
     Everything that runs meanwhile counts, and what an idle machine takes too. `source` is `nvml`, `rapl`, or None where
-    nothing can be read; reading RAPL usually takes root.
+    nothing can be read; reading RAPL usually needs root.
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:

@@ -1,16 +1,18 @@
-"""Workloads without a trace: made-up tasks whose sizes follow a distribution."""
+"""From what the user names to a workload: a trace's file, or made-up scripts whose sizes follow a distribution."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
+from miniserve.bench.replay.distributions import Distribution, WorkloadShape, arrivals, choose, generator
 from miniserve.bench.replay.traces import read_trace
-from miniserve.bench.replay.workload import Spread, Task, TurnSize, choose, generator
+from miniserve.bench.replay.workload import Script, TurnSize, Workload
 from miniserve.config import ConfigError
 
 COUNT = 255
@@ -36,25 +38,47 @@ _SWE_CORRELATION = 0.13
 _NORMAL = NormalDist()
 
 
-def generate(name: str, count: int, seed: int) -> list[Task]:
-    """`count` tasks of a workload: one of `WORKLOADS`, or `mix:swe-agent=0.5,chat=0.5` of several by weight.
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """What the user asks for. `trace` is a path or the name of a made-up workload, `conversations` how many are drawn
+    from it (None: all of a trace, `COUNT` made up), `arrivals` one of `ARRIVALS`."""
 
-    Each is drawn by its number and the seed alone: fewer tasks are the first ones of more. Raises `ConfigError`.
-    """
-    if name in _GENERATORS:
-        return [_task(name, n, seed) for n in range(count)]
-    if not name.startswith("mix:"):
-        raise ConfigError(f"{name!r} is no workload: {WORKLOADS}.")
-    names, shares = _mix(name)
-    return [_task(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
+    trace: str
+    arrivals: str = "poisson"
+    conversations: int | None = None
+    shape: WorkloadShape
+
+    def load(self, rate: float | None, seed: int) -> Workload:
+        """The scripts, arriving at `rate` a second. Without a rate they arrive as the trace says, else at 1 a second.
+
+        Raises `ConfigError`."""
+        scripts = [self.shape.apply(script, seed) for script in load(self.trace, self.conversations, seed)]
+        known = [script.arrival for script in scripts if script.arrival is not None]
+        if rate is None and len(known) == len(scripts):
+            starts = [arrival - min(known) for arrival in known]
+        else:
+            rate = rate or 1.0
+            starts = arrivals(self.arrivals, rate, len(scripts), seed)
+        return Workload(scripts=scripts, starts=starts, rate=rate, seed=seed)
+
+    def flags(self, rate: float, seed: int) -> list[str]:
+        """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
+        shape = self.shape
+        flags = [self.trace, "--rate", f"{rate:g}", "--arrivals", self.arrivals, "--seed", str(seed)]
+        optional = {
+            "--conversations": self.conversations,
+            "--max-turns": shape.max_turns,
+            "--gap": shape.gap,
+            "--append": shape.append,
+        }
+        flags += [str(part) for name, value in optional.items() if value is not None for part in (name, value)]
+        flags += ["--same-prompt"] if shape.same_prompt else []
+        return [*flags, "--scale-tokens", f"{shape.scale:g}"]
 
 
-def load(text: str, count: int | None, seed: int) -> list[Task]:
-    """Tasks of a workload by its name, or of the trace at a path (None: all of a trace, 255 of a workload). A file that
-    is called like a workload is meant by `./chat`.
-
-    Raises `ConfigError` (`TraceError` is one).
-    """
+def load(text: str, count: int | None, seed: int) -> list[Script]:
+    """Scripts of a workload by its name, or of the trace at a path (None: all of a trace, `COUNT` of a workload).
+    `./chat` is a file, `chat` a workload. Raises `ConfigError` (`TraceError` is one)."""
     named = text in _GENERATORS or text.startswith("mix:")
     if not named and (path := Path(text)).exists():
         return choose(read_trace(path), count, seed)
@@ -63,13 +87,26 @@ def load(text: str, count: int | None, seed: int) -> list[Task]:
     return generate(text, COUNT if count is None else count, seed)
 
 
+def generate(name: str, count: int, seed: int) -> list[Script]:
+    """`count` scripts of a workload: one of `WORKLOADS`, or `mix:swe-agent=0.5,chat=0.5` of several by weight.
+
+    Each is drawn by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`.
+    """
+    if name in _GENERATORS:
+        return [_script(name, n, seed) for n in range(count)]
+    if not name.startswith("mix:"):
+        raise ConfigError(f"{name!r} is no workload: {WORKLOADS}.")
+    names, shares = _mix(name)
+    return [_script(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
+
+
 def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
     """Ten turns of a coding agent without gaps, 67 tokens appended at each, as mini-swe-agent has on SWE-bench.
 
     Sizes are drawn from quantiles of the trace in arXiv 2606.01839's artifact (1,500 conversations), linear in the
     logarithm between them; those of first prompts are moved to the paper's own (all 2,294). Outputs of a conversation
-    correlate through a normal variable they have in common. Of 4,000 tasks (in the trace): median outputs 101, 40, 49,
-    54, 103, 192, 248, 288, 314, 340 (102, 40, 49, 54, 105, 192, 250, 296, 316, 334), 313 on average (306); the top
+    correlate through a normal variable they have in common. Of 4,000 scripts (in the trace): median outputs 101, 40,
+    49, 54, 103, 192, 248, 288, 314, 340 (102, 40, 49, 54, 105, 192, 250, 296, 316, 334), 313 on average (306); the top
     tenth of conversations hold 30% of all output (31%), 48% when cut at five turns (51%); of turns, 55% (54%).
     First prompts: p5 12,270, p50 15,940, p95 17,260 (paper: 12,240, 15,890, 17,295), none above 24,000 (56,635).
     """
@@ -98,9 +135,9 @@ def _deep_research(rng: np.random.Generator) -> list[TurnSize]:
     plausible choice, no fit."""
     return [
         TurnSize(
-            round((Spread("log", 1000, 8000) if n else Spread("uniform", 2000, 4000)).draw(rng)),
-            round(Spread("log", 100, 600).draw(rng)),
-            round(Spread("log", 1, 30).draw(rng), 3) if n else 0.0,
+            round((Distribution("log", 1000, 8000) if n else Distribution("uniform", 2000, 4000)).draw(rng)),
+            round(Distribution("log", 100, 600).draw(rng)),
+            round(Distribution("log", 1, 30).draw(rng), 3) if n else 0.0,
         )
         for n in range(int(rng.integers(5, 16)))
     ]
@@ -115,9 +152,9 @@ WORKLOADS = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5")
 """For help texts: what `generate` knows."""
 
 
-def _task(name: str, number: int, seed: int) -> Task:
+def _script(name: str, number: int, seed: int) -> Script:
     key = f"{name}-{number}"
-    return Task(key, tuple(_GENERATORS[name](generator(seed, "workload", key))))
+    return Script(key, tuple(_GENERATORS[name](generator(seed, "workload", key))))
 
 
 def _mix(text: str) -> tuple[list[str], list[float]]:

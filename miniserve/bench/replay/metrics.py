@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 SLO = 5.0
@@ -18,21 +19,21 @@ SLO = 5.0
 
 class TurnTimes(NamedTuple):
     """One turn as its client saw it, in seconds of any one clock: when it was sent, when its `first` and `last` token
-    came; and tokens: of its prompt, found in a cache (-1 if the server does not tell), generated. `error` is why it
-    failed."""
+    came; and tokens: of its prompt, found in a cache (None if the server does not report it), generated. `error` is why
+    it failed."""
 
     sent: float
     first: float
     last: float
     prompt: int
-    cached: int
+    cached: int | None
     output: int
     error: str = ""
 
 
 @dataclass
-class TaskTimes:
-    """A conversation: its turns so far. `arrival` is in seconds, `gaps` the seconds its tools took between turns."""
+class ConversationTimes:
+    """A conversation's turns so far. `arrival` is in seconds, `gaps` the seconds its tools took between turns."""
 
     key: str
     arrival: float
@@ -55,14 +56,14 @@ class Latency(NamedTuple):
     e2e: float
 
 
-def latency(task: TaskTimes) -> Latency:
-    """The figures of a conversation that has come to its end."""
-    last = task.turns[-1]
+def latency(times: ConversationTimes) -> Latency:
+    """The figures of a conversation that has ended."""
+    last = times.turns[-1]
     return Latency(
-        ttft=tuple(turn.first - turn.sent for turn in task.turns),
-        ttfet=last.first - task.arrival - task.gaps,
+        ttft=tuple(turn.first - turn.sent for turn in times.turns),
+        ttfet=last.first - times.arrival - times.gaps,
         tbt=(last.last - last.first) / (last.output - 1) if last.output > 1 else None,
-        e2e=last.last - task.arrival - task.gaps,
+        e2e=last.last - times.arrival - times.gaps,
     )
 
 
@@ -74,38 +75,35 @@ def percentile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def gmean(values: Sequence[float]) -> float:
-    """The geometric mean of values above 0."""
-    return math.exp(sum(math.log(value) for value in values) / len(values))
-
-
 def seconds(values: Iterable[float]) -> dict[str, float] | None:
-    """p50, p95, p99; None of nothing."""
+    """p50, p95, p99; None without values."""
     ordered = sorted(values)
     return {f"p{q}": percentile(ordered, q / 100) for q in (50, 95, 99)} if ordered else None
 
 
 def normalised(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
-    """gmean, p50 and p95 of (value, standalone) pairs as ratios; None of nothing.
+    """gmean, p50 and p95 of (value, standalone) pairs as ratios; None without pairs.
 
     A value of 0 (a server that sends all tokens at once) counts as a thousandth: the geometric mean knows no zero.
     """
     ratios = sorted(max(value / alone, 1e-3) for value, alone in pairs if alone > 0)
     if not ratios:
         return None
-    return {"gmean": gmean(ratios), "p50": percentile(ratios, 0.5), "p95": percentile(ratios, 0.95)}
+    return {"gmean": geometric_mean(ratios), "p50": percentile(ratios, 0.5), "p95": percentile(ratios, 0.95)}
 
 
-def summary(tasks: Sequence[TaskTimes], standalone: dict[str, Latency] | None, duration: float) -> dict[str, Any]:
+def summary(
+    conversations: Sequence[ConversationTimes], standalone: dict[str, Latency] | None, duration: float
+) -> dict[str, Any]:
     """The keys of the contract (docs/evaluation.md) that come from tokens' times.
 
-    `standalone` is by the key of a task; None, or a key that is missing, where it was not measured. A failed
-    conversation breaks all its SLOs and counts for nothing else but `errors`.
+    `standalone` has the latencies of the same conversations alone, by their keys, as far as they were measured. A
+    failed conversation breaks all its SLOs and counts for nothing else but `errors`.
     """
-    done = {task.key: latency(task) for task in tasks if task.turns and not task.failed}
+    done = {times.key: latency(times) for times in conversations if times.turns and not times.failed}
     alone = {key: standalone[key] for key in done if key in standalone} if standalone else {}
-    failed = sum(task.failed for task in tasks)
-    output = sum(turn.output for task in tasks for turn in task.turns)
+    failed = sum(times.failed for times in conversations)
+    output = sum(turn.output for times in conversations for turn in times.turns)
     tbts = {key: value.tbt for key, value in done.items() if value.tbt is not None}
     ratios: dict[str, list[tuple[float, float]]] = {
         "ttft": [pair for key, a in alone.items() for pair in zip(done[key].ttft, a.ttft, strict=True)],
@@ -114,8 +112,8 @@ def summary(tasks: Sequence[TaskTimes], standalone: dict[str, Latency] | None, d
         "e2e": [(done[key].e2e, a.e2e) for key, a in alone.items()],
     }
     return {
-        "conversations": len(tasks),
-        "turns": sum(len(task.turns) for task in tasks),
+        "conversations": len(conversations),
+        "turns": sum(len(times.turns) for times in conversations),
         "output_tokens": output,
         "duration_s": duration,
         "ttft_s": seconds(t for value in done.values() for t in value.ttft),
@@ -132,19 +130,19 @@ def summary(tasks: Sequence[TaskTimes], standalone: dict[str, Latency] | None, d
             "conversations_per_s": len(done) / duration if duration > 0 else 0.0,
             "output_tokens_per_s": output / duration if duration > 0 else 0.0,
         },
-        "cached_tokens": sum(max(turn.cached, 0) for task in tasks for turn in task.turns),
-        "prompt_tokens": sum(turn.prompt for task in tasks for turn in task.turns),
+        "cached_tokens": sum(turn.cached or 0 for times in conversations for turn in times.turns),
+        "prompt_tokens": sum(turn.prompt for times in conversations for turn in times.turns),
         "errors": failed,
     }
 
 
-def energy(joules: float | None, tasks: Sequence[TaskTimes]) -> dict[str, float | None]:
+def energy(joules: float | None, conversations: Sequence[ConversationTimes]) -> dict[str, float | None]:
     """The key `energy` of the contract. The tokens of `tokens_per_joule` are those of all prompts, found in a cache or
     not, and all outputs: as the paper counts, by the size of its figures."""
     if not joules:
         return {"joules": joules, "tokens_per_joule": None, "output_tokens_per_joule": None}
-    output = sum(turn.output for task in tasks for turn in task.turns)
-    prompt = sum(turn.prompt for task in tasks for turn in task.turns)
+    output = sum(turn.output for times in conversations for turn in times.turns)
+    prompt = sum(turn.prompt for times in conversations for turn in times.turns)
     return {
         "joules": joules,
         "tokens_per_joule": (prompt + output) / joules,

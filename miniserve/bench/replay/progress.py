@@ -1,4 +1,4 @@
-"""How far a long computation is, on stderr."""
+"""A progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that takes how many of `total` are done; nothing where nobody sees it move."""
+    """A bar that is called with how many of `total` are done; nothing is shown where stderr is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""Reads traces: CSV of token sizes by conversation and turn, and Mooncake's JSONL of requests."""
+"""Two formats of traces: CSV of token sizes by conversation and turn, and Mooncake's JSONL of requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from miniserve.bench.replay.workload import BLOCK_TOKENS, Task, TurnSize
+from miniserve.bench.replay.workload import BLOCK_TOKENS, Script, TurnSize
 from miniserve.config import ConfigError
 
 _LIMIT = 2**31
@@ -24,18 +24,18 @@ _Tokens = Annotated[int, msgspec.Meta(ge=1, lt=_LIMIT)]
 
 
 class TraceError(ConfigError):
-    """A trace that cannot be read; the message says where, why, and how it should be."""
+    """A trace that cannot be read; the message says where it is wrong, why, and what should be there."""
 
 
-def read_trace(path: Path) -> list[Task]:
+def read_trace(path: Path) -> list[Script]:
     """The conversations of a trace, in order of their first turns, or of their arrivals where it has them.
 
     CSV: a header, then a row for each turn: `conversation_id,turn,new_input_tokens,output_tokens[,gap_s][,arrival_s]`,
     columns in any order. Turns count from 0; conversations may be interleaved. `gap_s` is the seconds since the end of
     the turn before, `arrival_s` (turn 0 only) those since the start.
 
-    JSONL, as in github.com/kvcache-ai/Mooncake: a request on each line, see `_Requests`. A file whose name does not
-    tell is JSONL if it begins with a brace. Raises `TraceError`.
+    JSONL, as in github.com/kvcache-ai/Mooncake: a request on each line; `_requests` makes conversations of them. A
+    file without one of the known endings is JSONL if it begins with a brace. Raises `TraceError`.
     """
     try:
         data = path.read_bytes()
@@ -48,16 +48,16 @@ def read_trace(path: Path) -> list[Task]:
     named = {".csv": False, ".jsonl": True, ".ndjson": True, ".json": True}
     lines = _Lines(text)
     try:
-        tasks = (_requests if named.get(path.suffix.lower(), text.lstrip()[:1] == "{") else _rows)(lines)
-        if not tasks:
+        scripts = (_requests if named.get(path.suffix.lower(), text.lstrip()[:1] == "{") else _rows)(lines)
+        if not scripts:
             raise ValueError("no turns; a trace has at least one")
     except (ValueError, csv.Error, msgspec.DecodeError) as e:
         raise TraceError(f"{path}, line {lines.number}: {e}.") from None
-    return tasks
+    return scripts
 
 
 class _Lines:
-    """The lines of a text; `number` is that of the one given last, from 1."""
+    """The lines of a text; `number` is that of the latest one, from 1."""
 
     def __init__(self, text: str) -> None:
         self.number = 1
@@ -70,7 +70,7 @@ class _Lines:
             yield line
 
 
-def _rows(lines: _Lines) -> list[Task]:
+def _rows(lines: _Lines) -> list[Script]:
     """Tasks of a CSV file. Raises ValueError or csv.Error."""
     reader = csv.reader(lines, strict=True)
     header = [name.strip() for name in next(reader, [])]
@@ -106,13 +106,13 @@ def _rows(lines: _Lines) -> list[Task]:
             if "arrival_s" in row:
                 arrivals[key] = _seconds(row, "arrival_s")
         before.append(TurnSize(_whole(row, "new_input_tokens", 1), _whole(row, "output_tokens", 1), gap))
-    tasks = [Task(key, tuple(sizes), arrivals.get(key)) for key, sizes in turns.items()]
-    return sorted(tasks, key=lambda task: task.arrival or 0.0)
+    scripts = [Script(key, tuple(sizes), arrivals.get(key)) for key, sizes in turns.items()]
+    return sorted(scripts, key=lambda script: script.arrival or 0.0)
 
 
 def _whole(row: dict[str, str], name: str, least: int) -> int:
     text = row[name]
-    # Python would take more than we do: 1_000, and digits of other scripts.
+    # int() would also take 1_000, and digits of other alphabets.
     if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) < _LIMIT:
         raise ValueError(f"{name} is {text[:40]!r}; it should be a whole number from {least} to {_LIMIT - 1}")
     return int(text)
@@ -140,8 +140,8 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(slots=True, eq=False)
-class _Conversation:
-    """One that is being put together from requests."""
+class _Chain:
+    """Requests of which each continues the one before: a conversation that is being put together."""
 
     key: str
     arrival: float
@@ -150,57 +150,58 @@ class _Conversation:
     turns: list[TurnSize] = field(default_factory=list)
 
 
-_Owners = dict[tuple[int, int], _Conversation]
+_Owners = dict[tuple[int, int], _Chain]
 
 
-def _requests(lines: _Lines) -> list[Task]:
+def _requests(lines: _Lines) -> list[Script]:
     """Conversations of a trace that has only requests: `{"timestamp": ms, "input_length": tokens, "output_length":
     tokens, "hash_ids": [...]}` on each line, in order of time. An id stands for a block of 512 tokens and all before.
 
     Which request continues which is a guess: B continues A if it is later and longer and begins with all of A's full
-    blocks, the last of which nobody had before A's conversation (else a system prompt would make all its users one);
-    of several, the one it shares most with. What B adds is its length less A's prompt and answer, at least 1 token: the
+    blocks, the last of which appears first in A's conversation (else a system prompt would make all its users one); of
+    several, the one it shares most with. What B adds is its length less A's prompt and answer, at least 1 token: the
     blocks do not show where the answer ends. Nor when: the gap is from arrival to arrival, so the tool took less.
     Prompts shorter than a block are conversations of their own.
 
-    A task's `shared` are the full blocks that its first prompt begins with and other conversations have too. Raises
+    A script's `shared` are the full blocks that its first prompt begins with and other conversations have too. Raises
     ValueError or msgspec.DecodeError.
     """
-    owners: _Owners = {}  # By place in the prompt and id: whose block it was first.
+    owners: _Owners = {}  # By place in the prompt and id: the chain that had the block first.
     common: set[tuple[int, int]] = set()
-    found: list[_Conversation] = []
+    chains: list[_Chain] = []
     start = now = -1.0
     for request in _decoded(lines):
         if request.timestamp < now:
             raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
         now = request.timestamp
         start = now if start < 0 else start
-        task = _continued(request, owners)
-        if task is None:
-            task = _Conversation(f"line-{lines.number}", (now - start) / 1000, request, request)
-            found.append(task)
+        chain = _continued(request, owners)
+        if chain is None:
+            chain = _Chain(f"line-{lines.number}", (now - start) / 1000, request, request)
+            chains.append(chain)
             turn = TurnSize(request.input_length, request.output_length)
         else:
-            new = max(1, request.input_length - task.last.input_length - task.last.output_length)
-            turn = TurnSize(new, request.output_length, (now - task.last.timestamp) / 1000)
-        task.turns.append(turn)
-        task.last = request
-        common.update(block for block in enumerate(request.blocks) if owners.setdefault(block, task) is not task)
-    tasks = []
-    for task in found:
-        shared = takewhile(common.__contains__, enumerate(task.first.blocks))
-        tasks.append(Task(task.key, tuple(task.turns), task.arrival, tuple(block for _, block in shared)))
-    return tasks
+            new = max(1, request.input_length - chain.last.input_length - chain.last.output_length)
+            turn = TurnSize(new, request.output_length, (now - chain.last.timestamp) / 1000)
+        chain.turns.append(turn)
+        chain.last = request
+        common.update(block for block in enumerate(request.blocks) if owners.setdefault(block, chain) is not chain)
+    scripts = []
+    for chain in chains:
+        shared = takewhile(common.__contains__, enumerate(chain.first.blocks))
+        scripts.append(Script(chain.key, tuple(chain.turns), chain.arrival, tuple(block for _, block in shared)))
+    return scripts
 
 
-def _continued(request: _Request, owners: _Owners) -> _Conversation | None:
+def _continued(request: _Request, owners: _Owners) -> _Chain | None:
+    """The chain that the request continues."""
     blocks = request.blocks
     for place in reversed(range(len(blocks))):
-        task = owners.get((place, blocks[place]))
-        if task is None or len(task.last.blocks) != place + 1 or task.last.blocks != blocks[: place + 1]:
+        chain = owners.get((place, blocks[place]))
+        if chain is None or len(chain.last.blocks) != place + 1 or chain.last.blocks != blocks[: place + 1]:
             continue
-        if request.timestamp > task.last.timestamp and request.input_length > task.last.input_length:
-            return task
+        if request.timestamp > chain.last.timestamp and request.input_length > chain.last.input_length:
+            return chain
     return None
 
 

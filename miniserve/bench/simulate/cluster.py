@@ -11,31 +11,48 @@ from typing import Any
 
 import msgspec
 
-from miniserve.bench.replay.metrics import TaskTimes, TurnTimes
-from miniserve.bench.replay.workload import Task, Text
+from miniserve.bench.replay.distributions import Text
+from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
+from miniserve.bench.replay.workload import Script, Workload
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
 from miniserve.cluster.messages import Envelope, Message, Prefill, Report, Run, TurnOutput
 from miniserve.config import Topology
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.placement import Policy
+from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.scheduler import Command, Deliver, Scheduler, Send
 from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
-"""How often the scheduler is told that time has passed."""
+"""How often the scheduler's `on_tick` is called."""
 MAX_QUEUED = 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationConfig:
+    """What to simulate; `hardware` is that of prefillers and of decoders."""
+
+    workload: Workload
+    topology: Topology
+    hardware: tuple[Hardware, Hardware]
+    policy: str = "observe"
+    mispredict: float = 0.0
+    window: tuple[float, float] | None = None
+    """Seconds of which a timeline is recorded."""
+    caching: bool = True
+    """Whether workers find KV of known prefixes."""
 
 
 @dataclass(slots=True)
 class Agent:
-    """Plays one task: `says` are the tokens of its conversation so far, `answer` what the model will say."""
+    """Plays one script: `said` are the tokens of its conversation so far, `answer` is what the model will say in this
+    turn, of which `heard` tokens have come."""
 
-    task: Task
+    script: Script
     number: int
     text: Text
-    times: TaskTimes
-    says: array[int] = field(default_factory=lambda: array("i"))
+    times: ConversationTimes
+    said: array[int] = field(default_factory=lambda: array("i"))
     answer: list[int] = field(default_factory=list)
     sent: float = 0.0
     first: float = 0.0
@@ -45,43 +62,30 @@ class Agent:
 
 
 class Simulation:
-    """Runs `tasks`, which come at `starts` (seconds), through a cluster. `run` returns when all have ended.
+    """Runs a workload through a cluster. `run` returns when all conversations have ended.
 
     Everything that happens is an event in one heap; events of the same moment happen in the order they were caused.
     """
 
-    def __init__(
-        self,
-        tasks: list[Task],
-        starts: list[float],
-        topology: Topology,
-        hardware: tuple[Hardware, Hardware],
-        policy: Policy,
-        *,
-        seed: int = 0,
-        policy_name: str = "",
-        caching: bool = True,
-        record: bool = False,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> None:
-        """`hardware` is that of prefillers and of decoders; `progress` hears how many conversations have ended."""
+    def __init__(self, config: SimulationConfig, progress: Callable[[int], None] = lambda done: None) -> None:
+        """`progress` is called with how many conversations have ended."""
         self.now = 0.0
-        self.times: list[TaskTimes] = []
+        self.times: list[ConversationTimes] = []
         self.gaps = array("f")
         """Seconds between two tokens of a turn, all of them."""
-        self._tasks = tasks
-        self._seed = seed
+        self._scripts = config.workload.scripts
+        self._seed = config.workload.seed
         self._done = 0
         self._progress = progress
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = count()
         self._agents: dict[str, Agent] = {}
+        hardware, policy = config.hardware, make_policy(config.policy, config.mispredict)
         self._latency = max(h.message_seconds for h in hardware)
-        longest = max(task.tokens for task in tasks) + 1
-        page_tokens = hardware[0].page_tokens
-        self.scheduler = Scheduler(policy, page_tokens, hardware[1].max_num_seqs, MAX_QUEUED, policy_name=policy_name)
+        longest = max(script.tokens for script in self._scripts) + 1
+        self.scheduler = Scheduler(policy, hardware[0].page_tokens, hardware[1].max_num_seqs, MAX_QUEUED)
         self.workers: dict[str, SimulatedWorker] = {}
-        for name in topology.workers:
+        for name in config.topology.workers:
             self.workers[name] = SimulatedWorker(
                 name,
                 hardware[0] if name.startswith("p") else hardware[1],
@@ -89,18 +93,18 @@ class Simulation:
                 self._carry,
                 max_model_len=max(longest, 2),
                 stretch=policy.step_stretch,
-                caching=caching,
-                record=record,
+                caching=config.caching,
+                record=config.window is not None,
             )
         for name, worker in self.workers.items():
             self._carry_out(self.scheduler.worker_up(worker.peer, prefiller=name.startswith("p"), now=0.0))
-        for number, start in enumerate(starts):
+        for number, start in enumerate(config.workload.starts):
             self._at(start, self._arrive, number)
         self._at(TICK_SECONDS, self._tick, None)
 
     def run(self) -> None:
         """Until all conversations have ended."""
-        while self._done < len(self._tasks):
+        while self._done < len(self._scripts):
             self.step()
 
     def step(self) -> None:
@@ -118,14 +122,14 @@ class Simulation:
         self._at(self.now + TICK_SECONDS, self._tick, None)
 
     def _carry(self, sender: str, to: str, at: float, body: Message) -> None:
-        """A message is under way."""
+        """Send a message: it arrives after the latency of messages."""
         if isinstance(body, Run | Prefill):
             body = msgspec.structs.replace(body, tokens=list(body.tokens))  # as it is now
-        happen = self._report if to == "frontend" else self._hear
+        happen = self._report if to == "frontend" else self._receive
         self._at(at + self._latency, happen, (to, Envelope(sender, 1 if sender in self.workers else 0, body)))
 
-    def _hear(self, what: tuple[str, Envelope]) -> None:
-        """A message has come to a worker, which wakes up or is told after its step."""
+    def _receive(self, what: tuple[str, Envelope]) -> None:
+        """A message has come to a worker, which reads it now or after its step."""
         to, envelope = what
         worker = self.workers[to]
         worker.inbox.append(envelope)
@@ -137,7 +141,7 @@ class Simulation:
             self._at(due, self._work, worker)
 
     def _work(self, worker: SimulatedWorker) -> None:
-        """A worker's turn, if nothing has called it earlier."""
+        """A round of a worker's loop, unless an earlier one has replaced it."""
         if worker.due == self.now:
             worker.due = -1.0
             self._schedule(worker, worker.round(self.now))
@@ -157,23 +161,22 @@ class Simulation:
     # --- agents -----------------------------------------------------------------------------------------------------
 
     def _arrive(self, number: int) -> None:
-        task = self._tasks[number]
-        times = TaskTimes(task.key, self.now)
+        script = self._scripts[number]
+        times = ConversationTimes(script.key, self.now)
         self.times.append(times)
-        agent = Agent(task, number, Text(task, self._seed), times)
-        self._ask(agent)
+        self._ask(Agent(script, number, Text(script, self._seed), times))
 
     def _ask(self, agent: Agent) -> None:
         """The next turn."""
         number = len(agent.times.turns)
-        size = agent.task.turns[number]
-        agent.says.extend(agent.text.take(size.new))
+        size = agent.script.turns[number]
+        agent.said.extend(agent.text.take(size.new))
         agent.answer = agent.text.take(size.output)
         agent.sent, agent.heard, agent.cached = self.now, 0, 0
         name = f"{agent.number}.{number}"
         self._agents[name] = agent
         params = SamplingParams(temperature=0.0, max_tokens=size.output, ignore_eos=True)
-        self._carry_out(self.scheduler.submit(name, agent.says.tolist(), params, agent.number, "", "", self.now))
+        self._carry_out(self.scheduler.submit(name, agent.said.tolist(), params, agent.number, "", "", self.now))
 
     def _deliver(self, turn: str, output: TurnOutput) -> None:
         """The next tokens have come."""
@@ -192,9 +195,9 @@ class Simulation:
 
     def _end(self, turn: str, agent: Agent) -> None:
         del self._agents[turn]
-        times, turns = agent.times, agent.task.turns
-        times.turns.append(TurnTimes(agent.sent, agent.first, agent.last, len(agent.says), agent.cached, agent.heard))
-        agent.says.extend(agent.answer)
+        times, turns = agent.times, agent.script.turns
+        times.turns.append(TurnTimes(agent.sent, agent.first, agent.last, len(agent.said), agent.cached, agent.heard))
+        agent.said.extend(agent.answer)
         if len(times.turns) == len(turns):
             self._done += 1
             self._progress(self._done)

@@ -1,4 +1,4 @@
-"""How long a step takes on hardware that is not here: a few measured constants in the shape of a transformer's cost."""
+"""How long a step takes on other hardware: a few measured constants in the shape of a transformer's cost."""
 
 from __future__ import annotations
 
@@ -39,23 +39,24 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a step with any prompt in it takes on top."""
     kv_bytes_per_token: int
     kv_tokens: int
-    """What the KV pool holds."""
+    """The size of the KV pool."""
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
     page_tokens: int = 64
-    """Of a KV page. Large ones make the simulation quicker, and lose at most a page of what a turn finds cached."""
+    """Of a KV page. Large pages make the simulation quicker, and lose at most a page of what a turn finds cached."""
     transfer_bytes_per_second: float
     transfer_latency: float = 0.0
-    """Seconds of a transfer of any size."""
+    """Of a transfer of any size."""
     transfer_token_seconds: float = 0.0
     """And for each token, whatever its bytes."""
     message_seconds: float = 0.0
-    """From one process to another."""
+    """Of a message from one process to another."""
     busy_watts: float | None = None
     idle_watts: float | None = None
 
     def step_seconds(self, chunks: Iterable[tuple[int, int]], decodes: int, kv_tokens: int) -> float:
-        """Of a step with these chunks (tokens, tokens before them), and `decodes` sequences of `kv_tokens` in all."""
+        """The time of a step with these chunks (tokens, tokens before them) and `decodes` sequences of `kv_tokens` in
+        all."""
         work = self.base + self.per_sequence * decodes + self.per_kv_token * kv_tokens
         some = 0.0
         for count, context in chunks:
@@ -64,14 +65,14 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.overhead + max(self.floor, work + some)
 
     def batch_seconds(self, batch: list[tuple[Sequence, int]]) -> float:
-        """Of a step of the engine."""
+        """The time of a step of the engine."""
         chunks = [(count, sequence.computed) for sequence, count in batch if sequence.missing > 1]
         decodes = len(batch) - len(chunks)
         kv = sum(len(sequence.tokens) for sequence, _ in batch if sequence.missing == 1)
         return self.step_seconds(chunks, decodes, kv)
 
     def transfer_seconds(self, pages: int) -> float:
-        """Of `pages` that go to another device, alone on the way."""
+        """The time of `pages` to another device, with nothing else on the way."""
         tokens = pages * self.page_tokens
         seconds = self.kv_bytes_per_token / self.transfer_bytes_per_second + self.transfer_token_seconds
         return self.transfer_latency + tokens * seconds

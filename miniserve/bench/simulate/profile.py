@@ -6,11 +6,11 @@ many run at once as there will be workers, each with its share of the cores: the
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,7 +35,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
 
 
 class Measured(msgspec.Struct):
-    """What one copy has found. `steps` are (chunk, context before it, decodes, their tokens in all, seconds)."""
+    """What one copy has measured. `steps` are (chunk, context before it, decodes, their tokens in all, seconds)."""
 
     device: str
     dtype: str
@@ -48,42 +48,49 @@ class Measured(msgspec.Struct):
     steps: list[tuple[int, int, int, int, float]]
 
 
-def profile(args: argparse.Namespace) -> int:
-    """Measure as the flags of `evaluate.py` say, and write the file. Raises `ConfigError`."""
-    from miniserve.hub.resolve import DEFAULT_MODEL, ModelError, resolve
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What to measure, `workers` at once, and the file that gets the profile."""
 
-    name = args.model or DEFAULT_MODEL
+    model: str
+    out: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    workers: int = 1
+
+
+def profile(config: ProfileConfig) -> None:
+    """Measure, and write the file. Raises `ConfigError`."""
+    from miniserve.hub.resolve import ModelError, resolve
+
     try:
-        files = resolve(name, progress=lambda line: print(line, file=sys.stderr))
+        files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
     except ModelError as error:
         raise ConfigError(str(error)) from error
-    config = EngineConfig(
+    engine = EngineConfig(
         model=str(files.folder),
-        device=args.device,
-        dtype=args.dtype,
-        threads=args.threads,
-        workers=args.workers,
+        device=config.device,
+        dtype=config.dtype,
+        threads=config.threads,
+        workers=config.workers,
     )
     command = [sys.executable, "-m", "miniserve.bench.simulate.profile"]
-    copies = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(args.workers)
-    ]
+    copies = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(config.workers)]
     for copy in copies:
         assert copy.stdin is not None
-        copy.stdin.write(msgspec.json.encode(config).decode())
+        copy.stdin.write(msgspec.json.encode(engine))
         copy.stdin.close()
     found = []
     for copy in copies:
         assert copy.stdout is not None
-        text = copy.stdout.read()
+        answer = copy.stdout.read()
         if copy.wait():
             raise ConfigError("The measurement failed; what it said is above.")
-        found.append(msgspec.json.decode(text, type=Measured))
-    hardware = fit(found, f"{found[0].device}-{Path(name).name}", args.workers)
-    args.out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
-    for line in quality(hardware, found):
-        print(line, file=sys.stderr)
-    return 0
+        found.append(msgspec.json.decode(answer, type=Measured))
+    hardware = fit(found, f"{found[0].device}-{Path(config.model).name}", config.workers)
+    config.out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
+    print(quality(hardware, found), file=sys.stderr)
 
 
 def fit(found: list[Measured], name: str, workers: int) -> Hardware:
@@ -111,26 +118,26 @@ def fit(found: list[Measured], name: str, workers: int) -> Hardware:
     )
 
 
-def quality(hardware: Hardware, found: list[Measured]) -> list[str]:
+def quality(hardware: Hardware, found: list[Measured]) -> str:
     """How far the constants are from what was measured, in words."""
     errors = sorted(
         abs((hardware.step_seconds([(n, c)] if n else [], b, s) - hardware.overhead) / seconds - 1)
         for copy in found
         for n, c, b, s, seconds in copy.steps
     )
-    return [
+    return (
         f"{len(errors)} steps; the profile is off by {errors[len(errors) // 2]:.0%} (median), "
         f"{errors[int(0.95 * len(errors))]:.0%} (p95)"
-    ]
+    )
 
 
 def _features(chunk: int, context: int, decodes: int, tokens: int) -> tuple[float, ...]:
-    """Of a step, in the order of the constants; see `Hardware`."""
+    """What a step's constants are multiplied by, in the order of `Hardware`'s formula."""
     return (1.0, chunk, chunk * (context + chunk / 2), context if chunk else 0, decodes, tokens)
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Least squares of a x = b with no x below zero: what would be is left out, one after the other."""
+    """Least squares of a x = b with no x below zero: the lowest negative one becomes zero, until there is none."""
     scale = np.abs(a).mean(axis=0) + 1e-30
     used = list(range(a.shape[1]))
     while True:
@@ -147,7 +154,7 @@ def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def main() -> int:
-    """Measure with the configuration on stdin, and print what was found."""
+    """Measure with the configuration on stdin, and print a `Measured`."""
     from miniserve.worker.build import build
 
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
@@ -207,7 +214,7 @@ def main() -> int:
 
 
 class _Nowhere:
-    """See `worker.process.Outboxes`: encodes, and keeps what was told of steps."""
+    """A worker's outboxes that encode each message, as real ones do, and keep the times of steps."""
 
     def __init__(self) -> None:
         self.steps: list[StepTime] = []
@@ -218,7 +225,7 @@ class _Nowhere:
             self.steps += body.steps
 
     def forget(self, address: str) -> None:
-        """Nobody is there."""
+        """Messages wait for no address."""
 
 
 def _overhead(engine: Engine, layout: str, vocab: int) -> float:

@@ -1,7 +1,7 @@
 """A worker without a device: the engine, the page pool, the handoffs and the loop of a real one, on a virtual clock.
 
-Only two things are replaced. Instead of the model, `SimulatedRunner` lets the time of a step pass and knows what the
-turn will say. Instead of bytes, `SimulatedLink` lets the time of a copy pass.
+Only two things are replaced: `SimulatedRunner` has no model, it lets the time of a step pass and asks for the next
+token; `SimulatedLink` moves no bytes, it lets the time of a copy pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from miniserve.worker.sequence import Sequence
 LAYOUT = "simulated"
 VOCAB = 2**31
 PATIENCE = 30.0
-"""Seconds of a handoff's lease, as `serve` has them by default."""
+"""Seconds of a handoff's lease: the default of `serve`."""
 
 Send = Callable[[str, str, float, Message], None]
 """Sender, receiver, the time of sending, message."""
@@ -29,7 +29,7 @@ Span = tuple[float, float, str]
 
 
 class Clock:
-    """A worker's own time: where it stands in what it is doing."""
+    """A worker's own time, which its steps move on."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -39,8 +39,8 @@ class Clock:
 
 
 class SimulatedRunner:
-    """Takes as long as the hardware would. `speak` tells the next token of a sequence that is complete. `spans` gets
-    (start, end, kind) of each step, if there is such a list."""
+    """A `worker.engine.Runner` whose steps take as long as on the hardware. `speak` returns the next token of a
+    complete sequence. `spans` gets (start, end, kind) of each step, if there is such a list."""
 
     eos: frozenset[int] = frozenset()
 
@@ -55,7 +55,6 @@ class SimulatedRunner:
         self._spans = spans
 
     def launch(self, work: list[tuple[Sequence, int]]) -> Known:
-        """See `worker.engine.Runner`."""
         started = self._clock.now
         seconds = self._hardware.batch_seconds(work)
         self._clock.now += seconds
@@ -69,7 +68,7 @@ class SimulatedRunner:
 
 
 class SimulatedCopy:
-    """See `kv.transfer.Copy`: pages that are here `seconds` after `begin`. The copy runs beside both workers' steps."""
+    """A `kv.transfer` `Copy` whose pages arrive `seconds` after `begin`. It runs beside both workers' steps."""
 
     stored = True
 
@@ -80,18 +79,17 @@ class SimulatedCopy:
 
     @property
     def ready(self) -> bool:
-        """Whether they have come."""
         return self._clock.now >= self.at
 
     def store(self, ours: list[int]) -> None:
-        """See `kv.transfer.Copy`."""
+        """Nothing moves."""
 
     def abandon(self) -> None:
-        """See `kv.transfer.Copy`."""
+        """Nothing moves."""
 
 
 class SimulatedLink:
-    """See `kv.transfer.Transfer`. One copy after the other on the way from a peer."""
+    """A `kv.transfer` `Transfer` that makes one copy from a peer after the other."""
 
     name = "simulated"
 
@@ -102,11 +100,9 @@ class SimulatedLink:
         self._free = 0.0
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `kv.transfer.Transfer`."""
         return (0, 0)
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> SimulatedCopy:
-        """See `kv.transfer.Transfer`."""
         begin = max(self._free, self._clock.now)
         copy = SimulatedCopy(begin, self._hardware.transfer_seconds(len(pages)), self._clock)
         self._free = copy.at
@@ -115,11 +111,11 @@ class SimulatedLink:
         return copy
 
     def close(self) -> None:
-        """See `kv.transfer.Transfer`."""
+        """Nothing is open."""
 
 
 class SimulatedWorker:
-    """`name` of the cluster, with its inbox. `round` is what happens when its turn has come."""
+    """One worker of the cluster, with its inbox. The simulation calls `round` when it is due."""
 
     def __init__(
         self,
@@ -139,10 +135,10 @@ class SimulatedWorker:
         self.clock = Clock()
         self.inbox: list[Envelope] = []
         self.due = -1.0
-        """When its next round is due; the latest word counts."""
+        """When its next round is due; negative while none is."""
         self.spans: list[Span] | None = [] if record else None
         self.copies: list[Span] = []
-        """With `record`: when KV was on its way here."""
+        """With `record`: when KV was on its way to this worker."""
         self.kv: list[tuple[float, int, int]] = []
         """With `record`: (time, held, cached pages) after each round."""
         self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, caching=caching, order=order)
@@ -173,12 +169,12 @@ class SimulatedWorker:
 
     @property
     def peer(self) -> Peer:
-        """It, as others see it."""
+        """What the other workers know of this one."""
         page_bytes = self.hardware.page_tokens * self.hardware.kv_bytes_per_token
         return Peer(self.name, 1, self.name, PoolInfo(0, -1, self.pool.num_pages, page_bytes, LAYOUT))
 
     def round(self, now: float) -> float:
-        """One round of its loop from `now` on; when the next one is due if nobody calls before."""
+        """One round of its loop from `now` on; when the next one is due if no message comes before."""
         self.clock.now = now
         heard, self.inbox = self.inbox, []
         self.worker.work(heard)
@@ -187,8 +183,7 @@ class SimulatedWorker:
         return self.clock.now + self.worker.rest
 
     def send(self, address: str, body: Message) -> None:
-        """See `worker.process.Outboxes`."""
         self._send(self.name, address, self.clock.now, body)
 
     def forget(self, address: str) -> None:
-        """See `worker.process.Outboxes`."""
+        """Messages wait for no address."""

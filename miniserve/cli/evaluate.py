@@ -1,20 +1,24 @@
-"""The commands of the evaluation, `miniserve replay`, `simulate`, `compare` and `profile`: flags, and who does it."""
+"""The commands of the evaluation: the flags of `miniserve replay`, `simulate`, `compare` and `profile`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from miniserve.bench.replay.workload import ARRIVALS
 from miniserve.cli.flags import checked, positive, rate, scale, seconds, share, span, whole
 from miniserve.config import ConfigError, Topology
 from miniserve.scheduler.baselines import POLICIES
 
-ARRIVALS = ("poisson", "fixed", "burst")  # those of replay/workload.py, which needs numpy
+if TYPE_CHECKING:
+    from miniserve.bench.replay.generators import WorkloadConfig
+
 TRACE_HELP = (
     "a trace (CSV, or Mooncake's JSONL), or a workload made up: swe-agent, chat, deep-research, "
     "mix:swe-agent=0.5,chat=0.5"
@@ -22,15 +26,14 @@ TRACE_HELP = (
 
 
 def add_commands(commands: Any) -> None:
-    """Add the four to argparse's subcommands."""
+    """Add the four commands to argparse's."""
     _add_replay(commands)
     _add_simulate(commands)
     _add_compare(commands)
     _add_profile(commands)
 
 
-def add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> None:
-    """What agents ask and when."""
+def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> None:
     parser.add_argument("trace", metavar="TRACE", help=TRACE_HELP)
     group = parser.add_argument_group("workload")
     if not rates:
@@ -47,12 +50,12 @@ def add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> Non
     group.add_argument("--scale-tokens", type=scale, default=1.0, metavar="F", help="times all token counts")
     group.add_argument(
         "--gap",
-        type=_spread,
+        type=_distribution,
         metavar="DIST",
         help="seconds between turns, instead of the trace's: 5, 0..30 (uniform), exp:10 (mean)",
     )
     group.add_argument(
-        "--append", type=_spread, metavar="DIST", help="new tokens of later turns, instead: 67, log:67..8000"
+        "--append", type=_distribution, metavar="DIST", help="new tokens of later turns, instead: 67, log:67..8000"
     )
     group.add_argument(
         "--same-prompt",
@@ -63,18 +66,12 @@ def add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> Non
         group.add_argument("--seed", type=whole, default=0, help="of all that is drawn; default: %(default)s")
 
 
-def workload(args: argparse.Namespace) -> tuple[list[Any], list[float], float | None]:
-    """Tasks, when they start (seconds), and the rate if it was asked for. Raises `ConfigError`."""
-    from miniserve.bench.replay.generators import load
-    from miniserve.bench.replay.workload import Shape, arrivals
+def _workload(args: argparse.Namespace) -> WorkloadConfig:
+    from miniserve.bench.replay.distributions import WorkloadShape
+    from miniserve.bench.replay.generators import WorkloadConfig
 
-    shape = Shape(args.max_turns, args.scale_tokens, args.gap, args.append, args.same_prompt)
-    tasks = [shape.apply(task, args.seed) for task in load(args.trace, args.conversations, args.seed)]
-    known = [task.arrival for task in tasks if task.arrival is not None]
-    if args.rate is None and len(known) == len(tasks):
-        return tasks, [arrival - min(known) for arrival in known], None
-    asked = args.rate or 1.0
-    return tasks, arrivals(args.arrivals, asked, len(tasks), args.seed), asked
+    shape = WorkloadShape(args.max_turns, args.scale_tokens, args.gap, args.append, args.same_prompt)
+    return WorkloadConfig(trace=args.trace, arrivals=args.arrivals, conversations=args.conversations, shape=shape)
 
 
 # --- replay ---------------------------------------------------------------------------------------------------------
@@ -88,7 +85,7 @@ def _add_replay(commands: Any) -> None:
         "its answer, runs its tool, sends the grown conversation. Prompts are made-up token ids.",
     )
     parser.set_defaults(run=_replay)
-    add_workload(parser)
+    _add_workload(parser)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
     parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
     parser.add_argument("--model", help="default: the server's first")
@@ -113,23 +110,20 @@ def _replay(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'miniserve[bench]'.") from error
 
-    tasks, starts, asked = workload(args)
+    workload = _workload(args).load(args.rate, args.seed)
     result = replay(
         ReplayConfig(
             url=args.url,
+            workload=workload,
             api_key=api_key(args),
             model=args.model,
-            tasks=tasks,
-            starts=starts,
-            seed=args.seed,
-            rate=asked,
-            standalone=len(tasks) if args.standalone is None else args.standalone,
-            vocab=args.vocab,
             scale=args.scale_tokens,
+            vocab=args.vocab,
+            standalone=len(workload.scripts) if args.standalone is None else args.standalone,
             timeout=args.timeout,
         )
     )
-    return _give(result, args.json)
+    return _write(result, args.json)
 
 
 # --- simulate -------------------------------------------------------------------------------------------------------
@@ -143,7 +137,7 @@ def _add_simulate(commands: Any) -> None:
         "handoffs, with the step times of a hardware profile.",
     )
     parser.set_defaults(run=_simulate)
-    add_workload(parser)
+    _add_workload(parser)
     _add_cluster(parser)
     parser.add_argument("--topology", type=checked(Topology.parse), default="1P3D", help="default: %(default)s")
     parser.add_argument("--policy", choices=tuple(POLICIES), default="observe", help="default: %(default)s")
@@ -173,25 +167,22 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def _simulate(args: argparse.Namespace) -> int:
     from miniserve.bench.replay.progress import counting
+    from miniserve.bench.simulate.cluster import SimulationConfig
     from miniserve.bench.simulate.hardware import load_roles
-    from miniserve.bench.simulate.run import Setting, simulate
+    from miniserve.bench.simulate.run import simulate
 
-    tasks, starts, asked = workload(args)
-    setting = Setting(
-        tasks=tasks,
-        starts=starts,
+    config = SimulationConfig(
+        workload=_workload(args).load(args.rate, args.seed),
         topology=args.topology,
         hardware=load_roles(args.hardware),
         policy=args.policy,
         mispredict=args.mispredict,
-        rate=asked,
-        seed=args.seed,
         window=args.window,
         caching=args.enable_prefix_caching,
     )
-    with counting("conversations", len(tasks)) as progress:
-        result = simulate(setting, progress=progress)
-    return _give(result, args.json)
+    with counting("conversations", len(config.workload.scripts)) as progress:
+        result = simulate(config, progress)
+    return _write(result, args.json)
 
 
 # --- compare --------------------------------------------------------------------------------------------------------
@@ -205,11 +196,11 @@ def _add_compare(commands: Any) -> None:
         "machine; print tables, draw figures.",
     )
     parser.set_defaults(run=_compare)
-    add_workload(parser, rates=True)
+    _add_workload(parser, rates=True)
     _add_cluster(parser)
     parser.add_argument(
         "--policies",
-        default="colocated,disaggregated,ampd,conserve,observe",
+        default=",".join(POLICIES),
         help="which, each perhaps with a topology of its own, like colocated@4D,conserve; default: all",
     )
     parser.add_argument(
@@ -236,9 +227,25 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from miniserve.bench.compare import compare
+    from miniserve.bench.compare import CompareConfig, compare
 
-    return compare(args)
+    return compare(
+        CompareConfig(
+            workload=_workload(args),
+            policies=args.policies.split(","),
+            topology=args.topology,
+            rates=args.rates,
+            seeds=args.seeds,
+            mispredict=args.mispredict,
+            hardware=args.hardware,
+            caching=args.enable_prefix_caching,
+            jobs=args.jobs,
+            serve=args.serve,
+            serve_args=shlex.split(args.serve_args),
+            window=args.window,
+            out=args.out,
+        )
+    )
 
 
 # --- profile --------------------------------------------------------------------------------------------------------
@@ -262,9 +269,20 @@ def _add_profile(commands: Any) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from miniserve.bench.simulate.profile import profile
+    from miniserve.bench.simulate.profile import ProfileConfig, profile
+    from miniserve.hub.resolve import DEFAULT_MODEL
 
-    return profile(args)
+    profile(
+        ProfileConfig(
+            model=args.model or DEFAULT_MODEL,
+            out=args.out,
+            device=args.device,
+            dtype=args.dtype,
+            threads=args.threads,
+            workers=args.workers,
+        )
+    )
+    return 0
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -274,7 +292,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
-def _give(result: dict[str, Any], path: Path | None) -> int:
+def _write(result: dict[str, Any], path: Path | None) -> int:
     """Write or print a result. 1 if something in it failed."""
     text = json.dumps(result, indent=1) + "\n"
     if path is None:
@@ -287,11 +305,11 @@ def _give(result: dict[str, Any], path: Path | None) -> int:
     return 1 if result["errors"] else 0
 
 
-def _spread(text: str) -> Any:
-    from miniserve.bench.replay.workload import Spread
+def _distribution(text: str) -> Any:
+    from miniserve.bench.replay.distributions import Distribution
 
     try:
-        return Spread.parse(text)
+        return Distribution.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

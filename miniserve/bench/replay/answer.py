@@ -1,0 +1,102 @@
+"""One turn on the server: the request, and its answer as it streams in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import aiohttp
+import msgspec
+
+from miniserve.bench.replay.server import Event, TargetServer, TokenCounts, body_message
+
+CONNECT_SECONDS = 10.0
+KEEP_SECONDS = 4.0
+"""How long an idle connection is used again. Servers close theirs after 5 (uvicorn's default), and a request that is
+sent at that moment would be lost."""
+LEAST_WAIT = 0.05
+"""Seconds between two requests to a server that is full, even if its Retry-After is 0."""
+
+
+class TurnError(Exception):
+    """A turn failed; the message says why."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """A turn's answer so far. `first` and `last` are when tokens came (`time.monotonic`), None before the first one."""
+
+    ids: list[int] = field(default_factory=list)
+    tokens: int = 0
+    first: float | None = None
+    last: float | None = None
+    usage: TokenCounts | None = None
+
+    @property
+    def output(self) -> int:
+        """Tokens generated: by the server's count, else those that came."""
+        return self.usage.output if self.usage else self.tokens
+
+    def take(self, event: Event, now: float) -> None:
+        """Add an event that came at `now`. Raises `TurnError` for one that reports an error."""
+        if event.error:
+            raise TurnError(f"The server failed after {self.tokens} tokens: {event.error}")
+        if event.tokens:
+            self.first = now if self.first is None else self.first
+            self.last = now
+            self.tokens += event.tokens
+        if event.ids:
+            self.ids += event.ids
+        self.usage = event.usage or self.usage
+
+
+def session(api_key: str | None) -> aiohttp.ClientSession:
+    """A client whose requests carry the key."""
+    key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return aiohttp.ClientSession(
+        headers={"Content-Type": "application/json"} | key,
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+    )
+
+
+async def ask(http: aiohttp.ClientSession, server: TargetServer, body: bytes, answer: Answer, timeout: float) -> None:
+    """Send `body` and fill in `answer` until it is whole, within `timeout` seconds. A full server is asked again after
+    its Retry-After. Raises `TurnError`."""
+    full = ""
+    try:
+        async with asyncio.timeout(timeout):
+            while wait := await _stream(http, server, body, answer):
+                full = ": it was full"
+                await asyncio.sleep(wait)
+    except aiohttp.ClientError as error:
+        reason = str(error) or type(error).__name__
+        raise TurnError(f"The connection broke after {answer.tokens} tokens: {reason}") from error
+    except TimeoutError as error:
+        raise TurnError(f"The server did not finish within {timeout:g} s{full}") from error
+    except msgspec.DecodeError as error:
+        raise TurnError(f"The stream holds what is no chunk: {error}") from error
+
+
+async def _stream(http: aiohttp.ClientSession, server: TargetServer, body: bytes, answer: Answer) -> float:
+    """Ask once: 0, or the seconds after which to ask again."""
+    async with http.post(server.generate_url, data=body) as reply:
+        if reply.status in (429, 503) and (after := reply.headers.get("Retry-After", "")).isdigit():
+            await reply.read()
+            return max(float(after), LEAST_WAIT)
+        if reply.status != 200:
+            raise TurnError(f"HTTP {reply.status}: {body_message(await reply.read())}")
+        done = False
+        rest = b""
+        async for data in reply.content.iter_any():
+            now = time.monotonic()
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    event = server.event(line[5:].strip())
+                    answer.take(event, now)
+                    done = done or event.done
+    if not done:
+        raise TurnError(f"The stream broke off after {answer.tokens} tokens")
+    return 0.0

@@ -1,0 +1,103 @@
+"""What is drawn from a seed: distributions, chosen conversations, arrivals, token ids."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from miniserve.bench.replay.distributions import Distribution, Text, WorkloadShape, arrivals, choose, generator
+from miniserve.bench.replay.workload import Script, TurnSize
+
+
+@pytest.mark.parametrize(
+    ("text", "distribution"),
+    [
+        ("5", ("fixed", 5, 5)),
+        ("0..30", ("uniform", 0, 30)),
+        ("log:67..8000", ("log", 67, 8000)),
+        ("exp:10", ("exp", 10, 10)),
+    ],
+)
+def test_spread_is_parsed(text: str, distribution: tuple[str, float, float]) -> None:
+    assert Distribution.parse(text) == distribution
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1", "nan", "inf", "5..", "..5", "5..1", "log:0..5", "log:5", "exp:1..2"])
+def test_spread_that_is_broken(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(text)) + " is not a number or distribution"):
+        Distribution.parse(text)
+
+
+def test_spread_draws_what_it_says() -> None:
+    rng = generator(0, "test")
+    draws = {text: np.array([Distribution.parse(text).draw(rng) for _ in range(4000)]) for text in ("0..30", "exp:10")}
+    logs = np.log([Distribution.parse("log:10..1000").draw(rng) for _ in range(4000)])
+    assert Distribution.parse("5").draw(rng) == 5
+    assert np.percentile(draws["0..30"], (25, 75)) == pytest.approx((7.5, 22.5), rel=0.1)
+    assert draws["exp:10"].mean() == pytest.approx(10, rel=0.1)
+    assert np.median(draws["exp:10"]) == pytest.approx(10 * np.log(2), rel=0.1)
+    assert np.percentile(np.exp(logs), (0, 50, 100)) == pytest.approx((10, 100, 1000), rel=0.1)
+
+
+def test_shape_cuts_scales_and_replaces() -> None:
+    script = Script("a", (TurnSize(1000, 10), TurnSize(67, 4, 1.5), TurnSize(67, 4, 2.5), TurnSize(9, 9, 9)), 3.0, (1,))
+    assert WorkloadShape().apply(script, 0) == script
+    assert (script.tokens, script.gaps) == (1170, 13.0)
+    assert WorkloadShape(max_turns=2, scale=0.1).apply(script, 0) == Script(
+        "a", (TurnSize(100, 1), TurnSize(7, 1, 1.5)), 3.0, (1,), block=51
+    )
+    shape = WorkloadShape(gap=Distribution.parse("1..9"), append=Distribution.parse("100..200"))
+    shaped = shape.apply(script, 0)
+    assert shaped.turns[0] == script.turns[0]
+    assert all(100 <= turn.new <= 200 and 1 <= turn.gap <= 9 for turn in shaped.turns[1:])
+    assert len({turn.gap for turn in shaped.turns}) == 4
+    assert shape.apply(script, 0) == shaped != shape.apply(script, 1)
+
+
+def test_choose_draws_each_once_before_any_twice() -> None:
+    scripts = [Script(str(n), (TurnSize(n + 1, 1),)) for n in range(10)]
+    assert choose(scripts, None, 0) == scripts
+    few = choose(scripts, 4, 0)
+    assert len(set(few)) == 4
+    assert set(few) < set(scripts)
+    assert few == choose(scripts, 4, 0) != choose(scripts, 4, 1)
+    many = choose(scripts, 25, 0)
+    assert set(many[:10]) == set(scripts)
+    assert len({script.key for script in many}) == 25
+    assert {script.turns for script in many[10:20]} == {script.turns for script in scripts}
+    timed = [Script(str(n), (TurnSize(1, 1),), arrival=float(n)) for n in range(10)]
+    assert choose(timed, 4, 0) == timed[:4]
+
+
+def test_arrivals() -> None:
+    assert arrivals("fixed", 4.0, 3, seed=0) == [0, 0.25, 0.5]
+    for kind in ("poisson", "burst"):
+        times = arrivals(kind, 2.0, 4001, seed=0)
+        assert times[0] == 0
+        assert times == sorted(times) == arrivals(kind, 2.0, 4001, seed=0) != arrivals(kind, 2.0, 4001, seed=1)
+        assert 4000 / times[-1] == pytest.approx(2.0, rel=0.15)
+    poisson = np.diff(arrivals("poisson", 2.0, 4001, seed=0))
+    assert poisson.std() == pytest.approx(0.5, rel=0.1)
+    _, sizes = np.unique(arrivals("burst", 2.0, 21, seed=0), return_counts=True)
+    assert sizes.tolist() == [8, 8, 5]
+    assert arrivals("poisson", 2.0, 0, seed=0) == []
+
+
+def test_text_is_a_task_s_own_but_for_shared_blocks() -> None:
+    def text(key: str, *shared: int, seed: int = 0) -> list[int]:
+        return Text(Script(key, (TurnSize(30, 1),), shared=shared, block=10), seed, 5, 1000).take(30)
+
+    alone, one, two = text("a"), text("b", 1, 2), text("c", 1, 3)
+    assert one[:10] == two[:10]
+    assert len({tuple(tokens[10:20]) for tokens in (alone, one, two)}) == 3
+    assert len({tuple(tokens[20:]) for tokens in (alone, one, two, text("b", 1, 2, seed=1))}) == 4
+    assert all(5 <= token < 1000 for tokens in (alone, one, two) for token in tokens)
+    assert one == text("b", 1, 2)
+
+
+def test_text_goes_on_where_it_left_off() -> None:
+    script = Script("a", (TurnSize(10, 1),), shared=(1,), block=7)
+    parts = Text(script, 0)
+    assert parts.take(3) + parts.take(5) + parts.take(1) + parts.take(11) == Text(script, 0).take(20)

@@ -1,0 +1,45 @@
+"""`miniserve profile`: the fit, and a profile of this machine that the simulator takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from miniserve.bench.simulate.hardware import load_hardware
+from miniserve.bench.simulate.profile import Measured, fit, quality
+from miniserve.bench.simulate.run import simulate
+from miniserve.cli import main as cli
+from tests.support.simulated import PLAIN, scripts, simulated
+
+
+def test_a_fit_finds_the_constants_again():
+    true = msgspec.structs.replace(PLAIN, per_pair=1e-6, per_sequence=0.002, per_kv_token=1e-5)
+    shapes = [(n, c, 0, 0) for n in (16, 64, 256) for c in (0, 500, 2000)]
+    shapes += [(0, 0, b, s) for b in (1, 4, 16) for s in (100, 4000)] + [(64, 500, 4, 1000)]
+    steps = [(n, c, b, s, true.step_seconds([(n, c)] if n else [], b, s)) for n, c, b, s in shapes]
+    found = [Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, 0.002, steps)] * 2
+    fitted = fit(found, "mine", 2)
+    for name in ("base", "per_token", "per_pair", "per_sequence", "per_kv_token"):
+        assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-6), name
+    assert fitted.per_context == pytest.approx(0, abs=1e-9)
+    assert fitted.overhead == 0.002
+    assert quality(fitted, found) == "32 steps; the profile is off by 0% (median), 0% (p95)"
+    down = [(n, c, b, s, 1.0 - n / 1000) for n, c, b, s, _ in steps]
+    assert fit([Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, 0.0, down)], "x", 1).per_token == 0.0
+
+
+def test_a_profile_of_this_machine(tiny_folder: Path, tmp_path: Path, capfd):
+    """Two copies at once, of a tiny model; the simulator takes what it writes."""
+    path = tmp_path / "here.json"
+    assert cli.main(["profile", str(tiny_folder), "--workers", "2", "--threads", "1", "--out", str(path)]) == 0
+    assert "steps; the profile is off by" in capfd.readouterr().err
+    here = load_hardware(str(path))
+    assert here.base > 0
+    assert here.overhead > 0
+    assert 1e-6 < here.step_seconds([(64, 0)], 0, 0) < 1.0
+    result = simulate(simulated(scripts(3, first=100), "1P1D", "observe", hardware=here))
+    assert result["errors"] == 0
+    assert cli.main(["profile", str(tmp_path / "nothing"), "--out", str(path)]) == 1
+    assert "nothing" in capfd.readouterr().err

@@ -1,0 +1,176 @@
+"""Traces of both formats, and what is wrong with broken ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from miniserve.bench.replay.traces import TraceError, read_trace
+from miniserve.bench.replay.workload import Script, TurnSize
+
+HEADER = "conversation_id,turn,new_input_tokens,output_tokens"
+
+
+def written(path: Path, name: str, content: str | bytes) -> Path:
+    file = path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def request(ms: float, prompt: int, output: int, *ids: int) -> str:
+    return json.dumps({"timestamp": ms, "input_length": prompt, "output_length": output, "hash_ids": ids})
+
+
+# CSV
+
+
+def test_csv_turns_of_interleaved_conversations(tmp_path: Path) -> None:
+    rows = ["b,0,100,7", "a,0,50,5", "b,1,3,9", "", "a,1,4,1"]
+    scripts = read_trace(written(tmp_path, "t.csv", "\n".join([HEADER, *rows, ""])))
+    assert scripts == [
+        Script("b", (TurnSize(100, 7), TurnSize(3, 9))),
+        Script("a", (TurnSize(50, 5), TurnSize(4, 1))),
+    ]
+
+
+def test_csv_columns_in_any_order_with_gaps_and_arrivals(tmp_path: Path) -> None:
+    text = (
+        "\ufeffoutput_tokens, turn,gap_s,conversation_id,arrival_s,new_input_tokens\r\n"
+        '7,0,,"late, one",2.5,100\r\n5,0,0,early,.5,50\r\n9,1,1e-1,"late, one",,3\r\n'
+    )
+    assert read_trace(written(tmp_path, "trace", text)) == [
+        Script("early", (TurnSize(50, 5),), 0.5),
+        Script("late, one", (TurnSize(100, 7), TurnSize(3, 9, 0.1)), 2.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("", 1, "no column conversation_id, turn, .* is a header"),
+        ("a,0,5,5\n", 1, "no column"),
+        ("conversation_id,turn,output_tokens\n", 1, "no column new_input_tokens;"),
+        (f"{HEADER},priority\n", 1, "'priority' is unknown"),
+        (f"{HEADER},turn\n", 1, "'turn' appears twice"),
+        (f"{HEADER}\n", 1, "no turns"),
+        (f"{HEADER}\na,0,5,5\n\na,1,5\n", 4, "3 values for the 4 columns"),
+        (f"{HEADER}\na,0,5,5\na,1,5,5,5\n", 3, "5 values"),
+        (f"{HEADER}\n,0,5,5\n", 2, "conversation_id is empty"),
+        (f"{HEADER}\na,0,5,5\na,0,5,5\n", 3, "turn 0 of conversation 'a' should be turn 1"),
+        (f"{HEADER}\na,0,5,5\na,2,5,5\n", 3, "turn 2 of conversation 'a' should be turn 1"),
+        (f"{HEADER}\na,1,5,5\na,0,5,5\n", 2, "turn 1 of conversation 'a' should be turn 0"),
+        (f"{HEADER}\na,0,0,5\n", 2, "new_input_tokens is '0'; .* from 1 to 2147483647"),
+        (f"{HEADER}\na,0,5,-1\n", 2, "output_tokens is '-1'"),
+        (f"{HEADER}\na,0,5,1.0\n", 2, "output_tokens is '1.0'"),
+        (f"{HEADER}\na,0,True,5\n", 2, "new_input_tokens is 'True'"),
+        (f"{HEADER}\na,0,1_000,5\n", 2, "new_input_tokens is '1_000'"),
+        (f"{HEADER}\na,0,5,{2**31}\n", 2, "output_tokens is '2147483648'"),
+        (f"{HEADER}\na,0,5,{'9' * 5000}\n", 2, "output_tokens"),
+        (f"{HEADER}\na,nan,5,5\n", 2, "turn is 'nan'"),
+        (f"{HEADER},gap_s\na,0,5,5,\na,1,5,5,nan\n", 3, "gap_s is 'nan'"),
+        (f"{HEADER},gap_s\na,0,5,5,\na,1,5,5,-1\n", 3, "gap_s is '-1'"),
+        (f"{HEADER},gap_s\na,0,5,5,\na,1,5,5,1e999\n", 3, "gap_s is '1e999'"),
+        (f"{HEADER},gap_s\na,0,5,5,\na,1,5,5,\n", 3, "gap_s is ''"),
+        (f"{HEADER},gap_s\na,0,5,5,3\n", 2, "gap_s of turn 0 should be 0"),
+        (f"{HEADER},arrival_s\na,0,5,5,\n", 2, "arrival_s is ''"),
+        (f"{HEADER},arrival_s\na,0,5,5,0\na,1,5,5,1\n", 3, "arrival_s is '1'; only turn 0"),
+        (f'{HEADER}\na,0,5,5\n"a,1,5,5\n', 3, "unexpected end of data"),
+        (f"{HEADER}\nä,0,5,5\n".encode("latin-1"), 2, "not UTF-8"),
+    ],
+)
+def test_csv_that_is_broken(tmp_path: Path, text: str | bytes, line: int, what: str) -> None:
+    with pytest.raises(TraceError, match=rf"t\.csv, line {line}: .*{what}"):
+        read_trace(written(tmp_path, "t.csv", text))
+
+
+# Mooncake's JSONL
+
+
+def test_requests_become_conversations(tmp_path: Path) -> None:
+    lines = [
+        request(10_000, 1500, 100, 0, 1, 2),  # Line 1. Block 0 is everybody's system prompt.
+        request(10_000, 1200, 50, 0, 3, 4),
+        request(13_000, 1700, 10, 0, 1, 9, 10),  # Continues line 1, which has two full blocks.
+        request(14_500, 1705, 20, 0, 1, 9, 10),  # Continues that: longer by less than the answer.
+        request(15_000, 2000, 1, 0, 3, 11, 12),  # Continues line 2.
+        "",
+        request(15_000, 700, 1, 0, 13),  # Has the system prompt only; not the next turn of anything.
+        request(16_000, 3000, 1, 0, 14, 15, 16, 17, 18),
+        request(17_000, 900, 1, 20, 21),
+        request(17_000, 400, 1, 22),
+    ]
+    assert read_trace(written(tmp_path, "t.jsonl", "\n".join(lines))) == [
+        Script("line-1", (TurnSize(1500, 100), TurnSize(100, 10, 3.0), TurnSize(1, 20, 1.5)), 0.0, shared=(0,)),
+        Script("line-2", (TurnSize(1200, 50), TurnSize(750, 1, 5.0)), 0.0, shared=(0,)),
+        Script("line-7", (TurnSize(700, 1),), 5.0, shared=(0,)),
+        Script("line-8", (TurnSize(3000, 1),), 6.0, shared=(0,)),
+        Script("line-9", (TurnSize(900, 1),), 7.0),
+        Script("line-10", (TurnSize(400, 1),), 7.0),
+    ]
+
+
+def test_a_request_continues_one_at_most_and_the_longest(tmp_path: Path) -> None:
+    lines = [
+        request(0, 600, 1, 1, 2),
+        request(1, 600, 1, 1, 2),  # The same again: no longer than the first.
+        request(2, 1100, 1, 1, 2, 3),  # Continues line 1.
+        request(3, 1150, 1, 1, 2, 4),  # Continues it too; not line 1, which has a successor.
+        request(3, 1200, 1, 1, 2, 4),  # Comes at the same time as its predecessor: its own, and line 1 has gone on.
+        request(9, 1300, 1, 1, 7, 8),  # An edited history.
+        request(10, 1800, 1, 1, 7, 9, 10),  # Continues the edited one, not line 1, which shares less.
+    ]
+    scripts = read_trace(written(tmp_path, "t.ndjson", "\n".join(lines)))
+    assert [(script.key, [turn.new for turn in script.turns]) for script in scripts] == [
+        ("line-1", [600, 499, 49]),
+        ("line-2", [600]),
+        ("line-5", [1200]),
+        ("line-6", [1300, 499]),
+    ]
+    assert [script.shared for script in scripts] == [(1,), (1,), (1, 2), (1,)]
+
+
+@pytest.mark.timeout(20)  # Quadratic time would take minutes.
+def test_many_requests_with_one_prompt_are_read_in_linear_time(tmp_path: Path) -> None:
+    lines = [request(n, 600, 1, 1, 2) for n in range(25_000)]
+    assert len(read_trace(written(tmp_path, "t.jsonl", "\n".join(lines)))) == 25_000
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{", "malformed|truncated"),
+        ("[1]", "Expected `object`"),
+        ("7", "Expected `object`"),
+        ('{"timestamp": 1, "input_length": 5, "output_length": 5}', "missing required field `hash_ids`"),
+        (request(1, 5, 5, 1)[:-1] + ', "priority": 1}', "unknown field `priority`"),
+        (request(1, 5, 5, 1).replace("5", "true", 1), "got `bool`.*input_length"),
+        (request(float("nan"), 5, 5, 1), "malformed"),
+        (request(-1, 5, 5, 1), r"timestamp"),
+        (request(1e18, 5, 5, 1), r"timestamp"),
+        (request(1, 0, 5), "input_length"),
+        (request(1, 5, 0, 1), "output_length"),
+        (request(1, 5, 2**31, 1), "output_length"),
+        (request(1, 5, 5, -1), "hash_ids"),
+        (request(1, 5, 5), "0 hash_ids; 5 tokens have 1"),
+        (request(1, 1024, 5, 1, 2, 3), "3 hash_ids; 1024 tokens have 2"),
+        (request(0.5, 5, 5, 1), "timestamp 0.5 is before the 1 of the line above"),
+        (b"\xff", "not UTF-8"),
+    ],
+)
+def test_requests_that_are_broken(tmp_path: Path, line: str | bytes, what: str) -> None:
+    first = (request(1, 5, 5, 0) + "\n\n").encode()
+    file = written(tmp_path, "t.jsonl", first + (line if isinstance(line, bytes) else line.encode()))
+    with pytest.raises(TraceError, match=rf"t\.jsonl, line 3: .*({what})"):
+        read_trace(file)
+
+
+def test_the_content_tells_the_format_where_the_name_does_not(tmp_path: Path) -> None:
+    assert len(read_trace(written(tmp_path, "a", "\n" + request(0, 5, 5, 1)))) == 1
+    with pytest.raises(TraceError, match="no column"):
+        read_trace(written(tmp_path, "a.csv", request(0, 5, 5, 1)))
+    with pytest.raises(TraceError, match="no turns"):
+        read_trace(written(tmp_path, "a.json", "\n"))
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_trace(tmp_path)
