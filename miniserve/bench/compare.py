@@ -60,7 +60,7 @@ class Series(NamedTuple):
         return f"{self.policy} {self.topology}"
 
 
-class Cell(NamedTuple):
+class GridCell(NamedTuple):
     """One run of the grid."""
 
     series: Series
@@ -77,7 +77,7 @@ def compare(config: CompareConfig) -> int:
     if config.out is not None:
         from miniserve.bench.figures.plots import draw  # before the runs: matplotlib may be missing
         from miniserve.bench.figures.timeline_plot import draw_timeline
-    grid = [Cell(line, rate, seed) for line in series(config) for rate in config.rates for seed in config.seeds]
+    grid = [GridCell(line, rate, seed) for line in series(config) for rate in config.rates for seed in config.seeds]
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives this process
     try:
         results = asyncio.run(_serve_all(config, grid) if config.serve else _simulate_all(config, grid))
@@ -112,13 +112,13 @@ def series(config: CompareConfig) -> Iterator[Series]:
 # --- simulated ------------------------------------------------------------------------------------------------------
 
 
-async def _simulate_all(config: CompareConfig, grid: list[Cell]) -> list[dict[str, Any]]:
+async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[str, Any]]:
     """Every cell, `config.jobs` at once."""
     room = asyncio.Semaphore(config.jobs)
     done = 0
     with counting("simulations", len(grid)) as progress:
 
-        async def one(cell: Cell) -> dict[str, Any]:
+        async def one(cell: GridCell) -> dict[str, Any]:
             nonlocal done
             policy, topology, mispredict = cell.series
             command = ["simulate", *config.workload.flags(cell.rate, cell.seed)]
@@ -159,7 +159,7 @@ async def _run(command: list[str]) -> dict[str, Any]:
 # --- real -----------------------------------------------------------------------------------------------------------
 
 
-async def _serve_all(config: CompareConfig, grid: list[Cell]) -> list[dict[str, Any]]:
+async def _serve_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[str, Any]]:
     """Every cell, one after the other, each on a server of its own: nothing is cached from the one before."""
     assert config.serve is not None
     results = []

@@ -26,8 +26,8 @@ def test_a_comparison(tmp_path: Path, capsys):
     assert "conserve 1P1D" in capsys.readouterr().out
     again = cells[0]["command"].split()[1:]
     assert cli.main([*again, "--json", str(tmp_path / "again.json")]) == 0, "each cell can be repeated"
-    told = json.loads((tmp_path / "again.json").read_text())
-    assert told["ttfet_s"] == cells[0]["ttfet_s"]
+    repeated = json.loads((tmp_path / "again.json").read_text())
+    assert repeated["ttfet_s"] == cells[0]["ttfet_s"]
 
 
 def test_a_comparison_on_real_workers(tiny_folder: Path, tmp_path: Path, capsys):

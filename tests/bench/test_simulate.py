@@ -77,10 +77,9 @@ def test_energy_counts_busy_and_idle_time():
     assert result["duration_s"] == pytest.approx(busy)
     assert result["energy"]["joules"] == pytest.approx(busy * (100 + 10))
     assert result["energy"]["tokens_per_joule"] == pytest.approx(111 / (busy * 110))
-    nobody = simulate(
-        simulated(scripts(1), "1D", "colocated", hardware=msgspec.structs.replace(PLAIN, busy_watts=None))
-    )
-    assert nobody["energy"] == {
+    unknown = msgspec.structs.replace(PLAIN, busy_watts=None)
+    result = simulate(simulated(scripts(1), "1D", "colocated", hardware=unknown))
+    assert result["energy"] == {
         "joules": None,
         "tokens_per_joule": None,
         "output_tokens_per_joule": None,

@@ -1,6 +1,6 @@
-"""What all figures share: how they look, how their lines are drawn and how files are written.
+"""What all figures share: their style, lines, axes and files.
 
-Needs matplotlib, which is in the extra `bench`. Nothing here goes through pyplot, which keeps its figures in a global.
+Needs matplotlib, which is in the extra `bench`. Not by pyplot, which keeps its figures in a global.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ except ModuleNotFoundError as error:
 DPI = 150
 INK, FAINT, PALE = "#222222", "#d9d9d9", "#f2f2f2"
 FRONT = 3
-"""Where lines are drawn, above the grid, bands and limits."""
+"""The z-order of lines, above the grid, bands and limits."""
 
 Dash = str | tuple[int, tuple[float, ...]]
 
 
 class Look(NamedTuple):
-    """Of a line."""
+    """The style of a line."""
 
     color: str
     marker: str
@@ -41,7 +41,7 @@ class Look(NamedTuple):
     hollow: bool = False
 
 
-# Colours of Okabe and Ito, which stay apart for the colour-blind; dashes and markers do so without any colour.
+# Colours of Okabe and Ito, distinct for the colour-blind too; dashes and markers are distinct without any colour.
 LOOKS = {
     "colocated": Look("#595959", "s", (0, (5, 2))),
     "disaggregated": Look("#cc79a7", "v", (0, (1, 1.3))),
@@ -54,7 +54,7 @@ MORE_DASHES: tuple[Dash, ...] = (0, (2, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2)
 
 
 def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
-    """Of each series. A policy keeps its colour whatever else is shown; its second series has hollow markers."""
+    """One for each series. A policy keeps its colour whatever else is shown; its second series has hollow markers."""
     policies = {name: cells[0]["policy"] for name, cells in series.items()}
     others = sorted(set(policies.values()) - set(LOOKS))
     found: dict[str, Look] = {}
@@ -67,7 +67,7 @@ def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
 
 
 def drawing() -> AbstractContextManager[None]:
-    """Our style, whatever the user's own settings are; those come back after it."""
+    """A context with this style; the user's own settings do not matter in it and are back after it."""
     own = {
         "font.size": 10,
         "axes.titlesize": 10.5,
@@ -91,7 +91,7 @@ def drawing() -> AbstractContextManager[None]:
         "grid.linewidth": 0.6,
         "legend.frameon": False,
         "svg.fonttype": "path",
-        "svg.hashsalt": "miniserve",  # names of elements are random without
+        "svg.hashsalt": "miniserve",  # else names of elements are random
     }
     return style.context(["default", own])
 
@@ -105,7 +105,7 @@ def sheet(title: str, width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """PNG and SVG: the same bytes for the same figure."""
+    """Write PNG and SVG: the same bytes for the same figure."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
     figure.savefig(paths[0], dpi=DPI, metadata={"Software": None})
@@ -114,7 +114,7 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
 
 
 def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None:
-    """Means, and how far seeds lie apart: a band, or a bar where there is only one point."""
+    """Draw means, and the range of seeds: a band, or a bar where there is only one point."""
     x = [at for at, _ in points]
     mean, low, high = ([spread[n] for _, spread in points] for n in range(3))
     front = FRONT + (look.width > 2)
@@ -128,14 +128,14 @@ def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None
 
 
 def level(axes: Axes, value: float, name: str) -> None:
-    """A horizontal line, named beside the axes, where no data is."""
+    """Draw a horizontal line, named beside the axes, where no data is."""
     axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axes.annotate(name, (1, value), (4, 0), **place, va="center", fontsize=9)
 
 
 def legend(figure: Figure, styles: Mapping[str, Look]) -> None:
-    """Below everything, in as many columns as there is room for."""
+    """Put the legend below everything, in as many columns as fit."""
     lines = [Line2D([], [], label=name, **_drawn(look)) for name, look in styles.items()]
     wide = [0.9 + 0.08 * len(name) for name in styles]  # inches, about
     rows = 1
@@ -145,11 +145,11 @@ def legend(figure: Figure, styles: Mapping[str, Look]) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, handlelength=3.6)
 
 
-def ticks(axis: Any, places: Sequence[float], told: Mapping[float, str] | None = None) -> None:
-    """Ticks at `places` only, with plain numbers or what is `told` there."""
+def ticks(axis: Any, places: Sequence[float], labels: Mapping[float, str] | None = None) -> None:
+    """Set ticks at `places` only, with plain numbers or `labels`."""
     axis.set_major_locator(FixedLocator(places))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if told is None else told.get(value, "")))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if labels is None else labels.get(value, "")))
 
 
 def _drawn(look: Look) -> dict[str, Any]:

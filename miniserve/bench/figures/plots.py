@@ -19,14 +19,11 @@ from miniserve.bench.figures.tables import (
     predicts,
     usual,
 )
-from miniserve.bench.figures.timeline_plot import draw_timeline
 from miniserve.bench.replay.metrics import SLO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["draw", "draw_timeline"]
 
 Keys = tuple[str, ...]
 
@@ -44,8 +41,8 @@ NAMES = {
 
 
 class Panel(NamedTuple):
-    """What one set of axes shows against the rate: the figure at `path`, times `factor`. `limit` is a level to mark.
-    `scale` is "linear", "log" or "percent": logarithmic above 1, linear below, with zeros in lanes of their own."""
+    """One set of axes: the figure at `path`, times `factor`, against the rate. `limit` is a level to mark. `scale` is
+    "linear", "log" or "percent": logarithmic above 1, linear below, with zeros in lanes of their own."""
 
     title: str
     unit: str
@@ -55,8 +52,8 @@ class Panel(NamedTuple):
     scale: str = "linear"
 
 
-def draw(cells: Sequence[Cell], folder: Path, name: str = "") -> list[Path]:
-    """All figures that the cells have values for, in `folder`; names of files begin with `name`."""
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """Write all figures that the cells have values for into `folder`; the files."""
     plain = usual(cells)
     figures: dict[str, Callable[[], Figure | None]] = {
         "latency": lambda: _latency(plain),
@@ -69,7 +66,7 @@ def draw(cells: Sequence[Cell], folder: Path, name: str = "") -> list[Path]:
     with drawing():
         for stem, make in figures.items():
             if (figure := make()) is not None:
-                written += save(figure, folder, f"{name}-{stem}" if name else stem)
+                written += save(figure, folder, stem)
     return written
 
 
@@ -124,7 +121,7 @@ def _against_rate(
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(-(-len(panels) // columns), columns, number + 1)
         axes.set_title(panel.title)
-        # A row of three shows the same unit; so does a column for the rate.
+        # The panels of a row of three have the same unit, those of a column the same rates.
         axes.set_ylabel(panel.unit if columns < 3 or number % columns == 0 else "")
         axes.set_xlabel("arrivals, conversations/s" if number >= len(panels) - columns else "")
         values: list[float] = []
@@ -132,7 +129,7 @@ def _against_rate(
             points = list(_by_rate(series[name], panel))
             values += [value for _, spread in points for value in spread]
             lane = place + 1.0
-            if len(rates) == 1:  # there are no lines, and points side by side do not hide each other
+            if len(rates) == 1:  # no lines: points stand side by side
                 points = [(at + lane / (len(styles) + 1) - 0.5, spread) for at, spread in points]
                 lane = (len(styles) + 1) / 2
             if panel.scale == "percent":
@@ -152,13 +149,13 @@ def _by_rate(cells: Sequence[Cell], panel: Panel) -> Iterator[tuple[float, Sprea
 
 
 def _rate_axis(axes: Axes, rates: Sequence[float], inches: float) -> None:
-    """Ticks at the rates tested; a label that would run into the next one is left out."""
+    """Ticks at the rates tested, without labels that would run into the next one."""
     room = 0.5 / inches * (rates[-1] - rates[0])
-    told: dict[float, str] = {}
+    labels: dict[float, str] = {}
     for rate in reversed(rates):
-        if not told or min(told) - rate >= room:
-            told[rate] = f"{rate:g}"
-    ticks(axes.xaxis, rates, told)
+        if not labels or min(labels) - rate >= room:
+            labels[rate] = f"{rate:g}"
+    ticks(axes.xaxis, rates, labels)
     if len(rates) == 1:
         axes.set_xlim(rates[0] - 0.5, rates[0] + 0.5)
 
@@ -189,7 +186,7 @@ def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 
 
 
 def _mispredict(cells: Sequence[Cell]) -> Figure | None:
-    """How the policy that predicts bears wrong predictions, at the rate where most shares of them were tried."""
+    """The policy that predicts against its share of wrong predictions, at the rate with the most shares."""
     path = "ttfet_norm", "p95"
     found = [cell for cell in cells if predicts(cell) and measured([cell], *path)]
     shares = {rate: {cell["mispredict"] for cell in those} for rate, those in by_rate(found).items()}
@@ -224,7 +221,7 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
 
 
 def _by_share(cells: Sequence[Cell], path: Keys) -> Iterator[tuple[float, Spread]]:
-    """In per cent."""
+    """The points of a line; shares are in per cent."""
     for share in sorted({cell["mispredict"] for cell in cells}):
         if spread := measured([cell for cell in cells if cell["mispredict"] == share], *path):
             yield 100 * share, spread

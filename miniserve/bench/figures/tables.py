@@ -1,4 +1,4 @@
-"""The cells of a comparison as tables, for a report and for a terminal; and what the figures gather from them too.
+"""The cells of a comparison as tables, for a report and for a terminal; and how tables and figures group them.
 
 A cell is one result (docs/evaluation.md) plus `label`, the series it belongs to, `seed`, and `mispredict`, the share of
 the per-turn policy's predictions that were made wrong. Cells that differ only in their seed are averaged.
@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-Cell = dict[str, Any]
+from miniserve.scheduler.baselines import POLICIES
 
-POLICIES = "colocated", "disaggregated", "ampd", "conserve", "observe"
-"""The order they are shown in."""
+Cell = dict[str, Any]
+SHOWN = tuple(POLICIES)
+"""Policies, in the order of rows and lines."""
+
 PREDICTS = "ampd"
-"""The policy that `mispredict` means something to."""
+"""The only policy that predicts, so that `mispredict` matters."""
 USUAL_MISPREDICT = 0.1
 """The share of wrong predictions that the paper compares with."""
 GOOD = 0.01
@@ -30,7 +32,7 @@ NONE = "-"
 
 
 class Spread(NamedTuple):
-    """A figure over seeds."""
+    """A figure over the seeds that measured it."""
 
     mean: float
     low: float
@@ -38,7 +40,7 @@ class Spread(NamedTuple):
 
 
 def measured(cells: Sequence[Cell], *path: str) -> Spread | None:
-    """The figure at `path` (keys, outermost first) over cells; None if none of them measured it."""
+    """The figure at `path` (keys, outermost first) over cells; None if none of them has it."""
     values = [value for cell in cells if (value := _value(cell, path)) is not None]
     return Spread(math.fsum(values) / len(values), min(values), max(values)) if values else None
 
@@ -51,12 +53,12 @@ def _value(cell: Cell, path: Sequence[str]) -> float | None:
 
 
 def predicts(cell: Cell) -> bool:
-    """Whether a share of wrong predictions means something to it."""
+    """Whether its share of wrong predictions matters."""
     return cell["policy"] == PREDICTS and cell.get("mispredict") is not None
 
 
 def by_series(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells by the name of their series: the label, and how much was mispredicted where one label has several of it."""
+    """Cells by the name of their series: the label, with the share of wrong predictions where a label has several."""
     several = {label for label, shares in _mispredicted(cells).items() if len(shares) > 1}
     found: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=_place):
@@ -66,7 +68,7 @@ def by_series(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def usual(cells: Sequence[Cell]) -> list[Cell]:
-    """Without a sweep over mispredictions: each label with that share of them for which it has the most rates, and of
+    """Without a sweep over wrong predictions: each label keeps the share for which it has the most rates, of several
     such shares the one nearest to the paper's."""
     kept = {
         label: min(shares, key=lambda share: (-len(shares[share]), abs(share - USUAL_MISPREDICT)))
@@ -82,8 +84,8 @@ def by_rate(cells: Sequence[Cell]) -> dict[float, list[Cell]]:
 
 
 def goodput(cells: Sequence[Cell], label: str) -> float | None:
-    """The highest rate tested at which fewer than 1 % of conversations broke each of the three SLOs. None if there is
-    no such rate: one where an SLO was not measured is none."""
+    """The highest rate tested at which fewer than 1 % of conversations broke each of the three SLOs, all of them
+    measured; None if there is no such rate."""
     mine = by_series(cells).get(label) or by_series(usual(cells)).get(label, [])
     return max((rate for rate, those in by_rate(mine).items() if _good(those)), default=None)
 
@@ -94,15 +96,15 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 
 def print_tables(cells: Sequence[Cell], console: Console) -> None:
-    """The same for a terminal, without the columns that nobody measured."""
+    """The same for a terminal, without the columns that no cell has."""
     for title, head, rows in _tables(cells):
-        told = [n for n in range(len(head)) if n == 0 or any(row[n].strip(f"{NONE} /") for row in rows)]
+        shown = [n for n in range(len(head)) if n == 0 or any(row[n].strip(f"{NONE} /") for row in rows)]
         table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
         table.add_column(head[0], overflow="fold", min_width=14)
-        for n in told[1:]:
+        for n in shown[1:]:
             table.add_column(head[n].replace(" / ", "/"), justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(Text(row[0]), *(row[n].replace(" / ", "/") for n in told[1:]))
+            table.add_row(Text(row[0]), *(row[n].replace(" / ", "/") for n in shown[1:]))
         console.print(Text(title, "bold"), table, "", sep="\n")
 
 
@@ -143,7 +145,7 @@ def _row(cells: Sequence[Cell]) -> Iterator[str]:
     yield _many(*(None if share is None else 100 * share for share in shares))
     yield _number(_mean(cells, "throughput", "output_tokens_per_s"))
     yield _number(_mean(cells, "energy", "tokens_per_joule"))
-    # Not a mean: half an error is nothing, and one in any seed is worth a look.
+    # Not a mean: one error in any seed is worth a look.
     yield str(sum(cell.get("errors") or 0 for cell in cells))
 
 
@@ -157,7 +159,7 @@ def _many(*values: float | None) -> str:
 
 
 def _number(value: float | None, spec: str = "") -> str:
-    """Three digits that say something, and no more."""
+    """Three significant digits, or as in `spec`."""
     if value is None:
         return NONE
     size = abs(value)
@@ -180,5 +182,5 @@ def _mispredicted(cells: Sequence[Cell]) -> dict[str, dict[float, set[float]]]:
 
 def _place(cell: Cell) -> tuple[int, str, float]:
     policy = cell["policy"]
-    place = POLICIES.index(policy) if policy in POLICIES else len(POLICIES)
+    place = SHOWN.index(policy) if policy in SHOWN else len(SHOWN)
     return place, cell["label"], (cell.get("mispredict") or 0.0)

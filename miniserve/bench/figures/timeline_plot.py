@@ -1,4 +1,4 @@
-"""What workers did at each moment of a run, as a picture."""
+"""What workers did at each moment of a run, as a figure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ if TYPE_CHECKING:
 
 WIDTH = 11.0
 KINDS = {"decode": "#8ecdf0", "mixed": "#009e73", "prefill": "#e69f00", "transfer": "#222222"}
-"""Those that are rarer are drawn above the others."""
-TOLD = {"decode": "decode", "mixed": "both in one step", "prefill": "prefill", "transfer": "KV transfer"}
+"""Rarer ones are drawn above the others."""
+KIND_NAMES = {"decode": "decode", "mixed": "both in one step", "prefill": "prefill", "transfer": "KV transfer"}
 WORKERS = "#0072b2", "#d55e00", "#007a5a", "#b5548b", "#595959", "#a06f00", "#3b3b98", "#56b4e9"
 DASHES = "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1))
 TALL, THIN = 0.56, 0.14
-"""Of a lane: what a worker computes, and below it what it moves at the same time."""
+"""Heights in a lane: of what a worker computes, and below it of what it moves at the same time."""
 
 Span = Sequence[Any]  # start, end, kind
 
 
 def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
-    """A lane for each worker, coloured where it was busy; below them how full its KV was. Times are in seconds."""
+    """Draw a lane for each worker, coloured where it was busy, and below them how full its KV was (times in seconds);
+    the files."""
     workers = sorted({*timeline["spans"], *timeline["kv"]}, key=_place)
     start, end = timeline["window"]
     colors = {worker: WORKERS[n % len(WORKERS)] for n, worker in enumerate(workers)}
@@ -49,7 +50,7 @@ def _place(worker: str) -> tuple[bool, str, int]:
 
 
 def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[str], start: float, end: float) -> None:
-    """Bars, the first worker's on top, and at the right the share of the time that each computed."""
+    """Draw bars, the first worker's on top, and at the right the share of the time that each computed."""
     from matplotlib.patches import Patch
 
     pixel = (end - start) / (WIDTH * DPI)
@@ -78,14 +79,16 @@ def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[st
     axes.tick_params(axis="y", length=0, labelsize=10)
     axes.tick_params(axis="x", labelbottom=False)
     axes.grid(False)
-    handles = [Patch(facecolor=KINDS[kind], label=TOLD[kind]) for kind in ("prefill", "decode", "mixed", "transfer")]
+    handles = [
+        Patch(facecolor=KINDS[kind], label=KIND_NAMES[kind]) for kind in ("prefill", "decode", "mixed", "transfer")
+    ]
     handles.append(Patch(facecolor=PALE, edgecolor=FAINT, label="idle"))
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
 
 
 def joined(spans: Iterator[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
-    """Spans (start, end) in order of their starts; such as overlap, or lie less than `gap` apart, are made one: no eye
-    can tell, and a long run has more steps than a picture has pixels."""
+    """Spans (start, end) in order of their starts, those joined that overlap or lie less than `gap` apart: a long run
+    has more steps than a picture has pixels."""
     found: list[tuple[float, float]] = []
     for start, end in spans:
         if found and start <= found[-1][1] + gap:
@@ -96,7 +99,7 @@ def joined(spans: Iterator[tuple[float, float]], gap: float) -> list[tuple[float
 
 
 def _fill(axes: Axes, kv: Mapping[str, Mapping[str, Any]], workers: Sequence[str], colors: Mapping[str, str]) -> None:
-    """Shares of each pool: what conversations hold, and lighter, that and what is kept for them."""
+    """Draw shares of each pool: what conversations hold, and lighter, that and what is cached."""
     from matplotlib.lines import Line2D
 
     for number, worker in enumerate(workers):

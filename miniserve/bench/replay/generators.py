@@ -16,7 +16,7 @@ from miniserve.bench.replay.workload import Script, TurnSize, Workload
 from miniserve.config import ConfigError
 
 COUNT = 255
-"""Tasks of a workload if nobody says: those of the paper's evaluation."""
+"""Scripts of a made-up workload by default: as many as in the paper's evaluation."""
 
 _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 _SWE_FIRST = (3303, 12240, 15100, 15890, 16450, 16950, 17295, 18650, 24000)

@@ -38,11 +38,6 @@ class Script:
         """The conversation's length at its end."""
         return sum(turn.new + turn.output for turn in self.turns)
 
-    @property
-    def gaps(self) -> float:
-        """The time of all its tools."""
-        return sum(turn.gap for turn in self.turns[1:])
-
     def scaled(self, factor: float) -> Script:
         """The same with all token counts times `factor`, at least 1 each: for small machines."""
 

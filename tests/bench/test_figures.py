@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from miniserve.bench.figures import tables
-from miniserve.bench.figures.tables import POLICIES, Cell, goodput, markdown, measured, print_tables
+from miniserve.bench.figures.tables import SHOWN, Cell, goodput, markdown, measured, print_tables
 
 FIGURES = "latency", "violations", "energy", "throughput"
 
@@ -25,6 +25,14 @@ def plots() -> ModuleType:
     from miniserve.bench.figures import plots
 
     return plots
+
+
+@pytest.fixture
+def timeline_plot() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    from miniserve.bench.figures import timeline_plot
+
+    return timeline_plot
 
 
 def cell(policy: str = "observe", rate: float = 1.0, **over: Any) -> Cell:
@@ -51,7 +59,7 @@ def comparison() -> list[Cell]:
     """Five policies, three rates, two seeds, and a sweep over wrong predictions."""
     cells = [
         cell(policy, rate, seed=seed, ratio=1 + rate * (n + 1) + seed / 10, broken=0.02 * n * seed)
-        for n, policy in enumerate(POLICIES)
+        for n, policy in enumerate(SHOWN)
         for rate in (0.5, 1.0, 1.634)
         for seed in (0, 1)
     ]
@@ -83,7 +91,7 @@ def test_goodput_is_the_highest_rate_tested_that_keeps_all_slos() -> None:
     cells = [cell(rate=0.5), cell(rate=1.0, broken=0.0099), cell(rate=1.5, broken=0.01), cell("ampd", 0.5, broken=0.2)]
     assert goodput(cells, "observe 1P3D") == 1.0
     assert goodput(cells, "ampd 1P3D") is None
-    assert goodput(cells, "nobody") is None
+    assert goodput(cells, "unknown") is None
 
 
 def test_goodput_needs_every_slo_and_is_of_the_mean_over_seeds() -> None:
@@ -145,9 +153,9 @@ def test_tables_fit_a_terminal_and_leave_out_what_was_not_measured(width: int) -
 def test_figures_are_written_in_both_formats_and_the_same_cells_give_the_same_bytes(
     plots: ModuleType, tmp_path: Path
 ) -> None:
-    first, second = (plots.draw(comparison(), tmp_path / name / "new", "swe") for name in "ab")
+    first, second = (plots.draw(comparison(), tmp_path / name / "new") for name in "ab")
     assert {path.name for path in first} == {
-        f"swe-{stem}.{kind}" for stem in (*FIGURES, "mispredict") for kind in ("png", "svg")
+        f"{stem}.{kind}" for stem in (*FIGURES, "mispredict") for kind in ("png", "svg")
     }
     for one, other in zip(first, second, strict=True):
         data = one.read_bytes()
@@ -201,11 +209,11 @@ def test_wrong_predictions_are_drawn_against_their_share(plots: ModuleType) -> N
 def test_a_policy_looks_the_same_whatever_else_is_shown_and_like_no_other(plots: ModuleType) -> None:
     from miniserve.bench.figures.plot_parts import looks
 
-    series = {policy: [cell(policy)] for policy in (*POLICIES, "vllm", "sglang")}
+    series = {policy: [cell(policy)] for policy in (*SHOWN, "vllm", "sglang")}
     found = looks(series)
     for trait in ("color", "marker", "dash"):
         assert len({getattr(look, trait) for look in found.values()}) == len(series), trait
-    for policy in POLICIES:
+    for policy in SHOWN:
         assert looks({policy: [cell(policy)]})[policy] == found[policy]
     twice = looks({"conserve 1P3D": [cell("conserve")], "conserve 2P2D": [cell("conserve")]})
     assert twice["conserve 1P3D"].color == twice["conserve 2P2D"].color
@@ -223,13 +231,11 @@ def test_a_users_own_settings_do_not_matter_and_are_kept(plots: ModuleType, tmp_
     assert [path.read_bytes() for path in before] == [path.read_bytes() for path in after]
 
 
-def test_a_timeline_has_a_lane_for_each_worker_prefillers_first(plots: ModuleType, tmp_path: Path) -> None:
-    from miniserve.bench.figures import timeline_plot
-
+def test_a_timeline_has_a_lane_for_each_worker_prefillers_first(timeline_plot: ModuleType, tmp_path: Path) -> None:
     made: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timeline_plot, "save", lambda figure, folder, name: made.append(figure) or [])
-        plots.draw_timeline(timeline(), tmp_path, "t")
+        timeline_plot.draw_timeline(timeline(), tmp_path, "t")
     lanes, fill = made[0].axes
     format_tick = lanes.yaxis.get_major_formatter()
     assert [format_tick(place) for place in lanes.get_yticks()] == ["p0", "d9", "d10"]
@@ -239,25 +245,22 @@ def test_a_timeline_has_a_lane_for_each_worker_prefillers_first(plots: ModuleTyp
     assert list(both.get_ydata()) == [0.0, 60.0, 100.0]
 
 
-def test_timelines_of_nothing_and_of_very_much(plots: ModuleType, tmp_path: Path) -> None:
+def test_timelines_of_nothing_and_of_very_much(timeline_plot: ModuleType, tmp_path: Path) -> None:
     empty = timeline() | {"spans": {"p0": []}, "kv": {}}
-    for path in plots.draw_timeline(empty, tmp_path, "empty"):
+    for path in timeline_plot.draw_timeline(empty, tmp_path, "empty"):
         assert path.stat().st_size > 5_000
     long = copy.deepcopy(timeline())
     long["spans"]["d9"] = [[n / 500, n / 500 + 0.001, ("decode", "mixed")[n % 2]] for n in range(50_000)]
-    png, svg = plots.draw_timeline(long, tmp_path, "long")
-    again = plots.draw_timeline(long, tmp_path / "again", "long")
+    png, svg = timeline_plot.draw_timeline(long, tmp_path, "long")
+    again = timeline_plot.draw_timeline(long, tmp_path / "again", "long")
     assert [png.read_bytes(), svg.read_bytes()] == [path.read_bytes() for path in again]
     assert png.stat().st_size > 20_000
     assert svg.stat().st_size < 500_000
     assert b"<image" in svg.read_bytes()  # bars are pixels there too
 
 
-def test_spans_that_touch_are_joined_and_others_are_not() -> None:
-    pytest.importorskip("matplotlib")
-    from miniserve.bench.figures.timeline_plot import joined
-
-    assert joined(iter([(0, 1), (1.05, 2), (1.5, 1.7), (3, 4)]), 0.1) == [(0, 2), (3, 4)]
+def test_spans_that_touch_are_joined_and_others_are_not(timeline_plot: ModuleType) -> None:
+    assert timeline_plot.joined(iter([(0, 1), (1.05, 2), (1.5, 1.7), (3, 4)]), 0.1) == [(0, 2), (3, 4)]
 
 
 def test_without_matplotlib_a_message_says_what_to_install_and_tables_work() -> None:
