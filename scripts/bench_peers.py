@@ -1,77 +1,134 @@
 #!/usr/bin/env python3
-"""Compare servers that are already running, fairly on a noisy machine: their turns alternate within each scenario.
+"""Compare servers that already run, fairly on a noisy machine: they take turns within each scenario.
 
-  scripts/bench_peers.py --client PATH/bench_client.py --tokenizer MODEL_FOLDER --rounds 3 --out FILE.json \
-      miniserve=http://127.0.0.1:8201/v1,smollm2-135m,PID vllm=http://127.0.0.1:8202/v1,smollm2,PID
+  scripts/bench_peers.py --tokenizer MODEL_FOLDER --rounds 3 --json FILE.json \
+      miniserve=http://127.0.0.1:8201,smollm2-135m,PID vllm=http://127.0.0.1:8202,smollm2,PID
 
-Runs the client of shared/tools once for each server, scenario and round, and prints medians and the ratio of the first
-server to each other one. All servers stay loaded throughout; none may spin when idle.
+All servers have the same model, whose tokenizer makes the prompts. Prints medians, and the ratio of the first server to
+each other one. All servers stay loaded throughout; none may spin when idle. A run during which other processes took
+more than a little of the machine is repeated (PID is the server's process).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import asyncio
+import os
 import statistics
-import subprocess
 import sys
-import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-SCENARIOS = [
-    ("prefill 512, tok/s", ["prefill", "--prompt-tokens", "512"], "prefill_tok_s", True),
-    ("prefill 2048, tok/s", ["prefill", "--prompt-tokens", "2048"], "prefill_tok_s", True),
-    ("decode, 1 stream, tok/s", ["decode"], "decode_tok_s", True),
-    ("output, 8 streams, tok/s", ["concurrent", "--concurrency", "8"], "output_tok_s", True),
-    ("output, 16 streams, tok/s", ["concurrent", "--concurrency", "16"], "output_tok_s", True),
-    ("turn-2 TTFT, s", ["turn2"], "turn2_ttft_s", False),
-]
-"""Name, arguments for the client, the figure that counts, whether more is better."""
+import psutil
 
+from miniserve.bench.replay.answer import session
+from miniserve.bench.replay.server import describe
+from miniserve.bench.scenarios import Figures, Prompts, Scenarios
+from scripts.harness import flags, in_turns, write
 
-def measure(client: str, tokenizer: str, server: str, scenario: list[str]) -> dict:
-    """The medians of one run of one scenario."""
-    url, model, pid = server.split(",")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, client, "--base-url", url, "--model", model, "--pid", pid, "--tokenizer", tokenizer]
-        command += ["--scenario", *scenario, "--repeats", "2", "--warmup", "1", "--out", str(out)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
-        result = json.loads(out.read_text())
-    return next(r["median"] for r in result["results"] if r["scenario"] == scenario[0])
+REPEATS = 2
+"""Undisturbed runs of a scenario on a server in each round."""
+MOST_DISTURBED = 0.06
+"""The share of the machine's CPU time that other processes may take during a run."""
 
 
-def main() -> None:
+class Scenario(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    run: Callable[[Scenarios], Awaitable[Figures]]
+    figure: str
+    more_is_better: bool = True
+
+
+SCENARIOS = (
+    Scenario("prefill 512, tok/s", lambda on: on.prefill(512), "prefill_tok_s"),
+    Scenario("prefill 2048, tok/s", lambda on: on.prefill(2048), "prefill_tok_s"),
+    Scenario("decode, 1 stream, tok/s", lambda on: on.decode(), "decode_tok_s"),
+    Scenario("output, 8 streams, tok/s", lambda on: on.concurrent(8), "output_tok_s"),
+    Scenario("output, 16 streams, tok/s", lambda on: on.concurrent(16), "output_tok_s"),
+    Scenario("turn-2 TTFT, s", lambda on: on.turn2(), "turn2_ttft_s", more_is_better=False),
+)
+
+
+class Peer(NamedTuple):
+    """A server that is compared."""
+
+    url: str
+    model: str
+    pid: int
+
+    @classmethod
+    def parse(cls, text: str) -> tuple[str, Peer]:
+        """Its name and itself, from NAME=URL,MODEL,PID."""
+        name, _, rest = text.partition("=")
+        url, model, pid = rest.split(",")
+        return name, cls(url, model, int(pid))
+
+
+class Meter:
+    """CPU time of this machine that neither the server (with its children) nor this process takes."""
+
+    def __init__(self, pid: int) -> None:
+        self._mine = [psutil.Process(), psutil.Process(pid)]
+        self._mine += self._mine[1].children(recursive=True)
+        self._begun = time.monotonic()
+        self._before = self._seconds()
+
+    def share(self) -> float:
+        """The share of all CPUs since the start; time that a hypervisor gave to others counts."""
+        return (self._seconds() - self._before) / (time.monotonic() - self._begun) / (os.cpu_count() or 1)
+
+    def _seconds(self) -> float:
+        total = psutil.cpu_times()
+        mine = sum(sum(process.cpu_times()[:2]) for process in self._mine)
+        return sum(total[:8]) - total.idle - total.iowait - mine
+
+
+async def measure(peer: Peer, scenario: Scenario, prompts: Prompts) -> float:
+    """The median of some undisturbed runs; of all runs if none is."""
+    async with session(None) as http:
+        scenarios = Scenarios(http, await describe(http, peer.url, peer.model), prompts)
+        await scenarios.warm_up()
+        every: list[float] = []
+        clean: list[float] = []
+        while len(clean) < REPEATS and len(every) < 3 * REPEATS:
+            meter = Meter(peer.pid)
+            value = (await scenario.run(scenarios))[scenario.figure]
+            assert value is not None
+            every.append(value)
+            if meter.share() <= MOST_DISTURBED:
+                clean.append(value)
+            else:
+                await asyncio.sleep(1.0)
+    return statistics.median(clean or every)
+
+
+def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL,MODEL,PID")
-    parser.add_argument("--client", required=True)
-    parser.add_argument("--tokenizer", required=True)
+    parser = flags(__doc__)
+    parser.add_argument("servers", nargs="+", type=Peer.parse, metavar="NAME=URL,MODEL,PID")
+    parser.add_argument("--tokenizer", required=True, type=Path, metavar="MODEL_FOLDER")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
-    parser.add_argument("--out")
-    args = parser.parse_args()
-    servers = dict(server.split("=", 1) for server in args.servers)
-    first = next(iter(servers))
-    table = {}
-    for name, scenario, figure, more_is_better in SCENARIOS:
-        if args.only not in name:
-            continue
-        runs: dict[str, list[float]] = {server: [] for server in servers}
-        for round_number in range(args.rounds):
-            # Whoever goes first has the cooler machine: take turns.
-            order = list(servers) if round_number % 2 == 0 else list(reversed(servers))
-            for server in order:
-                runs[server].append(measure(args.client, args.tokenizer, servers[server], scenario)[figure])
-        medians = {server: statistics.median(values) for server, values in runs.items()}
-        ratios = {s: medians[first] / m if more_is_better else m / medians[first] for s, m in medians.items()}
-        table[name] = {"runs": runs, "median": medians, "ratio": ratios}
-        figures = "  ".join(f"{s} {m:.4g}" for s, m in medians.items())
-        beside = "  ".join(f"{r:.2f}x {s}" for s, r in ratios.items() if s != first)
-        print(f"{name:<28}{figures}   {first} is {beside}", flush=True)
-    if args.out:
-        Path(args.out).write_text(json.dumps(table, indent=1) + "\n")
+    args = parser.parse_args(argv)
+    peers: dict[str, Peer] = dict(args.servers)
+    prompts = Prompts(args.tokenizer, seed=time.time_ns())
+    first, table = next(iter(peers)), {}
+    for scenario in (scenario for scenario in SCENARIOS if args.only in scenario.name):
+        run = partial(measure, scenario=scenario, prompts=prompts)
+        runs = in_turns(peers, args.rounds, lambda name, run=run: asyncio.run(run(peers[name])))
+        median = {name: statistics.median(values) for name, values in runs.items()}
+        ratio = {n: median[first] / m if scenario.more_is_better else m / median[first] for n, m in median.items()}
+        table[scenario.name] = {"runs": runs, "median": median, "ratio": ratio}
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in median.items())
+        beside = "  ".join(f"{value:.2f}x {name}" for name, value in ratio.items() if name != first)
+        print(f"{scenario.name:<28}{figures}   {first} is {beside}", flush=True)
+    write(args.json, table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

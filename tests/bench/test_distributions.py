@@ -85,7 +85,7 @@ def test_arrivals() -> None:
     assert arrivals("poisson", 2.0, 0, seed=0) == []
 
 
-def test_text_is_a_task_s_own_but_for_shared_blocks() -> None:
+def test_text_is_a_scripts_own_but_for_shared_blocks() -> None:
     def text(key: str, *shared: int, seed: int = 0) -> list[int]:
         return Text(Script(key, (TurnSize(30, 1),), shared=shared, block=10), seed, 5, 1000).take(30)
 

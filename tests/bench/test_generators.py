@@ -51,7 +51,7 @@ def test_chat_and_deep_research_keep_to_their_ranges() -> None:
 
 
 @pytest.mark.parametrize("name", ["swe-agent", "chat", "deep-research", "mix:swe-agent=1,chat=3"])
-def test_a_task_depends_on_its_number_and_the_seed_only(name: str) -> None:
+def test_a_script_depends_on_its_number_and_the_seed_only(name: str) -> None:
     scripts = generate(name, 40, seed=3)
     assert generate(name, 7, seed=3) == scripts[:7]
     assert len({script.key for script in scripts}) == 40

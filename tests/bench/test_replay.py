@@ -15,102 +15,25 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import uvicorn
 from aiohttp import web
 
-from miniserve.api.app import create_app
 from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.driver import ALONE, ReplayConfig, replay
-from miniserve.bench.replay.energy import Energy
-from miniserve.bench.replay.server import Event, TargetServer, TokenCounts
-from miniserve.bench.replay.workload import Script, TurnSize, Workload
+from miniserve.bench.replay.workload import Script, Workload
 from miniserve.cli import main as cli
-from miniserve.config import ConfigError, EngineConfig, ServeConfig
+from miniserve.config import ConfigError
 from miniserve.dispatcher import QueueFull
-from miniserve.hub import resolve as hub
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.workers import Link
 from miniserve.text.tokenizer import Tokenizer
 from tests.e2e.test_server import server as real_server
-from tests.support.fake_engine import FakeClient, FakeTurn
-
-VOCAB = 49152
-
-
-def spoken(prompt: list[int], count: int) -> list[int]:
-    """What the fake engine answers: another text for each prompt, half of its tokens the first half of an "é"."""
-    return [195 if i % 2 else 65 + (sum(prompt) + i) % 26 for i in range(count)]
-
-
-class Engine(FakeClient):
-    """Answers with `spoken`, one token at a time; `trouble` changes that. The first id of a prompt says whose it is."""
-
-    def __init__(self, pause: float = 0.002) -> None:
-        super().__init__()
-        self.max_model_len = 4096
-        self.times: list[float] = []
-        self.trouble: Callable[[list[int]], dict[str, Any]] = lambda tokens: {}
-        self.play = lambda tokens, params: {
-            "steps": [[token] for token in spoken(tokens, params.max_tokens or 0)],
-            "pause": pause,
-            "finish": "length",
-            "cached": 0,
-            **self.trouble(tokens),
-        }
-
-    def submit(self, tokens: list[int], params: SamplingParams, **given: Any) -> FakeTurn:
-        turn = super().submit(tokens, params, **given)
-        self.times.append(time.monotonic())
-        return turn
-
-    def conversation(self, first_id: int) -> list[FakeTurn]:
-        return [turn for turn in self.turns if turn.tokens[0] == first_id]
-
-
-@contextmanager
-def listening() -> Iterator[socket.socket]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(128)
-        yield listener
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
-
-
-@contextmanager
-def serving(engine: FakeClient, tokenizer: Tokenizer) -> Iterator[str]:
-    """miniserve's app over `engine` in a thread: its URL."""
-    config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"])
-    app = create_app(config, engine, tokenizer, {})  # type: ignore[arg-type]
-    http = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    with listening() as listener:
-        thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[listener])))
-        thread.start()
-        while not http.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            http.should_exit = True
-            thread.join()
-
-
-def script(key: str, *turns: tuple[int, int, float]) -> Script:
-    return Script(key, tuple(TurnSize(*turn) for turn in turns))
-
-
-def first_id(of: Script, seed: int = 0) -> int:
-    return Text(of, seed, 1000, VOCAB).take(1)[0]
+from tests.support.fake_engine import FakeTurn
+from tests.support.spoken import VOCAB, SpokenEngine, first_id, listening, script, serving, spoken
 
 
 def config(
@@ -128,7 +51,7 @@ def config(
 
 # --- against miniserve ----------------------------------------------------------------------------------------------
 
-TASKS = [
+SCRIPTS = [
     script("a", (30, 5, 0), (7, 6, 0.3), (1, 1, 0)),
     script("b", (40, 4, 0), (9, 12, 0.1)),
     script("c", (20, 3, 0)),
@@ -137,7 +60,7 @@ TASKS = [
 
 @pytest.mark.parametrize("ids", ["returned", "made up"])
 def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer, ids: str) -> None:
-    engine = Engine()
+    engine = SpokenEngine()
 
     def count(tokens: list[int]) -> dict[str, Any]:
         engine.placements["p0", "d0"] += 1
@@ -149,10 +72,10 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
     extra = {"return_token_ids": None} if ids == "made up" else {}
     with serving(engine, tokenizer) as url:
         began = time.monotonic()
-        report = replay(config(url, TASKS, starts=[0.0, 0.2, 0.1], seed=3, rate=10.0, extra=extra))
+        report = replay(config(url, SCRIPTS, starts=[0.0, 0.2, 0.1], seed=3, rate=10.0, extra=extra))
 
     cached = prompts = 0
-    for of, start in zip(TASKS, (0.0, 0.2, 0.1), strict=True):
+    for of, start in zip(SCRIPTS, (0.0, 0.2, 0.1), strict=True):
         text = Text(of, 3, 1000, VOCAB)
         want: list[int] = []
         due = began + start
@@ -189,7 +112,7 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
 
 
 def test_failures_stay_with_their_conversation(tokenizer: Tokenizer) -> None:
-    engine = Engine()
+    engine = SpokenEngine()
     scripts = [script(key, (20, 4, 0), (5, 4, 0)) for key in ("good", "bad", "slow", "broken")]
     bad, slow, broken = (first_id(of) for of in scripts[1:])
 
@@ -222,21 +145,21 @@ def test_failures_stay_with_their_conversation(tokenizer: Tokenizer) -> None:
 
 
 def test_a_full_server_is_asked_again(tokenizer: Tokenizer) -> None:
-    engine = Engine()
+    engine = SpokenEngine()
     engine.refuse = QueueFull("full", 1)
     threading.Timer(0.4, lambda: setattr(engine, "refuse", None)).start()
     with serving(engine, tokenizer) as url:
-        report = replay(config(url, TASKS[2:]))
+        report = replay(config(url, SCRIPTS[2:]))
         assert (report["errors"], report["output_tokens"]) == (0, 3)
         assert 1.0 <= report["ttft_s"]["p50"] < 1.5
         engine.refuse = QueueFull("full", 30)
-        report = replay(config(url, TASKS[2:], timeout=0.2))
+        report = replay(config(url, SCRIPTS[2:], timeout=0.2))
     assert list(report["failures"]) == ["The server did not finish within 0.2 s: it was full"]
     assert report["ttft_s"] is None
 
 
 def test_ctrl_c_frees_the_server_and_keeps_what_was_measured(tokenizer: Tokenizer) -> None:
-    engine = Engine(pause=0.02)
+    engine = SpokenEngine(pause=0.02)
     scripts = [script("short", (20, 3, 0)), script("long", (20, 2000, 0)), script("gap", (20, 1, 0), (5, 1, 60))]
     scripts.append(script("late", (20, 1, 0)))
     threading.Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -257,15 +180,15 @@ def test_ctrl_c_frees_the_server_and_keeps_what_was_measured(tokenizer: Tokenize
 @pytest.mark.parametrize(("standalone", "alone"), [(3, 4), (1, 3)])
 def test_standalone(tokenizer: Tokenizer, standalone: int, alone: int) -> None:
     """Each kind of script once, in order, without gaps, with ids of its own; then all of them as ever."""
-    engine = Engine()
-    scripts = [TASKS[0], TASKS[2], script("c too", (20, 3, 0))]
+    engine = SpokenEngine()
+    scripts = [SCRIPTS[0], SCRIPTS[2], script("c too", (20, 3, 0))]
     with serving(engine, tokenizer) as url:
         report = replay(config(url, scripts, standalone=standalone))
     assert len(engine.turns) == alone + 5
     before, after = engine.turns[:alone], engine.turns[alone:]
     assert [len(turn.tokens) for turn in before] == [30, 42, 49, 20][:alone]
     assert engine.times[1] - engine.times[0] < 0.2 < 0.3 <= report["duration_s"]
-    assert before[0].tokens == Text(TASKS[0], ALONE, 1000, VOCAB).take(30)
+    assert before[0].tokens == Text(SCRIPTS[0], ALONE, 1000, VOCAB).take(30)
     assert not {turn.tokens[0] for turn in before} & {turn.tokens[0] for turn in after}
     assert report["turns"] == 5
     assert 0.1 < report["e2e_norm"]["gmean"] < 10
@@ -273,21 +196,21 @@ def test_standalone(tokenizer: Tokenizer, standalone: int, alone: int) -> None:
 
 
 def test_what_should_be_put_right_before(tokenizer: Tokenizer) -> None:
-    engine = Engine()
+    engine = SpokenEngine()
     with serving(engine, tokenizer) as url:
         with pytest.raises(ConfigError, match=r"10,030 tokens.*4,096: --scale-tokens 0\.2 would fit"):
-            replay(config(url, [*TASKS, script("d", (10_000, 30, 0))], scale=0.5))
+            replay(config(url, [*SCRIPTS, script("d", (10_000, 30, 0))], scale=0.5))
         with pytest.raises(ConfigError, match="no model 'x': it has tiny"):
-            replay(config(f"{url}/v1", TASKS, model="x"))
+            replay(config(f"{url}/v1", SCRIPTS, model="x"))
         engine.trouble = lambda tokens: {"finish": "error", "error": "out of luck"}
         with pytest.raises(ConfigError, match=r"'a' failed even alone.*out of luck"):
-            replay(config(url, TASKS, standalone=3))
+            replay(config(url, SCRIPTS, standalone=3))
         with pytest.raises(ConfigError, match="no OpenAI API"):
-            replay(config(f"{url}/health", TASKS))
+            replay(config(f"{url}/health", SCRIPTS))
     with pytest.raises(ConfigError, match="Start one with"):
-        replay(config(url, TASKS))
+        replay(config(url, SCRIPTS))
     with pytest.raises(ConfigError, match="is no address"):
-        replay(config("localhost", TASKS))
+        replay(config("localhost", SCRIPTS))
     with pytest.raises(ConfigError, match="nothing to replay"):
         replay(config(url, []))
 
@@ -368,21 +291,6 @@ def test_llama_server_and_streams_that_break_off() -> None:
     assert report["kv_transfer"] == {"bytes": None, "seconds": None}
 
 
-def test_events_of_vllm_and_of_servers_without_ids() -> None:
-    about = TargetServer(root="", kind="vllm", model="m")
-    choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None, "prompt_token_ids": None}
-    assert about.event(msgspec.json.encode({"choices": [choice | {"token_ids": [5, 6]}]})) == Event(2, [5, 6])
-    assert about.event(b'{"choices": [{"text": "ab"}]}') == Event(1)
-    assert about.event(b'{"choices": [{"text": ""}], "usage": null}') == Event()
-    usage = b'"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": '
-    assert about.event(b'{"choices": [], "usage": {%snull}}' % usage) == Event(usage=TokenCounts(9, None, 2))
-    assert about.event(b'{"choices": [], "usage": {%s{"cached_tokens": 4}}}' % usage) == Event(
-        usage=TokenCounts(9, 4, 2)
-    )
-    assert about.event(b'{"error": {"message": "no", "code": 500}}') == Event(error="no")
-    assert about.event(b"[DONE]") == Event(done=True)
-
-
 # --- a real model ---------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +315,7 @@ def test_the_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.Captur
     trace, out = tmp_path / "t.csv", tmp_path / "out.json"
     rows = [f"{c},{t},{40 if t == 0 else 8},5,{t * 0.1}" for c in range(4) for t in range(3)]
     trace.write_text("\n".join(["conversation_id,turn,new_input_tokens,output_tokens,gap_s", *rows]) + "\n")
-    with serving(Engine(), tokenizer) as url:
+    with serving(SpokenEngine(), tokenizer) as url:
         command = f"replay {trace} --url {url} --rate 20 --conversations 3 --max-turns 2 --seed 7 --json {out}"
         assert cli.main(command.split()) == 0
         report = json.loads(out.read_text())
@@ -421,33 +329,3 @@ def test_the_command(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.Captur
         assert "--scale-tokens" in capsys.readouterr().err
     assert cli.main(command.split()) == 1
     assert "No server answers" in capsys.readouterr().err
-
-
-# --- energy ---------------------------------------------------------------------------------------------------------
-
-
-def test_energy_of_rapl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("miniserve.bench.replay.energy._gpus", list)
-
-    def zone(folder: str, name: str, energy: int, limit: int = 1_000_000_000) -> Path:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        for file, content in {"name": name, "energy_uj": energy, "max_energy_range_uj": limit}.items():
-            (tmp_path / folder / file).write_text(f"{content}\n")
-        return tmp_path / folder
-
-    assert Energy(tmp_path / "nothing").joules() is None
-    zone("intel-rapl:0", "package-0", 5_000_000)
-    zone("intel-rapl:0:0", "core", 1)
-    zone("intel-rapl:0:1", "dram", 999_000_000)
-    zone("intel-rapl:1", "psys", 1)
-    energy = Energy(tmp_path)
-    assert energy.source == "rapl"
-    energy.start()
-    zone("intel-rapl:0", "package-0", 7_500_000)
-    zone("intel-rapl:0:0", "core", 900_000_000)
-    zone("intel-rapl:0:1", "dram", 1_000_000)  # wrapped around
-    zone("intel-rapl:1", "psys", 900_000_000)
-    assert energy.joules() == pytest.approx(2.5 + 2.0)
-    assert energy.joules() == pytest.approx(4.5)
-    energy.start()
-    assert energy.joules() == 0

@@ -25,12 +25,11 @@ class TurnError(Exception):
 
 @dataclass(eq=False)
 class Answer:
-    """A turn's answer so far. `first` and `last` are when tokens came (`time.monotonic`), None before the first one."""
+    """A turn's answer so far. `times` are when tokens came (`time.monotonic`), one for each event that had any."""
 
     ids: list[int] = field(default_factory=list)
     tokens: int = 0
-    first: float | None = None
-    last: float | None = None
+    times: list[float] = field(default_factory=list)
     usage: TokenCounts | None = None
 
     @property
@@ -43,8 +42,7 @@ class Answer:
         if event.error:
             raise TurnError(f"The server failed after {self.tokens} tokens: {event.error}")
         if event.tokens:
-            self.first = now if self.first is None else self.first
-            self.last = now
+            self.times.append(now)
             self.tokens += event.tokens
         if event.ids:
             self.ids += event.ids

@@ -230,12 +230,12 @@ class Replay:
                 self._answers.remove(answer)
                 self._tokens += answer.tokens
             ended = time.monotonic()
-            first, last = answer.first or ended, answer.last or ended
+            came = answer.times or [ended]
             cached = answer.usage.cached if answer.usage else None
-            times.turns.append(TurnTimes(sent, first, last, len(prompt), cached, answer.output, error))
+            times.turns.append(TurnTimes(sent, came[0], came[-1], len(prompt), cached, answer.output, error))
             if error:
                 break
-            self._ttfts.append(first - sent)
+            self._ttfts.append(came[0] - sent)
             self._short += answer.output < turn.output
             if not n:  # a first prompt can be known only as far as it is shared
                 self._stale += max(0, (cached or 0) - len(script.shared) * script.block)
