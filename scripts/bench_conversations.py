@@ -3,7 +3,6 @@
     .venv/bin/python scripts/bench_conversations.py interference [--repeats 5] [--json FILE]
     .venv/bin/python scripts/bench_conversations.py pressure [--json FILE]
     .venv/bin/python scripts/bench_conversations.py recovery [--json FILE]
-    .venv/bin/python scripts/bench_conversations.py policies [--rate 0.5] [--repeats 3] [--json FILE]
 
 interference: four streams decode; the first turn of a conversation, 2,000 tokens, arrives. Gaps between the tokens of
 the streams while it is computed, against gaps without it, for several topologies and policies.
@@ -11,50 +10,30 @@ pressure: twice as many conversations as the KV pool holds, some with short gaps
 turn after turn. Tokens recomputed and times to first tokens, by the order of eviction, with and without host memory.
 recovery: eight streams on 1P1D. The prefiller is killed, then the decoder: longest silence of a stream, time until the
 worker serves again, and whether every text is what it is without deaths.
-policies: agents arrive at random (Poisson), each with four turns and gaps between them, on 1P1D; every policy gets the
-same agents at the same moments. Time to the first token of the first turn and of later ones, from an agent's arrival to
-the first token of its last turn (TTFET), gaps between tokens, and the whole. `colocated` has two decoders instead.
 
 Configurations run one after the other in one process, in rounds, so that what else the machine does hits all alike.
+`miniserve compare --serve` compares policies under load.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import random
 import signal
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 
-from miniserve.config import EngineConfig, ServeConfig, Topology
+from miniserve.bench.replay.metrics import percentile
+from miniserve.config import EngineConfig
 from miniserve.dispatcher import EngineClient
-from miniserve.hub.resolve import ModelFiles, resolve
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.baselines import POLICIES
+from scripts.harness import cluster, flags, medians, show, write
 
-VOCAB = 40_000
-
-
-@asynccontextmanager
-async def cluster(files: ModelFiles, topology: str, policy: str, **engine) -> AsyncIterator[EngineClient]:
-    """A running client."""
-    config = ServeConfig(
-        engine=EngineConfig(model=str(files.folder), **engine), topology=Topology.parse(topology), policy=policy
-    )
-    client = EngineClient(config, files)
-    await client.start()
-    try:
-        yield client
-    finally:
-        await client.stop()
+MODEL, VOCAB = "smollm2-135m", 40_000
 
 
 @dataclass
@@ -73,7 +52,7 @@ class Stream:
 
     def gaps(self, start: float, end: float) -> list[float]:
         """Seconds between tokens of which the later one came in this time."""
-        return [b - a for a, b in zip(self.times, self.times[1:], strict=False) if start < b <= end]
+        return [b - a for a, b in pairwise(self.times) if start < b <= end]
 
 
 async def read(
@@ -93,14 +72,8 @@ async def read(
 
 
 def prompt(pick: random.Random, length: int) -> list[int]:
-    """Tokens that nobody has cached."""
+    """Tokens that are in no cache."""
     return [pick.randrange(100, VOCAB) for _ in range(length)]
-
-
-def percentile(values: list[float], q: float) -> float:
-    """Nearest rank."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 # --- interference ---------------------------------------------------------------------------------------------------
@@ -135,30 +108,30 @@ async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, floa
     for turn in list(client._turns.values()):
         turn.cancel()
     await asyncio.gather(*reading, return_exceptions=True)
-    before = [1e3 * gap for stream in streams for gap in stream.gaps(quiet, begun)]
-    during = [1e3 * gap for stream in streams for gap in stream.gaps(begun, ended)]
+    before = sorted(1e3 * gap for stream in streams for gap in stream.gaps(quiet, begun))
+    during = sorted(1e3 * gap for stream in streams for gap in stream.gaps(begun, ended))
     return {
         "undisturbed_p50_ms": percentile(before, 0.5),
         "undisturbed_p95_ms": percentile(before, 0.95),
         "disturbed_p50_ms": percentile(during, 0.5),
         "disturbed_p95_ms": percentile(during, 0.95),
-        "disturbed_max_ms": max(during),
+        "disturbed_max_ms": during[-1],
         "newcomer_ttft_s": newcomer.first,
         "streams_at_prefillers": sum(home.startswith("p") for home in homes),
     }
 
 
-async def interference(files: ModelFiles, repeats: int) -> list[dict]:
+async def interference(repeats: int) -> list[dict]:
     """All layouts, each with `repeats` rounds after one that does not count."""
     rows = []
     for topology, policy, engine in LAYOUTS:
         pick = random.Random(len(rows))
-        async with cluster(files, topology, policy, max_model_len=4200, **engine) as client:
+        async with cluster(EngineConfig(model=MODEL, max_model_len=4200, **engine), topology, policy) as client:
             rounds = [await disturbed(client, pick) for _ in range(repeats + 1)][1:]
-        row = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+        row = medians(rounds)
         row["ratio_p95"] = row["disturbed_p95_ms"] / row["undisturbed_p95_ms"]
         rows.append({"topology": topology, "policy": policy, **engine, **row})
-        print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+        show(rows[-1])
     return rows
 
 
@@ -185,21 +158,23 @@ async def talk(client: EngineClient, number: int, rows: list[dict]) -> None:
         await asyncio.sleep(gap * pick.uniform(0.8, 1.2))
 
 
-async def pressure(files: ModelFiles) -> list[dict]:
+async def pressure() -> list[dict]:
     """All ways to keep KV."""
     rows = []
     for order, host in KEEPING:
         turns: list[dict] = []
         page_bytes = 30 * 2 * 16 * 3 * 64 * 2
         size = POOL_TOKENS // 16 * page_bytes
-        kwargs = {"kv_cache_memory": size, "swap_space": 4 * size * host, "kv_eviction": order}
-        async with cluster(files, "1D", "colocated", max_model_len=2048, **kwargs) as client:
+        engine = EngineConfig(
+            model=MODEL, max_model_len=2048, kv_cache_memory=size, swap_space=4 * size * host, kv_eviction=order
+        )
+        async with cluster(engine, "1D", "colocated") as client:
             await asyncio.gather(*(talk(client, n, turns) for n in range(TALKS)))
             await asyncio.sleep(1.2)
             stats = client.stats["d0"]
         row = {"eviction": order, "swap_space": bool(host), "turns": len(turns)}
         for name, some in (("all", turns), ("short", [t for t in turns if t["short"]])):
-            ttft = [t["ttft"] for t in some]
+            ttft = sorted(t["ttft"] for t in some)
             row |= {
                 f"{name}_ttft_mean_s": statistics.mean(ttft),
                 f"{name}_ttft_p50_s": percentile(ttft, 0.5),
@@ -207,17 +182,17 @@ async def pressure(files: ModelFiles) -> list[dict]:
                 f"{name}_recomputed_tokens": sum(t["recomputed"] for t in some),
             }
         rows.append(row | {"offloaded": stats.offloaded, "restored": stats.restored})
-        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+        show(rows[-1])
     return rows
 
 
 # --- recovery -------------------------------------------------------------------------------------------------------
 
 
-async def recovery(files: ModelFiles) -> list[dict]:
+async def recovery() -> list[dict]:
     """Kill p0, later d0, under eight streams."""
     rows = []
-    async with cluster(files, "1P1D", "conserve", max_model_len=4096) as client:
+    async with cluster(EngineConfig(model=MODEL, max_model_len=4096), "1P1D", "conserve") as client:
         for victim, wait in (("p0", 1.0), ("d0", 0.0)):
             prompts = [prompt(random.Random(f"{victim}{n}"), 300) for n in range(8)]
             streams = [Stream(0.0) for _ in prompts]
@@ -235,13 +210,11 @@ async def recovery(files: ModelFiles) -> list[dict]:
                 await asyncio.sleep(0.01)
             back = time.monotonic() - killed
             await asyncio.gather(*reading)
-            # Under another salt nothing is cached: the same prompts once more, and nobody dies.
+            # Under another salt nothing is cached: the same prompts once more, without deaths.
             plain = await asyncio.gather(
                 *(read(client, p, 150, f"again{victim}{n}", salt="again") for n, p in enumerate(prompts))
             )
-            silence = max(
-                b - a for s in streams for a, b in zip([s.sent, *s.times], s.times, strict=False) if b > killed
-            )
+            silence = max(b - a for s in streams for a, b in pairwise([s.sent, *s.times]) if b > killed)
             next_token = [min(t for t in s.times if t > killed) - killed for s in streams if s.times[-1] > killed]
             rows.append(
                 {
@@ -253,97 +226,19 @@ async def recovery(files: ModelFiles) -> list[dict]:
                     "same_text": [s.tokens for s in streams] == [s.tokens for s in plain],
                 }
             )
-            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+            show(rows[-1])
             await asyncio.sleep(2)
     return rows
 
 
-# --- policies -------------------------------------------------------------------------------------------------------
-
-AGENTS, AGENT_FIRST, AGENT_APPENDS, AGENT_OUTPUT, AGENT_GAP = 24, (400, 1200), (40, 40, 400), (20, 60), (0.3, 1.5)
-
-
-async def agent(client: EngineClient, seed: str, at: float, rows: list[dict]) -> None:
-    """One conversation, which arrives `at` seconds from now; the third append is ten times as long as the others."""
-    pick = random.Random(seed)
-    history = prompt(pick, pick.randint(*AGENT_FIRST))
-    lengths = [pick.randint(*AGENT_OUTPUT) for _ in range(len(AGENT_APPENDS) + 1)]
-    await asyncio.sleep(at)
-    arrived, firsts, gaps = time.monotonic(), [], []
-    for turn, length in enumerate(lengths):
-        stream = await read(client, history, length, seed)
-        firsts.append(stream.first)
-        gaps += stream.gaps(0.0, float("inf"))
-        if turn < len(AGENT_APPENDS):
-            history = history + stream.tokens + prompt(pick, AGENT_APPENDS[turn])
-            await asyncio.sleep(pick.uniform(*AGENT_GAP))
-    last = stream.times[0] - arrived
-    rows.append(
-        {"first": firsts[0], "later": firsts[1:], "ttfet": last, "gaps": gaps, "e2e": stream.times[-1] - arrived}
-    )
-
-
-async def policies(files: ModelFiles, rate: float, repeats: int) -> list[dict]:
-    """All policies in turns, `repeats` times; medians over the repeats."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in POLICIES}
-    for repeat in range(repeats):
-        for policy in POLICIES:
-            pick, rows, at, tasks = random.Random(repeat), [], 0.0, []
-            topology = "2D" if policy == "colocated" else "1P1D"  # two workers for everybody
-            async with cluster(files, topology, policy, max_model_len=4096) as client:
-                await read(client, prompt(random.Random(7), 600), 30, "warm")
-                for n in range(AGENTS):
-                    at += pick.expovariate(rate)
-                    tasks.append(agent(client, f"{repeat}-{n}", at, rows))
-                await asyncio.gather(*tasks)
-                moved = sum(link.bytes for link in client.handoffs.values())
-                placed = dict(client.placements)
-            later = [x for r in rows for x in r["later"]]
-            gaps = [x for r in rows for x in r["gaps"]]
-            result = {
-                "first_ttft_mean_s": statistics.mean(r["first"] for r in rows),
-                "first_ttft_p95_s": percentile([r["first"] for r in rows], 0.95),
-                "later_ttft_mean_s": statistics.mean(later),
-                "later_ttft_p95_s": percentile(later, 0.95),
-                "ttfet_mean_s": statistics.mean(r["ttfet"] for r in rows),
-                "ttfet_p95_s": percentile([r["ttfet"] for r in rows], 0.95),
-                "gap_mean_ms": 1e3 * statistics.mean(gaps),
-                "gap_p95_ms": 1e3 * percentile(gaps, 0.95),
-                "gap_p99_ms": 1e3 * percentile(gaps, 0.99),
-                "e2e_mean_s": statistics.mean(r["e2e"] for r in rows),
-                "e2e_p95_s": percentile([r["e2e"] for r in rows], 0.95),
-                "moved_mib": moved / 2**20,
-            }
-            found[policy].append(result)
-            shown = {k: round(v, 3) for k, v in result.items()}
-            print(
-                json.dumps({"policy": policy, **shown, "placed": {f"{p}->{h}": n for (p, h), n in placed.items()}}),
-                flush=True,
-            )
-    return [
-        {"policy": name, "rate": rate} | {key: statistics.median(r[key] for r in results) for key in results[0]}
-        for name, results in found.items()
-    ]
-
-
 def main() -> int:
     """Run one of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("interference", "pressure", "recovery", "policies"))
+    parser = flags(__doc__)
+    parser.add_argument("what", choices=("interference", "pressure", "recovery"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=0.5, help="agents a second")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    files = resolve("smollm2-135m")
-    run = {
-        "interference": lambda: interference(files, args.repeats),
-        "pressure": lambda: pressure(files),
-        "recovery": lambda: recovery(files),
-        "policies": lambda: policies(files, args.rate, args.repeats),
-    }[args.what]
-    rows = asyncio.run(run())
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    run = {"interference": lambda: interference(args.repeats), "pressure": pressure, "recovery": recovery}[args.what]
+    write(args.json, asyncio.run(run()))
     return 0
 
 

@@ -1,18 +1,18 @@
 """What one constrained request costs the 15 beside it: the time of a step of 16 decodes, with and without it.
 
-`python scripts/bench_grammar.py [MODEL] [--steps N]`. Rounds with and without take turns, so that a noisy machine is
-noisy for both; the medians are compared.
+.venv/bin/python scripts/bench_grammar.py [MODEL] [--steps 60]
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from itertools import chain, count
 
 from miniserve.api.structured import json_grammar
 from miniserve.llm import LLM
 from miniserve.sampling_params import Grammar, SamplingParams
 from miniserve.worker.sequence import Sequence
+from scripts.harness import flags, in_turns, write
 
 ITEM = {"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}}, "required": ["name"]}
 WANTED = json_grammar({"type": "array", "items": ITEM, "minItems": 100_000})
@@ -36,22 +36,26 @@ def round_of(llm: LLM, number: int, wanted: Grammar | None, steps: int) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure and print."""
+    parser = flags(__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=None, help="1 where others use the cores too")
+    parser.add_argument("--threads", type=int, default=0, help="1 where others use the cores too")
     args = parser.parse_args()
-    llm = LLM(args.model, max_model_len=1024, kv_cache_memory="256MiB", threads=args.threads or 0)
-    free: list[float] = []
-    bound: list[float] = []
-    for number in range(2 * args.rounds + 2):
-        found = round_of(llm, number, WANTED if number % 2 else None, args.steps)
-        if number >= 2:
-            (bound if number % 2 else free).extend(found)
-    a, b = statistics.median(free) * 1000, statistics.median(bound) * 1000
-    print(f"a step of 16 decodes: {a:.2f} ms without, {b:.2f} ms with one constrained: {100 * (b / a - 1):+.1f} %")
-    print(f"({len(free)} and {len(bound)} steps, {args.rounds} rounds each, medians)")
+    llm = LLM(args.model, max_model_len=1024, kv_cache_memory="256MiB", threads=args.threads)
+    number = count()
+
+    def measure(constrained: bool) -> list[float]:
+        return round_of(llm, next(number), WANTED if constrained else None, args.steps)
+
+    runs = in_turns((False, True), args.rounds, measure, warm_up=1)
+    steps = {name: list(chain.from_iterable(found)) for name, found in runs.items()}
+    free, bound = (1e3 * statistics.median(seconds) for seconds in steps.values())
+    cost = 100 * (bound / free - 1)
+    print(f"a step of 16 decodes: {free:.2f} ms without, {bound:.2f} ms with one constrained: {cost:+.1f} %")
+    print(f"({len(steps[False])} and {len(steps[True])} steps, {args.rounds} rounds each, medians)")
+    write(args.json, {"free_ms": free, "constrained_ms": bound})
 
 
 if __name__ == "__main__":

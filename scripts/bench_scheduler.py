@@ -8,20 +8,18 @@ a turn whose conversation is known; "submit" is all of a turn's arrival, with th
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import random
 import statistics
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 from miniserve.cluster.messages import Peer, PoolInfo, Report, StepTime, TurnOutput, WorkerStats
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.scheduler import Scheduler, Send
+from scripts.harness import flags, write
 
 PAGE, PAGES, TURNS = 16, 4_000_000, 5
 STATS = WorkerStats(PAGES, PAGES, 0, 0, 0, 0, 0, 0)
@@ -93,8 +91,7 @@ def measure(policy: str, alive: int) -> dict[str, float]:
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
+    parser = flags(__doc__)
     parser.add_argument("--alive", type=int, nargs="+", default=[10, 10_000, 100_000])
     args = parser.parse_args()
     results = {policy: {alive: measure(policy, alive) for alive in args.alive} for policy in POLICIES}
@@ -105,8 +102,7 @@ def main() -> int:
                 f"{policy:<14} {alive:>8,} {row['decision_us']:>10.1f} {row['decision_p99_us']:>8.1f} "
                 f"{row['submit_us']:>9.1f}       {row['bytes_per_conversation']:>10.0f}"
             )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+    write(args.json, results)
     return 0
 
 

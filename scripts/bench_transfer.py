@@ -5,14 +5,12 @@
 
 The pages are those of SmolLM2-135M in bf16. `mapped` is held against memcpy between two shared memories in one process,
 `collective` against a loopback TCP connection between two processes with raw sockets. A second process has the source
-pool, as in a cluster; it publishes chunk after chunk and everything from its first word to the last stored page counts.
-All variants take turns within each repeat, so that a noisy neighbour meets all of them; figures are medians.
+pool, as in a cluster; it publishes chunk after chunk and everything from the request to the last stored page counts.
+All variants take turns within each repeat, so that a noisy neighbour disturbs all of them; figures are medians.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -22,7 +20,6 @@ import tempfile
 import time
 from collections import deque
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +30,7 @@ from miniserve.kv.transfer.collective import CollectiveTransfer
 from miniserve.kv.transfer.interface import Copy, Transfer
 from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.worker.sizing import keep_freed_memory
+from scripts.harness import flags, in_turns, write
 
 SHAPE = PageShape(layers=30, page_tokens=16, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
 BASELINES = {"mapped": ("memcpy, page by page", "memcpy, at once"), "collective": ("raw sockets",)}
@@ -40,7 +38,7 @@ VARIANTS = [*BASELINES["mapped"], "mapped", *BASELINES["collective"], "collectiv
 
 
 def peer_of(name: str, memory: KVMemory) -> Peer:
-    """`memory` as its owner, this process, tells others about it."""
+    """What the owner of `memory`, this process, sends to others."""
     assert memory.shared is not None
     return Peer(name, 1, "", PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, ""))
 
@@ -52,7 +50,7 @@ def prepare() -> None:
 
 
 def source(control: Connection, run_dir: str, peer: Peer, num_pages: int) -> None:
-    """The other process: publishes when told to."""
+    """The other process: it publishes what `control` asks for."""
     prepare()
     memory = KVMemory(SHAPE, num_pages, torch.device("cpu"))
     memory.pages.view(torch.int16).random_()
@@ -138,23 +136,18 @@ class Bench:
 
 def measure(bench: Bench, repeats: int, touched: bool) -> dict[str, float]:
     """GB/s of each variant, medians."""
-    for variant in VARIANTS if touched else ():
-        bench.run(variant, touched)  # the first use connects and grows buffers
-    runs: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for _ in range(repeats):
-        for variant in VARIANTS:
-            runs[variant].append(bench.run(variant, touched))
+    # The first use connects and grows buffers.
+    runs = in_turns(VARIANTS, repeats, lambda variant: bench.run(variant, touched), warm_up=1 if touched else 0)
     moved = bench.num_pages * SHAPE.bytes
     return {variant: moved / statistics.median(seconds) / 1e9 for variant, seconds in runs.items()}
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--pages", type=int, default=128, help="moved each time")
     parser.add_argument("--chunk", type=int, default=32, help="pages of one publication")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", help="write the figures there")
     args = parser.parse_args()
     prepare()
     fresh = max(3, args.repeats // 3)
@@ -178,15 +171,9 @@ def main() -> None:
             f"{backend} is {ratios[backend]['touched']:.0%} of the faster plain copy"
             f" ({ratios[backend]['untouched']:.0%} into untouched memory)"
         )
-    if args.json:
-        figures = {
-            "arguments": vars(args),
-            "page_bytes": SHAPE.bytes,
-            "cpus": os.cpu_count(),
-            "torch": torch.__version__,
-        }
-        figures |= {"cpus": os.cpu_count(), "touched_gb_s": touched, "untouched_gb_s": untouched, "ratios": ratios}
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    setting = {"pages": args.pages, "chunk": args.chunk, "repeats": args.repeats, "page_bytes": SHAPE.bytes}
+    setting |= {"cpus": os.cpu_count(), "torch": torch.__version__}
+    write(args.json, {**setting, "touched_gb_s": touched, "untouched_gb_s": untouched, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ possible, and what a plain read of the weights takes in the same run. Medians.
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.worker import build as building
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
+from scripts.harness import flags, medians, write
 
 READ_BYTES = 1 << 28
 """Much more than a cache holds, as the weights of most models are."""
@@ -41,7 +40,7 @@ NAMES = ("rms_norm", "rope", "attention", "silu_mul", "plan")
 
 
 class Timed:
-    """Ops that count their seconds. Matrices are told apart by their place in a layer."""
+    """Ops that count their seconds. A matrix has the name of its place in a layer."""
 
     def __init__(self, inner: ops.Ops) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -53,7 +52,7 @@ class Timed:
         return self._timed(name, found) if name in NAMES else found
 
     def fuse(self, *arguments: Any) -> None:
-        """Not in one call, whose parts could not be told apart."""
+        """Not in one call: its parts could not be timed."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
         name = ("qkv", "out", "gate and up", "down")[self._made % 4]
@@ -92,7 +91,7 @@ def until_idle(engine: Engine) -> None:
 
 
 def add(engine: Engine, layout: str, name: str, length: int, outputs: int) -> None:
-    """Queue a prompt of tokens that its name decides."""
+    """Queue a prompt of tokens that depend on its name."""
     seed = crc32(name.encode())
     tokens = torch.randint(100, 20_000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
@@ -121,12 +120,12 @@ def measure(
         parts = dict(timed.seconds) if timed is not None else {}
         rows.append({**parts, "host": whole - sum(parts.values()), "step": whole})
     until_idle(engine)
-    return {name: 1e3 * statistics.median(row.get(name, 0.0) for row in rows) for name in rows[0]}
+    return {name: 1e3 * seconds for name, seconds in medians(rows).items()}
 
 
 def main() -> None:
     """Profile and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=15)
@@ -175,6 +174,7 @@ def main() -> None:
         f"The weights, {built.weights_bytes / 1e6:.0f} MB, take {read:.1f} ms to read, "
         f"{100 * read / whole['1 decode']['step']:.0f} % of the step of one decode."
     )
+    write(arguments.json, {"parts_ms": parts, "whole_ms": whole, "read_bytes_per_second": reads})
 
 
 if __name__ == "__main__":

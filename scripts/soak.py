@@ -13,7 +13,6 @@ is the machine's).
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -28,11 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.dispatcher import EngineClient
-from miniserve.hub.resolve import resolve
+from miniserve.config import EngineConfig
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
+from scripts.harness import cluster, flags, write
 from tests.support import tiny
 from tests.support.anywhere import Anywhere
 
@@ -76,14 +74,9 @@ class Round:
         )
         self.kills = pick.choice([0, 1, 2, 3, 4])
         self.what = f"{topology} {policy} {engine.kv_transfer} {pages} pages, swap {engine.swap_space // PAGE_BYTES}"
-        config = ServeConfig(
-            engine=engine, topology=Topology.parse(topology), policy="observe" if policy == "anywhere" else policy
-        )
-        self.client = EngineClient(config, resolve(str(self.folder)))
-        if policy == "anywhere":
-            self.client.scheduler._policy = Anywhere(random.Random(self.seed))
-        await self.client.start()
-        try:
+        async with cluster(engine, topology, "observe" if policy == "anywhere" else policy) as self.client:
+            if policy == "anywhere":
+                self.client.scheduler._policy = Anywhere(random.Random(self.seed))
             killer = asyncio.create_task(self.killer())
             talks = [self.conversation(random.Random(self.seed * 1000 + n)) for n in range(pick.randint(6, 16))]
             await asyncio.gather(*talks)
@@ -95,8 +88,6 @@ class Round:
             for stats in self.client.stats.values():
                 self.seen["preemptions"] += stats.preemptions
                 self.seen["pages restored"] += stats.restored
-        finally:
-            await self.client.stop()
 
     async def conversation(self, pick: random.Random) -> None:
         """One agent: turns, gaps, and what agents do to their history."""
@@ -128,7 +119,7 @@ class Round:
             async with asyncio.timeout(TURN_SECONDS):
                 async for output in turn:
                     if output.finish == "error":
-                        if "workers died" not in output.error:  # it is given up after three deaths, and says so
+                        if "workers died" not in output.error:  # a turn is given up after three deaths
                             raise Violation(f"a turn ended with {output.error!r}")
                         self.seen["given up"] += 1
                     if output.tokens and output.index != len(got):
@@ -183,7 +174,7 @@ class Round:
         return found
 
     async def settled(self) -> None:
-        """All workers are back, and nothing is held by anybody."""
+        """All workers are back, and nothing is held."""
         client, deadline = self.client, time.monotonic() + 60
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)
@@ -202,7 +193,7 @@ class Round:
                 raise Violation(f"the ledger of {view.name} holds {view.reserved} pages for {view.turns} turns")
 
 
-def soak(seconds: float, seed: int, *, rounds: int = 0, tell: bool = True) -> dict:
+def soak(seconds: float, seed: int, *, rounds: int = 0, quiet: bool = False) -> dict:
     """Rounds until `seconds` are over, or so many; what was done. Raises `Violation` with the seed of its round."""
     started, seen, done = time.monotonic(), Counter(), 0
     with tempfile.TemporaryDirectory() as made:
@@ -216,18 +207,17 @@ def soak(seconds: float, seed: int, *, rounds: int = 0, tell: bool = True) -> di
             except Exception as error:
                 raise Violation(f"--seed {current.seed} ({current.what}): {type(error).__name__}: {error}") from error
             done += 1
-            if tell:
+            if not quiet:
                 print(f"round {current.seed}: {current.what}, {time.monotonic() - began:.1f} s", flush=True)
     return {"seconds": round(time.monotonic() - started), "rounds": done, "seed": seed, **dict(sorted(seen.items()))}
 
 
 def main() -> int:
     """0 if nothing was violated."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags(__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     try:
         result = soak(args.seconds, args.seed, rounds=args.rounds)
@@ -235,8 +225,7 @@ def main() -> int:
         print(f"VIOLATION {violation}", file=sys.stderr)
         return 1
     print(json.dumps(result, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.json, result)
     return 0
 
 

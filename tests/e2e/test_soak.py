@@ -29,7 +29,7 @@ def soak():
 
 
 def test_twenty_seconds(soak):
-    result = soak.soak(20.0, int(time.time()), tell=False)
+    result = soak.soak(20.0, int(time.time()), quiet=True)
     assert result["tokens compared"] > 100
 
 
@@ -39,4 +39,4 @@ def test_the_soak_notices_wrong_text(soak, monkeypatch):
         soak.tiny, "reference", lambda folder, prompts, n: [[t ^ 1 for t in text] for text in wrong(folder, prompts, n)]
     )
     with pytest.raises(soak.Violation, match=r"--seed 5 .* was continued with"):
-        soak.soak(60.0, 5, rounds=1, tell=False)
+        soak.soak(60.0, 5, rounds=1, quiet=True)
