@@ -47,7 +47,6 @@ class Stream:
 
     @property
     def first(self) -> float:
-        """Seconds to the first token."""
         return self.times[0] - self.sent
 
     def gaps(self, start: float, end: float) -> list[float]:
@@ -58,7 +57,6 @@ class Stream:
 async def read(
     client: EngineClient, prompt: list[int], tokens: int, key: str, into: Stream | None = None, salt: str = ""
 ) -> Stream:
-    """Run one turn to its end."""
     stream = into or Stream(0.0)
     stream.sent = time.monotonic()
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -159,7 +157,6 @@ async def talk(client: EngineClient, number: int, rows: list[dict]) -> None:
 
 
 async def pressure() -> list[dict]:
-    """All ways to keep KV."""
     rows = []
     for order, host in KEEPING:
         turns: list[dict] = []
@@ -232,7 +229,6 @@ async def recovery() -> list[dict]:
 
 
 def main() -> int:
-    """Run one of them."""
     parser = flags(__doc__)
     parser.add_argument("what", choices=("interference", "pressure", "recovery"))
     parser.add_argument("--repeats", type=int, default=5)

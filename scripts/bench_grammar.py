@@ -36,7 +36,6 @@ def round_of(llm: LLM, number: int, wanted: Grammar | None, steps: int) -> list[
 
 
 def main() -> None:
-    """Measure and print."""
     parser = flags(__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=60)

@@ -25,7 +25,6 @@ FREE = [
 
 
 def main() -> None:
-    """Measure and print."""
     parser = flags(__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)

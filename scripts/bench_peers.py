@@ -107,7 +107,6 @@ async def measure(peer: Peer, scenario: Scenario, prompts: Prompts) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print."""
     parser = flags(__doc__)
     parser.add_argument("servers", nargs="+", type=Peer.parse, metavar="NAME=URL,MODEL,PID")
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="MODEL_FOLDER")

@@ -64,7 +64,6 @@ def held_out(trace: Path, out: Path) -> Path:
 
 
 def compare(trace: Path, folder: Path, *flags: str) -> None:
-    """Run `miniserve compare`."""
     folder.mkdir(exist_ok=True, parents=True)
     command = [sys.executable, "-m", "miniserve", "compare", str(trace), *PAPER, *flags, "--out", str(folder)]
     print(shlex.join(command[2:]), flush=True)
@@ -72,7 +71,6 @@ def compare(trace: Path, folder: Path, *flags: str) -> None:
 
 
 def cells(folder: Path) -> list[dict[str, Any]]:
-    """What a comparison has found."""
     return json.loads((folder / "cells.json").read_text())
 
 
@@ -98,7 +96,6 @@ def validation(trace: Path, out: Path, jobs: int) -> None:
 
 
 def grid(trace: Path, out: Path, names: list[str], jobs: int) -> None:
-    """Every policy in every cell."""
     for name in names:
         hardware, flags = CELLS[name]
         compare(
@@ -145,7 +142,6 @@ def verdict(out: Path) -> None:
 
 
 def main() -> None:
-    """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("validation", "grid", "goodput", "verdict"))
     parser.add_argument("paths", nargs="+", type=Path, metavar="TRACE OUT")

@@ -90,7 +90,6 @@ def measure(policy: str, alive: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Print the table."""
     parser = flags(__doc__)
     parser.add_argument("--alive", type=int, nargs="+", default=[10, 10_000, 100_000])
     args = parser.parse_args()

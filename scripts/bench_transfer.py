@@ -143,7 +143,6 @@ def measure(bench: Bench, repeats: int, touched: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and print."""
     parser = flags(__doc__)
     parser.add_argument("--pages", type=int, default=128, help="moved each time")
     parser.add_argument("--chunk", type=int, default=32, help="pages of one publication")

@@ -139,7 +139,6 @@ def verdict(check: Check, result: dict[str, Any], judged: bool) -> str:
 
 
 def markdown(facts: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
-    """Everything in one page."""
     lines = [f"# GPU check: {facts['verdict']}", ""]
     if not facts["judged"]:
         lines += ["**Not a GPU: figures mean nothing.** Limits of speed are not judged.", ""]
@@ -192,7 +191,6 @@ def facts(device: str, small: bool) -> dict[str, Any]:
 
 
 def write(out: Path, about: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
-    """The report so far."""
     out.mkdir(parents=True, exist_ok=True)
     checks = {
         name: r | {"figures": [asdict(f) | {"ok": f.ok} for f in r.get("figures", [])]} for name, r in results.items()

@@ -84,7 +84,6 @@ def read_speed() -> float:
 
 
 def until_idle(engine: Engine) -> None:
-    """Run what is queued to its end."""
     while engine.has_work:
         engine.admit()
         engine.step()
@@ -124,7 +123,6 @@ def measure(
 
 
 def main() -> None:
-    """Profile and print a Markdown table."""
     parser = flags(__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=0)

@@ -35,7 +35,7 @@ class CompareConfig:
     mispredict: list[float]
     """Shares of ampd's predictions that are made wrong; ampd runs with each of them."""
     hardware: str
-    caching: bool = True
+    enable_prefix_caching: bool = True
     jobs: int = 1
     """Simulations at once."""
     serve: str | None = None
@@ -48,21 +48,16 @@ class CompareConfig:
 
 
 class Series(NamedTuple):
-    """A line in the figures."""
-
     policy: str
     topology: Topology
     mispredict: float
 
     @property
     def label(self) -> str:
-        """Its name in tables and figures."""
         return f"{self.policy} {self.topology}"
 
 
 class GridCell(NamedTuple):
-    """One run of the grid."""
-
     series: Series
     rate: float
     seed: int
@@ -126,7 +121,7 @@ async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dic
             if config.window is not None and cell[1:] == (max(config.rates), config.seeds[0]):
                 command += ["--window", f"{config.window[0]:g}..{config.window[1]:g}"]
             command += ["--hardware", config.hardware]
-            command += [] if config.caching else ["--no-enable-prefix-caching"]
+            command += [] if config.enable_prefix_caching else ["--no-enable-prefix-caching"]
             async with room:
                 result = await _run(command)
             done += 1
@@ -136,16 +131,15 @@ async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dic
         return await asyncio.gather(*map(one, grid))
 
 
+async def _start(command: list[str], stderr: int) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "miniserve", *command, stdout=asyncio.subprocess.PIPE, stderr=stderr
+    )
+
+
 async def _run(command: list[str]) -> dict[str, Any]:
     """The JSON that a command of miniserve prints, with the command itself. Raises `ConfigError` if it fails."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "miniserve",
-        *command,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    process = await _start(command, asyncio.subprocess.PIPE)
     try:
         out, err = await process.communicate()
     finally:
@@ -178,14 +172,7 @@ async def _serve_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[s
 
 async def _on_server(serve: list[str], command: list[str]) -> dict[str, Any]:
     """Run a command against a server that lives as long as the command."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "miniserve",
-        *serve,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    process = await _start(serve, asyncio.subprocess.STDOUT)
     assert process.stdout is not None
     output = []
     try:

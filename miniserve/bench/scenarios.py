@@ -79,12 +79,10 @@ class TimedTurn(NamedTuple):
 
     @property
     def last(self) -> float:
-        """When its last token came."""
         return self.answer.times[-1] if self.answer.times else self.ended
 
     @property
     def ttft(self) -> float:
-        """Time to its first token."""
         return self.first - self.sent
 
     @property

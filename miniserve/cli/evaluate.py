@@ -8,8 +8,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from miniserve.bench.replay.workload import ARRIVALS
 from miniserve.cli.flags import checked, positive, rate, scale, seconds, share, span, whole
@@ -19,6 +20,7 @@ from miniserve.scheduler.baselines import POLICIES
 if TYPE_CHECKING:
     from miniserve.bench.replay.generators import WorkloadConfig
 
+T = TypeVar("T")
 TRACE_HELP = (
     "a trace (CSV, or Mooncake's JSONL), or a workload made up: swe-agent, chat, deep-research, "
     "mix:swe-agent=0.5,chat=0.5"
@@ -26,7 +28,6 @@ TRACE_HELP = (
 
 
 def add_commands(commands: Any) -> None:
-    """Add the four commands to argparse's."""
     _add_replay(commands)
     _add_simulate(commands)
     _add_compare(commands)
@@ -111,19 +112,9 @@ def _replay(args: argparse.Namespace) -> int:
         raise ConfigError(f"{error.name} is missing: pip install 'miniserve[bench]'.") from error
 
     workload = _workload(args).load(args.rate, args.seed)
-    result = replay(
-        ReplayConfig(
-            url=args.url,
-            workload=workload,
-            api_key=api_key(args),
-            model=args.model,
-            scale=args.scale_tokens,
-            vocab=args.vocab,
-            standalone=len(workload.scripts) if args.standalone is None else args.standalone,
-            timeout=args.timeout,
-        )
-    )
-    return _write(result, args.json)
+    alone = len(workload.scripts) if args.standalone is None else args.standalone
+    config = _filled(ReplayConfig, args, workload=workload, api_key=api_key(args), standalone=alone)
+    return _write(replay(config), args.json)
 
 
 # --- simulate -------------------------------------------------------------------------------------------------------
@@ -171,15 +162,8 @@ def _simulate(args: argparse.Namespace) -> int:
     from miniserve.bench.simulate.hardware import load_roles
     from miniserve.bench.simulate.run import simulate
 
-    config = SimulationConfig(
-        workload=_workload(args).load(args.rate, args.seed),
-        topology=args.topology,
-        hardware=load_roles(args.hardware),
-        policy=args.policy,
-        mispredict=args.mispredict,
-        window=args.window,
-        caching=args.enable_prefix_caching,
-    )
+    workload, hardware = _workload(args).load(args.rate, args.seed), load_roles(args.hardware)
+    config = _filled(SimulationConfig, args, workload=workload, hardware=hardware)
     with counting("conversations", len(config.workload.scripts)) as progress:
         result = simulate(config, progress)
     return _write(result, args.json)
@@ -229,23 +213,8 @@ def _add_compare(commands: Any) -> None:
 def _compare(args: argparse.Namespace) -> int:
     from miniserve.bench.compare import CompareConfig, compare
 
-    return compare(
-        CompareConfig(
-            workload=_workload(args),
-            policies=args.policies.split(","),
-            topology=args.topology,
-            rates=args.rates,
-            seeds=args.seeds,
-            mispredict=args.mispredict,
-            hardware=args.hardware,
-            caching=args.enable_prefix_caching,
-            jobs=args.jobs,
-            serve=args.serve,
-            serve_args=shlex.split(args.serve_args),
-            window=args.window,
-            out=args.out,
-        )
-    )
+    lists = {"policies": args.policies.split(","), "serve_args": shlex.split(args.serve_args)}
+    return compare(_filled(CompareConfig, args, workload=_workload(args), **lists))
 
 
 # --- profile --------------------------------------------------------------------------------------------------------
@@ -272,20 +241,17 @@ def _profile(args: argparse.Namespace) -> int:
     from miniserve.bench.simulate.profile import ProfileConfig, profile
     from miniserve.hub.resolve import DEFAULT_MODEL
 
-    profile(
-        ProfileConfig(
-            model=args.model or DEFAULT_MODEL,
-            out=args.out,
-            device=args.device,
-            dtype=args.dtype,
-            threads=args.threads,
-            workers=args.workers,
-        )
-    )
+    profile(_filled(ProfileConfig, args, model=args.model or DEFAULT_MODEL))
     return 0
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """A configuration: `more`, and each flag fills the field of its name."""
+    given = {name: value for name, value in vars(args).items() if name in signature(kind).parameters}
+    return kind(**given | more)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -199,7 +199,7 @@ def test_what_should_be_put_right_before(tokenizer: Tokenizer) -> None:
     engine = SpokenEngine()
     with serving(engine, tokenizer) as url:
         with pytest.raises(ConfigError, match=r"10,030 tokens.*4,096: --scale-tokens 0\.2 would fit"):
-            replay(config(url, [*SCRIPTS, script("d", (10_000, 30, 0))], scale=0.5))
+            replay(config(url, [*SCRIPTS, script("d", (10_000, 30, 0))], scale_tokens=0.5))
         with pytest.raises(ConfigError, match="no model 'x': it has tiny"):
             replay(config(f"{url}/v1", SCRIPTS, model="x"))
         engine.trouble = lambda tokens: {"finish": "error", "error": "out of luck"}

@@ -87,7 +87,7 @@ def test_energy_counts_busy_and_idle_time():
 
 
 def test_without_prefix_caching_nothing_is_found():
-    assert simulate(simulated(scripts(5), "1D", "colocated", caching=False))["cached_tokens"] == 0
+    assert simulate(simulated(scripts(5), "1D", "colocated", enable_prefix_caching=False))["cached_tokens"] == 0
     assert simulate(simulated(scripts(5), "1D", "colocated"))["cached_tokens"] > 0
 
 

@@ -221,7 +221,6 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
 
 
 def _by_share(cells: Sequence[Cell], path: Keys) -> Iterator[tuple[float, Spread]]:
-    """The points of a line; shares are in per cent."""
     for share in sorted({cell["mispredict"] for cell in cells}):
         if spread := measured([cell for cell in cells if cell["mispredict"] == share], *path):
             yield 100 * share, spread

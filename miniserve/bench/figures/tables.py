@@ -78,7 +78,6 @@ def usual(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def by_rate(cells: Sequence[Cell]) -> dict[float, list[Cell]]:
-    """Cells by rate, rising."""
     rates = sorted({cell["rate"] for cell in cells})
     return {rate: [cell for cell in cells if cell["rate"] == rate] for rate in rates}
 
@@ -91,7 +90,6 @@ def goodput(cells: Sequence[Cell], label: str) -> float | None:
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    """One table for each rate, and one of goodput."""
     return "\n".join(_lines(cells)) + "\n" if cells else ""
 
 

@@ -50,7 +50,6 @@ class Answer:
 
 
 def session(api_key: str | None) -> aiohttp.ClientSession:
-    """A client whose requests carry the key."""
     key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return aiohttp.ClientSession(
         headers={"Content-Type": "application/json"} | key,

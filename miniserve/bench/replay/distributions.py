@@ -45,12 +45,10 @@ class Distribution(NamedTuple):
         return parsed
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
         prefix = f"{self.kind}:" if self.kind in ("log", "exp") else ""
         return f"{prefix}{self.low:g}" + (f"..{self.high:g}" if self.kind in ("uniform", "log") else "")
 
     def draw(self, rng: np.random.Generator) -> float:
-        """One number."""
         if self.kind == "exp":
             return float(rng.exponential(self.low))
         if self.kind == "log":
@@ -71,7 +69,6 @@ class WorkloadShape:
     same_prompt: bool = False
 
     def apply(self, script: Script, seed: int) -> Script:
-        """The script as it is replayed."""
         gaps, appends = generator(seed, "gap", script.key), generator(seed, "append", script.key)
         turns = []
         for n, turn in enumerate(script.turns[: self.max_turns]):
@@ -132,7 +129,6 @@ class Text:
         self._shared = shared[: script.turns[0].new]  # scaling rounds blocks and prompts separately
 
     def take(self, count: int) -> list[int]:
-        """The next `count` ids."""
         shared, self._shared = self._shared[:count], self._shared[count:]
         return shared + self._rng.integers(*self._range, count - len(shared)).tolist()
 

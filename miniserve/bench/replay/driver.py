@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,7 +42,8 @@ ALONE = 1_000_003
 MOST_FAILURES = 10
 
 
-class ReplayConfig(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
     """What to replay where. Times are in seconds."""
 
     url: str
@@ -49,7 +51,7 @@ class ReplayConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     model: str | None = None
     """None: the first one that the server names."""
-    scale: float = 1.0
+    scale_tokens: float = 1.0
     """The factor that the trace's token counts were multiplied by: an error message recommends another one."""
     vocab: int | None = None
     """None: the server's, else `VOCAB`."""
@@ -57,7 +59,7 @@ class ReplayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
     """The longest that a turn may take."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of each request; one that is None removes a field."""
 
 
@@ -102,7 +104,7 @@ def _stops(work: asyncio.Task[None]) -> Iterator[None]:
 def _check_length(config: ReplayConfig, server: TargetServer) -> None:
     longest = max(script.tokens for script in config.workload.scripts)
     if server.max_model_len is not None and longest > server.max_model_len:
-        fits = config.scale * server.max_model_len / longest
+        fits = config.scale_tokens * server.max_model_len / longest
         digits = 10 ** (1 - math.floor(math.log10(fits)))
         raise ConfigError(
             f"The longest conversation has {longest:,} tokens, the server's context {server.max_model_len:,}: "
@@ -112,8 +114,6 @@ def _check_length(config: ReplayConfig, server: TargetServer) -> None:
 
 
 class Replay:
-    """One workload against one server."""
-
     def __init__(self, config: ReplayConfig, server: TargetServer, http: aiohttp.ClientSession) -> None:
         self.config = config
         self.server = server

@@ -31,7 +31,6 @@ class Energy:
         self._joules = 0.0
 
     def start(self) -> None:
-        """Count from now on."""
         self._joules = 0.0
         self._last = [read() for read, _, _ in self._counters]
 

@@ -42,7 +42,6 @@ class ConversationTimes:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended early."""
         return any(turn.error for turn in self.turns)
 
 
@@ -57,7 +56,6 @@ class Latency(NamedTuple):
 
 
 def latency(times: ConversationTimes) -> Latency:
-    """The figures of a conversation that has ended."""
     last = times.turns[-1]
     return Latency(
         ttft=tuple(turn.first - turn.sent for turn in times.turns),

@@ -48,7 +48,6 @@ class Totals(NamedTuple):
     seconds: float
 
     def since(self, before: Totals) -> Totals:
-        """What came after `before`."""
         return Totals(self.placements - before.placements, self.bytes - before.bytes, self.seconds - before.seconds)
 
 
@@ -67,12 +66,11 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def native(self) -> bool:
-        """Whether it is asked at llama-server's own /completion."""
+        """Whether tokens are asked for at llama-server's own /completion."""
         return self.kind == "llama.cpp"
 
     @property
     def generate_url(self) -> str:
-        """Where tokens are asked for."""
         return f"{self.root}/completion" if self.native else f"{self.root}/v1/completions"
 
     def body(self, prompt: list[int], output: int, extra: dict[str, Any]) -> bytes:
@@ -190,7 +188,6 @@ def error_message(error: Any) -> str:
 
 
 def body_message(body: bytes) -> str:
-    """The text of an HTTP answer that is an error."""
     try:
         return error_message(_chunk.decode(body).error) or body[:200].decode(errors="replace")
     except msgspec.DecodeError:

@@ -71,7 +71,7 @@ class _Lines:
 
 
 def _rows(lines: _Lines) -> list[Script]:
-    """Tasks of a CSV file. Raises ValueError or csv.Error."""
+    """Scripts of a CSV file. Raises ValueError or csv.Error."""
     reader = csv.reader(lines, strict=True)
     header = [name.strip() for name in next(reader, [])]
     if missing := [name for name in _REQUIRED if name not in header]:
@@ -135,7 +135,6 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The full ones."""
         return self.hash_ids[: self.input_length // BLOCK_TOKENS]
 
 
@@ -194,7 +193,6 @@ def _requests(lines: _Lines) -> list[Script]:
 
 
 def _continued(request: _Request, owners: _Owners) -> _Chain | None:
-    """The chain that the request continues."""
     blocks = request.blocks
     for place in reversed(range(len(blocks))):
         chain = owners.get((place, blocks[place]))

@@ -39,8 +39,7 @@ class SimulationConfig:
     mispredict: float = 0.0
     window: tuple[float, float] | None = None
     """Seconds of which a timeline is recorded."""
-    caching: bool = True
-    """Whether workers find KV of known prefixes."""
+    enable_prefix_caching: bool = True
 
 
 @dataclass(slots=True)
@@ -93,7 +92,7 @@ class Simulation:
                 self._carry,
                 max_model_len=max(longest, 2),
                 stretch=policy.step_stretch,
-                caching=config.caching,
+                caching=config.enable_prefix_caching,
                 record=config.window is not None,
             )
         for name, worker in self.workers.items():
@@ -103,12 +102,10 @@ class Simulation:
         self._at(TICK_SECONDS, self._tick, None)
 
     def run(self) -> None:
-        """Until all conversations have ended."""
         while self._done < len(self._scripts):
             self.step()
 
     def step(self) -> None:
-        """The next event."""
         self.now, _, happen, what = heappop(self._events)
         happen(what)
 
@@ -167,7 +164,6 @@ class Simulation:
         self._ask(Agent(script, number, Text(script, self._seed), times))
 
     def _ask(self, agent: Agent) -> None:
-        """The next turn."""
         number = len(agent.times.turns)
         size = agent.script.turns[number]
         agent.said.extend(agent.text.take(size.new))
@@ -179,7 +175,6 @@ class Simulation:
         self._carry_out(self.scheduler.submit(name, agent.said.tolist(), params, agent.number, "", "", self.now))
 
     def _deliver(self, turn: str, output: TurnOutput) -> None:
-        """The next tokens have come."""
         agent = self._agents[turn]
         assert output.finish != "error", output.error
         if agent.heard == 0:
@@ -207,5 +202,4 @@ class Simulation:
         self._at(self.now + gap, self._ask, agent)
 
     def _speak(self, sequence: Sequence) -> int:
-        """What the model says next in this turn."""
         return self._agents[sequence.turn.rpartition(".")[0]].answer[sequence.num_outputs]

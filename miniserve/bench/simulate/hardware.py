@@ -39,7 +39,6 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a step with any prompt in it takes on top."""
     kv_bytes_per_token: int
     kv_tokens: int
-    """The size of the KV pool."""
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
     page_tokens: int = 64
@@ -65,7 +64,6 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.overhead + max(self.floor, work + some)
 
     def batch_seconds(self, batch: list[tuple[Sequence, int]]) -> float:
-        """The time of a step of the engine."""
         chunks = [(count, sequence.computed) for sequence, count in batch if sequence.missing > 1]
         decodes = len(batch) - len(chunks)
         kv = sum(len(sequence.tokens) for sequence, _ in batch if sequence.missing == 1)

@@ -224,8 +224,7 @@ class _Nowhere:
         if isinstance(body, Report):
             self.steps += body.steps
 
-    def forget(self, address: str) -> None:
-        """Messages wait for no address."""
+    def forget(self, address: str) -> None: ...
 
 
 def _overhead(engine: Engine, layout: str, vocab: int) -> float:

@@ -81,11 +81,9 @@ class SimulatedCopy:
     def ready(self) -> bool:
         return self._clock.now >= self.at
 
-    def store(self, ours: list[int]) -> None:
-        """Nothing moves."""
+    def store(self, ours: list[int]) -> None: ...
 
-    def abandon(self) -> None:
-        """Nothing moves."""
+    def abandon(self) -> None: ...
 
 
 class SimulatedLink:
@@ -110,8 +108,7 @@ class SimulatedLink:
             self._spans.append((begin, copy.at, "transfer"))
         return copy
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def close(self) -> None: ...
 
 
 class SimulatedWorker:
@@ -185,5 +182,4 @@ class SimulatedWorker:
     def send(self, address: str, body: Message) -> None:
         self._send(self.name, address, self.clock.now, body)
 
-    def forget(self, address: str) -> None:
-        """Messages wait for no address."""
+    def forget(self, address: str) -> None: ...
