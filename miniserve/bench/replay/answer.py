@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import msgspec
 
+from miniserve.bench.replay.metrics import TurnTimes
 from miniserve.bench.replay.server import Event, TargetServer, TokenCounts, body_message
 
 CONNECT_SECONDS = 10.0
@@ -25,17 +26,14 @@ class TurnError(Exception):
 
 @dataclass(eq=False)
 class Answer:
-    """A turn's answer so far. `times` are when tokens came (`time.monotonic`), one for each event that had any."""
+    """The answer to a prompt of `prompt` tokens so far. `times` are when tokens came (`time.monotonic`), one for each
+    event that had any."""
 
+    prompt: int
     ids: list[int] = field(default_factory=list)
     tokens: int = 0
     times: list[float] = field(default_factory=list)
     usage: TokenCounts | None = None
-
-    @property
-    def output(self) -> int:
-        """Tokens generated: by the server's count, else those that came."""
-        return self.usage.output if self.usage else self.tokens
 
     def take(self, event: Event, now: float) -> None:
         """Add an event that came at `now`. Raises `TurnError` for one that reports an error."""
@@ -48,6 +46,12 @@ class Answer:
             self.ids += event.ids
         self.usage = event.usage or self.usage
 
+    def turn(self, sent: float, error: str) -> TurnTimes:
+        """The turn, which ends now. The server's count of output tokens goes before that of its events."""
+        times = self.times or [time.monotonic()]
+        cached, output = (self.usage.cached, self.usage.output) if self.usage else (None, self.tokens)
+        return TurnTimes(sent, times[0], times[-1], self.prompt, cached, output, error)
+
 
 def session(api_key: str | None) -> aiohttp.ClientSession:
     key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -58,22 +62,27 @@ def session(api_key: str | None) -> aiohttp.ClientSession:
     )
 
 
-async def ask(http: aiohttp.ClientSession, server: TargetServer, body: bytes, answer: Answer, timeout: float) -> None:
+async def ask(
+    http: aiohttp.ClientSession, server: TargetServer, body: bytes, answer: Answer, timeout: float
+) -> TurnTimes:
     """Send `body` and fill in `answer` until it is whole, within `timeout` seconds. A full server is asked again after
-    its Retry-After. Raises `TurnError`."""
-    full = ""
+    its Retry-After. The turn's `error` says what failed."""
+    full, error = "", ""
+    sent = time.monotonic()
     try:
         async with asyncio.timeout(timeout):
             while wait := await _stream(http, server, body, answer):
                 full = ": it was full"
                 await asyncio.sleep(wait)
-    except aiohttp.ClientError as error:
-        reason = str(error) or type(error).__name__
-        raise TurnError(f"The connection broke after {answer.tokens} tokens: {reason}") from error
-    except TimeoutError as error:
-        raise TurnError(f"The server did not finish within {timeout:g} s{full}") from error
-    except msgspec.DecodeError as error:
-        raise TurnError(f"The stream holds what is no chunk: {error}") from error
+    except TurnError as failure:
+        error = str(failure)
+    except aiohttp.ClientError as failure:
+        error = f"The connection broke after {answer.tokens} tokens: {str(failure) or type(failure).__name__}"
+    except TimeoutError:
+        error = f"The server did not finish within {timeout:g} s{full}"
+    except msgspec.DecodeError as failure:
+        error = f"The stream holds what is no chunk: {failure}"
+    return answer.turn(sent, error)
 
 
 async def _stream(http: aiohttp.ClientSession, server: TargetServer, body: bytes, answer: Answer) -> float:

@@ -6,6 +6,7 @@ scripts share a prefix unless the trace says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -32,16 +33,16 @@ class Distribution(NamedTuple):
         """From `5`, `0..30`, `log:67..8000` or `exp:10`. Raises ValueError."""
         kind, _, rest = text.rpartition(":")
         low, dots, high = rest.partition("..")
+        kinds = ("uniform", "log") if dots else ("fixed", "exp")
         try:
-            parsed = cls(kind or ("uniform" if dots else "fixed"), float(low), float(high) if dots else float(low))
+            parsed = cls(kind or kinds[0], float(low), float(high if dots else low))
+            least = math.ulp(0.0) if kind == "log" else 0.0
+            if parsed.kind not in kinds or not least <= parsed.low <= parsed.high < 1e9:
+                raise ValueError
         except ValueError:
-            parsed = cls("", 0, 0)
-        known = parsed.kind in ("uniform", "log") if dots else parsed.kind in ("fixed", "exp")
-        least = np.nextafter(0, 1) if parsed.kind == "log" else 0
-        if not known or not least <= parsed.low <= parsed.high < 1e9:
             raise ValueError(
                 f"{text!r} is not a number or distribution: write 5, 0..30 (uniform), log:67..8000 or exp:10 (mean)"
-            )
+            ) from None
         return parsed
 
     def __str__(self) -> str:

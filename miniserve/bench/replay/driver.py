@@ -24,10 +24,10 @@ import uvloop
 from rich.console import Console
 from rich.live import Live
 
-from miniserve.bench.replay.answer import Answer, TurnError, ask, session
+from miniserve.bench.replay.answer import Answer, ask, session
 from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.energy import Energy
-from miniserve.bench.replay.metrics import ConversationTimes, Latency, TurnTimes, energy, latency, percentile, summary
+from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
 from miniserve.bench.replay.workload import Script, Workload
 from miniserve.config import ConfigError
@@ -217,29 +217,23 @@ class Replay:
             body = self.server.body(prompt, turn.output, self.config.extra)
             if n and gaps:
                 await asyncio.sleep(ended + turn.gap - time.monotonic())
-            sent = time.monotonic()
-            if n:
-                times.gaps += sent - ended
-            answer, error = Answer(), ""
+            answer = Answer(len(prompt))
             self._answers.add(answer)
             try:
-                await ask(self._http, self.server, body, answer, self.config.timeout)
-            except TurnError as failure:
-                error = str(failure)
+                measured = await ask(self._http, self.server, body, answer, self.config.timeout)
             finally:
                 self._answers.remove(answer)
                 self._tokens += answer.tokens
+            times.gaps += measured.sent - ended if n else 0.0
             ended = time.monotonic()
-            came = answer.times or [ended]
-            cached = answer.usage.cached if answer.usage else None
-            times.turns.append(TurnTimes(sent, came[0], came[-1], len(prompt), cached, answer.output, error))
-            if error:
+            times.turns.append(measured)
+            if measured.error:
                 break
-            self._ttfts.append(came[0] - sent)
-            self._short += answer.output < turn.output
+            self._ttfts.append(measured.ttft)
+            self._short += measured.output < turn.output
             if not n:  # a first prompt can be known only as far as it is shared
-                self._stale += max(0, (cached or 0) - len(script.shared) * script.block)
-            missing = max(answer.output - len(answer.ids), 0)
+                self._stale += max(0, (measured.cached or 0) - len(script.shared) * script.block)
+            missing = max(measured.output - len(answer.ids), 0)
             self._made_up = self._made_up or missing > 0
             prompt += answer.ids + text.take(missing)
         return times

@@ -30,6 +30,16 @@ class TurnTimes(NamedTuple):
     output: int
     error: str = ""
 
+    @property
+    def ttft(self) -> float:
+        """Time to the first token."""
+        return self.first - self.sent
+
+    @property
+    def tbt(self) -> float | None:
+        """The mean gap between tokens; None with one token."""
+        return (self.last - self.first) / (self.output - 1) if self.output > 1 else None
+
 
 @dataclass
 class ConversationTimes:
@@ -58,9 +68,9 @@ class Latency(NamedTuple):
 def latency(times: ConversationTimes) -> Latency:
     last = times.turns[-1]
     return Latency(
-        ttft=tuple(turn.first - turn.sent for turn in times.turns),
+        ttft=tuple(turn.ttft for turn in times.turns),
         ttfet=last.first - times.arrival - times.gaps,
-        tbt=(last.last - last.first) / (last.output - 1) if last.output > 1 else None,
+        tbt=last.tbt,
         e2e=last.last - times.arrival - times.gaps,
     )
 

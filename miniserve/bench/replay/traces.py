@@ -168,12 +168,13 @@ def _requests(lines: _Lines) -> list[Script]:
     owners: _Owners = {}  # By place in the prompt and id: the chain that had the block first.
     common: set[tuple[int, int]] = set()
     chains: list[_Chain] = []
-    start = now = -1.0
+    start: float | None = None
+    now = 0.0
     for request in _decoded(lines):
         if request.timestamp < now:
             raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
         now = request.timestamp
-        start = now if start < 0 else start
+        start = now if start is None else start
         chain = _continued(request, owners)
         if chain is None:
             chain = _Chain(f"line-{lines.number}", (now - start) / 1000, request, request)

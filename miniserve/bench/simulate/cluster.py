@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 from typing import Any
 
 import msgspec
@@ -140,7 +141,7 @@ class Simulation:
     def _work(self, worker: SimulatedWorker) -> None:
         """A round of a worker's loop, unless an earlier one has replaced it."""
         if worker.due == self.now:
-            worker.due = -1.0
+            worker.due = inf
             self._schedule(worker, worker.round(self.now))
 
     def _report(self, what: tuple[str, Envelope]) -> None:

@@ -7,6 +7,7 @@ token; `SimulatedLink` moves no bytes, it lets the time of a copy pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
@@ -131,8 +132,8 @@ class SimulatedWorker:
         self.hardware = hardware
         self.clock = Clock()
         self.inbox: list[Envelope] = []
-        self.due = -1.0
-        """When its next round is due; negative while none is."""
+        self.due = inf
+        """When its next round is due; infinite while none is."""
         self.spans: list[Span] | None = [] if record else None
         self.copies: list[Span] = []
         """With `record`: when KV was on its way to this worker."""
