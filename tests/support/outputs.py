@@ -21,10 +21,9 @@ def outputs(
     invalid: bool = False,
 ) -> list[TurnOutput]:
     """Output `index` and those after it. With `cached_tokens` they are the first ones of a run; with `finish` they end
-    the turn, as a failure where that is "error"."""
+    the turn; where that is "error" it fails before them."""
     if finish == "error":
-        given: list[TurnOutput] = [Tokens(turn, index, tokens, logprobs)] if tokens else []
-        return [*given, Failed(turn, index + len(tokens), error, invalid)]
+        return [Failed(turn, index, error, invalid)]
     ended: list[TurnOutput] = [Ended(turn, index, tokens, finish, stop_token, logprobs)] if finish else []
     if cached_tokens is None:
         return ended or [Tokens(turn, index, tokens, logprobs)]
