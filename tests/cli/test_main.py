@@ -8,14 +8,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from miniserve import __version__
 from miniserve.cli import main as cli
-from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology
+from miniserve.config import ConfigError, EngineConfig, KvTransfer, ServeConfig, Topology
 from miniserve.hub.defaults import generation_defaults
-from miniserve.kv.transfer.connect import BACKENDS
 from miniserve.scheduler.baselines import POLICIES
 
 
@@ -26,7 +26,7 @@ def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str
 
 def config(line: str) -> ServeConfig:
     """The settings of `miniserve serve LINE`."""
-    args = cli._parser().parse_args(["serve", *shlex.split(line)])
+    args = cli.make_parser().parse_args(["serve", *shlex.split(line)])
     return cli.serve_config(args, args.model or args.positional_model or "default")
 
 
@@ -48,7 +48,7 @@ def test_the_version_is_that_of_the_package() -> None:
 @pytest.mark.parametrize("command", [[], ["serve"], ["chat"]])
 def test_help_needs_no_heavy_import(command: list[str]) -> None:
     """Time on a shared machine says little; what is imported says it all."""
-    heavy = "{'torch', 'transformers', 'fastapi', 'uvicorn', 'zmq', 'numpy', 'huggingface_hub', 'rich'}"
+    heavy = "{'torch', 'transformers', 'fastapi', 'uvicorn', 'zmq', 'numpy', 'huggingface_hub', 'rich', 'httpx'}"
     program = (
         "import sys, miniserve.cli.main as cli\n"
         "try:\n    cli.main([*sys.argv[1:], '--help'])\n"
@@ -149,7 +149,7 @@ def test_counts_of_tokens(text: str, tokens: int) -> None:
 
 def test_the_model_is_named_either_way_but_not_twice() -> None:
     assert config("a/b").engine == config("--model a/b").engine
-    args = cli._parser().parse_args(["serve", "a/b", "--model", "c/d"])
+    args = cli.make_parser().parse_args(["serve", "a/b", "--model", "c/d"])
     with pytest.raises(ConfigError, match="Two models"):
         args.run(args)
 
@@ -158,7 +158,7 @@ def test_vllms_name_for_kv_cache_memory() -> None:
     assert config("--kv-cache-memory-bytes 1073741824").engine.kv_cache_memory == 2**30
 
 
-@pytest.mark.parametrize("how", BACKENDS)
+@pytest.mark.parametrize("how", get_args(KvTransfer))
 def test_every_way_of_kv_can_be_chosen(how: str) -> None:
     assert config(f"--kv-transfer {how}").engine.kv_transfer == how
 
