@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from miniserve.cli.serve import ways
+from miniserve.cli.banner import ways
 from miniserve.cluster import devices
 from miniserve.cluster.devices import count_gpus, place
 from miniserve.cluster.messages import CudaHandle, PoolInfo
