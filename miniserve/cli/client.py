@@ -98,7 +98,10 @@ def message(data: bytes) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """What the operating system said, at the end of the chain of causes."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return getattr(error, "strerror", None) or str(error)
+    """What the operating system said, where that is among the causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
