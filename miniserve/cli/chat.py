@@ -21,7 +21,7 @@ HELP = "/reset begins anew, /system TEXT sets a system message, /exit or Ctrl-D 
 
 @dataclass
 class Transcript:
-    """What was said so far, and the id the server knows it by."""
+    """The messages so far, and the id by which the server knows the conversation."""
 
     system: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -70,7 +70,7 @@ def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) ->
 
 
 def _turn(client: ApiClient, transcript: Transcript, options: dict[str, Any], line: str, person: bool) -> None:
-    """Say `line` and print the answer. A person is told what went wrong; without one, raises `ConfigError`."""
+    """Send `line` and print the answer. What goes wrong is printed for a `person`, else raised as `ConfigError`."""
     transcript.messages.append({"role": "user", "content": line})
     try:
         answer, summary = _answer(client, transcript, options)
@@ -88,8 +88,10 @@ def _turn(client: ApiClient, transcript: Transcript, options: dict[str, Any], li
 
 
 def _answer(client: ApiClient, transcript: Transcript, options: dict[str, Any]) -> tuple[str, str]:
-    """Stream an answer to the terminal; the text (what there is of it after Ctrl-C), and a line about its speed.
-    Reasoning is shown, but is no part of the text."""
+    """Stream an answer to the terminal; its text (as much as came before Ctrl-C), and a line about its speed.
+
+    Reasoning is shown, but is no part of the text.
+    """
     body = {**options, "messages": transcript.messages, "stream": True, "stream_options": {"include_usage": True}}
     text: list[str] = []
     times: list[float] = []
@@ -147,7 +149,7 @@ def _lines(response: httpx.Response) -> Iterator[bytes]:
 
 
 def _summary(times: list[float], usage: dict[str, Any]) -> str:
-    """`times`: seconds at which pieces of text came."""
+    """A line about an answer whose pieces came at `times` (seconds after the request)."""
     parts = [f"first token {times[0]:.2f} s" if times else "no text"]
     if usage:
         output = usage["completion_tokens"]

@@ -122,13 +122,13 @@ def test_history_grows_under_one_conversation_id(server: ChatServer) -> None:
     assert done.stdout.count("Grüß Gott\n[first token ") == 3
 
 
-def test_what_is_shown_after_an_answer(server: ChatServer) -> None:
+def test_speed_and_usage_follow_an_answer(server: ChatServer) -> None:
     shown = server.chat("Hello\n").stdout.splitlines()[1]
     assert shown.startswith("[first token 0.")
     assert " tok/s, 3 tokens, prompt 40 tokens, 32 cached]" in shown
 
 
-def test_system_and_help(server: ChatServer) -> None:
+def test_system_message_and_help(server: ChatServer) -> None:
     done = server.chat("/help\n/system Rhyme.\nHello\n/system\nHello\n")
     assert done.stdout.startswith("/reset begins anew")
     assert [server.said(i)[0] for i in (0, 1)] == [("system", "Rhyme."), ("user", "Hello")]
@@ -168,7 +168,7 @@ def test_an_answer_without_text_leaves_no_trace(server: ChatServer) -> None:
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def told(done: subprocess.CompletedProcess[str]) -> str:
+def failure(done: subprocess.CompletedProcess[str]) -> str:
     """The one line of a failure."""
     assert done.returncode == 1
     lines = done.stderr.splitlines()
@@ -178,7 +178,7 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_no_server_says_how_to_start_one(port: int) -> None:
     url = f"http://127.0.0.1:{port}/v1"
-    line = told(say(url, ""))
+    line = failure(say(url, ""))
     assert line.startswith(f"miniserve: No server answers at {url} (Connection refused).")
     assert "`miniserve serve`" in line
 
@@ -191,40 +191,40 @@ def test_proxies_of_the_environment_are_not_asked(server: ChatServer, port: int)
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "http://x:port/v1", "http://x:99999/v1", "http://[x/v1"]
 )
-def test_what_is_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "--url", url]) == 1
     assert "write it like http://127.0.0.1:8000/v1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("models", [b"<html>", b"[]", b'{"data": []}'])
-def test_what_is_no_openai_api(server: ChatServer, models: bytes) -> None:
+def test_another_api_is_recognized(server: ChatServer, models: bytes) -> None:
     server.models = models
-    assert "Does --url end in /v1?" in told(server.chat("Hello\n"))
+    assert "Does --url end in /v1?" in failure(server.chat("Hello\n"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--model", "tiny"]])
-def test_a_url_without_v1(server: ChatServer, flags: list[str]) -> None:
+def test_a_url_without_v1_is_suspected(server: ChatServer, flags: list[str]) -> None:
     server.url = server.url.removesuffix("/v1")
-    line = told(server.chat("Hello\n", *flags))
+    line = failure(server.chat("Hello\n", *flags))
     where = "POST /chat/completions" if flags else "GET /models"
     assert line == f"miniserve: The server says: There is nothing at {where}. Does --url end in /v1?"
 
 
-def test_another_404_is_no_question_of_the_url(server: ChatServer) -> None:
+def test_another_404_does_not_blame_the_url(server: ChatServer) -> None:
     server.refuse = (404, b'{"error": {"message": "There is no model x here."}}')
-    assert told(server.chat("Hello\n", "--model", "x")) == "miniserve: The server says: There is no model x here."
+    assert failure(server.chat("Hello\n", "--model", "x")) == "miniserve: The server says: There is no model x here."
 
 
-def test_the_servers_own_words(server: ChatServer) -> None:
+def test_the_servers_own_words_are_shown(server: ChatServer) -> None:
     server.refuse = (400, b'{"error": {"message": "too long", "code": "context_length_exceeded"}}')
-    assert told(server.chat("Hello\n")) == "miniserve: The server says: too long"
+    assert failure(server.chat("Hello\n")) == "miniserve: The server says: too long"
     server.refuse = (502, b"")
-    assert told(server.chat("Hello\n")) == "miniserve: The server says: Bad Gateway"
+    assert failure(server.chat("Hello\n")) == "miniserve: The server says: Bad Gateway"
 
 
-def test_an_error_within_the_stream(server: ChatServer) -> None:
+def test_an_error_within_the_stream_is_shown(server: ChatServer) -> None:
     server.play = lambda handler: send(handler, chunk("Gr"), {"error": {"message": "the worker died"}}, b"[DONE]")
-    assert told(server.chat("Hello\n")) == "miniserve: The server says: the worker died"
+    assert failure(server.chat("Hello\n")) == "miniserve: The server says: the worker died"
 
 
 def test_an_event_ends_at_a_newline_alone(server: ChatServer) -> None:
@@ -236,7 +236,7 @@ def test_an_event_ends_at_a_newline_alone(server: ChatServer) -> None:
 
 
 @pytest.mark.parametrize("tail", [b"", b"50\r\ndata: {", b"0\r\n\r\n"], ids=["closed", "within a chunk", "no DONE"])
-def test_a_stream_that_breaks_off(server: ChatServer, tail: bytes) -> None:
+def test_a_stream_that_breaks_off_is_an_error(server: ChatServer, tail: bytes) -> None:
     def play(handler: Replies) -> None:
         send(handler, chunk("Gr"))
         handler.wfile.write(tail)
@@ -244,7 +244,7 @@ def test_a_stream_that_breaks_off(server: ChatServer, tail: bytes) -> None:
     server.play = play
     done = server.chat("Hello\n")
     assert done.stdout == "Gr"
-    assert "broke off" in told(done)
+    assert "broke off" in failure(done)
 
 
 @pytest.mark.parametrize("when", ["before the first token", "within the answer"])

@@ -1,4 +1,4 @@
-"""The command line: what flags become, what a wrong one is told, and how fast help comes."""
+"""The command line: what flags become, what a wrong one says, and how fast help comes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 from miniserve import __version__
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError, EngineConfig, KvTransfer, ServeConfig, Topology
-from miniserve.hub.defaults import generation_defaults
 from miniserve.scheduler.baselines import POLICIES
 
 
@@ -70,7 +69,7 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_code_1() -> None:
     assert "Did you mean smollm2-135m" in done.stderr
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+def test_a_port_in_use_is_an_error_before_anything_is_loaded() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -97,7 +96,9 @@ def test_every_flag_arrives() -> None:
         "--threads 3 --handoff-deadline 5 --topology 1P3D --devices 0,cuda:2 --policy colocated "
         "--served-model-name a b --host 0.0.0.0 --port 0 --api-key secret --chat-template x.jinja "
         "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug "
-        "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25"
+        "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25 "
+        "--revision main --no-prompt-lookup --enforce-eager --async-scheduling --step-stretch 2 "
+        "--tool-call-parser hermes --reasoning-parser none"
     ) == ServeConfig(
         engine=EngineConfig(
             model="my/model",
@@ -117,6 +118,10 @@ def test_every_flag_arrives() -> None:
             handoff_deadline=5.0,
             cpu_kernels="torch",
             kv_transfer="collective",
+            prompt_lookup=False,
+            enforce_eager=True,
+            async_scheduling=True,
+            step_stretch=2.0,
         ),
         topology=Topology(1, 3),
         devices=["cuda:0", "cuda:2"],
@@ -133,7 +138,16 @@ def test_every_flag_arrives() -> None:
         worker_timeout=7.0,
         decision_log="log.jsonl",
         mispredict=0.25,
+        revision="main",
+        tool_call_parser="hermes",
+        reasoning_parser="none",
     )
+
+
+def test_every_setting_has_a_flag_but_those_that_the_server_derives() -> None:
+    flags = vars(cli.make_parser().parse_args(["serve"])).keys() - {"run", "positional_model"}
+    derived = {"engine", "workers", "sharing", "max_body_bytes"}
+    assert flags == {*ServeConfig.__struct_fields__, *EngineConfig.__struct_fields__} - derived
 
 
 @pytest.mark.parametrize(
@@ -197,10 +211,10 @@ def test_a_key_that_cannot_work_is_one_line(
     if source != "--api-key":
         monkeypatch.setenv(source, key)
     assert cli.main([command, *(["--api-key", key] if source == "--api-key" else [])]) == 1
-    told = capsys.readouterr().err
-    assert len(told.splitlines()) == 1
-    assert f"The API key in {source} " in told
-    assert says in told
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert f"The API key in {source} " in err
+    assert says in err
 
 
 @pytest.mark.parametrize(
@@ -228,6 +242,8 @@ def test_a_key_that_cannot_work_is_one_line(
         ("serve --policy best", "choose from 'colocated', 'disaggregated'"),
         ("serve --dtype int8", "invalid choice"),
         ("serve --no-such-flag", "--no-such-flag"),
+        ("serve --no-enforce-eager", "--no-enforce-eager"),
+        ("serve --served-model-name", "expected at least one argument"),
         ("serve one two", "two"),
         ("dance", "'dance'"),
         ("", "COMMAND"),
@@ -237,9 +253,9 @@ def test_wrong_values_are_one_line(line: str, says: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as end:
         cli.main(line.split())
     assert end.value.code == 2
-    told = capsys.readouterr().err
-    assert len(told.splitlines()) == 1
-    assert says in told
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert says in err
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,25 +264,6 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("miniserve.hub.resolve.resolve", interrupted)
     assert cli.main(["serve"]) == 130
-
-
-# --- generation_config.json -----------------------------------------------------------------------------------------
-
-
-def test_the_models_sampling_defaults(tmp_path: Path) -> None:
-    assert generation_defaults(tmp_path, "auto") == {}
-    file = tmp_path / "generation_config.json"
-    file.write_text('{"temperature": 0.6, "top_k": 20, "top_p": null}')
-    assert generation_defaults(tmp_path, "auto") == {"temperature": 0.6, "top_k": 20}
-    assert generation_defaults(tmp_path, "vllm") == {}
-
-
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
-def test_broken_sampling_defaults_name_the_file_and_the_way_out(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "generation_config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"generation_config\.json .*--generation-config vllm"):
-        generation_defaults(tmp_path, "auto")
-    assert generation_defaults(tmp_path, "vllm") == {}
 
 
 def test_the_package_offers_its_library_lazily() -> None:

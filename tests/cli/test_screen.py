@@ -193,13 +193,13 @@ def test_no_more_than_asked_is_cleaned() -> None:
     assert clean("x" * 10**6, 50) == "x" * 50
 
 
-def test_a_server_that_is_not_there_yet() -> None:
+def test_the_header_alone_before_the_first_answer() -> None:
     assert draw(None) == [f"miniserve at {URL}", "Asking it for the first time."]
     assert draw(None, problem="Nobody [b]answers\x1b.")[1:] == ["Nobody [b]answers\ufffd. Still trying."]
 
 
-def test_a_server_that_has_gone() -> None:
-    """What was seen of it stays, and is told to be old."""
+def test_the_last_answer_stays_when_the_server_has_gone() -> None:
+    """What was seen of it stays, and is called old."""
     lines = draw(snapshot(), problem="No server answers.", age=75)
     assert lines[1] == "No server answers. Still trying; what follows is 1 min old."
     assert lines[2:] == draw(snapshot())[2:]

@@ -35,7 +35,7 @@ def server() -> Iterator[WatchedServer]:
     watched.close()
 
 
-def told(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+def failure(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     """The one line of a failure."""
     assert cli.main(["top", *flags]) == 1
     out, err = capsys.readouterr()
@@ -57,7 +57,7 @@ def test_one_snapshot_is_printed(server: WatchedServer, capsys: pytest.CaptureFi
     assert server.keys == ["Bearer k"] * 2
 
 
-def test_characters_that_a_terminal_has_not(server: WatchedServer) -> None:
+def test_output_is_ascii_where_the_terminal_is(server: WatchedServer) -> None:
     command = [sys.executable, "-m", "miniserve", "top", "--url", server.url]
     env = environment(PYTHONIOENCODING="ascii", COLUMNS="100")
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, env=env)
@@ -67,47 +67,47 @@ def test_characters_that_a_terminal_has_not(server: WatchedServer) -> None:
 
 def test_no_server_says_how_to_start_one(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{port}/v1"
-    line = told(capsys, "--url", url, "--once")
+    line = failure(capsys, "--url", url, "--once")
     assert line.startswith(f"miniserve: No server answers at {url} (Connection refused).")
     assert "`miniserve serve`" in line
 
 
 @pytest.mark.parametrize("flags", [["--once"], []])
-def test_what_is_no_url(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
-    assert "write it like http://127.0.0.1:8000/v1" in told(capsys, "--url", "127.0.0.1:8000", *flags)
+def test_an_address_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    assert "write it like http://127.0.0.1:8000/v1" in failure(capsys, "--url", "127.0.0.1:8000", *flags)
 
 
-async def test_a_server_that_asks_for_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_key_is_sent(capsys: pytest.CaptureFixture[str]) -> None:
     """The real API."""
     tokenizer = Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
     async with serving(make_app(tokenizer, FakeClient(), api_key="k")) as port:
         flags = ["--url", f"http://127.0.0.1:{port}/v1", "--once"]
-        assert "--api-key" in await asyncio.to_thread(told, capsys, *flags)
-        assert "--api-key" in await asyncio.to_thread(told, capsys, *flags, "--api-key", "other")
+        assert "--api-key" in await asyncio.to_thread(failure, capsys, *flags)
+        assert "--api-key" in await asyncio.to_thread(failure, capsys, *flags, "--api-key", "other")
         assert await asyncio.to_thread(cli.main, ["top", *flags, "--api-key", "k"]) == 0
     assert "5 conversations known" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"\xff", b"[]", b'{"object": "list", "data": []}', b""])
-def test_what_is_no_miniserve(server: WatchedServer, capsys: pytest.CaptureFixture[str], body: bytes) -> None:
+def test_another_server_is_recognized(server: WatchedServer, capsys: pytest.CaptureFixture[str], body: bytes) -> None:
     server.answer = lambda path: (200, body)
-    line = told(capsys, "--url", server.url, "--once")
+    line = failure(capsys, "--url", server.url, "--once")
     assert line.startswith(f"miniserve: {server.url} is no miniserve of this version: what GET /workers gives")
 
 
-def test_a_url_without_v1(server: WatchedServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_url_without_v1_is_suspected(server: WatchedServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.answer = lambda path: (404, b'{"error": {"message": "There is nothing at GET /workers."}}')
-    line = told(capsys, "--url", server.url.removesuffix("/v1"), "--once")
+    line = failure(capsys, "--url", server.url.removesuffix("/v1"), "--once")
     assert line == "miniserve: The server says: There is nothing at GET /workers. Does --url end in /v1?"
 
 
-def test_a_server_that_does_not_answer(
+def test_a_server_that_does_not_answer_is_an_error(
     server: WatchedServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hangs = threading.Event()
     server.answer = lambda path: (200, b"late" if hangs.wait(10) else b"")
     monkeypatch.setattr(terminal_top, "PATIENCE_SECONDS", 0.2)
-    assert "has not answered for 0.2 s" in told(capsys, "--url", server.url, "--once")
+    assert "has not answered for 0.2 s" in failure(capsys, "--url", server.url, "--once")
     hangs.set()
 
 
@@ -163,7 +163,7 @@ def test_a_server_that_hangs_is_asked_again(server: WatchedServer, monkeypatch: 
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan", "often", "1e9"])
-def test_how_often_may_be_asked(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_intervals_have_bounds(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["top", "--interval", interval])
     assert end.value.code == 2
