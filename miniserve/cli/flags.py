@@ -9,15 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import msgspec
 
-from miniserve.config import (
-    GROUPS,
-    ConfigError,
-    Flag,
-    number,
-    parse_positive,
-    parse_seconds,
-    parse_share,
-)
+from miniserve.config import GROUPS, ConfigError, Flag, number, parse_positive, parse_seconds, parse_share
 
 
 class Parser(argparse.ArgumentParser):
