@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from miniserve.cluster.messages import Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
-from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.cluster.messages import Ended, Failed, FirstToken, Tokens, TurnOutput
+from miniserve.kv.pages import PagePool
+from miniserve.worker.admission import Admission, Admissions
+from miniserve.worker.batching import Batching
 from miniserve.worker.drafts import Drafter
 from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Sequence, State
@@ -25,16 +26,6 @@ if TYPE_CHECKING:
     # They need torch or llguidance, which the simulator does not.
     from miniserve.kv.host import HostPool
     from miniserve.worker.grammar import Grammars
-
-
-class Admission(Enum):
-    """What came of trying to give a waiting sequence its pages."""
-
-    ADMITTED = "admitted"
-    COMPILING = "its grammar is being compiled"
-    REFUSED = "its grammar cannot be followed"
-    SHARED = "a running prefill computes the next page of its prefix"
-    NO_PAGES = "there are not enough pages"
 
 
 class Engine:
@@ -90,8 +81,19 @@ class Engine:
         self._ended = 0.0
         """When the last step ended."""
         self._max_num_seqs = max_num_seqs
-        # Room left for decodes to grow into, so that admitting one sequence does not at once preempt another.
-        self._watermark = max(1, pool.num_pages // 100)
+        watermark = max(1, pool.num_pages // 100)
+        self._admissions = Admissions(pool, host, page_tokens, watermark, clock)
+        self._batching = Batching(
+            pool,
+            page_tokens=page_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            watermark=watermark,
+            pace=pace,
+            draft_rows=draft_rows,
+            preempt=self._preempt,
+            clock=clock,
+        )
         self._turns: dict[str, Sequence] = {}
 
     @property
@@ -192,149 +194,29 @@ class Engine:
         return receiving
 
     def try_admit(self, sequence: Sequence) -> Admission:
-        """Give the first of the waiting sequences all pages of its tokens, if it may have them now."""
-        if sequence.state is State.COMPILING and (admission := self._take_grammar(sequence)) is not None:
-            return admission
-        now = self.clock()
-        matched, slots = self._match(sequence)
-        found = len(matched) + len(slots)
-        wanted = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
-        reserve = self._watermark if self.running else 0
-        shared = self._is_being_computed(sequence, found)
-        if shared or wanted + reserve > self.pool.num_available:
-            self._unmatch(sequence, matched, slots, now)
-            return Admission.SHARED if shared else Admission.NO_PAGES
-        self.waiting.popleft()
-        sequence.pages = matched + self.pool.allocate(wanted, now)
-        sequence.computed = found * self.page_tokens
-        sequence.registered = len(matched)
-        if self.host is not None and slots:
-            self.host.restore(slots, sequence.pages[len(matched) : found])
-            self.register(sequence)
-        if sequence.cached is None:
-            sequence.admitted = now
-            sequence.cached = sequence.computed
-            if sequence.prefill_at is None:  # else the prefiller looks it up too, and counts
-                self.counters.prefix_queries += sequence.given
-                self.counters.prefix_hits += sequence.cached
-        self.running.append(sequence)
-        if sequence.history_at is not None:
-            sequence.move(State.FETCHING)
-        else:
-            sequence.move(State.RUNNING if sequence.prefill_at is None else State.RECEIVING)
-        return Admission.ADMITTED
-
-    def _take_grammar(self, sequence: Sequence) -> Admission | None:
-        """None once the grammar is compiled."""
-        assert sequence.compiling is not None
-        if not sequence.compiling.done():
-            return Admission.COMPILING
-        if error := sequence.compiling.exception():
-            self._refuse(sequence, str(error))
-            return Admission.REFUSED
-        sequence.matcher, sequence.compiling = sequence.compiling.result(), None
-        sequence.move(State.WAITING)
-        return None
+        """Give the first of the waiting sequences its pages, once its grammar is compiled."""
+        if sequence.compiling is not None:
+            if not sequence.compiling.done():
+                return Admission.COMPILING
+            if error := sequence.compiling.exception():
+                self._refuse(sequence, str(error))
+                return Admission.REFUSED
+            sequence.matcher, sequence.compiling = sequence.compiling.result(), None
+            sequence.move(State.WAITING)
+        admission = self._admissions.try_admit(sequence, self.running, self.counters)
+        if admission is Admission.ADMITTED:
+            self.running.append(self.waiting.popleft())
+        return admission
 
     def _refuse(self, sequence: Sequence, reason: str) -> None:
         self.finish(sequence)
         self._refused.append((sequence, f"The grammar that the output has to match cannot be followed: {reason}"))
 
-    def _match(self, sequence: Sequence) -> tuple[list[int], list[int]]:
-        """Cached pages for the prefix, and slots of host memory for what follows them.
-
-        The last token is always computed: its logits give the next one.
-        """
-        hashes = sequence.hashes(self.page_tokens)[: (len(sequence.tokens) - 1) // self.page_tokens]
-        pages = self.pool.match(hashes)
-        return pages, self.host.match(hashes[len(pages) :], sequence.keep) if self.host is not None else []
-
-    def _unmatch(self, sequence: Sequence, pages: list[int], slots: list[int], now: float) -> None:
-        """Give back what `_match` found for a sequence that has to wait; nothing is needed sooner."""
-        self.pool.release(pages, _soon(sequence), now)
-        if self.host is not None:
-            self.host.release(slots, _soon(sequence), now)
-
-    def _is_being_computed(self, sequence: Sequence, matched: int) -> bool:
-        """Whether a running prefill will soon register the page after the first `matched` ones."""
-        if not self.pool.caching or matched >= (len(sequence.tokens) - 1) // self.page_tokens:
-            return False
-        wanted = sequence.hashes(self.page_tokens)[matched]
-        for other in self.running:
-            if other.missing > 1 and other.registered <= matched:
-                hashes = other.hashes(self.page_tokens)
-                if matched < len(hashes) and hashes[matched] == wanted:
-                    return True
-        return False
-
-    # --- the batch of a step ----------------------------------------------------------------------------------------
-
-    def _schedule(self) -> list[Work]:
-        """The batch of the next step: decodes first, then prompts."""
-        ready = [s for s in self.running if s.state is State.RUNNING and s.can_go_on(self.max_model_len)]
-        decodes = [s for s in ready if s.to_launch == 1]
-        # Growing may preempt a sequence that has grown before: the youngest ones come last.
-        grown = [s for s in decodes if s.state is State.RUNNING and self._grow(s)]
-        batch = self._draft([s for s in grown if s.state is State.RUNNING])
-        # At least one token, so that even a budget smaller than the decodes starves no prompt.
-        budget = max(self.max_num_batched_tokens - len(batch), 1)
-        if batch and self._pace is not None:
-            budget = min(budget, self._pace.tokens)
-        return batch + self._share(budget)
-
-    def _share(self, budget: int) -> list[Work]:
-        """Divide `budget` tokens of a step among prompts, oldest first. Up to half goes to short ones first: what
-        follows in a conversation need not wait for all of another one's long prompt."""
-        prompts = [s for s in self.running if s.state is State.RUNNING and s.to_launch > 1]
-        counts = [0] * len(prompts)
-        for longest, share in ((self.max_num_batched_tokens // 2, budget // 2), (self.max_model_len, budget)):
-            share -= sum(counts)
-            for i, sequence in enumerate(prompts):
-                if sequence.to_launch <= longest:
-                    more = min(share, sequence.to_launch - counts[i])
-                    counts[i] += more
-                    share -= more
-        return [Work.next(sequence, count) for sequence, count in zip(prompts, counts, strict=True) if count]
-
-    def _draft(self, decodes: list[Sequence]) -> list[Work]:
-        """The next token of each, and where rows and pages suffice a guess of how it goes on."""
-        rows = self._draft_rows - len(decodes)
-        batch = []
-        for sequence in decodes:
-            draft: list[int] = []
-            if rows > 0 and sequence.drafter is not None:
-                limit = self.max_model_len - sequence.length
-                if sequence.params.max_tokens is not None:
-                    limit = min(limit, sequence.params.max_tokens - sequence.num_outputs)
-                draft = sequence.drafter.draft(sequence.tokens, min(rows, limit - 1))
-                more = -(-(sequence.length + len(draft)) // self.page_tokens) - len(sequence.pages)
-                if more > 0 and self.pool.num_available >= more + self._watermark:
-                    sequence.pages += self.pool.allocate(more, self.clock())
-                draft = draft[: len(sequence.pages) * self.page_tokens - sequence.length]
-                rows -= len(draft)
-            batch.append(Work.next(sequence, 1, draft))
-        return batch
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
-        if len(sequence.pages) * self.page_tokens >= sequence.length:
-            return True
-        while True:
-            try:
-                sequence.pages += self.pool.allocate(1, self.clock())
-                return True
-            except OutOfPages:
-                # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
-                victim = next(s for s in reversed(self.running) if s.state is State.RUNNING and s.prefill_for is None)
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
-
     def _preempt(self, sequence: Sequence) -> None:
         """Give up the KV; it is recomputed, or found in the prefix cache, when there is room again."""
         self.counters.preemptions += 1
         self.running.remove(sequence)
-        self.pool.release(sequence.pages, _soon(sequence), self.clock())
+        self.pool.release(sequence.pages, sequence.needed_soon, self.clock())
         sequence.pages = []
         sequence.computed = sequence.under_way = sequence.registered = 0
         sequence.move(State.WAITING)
@@ -359,7 +241,7 @@ class Engine:
 
     def _launch(self) -> InFlight | None:
         """Begin the next batch, if there is anything to compute."""
-        batch = self._schedule()
+        batch = self._batching.compose(self.running)
         if not batch:
             return None
         timed, started = step_time(batch), self.clock()
@@ -401,7 +283,7 @@ class Engine:
         if sequence.state is State.RUNNING:
             sequence.under_way -= work.count
             sequence.computed += work.count
-            self.register(sequence)
+            sequence.register(self.pool, self.page_tokens)
         if work.samples:
             # Of the sequence's next step, if that is launched already, nothing is known either.
             sequence.sampling = sequence.under_way > 0
@@ -431,7 +313,7 @@ class Engine:
         self.counters.generated_tokens += len(tokens)
         if sequence.state is State.RUNNING:
             sequence.computed += len(tokens) - 1  # the drafted ones: their KV is there
-            self.register(sequence)
+            sequence.register(self.pool, self.page_tokens)
         logprobs = [logprob for _, logprob in found[: len(tokens)] if logprob is not None] or None
         if index == sequence.prior:
             first = FirstToken(sequence.turn, index, tokens, sequence.cached or 0, now - sequence.admitted, logprobs)
@@ -444,15 +326,6 @@ class Engine:
             result.outputs.append(Tokens(sequence.turn, index, tokens, logprobs))
         if sequence.finish is not None and sequence.prefill_for is None:
             self.finish(sequence)
-
-    def register(self, sequence: Sequence) -> None:
-        """Make the full pages whose KV is complete known to the prefix cache."""
-        full = sequence.computed // self.page_tokens
-        if full > sequence.registered:
-            hashes = sequence.hashes(self.page_tokens)
-            for page in range(sequence.registered, full):
-                self.pool.register(sequence.pages[page], hashes[page], hashes[page - 1] if page else None)
-            sequence.registered = full
 
     # --- KV that comes from elsewhere -------------------------------------------------------------------------------
 
@@ -479,9 +352,3 @@ def first_outputs(sequence: Sequence, first: FirstToken) -> list[TurnOutput]:
         return [first]
     ended = Ended(first.turn, first.index, first.tokens, sequence.finish, sequence.stop_token, first.logprobs)
     return [msgspec.structs.replace(first, tokens=[], logprobs=None), ended]
-
-
-def _soon(sequence: Sequence) -> Keep:
-    """What is known of the conversation of a waiting sequence: it needs its pages as soon as there is room."""
-    keep = sequence.keep
-    return Keep(keep.conversation, gap=1.0, chance=1.0, page_seconds=keep.page_seconds)

@@ -274,7 +274,7 @@ class Handoffs:
             if not failure:
                 pull.pages += len(message.pages)
                 sequence.computed = min(end * size, sequence.given)
-                self._engine.register(sequence)
+                sequence.register(self._engine.pool, size)
         if message.commit is not None and end == len(sequence.pages):
             # The client may have this token already: we go on from it even if we have to compute the pages.
             self.outputs += self._engine.commit(sequence, message.commit)

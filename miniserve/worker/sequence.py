@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
+from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.drafts import Drafter
 
@@ -160,6 +161,11 @@ class Sequence:
         """Tokens whose KV is neither there nor under way: 1 means that the next step is a decode."""
         return self.length - self.computed - self.under_way
 
+    @property
+    def needed_soon(self) -> Keep:
+        """What the page pool should know while the sequence waits: it needs its pages as soon as there is room."""
+        return Keep(self.keep.conversation, gap=1.0, chance=1.0, page_seconds=self.keep.page_seconds)
+
     def can_go_on(self, max_len: int) -> bool:
         """Whether a step can be launched for it now. While a token is being sampled that is so if it is not the last
         one for sure, and if neither the choice of the next one nor a draft depends on which it is."""
@@ -175,6 +181,15 @@ class Sequence:
         if len(self._hashes) < len(self.tokens) // page_tokens:
             self._hashes = page_hashes(self._root, self.tokens, page_tokens, self._hashes)
         return self._hashes
+
+    def register(self, pool: PagePool, page_tokens: int) -> None:
+        """Make the full pages whose KV is complete known to the prefix cache."""
+        full = self.computed // page_tokens
+        if full > self.registered:
+            hashes = self.hashes(page_tokens)
+            for page in range(self.registered, full):
+                pool.register(self.pages[page], hashes[page], hashes[page - 1] if page else None)
+            self.registered = full
 
     def given_hashes(self, page_tokens: int) -> list[bytes]:
         """Chain hashes of all pages of the given tokens, that of a last page which is not full included."""
