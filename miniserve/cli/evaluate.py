@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from miniserve.bench.replay.workload import ARRIVALS
-from miniserve.cli.flags import checked, positive, rate, scale, seconds, share, span, whole
-from miniserve.config import ConfigError, Topology
+from miniserve.cli.flags import api_key, checked, positive, rate, scale, seconds, share, span, whole
+from miniserve.config import ConfigError, EngineConfig, Topology
 from miniserve.scheduler.baselines import POLICIES
 
 if TYPE_CHECKING:
@@ -104,8 +104,6 @@ def _add_replay(commands: Any) -> None:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from miniserve.cli.main import api_key
-
     try:
         from miniserve.bench.replay.driver import ReplayConfig, replay
     except ImportError as error:
@@ -238,10 +236,10 @@ def _add_profile(commands: Any) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from miniserve.bench.simulate.profile import ProfileConfig, profile
+    from miniserve.bench.simulate.profile import profile
     from miniserve.hub.resolve import DEFAULT_MODEL
 
-    profile(_filled(ProfileConfig, args, model=args.model or DEFAULT_MODEL))
+    profile(_filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
     return 0
 
 

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,33 +47,15 @@ class Measured(msgspec.Struct):
     steps: list[tuple[int, int, int, int, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProfileConfig:
-    """What to measure, `workers` at once, and the file that gets the profile."""
-
-    model: str
-    out: Path
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int = 0
-    workers: int = 1
-
-
-def profile(config: ProfileConfig) -> None:
-    """Measure, and write the file. Raises `ConfigError`."""
+def profile(config: EngineConfig, out: Path) -> None:
+    """Measure as many engines at once as `config.workers` says, and write the profile. Raises `ConfigError`."""
     from miniserve.hub.resolve import ModelError, resolve
 
     try:
         files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
     except ModelError as error:
         raise ConfigError(str(error)) from error
-    engine = EngineConfig(
-        model=str(files.folder),
-        device=config.device,
-        dtype=config.dtype,
-        threads=config.threads,
-        workers=config.workers,
-    )
+    engine = msgspec.structs.replace(config, model=str(files.folder))
     command = [sys.executable, "-m", "miniserve.bench.simulate.profile"]
     copies = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(config.workers)]
     for copy in copies:
@@ -89,7 +70,7 @@ def profile(config: ProfileConfig) -> None:
             raise ConfigError("The measurement failed; what it said is above.")
         found.append(msgspec.json.decode(answer, type=Measured))
     hardware = fit(found, f"{found[0].device}-{Path(config.model).name}", config.workers)
-    config.out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
     print(quality(hardware, found), file=sys.stderr)
 
 
@@ -164,6 +145,7 @@ def main() -> int:
         print(f"miniserve: {error}", file=sys.stderr)
         return 1
     from miniserve.worker.sequence import Sequence
+    from miniserve.worker.step import Work
 
     engine, shape = built.engine, built.memory.shape
     runner, size = engine.runner, engine.page_tokens
@@ -179,10 +161,10 @@ def main() -> int:
     def timed(chunk: int, context: int, decodes: int, each: int) -> float:
         work, page = [], 0
         for number in range(decodes):
-            work.append((sequence(number, each - 1, 1, page), 1))
-            page += len(work[-1][0].pages)
+            work.append(Work.next(sequence(number, each - 1, 1, page), 1))
+            page += len(work[-1].sequence.pages)
         if chunk:
-            work.append((sequence(decodes, context, chunk, page), chunk))
+            work.append(Work.next(sequence(decodes, context, chunk, page), chunk))
         taken = []
         for _ in range(REPEATS):
             started = time.perf_counter()
