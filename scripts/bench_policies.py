@@ -65,7 +65,8 @@ def held_out(trace: Path, out: Path) -> Path:
 
 def compare(trace: Path, folder: Path, *flags: str) -> None:
     folder.mkdir(exist_ok=True, parents=True)
-    command = [sys.executable, "-m", "miniserve", "compare", str(trace), *PAPER, *flags, "--out", str(folder)]
+    command = [sys.executable, "-m", "miniserve", "compare", str(trace), *PAPER, "--seeds", SEEDS, *flags]
+    command += ["--out", str(folder)]
     print(shlex.join(command[2:]), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -77,57 +78,51 @@ def cells(folder: Path) -> list[dict[str, Any]]:
 # --- what is run ----------------------------------------------------------------------------------------------------
 
 
-def validation(trace: Path, out: Path, jobs: int) -> None:
+def validation(trace: Path, out: Path, jobs: list[str]) -> None:
     """As the artifact: the first prompts' KV is there already, once for all; full disaggregation finds no prefix. Then
     distinct prompts, and ten turns both ways."""
-    paper = ["--rates", "0.5,0.75,1,1.25,1.5,1.634", "--seeds", SEEDS, "--jobs", str(jobs)]
-    ten = ["--max-turns", "10", "--rates", "1", "--seeds", SEEDS, "--jobs", str(jobs)]
+    others = "colocated,ampd,conserve,observe"
+    paper = ["--rates", "0.5,0.75,1,1.25,1.5,1.634", *jobs]
+    ten = ["--max-turns", "10", "--rates", "1", *jobs]
     for name, flags in (("5", paper), ("10", ten)):
-        others = "colocated,ampd,conserve,observe"
         compare(trace, out / f"artifact-{name}", *flags, "--policies", others, "--same-prompt")
-        compare(
-            trace, out / f"artifact-full-{name}", *flags, "--policies", "disaggregated", "--no-enable-prefix-caching"
-        )
+        full = ["--policies", "disaggregated", "--no-enable-prefix-caching"]
+        compare(trace, out / f"artifact-full-{name}", *flags, *full)
         compare(trace, out / f"distinct-{name}", *flags)
-    shares = ["--mispredict", "0,0.05,0.1,0.2,0.3,0.4,0.5", "--rates", "1.634", "--seeds", SEEDS, "--jobs", str(jobs)]
+    shares = ["--mispredict", "0,0.05,0.1,0.2,0.3,0.4,0.5", "--rates", "1.634", *jobs]
     compare(trace, out / "mispredict", *shares, "--policies", "ampd,conserve,observe", "--same-prompt")
-    capped = ["--hardware", f"P={EAGER},D={EAGER}-200w", "--rates", "1", "--seeds", SEEDS, "--jobs", str(jobs)]
-    compare(trace, out / "capped", *capped, "--policies", "colocated,ampd,conserve,observe")
+    capped = ["--hardware", f"P={EAGER},D={EAGER}-200w", "--rates", "1", *jobs]
+    compare(trace, out / "capped", *capped, "--policies", others)
 
 
-def grid(trace: Path, out: Path, names: list[str], jobs: int) -> None:
+def grid(trace: Path, out: Path, names: list[str], jobs: list[str]) -> None:
     for name in names:
         hardware, flags = CELLS[name]
-        compare(
-            trace, out / name, "--hardware", hardware, *flags, "--rates", RATES, "--seeds", SEEDS, "--jobs", str(jobs)
-        )
+        compare(trace, out / name, "--hardware", hardware, *flags, "--rates", RATES, *jobs)
 
 
-def fine(trace: Path, out: Path, names: list[str], jobs: int) -> None:
-    """Finer rates for the three that matter there."""
-    for name, rates in ((name, FINE[name]) for name in names if name in FINE):
+def fine(trace: Path, out: Path, names: list[str], jobs: list[str]) -> None:
+    """Finer rates for the three policies that matter there."""
+    for name in (name for name in names if name in FINE):
         hardware, flags = CELLS[name]
-        policies = ["--policies", "colocated,conserve,observe", "--rates", rates, "--seeds", SEEDS, "--jobs", str(jobs)]
+        policies = ["--policies", "colocated,conserve,observe", "--rates", FINE[name], *jobs]
         compare(trace, out / f"{name}-fine", "--hardware", hardware, *flags, *policies)
 
 
 def verdict(out: Path) -> None:
     """p95 TTFET of `observe` against the best of the others, and against `conserve`; goodput. As Markdown."""
-    print(
-        "| cell | "
-        + " | ".join(f"{rate}/s" for rate in RATES.split(","))
-        + " | goodput: colocated / conserve / observe |"
-    )
-    print("|---|" + "---|" * (len(RATES.split(",")) + 1))
+    rates = RATES.split(",")
+    print(f"| cell | {' | '.join(f'{rate}/s' for rate in rates)} | goodput: colocated / conserve / observe |")
+    print("|---|" + "---|" * (len(rates) + 1))
     for name in CELLS:
         if not (out / name / "cells.json").exists():
             continue
         found = cells(out / name)
-        p95: dict[tuple[float, str], list[float]] = defaultdict(list)
+        p95 = defaultdict(list)
         for cell in found:
             p95[cell["rate"], cell["policy"]].append(cell["ttfet_norm"]["p95"])
         row = []
-        for rate in map(float, RATES.split(",")):
+        for rate in map(float, rates):
             mean = {policy: sum(v) / len(v) for (r, policy), v in p95.items() if r == rate}
             best = min((value, policy) for policy, value in mean.items() if policy != "observe")
             row.append(
@@ -150,14 +145,13 @@ def main() -> None:
     args = parser.parse_args()
     out = args.paths[-1]
     out.mkdir(exist_ok=True, parents=True)
+    names, jobs = args.cells.split(","), ["--jobs", str(args.jobs)]
     if args.what == "verdict":
         verdict(out)
     elif args.what == "validation":
-        validation(args.paths[0], out, args.jobs)
-    elif args.what == "goodput":
-        fine(held_out(args.paths[0], out), out, args.cells.split(","), args.jobs)
+        validation(args.paths[0], out, jobs)
     else:
-        grid(held_out(args.paths[0], out), out, args.cells.split(","), args.jobs)
+        (fine if args.what == "goodput" else grid)(held_out(args.paths[0], out), out, names, jobs)
 
 
 if __name__ == "__main__":

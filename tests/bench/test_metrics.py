@@ -68,7 +68,7 @@ def test_summary_without_standalone() -> None:
         "e2e_norm": None,
         "slo_violation": {"ttfet": None, "last_turn_tbt": None, "e2e": None},
         "throughput": {"conversations_per_s": 0.25, "output_tokens_per_s": 1.25},
-        "cached_tokens": 95,  # One server did not tell.
+        "cached_tokens": 95,  # One server does not report them.
         "prompt_tokens": 286,
         "errors": 1,
     }

@@ -219,7 +219,7 @@ def test_what_should_be_put_right_before(tokenizer: Tokenizer) -> None:
 
 
 def test_llama_server_and_streams_that_break_off() -> None:
-    """A stand-in for llama-server: it tells ids at its own /completion, but not that of half a character."""
+    """A stand-in for llama-server: its own /completion returns ids, but not that of half a character."""
     prompts: list[dict[str, Any]] = []
 
     def event(fields: dict[str, Any]) -> bytes:

@@ -119,7 +119,7 @@ def test_every_token_of_the_trace_is_served_once(policy: str, topology: str):
         assert all(turn.sent < turn.first <= turn.last for turn in times.turns)
         waits = [later.sent - turn.last for turn, later in pairwise(times.turns)]
         assert waits == pytest.approx([size.gap for size in sizes[1:]])
-    for _ in range(60):  # acks and reports that are still under way, then everybody is late
+    for _ in range(60):  # acks and reports that are still under way, then all deadlines pass
         made.step()
     made.now += 1e6
     made.scheduler.on_tick(made.now)

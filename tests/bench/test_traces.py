@@ -90,7 +90,7 @@ def test_csv_that_is_broken(tmp_path: Path, text: str | bytes, line: int, what: 
 
 def test_requests_become_conversations(tmp_path: Path) -> None:
     lines = [
-        request(10_000, 1500, 100, 0, 1, 2),  # Line 1. Block 0 is everybody's system prompt.
+        request(10_000, 1500, 100, 0, 1, 2),  # Line 1. Block 0 is a system prompt that all have.
         request(10_000, 1200, 50, 0, 3, 4),
         request(13_000, 1700, 10, 0, 1, 9, 10),  # Continues line 1, which has two full blocks.
         request(14_500, 1705, 20, 0, 1, 9, 10),  # Continues that: longer by less than the answer.

@@ -46,7 +46,7 @@ class SimulationConfig:
 @dataclass(slots=True)
 class Agent:
     """Plays one script: `said` are the tokens of its conversation so far, `answer` is what the model will say in this
-    turn, of which `heard` tokens have come."""
+    turn, of which `received` tokens have come."""
 
     script: Script
     number: int
@@ -58,7 +58,7 @@ class Agent:
     first: float = 0.0
     last: float = 0.0
     cached: int = 0
-    heard: int = 0
+    received: int = 0
 
 
 class Simulation:
@@ -169,7 +169,7 @@ class Simulation:
         size = agent.script.turns[number]
         agent.said.extend(agent.text.take(size.new))
         agent.answer = agent.text.take(size.output)
-        agent.sent, agent.heard, agent.cached = self.now, 0, 0
+        agent.sent, agent.received, agent.cached = self.now, 0, 0
         name = f"{agent.number}.{number}"
         self._agents[name] = agent
         params = SamplingParams(temperature=0.0, max_tokens=size.output, ignore_eos=True)
@@ -178,12 +178,12 @@ class Simulation:
     def _deliver(self, turn: str, output: TurnOutput) -> None:
         agent = self._agents[turn]
         assert not isinstance(output, Failed), output.error
-        if agent.heard == 0:
+        if agent.received == 0:
             agent.first = self.now
         elif output.tokens:
             self.gaps.append(self.now - agent.last)
-        assert output.tokens == agent.answer[agent.heard : agent.heard + len(output.tokens)]
-        agent.heard += len(output.tokens)
+        assert output.tokens == agent.answer[agent.received : agent.received + len(output.tokens)]
+        agent.received += len(output.tokens)
         agent.last = self.now
         if isinstance(output, FirstToken):
             agent.cached = output.cached_tokens
@@ -193,7 +193,9 @@ class Simulation:
     def _end(self, turn: str, agent: Agent) -> None:
         del self._agents[turn]
         times, turns = agent.times, agent.script.turns
-        times.turns.append(TurnTimes(agent.sent, agent.first, agent.last, len(agent.said), agent.cached, agent.heard))
+        times.turns.append(
+            TurnTimes(agent.sent, agent.first, agent.last, len(agent.said), agent.cached, agent.received)
+        )
         agent.said.extend(agent.answer)
         if len(times.turns) == len(turns):
             self._done += 1

@@ -174,8 +174,8 @@ class SimulatedWorker:
     def round(self, now: float) -> float:
         """One round of its loop from `now` on; when the next one is due if no message comes before."""
         self.clock.now = now
-        heard, self.inbox = self.inbox, []
-        self.worker.work(heard)
+        messages, self.inbox = self.inbox, []
+        self.worker.work(messages)
         if self.spans is not None:
             self.kv.append((self.clock.now, self.pool.num_held, self.pool.num_cached))
         return self.clock.now + self.worker.rest
