@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -109,30 +110,14 @@ class Scenarios:
         }
 
     async def concurrent(self, streams: int) -> Figures:
-        """Streams that start together. `output_tok_s` counts all tokens from the first request to the last token,
-        prefill included; `decode_tok_s` adds up the streams' own rates; `steady_tok_s` counts what comes while all
-        streams decode. Streams that fail are `errors` and left out; raises `TurnError` if all do."""
+        """Streams that start together; those that fail are `errors`. Raises `TurnError` if all do."""
         prompts = [self._prompts.chat(SHORT_PROMPT) for _ in range(streams)]
         ended = await asyncio.gather(*(self.turn(p, STREAM_TOKENS) for p in prompts), return_exceptions=True)
         done = [pair for pair in ended if isinstance(pair, tuple)]
         failures = [error for error in ended if isinstance(error, BaseException)]
         if raised := [error for error in failures if not done or not isinstance(error, TurnError)]:
             raise raised[0]
-        turns = [turn for turn, _ in done]
-        times = [at for _, answer in done for at in answer.times]
-        output = sum(turn.output for turn in turns)
-        start, end = max(turn.first for turn in turns), min(turn.last for turn in turns)
-        within = sum(start < at <= end for at in times) * output / max(len(times), 1)
-        return {
-            "streams": streams,
-            "errors": len(failures),
-            "output_tokens": output,
-            "output_tok_s": output / (max(turn.last for turn in turns) - min(turn.sent for turn in turns)),
-            "decode_tok_s": sum(map(_rate, turns)),
-            "steady_tok_s": within / (end - start) if end > start else None,
-            "ttft_p50_s": percentile(sorted(turn.ttft for turn in turns), 0.5),
-            "ttft_max_s": max(turn.ttft for turn in turns),
-        }
+        return {"streams": streams, "errors": len(failures), **side_by_side(done)}
 
     async def turn2(self, history: int = 2048, new: int = 64, output: int = 8) -> Figures:
         """A prompt of `history` tokens, then the same with its answer and `new` tokens more: the TTFT of both, and that
@@ -152,6 +137,24 @@ class Scenarios:
             "cold_ttft_s": cold.ttft,
             "speedup": cold.ttft / second.ttft,
         }
+
+
+def side_by_side(streams: Sequence[tuple[TurnTimes, Answer]]) -> Figures:
+    """`output_tok_s` counts all tokens from the first request to the last token, prefill included; `decode_tok_s` adds
+    up the streams' own rates; `steady_tok_s` counts what comes while all streams decode (None if they never do)."""
+    turns = [turn for turn, _ in streams]
+    times = [at for _, answer in streams for at in answer.times]
+    output = sum(turn.output for turn in turns)
+    start, end = max(turn.first for turn in turns), min(turn.last for turn in turns)
+    within = sum(start < at <= end for at in times) * output / max(len(times), 1)
+    return {
+        "output_tokens": output,
+        "output_tok_s": output / (max(turn.last for turn in turns) - min(turn.sent for turn in turns)),
+        "decode_tok_s": sum(map(_rate, turns)),
+        "steady_tok_s": within / (end - start) if end > start else None,
+        "ttft_p50_s": percentile(sorted(turn.ttft for turn in turns), 0.5),
+        "ttft_max_s": max(turn.ttft for turn in turns),
+    }
 
 
 def _rate(turn: TurnTimes) -> float:
