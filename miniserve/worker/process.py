@@ -15,6 +15,7 @@ from miniserve.cluster.messages import (
     Failed,
     Fetch,
     Message,
+    Move,
     Peers,
     Prefill,
     PrefillRefused,
@@ -32,7 +33,8 @@ from miniserve.kv.hashing import root_hash
 from miniserve.kv.transfer.connect import connect
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
-from miniserve.worker.handoff import SIGNS_OF_LIFE, Handoffs
+from miniserve.worker.handoff import Handoffs
+from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Worker:
         self._addresses: set[str] = set()
         """The inboxes of the workers that live."""
         self._outputs: list[TurnOutput] = []
+        self._moves: list[Move] = []
         self._steps: list[StepTime] = []
         self._busy = 0.0
         self._reported = 0.0
@@ -101,35 +104,40 @@ class Worker:
         round that computed nothing is followed by a rest."""
         if not self._idle:
             return 0.0
-        soon = self.handoffs.copying or self.engine.compiling
+        soon = self.handoffs.receiver.copying or self.engine.compiling
         return COPY_SECONDS if soon else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
 
     def work(self, heard: list[Envelope]) -> None:
-        """One round: what was heard, a step, and a report if there is something to tell."""
+        """One round: handle the messages `heard`, admit, step, and report if there is something to report."""
         started = self._clock()
-        computed = self._round(heard)
+        for envelope in heard:
+            self._handle(envelope)
+        self._admit()
+        computed = self._step()
         now = self._clock()
         self._busy += now - started
-        # What was heard in idleness (a release, an abort) has changed the state, and no step will tell of it.
-        if self._outputs or self.handoffs.moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
+        # A message to an idle worker (a release, an abort) has changed its state, and no step will report that.
+        if self._outputs or self._moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
             self._report(now)
         self._idle = not computed and not self.engine.has_work
 
-    def _round(self, heard: list[Envelope]) -> bool:
-        """Messages, admission, a step; whether it computed anything."""
-        for envelope in heard:
-            self._handle(envelope)
-        self.handoffs.expire()
-        self.handoffs.poll()
+    def _admit(self) -> None:
+        """Let handoffs go on, and give pages to turns that wait for them."""
+        self.handoffs.sender.expire()
+        self.handoffs.receiver.poll()
         for sequence in self.engine.admit():
-            self.handoffs.request(sequence)
+            self.handoffs.receiver.request(sequence)
+
+    def _step(self) -> bool:
+        """Run a step of the engine and collect what is to be reported; whether it computed anything."""
         step = self.engine.step()
         for prefilled in step.prefilled:
-            self.handoffs.publish(prefilled.sequence, prefilled.first)
+            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
         for sequence, reason in step.refused:
-            self.handoffs.refuse(sequence, reason)
-        self._outputs += self.handoffs.outputs + step.outputs
-        self.handoffs.outputs.clear()
+            self.handoffs.sender.refuse(sequence, reason)
+        outputs, moves = self.handoffs.receiver.take()
+        self._outputs += outputs + step.outputs
+        self._moves += moves
         if step.time is not None:
             self._steps.append(step.time)
         return step.time is not None
@@ -138,14 +146,15 @@ class Worker:
         """One message. Those of peers count only from the incarnation that lives now."""
         body = envelope.body
         if isinstance(body, Prefill | Fetch | Publish | Release | PrefillRefused):
-            if self.handoffs.epoch(envelope.sender) == envelope.epoch:
+            peer = self.handoffs.peers.get(envelope.sender)
+            if peer is not None and peer.epoch == envelope.epoch:
                 self._handle_peer(envelope.sender, body)
-            elif self.handoffs.announced(envelope.sender) < envelope.epoch:
-                self._early.append(envelope)  # it was told about us before we were told about it
+            elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
+                self._early.append(envelope)  # this worker was announced to the peer before the peer to this one
         elif isinstance(body, Run):
             self._start(body)
         elif isinstance(body, Abort):
-            self.handoffs.abort(body.turn)
+            self.handoffs.receiver.abort(body.turn)
             self.engine.abort(body.turn)
         elif isinstance(body, Peers):
             self.handoffs.set_peers([peer for peer in body.peers if peer.name != self._name])
@@ -165,15 +174,15 @@ class Worker:
     def _handle_peer(self, sender: str, body: Prefill | Fetch | Publish | Release | PrefillRefused) -> None:
         match body:
             case Prefill():
-                self.handoffs.on_prefill(body, sender)
+                self.handoffs.sender.on_prefill(body, sender)
             case Fetch():
-                self.handoffs.on_fetch(body, sender)
+                self.handoffs.sender.on_fetch(body, sender)
             case Publish():
-                self.handoffs.on_publish(body, sender)
+                self.handoffs.receiver.on_publish(body, sender)
             case Release():
-                self.handoffs.on_release(body.turn)
+                self.handoffs.sender.on_release(body.turn)
             case PrefillRefused():
-                self.handoffs.on_refused(body)
+                self.handoffs.receiver.on_refused(body)
 
     def _start(self, run: Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
@@ -189,7 +198,7 @@ class Worker:
             self._outputs.append(Failed(run.turn, run.prior, error))
             return
         if run.prefill_at:
-            self.handoffs.expect(run.turn, run.salt)
+            self.handoffs.receiver.expect(run.turn, run.salt)
         self.engine.add(
             Sequence(
                 run.turn,
@@ -208,8 +217,8 @@ class Worker:
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._outboxes.send(self._frontend, Report(self._outputs, self.handoffs.moves, self._stats(), self._steps))
-        self._outputs, self.handoffs.moves, self._steps = [], [], []
+        self._outboxes.send(self._frontend, Report(self._outputs, self._moves, self._stats(), self._steps))
+        self._outputs, self._moves, self._steps = [], [], []
         self._reported = now
 
     def _stats(self) -> WorkerStats:
@@ -223,7 +232,7 @@ class Worker:
             running=len(engine.running),
             waiting=len(engine.waiting),
             queued_prefill_tokens=engine.queued_prefill_tokens,
-            leases=self.handoffs.num_leases,
+            leases=self.handoffs.sender.num_leases,
             steps=counters.steps,
             preemptions=counters.preemptions,
             prompt_tokens=counters.prompt_tokens,

@@ -75,8 +75,9 @@ class Sequence:
     """`tokens` grows from the prompt by what is sampled; the KV of the first `computed` of them lies in `pages`.
 
     `given` tokens came with the request, the last `prior` of which the client has already seen as output. The sequence
-    fetches the KV of earlier turns from the worker `history_at` and has the rest prefilled by the worker `prefill_at`,
-    which may fetch from this one what it lacks of the history (`share_history`). With `prefill_for` this worker
+    fetches the KV of earlier turns from the worker `history_at`, which holds `history_pages` of its pages (None: not
+    known), and has the rest prefilled by the worker `prefill_at`, which may fetch from this one what it lacks of the
+    history (`share_history`). With `prefill_for` this worker
     prefills for that one, and is done with the first sampled token.
     """
 
@@ -92,6 +93,7 @@ class Sequence:
         prefill_at: str | None = None,
         prefill_for: str | None = None,
         history_at: str | None = None,
+        history_pages: int | None = None,
         share_history: bool = False,
         keep: Keep = Keep(),  # noqa: B008 - immutable
     ) -> None:
@@ -104,6 +106,7 @@ class Sequence:
         self.prefill_at = prefill_at
         self.prefill_for = prefill_for
         self.history_at = history_at
+        self.history_pages = history_pages
         self.share_history = share_history
         self.keep = keep
         self.state = State.WAITING
