@@ -13,8 +13,7 @@ from miniserve.bench.commands import add_commands
 from miniserve.cli.flags import Parser, checked, fraction, interval, port, positive, seconds, share, stretch, tokens
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_bytes, parse_devices
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.text.dialect import THINKING
-from miniserve.text.formats import FORMATS
+from miniserve.text.formats import FORMATS, REASONING_MARKS
 
 EXAMPLES = """examples:
   miniserve serve                                     the default model, one worker
@@ -113,7 +112,7 @@ def _add_serve(commands: Any) -> None:
     )
     model.add_argument(
         "--reasoning-parser",
-        choices=("auto", "none", *THINKING),
+        choices=("auto", "none", *REASONING_MARKS),
         default="auto",
         help="the marks around the model's reasoning; none: it is left in the content; default: auto (from its chat "
         "template and vocabulary)",

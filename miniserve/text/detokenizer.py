@@ -1,4 +1,7 @@
-"""Text that grows token by token: whole characters only, and never a part of a stop string."""
+"""Text that grows token by token: whole characters only, and never a part of a stop string.
+
+`IncrementalDetokenizer._cut_at_stop` is where a stop string ends the text.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
     from miniserve.text.tokenizer import Tokenizer
 
 
-class StopString:
+class StopStringMatcher:
     """One stop string, matched character by character however the text is cut into tokens (Knuth-Morris-Pratt).
 
     `matched` is how many of its characters the text so far ends with.
@@ -48,14 +51,14 @@ class StopString:
         return 0
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Turns a turn's tokens into text that can be given out at once.
 
     Held back are the bytes of an unfinished character and text that may still be the beginning of a stop string. Of
     several stop strings the one that ends first wins, and of those the longest; how the text is cut into tokens and
     pushes makes no difference. One that ends within the first `min_tokens` tokens does not count. Text is the plain
     concatenation of the tokens' bytes: a sentencepiece model's first token keeps its leading space. `visible` are
-    special tokens that are not skipped: the marks of tool calls, for whoever reads those.
+    special tokens that are not skipped: the marks of tool calls, which a `Reader` needs to see.
 
     `stopped_by` is the stop string that was met, `tokens_used` the number of tokens up to the one that completed it
     (all so far, if none).
@@ -74,7 +77,7 @@ class TextStream:
         self.tokens_used = 0
         self._token_bytes = tokenizer.token_bytes
         self._skip = tokenizer.special_ids - visible if skip_special_tokens else frozenset()
-        self._stops = [StopString(text) for text in stop or []]
+        self._stops = [StopStringMatcher(text) for text in stop or []]
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -88,18 +91,19 @@ class TextStream:
                 break
             self.tokens_used += 1
             if token not in self._skip and (text := self._decoder.decode(self._token_bytes(token))):
-                out.append(self._take(text))
+                out.append(self._cut_at_stop(text))
         return "".join(out)
 
     def flush(self) -> str:
         """The rest at the end of a turn; an unfinished character becomes U+FFFD. Empty after a stop."""
         if self.stopped_by is not None:
             return ""
-        text = self._take(self._decoder.decode(b"", final=True))
+        text = self._cut_at_stop(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return text + rest
 
-    def _take(self, text: str) -> str:
+    def _cut_at_stop(self, text: str) -> str:
+        """What is safe to give out now that `text` has come: all up to a stop string, or to what may become one."""
         if not self._stops:
             return text
         may_stop = self.tokens_used > self._min_tokens
@@ -116,7 +120,7 @@ class TextStream:
         return text[:safe]
 
 
-class TurnText:
+class TurnDetokenizer:
     """The text of one turn, as its parameters want it, for the server and the library alike.
 
     `finish` is None while it goes on; `stop_reason` is the stop string or the token of `stop_token_ids` that ended it.
@@ -127,7 +131,7 @@ class TurnText:
         self.stop_reason: str | int | None = None
         self._params = params
         self._given = 0
-        self._stream = TextStream(
+        self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             list(params.stop),
             params.skip_special_tokens,
@@ -143,12 +147,12 @@ class TurnText:
         self._given += count
         # The token that ends a turn is no part of its text, special or not.
         hidden = output.stop_token is not None and not self._params.include_stop_str_in_output
-        text = self._stream.push(output.tokens[:-1] if hidden else output.tokens)
-        if self._stream.stopped_by is not None:
-            count -= self._given - self._stream.tokens_used
-            self.finish, self.stop_reason = "stop", self._stream.stopped_by
+        text = self._detokenizer.push(output.tokens[:-1] if hidden else output.tokens)
+        if self._detokenizer.stopped_by is not None:
+            count -= self._given - self._detokenizer.tokens_used
+            self.finish, self.stop_reason = "stop", self._detokenizer.stopped_by
         elif output.finish == "stop" or output.finish == "length":
-            text += self._stream.flush()
+            text += self._detokenizer.flush()
             self.finish = output.finish
             if output.stop_token in self._params.stop_token_ids:
                 self.stop_reason = output.stop_token

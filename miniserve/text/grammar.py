@@ -1,45 +1,28 @@
-"""Grammars, compiled by llguidance: the frontend compiles one to check it, a worker to follow it. No torch.
+"""Grammars: made of what a request says of its output, and compiled by llguidance. No torch.
 
-llguidance bounds most of what a grammar may cost: expressions are derived as they are needed, with so much fuel for
-each token, and rows of its parser hold so many items. What it does not bound is refused here before it is compiled.
+The API compiles a grammar to check it, a worker to follow it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from miniserve.sampling_params import Grammar
+from miniserve.text.grammar_bounds import GrammarError, check_bounds
+from miniserve.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from miniserve.text.tokenizer import Tokenizer
-
-MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 2**20}
-"""Most characters of a grammar. Those of Lark are ours where tools are forced, and hold a schema for each tool."""
-MAX_RULE_CHARS = 131072
-"""Most characters of a Lark grammar beside the schemas in it: Qwen3-Coder's calls have a rule for each argument."""
-MAX_DEPTH = 64
-"""How deep the objects and lists of a schema may be nested."""
-MAX_PROPERTIES = 1000
-"""Most properties of a schema, in all of its objects together."""
-MAX_PATTERN_CHARS = 1024
-MAX_COMBINED_PATTERNS = 8
-"""Most different patterns of a schema whose strings may have to match several of them: the library's search for a text
-that does is bounded by nothing, and doubles with each."""
-MAX_PATTERN_PROPERTIES = 32
-"""Most `patternProperties` of a schema. Each pair of them is shown to exclude each other: 600 take 70 s, 32 some 10 ms,
-and there may be a schema for each of many tools."""
-MAX_MULTIPLE = 10_000
-"""The least common multiple of all `multipleOf`: remainders are states, and 100,003 of them take 0.3 s."""
+WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
+"""Between the parts of JSON: one space, or a new line and its indentation. Nothing else in a grammar would stop a small
+model from filling its whole answer with blanks."""
 MAX_CACHED = 128
 MAX_CACHED_CHARS = 4 * 2**20
 """Compiled grammars that are kept: how many, and how many characters they may have had together."""
@@ -52,21 +35,49 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-_JSON = re.compile(r"%json\s*")
-_PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"?|/(?:\\.|[^/\\])+/?', re.DOTALL)
-"""Comments, strings and expressions of Lark, as llguidance reads them. What is not closed it refuses; looking for the
-end of such again and again would take more than a second."""
+_LARK = re.compile(r"^[ \t]*(%llguidance\b|start\s*:)", re.MULTILINE)
+"""Tells Lark from GBNF. The library's own search for it takes two seconds for 16,000 empty lines, and stops everything
+else meanwhile."""
 
 
-class GrammarError(ValueError):
-    """A grammar that cannot be followed; the message says why, in a sentence."""
+# --- made -----------------------------------------------------------------------------------------------------------
+
+
+def json_grammar(schema: dict[str, Any], *, strict: bool = False) -> Grammar:
+    """The grammar of JSON that fits `schema`. Unless `strict`, `oneOf` is taken for `anyOf`: the parser cannot rule out
+    that two alternatives match, and schemas made from code mean alternatives that exclude each other."""
+    options = {"whitespace_pattern": WHITESPACE, "coerce_one_of": not strict}
+    return Grammar("json_schema", json.dumps({**schema, "x-guidance": options}, ensure_ascii=False))
+
+
+def choice_grammar(choices: list[str]) -> Grammar:
+    """The grammar of one of these texts."""
+    return Grammar("lark", "start: " + " | ".join(map(quoted, choices)))
+
+
+def lark_grammar(text: str) -> Grammar:
+    """A grammar that is written in llguidance's Lark, or in llama.cpp's GBNF. Raises `GrammarError`."""
+    try:
+        return Grammar("lark", text if _LARK.search(text) else gbnf_to_lark(text))
+    except Exception as error:  # whatever the library's converter runs into
+        raise GrammarError(f"neither Lark nor GBNF: {error}.") from error
+
+
+def quoted(text: str) -> str:
+    """A Lark expression for exactly this text."""
+    found = re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
+    return found.replace("\x7f", "\\x7f").replace("%", "\\x25")  # which would begin a directive to `check_bounds`
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
 
 
 class Compiler:
     """Makes matchers of grammars over the vocabulary of one tokenizer. Safe to use from many threads.
 
-    Takes half a second to make, with the interpreter to itself: do it before anybody waits. `vocab_size` may pad the
-    tokenizer's, and `eos` are the tokens that may end an output (what the tokenizer says if there are none).
+    Takes a tenth of a second to make for 50,000 tokens, a second for large vocabularies, and no other thread of the
+    process runs meanwhile: make it before requests come. `vocab_size` may pad the tokenizer's, and `eos` are the tokens
+    that may end an output (the tokenizer's own if there are none).
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int = 0, eos: Iterable[int] = ()) -> None:
@@ -115,33 +126,6 @@ def failure(matcher: LLMatcher) -> str:
     return ""
 
 
-def quoted(text: str) -> str:
-    """A Lark expression for exactly this text."""
-    found = re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
-    return found.replace("\x7f", "\\x7f").replace("%", "\\x25")  # which would begin a directive to `check_bounds`
-
-
-def check_bounds(grammar: Grammar) -> None:
-    """Raises `GrammarError` for a grammar that is too large to be tried."""
-    text, most = grammar.text, MAX_CHARS[grammar.kind]
-    if len(text) > most:
-        raise GrammarError(f"it has {len(text)} characters, and at most {most} are allowed.")
-    if grammar.kind == "json_schema":
-        _check_schema(_parsed(text, 0)[0])
-    elif grammar.kind == "lark":
-        rules, end = "", 0
-        while found := _JSON.search(text, end):
-            rules += text[end : found.start()] + " "
-            schema, end = _parsed(text, found.end())
-            _check_schema(schema)
-        rules += text[end:]
-        if len(rules) > MAX_RULE_CHARS:
-            raise GrammarError(f"its rules have {len(rules)} characters, and at most {MAX_RULE_CHARS} are allowed.")
-        if re.search("[&~]", _PLAIN.sub("", rules)):
-            # Whether such a term matches anything at all may take for ever to find out.
-            raise GrammarError("the operators & and ~ are not allowed: write the expression without them.")
-
-
 def _for_llguidance(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
@@ -150,62 +134,3 @@ def _for_llguidance(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
-
-
-def _parsed(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value in `text` from `start` on, and where it ends."""
-    try:
-        return json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError) as error:
-        raise GrammarError(f"a schema is not valid JSON: {error}.") from error
-
-
-def _check_schema(schema: Any) -> None:
-    """Raises `GrammarError` for what llguidance's own limits do not stop in time."""
-    properties, named_by_pattern, multiple = 0, 0, 1
-    different: set[str] = set()
-    combined = False
-    for depth, value in _walk(schema):
-        if depth > MAX_DEPTH:
-            raise GrammarError(f"the schema is nested more than {MAX_DEPTH} levels deep.")
-        if not isinstance(value, dict):
-            continue
-        if isinstance(found := value.get("properties"), dict):
-            properties += len(found)
-        patterns = [*found] if isinstance(found := value.get("patternProperties"), dict) else []
-        named_by_pattern += len(patterns)
-        if isinstance(pattern := value.get("pattern"), str):
-            patterns.append(pattern)
-        different |= set(patterns)
-        # Beside a pattern, those of a reference or of alternatives count, too.
-        combined |= "allOf" in value or ("pattern" in value and not value.keys().isdisjoint(("$ref", "anyOf", "oneOf")))
-        if any(len(pattern) > MAX_PATTERN_CHARS for pattern in patterns):
-            raise GrammarError(f"a pattern has more than {MAX_PATTERN_CHARS} characters.")
-        factor = value.get("multipleOf")
-        if isinstance(factor, int | float) and factor > 0:
-            digits = Decimal(str(factor)).normalize().as_tuple().digits
-            multiple = math.lcm(multiple, int("".join(map(str, digits))))
-            if multiple > MAX_MULTIPLE:
-                raise GrammarError(f"the least common multiple of all `multipleOf` is above {MAX_MULTIPLE}.")
-    if combined and len(different) > MAX_COMBINED_PATTERNS:
-        raise GrammarError(
-            f"it combines patterns, as `allOf` does, and has {len(different)} of them: at most {MAX_COMBINED_PATTERNS} "
-            "are allowed then."
-        )
-    if named_by_pattern > MAX_PATTERN_PROPERTIES:
-        raise GrammarError(
-            f"the schema has {named_by_pattern} `patternProperties`, and at most {MAX_PATTERN_PROPERTIES} are allowed."
-        )
-    if properties > MAX_PROPERTIES:
-        raise GrammarError(f"the schema has {properties} properties, and at most {MAX_PROPERTIES} are allowed.")
-
-
-def _walk(value: Any) -> Iterator[tuple[int, Any]]:
-    """All objects and lists in a JSON value with how deep they are, level by level."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        level = [item for item in level if isinstance(item, dict | list)]
-        for item in level:
-            yield depth, item
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]

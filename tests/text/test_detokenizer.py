@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from miniserve.text.detokenizer import TextStream
+from miniserve.text.detokenizer import IncrementalDetokenizer
 from miniserve.text.tokenizer import Tokenizer
 
 # Few letters, so that stop strings overlap themselves and one another; 1 to 4 bytes long.
@@ -47,8 +47,8 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(ends)]
 
 
-def stream(tokens: Tokens, stop: list[str] | None = None, **how: bool | int) -> TextStream:
-    return TextStream(cast(Tokenizer, tokens), stop, **how)  # type: ignore[arg-type]
+def stream(tokens: Tokens, stop: list[str] | None = None, **how: bool | int) -> IncrementalDetokenizer:
+    return IncrementalDetokenizer(cast(Tokenizer, tokens), stop, **how)  # type: ignore[arg-type]
 
 
 def completed_by(tokens: list[bytes], text: str) -> int:
