@@ -11,7 +11,7 @@ import pytest
 from miniserve.api.generation import Choice
 from miniserve.cluster.messages import TokenLogprob, TurnOutput
 from miniserve.config import ConfigError
-from miniserve.hub.resolve import ModelError
+from miniserve.hub.check import ModelError
 from miniserve.llm import LLM, Completion, Generation, _Turn
 from miniserve.sampling_params import ParameterError, SamplingParams
 

@@ -282,7 +282,9 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from miniserve.hub.resolve import DEFAULT_MODEL, ModelError, resolve
+    from miniserve.hub.check import ModelError
+    from miniserve.hub.pinned import DEFAULT_MODEL
+    from miniserve.hub.resolve import resolve
 
     if args.model and args.positional_model and args.model != args.positional_model:
         raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")

@@ -1,8 +1,9 @@
 """Turn the default model's pinned GGUF into a Hugging Face folder: `python -m miniserve.hub.convert IN.gguf OUT_DIR`.
 
-Run as a process of its own by `miniserve.hub.resolve`, so that the memory it takes goes away with it. It reads GGUF's
+Run as a process of its own by `miniserve.hub.pinned`, so that the memory it takes goes away with it. It reads GGUF's
 metadata for a byte-level BPE Llama and is no general converter. transformers can do this too, but only with accelerate
-installed, in three times the time, and with a tokenizer that needs mending. Bump `hub.RECIPE` when the result changes.
+installed, in three times the time, and with a tokenizer that needs mending. Bump `pinned.RECIPE` when what it makes
+changes.
 """
 
 from __future__ import annotations

@@ -178,6 +178,12 @@ def write_tokenizer(folder: Path, vocab: int = 320) -> None:
 # --- details --------------------------------------------------------------------------------------------------------
 
 
+def edit_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None takes them out."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({key: value for key, value in (data | values).items() if value is not None}))
+
+
 @torch.no_grad()
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
