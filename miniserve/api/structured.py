@@ -14,8 +14,7 @@ from typing import Any
 from miniserve.api.errors import RETRY_SECONDS, ApiError
 from miniserve.api.openai.schemas import GenerationRequest
 from miniserve.sampling_params import Grammar, ParameterError
-from miniserve.text.grammar import Compiler, choice_grammar, json_grammar, lark_grammar
-from miniserve.text.grammar_bounds import GrammarError
+from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
 from miniserve.text.tokenizer import Tokenizer
 
 THREADS = 2

@@ -283,7 +283,7 @@ def _add_serve(commands: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from miniserve.hub.check import ModelError
-    from miniserve.hub.pinned import DEFAULT_MODEL
+    from miniserve.hub.fetch import DEFAULT_MODEL
     from miniserve.hub.resolve import resolve
 
     if args.model and args.positional_model and args.model != args.positional_model:

@@ -1,7 +1,6 @@
 """From what a user calls a model to a folder with its files: a local folder, a preset's alias, or a hub id.
 
-`check.py` says what can be served, `snapshot.py` brings a model from the Hugging Face hub, `pinned.py` makes the
-default model, and `dummy.py` makes a folder without weights.
+`check.py` says what can be served, `fetch.py` brings files here, and `dummy.py` makes a folder without weights.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from typing import Any
 from miniserve.config import cache_dir
 from miniserve.hub.check import ModelError, check_folder
 from miniserve.hub.dummy import make_folder
-from miniserve.hub.pinned import Progress, fetch_source, pin
-from miniserve.hub.snapshot import snapshot
+from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ calls is what the models were trained on and nothing else: a small one would fil
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -38,25 +37,27 @@ def answer_grammar(
     """What an answer matches that calls one or more of `tools` (with `single` exactly one), or if there is a format
     `wanted` is in that instead. Before it there may be reasoning, by the marks of `thinking`; it has to be there where
     the prompt has `opened` it."""
-    rules = _Rules(tokenizer)
+    writer = _Writer(tokenizer, form)
     answers = []
     if tools:
         most = 1 if single or not form.parallel else MOST_CALLS
-        answers.append(_Calls(rules, form).rule([tool["function"] for tool in tools], most, beside=wanted is not None))
+        answers.append(writer.calls([tool["function"] for tool in tools], most, beside=wanted is not None))
     if wanted is not None:
-        answers.append(_whole(rules, wanted))
-    start = rules.one_of("answer", answers)
+        answers.append(writer.whole(wanted))
+    start = writer.one_of("answer", answers)
     if thinking is not None:
-        start = f"{_thought(rules, thinking, opened)}{'' if opened else '?'} {start}"
-    return Grammar("lark", "\n".join([f"start: {start}", *rules.lines]) + "\n")
+        start = f"{writer.reasoning(thinking, opened)}{'' if opened else '?'} {start}"
+    return Grammar("lark", "\n".join([f"start: {start}", *writer.lines]) + "\n")
 
 
-class _Rules:
-    """The rules of one grammar."""
+class _Writer:
+    """Writes the rules of one grammar, `lines`. Its methods return expressions for what has to stand there."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, form: ToolFormat) -> None:
         self.lines: list[str] = []
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
+        self._form = form
+        self._marks = re.compile(f"({'|'.join(map(re.escape, form.marks))})")
         self._names: dict[str, str] = {}
 
     def rule(self, name: str, body: str, kind: str = "") -> str:
@@ -78,34 +79,17 @@ class _Rules:
 
     def mark(self, text: str) -> str:
         """A mark: the token for it, or its characters."""
-        token = self.tokenizer.control_id(text)
+        token = self._tokenizer.control_id(text)
         return quoted(text) if token is None else f"<[{token}]>"
 
-
-# --- calls ----------------------------------------------------------------------------------------------------------
-
-
-class _Calls:
-    """Writes the rules of calls in one format."""
-
-    def __init__(self, rules: _Rules, form: ToolFormat) -> None:
-        self._rules = rules
-        self._form = form
-        self._marks = re.compile(f"({'|'.join(map(re.escape, form.marks))})")
-
-    def rule(self, functions: list[dict[str, Any]], most: int, beside: bool) -> str:
-        """An expression for up to `most` calls of `functions`. `beside` says that calls are not the only answers."""
+    def calls(self, functions: list[dict[str, Any]], most: int, beside: bool) -> str:
+        """Up to `most` calls of `functions`. `beside` says that calls are not the only answers."""
         if self._form.bare and beside:
-            return self._rules.one_of("call", itertools.starmap(self._object, enumerate(functions)))
-        call = self._rules.one_of("call", itertools.starmap(self._call, enumerate(functions)))
-        again = " ".join([*self._text(self._form.separator), call])
+            return self.one_of("call", [self._object(*item) for item in enumerate(functions)])
+        call = self.one_of("call", [self._sequence(self._form.call, *item) for item in enumerate(functions)])
+        again = f"{self._text(self._form.separator)} {call}"
         calls = f"{call} ({again}){{0,{most - 1}}}" if most > 1 else call
-        return " ".join([*self._sequence(self._form.begin), calls, *self._text(self._form.end)])
-
-    def _call(self, number: int, function: dict[str, Any]) -> str:
-        names = {Piece.NAME: function["name"], Piece.QUOTED_NAME: json.dumps(function["name"])}
-        pieces = [names.get(piece, piece) if isinstance(piece, Piece) else piece for piece in self._form.call]
-        return " ".join(self._sequence(pieces, number, function))
+        return f"{self._sequence(self._form.begin)} {calls} {self._text(self._form.end)}"
 
     def _object(self, number: int, function: dict[str, Any]) -> str:
         """A call without marks. Only what is in it separates it from another object, so both have to be made of the
@@ -118,38 +102,38 @@ class _Calls:
             "additionalProperties": False,
             **_definitions(parameters),
         }
-        return self._rules.schema(f"a{number}", wrapped, bool(function.get("strict")), FORMAT_SPACE)
+        return self.schema(f"a{number}", wrapped, bool(function.get("strict")), FORMAT_SPACE)
 
     def _sequence(
         self, pieces: Iterable[str | Piece | Maybe], number: int = 0, function: Mapping[str, Any] | None = None
-    ) -> list[str]:
-        """Expressions for pieces of the format; what lies between two of `Piece` is one text."""
-        found: list[str] = []
-        for fixed, group in itertools.groupby(pieces, lambda piece: isinstance(piece, str)):
-            if fixed:
-                found += self._text("".join(map(str, group)))
-            else:
-                found += [self._piece(piece, number, function or {}) for piece in group if not isinstance(piece, str)]
-        return found
+    ) -> str:
+        """Pieces of the format, for the function that is called."""
+        return " ".join(self._piece(piece, number, function or {}) for piece in pieces)
 
-    def _text(self, text: str) -> list[str]:
-        """Expressions for a fixed text and the marks in it."""
-        parts = self._marks.split(text)
-        return [self._rules.mark(part) if i % 2 else quoted(part) for i, part in enumerate(parts) if part]
-
-    def _piece(self, piece: Piece | Maybe, number: int, function: Mapping[str, Any]) -> str:
+    def _piece(self, piece: str | Piece | Maybe, number: int, function: Mapping[str, Any]) -> str:
         match piece:
+            case str():
+                return self._text(piece)
             case Maybe(pieces):
-                return f"({' '.join(self._sequence(pieces))})?"
+                return f"({self._sequence(pieces)})?"
+            case Piece.NAME:
+                return quoted(function["name"])
+            case Piece.QUOTED_NAME:
+                return quoted(json.dumps(function["name"]))
             case Piece.ARGUMENTS:
-                return self._rules.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
+                return self.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
             case Piece.PARAMETERS:
-                return " ".join(self._tagged(number, function))
+                return self._tagged(number, function)
             case Piece.CALL_ID:
                 return "/[A-Za-z0-9]{9}/"
-        raise ValueError(f"{piece} stands in a call only")
 
-    def _tagged(self, number: int, function: Mapping[str, Any]) -> list[str]:
+    def _text(self, text: str) -> str:
+        """A rule for a fixed text and the marks in it: it stands in the calls of many tools."""
+        parts = self._marks.split(text)
+        found = [self.mark(part) if i % 2 else quoted(part) for i, part in enumerate(parts) if part]
+        return self.rule(f"t{len(self._names)}", " ".join(found)) if found else ""
+
+    def _tagged(self, number: int, function: Mapping[str, Any]) -> str:
         """The arguments of a function in Qwen3-Coder's tags, in the order of its schema."""
         schema = _parameters(function)
         parts = []
@@ -157,18 +141,39 @@ class _Calls:
             value = self._value(f"p{number}_{index}", kind, schema, bool(function.get("strict")))
             rule = f"{quoted(f'<parameter={key}>' + chr(10))} {value}"
             parts.append(rule if key in schema.get("required", ()) else f"({rule})?")
-        return parts
+        return " ".join(parts)
 
     def _value(self, name: str, kind: Any, schema: dict[str, Any], strict: bool) -> str:
         """An argument with the tag that closes it: text without quotes, all else as JSON."""
-        close = self._rules.rule("close", quoted("\n</parameter>\n"))
+        close = self.rule("close", quoted("\n</parameter>\n"))
         kind = kind if isinstance(kind, dict) else {}
         values = kind.get("enum")
         if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-            return f"{self._rules.one_of(name, [quoted(value) for value in values])} {close}"
+            return f"{self.one_of(name, [quoted(value) for value in values])} {close}"
         if not (types := schema_types(kind, schema)) or "string" in types:
-            return self._rules.rule("text", "/(?s:.*)\\n<\\/parameter>\\n/", "[lazy]")
-        return f"{self._rules.schema(name, {**kind, **_definitions(schema)}, strict)} {close}"
+            return self.rule("text", "/(?s:.*)\\n<\\/parameter>\\n/", "[lazy]")
+        return f"{self.schema(name, {**kind, **_definitions(schema)}, strict)} {close}"
+
+    def whole(self, wanted: Grammar) -> str:
+        """A rule for a whole other grammar."""
+        match wanted.kind:
+            case "json_schema":
+                body = f"%json {wanted.text}"
+            case "regex":
+                body = f"/(?:{_slashed(wanted.text)})/"
+            case "lark":
+                body = f"%lark {{\n{wanted.text}\n}}"
+        return self.rule("format", body)
+
+    def reasoning(self, thinking: ReasoningMarks, opened: bool) -> str:
+        """A rule for the reasoning. A `Reader` ends it where the mark stands, a token or spelled out, so the text before
+        that has no mark in it."""
+        start, text = self.mark(thinking.start), _without(thinking.end)
+        if self._tokenizer.control_id(thinking.end) is None:
+            end = f"/{text}{_slashed(re.escape(thinking.end))}/"
+        else:
+            end = f"/{text}/ {self.mark(thinking.end)}"
+        return self.rule("thought", f"{start}{'?' if opened else ''} {end} /\\s{{0,4}}/")
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,32 +188,6 @@ def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
 def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
     """What references in a part of `schema` are about, for that part by itself."""
     return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-
-
-# --- formats and reasoning ------------------------------------------------------------------------------------------
-
-
-def _whole(rules: _Rules, wanted: Grammar) -> str:
-    """A rule for a whole other grammar."""
-    match wanted.kind:
-        case "json_schema":
-            body = f"%json {wanted.text}"
-        case "regex":
-            body = f"/(?:{_slashed(wanted.text)})/"
-        case "lark":
-            body = f"%lark {{\n{wanted.text}\n}}"
-    return rules.rule("format", body)
-
-
-def _thought(rules: _Rules, thinking: ReasoningMarks, opened: bool) -> str:
-    """The rule of the reasoning. A `Reader` ends it where the mark stands, a token or spelled out, so the text before
-    it does not spell it."""
-    start, text = rules.mark(thinking.start), _without(thinking.end)
-    if rules.tokenizer.control_id(thinking.end) is None:
-        end = f"/{text}{_slashed(re.escape(thinking.end))}/"
-    else:
-        end = f"/{text}/ {rules.mark(thinking.end)}"
-    return rules.rule("thought", f"{start}{'?' if opened else ''} {end} /\\s{{0,4}}/")
 
 
 def _slashed(expression: str) -> str:

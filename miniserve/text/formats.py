@@ -44,23 +44,28 @@ class Maybe(NamedTuple):
 class ToolFormat(msgspec.Struct, frozen=True, kw_only=True):
     """A format of tool calls: `begin`, then each `call` with `separator` between them, then `end`.
 
-    A call starts with one of the marks `starts`, and `bare` says that the first one may do without. `marks` are all
-    texts of the format that may be tokens of their own. `parser` makes what reads one place where a call starts.
-    `parallel` says that an answer, and a message of the history, may hold several calls. `short_ids` says that chat
-    templates insist on ids of nine letters and digits.
+    `marks` are all texts of the format that may be tokens of their own. Calls start with the first of them, or with one
+    of `other_starts`; `bare` says that the first call may do without. `parser` makes what reads one place where a call
+    starts. `parallel` says that an answer, and a message of the history, may hold several calls. `short_ids` says that
+    chat templates insist on ids of nine letters and digits.
     """
 
     name: str
-    call: tuple[str | Piece | Maybe, ...]
-    begin: tuple[str | Maybe, ...] = ()
-    separator: str = ""
-    end: str = ""
-    starts: tuple[str, ...]
     marks: tuple[str, ...]
     parser: Callable[[Schemas], CallParser]
+    begin: tuple[str | Maybe, ...] = ()
+    call: tuple[str | Piece | Maybe, ...]
+    separator: str = ""
+    end: str = ""
+    other_starts: tuple[str, ...] = ()
     bare: bool = False
     parallel: bool = True
     short_ids: bool = False
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """The marks that calls start with."""
+        return (self.marks[0], *self.other_starts)
 
     def write(self, calls: list[tuple[str, Any]]) -> str:
         """Calls, each a name and its arguments, as a model that was trained on the format writes them."""
@@ -85,79 +90,74 @@ def _written(piece: str | Piece | Maybe, name: str, arguments: Any) -> str:
             texts = ((key, value if isinstance(value, str) else _json(value)) for key, value in given)
             return "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts)
         case Piece.CALL_ID:
-            raise ValueError("calls are written without their ids")
+            raise ValueError("ids stand in a `Maybe` that is not written")
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _object(key: str, *more: Maybe) -> tuple[str | Piece | Maybe, ...]:
+    """A call as a JSON object, with the arguments under `key`."""
+    return ('{"name": ', Piece.QUOTED_NAME, f', "{key}": ', Piece.ARGUMENTS, *more, "}")
+
+
 TAGS = ("<tool_call>", "</tool_call>")
 MISTRAL_MARKS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-FORMATS = {
-    form.name: form
-    for form in (
-        ToolFormat(
-            name="hermes",
-            call=('<tool_call>\n{"name": ', Piece.QUOTED_NAME, ', "arguments": ', Piece.ARGUMENTS, "}\n</tool_call>"),
-            separator="\n",
-            starts=("<tool_call>",),
-            marks=TAGS,
-            parser=TagParser,
-        ),
-        ToolFormat(
-            name="smollm2",
-            begin=("<tool_call>[",),
-            call=('{"name": ', Piece.QUOTED_NAME, ', "arguments": ', Piece.ARGUMENTS, "}"),
-            separator=", ",
-            end="]</tool_call>",
-            starts=("<tool_call>",),
-            marks=TAGS,
-            parser=TagParser,
-        ),
-        ToolFormat(
-            name="qwen3_coder",
-            call=("<tool_call>\n<function=", Piece.NAME, ">\n", Piece.PARAMETERS, "</function>\n</tool_call>"),
-            separator="\n",
-            starts=("<tool_call>", "<function="),  # these models forget the first tag at times
-            marks=TAGS,
-            parser=TagParser,
-        ),
-        ToolFormat(
-            name="llama3_json",
-            call=('{"name": ', Piece.QUOTED_NAME, ', "parameters": ', Piece.ARGUMENTS, "}"),
-            separator="; ",
-            starts=("<|python_tag|>",),
-            marks=("<|python_tag|>",),
-            parser=LlamaParser,
-            bare=True,
-            parallel=False,
-        ),
-        ToolFormat(
-            name="mistral",
-            # Some models were trained with the space, and with ids, and some without.
-            begin=("[TOOL_CALLS]", Maybe((" ",), written=True), "["),
-            call=(
-                *('{"name": ', Piece.QUOTED_NAME, ', "arguments": ', Piece.ARGUMENTS),
-                *(Maybe((', "id": "', Piece.CALL_ID, '"')), "}"),
-            ),
-            separator=", ",
-            end="]",
-            starts=("[TOOL_CALLS]",),
-            marks=MISTRAL_MARKS,
-            parser=MistralParser,
-            short_ids=True,
-        ),
-        ToolFormat(
-            name="mistral_args",
-            call=("[TOOL_CALLS]", Piece.NAME, Maybe(("[CALL_ID]", Piece.CALL_ID)), "[ARGS]", Piece.ARGUMENTS),
-            starts=("[TOOL_CALLS]",),
-            marks=MISTRAL_MARKS,
-            parser=MistralParser,
-            short_ids=True,
-        ),
-    )
-}
+_FORMATS = (
+    ToolFormat(
+        name="hermes",
+        marks=TAGS,
+        parser=TagParser,
+        call=("<tool_call>\n", *_object("arguments"), "\n</tool_call>"),
+        separator="\n",
+    ),
+    ToolFormat(
+        name="smollm2",
+        marks=TAGS,
+        parser=TagParser,
+        begin=("<tool_call>[",),
+        call=_object("arguments"),
+        separator=", ",
+        end="]</tool_call>",
+    ),
+    ToolFormat(
+        name="qwen3_coder",
+        marks=TAGS,
+        parser=TagParser,
+        call=("<tool_call>\n<function=", Piece.NAME, ">\n", Piece.PARAMETERS, "</function>\n</tool_call>"),
+        separator="\n",
+        other_starts=("<function=",),  # these models forget the first tag at times
+    ),
+    ToolFormat(
+        name="llama3_json",
+        marks=("<|python_tag|>",),
+        parser=LlamaParser,
+        call=_object("parameters"),
+        separator="; ",
+        bare=True,
+        parallel=False,
+    ),
+    ToolFormat(
+        name="mistral",
+        marks=MISTRAL_MARKS,
+        parser=MistralParser,
+        # Some models were trained with the space, and with ids, and some without.
+        begin=("[TOOL_CALLS]", Maybe((" ",), written=True), "["),
+        call=_object("arguments", Maybe((', "id": "', Piece.CALL_ID, '"'))),
+        separator=", ",
+        end="]",
+        short_ids=True,
+    ),
+    ToolFormat(
+        name="mistral_args",
+        marks=MISTRAL_MARKS,
+        parser=MistralParser,
+        call=("[TOOL_CALLS]", Piece.NAME, Maybe(("[CALL_ID]", Piece.CALL_ID)), "[ARGS]", Piece.ARGUMENTS),
+        short_ids=True,
+    ),
+)
+FORMATS = {form.name: form for form in _FORMATS}
 """The formats of tool calls, by name; the names are vLLM's where it has one."""
 
 SIGNS = {

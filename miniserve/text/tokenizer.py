@@ -8,7 +8,7 @@ messages cannot forge control tokens (`guard.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,36 @@ def byte_alphabet() -> dict[int, str]:
     return {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
 
+def byte_level_bpe(
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    special: dict[int, str],
+    *,
+    use_regex: bool = True,
+    before: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """The tokenizer.json of a byte-level BPE. `vocab` maps all tokens, spelled in the `byte_alphabet`, to their ids;
+    `special` maps ids to the texts of special tokens. `use_regex` splits text into words as GPT-2 does, after the
+    pre-tokenizers `before`."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": special[i], **flags} for i in sorted(special)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
 class Tokenizer:
     """A model's tokenizer and chat template. Immutable after `load`, safe to use from many threads.
 
     `vocab_size` is one more than the highest token id (the model's own may be padded beyond). `eos_token_ids` end a
-    turn. `special_ids` are the tokens left out of text when special tokens are skipped. `has_template` says whether
-    `chat` can work; `template_text` is the source of all templates, and of the checkpoint's response template.
+    turn. `special_ids` are the tokens left out of text when special tokens are skipped. `template_text` is the source
+    of all templates, and of the checkpoint's response template.
     """
 
     def __init__(
@@ -42,7 +66,6 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         eos_token_ids: Iterable[int] = (),
-        bos_token_id: int | None = None,
         templates: dict[str, str] | None = None,
         special_texts: dict[str, str] | None = None,
         model_type: str = "",
@@ -59,13 +82,11 @@ class Tokenizer:
         self._control_ids = {text: i for i, text in control.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.bos_token_id = bos_token_id
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._bytes: dict[int, bytes] = {}
         self._bytes_of = _byte_reader(backend)
         self._templates = ChatTemplates(templates or {}, special_texts or {})
         self._guarded = GuardedEncoder(backend, control, self.special_ids)
-        self.has_template = bool(templates)
         self.model_type = model_type
         self.template_text = "\n".join((templates or {}).values())
         if response_template:
@@ -87,23 +108,17 @@ class Tokenizer:
         else:
             backend, settings = _from_transformers(folder, settings)
         texts = {name: text for name, value in settings.items() if (text := _token_text(value)) and "_token" in name}
-        ids: dict[str, int | None] = {
-            name: backend.token_to_id(texts[name]) for name in ("bos_token", "eos_token") if name in texts
-        }
-        configs = [read_json(folder / name) for name in ("generation_config.json", "config.json")]
-
-        def first(key: str) -> Any:
-            found = (config[key] for config in configs if config.get(key) is not None)
-            return next(found, ids.get(key.removesuffix("_id")))
-
-        eos = first("eos_token_id")
+        generation, config = (read_json(folder / name) for name in ("generation_config.json", "config.json"))
+        named = [generation.get("eos_token_id"), config.get("eos_token_id")]
+        if "eos_token" in texts:
+            named.append(backend.token_to_id(texts["eos_token"]))
+        eos = next((ids for ids in named if ids is not None), [])
         return cls(
             backend,
-            eos_token_ids=[] if eos is None else eos if isinstance(eos, list) else [eos],
-            bos_token_id=ids.get("bos_token", first("bos_token_id")),
+            eos_token_ids=eos if isinstance(eos, list) else [eos],
             templates=find_templates(folder, settings, chat_template),
             special_texts=texts,
-            model_type=str(configs[1].get("model_type", "")),
+            model_type=str(config.get("model_type", "")),
             response_template=settings.get("response_template"),
         )
 

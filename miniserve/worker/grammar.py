@@ -13,8 +13,7 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
 from miniserve.sampling_params import Grammar, ParameterError
-from miniserve.text.grammar import Compiler, failure
-from miniserve.text.grammar_bounds import GrammarError
+from miniserve.text.grammar import Compiler, GrammarError, failure
 
 if TYPE_CHECKING:
     from miniserve.worker.sequence import Sequence

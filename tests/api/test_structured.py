@@ -13,7 +13,7 @@ from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.structured import requested
 from miniserve.hub import resolve as hub
 from miniserve.sampling_params import Grammar
-from miniserve.text import grammar_bounds
+from miniserve.text import grammar
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from tests.api.test_openai import Api, error_of, make_app
@@ -127,7 +127,7 @@ async def test_what_is_wrong_is_told(api, body, param, part):
 
 async def test_a_slow_compilation_stops_neither_the_loop_nor_others(api, monkeypatch):
     assert (await api.chat(structured_outputs={"regex": "warm"})).status_code == 200
-    monkeypatch.setattr(grammar_bounds, "MAX_MULTIPLE", 10**9)
+    monkeypatch.setattr(grammar, "MAX_MULTIPLE", 10**9)
     monkeypatch.setattr(structured, "SECONDS", 0.1)
     worst, last = 0.0, time.perf_counter()
 

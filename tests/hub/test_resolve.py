@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import errors
 
 from miniserve.hub.check import ModelError
-from miniserve.hub.pinned import DEFAULT_MODEL
+from miniserve.hub.fetch import DEFAULT_MODEL
 from miniserve.hub.resolve import presets, resolve
 from miniserve.model.config import ModelConfig
 from miniserve.text.tokenizer import Tokenizer

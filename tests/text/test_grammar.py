@@ -12,8 +12,7 @@ import pytest
 from miniserve.hub import resolve as hub
 from miniserve.sampling_params import Grammar
 from miniserve.text import grammar
-from miniserve.text.grammar import Compiler, json_grammar, quoted
-from miniserve.text.grammar_bounds import GrammarError, check_bounds
+from miniserve.text.grammar import Compiler, GrammarError, check_bounds, json_grammar, quoted
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.schemas import nested
 

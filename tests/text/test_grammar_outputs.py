@@ -18,8 +18,7 @@ from miniserve.cluster.messages import TurnOutput
 from miniserve.llm import LLM
 from miniserve.sampling_params import Grammar, ParameterError, SamplingParams
 from miniserve.text import grammar
-from miniserve.text.grammar import Compiler, json_grammar
-from miniserve.text.grammar_bounds import GrammarError
+from miniserve.text.grammar import Compiler, GrammarError, json_grammar
 from miniserve.worker.sequence import Sequence
 from tests.e2e.test_cluster import cluster, collect, settled
 from tests.e2e.test_parity import clean, small

@@ -77,8 +77,6 @@ def test_facts_of_the_folder(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 320
     assert tokenizer.special_ids == {END, START, STOP}
     assert tokenizer.eos_token_ids == {END, STOP}  # generation_config.json's list, not config.json's one
-    assert tokenizer.bos_token_id == END
-    assert tokenizer.has_template
 
 
 def test_a_raw_prompt_may_hold_control_tokens(tokenizer: Tokenizer) -> None:

