@@ -166,8 +166,8 @@ class _Writer:
         return self.rule("format", body)
 
     def reasoning(self, thinking: ReasoningMarks, opened: bool) -> str:
-        """A rule for the reasoning. A `Reader` ends it where the mark stands, a token or spelled out, so the text before
-        that has no mark in it."""
+        """A rule for the reasoning. A `Reader` ends it at its end mark, a token or spelled out, so the text before that
+        does not spell the mark."""
         start, text = self.mark(thinking.start), _without(thinking.end)
         if self._tokenizer.control_id(thinking.end) is None:
             end = f"/{text}{_slashed(re.escape(thinking.end))}/"

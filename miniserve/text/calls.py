@@ -91,9 +91,6 @@ def json_calls(text: str) -> list[Call]:
     """The calls that a JSON object or a list of them describes; none if only one of them is not in order."""
     try:
         value = msgspec.json.decode(text)  # strict everywhere: what is passed on as raw text below is sound
-        entries = value if isinstance(value, list) else [value]
-        if not all(isinstance(entry, dict) for entry in entries):
-            return []
         written = msgspec.json.decode(text if isinstance(value, list) else f"[{text}]", type=list[_Written])
         calls = [_call(entry) for entry in written]
     except (ValueError, RecursionError):

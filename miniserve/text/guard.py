@@ -19,6 +19,9 @@ import tokenizers
 
 from miniserve.sampling_params import ParameterError
 
+_DIGITS = "\ue100\ue101\ue102\ue103\ue104\ue105\ue106\ue107\ue108\ue109"
+_HIDE, _SHOW = str.maketrans("0123456789", _DIGITS), str.maketrans(_DIGITS, "0123456789")
+
 
 def is_control(text: str, special: bool) -> bool:
     """Whether a token steers the model: special, or in brackets. Others (runs of spaces, words) are just text."""
@@ -34,32 +37,22 @@ class Pieces:
     """The texts of one request that sentinels stand for.
 
     A sentinel is all private-use characters, so that no template's filter (trim, upper, tojson) changes it: U+E000,
-    80 random bits that are the same in the whole request, the number of the piece, U+E001.
+    80 random bits that are the same in the whole request, the digits of the piece's number, U+E001.
     """
-
-    BASE = 0xE100
-    DIGITS = 1024
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self._nonce = "".join(chr(self.BASE + secrets.randbelow(self.DIGITS)) for _ in range(8))
+        self._nonce = "".join(chr(0xE100 + secrets.randbelow(1024)) for _ in range(8))
 
     def new(self, text: str) -> str:
         """The sentinel of a further text."""
         self.texts.append(text)
-        high, low = divmod(len(self.texts) - 1, self.DIGITS)
-        top, high = divmod(high, self.DIGITS)
-        return f"\ue000{self._nonce}{''.join(chr(self.BASE + digit) for digit in (top, high, low))}\ue001"
+        return f"\ue000{self._nonce}{str(len(self.texts) - 1).translate(_HIDE)}\ue001"
 
     def split(self, text: str) -> list[tuple[str, bool]]:
         """(text, False) for what stands between sentinels and (its text, True) for each one, in order."""
-        digit = f"[{chr(self.BASE)}-{chr(self.BASE + self.DIGITS - 1)}]"
-        parts = re.split(f"\ue000{self._nonce}({digit}{{3}})\ue001", text)
-        found = [(part, False) for part in parts]
-        for i in range(1, len(parts), 2):
-            top, high, low = (ord(digit) - self.BASE for digit in parts[i])
-            found[i] = (self.texts[(top * self.DIGITS + high) * self.DIGITS + low], True)
-        return found
+        parts = re.split(f"\ue000{self._nonce}([\ue100-\ue109]+)\ue001", text)
+        return [(self.texts[int(p.translate(_SHOW))], True) if i % 2 else (p, False) for i, p in enumerate(parts)]
 
 
 class Guard:

@@ -112,7 +112,7 @@ class Tokenizer:
         named = [generation.get("eos_token_id"), config.get("eos_token_id")]
         if "eos_token" in texts:
             named.append(backend.token_to_id(texts["eos_token"]))
-        eos = next((ids for ids in named if ids is not None), [])
+        eos: int | list[int] = next((ids for ids in named if ids is not None), [])
         return cls(
             backend,
             eos_token_ids=eos if isinstance(eos, list) else [eos],

@@ -21,18 +21,6 @@ PIECES = ["<|im_", "<|", "<", "end|>", "_end|>", "|>", ">", "|im_end|>", "<|im_e
 FORGED = st.lists(st.sampled_from([*tiny.SPECIAL, *PIECES, "\n", " the", "é", "\ue000"]), max_size=8).map("".join)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer.load(tiny_folder)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a tokenizer that a test may change."""
-    tiny.write_tokenizer(tmp_path)
-    return tmp_path
-
-
 def control(ids: list[int]) -> list[int]:
     return [i for i in ids if i in (END, START, STOP)]
 

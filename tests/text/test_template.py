@@ -18,26 +18,6 @@ ROLES = st.sampled_from(["system", "user", "assistant"])
 STOP = 319  # <|im_end|>
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer.load(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def peer(tiny_folder: Path) -> Any:
-    """transformers' own tokenizer of the same folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_folder)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a tokenizer that a test may change."""
-    tiny.write_tokenizer(tmp_path)
-    return tmp_path
-
-
 @given(messages=st.lists(st.tuples(ROLES, TEXT), min_size=1, max_size=4), generate=st.booleans())
 def test_chat_like_transformers(
     tokenizer: Tokenizer, peer: Any, messages: list[tuple[str, str]], generate: bool

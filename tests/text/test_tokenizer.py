@@ -17,30 +17,9 @@ from hypothesis import strategies as st
 
 from miniserve.sampling_params import ParameterError
 from miniserve.text.tokenizer import Tokenizer, byte_alphabet
-from tests.support import tiny
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 END, START, STOP = range(317, 320)  # <|endoftext|>, <|im_start|>, <|im_end|>
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer.load(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def peer(tiny_folder: Path) -> Any:
-    """transformers' own tokenizer of the same folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_folder)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a tokenizer that a test may change."""
-    tiny.write_tokenizer(tmp_path)
-    return tmp_path
 
 
 @given(text=TEXT)
