@@ -116,7 +116,7 @@ def schema_format(schema: Any, **more: Any) -> dict[str, Any]:
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-async def test_what_is_wrong_is_told(api, body, param, part):
+async def test_what_is_wrong_is_named(api, body, param, part):
     for answer in (await api.chat(**body), await api.complete(**body)):
         error = error_of(answer, 400)
         assert error["param"] == param, error
@@ -141,9 +141,9 @@ async def test_a_slow_compilation_stops_neither_the_loop_nor_others(api, monkeyp
     slow = [schema_format({"type": "integer", "multipleOf": k}) for k in (500009, 500029, 500041, 500057)]
     answers = await asyncio.gather(*(api.chat(**body) for body in slow))
     beating.cancel()
-    told = sorted((a.status_code, a.json()["error"]["code"]) for a in answers if a.status_code != 200)
-    assert (400, None) in [(status, code) for status, code in told], "two are being compiled"
-    assert (503, "queue_full") in told, "the others have not begun"
+    refused = {(a.status_code, a.json()["error"]["code"]) for a in answers if a.status_code != 200}
+    assert (400, None) in refused, "two are being compiled"
+    assert (503, "queue_full") in refused, "the others have not begun"
     assert worst < 0.3, "the loop goes on"
 
 

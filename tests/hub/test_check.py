@@ -1,4 +1,4 @@
-"""Which folders can be served, and what people are told of the others."""
+"""Which folders can be served, and why the others are refused."""
 
 from __future__ import annotations
 

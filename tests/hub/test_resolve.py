@@ -1,4 +1,4 @@
-"""From a model's name to a folder, and what people are told when there is none."""
+"""From a model's name to a folder, and what the error says when there is none."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_a_grammar_that_turns_out_too_complex_ends_its_turn_alone(llm, monkeypat
     assert said["hard"][0].tokens == [ord("x")]
 
 
-def test_a_turn_whose_grammar_is_being_compiled_holds_up_nobody(llm, monkeypatch):
+def test_a_turn_whose_grammar_is_being_compiled_delays_no_other(llm, monkeypatch):
     slow, go = Grammar("regex", "slow"), threading.Event()
     compile_ = llm.engine._grammars._compiler.result().compile
 

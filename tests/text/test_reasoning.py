@@ -1,4 +1,4 @@
-"""Reasoning: told apart from the answer however the text comes, and over the API."""
+"""Reasoning is separated from the answer however the text comes, and over the API."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ OPENS = dialects.TEMPLATES["hermes"].replace(
 def read(pieces: list[str], marks: ReasoningMarks = QWEN, opened: bool = False, tools: bool = True) -> list[Any]:
     reader = Reader(marks, opened, CallScanner(FORMATS["hermes"], {}, False) if tools else None)
     parts: list[Part] = [part for piece in pieces for part in reader.read(piece)]
-    told = merged(parts + reader.read("", final=True))
-    return [part.name if isinstance(part, ToolCall) else part for part in told]
+    parts += reader.read("", final=True)
+    return [part.name if isinstance(part, ToolCall) else part for part in merged(parts)]
 
 
 R = Reasoning
@@ -84,8 +84,8 @@ def test_only_marks_and_space_beside_them_are_dropped(fragments: list[str], open
         assert parts == [text][: bool(text)]
         return
     reasoning, ended, content = seen.removeprefix("<think>").partition("</think>")
-    told = (reasoning.strip(), content.lstrip()) if ended else (reasoning.lstrip(), "")
-    assert parts == [*[R(told[0])][: bool(told[0])], *[told[1]][: bool(told[1])]]
+    thought, said = (reasoning.strip(), content.lstrip()) if ended else (reasoning.lstrip(), "")
+    assert parts == [*[R(thought)][: bool(thought)], *[said][: bool(said)]]
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers gives them and makes of them, and what people are told of those that fail."""
+"""Chat templates: what transformers gives them and makes of them, and the errors of those that fail."""
 
 from __future__ import annotations
 
