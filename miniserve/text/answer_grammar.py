@@ -14,7 +14,7 @@ from typing import Any
 
 from miniserve.sampling_params import Grammar
 from miniserve.text.calls import schema_types
-from miniserve.text.formats import Maybe, Piece, ReasoningMarks, ToolFormat
+from miniserve.text.formats import CallField, Maybe, ReasoningMarks, ToolFormat
 from miniserve.text.grammar import WHITESPACE, quoted
 from miniserve.text.tokenizer import Tokenizer
 
@@ -105,26 +105,26 @@ class _Writer:
         return self.schema(f"a{number}", wrapped, bool(function.get("strict")), FORMAT_SPACE)
 
     def _sequence(
-        self, pieces: Iterable[str | Piece | Maybe], number: int = 0, function: Mapping[str, Any] | None = None
+        self, pieces: Iterable[str | CallField | Maybe], number: int = 0, function: Mapping[str, Any] | None = None
     ) -> str:
         """Pieces of the format, for the function that is called."""
         return " ".join(self._piece(piece, number, function or {}) for piece in pieces)
 
-    def _piece(self, piece: str | Piece | Maybe, number: int, function: Mapping[str, Any]) -> str:
+    def _piece(self, piece: str | CallField | Maybe, number: int, function: Mapping[str, Any]) -> str:
         match piece:
             case str():
                 return self._text(piece)
             case Maybe(pieces):
                 return f"({self._sequence(pieces)})?"
-            case Piece.NAME:
+            case CallField.NAME:
                 return quoted(function["name"])
-            case Piece.QUOTED_NAME:
+            case CallField.QUOTED_NAME:
                 return quoted(json.dumps(function["name"]))
-            case Piece.ARGUMENTS:
+            case CallField.ARGUMENTS:
                 return self.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
-            case Piece.PARAMETERS:
+            case CallField.PARAMETERS:
                 return self._tagged(number, function)
-            case Piece.CALL_ID:
+            case CallField.CALL_ID:
                 return "/[A-Za-z0-9]{9}/"
 
     def _text(self, text: str) -> str:

@@ -19,7 +19,7 @@ from miniserve.text.call_parsers import CallParser, LlamaParser, MistralParser, 
 from miniserve.text.calls import Schemas
 
 
-class Piece(Enum):
+class CallField(Enum):
     """What stands between the fixed texts of a call."""
 
     NAME = auto()
@@ -37,7 +37,7 @@ class Piece(Enum):
 class Maybe(NamedTuple):
     """Pieces that a model may write or leave out; `written` says whether they stand in histories."""
 
-    pieces: tuple[str | Piece, ...]
+    pieces: tuple[str | CallField, ...]
     written: bool = False
 
 
@@ -54,7 +54,7 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True):
     marks: tuple[str, ...]
     parser: Callable[[Schemas], CallParser]
     begin: tuple[str | Maybe, ...] = ()
-    call: tuple[str | Piece | Maybe, ...]
+    call: tuple[str | CallField | Maybe, ...]
     separator: str = ""
     end: str = ""
     other_starts: tuple[str, ...] = ()
@@ -73,23 +73,23 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True):
         return "".join(_written(piece, "", {}) for piece in self.begin) + self.separator.join(texts) + self.end
 
 
-def _written(piece: str | Piece | Maybe, name: str, arguments: Any) -> str:
+def _written(piece: str | CallField | Maybe, name: str, arguments: Any) -> str:
     match piece:
         case str():
             return piece
         case Maybe(pieces, written):
             return "".join(_written(inner, name, arguments) for inner in pieces) if written else ""
-        case Piece.NAME:
+        case CallField.NAME:
             return name
-        case Piece.QUOTED_NAME:
+        case CallField.QUOTED_NAME:
             return _json(name)
-        case Piece.ARGUMENTS:
+        case CallField.ARGUMENTS:
             return _json(arguments)
-        case Piece.PARAMETERS:
+        case CallField.PARAMETERS:
             given = arguments.items() if isinstance(arguments, dict) else ()
             texts = ((key, value if isinstance(value, str) else _json(value)) for key, value in given)
             return "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts)
-        case Piece.CALL_ID:
+        case CallField.CALL_ID:
             raise ValueError("ids stand in a `Maybe` that is not written")
 
 
@@ -97,9 +97,9 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _object(key: str, *more: Maybe) -> tuple[str | Piece | Maybe, ...]:
+def _object(key: str, *more: Maybe) -> tuple[str | CallField | Maybe, ...]:
     """A call as a JSON object, with the arguments under `key`."""
-    return ('{"name": ', Piece.QUOTED_NAME, f', "{key}": ', Piece.ARGUMENTS, *more, "}")
+    return ('{"name": ', CallField.QUOTED_NAME, f', "{key}": ', CallField.ARGUMENTS, *more, "}")
 
 
 TAGS = ("<tool_call>", "</tool_call>")
@@ -125,7 +125,7 @@ _FORMATS = (
         name="qwen3_coder",
         marks=TAGS,
         parser=TagParser,
-        call=("<tool_call>\n<function=", Piece.NAME, ">\n", Piece.PARAMETERS, "</function>\n</tool_call>"),
+        call=("<tool_call>\n<function=", CallField.NAME, ">\n", CallField.PARAMETERS, "</function>\n</tool_call>"),
         separator="\n",
         other_starts=("<function=",),  # these models forget the first tag at times
     ),
@@ -144,7 +144,7 @@ _FORMATS = (
         parser=MistralParser,
         # Some models were trained with the space, and with ids, and some without.
         begin=("[TOOL_CALLS]", Maybe((" ",), written=True), "["),
-        call=_object("arguments", Maybe((', "id": "', Piece.CALL_ID, '"'))),
+        call=_object("arguments", Maybe((', "id": "', CallField.CALL_ID, '"'))),
         separator=", ",
         end="]",
         short_ids=True,
@@ -153,7 +153,13 @@ _FORMATS = (
         name="mistral_args",
         marks=MISTRAL_MARKS,
         parser=MistralParser,
-        call=("[TOOL_CALLS]", Piece.NAME, Maybe(("[CALL_ID]", Piece.CALL_ID)), "[ARGS]", Piece.ARGUMENTS),
+        call=(
+            "[TOOL_CALLS]",
+            CallField.NAME,
+            Maybe(("[CALL_ID]", CallField.CALL_ID)),
+            "[ARGS]",
+            CallField.ARGUMENTS,
+        ),
         short_ids=True,
     ),
 )

@@ -2,7 +2,7 @@
 
 Before a chat template is rendered, a sentinel replaces every piece of a message or tool that spells a control token:
 private-use characters that no client can guess. In the rendered text the control tokens are those that the template
-wrote. What lies between them, with the pieces put back, is encoded by a tokenizer that knows no control tokens. So
+wrote. What lies between them, with the hidden texts put back, is encoded by a tokenizer that knows no control tokens. So
 such content reads as plain text, and content without any gets exactly the tokens that transformers gives it.
 """
 
@@ -33,11 +33,11 @@ def encode_all(backend: tokenizers.Tokenizer, texts: list[str], add_special_toke
     return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
 
-class Pieces:
+class HiddenTexts:
     """The texts of one request that sentinels stand for.
 
     A sentinel is all private-use characters, so that no template's filter (trim, upper, tojson) changes it: U+E000,
-    80 random bits that are the same in the whole request, the digits of the piece's number, U+E001.
+    80 random bits that are the same in the whole request, the digits of the text's number, U+E001.
     """
 
     def __init__(self) -> None:
@@ -72,16 +72,16 @@ class Guard:
         self._tails = frozenset(t[n:] for t in self.tokens for n in range(1, len(t)) if not t[-1].isalnum())
         self._reach = max(map(len, self.tokens), default=0) - 1
 
-    def mark(self, text: str, pieces: Pieces) -> str:
-        """`text` with sentinels from `pieces` in the place of what it finds."""
+    def mark(self, text: str, hidden: HiddenTexts) -> str:
+        """`text` with sentinels from `hidden` in the place of what it finds."""
         reach = min(self._reach, len(text))
         head = next((n for n in range(reach, 0, -1) if text[:n] in self._tails), 0)
         rest = text[head:]
         tail = next((n for n in range(min(reach, len(rest)), 0, -1) if rest[-n:] in self._heads), 0)
         middle = rest[: len(rest) - tail]
-        marked = self._whole.sub(lambda found: pieces.new(found[0]), middle)
-        # Pieces are numbered in any order, so head and tail may come last.
-        return (pieces.new(text[:head]) if head else "") + marked + (pieces.new(rest[-tail:]) if tail else "")
+        marked = self._whole.sub(lambda found: hidden.new(found[0]), middle)
+        # Hidden texts are numbered in any order, so head and tail may come last.
+        return (hidden.new(text[:head]) if head else "") + marked + (hidden.new(rest[-tail:]) if tail else "")
 
 
 class GuardedEncoder:
@@ -103,18 +103,18 @@ class GuardedEncoder:
         self._plain: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
         self._lock = threading.Lock()
 
-    def hide(self, value: Any, pieces: Pieces) -> Any:
+    def hide(self, value: Any, hidden: HiddenTexts) -> Any:
         """A copy of a JSON value in which sentinels stand for all that spells a control token."""
-        return self._hidden(value, self._all, pieces)
+        return self._hidden(value, self._all, hidden)
 
-    def hide_in_message(self, message: dict[str, Any], pieces: Pieces) -> dict[str, Any]:
+    def hide_in_message(self, message: dict[str, Any], hidden: HiddenTexts) -> dict[str, Any]:
         """The same of a message, without keys that are null: templates expect a missing key there."""
         guard = self._special if message.get("role") == "assistant" else self._all
-        return self._hidden({key: value for key, value in message.items() if value is not None}, guard, pieces)
+        return self._hidden({key: value for key, value in message.items() if value is not None}, guard, hidden)
 
     def encode(self, parts: list[tuple[str, bool]]) -> list[int]:
-        """Token ids of (text, hidden before) parts, as `Pieces.split` gives them: only in the others the spelling of a
-        control token stands for it. Raises `ParameterError` for a vocabulary that cannot write a text without one."""
+        """Token ids of (text, was hidden) parts, as `HiddenTexts.split` gives them. Control tokens come only from texts
+        that were not hidden. Raises `ParameterError` for a vocabulary that cannot spell a text without one."""
         parts = [(text, literal) for text, literal in parts if text]
         texts = [text for text, literal in parts if not literal]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
@@ -142,16 +142,16 @@ class GuardedEncoder:
         plain = iter(self._plain_ids(runs, first=runs[:1] == found[:1]))
         return [i for item in found for i in (next(plain) if isinstance(item, str) else (item,))]
 
-    def _hidden(self, value: Any, guard: Guard, pieces: Pieces) -> Any:
+    def _hidden(self, value: Any, guard: Guard, hidden: HiddenTexts) -> Any:
         if isinstance(value, str):
-            marked = guard.mark(value, pieces)
+            marked = guard.mark(value, hidden)
             if self._odd_spellings and marked == value and self._spells_control(value, guard):
-                return pieces.new(value)
+                return hidden.new(value)
             return marked
         if isinstance(value, dict):
-            return {self._hidden(k, guard, pieces): self._hidden(v, guard, pieces) for k, v in value.items()}
+            return {self._hidden(k, guard, hidden): self._hidden(v, guard, hidden) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self._hidden(item, guard, pieces) for item in value]
+            return [self._hidden(item, guard, hidden) for item in value]
         return value
 
     def _spells_control(self, text: str, guard: Guard) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from miniserve.sampling_params import ParameterError
-from miniserve.text.guard import GuardedEncoder, Pieces, encode_all, is_control
+from miniserve.text.guard import GuardedEncoder, HiddenTexts, encode_all, is_control
 from miniserve.text.template import ChatTemplates, Message, find_templates, read_json
 
 
@@ -176,17 +176,17 @@ class Tokenizer:
                 "continue_final_message",
                 "`continue_final_message` needs `add_generation_prompt` false: a message is either continued or begun.",
             )
-        pieces = Pieces()
+        hidden = HiddenTexts()
         text = self._templates.render(
-            [self._guarded.hide_in_message(message, pieces) for message in messages],
-            self._guarded.hide(tools, pieces) if tools else None,
+            [self._guarded.hide_in_message(message, hidden) for message in messages],
+            self._guarded.hide(tools, hidden) if tools else None,
             add_generation_prompt,
-            pieces.new("") if continue_final_message else "",
-            self._guarded.hide(template_kwargs or {}, pieces),
+            hidden.new("") if continue_final_message else "",
+            self._guarded.hide(template_kwargs or {}, hidden),
         )
-        if not pieces.texts:
+        if not hidden.texts:
             return self.encode(text, add_special_tokens=False)
-        return self._guarded.encode(pieces.split(text))
+        return self._guarded.encode(hidden.split(text))
 
 
 # --- reading a model's folder ---------------------------------------------------------------------------------------
