@@ -2,8 +2,8 @@
 
 Before a chat template is rendered, a sentinel replaces every piece of a message or tool that spells a control token:
 private-use characters that no client can guess. In the rendered text the control tokens are those that the template
-wrote. What lies between them, with the hidden texts put back, is encoded by a tokenizer that knows no control tokens. So
-such content reads as plain text, and content without any gets exactly the tokens that transformers gives it.
+wrote. What lies between them, with the hidden texts put back, is encoded by a tokenizer that knows no control tokens.
+So such content reads as plain text, and content without any gets exactly the tokens that transformers gives it.
 """
 
 from __future__ import annotations
