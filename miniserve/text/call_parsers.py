@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any, NamedTuple, Protocol
 
-from miniserve.text.calls import Call, JsonEnd, Schemas, call_with, json_calls, typed
+from miniserve.text.calls import Call, Schemas, call_with, json_calls, typed
 
 
 class ParsedCalls(NamedTuple):
@@ -28,17 +28,42 @@ class CallParser(Protocol):
 
 
 class _JsonParser:
-    """What the parsers below share: arguments, or whole calls, that are JSON."""
+    """What the parsers below share: they look for the end of a JSON object or list."""
+
+    _STRING = re.compile(r'[^"\\]*')
+    _OTHER = re.compile(r"[\s\w.,:+-]*")
 
     def __init__(self, schemas: Schemas) -> None:
         self._schemas = schemas
-        self._json: JsonEnd | None = None
+        self._at = 0  # so far the JSON was looked at
+        self._depth = 0
+        self._quoted = False
 
     def _json_end(self, text: str, start: int) -> int | ParsedCalls | None:
-        """Where the JSON that begins at `start` ends; else what `read` returns of JSON that is broken or unfinished."""
-        self._json = self._json or JsonEnd(start)
-        end = self._json.find(text)
-        return ParsedCalls([], self._json.at) if self._json.broken else end
+        """Where the JSON ends that begins with a bracket at `start`. None while more text is needed, and the finding
+        that this is no call where it holds what stands in no JSON."""
+        self._at = max(self._at, start)
+        while self._at == start or self._depth:
+            passed = (self._STRING if self._quoted else self._OTHER).match(text, self._at)
+            assert passed is not None  # both match nothing, too
+            self._at = passed.end()
+            if self._at == len(text):
+                return None
+            character = text[self._at]
+            if character == "\\" and self._quoted:
+                if self._at + 1 == len(text):
+                    return None
+                self._at += 1
+            elif character == '"':
+                self._quoted = not self._quoted
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+            else:
+                return ParsedCalls([], self._at)
+            self._at += 1
+        return self._at
 
 
 class TagParser(_JsonParser):

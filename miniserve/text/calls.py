@@ -1,4 +1,4 @@
-"""Tool calls in JSON: where it ends in text that grows, which calls it describes, and which types a schema allows.
+"""Tool calls in JSON: which calls a text describes, and which types a schema allows.
 
 Nothing is ever repaired or guessed: what is not in order is no call.
 """
@@ -6,7 +6,6 @@ Nothing is ever repaired or guessed: what is not in order is no call.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple
@@ -28,50 +27,6 @@ class Call(NamedTuple):
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
-
-
-class JsonEnd:
-    """Finds where the JSON object or list that begins at `at` ends, looking at each character once.
-
-    `end` is behind it; `broken` says that `at` holds what stands in no JSON.
-    """
-
-    _STRING = re.compile(r'[^"\\]*')
-    _OTHER = re.compile(r"[\s\w.,:+-]*")
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.end: int | None = None
-        self.broken = False
-        self._depth = 0
-        self._quoted = False
-
-    def find(self, text: str) -> int | None:
-        """The end, once it is there. `text` is the same as before, or longer."""
-        while self.end is None and not self.broken:
-            passed = (self._STRING if self._quoted else self._OTHER).match(text, self.at)
-            assert passed is not None  # both match nothing, too
-            self.at = passed.end()
-            if self.at == len(text):
-                return None
-            character = text[self.at]
-            if character == "\\" and self._quoted:
-                if self.at + 1 == len(text):
-                    return None
-                self.at += 1
-            elif character == '"':
-                self._quoted = not self._quoted
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-            else:
-                self.broken = True
-                break
-            self.at += 1
-            if not self._depth:
-                self.end = self.at
-        return self.end
 
 
 NOTHING = msgspec.Raw(b"")
