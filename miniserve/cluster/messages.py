@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -53,12 +54,13 @@ class PoolInfo(Wire, frozen=True):
 
 
 class Peer(Wire, frozen=True):
-    """A worker as the others see it: its inbox `address` and its pool."""
+    """A worker as the others see it: its inbox `address`, its pool, and what it is for."""
 
     name: str
     epoch: int
     address: str
     pool: PoolInfo
+    role: Role = Role.DECODER
 
 
 class TokenLogprob(Wire, frozen=True):
