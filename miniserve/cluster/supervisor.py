@@ -181,7 +181,7 @@ class Workers:
                     self._report(name, report)
             case Loading() as loading:
                 self._health.heard(name, now)
-                if not self._started:  # nobody looks at a bar any more when a worker starts again
+                if not self._started:  # no progress is shown when a worker starts again
                     self._loading(name, loading)
             case Ready() as ready:
                 self._health.ready(name, now)

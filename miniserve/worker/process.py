@@ -16,6 +16,7 @@ from miniserve.cluster.messages import (
     Fetch,
     Message,
     Move,
+    Peer,
     Peers,
     Prefill,
     PrefillRefused,
@@ -48,15 +49,15 @@ COPY_SECONDS = 0.001
 """How often an otherwise idle worker looks for what is about to come: pages on their way here, compiled grammars."""
 
 
-class Outboxes(Protocol):
-    """Where messages go; see `cluster.channels`."""
+class MessageSink(Protocol):
+    """Where a worker's messages go: ZeroMQ (`cluster/channels.py`), or the simulator."""
 
     def send(self, address: str, body: Message) -> None:
         """Send to the inbox at `address`; never blocks, may drop."""
         ...
 
     def forget(self, address: str) -> None:
-        """Whoever was there is gone."""
+        """The owner of that inbox is gone."""
         ...
 
 
@@ -71,7 +72,7 @@ class Worker:
         name: str,
         engine: Engine,
         handoffs: Handoffs,
-        outboxes: Outboxes,
+        outboxes: MessageSink,
         frontend: str,
         *,
         layout: str,
@@ -88,7 +89,7 @@ class Worker:
         self._vocab_size = vocab_size
         self._clock = clock
         self._early: list[Envelope] = []
-        """Messages of peers we have not been told about yet."""
+        """Messages of peers that have not been announced yet."""
         self._addresses: set[str] = set()
         """The inboxes of the workers that live."""
         self._outputs: list[TurnOutput] = []
@@ -143,33 +144,25 @@ class Worker:
         return step.time is not None
 
     def _handle(self, envelope: Envelope) -> None:
-        """One message. Those of peers count only from the incarnation that lives now."""
-        body = envelope.body
-        if isinstance(body, Prefill | Fetch | Publish | Release | PrefillRefused):
-            peer = self.handoffs.peers.get(envelope.sender)
-            if peer is not None and peer.epoch == envelope.epoch:
-                self._handle_peer(envelope.sender, body)
-            elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
-                self._early.append(envelope)  # this worker was announced to the peer before the peer to this one
-        elif isinstance(body, Run):
-            self._start(body)
-        elif isinstance(body, Abort):
-            self.handoffs.receiver.abort(body.turn)
-            self.engine.abort(body.turn)
-        elif isinstance(body, Peers):
-            self.handoffs.set_peers([peer for peer in body.peers if peer.name != self._name])
-            addresses = {peer.address for peer in body.peers}
-            for gone in self._addresses - addresses:
-                self._outboxes.forget(gone)
-            self._addresses = addresses
-            # Whoever is still unknown stays early: a later announcement, already under way, tells of it.
-            early, self._early = self._early, []
-            for waiting in early:
-                self._handle(waiting)
-        elif isinstance(body, Shutdown):
-            self.stopping = True
-        else:
-            log.error("dropped a %s: workers do not take it", type(body).__name__)
+        """Act on one message. Those of peers count only from the incarnation that lives now."""
+        match envelope.body:
+            case Prefill() | Fetch() | Publish() | Release() | PrefillRefused() as body:
+                peer = self.handoffs.peers.get(envelope.sender)
+                if peer is not None and peer.epoch == envelope.epoch:
+                    self._handle_peer(envelope.sender, body)
+                elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
+                    self._early.append(envelope)  # this worker was announced to the peer before the peer to this one
+            case Run() as run:
+                self._start(run)
+            case Abort(turn):
+                self.handoffs.receiver.abort(turn)
+                self.engine.abort(turn)
+            case Peers(peers):
+                self._meet(peers)
+            case Shutdown():
+                self.stopping = True
+            case other:
+                log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _handle_peer(self, sender: str, body: Prefill | Fetch | Publish | Release | PrefillRefused) -> None:
         match body:
@@ -183,6 +176,18 @@ class Worker:
                 self.handoffs.sender.on_release(body.turn)
             case PrefillRefused():
                 self.handoffs.receiver.on_refused(body)
+
+    def _meet(self, peers: list[Peer]) -> None:
+        """The set of living workers has changed."""
+        self.handoffs.set_peers([peer for peer in peers if peer.name != self._name])
+        addresses = {peer.address for peer in peers}
+        for gone in self._addresses - addresses:
+            self._outboxes.forget(gone)
+        self._addresses = addresses
+        # Those of peers that are still unknown stay early: a later announcement of them is already under way.
+        early, self._early = self._early, []
+        for waiting in early:
+            self._handle(waiting)
 
     def _start(self, run: Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
@@ -222,8 +227,7 @@ class Worker:
         self._reported = now
 
     def _stats(self) -> WorkerStats:
-        engine, pool, counters = self.engine, self.engine.pool, self.engine.counters
-        host = engine.host
+        engine, pool, host = self.engine, self.engine.pool, self.engine.host
         return WorkerStats(
             total_pages=pool.num_pages,
             free_pages=pool.num_free,
@@ -233,14 +237,7 @@ class Worker:
             waiting=len(engine.waiting),
             queued_prefill_tokens=engine.queued_prefill_tokens,
             leases=self.handoffs.sender.num_leases,
-            steps=counters.steps,
-            preemptions=counters.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            drafted_tokens=counters.drafted_tokens,
-            held_tokens=counters.held_tokens,
+            **vars(engine.counters),
             busy_seconds=self._busy,
             host_total=host.num_pages if host else 0,
             host_pages=host.num_used if host else 0,
@@ -249,7 +246,7 @@ class Worker:
         )
 
 
-def make_worker(spec: WorkerSpec, built: Built, outboxes: Outboxes) -> Worker:
+def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker:
     """The worker of a process."""
     us = (spec.name, spec.epoch)
     handoffs = Handoffs(
@@ -271,8 +268,8 @@ def make_worker(spec: WorkerSpec, built: Built, outboxes: Outboxes) -> Worker:
     )
 
 
-def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
-    """Say that we are ready, and serve until told to shut down."""
+def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -> None:
+    """Report that the worker is ready, and serve until a `Shutdown` comes."""
     worker = make_worker(spec, built, outboxes)
     outboxes.send(spec.frontend, ready(built))
     while not worker.stopping:
