@@ -10,6 +10,7 @@ from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
+from miniserve.states import follow
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """Where a sequence stands on its worker. docs/architecture.md has the diagram of `MOVES`."""
+    """Where a sequence stands on its worker."""
 
     COMPILING = "compiling"
     """Its grammar is being compiled."""
@@ -35,7 +36,7 @@ class State(Enum):
     """It is over, and its pages are given back."""
 
 
-MOVES: dict[State, dict[State, str]] = {
+TRANSITIONS: dict[State, dict[State, str]] = {
     State.COMPILING: {
         State.WAITING: "grammar compiled",
         State.FINISHED: "grammar refused, or aborted",
@@ -64,11 +65,7 @@ MOVES: dict[State, dict[State, str]] = {
     State.PUBLISHED: {State.FINISHED: "lease ended"},
     State.FINISHED: {},
 }
-"""All moves there are, and what makes a sequence move."""
-
-
-class IllegalMove(RuntimeError):
-    """A sequence was to move where `MOVES` knows no way: a fault of the engine."""
+"""What may follow on each state, and why. docs/architecture.md has the diagram."""
 
 
 class Sequence:
@@ -134,10 +131,8 @@ class Sequence:
         self._hashes: list[bytes] = []
 
     def move(self, state: State) -> None:
-        """Go to another state. Raises `IllegalMove`."""
-        if state not in MOVES[self.state]:
-            raise IllegalMove(f"turn {self.turn}: no way from {self.state.value} to {state.value}")
-        self.state = state
+        """Go to another state. Raises `IllegalTransition`."""
+        self.state = follow(TRANSITIONS, self.state, state)
 
     @property
     def num_outputs(self) -> int:
