@@ -8,9 +8,9 @@ from __future__ import annotations
 import statistics
 from itertools import chain, count
 
-from miniserve.api.structured import json_grammar
 from miniserve.llm import LLM
 from miniserve.sampling_params import Grammar, SamplingParams
+from miniserve.text.grammar import json_grammar
 from miniserve.worker.sequence import Sequence
 from scripts.harness import flags, in_turns, write
 

@@ -237,7 +237,7 @@ def _add_profile(commands: Any) -> None:
 
 def _profile(args: argparse.Namespace) -> int:
     from miniserve.bench.simulate.profile import profile
-    from miniserve.hub.resolve import DEFAULT_MODEL
+    from miniserve.hub.fetch import DEFAULT_MODEL
 
     profile(_filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
     return 0

@@ -49,7 +49,8 @@ class Measured(msgspec.Struct):
 
 def profile(config: EngineConfig, out: Path) -> None:
     """Measure as many engines at once as `config.workers` says, and write the profile. Raises `ConfigError`."""
-    from miniserve.hub.resolve import ModelError, resolve
+    from miniserve.hub.check import ModelError
+    from miniserve.hub.resolve import resolve
 
     try:
         files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
