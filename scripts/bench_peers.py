@@ -25,7 +25,7 @@ import psutil
 
 from miniserve.bench.replay.answer import session
 from miniserve.bench.replay.server import describe
-from miniserve.bench.scenarios import Figures, Prompts, Scenarios
+from miniserve.bench.scenarios import Figures, RandomPrompts, Scenarios
 from scripts.harness import flags, in_turns, write
 
 REPEATS = 2
@@ -53,7 +53,7 @@ SCENARIOS = (
 )
 
 
-class Peer(NamedTuple):
+class ComparedServer(NamedTuple):
     """A server that is compared."""
 
     url: str
@@ -61,7 +61,7 @@ class Peer(NamedTuple):
     pid: int
 
     @classmethod
-    def parse(cls, text: str) -> tuple[str, Peer]:
+    def parse(cls, text: str) -> tuple[str, ComparedServer]:
         """Its name and itself, from NAME=URL,MODEL,PID."""
         name, _, rest = text.partition("=")
         url, model, pid = rest.split(",")
@@ -87,7 +87,7 @@ class Meter:
         return sum(total[:8]) - total.idle - total.iowait - mine
 
 
-async def measure(peer: Peer, scenario: Scenario, prompts: Prompts) -> float:
+async def measure(peer: ComparedServer, scenario: Scenario, prompts: RandomPrompts) -> float:
     """The median of some undisturbed runs; of all runs if none is."""
     async with session(None) as http:
         scenarios = Scenarios(http, await describe(http, peer.url, peer.model), prompts)
@@ -108,13 +108,13 @@ async def measure(peer: Peer, scenario: Scenario, prompts: Prompts) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = flags(__doc__)
-    parser.add_argument("servers", nargs="+", type=Peer.parse, metavar="NAME=URL,MODEL,PID")
+    parser.add_argument("servers", nargs="+", type=ComparedServer.parse, metavar="NAME=URL,MODEL,PID")
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="MODEL_FOLDER")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     args = parser.parse_args(argv)
-    peers: dict[str, Peer] = dict(args.servers)
-    prompts = Prompts(args.tokenizer, seed=time.time_ns())
+    peers: dict[str, ComparedServer] = dict(args.servers)
+    prompts = RandomPrompts(args.tokenizer, seed=time.time_ns())
     first, table = next(iter(peers)), {}
     for scenario in (scenario for scenario in SCENARIOS if args.only in scenario.name):
         run = partial(measure, scenario=scenario, prompts=prompts)

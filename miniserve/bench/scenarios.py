@@ -36,7 +36,7 @@ REST_SECONDS = 0.3
 Figures = dict[str, float | None]
 
 
-class Prompts:
+class RandomPrompts:
     """Token ids of prompts that share nothing, for the model whose tokenizer is in `folder`."""
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -67,7 +67,7 @@ class Scenarios:
     """The scenarios on one server. Each raises `TurnError` if a turn fails, but for `concurrent` with some failures."""
 
     def __init__(
-        self, http: aiohttp.ClientSession, server: TargetServer, prompts: Prompts, timeout: float = 120.0
+        self, http: aiohttp.ClientSession, server: TargetServer, prompts: RandomPrompts, timeout: float = 120.0
     ) -> None:
         self._http = http
         self._server = server

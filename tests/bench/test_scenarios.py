@@ -13,7 +13,7 @@ import pytest
 from miniserve.bench.replay.answer import Answer, TurnError, session
 from miniserve.bench.replay.metrics import TurnTimes
 from miniserve.bench.replay.server import TargetServer, describe
-from miniserve.bench.scenarios import Figures, Prompts, Scenarios, side_by_side
+from miniserve.bench.scenarios import Figures, RandomPrompts, Scenarios, side_by_side
 from miniserve.hub import resolve as hub
 from miniserve.text.tokenizer import Tokenizer
 from scripts import bench_peers
@@ -30,13 +30,15 @@ def folder() -> Path:
 def run(url: str, folder: Path, scenario: Callable[[Scenarios], Awaitable[Figures]]) -> Figures:
     async def on_server() -> Figures:
         async with session(None) as http:
-            return await scenario(Scenarios(http, await describe(http, url, None), Prompts(folder, 1), timeout=5.0))
+            return await scenario(
+                Scenarios(http, await describe(http, url, None), RandomPrompts(folder, 1), timeout=5.0)
+            )
 
     return asyncio.run(on_server())
 
 
 def test_prompts_have_the_length_asked_for_and_share_only_the_template(folder: Path, tokenizer: Tokenizer) -> None:
-    prompts = Prompts(folder, 1)
+    prompts = RandomPrompts(folder, 1)
     chats = [prompts.chat(count) for count in (64, 512, 512, 2048)]
     assert [len(ids) for ids in chats] == [64, 512, 512, 2048]
     assert len(prompts.words(33)) == 33
@@ -44,7 +46,7 @@ def test_prompts_have_the_length_asked_for_and_share_only_the_template(folder: P
     text = tokenizer.decode(chats[0], skip_special_tokens=False)
     assert text.startswith("system: Chat ")
     assert text.endswith("\nassistant:")
-    assert Prompts(folder, 1).chat(64) == chats[0] != Prompts(folder, 2).chat(64)
+    assert RandomPrompts(folder, 1).chat(64) == chats[0] != RandomPrompts(folder, 2).chat(64)
 
 
 def test_prefill_counts_the_prompt_until_the_first_token(folder: Path, tokenizer: Tokenizer) -> None:

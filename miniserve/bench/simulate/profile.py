@@ -173,14 +173,12 @@ def main() -> int:
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 
-    steps: list[tuple[int, int, int, int, float]] = []
     chunks = [n for n in CHUNKS if n < budget] + [budget]
     shapes = [(n, c, 0, 0) for n in chunks for c in CONTEXTS if n + c <= limit]
     shapes += [(0, 0, b, s) for b in BATCHES for s in (64, 512, 2048, 4096) if b * s <= limit]
     shapes += [(n, c, b, 512) for n, c, b in ((64, 256, 4), (256, 0, 4), (256, 1024, 2)) if n + c + b * 512 <= limit]
     timed(*shapes[0])
-    for n, c, b, s in shapes:
-        steps.append((n, c, b, b * s, timed(n, c, b, s)))
+    steps = [(n, c, b, b * s, timed(n, c, b, s)) for n, c, b, s in shapes]
     found = Measured(
         device=built.device,
         dtype=built.dtype,
