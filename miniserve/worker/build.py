@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -127,7 +128,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             "a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
         ) from error
     memory = KVMemory(shape, num_pages, device)
-    host = HostPool(memory, num_slots, order=config.kv_eviction) if num_slots else None
+    host = HostPool(memory, num_slots, make_order(config.kv_eviction)) if num_slots else None
     if host is not None:
         kv_note += f"; {num_slots} pages = {format_bytes(num_slots * shape.bytes)} of swap space"
     phase("kv")
@@ -140,8 +141,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         Runner(transformer, memory, eos, device, graphs),
         PagePool(
             num_pages,
+            make_order(config.kv_eviction),
             caching=config.enable_prefix_caching,
-            order=config.kv_eviction,
             on_evict=host.store if host is not None else None,
         ),
         page_tokens=config.block_size,

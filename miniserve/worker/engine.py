@@ -252,7 +252,7 @@ class Engine:
             sequence.computed = found * self.page_tokens
             sequence.registered = len(matched)
             if self.host is not None and slots:
-                self.host.restore(slots, sequence.pages[len(matched) : found])
+                self.host.restore(slots, sequence.pages[len(matched) : found], now)
                 self.register(sequence)
             if sequence.cached is None:
                 sequence.admitted = self.clock()

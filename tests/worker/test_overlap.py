@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine, Sampled
@@ -47,7 +48,7 @@ class Waiting:
 def engine(device: Device, pages: int = 100) -> Engine:
     return Engine(
         device,
-        PagePool(pages),
+        PagePool(pages, ExpectedNeed()),
         page_tokens=4,
         max_num_batched_tokens=16,
         max_num_seqs=8,

@@ -22,7 +22,7 @@ from torch.distributed import FileStore, ProcessGroupGloo, Work  # type: ignore[
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Done, Mark
+from miniserve.kv.side import Fence, PassedFence
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.staging import Staging, staging
 
@@ -53,7 +53,7 @@ class Message:
     """The bytes of one publication on their way, in either direction: `data` is `[page, byte]`, to be sent once `whole`
     is done."""
 
-    def __init__(self, ticket: tuple[int, int], data: torch.Tensor, whole: Mark) -> None:
+    def __init__(self, ticket: tuple[int, int], data: torch.Tensor, whole: Fence) -> None:
         self.generation, self.number = ticket
         self.data = data
         self.whole = whole
@@ -82,12 +82,12 @@ class CollectiveCopy:
         self._message = message
         self._staging = staging
         self._deadline = deadline
-        self._mark: Mark | None = None
+        self._fence: Fence | None = None
 
     @property
     def seconds(self) -> float:
         """See `Copy`."""
-        return self._message.seconds + (self._mark.seconds if self._mark is not None else 0.0)
+        return self._message.seconds + (self._fence.seconds if self._fence is not None else 0.0)
 
     @property
     def ready(self) -> bool:
@@ -101,12 +101,12 @@ class CollectiveCopy:
         if self._message.lost:
             raise TransferError("the connection to the peer broke")
         assert len(ours) == len(self._message.data)
-        self._mark = self._staging.write(self._message.data, ours)
+        self._fence = self._staging.write(self._message.data, ours)
 
     @property
     def stored(self) -> bool:
         """See `Copy`."""
-        return self._mark is not None and self._mark.done
+        return self._fence is not None and self._fence.done
 
     def abandon(self) -> None:
         """See `Copy`."""
@@ -160,7 +160,7 @@ class CollectiveTransfer:
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> CollectiveCopy:
         """See `Transfer`."""
-        message = Message(ticket, self._staging.room(len(pages)), Done())
+        message = Message(ticket, self._staging.room(len(pages)), PassedFence())
         with self._changed:
             if self._closed.is_set() or message.generation < self._generation:
                 message.lose()

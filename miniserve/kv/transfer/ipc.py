@@ -11,7 +11,7 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Mark, SideStream
+from miniserve.kv.side import Fence, SideStream
 
 CopyPages = Callable[[torch.Tensor, list[int], torch.Tensor, list[int]], None]
 """See `page_copy.copy_pages`."""
@@ -43,7 +43,7 @@ class CudaMappedTransfer:
         """See `Transfer`. The mapping goes with its last reader, which must not be a kernel that still runs."""
         self.side.drain()
 
-    def pull(self, theirs: list[int], ours: list[int]) -> Mark:
+    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
         """Begin to copy page `theirs[i]` of the peer to `ours[i]`, when nothing given to the engine's stream before can
         still read or write those."""
         self.side.follow()
@@ -58,21 +58,21 @@ class CudaMappedCopy:
     def __init__(self, transfer: CudaMappedTransfer, pages: list[int]) -> None:
         self._transfer = transfer
         self._pages = pages
-        self._mark: Mark | None = None
+        self._fence: Fence | None = None
 
     def store(self, ours: list[int]) -> None:
         """See `Copy`."""
-        self._mark = self._transfer.pull(self._pages, ours)
+        self._fence = self._transfer.pull(self._pages, ours)
 
     @property
     def stored(self) -> bool:
         """See `Copy`."""
-        return self._mark is not None and self._mark.done
+        return self._fence is not None and self._fence.done
 
     @property
     def seconds(self) -> float:
         """See `Copy`: as the GPU measures it."""
-        return self._mark.seconds if self._mark is not None else 0.0
+        return self._fence.seconds if self._fence is not None else 0.0
 
     def abandon(self) -> None:
         """See `Copy`."""

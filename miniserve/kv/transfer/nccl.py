@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Mark, SideStream
+from miniserve.kv.side import Fence, SideStream
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.remote import POLL_SECONDS
 
@@ -134,11 +134,11 @@ class NcclLink:
             self.abort()
             raise
 
-    def send(self, pages: list[int]) -> Mark:
+    def send(self, pages: list[int]) -> Fence:
         """See `Link`."""
         return self._side.run(lambda: self._move("ncclSend", pages))
 
-    def receive(self, pages: list[int]) -> Mark:
+    def receive(self, pages: list[int]) -> Fence:
         """See `Link`."""
         return self._side.run(lambda: self._move("ncclRecv", pages))
 

@@ -25,7 +25,7 @@ from typing import Protocol
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Mark, SideStream
+from miniserve.kv.side import Fence, SideStream
 from miniserve.kv.transfer.interface import TransferError
 
 log = logging.getLogger("miniserve.transfer")
@@ -45,11 +45,11 @@ COMING = b"!"
 class Link(Protocol):
     """One direction of a pair, beside the engine's steps. Both sides name as many pages, in the same order."""
 
-    def send(self, pages: list[int]) -> Mark:
+    def send(self, pages: list[int]) -> Fence:
         """Begin to send pages of our pool, which are complete."""
         ...
 
-    def receive(self, pages: list[int]) -> Mark:
+    def receive(self, pages: list[int]) -> Fence:
         """Begin to write what the peer sends to pages of our pool."""
         ...
 
@@ -89,10 +89,10 @@ class Connection:
         if self.closed or self._hangup.poll(0):
             raise TransferError("the peer has left")
 
-    def finish(self, mark: Mark, deadline: Callable[[], float]) -> None:
+    def finish(self, fence: Fence, deadline: Callable[[], float]) -> None:
         """Wait for pages on their way. Raises `TransferError` if the peer leaves, or after the deadline, which may
         change."""
-        while not mark.done:
+        while not fence.done:
             self.check()
             if time.monotonic() > deadline():
                 raise TransferError("the peer is stuck")
@@ -208,7 +208,7 @@ class Asking(Direction):
         with self.lock:
             if copy in self._early:
                 self._early.remove(copy)
-            elif copy.mark is None:
+            elif copy.fence is None:
                 copy.ours = [self._scratch] * len(copy.theirs)
             elif copy in self._asked:
                 copy.deadline = min(copy.deadline, time.monotonic() + ABANDONED_SECONDS)
@@ -239,8 +239,8 @@ class Asking(Direction):
                 with self.lock:
                     copy = self._asked[0]
                     copy.deadline = time.monotonic() + self.timeout
-                    copy.mark = link.receive(copy.ours)
-                connection.finish(copy.mark, copy.due)
+                    copy.fence = link.receive(copy.ours)
+                connection.finish(copy.fence, copy.due)
                 with self.lock:
                     copy.over = True
                     self._asked.popleft()
@@ -307,7 +307,7 @@ class RemoteCopy:
     def __init__(self, asking: Asking, theirs: list[int]) -> None:
         self.theirs = theirs
         self.ours: list[int] = []
-        self.mark: Mark | None = None
+        self.fence: Fence | None = None
         """Of the pages, once they are coming, until `deadline`."""
         self.deadline = 0.0
         self.over = self.lost = False
@@ -332,7 +332,7 @@ class RemoteCopy:
     @property
     def seconds(self) -> float:
         """See `Copy`."""
-        return self.mark.seconds if self.mark is not None else 0.0
+        return self.fence.seconds if self.fence is not None else 0.0
 
     def abandon(self) -> None:
         """See `Copy`."""

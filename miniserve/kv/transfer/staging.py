@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Done, Mark, SideStream
+from miniserve.kv.side import Fence, PassedFence, SideStream
 
 
 class Staging(Protocol):
@@ -18,11 +18,11 @@ class Staging(Protocol):
         """Host memory for so many pages."""
         ...
 
-    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
-        """A copy of our pages, whole at the mark. What is given to the pages from now on does not reach it."""
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
+        """A copy of our pages, whole at the fence. What is given to the pages from now on does not reach it."""
         ...
 
-    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
+    def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
         """Begin to write to our pages."""
         ...
 
@@ -46,14 +46,14 @@ class HostStaging:
         """See `Staging`."""
         return torch.from_numpy(np.empty((count, self._pool.shape[1]), np.uint8))
 
-    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
         """See `Staging`."""
-        return torch.from_numpy(self._pool[pages]), Done()
+        return torch.from_numpy(self._pool[pages]), PassedFence()
 
-    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
+    def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
         """See `Staging`."""
         self._pool[pages] = data.numpy()
-        return Done()
+        return PassedFence()
 
     def abandon(self) -> None:
         """See `Staging`."""
@@ -75,15 +75,15 @@ class DeviceStaging:
         """See `Staging`."""
         return torch.empty((count, self._pool.shape[1]), dtype=torch.uint8, pin_memory=self._pool.is_cuda)
 
-    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
         """See `Staging`. The pages are complete, so this does not wait for the step that runs; the engine's next step
         waits for it on the GPU, since the pages may be another's by then."""
         data = self.room(len(pages))
-        mark = self._side.run(lambda: self._to_host(pages, data))
+        fence = self._side.run(lambda: self._to_host(pages, data))
         self._side.lead()
-        return data, mark
+        return data, fence
 
-    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
+    def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
         """See `Staging`."""
         self._side.follow()
         return self._side.run(lambda: self._to_device(data, pages))
