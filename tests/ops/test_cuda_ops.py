@@ -17,7 +17,8 @@ import torch
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.ops.batch import Batch
-from miniserve.ops.cuda_ops import CudaOps, Tables
+from miniserve.ops.cuda_ops import CudaOps
+from miniserve.ops.cuda_plan import Tables
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
 from miniserve.sampling_params import SamplingParams
