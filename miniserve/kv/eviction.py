@@ -41,7 +41,7 @@ class LeastRecentlyUsed:
         return page in self._released
 
     def end_turn(self, keep: Keep, now: float) -> None:
-        """See `Order`: it makes no difference here."""
+        """A release says all that counts here."""
 
     def add(self, page: int, keep: Keep, now: float) -> None:
         """A page joins as the last to go."""
@@ -60,10 +60,10 @@ class LeastRecentlyUsed:
         return LastUse(UNKNOWN, self._released[page])
 
     def childless(self, page: int, last_child: int) -> None:
-        """See `Order`: no page was set aside."""
+        """No page was set aside."""
 
     def check(self) -> None:
-        """See `Order`: there is one dict, so nothing can disagree."""
+        """There is one dict, which cannot contradict itself."""
 
 
 def need(keep: Keep, elapsed: float) -> float:

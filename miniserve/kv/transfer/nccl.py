@@ -1,8 +1,8 @@
-"""NCCL's communicators of two, as `Link`s between pools.
+"""NCCL's communicators of two, between pools.
 
 Of its C interface only what that takes, by ctypes: torch's process groups have one communicator for both directions of
 a pair, and end the process when a peer is late. torch brings the library along. Declared as in nccl.h since 2.18, and
-unverified until somebody runs it on two GPUs (docs/gpu.md).
+not run on two GPUs yet (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, SideStream
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.remote import POLL_SECONDS
+from miniserve.kv.transfer.network import POLL_SECONDS
 
 SUCCESS, IN_PROGRESS = 0, 7  # ncclResult_t
 UINT8 = 1  # ncclDataType_t
@@ -33,7 +33,8 @@ class UniqueId(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """ncclConfig_t as of 2.17: `size` and `version` tell a later library to take its defaults for what follows."""
+    """ncclConfig_t as of 2.17: by `size` and `version` a later library knows to take its
+    defaults for what follows."""
 
     _fields_ = [
         ("size", _size),
@@ -68,7 +69,7 @@ def load() -> ctypes.CDLL:
 
 
 class Nccl:
-    """See `Network`."""
+    """A `Network`."""
 
     def __init__(self, memory: KVMemory) -> None:
         """Raises OSError if there is no NCCL."""
@@ -76,22 +77,21 @@ class Nccl:
         self._memory = memory
 
     def enter_thread(self) -> None:
-        """See `Network`. A thread begins with GPU 0 as its current one, and would take memory there."""
+        """A thread begins with GPU 0 as its current one, and would take memory there."""
         torch.cuda.set_device(self._memory.pages.device)
 
     def identity(self) -> bytes:
-        """See `Network`: where the other side finds a thread of NCCL's in this process."""
+        """Where the other side finds a thread of NCCL's in this process."""
         identity = UniqueId()
         call(self._library, "ncclGetUniqueId", ctypes.byref(identity))
         return bytes(identity)
 
-    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclLink:
-        """See `Network`."""
-        return NcclLink(self._library, self._memory, identity, rank, side, check)
+    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclCommunicator:
+        return NcclCommunicator(self._library, self._memory, identity, rank, side, check)
 
 
-class NcclLink:
-    """See `Link`. The communicator does not block: a call that has to wait for the peer returns at once, and
+class NcclCommunicator:
+    """A `Communicator`. It does not block: a call that has to wait for the peer returns at once, and
     `_settle` waits, so that a peer that leaves can end it."""
 
     def __init__(
@@ -135,15 +135,12 @@ class NcclLink:
             raise
 
     def send(self, pages: list[int]) -> Fence:
-        """See `Link`."""
         return self._side.run(lambda: self._move("ncclSend", pages))
 
     def receive(self, pages: list[int]) -> Fence:
-        """See `Link`."""
         return self._side.run(lambda: self._move("ncclRecv", pages))
 
     def abort(self) -> None:
-        """See `Link`."""
         if self._communicator:
             self._library.ncclCommAbort(self._communicator)
             self._communicator = _pointer()

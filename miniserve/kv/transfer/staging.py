@@ -19,7 +19,7 @@ class Staging(Protocol):
         ...
 
     def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
-        """A copy of our pages, whole at the fence. What is given to the pages from now on does not reach it."""
+        """A copy of our pages, whole at the fence. What is written to the pages from now on does not reach it."""
         ...
 
     def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
@@ -32,7 +32,7 @@ class Staging(Protocol):
 
 
 class HostStaging:
-    """See `Staging`, for a pool in host memory: every copy is made at once.
+    """For a pool in host memory: every copy is made at once.
 
     Numpy asks for huge pages for what it copies to, and malloc, as a worker sets it, keeps it for the next one: there
     is nothing to gain by keeping buffers here.
@@ -43,24 +43,21 @@ class HostStaging:
         self._pool = memory.shared.pages(memory.shape.bytes)
 
     def room(self, count: int) -> torch.Tensor:
-        """See `Staging`."""
         return torch.from_numpy(np.empty((count, self._pool.shape[1]), np.uint8))
 
     def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
-        """See `Staging`."""
         return torch.from_numpy(self._pool[pages]), PassedFence()
 
     def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
-        """See `Staging`."""
         self._pool[pages] = data.numpy()
         return PassedFence()
 
     def abandon(self) -> None:
-        """See `Staging`."""
+        """Nothing is under way."""
 
 
 class DeviceStaging:
-    """See `Staging`, for a pool on a GPU: pages go through pinned host memory, on a stream beside the engine's.
+    """For a pool on a GPU: pages go through pinned host memory, on a stream beside the engine's.
 
     torch keeps pinned memory that was freed, in powers of two, and gives none out again that a copy still uses, which
     it knows by the tensor (so these are never made from numpy's arrays). Only the first publications of a size wait for
@@ -72,24 +69,21 @@ class DeviceStaging:
         self._side = SideStream(memory.pages.device)
 
     def room(self, count: int) -> torch.Tensor:
-        """See `Staging`."""
         return torch.empty((count, self._pool.shape[1]), dtype=torch.uint8, pin_memory=self._pool.is_cuda)
 
     def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
-        """See `Staging`. The pages are complete, so this does not wait for the step that runs; the engine's next step
-        waits for it on the GPU, since the pages may be another's by then."""
+        """The pages are complete, so this does not wait for the step that runs; the engine's next step
+        waits for it on the GPU, since the pages may belong to another sequence then."""
         data = self.room(len(pages))
         fence = self._side.run(lambda: self._to_host(pages, data))
         self._side.lead()
         return data, fence
 
     def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
-        """See `Staging`."""
         self._side.follow()
         return self._side.run(lambda: self._to_device(data, pages))
 
     def abandon(self) -> None:
-        """See `Staging`."""
         self._side.lead()
 
     def _to_host(self, pages: list[int], data: torch.Tensor) -> None:
@@ -102,5 +96,5 @@ class DeviceStaging:
 
 
 def staging(memory: KVMemory) -> Staging:
-    """What fits the pool's device."""
+    """The staging for the pool's device."""
     return HostStaging(memory) if memory.shared is not None else DeviceStaging(memory)
