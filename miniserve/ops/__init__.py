@@ -90,13 +90,13 @@ def make_ops(
     page_tokens: int = 16,
     *,
     native: bool = True,
-    tell: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Ops, str]:
     """The implementation for `device`, and its name or why it is a slower one.
 
     `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
     states, MLP activations; `page_tokens` is the size of a page. Without `native` it is plain torch. A CPU gets
-    compiled kernels where a compiler is installed; `tell` gets a line if they have to be compiled first.
+    compiled kernels where a compiler is installed; `progress` gets a line if they have to be compiled first.
     """
     from miniserve.ops.torch_ops import TorchOps
 
@@ -111,6 +111,6 @@ def make_ops(
             return CudaOps(device, dtype, heads, head_dim), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
-        return CpuOps(dtype, head_dim, widths, page_tokens, tell), "native"
+        return CpuOps(dtype, head_dim, widths, page_tokens, progress), "native"
     except NoKernels as reason:
         return TorchOps(device), f"torch, slower than native ones: {reason}"

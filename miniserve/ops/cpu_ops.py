@@ -30,10 +30,10 @@ class CpuOps:
         head_dim: int,
         widths: tuple[int, ...],
         page_tokens: int,
-        tell: Callable[[str], None],
+        progress: Callable[[str], None],
     ) -> None:
         """Raises `NoKernels` where they cannot be compiled, or are not made for this dtype or these sizes."""
-        library = load(tell)
+        library = load(progress)
         name = str(dtype).removeprefix("torch.")
         if not hasattr(library, f"attention_{name}"):
             raise NoKernels(f"this CPU has no kernels for {name}")

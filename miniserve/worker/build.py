@@ -97,7 +97,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         (model.hidden_size, model.intermediate_size),
         config.block_size,
         native=config.cpu_kernels != "torch",
-        tell=lambda line: tell(line, 0, 0),
+        progress=lambda line: tell(line, 0, 0),
     )
     recorded = ops if isinstance(ops, CudaOps) and not config.enforce_eager else None
     phase("kernels")

@@ -1,4 +1,4 @@
-"""The same text as transformers, whatever the engine does in between; and draws that follow the distribution."""
+"""The same text as transformers, in every mode of the engine; and draws that follow the distribution."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def small_llm(run: Setting, folder: Path, dtype: torch.dtype, **engine: Any) -> 
 
 
 def text(llm: LLM, items: list[list[int]], params: SamplingParams | list[SamplingParams] | None = None) -> Any:
-    """What it continues each prompt with, greedily unless told otherwise."""
+    """What it continues each prompt with, greedily by default."""
     return [g.outputs[0].token_ids for g in llm.generate(items, params or greedy(TOKENS), progress=False)]
 
 
@@ -227,7 +227,7 @@ def modes(run: Setting, dtype: torch.dtype) -> Figures:
             yield leaks(llm)
             first = first or answers
             same = sum(map(list.__eq__, chain(*first), chain(*answers)))
-            # In bf16 a batch of another shape may round differently: no more than told. In fp32 all must be the same.
+            # In bf16 a batch of another shape may round differently: only reported. In fp32 all must be the same.
             rule, most = "==" if dtype is torch.float32 else "", 3 * count
             yield Figure(f"answers, draws too, as in the first mode, {how}", same, f"of {most}", rule, most)
 

@@ -16,7 +16,7 @@ def test_need_is_the_chance_over_the_wait() -> None:
     keep = Keep("a", gap=100.0, chance=0.5)
     assert need(keep, 0.0) == 0.5 / 100
     assert need(keep, 60.0) == 0.5 / 40
-    assert need(keep, 95.0) == 0.5 / 11, "nobody returns to the second"
+    assert need(keep, 95.0) == 0.5 / 11, "a return is not predicted to the second"
     # A gap late: it takes as long again, and half of those that return would have been here.
     assert need(keep, 200.0) == pytest.approx((0.25 / 0.75) / 100)
     assert need(keep, 300.0) == pytest.approx((0.125 / 0.625) / 200)
@@ -54,7 +54,7 @@ def test_conversations_go_in_the_order_of_their_worth_each_from_its_end(
     assert gone == [page for i in by_worth for page in reversed(pages[i])]
 
 
-def test_who_is_due_soon_stays_however_long_ago_it_was_used() -> None:
+def test_a_conversation_due_soon_stays_however_long_ago_it_was_used() -> None:
     pool = PagePool(8, ExpectedNeed())
     cache(pool, 1, 1, 1, 1, keep=SOON, now=10.0)
     cache(pool, 2, 2, 2, 2, keep=LATER, now=14.0)
@@ -62,7 +62,7 @@ def test_who_is_due_soon_stays_however_long_ago_it_was_used() -> None:
     assert (cached(pool, 1, 1, 1, 1), cached(pool, 2)) == (4, 0)
 
 
-def test_who_does_not_come_goes_after_all() -> None:
+def test_a_conversation_that_is_late_goes() -> None:
     pool = PagePool(8, ExpectedNeed())
     cache(pool, 1, 1, 1, 1, keep=Keep("soon", gap=5.0, chance=0.9, page_seconds=0.1), now=10.0)
     cache(pool, 2, 2, 2, 2, keep=LATER, now=14.0)
@@ -81,7 +81,7 @@ def test_what_is_likelier_needed_or_dearer_to_compute_stays(dear: Keep) -> None:
     assert (cached(pool, 1, 1), cached(pool, 2)) == (2, 0)
 
 
-def test_of_an_unknown_cost_is_the_average() -> None:
+def test_an_unknown_cost_counts_as_the_average() -> None:
     pool = PagePool(6, ExpectedNeed())
     cache(pool, 1, 1, keep=Keep("a", gap=50.0, page_seconds=0.1), now=10.0)
     cache(pool, 2, 2, keep=Keep("b", gap=50.0), now=10.0)
@@ -101,7 +101,7 @@ def test_one_conversation_goes_all_of_it_before_the_next() -> None:
         assert (cached(pool, 1, 1, 1, 1), cached(pool, 2, 2, 2, 2)) == (4, left)
 
 
-def test_the_choice_ends_when_it_is_touched() -> None:
+def test_a_conversation_that_has_changed_is_ranked_again() -> None:
     pool = PagePool(8, ExpectedNeed())
     cache(pool, 1, 1, 1, 1, keep=SOON, now=10.0)
     cache(pool, 2, 2, 2, 2, keep=LATER, now=10.0)
@@ -122,7 +122,7 @@ def test_the_last_turn_counts_for_all_of_a_conversation() -> None:
     assert (cached(pool, 1, 1, 1, 1), cached(pool, 2, 2)) == (4, 1)
 
 
-def test_the_choice_is_made_anew_when_all_are_gone() -> None:
+def test_conversations_are_ranked_again_when_all_are_gone() -> None:
     pool = PagePool(4, ExpectedNeed())
     cache(pool, 1, keep=SOON, now=10.0)
     cache(pool, 2, keep=LATER, now=10.0)
@@ -136,7 +136,7 @@ def test_the_choice_is_made_anew_when_all_are_gone() -> None:
     assert (cached(pool, 3), cached(pool, 4)) == (1, 0)
 
 
-def test_the_choice_is_made_anew_after_a_while() -> None:
+def test_conversations_are_ranked_again_after_a_while() -> None:
     pool = PagePool(8, ExpectedNeed())
     cache(pool, 1, 1, 1, 1, keep=Keep("a", gap=20.0, page_seconds=0.1), now=10.0)  # due at 30
     cache(pool, 2, 2, 2, 2, keep=Keep("b", gap=10.0, page_seconds=0.1), now=10.0)  # late since 20
@@ -172,7 +172,7 @@ def test_a_shared_beginning_goes_on_with_the_last_that_builds_on_it() -> None:
 
 
 def test_where_only_copies_build_on_a_page_it_can_go() -> None:
-    """A turn has its own copy of page 1 and has named page 2: nobody else's page 1 is worth keeping for that."""
+    """A turn has its own copy of page 1 and has named page 2: the other page 1 is not worth keeping for that."""
     pool = PagePool(3, ExpectedNeed())
     one, two = pool.allocate(1, 0.0), pool.allocate(2, 0.0)
     pool.register(one[0], hashes(1)[0])
@@ -199,7 +199,7 @@ def test_unknown_conversations_go_by_use_among_the_known() -> None:
     assert (cached(pool, 2, 2), cached(pool, 3, 3, 3, 3)) == (2, 2)
 
 
-def test_who_never_comes_back_says_nothing_of_the_unknown() -> None:
+def test_conversations_without_a_chance_do_not_count_in_the_average() -> None:
     pool = PagePool(6, ExpectedNeed())
     cache(pool, 1, 1, keep=Keep("over", gap=1e6, chance=0.0, page_seconds=0.1), now=500.0)
     cache(pool, 2, 2, keep=Keep("a", gap=100.0, page_seconds=0.1), now=500.0)
@@ -209,7 +209,7 @@ def test_who_never_comes_back_says_nothing_of_the_unknown() -> None:
         assert tuple(cached(pool, i, i) for i in (1, 2, 3)) == left
 
 
-def test_a_conversation_of_which_no_gap_is_known_is_unknown() -> None:
+def test_a_conversation_without_a_gap_is_unknown() -> None:
     pool = PagePool(4, ExpectedNeed())
     cache(pool, 1, 1, keep=Keep("a", page_seconds=9.0), now=10.0)
     cache(pool, 2, 2, keep=Keep("b", page_seconds=0.1), now=11.0)

@@ -19,8 +19,8 @@ PICK = st.integers(0, 1000)
 
 class Pool(RuleBasedStateMachine):
     """Turns come, register their pages one by one, and go. `memory` is what the pages hold: every token up to their
-    end, written by whoever was given them. Pages of unknown conversations go in the order of their use, and with `lru`
-    all pages do, whatever is known."""
+    end, written by the turn that got them. Pages of unknown conversations go in the order of their use, and with `lru`
+    all pages do, whatever is known of them."""
 
     @initialize(num_pages=st.integers(1, 10), caching=st.booleans(), lru=st.booleans())
     def make(self, num_pages: int, caching: bool, lru: bool) -> None:
@@ -30,7 +30,7 @@ class Pool(RuleBasedStateMachine):
         self.memory: list[tuple[int, ...] | None] = [None] * num_pages
         self.refs = [0] * num_pages
         self.named: dict[bytes, int] = {}
-        self.unused: list[int] = []  # named pages nobody holds, the next to be evicted first
+        self.unused: list[int] = []  # named pages that no turn holds, the next to be evicted first
         self.turns: list[Turn] = []
 
     # --- what a worker does ---
@@ -92,7 +92,7 @@ class Pool(RuleBasedStateMachine):
         free = self.refs.count(0) - len(self.unused)
         pages = self.pool.allocate(count, 0.0)
         assert len(set(pages)) == count
-        assert not any(self.refs[page] for page in pages), "a page that somebody holds was given away"
+        assert not any(self.refs[page] for page in pages), "a page that a turn holds was given away"
         evicted = self.unused[: max(0, count - free)]
         assert {page for page in pages if page in self.unused} == set(evicted), "not the oldest, or not needed"
         self.unused = self.unused[len(evicted) :]
@@ -208,7 +208,7 @@ def test_nothing_is_matched_behind_a_gap() -> None:
 
 @pytest.mark.parametrize(("order", "kept"), [(ExpectedNeed(), 1), (LeastRecentlyUsed(), 0)])
 def test_what_builds_on_a_page_protects_it_but_not_from_lru(order: Order, kept: int) -> None:
-    """As above, but the pool is told what comes before what."""
+    """As above, but the pool knows what comes before what."""
     pool = PagePool(4, order)
     one, two = pool.allocate(2, 0.0), pool.allocate(2, 0.0)
     pool.register(one[0], hashes(1)[0])

@@ -306,7 +306,7 @@ def test_a_killed_peer_fails_its_copies_at_once(child, midway: bool, tmp_path: P
     end.transfer.close()
 
 
-def test_a_stopped_peer_keeps_nobody_waiting_and_goes_on(child, tmp_path: Path) -> None:
+def test_a_stopped_peer_blocks_no_call_and_goes_on(child, tmp_path: Path) -> None:
     process, _, content = child
     end = End("d0", "p0", tmp_path, 2)
     store(end.transfer.fetch((0, 0), [3]), [7])

@@ -1,6 +1,6 @@
-"""What a GPU copies beside its steps, with the calls to CUDA replaced: a stream whose work is done when we say so.
+"""What a GPU copies beside its steps, with the calls to CUDA replaced: a stream that works when the test lets it.
 
-`LazyStream` is as late as CUDA may be: what it was given runs when somebody waits for it, not before. So a page that is
+`LazyStream` is as late as CUDA may be: its work runs when a test waits for it, not before. So a page that is
 overwritten or read too early shows in its bytes. What the CPU does at once stands for the engine's stream.
 """
 

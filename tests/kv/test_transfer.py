@@ -95,7 +95,7 @@ def test_many_publications_arrive_in_order_and_unwanted_ones_do_not_disturb(side
         ours = [12 + page for page in chunk]
         copy = right.transfer.fetch(left.transfer.offer(chunk), chunk)
         if number % 3 == 0:
-            continue  # nobody wants it any more, it may still be on its way
+            continue  # the turn has ended, and it may still be on its way
         copy.store(ours)
         assert right.content(ours) == left.content(chunk), number
 
@@ -166,7 +166,7 @@ def test_a_connection_that_breaks_begins_a_generation(pair: tuple[Side, Side]) -
     right.transfer.fetch(left.transfer.offer([0]), [0]).store([12])
     # As if their offers had been lost with the connection; more of them than travel at a time.
     lost = [right.transfer.fetch((0, number), [1]) for number in range(1, 100)]
-    ahead = right.transfer.fetch((1, 1), [1])  # as if we were the last to hear of it
+    ahead = right.transfer.fetch((1, 1), [1])  # as if we had not seen the break yet
     time.sleep(0.2)
     assert not any(copy.ready for copy in (*lost, ahead))
     left.transfer._group.shut()
@@ -209,7 +209,7 @@ def test_close_is_prompt(pair: tuple[Side, Side]) -> None:
 
 
 def be_a_peer(control: Connection, shape: str, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float) -> None:
-    """Another process: does as told until it is killed."""
+    """Another process: obeys commands until it is killed."""
     torch.set_num_threads(1)
     memory = new_memory(SHAPES[shape], us[1])
     transfer = CollectiveTransfer(memory, us, peer, run_dir, timeout)

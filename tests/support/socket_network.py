@@ -24,7 +24,7 @@ SHAPE = PageShape(layers=8, page_tokens=64, kv_heads=8, head_dim=64, dtype=torch
 
 
 class QuietSide:
-    """A side stream that has nothing to order, and remembers what it was told."""
+    """A side stream that has nothing to order, and remembers its calls."""
 
     made: list[QuietSide] = []
 
