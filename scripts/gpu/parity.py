@@ -24,6 +24,7 @@ from miniserve.worker.sequence import Sequence
 from scripts.gpu.common import Figure, Figures, Setting, drain, greedy
 from scripts.gpu.kernels import short
 from tests.support import tiny
+from tests.support.engines import prompts
 
 ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128}
 """Each with a size of heads that FlashInfer's kernels are compiled for."""
@@ -55,13 +56,6 @@ def model(run: Setting, arch: str, dtype: torch.dtype) -> Path:
             dtype=dtype,
         )
     return folder
-
-
-def prompts(count: int, seed: int, longest: int = 150) -> list[list[int]]:
-    """Mixed lengths, the first of one token."""
-    pick = random.Random(seed)
-    lengths = [1, 16, 17, *(pick.randrange(2, longest) for _ in range(count))][:count]
-    return [[pick.randrange(256) for _ in range(length)] for length in lengths]
 
 
 # --- the truth ------------------------------------------------------------------------------------------------------

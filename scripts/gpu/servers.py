@@ -17,7 +17,8 @@ import torch
 
 from scripts.gpu.common import ROOT, Figure, Figures, Setting, drop_engine, environment, model_folder, read_json
 from scripts.gpu.kernels import short
-from scripts.gpu.parity import Truth, disagreements, logit_error, model, paths, prompts
+from scripts.gpu.parity import Truth, disagreements, logit_error, model, paths
+from tests.support.engines import prompts
 
 START = 120.0
 """Seconds that a server may take to start."""

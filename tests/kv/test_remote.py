@@ -18,9 +18,9 @@ from miniserve.kv.transfer import remote
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.remote import RemoteCopy, RemoteTransfer
 from miniserve.worker.sequence import Status
+from tests.support.handoff_pair import Pair
 from tests.support.socket_network import PAGES, SHAPE, End, QuietSide, SocketCommunicator, SocketFence, SocketNetwork
 from tests.support.waiting import PROMPT, until
-from tests.worker import test_handoff
 
 
 @pytest.fixture(autouse=True)
@@ -231,15 +231,14 @@ def test_a_peer_that_is_stuck_in_the_middle_breaks_the_connection(tmp_path: Path
         end.transfer.close()
 
 
-def test_a_handoff(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handoff(tiny_folder: Path, tmp_path: Path) -> None:
     ways = []
 
     def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, *rest: str) -> RemoteTransfer:
         ways.append(RemoteTransfer(SocketNetwork(memory), memory, us, peer, str(tmp_path)))
         return ways[-1]
 
-    monkeypatch.setattr(test_handoff, "connect", connect)
-    pair = test_handoff.Pair(tiny_folder)
+    pair = Pair(tiny_folder, connect=connect)
     sequence = pair.ask()
     for message in pair.publications():
         pair.d.handoffs.on_publish(message, "p0")

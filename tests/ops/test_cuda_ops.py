@@ -26,8 +26,8 @@ from miniserve.worker import build
 from miniserve.worker.graphs import LADDER, DecodeGraphs, Replay
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
-from tests.e2e.test_parity import clean, greedy, prompts
 from tests.support import tiny
+from tests.support.engines import clean, greedy, prompts
 from tests.support.reference_flashinfer import reference
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine, Sampled
 from miniserve.worker.sequence import Sequence
-from tests.e2e.test_parity import prompts, small
+from tests.support.engines import prompts, small
 
 END = 99
 
