@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heapreplace
 from typing import Literal
 
 from miniserve.cluster.messages import Keep
-from miniserve.kv.pages import LastUse, Order
+from miniserve.kv.pages import Order
 
 UNKNOWN = Keep()
 """Says nothing of the conversation."""
@@ -21,49 +21,6 @@ RANKING_SECONDS = 1.0
 time in proportion to their number."""
 
 OrderName = Literal["expected", "lru"]
-
-
-def make_order(name: OrderName) -> Order[Keep]:
-    """The order that `--kv-eviction` names, for one pool."""
-    return ExpectedNeed() if name == "expected" else LeastRecentlyUsed()
-
-
-class LeastRecentlyUsed:
-    """Pages go in the order in which they were released; of one release, the end of a prefix before its beginning."""
-
-    def __init__(self) -> None:
-        self._released: OrderedDict[int, float] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._released)
-
-    def __contains__(self, page: int) -> bool:
-        return page in self._released
-
-    def end_turn(self, keep: Keep, now: float) -> None:
-        """A release says all that counts here."""
-
-    def add(self, page: int, keep: Keep, now: float) -> None:
-        """A page joins as the last to go."""
-        self._released[page] = now
-
-    def remove(self, page: int) -> None:
-        """A page is used again, or gone."""
-        del self._released[page]
-
-    def choose(self, now: float, has_children: Callable[[int], bool]) -> int:
-        """The page released longest ago, whatever builds on it."""
-        return next(iter(self._released))
-
-    def last_use(self, page: int) -> LastUse[Keep]:
-        """When it was released."""
-        return LastUse(UNKNOWN, self._released[page])
-
-    def childless(self, page: int, last_child: int) -> None:
-        """No page was set aside."""
-
-    def check(self) -> None:
-        """There is one dict, which cannot contradict itself."""
 
 
 def need(keep: Keep, elapsed: float) -> float:
@@ -130,18 +87,19 @@ class ExpectedNeed:
     def __contains__(self, page: int) -> bool:
         return page in self._group_of
 
-    def end_turn(self, keep: Keep, now: float) -> None:
-        """A turn of the conversation ends: what is known now counts for all of its pages."""
-        if (name := _name(keep)) and (group := self._groups.get(name)):
-            group.keep, group.touched = keep, now
-
-    def add(self, page: int, keep: Keep, now: float) -> None:
-        """A page joins its conversation's group, as the last to go."""
-        name = _name(keep)
+    def release(self, pages: list[int], keep: Keep, now: float) -> None:
+        """A turn of the conversation ends. The pages join its group as the last to go, and what is known now counts for
+        all pages of the group."""
+        name = self._name(keep)
         group = self._groups.get(name)
         if group is None:
+            if not pages:
+                return
             group = self._groups[name] = Group(name, keep if name else UNKNOWN, now)
-        self._move(page, group, now)
+        elif name:
+            group.keep, group.touched = keep, now
+        for page in pages:
+            self._move(page, group, now)
 
     def remove(self, page: int) -> None:
         """A page is used again, or gone."""
@@ -150,28 +108,25 @@ class ExpectedNeed:
         if not group.pages and group is not self._aside:
             del self._groups[group.name]
 
-    def choose(self, now: float, has_children: Callable[[int], bool]) -> int:
+    def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Keep, float]:
         """The page that is worth least and that no other builds on. Pages that others build on are set aside."""
         while self._groups:
             group = self._least_worth(now)
             page, end = next(iter(group.pages)), group.end
             if not has_children(page):
-                return page
+                return page, group.keep, end
             self.remove(page)
             self._move(page, self._aside, end)
         # What builds on these is held, by sequences that have copies of their own of these.
-        return next(iter(self._aside.pages))
-
-    def last_use(self, page: int) -> LastUse[Keep]:
-        """What is known of the page's conversation, and when its last turn ended."""
-        group = self._group_of[page]
-        return LastUse(group.keep, group.touched if group.name else group.pages[page])
+        page, end = next(iter(self._aside.pages.items()))
+        return page, UNKNOWN, end
 
     def childless(self, page: int, last_child: int) -> None:
-        """`last_child` is about to go: if the page was set aside, it joins that child's group."""
+        """`last_child`, just chosen, is about to go: if the page was set aside, it joins that child's group."""
         if page in self._aside.pages:
             self.remove(page)
-            self.add(page, *self.last_use(last_child))
+            group = self._group_of[last_child]
+            self.release([page], group.keep, group.end)
 
     def check(self) -> None:
         """Raise AssertionError if a page stands in no group or in two, or a group is empty (for tests)."""
@@ -181,6 +136,10 @@ class ExpectedNeed:
         }
         assert sum(len(group.pages) for group in groups) == len(self)
         assert all(group.pages and group.name == name for name, group in self._groups.items())
+
+    def _name(self, keep: Keep) -> str:
+        """The name of the group for pages released with `keep`. Nothing is expected of a conversation without a gap."""
+        return keep.conversation if keep.gap > 0 else ""
 
     def _move(self, page: int, group: Group, end: float) -> None:
         group.pages[page] = end
@@ -215,9 +174,20 @@ class ExpectedNeed:
         return need(self._typical, self._typical.gap + elapsed) * self._typical.page_seconds
 
 
-def _name(keep: Keep) -> str:
-    """The name of the group for pages released with `keep`. Nothing is expected of a conversation without a gap."""
-    return keep.conversation if keep.gap > 0 else ""
+class LeastRecentlyUsed(ExpectedNeed):
+    """Pages of all conversations go in the order of their release, also those that others build on: one group."""
+
+    def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Keep, float]:
+        """The page released longest ago."""
+        return super().choose(now, lambda page: False)
+
+    def _name(self, keep: Keep) -> str:
+        return ""
+
+
+def make_order(name: OrderName) -> Order[Keep]:
+    """The order that `--kv-eviction` names, for one pool."""
+    return ExpectedNeed() if name == "expected" else LeastRecentlyUsed()
 
 
 def _average(keeps: list[Keep]) -> Keep:

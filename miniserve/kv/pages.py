@@ -19,15 +19,9 @@ class OutOfPages(RuntimeError):
     """More pages were asked for than are free or evictable."""
 
 
-class LastUse(NamedTuple, Generic[Hint]):
-    """What was said of a cached page's conversation, and when its last turn ended."""
-
-    keep: Hint
-    end: float
-
-
 class Evicted(NamedTuple, Generic[Hint]):
-    """A page about to be given away: the hash of what it holds, that of the page before it, and its `LastUse`."""
+    """A page about to be given away: the hash of what it holds, that of the page before it, and what was said of its
+    conversation when its last turn ended."""
 
     page: int
     digest: bytes
@@ -46,24 +40,17 @@ class Order(Protocol[Hint]):
 
     def __contains__(self, page: int) -> bool: ...
 
-    def end_turn(self, keep: Hint, now: float) -> None:
-        """A turn of the conversation ends, and releases its pages."""
-        ...
-
-    def add(self, page: int, keep: Hint, now: float) -> None:
-        """The page is cached from now on: the last sequence that held it was of the conversation `keep`."""
+    def release(self, pages: list[int], keep: Hint, now: float) -> None:
+        """A turn of the conversation `keep` ends. Its `pages` are cached from now on, the first of them to go first."""
         ...
 
     def remove(self, page: int) -> None:
         """The page is not cached any more."""
         ...
 
-    def choose(self, now: float, has_children: Callable[[int], bool]) -> int:
-        """The page to be evicted next, which stays until `remove`. There is a cached page."""
-        ...
-
-    def last_use(self, page: int) -> LastUse[Hint]:
-        """What the order knows of a cached page."""
+    def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Hint, float]:
+        """The page to be evicted next, which stays until `remove`; what was said of its conversation, and when its last
+        turn ended. There is a cached page."""
         ...
 
     def childless(self, page: int, last_child: int) -> None:
@@ -173,15 +160,14 @@ class PagePool(Generic[Hint]):
         Pages are given in the order of the sequence; the end of a prefix is evicted before its beginning, since a
         page is of no use without those before it. `keep` says what is known of the conversation, whose turn ends `now`.
         """
-        self._order.end_turn(keep, now)
+        cached: list[int] = []
         for page in reversed(pages):
             assert self._refs[page] > 0, f"page {page} released more often than it was taken"
             self._refs[page] -= 1
             if self._refs[page] == 0:
-                if self._hash_of[page] is None:
-                    self._free.append(page)
-                else:
-                    self._order.add(page, keep, now)
+                unnamed = self._hash_of[page] is None
+                (self._free if unnamed else cached).append(page)
+        self._order.release(cached, keep, now)
 
     def clear(self) -> None:
         """Forget all cached prefixes; held pages stay and keep their names."""
@@ -206,11 +192,11 @@ class PagePool(Generic[Hint]):
 
     def _evict(self, now: float) -> int:
         """The page that the order chooses, without its name. There must be a cached page."""
-        page = self._order.choose(now, self._has_children)
+        page, keep, end = self._order.choose(now, self._has_children)
         digest, parent = self._hash_of[page], self._parent_of[page]
         assert digest is not None
         if self._on_evict is not None:
-            self._on_evict(Evicted(page, digest, parent, *self._order.last_use(page)), now)
+            self._on_evict(Evicted(page, digest, parent, keep, end), now)
         self._forget(page)
         if parent is not None and parent not in self._children and parent in self._page_of:
             self._order.childless(self._page_of[parent], page)

@@ -9,41 +9,12 @@ person reads is complete (`Fence`). This file calls `torch.cuda` alone, so tests
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
 
-class Fence(Protocol):
-    """The end of some work."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the work has ended."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """How long the work took, once `done`."""
-        ...
-
-    def wait(self) -> None:
-        """Block until the work is `done`; any thread may call this."""
-        ...
-
-
-class PassedFence:
-    """Work that has ended already, as all work on a CPU has when its call returns."""
-
-    done = True
-    seconds = 0.0
-
-    def wait(self) -> None:
-        """Return at once."""
-
-
 class CudaFence:
-    """The work that the current stream is given between `begin` and `end`."""
+    """The end of the work that the current stream is given between `begin` and `end`."""
 
     def __init__(self) -> None:
         self._begin = torch.cuda.Event(enable_timing=True)
@@ -59,14 +30,30 @@ class CudaFence:
 
     @property
     def done(self) -> bool:
+        """Whether the work has ended."""
         return self._end.query()
 
     @property
     def seconds(self) -> float:
+        """How long the work took, once `done`."""
         return self._begin.elapsed_time(self._end) / 1000
 
     def wait(self) -> None:
+        """Block until the work is `done`; any thread may call this."""
         self._end.synchronize()
+
+
+class PassedFence:
+    """The end of work that has ended already, as all work on a CPU has when its call returns."""
+
+    done = True
+    seconds = 0.0
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+Fence = CudaFence | PassedFence
 
 
 class SideStream:

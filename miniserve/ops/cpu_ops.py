@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from miniserve.ops.batch import Batch
-from miniserve.ops.cpu_fused import FusedForward
-from miniserve.ops.cpu_packed import Arena, PackedHead, PackedLinear
+from miniserve.ops.cpu_packed import Arena, FusedForward, PackedHead, PackedLinear
 from miniserve.ops.cpu_structs import ARGUMENTS, ROWS, NativeBatch, NativePlan, Rotary
 from miniserve.ops.decoder import Weights
 from miniserve.ops.native import NoKernels, load

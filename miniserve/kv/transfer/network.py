@@ -57,6 +57,7 @@ class Connection:
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.closed = False
+        self._deadline = 0.0
         self._hangup = select.poll()
         self._hangup.register(channel, select.POLLRDHUP)
 
@@ -65,12 +66,16 @@ class Connection:
         if self.closed or self._hangup.poll(0):
             raise TransferError("the peer has left")
 
-    def finish(self, fence: Fence, deadline: Callable[[], float]) -> None:
-        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or after the deadline, which may
-        change."""
+    def allow(self, seconds: float, at_most: bool = False) -> None:
+        """How long pages may be on their way from now on; with `at_most`, if they were allowed longer before."""
+        end = time.monotonic() + seconds
+        self._deadline = min(self._deadline, end) if at_most else end
+
+    def finish(self, fence: Fence) -> None:
+        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or they take longer than allowed."""
         while not fence.done:
             self.check()
-            if time.monotonic() > deadline():
+            if time.monotonic() > self._deadline:
                 raise TransferError("the peer is stuck")
             time.sleep(POLL_SECONDS)
 

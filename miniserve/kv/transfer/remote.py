@@ -15,11 +15,10 @@ import logging
 import os
 import socket
 import threading
-import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
@@ -58,11 +57,6 @@ class Direction(ABC):
         with self.lock:
             if self.connection is not None:
                 self.connection.close()
-
-    def deadline(self) -> Callable[[], float]:
-        """The deadline of what begins now."""
-        end = time.monotonic() + self.timeout
-        return lambda: end
 
     def _run(self) -> None:
         self.network.enter_thread()
@@ -142,7 +136,8 @@ class Receiving(Direction):
             elif copy.fence is None:
                 copy.ours = [self._scratch] * len(copy.theirs)
             elif copy in self._asked:
-                copy.deadline = min(copy.deadline, time.monotonic() + ABANDONED_SECONDS)
+                assert self.connection is not None
+                self.connection.allow(ABANDONED_SECONDS, at_most=True)
                 self.side.lead()
 
     def _meet(self) -> socket.socket:
@@ -160,7 +155,8 @@ class Receiving(Direction):
         communicator = self.network.join(identity, RECEIVER, self.side, connection.check)
         try:
             # Proves that the way is open, and sets it up before a turn needs it. No step reads the scratch page.
-            connection.finish(communicator.receive([self._scratch]), self.deadline())
+            connection.allow(self.timeout)
+            connection.finish(communicator.receive([self._scratch]))
             with self.lock:
                 self._communicator = communicator
                 while self._early:
@@ -169,9 +165,9 @@ class Receiving(Direction):
             while connection.channel.recv(len(COMING)):
                 with self.lock:
                     copy = self._asked[0]
-                    copy.deadline = time.monotonic() + self.timeout
+                    connection.allow(self.timeout)
                     copy.fence = communicator.receive(copy.ours)
-                connection.finish(copy.fence, copy.due)
+                connection.finish(copy.fence)
                 with self.lock:
                     copy.over = True
                     self._asked.popleft()
@@ -215,13 +211,15 @@ class Sending(Direction):
         connection.channel.send(identity)
         communicator = self.network.join(identity, SENDER, self.side, connection.check)
         try:
-            connection.finish(communicator.send([0]), self.deadline())
+            connection.allow(self.timeout)
+            connection.finish(communicator.send([0]))
             while asked := connection.channel.recv(4 * self._num_pages):
                 pages = array("i", asked).tolist()
                 if not 0 <= min(pages) <= max(pages) < self._num_pages:
                     raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {self._num_pages}")
                 connection.channel.send(COMING)
-                connection.finish(communicator.send(pages), self.deadline())
+                connection.allow(self.timeout)
+                connection.finish(communicator.send(pages))
         finally:
             communicator.abort()
 
@@ -238,14 +236,9 @@ class RemoteCopy:
         self.theirs = theirs
         self.ours: list[int] = []
         self.fence: Fence | None = None
-        """Of the pages, once they are coming, until `deadline`."""
-        self.deadline = 0.0
+        """Of the pages, once they are coming."""
         self.over = self.lost = False
         self._receiving = receiving
-
-    def due(self) -> float:
-        """`deadline`, as of now."""
-        return self.deadline
 
     def store(self, ours: list[int]) -> None:
         self.ours = ours

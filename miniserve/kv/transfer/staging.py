@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
@@ -11,28 +9,8 @@ from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, PassedFence, SideStream
 
 
-class Staging(Protocol):
-    """Moves pages of one pool to and from host memory, as bytes `[page, byte]`."""
-
-    def room(self, count: int) -> torch.Tensor:
-        """Host memory for so many pages."""
-        ...
-
-    def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
-        """A copy of our pages, whole at the fence. What is written to the pages from now on does not reach it."""
-        ...
-
-    def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
-        """Begin to write to our pages."""
-        ...
-
-    def abandon(self) -> None:
-        """What is still being written is written before all that the engine does with the pages from now on."""
-        ...
-
-
 class HostStaging:
-    """For a pool in host memory: every copy is made at once.
+    """Moves pages of a pool in host memory, as bytes `[page, byte]`: every copy is made at once.
 
     Numpy asks for huge pages for what it copies to, and malloc, as a worker sets it, keeps it for the next one: there
     is nothing to gain by keeping buffers here.
@@ -43,21 +21,24 @@ class HostStaging:
         self._pool = memory.shared.pages(memory.shape.bytes)
 
     def room(self, count: int) -> torch.Tensor:
+        """Host memory for so many pages."""
         return torch.from_numpy(np.empty((count, self._pool.shape[1]), np.uint8))
 
     def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
+        """A copy of our pages, whole at the fence. What is written to the pages from now on does not reach it."""
         return torch.from_numpy(self._pool[pages]), PassedFence()
 
     def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
+        """Begin to write to our pages."""
         self._pool[pages] = data.numpy()
         return PassedFence()
 
     def abandon(self) -> None:
-        """Nothing is under way."""
+        """What is still being written is written before all that the engine does with the pages from now on."""
 
 
 class DeviceStaging:
-    """For a pool on a GPU: pages go through pinned host memory, on a stream beside the engine's.
+    """The same for a pool on a GPU: pages go through pinned host memory, on a stream beside the engine's.
 
     torch keeps pinned memory that was freed, in powers of two, and gives none out again that a copy still uses, which
     it knows by the tensor (so these are never made from numpy's arrays). Only the first publications of a size wait for
@@ -95,6 +76,9 @@ class DeviceStaging:
             self._pool[page].copy_(source, non_blocking=True)
 
 
+Staging = HostStaging | DeviceStaging
+
+
 def staging(memory: KVMemory) -> Staging:
-    """The staging for the pool's device."""
+    """The one for the pool's device."""
     return HostStaging(memory) if memory.shared is not None else DeviceStaging(memory)
