@@ -1,4 +1,4 @@
-"""Compiles `cpu.cpp` with the system's compiler, once, into the user's cache, and loads it."""
+"""Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from miniserve.config import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in ("vectors", "matrix", "attention")]
 COMPILERS = ("g++", "c++")
 """`cpu.cpp` needs GCC for its vectors; $CXX comes first where it is set."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -36,7 +37,8 @@ def load(progress: Callable[[str], None] | None = None) -> ctypes.CDLL:
     if not compiler:
         raise NoKernels("no g++ found (Debian and Ubuntu: sudo apt install g++)")
     # Machines of different kinds may share a home directory: what was compiled for one must not run on another.
-    identity = [SOURCE.read_text("utf-8"), *FLAGS, compiler, str(os.stat(compiler).st_mtime), _cpu()]
+    sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
+    identity = [*sources, *FLAGS, compiler, str(os.stat(compiler).st_mtime), _cpu()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{name}.so"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -213,6 +214,12 @@ def test_the_reason_names_what_the_compiler_says(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(native.NoKernels, match="not today"):
         native.load()
     assert not list((tmp_path / "kernels").glob("*.so"))
+
+
+def test_every_header_is_part_of_the_name_of_what_was_compiled() -> None:
+    texts = [path.read_text() for path in (native.SOURCE, *native.HEADERS)]
+    included = {name for text in texts for name in re.findall(r'#include "(.*)"', text)}
+    assert included == {path.name for path in native.HEADERS}
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
