@@ -23,6 +23,8 @@ class CpuOps:
     draft_rows = 2 * ROWS
     """The matrix kernel computes `ROWS` rows at a time."""
 
+    filter = staticmethod(filter_sorted)
+
     def __init__(
         self,
         dtype: torch.dtype,
@@ -88,12 +90,6 @@ class CpuOps:
         out = torch.empty((rows, size), dtype=gate_up.dtype)
         self._silu_mul(gate_up.data_ptr(), rows, size, out.data_ptr())
         return out
-
-    def filter(
-        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The candidates in falling order (`filter_sorted`)."""
-        return filter_sorted(probs, top_k, top_p, min_p)
 
     def fuse(self, weights: Weights, rotary: Rotary, heads: int, eps: float, scale: float) -> FusedForward:
         """The model in one call."""

@@ -89,12 +89,33 @@ class Plan:
     chunks: list[Chunk] = field(default_factory=list)
 
 
+def filter_sorted(
+    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Ops.filter`: the candidates in falling order. A few are sorted first, and all only if that was too few."""
+    vocab = probs.shape[1]
+    for width in (min(SORTED, vocab), vocab):
+        weights, ids = probs.topk(width)
+        keep = weights >= min_p * weights[:, :1]
+        keep &= torch.arange(width, device=probs.device) < top_k
+        kept = weights * keep
+        # With the rest of the vocabulary out of sight, its mass counts too unless the other two filters end before.
+        total = torch.where(keep[:, -1:], probs.sum(-1, keepdim=True), kept.sum(-1, keepdim=True))
+        before = kept.cumsum(-1) - kept
+        keep &= (before < top_p * total) | (top_p >= 1)
+        if width == vocab or not bool(keep[:, -1].any()):
+            break
+    return ids, weights * keep
+
+
 class TorchOps:
     """`Ops` of any dtype on any device."""
 
     layout = "slot, kv_head, head_dim"
     draft_rows = 12
     """As with the native kernels (`CpuOps`), which compute 12 rows in two rounds."""
+
+    filter = staticmethod(filter_sorted)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -133,12 +154,6 @@ class TorchOps:
         """silu(first half) * second half."""
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
-
-    def filter(
-        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The candidates in falling order (`filter_sorted`)."""
-        return filter_sorted(probs, top_k, top_p, min_p)
 
     def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> None:
         """There is no such kernel."""
@@ -242,25 +257,6 @@ class TorchOps:
                 attended = attended.view(kv_heads, group, block, dim)
                 out[chunk.start + start : chunk.start + end] = attended.permute(2, 0, 1, 3).reshape(block, -1, dim)
         return out
-
-
-def filter_sorted(
-    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Ops.filter`: the candidates in falling order. A few are sorted first, and all only if that was too few."""
-    vocab = probs.shape[1]
-    for width in (min(SORTED, vocab), vocab):
-        weights, ids = probs.topk(width)
-        keep = weights >= min_p * weights[:, :1]
-        keep &= torch.arange(width, device=probs.device) < top_k
-        kept = weights * keep
-        # With the rest of the vocabulary out of sight, its mass counts too unless the other two filters end before.
-        total = torch.where(keep[:, -1:], probs.sum(-1, keepdim=True), kept.sum(-1, keepdim=True))
-        before = kept.cumsum(-1) - kept
-        keep &= (before < top_p * total) | (top_p >= 1)
-        if width == vocab or not bool(keep[:, -1].any()):
-            break
-    return ids, weights * keep
 
 
 CosSin = tuple[torch.Tensor, torch.Tensor]

@@ -20,7 +20,7 @@ from miniserve.kv.transfer.remote import RemoteCopy, RemoteTransfer
 from miniserve.worker.sequence import Status
 from tests.support.handoff_pair import Pair
 from tests.support.socket_network import PAGES, SHAPE, End, QuietSide, SocketCommunicator, SocketFence, SocketNetwork
-from tests.support.waiting import PROMPT, until
+from tests.support.waiting import PROMPT, stop, until
 
 
 @pytest.fixture(autouse=True)
@@ -292,8 +292,7 @@ def test_a_killed_peer_fails_its_copies_at_once(child, midway: bool, tmp_path: P
         control.send(None)
         control.recv()
     else:
-        os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(0.1)
+        stop(process.pid)
     for copy in copies:
         copy.store([8, 9][: len(copy.theirs)])
     if midway:
@@ -309,8 +308,7 @@ def test_a_stopped_peer_blocks_no_call_and_goes_on(child, tmp_path: Path) -> Non
     process, _, content = child
     end = End("d0", "p0", tmp_path, 2)
     store(end.transfer.fetch((0, 0), [3]), [7])
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(0.1)
+    stop(process.pid)
     started, copies = time.monotonic(), []
 
     def ask_for_ever() -> None:

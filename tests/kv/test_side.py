@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -31,6 +30,7 @@ from miniserve.kv.transfer.collective import CollectiveTransfer
 from miniserve.kv.transfer.connect import connect, way
 from miniserve.kv.transfer.ipc import CudaMappedTransfer
 from miniserve.kv.transfer.staging import DeviceStaging
+from tests.support.waiting import until
 
 CPU = torch.device("cpu")
 SHAPE = PageShape(layers=2, page_tokens=4, kv_heads=1, head_dim=8, dtype=torch.bfloat16)
@@ -258,10 +258,7 @@ def test_staged_pages_through_gloo(tmp_path: Path, streams: list[LazyStream]) ->
     }
     try:
         copy = ends["d0"].fetch(ends["p0"].offer([1, 4]), [1, 4])
-        until = time.monotonic() + 20
-        while not copy.ready:
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        until(lambda: copy.ready)
         before = content(memories["d0"], 7, 3)
         copy.store([7, 3])
         assert not copy.stored

@@ -22,7 +22,7 @@ from miniserve.kv.transfer.collective import CollectiveCopy, CollectiveTransfer
 from miniserve.kv.transfer.interface import Transfer, TransferError
 from miniserve.kv.transfer.mapped import MappedTransfer
 from tests.support.kv_pools import PAGES, SHAPES, content, new_memory, peer_of
-from tests.support.waiting import PROMPT, until
+from tests.support.waiting import PROMPT, stop, until
 
 
 class Side:
@@ -191,7 +191,7 @@ def test_close_is_prompt(pair: tuple[Side, Side]) -> None:
     right.transfer.fetch(left.transfer.offer([0]), [0]).store([12])
     waiting = right.transfer.fetch((0, 1), [1]), right.transfer.fetch((0, 2), [1]), right.transfer.fetch((0, 3), [1])
     ahead = right.transfer.fetch((1, 0), [1])
-    time.sleep(0.1)
+    until(lambda: len(right.transfer._receives) == 2)  # two are posted
     started = time.monotonic()
     right.transfer.close()
     assert time.monotonic() - started < 0.25
@@ -260,11 +260,8 @@ class Child:
             assert time.monotonic() < end
         return ticket, copy
 
-    def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-        if number == signal.SIGSTOP:  # takes a moment until all of its threads have stopped
-            threads = Path(f"/proc/{self.process.pid}/task")
-            until(lambda: all(") T " in (thread / "stat").read_text() for thread in threads.iterdir()))
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -291,7 +288,7 @@ def test_a_killed_peer_fails_its_copies_at_once_and_no_others(child: Callable[..
         assert each.check() == 0
     # One dies before anything is fetched.
     ticket, _ = before.ask("offer", [1])
-    before.signal(signal.SIGKILL)
+    before.kill()
     before.process.join()
     killed = time.monotonic()
     with pytest.raises(TransferError):
@@ -299,15 +296,15 @@ def test_a_killed_peer_fails_its_copies_at_once_and_no_others(child: Callable[..
     assert time.monotonic() - killed < PROMPT
     # One dies while it is waited for.
     ticket, _ = waiting.ask("offer", [1])
-    waiting.signal(signal.SIGSTOP)
+    stop(waiting.process.pid)
     copies = [waiting.transfer.fetch(ticket, [1]), waiting.transfer.fetch((0, ticket[1] + 1), [1])]
     waiting.transfer.offer([0])
-    time.sleep(0.2)
+    until(lambda: not waiting.transfer._receives and not waiting.transfer._sends)  # all are posted
     assert not any(copy.ready for copy in copies)
-    waiting.signal(signal.SIGKILL)
+    waiting.kill()
     # One dies in the middle of its pages.
     copies.append(midway.fetch_a_part()[1])
-    midway.signal(signal.SIGKILL)
+    midway.kill()
     for copy in copies:
         until(lambda copy=copy: copy.ready, PROMPT)
         with pytest.raises(TransferError, match="broke"):
@@ -326,7 +323,7 @@ def test_a_stopped_peer_times_out_and_comes_back_in_the_next_generation(
         old, copy = peer.fetch_a_part()
     else:
         old, _ = peer.ask("offer", [1])
-    peer.signal(signal.SIGSTOP)
+    stop(peer.process.pid)
     started = time.monotonic()
     if not midway:
         copy = peer.transfer.fetch(old, [1])
@@ -340,7 +337,7 @@ def test_a_stopped_peer_times_out_and_comes_back_in_the_next_generation(
     assert 1.0 < time.monotonic() - started < 1.5 + PROMPT
     until(lambda: peer.transfer._generation == 1, PROMPT)
     assert peer.transfer.fetch(old, [1]).ready  # lost, and known to be
-    peer.signal(signal.SIGCONT)
+    os.kill(peer.process.pid, signal.SIGCONT)
     # The peer finds out by itself.
     until(lambda: peer.transfer._group is not None)
     assert peer.check() == 1
