@@ -21,7 +21,7 @@ from torch.distributed import Work
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, PassedFence
-from miniserve.kv.transfer.gloo import CONNECT_SECONDS, GlooGroup, Way, meet
+from miniserve.kv.transfer.gloo import CONNECT_SECONDS, GlooGroup, SendRecv, meet
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.staging import Staging, staging
 
@@ -193,13 +193,13 @@ class CollectiveTransfer:
         while self._receives and (self._closed.is_set() or self._receives[0].generation < self._generation):
             self._receives.popleft().lose()
 
-    def _pump(self, way: Way, queue: deque[InFlight]) -> None:
+    def _pump(self, way: SendRecv, queue: deque[InFlight]) -> None:
         """Move the publications of one direction in their order, each in its generation."""
         posted: deque[Posted] = deque()
         while self._step(way, queue, posted):
             pass
 
-    def _step(self, way: Way, queue: deque[InFlight], posted: deque[Posted]) -> bool:
+    def _step(self, way: SendRecv, queue: deque[InFlight], posted: deque[Posted]) -> bool:
         """Post one publication, or else wait for the oldest that is posted. False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: posted or self._can_post(queue) or self._closed.is_set())
@@ -218,7 +218,7 @@ class CollectiveTransfer:
             new.lose()
         return True
 
-    def _await(self, way: Way, flight: InFlight, group: GlooGroup, works: list[Work]) -> None:
+    def _await(self, way: SendRecv, flight: InFlight, group: GlooGroup, works: list[Work]) -> None:
         """Wait until a posted publication is over."""
         try:
             for work in reversed(works):

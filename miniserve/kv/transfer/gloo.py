@@ -24,7 +24,7 @@ WATCH_TAG, BREAK_TAG = 8 * TAGS, 8 * TAGS + 1
 """No message ever has these."""
 FOREVER = timedelta(days=1000)
 
-Way = Literal["send", "recv"]
+SendRecv = Literal["send", "recv"]
 
 
 class GlooGroup:
@@ -34,7 +34,7 @@ class GlooGroup:
         self._group = group
         self._rank = rank
 
-    def post(self, way: Way, number: int, data: torch.Tensor) -> list[Work]:
+    def post(self, way: SendRecv, number: int, data: torch.Tensor) -> list[Work]:
         """Begin to move publication `number`: it is over when all that is returned has ended.
 
         When a connection breaks, Gloo forgets to wake the thread that waits for a message of which a part has moved. So
@@ -56,12 +56,13 @@ class GlooGroup:
         connection: its `abort` does nothing."""
         self._receive_nothing(BREAK_TAG, timedelta(milliseconds=1))
 
-    def _move(self, call: Way, data: torch.Tensor, number: int, way: Way, part: int) -> Work:
+    def _move(self, call: SendRecv, data: torch.Tensor, number: int, way: SendRecv, part: int) -> Work:
+        """`call` something that belongs to publication `number`, which we send or receive (`way`)."""
         sender = self._rank if way == "send" else 1 - self._rank
         tag = 4 * (2 * (number % TAGS) + sender) + part
         return getattr(self._group, call)([data], 1 - self._rank, tag)
 
-    def _signal(self, call: Way, number: int, way: Way, part: int) -> Work:
+    def _signal(self, call: SendRecv, number: int, way: SendRecv, part: int) -> Work:
         """A message that says nothing but that it comes."""
         return self._move(call, torch.zeros(1, dtype=torch.uint8), number, way, part)
 
