@@ -273,7 +273,7 @@ def _by_kernels(run: Setting, count: int) -> Figures:
         params = SamplingParams(temperature=0.9, ignore_eos=True, **filters)
         rows = [Sequence(str(seed), [1], params, seed, b"") for seed in range(count)]
         logits = raw.to(device).expand(count, -1).clone()
-        draws, _ = Sampler(frozenset(), ops).sample(logits, rows).read()
+        draws = [token for token, _ in Sampler(frozenset(), ops).sample(logits, rows).read()]
         exact = distribution(raw.double(), params)
         seen = torch.bincount(torch.tensor(draws), minlength=vocab).double()
         beyond = int(seen[exact == 0].sum())

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 
-from miniserve.cli.serve import places, ways
+from miniserve.cli.banner import places, ways
 
 QUESTIONS = [
     "What is the capital of France? Answer in one sentence.",

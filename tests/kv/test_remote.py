@@ -17,7 +17,7 @@ from miniserve.kv.memory import KVMemory
 from miniserve.kv.transfer import remote
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.remote import RemoteCopy, RemoteTransfer
-from miniserve.worker.sequence import Status
+from miniserve.worker.sequence import State
 from tests.support.handoff_pair import Pair
 from tests.support.socket_network import PAGES, SHAPE, End, QuietSide, SocketCommunicator, SocketFence, SocketNetwork
 from tests.support.waiting import PROMPT, stop, until
@@ -245,7 +245,7 @@ def test_a_handoff(tiny_folder: Path, tmp_path: Path) -> None:
 
     def arrived() -> bool:
         pair.d.handoffs.poll()
-        return sequence.status is not Status.RECEIVING
+        return sequence.state is not State.RECEIVING
 
     until(arrived)
     pair.p.handoffs.on_release("t")

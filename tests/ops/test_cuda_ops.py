@@ -224,8 +224,8 @@ def test_filters_keep_the_same_candidates(params: dict[str, Any]) -> None:
     sequences = [Sequence(str(i), [1], SamplingParams(temperature=0.9, **params), i, b"") for i in range(2000)]
     counts = []
     for made in (ops(), TorchOps(CPU)):
-        tokens, _ = Sampler(frozenset(), made).sample(logits.clone(), sequences).read()
-        counts.append(torch.tensor(tokens).bincount(minlength=50))
+        found = Sampler(frozenset(), made).sample(logits.clone(), sequences).read()
+        counts.append(torch.tensor([token for token, _ in found]).bincount(minlength=50))
     assert bool(((counts[0] > 0) == (counts[1] > 0))[(counts[0] + counts[1]) > 30].all())
     assert (counts[0] - counts[1]).abs().max() < 100
 

@@ -41,17 +41,17 @@ class Side:
         pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, self.built.layout)
         self.peer = Peer(name, 1, f"inproc://{name}", pool)
 
-    def sequence(self, **kwargs) -> Sequence:
-        return Sequence("t", self.prompt, GREEDY, 0, root_hash(self.built.layout), **kwargs)
+    def sequence(self, params: SamplingParams = GREEDY, **kwargs) -> Sequence:
+        return Sequence("t", self.prompt, params, 0, root_hash(self.built.layout), **kwargs)
 
     def step(self) -> None:
         for sequence in self.engine.admit():
             self.handoffs.request(sequence)
         step = self.engine.step()
-        for sequence, first_token in step.prefilled:
-            self.handoffs.publish(sequence, first_token)
+        for prefilled in step.prefilled:
+            self.handoffs.publish(prefilled.sequence, prefilled.first)
         for output in self.handoffs.outputs + step.outputs:
-            self.out[output.index] = output.tokens[0]
+            self.out.update(enumerate(output.tokens, output.index))
         self.handoffs.outputs.clear()
 
     def take(self, kind: type) -> list:
