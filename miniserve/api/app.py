@@ -34,6 +34,7 @@ from miniserve.dispatcher import EngineClient, EngineError
 from miniserve.monitor import page, views
 from miniserve.monitor.metrics import CONTENT_TYPE
 from miniserve.text.dialect import find_dialect
+from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -67,16 +68,21 @@ NEWS = {
 
 
 def create_app(
-    config: ServeConfig, client: EngineClient, tokenizer: Tokenizer, generation_defaults: dict[str, Any]
+    config: ServeConfig,
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    generation_defaults: dict[str, Any],
+    compiler: Compiler | None = None,
 ) -> FastAPI:
     """The API as an ASGI app.
 
     `client` need not have started yet. `generation_defaults` is the model's generation_config.json, or empty for
-    neutral sampling. Raises `ConfigError` for parsers that there are none of.
+    neutral sampling. `compiler` checks grammars; without one it is made for the first request that has one. Raises
+    `ConfigError` for parsers that there are none of.
     """
     names = config.served_model_names or [config.engine.model]
     dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
-    service = Service(client, tokenizer, dialect, names, generation_defaults)
+    service = Service(client, tokenizer, dialect, names, generation_defaults, compiler)
     created = int(time.time())
     middleware = [Middleware(RequestId)]
     if config.api_key is not None:

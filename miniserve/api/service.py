@@ -42,6 +42,7 @@ from miniserve.dispatcher import EngineClient, Turn
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.dialect import Dialect
+from miniserve.text.grammar import Compiler
 from miniserve.text.reader import Reader
 from miniserve.text.tokenizer import Tokenizer
 
@@ -93,6 +94,7 @@ class Service:
         dialect: Dialect,
         names: list[str],
         defaults: Mapping[str, Any],
+        compiler: Compiler | None = None,
     ) -> None:
         self.metrics = Metrics(client, names[0])
         self._client = client
@@ -100,7 +102,7 @@ class Service:
         self._dialect = dialect
         self._names = names
         self._defaults = defaults
-        self._grammars = GrammarChecks(tokenizer)
+        self._grammars = GrammarChecks(tokenizer, compiler)
         self._responses: ResponseStore[AnyItem] = ResponseStore()
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from miniserve.api.openai.chat import chat_tokens
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.structured import json_grammar
 from miniserve.api.tools import MAX_TOOLS, MAX_TOOLS_CHARS, check_tools, few_tools
 from miniserve.config import ConfigError
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.answer_grammar import _without, answer_grammar
-from miniserve.text.calls import Found, typed
-from miniserve.text.dialect import THINKING, find_dialect
-from miniserve.text.formats import FORMATS
-from miniserve.text.grammar import Compiler
+from miniserve.text.call_parsers import ParsedCalls
+from miniserve.text.calls import typed
+from miniserve.text.dialect import find_dialect
+from miniserve.text.formats import FORMATS, REASONING_MARKS
+from miniserve.text.grammar import Compiler, json_grammar
 from miniserve.text.reader import CallScanner, Part, ToolCall, merged
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import dialects
@@ -273,7 +273,7 @@ class Recording(CallScanner):
 
     seen = ""
 
-    def _settle(self, found: Found, parts: list[Part]) -> None:
+    def _settle(self, found: ParsedCalls, parts: list[Part]) -> None:
         self.seen += self._held[: found.end] if found.calls else ""
         super()._settle(found, parts)
 
@@ -528,7 +528,7 @@ def test_schemas_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str) ->
 @pytest.mark.parametrize("form", ["hermes", "smollm2"])  # with tokens for the marks, and without
 def test_forced_calls_after_reasoning(tokenizers: dict[str, Tokenizer], form: str) -> None:
     tokenizer, call = tokenizers[form], FORMATS[form].write([("list_all", {})])
-    how = {"thinking": THINKING["qwen3"]}
+    how = {"thinking": REASONING_MARKS["qwen3"]}
     for text, opened, right in (
         (call, False, True),
         (f"<think>\nHm <b>\n</think>\n\n{call}", False, True),
@@ -586,7 +586,7 @@ def test_text_without_a_mark(mark: str, data: st.DataObject) -> None:
 
 def test_reasoning_does_not_spell_its_end(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer, end = tokenizers["hermes"], tokenizers["hermes"].control_id("</think>")
-    options: Any = {"single": False, "thinking": THINKING["qwen3"], "opened": True, "tokenizer": tokenizer}
+    options: Any = {"single": False, "thinking": REASONING_MARKS["qwen3"], "opened": True, "tokenizer": tokenizer}
     grammar = answer_grammar(FORMATS["hermes"], [], Grammar("regex", "[ab]"), **options)
     assert end is not None
     spelled = [*b"<</think>"]
@@ -601,7 +601,7 @@ def test_a_format_after_reasoning(tokenizers: dict[str, Tokenizer], form: str, n
     wanted, right, wrong = WANTED[number]
 
     def ok(text: str, opened: bool = False, tools: Any = ()) -> bool:
-        how = {"thinking": THINKING["qwen3"], "opened": opened, "tools": [*tools], "wanted": wanted}
+        how = {"thinking": REASONING_MARKS["qwen3"], "opened": opened, "tools": [*tools], "wanted": wanted}
         return matches(tokenizers[form], form, text, **how)
 
     for text in right:

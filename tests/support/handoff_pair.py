@@ -46,13 +46,13 @@ class Side:
 
     def step(self) -> None:
         for sequence in self.engine.admit():
-            self.handoffs.request(sequence)
+            self.handoffs.receiver.request(sequence)
         step = self.engine.step()
         for prefilled in step.prefilled:
-            self.handoffs.publish(prefilled.sequence, prefilled.first)
-        for output in self.handoffs.outputs + step.outputs:
+            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
+        for output in self.handoffs.receiver.outputs + step.outputs:
             self.out.update(enumerate(output.tokens, output.index))
-        self.handoffs.outputs.clear()
+        self.handoffs.receiver.outputs.clear()
 
     def take(self, kind: type) -> list:
         """The messages of one kind, no longer in `sent`."""
@@ -79,7 +79,7 @@ class Pair:
         self.d.step()
         (prefill,) = self.d.take(Prefill)
         assert len(sequence.pages) == 7, "D reserves before P starts"
-        self.p.handoffs.on_prefill(prefill, "d0")
+        self.p.handoffs.sender.on_prefill(prefill, "d0")
         return sequence
 
     def publications(self) -> list[Publish]:
@@ -102,4 +102,4 @@ class Pair:
         for side in (self.p, self.d):
             side.engine.pool.check()
             assert side.engine.pool.num_held == 0
-            assert side.handoffs.num_leases == 0
+            assert side.handoffs.sender.num_leases == 0
