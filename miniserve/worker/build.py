@@ -21,13 +21,12 @@ from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import Ops, make_ops
-from miniserve.ops.cuda_ops import CudaOps
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
-from miniserve.worker.graphs import DecodeGraphs
+from miniserve.worker.graphs import DecodeGraphs, GraphOps
 from miniserve.worker.pace import Pace
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
@@ -142,7 +141,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         native=config.cpu_kernels != "torch",
         progress=lambda line: show(line, 0, 0),
     )
-    graph_ops = ops if isinstance(ops, CudaOps) and not config.enforce_eager else None
+    graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     watch.lap("kernels")
     try:
         transformer, weights_bytes = _load(config, choices, ops, show)
