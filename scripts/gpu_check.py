@@ -5,8 +5,8 @@
   scripts/gpu_check.py --only kernels --only parity  checks whose names begin so (`--list` prints the names)
   scripts/gpu_check.py --device cpu --small          the same code at toy size, where there is no GPU
 
-Writes gpu_check.json and gpu_check.md into FOLDER, after each check anew. Limits of speed are shares of ceilings
-that are measured in the same run. A check that fails, hangs or crashes does not stop the others: they run in a
+Writes gpu_check.json and gpu_check.md into FOLDER, after each check anew. Limits of speed are shares of
+ceilings that are measured in the same run. A check that fails, hangs or crashes does not stop the others: they run in a
 process of their own, which is started again. What did not run in time is reported as not run, which is a failure.
 
 On a GPU machine without network: copy the wheels into the ignored folder `wheels/` of the checkout and run there
@@ -46,7 +46,7 @@ from scripts.gpu.checks import CHECKS, Check  # noqa: E402
 from scripts.gpu.common import Figure, Setting  # noqa: E402
 
 BUDGET = 460.0
-"""Seconds for everything, less what the last check may take to end."""
+"""Seconds for everything: 8 minutes, less what the last check may take to end."""
 GRACE = 10.0
 """A check that is near its end when its time is over may finish."""
 
@@ -55,9 +55,9 @@ GRACE = 10.0
 
 
 def worker(control: Connection, device: str, small: bool, folder: str) -> None:
-    """Runs the checks that `control` names, and sends each figure as it comes. Ends itself after an error that may have
-    left the device unusable."""
-    os.setsid()  # one signal to the group ends its children too
+    """Runs the checks it is sent, and sends each figure as it comes. Ends itself after an error that may have left
+    the device unusable."""
+    os.setsid()  # to end it with its children
     os.environ["MINISERVE_CACHE"] = str(Path(folder) / "cache")
     import transformers
 
@@ -103,10 +103,10 @@ class Process:
         try:
             self._control.send(check.name)
             while self._control.poll(max(end - time.monotonic(), 0)):
-                received = self._control.recv()
-                if isinstance(received, str):
-                    return figures, received
-                figures.append(received)
+                heard = self._control.recv()
+                if isinstance(heard, str):
+                    return figures, heard
+                figures.append(heard)
             error = f"not done after {seconds:.0f} s"
         except (EOFError, OSError):
             self._process.join(GRACE)
@@ -139,6 +139,7 @@ def verdict(check: Check, result: dict[str, Any], judged: bool) -> str:
 
 
 def markdown(facts: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+    """Everything in one page."""
     lines = [f"# GPU check: {facts['verdict']}", ""]
     if not facts["judged"]:
         lines += ["**Not a GPU: figures mean nothing.** Limits of speed are not judged.", ""]
@@ -168,7 +169,7 @@ def facts(device: str, small: bool) -> dict[str, Any]:
     """What ran where. Asks nvidia-smi, so that this process never holds a context on the device."""
     import subprocess
 
-    def output(*command: str) -> str:
+    def said(*command: str) -> str:
         try:
             return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
@@ -178,12 +179,12 @@ def facts(device: str, small: bool) -> dict[str, Any]:
 
     gpu = "no GPU"
     if device != "cpu":
-        gpu = output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+        gpu = said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "machine": f"{gpu}, {os.cpu_count()} CPUs",
         "versions": ", ".join(f"{name} {v}" for name, v in versions.items()) + f", Python {platform.python_version()}",
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "commit": said("git", "rev-parse", "--short", "HEAD"),
         "device": device,
         "small": small,
         "judged": device != "cpu" and not small,
@@ -191,6 +192,7 @@ def facts(device: str, small: bool) -> dict[str, Any]:
 
 
 def write(out: Path, about: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    """The report so far."""
     out.mkdir(parents=True, exist_ok=True)
     checks = {
         name: r | {"figures": [asdict(f) | {"ok": f.ok} for f in r.get("figures", [])]} for name, r in results.items()
