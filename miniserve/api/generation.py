@@ -1,4 +1,4 @@
-"""The choices of one request while they run: from the engine's tokens to text that can be given out."""
+"""The choices of one request while they run: from the engine's tokens to parts of an answer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from miniserve.text.reader import Part, Reader, merged
 from miniserve.text.tokenizer import Tokenizer
 
 Submit = Callable[[list[int], SamplingParams, int], Turn]
-"""Starts a turn: prompt, parameters, the choice's number. Raises `EngineError`."""
+"""Starts a turn, given its prompt, its parameters, and the choice's index. Raises `EngineError`."""
 
 
 class Choice:
-    """One choice: what came of it, and what of that was not taken yet."""
+    """One choice: its counts so far, and the parts, tokens and log-probabilities that its writer has not taken yet."""
 
     def __init__(
         self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, reader: Reader | None = None
@@ -44,7 +44,7 @@ class Choice:
 
     @property
     def finish(self) -> Finish | None:
-        """Why it has ended, None while it goes on."""
+        """Why it has ended; None while it goes on."""
         ended = self._words.finish
         if self._reader is not None and (self._reader.done or (ended == "stop" and self._reader.calls)):
             return "tool_calls"
@@ -66,14 +66,14 @@ class Choice:
         return bool(self._tokens)
 
     def take(self) -> tuple[list[Part], list[TokenLogprob]]:
-        """The parts of the answer since the last time, and the log-probabilities of the tokens if they were asked for.
-        Neighbours are never of the same kind, unless they are calls."""
+        """The parts of the answer since the last time, and the log-probabilities of their tokens if the request wants
+        any. Neighbours are never of the same kind, unless they are calls."""
         parts, logprobs = self._parts, self._logprobs
         self._parts, self._logprobs = [], []
         return merged(parts), logprobs
 
     def take_text(self) -> tuple[str, list[TokenLogprob]]:
-        """The same for an API that knows nothing but content."""
+        """The same for an API that has nothing but content."""
         parts, logprobs = self.take()
         return "".join(part for part in parts if isinstance(part, str)), logprobs
 
@@ -83,7 +83,7 @@ class Choice:
         return tokens
 
     def feed(self, out: TurnOutput) -> None:
-        """Take in the next tokens. Raises `ApiError` or `EngineError` where the engine gave up."""
+        """Take in the next tokens. Raises `ApiError` or `EngineError` if the engine has given up."""
         if out.finish == "error" and out.invalid:
             raise ApiError(400, out.error)
         if out.finish == "error":
@@ -109,7 +109,7 @@ class Choice:
 
 
 def usage(prompt_tokens: int, cached_tokens: int, choices: list[Choice], output_tokens: int) -> Usage:
-    """What a request has used: `output_tokens` in `choices`."""
+    """What a request has used, with `output_tokens` in all `choices`."""
     used: Usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
@@ -124,8 +124,8 @@ def usage(prompt_tokens: int, cached_tokens: int, choices: list[Choice], output_
 class Generation:
     """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
 
-    `n` choices follow for each prompt, in order. The first one of a prompt starts at once and the others with its
-    first token, when they find the prompt in the prefix cache.
+    Each prompt has `n` choices, in order. The first choice of a prompt starts at once, and the others with its first
+    token, when they find the prompt in the prefix cache.
     """
 
     def __init__(
@@ -137,13 +137,13 @@ class Generation:
         arrived: float,
         reader: Callable[[list[int]], Reader | None] = lambda prompt: None,
     ) -> None:
-        """`prompts` are token ids and parameters, `arrived` is when the request did (`time.perf_counter`), `reader`
-        makes what reads an answer to a prompt."""
+        """`prompts` are token ids and parameters, `arrived` is when the request arrived (`time.perf_counter`), `reader`
+        makes a reader of one answer to a prompt."""
         self._submit = submit
         self._metrics = metrics
         self._arrived = arrived
         self._tasks: list[asyncio.Task[None]] = []
-        self._news: dict[int, Choice] = {}
+        self._updated: dict[int, Choice] = {}
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._groups = [
@@ -169,23 +169,21 @@ class Generation:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def updates(self) -> AsyncIterator[list[Choice]]:
-        """The choices with news, until all have ended; what came in while nobody asked comes at once.
-
-        Raises what a choice failed of.
-        """
+        """The choices that have gone on since the last time, until all have ended. Raises the exception that a choice
+        failed with."""
         running = len(self.choices)
         while running:
-            while not self._news and self._failure is None:
+            while not self._updated and self._failure is None:
                 self._wake.clear()
                 await self._wake.wait()
-            if not self._news and self._failure is not None:
+            if not self._updated and self._failure is not None:
                 raise self._failure
-            news, self._news = list(self._news.values()), {}
-            running -= sum(choice.finish is not None for choice in news)
-            yield news
+            updated, self._updated = list(self._updated.values()), {}
+            running -= sum(choice.finish is not None for choice in updated)
+            yield updated
 
     async def finish(self) -> None:
-        """Wait until all choices have ended. Raises what one failed of."""
+        """Wait until all choices have ended. Raises the exception that one failed with."""
         async for _ in self.updates():
             pass
 
@@ -224,10 +222,10 @@ class Generation:
             self._metrics.generated(len(out.tokens))
             before = now
             if choice.finish is not None:
-                if out.finish is None:  # a stop string or a last call, which the engine knows nothing of
+                if out.finish is None:  # by a stop string or a last call, which the engine does not know
                     turn.cancel()
                 self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
-            self._news[choice.index] = choice
+            self._updated[choice.index] = choice
             self._wake.set()
             if choice.finish is not None:
                 return

@@ -14,7 +14,7 @@ from typing import Any
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from miniserve.api.errors import RETRY_SECONDS, ApiError
-from miniserve.api.openai.schemas import GenerationRequest
+from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.grammar import GrammarError, quoted
 from miniserve.text.tokenizer import Tokenizer

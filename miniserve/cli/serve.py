@@ -18,7 +18,7 @@ import uvicorn
 import uvloop
 
 from miniserve.api.app import create_app
-from miniserve.api.heads import BoundedHeads
+from miniserve.api.middleware import BoundedHeads
 from miniserve.cluster.messages import Loading, Ready
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig, format_bytes

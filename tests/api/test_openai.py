@@ -19,13 +19,11 @@ from pydantic import ValidationError
 
 from miniserve.api import middleware
 from miniserve.api.app import create_app
-from miniserve.api.fields import Body
+from miniserve.api.fields import MAX_DEPTH, Body
 from miniserve.api.generation import Generation
-from miniserve.api.openai.answers import Head
-from miniserve.api.openai.chat import ChatShape
+from miniserve.api.openai.chat import ChatWriter
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
-from miniserve.api.sound import MAX_DEPTH
-from miniserve.api.streaming import events as streamed
+from miniserve.api.protocols import AnswerHead
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.dispatcher import EngineError, QueueFull
 from miniserve.hub import resolve as hub
@@ -812,15 +810,14 @@ async def test_chats_tell_their_tokens(tokenizer: Tokenizer, wanted: bool) -> No
         generation.start()
         return generation
 
-    head: Head = {"id": "x", "object": "chat.completion", "created": 1, "model": "tiny"}
+    request = ChatRequest.model_validate({"messages": HI, "return_token_ids": wanted})
+    writer = ChatWriter(AnswerHead("x", 1, "tiny"), tokenizer, request)
     async with begin() as generation:
         await generation.finish()
-        whole = ChatShape(tokenizer, wanted).whole(head, generation)
+        whole = writer.response(generation)
     async with begin() as generation:
-        data = b"".join(
-            [piece async for piece in streamed(generation, ChatShape(tokenizer, wanted), head, False, False)]
-        )
-    chunks = [json.loads(line[6:]) for line in data.decode().split("\n\n")[:-1]]
+        data = b"".join([piece async for piece in writer.stream(generation)])
+    chunks = [json.loads(line[6:]) for line in data.decode().split("\n\n")[:-2]]
     choices = [chunk["choices"][0] for chunk in chunks]
     if wanted:
         assert whole["prompt_token_ids"] == chunks[0]["prompt_token_ids"] == [1, 2, 3]

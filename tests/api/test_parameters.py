@@ -16,10 +16,9 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from openai.types.responses.response_input_param import FunctionCallOutput
 from pydantic import ValidationError
 
-from miniserve.api.fields import RequestBody
+from miniserve.api.fields import RequestBody, ignored_header
 from miniserve.api.messages.schemas import MessagesRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest
-from miniserve.api.parameters import ignored_header
 from miniserve.api.responses.schemas import ResponsesRequest
 
 HI = [{"role": "user", "content": "Hi"}]

@@ -11,21 +11,19 @@ from miniserve.api.fields import (
     Body,
     Count,
     Effort,
-    FewTools,
     Json,
     Key,
     RequestBody,
     Salt,
     Temperature,
     Text,
-    ToolChoice,
     TopP,
     at_most,
     kind_of,
     one_of,
 )
 from miniserve.api.openai.schemas import ChatRequest, joined
-from miniserve.api.parameters import REFUSED_BY_RESPONSES
+from miniserve.api.tools import FewTools, ToolChoice
 from miniserve.sampling_params import ParameterError
 
 NAMES = {
@@ -36,7 +34,7 @@ NAMES = {
     "reasoning_effort": "reasoning.effort",
     r"tools\[(\d+)\]\.function": r"tools[\1]",
 }
-"""Parameters of chats, as this API calls them."""
+"""Patterns of a chat's parameters, and this API's names of them."""
 MAX_METADATA = 16
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 ITEM_KEYS = frozenset({"id", "status"})
@@ -64,7 +62,7 @@ ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 
 
 class MessageItem(Body):
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -72,7 +70,7 @@ class MessageItem(Body):
 
 
 class FunctionCallItem(Body):
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["function_call"]
     call_id: Annotated[Text, Field(min_length=1)]
@@ -81,7 +79,7 @@ class FunctionCallItem(Body):
 
 
 class FunctionCallOutputItem(Body):
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["function_call_output"]
     call_id: Annotated[Text, Field(min_length=1)]
@@ -89,9 +87,9 @@ class FunctionCallOutputItem(Body):
 
 
 class ReasoningItem(Body):
-    """`content` goes before `summary`. What another server has encrypted cannot be read here."""
+    """`content` goes before `summary`. No server can read what another one has encrypted."""
 
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["reasoning"]
     content: ReasoningParts | None = None
@@ -139,7 +137,15 @@ class ReasoningSettings(Body):
 
 
 class ResponsesRequest(RequestBody):
-    refused = REFUSED_BY_RESPONSES
+    refused = {
+        "background": "answers come while the connection is open: use `stream`",
+        "context_management": "nothing is compacted here: send a shorter `input`",
+        "conversation": "use `previous_response_id`",
+        "prompt": "there are no stored prompts here: use `instructions` and `input`",
+        "moderation": "nothing is moderated here",
+        "image": "this model writes text only",
+        "top_logprobs": "use /v1/chat/completions for log-probabilities",
+    }
 
     input: Annotated[
         Annotated[Text, Tag("<text>")] | Annotated[Items, Tag("<list>")],
@@ -215,10 +221,10 @@ class ResponsesRequest(RequestBody):
 
 
 def messages_of(items: Sequence[AnyItem]) -> list[dict[str, Any]]:
-    """The messages of chats that say the same. What the model wrote in one answer, thoughts, text and calls, is one
-    message, so that it is rendered as it would be for a client of chats."""
+    """The same as messages of a chat. The reasoning, text and calls of one answer of the model are one message, so that
+    the prompt is that of a client of chats."""
     messages: list[dict[str, Any]] = []
-    answer: dict[str, Any] | None = None  # the message that further items of the same answer belong to
+    answer: dict[str, Any] | None = None  # the message to which further items of the same answer belong
     for item in items:
         if isinstance(item, FunctionCallOutputItem):
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
