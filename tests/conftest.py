@@ -66,6 +66,15 @@ def tiny_folder(tiny_models: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The tokenizer of models with random weights: bytes are tokens, and messages are rendered as "role: content"."""
+    from miniserve.hub import resolve
+    from miniserve.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(resolve.resolve("smollm2-135m", load_format="dummy").folder)
+
+
+@pytest.fixture(scope="session")
 def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A tokenizer of a model that reasons and calls tools."""
     from tests.support import dialects

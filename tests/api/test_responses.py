@@ -16,8 +16,8 @@ from miniserve.api.responses.store import ResponseStore, Stored
 from miniserve.dispatcher import EngineError
 from miniserve.text.formats import FORMATS
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import error_of, serving
 from tests.support import dialects
+from tests.support.api import error_of, serving
 from tests.support.fake_engine import FakeClient, FakeTurn
 
 WEATHER = {

@@ -36,7 +36,7 @@ from miniserve.config import ConfigError
 from miniserve.hub import resolve as hub
 from miniserve.monitor import views
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import make_app, serving
+from tests.support.api import make_app, serving
 from tests.support.fake_engine import FakeClient, played
 
 URL = "http://here/v1"

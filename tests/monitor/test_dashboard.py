@@ -25,7 +25,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.scheduler import Command, Note, Scheduler
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import Api, error_of, make_app, serving
+from tests.support.api import Api, error_of, make_app, serving
 from tests.support.fake_engine import EOS, STATS, FakeClient, spell
 
 FILES = sorted(path.name for path in dashboard.FOLDER.iterdir())

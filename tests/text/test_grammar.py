@@ -26,10 +26,10 @@ from miniserve.text import grammar
 from miniserve.text.grammar import GrammarError, check_bounds, quoted
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker.sequence import Sequence
-from tests.api.test_openai import Api, error_of, make_app
 from tests.e2e.test_cluster import cluster, collect, settled
 from tests.e2e.test_parity import clean, small
 from tests.support import tiny
+from tests.support.api import Api, error_of, make_app
 from tests.support.fake_engine import EOS, FakeClient, spell
 from tests.support.schemas import random_schema
 
