@@ -75,11 +75,18 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer of a model that reasons and calls tools."""
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    """One for each format of tool calls."""
     from tests.support import dialects
 
-    return dialects.tokenizer(tmp_path_factory.mktemp("hermes"), "hermes")
+    root = tmp_path_factory.mktemp("dialects")
+    return {form: dialects.tokenizer(root / form, form) for form in dialects.FORMS}
+
+
+@pytest.fixture(scope="session")
+def hermes(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
+    """A tokenizer of a model that reasons and calls tools."""
+    return tokenizers["hermes"]
 
 
 @pytest.fixture(scope="session")

@@ -220,7 +220,7 @@ async def test_no_logprobs_unless_asked(api: Api) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-async def test_chats_tell_their_tokens(tokenizer: Tokenizer, wanted: bool) -> None:
+async def test_chats_hold_token_ids(tokenizer: Tokenizer, wanted: bool) -> None:
     """The prompt's ids are beside the choices there: once, and in the chunk that says who speaks."""
 
     def begin() -> Generation:

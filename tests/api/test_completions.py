@@ -60,7 +60,7 @@ async def test_completion_logprobs(api: Api, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("echo", [False, True])
-async def test_completions_tell_their_tokens(api: Api, echo: bool) -> None:
+async def test_completions_hold_token_ids(api: Api, echo: bool) -> None:
     """As vLLM does: all of them, the one that ended it too; the prompt's ids take the place of its echo."""
     answer = (await api.complete(return_token_ids=True, echo=echo, n=2)).json()
     for choice in answer["choices"]:

@@ -171,7 +171,7 @@ async def test_the_engine_fails(api: Api) -> None:
     error_of(await api.chat(), 503)
 
 
-async def test_unexpected_errors_tell_nothing(api: Api) -> None:
+async def test_unexpected_errors_reveal_nothing(api: Api) -> None:
     api.engine.refuse = KeyError("internal secret")
     response = await api.http.post("/v1/chat/completions", json={"messages": HI}, headers={"X-Request-Id": "r1"})
     assert error_of(response, 500)["code"] == "internal_error"

@@ -48,7 +48,7 @@ async def test_parameters(tokenizer: Tokenizer) -> None:
     assert turn.salt == "s"
 
 
-async def test_ignored_parameters_are_told(api: Api) -> None:
+async def test_ignored_parameters_are_named(api: Api) -> None:
     for post in (api.chat, api.complete):
         for stream in (False, True):
             response = await post(stream=stream, user="me", verbosity="low", metadata={}, temprature=1)

@@ -13,8 +13,9 @@ from miniserve.text.dialect import THINKING, find_dialect
 from miniserve.text.formats import FORMATS
 from miniserve.text.reader import CallScanner, Part, Reader, Reasoning, Thinking, ToolCall, merged
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_tools import TOOLS, Api, called
 from tests.support import dialects
+from tests.support.dialects import TOOLS, called
+from tests.support.servers import ChatServer as Api
 
 QWEN = THINKING["qwen3"]
 CALL = '<tool_call>\n{"name": "list_all", "arguments": {}}\n</tool_call>'
