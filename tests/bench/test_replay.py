@@ -37,8 +37,8 @@ from miniserve.hub import resolve as hub
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.workers import Link
 from miniserve.text.tokenizer import Tokenizer
-from tests.e2e.test_server import server as real_server
 from tests.support.fake_engine import FakeClient, FakeTurn
+from tests.support.server_process import server as real_server
 
 VOCAB = 49152
 
