@@ -22,6 +22,7 @@ from miniserve.api.openai.answers import (
 )
 from miniserve.api.responses.answers import ResponseOut
 from miniserve.api.service import Service
+from miniserve.api.streaming import event_stream
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import EngineClient, EngineError
 from miniserve.text.dialect import find_dialect
@@ -36,18 +37,8 @@ ERRORS: Responses = {
 ANTHROPIC_ERRORS: Responses = {
     status: {**documented, "model": errors.AnthropicErrorBody} for status, documented in ERRORS.items()
 }
-EVENT = {
-    "type": "object",
-    "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."}},
-    "required": ["data"],
-}
-STREAM = {"text/event-stream": {"itemSchema": EVENT}}
-NAMED_EVENT = {
-    "type": "object",
-    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "As JSON, with a `type`."}},
-    "required": ["event", "data"],
-}
-NAMED_STREAM = {"text/event-stream": {"itemSchema": NAMED_EVENT}}
+STREAM = event_stream(data={"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."})
+NAMED_STREAM = event_stream(event={"type": "string"}, data={"type": "string", "description": "As JSON, with a `type`."})
 
 
 def create_app(
@@ -78,7 +69,7 @@ def create_app(
     app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)(service.count_tokens)
     app.post("/tokenize")(service.tokenize)
     app.post("/detokenize")(service.detokenize)
-    _add_server(app, client, service, names, config.engine.model)
+    _add_model_and_health(app, client, service, names, config.engine.model)
     dashboard.add_views(app, client, service.metrics)
     dashboard.add_page(app)
     return app
@@ -89,7 +80,7 @@ def _ok(answer: Any, stream: dict[str, Any] | None = None) -> Responses:
     return {200: {"model": answer, **({"content": stream} if stream else {})}}
 
 
-def _add_server(app: FastAPI, client: EngineClient, service: Service, names: list[str], root: str) -> None:
+def _add_model_and_health(app: FastAPI, client: EngineClient, service: Service, names: list[str], root: str) -> None:
     created = int(time.time())
 
     def card(name: str) -> Model:

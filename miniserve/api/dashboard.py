@@ -14,7 +14,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
-from miniserve.api.streaming import EventStream
+from miniserve.api.streaming import EventStream, event_stream
 from miniserve.dispatcher import EngineClient
 from miniserve.monitor import views
 from miniserve.monitor.events import Feed, TooManyListeners
@@ -33,14 +33,10 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # browsers keep a file and ask again each time: the answer is then 304, without a body
 }
-EVENT = {
-    "type": "object",
-    "properties": {
-        "event": {"enum": ["start", "workers", "turns", "decision", "outcome", "lost"]},
-        "data": {"type": "string", "description": "As JSON; of a decision or outcome, the line of the decision log."},
-    },
-    "required": ["event", "data"],
-}
+STREAM = event_stream(
+    event={"enum": ["start", "workers", "turns", "decision", "outcome", "lost"]},
+    data={"type": "string", "description": "As JSON; of a decision or outcome, the line of the decision log."},
+)
 
 
 def add_page(app: FastAPI) -> None:
@@ -84,11 +80,7 @@ def add_views(app: FastAPI, client: EngineClient, collected: Metrics) -> None:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
         return views.worker_list(client.scheduler, client.policy_name, time.monotonic())
 
-    @app.get(
-        "/v1/events",
-        response_class=Response,
-        responses={200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}},
-    )
+    @app.get("/v1/events", response_class=Response, responses={200: {"content": STREAM}})
     async def events() -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. A client that does not keep up loses the oldest events, and an event says how many."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -118,7 +118,10 @@ def _prompt_list(value: Any) -> Any:
     return [value] if one else value
 
 
+T = TypeVar("T")
 Text = Annotated[str, AfterValidator(valid_unicode)]
+TextOr = Annotated[Text, Tag("<text>")] | Annotated[T, Tag("<list>")]
+"""Text or a list; `kind_of` discriminates between them."""
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
@@ -126,8 +129,7 @@ StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
 Prompt = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<list>")],
-    Discriminator(kind_of, "prompt", "A prompt must be a string or a list of token ids"),
+    TextOr[TokenIds], Discriminator(kind_of, "prompt", "A prompt must be a string or a list of token ids")
 ]
 PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]

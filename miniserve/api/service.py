@@ -24,8 +24,7 @@ from miniserve.api.errors import ApiError
 from miniserve.api.fields import MAX_KEY_CHARS, RequestBody, ignored_header
 from miniserve.api.generation import Generation
 from miniserve.api.messages.answers import TokenCount
-from miniserve.api.messages.schemas import NAMES as MESSAGES_NAMES
-from miniserve.api.messages.schemas import CountTokensRequest, MessagesRequest
+from miniserve.api.messages.schemas import MESSAGES_NAMES, CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
 from miniserve.api.openai.answers import Detokenized, Tokenized
 from miniserve.api.openai.chat import ChatRenderer, ChatWriter, chat_tokens
@@ -34,8 +33,7 @@ from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.responses.answers import ResponseDeleted
-from miniserve.api.responses.schemas import NAMES as RESPONSES_NAMES
-from miniserve.api.responses.schemas import AnyItem, ResponsesRequest
+from miniserve.api.responses.schemas import RESPONSES_NAMES, InputItem, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, continuing, not_found
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.streaming import ClientGone, EventStream, while_connected
@@ -73,7 +71,7 @@ class Service:
         self._names = names
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer)
-        self._responses: ResponseStore[AnyItem] = ResponseStore()
+        self._responses: ResponseStore[InputItem] = ResponseStore()
 
     # --- routes that generate ---------------------------------------------------------------------------------------
 

@@ -52,6 +52,12 @@ def named_event(name: str, data: Mapping[str, Any]) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode({"type": name, **data}) + b"\n\n"
 
 
+def event_stream(**event: Any) -> dict[str, Any]:
+    """OpenAPI's account of a stream whose events have these fields, given as JSON schemas."""
+    schema = {"type": "object", "properties": event, "required": list(event)}
+    return {"text/event-stream": {"itemSchema": schema}}
+
+
 class EventStream(Response):
     """Sends the events that the context `events` gives, and leaves it when they end or the client disconnects."""
 

@@ -110,7 +110,7 @@ def with_all_keys(tool: Tool) -> Tool:
     return {**tool, "function": given | {key: value for key, value in empty.items() if key not in given}}
 
 
-class Calling:
+class AllowedCalls:
     """What `tool_choice` asks for. `callable` are the tools that the model may call, `forced` those of which it has to
     call one, and `single` allows no second call."""
 

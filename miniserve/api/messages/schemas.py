@@ -16,6 +16,7 @@ from miniserve.api.fields import (
     StopTexts,
     Temperature,
     Text,
+    TextOr,
     TopK,
     TopP,
     kind_of,
@@ -25,7 +26,7 @@ from miniserve.api.openai.schemas import ChatRequest, joined
 from miniserve.api.tools import FewTools
 from miniserve.sampling_params import ParameterError
 
-NAMES = {
+MESSAGES_NAMES = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
     "response_format": "output_config.format",
@@ -58,8 +59,7 @@ class ToolUseBlock(Body):
 
 TextBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
 TextOrBlocks = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TextBlocks, Tag("<list>")],
-    Discriminator(kind_of, "content", "This must be a string or a list of text blocks"),
+    TextOr[TextBlocks], Discriminator(kind_of, "content", "This must be a string or a list of text blocks")
 ]
 
 
@@ -84,8 +84,7 @@ Blocks = Annotated[list[Block], Field(fail_fast=True)]
 class MessageParam(Body):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[Blocks, Tag("<list>")],
-        Discriminator(kind_of, "content", "Content must be a string or a list of blocks"),
+        TextOr[Blocks], Discriminator(kind_of, "content", "Content must be a string or a list of blocks")
     ]
 
 

@@ -67,16 +67,16 @@ class ChatRenderer:
         """`params`, whose grammar is that of the format if there is one, with the grammar of the whole answer: if a
         call is forced, or the model may reason before the format or call a tool instead. Slow: not for the event loop.
         """
-        calling, reasoned = self._request.calling, self._reasoned(prompt)
-        wanted = None if calling.forced else params.grammar
-        tools = calling.forced or (calling.callable if wanted else [])
+        allowed, reasoned = self._request.allowed_calls, self._reasoned(prompt)
+        wanted = None if allowed.forced else params.grammar
+        tools = allowed.forced or (allowed.callable if wanted else [])
         if not tools and (wanted is None or reasoned == "over"):
             return params
         grammar = answer_grammar(
             self._dialect.form,
             tools,
             wanted,
-            single=calling.single,
+            single=allowed.single,
             thinking=None if reasoned == "over" else self._dialect.thinking,
             opened=reasoned == "begun",
             tokenizer=self._tokenizer,
@@ -84,11 +84,11 @@ class ChatRenderer:
         return msgspec.structs.replace(params, grammar=grammar)
 
     def reader(self, prompt: list[int]) -> Reader | None:
-        calling = self._request.calling
+        allowed = self._request.allowed_calls
         return self._dialect.reader(
             self._tokenizer,
-            calling.callable,
-            single=calling.single,
+            allowed.callable,
+            single=allowed.single,
             first=self._request.format_field is not None,
             opened=self._reasoned(prompt) == "begun",
         )

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
 
-from miniserve.api.fields import Body, Count, Effort, Json, JsonList, Prompts, RequestBody, Text, TokenIds, kind_of
+from miniserve.api.fields import (
+    Body,
+    Count,
+    Effort,
+    Json,
+    JsonList,
+    Prompts,
+    RequestBody,
+    Text,
+    TextOr,
+    TokenIds,
+    kind_of,
+)
 from miniserve.api.openai.parameters import GenerationRequest
-from miniserve.api.tools import Calling, ToolChoice, Tools, check_call, check_tools, for_template
+from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_call, check_tools, for_template
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.template import Message
 
@@ -31,7 +43,7 @@ class ContentPart(Body):
 
 
 Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<list>")],
+    TextOr[Annotated[list[ContentPart], Field(fail_fast=True)]],
     Discriminator(kind_of, "content", "Content must be a string or a list of text parts"),
 ]
 
@@ -116,7 +128,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: Json | None = None
     """Variables of the chat template: those that it reads, and always `enable_thinking` and the like."""
 
-    _calling: Calling = PrivateAttr()
+    _allowed_calls: AllowedCalls = PrivateAttr()
 
     @property
     def ends_in_tool_result(self) -> bool:
@@ -127,17 +139,17 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "`top_logprobs` needs `logprobs` true.")
         check_tools(self.tools or [])
-        self._calling = Calling(self.tools, self.tool_choice, self.parallel_tool_calls)
+        self._allowed_calls = AllowedCalls(self.tools, self.tool_choice, self.parallel_tool_calls)
         return self
 
     @property
-    def calling(self) -> Calling:
+    def allowed_calls(self) -> AllowedCalls:
         """Which tools the model may call, and which it has to call."""
-        return self._calling
+        return self._allowed_calls
 
     @property
     def grammar_field(self) -> str:
-        return "tools" if self.calling.callable else super().grammar_field
+        return "tools" if self.allowed_calls.callable else super().grammar_field
 
     @property
     def template_variables(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from miniserve.api.fields import (
     Salt,
     Temperature,
     Text,
+    TextOr,
     TopP,
     at_most,
     kind_of,
@@ -26,7 +27,7 @@ from miniserve.api.openai.schemas import ChatRequest, joined
 from miniserve.api.tools import FewTools, ToolChoice
 from miniserve.sampling_params import ParameterError
 
-NAMES = {
+RESPONSES_NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
@@ -55,8 +56,7 @@ TextParts = Annotated[
     list[Annotated[TextPart, one_of("Content parts", ("input_text", "output_text", "text"))]], Field(fail_fast=True)
 ]
 TextOrParts = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")],
-    Discriminator(kind_of, "content", "This must be a string or a list of text parts"),
+    TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
 ]
 ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 
@@ -112,8 +112,8 @@ Item = Annotated[
     BeforeValidator(_with_type),
 ]
 Items = Annotated[list[Item], Field(fail_fast=True, min_length=1)]
-AnyItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
-OUTPUT: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
+InputItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
+OUTPUT: TypeAdapter[list[InputItem]] = TypeAdapter(list[Item])
 """Reads the items of an answer as input of the next one."""
 
 
@@ -147,10 +147,7 @@ class ResponsesRequest(RequestBody):
         "top_logprobs": "use /v1/chat/completions for log-probabilities",
     }
 
-    input: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[Items, Tag("<list>")],
-        Discriminator(kind_of, "input", "Input must be a string or a list of items"),
-    ]
+    input: Annotated[TextOr[Items], Discriminator(kind_of, "input", "Input must be a string or a list of items")]
     model: Text | None = None
     instructions: Text | None = None
     previous_response_id: Key | None = None
@@ -195,11 +192,11 @@ class ResponsesRequest(RequestBody):
         return names + (["reasoning.summary"] if summary else [])
 
     @property
-    def items(self) -> list[AnyItem]:
+    def items(self) -> list[InputItem]:
         """The input."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
-    def chat(self, items: Sequence[AnyItem]) -> ChatRequest:
+    def chat(self, items: Sequence[InputItem]) -> ChatRequest:
         """As a chat about `items`, the whole conversation. Raises `ParameterError`, `ValidationError`."""
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         fields = {
@@ -220,7 +217,7 @@ class ResponsesRequest(RequestBody):
         return ChatRequest.model_validate(fields)
 
 
-def messages_of(items: Sequence[AnyItem]) -> list[dict[str, Any]]:
+def messages_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
     """The same as messages of a chat. The reasoning, text and calls of one answer of the model are one message, so that
     the prompt is that of a client of chats."""
     messages: list[dict[str, Any]] = []
@@ -240,13 +237,13 @@ def messages_of(items: Sequence[AnyItem]) -> list[dict[str, Any]]:
     return messages
 
 
-def _begins_another(answer: dict[str, Any], item: AnyItem) -> bool:
+def _begins_another(answer: dict[str, Any], item: InputItem) -> bool:
     if isinstance(item, ReasoningItem):
         return len(answer) > 1
     return isinstance(item, MessageItem) and "content" in answer and "tool_calls" not in answer
 
 
-def _add(answer: dict[str, Any], item: AnyItem) -> None:
+def _add(answer: dict[str, Any], item: InputItem) -> None:
     match item:
         case ReasoningItem():
             if thoughts := "\n".join(part.text for part in item.content or item.summary or []):

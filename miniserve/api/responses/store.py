@@ -73,24 +73,19 @@ class ResponseStore(Generic[T]):
         if id is None:
             return None
         if (stored := self.get(id)) is None:
-            raise ApiError(
-                404,
-                f"There is no response {id[:128]!r} here (any more): the latest ones are kept, until the server stops. "
-                "Send the whole conversation as `input`, without `previous_response_id`.",
-                param="previous_response_id",
-                code="previous_response_not_found",
-            )
+            more = ". Send the whole conversation as `input`, without `previous_response_id`."
+            raise _missing(id, more, param="previous_response_id", code="previous_response_not_found")
         return stored
 
 
 def not_found(id: str) -> ApiError:
     """The answer to a request for a response that is not stored."""
-    return ApiError(
-        404,
-        f"There is no response {id[:128]!r} here (any more): the latest ones are kept, until the server stops, unless "
-        "`store` is false or they failed.",
-        code="response_not_found",
-    )
+    return _missing(id, ", unless `store` is false or they failed.", code="response_not_found")
+
+
+def _missing(id: str, more: str, *, code: str, param: str | None = None) -> ApiError:
+    kept = "the latest ones are kept, until the server stops"
+    return ApiError(404, f"There is no response {id[:128]!r} here (any more): {kept}{more}", param=param, code=code)
 
 
 @contextmanager

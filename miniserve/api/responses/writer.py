@@ -24,7 +24,7 @@ from miniserve.api.responses.answers import (
     ResponseOut,
     ResponseUsage,
 )
-from miniserve.api.responses.schemas import OUTPUT, AnyItem, ResponsesRequest
+from miniserve.api.responses.schemas import OUTPUT, InputItem, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, Stored
 from miniserve.api.streaming import NamedEvent, named_event
 from miniserve.text.reader import Part, Reasoning, ToolCall
@@ -121,7 +121,7 @@ class ResponsesWriter:
     unless the request asks not to."""
 
     def __init__(
-        self, head: AnswerHead, request: ResponsesRequest, items: Sequence[AnyItem], store: ResponseStore[AnyItem]
+        self, head: AnswerHead, request: ResponsesRequest, items: Sequence[InputItem], store: ResponseStore[InputItem]
     ) -> None:
         self.head = head
         self._request = request
