@@ -64,7 +64,7 @@ def test_half_open(attacked: Running) -> None:
 
 
 def test_slow_readers(attacked: Running) -> None:
-    """Streams that nobody reads end all the same, and their KV goes."""
+    """Streams that their clients do not read end all the same, and their KV goes."""
     request = b'{"prompt": "x", "max_tokens": 1500, "ignore_eos": true, "stream": true, "logprobs": 5}'
     whole = head("/v1/completions", "Content-Type: application/json", f"Content-Length: {len(request)}") + request
     readers = []

@@ -245,8 +245,8 @@ async def test_chats_hold_token_ids(tokenizer: Tokenizer, wanted: bool) -> None:
         assert whole["choices"][0]["token_ids"] == [195, 169, EOS]
         assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
         assert "token_ids" not in choices[0]
-        told = [(c["token_ids"], c["delta"]) for c in choices[1:]]
-        assert told == [([195], {"content": ""}), ([169], {"content": "é"}), ([EOS], {"content": ""}), ([], {})]
+        pieces = [(c["token_ids"], c["delta"]) for c in choices[1:]]
+        assert pieces == [([195], {"content": ""}), ([169], {"content": "é"}), ([EOS], {"content": ""}), ([], {})]
     else:
         assert [c["delta"] for c in choices[1:]] == [{"content": "é"}, {}]
         assert "token_ids" not in data.decode()

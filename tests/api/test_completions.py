@@ -80,8 +80,8 @@ async def test_a_stream_has_a_chunk_for_every_token(api: Api, echo: bool) -> Non
     for index in (0, 1):
         own = [chunk for chunk in chunks if chunk["index"] == index]
         assert [c["prompt_token_ids"] for c in own] == [list(b"Hi")] + [None] * (len(own) - 1)
-        told = [(c["token_ids"], c["text"]) for c in own[echo:]]
-        assert told == [([195], ""), ([169], "é"), ([97], "a"), ([98], ""), ([EOS], "b"), ([], "")]
+        pieces = [(c["token_ids"], c["text"]) for c in own[echo:]]
+        assert pieces == [([195], ""), ([169], "é"), ([97], "a"), ([98], ""), ([EOS], "b"), ([], "")]
         assert [c["finish_reason"] for c in own[echo:]] == [None] * 5 + ["stop"]
     plain = events(await api.complete(stream=True, stop=["bc"]))
     assert [c["choices"][0]["text"] for c in plain] == ["é", "a", "b", ""]

@@ -44,10 +44,10 @@ class MessagesServer(Server):
     async def events(self, **body: Any) -> list[dict[str, Any]]:
         response = await self.post(stream=True, **body)
         assert response.status_code == 200, response.text
-        *told, rest = response.text.split("\n\n")
+        *pieces, rest = response.text.split("\n\n")
         assert rest == ""
         events = []
-        for lines in told:
+        for lines in pieces:
             name, data = lines.split("\n")
             events.append(json.loads(data.removeprefix("data: ")))
             assert name == f"event: {events[-1]['type']}"
@@ -324,8 +324,8 @@ async def test_ignored_parameters_are_named(api: MessagesServer) -> None:
     tools = [{**WEATHER, "cache_control": {"type": "ephemeral"}}]
     thinking = {"type": "enabled", "budget_tokens": 1024}
     response = await api.post(metadata={"user_id": "me"}, service_tier="auto", thinking=thinking, tools=tools)
-    told = response.headers["x-ignored-parameters"]
-    assert told == "metadata, service_tier, thinking.budget_tokens, tools.cache_control"
+    ignored = response.headers["x-ignored-parameters"]
+    assert ignored == "metadata, service_tier, thinking.budget_tokens, tools.cache_control"
     system = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}]
     counted = await api.http.post(
         "/messages/count_tokens", json={"messages": HI, "system": system, "user_profile_id": "x"}

@@ -107,8 +107,8 @@ async def test_streams_equal_whole_answers(api: ResponsesServer, text: str, kind
         assert own[0]["item"]["status"] == "in_progress"
         assert own[-1]["item"] == item
         assert {e["item_id"] for e in own[1:-1]} == {item["id"]}
-        told = "".join(e["delta"] for e in own if e["type"].endswith(".delta"))
-        assert told == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+        streamed = "".join(e["delta"] for e in own if e["type"].endswith(".delta"))
+        assert streamed == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
 
 
 @pytest.mark.parametrize("text", ["Hello", f"{THOUGHT}Hello", "<think>\nHm, I"])
@@ -272,8 +272,8 @@ async def test_bad_requests(api: ResponsesServer, body: dict[str, Any], param: s
 async def test_ignored_parameters_are_named(api: ResponsesServer) -> None:
     body = {"user": "me", "include": ["reasoning.encrypted_content"], "text": {"verbosity": "low"}, "é": 1}
     response = await api.post(**body, service_tier="auto", background=False, reasoning={"summary": "auto"})
-    told = response.headers["x-ignored-parameters"]
-    assert told == "..., include, reasoning.summary, service_tier, text.verbosity, user"
+    ignored = response.headers["x-ignored-parameters"]
+    assert ignored == "..., include, reasoning.summary, service_tier, text.verbosity, user"
     assert "x-ignored-parameters" not in (await api.post()).headers
     streamed = await api.post(stream=True, user="me")
     assert streamed.headers["x-ignored-parameters"] == "user"

@@ -43,7 +43,7 @@ async def test_previous_response(api: ResponsesServer, stream: bool) -> None:
     assert "Now only." not in api.prompt
     assert "I look." in api.prompt
     assert "Hm." in api.prompt
-    # The scheduler is told the conversation, not only shown a prompt that resembles the last one.
+    # The dispatcher gets the conversation, not only a prompt that resembles the last one.
     assert api.engine.asked == ["", 1, 1, ""]  # type: ignore[attr-defined]
 
 

@@ -125,10 +125,10 @@ class ResponsesServer(Server):
         response = await self.post(stream=True, **body)
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
-        *told, rest = response.text.split("\n\n")
+        *pieces, rest = response.text.split("\n\n")
         assert rest == ""
         events = []
-        for number, lines in enumerate(told):
+        for number, lines in enumerate(pieces):
             name, data = lines.split("\n")
             event = json.loads(data.removeprefix("data: "))
             assert (name, number) == (f"event: {event['type']}", event["sequence_number"])

@@ -151,7 +151,7 @@ def test_a_format_or_calls(tokenizers: dict[str, Tokenizer], form: str, number: 
 @pytest.mark.parametrize("mark", ["</think>", "[/THINK]"])
 @given(data=st.data())
 def test_text_without_a_mark(mark: str, data: st.DataObject) -> None:
-    """Reasoning in a grammar never spells its end out: that would be the end for whoever reads it."""
+    """Reasoning in a grammar never spells its end out: that would be the end for its reader."""
     letters = st.sampled_from([*mark, mark, mark[:-1], mark[:3], "a", "\n", "é"])
     text = "".join(data.draw(st.lists(letters, max_size=12)))
     assert (re.fullmatch(_without(mark), text) is not None) == (mark not in text)

@@ -108,9 +108,9 @@ def test_ids_for_mistral(tokenizers: dict[str, Tokenizer]) -> None:
     for ids in (["call_1_abcdefghi", "call_2_abcdefghi", ""], ["abcdefgh1", "abcdefgh2", None]):
         calls = [{"id": id, "type": "function", "function": {"name": "f", "arguments": {}}} for id in ids]
         results = [{"role": "tool", "tool_call_id": id, "content": "x"} for id in ids if id]
-        said, *told = dialect.messages([{"role": "assistant", "content": "", "tool_calls": calls}, *results], None)
+        said, *answered = dialect.messages([{"role": "assistant", "content": "", "tool_calls": calls}, *results], None)
         short = [call["id"] for call in said["tool_calls"]]
         assert all(re.fullmatch("[A-Za-z0-9]{9}", id) for id in short)
         assert len(set(short)) == 3
-        assert short[:2] == [message["tool_call_id"] for message in told]
+        assert short[:2] == [message["tool_call_id"] for message in answered]
         assert short[0] in (ids[0], dialect.messages([{**results[0]}], None)[0]["tool_call_id"])
