@@ -1,14 +1,18 @@
-"""Every setting, in one place, typed. Flag names are vLLM's wherever vLLM has one."""
+"""Every setting, in one place, typed. A field's `Flag` is its documentation and its flag of `miniserve serve`."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+Number = TypeVar("Number", int, float)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -21,6 +25,39 @@ def cache_dir() -> Path:
     if own := os.environ.get("MINISERVE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniserve"
+
+
+# --- values as people write them; each parser raises `ConfigError` --------------------------------------------------
+
+
+def number(kind: Callable[[str], Number], ok: Callable[[Number], bool], what: str) -> Callable[[str], Number]:
+    """A parser of numbers of a `kind` that are `ok`; `what` says which these are."""
+
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not ok(value):
+            raise ConfigError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+parse_positive = number(int, lambda n: n > 0, "a whole number above 0")
+parse_port = number(int, lambda n: 0 <= n < 65536, "a port from 0 to 65535")
+parse_seconds = number(float, lambda n: 0 <= n < 1e9, "a number of seconds")
+parse_fraction = number(float, lambda n: 0 < n <= 1, "a fraction above 0 and at most 1")
+parse_share = number(float, lambda n: 0 <= n <= 1, "a share from 0 to 1")
+parse_stretch = number(float, lambda n: n == 0 or 1 <= n <= 1000, "0, or a factor from 1")
+
+
+def parse_tokens(text: str) -> int:
+    """A count of tokens: 8192, 8k (8000) or 8K (8192), as in vLLM. Raises `ConfigError`."""
+    unit = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}.get(text[-1:], 1)
+    count = number(float, lambda n: 1 <= n * unit < 2**31, "a number of tokens, like 8192 or 32k")
+    return int(count(text[:-1] if unit > 1 else text) * unit)
 
 
 def parse_bytes(text: str) -> int:
@@ -46,6 +83,16 @@ def parse_devices(text: str) -> list[str]:
     return [f"cuda:{int(m[1])}" for m in found if m]
 
 
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+class Role(StrEnum):
+    """What a worker is for. Both run the same engine."""
+
+    PREFILLER = "prefiller"
+    DECODER = "decoder"
+
+
 class Topology(msgspec.Struct, frozen=True):
     """How many prefillers and decoders: `1P3D`, `2D`. Decoders only is colocated serving."""
 
@@ -64,12 +111,40 @@ class Topology(msgspec.Struct, frozen=True):
         return cls(int(m[1] or 0), int(m[2]))
 
     @property
+    def roles(self) -> dict[str, Role]:
+        """Each worker's role by its name, in start order: prefillers `p0`, `p1`, ... then decoders `d0`, ..."""
+        prefillers = {f"p{i}": Role.PREFILLER for i in range(self.prefillers)}
+        return prefillers | {f"d{i}": Role.DECODER for i in range(self.decoders)}
+
+    @property
     def workers(self) -> list[str]:
-        """Names in start order: prefillers `p0`, `p1`, ... then decoders `d0`, ..."""
-        return [f"p{i}" for i in range(self.prefillers)] + [f"d{i}" for i in range(self.decoders)]
+        """The names in start order."""
+        return [*self.roles]
 
     def __str__(self) -> str:
         return (f"{self.prefillers}P" if self.prefillers else "") + f"{self.decoders}D"
+
+
+KvTransfer = Literal["auto", "mapped", "collective"]
+
+# The titles under which the help lists flags.
+MODEL, WORKERS, MEMORY, SERVER = GROUPS = "model", "workers", "memory and batching, of each worker", "server"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a setting is written on the command line; `help` documents the setting itself.
+
+    The flag is called --like-the-field unless there are `names`. A bool becomes a switch, a `Literal` choices; `many`
+    lets the flag take several values.
+    """
+
+    group: str
+    help: str
+    parse: Callable[[str], Any] = str
+    metavar: str | None = None
+    names: tuple[str, ...] = ()
+    many: bool = False
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,74 +153,217 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     Sizes are in bytes, lengths in tokens. None means: choose from the model and the machine (`worker/sizing.py`).
     """
 
-    model: str
-    """Folder with config.json (and safetensors unless `load_format` is dummy)."""
-    load_format: str = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    block_size: int = 16
-    kv_cache_memory: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int = 256
-    step_stretch: float | None = None
-    """How many times longer than a lone stream's step one may take in which prompts are computed beside streams; 0: as
-    long as `max_num_batched_tokens` makes it. A server leaves None to its policy; else it means 0."""
-    enable_prefix_caching: bool = True
-    swap_space: int = 0
-    """Bytes of host memory for KV that was evicted from the pool."""
-    kv_eviction: Literal["expected", "lru"] = "expected"
-    """`expected`: the KV that is needed least goes first; `lru`: the least recently used."""
-    cpu_kernels: str = "auto"
-    """`auto`: compiled at first use where there is a compiler; `torch`: without them."""
-    prompt_lookup: bool | None = None
-    """Whether tokens are drafted from a conversation's own ones; None: on a CPU."""
-    enforce_eager: bool = False
-    """Without CUDA graphs."""
-    async_scheduling: bool | None = None
-    """Whether the host prepares a step while the device runs the one before; None: on a GPU."""
-    threads: int = 0
-    """CPU threads of this worker; 0: all cores shared out among the workers."""
+    model: Annotated[
+        str,
+        Flag(
+            MODEL,
+            "folder, alias (llama-3-8b, llama-3.1-8b, qwen3-0.6b, qwen3-8b, qwen2.5-7b, mistral-7b, smollm2-135m) or "
+            "hub id like Qwen/Qwen3-0.6B; default: smollm2-135m",
+        ),
+    ]
+    """In a worker: the folder with config.json (and safetensors unless `load_format` is dummy)."""
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        Flag(MODEL, "dummy: random weights of the model's shape, for measuring; default: %(default)s"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32", "half", "float"],
+        Flag(MODEL, "default: auto (the model's; on a CPU bf16 only where it is native)"),
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        Flag(MODEL, "most tokens of prompt and output, like 8192 or 32k (32,000; 32K is 32,768)", parse_tokens),
+    ] = None
+    device: Annotated[str, Flag(WORKERS, "auto, cpu or cuda")] = "auto"
+    threads: Annotated[int, Flag(WORKERS, "CPU threads of each worker; default: cores shared", parse_positive)] = 0
+    cpu_kernels: Annotated[
+        Literal["auto", "torch"],
+        Flag(
+            WORKERS,
+            "auto: compiled with this machine's C++ compiler at first use, where it has one; torch: without; "
+            "default: %(default)s",
+        ),
+    ] = "auto"
+    prompt_lookup: Annotated[
+        bool | None,
+        Flag(
+            WORKERS,
+            "draft tokens from what a conversation has said before, and keep those that hold: the same text in fewer "
+            "steps; default: on a CPU",
+        ),
+    ] = None
+    enforce_eager: Annotated[bool, Flag(WORKERS, "on a GPU: no CUDA graphs (slower steps, less memory)")] = False
+    async_scheduling: Annotated[
+        bool | None, Flag(WORKERS, "prepare a step while the device runs the one before; default: on a GPU")
+    ] = None
+    kv_transfer: Annotated[
+        KvTransfer,
+        Flag(
+            WORKERS,
+            "how KV travels between workers: mapped (shared memory or CUDA IPC), collective (NCCL between GPUs, Gloo "
+            "over TCP loopback on a CPU); auto: mapped where possible; default: %(default)s",
+        ),
+    ] = "auto"
+    kv_cache_memory: Annotated[
+        int | None,
+        Flag(
+            MEMORY,
+            "size of the KV pool, like 2GiB; default: from the model and what is free",
+            parse_bytes,
+            "SIZE",
+            ("--kv-cache-memory", "--kv-cache-memory-bytes"),
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float,
+        Flag(
+            MEMORY,
+            "of the device's memory (on a CPU: of what is free) that may be used; default: %(default)s",
+            parse_fraction,
+            "FRACTION",
+        ),
+    ] = 0.9
+    block_size: Annotated[
+        int,
+        Flag(
+            MEMORY,
+            "tokens in a KV page, on a CPU a multiple of 16 for its own kernels; default: %(default)s",
+            parse_positive,
+        ),
+    ] = 16
+    max_num_batched_tokens: Annotated[
+        int | None, Flag(MEMORY, "tokens computed in one step; default: 512 on a CPU, 8192 on CUDA", parse_tokens)
+    ] = None
+    max_num_seqs: Annotated[int, Flag(MEMORY, "sequences that run at once; default: %(default)s", parse_positive)] = 256
+    step_stretch: Annotated[
+        float | None,
+        Flag(
+            MEMORY,
+            "how many times longer than a lone stream's step one may take that computes prompts beside streams; 0: as "
+            "long as --max-num-batched-tokens makes it; default: 6 with --policy observe, else 0",
+            parse_stretch,
+            "FACTOR",
+        ),
+    ] = None
+    enable_prefix_caching: Annotated[bool, Flag(MEMORY, "find KV of known prefixes; default: on")] = True
+    swap_space: Annotated[
+        int,
+        Flag(MEMORY, "host memory for KV that had to leave the pool, like 4GiB; default: none", parse_bytes, "SIZE"),
+    ] = 0
+    kv_eviction: Annotated[
+        Literal["expected", "lru"],
+        Flag(
+            MEMORY,
+            "expected: the KV that is needed least leaves first, as its conversation was observed; lru: the least "
+            "recently used; default: %(default)s",
+        ),
+    ] = "expected"
+    handoff_deadline: Annotated[
+        float,
+        Flag(
+            MEMORY,
+            "how long a worker keeps finished pages for another, and waits for another's; default: %(default)s",
+            parse_seconds,
+            "SECONDS",
+        ),
+    ] = 30.0
     workers: int = 1
     """How many workers share this machine's memory and cores."""
     sharing: int = 1
     """How many of them run on this worker's device: on a GPU each may use its share of `gpu_memory_utilization`."""
-    kv_transfer: str = "auto"
-    """How KV travels between workers: `mapped`, `collective`, or `auto`, which is mapped where that is possible."""
-    handoff_deadline: float = 30.0
-    """Seconds a worker keeps pages for another after publishing them, and waits for another's."""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything `miniserve serve` can be told."""
+    """All settings of `miniserve serve`."""
 
+    topology: Annotated[
+        Topology | None,
+        Flag(
+            WORKERS,
+            "prefillers and decoders, like 1D, 1P1D, 1P2D; default: 1D on one device, 1P(N-1)D on N GPUs",
+            Topology.parse,
+        ),
+    ] = None
+    policy: Annotated[
+        str,
+        Flag(
+            WORKERS,
+            "observe: every turn where it costs least, by what was measured; conserve: first turns are prefilled by a "
+            "prefiller, all else at home; colocated: all at home; disaggregated: every turn is prefilled by a "
+            "prefiller; ampd: turn by turn, by the expected first token; default: %(default)s",
+        ),
+    ] = "observe"
+    decision_log: Annotated[
+        str | None, Flag(WORKERS, "write each placement decision and what came of it as JSON lines", metavar="FILE")
+    ] = None
+    mispredict: Annotated[
+        float,
+        Flag(
+            WORKERS,
+            "with --policy ampd: share of decisions turned around, to study wrong predictions; default: %(default)s",
+            parse_share,
+            "FRACTION",
+        ),
+    ] = 0.0
     engine: EngineConfig
-    topology: Topology | None = None
-    """None: 1D on one device, 1P(N-1)D on N of them."""
-    devices: list[str] = []
-    """GPUs like `cuda:0` for the workers, one after the other in turns; none: all that can be seen, or what
-    `engine.device` names."""
-    policy: str = "observe"
-    served_model_names: list[str] = []
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    chat_template: str | None = None
-    tool_call_parser: str = "auto"
-    """The format of the model's tool calls; `auto`: found from its chat template, else from its architecture."""
-    reasoning_parser: str = "auto"
-    """The marks around the model's reasoning; `auto`: found from its chat template and vocabulary."""
-    generation_config: str = "auto"
-    """`auto`: the model's generation_config.json gives the sampling defaults; `vllm`: neutral defaults."""
-    max_num_queued_reqs: int = 1024
+    devices: Annotated[
+        list[str],
+        Flag(
+            WORKERS,
+            "like 0,1 or cuda:0,cuda:1: one worker on each, in turns; workers on one GPU share its memory; "
+            "default: all GPUs",
+            parse_devices,
+            "GPUS",
+        ),
+    ] = []
+    worker_timeout: Annotated[
+        float,
+        Flag(
+            WORKERS,
+            "a worker that is silent for so long is ended and started again: longer than any step; "
+            "default: %(default)s",
+            parse_seconds,
+            "SECONDS",
+        ),
+    ] = 120.0
+    """One that loads again may have longer (`cluster/health.py`)."""
+    revision: Annotated[str | None, Flag(MODEL, "branch, tag or commit on the hub")] = None
+    served_model_names: Annotated[
+        list[str], Flag(MODEL, "what clients call the model", metavar="NAME", names=("--served-model-name",), many=True)
+    ] = []
+    chat_template: Annotated[str | None, Flag(MODEL, "a jinja file or text, instead of the model's own")] = None
+    tool_call_parser: Annotated[
+        str,
+        Flag(MODEL, "the model's format of tool calls; default: auto (from its chat template, else its architecture)"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        Flag(
+            MODEL,
+            "the marks around the model's reasoning; none: it is left in the content; default: auto (from its chat "
+            "template and vocabulary)",
+        ),
+    ] = "auto"
+    generation_config: Annotated[
+        Literal["auto", "vllm"],
+        Flag(MODEL, "auto: sampling defaults from the model's generation_config.json; vllm: neutral ones"),
+    ] = "auto"
+    host: Annotated[str, Flag(SERVER, "default: %(default)s (only this machine)")] = "127.0.0.1"
+    port: Annotated[int, Flag(SERVER, "default: %(default)s; 0: any free one", parse_port)] = 8000
+    api_key: Annotated[
+        str | None, Flag(SERVER, "ask clients for this key; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
+    ] = None
+    max_num_queued_reqs: Annotated[
+        int, Flag(SERVER, "requests that may wait; more get 503 with Retry-After; default: %(default)s", parse_positive)
+    ] = 1024
+    shutdown_timeout: Annotated[
+        float,
+        Flag(
+            SERVER,
+            "how long running requests may go on after SIGTERM or Ctrl-C; default: %(default)s",
+            parse_seconds,
+            "SECONDS",
+        ),
+    ] = 30.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Flag(SERVER, "")] = "warning"
     max_body_bytes: int = 32 * 2**20
-    shutdown_timeout: float = 30.0
-    worker_timeout: float = 120.0
-    """Seconds without a sign of life after which a worker is ended and started again. Longer than any step; one that
-    loads again may have longer (`cluster/health.py`)."""
-    decision_log: str | None = None
-    """A file that gets each placement decision and what came of it, as JSON lines."""
-    mispredict: float = 0.0
-    """Share of the decisions of the policy `ampd` that are turned around, to study wrong predictions."""
-    log_level: str = "warning"

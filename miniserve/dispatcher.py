@@ -12,7 +12,7 @@ from itertools import permutations
 import msgspec
 
 from miniserve.cluster.devices import place
-from miniserve.cluster.messages import Loading, Peer, Ready, Report, TurnOutput, WorkerStats
+from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput, WorkerStats
 from miniserve.cluster.supervisor import Workers
 from miniserve.config import ServeConfig
 from miniserve.hub.resolve import ModelFiles
@@ -59,20 +59,20 @@ class Turn:
     def put(self, output: TurnOutput) -> None:
         """Called with each output, in order."""
         if not self._ended:
-            self._ended = output.finish is not None
+            self._ended = isinstance(output, Ended | Failed)
             self._outputs.put_nowait(output)
 
     def cancel(self) -> None:
         """Stop generating and free the KV at once. Does nothing when the turn has ended."""
         if not self._ended:
-            self.put(TurnOutput(self.id, -1, [], finish="abort"))
+            self.put(Ended(self.id, -1, [], finish="abort"))
             self._cancel(self.id)
 
     async def __aiter__(self) -> AsyncIterator[TurnOutput]:
         while True:
             output = await self._outputs.get()
             yield output
-            if output.finish is not None:
+            if isinstance(output, Ended | Failed):
                 return
 
 
@@ -214,7 +214,7 @@ class EngineClient:
                     self.feed.tell(record)
                 case Deliver(name, output):
                     turn = self._turns.get(name)
-                    if output.finish is not None:
+                    if isinstance(output, Ended | Failed):
                         self._turns.pop(name, None)
                     if turn is not None:
                         turn.put(output)

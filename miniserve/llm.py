@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from miniserve.cluster.messages import FinishReason, TokenLogprob, TurnOutput
+from miniserve.cluster.messages import Ended, Failed, FinishReason, FirstToken, TokenLogprob, Tokens
 from miniserve.config import ConfigError, EngineConfig, parse_bytes
 from miniserve.hub.resolve import resolve
 from miniserve.kv.hashing import root_hash
@@ -26,7 +26,7 @@ COMPILING_SECONDS = 0.001
 """How often to look whether a grammar has been compiled, while there is nothing else to do."""
 
 
-class Completion(msgspec.Struct):
+class CompletionOutput(msgspec.Struct):
     """One of a prompt's `n` continuations. `stop_reason` is the stop string or stop token that ended it, if one did."""
 
     index: int
@@ -37,12 +37,12 @@ class Completion(msgspec.Struct):
     logprobs: list[TokenLogprob] | None = None
 
 
-class Generation(msgspec.Struct):
+class RequestOutput(msgspec.Struct):
     """A prompt and what came of it. `cached_tokens` of the prompt were found in the prefix cache."""
 
     prompt: str
     prompt_token_ids: list[int]
-    outputs: list[Completion]
+    outputs: list[CompletionOutput]
     cached_tokens: int = 0
 
 
@@ -76,8 +76,8 @@ class LLM:
         *,
         progress: bool = True,
         salt: str = "",
-    ) -> list[Generation]:
-        """Continue each prompt (text, or token ids); one `Generation` each, in order.
+    ) -> list[RequestOutput]:
+        """Continue each prompt (text, or token ids); one `RequestOutput` each, in order.
 
         `params` is one for all or one each. Raises `ParameterError` for a prompt or parameter that cannot be honoured,
         before anything is computed.
@@ -108,7 +108,7 @@ class LLM:
         progress: bool = True,
         salt: str = "",
         **template: Any,
-    ) -> list[Generation]:
+    ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, through the model's chat template; see `Tokenizer.chat` for
         `template`. Raises as `generate` does."""
         several = isinstance(messages, list | tuple) and all(isinstance(m, list | tuple) for m in messages)
@@ -122,15 +122,15 @@ class LLM:
 
     def _run(
         self, texts: list[str], prompts: list[list[int]], params: list[SamplingParams], progress: bool, salt: str
-    ) -> list[Generation]:
+    ) -> list[RequestOutput]:
         root = root_hash(self._built.layout, salt)
         generations = []
         open_turns: dict[str, _Turn] = {}
         for text, tokens, p in zip(texts, prompts, params, strict=True):
-            generation = Generation(text, tokens, [])
+            generation = RequestOutput(text, tokens, [])
             generations.append(generation)
             for index in range(p.n):
-                completion = Completion(index, logprobs=None if p.logprobs is None else [])
+                completion = CompletionOutput(index, logprobs=None if p.logprobs is None else [])
                 generation.outputs.append(completion)
                 self._turns += 1
                 turn = str(self._turns)
@@ -146,6 +146,8 @@ class LLM:
                     if self.engine.compiling and not self.engine.has_work:
                         time.sleep(COMPILING_SECONDS)
                     for output in self.engine.step().outputs:
+                        if isinstance(output, Failed):
+                            raise ParameterError("grammar", output.error)
                         ended = open_turns[output.turn].take(output)
                         if ended:
                             del open_turns[output.turn]
@@ -194,13 +196,13 @@ class _Turn:
     """A completion while it is made."""
 
     def __init__(
-        self, generation: Generation, completion: Completion, params: SamplingParams, tokenizer: Tokenizer
+        self, generation: RequestOutput, completion: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer
     ) -> None:
         self._generation = generation
         self._completion = completion
         self._words = TurnText(tokenizer, params)
 
-    def take(self, output: TurnOutput) -> bool:
+    def take(self, output: FirstToken | Tokens | Ended) -> bool:
         """Add one step's output to the completion; whether it ends with that."""
         done = self._completion
         text, count = self._words.feed(output)
@@ -208,9 +210,7 @@ class _Turn:
         done.token_ids += output.tokens[:count]
         if done.logprobs is not None:
             done.logprobs += (output.logprobs or [])[:count]
-        if output.finish == "error":
-            raise ParameterError("grammar", output.error)
-        if done.index == 0 and output.cached_tokens is not None:
+        if done.index == 0 and isinstance(output, FirstToken):
             self._generation.cached_tokens = output.cached_tokens
         done.finish_reason, done.stop_reason = self._words.finish, self._words.stop_reason
         return done.finish_reason is not None

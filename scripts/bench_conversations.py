@@ -34,6 +34,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from miniserve.cluster.messages import Failed, FirstToken
 from miniserve.config import EngineConfig, ServeConfig, Topology
 from miniserve.dispatcher import EngineClient
 from miniserve.hub.resolve import ModelFiles, resolve
@@ -84,11 +85,12 @@ async def read(
     stream.sent = time.monotonic()
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     async for output in client.submit(prompt, params, conversation=key, salt=salt):
-        if output.finish == "error":
+        if isinstance(output, Failed):
             raise RuntimeError(output.error)
         stream.times += [time.monotonic()] * len(output.tokens)
         stream.tokens += output.tokens
-        stream.cached = output.cached_tokens or stream.cached
+        if isinstance(output, FirstToken):
+            stream.cached = output.cached_tokens
     return stream
 
 

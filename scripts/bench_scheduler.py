@@ -18,7 +18,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
-from miniserve.cluster.messages import Peer, PoolInfo, Report, StepTime, TurnOutput, WorkerStats
+from miniserve.cluster.messages import Ended, FirstToken, Peer, PoolInfo, Report, StepTime, WorkerStats
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.scheduler import Scheduler, Send
@@ -45,8 +45,8 @@ def serve(scheduler: Scheduler, name: str, tokens: list[int], key: str, now: flo
     """A turn from its arrival to its end."""
     commands = scheduler.submit(name, tokens, PARAMS, 0, key, "", now)
     ((home, run),) = ((c.worker, c.message) for c in commands if isinstance(c, Send))
-    output = TurnOutput(run.turn, 0, [1, 2, 3], finish="stop", cached_tokens=0, prefill=0.1)
-    scheduler.on_report(home, Report([output], [], STATS), now + 0.5)
+    said = [FirstToken(run.turn, 0, [1], cached_tokens=0, prefill=0.1), Ended(run.turn, 1, [2, 3], "stop")]
+    scheduler.on_report(home, Report(said, [], STATS), now + 0.5)
 
 
 def measure(policy: str, alive: int) -> dict[str, float]:
@@ -80,8 +80,8 @@ def measure(policy: str, alive: int) -> dict[str, float]:
         commands = scheduler.submit(f"m{n}", tokens, PARAMS, 0, f"k{n % 10}", "", 2e3 + n)
         submits.append(time.perf_counter() - started)
         ((home, run),) = ((c.worker, c.message) for c in commands if isinstance(c, Send))
-        output = TurnOutput(run.turn, 0, [1], finish="stop", cached_tokens=0, prefill=0.1)
-        scheduler.on_report(home, Report([output], [], STATS), 2e3 + n + 0.5)
+        said = [FirstToken(run.turn, 0, [], cached_tokens=0, prefill=0.1), Ended(run.turn, 0, [1], "stop")]
+        scheduler.on_report(home, Report(said, [], STATS), 2e3 + n + 0.5)
     gc.unfreeze()
     return {
         "decision_us": statistics.median(decide) * 1e6,

@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from miniserve.cluster.messages import Ended, Failed
 from miniserve.config import EngineConfig, ServeConfig, Topology
 from miniserve.dispatcher import EngineClient
 from miniserve.hub.resolve import resolve
@@ -127,14 +128,15 @@ class Round:
         try:
             async with asyncio.timeout(TURN_SECONDS):
                 async for output in turn:
-                    if output.finish == "error":
+                    if isinstance(output, Failed):
                         if "workers died" not in output.error:  # it is given up after three deaths, and says so
                             raise Violation(f"a turn ended with {output.error!r}")
                         self.seen["given up"] += 1
+                        break
                     if output.tokens and output.index != len(got):
                         raise Violation(f"token {output.index} came after {len(got)}")
                     got += output.tokens
-                    if stop_after is not None and len(got) > stop_after and output.finish is None:
+                    if stop_after is not None and len(got) > stop_after and not isinstance(output, Ended):
                         turn.cancel()
                         self.seen["aborts"] += 1
                         stop_after = None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.config import ConfigError, EngineConfig, Topology, cache_dir, format_bytes, parse_bytes
+from miniserve.config import ConfigError, EngineConfig, Role, Topology, cache_dir, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,8 @@ def test_a_topology_reads_as_it_is_written(prefillers: int, decoders: int) -> No
     topology = Topology(prefillers, decoders)
     assert Topology.parse(str(topology)) == topology
     assert len(topology.workers) == len(set(topology.workers)) == prefillers + decoders
+    assert list(topology.roles) == topology.workers
+    assert list(topology.roles.values()) == [Role.PREFILLER] * prefillers + [Role.DECODER] * decoders
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from miniserve.api.generation import Choice
-from miniserve.cluster.messages import TokenLogprob, TurnOutput
+from miniserve.cluster.messages import Ended, TokenLogprob, Tokens, TurnOutput
 from miniserve.config import ConfigError
 from miniserve.hub.resolve import ModelError
-from miniserve.llm import LLM, Completion, Generation, _Turn
+from miniserve.llm import LLM, CompletionOutput, RequestOutput, _Turn
 from miniserve.sampling_params import ParameterError, SamplingParams
 
 EOS, START, END = 317, 318, 319
@@ -24,7 +25,7 @@ def llm(tiny_folder: Path) -> LLM:
     return LLM(tiny_folder, kv_cache_memory="4MiB", threads=1, cpu_kernels="torch")
 
 
-def run(llm: LLM, prompt: Any = (5, 6, 7), **params: Any) -> list[Completion]:
+def run(llm: LLM, prompt: Any = (5, 6, 7), **params: Any) -> list[CompletionOutput]:
     """The completions of one prompt, greedy unless told otherwise."""
     given = SamplingParams(**{"temperature": 0, **params})
     (generation,) = llm.generate(list(prompt), given, progress=False)
@@ -85,28 +86,28 @@ def test_one_stop_string_need_not_be_a_list(llm: LLM, include: bool) -> None:
 
 # Outputs of a turn, parameters: all of this must come out of the library as it does out of the server.
 TURNS: list[tuple[list[TurnOutput], dict[str, Any]]] = [
-    ([TurnOutput("t", 0, [*b"One. END. Two"])], {"stop": "END", "logprobs": 0}),
-    ([TurnOutput("t", 0, [*b"One. E"]), TurnOutput("t", 6, [*b"ND. Two"])], {"stop": ["END"], "logprobs": 0}),
-    ([TurnOutput("t", 0, [*b"END"])], {"stop": "END", "include_stop_str_in_output": True}),
-    ([TurnOutput("t", 0, [*b"One. E"], finish="length")], {"stop": "END"}),
-    ([TurnOutput("t", 0, [*b"Hi!"], finish="stop", stop_token=33)], {"stop_token_ids": [33]}),
-    ([TurnOutput("t", 0, [*b"Hi"], finish="length")], {}),
-    ([TurnOutput("t", 0, [*b"Hi"]), TurnOutput("t", 2, [END], finish="stop", stop_token=END)], {}),
-    ([TurnOutput("t", 0, [END], finish="stop", stop_token=END)], {"skip_special_tokens": False}),
-    ([TurnOutput("t", 0, [*"é".encode()][:1], finish="length")], {}),
+    ([Tokens("t", 0, [*b"One. END. Two"])], {"stop": "END", "logprobs": 0}),
+    ([Tokens("t", 0, [*b"One. E"]), Tokens("t", 6, [*b"ND. Two"])], {"stop": ["END"], "logprobs": 0}),
+    ([Tokens("t", 0, [*b"END"])], {"stop": "END", "include_stop_str_in_output": True}),
+    ([Ended("t", 0, [*b"One. E"], finish="length")], {"stop": "END"}),
+    ([Ended("t", 0, [*b"Hi!"], finish="stop", stop_token=33)], {"stop_token_ids": [33]}),
+    ([Ended("t", 0, [*b"Hi"], finish="length")], {}),
+    ([Tokens("t", 0, [*b"Hi"]), Ended("t", 2, [END], finish="stop", stop_token=END)], {}),
+    ([Ended("t", 0, [END], finish="stop", stop_token=END)], {"skip_special_tokens": False}),
+    ([Ended("t", 0, [*"é".encode()][:1], finish="length")], {}),
 ]
 
 
-@pytest.mark.parametrize(("outputs", "given"), TURNS)
-def test_the_same_tokens_give_what_the_server_gives(llm: LLM, outputs: list[TurnOutput], given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("said", "given"), TURNS)
+def test_the_same_tokens_give_what_the_server_gives(llm: LLM, said: list[TurnOutput], given: dict[str, Any]) -> None:
     params = SamplingParams(**given)
     choice = Choice(0, [1], params, llm.tokenizer)
-    completion = Completion(0, logprobs=None if params.logprobs is None else [])
-    turn = _Turn(Generation("", [1], [completion]), completion, params, llm.tokenizer)
-    for output in outputs:
+    completion = CompletionOutput(0, logprobs=None if params.logprobs is None else [])
+    turn = _Turn(RequestOutput("", [1], [completion]), completion, params, llm.tokenizer)
+    for output in said:
         logprobs = [TokenLogprob(token, -0.5, 1, []) for token in output.tokens]
         if params.logprobs is not None:
-            output = TurnOutput(output.turn, output.index, output.tokens, logprobs, output.finish, output.stop_token)
+            output = msgspec.structs.replace(output, logprobs=logprobs)
         choice.feed(output)
         assert turn.take(output) is (choice.finish is not None)
     text, logprobs = choice.take_text()

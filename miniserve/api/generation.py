@@ -9,7 +9,7 @@ from typing import Self
 
 from miniserve.api.errors import ApiError
 from miniserve.api.openai.answers import Finish, Usage
-from miniserve.cluster.messages import TokenLogprob, TurnOutput
+from miniserve.cluster.messages import Ended, Failed, FirstToken, TokenLogprob, Tokens, TurnOutput
 from miniserve.dispatcher import EngineError, Turn
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
@@ -82,15 +82,10 @@ class Choice:
         tokens, self._tokens = self._tokens, []
         return tokens
 
-    def feed(self, out: TurnOutput) -> None:
-        """Take in the next tokens. Raises `ApiError` or `EngineError` if the engine has given up."""
-        if out.finish == "error" and out.invalid:
-            raise ApiError(400, out.error)
-        if out.finish == "error":
-            raise ApiError(500, out.error or "The engine failed at this request.", code="engine_failure")
-        if out.finish == "abort":
-            raise EngineError("The server is stopping and has ended this request: send it again.")
-        self.cached_tokens = out.cached_tokens or self.cached_tokens
+    def feed(self, out: FirstToken | Tokens | Ended) -> None:
+        """Take in the next tokens."""
+        if isinstance(out, FirstToken):
+            self.cached_tokens = out.cached_tokens
         text, count = self._words.feed(out)
         self.output_tokens += count
         self._tokens += out.tokens[:count]
@@ -106,6 +101,17 @@ class Choice:
         if thinking and reader.has_thought:
             last = reader.ends if not reader.thinking else None
             self.reasoning_tokens += tokens.index(last) + 1 if last in tokens else len(tokens)
+
+
+def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
+    """`output` if it brings tokens. Raises `ApiError` or `EngineError` if the engine has given up."""
+    if isinstance(output, Failed):
+        if output.invalid:
+            raise ApiError(400, output.error)
+        raise ApiError(500, output.error or "The engine failed at this request.", code="engine_failure")
+    if isinstance(output, Ended) and output.finish == "abort":
+        raise EngineError("The server is stopping and has ended this request: send it again.")
+    return output
 
 
 def usage(prompt_tokens: int, cached_tokens: int, choices: list[Choice], output_tokens: int) -> Usage:
@@ -210,19 +216,21 @@ class Generation:
 
     async def _read(self, choice: Choice, turn: Turn, siblings: list[Choice]) -> None:
         before = None
-        async for out in turn:
+        async for output in turn:
+            out = given(output)
+            had = choice.output_tokens
             choice.feed(out)
             now = time.perf_counter()
             if before is None:
                 self._metrics.first_token(now - self._arrived, len(choice.prompt))
                 for sibling in siblings:
                     self._begin(sibling, [])
-            elif out.tokens:
+            elif had and out.tokens:
                 self._metrics.gap(now - before)
             self._metrics.generated(len(out.tokens))
             before = now
             if choice.finish is not None:
-                if out.finish is None:  # by a stop string or a last call, which the engine does not know
+                if not isinstance(out, Ended):  # by a stop string or a last call, which the engine does not know
                     turn.cancel()
                 self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
             self._updated[choice.index] = choice

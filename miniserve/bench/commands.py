@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from miniserve.cli.flags import checked, positive, rate, scale, seconds, share, span, whole
+from miniserve.cli.flags import api_key, checked, positive, rate, scale, seconds, share, span, whole
 from miniserve.config import ConfigError, Topology
 from miniserve.scheduler.baselines import POLICIES
 
@@ -106,8 +106,6 @@ def _add_replay(commands: Any) -> None:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from miniserve.cli.main import api_key
-
     try:
         from miniserve.bench.replay.driver import ReplayConfig, replay
     except ImportError as error:

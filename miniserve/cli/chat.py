@@ -2,112 +2,26 @@
 
 from __future__ import annotations
 
-import http.client
+import contextlib
 import json
 import sys
 import time
-import urllib.parse
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+
+from miniserve.cli.client import ApiClient, message
 from miniserve.config import ConfigError
 
 HELP = "/reset begins anew, /system TEXT sets a system message, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
-CONNECT_SECONDS = 10.0
-BROKEN = (OSError, http.client.HTTPException)
 
 
 @dataclass
-class Server:
-    """An OpenAI API at `url` (ends in /v1)."""
-
-    url: str
-    api_key: str | None
-
-    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-        """Send a request; the reply is open. Raises `ConfigError` if no server answers, or with the server's words."""
-        connection, base = self._connection()
-        headers = {"Content-Type": "application/json", **(headers or {})}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        try:
-            connection.connect()
-            connection.sock.settimeout(None)  # to be there is one thing, to answer may take its time
-            connection.request(method, base + path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                said = _message(response.read()) or response.reason
-                if response.status == 404 and not base.endswith("/v1"):
-                    said = f"{said.rstrip('.')}. Does --url end in /v1?"
-                raise ConfigError(f"The server says: {said}")
-        except BROKEN as error:
-            connection.close()
-            raise ConfigError(
-                f"No server answers at {self.url} ({getattr(error, 'strerror', None) or error}). Start one with "
-                "`miniserve serve`, or name another with --url."
-            ) from error
-        except BaseException:  # Ctrl-C too: the server sees that nobody waits
-            connection.close()
-            raise
-        return Reply(connection, response)
-
-    def _connection(self) -> tuple[http.client.HTTPConnection, str]:
-        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        try:
-            parts = urllib.parse.urlsplit(self.url)
-            kind = kinds[parts.scheme if parts.hostname else ""]
-            return kind(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS), parts.path.rstrip("/")
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"--url {self.url!r} is no address: write it like http://127.0.0.1:8000/v1.") from error
-
-    def first_model(self) -> str:
-        """The first model it serves. Raises `ConfigError`."""
-        with self.request("GET", "/models") as reply:
-            try:
-                return str(json.loads(reply.response.read())["data"][0]["id"])
-            except (*BROKEN, ValueError, LookupError, TypeError) as error:
-                raise ConfigError(f"{self.url} is no OpenAI API: it names no model. Does --url end in /v1?") from error
-
-
-@dataclass
-class Reply:
-    """An open reply. Closing it ends the request on the server too."""
-
-    connection: http.client.HTTPConnection
-    response: http.client.HTTPResponse
-
-    def events(self) -> Iterator[Any]:
-        """Server-sent events until [DONE]. Raises `ConfigError` for an error in the stream, or a stream without end."""
-        for data in self._data():
-            if data == b"[DONE]":
-                return
-            event = json.loads(data)
-            if "error" in event:
-                raise ConfigError(f"The server says: {_message(data)}")
-            yield event
-        raise ConfigError("The answer broke off: the server has gone. Is it still running?")
-
-    def _data(self) -> Iterator[bytes]:
-        try:
-            for line in self.response:
-                if line.startswith(b"data:"):
-                    yield line[5:].strip()
-        except BROKEN:
-            return  # no [DONE] has come: that says it
-
-    def __enter__(self) -> Reply:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.response.close()  # it, not the connection, holds the socket where a server does not keep connections
-        self.connection.close()
-
-
-@dataclass
-class Conversation:
-    """What was said so far, and the id the server knows it by."""
+class Transcript:
+    """The messages so far, and the id by which the server knows the conversation."""
 
     system: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -123,14 +37,15 @@ def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) ->
 
     `options` go into each request; without a "model" it is the server's first.
     """
-    server = Server(url, api_key)
-    options = {"model": server.first_model(), **options} if "model" not in options else options
+    client = ApiClient(url, api_key)
+    if "model" not in options:
+        options = {"model": _first_model(client), **options}
     person = sys.stdin.isatty()
     if person:
         import readline  # noqa: F401 (line editing and history for input())
 
         print(f"{options['model']} at {url}. {HELP}")
-    conversation = Conversation(system)
+    transcript = Transcript(system)
     while True:
         try:
             line = input("\n> " if person else "").strip()
@@ -145,45 +60,47 @@ def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) ->
         elif command == "/help":
             print(HELP)
         elif command == "/reset":
-            conversation = Conversation(conversation.system)
+            transcript = Transcript(transcript.system)
         elif command == "/system":
-            conversation = Conversation(rest.strip())
+            transcript = Transcript(rest.strip())
         elif command.rfind("/") == 0:  # a path has more of them
             print(f"There is no {command}. {HELP}")
         elif line:
-            _turn(server, conversation, options, line, person)
+            _turn(client, transcript, options, line, person)
 
 
-def _turn(server: Server, conversation: Conversation, options: dict[str, Any], line: str, person: bool) -> None:
-    """Say `line` and print the answer. A person is told what went wrong; without one, raises `ConfigError`."""
-    conversation.messages.append({"role": "user", "content": line})
+def _turn(client: ApiClient, transcript: Transcript, options: dict[str, Any], line: str, person: bool) -> None:
+    """Send `line` and print the answer. What goes wrong is printed for a `person`, else raised as `ConfigError`."""
+    transcript.messages.append({"role": "user", "content": line})
     try:
-        answer, summary = _answer(server, conversation, options)
+        answer, summary = _answer(client, transcript, options)
     except ConfigError as error:
-        del conversation.messages[-1]
+        del transcript.messages[-1]
         if not person:
             raise
         print(f"\n{error}")
         return
     if answer:
-        conversation.messages.append({"role": "assistant", "content": answer})
+        transcript.messages.append({"role": "assistant", "content": answer})
     else:
-        del conversation.messages[-1]  # templates want roles to alternate
+        del transcript.messages[-1]  # templates want roles to alternate
     print(f"\n\033[2m{summary}\033[0m" if sys.stdout.isatty() else f"\n[{summary}]")
 
 
-def _answer(server: Server, conversation: Conversation, options: dict[str, Any]) -> tuple[str, str]:
-    """Stream an answer to the terminal; the text (what there is of it after Ctrl-C), and a line about its speed.
-    Reasoning is shown, but is no part of the text."""
-    body = {**options, "messages": conversation.messages, "stream": True, "stream_options": {"include_usage": True}}
+def _answer(client: ApiClient, transcript: Transcript, options: dict[str, Any]) -> tuple[str, str]:
+    """Stream an answer to the terminal; its text (as much as came before Ctrl-C), and a line about its speed.
+
+    Reasoning is shown, but is no part of the text.
+    """
+    body = {**options, "messages": transcript.messages, "stream": True, "stream_options": {"include_usage": True}}
     text: list[str] = []
     times: list[float] = []
     usage: dict[str, Any] = {}
     thinking = False
     started = time.perf_counter()
     try:
-        with server.request("POST", "/chat/completions", body, {"X-Conversation-ID": conversation.id}) as reply:
-            for event in reply.events():
+        with client.open("POST", "/chat/completions", body, {"X-Conversation-ID": transcript.id}) as response:
+            for event in _events(response):
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:
                     piece, thought = (choice["delta"].get(key) or "" for key in ("content", "reasoning"))
@@ -198,8 +115,41 @@ def _answer(server: Server, conversation: Conversation, options: dict[str, Any])
     return "".join(text), _summary(times, usage)
 
 
+def _first_model(client: ApiClient) -> str:
+    """The first model that the server serves. Raises `ConfigError`."""
+    answer = client.get("/models")
+    try:
+        return str(json.loads(answer)["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{client.url} is no OpenAI API: it names no model. Does --url end in /v1?") from error
+
+
+def _events(response: httpx.Response) -> Iterator[Any]:
+    """Server-sent events until [DONE]. Raises `ConfigError` for an error in the stream, or a stream without end."""
+    with contextlib.suppress(httpx.HTTPError):  # a stream that breaks off has no [DONE]
+        for line in _lines(response):
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            event = json.loads(data)
+            if "error" in event:
+                raise ConfigError(f"The server says: {message(data)}")
+            yield event
+    raise ConfigError("The answer broke off: the server has gone. Is it still running?")
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Whole lines. Unlike those of `iter_lines` they end at newlines alone, not at U+2028 within a text."""
+    rest = b""
+    for piece in response.iter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+
+
 def _summary(times: list[float], usage: dict[str, Any]) -> str:
-    """`times`: seconds at which pieces of text came."""
+    """A line about an answer whose pieces came at `times` (seconds after the request)."""
     parts = [f"first token {times[0]:.2f} s" if times else "no text"]
     if usage:
         output = usage["completion_tokens"]
@@ -208,10 +158,3 @@ def _summary(times: list[float], usage: dict[str, Any]) -> str:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         parts += [f"{output} tokens", f"prompt {usage['prompt_tokens']} tokens", f"{cached} cached"]
     return ", ".join(parts)
-
-
-def _message(data: bytes) -> str:
-    try:
-        return str(json.loads(data)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return data.decode("utf-8", "replace")[:300]

@@ -1,12 +1,15 @@
-"""Values of command line flags: each parser raises what argparse shows in one line."""
+"""Flags: those made from settings, those of several commands, and their values as argparse wants them."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any, NoReturn
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
-from miniserve.config import ConfigError
+import msgspec
+
+from miniserve.config import GROUPS, ConfigError, Flag, number, parse_positive, parse_seconds, parse_share
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,8 +20,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of ours as argparse wants it: its message is shown as it is."""
+    """`parse` as argparse wants it: the message of its `ConfigError` is shown as it is."""
 
     def check(text: str) -> Any:
         try:
@@ -29,73 +35,11 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return check
 
 
-def number(text: str, kind: Callable[[str], Any], ok: Callable[[Any], bool], what: str) -> Any:
-    """`kind` of the text if that is `ok`; `what` says what it should be."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not ok(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    return int(number(text, int, lambda n: n > 0, "a whole number above 0"))
-
-
-def tokens(text: str) -> int:
-    """A count of tokens: 8192, 8k (8000) or 8K (8192), as in vLLM."""
-    units = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
-    unit = units.get(text[-1:], 1)
-    digits = text[:-1] if unit > 1 else text
-    return int(number(digits, float, lambda n: 1 <= n * unit < 2**31, "a number of tokens, like 8192 or 32k") * unit)
-
-
-def seconds(text: str) -> float:
-    """Seconds, 0 too."""
-    return float(number(text, float, lambda n: 0 <= n < 1e9, "a number of seconds"))
-
-
-def interval(text: str) -> float:
-    """How often to look, in seconds."""
-    return float(number(text, float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"))
-
-
-def fraction(text: str) -> float:
-    """Above 0, at most 1."""
-    return float(number(text, float, lambda n: 0 < n <= 1, "a fraction above 0 and at most 1"))
-
-
-def share(text: str) -> float:
-    """From 0 to 1."""
-    return float(number(text, float, lambda n: 0 <= n <= 1, "a share from 0 to 1"))
-
-
-def port(text: str) -> int:
-    """A TCP port; 0 is any."""
-    return int(number(text, int, lambda n: 0 <= n < 65536, "a port from 0 to 65535"))
-
-
-def rate(text: str) -> float:
-    """Something a second, above 0."""
-    return float(number(text, float, lambda n: 0 < n < 1e6, "a rate above 0"))
-
-
-def scale(text: str) -> float:
-    """A factor above 0."""
-    return float(number(text, float, lambda n: 0 < n <= 1000, "a factor above 0"))
-
-
-def stretch(text: str) -> float:
-    """A factor of at least 1, or 0 for none."""
-    return float(number(text, float, lambda n: n == 0 or 1 <= n <= 1000, "0, or a factor from 1"))
-
-
-def whole(text: str) -> int:
-    """A whole number, 0 too."""
-    return int(number(text, int, lambda n: 0 <= n < 2**63, "a whole number"))
+positive, seconds, share = checked(parse_positive), checked(parse_seconds), checked(parse_share)
+whole = checked(number(int, lambda n: 0 <= n < 2**63, "a whole number"))
+interval = checked(number(float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"))
+rate = checked(number(float, lambda n: 0 < n < 1e6, "a rate above 0"))
+scale = checked(number(float, lambda n: 0 < n <= 1000, "a factor above 0"))
 
 
 def span(text: str) -> tuple[float, float]:
@@ -105,3 +49,70 @@ def span(text: str) -> tuple[float, float]:
     if not start < end:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time span, like 20..60")
     return start, end
+
+
+# --- flags of a running server --------------------------------------------------------------------------------------
+
+
+def add_url(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --url and --api-key of a running server."""
+    parser.add_argument("--url", default=default, help="default: %(default)s")
+    parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
+
+
+def api_key(args: argparse.Namespace) -> str | None:
+    """The key of the flag, else of the environment; None where none is given. Raises `ConfigError`."""
+    given = {"--api-key": args.api_key} | {name: os.environ.get(name) for name in ("MINISERVE_API_KEY", "VLLM_API_KEY")}
+    for source, text in given.items():
+        if text is None:
+            continue
+        key = text.strip()  # a secret from a file ends in a newline
+        if not key:
+            raise ConfigError(
+                f"The API key in {source} is empty. Give one (is the variable it comes from set?), or leave {source} "
+                "out: then there is none."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"The API key in {source} must be printable ASCII, as it travels in an HTTP header.")
+        return key
+    return None
+
+
+# --- flags of settings ----------------------------------------------------------------------------------------------
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, config: type[msgspec.Struct], choices: Mapping[str, Collection[str]]
+) -> None:
+    """Add a flag for each field of `config`, and of the structs in it, that has a `Flag`.
+
+    `choices` are those of fields whose type does not name them. Each value goes by the name of its field.
+    """
+    settings = list(_settings(config))
+    for title in GROUPS:
+        group = parser.add_argument_group(title)
+        for field, kind, flag in settings:
+            if flag.group != title:
+                continue
+            names = flag.names or ("--" + field.name.replace("_", "-"),)
+            default = None if field.required else field.default
+            if field.default_factory is not msgspec.NODEFAULT:
+                default = field.default_factory()
+            how: dict[str, Any] = {"dest": field.name, "default": default, "help": flag.help or None}
+            if kind in (bool, bool | None):
+                how["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+            else:
+                named = get_args(kind) if get_origin(kind) is Literal else choices.get(field.name)
+                how |= {"type": checked(flag.parse), "choices": named, "metavar": flag.metavar}
+                how |= {"nargs": "+"} if flag.many else {}
+            group.add_argument(*names, **how)
+
+
+def _settings(config: type[msgspec.Struct]) -> Iterator[tuple[msgspec.structs.FieldInfo, Any, Flag]]:
+    """Each field that has a flag, the type without the flag, and the flag."""
+    for field in msgspec.structs.fields(config):
+        if get_origin(field.type) is Annotated:
+            kind, flag = get_args(field.type)
+            yield field, kind, flag
+        elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from _settings(field.type)

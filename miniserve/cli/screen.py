@@ -1,4 +1,4 @@
-"""What `miniserve top` draws: a pure function of what a server said of itself."""
+"""What `miniserve top` draws: a pure function of what a server reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GAP = 2
 ROOMY = 24
 """Lines from which on there are empty ones between tables."""
 LEAVES_FIRST = (2, 1, 0)
-"""Of the tables (workers, their KV, what was moved, conversations), where there are few lines."""
+"""Which of the tables (workers, their KV, what was moved, conversations) are left out where lines are few, in order."""
 SILENT_SECONDS = 5.0
 """A worker that is idle reports once a second; one that was silent for so long is in a very long step, or not well."""
 STATES = {"running": "green", "queued": "yellow", "idle": "dim"}
@@ -35,7 +35,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a server said of itself."""
+    """What a server answered to GET /v1/workers and GET /v1/conversations."""
 
     workers: WorkerList
     conversations: ConversationList
@@ -44,10 +44,9 @@ class Snapshot:
 def screen(
     url: str, snapshot: Snapshot | None, width: int, height: int, *, problem: str = "", age: float = 0.0
 ) -> RenderableType:
-    """All of it, in `width` columns and, if it has to be, no more than `height` lines.
+    """The whole screen: at most `width` columns, and `height` lines where that leaves room for the header.
 
-    `snapshot` is the last one, None before the first; `problem` says why there is none that is fresh, and the one there
-    is is `age` seconds old.
+    `snapshot` is the latest, None before the first. A `problem` says why it is not fresh but `age` seconds old.
     """
     top = _header(url, snapshot, width, problem, age)
     if snapshot is None:
@@ -73,24 +72,26 @@ def screen(
 def _header(url: str, snapshot: Snapshot | None, width: int, problem: str, age: float) -> list[Text]:
     title = Text.assemble(("miniserve", "bold"), f" at {clean(url)}")
     if snapshot is None:
-        told = f"{problem} Still trying." if problem else "Asking it for the first time."
+        status = f"{problem} Still trying." if problem else "Asking it for the first time."
     else:
         workers, known = snapshot.workers, snapshot.conversations["total"]
         title.append(f", policy {clean(workers['policy'])}")
         counts = _many(len(workers["data"]), "worker"), _many(workers["queued"], "turn") + " queued"
-        told = ", ".join((*counts, _many(known, "conversation") + " known"))
+        status = ", ".join((*counts, _many(known, "conversation") + " known"))
         if problem:
-            told = f"{problem} Still trying; what follows is {_span(age)} old."
+            status = f"{problem} Still trying; what follows is {_span(age)} old."
     style = "bold red" if problem else ""
-    lines = [title, *(Text(line, style) for line in textwrap.wrap(clean(told), width))]
+    lines = [title, *(Text(line, style) for line in textwrap.wrap(clean(status), width))]
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
     return lines
 
 
 def _lines(counts: Sequence[int], height: int, between: int) -> list[int]:
-    """How many lines below its head each table gets, 0 for none at all. Each keeps two of them, and the last a quarter
-    of all; what is left goes to the first that want it."""
+    """How many lines below its head each table gets; 0: the table is left out.
+
+    Each table keeps two lines and the last a quarter of all; the rest goes to the first tables that have more rows.
+    """
     wanted = [*(min(count, 2) for count in counts[:-1]), min(counts[-1], max(2, height // 4))]
     least = [between + 1 + lines if lines else 0 for lines in wanted]
     for dropped in LEAVES_FIRST:
@@ -121,7 +122,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """Of a table. Where not all fit, those with the largest `rank` are left out first."""
+    """A column of a table. Where not all fit, those with the largest `rank` are left out first."""
 
     title: str
     rank: int
@@ -131,7 +132,7 @@ class Column(Generic[Row]):
     bar: bool = False
 
     def width(self, rows: Sequence[Row]) -> int:
-        """In cells of the terminal. A bar needs a few, and takes what is left over."""
+        """Of these rows, in cells of the terminal. A bar needs `BAR_CELLS`, and is given what is left over."""
         if self.bar:
             return BAR_CELLS
         return max(map(cell_len, (self.title, *(str(self.cell(row)) for row in rows))))
@@ -140,8 +141,8 @@ class Column(Generic[Row]):
 def _table(
     columns: Sequence[Column[Row]], rows: Sequence[Row], width: int, most: int, total: int = 0
 ) -> list[RenderableType]:
-    """Some of `columns` and `rows`: as many as fit into `width` cells and `most` lines. There are `total` rows, if that
-    is more than were given."""
+    """As many of `columns` and `rows` as fit into `width` cells and `most` lines; `total` counts the rows on the server
+    where these are not all."""
     total = total or len(rows)
     shown = rows[:most] if total <= most else rows[: most - 1]
     kept = list(columns)
@@ -203,14 +204,14 @@ CONVERSATION_COLUMNS: Sequence[Column[ConversationCard]] = (
 
 
 def clean(text: str, most: int = 300) -> str:
-    """`text` from elsewhere as it may be shown: without what moves the cursor, turns the direction of writing around,
-    or piles up on other lines; `most` characters of it."""
+    """The first `most` characters of a text from elsewhere, without those that move the cursor, change the direction of
+    writing, or pile up on other lines."""
     composed = unicodedata.normalize("NFC", text[:most])
     return "".join(c if c.isprintable() and not unicodedata.combining(c) else "\ufffd" for c in composed)
 
 
 def _short(text: str) -> str:
-    """Both ends of a text: ids often begin alike."""
+    """Both ends of a long text, as ids often begin alike."""
     half = ID_CHARS // 2
     return text if len(text) <= ID_CHARS else f"{text[: half - 1]}…{text[-half:]}"
 

@@ -1,4 +1,4 @@
-"""`miniserve serve`: start the workers, say what is running, serve, drain, leave nothing behind."""
+"""`miniserve serve`: start the workers, print the banner, serve, drain, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import errno
 import logging
 import signal
 import socket
-import sys
 import time
-from collections import Counter
 from collections.abc import Awaitable, Iterator
 from typing import TypeVar
 
@@ -19,9 +17,9 @@ import uvloop
 
 from miniserve.api.app import create_app
 from miniserve.api.middleware import BoundedHeads
-from miniserve.cluster.messages import Loading, Ready
+from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
-from miniserve.config import ConfigError, ServeConfig, format_bytes
+from miniserve.config import ConfigError, ServeConfig
 from miniserve.dispatcher import EngineClient
 from miniserve.hub.defaults import generation_defaults
 from miniserve.hub.resolve import ModelFiles
@@ -40,7 +38,7 @@ class Stopped(Exception):
 def serve(config: ServeConfig, files: ModelFiles) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `ConfigError` if it cannot start."""
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    # Before anything slow: a port that is taken should be told at once.
+    # Before anything slow, so that an error about the port comes at once.
     listener = bind(config.host, config.port)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -145,7 +143,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         http.should_exit = True
         http.force_exit = True
         await serving
-        await client.stop()  # requests that still run are told so
+        await client.stop()  # ends requests that still run, each with an error
         await _hang_up(http)
         return 0
     finally:
@@ -153,9 +151,9 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
 
 
 def _tokenizer(config: ServeConfig, files: ModelFiles) -> Tokenizer:
-    """The tokenizer, and while nobody waits yet what compiles grammars for it. Raises `ParameterError`."""
+    """The tokenizer. Raises `ParameterError`."""
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    _ = tokenizer.compiler
+    _ = tokenizer.compiler  # made at first use, which takes a while; while workers load nothing waits for it
     return tokenizer
 
 
@@ -163,12 +161,12 @@ async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, si
     """Let running requests end, for a while."""
     client.drain()
     if client.active:
-        _say(f"Draining {client.active} running requests for up to {config.shutdown_timeout:g} s; again to stop now.")
+        say(f"Draining {client.active} running requests for up to {config.shutdown_timeout:g} s; again to stop now.")
 
     async def ended() -> None:
         while client.active:
             await asyncio.sleep(0.05)
-        client.feed.close()  # nothing more happens; else those who listen would be waited for
+        client.feed.close()  # the dashboard's streams of events count as requests, and would never end
         # What has been generated is still on its way to clients.
         await _tasks_ended(http, FLUSH_SECONDS)
 
@@ -176,11 +174,11 @@ async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, si
         await signals.unless(signals.second, asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
         if client.active:
-            _say(f"Ending {client.active} requests that still run.")
+            say(f"Ending {client.active} requests that still run.")
 
 
 async def _hang_up(http: HttpServer) -> None:
-    """Close what is still open: a request that was never sent to its end then ends as with any client that goes."""
+    """Close what is still open. A request whose body never came to its end then ends as if its client had gone."""
     for connection in list(http.server_state.connections):
         connection.transport.abort()
     await _tasks_ended(http, FLUSH_SECONDS)
@@ -192,91 +190,3 @@ async def _tasks_ended(http: HttpServer, seconds: float) -> None:
         async with asyncio.timeout(seconds):
             while http.server_state.tasks:
                 await asyncio.sleep(0.01)
-
-
-def _say(line: str, end: str = "\n") -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more (`| tee` dies of Ctrl-C too): no reason to stop
-        print(line, end=end, file=sys.stderr, flush=True)
-
-
-# --- what a person sees ---------------------------------------------------------------------------------------------
-
-
-class LoadingLines:
-    """Progress of all workers on one line of a terminal; on anything else a line for each phase."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._state: dict[str, str] = {}
-        self._width = 0
-
-    def show(self, worker: str, loading: Loading) -> None:
-        """A worker has come further."""
-        percent = f" {100 * loading.done // loading.total}%" if loading.total else ""
-        state = f"{worker}: {loading.phase}{percent}"
-        if self._live:
-            self._state[worker] = state
-            line = "  ".join(self._state.values())
-            _say(f"\r{line:<{self._width}}", end="")
-            self._width = len(line)
-        elif loading.done == 0:
-            _say(state)
-
-    def end(self) -> None:
-        """Clear the line."""
-        if self._live and self._width:
-            _say(f"\r{'':<{self._width}}\r", end="")
-
-
-def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: int, seconds: float) -> str:
-    """What runs, how it was sized, how long it took, and how to use it."""
-    name = config.served_model_names[0]
-    first: Ready = next(iter(client.ready.values()))
-    room = {worker: ready.pool.num_pages * ready.page_tokens for worker, ready in client.ready.items()}
-    least = min(room.values())
-    tokens = f"{least:,}" if len(set(room.values())) == 1 else f"{least:,} to {max(room.values()):,}"
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    phases: dict[str, float] = {}
-    for ready in client.ready.values():  # workers load side by side: the slowest counts
-        for phase, took in ready.phases.items():
-            phases[phase] = max(phases.get(phase, 0.0), took)
-    rows = {
-        "model": f"{name} ({files.source})",
-        "dtype": f"{first.dtype} on {places(client.ready)}, {first.threads} threads a worker",
-        "kernels": first.kernels,
-        "topology": f"{client.topology}, policy {client.policy_name}",
-        "transfer": ways(client.transfer),
-        "weights": f"{format_bytes(first.weights_bytes)} a worker",
-        "KV cache": f"{tokens} tokens a worker: {first.kv_note}",
-        "concurrency": f"{least / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
-        "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",
-        "API": url,
-        "dashboard": url.removesuffix("v1"),
-    }
-    key = ' -H "Authorization: Bearer YOUR_KEY"' if config.api_key else ""
-    curl = (
-        f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d "
-        f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
-    )
-    return "\n".join([*(f"{label + ':':<13}{text}" for label, text in rows.items()), "try:", f"  {curl}", ""])
-
-
-def places(workers: dict[str, Ready]) -> str:
-    """The devices; on GPUs who is where, and who shares one."""
-    at: dict[str, list[str]] = {}
-    for name, ready in workers.items():
-        at.setdefault(ready.device, []).append(name)
-    return ", ".join(
-        f"{device} ({', '.join(names)}{' share its memory' if len(names) > 1 else ''})" if "cuda" in device else device
-        for device, names in at.items()
-    )
-
-
-def ways(transfer: dict[tuple[str, str], str]) -> str:
-    """How KV travels between workers, in one line: the usual way, and the pairs that have another one."""
-    if not transfer:
-        return "none needed"
-    usual, _ = Counter(transfer.values()).most_common(1)[0]
-    others = [f"{source}->{home} {how}" for (source, home), how in sorted(transfer.items()) if how != usual]
-    return f"{usual} between all workers" + (f" but {', '.join(others)}" if others else "")

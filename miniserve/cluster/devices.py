@@ -1,4 +1,4 @@
-"""Which worker runs on which device. The frontend decides it and has no torch: GPUs are counted without CUDA."""
+"""Which worker runs on which device. The frontend decides it without torch, so GPUs are counted without CUDA."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 def place(
     topology: Topology | None, devices: list[str], engine: EngineConfig
 ) -> tuple[Topology, dict[str, EngineConfig]]:
-    """The topology, and the settings of each worker by its name: one worker after the other gets the next of `devices`,
-    in turns.
+    """The topology, and each worker's settings by its name: workers get the `devices` in turns.
 
     Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Without a
     topology it is 1D on one device and 1P(N-1)D on N. Raises `ConfigError`.
@@ -42,7 +41,7 @@ def place(
 
 
 def _all(device: str) -> list[str]:
-    """The devices that `--device` means."""
+    """All devices of the kind that `--device` names."""
     wanted = device == "cuda" or (device == "auto" and _torch_has_cuda())
     return [f"cuda:{n}" for n in range(count_gpus() if wanted else 0)] or [device]
 
@@ -57,7 +56,7 @@ def _check(devices: list[str]) -> None:
 
 def count_gpus() -> int:
     """NVIDIA GPUs that CUDA will see in a process of ours: those of the driver, as far as CUDA_VISIBLE_DEVICES names
-    them. 0 where nothing tells of any."""
+    them. 0 if there is no driver."""
     total = _driver_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -65,7 +64,7 @@ def count_gpus() -> int:
     count = 0
     for name in filter(None, (name.strip() for name in visible.split(","))):
         if name.lstrip("-").isdecimal() and not 0 <= int(name) < total:
-            break  # what follows a number that is none is not seen either
+            break  # CUDA ignores all that follows a number without a GPU
         count += 1
     return count if total else 0
 
@@ -85,7 +84,7 @@ def _driver_gpus() -> int:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the workers' torch was built for CUDA, as its version file tells: importing torch takes a second."""
+    """Whether the workers' torch was built for CUDA, read from its version file: importing torch takes a second."""
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         version = importlib.util.spec_from_file_location("torch_version", Path(folder) / "version.py")

@@ -12,7 +12,7 @@ import msgspec
 
 from miniserve.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 class Wire(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -70,22 +70,53 @@ class TokenLogprob(Wire, frozen=True):
     top: list[tuple[int, float]]
 
 
-class TurnOutput(Wire, frozen=True):
-    """New tokens of a turn, the first of which is output number `index` (0 = the first output token of the turn).
-    `turn` is what `Run` called it. With a turn's first output come `cached_tokens` (prompt tokens whose KV was found)
-    and the seconds that its `prefill` took from when it got its pages. With the finish "error" comes what went wrong,
-    and whether the request is `invalid`, that is, at fault itself."""
+class FirstToken(Wire, frozen=True):
+    """A run of a turn has computed its prompt and sampled. Output `index` (0 is the turn's first output token) and what
+    follows it are `tokens`: none where the turn ends with them, then `Ended` has them.
+
+    The KV of `cached_tokens` of the prompt was found; `prefill` are the seconds from when the turn got its pages.
+    """
+
+    turn: str
+    index: int
+    tokens: list[int]
+    cached_tokens: int
+    prefill: float
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Tokens(Wire, frozen=True):
+    """The next output tokens of a turn, from output `index` on."""
 
     turn: str
     index: int
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None
-    finish: FinishReason | None = None
+
+
+class Ended(Wire, frozen=True):
+    """The last output tokens of a turn, from output `index` on, and why it ends with them: `stop_token` is the token
+    that ended it, the last of `tokens`, where one did."""
+
+    turn: str
+    index: int
+    tokens: list[int]
+    finish: FinishReason
     stop_token: int | None = None
-    cached_tokens: int | None = None
-    prefill: float = 0.0
-    error: str = ""
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Failed(Wire, frozen=True):
+    """A turn cannot go on after `index` outputs, for the reason `error`. `invalid`: the request itself is at fault."""
+
+    turn: str
+    index: int
+    error: str
     invalid: bool = False
+
+
+TurnOutput = FirstToken | Tokens | Ended | Failed
+"""What a worker reports of a turn; `turn` is what `Run` called it."""
 
 
 # --- frontend -> worker ---------------------------------------------------------------------------------------------
@@ -130,9 +161,9 @@ class Run(Wire, frozen=True):
     seed: int
     salt: str = ""
     prior: int = 0
-    prefill_at: str = ""
+    prefill_at: str | None = None
     share_history: bool = False
-    history_at: str = ""
+    history_at: str | None = None
     keep: Keep = Keep()
 
 
@@ -178,19 +209,20 @@ class Publish(Wire, frozen=True):
     """Finished pages, which hold the prompt from page `first` on. Without any pages it only says: still at work.
 
     `pages` are numbers in the sender's pool and `hashes` the chain hash of the tokens each one holds. They stay
-    untouched until the ack, but not past `deadline` (seconds on the host's monotonic clock): what is copied later does
-    not count. `last` ends the handoff. A prefill ends with `commit`, the first token as P reports it to the frontend: D
-    decodes on from it, and reports it too, since P may die before its own report is read. `ticket` is the transfer's
-    own.
+    untouched until the ack, but not past `deadline`: what is copied later does not count. The sender had finished them
+    at `finished_at`. Both are seconds on the host's monotonic clock. `last` ends the handoff. A prefill ends with
+    `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it too, since P may die
+    before its own report is read. `ticket` is the transfer's own.
     """
 
     turn: str
     first: int
     pages: list[int]
     hashes: list[bytes]
+    finished_at: float
     deadline: float
     last: bool = False
-    commit: TurnOutput | None = None
+    commit: FirstToken | None = None
     ticket: tuple[int, int] = (0, 0)
     history: bool = False
     """Whether this answers a `Fetch`, not a `Prefill`."""
@@ -238,7 +270,7 @@ class Ready(Wire, frozen=True):
     kv_note: str
 
 
-class Failed(Wire, frozen=True):
+class StartFailed(Wire, frozen=True):
     """A worker could not start: the reason, and what to do about it, for a person."""
 
     reason: str
@@ -321,7 +353,7 @@ Message = (
     | PrefillRefused
     | Loading
     | Ready
-    | Failed
+    | StartFailed
     | Report
 )
 

@@ -14,7 +14,7 @@ import zmq.asyncio
 from miniserve.cluster.channels import Outboxes, decode
 from miniserve.cluster.health import Health
 from miniserve.cluster.launch import RunDir, WorkerProcess, WorkerSpec
-from miniserve.cluster.messages import Envelope, Failed, Loading, Message, Peer, Ready, Report, Shutdown
+from miniserve.cluster.messages import Envelope, Loading, Message, Peer, Ready, Report, Shutdown, StartFailed
 from miniserve.config import EngineConfig
 
 log = logging.getLogger("miniserve.workers")
@@ -189,7 +189,7 @@ class Workers:
                 self._changed.set()
                 if self._started:  # not the first start, which waits for all
                     self._admit(name)
-            case Failed(reason):
+            case StartFailed(reason):
                 self.failed[name] = reason
                 self._changed.set()
 

@@ -34,6 +34,8 @@ class Ops(Protocol):
     """
 
     layout: str
+    draft_rows: int
+    """Rows of a step up to which it takes little longer than with one, since all weights are read anyway."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout."""

@@ -167,6 +167,8 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 class CpuOps:
     """See `miniserve.ops.Ops`."""
 
+    draft_rows = 12  # two of the six rows that the matrix kernel computes at a time
+
     def __init__(
         self,
         dtype: torch.dtype,

@@ -74,6 +74,7 @@ class CudaOps:
     """See `miniserve.ops.Ops`. `kernels` is the module flashinfer; tests put reference math there."""
 
     layout = "slot, kv_head, head_dim"
+    draft_rows = 12
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, kernels: Any = None

@@ -97,6 +97,7 @@ class TorchOps:
     """See `miniserve.ops.Ops`."""
 
     layout = "slot, kv_head, head_dim"
+    draft_rows = 12
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

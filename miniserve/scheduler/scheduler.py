@@ -9,7 +9,21 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from miniserve.cluster.messages import Abort, Keep, Message, Move, Peer, Peers, Report, Run, TurnOutput, WorkerStats
+from miniserve.cluster.messages import (
+    Abort,
+    Ended,
+    Failed,
+    FirstToken,
+    Keep,
+    Message,
+    Move,
+    Peer,
+    Peers,
+    Report,
+    Run,
+    TurnOutput,
+    WorkerStats,
+)
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.fleet import Fleet
@@ -285,7 +299,7 @@ class Scheduler:
 
     def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
         """Deliver an output if it is the next one; keep it if it is early; drop it if it is known."""
-        if output.finish == "error":
+        if isinstance(output, Failed):
             return self._fail(turn, output.error, now, output.invalid)
         if output.index < turn.delivered:
             known = turn.tokens[turn.given + output.index :][: len(output.tokens)]
@@ -302,22 +316,20 @@ class Scheduler:
         while (ready := turn.early.pop(turn.delivered, None)) is not None:
             turn.tokens += ready.tokens
             commands.append(Deliver(turn.id, ready))
-            if ready.cached_tokens is not None:
+            if isinstance(ready, FirstToken):
                 self._begun(turn, ready, now)
-            if ready.finish:
+            elif isinstance(ready, Ended):
                 commands += self._end(turn, ready.finish, now)
                 break
             self._grow(turn)
-            if not ready.tokens:
-                break
         return commands
 
-    def _begun(self, turn: Turn, first: TurnOutput, now: float) -> None:
+    def _begun(self, turn: Turn, first: FirstToken, now: float) -> None:
         """A run has given its first token: its prompt is computed."""
         self._return_lent(turn)
         if not turn.first_token:
             turn.first_token = now
-            turn.phases.prefill, turn.phases.cached = first.prefill, first.cached_tokens or 0
+            turn.phases.prefill, turn.phases.cached = first.prefill, first.cached_tokens
         if turn.prefill_at:
             turn.conversation.copy_at, turn.conversation.copy_tokens = turn.prefill_at, turn.given
             self._prefixes.add(turn.chain, turn.prefill_at)
@@ -335,7 +347,7 @@ class Scheduler:
         return [Send(turn.home, Abort(turn.run))] if turn.home in self.workers else []
 
     def _fail(self, turn: Turn, reason: str, now: float, invalid: bool = False) -> list[Command]:
-        failed = TurnOutput(turn.id, turn.delivered, [], finish="error", error=reason, invalid=invalid)
+        failed = Failed(turn.id, turn.delivered, reason, invalid)
         return [*self._abort(turn), *self._end(turn, "error", now), Deliver(turn.id, failed)]
 
     def _leave(self, turn: Turn, now: float) -> None:

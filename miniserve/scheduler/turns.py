@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from miniserve.cluster.messages import TurnOutput
+from miniserve.cluster.messages import Ended, FirstToken, Tokens
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.placement import Option
@@ -60,7 +60,7 @@ class Turn:
     first_token: float = 0.0
     phases: Phases = field(default_factory=Phases)
     chosen: Option | None = None
-    early: dict[int, TurnOutput] = field(default_factory=dict)
+    early: dict[int, FirstToken | Tokens | Ended] = field(default_factory=dict)
     """Outputs that overtook an earlier one: first tokens come from P, the next ones from D."""
 
     def waited(self, now: float) -> float:

@@ -6,8 +6,10 @@ import codecs
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
+from miniserve.cluster.messages import Ended
+
 if TYPE_CHECKING:
-    from miniserve.cluster.messages import TurnOutput
+    from miniserve.cluster.messages import FirstToken, Tokens
     from miniserve.sampling_params import SamplingParams
     from miniserve.text.tokenizer import Tokenizer
 
@@ -136,20 +138,21 @@ class TurnText:
             visible,
         )
 
-    def feed(self, output: TurnOutput) -> tuple[str, int]:
+    def feed(self, output: FirstToken | Tokens | Ended) -> tuple[str, int]:
         """Take in the next tokens: the text that can now be given out, and how many of the tokens count (those up to a
         stop string)."""
         count = len(output.tokens)
         self._given += count
         # The token that ends a turn is no part of its text, special or not.
-        hidden = output.stop_token is not None and not self._params.include_stop_str_in_output
+        ended = output if isinstance(output, Ended) else None
+        hidden = ended is not None and ended.stop_token is not None and not self._params.include_stop_str_in_output
         text = self._stream.push(output.tokens[:-1] if hidden else output.tokens)
         if self._stream.stopped_by is not None:
             count -= self._given - self._stream.tokens_used
             self.finish, self.stop_reason = "stop", self._stream.stopped_by
-        elif output.finish == "stop" or output.finish == "length":
+        elif ended is not None and ended.finish != "abort":
             text += self._stream.flush()
-            self.finish = output.finish
-            if output.stop_token in self._params.stop_token_ids:
-                self.stop_reason = output.stop_token
+            self.finish = ended.finish
+            if ended.stop_token in self._params.stop_token_ids:
+                self.stop_reason = ended.stop_token
         return text, count

@@ -16,7 +16,7 @@ import zmq
 
 from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerSpec
-from miniserve.cluster.messages import Failed, Loading
+from miniserve.cluster.messages import Loading, StartFailed
 from miniserve.config import ConfigError
 
 _born = time.monotonic()
@@ -61,7 +61,7 @@ def main() -> int:
         if not isinstance(error, ConfigError):
             traceback.print_exc()
         reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        outboxes.send(spec.frontend, Failed(reason))
+        outboxes.send(spec.frontend, StartFailed(reason))
         outboxes.close(linger_ms=1000)
         context.term()
         return 1

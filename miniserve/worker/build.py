@@ -28,7 +28,7 @@ from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
 from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.pace import Pace
-from miniserve.worker.runner import Runner
+from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
 
 Progress = Callable[[str, int, int], None]
@@ -136,8 +136,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         longest = -(-max_model_len // config.block_size)
         graphs = DecodeGraphs(transformer, recorded, memory.pages, config.max_num_seqs, longest)
     overlap = config.async_scheduling
+    drafts = device.type == "cpu" if config.prompt_lookup is None else config.prompt_lookup
     engine = Engine(
-        Runner(transformer, memory, eos, device, graphs),
+        ModelRunner(transformer, memory, eos, device, graphs),
         PagePool(
             num_pages,
             caching=config.enable_prefix_caching,
@@ -151,7 +152,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         host=host,
         grammars=grammars,
         pace=Pace(budget, config.step_stretch) if config.step_stretch else None,
-        drafts=device.type == "cpu" if config.prompt_lookup is None else config.prompt_lookup,
+        draft_rows=ops.draft_rows if drafts else 0,
         overlap=device.type == "cuda" if overlap is None else overlap,
     )
     identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, ops.layout, config.load_format]

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 NGRAM = 3
 """Tokens that must have come before in this order."""
-FIRST, MOST = 5, 11
-"""Tokens of a first draft, and of one after drafts that held. The CPU's matrix kernel computes six rows at a time."""
-ROWS = 12
-"""So many rows may a step have with drafts in it: up to there it takes little longer than with one, since all weights
-are read anyway."""
 LONGEST_PAUSE = 64
 """Tokens without a draft, at most, after drafts that did not hold."""
 
 
 class Drafter:
     """Drafts of one sequence, from its own tokens. Their length follows what has held: a draft that held to its end
-    doubles the next one; one that did not hold at all is followed by a pause, longer each time."""
+    doubles the next one; one that did not hold at all is followed by a pause, longer each time.
 
-    def __init__(self) -> None:
+    With the token before it, a first draft fills half of a step's `rows`, a longest one all of them.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._first, self._most = max(rows // 2 - 1, 1), max(rows - 1, 1)
         self._after: dict[tuple[int, ...], int] = {}
         """Where the token after each n-gram is, the last time that it came."""
         self._indexed = NGRAM
-        self._length = FIRST
+        self._length = self._first
         self._pause = 0
         self._next_pause = 1
 
@@ -44,8 +43,8 @@ class Drafter:
         """So many tokens of a draft that had any have held."""
         if held:
             self._next_pause = 1
-            self._length = min(2 * self._length, MOST) if held == drafted else held + 1
+            self._length = min(2 * self._length, self._most) if held == drafted else held + 1
         else:
             self._pause = self._next_pause
             self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
-            self._length = FIRST
+            self._length = self._first

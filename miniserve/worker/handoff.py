@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import (
     Fetch,
+    FirstToken,
     Keep,
     Message,
     Move,
@@ -34,7 +35,7 @@ from miniserve.cluster.messages import (
 from miniserve.kv.hashing import root_hash
 from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.worker.engine import Engine
-from miniserve.worker.sequence import Sequence, Status
+from miniserve.worker.sequence import Sequence, State
 
 log = logging.getLogger("miniserve.handoff")
 
@@ -62,14 +63,21 @@ class Pull:
 
 @dataclass
 class Lease:
-    """The sender's side: `pages` are kept for `destination`, those of a `sequence` that is prefilled for it, or of a
-    history it has fetched. The first `published` pages of the prompt are known to the receiver."""
+    """The sender's side: pages are kept for `destination`, those of a `sequence` that is prefilled for it, or the
+    `pages` of a history it has fetched. The first `published` pages of the prompt are known to the receiver."""
 
     destination: Peer
     pages: list[int]
     published: int
     deadline: float
     sequence: Sequence | None = None
+
+    @property
+    def unfinished(self) -> Sequence | None:
+        """The sequence while it is still prefilled."""
+        if self.sequence is None or self.sequence.state in (State.PUBLISHED, State.FINISHED):
+            return None
+        return self.sequence
 
 
 class Handoffs:
@@ -160,6 +168,8 @@ class Handoffs:
             return
         salt = self._salts.pop(turn, "")
         if sequence.prefill_at and (pull := self._begin(sequence, sequence.prefill_at, history=False)):
+            if sequence.state is State.FETCHING:
+                sequence.move(State.RECEIVING)
             self._send(
                 pull.source.address,
                 Prefill(
@@ -264,17 +274,14 @@ class Handoffs:
             if not failure:
                 pull.pages += len(message.pages)
                 sequence.computed = min(end * size, sequence.given)
-                self._engine.register(sequence)
+                sequence.register(self._engine.pool, size)
         if message.commit is not None and end == len(sequence.pages):
             # The client may have this token already: we go on from it even if we have to compute the pages.
-            sequence.tokens += message.commit.tokens
-            sequence.finish = message.commit.finish
-            self.outputs.append(message.commit)
+            self.outputs += self._engine.commit(sequence, message.commit)
         if failure:
             self._give_up(message.turn, failure)
         elif message.last:
-            # Published when it was finished: `deadline` counts from then.
-            self._complete(pull, self._clock() - (message.deadline - self.patience))
+            self._complete(pull, self._clock() - message.finished_at)
 
     def _complete(self, pull: Pull, exposed: float) -> None:
         """All that the sender had is here."""
@@ -303,7 +310,7 @@ class Handoffs:
         sequence = pull.sequence
         if pull.history:
             sequence.cached = max(sequence.cached or 0, sequence.computed)
-            sequence.history_at = ""
+            sequence.history_at = None
             self.request(sequence)
         elif sequence.finish:
             self._engine.finish(sequence)
@@ -355,25 +362,29 @@ class Handoffs:
             root_hash(self._layout, message.salt),
             prior=message.prior,
             prefill_for=destination,
-            history_at=destination if message.share_history else "",
+            history_at=destination if message.share_history else None,
             keep=message.keep,
         )
         deadline = self._clock() + self.patience
         self._leases[message.turn] = Lease(peer, [], message.have // size, deadline, sequence)
         self._engine.add(sequence)
 
-    def publish(self, sequence: Sequence, first_token: TurnOutput | None) -> None:
-        """Tell D which pages a step has finished; `first_token` (what is reported of it) ends the prefill."""
+    def publish(self, sequence: Sequence, first: FirstToken | None) -> None:
+        """Publish to D the pages that a step has finished; the `first` token ends the prefill."""
         lease = self._leases.get(sequence.turn)
         if lease is None:
             return
-        ready = len(sequence.pages) if first_token else sequence.computed // self._engine.page_tokens
-        if ready <= lease.published and not first_token:
+        ready = len(sequence.pages) if first else sequence.computed // self._engine.page_tokens
+        if ready <= lease.published and not first:
             return
-        self._offer(sequence.turn, lease, sequence, sequence.pages, ready, first_token)
-        if first_token:
-            lease.pages = sequence.pages
-            self._engine.finish(sequence, keep_pages=True)
+        self._offer(sequence.turn, lease, sequence, sequence.pages, ready, first)
+        if first:
+            self._engine.publish(sequence)
+
+    def refuse(self, sequence: Sequence, reason: str) -> None:
+        """The engine cannot finish a prefill for another worker: that one does it itself."""
+        if lease := self._leases.pop(sequence.turn, None):
+            self._send(lease.destination.address, PrefillRefused(sequence.turn, reason))
 
     def on_fetch(self, message: Fetch, destination: str) -> None:
         """Publish what is here of a conversation's history."""
@@ -381,7 +392,8 @@ class Handoffs:
         if self._engine.host is not None:
             self._engine.host.settle()  # a page may be known that is only on its way back from there
         peer, transfer = self._peers[destination]
-        deadline = self._clock() + self.patience
+        now = self._clock()
+        deadline = now + self.patience
         self._leases[message.turn] = Lease(peer, pages, message.first, deadline)
         for start in range(0, max(len(pages), 1), PIECE):
             piece = pages[start : start + PIECE]
@@ -392,6 +404,7 @@ class Handoffs:
                     first=message.first + start,
                     pages=piece,
                     hashes=message.hashes[start : start + len(piece)],
+                    finished_at=now,
                     deadline=deadline,
                     last=start + PIECE >= len(pages),
                     history=True,
@@ -400,12 +413,13 @@ class Handoffs:
             )
 
     def _offer(
-        self, turn: str, lease: Lease, sequence: Sequence, pages: list[int], ready: int, commit: TurnOutput | None
+        self, turn: str, lease: Lease, sequence: Sequence, pages: list[int], ready: int, commit: FirstToken | None
     ) -> None:
         """Publish the pages of a prefill up to `ready`."""
         _, transfer = self._peers[lease.destination.name]
         fresh = pages[lease.published : ready]
-        lease.deadline = self._clock() + self.patience
+        now = self._clock()
+        lease.deadline = now + self.patience
         self._send(
             lease.destination.address,
             Publish(
@@ -413,6 +427,7 @@ class Handoffs:
                 first=lease.published,
                 pages=fresh,
                 hashes=sequence.given_hashes(self._engine.page_tokens)[lease.published : ready],
+                finished_at=now,
                 deadline=lease.deadline,
                 last=commit is not None,
                 commit=commit,
@@ -427,24 +442,25 @@ class Handoffs:
             self._end(turn)
 
     def expire(self) -> None:
-        """End the leases whose deadline has passed; tell those who wait for a prefill that it is still wanted here."""
+        """End the leases whose deadline has passed; assure the receivers of unfinished prefills that these go on."""
         now = self._clock()
         for turn, lease in list(self._leases.items()):
-            unfinished = lease.sequence is not None and lease.sequence.status is not Status.FINISHED
-            if unfinished and now > lease.deadline - self.patience * (1 - 1 / SIGNS_OF_LIFE):
+            if (sequence := lease.unfinished) is not None:
                 # Only while there is progress: two workers whose pages wait for each other must not do so for ever.
-                if lease.sequence is not None and self._engine.has_work:
-                    self._offer(turn, lease, lease.sequence, [], lease.published, None)
-            elif not unfinished and now > lease.deadline:
+                late = now > lease.deadline - self.patience * (1 - 1 / SIGNS_OF_LIFE)
+                if late and self._engine.has_work:
+                    self._offer(turn, lease, sequence, [], lease.published, None)
+            elif now > lease.deadline:
                 log.warning("turn %s: %s did not fetch its pages in time", turn, lease.destination.name)
                 self._end(turn)
 
     def _end(self, turn: str) -> None:
         """Give the pages back, and drop the work if it is not done."""
         lease = self._leases.pop(turn)
-        if lease.sequence is not None and lease.sequence.status is not Status.FINISHED:
+        if lease.unfinished is not None:
             self.abort(turn)  # what it may be fetching
             self._engine.abort(turn)
-        else:
-            keep = lease.sequence.keep if lease.sequence else Keep()
-            self._engine.pool.release(lease.pages, keep, self._clock())
+        elif lease.sequence is None:
+            self._engine.pool.release(lease.pages, Keep(), self._clock())
+        elif lease.sequence.state is State.PUBLISHED:
+            self._engine.unpublish(lease.sequence)

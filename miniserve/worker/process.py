@@ -12,6 +12,7 @@ from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import (
     Abort,
     Envelope,
+    Failed,
     Fetch,
     Message,
     Peers,
@@ -123,8 +124,10 @@ class Worker:
         for sequence in self.engine.admit():
             self.handoffs.request(sequence)
         step = self.engine.step()
-        for sequence, first_token in step.prefilled:
-            self.handoffs.publish(sequence, first_token)
+        for prefilled in step.prefilled:
+            self.handoffs.publish(prefilled.sequence, prefilled.first)
+        for sequence, reason in step.refused:
+            self.handoffs.refuse(sequence, reason)
         self._outputs += self.handoffs.outputs + step.outputs
         self.handoffs.outputs.clear()
         if step.time is not None:
@@ -183,7 +186,7 @@ class Worker:
         except ParameterError as wrong:
             error = wrong.message
         if error:
-            self._outputs.append(TurnOutput(run.turn, run.prior, [], finish="error", error=error))
+            self._outputs.append(Failed(run.turn, run.prior, error))
             return
         if run.prefill_at:
             self.handoffs.expect(run.turn, run.salt)

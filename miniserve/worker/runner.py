@@ -7,14 +7,14 @@ import torch
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
 from miniserve.ops.batch import Batch
-from miniserve.worker.engine import Sampled
 from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.sampler import Sampler, Samples, put
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Sampled, Work
 
 
 class DeviceStep:
-    """See `worker.engine.Launched`. Behind the step, what it samples is already on its way to the host."""
+    """A step on the device. Behind it, what it samples is already on its way to the host."""
 
     def __init__(self, samples: Samples | None, device: torch.device) -> None:
         self._samples = samples
@@ -25,13 +25,13 @@ class DeviceStep:
             self._done.record()
 
     def wait(self) -> Sampled:
-        """See `Launched`. Pages that the step has filled may be shown to others from then on."""
+        """Block until it is done; what it has sampled. Pages that it filled may be shown to others from then on."""
         if self._done is not None:
             self._done.synchronize()
-        return self._samples.read() if self._samples is not None else ([], [])
+        return self._samples.read() if self._samples is not None else []
 
 
-class Runner:
+class ModelRunner:
     """The model, the bytes of the KV pool and the sampler of one device. `eos` are the ids that end a turn; with
     `graphs` batches of decodes are replayed."""
 
@@ -53,43 +53,43 @@ class Runner:
         """What the step launched last samples: the row of each sequence, and the tokens."""
 
     @torch.inference_mode()
-    def launch(self, work: list[tuple[Sequence, int]]) -> DeviceStep:
-        """See `worker.engine.Runner`. Nothing in here waits for the device."""
+    def launch(self, batch: list[Work]) -> DeviceStep:
+        """Begin a step. Nothing in here waits for the device."""
         tokens: list[int] = []
         positions: list[int] = []
         outputs: list[int] = []
         complete: list[Sequence] = []
         ahead: list[int] = []
         fed: list[tuple[int, Sequence]] = []
-        for sequence, count in work:
-            start = sequence.computed + sequence.under_way
-            known = sequence.tokens[start : start + count]
+        for work in batch:
+            sequence, end = work.sequence, work.start + work.count
+            known = sequence.tokens[work.start : end]
             if not known:  # what is being sampled
                 known = [0]
                 fed.append((len(tokens), sequence))
-            if count == sequence.to_launch:
-                last = len(tokens) + count - 1
-                outputs += range(last, last + 1 + len(sequence.draft))
-                complete += [sequence] * (1 + len(sequence.draft))
-                ahead += range(1 + len(sequence.draft))
-            tokens += known + sequence.draft
-            positions += range(start, start + count + len(sequence.draft))
-        batch = Batch(
+            if work.samples:
+                last = len(tokens) + work.count - 1
+                outputs += range(last, last + work.num_sampled)
+                complete += [sequence] * work.num_sampled
+                ahead += range(work.num_sampled)
+            tokens += known + work.draft
+            positions += range(work.start, end + len(work.draft))
+        model_batch = Batch(
             tokens=self._put(tokens),
             positions=self._put(positions),
             outputs=self._put(outputs),
-            lengths=[count + len(sequence.draft) for sequence, count in work],
-            contexts=[s.computed + s.under_way + count + len(s.draft) for s, count in work],
-            pages=[sequence.pages for sequence, _ in work],
+            lengths=[work.count + len(work.draft) for work in batch],
+            contexts=[work.start + work.count + len(work.draft) for work in batch],
+            pages=[work.sequence.pages for work in batch],
         )
         if fed:
             assert self._latest is not None
             rows, sampled = self._latest
             wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
-            batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
-        logits = self.graphs.logits(batch) if self.graphs is not None else None
+            model_batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
+        logits = self.graphs.logits(model_batch) if self.graphs is not None else None
         if logits is None:
-            logits = self._transformer.forward(batch, self.memory.pages)
+            logits = self._transformer.forward(model_batch, self.memory.pages)
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None

@@ -15,8 +15,9 @@ import torch
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.ops import Ops
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.grammar import Masks
+from miniserve.worker.masks import Masks
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Sampled
 
 
 def uniform(seed: int, position: int) -> float:
@@ -53,7 +54,7 @@ class Samples:
             rows = LogprobRows(rows.rows, rows.counts, *host)
         return Samples(pinned(self.tokens), rows)
 
-    def read(self) -> tuple[list[int], list[TokenLogprob | None]]:
+    def read(self) -> Sampled:
         """Wait for them: one token for each row, with its log-probability where the request asks for it."""
         tokens = self.tokens.tolist()
         found: list[TokenLogprob | None] = [None] * len(tokens)
@@ -62,7 +63,7 @@ class Samples:
             for i, (row, count) in enumerate(zip(wanted.rows, wanted.counts, strict=True)):
                 best = list(zip(ids[i][:count], top[i][:count], strict=True))
                 found[row] = TokenLogprob(tokens[row], own[i], rank[i], best)
-        return tokens, found
+        return list(zip(tokens, found, strict=True))
 
 
 class Sampler:

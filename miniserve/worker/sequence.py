@@ -1,4 +1,4 @@
-"""One turn on a worker: its tokens, its pages, and how far it has come."""
+"""One turn on a worker: its tokens, its pages, how far it has come, and the states it may be in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
+from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.drafts import Drafter
 
@@ -15,23 +16,68 @@ if TYPE_CHECKING:
     from miniserve.worker.grammar import Matcher  # needs numpy and llguidance, which the simulator does not
 
 
-class Status(Enum):
-    """Where a sequence stands. A preempted one waits again."""
+class State(Enum):
+    """Where a sequence stands on its worker. docs/architecture.md has the diagram of `MOVES`."""
 
+    COMPILING = "compiling"
+    """Its grammar is being compiled."""
     WAITING = "waiting"
+    """It waits for pages: it is new, or was preempted."""
+    FETCHING = "fetching"
+    """It has its pages, and the KV of earlier turns comes from the worker that holds it."""
     RECEIVING = "receiving"
-    """Its pages are reserved and another worker fills them: not ours to compute yet."""
+    """It has its pages, and a prefiller computes the prompt and hands its KV over."""
     RUNNING = "running"
+    """This worker computes it: the prompt in chunks, then a token in each step."""
+    PUBLISHED = "published"
+    """It was prefilled for another worker, which may still copy the pages."""
     FINISHED = "finished"
+    """It is over, and its pages are given back."""
+
+
+MOVES: dict[State, dict[State, str]] = {
+    State.COMPILING: {
+        State.WAITING: "grammar compiled",
+        State.FINISHED: "grammar refused, or aborted",
+    },
+    State.WAITING: {
+        State.COMPILING: "has a grammar",
+        State.FETCHING: "pages reserved, history elsewhere",
+        State.RECEIVING: "pages reserved, prefill elsewhere",
+        State.RUNNING: "pages reserved",
+        State.FINISHED: "aborted",
+    },
+    State.FETCHING: {
+        State.RECEIVING: "history here, prefill elsewhere",
+        State.RUNNING: "history here, or given up",
+        State.FINISHED: "aborted",
+    },
+    State.RECEIVING: {
+        State.RUNNING: "committed, or given up",
+        State.FINISHED: "ended by its first token, or aborted",
+    },
+    State.RUNNING: {
+        State.WAITING: "preempted",
+        State.PUBLISHED: "prefilled for another worker",
+        State.FINISHED: "stop, length, aborted",
+    },
+    State.PUBLISHED: {State.FINISHED: "lease ended"},
+    State.FINISHED: {},
+}
+"""All moves there are, and what makes a sequence move."""
+
+
+class IllegalMove(RuntimeError):
+    """A sequence was to move where `MOVES` knows no way: a fault of the engine."""
 
 
 class Sequence:
     """`tokens` grows from the prompt by what is sampled; the KV of the first `computed` of them lies in `pages`.
 
-    `given` tokens came with the request, the last `prior` of which the client has already seen as output.
-    With `history_at` another worker is asked for the KV of earlier turns; with `prefill_at` one is asked to prefill the
-    rest, and with `share_history` that one may ask for ours. With `prefill_for` this worker prefills for another one,
-    and is done with the first sampled token.
+    `given` tokens came with the request, the last `prior` of which the client has already seen as output. The sequence
+    fetches the KV of earlier turns from the worker `history_at` and has the rest prefilled by the worker `prefill_at`,
+    which may fetch from this one what it lacks of the history (`share_history`). With `prefill_for` this worker
+    prefills for that one, and is done with the first sampled token.
     """
 
     def __init__(
@@ -43,9 +89,9 @@ class Sequence:
         root: bytes,
         *,
         prior: int = 0,
-        prefill_at: str = "",
-        prefill_for: str = "",
-        history_at: str = "",
+        prefill_at: str | None = None,
+        prefill_for: str | None = None,
+        history_at: str | None = None,
         share_history: bool = False,
         keep: Keep = Keep(),  # noqa: B008 - immutable
     ) -> None:
@@ -60,29 +106,35 @@ class Sequence:
         self.history_at = history_at
         self.share_history = share_history
         self.keep = keep
-        self.status = Status.WAITING
+        self.state = State.WAITING
         self.pages: list[int] = []
         self.computed = 0
         self.under_way = 0
-        """Tokens after these whose KV a launched step is computing."""
+        """Tokens after the computed ones whose KV a launched step computes."""
         self.sampling = False
         """Whether a launched step samples the token that comes after `tokens`."""
         self.drafter: Drafter | None = None
-        """Who guesses how it goes on; None where nothing is to be guessed."""
-        self.draft: list[int] = []
-        """Tokens after these that a launched step computes too, in case it samples them."""
+        """Guesses how the sequence goes on; None where nothing is to be guessed."""
         self.registered = 0
         """Full pages that the prefix cache knows."""
         self.cached: int | None = None
-        """Tokens whose KV was found when the turn was first admitted."""
+        """Tokens whose KV was found when the turn was first admitted; None before that."""
         self.admitted = 0.0
         """When it first got its pages (seconds of the engine's clock)."""
         self.compiling: Future[Matcher] | None = None
-        """What its outputs must match, perhaps not ready yet; None where they are free."""
+        """The grammar's compilation, in the state COMPILING."""
+        self.matcher: Matcher | None = None
+        """What the outputs must match; None where they are free."""
         self.finish: FinishReason | None = None
         self.stop_token: int | None = None
         self._root = root
         self._hashes: list[bytes] = []
+
+    def move(self, state: State) -> None:
+        """Go to another state. Raises `IllegalMove`."""
+        if state not in MOVES[self.state]:
+            raise IllegalMove(f"turn {self.turn}: no way from {self.state.value} to {state.value}")
+        self.state = state
 
     @property
     def num_outputs(self) -> int:
@@ -91,7 +143,7 @@ class Sequence:
 
     @property
     def outputs(self) -> list[int]:
-        """These tokens."""
+        """Output tokens of the turn so far, wherever they were made."""
         return self.tokens[len(self.tokens) - self.num_outputs :]
 
     @property
@@ -109,13 +161,18 @@ class Sequence:
         """Tokens whose KV is neither there nor under way: 1 means that the next step is a decode."""
         return self.length - self.computed - self.under_way
 
+    @property
+    def needed_soon(self) -> Keep:
+        """What the page pool should know while the sequence waits: it needs its pages as soon as there is room."""
+        return Keep(self.keep.conversation, gap=1.0, chance=1.0, page_seconds=self.keep.page_seconds)
+
     def can_go_on(self, max_len: int) -> bool:
         """Whether a step can be launched for it now. While a token is being sampled that is so if it is not the last
         one for sure, and if neither the choice of the next one nor a draft depends on which it is."""
         if not self.sampling:
             return True
         params = self.params
-        last = self.prefill_for or self.length >= max_len
+        last = self.prefill_for is not None or self.length >= max_len
         last = last or (params.max_tokens is not None and self.num_outputs + 1 >= params.max_tokens)
         return not last and not params.looks_back and self.drafter is None
 
@@ -124,6 +181,15 @@ class Sequence:
         if len(self._hashes) < len(self.tokens) // page_tokens:
             self._hashes = page_hashes(self._root, self.tokens, page_tokens, self._hashes)
         return self._hashes
+
+    def register(self, pool: PagePool, page_tokens: int) -> None:
+        """Make the full pages whose KV is complete known to the prefix cache."""
+        full = self.computed // page_tokens
+        if full > self.registered:
+            hashes = self.hashes(page_tokens)
+            for page in range(self.registered, full):
+                pool.register(self.pages[page], hashes[page], hashes[page - 1] if page else None)
+            self.registered = full
 
     def given_hashes(self, page_tokens: int) -> list[bytes]:
         """Chain hashes of all pages of the given tokens, that of a last page which is not full included."""

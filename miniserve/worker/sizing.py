@@ -13,8 +13,9 @@ from miniserve.model.config import DTYPES, ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.ops.torch_ops import native_bf16
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.runner import Runner
+from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Work
 
 CPU_RUNTIME_BYTES = 700 * 2**20
 """What a worker process takes beside weights and KV: libraries and the activations of a step (measured, 512 tokens)."""
@@ -186,15 +187,15 @@ def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, bu
     device = transformer.device
     count = min(max_num_seqs, budget)
     params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, logprobs=20)
-    work, pages = [], -(-budget // count // shape.page_tokens) + 1
+    batch, pages = [], -(-budget // count // shape.page_tokens) + 1
     for i in range(count):
         sequence = Sequence(str(i), [0] * (budget // count), params, 0, b"")
         sequence.pages = list(range(i * pages, (i + 1) * pages))
-        work.append((sequence, budget // count))
+        batch.append(Work.next(sequence, budget // count))
     memory = KVMemory(shape, count * pages, device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    Runner(transformer, memory, frozenset(), device).launch(work).wait()
+    ModelRunner(transformer, memory, frozenset(), device).launch(batch).wait()
     taken = torch.cuda.max_memory_allocated(device) - before
     del memory
     torch.cuda.empty_cache()

@@ -268,7 +268,7 @@ import miniserve.bench.figures.tables
 from miniserve.config import ConfigError
 for name in ("plots", "timeline_plot"):
     try:
-        __import__(f"miniserve.replay.{name}")
+        __import__(f"miniserve.bench.figures.{name}")
     except ConfigError as error:
         print(error)
 """

@@ -3,58 +3,55 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from miniserve.cli import main as cli
+from tests.support.scripted import Replies, ScriptedServer
+from tests.support.terminal import PATIENCE_SECONDS, Terminal, environment
+
 USAGE = {"prompt_tokens": 40, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 32}}
-Handler = BaseHTTPRequestHandler
 
 
 def chunk(text: str) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": {"content": text}}]}
 
 
-def send(handler: Handler, *events: Any) -> None:
+def send(handler: Replies, *events: Any) -> None:
     """Some events, as chunks of HTTP."""
     for event in events:
         data = b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
         handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
 
-def answer(handler: Handler) -> None:
+def answer(handler: Replies) -> None:
     send(handler, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}, chunk("Grüß"))
     time.sleep(0.02)
     send(handler, chunk(" Gott"), {"choices": [], "usage": USAGE}, b"[DONE]")
     handler.wfile.write(b"0\r\n\r\n")
 
 
-class Scripted:
+class ChatServer(ScriptedServer):
     """A server that notes requests and lets `play` write the body of a stream."""
 
     def __init__(self) -> None:
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
-        self.play: Callable[[Handler], None] = answer
-        self.before_headers: Callable[[Handler], None] = lambda handler: None
+        self.play: Callable[[Replies], None] = answer
+        self.before_headers: Callable[[Replies], None] = lambda handler: None
         self.refuse: tuple[int, bytes] | None = None
         self.models = b'{"data": [{"id": "tiny"}, {"id": "other"}]}'
         script = self
 
-        class Replies(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Answers(Replies):
             def do_GET(self) -> None:
                 if self.path != "/v1/models":
                     return self.nothing()
@@ -79,23 +76,11 @@ class Scripted:
                 message = f"There is nothing at {self.command} {self.path}."
                 self.reply(404, json.dumps({"error": {"message": message}}).encode())
 
-            def reply(self, status: int, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+        super().__init__(Answers)
 
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Replies)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def chat(self, lines: str, *flags: str) -> subprocess.CompletedProcess[str]:
-        """Say `lines` to it through a pipe."""
-        return subprocess.run(
-            command(self.url, *flags), input=lines, capture_output=True, text=True, timeout=30, env=environment()
-        )
+    def chat(self, lines: str, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Say `lines` to it through a pipe; `more` is added to the environment."""
+        return say(self.url, lines, *flags, **more)
 
     def said(self, number: int) -> list[tuple[str, str]]:
         """The messages of a request: (role, content)."""
@@ -106,25 +91,24 @@ def command(url: str, *flags: str) -> list[str]:
     return [sys.executable, "-m", "miniserve", "chat", "--url", url, *flags]
 
 
-def environment() -> dict[str, str]:
-    hidden = ("MINISERVE_API_KEY", "VLLM_API_KEY")
-    return {name: value for name, value in os.environ.items() if name not in hidden} | {"PYTHONIOENCODING": "utf-8"}
+def say(url: str, lines: str, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+    env = environment(PYTHONIOENCODING="utf-8", **more)
+    return subprocess.run(
+        command(url, *flags), input=lines, capture_output=True, text=True, timeout=PATIENCE_SECONDS, env=env
+    )
 
 
 @pytest.fixture
-def server() -> Iterator[Scripted]:
-    scripted = Scripted()
-    thread = threading.Thread(target=scripted.http.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
+def server() -> Iterator[ChatServer]:
+    scripted = ChatServer()
     yield scripted
-    scripted.http.shutdown()
-    scripted.http.server_close()
+    scripted.close()
 
 
 # --- a conversation -------------------------------------------------------------------------------------------------
 
 
-def test_history_grows_under_one_conversation_id(server: Scripted) -> None:
+def test_history_grows_under_one_conversation_id(server: ChatServer) -> None:
     done = server.chat("Hello\n\nAgain\n/reset\nAnew\n/exit\nnever\n", "--system", "Be brief.")
     assert (done.returncode, done.stderr) == (0, "")
     system, said = ("system", "Be brief."), ("assistant", "Grüß Gott")
@@ -138,31 +122,31 @@ def test_history_grows_under_one_conversation_id(server: Scripted) -> None:
     assert done.stdout.count("Grüß Gott\n[first token ") == 3
 
 
-def test_what_is_shown_after_an_answer(server: Scripted) -> None:
+def test_speed_and_usage_follow_an_answer(server: ChatServer) -> None:
     shown = server.chat("Hello\n").stdout.splitlines()[1]
     assert shown.startswith("[first token 0.")
     assert " tok/s, 3 tokens, prompt 40 tokens, 32 cached]" in shown
 
 
-def test_system_and_help(server: Scripted) -> None:
+def test_system_message_and_help(server: ChatServer) -> None:
     done = server.chat("/help\n/system Rhyme.\nHello\n/system\nHello\n")
     assert done.stdout.startswith("/reset begins anew")
     assert [server.said(i)[0] for i in (0, 1)] == [("system", "Rhyme."), ("user", "Hello")]
 
 
 @pytest.mark.parametrize("line", ["/bogus", "/exti", "/Reset", "/systm Rhyme.", "/"])
-def test_a_mistyped_command_is_not_sent(server: Scripted, line: str) -> None:
+def test_a_mistyped_command_is_not_sent(server: ChatServer, line: str) -> None:
     done = server.chat(f"{line}\nHello\n")
     assert done.stdout.startswith(f"There is no {line.split()[0]}. /reset begins anew")
     assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "Hello"}]]
 
 
-def test_a_path_is_no_command(server: Scripted) -> None:
+def test_a_path_is_no_command(server: ChatServer) -> None:
     server.chat("/etc/hosts: what is it?\n")
     assert server.said(0) == [("user", "/etc/hosts: what is it?")]
 
 
-def test_options_are_sent_only_when_given(server: Scripted) -> None:
+def test_options_are_sent_only_when_given(server: ChatServer) -> None:
     server.chat("Hello\n")
     server.chat("Hello\n", "--model", "other", "--temperature", "0", "--max-tokens", "5", "--api-key", "secret")
     always = {"messages", "stream", "stream_options", "model"}
@@ -174,7 +158,7 @@ def test_options_are_sent_only_when_given(server: Scripted) -> None:
     assert server.headers[1]["authorization"] == "Bearer secret"
 
 
-def test_an_answer_without_text_leaves_no_trace(server: Scripted) -> None:
+def test_an_answer_without_text_leaves_no_trace(server: ChatServer) -> None:
     server.play = lambda handler: send(handler, {"choices": [], "usage": USAGE | {"completion_tokens": 1}}, b"[DONE]")
     done = server.chat("Hello\nAgain\n")
     assert done.stdout.splitlines()[1] == "[no text, 1 tokens, prompt 40 tokens, 32 cached]"
@@ -184,7 +168,7 @@ def test_an_answer_without_text_leaves_no_trace(server: Scripted) -> None:
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def told(done: subprocess.CompletedProcess[str]) -> str:
+def failure(done: subprocess.CompletedProcess[str]) -> str:
     """The one line of a failure."""
     assert done.returncode == 1
     lines = done.stderr.splitlines()
@@ -192,78 +176,89 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_no_server_says_how_to_start_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-        done = subprocess.run(command(url), input="", capture_output=True, text=True, timeout=30)
-    assert f"No server answers at {url}" in told(done)
-    assert "`miniserve serve`" in told(done)
+def test_no_server_says_how_to_start_one(port: int) -> None:
+    url = f"http://127.0.0.1:{port}/v1"
+    line = failure(say(url, ""))
+    assert line.startswith(f"miniserve: No server answers at {url} (Connection refused).")
+    assert "`miniserve serve`" in line
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "http://x:port/v1", "http://[x/v1"])
-def test_what_is_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from miniserve.cli import main as cli
+def test_proxies_of_the_environment_are_not_asked(server: ChatServer, port: int) -> None:
+    proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), f"http://127.0.0.1:{port}")
+    assert "Grüß Gott" in server.chat("Hello\n", **proxies).stdout
 
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "http://x:port/v1", "http://x:99999/v1", "http://[x/v1"]
+)
+def test_an_address_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "--url", url]) == 1
     assert "write it like http://127.0.0.1:8000/v1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("models", [b"<html>", b"[]", b'{"data": []}'])
-def test_what_is_no_openai_api(server: Scripted, models: bytes) -> None:
+def test_another_api_is_recognized(server: ChatServer, models: bytes) -> None:
     server.models = models
-    assert "Does --url end in /v1?" in told(server.chat("Hello\n"))
+    assert "Does --url end in /v1?" in failure(server.chat("Hello\n"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--model", "tiny"]])
-def test_a_url_without_v1(server: Scripted, flags: list[str]) -> None:
+def test_a_url_without_v1_is_suspected(server: ChatServer, flags: list[str]) -> None:
     server.url = server.url.removesuffix("/v1")
-    line = told(server.chat("Hello\n", *flags))
+    line = failure(server.chat("Hello\n", *flags))
     where = "POST /chat/completions" if flags else "GET /models"
     assert line == f"miniserve: The server says: There is nothing at {where}. Does --url end in /v1?"
 
 
-def test_another_404_is_no_question_of_the_url(server: Scripted) -> None:
+def test_another_404_does_not_blame_the_url(server: ChatServer) -> None:
     server.refuse = (404, b'{"error": {"message": "There is no model x here."}}')
-    assert told(server.chat("Hello\n", "--model", "x")) == "miniserve: The server says: There is no model x here."
+    assert failure(server.chat("Hello\n", "--model", "x")) == "miniserve: The server says: There is no model x here."
 
 
-def test_the_servers_own_words(server: Scripted) -> None:
+def test_the_servers_own_words_are_shown(server: ChatServer) -> None:
     server.refuse = (400, b'{"error": {"message": "too long", "code": "context_length_exceeded"}}')
-    assert told(server.chat("Hello\n")) == "miniserve: The server says: too long"
+    assert failure(server.chat("Hello\n")) == "miniserve: The server says: too long"
     server.refuse = (502, b"")
-    assert told(server.chat("Hello\n")) == "miniserve: The server says: Bad Gateway"
+    assert failure(server.chat("Hello\n")) == "miniserve: The server says: Bad Gateway"
 
 
-def test_an_error_within_the_stream(server: Scripted) -> None:
+def test_an_error_within_the_stream_is_shown(server: ChatServer) -> None:
     server.play = lambda handler: send(handler, chunk("Gr"), {"error": {"message": "the worker died"}}, b"[DONE]")
-    assert told(server.chat("Hello\n")) == "miniserve: The server says: the worker died"
+    assert failure(server.chat("Hello\n")) == "miniserve: The server says: the worker died"
+
+
+def test_an_event_ends_at_a_newline_alone(server: ChatServer) -> None:
+    """JSON may hold U+2028 and its like as they are."""
+    text = "a\u2028b\x85c\u2029d"
+    event = json.dumps(chunk(text), ensure_ascii=False).encode()
+    server.play = lambda handler: send(handler, event, b"[DONE]")
+    assert server.chat("Hello\n").stdout.startswith(text + "\n[first token")
 
 
 @pytest.mark.parametrize("tail", [b"", b"50\r\ndata: {", b"0\r\n\r\n"], ids=["closed", "within a chunk", "no DONE"])
-def test_a_stream_that_breaks_off(server: Scripted, tail: bytes) -> None:
-    def play(handler: Handler) -> None:
+def test_a_stream_that_breaks_off_is_an_error(server: ChatServer, tail: bytes) -> None:
+    def play(handler: Replies) -> None:
         send(handler, chunk("Gr"))
         handler.wfile.write(tail)
 
     server.play = play
     done = server.chat("Hello\n")
     assert done.stdout == "Gr"
-    assert "broke off" in told(done)
+    assert "broke off" in failure(done)
 
 
 @pytest.mark.parametrize("when", ["before the first token", "within the answer"])
-def test_ctrl_c_ends_the_answer_and_not_the_chat(server: Scripted, when: str) -> None:
+def test_ctrl_c_ends_the_answer_and_not_the_chat(server: ChatServer, when: str) -> None:
     """The server sees the connection close, which is what frees the KV."""
     waiting, gone = threading.Event(), threading.Event()
 
-    def until_gone(handler: Handler) -> None:
+    def until_gone(handler: Replies) -> None:
         waiting.set()
-        handler.connection.settimeout(10)
+        handler.connection.settimeout(PATIENCE_SECONDS)
         if handler.connection.recv(1) == b"":
             gone.set()
 
-    def play(handler: Handler) -> None:
+    def play(handler: Replies) -> None:
         send(handler, chunk("Once upon"))
         until_gone(handler)
 
@@ -279,11 +274,11 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(server: Scripted, when: str) ->
     process.stdin.flush()
     if when == "within the answer":
         assert process.stdout.read(9) == b"Once upon"
-    assert waiting.wait(10)
+    assert waiting.wait(PATIENCE_SECONDS)
     process.send_signal(signal.SIGINT)
-    assert gone.wait(10)
+    assert gone.wait(PATIENCE_SECONDS)
     server.play, server.before_headers = answer, lambda handler: None
-    out, errors = process.communicate(b"Hello\n", timeout=10)
+    out, errors = process.communicate(b"Hello\n", timeout=PATIENCE_SECONDS)
     assert (process.returncode, errors) == (0, b"")
     assert b" [ended]\n" in out
     assert "Grüß Gott".encode() in out
@@ -291,41 +286,22 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(server: Scripted, when: str) ->
     assert server.said(1) == [*(story if when == "within the answer" else []), ("user", "Hello")]
 
 
-def test_a_person_at_a_terminal_may_try_again(server: Scripted, tmp_path: Path) -> None:
+def test_a_person_at_a_terminal_may_try_again(server: ChatServer, tmp_path: Path) -> None:
     server.refuse = (503, b'{"error": {"message": "queue full"}}')
-    controller, terminal = pty.openpty()
-    process = subprocess.Popen(
-        command(server.url),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env=environment() | {"HOME": str(tmp_path), "TERM": "dumb"},
-        start_new_session=True,
-    )
-    os.close(terminal)
-    shown = b""
-
-    def see(text: str) -> None:
-        nonlocal shown
-        while text.encode() not in shown:
-            shown += os.read(controller, 4096)
-        shown = shown.partition(text.encode())[2]
-
+    terminal = Terminal("chat", "--url", server.url, HOME=str(tmp_path), TERM="dumb", PYTHONIOENCODING="utf-8")
     try:
-        see("tiny at ")
-        see("> ")
-        os.write(controller, b"Hello\n")
-        see("The server says: queue full")
-        see("> ")
+        terminal.read_until("tiny at ")
+        terminal.read_until("> ")
+        terminal.press(b"Hello\n")
+        terminal.read_until("The server says: queue full")
+        terminal.read_until("> ")
         server.refuse = None
-        os.write(controller, b"Hello\n")
-        see("Grüß Gott")
-        see("32 cached")
-        see("> ")
+        terminal.press(b"Hello\n")
+        terminal.read_until("Grüß Gott")
+        terminal.read_until("32 cached")
+        terminal.read_until("> ")
         assert server.said(1) == [("user", "Hello")]
-        os.write(controller, b"\x04")
-        assert process.wait(10) == 0
+        terminal.press(b"\x04")
+        assert terminal.ends() == 0
     finally:
-        process.kill()
-        process.wait()
-        os.close(controller)
+        terminal.close()

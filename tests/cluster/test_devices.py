@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from miniserve.cli.serve import ways
+from miniserve.cli.banner import ways
 from miniserve.cluster import devices
 from miniserve.cluster.devices import count_gpus, place
 from miniserve.cluster.messages import CudaHandle, PoolInfo
@@ -102,9 +102,7 @@ def test_a_torch_without_cuda_leaves_gpus_alone(gpus, monkeypatch: pytest.Monkey
 def test_what_torch_was_built_for_is_known_without_it() -> None:
     assert devices._torch_has_cuda() == (torch.version.cuda is not None)
     code = "import sys; from miniserve.cluster.devices import *; from miniserve.cluster import devices as d; "
-    code += (
-        "d._torch_has_cuda(); count_gpus(); from miniserve.frontend import client; assert 'torch' not in sys.modules"
-    )
+    code += "d._torch_has_cuda(); count_gpus(); import miniserve.dispatcher; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -139,10 +137,10 @@ def test_gpus_are_counted_by_what_the_driver_lists(monkeypatch: pytest.MonkeyPat
     assert devices._driver_gpus() == 2
 
 
-def test_the_banner_tells_which_gpus_cannot_read_each_other(gpus) -> None:
+def test_the_banner_names_gpus_that_cannot_read_each_other(gpus) -> None:
     gpus(3)
 
-    def told(how: str) -> str:
+    def shown(how: str) -> str:
         engine = EngineConfig(model="m", kv_transfer=how)
         client = EngineClient(ServeConfig(engine=engine), SimpleNamespace(folder=Path("/m")))
         assert str(client.topology) == "1P2D"
@@ -159,7 +157,7 @@ def test_the_banner_tells_which_gpus_cannot_read_each_other(gpus) -> None:
         ("mapped", "none (prefills at home) between all workers but d0->p0 mapped, p0->d0 mapped"),
         ("collective", "collective (NCCL) between all workers"),
     ):
-        assert told(how) == says
+        assert shown(how) == says
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ def test_workers_on_one_gpu_split_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert half == pytest.approx(36 * GIB - 9 * GIB - CUDA_RUNTIME_BYTES, abs=shape.bytes)
     assert "90% of 80GiB / 2 workers on cuda:1, less 10.18GiB" in note
     free = 5 * GIB
-    assert size(2)[0] <= free, "somebody else has it"
+    assert size(2)[0] <= free, "another process has the rest"
 
 
 def test_files_in_a_containers_memory_give_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,15 +25,17 @@ PARAMS = SamplingParams(
 )
 POOL = m.PoolInfo(pid=1234, fd=7, num_pages=2048, page_bytes=2**21, layout="llama-bf16-16")
 STATS = m.WorkerStats(10, 4, 3, 3, 2, 1, 512, 1, steps=9, preemptions=1, prefix_hits=16, busy_seconds=0.25)
-OUTPUT = m.TurnOutput(
-    turn="t1",
-    index=3,
-    tokens=[5, 6],
-    logprobs=[m.TokenLogprob(5, -0.5, 1, [(5, -0.5), (9, -1.5)]), m.TokenLogprob(6, -2.0, 3, [])],
-    finish="stop",
-    stop_token=6,
-    cached_tokens=32,
-)
+LOGPROBS = [m.TokenLogprob(5, -0.5, 1, [(5, -0.5), (9, -1.5)]), m.TokenLogprob(6, -2.0, 3, [])]
+FIRST = m.FirstToken("t1", 3, [5, 6], cached_tokens=32, prefill=0.25, logprobs=LOGPROBS)
+OUTPUTS: list[m.TurnOutput] = [
+    FIRST,
+    m.Tokens("t1", 5, [7]),
+    m.Tokens("t1", 6, [5, 6], LOGPROBS),
+    m.Ended("t1", 8, [5, 6], "stop", 6, LOGPROBS),
+    m.Ended("t2", 0, [], "abort"),
+    m.Failed("t2", 0, "lost"),
+    m.Failed("t2", 3, "the grammar", invalid=True),
+]
 MESSAGES: list[m.Message] = [
     m.Peers([m.Peer("d0", 1, "ipc:///run/d0", POOL)]),
     m.Peers([]),
@@ -43,8 +45,8 @@ MESSAGES: list[m.Message] = [
     m.Abort("t1"),
     m.Shutdown(),
     m.Prefill("t1", [1, 2, 3], PARAMS, seed=1, salt="", prior=0, have=16),
-    m.Publish("t1", 0, [4, 5], [b"\x00" * 16, b"\xff" * 16], deadline=12345.5),
-    m.Publish("t1", 2, [], [], deadline=0.0, last=True, commit=OUTPUT, ticket=(2, 7)),
+    m.Publish("t1", 0, [4, 5], [b"\x00" * 16, b"\xff" * 16], finished_at=12340.5, deadline=12345.5),
+    m.Publish("t1", 2, [], [], finished_at=0.0, deadline=0.0, last=True, commit=FIRST, ticket=(2, 7)),
     m.Fetch("t1", 3, [b"\x00" * 16]),
     m.Release("t1"),
     m.PrefillRefused("t1", "no pages"),
@@ -52,8 +54,8 @@ MESSAGES: list[m.Message] = [
     m.Ready(
         POOL, "bfloat16", "cpu", "native", 2, 2**28, 16, 8192, 49152, {"weights": 0.5}, "1 GiB / 2 MiB = 512 pages"
     ),
-    m.Failed("no memory: use --kv-cache-memory 1GiB"),
-    m.Report([OUTPUT, m.TurnOutput("t2", 0, [], finish="error", error="lost")], [m.Move("t1", "p0", 3, 9, 0.1)], STATS),
+    m.StartFailed("no memory: use --kv-cache-memory 1GiB"),
+    m.Report(OUTPUTS, [m.Move("t1", "p0", 3, 9, 0.1)], STATS),
 ]
 BYTES = [msgspec.msgpack.encode(m.Envelope("d0", 3, body)) for body in MESSAGES]
 
@@ -82,7 +84,8 @@ def test_messages_are_immutable() -> None:
         ["Abort", 5],
         ["Run", "t1", ["1"], {}, 0],
         ["Run", "t1", [1], {"top_k": "many"}, 0],
-        ["TurnOutput", "t1", 0, [], None, "finished"],
+        ["Ended", "t1", 0, [], "finished"],
+        ["Tokens", "t1", 0, [], None],  # an output, but never by itself
         [],
         None,
         "Shutdown",

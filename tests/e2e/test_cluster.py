@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from miniserve.cluster.channels import Outboxes
-from miniserve.cluster.messages import Failed
+from miniserve.cluster.messages import Failed, FirstToken, StartFailed
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import EngineConfig, ServeConfig, Topology
 from miniserve.dispatcher import EngineClient, EngineError, QueueFull
@@ -57,7 +57,7 @@ async def cluster(
 async def collect(client: EngineClient, tokens: list[int], params: SamplingParams, **kwargs) -> list[int]:
     out: list[int] = []
     async for output in client.submit(tokens, params, **kwargs):
-        assert output.finish != "error", output.error
+        assert not isinstance(output, Failed), output.error
         if output.tokens:
             assert output.index == len(out)
         out += output.tokens
@@ -119,7 +119,7 @@ async def test_conversation_moves_once(tiny_models):
             cached = None
             out: list[int] = []
             async for output in client.submit(history, greedy(10)):
-                cached = output.cached_tokens if output.cached_tokens is not None else cached
+                cached = output.cached_tokens if isinstance(output, FirstToken) else cached
                 out += output.tokens
             assert out == reference(folder, [history], 10)[0]
             assert cached == known // 16 * 16
@@ -200,7 +200,7 @@ async def test_a_worker_that_breaks_is_as_dead_as_a_killed_one(tiny_models):
         while not all((stats := client.stats.get(name)) and stats.running for name in ("d0", "d1")):
             await asyncio.sleep(0.01)
         last_words = Outboxes(zmq.Context.instance(), "d0", 1)
-        last_words.send(client.workers.processes["d0"].spec.frontend, Failed("ZeroDivisionError"))
+        last_words.send(client.workers.processes["d0"].spec.frontend, StartFailed("ZeroDivisionError"))
         while "d0" not in client.workers.failed:
             await asyncio.sleep(0)
         os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
@@ -217,7 +217,7 @@ async def test_parameters_that_slip_through_hurt_nobody_else(tiny_models):
         other = asyncio.create_task(collect(client, item, greedy(40)))
         bad = client.submit(item, SamplingParams(temperature=0, logit_bias={10**6: 1.0}))
         outputs = [output async for output in bad]
-        assert outputs[-1].finish == "error"
+        assert isinstance(outputs[-1], Failed)
         assert "logit_bias" in outputs[-1].error
         assert await other == reference(folder, [item], 40)[0]
         await settled(client)
@@ -320,7 +320,7 @@ async def test_a_worker_that_dies_over_and_over_is_given_up(tiny_folder, monkeyp
         turn = client.submit([1, 2, 3], greedy(400))
         os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
         outputs = [output async for output in turn]
-        assert outputs[-1].finish == "error"
+        assert isinstance(outputs[-1], Failed)
         assert "no decoder is left" in outputs[-1].error
         assert not client.healthy
         assert "restart the server (d0" in client.unhealthy_reason

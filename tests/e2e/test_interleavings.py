@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.cluster.channels import decode
-from miniserve.cluster.messages import Envelope, Peer, PoolInfo, Report, StepTime
+from miniserve.cluster.messages import Ended, Envelope, Failed, Peer, PoolInfo, Report, StepTime
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -32,11 +32,12 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.records import Decision
 from miniserve.scheduler.scheduler import MOST_LOSSES, Command, Note, Scheduler, Send
-from miniserve.worker.engine import Engine, Known
+from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Done, Work
 from tests.support.anywhere import Anywhere
 
 PAGE, LONGEST, VOCAB = 4, 64, 1000
@@ -63,28 +64,28 @@ class Model:
         self._pages = memory.pages
         self._latest: dict[Sequence, int] = {}
 
-    def launch(self, work: list[tuple[Sequence, int]]) -> Known:
+    def launch(self, batch: list[Work]) -> Done:
         latest: dict[Sequence, int] = {}
         sampled: list[int] = []
-        for sequence, count in work:
-            start, tokens = sequence.computed + sequence.under_way, list(sequence.tokens)
+        for work in batch:
+            sequence, start, count, tokens = work.sequence, work.start, work.count, list(work.sequence.tokens)
             if sequence.sampling:
                 tokens.append(self._latest[sequence])  # the host does not know it yet
             assert start + count <= len(tokens)
-            assert count == sequence.to_launch or not sequence.draft
-            tokens += sequence.draft
-            end = start + count + len(sequence.draft)
+            assert work.samples or not work.draft
+            tokens += work.draft
+            end = start + count + len(work.draft)
             for position in range(end):
                 slot = self._pages[sequence.pages[position // PAGE], 0, 0, position % PAGE, 0]
                 kv = digest(tokens[: position + 1])
                 if position >= start:
                     slot[0] = kv
                 assert int(slot[0]) == kv, f"{sequence.turn}: the KV of token {position} is another one's"
-            if count == sequence.to_launch:
+            if work.samples:
                 sampled += [next_token(tokens[:known], sequence.seed) for known in range(start + count, end + 1)]
                 latest[sequence] = sampled[-1]
         self._latest = latest
-        return Known((sampled, [None] * len(sampled)))
+        return Done([(token, None) for token in sampled])
 
 
 class Slow:
@@ -210,7 +211,7 @@ class World:
             pace=Whim(self.pick) if self.pick.random() < 0.5 else None,
             overlap=self.pick.random() < 0.5,
             clock=lambda: self.now,
-            drafts=self.pick.random() < 0.5,
+            draft_rows=12 if self.pick.random() < 0.5 else 0,
         )
         outboxes = SimpleNamespace(
             send=lambda to, body: self.send(address, to, Envelope(name, epoch, body)), forget=lambda address: None
@@ -275,8 +276,8 @@ class World:
                 worker.handoffs.request(sequence)
         if until > 1:
             step = worker.engine.step()
-            for sequence, first_token in step.prefilled:
-                worker.handoffs.publish(sequence, first_token)
+            for prefilled in step.prefilled:
+                worker.handoffs.publish(prefilled.sequence, prefilled.first)
             worker._outputs += worker.handoffs.outputs + step.outputs
             worker.handoffs.outputs.clear()
         if until > 2:
@@ -337,9 +338,10 @@ class World:
                 continue
             turn, output = command.turn, command.output
             assert turn not in self.ends, "nothing comes after the end"
-            assert not output.tokens or output.index == len(self.got[turn]), "no token is repeated or skipped"
+            assert not isinstance(output, Failed), output.error
+            assert output.index == len(self.got[turn]), "no token is repeated or skipped"
             self.got[turn] += output.tokens
-            if output.finish:
+            if isinstance(output, Ended):
                 self.ends[turn] = output.finish
 
     # --- the whole of it ---

@@ -267,7 +267,7 @@ class Oracle:
 
     texts: list[list[int]]
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         self._pick = random.Random(1)
 
     def draft(self, tokens: list[int], most: int) -> list[int]:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from miniserve.cli.serve import places, ways
+from miniserve.cli.banner import places, ways
 from tests.support.server_process import Running, server
 
 QUESTIONS = [

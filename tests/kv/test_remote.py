@@ -27,7 +27,7 @@ from miniserve.kv.transfer import nccl, remote
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.nccl import Nccl
 from miniserve.kv.transfer.remote import ASKS, OWNS, RemoteCopy, RemoteTransfer
-from miniserve.worker.sequence import Status
+from miniserve.worker.sequence import State
 from tests.worker import test_handoff
 
 PAGES = 12
@@ -409,7 +409,7 @@ def test_a_handoff(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def arrived() -> bool:
         pair.d.handoffs.poll()
-        return sequence.status is not Status.RECEIVING
+        return sequence.state is not State.RECEIVING
 
     until(arrived)
     pair.p.handoffs.on_release("t")

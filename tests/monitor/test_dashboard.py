@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from miniserve.api import dashboard
-from miniserve.cluster.messages import Move, Peer, PoolInfo, Report, TurnOutput
+from miniserve.cluster.messages import Move, Peer, PoolInfo, Report
 from miniserve.hub import resolve as hub
 from miniserve.monitor import events, views
 from miniserve.monitor.events import Feed, Listener
@@ -27,6 +27,7 @@ from miniserve.scheduler.scheduler import Command, Note, Scheduler
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import Api, error_of, make_app, serving
 from tests.support.fake_engine import EOS, STATS, FakeClient, spell
+from tests.support.outputs import outputs
 
 FILES = sorted(path.name for path in dashboard.FOLDER.iterdir())
 SECRET = "sécret"
@@ -67,8 +68,8 @@ class LiveClient(FakeClient):
         (found,) = [t for t in self.scheduler.turns if t.id == turn]
         moves = [Move(f"{turn}.1", "p0", 4, 4 * 4096, 0.002, 0.001)] if found.prefill_at and index == 0 else []
         cached = 0 if index == 0 else None
-        output = TurnOutput(f"{turn}.1", index, tokens, finish=finish, cached_tokens=cached, **more)
-        self.carry_out(self.scheduler.on_report(found.home, Report([output], moves, STATS), time.monotonic()))
+        report = Report(outputs(f"{turn}.1", index, tokens, finish=finish, cached_tokens=cached, **more), moves, STATS)
+        self.carry_out(self.scheduler.on_report(found.home, report, time.monotonic()))
 
     def whole(self, turn: str, conversation: str) -> None:
         """A turn from its beginning to its end."""

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from miniserve.cluster.messages import Peer, PoolInfo, Report, TurnOutput
+from miniserve.cluster.messages import Peer, PoolInfo, Report
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.dispatcher import EngineClient
 from miniserve.hub.resolve import ModelFiles
@@ -20,6 +20,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.records import Decision, Outcome, Record
 from miniserve.scheduler.scheduler import Note
 from tests.support.fake_engine import STATS, Played
+from tests.support.outputs import outputs
 
 
 def write(log: DecisionLog, play: Played) -> None:
@@ -96,7 +97,7 @@ def test_a_turn_that_runs_again_has_a_decision_for_each_run(tmp_path: Path) -> N
     play.commands += play.scheduler.worker_down("d0", returns=True, now=play.now)
     again = Peer("d0", 2, "d0", PoolInfo(1, 1, 100, 4096, ""))
     play.commands += play.scheduler.worker_up(again, prefiller=False, now=play.now)
-    play.report("d0", TurnOutput("a.2", 0, [7], cached_tokens=0, finish="length"))
+    play.report("d0", outputs("a.2", 0, [7], cached_tokens=0, finish="length"))
     write(log, play)
     assert [(type(record), record.run) for record in records(path)] == [
         (Decision, "a.1"),
@@ -169,9 +170,9 @@ async def test_serving_goes_on_whether_or_not_there_is_room(tmp_path: Path, full
     client.scheduler.worker_up(Peer("d0", 1, "d0", PoolInfo(1, 1, 100, 4096, "")), prefiller=False)
     ends = client.submit([1] * 60, SamplingParams(max_tokens=4))
     stays = client.submit([2] * 60, SamplingParams(max_tokens=4))
-    output = TurnOutput(f"{ends.id}.1", 0, [7], cached_tokens=0, finish="stop")
-    client._on_report("d0", Report([output], [], STATS))
-    assert [out.tokens async for out in ends] == [[7]]
+    said = outputs(f"{ends.id}.1", 0, [7], cached_tokens=0, finish="stop")
+    client._on_report("d0", Report(said, [], STATS))
+    assert [out.tokens async for out in ends] == [[], [7]]
     await client.stop()
     assert [out.finish async for out in stays] == ["abort"]
     if not full:

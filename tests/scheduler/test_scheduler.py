@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.cluster.messages import Abort, Message, Peer, PoolInfo, Report, Run, StepTime, TurnOutput, WorkerStats
+from miniserve.cluster.messages import Abort, Failed, Message, Peer, PoolInfo, Report, Run, StepTime, WorkerStats
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.scheduler.prefixes import Prefixes
 from miniserve.scheduler.prompts import page_chain
 from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, Note, QueueIsFull, Scheduler, Send
+from tests.support.outputs import outputs
 
 PAGE = 16
 STATS = WorkerStats(100, 100, 0, 0, 0, 0, 0, 0)
@@ -40,7 +41,7 @@ def run_of(commands: list[Command]) -> tuple[str, Run]:
 
 
 def tell(made: Scheduler, worker: str, run: str, index: int, token: int, now: float = 0.0, **more) -> list[Command]:
-    return made.on_report(worker, Report([TurnOutput(run, index, [token], **more)], [], STATS), now)
+    return made.on_report(worker, Report(outputs(run, index, [token], **more), [], STATS), now)
 
 
 def delivered(commands: list[Command]) -> list[tuple[str, list[int]]]:
@@ -162,7 +163,7 @@ def test_turns_wait_for_a_decoder_that_returns() -> None:
     assert [run.tokens for _, run in sent(commands, Run)] == [[1] * 40 + [7], [2] * 40]
     made.worker_down("d0", returns=True)
     ends = made.worker_down("d0", returns=False)  # it could not be started
-    assert [c.turn for c in ends if isinstance(c, Deliver) and c.output.finish == "error"] == ["t", "u"]
+    assert [c.turn for c in ends if isinstance(c, Deliver) and isinstance(c.output, Failed)] == ["t", "u"]
     with pytest.raises(NoDecoder):
         submit(made, "v", [3] * 40)
 
@@ -175,7 +176,7 @@ def test_a_turn_that_workers_die_of_ends() -> None:
         ends += [c.output for c in made.worker_down("d0", returns=True) if isinstance(c, Deliver)]
         made.worker_up(Peer("d0", epoch, "", PoolInfo(1, 1, 100, 1, "")), prefiller=False)
     (output,) = ends
-    assert output.finish == "error"
+    assert isinstance(output, Failed)
     assert "3 workers died" in output.error
     assert made.active == 0
 

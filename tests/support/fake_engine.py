@@ -8,12 +8,23 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from miniserve.cluster.messages import Move, Peer, PoolInfo, Report, StepTime, TokenLogprob, TurnOutput, WorkerStats
+from miniserve.cluster.messages import (
+    Ended,
+    Move,
+    Peer,
+    PoolInfo,
+    Report,
+    StepTime,
+    TokenLogprob,
+    TurnOutput,
+    WorkerStats,
+)
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.scheduler import Command, Scheduler
 from miniserve.scheduler.workers import Link
+from tests.support.outputs import outputs
 
 STATS = WorkerStats(
     total_pages=100,
@@ -62,7 +73,7 @@ class FakeTurn:
             except TimeoutError:
                 pass
             if self.cancelled.is_set():
-                yield TurnOutput(self.id, -1, [], finish="abort")
+                yield Ended(self.id, -1, [], "abort")
                 return
             room = (self.params.max_tokens or 10**9) - self.given
             out, last = tokens[:room], number == len(steps) - 1
@@ -71,17 +82,18 @@ class FakeTurn:
             if (count := self.params.logprobs) is not None:
                 logprobs = [TokenLogprob(t, -0.5, 1, [(t + i, -0.5 - i) for i in range(count)]) for t in out]
             first, self.given = self.given, self.given + len(out)
-            yield TurnOutput(
+            for output in outputs(
                 self.id,
                 first,
                 out,
-                logprobs,
-                finish,  # type: ignore[arg-type]
-                self.stop_token if last else None,
-                self.cached if number == 0 else None,
+                finish=finish,
+                stop_token=self.stop_token if last else None,
+                cached_tokens=self.cached if number == 0 else None,
+                logprobs=logprobs,
                 error=self.error,
                 invalid=self.invalid,
-            )
+            ):
+                yield output
             if finish:
                 return
 
@@ -108,9 +120,9 @@ class Played:
         self.commands += self.scheduler.submit(turn, tokens, params, 0, key, "", self.now, tool=tool)
 
     def report(
-        self, worker: str, *outputs: TurnOutput, moves: Sequence[Move] = (), steps: Sequence[StepTime] = ()
+        self, worker: str, said: Sequence[TurnOutput] = (), moves: Sequence[Move] = (), steps: Sequence[StepTime] = ()
     ) -> None:
-        report = Report(list(outputs), list(moves), STATS, list(steps))
+        report = Report(list(said), list(moves), STATS, list(steps))
         self.commands += self.scheduler.on_report(worker, report, self.now)
 
     def first(self, turn: str, *, waited: float, prefill: float, exposed: float = 0.0, cached: int = 0) -> None:
@@ -119,13 +131,13 @@ class Played:
         self.now += waited + prefill
         run = f"{turn}.1"
         moves = [Move(run, "p0", 4, 4 * 4096, 2 * exposed, exposed)] if exposed else []
-        output = TurnOutput(run, 0, [7], cached_tokens=cached, prefill=prefill)
-        self.report("d0", output, moves=moves, steps=[StepTime(64, 2048, 0, 0, prefill)])
+        said = outputs(run, 0, [7], cached_tokens=cached, prefill=prefill)
+        self.report("d0", said, moves=moves, steps=[StepTime(64, 2048, 0, 0, prefill)])
 
     def end(self, turn: str, *, decode: float) -> None:
         """Two more tokens, the last one `decode` seconds from now."""
         self.now += decode
-        self.report("d0", TurnOutput(f"{turn}.1", 1, [8, 9], finish="stop"), steps=[StepTime(0, 0, 1, 64, decode / 2)])
+        self.report("d0", outputs(f"{turn}.1", 1, [8, 9], finish="stop"), steps=[StepTime(0, 0, 1, 64, decode / 2)])
 
 
 def played(now: float) -> Scheduler:

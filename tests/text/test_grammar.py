@@ -18,7 +18,7 @@ from llguidance import LLParserLimits
 from miniserve.api import structured
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.structured import json_grammar, requested
-from miniserve.cluster.messages import TurnOutput
+from miniserve.cluster.messages import Ended, Failed, TurnOutput
 from miniserve.hub import resolve as hub
 from miniserve.llm import LLM
 from miniserve.sampling_params import Grammar, ParameterError, SamplingParams
@@ -220,7 +220,8 @@ def test_a_bad_grammar_fails_alone(llm):
     assert [t for o in said["good"] for t in o.tokens] == expected
     for name in ("bad", "worse"):
         (output,) = said[name]
-        assert (output.tokens, output.finish, output.invalid) == ([], "error", True)
+        assert isinstance(output, Failed)
+        assert output.invalid
     assert "unclosed group" in said["bad"][0].error
     with pytest.raises(ParameterError, match="unclosed group"):
         llm.generate("hello", SamplingParams(grammar=Grammar("regex", "(")), progress=False)
@@ -235,7 +236,7 @@ def test_a_grammar_that_turns_out_too_complex_ends_its_turn_alone(llm, monkeypat
     llm.engine.add(Sequence("free", prompt, SamplingParams(max_tokens=50, ignore_eos=True), 0, b""))
     said = run(llm)
     assert len(said["free"]) == 50
-    assert said["hard"][-1].finish == "error", "the library has learned to follow it: find a harder one"
+    assert isinstance(said["hard"][-1], Failed), "the library has learned to follow it: find a harder one"
     assert said["hard"][-1].invalid
     assert "too many" in said["hard"][-1].error
     assert said["hard"][0].tokens == [ord("x")]
@@ -260,7 +261,7 @@ def test_a_turn_whose_grammar_is_being_compiled_holds_up_nobody(llm, monkeypatch
     deadline = time.monotonic() + 20
     while ended != {"free"} and time.monotonic() < deadline:
         llm.engine.admit()
-        ended |= {o.turn for o in llm.engine.step().outputs if o.finish}
+        ended |= {o.turn for o in llm.engine.step().outputs if isinstance(o, Ended)}
     assert ended == {"free"}, "both threads compile: that is all that waits"
     assert llm.engine.compiling
     llm.engine.abort("gone")

@@ -15,7 +15,7 @@ from miniserve.kv.transfer.interface import TransferError
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.handoff import Handoffs
-from miniserve.worker.sequence import Sequence, Status
+from miniserve.worker.sequence import Sequence, State
 from tests.support.tiny import prompts, reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -44,17 +44,17 @@ class Side:
         pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, self.built.layout)
         self.peer = Peer(name, 1, f"inproc://{name}", pool)
 
-    def sequence(self, **kwargs) -> Sequence:
-        return Sequence("t", PROMPT, GREEDY, 0, root_hash(self.built.layout), **kwargs)
+    def sequence(self, params: SamplingParams = GREEDY, **kwargs) -> Sequence:
+        return Sequence("t", PROMPT, params, 0, root_hash(self.built.layout), **kwargs)
 
     def step(self) -> None:
         for sequence in self.engine.admit():
             self.handoffs.request(sequence)
         step = self.engine.step()
-        for sequence, first_token in step.prefilled:
-            self.handoffs.publish(sequence, first_token)
+        for prefilled in step.prefilled:
+            self.handoffs.publish(prefilled.sequence, prefilled.first)
         for output in self.handoffs.outputs + step.outputs:
-            self.out[output.index] = output.tokens[0]
+            self.out.update(enumerate(output.tokens, output.index))
         self.handoffs.outputs.clear()
 
     def take(self, kind: type) -> list:
@@ -117,7 +117,7 @@ def test_pages_arrive_chunk_by_chunk_and_the_commit_is_acknowledged(pair):
     publications = pair.publications()
     assert [(m.first, len(m.pages)) for m in publications] == [(0, 2), (2, 2), (4, 2), (6, 1)]
     for message in publications:
-        assert sequence.status is Status.RECEIVING, "D computes nothing before the commit"
+        assert sequence.state is State.RECEIVING, "D computes nothing before the commit"
         assert pair.p.handoffs.num_leases == 1
         pair.d.handoffs.on_publish(message, "p0")
     (release,) = pair.d.take(Release)
@@ -256,13 +256,17 @@ def test_what_can_never_fit_is_refused(pair):
     assert pair.p.handoffs.num_leases == 0
 
 
-def test_a_turn_that_ends_with_its_first_token(pair):
-    pair.ask()
+@pytest.mark.parametrize("ends", ["length", "stop"])
+def test_a_turn_that_ends_with_its_first_token(pair, ends):
+    token = pair.text[0]
+    limit = {"max_tokens": 1} if ends == "length" else {"stop_token_ids": [token]}
+    pair.ask(params=SamplingParams(temperature=0, **limit))
     for message in pair.publications():
-        if message.commit:
-            message = msgspec.structs.replace(message, commit=msgspec.structs.replace(message.commit, finish="stop"))
         pair.d.handoffs.on_publish(message, "p0")
     assert pair.d.engine.find("t") is None
+    first, ended = pair.d.handoffs.outputs
+    assert (first.index, first.tokens) == (0, [])
+    assert (ended.index, ended.tokens, ended.finish) == (0, [token], ends)
     pair.p.handoffs.on_release("t")
     pair.check()
     assert pair.d.engine.pool.num_cached == 6
@@ -410,7 +414,7 @@ def test_a_stuck_handoff_ends_at_its_deadline(pair):
     pair.ask()
     pair.now += 29
     pair.d.handoffs.poll()
-    assert pair.d.engine.find("t").status is Status.RECEIVING
+    assert pair.d.engine.find("t").state is State.RECEIVING
     pair.now += 2
     pair.d.handoffs.poll()
     assert pair.d.take(Release)
@@ -429,7 +433,7 @@ def test_a_prefiller_that_is_busy_is_not_stuck(pair):
             assert not message.pages
             pair.d.handoffs.on_publish(message, "p0")
         pair.d.handoffs.poll()
-    assert pair.d.engine.find("t").status is Status.RECEIVING
+    assert pair.d.engine.find("t").state is State.RECEIVING
     for message in pair.publications():
         pair.d.handoffs.on_publish(message, "p0")
     pair.p.handoffs.on_release("t")
@@ -514,7 +518,7 @@ def test_a_store_that_takes_several_polls(pair, monkeypatch):
     for message in pair.publications():
         pair.d.handoffs.on_publish(message, "p0")
     done = [0]
-    while pair.d.engine.find("t").status is Status.RECEIVING:
+    while pair.d.engine.find("t").state is State.RECEIVING:
         for _ in range(3):
             pair.d.handoffs.poll()
             pair.d.step()
@@ -583,7 +587,7 @@ def test_giving_up_while_pages_are_stored(pair, monkeypatch, why, before):
             slow.unfinished[0].broken = True
             pair.d.built.memory.pages[sequence.pages[before * 2]] = 1  # a part of it was written
             pair.d.handoffs.poll()
-    assert sequence.status is Status.RUNNING
+    assert sequence.state is State.RUNNING
     assert sequence.computed == before * 32
     assert slow.log == ["store"] * (before + 1) + ["abandon"] * (why not in ("late", "broken")), (
         "what is over needs no abandoning"

@@ -6,8 +6,9 @@ import pytest
 
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.engine import Engine, Sampled
+from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Sampled, Work
 from tests.e2e.test_parity import prompts, small
 
 END = 99
@@ -24,13 +25,14 @@ class Device:
         self._end_at = end_at
         self._said: dict[str, int] = {}
 
-    def launch(self, work: list[tuple[Sequence, int]]) -> Waiting:
+    def launch(self, batch: list[Work]) -> Waiting:
         number = sum(line.startswith("launch") for line in self.log)
-        self.log.append(f"launch {number}: " + ", ".join(f"{s.turn} {count}" for s, count in work))
+        self.log.append(f"launch {number}: " + ", ".join(f"{w.sequence.turn} {w.count}" for w in batch))
         tokens = []
-        for sequence, count in work:
-            if count == sequence.to_launch:
-                said = self._said[sequence.turn] = self._said.get(sequence.turn, 0) + 1
+        for work in batch:
+            if work.samples:
+                turn = work.sequence.turn
+                said = self._said[turn] = self._said.get(turn, 0) + 1
                 tokens.append(END if said == self._end_at else said)
         return Waiting(self.log, number, tokens)
 
@@ -41,7 +43,7 @@ class Waiting:
 
     def wait(self) -> Sampled:
         self._log.append(f"wait {self._number}")
-        return self._tokens, [None] * len(self._tokens)
+        return [(token, None) for token in self._tokens]
 
 
 def engine(device: Device, pages: int = 100) -> Engine:
@@ -67,7 +69,7 @@ def rounds(made: Engine, said: dict[str, list[int]], most: int) -> dict[str, lis
         made.admit()
         for output in made.step().outputs:
             said.setdefault(output.turn, []).extend(output.tokens)
-            assert len(said[output.turn]) == output.index + 1
+            assert len(said[output.turn]) == output.index + len(output.tokens)
     return said
 
 

@@ -9,9 +9,10 @@ import pytest
 from miniserve.cluster.messages import StepTime
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.engine import Engine, Known
+from miniserve.worker.engine import Engine
 from miniserve.worker.pace import LEAST_SHARE, Pace
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Done, Work
 
 LONE, TOKEN = 0.01, 0.001
 
@@ -133,15 +134,14 @@ class Machine:
         self.steps: list[tuple[int, int, float]] = []
         self.shares: list[dict[str, int]] = []
 
-    def launch(self, work: list[tuple[Sequence, int]]) -> Known:
-        prompts = sum(count for sequence, count in work if sequence.missing > 1)
-        streams = sum(sequence.missing == 1 for sequence, _ in work)
+    def launch(self, batch: list[Work]) -> Done:
+        prompts = sum(work.count for work in batch if not work.is_decode)
+        streams = sum(work.is_decode for work in batch)
         seconds = LONE + TOKEN * prompts
         self.now += seconds
         self.steps.append((prompts, streams, seconds))
-        self.shares.append({sequence.turn: count for sequence, count in work})
-        done = [7 for sequence, count in work if sequence.computed + count == len(sequence.tokens)]
-        return Known((done, [None] * len(done)))
+        self.shares.append({work.sequence.turn: work.count for work in batch})
+        return Done([(7, None) for work in batch if work.samples])
 
 
 @pytest.mark.parametrize("stretch", [5.0, 9.0])

@@ -51,8 +51,8 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
     for envelope in envelopes:
         worker._handle(envelope)
     worker.engine.admit()
-    for sequence, first_token in worker.engine.step().prefilled:
-        worker.handoffs.publish(sequence, first_token)
+    for prefilled in worker.engine.step().prefilled:
+        worker.handoffs.publish(prefilled.sequence, prefilled.first)
     return {body.turn for _, body in worker._outboxes.sent if isinstance(body, Publish)}
 
 

@@ -15,7 +15,7 @@ from miniserve.bench.replay.metrics import TaskTimes, TurnTimes
 from miniserve.bench.replay.workload import Task, Text
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
-from miniserve.cluster.messages import Envelope, Message, Prefill, Report, Run, TurnOutput
+from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Prefill, Report, Run, TurnOutput
 from miniserve.config import Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.placement import Policy
@@ -178,16 +178,17 @@ class Simulation:
     def _deliver(self, turn: str, output: TurnOutput) -> None:
         """The next tokens have come."""
         agent = self._agents[turn]
-        assert output.finish != "error", output.error
+        assert not isinstance(output, Failed), output.error
         if agent.heard == 0:
             agent.first = self.now
-        else:
+        elif output.tokens:
             self.gaps.append(self.now - agent.last)
         assert output.tokens == agent.answer[agent.heard : agent.heard + len(output.tokens)]
         agent.heard += len(output.tokens)
         agent.last = self.now
-        agent.cached = output.cached_tokens or agent.cached
-        if output.finish:
+        if isinstance(output, FirstToken):
+            agent.cached = output.cached_tokens
+        elif isinstance(output, Ended):
             self._end(turn, agent)
 
     def _end(self, turn: str, agent: Agent) -> None:

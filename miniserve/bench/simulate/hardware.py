@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from miniserve.config import ConfigError
-from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Work
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,11 +63,11 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             some = self.chunk_overhead
         return self.overhead + max(self.floor, work + some)
 
-    def batch_seconds(self, batch: list[tuple[Sequence, int]]) -> float:
+    def batch_seconds(self, batch: list[Work]) -> float:
         """Of a step of the engine."""
-        chunks = [(count, sequence.computed) for sequence, count in batch if sequence.missing > 1]
+        chunks = [(work.count, work.start) for work in batch if not work.is_decode]
         decodes = len(batch) - len(chunks)
-        kv = sum(len(sequence.tokens) for sequence, _ in batch if sequence.missing == 1)
+        kv = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
         return self.step_seconds(chunks, decodes, kv)
 
     def transfer_seconds(self, pages: int) -> float:

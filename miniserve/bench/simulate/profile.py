@@ -157,6 +157,7 @@ def main() -> int:
         print(f"miniserve: {error}", file=sys.stderr)
         return 1
     from miniserve.worker.sequence import Sequence
+    from miniserve.worker.step import Work
 
     engine, shape = built.engine, built.memory.shape
     runner, size = engine.runner, engine.page_tokens
@@ -172,10 +173,10 @@ def main() -> int:
     def timed(chunk: int, context: int, decodes: int, each: int) -> float:
         work, page = [], 0
         for number in range(decodes):
-            work.append((sequence(number, each - 1, 1, page), 1))
-            page += len(work[-1][0].pages)
+            work.append(Work.next(sequence(number, each - 1, 1, page), 1))
+            page += len(work[-1].sequence.pages)
         if chunk:
-            work.append((sequence(decodes, context, chunk, page), chunk))
+            work.append(Work.next(sequence(decodes, context, chunk, page), chunk))
         taken = []
         for _ in range(REPEATS):
             started = time.perf_counter()

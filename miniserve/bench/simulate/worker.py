@@ -11,11 +11,12 @@ from collections.abc import Callable
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
 from miniserve.kv.pages import Order, PagePool
-from miniserve.worker.engine import Engine, Known
+from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.step import Done, Work
 
 LAYOUT = "simulated"
 VOCAB = 2**31
@@ -54,18 +55,17 @@ class SimulatedRunner:
         self._speak = speak
         self._spans = spans
 
-    def launch(self, work: list[tuple[Sequence, int]]) -> Known:
+    def launch(self, batch: list[Work]) -> Done:
         """See `worker.engine.Runner`."""
         started = self._clock.now
-        seconds = self._hardware.batch_seconds(work)
+        seconds = self._hardware.batch_seconds(batch)
         self._clock.now += seconds
         self.busy += seconds
         if self._spans is not None:
-            prompts = sum(sequence.missing > 1 for sequence, _ in work)
-            kind = "decode" if not prompts else "prefill" if prompts == len(work) else "mixed"
+            prompts = sum(not work.is_decode for work in batch)
+            kind = "decode" if not prompts else "prefill" if prompts == len(batch) else "mixed"
             self._spans.append((started, self._clock.now, kind))
-        tokens = [self._speak(s) for s, count in work if s.computed + count == len(s.tokens)]
-        return Known((tokens, [None] * len(tokens)))
+        return Done([(self._speak(work.sequence), None) for work in batch if work.samples])
 
 
 class SimulatedCopy:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("miniserve.transfer")
 
-BACKENDS = ("auto", "mapped", "collective")
 Way = Literal["mapped", "nccl", "gloo"]
 """The last two are `collective`."""
 
@@ -22,7 +21,7 @@ Way = Literal["mapped", "nccl", "gloo"]
 def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
     """The way between our pool and `peer`'s; None if there is none (another layout, no access, or it is gone).
 
-    `us` is our name and epoch. `how` is one of `BACKENDS`; the sockets of `collective` are found through `run_dir`.
+    `us` is our name and epoch. `how` is `EngineConfig.kv_transfer`; `run_dir` has the sockets of `collective`.
     """
     kind = way(memory.info(layout), peer.pool, how)
     # Each when it is needed: torch.distributed takes a while to import, and the simulator needs no torch at all.
@@ -52,7 +51,7 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
 
 
 def way(one: PoolInfo, other: PoolInfo, how: str) -> Way | None:
-    """How pages travel between two pools if `how` (one of `BACKENDS`) is asked for; None if they cannot.
+    """How pages travel between two pools if `how` (`EngineConfig.kv_transfer`) is asked for; None if they cannot.
 
     The same whichever comes first: both workers of a pair choose by it, and the frontend tells what they chose. NCCL
     has no way between two ranks on one GPU.

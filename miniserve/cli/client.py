@@ -1,0 +1,107 @@
+"""A client of a running server's HTTP API, for `chat` and `top`. What goes wrong is a `ConfigError` with a way out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import ssl
+import time
+import urllib.parse
+from typing import Any
+
+import httpx
+
+from miniserve.config import ConfigError
+
+CONNECT_SECONDS = 10.0
+
+
+class ApiClient:
+    """The API at `url`, which ends in /v1. A server may take its time for an answer, or `patience` seconds if given.
+
+    Each request has a connection of its own, which no proxy of the environment gets to see. Raises `ConfigError` for
+    what is no URL.
+    """
+
+    def __init__(self, url: str, api_key: str | None, patience: float | None = None) -> None:
+        self.url = url
+        self._patience = patience
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError
+            base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+            self._base = str(httpx.URL(base))
+        except (ValueError, httpx.InvalidURL) as error:
+            raise ConfigError(f"--url {url!r} is no address: write it like http://127.0.0.1:8000/v1.") from error
+        self._http = httpx.Client(
+            headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            timeout=httpx.Timeout(patience, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_keepalive_connections=0),
+            verify=ssl.create_default_context(),  # the system's certificates
+            trust_env=False,
+        )
+
+    def open(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> contextlib.closing[httpx.Response]:
+        """Send a request; the response, whose body is still to be read. Closing it ends the request on the server too.
+
+        Raises `ConfigError` if no server answers, or with the server's words.
+        """
+        content = None if body is None else json.dumps(body)
+        request = self._http.build_request(method, self._base + path, content=content, headers=headers)
+        try:
+            response = self._http.send(request, stream=True)
+            if response.status_code == 200:
+                return contextlib.closing(response)
+            with contextlib.closing(response):
+                said = message(response.read()) or response.reason_phrase
+        except httpx.ReadTimeout as error:
+            raise self.slow() from error
+        except httpx.HTTPError as error:
+            raise ConfigError(
+                f"No server answers at {self.url} ({_cause(error)}). Start one with `miniserve serve`, or name another "
+                "with --url."
+            ) from error
+        if response.status_code == 404 and not self._base.endswith("/v1"):
+            said = f"{said.rstrip('.')}. Does --url end in /v1?"
+        raise ConfigError(f"The server says: {said}")
+
+    def get(self, path: str) -> bytes:
+        """The body of the answer to a GET. Raises `ConfigError`."""
+        ends = time.monotonic() + (self._patience or float("inf"))
+        body = b""
+        try:
+            with self.open("GET", path) as response:
+                for piece in response.iter_bytes():
+                    body += piece
+                    if time.monotonic() > ends:
+                        raise self.slow()
+        except httpx.ReadTimeout as error:
+            raise self.slow() from error
+        except httpx.HTTPError as error:
+            raise ConfigError(f"The answer of {self.url} broke off: is the server still running?") from error
+        return body
+
+    def slow(self) -> ConfigError:
+        """What to raise when the server has used up the patience."""
+        return ConfigError(f"The server at {self.url} has not answered for {self._patience:g} s.")
+
+
+def message(data: bytes) -> str:
+    """The message of an error's body, else the beginning of the body."""
+    try:
+        return str(json.loads(data)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return data.decode("utf-8", "replace")[:300]
+
+
+def _cause(error: BaseException) -> str:
+    """What the operating system said, where that is among the causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)

@@ -1,0 +1,93 @@
+"""Admission: a waiting sequence gets all pages of its tokens at once, minus those that are found with its prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from miniserve.kv.pages import PagePool
+from miniserve.worker.sequence import Sequence, State
+from miniserve.worker.step import Counters
+
+if TYPE_CHECKING:
+    from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
+
+
+class Admission(Enum):
+    """What came of trying to give a waiting sequence its pages."""
+
+    ADMITTED = "admitted"
+    COMPILING = "its grammar is being compiled"
+    REFUSED = "its grammar cannot be followed"
+    SHARED = "a running prefill computes the next page of its prefix"
+    NO_PAGES = "there are not enough pages"
+
+
+class Admissions:
+    """Finds the KV that a sequence can begin with, and reserves the pages it lacks. `host`, if any, keeps what `pool`
+    has evicted."""
+
+    def __init__(
+        self, pool: PagePool, host: HostPool | None, page_tokens: int, watermark: int, clock: Callable[[], float]
+    ) -> None:
+        """`watermark` pages are kept back for running sequences to grow into: admitting one must not at once preempt
+        another."""
+        self._pool = pool
+        self._host = host
+        self._page_tokens = page_tokens
+        self._watermark = watermark
+        self._clock = clock
+
+    def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters) -> Admission:
+        """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
+        prompt is computed, here or elsewhere."""
+        now = self._clock()
+        matched, slots = self._match(sequence)
+        found = len(matched) + len(slots)
+        wanted = -(-len(sequence.tokens) // self._page_tokens) - len(matched)
+        shared = self._is_being_computed(sequence, found, running)
+        if shared or wanted + (self._watermark if running else 0) > self._pool.num_available:
+            # Whatever was found is needed as soon as there is room.
+            self._pool.release(matched, sequence.needed_soon, now)
+            if self._host is not None:
+                self._host.release(slots, sequence.needed_soon, now)
+            return Admission.SHARED if shared else Admission.NO_PAGES
+        sequence.pages = matched + self._pool.allocate(wanted, now)
+        sequence.computed = found * self._page_tokens
+        sequence.registered = len(matched)
+        if self._host is not None and slots:
+            self._host.restore(slots, sequence.pages[len(matched) : found])
+            sequence.register(self._pool, self._page_tokens)
+        if sequence.cached is None:
+            sequence.admitted = now
+            sequence.cached = sequence.computed
+            if sequence.prefill_at is None:  # else the prefiller looks it up too, and counts
+                counters.prefix_queries += sequence.given
+                counters.prefix_hits += sequence.cached
+        if sequence.history_at is not None:
+            sequence.move(State.FETCHING)
+        else:
+            sequence.move(State.RUNNING if sequence.prefill_at is None else State.RECEIVING)
+        return Admission.ADMITTED
+
+    def _match(self, sequence: Sequence) -> tuple[list[int], list[int]]:
+        """Cached pages for the prefix, and slots of host memory for what follows them.
+
+        The last token is always computed: its logits give the next one.
+        """
+        hashes = sequence.hashes(self._page_tokens)[: (len(sequence.tokens) - 1) // self._page_tokens]
+        pages = self._pool.match(hashes)
+        return pages, self._host.match(hashes[len(pages) :], sequence.keep) if self._host is not None else []
+
+    def _is_being_computed(self, sequence: Sequence, matched: int, running: list[Sequence]) -> bool:
+        """Whether a running prefill will soon register the page after the first `matched` ones."""
+        if not self._pool.caching or matched >= (len(sequence.tokens) - 1) // self._page_tokens:
+            return False
+        wanted = sequence.hashes(self._page_tokens)[matched]
+        for other in running:
+            if other.missing > 1 and other.registered <= matched:
+                hashes = other.hashes(self._page_tokens)
+                if matched < len(hashes) and hashes[matched] == wanted:
+                    return True
+        return False

@@ -1,0 +1,103 @@
+"""The batch of the next step: a token for every decoding sequence, then pieces of prompts as far as tokens go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.worker.pace import Pace
+from miniserve.worker.sequence import Sequence, State
+from miniserve.worker.step import Work
+
+
+class Batching:
+    """Composes batches of at most `max_num_batched_tokens` tokens, beside streams no more than `pace` allows, if there
+    is one. A batch in which sequences draft has at most `draft_rows` rows.
+
+    A decode that needs a page takes it from the youngest sequences: `preempt` gives up the KV of one.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        page_tokens: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        watermark: int,
+        pace: Pace | None,
+        draft_rows: int,
+        preempt: Callable[[Sequence], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`watermark` pages are left free by drafts."""
+        self._pool = pool
+        self._page_tokens = page_tokens
+        self._max_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._watermark = watermark
+        self._pace = pace
+        self._draft_rows = draft_rows
+        self._preempt = preempt
+        self._clock = clock
+
+    def compose(self, running: list[Sequence]) -> list[Work]:
+        """The batch of the next step: decodes first, then prompts."""
+        ready = [s for s in running if s.state is State.RUNNING and s.can_go_on(self._max_model_len)]
+        decodes = [s for s in ready if s.to_launch == 1]
+        # Growing may preempt a sequence that has grown before: the youngest ones come last.
+        grown = [s for s in decodes if s.state is State.RUNNING and self._grow(s, running)]
+        batch = self._draft([s for s in grown if s.state is State.RUNNING])
+        # At least one token, so that even a budget smaller than the decodes starves no prompt.
+        budget = max(self._max_tokens - len(batch), 1)
+        if batch and self._pace is not None:
+            budget = min(budget, self._pace.tokens)
+        return batch + self._share(budget, running)
+
+    def _grow(self, sequence: Sequence, running: list[Sequence]) -> bool:
+        """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
+        if len(sequence.pages) * self._page_tokens >= sequence.length:
+            return True
+        while True:
+            try:
+                sequence.pages += self._pool.allocate(1, self._clock())
+                return True
+            except OutOfPages:
+                # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
+                victim = next(s for s in reversed(running) if s.state is State.RUNNING and s.prefill_for is None)
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+
+    def _draft(self, decodes: list[Sequence]) -> list[Work]:
+        """The next token of each, and where rows and pages suffice a guess of how it goes on."""
+        rows = self._draft_rows - len(decodes)
+        batch = []
+        for sequence in decodes:
+            draft: list[int] = []
+            if rows > 0 and sequence.drafter is not None:
+                limit = self._max_model_len - sequence.length
+                if sequence.params.max_tokens is not None:
+                    limit = min(limit, sequence.params.max_tokens - sequence.num_outputs)
+                draft = sequence.drafter.draft(sequence.tokens, min(rows, limit - 1))
+                more = -(-(sequence.length + len(draft)) // self._page_tokens) - len(sequence.pages)
+                if more > 0 and self._pool.num_available >= more + self._watermark:
+                    sequence.pages += self._pool.allocate(more, self._clock())
+                draft = draft[: len(sequence.pages) * self._page_tokens - sequence.length]
+                rows -= len(draft)
+            batch.append(Work.next(sequence, 1, draft))
+        return batch
+
+    def _share(self, budget: int, running: list[Sequence]) -> list[Work]:
+        """Divide `budget` tokens of a step among prompts, oldest first. Up to half goes to short ones first: what
+        follows in a conversation need not wait for all of another one's long prompt."""
+        prompts = [s for s in running if s.state is State.RUNNING and s.to_launch > 1]
+        counts = [0] * len(prompts)
+        for longest, share in ((self._max_tokens // 2, budget // 2), (self._max_model_len, budget)):
+            share -= sum(counts)
+            for i, sequence in enumerate(prompts):
+                if sequence.to_launch <= longest:
+                    more = min(share, sequence.to_launch - counts[i])
+                    counts[i] += more
+                    share -= more
+        return [Work.next(sequence, count) for sequence, count in zip(prompts, counts, strict=True) if count]

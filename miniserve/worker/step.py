@@ -1,0 +1,130 @@
+"""One step of an engine: what goes in, what computes it, what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from miniserve.cluster.messages import FirstToken, StepTime, TokenLogprob, TurnOutput
+from miniserve.worker.sequence import Sequence
+
+Sampled = list[tuple[int, TokenLogprob | None]]
+"""Tokens and perhaps their log-probabilities, in the order of a step's `Work`: for each that samples the next token,
+then one after each token of its draft."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step does for one sequence: it computes the KV of the next `count` tokens from position `start` on. One
+    that `samples` is complete with these: the step samples its next token. Then it also computes the tokens of `draft`,
+    which may follow on that one, and samples what comes after each of them.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    draft: list[int]
+
+    @classmethod
+    def next(cls, sequence: Sequence, count: int, draft: list[int] | None = None) -> Work:
+        """The next `count` tokens of a sequence, behind those that are under way."""
+        start = sequence.computed + sequence.under_way
+        return cls(sequence, start, count, count == sequence.to_launch, draft or [])
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the prompt was complete before."""
+        return self.samples and self.count == 1
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the step samples for this sequence."""
+        return 1 + len(self.draft) if self.samples else 0
+
+
+def step_time(batch: list[Work]) -> StepTime:
+    """What a step computes, its seconds still unknown. Each token of a prompt looks back on all before it."""
+    prefill = context = decodes = decode_context = 0
+    for work in batch:
+        if work.is_decode:
+            decodes += 1 + len(work.draft)
+            decode_context += work.sequence.length
+        else:
+            prefill += work.count
+            context += work.count * work.start + work.count * work.count // 2
+    return StepTime(prefill, context, decodes, decode_context, 0.0)
+
+
+class Launched(Protocol):
+    """A step that the device works on."""
+
+    def wait(self) -> Sampled:
+        """Block until the step is done; what it has sampled."""
+        ...
+
+
+class Runner(Protocol):
+    """What computes steps: the model (`worker/runner.py`), or the simulator."""
+
+    eos: frozenset[int]
+    """Tokens that end a turn."""
+
+    def launch(self, batch: list[Work]) -> Launched:
+        """Begin a step. A token that is still being sampled comes from the step launched before."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that was done as soon as it was launched."""
+
+    sampled: Sampled
+
+    def wait(self) -> Sampled:
+        """What it has sampled."""
+        return self.sampled
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A launched step: `started` in seconds of the engine's clock."""
+
+    batch: list[Work]
+    time: StepTime
+    started: float
+    launched: Launched
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A sequence that is prefilled for another worker has come further, or with `first` to its end."""
+
+    sequence: Sequence
+    first: FirstToken | None
+
+
+@dataclass
+class StepResult:
+    """What a step brought. `time` is None where nothing was computed."""
+
+    outputs: list[TurnOutput] = field(default_factory=list)
+    prefilled: list[Prefilled] = field(default_factory=list)
+    refused: list[tuple[Sequence, str]] = field(default_factory=list)
+    """Prefills for other workers that cannot be finished here, and why."""
+    time: StepTime | None = None
+
+
+@dataclass
+class Counters:
+    """What the engine has done since it started; only grows. `held_tokens` of the drafted ones were sampled as
+    drafted."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    held_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
