@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Self
+from typing import Literal, Self
 
 from miniserve.api.errors import ApiError
-from miniserve.api.openai.answers import Finish, Usage
 from miniserve.cluster.messages import Ended, Failed, FirstToken, TokenLogprob, Tokens, TurnOutput
 from miniserve.dispatcher import EngineError, Turn
 from miniserve.monitor.metrics import Metrics
@@ -17,6 +16,7 @@ from miniserve.text.detokenizer import TurnText
 from miniserve.text.reader import Part, Reader, merged
 from miniserve.text.tokenizer import Tokenizer
 
+Finish = Literal["stop", "length", "tool_calls"]
 Submit = Callable[[list[int], SamplingParams, int], Turn]
 """Starts a turn, given its prompt, its parameters, and the choice's index. Raises `EngineError`."""
 
@@ -41,6 +41,10 @@ class Choice:
         self._parts: list[Part] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
 
     @property
     def finish(self) -> Finish | None:
@@ -114,19 +118,6 @@ def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
     return output
 
 
-def usage(prompt_tokens: int, cached_tokens: int, choices: list[Choice], output_tokens: int) -> Usage:
-    """What a request has used, with `output_tokens` in all `choices`."""
-    used: Usage = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": output_tokens,
-        "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
-    if any(choice.thinks for choice in choices):
-        used["completion_tokens_details"] = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
-    return used
-
-
 class Generation:
     """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
 
@@ -194,11 +185,26 @@ class Generation:
             pass
 
     @property
-    def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once however many choices it has."""
-        prompt = sum(len(group[0].prompt) for group in self._groups)
-        cached = sum(group[0].cached_tokens for group in self._groups)
-        return usage(prompt, cached, self.choices, sum(choice.output_tokens for choice in self.choices))
+    def prompt_tokens(self) -> int:
+        """A prompt counts once, however many choices it has."""
+        return sum(group[0].prompt_tokens for group in self._groups)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that were found in the prefix cache."""
+        return sum(group[0].cached_tokens for group in self._groups)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(choice.output_tokens for choice in self.choices)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.reasoning_tokens for choice in self.choices)
+
+    @property
+    def thinks(self) -> bool:
+        return any(choice.thinks for choice in self.choices)
 
     def _begin(self, choice: Choice, siblings: list[Choice]) -> None:
         choice.turn = self._submit(choice.prompt, choice.params, choice.index)

@@ -11,10 +11,9 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from miniserve.api.generation import Choice, Finish, Generation
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
-
-Finish = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(TypedDict):
@@ -161,6 +160,22 @@ class HealthStatus(TypedDict):
 
 class Version(TypedDict):
     version: str
+
+
+# --- usage ----------------------------------------------------------------------------------------------------------
+
+
+def usage(of: Choice | Generation, output_tokens: int) -> Usage:
+    """What a choice or all of a generation has used so far, with `output_tokens`."""
+    used: Usage = {
+        "prompt_tokens": of.prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": of.prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": of.cached_tokens},
+    }
+    if of.thinks:
+        used["completion_tokens_details"] = {"reasoning_tokens": of.reasoning_tokens}
+    return used
 
 
 # --- log-probabilities ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from miniserve.api.openai.answers import (
     ChatMessageOut,
     ToolCallOut,
     chat_logprobs,
+    usage,
 )
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import ChatRequest, TokenizeRequest
@@ -116,7 +117,7 @@ class ChatWriter(ChunkWriter):
             "created": self.head.created,
             "model": self.head.model,
             "choices": choices,
-            "usage": generation.usage,
+            "usage": usage(generation, generation.output_tokens),
         }
         if self.token_ids:
             answer["prompt_token_ids"] = generation.choices[0].prompt

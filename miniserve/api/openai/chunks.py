@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from miniserve.api.errors import ApiError
-from miniserve.api.generation import Choice, Generation, usage
+from miniserve.api.generation import Choice, Generation
+from miniserve.api.openai.answers import usage
 from miniserve.api.openai.parameters import GenerationRequest, StreamOptions
 from miniserve.api.protocols import AnswerHead
 from miniserve.api.streaming import data_event
@@ -61,8 +62,7 @@ class ChunkWriter(ABC):
         def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, before: bytes = before_choice) -> bytes:
             after = after_choice
             if continuous:
-                used = usage(len(choice.prompt), choice.cached_tokens, [choice], output_tokens)
-                after = b'],"usage":' + msgspec.json.encode(used) + b"}\n\n"
+                after = b'],"usage":' + msgspec.json.encode(usage(choice, output_tokens)) + b"}\n\n"
             return before + msgspec.json.encode(chunk) + after
 
         openings = [(choice, opening) for choice in generation.choices if (opening := self.opening(choice)) is not None]
@@ -85,7 +85,9 @@ class ChunkWriter(ABC):
                     chunks.append(event(choice, self.closing(choice), choice.output_tokens))
             if chunks:
                 yield b"".join(chunks)
-        yield (data_event({**head, "choices": [], "usage": generation.usage}) if with_usage else b"") + DONE
+        if with_usage:
+            yield data_event({**head, "choices": [], "usage": usage(generation, generation.output_tokens)})
+        yield DONE
 
     def error_events(self, error: ApiError) -> bytes:
         """The error, and the end of the stream."""

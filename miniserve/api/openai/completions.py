@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from miniserve.api.generation import Choice, Generation
-from miniserve.api.openai.answers import Completion, CompletionChoice, CompletionLogprobs, CompletionLogprobWriter
+from miniserve.api.openai.answers import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionLogprobWriter,
+    usage,
+)
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
@@ -55,7 +61,7 @@ class CompletionWriter(ChunkWriter):
             "created": self.head.created,
             "model": self.head.model,
             "choices": [self._choice(c, self._echo(c) + text, logprobs, ended=True) for c, text, logprobs in taken],
-            "usage": generation.usage,
+            "usage": usage(generation, generation.output_tokens),
         }
 
     def opening(self, choice: Choice) -> CompletionChoice | None:

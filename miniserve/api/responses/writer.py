@@ -219,16 +219,12 @@ class ResponsesWriter:
 
 
 def _usage(generation: Generation) -> ResponseUsage:
-    used = generation.usage
     return {
-        "input_tokens": used["prompt_tokens"],
-        "input_tokens_details": {
-            "cached_tokens": used["prompt_tokens_details"]["cached_tokens"],
-            "cache_write_tokens": 0,
-        },
-        "output_tokens": used["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in generation.choices)},
-        "total_tokens": used["total_tokens"],
+        "input_tokens": generation.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": generation.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
+        "total_tokens": generation.prompt_tokens + generation.output_tokens,
     }
 
 
