@@ -124,18 +124,13 @@ class Service:
     ) -> Response:
         """`conversation` is that of the turn before, if the server knows it; the client's own name goes first."""
         arrived = time.perf_counter()
-        prompts = await self._prepare(body, renderer)
         conversation = conversation_id(request.headers) or body.prompt_cache_key or conversation
-        # This comes before a stream's status is sent: with a full queue that is 503.
+        prompts = await self._prepare(body, renderer)
+        # The turns start before a stream's status is sent: with a full queue that is 503.
         generation = self._start(prompts, body, renderer, writer.head.id, conversation, arrived)
         if body.stream:
             return EventStream(_streaming(generation, writer))
-        try:
-            async with generation:
-                await while_connected(request.receive, generation.finish())
-        except ClientGone:
-            return Response(status_code=499)  # for the access log
-        return Response(msgspec.json.encode(writer.response(generation)), media_type="application/json")
+        return await _whole(request, generation, writer)
 
     async def _prepare(self, body: GenerationRequest, renderer: Renderer) -> Prompts:
         """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
@@ -277,9 +272,19 @@ class Service:
         return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, False)}
 
 
+async def _whole(request: Request, generation: Generation, writer: ResponseWriter) -> Response:
+    """The answer in one piece, when all choices have ended."""
+    try:
+        async with generation:
+            await while_connected(request.receive, generation.finish())
+    except ClientGone:
+        return Response(status_code=499)  # for the access log
+    return Response(msgspec.json.encode(writer.response(generation)), media_type="application/json")
+
+
 @asynccontextmanager
 async def _streaming(generation: Generation, writer: ResponseWriter) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The events of a stream, in a context that ends its turns. A status has long been sent when the generation fails:
+    """The events of a stream, in a context that ends its turns. If the generation fails, the status has long been sent:
     the last events are about the error."""
 
     async def events() -> AsyncIterator[bytes]:
