@@ -267,6 +267,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             "SECONDS",
         ),
     ] = 30.0
+    role: Role = Role.DECODER
+    """What this worker is for."""
     workers: int = 1
     """How many workers share this machine's memory and cores."""
     sharing: int = 1

@@ -15,7 +15,7 @@ from miniserve.config import ConfigError, EngineConfig, parse_bytes
 from miniserve.hub.resolve import resolve
 from miniserve.kv.hashing import root_hash
 from miniserve.sampling_params import ParameterError, SamplingParams, mistyped
-from miniserve.text.detokenizer import TurnText
+from miniserve.text.detokenizer import IncrementalDetokenizer
 from miniserve.text.grammar import GrammarError
 from miniserve.text.template import Message
 from miniserve.text.tokenizer import Tokenizer
@@ -200,7 +200,7 @@ class _Turn:
     ) -> None:
         self._generation = generation
         self._completion = completion
-        self._words = TurnText(tokenizer, params)
+        self._words = IncrementalDetokenizer(tokenizer, params)
 
     def take(self, output: FirstToken | Tokens | Ended) -> bool:
         """Add one step's output to the completion; whether it ends with that."""

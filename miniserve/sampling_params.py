@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from inspect import formatannotation
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -31,8 +32,11 @@ def mistyped(struct: msgspec.Struct) -> tuple[str, str] | None:
         msgspec.convert(msgspec.structs.asdict(struct), type(struct))
     except msgspec.ValidationError as error:
         (name,) = re.findall(r"`\$\.(\w+)", str(error))
-        kind = type(struct).__annotations__[name]
-        return name, f"`{name}` must be of type {kind}, got {getattr(struct, name)!r}."
+        kind, value = get_type_hints(type(struct))[name], getattr(struct, name)
+        if get_origin(kind) is Literal and isinstance(value, str):
+            return name, f"`{name}` must be one of {', '.join(get_args(kind))}, got {value!r}."
+        kind = str if get_origin(kind) is Literal else kind
+        return name, f"`{name}` must be of type {formatannotation(kind)}, got {value!r}."
     return None
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from miniserve.api.structured import json_grammar
 from miniserve.llm import LLM
 from miniserve.sampling_params import Grammar, SamplingParams
+from miniserve.text.grammar import json_grammar
 from miniserve.worker.sequence import Sequence
 
 ITEM = {"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}}, "required": ["name"]}

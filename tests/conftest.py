@@ -92,7 +92,8 @@ def hermes(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The default model from the user's own cache, fetched there if need be; skips where that cannot be done."""
-    from miniserve.hub.resolve import ModelError, resolve
+    from miniserve.hub.check import ModelError
+    from miniserve.hub.resolve import resolve
 
     with pytest.MonkeyPatch.context() as patch:
         if USERS_CACHE is None:

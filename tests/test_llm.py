@@ -12,7 +12,7 @@ import pytest
 from miniserve.api.generation import Choice
 from miniserve.cluster.messages import Ended, TokenLogprob, Tokens, TurnOutput
 from miniserve.config import ConfigError
-from miniserve.hub.resolve import ModelError
+from miniserve.hub.check import ModelError
 from miniserve.llm import LLM, CompletionOutput, RequestOutput, _Turn
 from miniserve.sampling_params import ParameterError, SamplingParams
 
@@ -250,6 +250,7 @@ def test_sizes_are_written_as_on_the_command_line(llm: LLM) -> None:
         ({"kv_cache_memory": 2**21 + 0.5}, "`kv_cache_memory` must be of type int"),
         ({"max_model_len": "long"}, "`max_model_len` must be of type int"),
         ({"dtype": None}, "`dtype` must be of type str"),
+        ({"dtype": "float8"}, "`dtype` must be one of auto, bfloat16, .*got 'float8'"),
         ({"max_len": 64}, "no setting 'max_len'.*max_model_len"),
     ],
 )

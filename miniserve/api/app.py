@@ -26,6 +26,7 @@ from miniserve.api.streaming import event_stream
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import EngineClient, EngineError
 from miniserve.text.dialect import find_dialect
+from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
 Responses = dict[int | str, dict[str, Any]]
@@ -42,16 +43,21 @@ NAMED_STREAM = event_stream(event={"type": "string"}, data={"type": "string", "d
 
 
 def create_app(
-    config: ServeConfig, client: EngineClient, tokenizer: Tokenizer, generation_defaults: dict[str, Any]
+    config: ServeConfig,
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    generation_defaults: dict[str, Any],
+    compiler: Compiler | None = None,
 ) -> FastAPI:
     """The API as an ASGI app.
 
     `client` need not have started yet. `generation_defaults` is the model's generation_config.json, or empty for
-    neutral sampling. Raises `ConfigError` for the name of a parser that does not exist.
+    neutral sampling. `compiler` checks grammars; without one it is made for the first request that has one. Raises
+    `ConfigError` for the name of a parser that does not exist.
     """
     names = config.served_model_names or [config.engine.model]
     dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
-    service = Service(client, tokenizer, dialect, names, generation_defaults)
+    service = Service(client, tokenizer, dialect, names, generation_defaults, compiler)
     middleware = [Middleware(RequestId)]
     if config.api_key is not None:
         middleware.append(Middleware(ApiKey, config.api_key))

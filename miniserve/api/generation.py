@@ -12,7 +12,7 @@ from miniserve.cluster.messages import Ended, Failed, FirstToken, TokenLogprob, 
 from miniserve.dispatcher import EngineError, Turn
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
-from miniserve.text.detokenizer import TurnText
+from miniserve.text.detokenizer import IncrementalDetokenizer
 from miniserve.text.reader import Part, Reader, merged
 from miniserve.text.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class Choice:
         self.reasoning_tokens = 0
         self.thinks = reader is not None and reader.thinking
         self._reader = reader
-        self._words = TurnText(tokenizer, params, reader.visible if reader else frozenset())
+        self._words = IncrementalDetokenizer(tokenizer, params, reader.visible if reader else frozenset())
         self._parts: list[Part] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []

@@ -42,6 +42,7 @@ from miniserve.dispatcher import EngineClient, Turn
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.dialect import Dialect
+from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Service:
         dialect: Dialect,
         names: list[str],
         defaults: Mapping[str, Any],
+        compiler: Compiler | None = None,
     ) -> None:
         self.metrics = Metrics(client, names[0])
         self._client = client
@@ -70,7 +72,7 @@ class Service:
         self._dialect = dialect
         self._names = names
         self._defaults = defaults
-        self._grammars = GrammarChecks(tokenizer)
+        self._grammars = GrammarChecks(tokenizer, compiler)
         self._responses: ResponseStore[InputItem] = ResponseStore()
 
     # --- routes that generate ---------------------------------------------------------------------------------------

@@ -1,22 +1,20 @@
 """Structured output: what a request says of the form of its output becomes a grammar, compiled once to check it.
 
-Compiling happens in threads that let the event loop run, few of them, and nobody waits for long.
+Compiling happens in a few threads that let the event loop run, and no request waits for long.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from miniserve.api.errors import RETRY_SECONDS, ApiError
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.sampling_params import Grammar, ParameterError
-from miniserve.text.grammar import GrammarError, quoted
+from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
 from miniserve.text.tokenizer import Tokenizer
 
 THREADS = 2
@@ -25,21 +23,18 @@ MAX_CHECKING = 64
 SECONDS = 5.0
 """The longest that a request waits for it."""
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
-"""Between the parts of JSON: one space, or a new line and its indentation. Nothing else in a grammar would stop a small
-model from filling its whole answer with blanks."""
-
-
-_LARK = re.compile(r"^[ \t]*(%llguidance\b|start\s*:)", re.MULTILINE)
-"""Tells Lark from GBNF. The library's own search for it takes two seconds for 16,000 empty lines, and stops everything
-else meanwhile."""
 
 
 class GrammarChecks:
-    """Compiles grammars over the vocabulary of `tokenizer`, to tell a client what is wrong before anything runs."""
+    """Compiles grammars over the vocabulary of `tokenizer`, so that a client learns what is wrong before anything runs.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Without a `compiler` one is made when it is first needed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, compiler: Compiler | None = None) -> None:
         self._tokenizer = tokenizer
+        self._compiler = compiler
+        self._making = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, "grammar-check")
         self._checking = 0
 
@@ -71,7 +66,9 @@ class GrammarChecks:
         return grammar
 
     def _compile(self, grammar: Grammar) -> None:
-        self._tokenizer.compiler.compile(grammar)
+        with self._making:
+            self._compiler = self._compiler or Compiler(self._tokenizer)
+        self._compiler.compile(grammar)
 
 
 def requested(body: GenerationRequest) -> Grammar:
@@ -83,14 +80,12 @@ def requested(body: GenerationRequest) -> Grammar:
     if wanted.regex is not None:
         return Grammar("regex", wanted.regex)
     if wanted.choice is not None:
-        return Grammar("lark", "start: " + " | ".join(map(quoted, wanted.choice)))
+        return choice_grammar(wanted.choice)
     if wanted.grammar is not None:
         try:
-            return Grammar("lark", wanted.grammar if _LARK.search(wanted.grammar) else gbnf_to_lark(wanted.grammar))
-        except Exception as error:  # whatever the library's converter runs into
-            raise ParameterError(
-                "structured_outputs", f"`structured_outputs.grammar` is neither Lark nor GBNF: {error}."
-            ) from error
+            return lark_grammar(wanted.grammar)
+        except GrammarError as error:
+            raise ParameterError("structured_outputs", f"`structured_outputs.grammar` is {error}") from error
     if isinstance(wanted.json_, str):
         try:
             schema = json.loads(wanted.json_)
@@ -100,13 +95,6 @@ def requested(body: GenerationRequest) -> Grammar:
             raise ParameterError("structured_outputs", f"`structured_outputs.json` is not JSON: {error}.") from error
         raise ParameterError("structured_outputs", "`structured_outputs.json` must be a JSON schema, an object.")
     return json_grammar(ANY_OBJECT if wanted.json_ is None else wanted.json_)
-
-
-def json_grammar(schema: dict[str, Any], *, strict: bool = False) -> Grammar:
-    """The grammar of JSON that fits `schema`. Unless `strict`, `oneOf` is taken for `anyOf`: the parser cannot rule out
-    that two alternatives match, and schemas made from code mean alternatives that exclude each other."""
-    options = {"whitespace_pattern": WHITESPACE, "coerce_one_of": not strict}
-    return Grammar("json_schema", json.dumps({**schema, "x-guidance": options}, ensure_ascii=False))
 
 
 def _busy() -> ApiError:

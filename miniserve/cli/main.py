@@ -12,8 +12,7 @@ from miniserve.bench.commands import add_commands
 from miniserve.cli.flags import Parser, add_settings, add_url, api_key, interval, positive
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.text.dialect import THINKING
-from miniserve.text.formats import FORMATS
+from miniserve.text.formats import FORMATS, REASONING_MARKS
 
 EXAMPLES = """examples:
   miniserve serve                                     the default model, one worker
@@ -82,13 +81,15 @@ def _add_serve(commands: Any) -> None:
     choices = {
         "policy": tuple(POLICIES),
         "tool_call_parser": ("auto", *FORMATS),
-        "reasoning_parser": ("auto", "none", *THINKING),
+        "reasoning_parser": ("auto", "none", *REASONING_MARKS),
     }
     add_settings(parser, ServeConfig, choices)
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from miniserve.hub.resolve import DEFAULT_MODEL, ModelError, resolve
+    from miniserve.hub.check import ModelError
+    from miniserve.hub.fetch import DEFAULT_MODEL
+    from miniserve.hub.resolve import resolve
 
     if args.model and args.positional_model and args.model != args.positional_model:
         raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")

@@ -24,6 +24,7 @@ from miniserve.dispatcher import EngineClient
 from miniserve.hub.defaults import generation_defaults
 from miniserve.hub.resolve import ModelFiles
 from miniserve.sampling_params import ParameterError
+from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
     try:
         try:
             defaults = generation_defaults(files.folder, config.generation_config)
-            tokenizer, _ = await signals.unless(
+            (tokenizer, compiler), _ = await signals.unless(
                 signals.first,
                 asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start()),
             )
@@ -123,7 +124,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
             return 130
         finally:
             progress.end()
-        app = create_app(config, client, tokenizer, defaults)
+        app = create_app(config, client, tokenizer, defaults, compiler)
         http = HttpServer(
             uvicorn.Config(
                 app,
@@ -150,11 +151,10 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         await client.stop()
 
 
-def _tokenizer(config: ServeConfig, files: ModelFiles) -> Tokenizer:
-    """The tokenizer. Raises `ParameterError`."""
+def _tokenizer(config: ServeConfig, files: ModelFiles) -> tuple[Tokenizer, Compiler]:
+    """The tokenizer and the compiler of grammars, made while the workers load. Raises `ParameterError`."""
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    _ = tokenizer.compiler  # made at first use, which takes a while; while workers load nothing waits for it
-    return tokenizer
+    return tokenizer, Compiler(tokenizer)
 
 
 async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, signals: Signals) -> None:

@@ -1,4 +1,4 @@
-"""The wires: every process has one inbox, anybody who knows its address can put an `Envelope` there.
+"""The wires: every process has one inbox, and a process that knows its address can put an `Envelope` there.
 
 ZeroMQ PUSH to PULL over `ipc://` sockets in the run's 0700 directory. Messages of one sender arrive in order, sending
 never blocks, and what a dead process did not read is gone with it.
@@ -37,7 +37,7 @@ class Outboxes:
             socket.set_hwm(0)  # an engine must not wait for a reader; messages are small and bounded by the turns
             socket.linger = 0
             socket.connect(address)
-        # Nobody listens there any more: its death is noticed elsewhere.
+        # The owner of that inbox is dead, which the supervisor notices.
         with contextlib.suppress(zmq.Again):
             socket.send(_encoder.encode(Envelope(self._sender, self._epoch, body)), zmq.NOBLOCK)
 

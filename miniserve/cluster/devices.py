@@ -29,13 +29,15 @@ def place(
     chosen = devices or _all(engine.device)
     if topology is None:
         topology = Topology(1, len(chosen) - 1) if len(chosen) > 1 else Topology(0, 1)
-    names = topology.workers
-    if len(names) < len(devices):
-        raise ConfigError(f"--devices names {len(devices)} GPUs, --topology {topology} has {len(names)} workers.")
-    at = {name: chosen[i % len(chosen)] for i, name in enumerate(names)}
+    roles = topology.roles
+    if len(roles) < len(devices):
+        raise ConfigError(f"--devices names {len(devices)} GPUs, --topology {topology} has {len(roles)} workers.")
+    at = {name: chosen[i % len(chosen)] for i, name in enumerate(roles)}
     sharing = Counter(at.values())
     return topology, {
-        name: msgspec.structs.replace(engine, device=device, workers=len(names), sharing=sharing[device])
+        name: msgspec.structs.replace(
+            engine, role=roles[name], device=device, workers=len(roles), sharing=sharing[device]
+        )
         for name, device in at.items()
     }
 

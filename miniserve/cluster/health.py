@@ -42,18 +42,18 @@ class Health:
         self._heard[name] = now
 
     def excuse(self, seconds: float) -> None:
-        """Nobody could be heard for so long."""
+        """The frontend itself was stopped for so long: no worker is blamed for its silence."""
         self._heard = {name: at + seconds for name, at in self._heard.items()}
 
     def silent(self, now: float) -> dict[str, float]:
-        """Workers that are not heard of any more, hung or stopped, and for how many seconds they have been silent."""
+        """Workers that are silent for too long, hung or stopped, and for how many seconds."""
         return {name: now - at for name, at in self._heard.items() if now - at > self._longest_silence(name)}
 
     def _longest_silence(self, name: str) -> float:
         if name not in self._loading:
             return self._timeout
         if name not in self._first_start:
-            # Nothing tells yet how long this model takes on this machine (a cold disk, kernels to compile), so the very
+            # How long this model takes on this machine is not known yet (a cold disk, kernels to compile), so the very
             # first start may be silent for ever: a person watches its progress, and can end it.
             return math.inf
         return max(self._timeout, SLOWER * self._first_start[name])

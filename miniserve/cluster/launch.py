@@ -47,7 +47,7 @@ class RunDir:
         base.mkdir(mode=0o700, exist_ok=True)
         if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
             raise OSError(f"{base} is not a private directory of this user: remove it, or set XDG_RUNTIME_DIR.")
-        # One at a time, so that nobody sweeps away what another one has made and not locked yet.
+        # One process at a time, so that none sweeps away what another has made and not locked yet.
         handle = os.open(base, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -69,7 +69,7 @@ class RunDir:
 
 
 def _sweep(base: Path) -> None:
-    """Remove directories of runs that are over: nobody holds their lock."""
+    """Remove directories of runs that are over: no process holds their lock."""
     for path in base.iterdir():
         with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,7 +93,7 @@ class WorkerProcess:
             | _import_path(),
         )
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # died at once: `exit_code` tells
+        with contextlib.suppress(BrokenPipeError):  # it died at once: see `exit_code`
             self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
             self._process.stdin.flush()
 

@@ -1,7 +1,7 @@
 """Everything that crosses a process boundary: typed structs in msgpack, no pickle.
 
-Every process owns one inbox; whoever wants to talk to it sends an `Envelope` there. The sender's epoch (the number
-of this incarnation of a worker) travels with each message, so that words of a dead process are recognised and dropped.
+Every process owns one inbox, to which the others send `Envelope`s. The sender's epoch (the number of this incarnation
+of a worker) travels with each message, so that messages of a dead process are recognised and dropped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -53,12 +54,13 @@ class PoolInfo(Wire, frozen=True):
 
 
 class Peer(Wire, frozen=True):
-    """A worker as the others see it: its inbox `address` and its pool."""
+    """A worker as the others see it: its inbox `address`, its pool, and what it is for."""
 
     name: str
     epoch: int
     address: str
     pool: PoolInfo
+    role: Role = Role.DECODER
 
 
 class TokenLogprob(Wire, frozen=True):
@@ -254,7 +256,7 @@ class Loading(Wire, frozen=True):
 
 
 class Ready(Wire, frozen=True):
-    """A worker is up. `kernels` tells which ones it runs, `phases` are seconds per start-up phase, `kv_note` the
+    """A worker is up. `kernels` names those that it runs, `phases` are seconds per start-up phase, `kv_note` the
     arithmetic of the pool's size."""
 
     pool: PoolInfo

@@ -120,7 +120,7 @@ class Workers:
         """A worker is up: the owner makes it known to the others."""
         spec, ready = self.processes[name].spec, self._ready[name]
         self.failed.pop(name, None)
-        self._up(Peer(name, spec.epoch, spec.address, ready.pool), ready)
+        self._up(Peer(name, spec.epoch, spec.address, ready.pool, spec.engine.role), ready)
 
     async def stop(self) -> None:
         """Tell the workers to leave, end those that do not, remove the run's directory. Safe at any time, and twice."""
@@ -181,7 +181,7 @@ class Workers:
                     self._report(name, report)
             case Loading() as loading:
                 self._health.heard(name, now)
-                if not self._started:  # nobody looks at a bar any more when a worker starts again
+                if not self._started:  # no progress is shown when a worker starts again
                     self._loading(name, loading)
             case Ready() as ready:
                 self._health.ready(name, now)

@@ -1,8 +1,9 @@
 """Turn the default model's pinned GGUF into a Hugging Face folder: `python -m miniserve.hub.convert IN.gguf OUT_DIR`.
 
-Run as a process of its own by `miniserve.hub.resolve`, so that the memory it takes goes away with it. It reads GGUF's
+Run as a process of its own by `miniserve.hub.fetch`, so that the memory it takes goes away with it. It reads GGUF's
 metadata for a byte-level BPE Llama and is no general converter. transformers can do this too, but only with accelerate
-installed, in three times the time, and with a tokenizer that needs mending. Bump `hub.RECIPE` when the result changes.
+installed, in three times the time, and with a tokenizer that needs mending. Bump `fetch.RECIPE` when what it makes
+changes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from miniserve.text.tokenizer import byte_level_bpe
 
 CONTROL = 3
 """GGUF's token type of special tokens."""
@@ -101,33 +104,12 @@ def config(meta: dict[str, Any]) -> dict[str, Any]:
 def tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer.json: byte-level BPE that splits numbers into single digits first, as SmolLM2 was trained."""
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": t, **flags} for i, t in enumerate(tokens) if types[i] == CONTROL],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
-        },
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
-        },
-    }
+    return byte_level_bpe(
+        {token: i for i, token in enumerate(tokens)},
+        [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
+        {i: token for i, token in enumerate(tokens) if types[i] == CONTROL},
+        before=[{"type": "Digits", "individual_digits": True}],
+    )
 
 
 def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A folder that stands in for a model nobody downloaded: true config.json, made-up tokenizer, no weights.
+"""A folder that stands in for a model without its files: true config.json, made-up tokenizer, no weights.
 
 With `--load-format dummy` the shape of a model is all that is measured. The tokenizer spells text in bytes (ids 0 to
 255) and shows every other id as a word of its own, so that the API works and each generated token is visible.
@@ -13,6 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from miniserve.text.tokenizer import byte_alphabet, byte_level_bpe
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] ~ ': ' ~ message['content'] ~ '\\n' }}{% endfor %}"
@@ -46,16 +48,13 @@ def make_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
             out.mkdir(0o755)
             for name, text in texts.items():
                 (out / name).write_text(text, "utf-8")
-            with contextlib.suppress(OSError):  # somebody else was first
+            with contextlib.suppress(OSError):  # another process was first
                 os.replace(out, folder)
     return folder
 
 
 def tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:
     """A tokenizer.json of `vocab_size` tokens: bytes, then words named after their id; `special` maps id to text."""
-    from miniserve.text.tokenizer import byte_alphabet
-
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     # The special ids of some models lie among the first 256: the byte that stood there takes the last ids instead.
     spare = iter(range(vocab_size - 1, -1, -1))
     alphabet = byte_alphabet()
@@ -64,13 +63,4 @@ def tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:
         vocab[alphabet[byte]] = byte if byte not in special else next(i for i in spare if i not in special)
     taken = set(vocab.values()) | special.keys()
     vocab |= {f"\u0120t{i}": i for i in range(vocab_size) if i not in taken}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": special[i], **flags} for i in sorted(special)],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab | {text: i for i, text in special.items()}, "merges": []},
-    }
+    return byte_level_bpe(vocab | {text: i for i, text in special.items()}, [], special, use_regex=False)

@@ -1,4 +1,7 @@
-"""Text that grows token by token: whole characters only, and never a part of a stop string."""
+"""Text that grows token by token: whole characters only, and never a part of a stop string.
+
+`IncrementalDetokenizer._cut_at_stop` is where a stop string ends the text.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from miniserve.text.tokenizer import Tokenizer
 
 
-class StopString:
+class StopStringMatcher:
     """One stop string, matched character by character however the text is cut into tokens (Knuth-Morris-Pratt).
 
     `matched` is how many of its characters the text so far ends with.
@@ -50,109 +53,79 @@ class StopString:
         return 0
 
 
-class TextStream:
-    """Turns a turn's tokens into text that can be given out at once.
+class IncrementalDetokenizer:
+    """Turns the tokens of one turn into text that can be given out at once, as the turn's parameters want it.
 
     Held back are the bytes of an unfinished character and text that may still be the beginning of a stop string. Of
     several stop strings the one that ends first wins, and of those the longest; how the text is cut into tokens and
     pushes makes no difference. One that ends within the first `min_tokens` tokens does not count. Text is the plain
     concatenation of the tokens' bytes: a sentencepiece model's first token keeps its leading space. `visible` are
-    special tokens that are not skipped: the marks of tool calls, for whoever reads those.
+    special tokens that are not skipped: the marks of tool calls, which a `Reader` needs to see.
 
-    `stopped_by` is the stop string that was met, `tokens_used` the number of tokens up to the one that completed it
-    (all so far, if none).
+    `finish` is None while the turn goes on; `stop_reason` is the stop string or the token of `stop_token_ids` that
+    ended it. `tokens_used` is the number of tokens up to the one that completed a stop string (all so far, if none).
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: list[str] | None = None,
-        skip_special_tokens: bool = True,
-        include_stop: bool = False,
-        min_tokens: int = 0,
-        visible: frozenset[int] = frozenset(),
-    ) -> None:
-        self.stopped_by: str | None = None
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, visible: frozenset[int] = frozenset()) -> None:
+        self.finish: Literal["stop", "length"] | None = None
+        self.stop_reason: str | int | None = None
         self.tokens_used = 0
+        self._params = params
         self._token_bytes = tokenizer.token_bytes
-        self._skip = tokenizer.special_ids - visible if skip_special_tokens else frozenset()
-        self._stops = [StopString(text) for text in stop or []]
-        self._include_stop = include_stop
-        self._min_tokens = min_tokens
+        self._skip = tokenizer.special_ids - visible if params.skip_special_tokens else frozenset()
+        self._stops = [StopStringMatcher(text) for text in params.stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
+    def feed(self, output: FirstToken | Tokens | Ended) -> tuple[str, int]:
+        """Take in the next tokens: the text that can now be given out, and how many of the tokens count (those up to a
+        stop string)."""
+        before = self.tokens_used
+        # The token that ends a turn is no part of its text, special or not.
+        ended = output if isinstance(output, Ended) else None
+        hidden = ended is not None and ended.stop_token is not None and not self._params.include_stop_str_in_output
+        text = self.push(output.tokens[:-1] if hidden else output.tokens)
+        if self.finish is not None:
+            return text, self.tokens_used - before
+        if ended is not None and ended.finish != "abort":
+            text += self.flush()
+            self.finish = self.finish or ended.finish
+            if ended.stop_token in self._params.stop_token_ids:
+                self.stop_reason = ended.stop_token
+        return text, len(output.tokens)
+
     def push(self, token_ids: Iterable[int]) -> str:
-        """Take the next tokens; the text that is now safe to give out. Empty after a stop."""
+        """Take the next tokens; the text that is now safe to give out. Empty after a stop string."""
         out = []
         for token in token_ids:
-            if self.stopped_by is not None:
+            if self.finish is not None:
                 break
             self.tokens_used += 1
             if token not in self._skip and (text := self._decoder.decode(self._token_bytes(token))):
-                out.append(self._take(text))
+                out.append(self._cut_at_stop(text))
         return "".join(out)
 
     def flush(self) -> str:
-        """The rest at the end of a turn; an unfinished character becomes U+FFFD. Empty after a stop."""
-        if self.stopped_by is not None:
+        """The rest at the end of a turn; an unfinished character becomes U+FFFD. Empty after a stop string."""
+        if self.finish is not None:
             return ""
-        text = self._take(self._decoder.decode(b"", final=True))
+        text = self._cut_at_stop(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return text + rest
 
-    def _take(self, text: str) -> str:
+    def _cut_at_stop(self, text: str) -> str:
+        """What is safe to give out now that `text` has come: all up to a stop string, or to what may become one."""
         if not self._stops:
             return text
-        may_stop = self.tokens_used > self._min_tokens
+        may_stop = self.tokens_used > self._params.min_tokens
         ends = [(end, -len(stop.text), stop) for stop in self._stops if (end := stop.feed(text, may_stop))]
         text = self._held + text
         if ends:
             end, _, stop = min(ends, key=lambda found: found[:2])
             end += len(self._held)
             self._held = ""
-            self.stopped_by = stop.text
-            return text[: end if self._include_stop else end - len(stop.text)]
+            self.finish, self.stop_reason = "stop", stop.text
+            return text[: end if self._params.include_stop_str_in_output else end - len(stop.text)]
         safe = len(text) - max(stop.matched for stop in self._stops)
         self._held = text[safe:]
         return text[:safe]
-
-
-class TurnText:
-    """The text of one turn, as its parameters want it, for the server and the library alike.
-
-    `finish` is None while it goes on; `stop_reason` is the stop string or the token of `stop_token_ids` that ended it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, visible: frozenset[int] = frozenset()) -> None:
-        self.finish: Literal["stop", "length"] | None = None
-        self.stop_reason: str | int | None = None
-        self._params = params
-        self._given = 0
-        self._stream = TextStream(
-            tokenizer,
-            list(params.stop),
-            params.skip_special_tokens,
-            params.include_stop_str_in_output,
-            params.min_tokens,
-            visible,
-        )
-
-    def feed(self, output: FirstToken | Tokens | Ended) -> tuple[str, int]:
-        """Take in the next tokens: the text that can now be given out, and how many of the tokens count (those up to a
-        stop string)."""
-        count = len(output.tokens)
-        self._given += count
-        # The token that ends a turn is no part of its text, special or not.
-        ended = output if isinstance(output, Ended) else None
-        hidden = ended is not None and ended.stop_token is not None and not self._params.include_stop_str_in_output
-        text = self._stream.push(output.tokens[:-1] if hidden else output.tokens)
-        if self._stream.stopped_by is not None:
-            count -= self._given - self._stream.tokens_used
-            self.finish, self.stop_reason = "stop", self._stream.stopped_by
-        elif ended is not None and ended.finish != "abort":
-            text += self._stream.flush()
-            self.finish = ended.finish
-            if ended.stop_token in self._params.stop_token_ids:
-                self.stop_reason = ended.stop_token
-        return text, count

@@ -9,33 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from miniserve.config import ConfigError
-from miniserve.text.formats import FORMATS, Format
-from miniserve.text.reader import CallScanner, Reader, Thinking
+from miniserve.text.formats import FORMATS, REASONING_MARKS, SIGNS, ReasoningMarks, ToolFormat
+from miniserve.text.reader import CallScanner, Reader
 from miniserve.text.template import Message
 from miniserve.text.tokenizer import Tokenizer
 
-THINKING = {
-    "qwen3": Thinking("<think>", "</think>"),
-    "deepseek_r1": Thinking("<think>", "</think>", always=True),
-    "mistral": Thinking("[THINK]", "[/THINK]"),
-}
-"""By the name of the parser, vLLM's; in the order in which a template is searched for their marks."""
-MARKS = {
-    "<function=": "qwen3_coder",
-    "[ARGS]": "mistral_args",
-    "[TOOL_CALLS]": "mistral",
-    "<|python_tag|>": "llama3_json",
-    "<tool_call>": "hermes",
-    '"parameters"': "llama3_json",
-}
-"""What a template spells, and whose format that is. Several may be in one: the first counts."""
-BY_ARCHITECTURE = {"qwen2": "hermes", "qwen3": "hermes", "mistral": "mistral"}
 TAIL_TOKENS = 16
 """More than a template writes behind a mark of reasoning at the end of a prompt."""
 Reasoned = Literal["not yet", "begun", "over"]
@@ -44,10 +27,10 @@ Reasoned = Literal["not yet", "begun", "over"]
 
 class Dialect(msgspec.Struct, frozen=True):
     """`form` is the format of calls, `thinking` is None for models that do not reason. `knows_tools` and `knows_calls`
-    tell whether the chat template renders tools and the calls of the history."""
+    say whether the chat template renders tools and the calls of the history."""
 
-    form: Format
-    thinking: Thinking | None
+    form: ToolFormat
+    thinking: ReasoningMarks | None
     knows_tools: bool
     knows_calls: bool
 
@@ -67,7 +50,7 @@ class Dialect(msgspec.Struct, frozen=True):
         marks = [*self.form.marks] if tools else []
         marks += self.thinking[:2] if self.thinking else []
         ids = {id for mark in marks if (id := tokenizer.control_id(mark)) is not None}
-        schemas = schemas_of(tools or [])
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or []}
         return Reader(
             self.thinking,
             opened,
@@ -91,20 +74,14 @@ class Dialect(msgspec.Struct, frozen=True):
     def messages(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
         """The conversation as this model's template can render it."""
         if tools and not self.knows_tools:
-            messages = self._with_system(messages, self._description(tools))
+            messages = _with_system(messages, self._description(tools))
         if not self.knows_calls:
             return [self._spelled(message) for message in messages]
         if not self.form.parallel:
             messages = _one_by_one(messages)
-        if self.form.name.startswith("mistral"):
+        if self.form.short_ids:
             messages = [_with_short_ids(message) for message in messages]
         return messages
-
-    def _with_system(self, messages: list[Message], text: str) -> list[Message]:
-        if messages and messages[0]["role"] == "system":
-            first = messages[0]
-            return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
-        return [{"role": "system", "content": text}, *messages]
 
     def _description(self, tools: list[dict[str, Any]]) -> str:
         example = self.form.write([("name_of_tool", {"name_of_parameter": "value"})])
@@ -125,44 +102,51 @@ class Dialect(msgspec.Struct, frozen=True):
 
 
 def find_dialect(tokenizer: Tokenizer, tool_parser: str = "auto", reasoning_parser: str = "auto") -> Dialect:
-    """That of a model, from its chat template, else from its architecture; parsers other than auto are given by name.
-
-    Raises `ConfigError` for a name that there is none of.
+    """The dialect of a model, from its chat template, else from its architecture; parsers other than auto are given by
+    name. Raises `ConfigError` for an unknown name.
     """
     for flag, name, known in (
         ("--tool-call-parser", tool_parser, ["auto", *FORMATS]),
-        ("--reasoning-parser", reasoning_parser, ["auto", "none", *THINKING]),
+        ("--reasoning-parser", reasoning_parser, ["auto", "none", *REASONING_MARKS]),
     ):
         if name not in known:
             raise ConfigError(f"{flag} {name!r} is not known: use one of {', '.join(known)}.")
     text = tokenizer.template_text
     knows_tools = re.search(r"\btools\b", text) is not None
-    found = _find_format(tokenizer, knows_tools) if tool_parser == "auto" else tool_parser
-    thinking = THINKING.get(_find_thinking(tokenizer) if reasoning_parser == "auto" else reasoning_parser)
-    return Dialect(FORMATS[found], thinking, knows_tools, "tool_calls" in text)
+    form = FORMATS[_find_format(tokenizer, knows_tools) if tool_parser == "auto" else tool_parser]
+    thinking = _find_reasoning(tokenizer) if reasoning_parser == "auto" else REASONING_MARKS.get(reasoning_parser)
+    return Dialect(form, thinking, knows_tools, "tool_calls" in text)
 
 
 def _find_format(tokenizer: Tokenizer, knows_tools: bool) -> str:
-    for mark, name in MARKS.items():
-        if mark in tokenizer.template_text:
+    for sign, name in SIGNS.items():
+        if sign in tokenizer.template_text:
             return name
     if not knows_tools:
         return "smollm2"
     if tokenizer.control_id("<|start_header_id|>") is not None:
         return "llama3_json"
-    return BY_ARCHITECTURE.get(tokenizer.model_type, "hermes")
+    return "mistral" if tokenizer.model_type == "mistral" else "hermes"
 
 
-def _find_thinking(tokenizer: Tokenizer) -> str:
-    for name, marks in THINKING.items():
+def _find_reasoning(tokenizer: Tokenizer) -> ReasoningMarks | None:
+    for marks in REASONING_MARKS.values():
         if any(mark in tokenizer.template_text for mark in (marks.start, marks.end)):
-            return name
+            return marks
         if None not in (tokenizer.control_id(marks.start), tokenizer.control_id(marks.end)):
-            return name
-    return "none"
+            return marks
+    return None
 
 
 # --- what some templates insist on ----------------------------------------------------------------------------------
+
+
+def _with_system(messages: list[Message], text: str) -> list[Message]:
+    """`text` at the end of the system message, which is put in front where there is none."""
+    if messages and messages[0]["role"] == "system":
+        first = messages[0]
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _one_by_one(messages: list[Message]) -> list[Message]:
@@ -197,8 +181,3 @@ def _with_short_ids(message: Message) -> Message:
 
 def _short(id: str) -> str:
     return id if re.fullmatch(r"[A-Za-z0-9]{9}", id) else hashlib.blake2b(id.encode()).hexdigest()[:9]
-
-
-def schemas_of(tools: list[dict[str, Any]]) -> Mapping[str, Any]:
-    """By the name of a tool: the JSON schema of its parameters, if it says so."""
-    return {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}

@@ -1,7 +1,8 @@
-"""Grammars, compiled by llguidance: the frontend compiles one to check it, a worker to follow it. No torch.
+"""Grammars: made of what a request says of its output, and compiled by llguidance. No torch.
 
-llguidance bounds most of what a grammar may cost: expressions are derived as they are needed, with so much fuel for
-each token, and rows of its parser hold so many items. What it does not bound is refused here before it is compiled.
+The API compiles a grammar to check it, a worker to follow it. llguidance bounds most of what a grammar may cost:
+expressions are derived as they are needed, with so much fuel for each token, and rows of its parser hold so many items.
+`check_bounds` refuses what it does not bound, before anything is compiled.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from miniserve.sampling_params import Grammar
+from miniserve.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from miniserve.text.tokenizer import Tokenizer
-
+WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
+"""Between the parts of JSON: one space, or a new line and its indentation. Nothing else in a grammar would stop a small
+model from filling its whole answer with blanks."""
 MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 2**20}
 """Most characters of a grammar. Those of Lark are ours where tools are forced, and hold a schema for each tool."""
 MAX_RULE_CHARS = 131072
@@ -52,6 +55,9 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
+_LARK = re.compile(r"^[ \t]*(%llguidance\b|start\s*:)", re.MULTILINE)
+"""Tells Lark from GBNF. The library's own search for it takes two seconds for 16,000 empty lines, and stops everything
+else meanwhile."""
 _JSON = re.compile(r"%json\s*")
 _PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"?|/(?:\\.|[^/\\])+/?', re.DOTALL)
 """Comments, strings and expressions of Lark, as llguidance reads them. What is not closed it refuses; looking for the
@@ -62,11 +68,44 @@ class GrammarError(ValueError):
     """A grammar that cannot be followed; the message says why, in a sentence."""
 
 
+# --- made -----------------------------------------------------------------------------------------------------------
+
+
+def json_grammar(schema: dict[str, Any], *, strict: bool = False) -> Grammar:
+    """The grammar of JSON that fits `schema`. Unless `strict`, `oneOf` is taken for `anyOf`: the parser cannot rule out
+    that two alternatives match, and schemas made from code mean alternatives that exclude each other."""
+    options = {"whitespace_pattern": WHITESPACE, "coerce_one_of": not strict}
+    return Grammar("json_schema", json.dumps({**schema, "x-guidance": options}, ensure_ascii=False))
+
+
+def choice_grammar(choices: list[str]) -> Grammar:
+    """The grammar of one of these texts."""
+    return Grammar("lark", "start: " + " | ".join(map(quoted, choices)))
+
+
+def lark_grammar(text: str) -> Grammar:
+    """A grammar that is written in llguidance's Lark, or in llama.cpp's GBNF. Raises `GrammarError`."""
+    try:
+        return Grammar("lark", text if _LARK.search(text) else gbnf_to_lark(text))
+    except Exception as error:  # whatever the library's converter runs into
+        raise GrammarError(f"neither Lark nor GBNF: {error}.") from error
+
+
+def quoted(text: str) -> str:
+    """A Lark expression for exactly this text."""
+    found = re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
+    return found.replace("\x7f", "\\x7f").replace("%", "\\x25")  # which would begin a directive to `check_bounds`
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
 class Compiler:
     """Makes matchers of grammars over the vocabulary of one tokenizer. Safe to use from many threads.
 
-    Takes half a second to make, with the interpreter to itself: do it before anybody waits. `vocab_size` may pad the
-    tokenizer's, and `eos` are the tokens that may end an output (what the tokenizer says if there are none).
+    Takes a tenth of a second to make for 50,000 tokens, a second for large vocabularies, and no other thread of the
+    process runs meanwhile: make it before requests come. `vocab_size` may pad the tokenizer's, and `eos` are the tokens
+    that may end an output (the tokenizer's own if there are none).
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int = 0, eos: Iterable[int] = ()) -> None:
@@ -90,7 +129,7 @@ class Compiler:
                 self._cache.move_to_end(grammar)
                 return found.deep_copy()
         check_bounds(grammar)
-        made = LLMatcher(self._vocabulary, _for_llguidance(grammar), limits=_LIMITS, log_level=0)
+        made = LLMatcher(self._vocabulary, grammar_from(grammar.kind, grammar.text), limits=_LIMITS, log_level=0)
         if not made.is_error():
             # Much is only found out, and prepared for all copies, with the first mask.
             fill_next_token_bitmask(made, allocate_token_bitmask(1, self.vocab_size))
@@ -115,10 +154,7 @@ def failure(matcher: LLMatcher) -> str:
     return ""
 
 
-def quoted(text: str) -> str:
-    """A Lark expression for exactly this text."""
-    found = re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
-    return found.replace("\x7f", "\\x7f").replace("%", "\\x25")  # which would begin a directive to `check_bounds`
+# --- bounded --------------------------------------------------------------------------------------------------------
 
 
 def check_bounds(grammar: Grammar) -> None:
@@ -140,16 +176,6 @@ def check_bounds(grammar: Grammar) -> None:
         if re.search("[&~]", _PLAIN.sub("", rules)):
             # Whether such a term matches anything at all may take for ever to find out.
             raise GrammarError("the operators & and ~ are not allowed: write the expression without them.")
-
-
-def _for_llguidance(grammar: Grammar) -> str:
-    match grammar.kind:
-        case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text)
-        case "regex":
-            return LLMatcher.grammar_from_regex(grammar.text)
-        case "lark":
-            return LLMatcher.grammar_from_lark(grammar.text)
 
 
 def _parsed(text: str, start: int) -> tuple[Any, int]:

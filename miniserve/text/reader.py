@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import NamedTuple
+from enum import Enum, auto
 
 import msgspec
 
-from miniserve.text.calls import Attempt, Found, Schemas
-from miniserve.text.formats import Format
+from miniserve.text.call_parsers import CallParser, ParsedCalls
+from miniserve.text.calls import Schemas
+from miniserve.text.formats import ReasoningMarks, ToolFormat
 
 
 class Reasoning(msgspec.Struct, frozen=True):
@@ -33,14 +34,6 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 Part = str | Reasoning | ToolCall
 """A part of an answer; a string is a piece of its content."""
-
-
-class Thinking(NamedTuple):
-    """The marks around reasoning. `always`: it begins without the first one, unless the prompt has ended it."""
-
-    start: str
-    end: str
-    always: bool = False
 
 
 def merged(parts: list[Part]) -> list[Part]:
@@ -68,7 +61,7 @@ class CallScanner:
 
     _BARE = re.compile(r"\s*(?:;\s*)?")
 
-    def __init__(self, form: Format, schemas: Schemas, single: bool, first: bool = False) -> None:
+    def __init__(self, form: ToolFormat, schemas: Schemas, single: bool, first: bool = False) -> None:
         self.calls = 0
         self.done = False
         self._format = form
@@ -77,8 +70,8 @@ class CallScanner:
         self._first = first
         self._starts = re.compile("|".join(map(re.escape, form.starts)))
         self._held = ""
-        self._gap = ""  # white space before the attempt
-        self._attempt: Attempt | None = None
+        self._gap = ""  # white space before the place that the parser reads
+        self._parser: CallParser | None = None
         self._trim = False  # white space that follows a call
         self._fresh = True  # nothing but calls so far: the next one needs no mark, where the format has none
 
@@ -87,13 +80,13 @@ class CallScanner:
         parts: list[Part] = []
         self._held += text
         while self._held and not self.done:
-            if self._attempt is None and not self._find(parts, final):
+            if self._parser is None and not self._find(parts, final):
                 break
-            assert self._attempt is not None
-            found = self._attempt.read(self._held, final)
+            assert self._parser is not None
+            found = self._parser.read(self._held, final)
             if found is None and not final:
                 break
-            self._settle(found or Found([], len(self._held)), parts)
+            self._settle(found or ParsedCalls([], len(self._held)), parts)
         return parts
 
     def _find(self, parts: list[Part], final: bool) -> bool:
@@ -118,12 +111,12 @@ class CallScanner:
                 self._held = held[len(kept) :]
                 return False
         self._gap, self._held = held[len(kept) : at], held[at:]
-        self._attempt = self._format.attempt(self._schemas)
+        self._parser = self._format.parser(self._schemas)
         return True
 
-    def _settle(self, found: Found, parts: list[Part]) -> None:
-        """An attempt has ended."""
-        self._attempt = None
+    def _settle(self, found: ParsedCalls, parts: list[Part]) -> None:
+        """Give out what the parser has found, and let go of it."""
+        self._parser = None
         text, self._held = self._held[: found.end], self._held[found.end :]
         if not found.calls:
             self._give(self._gap + text, parts)
@@ -143,16 +136,26 @@ class CallScanner:
             parts.append(text)
 
 
+class _Phase(Enum):
+    """Where a `Reader` is. It goes from the first to the last, and may leave the middle one out."""
+
+    UNDECIDED = auto()
+    """What has come may still be the beginning of reasoning, or of its first mark."""
+    REASONING = auto()
+    ANSWER = auto()
+
+
 class Reader:
     """Reads one answer: reasoning first, if the model has any, then content with calls among it.
 
-    `opened` says that the prompt has begun the reasoning already. `visible` are special tokens whose text it needs to
-    see, `ends` is the token that ends the reasoning, if it is a single one.
+    `thinking` is None for models that do not reason, and `opened` says that the prompt has begun the reasoning already.
+    Without a `scanner` there are no calls. `visible` are special tokens whose text the reader needs to see, `ends` is
+    the token that ends the reasoning, if it is a single one. `has_thought` says whether there was any reasoning.
     """
 
     def __init__(
         self,
-        thinking: Thinking | None,
+        thinking: ReasoningMarks | None,
         opened: bool,
         scanner: CallScanner | None,
         visible: frozenset[int] = frozenset(),
@@ -161,17 +164,17 @@ class Reader:
         self.visible = visible
         self.ends = ends
         self.has_thought = opened
-        self._thinking = thinking
+        self._marks = thinking or ReasoningMarks("", "")
+        self._phase = _Phase.UNDECIDED if thinking else _Phase.ANSWER
         self._opened = opened
         self._scanner = scanner
-        self._inside = False
         self._held = ""
         self._trim = False  # white space at the beginning of reasoning, or behind it
 
     @property
     def thinking(self) -> bool:
         """Whether the reasoning is not over yet, or it is not known yet if there is any."""
-        return self._thinking is not None
+        return self._phase is not _Phase.ANSWER
 
     @property
     def calls(self) -> int:
@@ -185,44 +188,42 @@ class Reader:
 
     def read(self, text: str, final: bool = False) -> list[Part]:
         """The parts that are certain with `text`, the next piece; all of them if it is the `final` one."""
-        if self._thinking is None:
-            return self._content(text, final)
         parts: list[Part] = []
         self._held += text
-        if not self._inside and not self._began(self._thinking, final):
-            return parts
-        if self._inside:
-            self._reason(self._thinking, parts, final)
-        if not self.thinking:
+        if self._phase is _Phase.UNDECIDED:
+            self._decide(final)
+        if self._phase is _Phase.REASONING:
+            self._reason(parts, final)
+        if self._phase is _Phase.ANSWER:
             rest, self._held = self._held, ""
             parts += self._content(rest, final)
         return parts
 
-    def _began(self, marks: Thinking, final: bool) -> bool:
-        """Whether it is known now if there is any reasoning."""
+    def _decide(self, final: bool) -> None:
+        """Go on to the next phase, if it is known now whether there is any reasoning."""
         seen = self._held.lstrip()
-        if seen.startswith(marks.start):
-            self._held = seen[len(marks.start) :]
+        if seen.startswith(self._marks.start):
+            self._held = seen[len(self._marks.start) :]
             self.has_thought = True
-        elif marks.start.startswith(seen) and not final:
-            return False
+        elif self._marks.start.startswith(seen) and not final:
+            return
         elif not self._opened:
-            self._thinking = None
-            return True
-        self._inside = self._trim = True
-        return True
+            self._phase = _Phase.ANSWER
+            return
+        self._phase, self._trim = _Phase.REASONING, True
 
-    def _reason(self, marks: Thinking, parts: list[Part], final: bool) -> None:
+    def _reason(self, parts: list[Part], final: bool) -> None:
+        """Give out what is certainly reasoning, and go on to the answer where the mark stands that ends it."""
         if self._trim:
             self._held = self._held.lstrip()
             self._trim = not self._held
-        end = self._held.find(marks.end)
-        if end >= 0:
-            text, self._held = self._held[:end].rstrip(), self._held[end + len(marks.end) :]
-            self._thinking, self._trim = None, True
+        text, mark, rest = self._held.partition(self._marks.end)
+        if mark:
+            text, self._held = text.rstrip(), rest
+            self._phase, self._trim = _Phase.ANSWER, True
         else:
-            sure = self._held[: len(self._held) - _beginning(self._held, (marks.end,))].rstrip()
-            text = self._held if final else sure
+            if not final:
+                text = text[: len(text) - _beginning(text, (self._marks.end,))].rstrip()
             self._held = self._held[len(text) :]
         if text:
             parts.append(Reasoning(text))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from miniserve.sampling_params import ParameterError
-
-if TYPE_CHECKING:
-    import jinja2
 
 Message = dict[str, Any]
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "documents"})
@@ -30,11 +32,6 @@ class ChatTemplates:
         self._variables = variables
         self._compiled: dict[str, jinja2.Template] = {}
         self.settable = THINKING_VARIABLES
-        if not texts:
-            return
-        import jinja2
-        from jinja2.meta import find_undeclared_variables
-
         environment = _environment()
         for name, text in texts.items():
             try:
@@ -46,9 +43,6 @@ class ChatTemplates:
                 ) from error
         self.settable -= RESERVED | variables.keys() | environment.globals.keys()
 
-    def __bool__(self) -> bool:
-        return bool(self._compiled)
-
     def render(
         self, messages: list[Message], tools: Any, add_generation_prompt: bool, end: str, variables: dict[str, Any]
     ) -> str:
@@ -57,8 +51,6 @@ class ChatTemplates:
         Where `end` is not empty it is put after the last message's content (which is changed in place), and it and
         what the template adds after it are cut off. Raises `ParameterError`.
         """
-        import jinja2
-
         template = self._compiled.get("tool_use") if tools else None
         template = template or self._compiled.get("default") or next(iter(self._compiled.values()), None)
         if template is None:
@@ -127,21 +119,19 @@ def find_templates(folder: Path, settings: dict[str, Any], given: str | None) ->
     return templates
 
 
+class GenerationTag(Extension):
+    """`{% generation %}` marks what the assistant said, for training; here it is only a block."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
 def _environment() -> jinja2.Environment:
     """The sandbox chat templates run in, with what they expect to find there."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the assistant said, for training; here it is only a block."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
 
     def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
         # jinja's own filter escapes HTML, which no model was trained on.
@@ -151,7 +141,7 @@ def _environment() -> jinja2.Environment:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

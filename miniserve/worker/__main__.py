@@ -28,7 +28,7 @@ def main() -> int:
     if not line:
         return 0  # the frontend is gone already
     spec = msgspec.json.decode(line, type=WorkerSpec)
-    # Ctrl-C goes to the whole terminal, and supervisors stop whole groups; the frontend drains and then tells us.
+    # Ctrl-C goes to the whole terminal, and supervisors stop whole groups; the frontend drains, then sends `Shutdown`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_frontend, args=(spec.run_dir,), daemon=True).start()

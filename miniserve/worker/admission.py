@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -28,21 +27,17 @@ class Admissions:
     """Finds the KV that a sequence can begin with, and reserves the pages it lacks. `host`, if any, keeps what `pool`
     has evicted."""
 
-    def __init__(
-        self, pool: PagePool, host: HostPool | None, page_tokens: int, watermark: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, pool: PagePool, host: HostPool | None, page_tokens: int, watermark: int) -> None:
         """`watermark` pages are kept back for running sequences to grow into: admitting one must not at once preempt
         another."""
         self._pool = pool
         self._host = host
         self._page_tokens = page_tokens
         self._watermark = watermark
-        self._clock = clock
 
-    def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters) -> Admission:
+    def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters, now: float) -> Admission:
         """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
         prompt is computed, here or elsewhere."""
-        now = self._clock()
         matched, slots = self._match(sequence)
         found = len(matched) + len(slots)
         wanted = -(-len(sequence.tokens) // self._page_tokens) - len(matched)

@@ -28,7 +28,6 @@ class Batching:
         pace: Pace | None,
         draft_rows: int,
         preempt: Callable[[Sequence], None],
-        clock: Callable[[], float],
     ) -> None:
         """`watermark` pages are left free by drafts."""
         self._pool = pool
@@ -39,28 +38,27 @@ class Batching:
         self._pace = pace
         self._draft_rows = draft_rows
         self._preempt = preempt
-        self._clock = clock
 
-    def compose(self, running: list[Sequence]) -> list[Work]:
+    def compose(self, running: list[Sequence], now: float) -> list[Work]:
         """The batch of the next step: decodes first, then prompts."""
         ready = [s for s in running if s.state is State.RUNNING and s.can_go_on(self._max_model_len)]
         decodes = [s for s in ready if s.to_launch == 1]
         # Growing may preempt a sequence that has grown before: the youngest ones come last.
-        grown = [s for s in decodes if s.state is State.RUNNING and self._grow(s, running)]
-        batch = self._draft([s for s in grown if s.state is State.RUNNING])
+        grown = [s for s in decodes if s.state is State.RUNNING and self._grow(s, running, now)]
+        batch = self._draft([s for s in grown if s.state is State.RUNNING], now)
         # At least one token, so that even a budget smaller than the decodes starves no prompt.
         budget = max(self._max_tokens - len(batch), 1)
         if batch and self._pace is not None:
             budget = min(budget, self._pace.tokens)
         return batch + self._share(budget, running)
 
-    def _grow(self, sequence: Sequence, running: list[Sequence]) -> bool:
+    def _grow(self, sequence: Sequence, running: list[Sequence], now: float) -> bool:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
         if len(sequence.pages) * self._page_tokens >= sequence.length:
             return True
         while True:
             try:
-                sequence.pages += self._pool.allocate(1, self._clock())
+                sequence.pages += self._pool.allocate(1, now)
                 return True
             except OutOfPages:
                 # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
@@ -69,7 +67,7 @@ class Batching:
                 if victim is sequence:
                     return False
 
-    def _draft(self, decodes: list[Sequence]) -> list[Work]:
+    def _draft(self, decodes: list[Sequence], now: float) -> list[Work]:
         """The next token of each, and where rows and pages suffice a guess of how it goes on."""
         rows = self._draft_rows - len(decodes)
         batch = []
@@ -82,7 +80,7 @@ class Batching:
                 draft = sequence.drafter.draft(sequence.tokens, min(rows, limit - 1))
                 more = -(-(sequence.length + len(draft)) // self._page_tokens) - len(sequence.pages)
                 if more > 0 and self._pool.num_available >= more + self._watermark:
-                    sequence.pages += self._pool.allocate(more, self._clock())
+                    sequence.pages += self._pool.allocate(more, now)
                 draft = draft[: len(sequence.pages) * self._page_tokens - sequence.length]
                 rows -= len(draft)
             batch.append(Work.next(sequence, 1, draft))

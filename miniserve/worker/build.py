@@ -19,7 +19,7 @@ from miniserve.kv.pages import PagePool
 from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
-from miniserve.ops import make_ops
+from miniserve.ops import Ops, make_ops
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -53,123 +53,182 @@ class Built:
     phases: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What follows from the settings, the model's files and the machine, before anything large is read. `budget` is the
+    tokens of a step, `swap_pages` the size of the swap space."""
+
+    folder: Path
+    hf_config: dict[str, Any]
+    model: ModelConfig
+    eos: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    shape: PageShape
+    budget: int
+    swap_pages: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Choices:
+        """Raises `ConfigError`."""
+        folder = Path(config.model)
+        hf_config = json.loads((folder / "config.json").read_text("utf-8"))
+        model = ModelConfig.from_hf(hf_config)
+        device = sizing.choose_device(config.device)
+        dtype = sizing.choose_dtype(config.dtype, model, device)
+        shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
+        default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
+        return cls(
+            folder=folder,
+            hf_config=hf_config,
+            model=model,
+            eos=eos_token_ids(folder, hf_config, model.vocab_size),
+            device=device,
+            dtype=dtype,
+            max_model_len=sizing.choose_max_model_len(config.max_model_len, model),
+            shape=shape,
+            budget=config.max_num_batched_tokens or default_budget,
+            swap_pages=sizing.swap_pages(config, shape),
+        )
+
+    def layout(self, config: EngineConfig, ops: Ops) -> str:
+        """A fingerprint of all that pages of two workers must have in common."""
+        folder, dtype = str(self.folder.resolve()), str(self.dtype)
+        identity = [folder, self.hf_config, dtype, config.block_size, ops.layout, config.load_format]
+        return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Stopwatch:
+    """Seconds of the phases of a start."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """A phase has ended, and the next one begins."""
+        now = time.monotonic()
+        self.phases[phase], self._started = now - self._started, now
+
+
 def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     """Load the model in `config.model` and allocate the KV pool.
 
-    `progress` hears (phase, done, total). Raises `ConfigError` with what to do about it.
+    `progress` is called with (phase, done, total). Raises `ConfigError` with what to do about it.
     """
-    tell = progress or (lambda phase, done, total: None)
-    phases: dict[str, float] = {}
-    started = time.monotonic()
-
-    def phase(name: str) -> None:
-        nonlocal started
-        now = time.monotonic()
-        phases[name] = now - started
-        started = now
-
-    folder = Path(config.model)
-    hf_config = json.loads((folder / "config.json").read_text("utf-8"))
-    model = ModelConfig.from_hf(hf_config)
-    eos = eos_token_ids(folder, hf_config, model.vocab_size)
+    show = progress or (lambda phase, done, total: None)
+    watch = Stopwatch()
+    choices = Choices.of(config)
+    model, device = choices.model, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
-    grammars = Grammars(lambda: Compiler(Tokenizer.load(folder), model.vocab_size, eos))
-    device = sizing.choose_device(config.device)
-    dtype = sizing.choose_dtype(config.dtype, model, device)
-    max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
-    threads = sizing.prepare_cpu(config) if device.type == "cpu" else 1
+    grammars = Grammars(lambda: Compiler(Tokenizer.load(choices.folder), model.vocab_size, choices.eos))
+    threads = 1
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
-    shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
-    num_slots = sizing.swap_pages(config, shape)
-    default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
-    budget = config.max_num_batched_tokens or default_budget
-    if device.type == "cpu":
+    else:
+        threads = sizing.prepare_cpu(config)
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
-        estimate = model.num_parameters * dtype.itemsize
-        num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, estimate, device)
+        estimate = model.num_parameters * choices.dtype.itemsize
+        size = sizing.size_pool(config, choices.shape, choices.max_model_len, estimate, device)
     ops, kernels = make_ops(
         device,
-        dtype,
+        choices.dtype,
         model.heads,
         model.head_dim,
         (model.hidden_size, model.intermediate_size),
         config.block_size,
         native=config.cpu_kernels != "torch",
-        tell=lambda line: tell(line, 0, 0),
+        tell=lambda line: show(line, 0, 0),
     )
-    recorded = ops if isinstance(ops, CudaOps) and not config.enforce_eager else None
-    phase("kernels")
-    tell("weights", 0, model.layers)
+    graph_ops = ops if isinstance(ops, CudaOps) and not config.enforce_eager else None
+    watch.lap("kernels")
     try:
-        weights = load_weights(
-            folder,
-            model,
-            ops,
-            dtype,
-            device,
-            dummy=config.load_format == "dummy",
-            progress=lambda done, total: tell("weights", done, total),
-        )
-        transformer = Transformer(model, weights, ops, max_model_len)
-        phase("weights")
-        if device.type != "cpu":
-            step = sizing.step_bytes(
-                transformer, shape, config.max_num_seqs, min(budget, config.max_num_seqs * max_model_len)
-            )
-            if recorded is not None:
+        transformer, weights_bytes = _load(config, choices, ops, show)
+        watch.lap("weights")
+        if device.type == "cuda":
+            most = min(choices.budget, config.max_num_seqs * choices.max_model_len)
+            step = sizing.step_bytes(transformer, choices.shape, config.max_num_seqs, most)
+            if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, config.max_num_seqs)
-            num_pages, kv_note = sizing.size_pool(config, shape, max_model_len, weights.num_bytes, device, step)
-            phase("profile")
+            size = sizing.size_pool(config, choices.shape, choices.max_model_len, weights_bytes, device, step)
+            watch.lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
-            f"The GPU's memory does not hold the weights and a step of {budget} tokens ({error}). Use a smaller model, "
-            "a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
+            f"The GPU's memory does not hold the weights and a step of {choices.budget} tokens ({error}). Use a "
+            "smaller model, a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
         ) from error
-    memory = KVMemory(shape, num_pages, device)
-    host = HostPool(memory, num_slots, order=config.kv_eviction) if num_slots else None
+    num_pages, kv_note = size
+    memory = KVMemory(choices.shape, num_pages, device)
+    host = HostPool(memory, choices.swap_pages, order=config.kv_eviction) if choices.swap_pages else None
     if host is not None:
-        kv_note += f"; {num_slots} pages = {format_bytes(num_slots * shape.bytes)} of swap space"
-    phase("kv")
+        kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
+    watch.lap("kv")
     graphs = None
-    if recorded is not None:
-        longest = -(-max_model_len // config.block_size)
-        graphs = DecodeGraphs(transformer, recorded, memory.pages, config.max_num_seqs, longest)
-    overlap = config.async_scheduling
-    drafts = device.type == "cpu" if config.prompt_lookup is None else config.prompt_lookup
-    engine = Engine(
-        ModelRunner(transformer, memory, eos, device, graphs),
-        PagePool(
-            num_pages,
-            caching=config.enable_prefix_caching,
-            order=config.kv_eviction,
-            on_evict=host.store if host is not None else None,
-        ),
-        page_tokens=config.block_size,
-        max_num_batched_tokens=budget,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        host=host,
-        grammars=grammars,
-        pace=Pace(budget, config.step_stretch) if config.step_stretch else None,
-        draft_rows=ops.draft_rows if drafts else 0,
-        overlap=device.type == "cuda" if overlap is None else overlap,
-    )
-    identity = [str(folder.resolve()), hf_config, str(dtype), config.block_size, ops.layout, config.load_format]
-    layout = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    if graph_ops is not None:
+        longest = -(-choices.max_model_len // config.block_size)
+        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, config.max_num_seqs, longest)
+    runner = ModelRunner(transformer, memory, choices.eos, device, graphs)
     return Built(
-        engine=engine,
+        engine=_make_engine(config, choices, runner, host, grammars, ops.draft_rows),
         grammars=grammars,
         memory=memory,
         model=model,
-        layout=layout,
-        dtype=str(dtype).removeprefix("torch."),
+        layout=choices.layout(config, ops),
+        dtype=str(choices.dtype).removeprefix("torch."),
         device=str(device),
         kernels=kernels,
         threads=threads,
-        weights_bytes=weights.num_bytes,
+        weights_bytes=weights_bytes,
         kv_note=kv_note,
-        phases=phases,
+        phases=watch.phases,
+    )
+
+
+def _load(config: EngineConfig, choices: Choices, ops: Ops, show: Progress) -> tuple[Transformer, int]:
+    """The model, and the bytes of its weights."""
+    show("weights", 0, choices.model.layers)
+    weights = load_weights(
+        choices.folder,
+        choices.model,
+        ops,
+        choices.dtype,
+        choices.device,
+        dummy=config.load_format == "dummy",
+        progress=lambda done, total: show("weights", done, total),
+    )
+    return Transformer(choices.model, weights, ops, choices.max_model_len), weights.num_bytes
+
+
+def _make_engine(
+    config: EngineConfig,
+    choices: Choices,
+    runner: ModelRunner,
+    host: HostPool | None,
+    grammars: Grammars,
+    draft_rows: int,
+) -> Engine:
+    """The engine over the runner's memory. What the settings leave open, the kind of device decides."""
+    on_gpu = choices.device.type == "cuda"
+    drafts = not on_gpu if config.prompt_lookup is None else config.prompt_lookup
+    pool = PagePool(
+        runner.memory.num_pages,
+        caching=config.enable_prefix_caching,
+        order=config.kv_eviction,
+        on_evict=host.store if host is not None else None,
+    )
+    return Engine(
+        runner,
+        pool,
+        page_tokens=config.block_size,
+        max_num_batched_tokens=choices.budget,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=choices.max_model_len,
+        host=host,
+        grammars=grammars,
+        pace=Pace(choices.budget, config.step_stretch) if config.step_stretch else None,
+        overlap=on_gpu if config.async_scheduling is None else config.async_scheduling,
+        draft_rows=draft_rows if drafts else 0,
     )
 
 

@@ -82,7 +82,7 @@ class Engine:
         """When the last step ended."""
         self._max_num_seqs = max_num_seqs
         watermark = max(1, pool.num_pages // 100)
-        self._admissions = Admissions(pool, host, page_tokens, watermark, clock)
+        self._admissions = Admissions(pool, host, page_tokens, watermark)
         self._batching = Batching(
             pool,
             page_tokens=page_tokens,
@@ -92,7 +92,6 @@ class Engine:
             pace=pace,
             draft_rows=draft_rows,
             preempt=self._preempt,
-            clock=clock,
         )
         self._turns: dict[str, Sequence] = {}
 
@@ -203,7 +202,7 @@ class Engine:
                 return Admission.REFUSED
             sequence.matcher, sequence.compiling = sequence.compiling.result(), None
             sequence.move(State.WAITING)
-        admission = self._admissions.try_admit(sequence, self.running, self.counters)
+        admission = self._admissions.try_admit(sequence, self.running, self.counters, self.clock())
         if admission is Admission.ADMITTED:
             self.running.append(self.waiting.popleft())
         return admission
@@ -241,7 +240,7 @@ class Engine:
 
     def _launch(self) -> InFlight | None:
         """Begin the next batch, if there is anything to compute."""
-        batch = self._batching.compose(self.running)
+        batch = self._batching.compose(self.running, self.clock())
         if not batch:
             return None
         timed, started = step_time(batch), self.clock()

@@ -15,7 +15,8 @@ THREADS = 2
 
 
 class Matcher:
-    """Where one output stands in its grammar. `error` tells why it cannot go on, a sentence; empty while it can."""
+    """Where one output stands in its grammar. `error` is a sentence that says why it cannot go on; empty while it
+    can."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self.matcher = matcher

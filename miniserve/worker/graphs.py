@@ -49,7 +49,7 @@ class Recorded:
 
 
 class DecodeGraphs:
-    """Records a graph when a batch of its size comes for the first time. `seconds` tells how long that took, by size;
+    """Records a graph when a batch of its size comes for the first time. `seconds` is how long that took, by size;
     `record` makes a replay of what a function does."""
 
     def __init__(

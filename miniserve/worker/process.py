@@ -15,6 +15,8 @@ from miniserve.cluster.messages import (
     Failed,
     Fetch,
     Message,
+    Move,
+    Peer,
     Peers,
     Prefill,
     PrefillRefused,
@@ -32,7 +34,8 @@ from miniserve.kv.hashing import root_hash
 from miniserve.kv.transfer.connect import connect
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
-from miniserve.worker.handoff import SIGNS_OF_LIFE, Handoffs
+from miniserve.worker.handoff import Handoffs
+from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -46,15 +49,15 @@ COPY_SECONDS = 0.001
 """How often an otherwise idle worker looks for what is about to come: pages on their way here, compiled grammars."""
 
 
-class Outboxes(Protocol):
-    """Where messages go; see `cluster.channels`."""
+class MessageSink(Protocol):
+    """Where a worker's messages go: ZeroMQ (`cluster/channels.py`), or the simulator."""
 
     def send(self, address: str, body: Message) -> None:
         """Send to the inbox at `address`; never blocks, may drop."""
         ...
 
     def forget(self, address: str) -> None:
-        """Whoever was there is gone."""
+        """The owner of that inbox is gone."""
         ...
 
 
@@ -69,7 +72,7 @@ class Worker:
         name: str,
         engine: Engine,
         handoffs: Handoffs,
-        outboxes: Outboxes,
+        outboxes: MessageSink,
         frontend: str,
         *,
         layout: str,
@@ -86,10 +89,11 @@ class Worker:
         self._vocab_size = vocab_size
         self._clock = clock
         self._early: list[Envelope] = []
-        """Messages of peers we have not been told about yet."""
+        """Messages of peers that have not been announced yet."""
         self._addresses: set[str] = set()
         """The inboxes of the workers that live."""
         self._outputs: list[TurnOutput] = []
+        self._moves: list[Move] = []
         self._steps: list[StepTime] = []
         self._busy = 0.0
         self._reported = 0.0
@@ -101,79 +105,89 @@ class Worker:
         round that computed nothing is followed by a rest."""
         if not self._idle:
             return 0.0
-        soon = self.handoffs.copying or self.engine.compiling
+        soon = self.handoffs.receiver.copying or self.engine.compiling
         return COPY_SECONDS if soon else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
 
     def work(self, heard: list[Envelope]) -> None:
-        """One round: what was heard, a step, and a report if there is something to tell."""
+        """One round: handle the messages `heard`, admit, step, and report if there is something to report."""
         started = self._clock()
-        computed = self._round(heard)
+        for envelope in heard:
+            self._handle(envelope)
+        self._admit()
+        computed = self._step()
         now = self._clock()
         self._busy += now - started
-        # What was heard in idleness (a release, an abort) has changed the state, and no step will tell of it.
-        if self._outputs or self.handoffs.moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
+        # A message to an idle worker (a release, an abort) has changed its state, and no step will report that.
+        if self._outputs or self._moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
             self._report(now)
         self._idle = not computed and not self.engine.has_work
 
-    def _round(self, heard: list[Envelope]) -> bool:
-        """Messages, admission, a step; whether it computed anything."""
-        for envelope in heard:
-            self._handle(envelope)
-        self.handoffs.expire()
-        self.handoffs.poll()
+    def _admit(self) -> None:
+        """Let handoffs go on, and give pages to turns that wait for them."""
+        self.handoffs.sender.expire()
+        self.handoffs.receiver.poll()
         for sequence in self.engine.admit():
-            self.handoffs.request(sequence)
+            self.handoffs.receiver.request(sequence)
+
+    def _step(self) -> bool:
+        """Run a step of the engine and collect what is to be reported; whether it computed anything."""
         step = self.engine.step()
         for prefilled in step.prefilled:
-            self.handoffs.publish(prefilled.sequence, prefilled.first)
+            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
         for sequence, reason in step.refused:
-            self.handoffs.refuse(sequence, reason)
-        self._outputs += self.handoffs.outputs + step.outputs
-        self.handoffs.outputs.clear()
+            self.handoffs.sender.refuse(sequence, reason)
+        outputs, moves = self.handoffs.receiver.take()
+        self._outputs += outputs + step.outputs
+        self._moves += moves
         if step.time is not None:
             self._steps.append(step.time)
         return step.time is not None
 
     def _handle(self, envelope: Envelope) -> None:
-        """One message. Those of peers count only from the incarnation that lives now."""
-        body = envelope.body
-        if isinstance(body, Prefill | Fetch | Publish | Release | PrefillRefused):
-            if self.handoffs.epoch(envelope.sender) == envelope.epoch:
-                self._handle_peer(envelope.sender, body)
-            elif self.handoffs.announced(envelope.sender) < envelope.epoch:
-                self._early.append(envelope)  # it was told about us before we were told about it
-        elif isinstance(body, Run):
-            self._start(body)
-        elif isinstance(body, Abort):
-            self.handoffs.abort(body.turn)
-            self.engine.abort(body.turn)
-        elif isinstance(body, Peers):
-            self.handoffs.set_peers([peer for peer in body.peers if peer.name != self._name])
-            addresses = {peer.address for peer in body.peers}
-            for gone in self._addresses - addresses:
-                self._outboxes.forget(gone)
-            self._addresses = addresses
-            # Whoever is still unknown stays early: a later announcement, already under way, tells of it.
-            early, self._early = self._early, []
-            for waiting in early:
-                self._handle(waiting)
-        elif isinstance(body, Shutdown):
-            self.stopping = True
-        else:
-            log.error("dropped a %s: workers do not take it", type(body).__name__)
+        """Act on one message. Those of peers count only from the incarnation that lives now."""
+        match envelope.body:
+            case Prefill() | Fetch() | Publish() | Release() | PrefillRefused() as body:
+                peer = self.handoffs.peers.get(envelope.sender)
+                if peer is not None and peer.epoch == envelope.epoch:
+                    self._handle_peer(envelope.sender, body)
+                elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
+                    self._early.append(envelope)  # this worker was announced to the peer before the peer to this one
+            case Run() as run:
+                self._start(run)
+            case Abort(turn):
+                self.handoffs.receiver.abort(turn)
+                self.engine.abort(turn)
+            case Peers(peers):
+                self._meet(peers)
+            case Shutdown():
+                self.stopping = True
+            case other:
+                log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _handle_peer(self, sender: str, body: Prefill | Fetch | Publish | Release | PrefillRefused) -> None:
         match body:
             case Prefill():
-                self.handoffs.on_prefill(body, sender)
+                self.handoffs.sender.on_prefill(body, sender)
             case Fetch():
-                self.handoffs.on_fetch(body, sender)
+                self.handoffs.sender.on_fetch(body, sender)
             case Publish():
-                self.handoffs.on_publish(body, sender)
+                self.handoffs.receiver.on_publish(body, sender)
             case Release():
-                self.handoffs.on_release(body.turn)
+                self.handoffs.sender.on_release(body.turn)
             case PrefillRefused():
-                self.handoffs.on_refused(body)
+                self.handoffs.receiver.on_refused(body)
+
+    def _meet(self, peers: list[Peer]) -> None:
+        """The set of living workers has changed."""
+        self.handoffs.set_peers([peer for peer in peers if peer.name != self._name])
+        addresses = {peer.address for peer in peers}
+        for gone in self._addresses - addresses:
+            self._outboxes.forget(gone)
+        self._addresses = addresses
+        # Those of peers that are still unknown stay early: a later announcement of them is already under way.
+        early, self._early = self._early, []
+        for waiting in early:
+            self._handle(waiting)
 
     def _start(self, run: Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
@@ -189,7 +203,7 @@ class Worker:
             self._outputs.append(Failed(run.turn, run.prior, error))
             return
         if run.prefill_at:
-            self.handoffs.expect(run.turn, run.salt)
+            self.handoffs.receiver.expect(run.turn, run.salt)
         self.engine.add(
             Sequence(
                 run.turn,
@@ -208,13 +222,12 @@ class Worker:
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._outboxes.send(self._frontend, Report(self._outputs, self.handoffs.moves, self._stats(), self._steps))
-        self._outputs, self.handoffs.moves, self._steps = [], [], []
+        self._outboxes.send(self._frontend, Report(self._outputs, self._moves, self._stats(), self._steps))
+        self._outputs, self._moves, self._steps = [], [], []
         self._reported = now
 
     def _stats(self) -> WorkerStats:
-        engine, pool, counters = self.engine, self.engine.pool, self.engine.counters
-        host = engine.host
+        engine, pool, host = self.engine, self.engine.pool, self.engine.host
         return WorkerStats(
             total_pages=pool.num_pages,
             free_pages=pool.num_free,
@@ -223,15 +236,8 @@ class Worker:
             running=len(engine.running),
             waiting=len(engine.waiting),
             queued_prefill_tokens=engine.queued_prefill_tokens,
-            leases=self.handoffs.num_leases,
-            steps=counters.steps,
-            preemptions=counters.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            drafted_tokens=counters.drafted_tokens,
-            held_tokens=counters.held_tokens,
+            leases=self.handoffs.sender.num_leases,
+            **vars(engine.counters),
             busy_seconds=self._busy,
             host_total=host.num_pages if host else 0,
             host_pages=host.num_used if host else 0,
@@ -240,7 +246,7 @@ class Worker:
         )
 
 
-def make_worker(spec: WorkerSpec, built: Built, outboxes: Outboxes) -> Worker:
+def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker:
     """The worker of a process."""
     us = (spec.name, spec.epoch)
     handoffs = Handoffs(
@@ -262,8 +268,8 @@ def make_worker(spec: WorkerSpec, built: Built, outboxes: Outboxes) -> Worker:
     )
 
 
-def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
-    """Say that we are ready, and serve until told to shut down."""
+def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -> None:
+    """Report that the worker is ready, and serve until a `Shutdown` comes."""
     worker = make_worker(spec, built, outboxes)
     outboxes.send(spec.frontend, ready(built))
     while not worker.stopping:

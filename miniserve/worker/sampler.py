@@ -41,13 +41,13 @@ class LogprobRows:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sampled `tokens`, int64 `[n]`, and what is reported of some. Nobody has waited for them yet."""
+    """Sampled `tokens`, int64 `[n]`, and what is reported of some. The device may still be at work on them."""
 
     tokens: torch.Tensor
     logprobs: LogprobRows | None = None
 
     def to_host(self) -> Samples:
-        """The same in pinned memory, where it will be as soon as the device is done with all it has been told."""
+        """The same in pinned memory, where it will be as soon as the device has done all that it was given."""
         rows = self.logprobs
         if rows is not None:
             host = (pinned(x) for x in (rows.own, rows.rank, rows.ids, rows.top))

@@ -10,6 +10,7 @@ from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
+from miniserve.states import follow
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """Where a sequence stands on its worker. docs/architecture.md has the diagram of `MOVES`."""
+    """Where a sequence stands on its worker."""
 
     COMPILING = "compiling"
     """Its grammar is being compiled."""
@@ -35,7 +36,7 @@ class State(Enum):
     """It is over, and its pages are given back."""
 
 
-MOVES: dict[State, dict[State, str]] = {
+TRANSITIONS: dict[State, dict[State, str]] = {
     State.COMPILING: {
         State.WAITING: "grammar compiled",
         State.FINISHED: "grammar refused, or aborted",
@@ -64,19 +65,16 @@ MOVES: dict[State, dict[State, str]] = {
     State.PUBLISHED: {State.FINISHED: "lease ended"},
     State.FINISHED: {},
 }
-"""All moves there are, and what makes a sequence move."""
-
-
-class IllegalMove(RuntimeError):
-    """A sequence was to move where `MOVES` knows no way: a fault of the engine."""
+"""What may follow on each state, and why. docs/architecture.md has the diagram."""
 
 
 class Sequence:
     """`tokens` grows from the prompt by what is sampled; the KV of the first `computed` of them lies in `pages`.
 
     `given` tokens came with the request, the last `prior` of which the client has already seen as output. The sequence
-    fetches the KV of earlier turns from the worker `history_at` and has the rest prefilled by the worker `prefill_at`,
-    which may fetch from this one what it lacks of the history (`share_history`). With `prefill_for` this worker
+    fetches the KV of earlier turns from the worker `history_at`, which holds `history_pages` of its pages (None: not
+    known), and has the rest prefilled by the worker `prefill_at`, which may fetch from this one what it lacks of the
+    history (`share_history`). With `prefill_for` this worker
     prefills for that one, and is done with the first sampled token.
     """
 
@@ -92,6 +90,7 @@ class Sequence:
         prefill_at: str | None = None,
         prefill_for: str | None = None,
         history_at: str | None = None,
+        history_pages: int | None = None,
         share_history: bool = False,
         keep: Keep = Keep(),  # noqa: B008 - immutable
     ) -> None:
@@ -104,6 +103,7 @@ class Sequence:
         self.prefill_at = prefill_at
         self.prefill_for = prefill_for
         self.history_at = history_at
+        self.history_pages = history_pages
         self.share_history = share_history
         self.keep = keep
         self.state = State.WAITING
@@ -131,10 +131,8 @@ class Sequence:
         self._hashes: list[bytes] = []
 
     def move(self, state: State) -> None:
-        """Go to another state. Raises `IllegalMove`."""
-        if state not in MOVES[self.state]:
-            raise IllegalMove(f"turn {self.turn}: no way from {self.state.value} to {state.value}")
-        self.state = state
+        """Go to another state. Raises `IllegalTransition`."""
+        self.state = follow(TRANSITIONS, self.state, state)
 
     @property
     def num_outputs(self) -> int:

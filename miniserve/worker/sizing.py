@@ -132,7 +132,7 @@ def size_pool(
     if config.kv_cache_memory is not None:
         size, how = config.kv_cache_memory, "--kv-cache-memory"
     elif device.type == "cuda" and config.sharing > 1:
-        # What is free now tells little: the other workers load at the same time.
+        # What is free now says little: the other workers load at the same time.
         free, total = torch.cuda.mem_get_info(device)
         share = int(config.gpu_memory_utilization * total / config.sharing)
         used = torch.cuda.memory_reserved(device) + activations + CUDA_RUNTIME_BYTES

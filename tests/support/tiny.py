@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from miniserve.text.tokenizer import byte_alphabet
+from miniserve.text.tokenizer import byte_alphabet, byte_level_bpe
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """The last three ids of the vocabulary, in this order; the first and the last end a turn."""
@@ -133,7 +133,6 @@ def prompts(count: int, *, seed: int = 0, shortest: int = 3, longest: int = 60, 
 def write_tokenizer(folder: Path, vocab: int = 320) -> None:
     """Write tokenizer.json and tokenizer_config.json: bytes are their own ids, then merges, then `SPECIAL`."""
     alphabet = byte_alphabet()
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     ids = {alphabet[byte]: byte for byte in range(256)}
     merges: list[list[str]] = []
 
@@ -152,17 +151,8 @@ def write_tokenizer(folder: Path, vocab: int = 320) -> None:
         merge(*next(pairs))
     if len(ids) + len(SPECIAL) != vocab:
         raise ValueError(f"the tiny tokenizer needs at least {len(ids) + len(SPECIAL)} tokens, not {vocab}")
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": len(ids) + i, "content": text, **flags} for i, text in enumerate(SPECIAL)]
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": ids, "merges": merges},
-    }
+    special = {len(ids) + i: text for i, text in enumerate(SPECIAL)}
+    tokenizer = byte_level_bpe(ids, merges, special)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL[0],
@@ -176,6 +166,12 @@ def write_tokenizer(folder: Path, vocab: int = 320) -> None:
 
 
 # --- details --------------------------------------------------------------------------------------------------------
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None takes them out."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({key: value for key, value in (data | values).items() if value is not None}))
 
 
 @torch.no_grad()

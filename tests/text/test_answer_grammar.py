@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.api.structured import json_grammar
 from miniserve.api.tools import MAX_TOOLS, MAX_TOOLS_CHARS, check_tools, few_tools
 from miniserve.sampling_params import Grammar
 from miniserve.text.answer_grammar import _without, answer_grammar
-from miniserve.text.dialect import THINKING
-from miniserve.text.formats import FORMATS
-from miniserve.text.grammar import Compiler
+from miniserve.text.formats import FORMATS, REASONING_MARKS
+from miniserve.text.grammar import Compiler, json_grammar
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.dialects import CALLS, FORMS, PERSON, TOOLS, plain, read, tool
 
@@ -107,7 +105,7 @@ def test_schemas_of_forced_calls(tokenizers: dict[str, Tokenizer], form: str) ->
 @pytest.mark.parametrize("form", ["hermes", "smollm2"])  # with tokens for the marks, and without
 def test_forced_calls_after_reasoning(tokenizers: dict[str, Tokenizer], form: str) -> None:
     tokenizer, call = tokenizers[form], FORMATS[form].write([("list_all", {})])
-    how = {"thinking": THINKING["qwen3"]}
+    how = {"thinking": REASONING_MARKS["qwen3"]}
     for text, opened, right in (
         (call, False, True),
         (f"<think>\nHm <b>\n</think>\n\n{call}", False, True),
@@ -159,7 +157,7 @@ def test_text_without_a_mark(mark: str, data: st.DataObject) -> None:
 
 def test_reasoning_does_not_spell_its_end(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer, end = tokenizers["hermes"], tokenizers["hermes"].control_id("</think>")
-    options: Any = {"single": False, "thinking": THINKING["qwen3"], "opened": True, "tokenizer": tokenizer}
+    options: Any = {"single": False, "thinking": REASONING_MARKS["qwen3"], "opened": True, "tokenizer": tokenizer}
     grammar = answer_grammar(FORMATS["hermes"], [], Grammar("regex", "[ab]"), **options)
     assert end is not None
     spelled = [*b"<</think>"]
@@ -174,7 +172,7 @@ def test_a_format_after_reasoning(tokenizers: dict[str, Tokenizer], form: str, n
     wanted, right, wrong = WANTED[number]
 
     def ok(text: str, opened: bool = False, tools: Any = ()) -> bool:
-        how = {"thinking": THINKING["qwen3"], "opened": opened, "tools": [*tools], "wanted": wanted}
+        how = {"thinking": REASONING_MARKS["qwen3"], "opened": opened, "tools": [*tools], "wanted": wanted}
         return matches(tokenizers[form], form, text, **how)
 
     for text in right:

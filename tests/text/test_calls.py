@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.text.calls import Found, typed
+from miniserve.text.call_parsers import ParsedCalls
+from miniserve.text.calls import typed
 from miniserve.text.formats import FORMATS
 from miniserve.text.reader import CallScanner, Part, ToolCall, merged
 from tests.support.dialects import CALLS, FORMS, SCHEMAS, plain, read
@@ -227,7 +228,7 @@ class Recording(CallScanner):
 
     seen = ""
 
-    def _settle(self, found: Found, parts: list[Part]) -> None:
+    def _settle(self, found: ParsedCalls, parts: list[Part]) -> None:
         self.seen += self._held[: found.end] if found.calls else ""
         super()._settle(found, parts)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from miniserve.text.detokenizer import TextStream
+from miniserve.sampling_params import SamplingParams
+from miniserve.text.detokenizer import IncrementalDetokenizer
 from miniserve.text.tokenizer import Tokenizer
 
 # Few letters, so that stop strings overlap themselves and one another; 1 to 4 bytes long.
@@ -47,8 +48,8 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(ends)]
 
 
-def stream(tokens: Tokens, stop: list[str] | None = None, **how: bool | int) -> TextStream:
-    return TextStream(cast(Tokenizer, tokens), stop, **how)  # type: ignore[arg-type]
+def stream(tokens: Tokens, stop: list[str] | None = None, **how: Any) -> IncrementalDetokenizer:
+    return IncrementalDetokenizer(cast(Tokenizer, tokens), SamplingParams(stop=stop or [], **how))
 
 
 def completed_by(tokens: list[bytes], text: str) -> int:
@@ -86,14 +87,14 @@ def test_the_text_ends_at_the_earliest_stop(
         end, stopped = found
         expected, used = text[: end if include else end - len(stopped)], completed_by(tokens, text[:end])
 
-    out = stream(Tokens(tokens), stops, include_stop=include, min_tokens=min_tokens)
+    out = stream(Tokens(tokens), stops, include_stop_str_in_output=include, min_tokens=min_tokens)
     given_out = ""
     for token in range(len(tokens)):
         given_out += out.push([token])
         assert expected.startswith(given_out), "what was given out cannot be taken back"
     given_out += out.flush()
     assert given_out == expected
-    assert (out.stopped_by, out.tokens_used) == (stopped, used)
+    assert (out.stop_reason, out.tokens_used) == (stopped, used)
 
 
 @given(case=texts_with_stops(), cuts=CUTS, data=st.data())
@@ -107,7 +108,7 @@ def test_pushing_many_tokens_at_once_is_the_same(
     singly = "".join(one.push([token]) for token in range(count)) + one.flush()
     at = data.draw(st.integers(0, count))
     assert many.push(range(at)) + many.push(range(at, count)) + many.flush() == singly
-    assert (many.stopped_by, many.tokens_used) == (one.stopped_by, one.tokens_used)
+    assert (many.stop_reason, many.tokens_used) == (one.stop_reason, one.tokens_used)
 
 
 @given(case=texts_with_stops(), cuts=CUTS)
@@ -119,7 +120,7 @@ def test_no_more_is_held_back_than_must_be(case: tuple[str, list[str]], cuts: li
     for token, raw in enumerate(tokens):
         given_out += out.push([token])
         data += raw
-        if out.stopped_by is not None:
+        if out.finish == "stop":
             return
         whole = data.decode("utf-8", "ignore")  # without the unfinished character
         held = whole.removeprefix(given_out)
@@ -141,7 +142,7 @@ def test_bytes_that_are_no_utf8_read_like_python_reads_them(
         assert text == whole
     else:
         assert whole.startswith(text)
-        assert out.stopped_by is not None
+        assert out.finish == "stop"
 
 
 def test_an_unfinished_character_is_given_out_at_the_end_only() -> None:

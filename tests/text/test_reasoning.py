@@ -1,4 +1,4 @@
-"""Reasoning: told apart from the answer however the text comes, and over the API."""
+"""Reasoning is separated from the answer however the text comes, and over the API."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.text.dialect import THINKING, find_dialect
-from miniserve.text.formats import FORMATS
-from miniserve.text.reader import CallScanner, Part, Reader, Reasoning, Thinking, ToolCall, merged
+from miniserve.text.dialect import find_dialect
+from miniserve.text.formats import FORMATS, REASONING_MARKS, ReasoningMarks
+from miniserve.text.grammar import Compiler
+from miniserve.text.reader import CallScanner, Part, Reader, Reasoning, ToolCall, merged
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import dialects
 from tests.support.dialects import TOOLS, called
 from tests.support.servers import ChatServer as Api
 
-QWEN = THINKING["qwen3"]
+QWEN = REASONING_MARKS["qwen3"]
 CALL = '<tool_call>\n{"name": "list_all", "arguments": {}}\n</tool_call>'
 OPENS = dialects.TEMPLATES["hermes"].replace(
     "assistant\\n' }}{% endif %}",
@@ -26,11 +27,11 @@ OPENS = dialects.TEMPLATES["hermes"].replace(
 """A template that begins the reasoning in the prompt, or ends it there."""
 
 
-def read(pieces: list[str], marks: Thinking = QWEN, opened: bool = False, tools: bool = True) -> list[Any]:
+def read(pieces: list[str], marks: ReasoningMarks = QWEN, opened: bool = False, tools: bool = True) -> list[Any]:
     reader = Reader(marks, opened, CallScanner(FORMATS["hermes"], {}, False) if tools else None)
     parts: list[Part] = [part for piece in pieces for part in reader.read(piece)]
-    told = merged(parts + reader.read("", final=True))
-    return [part.name if isinstance(part, ToolCall) else part for part in told]
+    parts += reader.read("", final=True)
+    return [part.name if isinstance(part, ToolCall) else part for part in merged(parts)]
 
 
 R = Reasoning
@@ -84,8 +85,8 @@ def test_only_marks_and_space_beside_them_are_dropped(fragments: list[str], open
         assert parts == [text][: bool(text)]
         return
     reasoning, ended, content = seen.removeprefix("<think>").partition("</think>")
-    told = (reasoning.strip(), content.lstrip()) if ended else (reasoning.lstrip(), "")
-    assert parts == [*[R(told[0])][: bool(told[0])], *[told[1]][: bool(told[1])]]
+    thought, said = (reasoning.strip(), content.lstrip()) if ended else (reasoning.lstrip(), "")
+    assert parts == [*[R(thought)][: bool(thought)], *[said][: bool(said)]]
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -101,9 +102,9 @@ def test_which_models_reason(hermes: Tokenizer, tmp_path: Path) -> None:
     assert find_dialect(hermes, reasoning_parser="none").thinking is None
     plain = dialects.tokenizer(tmp_path / "a", "smollm2")
     assert find_dialect(plain).thinking is None
-    assert find_dialect(plain, reasoning_parser="deepseek_r1").thinking == THINKING["deepseek_r1"]
+    assert find_dialect(plain, reasoning_parser="deepseek_r1").thinking == REASONING_MARKS["deepseek_r1"]
     magistral = dialects.tokenizer(tmp_path / "b", "mistral", "{{ '[THINK]' }}{{ tools }}")
-    assert find_dialect(magistral).thinking == THINKING["mistral"]
+    assert find_dialect(magistral).thinking == REASONING_MARKS["mistral"]
     tokens_only = dialects.tokenizer(tmp_path / "c", "hermes", "{{ messages }}")
     assert find_dialect(tokens_only).thinking == QWEN
 
@@ -200,7 +201,7 @@ async def test_a_format_lets_the_model_think_first(hermes: Tokenizer, opening: T
         grammar = api.engine.turns[-1].params.grammar
         assert grammar is not None
         tokens = api.tokenizer.encode(text)
-        matcher = api.tokenizer.compiler.compile(grammar)
+        matcher = Compiler(api.tokenizer).compile(grammar)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
     form = {"response_format": {"type": "json_object"}}

@@ -49,13 +49,13 @@ class Side:
 
     def step(self) -> None:
         for sequence in self.engine.admit():
-            self.handoffs.request(sequence)
+            self.handoffs.receiver.request(sequence)
         step = self.engine.step()
         for prefilled in step.prefilled:
-            self.handoffs.publish(prefilled.sequence, prefilled.first)
-        for output in self.handoffs.outputs + step.outputs:
+            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
+        for output in self.handoffs.receiver.outputs + step.outputs:
             self.out.update(enumerate(output.tokens, output.index))
-        self.handoffs.outputs.clear()
+        self.handoffs.receiver.outputs.clear()
 
     def take(self, kind: type) -> list:
         """The messages of one kind, no longer in `sent`."""
@@ -81,7 +81,7 @@ class Pair:
         self.d.step()
         (prefill,) = self.d.take(Prefill)
         assert len(sequence.pages) == 7, "D reserves before P starts"
-        self.p.handoffs.on_prefill(prefill, "d0")
+        self.p.handoffs.sender.on_prefill(prefill, "d0")
         return sequence
 
     def publications(self) -> list[Publish]:
@@ -104,7 +104,7 @@ class Pair:
         for side in (self.p, self.d):
             side.engine.pool.check()
             assert side.engine.pool.num_held == 0
-            assert side.handoffs.num_leases == 0
+            assert side.handoffs.sender.num_leases == 0
 
 
 @pytest.fixture
@@ -118,15 +118,15 @@ def test_pages_arrive_chunk_by_chunk_and_the_commit_is_acknowledged(pair):
     assert [(m.first, len(m.pages)) for m in publications] == [(0, 2), (2, 2), (4, 2), (6, 1)]
     for message in publications:
         assert sequence.state is State.RECEIVING, "D computes nothing before the commit"
-        assert pair.p.handoffs.num_leases == 1
-        pair.d.handoffs.on_publish(message, "p0")
+        assert pair.p.handoffs.sender.num_leases == 1
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     (release,) = pair.d.take(Release)
     assert pair.p.engine.pool.num_held == 7, "P keeps the pages until the ack"
-    pair.p.handoffs.on_release(release.turn)
+    pair.p.handoffs.sender.on_release(release.turn)
     assert pair.p.engine.pool.num_cached == 6, "full pages stay as prefix cache"
     assert pair.finish() == pair.text
     assert pair.p.out == {0: pair.text[0]}, "the first token is P's"
-    (move,) = pair.d.handoffs.moves
+    (move,) = pair.d.handoffs.receiver.moves
     assert (move.pages, move.bytes) == (7, 7 * pair.d.built.memory.shape.bytes)
     pair.check()
 
@@ -141,10 +141,10 @@ def test_only_what_d_lacks_moves(pair):
     publications = pair.publications()
     assert publications[0].first == 3
     for message in publications:
-        pair.d.handoffs.on_publish(message, "p0")
-    pair.p.handoffs.on_release("t")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
-    assert pair.d.handoffs.moves[0].pages == 4
+    assert pair.d.handoffs.receiver.moves[0].pages == 4
 
 
 @pytest.mark.parametrize("bad", range(4))
@@ -153,24 +153,24 @@ def test_a_hash_mismatch_is_recomputed(pair, bad):
     for i, message in enumerate(pair.publications()):
         if i == bad:
             message = msgspec.structs.replace(message, hashes=[b"x" * 16] * len(message.hashes))
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     assert pair.d.take(Release)
-    pair.p.handoffs.on_release("t")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 100 - bad * 32
-    assert not pair.d.handoffs.moves
+    assert not pair.d.handoffs.receiver.moves
     pair.check()
 
 
 def test_pages_copied_after_the_lease_do_not_count(pair):
     pair.ask()
     first, *rest = pair.publications()
-    pair.d.handoffs.on_publish(first, "p0")
+    pair.d.handoffs.receiver.on_publish(first, "p0")
     pair.now += 31
-    pair.p.handoffs.expire()
+    pair.p.handoffs.sender.expire()
     assert pair.p.engine.pool.num_held == 0, "the lease has ended"
     for message in rest:
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 100 - 32
     pair.check()
@@ -189,10 +189,10 @@ def test_a_commit_that_comes_too_late_still_carries_the_first_token(tiny_folder,
         messages[-1], commit=msgspec.structs.replace(messages[-1].commit, tokens=[other])
     )
     for message in messages[:-1]:
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     pair.now += 31
-    pair.p.handoffs.expire()
-    pair.d.handoffs.on_publish(messages[-1], "p0")
+    pair.p.handoffs.sender.expire()
+    pair.d.handoffs.receiver.on_publish(messages[-1], "p0")
     from tests.worker import test_handoff
 
     assert pair.finish() == [other, *reference(tiny_folder, [[*test_handoff.PROMPT, other]], 11)[0]]
@@ -203,8 +203,8 @@ def test_a_lease_does_not_end_while_p_still_prefills(pair):
     pair.ask()
     pair.p.step()
     pair.now += 1000
-    pair.p.handoffs.expire()
-    assert pair.p.handoffs.num_leases == 1
+    pair.p.handoffs.sender.expire()
+    assert pair.p.handoffs.sender.num_leases == 1
 
 
 @pytest.mark.parametrize("published", range(5))
@@ -212,10 +212,10 @@ def test_losing_p(pair, published):
     pair.ask()
     messages = pair.publications()
     for message in messages[: min(published, 3)]:
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     pair.d.handoffs.set_peers([])
     for message in messages:  # words of the dead
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     assert pair.finish() == pair.text
     assert pair.d.engine.pool.num_held == 0
     pair.d.engine.pool.check()
@@ -230,13 +230,13 @@ def test_losing_d_or_its_abort_ends_the_lease(pair, steps):
         if how == "death":
             pair.p.handoffs.set_peers([replace_epoch(pair.d.peer, 2)])
             pair.d.engine.abort("t")
-            pair.d.handoffs._pulls.clear()
+            pair.d.handoffs.receiver._pulls.clear()
             pair.p.handoffs.set_peers([pair.d.peer])
         else:
-            pair.d.handoffs.abort("t")
+            pair.d.handoffs.receiver.abort("t")
             pair.d.engine.abort("t")
             assert pair.d.take(Release)
-            pair.p.handoffs.on_release("t")
+            pair.p.handoffs.sender.on_release("t")
         pair.check()
 
 
@@ -246,14 +246,14 @@ def replace_epoch(peer: Peer, epoch: int) -> Peer:
 
 def test_refusal(pair):
     pair.ask()
-    pair.d.handoffs.on_refused(PrefillRefused("t", "no"))
+    pair.d.handoffs.receiver.on_refused(PrefillRefused("t", "no"))
     assert pair.finish() == pair.text
 
 
 def test_what_can_never_fit_is_refused(pair):
-    pair.p.handoffs.on_prefill(Prefill("t", [1] * 600, GREEDY, 0, "", 0, 0), "d0")
+    pair.p.handoffs.sender.on_prefill(Prefill("t", [1] * 600, GREEDY, 0, "", 0, 0), "d0")
     assert pair.p.take(PrefillRefused)
-    assert pair.p.handoffs.num_leases == 0
+    assert pair.p.handoffs.sender.num_leases == 0
 
 
 @pytest.mark.parametrize("ends", ["length", "stop"])
@@ -262,12 +262,12 @@ def test_a_turn_that_ends_with_its_first_token(pair, ends):
     limit = {"max_tokens": 1} if ends == "length" else {"stop_token_ids": [token]}
     pair.ask(params=SamplingParams(temperature=0, **limit))
     for message in pair.publications():
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     assert pair.d.engine.find("t") is None
-    first, ended = pair.d.handoffs.outputs
+    first, ended = pair.d.handoffs.receiver.outputs
     assert (first.index, first.tokens) == (0, [])
     assert (ended.index, ended.tokens, ended.finish) == (0, [token], ends)
-    pair.p.handoffs.on_release("t")
+    pair.p.handoffs.sender.on_release("t")
     pair.check()
     assert pair.d.engine.pool.num_cached == 6
 
@@ -300,7 +300,7 @@ def warm(side: Side, tokens: int) -> None:
 def fetched(side: Side, other: Side) -> list[Publish]:
     """`other` asks `side` for history: what is published."""
     (fetch,) = other.take(Fetch)
-    side.handoffs.on_fetch(fetch, other.peer.name)
+    side.handoffs.sender.on_fetch(fetch, other.peer.name)
     return side.take(Publish)
 
 
@@ -310,18 +310,18 @@ def test_a_prefiller_fetches_the_history_it_lacks(pair):
     pair.p.step()
     (history,) = fetched(pair.d, pair.p)
     assert (history.first, len(history.pages), history.last) == (0, 5, True)
-    assert pair.d.handoffs.num_leases == 1
-    pair.p.handoffs.on_publish(history, "d0")
+    assert pair.d.handoffs.sender.num_leases == 1
+    pair.p.handoffs.receiver.on_publish(history, "d0")
     for message in pair.publications():
         assert message.first >= 5, "only new pages come back"
-        pair.d.handoffs.on_publish(message, "p0")
-    pair.d.handoffs.on_release(pair.p.take(Release)[0].turn)
-    pair.p.handoffs.on_release(pair.d.take(Release)[0].turn)
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    pair.d.handoffs.sender.on_release(pair.p.take(Release)[0].turn)
+    pair.p.handoffs.sender.on_release(pair.d.take(Release)[0].turn)
     assert pair.finish() == pair.text
     assert pair.p.engine.counters.prompt_tokens == 20
     assert pair.d.engine.counters.prompt_tokens == 0
-    assert [(m.source, m.pages, m.history) for m in pair.p.handoffs.moves] == [("d0", 5, True)]
-    assert [(m.source, m.pages, m.history) for m in pair.d.handoffs.moves] == [("p0", 2, False)]
+    assert [(m.source, m.pages, m.history) for m in pair.p.handoffs.receiver.moves] == [("d0", 5, True)]
+    assert [(m.source, m.pages, m.history) for m in pair.d.handoffs.receiver.moves] == [("p0", 2, False)]
     pair.check()
 
 
@@ -339,16 +339,16 @@ def test_a_new_home_fetches_the_history_from_the_old_one(pair):
     pair.d.engine.add(sequence)
     pair.d.step()
     for message in fetched(pair.p, pair.d):
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     assert sequence.cached == 80
-    pair.p.handoffs.on_release("t")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 20
     pair.check()
 
 
 def test_history_of_a_long_past_comes_in_pieces(tiny_folder, monkeypatch):
-    monkeypatch.setattr("miniserve.worker.handoff.PIECE", 2)
+    monkeypatch.setattr("miniserve.worker.sender.PIECE", 2)
     pair = Pair(tiny_folder)
     warm(pair.p, 90)
     pair.d.engine.add(pair.d.sequence(history_at="p0"))
@@ -356,8 +356,8 @@ def test_history_of_a_long_past_comes_in_pieces(tiny_folder, monkeypatch):
     messages = fetched(pair.p, pair.d)
     assert [(m.first, len(m.pages), m.last) for m in messages] == [(0, 2, False), (2, 2, False), (4, 1, True)]
     for message in messages:
-        pair.d.handoffs.on_publish(message, "p0")
-    assert pair.d.handoffs.moves[0].pages == 5
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    assert pair.d.handoffs.receiver.moves[0].pages == 5
     assert pair.finish() == pair.text
 
 
@@ -366,10 +366,10 @@ def test_history_that_is_gone_is_computed(pair):
     pair.d.step()
     (message,) = fetched(pair.p, pair.d)
     assert (message.pages, message.last) == ([], True)
-    pair.d.handoffs.on_publish(message, "p0")
-    pair.p.handoffs.on_release("t")
+    pair.d.handoffs.receiver.on_publish(message, "p0")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
-    assert not pair.d.handoffs.moves
+    assert not pair.d.handoffs.receiver.moves
     pair.check()
 
 
@@ -383,10 +383,10 @@ def test_history_with_other_hashes_or_copied_too_late_is_computed(pair, bad):
         message = msgspec.structs.replace(message, hashes=[b"x" * 16] * len(message.hashes))
     else:
         pair.now += 31
-        pair.p.handoffs.expire()
+        pair.p.handoffs.sender.expire()
         assert pair.p.engine.pool.num_held == 0
-    pair.d.handoffs.on_publish(message, "p0")
-    pair.p.handoffs.on_release("t")
+    pair.d.handoffs.receiver.on_publish(message, "p0")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 100
     pair.check()
@@ -397,13 +397,13 @@ def test_an_abort_while_p_fetches_the_history(pair):
     pair.ask(share_history=True)
     pair.p.step()
     (history,) = fetched(pair.d, pair.p)
-    pair.d.handoffs.abort("t")
+    pair.d.handoffs.receiver.abort("t")
     pair.d.engine.abort("t")
     assert pair.d.engine.pool.num_held == 5, "P may be reading"
-    pair.p.handoffs.on_release("t")
-    pair.p.handoffs.on_publish(history, "d0")
+    pair.p.handoffs.sender.on_release("t")
+    pair.p.handoffs.receiver.on_publish(history, "d0")
     assert pair.p.engine.counters.prompt_tokens == 0
-    pair.d.handoffs.on_release(pair.p.take(Release)[0].turn)
+    pair.d.handoffs.sender.on_release(pair.p.take(Release)[0].turn)
     pair.check()
 
 
@@ -413,12 +413,12 @@ def test_an_abort_while_p_fetches_the_history(pair):
 def test_a_stuck_handoff_ends_at_its_deadline(pair):
     pair.ask()
     pair.now += 29
-    pair.d.handoffs.poll()
+    pair.d.handoffs.receiver.poll()
     assert pair.d.engine.find("t").state is State.RECEIVING
     pair.now += 2
-    pair.d.handoffs.poll()
+    pair.d.handoffs.receiver.poll()
     assert pair.d.take(Release)
-    pair.p.handoffs.on_release("t")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     pair.check()
 
@@ -428,15 +428,15 @@ def test_a_prefiller_that_is_busy_is_not_stuck(pair):
     pair.p.engine.admit()
     for _ in range(10):
         pair.now += 10
-        pair.p.handoffs.expire()
+        pair.p.handoffs.sender.expire()
         for message in pair.p.take(Publish):
             assert not message.pages
-            pair.d.handoffs.on_publish(message, "p0")
-        pair.d.handoffs.poll()
+            pair.d.handoffs.receiver.on_publish(message, "p0")
+        pair.d.handoffs.receiver.poll()
     assert pair.d.engine.find("t").state is State.RECEIVING
     for message in pair.publications():
-        pair.d.handoffs.on_publish(message, "p0")
-    pair.p.handoffs.on_release("t")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 0
     pair.check()
@@ -448,18 +448,18 @@ def test_history_that_comes_after_it_was_given_up_is_not_taken_for_the_prefill(p
     pair.d.engine.add(sequence)
     pair.d.step()
     (stale,) = fetched(pair.p, pair.d)
-    pair.p.handoffs.on_release("t")  # P hears all at once: it has published, and the pages are free again
+    pair.p.handoffs.sender.on_release("t")  # P hears all at once: it has published, and the pages are free again
     pair.now += 31
-    pair.d.handoffs.poll()
+    pair.d.handoffs.receiver.poll()
     (prefill,) = pair.d.take(Prefill)
     stale = msgspec.structs.replace(stale, deadline=pair.now + 30)
-    pair.d.handoffs.on_publish(stale, "p0")
+    pair.d.handoffs.receiver.on_publish(stale, "p0")
     assert sequence.computed == 0
     pair.d.take(Release)
-    pair.p.handoffs.on_prefill(prefill, "d0")
+    pair.p.handoffs.sender.on_prefill(prefill, "d0")
     for message in pair.publications():
-        pair.d.handoffs.on_publish(message, "p0")
-    pair.p.handoffs.on_release("t")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     pair.check()
 
@@ -473,7 +473,7 @@ class SlowStore:
     def __init__(self, side: Side, monkeypatch) -> None:
         self.log: list[str] = []
         self.unfinished: list[Storing] = []
-        _, transfer = side.handoffs._peers["p0"]
+        transfer = side.handoffs.peers.transfer("p0")
         fetch = transfer.fetch
         monkeypatch.setattr(transfer, "fetch", lambda ticket, pages: Storing(self, fetch(ticket, pages)))
 
@@ -516,24 +516,24 @@ def test_a_store_that_takes_several_polls(pair, monkeypatch):
     slow = SlowStore(pair.d, monkeypatch)
     sequence = pair.ask()
     for message in pair.publications():
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     done = [0]
     while pair.d.engine.find("t").state is State.RECEIVING:
         for _ in range(3):
-            pair.d.handoffs.poll()
+            pair.d.handoffs.receiver.poll()
             pair.d.step()
         assert len(slow.log) == len(done), "one after the other, each begun once"
         assert sequence.computed == done[-1], "nothing counts before it is stored"
-        assert pair.d.handoffs.copying
+        assert pair.d.handoffs.receiver.copying
         assert not pair.d.take(Release)
         slow.finish()
-        pair.d.handoffs.poll()
+        pair.d.handoffs.receiver.poll()
         done.append(sequence.computed)
     assert done == [0, 32, 64, 96, 100]
-    assert not pair.d.handoffs.copying
+    assert not pair.d.handoffs.receiver.copying
     assert pair.d.take(Release)
-    pair.p.handoffs.on_release("t")
-    assert pair.d.handoffs.moves[0].seconds == 8.0
+    pair.p.handoffs.sender.on_release("t")
+    assert pair.d.handoffs.receiver.moves[0].seconds == 8.0
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 0
     assert slow.log == ["store"] * 4
@@ -546,19 +546,19 @@ def test_an_abort_while_pages_are_stored(pair, monkeypatch, before):
     pair.ask()
     messages = pair.publications()
     for message in messages:
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     for _ in range(before):
         slow.finish()
-        pair.d.handoffs.poll()
-    pair.d.handoffs.abort("t")
+        pair.d.handoffs.receiver.poll()
+    pair.d.handoffs.receiver.abort("t")
     pair.d.engine.abort("t")
     assert slow.log == ["store"] * (before + 1) + ["abandon"]
     assert pair.d.take(Release)
-    pair.p.handoffs.on_release("t")
-    pair.d.handoffs.poll()
+    pair.p.handoffs.sender.on_release("t")
+    pair.d.handoffs.receiver.poll()
     pair.check()
     assert pair.d.engine.pool.num_cached == 2 * before, "what was stored stays"
-    assert not pair.d.handoffs.copying
+    assert not pair.d.handoffs.receiver.copying
 
 
 @pytest.mark.parametrize("why", ["dead", "stuck", "refused", "late", "broken"])
@@ -567,40 +567,40 @@ def test_giving_up_while_pages_are_stored(pair, monkeypatch, why, before):
     slow = SlowStore(pair.d, monkeypatch)
     sequence = pair.ask()
     for message in pair.publications()[:-1]:
-        pair.d.handoffs.on_publish(message, "p0")
+        pair.d.handoffs.receiver.on_publish(message, "p0")
     for _ in range(before):
         slow.finish()
-        pair.d.handoffs.poll()
+        pair.d.handoffs.receiver.poll()
     match why:
         case "dead":
             pair.d.handoffs.set_peers([])
         case "stuck":
             pair.now += 31
-            pair.d.handoffs.poll()
+            pair.d.handoffs.receiver.poll()
         case "refused":
-            pair.d.handoffs.on_refused(PrefillRefused("t", "no"))
+            pair.d.handoffs.receiver.on_refused(PrefillRefused("t", "no"))
         case "late":
             pair.now += 31
             slow.finish()
-            pair.d.handoffs.poll()
+            pair.d.handoffs.receiver.poll()
         case "broken":
             slow.unfinished[0].broken = True
             pair.d.built.memory.pages[sequence.pages[before * 2]] = 1  # a part of it was written
-            pair.d.handoffs.poll()
+            pair.d.handoffs.receiver.poll()
     assert sequence.state is State.RUNNING
     assert sequence.computed == before * 32
     assert slow.log == ["store"] * (before + 1) + ["abandon"] * (why not in ("late", "broken")), (
         "what is over needs no abandoning"
     )
-    pair.p.handoffs.on_release("t")
+    pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 100 - before * 32
-    assert not pair.d.handoffs.copying
+    assert not pair.d.handoffs.receiver.copying
     pair.check()
 
 
 def test_a_decoder_that_computes_what_did_not_come_says_so(pair):
     pair.ask()
     assert pair.d.engine.queued_prefill_tokens == 0
-    pair.d.handoffs.on_refused(PrefillRefused("t", "no"))
+    pair.d.handoffs.receiver.on_refused(PrefillRefused("t", "no"))
     assert pair.d.engine.queued_prefill_tokens == 100

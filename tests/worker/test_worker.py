@@ -52,7 +52,7 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
         worker._handle(envelope)
     worker.engine.admit()
     for prefilled in worker.engine.step().prefilled:
-        worker.handoffs.publish(prefilled.sequence, prefilled.first)
+        worker.handoffs.sender.publish(prefilled.sequence, prefilled.first)
     return {body.turn for _, body in worker._outboxes.sent if isinstance(body, Publish)}
 
 
@@ -73,4 +73,4 @@ def test_words_of_the_dead_are_dropped(p0):
     assert hear(worker, Envelope("frontend", 0, Peers([])), ask(2)) == set()
     assert hear(worker, Envelope("frontend", 0, Peers([d0(3)]))) == set()
     assert not worker._early
-    assert worker.handoffs.num_leases == 0
+    assert worker.handoffs.sender.num_leases == 0

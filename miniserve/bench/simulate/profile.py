@@ -50,7 +50,9 @@ class Measured(msgspec.Struct):
 
 def profile(args: argparse.Namespace) -> int:
     """Measure as the flags of `evaluate.py` say, and write the file. Raises `ConfigError`."""
-    from miniserve.hub.resolve import DEFAULT_MODEL, ModelError, resolve
+    from miniserve.hub.check import ModelError
+    from miniserve.hub.fetch import DEFAULT_MODEL
+    from miniserve.hub.resolve import resolve
 
     name = args.model or DEFAULT_MODEL
     try:

