@@ -7,11 +7,9 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -36,7 +34,7 @@ from miniserve.api.responses.answers import ResponseDeleted
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputItem, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, continuing, not_found
 from miniserve.api.responses.writer import ResponsesWriter
-from miniserve.api.streaming import ClientGone, EventStream, while_connected
+from miniserve.api.streaming import EventStream, answer_events, whole_answer
 from miniserve.api.structured import GrammarChecks
 from miniserve.dispatcher import EngineClient, Turn
 from miniserve.monitor.metrics import Metrics
@@ -44,8 +42,6 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.text.dialect import Dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 """The headers by which clients name the conversation of a turn. The first one that a request has counts."""
@@ -131,8 +127,8 @@ class Service:
         # The turns start before a stream's status is sent: with a full queue that is 503.
         generation = self._start(prompts, body, renderer, writer.head.id, conversation, arrived)
         if body.stream:
-            return EventStream(_streaming(generation, writer))
-        return await _whole(request, generation, writer)
+            return EventStream(answer_events(generation, writer))
+        return await whole_answer(generation, writer, request.receive)
 
     async def _prepare(self, body: GenerationRequest, renderer: Renderer) -> Prompts:
         """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
@@ -272,35 +268,6 @@ class Service:
         self.check_model(body.model)
         self._check_vocabulary(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, False)}
-
-
-async def _whole(request: Request, generation: Generation, writer: ResponseWriter) -> Response:
-    """The answer in one piece, when all choices have ended."""
-    try:
-        async with generation:
-            await while_connected(request.receive, generation.finish())
-    except ClientGone:
-        return Response(status_code=499)  # for the access log
-    return Response(msgspec.json.encode(writer.response(generation)), media_type="application/json")
-
-
-@asynccontextmanager
-async def _streaming(generation: Generation, writer: ResponseWriter) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The events of a stream, in a context that ends its turns. If the generation fails, the status has long been sent:
-    the last events are about the error."""
-
-    async def events() -> AsyncIterator[bytes]:
-        try:
-            async for data in writer.stream(generation):
-                yield data
-        except Exception as error:
-            answer = errors.as_api_error(error)
-            if answer.code == "internal_error":
-                logger.exception("a stream ended in an error")
-            yield writer.error_events(answer)
-
-    async with generation:
-        yield events()
 
 
 def with_ignored(response: Response, body: RequestBody) -> Response:

@@ -1,17 +1,23 @@
-"""Server-sent events, and work that ends as soon as its client disconnects."""
+"""Answers as server-sent events and in one piece. Both end their turns as soon as the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from miniserve.api.errors import as_api_error
+from miniserve.api.generation import Generation
+from miniserve.api.protocols import ResponseWriter
+
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 NamedEvent = tuple[str, dict[str, Any]]
 """An event's name and its data."""
 
@@ -81,3 +87,32 @@ class EventStream(Response):
         async for data in events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def whole_answer(generation: Generation, writer: ResponseWriter, receive: Receive) -> Response:
+    """The answer in one piece, when all choices have ended."""
+    try:
+        async with generation:
+            await while_connected(receive, generation.finish())
+    except ClientGone:
+        return Response(status_code=499)  # for the access log
+    return Response(msgspec.json.encode(writer.response(generation)), media_type="application/json")
+
+
+@asynccontextmanager
+async def answer_events(generation: Generation, writer: ResponseWriter) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The events of a stream, in a context that ends its turns. If the generation fails, the status has long been sent:
+    the last events are about the error."""
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            async for data in writer.stream(generation):
+                yield data
+        except Exception as error:
+            answer = as_api_error(error)
+            if answer.code == "internal_error":
+                logger.exception("a stream ended in an error")
+            yield writer.error_events(answer)
+
+    async with generation:
+        yield events()
