@@ -3,9 +3,11 @@ PY := .venv/bin/python
 MODEL ?= smollm2-135m
 ARGS ?=
 PYTEST_ARGS ?=
+# A process for each core; files of tests are divided among them.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients lint format venv clean
+.PHONY: help serve test test-fast test-clients lint format venv clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -14,19 +16,24 @@ serve:  ## start a server: make serve MODEL=qwen3-0.6b ARGS="--topology 1P1D"
 	@scripts/setup.sh serve
 	@exec $(PY) -m miniserve serve $(MODEL) $(ARGS)
 
-test: lint  ## ruff, mypy, pytest: make test PYTEST_ARGS="-k tokenizer"
-	@$(PY) -m pytest $(PYTEST_ARGS)
+test: lint  ## ruff, mypy, import contracts, pytest: make test PYTEST_ARGS="-k tokenizer"
+	@$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+test-fast:  ## what tells most in a minute: no processes, no large models, no lint
+	@scripts/setup.sh test
+	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 test-clients:  ## openai, litellm, mini-swe-agent, aiperf and guidellm against a real server
 	@scripts/setup.sh test
 	@scripts/setup-clients.sh
 	@$(PY) -m pytest tests/clients $(PYTEST_ARGS)
 
-lint:  ## ruff and mypy only
+lint:  ## ruff, mypy and the import contracts only
 	@scripts/setup.sh test
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@.venv/bin/lint-imports --no-logo --no-cache
 
 format:  ## let ruff mend what it can
 	@scripts/setup.sh test

@@ -2,10 +2,10 @@
 """Everything that only a GPU can show, in one command of under 8 minutes without network: correctness, speed, replay.
 
   scripts/gpu_check.py --out FOLDER                  all of it; exit code 0 = everything ran and is within its limit
-  scripts/gpu_check.py --only kernels --only parity  checks whose names begin so (`--list` tells the names)
+  scripts/gpu_check.py --only kernels --only parity  checks whose names begin so (`--list` prints the names)
   scripts/gpu_check.py --device cpu --small          the same code at toy size, where there is no GPU
 
-Writes gpu_check.json and gpu_check.md into FOLDER, after each check anew. Limits of speed are those of issue 5 against
+Writes gpu_check.json and gpu_check.md into FOLDER, after each check anew. Limits of speed are shares of
 ceilings that are measured in the same run. A check that fails, hangs or crashes does not stop the others: they run in a
 process of their own, which is started again. What did not run in time is reported as not run, which is a failure.
 
@@ -46,7 +46,7 @@ from scripts.gpu.checks import CHECKS, Check  # noqa: E402
 from scripts.gpu.common import Figure, Setting  # noqa: E402
 
 BUDGET = 460.0
-"""Seconds for everything: what issue 5 allows, less what the last check may take to end."""
+"""Seconds for everything: 8 minutes, less what the last check may take to end."""
 GRACE = 10.0
 """A check that is near its end when its time is over may finish."""
 
@@ -55,9 +55,9 @@ GRACE = 10.0
 
 
 def worker(control: Connection, device: str, small: bool, folder: str) -> None:
-    """Runs the checks it is told to, and sends each figure as it comes. Ends itself after an error that may have left
+    """Runs the checks it is sent, and sends each figure as it comes. Ends itself after an error that may have left
     the device unusable."""
-    os.setsid()  # whoever ends it ends its children too
+    os.setsid()  # to end it with its children
     os.environ["MINISERVE_CACHE"] = str(Path(folder) / "cache")
     import transformers
 
@@ -194,10 +194,10 @@ def facts(device: str, small: bool) -> dict[str, Any]:
 def write(out: Path, about: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
     """The report so far."""
     out.mkdir(parents=True, exist_ok=True)
-    told = {
+    checks = {
         name: r | {"figures": [asdict(f) | {"ok": f.ok} for f in r.get("figures", [])]} for name, r in results.items()
     }
-    (out / "gpu_check.json").write_text(json.dumps(about | {"checks": told}, indent=1) + "\n")
+    (out / "gpu_check.json").write_text(json.dumps(about | {"checks": checks}, indent=1) + "\n")
     (out / "gpu_check.md").write_text(markdown(about, results))
 
 
@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="toy sizes; limits of speed are not judged")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="checks whose names begin so")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all; default: %(default)g")
-    parser.add_argument("--list", action="store_true", help="tell the names of the checks")
+    parser.add_argument("--list", action="store_true", help="print the names of the checks")
     args = parser.parse_args()
     chosen = [c for c in CHECKS if not args.only or any(c.name.startswith(name) for name in args.only)]
     if args.list or not chosen:
@@ -234,11 +234,11 @@ def main() -> int:
                 results[check.name] = result
                 print(f"{result['verdict']:<10} {result.get('seconds', 0):6.1f} s  {check.name}", flush=True)
                 for figure in result.get("figures", []):
-                    told = figure.value if isinstance(figure.value, str) else f"{figure.value:.4g}"
+                    shown = figure.value if isinstance(figure.value, str) else f"{figure.value:.4g}"
                     fine = figure.ok or result["verdict"] == "not judged"
                     wrong = "" if fine else f"  <-- not {figure.rule} {figure.limit}"
                     if check.group != "correctness" or wrong:
-                        print(f"    {figure.name}: {told} {figure.unit}{wrong}", flush=True)
+                        print(f"    {figure.name}: {shown} {figure.unit}{wrong}", flush=True)
                 if result["error"]:
                     print(result["error"], flush=True)
                 about["seconds"] = round(time.monotonic() - begun, 1)

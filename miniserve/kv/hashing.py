@@ -1,4 +1,4 @@
-"""The chain hash that names a page by all the tokens up to its end. Pure: the scheduler uses it too."""
+"""The chain hash that names a page by all tokens up to its end. It imports no torch: the scheduler uses it too."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def root_hash(layout: str, salt: str = "") -> bytes:
 
 
 def extend_hash(parent: bytes, tokens: list[int]) -> bytes:
-    """The hash of a page that holds `tokens` (1 to a page full) after everything `parent` stands for."""
+    """The hash of a page that holds `tokens` (1 to a page full) after all tokens that `parent` stands for."""
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=HASH_BYTES).digest()
 
 
 def page_hashes(root: bytes, tokens: list[int], page_tokens: int, known: list[bytes] | None = None) -> list[bytes]:
-    """Chain hashes of the full pages of `tokens`; `known` holds those of the first pages, which are not redone."""
+    """Chain hashes of the full pages of `tokens`; `known` are those of the first pages, not computed again."""
     hashes = list(known or ())
     parent = hashes[-1] if hashes else root
     size = page_tokens * 4

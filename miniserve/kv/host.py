@@ -1,4 +1,4 @@
-"""Host memory for the KV of pages that the device's pool evicts: dropped there, a page can still come back by copy."""
+"""Host memory for the KV of pages that the device's pool evicts, from where a page can come back by copy."""
 
 from __future__ import annotations
 
@@ -11,32 +11,27 @@ import torch
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.pages import UNKNOWN, Evicted, Order, PagePool
-from miniserve.kv.side import Mark, beside, pin
+from miniserve.kv.pages import Evicted, Order, PagePool
+from miniserve.kv.side import Fence, beside, pin
 
 RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
-"""Of slots whose content is on the device as well: nobody needs them until it is evicted there again, so they go first
-but spare that copy if they are still here by then."""
+"""Of slots whose content is on the device as well: until it is evicted there again no turn needs them, so they go
+first; those still here at that time spare a copy."""
 
 
 class HostPool:
     """`num_pages` slots for evicted pages of `memory`, found by their hashes.
 
-    A `PagePool` of its own does the bookkeeping, so that what is dropped for good goes in the same `order` as what is
-    evicted. On a CPU copies are synchronous, `clock` counts their seconds, and the memory is only taken when it is
-    first written. Beside a GPU the memory is pinned, which takes all of it at once, and copies run on a stream of their
-    own: the next step waits for them on the GPU, nobody here does. Unverified on a GPU (docs/gpu.md).
+    A `PagePool` of its own does the bookkeeping, with an `order` of its own: what is dropped for good is what is needed
+    least. On a CPU copies are synchronous, `clock` counts their seconds, and the memory is only taken when it is first
+    written. Beside a GPU the memory is pinned, which takes all of it at once, and copies run on a side stream: the next
+    step waits for them on the GPU, the host does not wait. Unverified on a GPU (docs/gpu.md).
     """
 
     def __init__(
-        self,
-        memory: KVMemory,
-        num_pages: int,
-        *,
-        order: Order = "expected",
-        clock: Callable[[], float] = time.perf_counter,
+        self, memory: KVMemory, num_pages: int, order: Order[Keep], *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.pool = PagePool(num_pages, order=order)
+        self.pool = PagePool(num_pages, order)
         self.offloaded = 0
         """Pages copied here."""
         self.restored = 0
@@ -46,9 +41,9 @@ class HostPool:
         self._clock = clock
         self._device = memory.pages
         self._side = beside(self._device.device)
-        self._marks: deque[tuple[Mark, int]] = deque()
-        """Copies on the side stream that have not been counted yet, and of how many pages."""
-        self._restoring: Mark | None = None
+        self._uncounted: deque[tuple[Fence, int]] = deque()
+        """Copies on the side stream that `page_seconds` does not contain yet, and of how many pages."""
+        self._restoring: Fence | None = None
         flat = torch.frombuffer(mmap.mmap(-1, num_pages * memory.shape.bytes, mmap.MAP_PRIVATE), dtype=torch.uint8)
         if self._side is not None:
             pin(flat)
@@ -64,14 +59,14 @@ class HostPool:
         """Slots that hold a page."""
         return self.pool.num_pages - self.pool.num_free
 
-    def store(self, evicted: Evicted, now: float) -> None:
-        """Keep a copy of a page that is about to be evicted, at the cost of those needed least here."""
+    def store(self, evicted: Evicted[Keep], now: float) -> None:
+        """Keep a copy of a page that is about to be evicted, in place of the copy that is needed least."""
         slots = self.pool.match([evicted.digest])
         if not slots:
             if not self.pool.num_available:
                 return  # all slots are about to be restored
             slots = self.pool.allocate(1, now)
-            # Beside whatever runs now: the page is complete. Its slot may still be read by a restore, on this stream.
+            # Beside the step that runs now: the page is complete. A restore may still read the slot, on this stream.
             self._copy(self._device, [evicted.page], self._host, slots)
             self.pool.register(slots[0], evicted.digest, evicted.parent)
             self.offloaded += 1
@@ -86,22 +81,22 @@ class HostPool:
             return []
         return self.pool.match(hashes)
 
-    def restore(self, slots: list[int], pages: list[int]) -> None:
-        """Copy the matched `slots` to `pages` of the device; whatever was to be done with those is done before."""
+    def restore(self, slots: list[int], pages: list[int], now: float) -> None:
+        """Copy the matched `slots` to `pages` of the device, after all that was launched on those before."""
         if self._side is not None:
             self._side.follow()
         self._restoring = self._copy(self._host, slots, self._device, pages)
         self.restored += len(slots)
-        self.pool.release(slots, RESTORED)
+        self.pool.release(slots, RESTORED, now)
 
     def settle(self) -> None:
-        """Block until what was restored is on the device. The engine's steps wait for it there; a peer would not."""
+        """Block until what was restored is on the device. The engine's steps wait for it there; a peer does not."""
         if self._restoring is not None:
             self._restoring.wait()
             self._restoring = None
 
-    def release(self, slots: list[int], keep: Keep = UNKNOWN, now: float = 0.0) -> None:
-        """Unpin matched slots that were not restored; see `PagePool.release`."""
+    def release(self, slots: list[int], keep: Keep, now: float) -> None:
+        """Unpin matched slots that were not restored, as `PagePool.release` does."""
         self.pool.release(slots, keep, now)
 
     def clear(self) -> None:
@@ -110,11 +105,11 @@ class HostPool:
         self.offloaded = self.restored = 0
 
     def check(self) -> None:
-        """Raise AssertionError if a slot is lost, or pinned by nobody (for tests, between admissions)."""
+        """Raise AssertionError if a slot is lost, or pinned (for tests, between admissions)."""
         self.pool.check()
         assert self.pool.num_held == 0
 
-    def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Mark | None:
+    def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Fence | None:
         """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next. None if
         that is done."""
 
@@ -128,16 +123,16 @@ class HostPool:
             self._observe(self._clock() - started, len(froms))
             return None
         self._count()
-        mark = self._side.run(copy)
+        fence = self._side.run(copy)
         self._side.lead()
-        self._marks.append((mark, len(froms)))
-        return mark
+        self._uncounted.append((fence, len(froms)))
+        return fence
 
     def _count(self) -> None:
-        """How long the copies took that have ended on the side stream."""
-        while self._marks and self._marks[0][0].done:
-            mark, pages = self._marks.popleft()
-            self._observe(mark.seconds, pages)
+        """Add the copies that have ended on the side stream to `page_seconds`."""
+        while self._uncounted and self._uncounted[0][0].done:
+            fence, pages = self._uncounted.popleft()
+            self._observe(fence.seconds, pages)
 
     def _observe(self, seconds: float, pages: int) -> None:
         self.page_seconds += (seconds / pages - self.page_seconds) / (8 if self.page_seconds else 1)

@@ -46,7 +46,7 @@ class PageShape:
 
 
 class SharedMemory:
-    """A writable memory of this process that others can map while it lives.
+    """Writable memory of this process that other processes can map while it lives.
 
     An anonymous memory file (memfd) rather than a name under /dev/shm: the kernel frees it with its last user, so no
     crash, not even SIGKILL of everything at once, leaves a segment behind. A peer of the same user opens it as
@@ -66,7 +66,7 @@ class SharedMemory:
 
     @staticmethod
     def attach(pid: int, fd: int, size: int) -> np.ndarray:
-        """The memory another process made, as read-only bytes `[size]`. Raises OSError if that process is gone."""
+        """Memory that another process made, as read-only bytes `[size]`. Raises OSError if that process is gone."""
         handle = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             return np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), dtype=np.uint8)
@@ -80,8 +80,8 @@ class KVMemory:
     `pages` is `[page, layer, k/v, slot, kv_head, head_dim]`. On a CPU it lies in `shared`, memory that is only taken
     when it is first written; else `shared` is None.
 
-    On a GPU `pages` has one page more, number `num_pages`: a scratch page for whatever has to write somewhere, like the
-    rows that fill up the batch of a CUDA graph. No page table and no peer ever names it, so nobody reads it.
+    On a GPU `pages` has one page more, number `num_pages`: a scratch page for rows that have to write somewhere, like
+    those that fill up the batch of a CUDA graph. No page table and no peer ever names it, so it is never read.
     """
 
     def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
@@ -101,20 +101,20 @@ class KVMemory:
         return self.pages.view(torch.uint8).view(-1, self.shape.bytes)
 
     def info(self, layout: str) -> PoolInfo:
-        """What others should know of this pool; `layout` names what it holds."""
+        """What other workers have to know of this pool; `layout` fingerprints model, dtype and page shape."""
         fd = self.shared.fd if self.shared is not None else -1
         return PoolInfo(os.getpid(), fd, self.num_pages, self.shape.bytes, layout, self._handle)
 
     @cached_property
     def _handle(self) -> CudaHandle | None:
-        """The way to this pool by CUDA IPC; None on a CPU.
+        """How a peer maps this pool by CUDA IPC; None on a CPU.
 
-        Made once, since torch counts each export. What is exported is the whole block that the driver gave: the pool is
+        It is made once, since torch counts each export. The whole block that the driver gave is exported: the pool is
         one allocation that is never made again.
         """
         if self.pages.device.type != "cuda":
             return None
-        torch.cuda.synchronize(self.pages.device)  # whoever maps it finds the zeros
+        torch.cuda.synchronize(self.pages.device)  # a peer that maps it finds the zeros
         shared = self.pages.untyped_storage()._share_cuda_()
         device, handle, size, offset, counter, counter_offset = shared[:6]
         others = [other for other in range(torch.cuda.device_count()) if other != device]

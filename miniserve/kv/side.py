@@ -1,49 +1,20 @@
-"""What a GPU copies beside its steps: a stream for it, and what orders that stream and the engine's.
+"""A CUDA stream for copies beside the engine's steps, and what orders the two streams.
 
-The engine's stream is the current one of the thread that calls; all steps run on it. Three rules keep pages whole:
-whatever writes to a page follows all that the engine's stream was given before; whatever may be overwritten from now on
-is ahead of what that stream is given next; and what a peer or a person reads is known to be complete. Nothing but
-`torch.cuda` is called here, so tests put in a stream of their own.
+The engine's stream is the current one of the calling thread; all steps run on it. Three rules keep pages whole: a write
+to a page comes after all work that the engine's stream was given before (`follow`); a copy of memory that may be
+overwritten from now on comes before the work that the engine's stream is given next (`lead`); and what a peer or a
+person reads is complete (`Fence`). This file calls `torch.cuda` alone, so tests replace the stream with their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
 
-class Mark(Protocol):
-    """Some work, and its end."""
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """How long it took, once `done`."""
-        ...
-
-    def wait(self) -> None:
-        """Block until it is `done`; any thread may."""
-        ...
-
-
-class Done:
-    """See `Mark`: work that had ended when it was asked for, as all on a CPU."""
-
-    done = True
-    seconds = 0.0
-
-    def wait(self) -> None:
-        """See `Mark`."""
-
-
-class CudaMark:
-    """See `Mark`: what a stream was given between the two records."""
+class CudaFence:
+    """The end of the work that the current stream is given between `begin` and `end`."""
 
     def __init__(self) -> None:
         self._begin = torch.cuda.Event(enable_timing=True)
@@ -54,22 +25,35 @@ class CudaMark:
         self._begin.record()
 
     def end(self) -> None:
-        """It has all been given to the current stream."""
+        """The current stream has been given all of the work."""
         self._end.record()
 
     @property
     def done(self) -> bool:
-        """See `Mark`."""
+        """Whether the work has ended."""
         return self._end.query()
 
     @property
     def seconds(self) -> float:
-        """See `Mark`."""
+        """How long the work took, once `done`."""
         return self._begin.elapsed_time(self._end) / 1000
 
     def wait(self) -> None:
-        """See `Mark`."""
+        """Block until the work is `done`; any thread may call this."""
         self._end.synchronize()
+
+
+class PassedFence:
+    """The end of work that has ended already, as all work on a CPU has when its call returns."""
+
+    done = True
+    seconds = 0.0
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+Fence = CudaFence | PassedFence
 
 
 class SideStream:
@@ -79,22 +63,22 @@ class SideStream:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def run(self, work: Callable[[], None]) -> Mark:
-        """Queue here what `work` launches. Nothing orders it with the engine's stream but `follow` and `lead`."""
-        mark = CudaMark()
+    def run(self, work: Callable[[], None]) -> Fence:
+        """Queue on this stream what `work` launches. Only `follow` and `lead` order it with the engine's stream."""
+        fence = CudaFence()
         with torch.cuda.stream(self._stream):
-            mark.begin()
+            fence.begin()
             work()
-            mark.end()
-        return mark
+            fence.end()
+        return fence
 
     def follow(self) -> None:
-        """What is queued here from now on begins when the engine's stream has done all that it was given so far."""
+        """Work that is queued here from now on begins when the engine's stream has done all it was given so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def lead(self) -> None:
-        """What the engine's stream is given from now on begins when all that was queued here is done. The host does not
-        wait."""
+        """Work that the engine's stream is given from now on begins when all that was queued here is done. The host
+        does not wait."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def drain(self) -> None:
@@ -110,7 +94,8 @@ def beside(device: torch.device) -> SideStream | None:
 def pin(memory: torch.Tensor) -> None:
     """Lock host memory for the rest of this process, so that a GPU can copy from and to it beside its steps.
 
-    Registered, not allocated with `pin_memory=True`: that rounds up to the next power of two. Raises RuntimeError.
+    The memory is registered, not allocated with `pin_memory=True`, which rounds up to the next power of two. Raises
+    RuntimeError.
     """
     portable = 1
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, portable))

@@ -27,7 +27,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know. Sizes are in numbers, `max_len` in tokens."""
+    """The sizes and variants that the decoder needs. Sizes count numbers, `max_len` counts tokens."""
 
     vocab_size: int
     hidden_size: int
@@ -48,7 +48,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all matrices (norms and biases are too small to matter)."""
+        """How many numbers all matrices have (norms and biases are too small to matter)."""
         heads = 2 * (self.heads + self.kv_heads) * self.head_dim
         layer = self.hidden_size * (heads + 3 * self.intermediate_size)
         return self.layers * layer + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
@@ -89,7 +89,7 @@ class ModelConfig:
             config.get("sliding_window") if config.get("use_sliding_window", arch == "MistralForCausalLM") else None
         )
         if window is not None and window < model.max_len:
-            # Full attention is what the model was trained with up to the window; past it the text would differ.
+            # Up to the window the model was trained with full attention; past it the text would differ.
             model = cls(**{**model.__dict__, "max_len": int(window)})
         return model
 

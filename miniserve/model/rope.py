@@ -17,13 +17,13 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     if rope.kind == "llama3":
         # Long waves are stretched by `factor`, short ones left alone, those between blended.
         wavelength = 2 * math.pi / inverse
-        turns = rope.original_max_len / wavelength
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        rotations = rope.original_max_len / wavelength
+        blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         blend = blend.clamp(0, 1)
         return (1 - blend) * inverse / rope.factor + blend * inverse
     return inverse
 
 
 def angles(rope: RopeConfig, head_dim: int, max_len: int) -> torch.Tensor:
-    """Radians by which each pair of numbers is turned at each position, float32 `[max_len, head_dim / 2]`."""
+    """Radians by which each pair of numbers is rotated at each position, float32 `[max_len, head_dim / 2]`."""
     return torch.outer(torch.arange(max_len, dtype=torch.float32), inverse_frequencies(rope, head_dim))

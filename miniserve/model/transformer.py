@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +9,9 @@ import torch.nn.functional as F
 
 from miniserve.model import rope
 from miniserve.model.config import ModelConfig
-from miniserve.ops import Linear, Ops
+from miniserve.ops import Ops
 from miniserve.ops.batch import Batch
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The weights of one layer, prepared for the device. q, k and v are one matrix, gate and up another."""
-
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    out: Linear
-    post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-
-
-@dataclass(frozen=True)
-class Weights:
-    """All weights. `embedding` is `[vocab, hidden]`."""
-
-    embedding: torch.Tensor
-    layers: list[Layer]
-    norm: torch.Tensor
-    head: Callable[[torch.Tensor], torch.Tensor]
-    num_bytes: int
+from miniserve.ops.decoder import Weights
 
 
 class Transformer:
@@ -45,11 +19,11 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
         self.config = config
-        self._weights = weights
         self.ops = ops
+        self._weights = weights
         self._scale = config.head_dim**-0.5
-        self._turns = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
-        self._fused = ops.fuse(config, weights, self._turns)
+        self._rotary = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
+        self._fused = ops.fuse(weights, self._rotary, config.heads, config.norm_eps, self._scale)
 
     @property
     def device(self) -> torch.device:
@@ -70,26 +44,31 @@ class Transformer:
         self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
     ) -> torch.Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
-        graph. Without `outputs` the logits of all rows are wanted."""
+        graph. Without `outputs` the logits of all rows are wanted.
+
+        In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows; qkv_heads is
+        heads + 2 * kv_heads.
+        """
         config, ops, weights = self.config, self.ops, self._weights
-        turns = self._turns(positions)
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        x = F.embedding(tokens, weights.embedding)
+        cos_sin = self._rotary(positions)
+        x = F.embedding(tokens, weights.embedding)  # [T, hidden]
         for index, layer in enumerate(weights.layers):
-            h = ops.rms_norm(x, layer.input_norm, config.norm_eps)
-            qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+            h = ops.rms_norm(x, layer.input_norm, config.norm_eps)  # [T, hidden]
+            qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)  # [T, qkv_heads, dim]
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)  # [T, heads, dim], 2 x [T, kv_heads, dim]
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = ops.rms_norm(q, layer.q_norm, config.norm_eps)
                 k = ops.rms_norm(k, layer.k_norm, config.norm_eps)
-            q, k = ops.rope(q, k, turns)
-            attended = ops.attention(plan, index, q, k, v, self._scale).flatten(1)
+            q, k = ops.rope(q, k, cos_sin)
+            attended = ops.attention(plan, index, q, k, v, self._scale).flatten(1)  # [T, heads * dim]
             if index == config.layers - 1 and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
                 if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
                     return torch.empty((0, config.vocab_size), device=x.device)
-                attended, x = attended[outputs], x[outputs]
-            x = layer.out(attended, x)
-            h = ops.rms_norm(x, layer.post_norm, config.norm_eps)
-            x = layer.down(ops.silu_mul(layer.gate_up(h)), x)
-        return weights.head(ops.rms_norm(x, weights.norm, config.norm_eps))
+                attended, x = attended[outputs], x[outputs]  # [outputs, heads * dim], [outputs, hidden]
+            x = layer.out(attended, x)  # [T, hidden]
+            h = ops.rms_norm(x, layer.post_norm, config.norm_eps)  # [T, hidden]
+            gate_up = layer.gate_up(h)  # [T, 2 * intermediate]
+            x = layer.down(ops.silu_mul(gate_up), x)  # [T, hidden]
+        return weights.head(ops.rms_norm(x, weights.norm, config.norm_eps))  # [T, vocab]

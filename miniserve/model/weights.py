@@ -1,6 +1,6 @@
 """Weights from safetensors (one file or shards), or random ones of the same shape.
 
-Tensors are read layer by layer and handed to `ops.linear` at once, so that loading never holds the model twice.
+Tensors are read layer by layer and handed to `ops.linear` at once, so loading never holds the model twice.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from miniserve.config import ConfigError
 from miniserve.model.config import ModelConfig
-from miniserve.model.transformer import Layer, Weights
 from miniserve.ops import Ops
+from miniserve.ops.decoder import Layer, Weights
 
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
 
@@ -30,7 +30,7 @@ def load_weights(
     dummy: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """All weights in `dtype` on `device`; `progress` hears of layers done, and of how many.
+    """All weights in `dtype` on `device`; `progress` gets the number of layers done and of all.
 
     Raises `ConfigError` when a tensor is missing, has another shape than config.json says, or cannot be read.
     """

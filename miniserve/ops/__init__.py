@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from miniserve.ops.batch import Batch
-
-if TYPE_CHECKING:
-    from miniserve.model.config import ModelConfig
-    from miniserve.model.transformer import Weights
-
-
-class Linear(Protocol):
-    """A weight prepared for its device."""
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`, perhaps written over `residual`."""
-        ...
-
+from miniserve.ops.decoder import Linear, Weights
 
 Compute = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """A plan, tokens, positions, and the rows that are wanted -> their logits."""
 
 
 class Ops(Protocol):
-    """Kernels over one KV pool. T is the number of new tokens in the batch, H and Hkv are heads, D the head's size.
-
-    `layout` names the order of the numbers in each half, keys or values, of a layer of a page. Nobody else reads them,
-    but workers that exchange pages must agree.
-    """
+    """Kernels over one KV pool. T is the number of new tokens in the batch, H and Hkv are heads, D the head's size."""
 
     layout: str
+    """The order of the numbers in each half, keys or values, of a layer of a page. Only these kernels read them, but
+    workers that exchange pages must agree."""
     draft_rows: int
-    """Rows of a step up to which it takes little longer than with one, since all weights are read anyway."""
+    """Up to so many rows a step takes little longer than with one row, since all weights are read anyway: as many as a
+    sequence and its draft may fill."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout."""
@@ -50,12 +37,12 @@ class Ops(Protocol):
         ...
 
     def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
-        """Prepare the angles of all positions (see `model.rope`): the result makes, for the positions `[T]` of a batch,
-        what `rope` wants to know of them."""
+        """Prepare the angles of all positions, float32 `[positions, D / 2]` (radians, `model/rope.py`). The result
+        makes `cos_sin` for the positions `[T]` of a batch."""
         ...
 
-    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: each number with the one half a head away."""
+    def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: each number with the one half a head away."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -73,9 +60,10 @@ class Ops(Protocol):
         """
         ...
 
-    def fuse(self, config: ModelConfig, weights: Weights, rotary: Any) -> Compute | None:
-        """All of the model in one call, if there is one: the same as `Transformer.compute`, which is told in terms of
-        the other operations. `rotary` is what `rotary` has made."""
+    def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> Compute | None:
+        """A whole model in one call, where a backend has one: the same as `model.Transformer.compute`, which makes one
+        call for each operation. These `Ops` have prepared `weights` and `rotary`; `eps` is that of the norms, `scale`
+        is what attention scores are multiplied with."""
         ...
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> Any:
@@ -102,13 +90,13 @@ def make_ops(
     page_tokens: int = 16,
     *,
     native: bool = True,
-    tell: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Ops, str]:
-    """The implementation for `device`, and in words which one it is.
+    """The implementation for `device`, and its name or why it is a slower one.
 
     `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
     states, MLP activations; `page_tokens` is the size of a page. Without `native` it is plain torch. A CPU gets
-    compiled kernels where they can be had, and `tell` hears of it if they have to be compiled.
+    compiled kernels where a compiler is installed; `progress` gets a line if they have to be compiled first.
     """
     from miniserve.ops.torch_ops import TorchOps
 
@@ -123,6 +111,6 @@ def make_ops(
             return CudaOps(device, dtype, heads, head_dim), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
-        return CpuOps(dtype, head_dim, widths, page_tokens, tell), "native"
+        return CpuOps(dtype, head_dim, widths, page_tokens, progress), "native"
     except NoKernels as reason:
         return TorchOps(device), f"torch, slower than native ones: {reason}"

@@ -7,74 +7,26 @@ from __future__ import annotations
 
 import importlib
 import os
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from miniserve.ops import Linear
-from miniserve.ops.batch import Batch
+from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
+from miniserve.ops.decoder import Linear, Weights
 from miniserve.ops.native import NoKernels
 
-if TYPE_CHECKING:
-    from miniserve.model.config import ModelConfig
-    from miniserve.model.transformer import Weights
-
 HEAD_DIMS = (64, 128, 256)
-WORKSPACE_BYTES = 384 * 2**20
-"""For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""
-TENSOR_CORE_GROUP = 4
-"""Query heads that share a key head, from which on a decode is faster by tensor cores (FlashInfer's advice)."""
-
-
-@dataclass(frozen=True)
-class CudaPlan:
-    """A batch as the kernels read it: its first `decodes` rows are one token each of as many sequences, and `decode`
-    attends them; `prefill` attends the others. All tensors are int32 on the device.
-
-    Sequence i has pages `indices[indptr[i] : indptr[i + 1]]`, with `last[i]` tokens in the last one. Row r is of
-    sequence `sequence[r]`, at `position[r]`.
-    """
-
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    decodes: int
-    decode: Any
-    prefill: Any
-    sequence: torch.Tensor
-    position: torch.Tensor
-    indices: torch.Tensor
-    indptr: torch.Tensor
-    last: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Page tables of a batch as numbers: `indptr`, `last` and `indices` as in `CudaPlan`."""
-
-    indptr: list[int]
-    last: list[int]
-    indices: list[int]
-
-    @classmethod
-    def of(cls, contexts: list[int], pages: list[list[int]], page_tokens: int) -> Tables:
-        """The tables of sequences with so many tokens, the new ones included."""
-        counts = [-(-context // page_tokens) for context in contexts]
-        return cls(
-            [0, *accumulate(counts)],
-            [(context - 1) % page_tokens + 1 for context in contexts],
-            [page for table, count in zip(pages, counts, strict=True) for page in table[:count]],
-        )
 
 
 class CudaOps:
-    """See `miniserve.ops.Ops`. `kernels` is the module flashinfer; tests put reference math there."""
+    """`Ops` of one GPU, with plans for CUDA graphs besides. `kernels` is the module flashinfer; tests put reference
+    math there."""
 
     layout = "slot, kv_head, head_dim"
     draft_rows = 12
+    """A decode is bound by memory up to far more rows; so many are what a draft is likely to hold."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, kernels: Any = None
@@ -82,18 +34,9 @@ class CudaOps:
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
         self._fi = kernels or _flashinfer(device, dtype, head_dim)
         self._device = device
-        self._dtype = dtype
-        self._heads = heads
         self._dim = head_dim
-        self._scale = head_dim**-0.5
-        self._pinned = device.type == "cuda"
-        # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
-        self._workspace = torch.zeros(WORKSPACE_BYTES if self._pinned else 2**10, dtype=torch.uint8, device=device)
-        self._prefill = self._fi.BatchPrefillWithPagedKVCacheWrapper(self._workspace, kv_layout="NHD", backend="fa2")
-        self._decode: Any = None
-        self._planned: torch.cuda.Event | None = None
-
-    # --- what is not attention --------------------------------------------------------------------------------------
+        self._planner = CudaPlanner(self._fi, device, dtype, heads, head_dim)
+        self.plan, self.fixed_plan, self.fill = self._planner.plan, self._planner.fixed_plan, self._planner.fill
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """cuBLAS, which adds the residual where it is: that is the add of a fused add and norm."""
@@ -121,9 +64,9 @@ class CudaOps:
         table = torch.cat((angles.cos(), angles.sin()), -1).to(self._device)
         return lambda positions: (positions, table)
 
-    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn both in place."""
-        positions, table = turns
+    def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate both in place."""
+        positions, table = cos_sin
         self._fi.rope.apply_rope_with_cos_sin_cache_inplace(
             positions=positions,
             query=q.view(q.shape[0], -1),
@@ -141,71 +84,21 @@ class CudaOps:
     def filter(
         self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
     ) -> tuple[None, torch.Tensor]:
-        """See `Ops.filter`. Nothing is sorted, and nothing waits."""
+        """Weights of the whole vocabulary: nothing is sorted, and the host does not wait."""
         kept = torch.where(probs >= min_p * probs.amax(-1, keepdim=True), probs, 0.0)
         kept = self._fi.sampling.top_k_renorm_probs(probs=kept, top_k=top_k.squeeze(1))
         # Without `is_deterministic` it adds floats up in any order, and a token at the edge may come or go.
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
 
-    def fuse(self, config: ModelConfig, weights: Weights, rotary: Any) -> None:
-        """See `Ops.fuse`; what saves the host here are graphs."""
-
-    # --- attention --------------------------------------------------------------------------------------------------
-
-    def plan(self, batch: Batch, kv: torch.Tensor) -> CudaPlan:
-        """Page tables on the device, and what FlashInfer plans of them on the host."""
-        size, count = kv.shape[3], len(batch.lengths)
-        decodes = next((i for i, length in enumerate(batch.lengths) if length > 1), count)
-        tables = Tables.of(batch.contexts, batch.pages, size)
-        split = tables.indptr[decodes]
-        starts = [0, *accumulate(batch.lengths[decodes:])]
-        later = [at - split for at in tables.indptr[decodes:]]
-        row_of = [i for i, length in enumerate(batch.lengths) for _ in range(length)]
-        parts = (tables.indptr, tables.last, starts, later, row_of, tables.indices)
-        host = self._host([number for part in parts for number in part])
-        sizes = [len(part) for part in parts]
-        indptr, last, starts_host, later_host, _, _ = host.split(sizes)
-        on_device = host.to(self._device, non_blocking=True).split(sizes)
-        indices = on_device[5]
-        self._begin_planning()
-        if decodes:
-            self._decode = self._decode or self._decode_wrapper(kv)
-            self._decode.plan(
-                indptr=indptr[: decodes + 1],
-                indices=indices[:split],
-                last_page_len=last[:decodes],
-                **self._shape(kv),
-                head_dim=self._dim,
-            )
-        if decodes < count:
-            self._prefill.plan(
-                qo_indptr=starts_host,
-                paged_kv_indptr=later_host,
-                paged_kv_indices=indices[split:],
-                paged_kv_last_page_len=last[decodes:],
-                **self._shape(kv),
-                head_dim_qk=self._dim,
-                causal=True,
-            )
-        self._end_planning()
-        return CudaPlan(
-            layers=_views(kv),
-            decodes=decodes,
-            decode=self._decode if decodes else None,
-            prefill=self._prefill if decodes < count else None,
-            sequence=on_device[4],
-            position=batch.positions.int(),
-            indices=indices,
-            indptr=on_device[0],
-            last=on_device[1],
-        )
+    def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> None:
+        """There is no such kernel; CUDA graphs spare the host its calls."""
 
     def attention(
         self, plan: CudaPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Store the new keys and values in their pages, then attend over the pages where they lie."""
-        assert scale == self._scale, "what was planned for"
+        assert scale == self._planner.scale, "what was planned for"
         pages = plan.layers[layer]
         self._fi.page.append_paged_kv_cache(
             append_key=k,
@@ -225,111 +118,13 @@ class CudaOps:
             plan.prefill.run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
         return out
 
-    # --- plans of CUDA graphs ---------------------------------------------------------------------------------------
-
-    def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> CudaPlan:
-        """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
-        `tables` page numbers."""
-
-        def numbers(count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=self._device)
-
-        indptr, last, indices = numbers(size + 1), numbers(size), numbers(tables)
-        plan = CudaPlan(
-            layers=_views(kv),
-            decodes=size,
-            decode=self._decode_wrapper(
-                kv,
-                use_cuda_graph=True,
-                paged_kv_indptr_buffer=indptr,
-                paged_kv_indices_buffer=indices,
-                paged_kv_last_page_len_buffer=last,
-            ),
-            prefill=None,
-            sequence=torch.arange(size, dtype=torch.int32, device=self._device),
-            position=numbers(size),
-            indices=indices,
-            indptr=indptr,
-            last=last,
-        )
-        self._fill(plan, [], [], numbers(0), kv)
-        return plan
-
-    def fill(self, plan: CudaPlan, batch: Batch, kv: torch.Tensor) -> None:
-        """Set a fixed plan to `batch`, of as many decodes or fewer."""
-        self._fill(plan, batch.contexts, batch.pages, batch.positions, kv)
-
-    def _fill(
-        self, plan: CudaPlan, contexts: list[int], pages: list[list[int]], positions: torch.Tensor, kv: torch.Tensor
-    ) -> None:
-        count = len(contexts)
-        scratch = kv.shape[0] - 1
-        more = plan.decodes - count
-        tables = Tables.of([*contexts, *[1] * more], [*pages, *[[scratch]] * more], kv.shape[3])
-        host = self._host([*tables.indptr, *tables.last, *tables.indices])
-        indptr, last, indices = host.split([len(tables.indptr), len(tables.last), len(tables.indices)])
-        plan.position[:count].copy_(positions)
-        plan.position[count:].zero_()
-        self._begin_planning()
-        # It copies them into the tensors that it was made with.
-        plan.decode.plan(
-            indptr=indptr,
-            indices=indices.to(self._device, non_blocking=True),
-            last_page_len=last,
-            **self._shape(kv),
-            head_dim=self._dim,
-        )
-        self._end_planning()
-
-    # --- planning ---------------------------------------------------------------------------------------------------
-
-    def _decode_wrapper(self, kv: torch.Tensor, **fixed: Any) -> Any:
-        return self._fi.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace,
-            kv_layout="NHD",
-            use_tensor_cores=self._heads // kv.shape[4] >= TENSOR_CORE_GROUP,
-            backend="fa2",
-            **fixed,
-        )
-
-    def _shape(self, kv: torch.Tensor) -> dict[str, Any]:
-        return {
-            "num_qo_heads": self._heads,
-            "num_kv_heads": kv.shape[4],
-            "page_size": kv.shape[3],
-            "sm_scale": self._scale,
-            "q_data_type": self._dtype,
-            "kv_data_type": self._dtype,
-        }
-
-    def _host(self, numbers: list[int]) -> torch.Tensor:
-        # By way of an array, which takes a list of thousands of numbers in a third of the time that a tensor does.
-        host = torch.empty(len(numbers), dtype=torch.int32, pin_memory=self._pinned)
-        return host.copy_(torch.frombuffer(array("i", numbers), dtype=torch.int32))
-
-    def _begin_planning(self) -> None:
-        """A plan copies from a pinned buffer of its wrapper, which the next one must not write before that has ended.
-        It nearly always has: it is the first thing that a step does on the device."""
-        if self._planned is not None:
-            self._planned.synchronize()
-
-    def _end_planning(self) -> None:
-        if self._pinned:
-            self._planned = self._planned or torch.cuda.Event()
-            self._planned.record()
-
-
-def _views(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer, `[page, slot, kv_head, head_dim]`."""
-    return list(zip(kv[:, :, 0].unbind(1), kv[:, :, 1].unbind(1), strict=True))
-
 
 def _flashinfer(device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
     """The module. Raises `NoKernels`."""
     if dtype not in (torch.bfloat16, torch.float16) or head_dim not in HEAD_DIMS:
         raise NoKernels(f"FlashInfer has no kernels for {str(dtype).removeprefix('torch.')} heads of {head_dim}")
-    # Asked of the device here, not by its import in a way of its own; and its plain CUDA norms, not those that want
-    # another package (cutlass-dsl) on top.
+    # This process asks the device, not flashinfer's import in a way of its own; and it takes FlashInfer's plain CUDA
+    # norms, not those that need another package (cutlass-dsl).
     major, minor = torch.cuda.get_device_capability(device)
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", f"{major}.{minor}{'a' if major >= 9 else ''}")
     os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")

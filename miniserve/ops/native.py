@@ -1,4 +1,4 @@
-"""Compiles `cpu.cpp` with the system's compiler, once, into the user's cache, and loads it."""
+"""Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from pathlib import Path
 from miniserve.config import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in ("vectors", "matrix", "attention")]
 COMPILERS = ("g++", "c++")
-"""GCC it must be, since `cpu.cpp` uses its vectors; $CXX comes first where it is set."""
+"""`cpu.cpp` needs GCC for its vectors; $CXX comes first where it is set."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 
 
 class NoKernels(RuntimeError):
-    """The native kernels cannot be had; the message says why."""
+    """There are no native kernels here; the message says why."""
 
 
-def load(tell: Callable[[str], None] | None = None) -> ctypes.CDLL:
-    """The compiled kernels. `tell` gets a line if they have to be compiled first. Raises `NoKernels`.
+def load(progress: Callable[[str], None] | None = None) -> ctypes.CDLL:
+    """The compiled kernels. `progress` gets a line if they have to be compiled first. Raises `NoKernels`.
 
     torch must have been imported: both then share one OpenMP runtime, and so one pool of threads.
     """
@@ -35,8 +36,9 @@ def load(tell: Callable[[str], None] | None = None) -> ctypes.CDLL:
     )
     if not compiler:
         raise NoKernels("no g++ found (Debian and Ubuntu: sudo apt install g++)")
-    # A home directory may be shared by machines of different kinds: what was compiled for one must not run on another.
-    identity = [SOURCE.read_text("utf-8"), *FLAGS, compiler, str(os.stat(compiler).st_mtime), _cpu()]
+    # Machines of different kinds may share a home directory: what was compiled for one must not run on another.
+    sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
+    identity = [*sources, *FLAGS, compiler, str(os.stat(compiler).st_mtime), _cpu()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{name}.so"
     try:
@@ -46,7 +48,7 @@ def load(tell: Callable[[str], None] | None = None) -> ctypes.CDLL:
             with (library.parent / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():
-                    (tell or (lambda line: None))("compiling CPU kernels (once)")
+                    (progress or (lambda line: None))("compiling CPU kernels (once)")
                     _compile(compiler, library)
         return ctypes.CDLL(str(library))
     except OSError as error:

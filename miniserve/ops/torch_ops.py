@@ -1,4 +1,4 @@
-"""The reference kernels, in plain torch: for tests, and where there are no native ones.
+"""The reference kernels, in plain torch: for tests, and for devices without native ones.
 
 Paged attention without a kernel of its own: the pages of a sequence are gathered with one `index_select` into
 contiguous keys and values. A gather reads each byte once more, which is small beside the matrix products that follow.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from miniserve.ops import Linear
 from miniserve.ops.batch import Batch
-
-if TYPE_CHECKING:
-    from miniserve.model.config import ModelConfig
-    from miniserve.model.transformer import Weights
+from miniserve.ops.decoder import Linear, Weights
 
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
@@ -38,7 +34,7 @@ class DenseLinear:
         return out if residual is None else out.add_(residual)
 
 
-class PackedLinear:
+class OneDnnLinear:
     """A bf16 matrix product by oneDNN with the weight packed once, in blocks as its kernels want them.
 
     F.linear packs anew in each call, which costs a decode step more than the product itself. These are the operators
@@ -93,11 +89,33 @@ class Plan:
     chunks: list[Chunk] = field(default_factory=list)
 
 
+def filter_sorted(
+    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Ops.filter`: the candidates in falling order. A few are sorted first, and all only if that was too few."""
+    vocab = probs.shape[1]
+    for width in (min(SORTED, vocab), vocab):
+        weights, ids = probs.topk(width)
+        keep = weights >= min_p * weights[:, :1]
+        keep &= torch.arange(width, device=probs.device) < top_k
+        kept = weights * keep
+        # With the rest of the vocabulary out of sight, its mass counts too unless the other two filters end before.
+        total = torch.where(keep[:, -1:], probs.sum(-1, keepdim=True), kept.sum(-1, keepdim=True))
+        before = kept.cumsum(-1) - kept
+        keep &= (before < top_p * total) | (top_p >= 1)
+        if width == vocab or not bool(keep[:, -1].any()):
+            break
+    return ids, weights * keep
+
+
 class TorchOps:
-    """See `miniserve.ops.Ops`."""
+    """`Ops` of any dtype on any device."""
 
     layout = "slot, kv_head, head_dim"
     draft_rows = 12
+    """As with the native kernels (`CpuOps`), which compute 12 rows in two rounds."""
+
+    filter = staticmethod(filter_sorted)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -107,7 +125,7 @@ class TorchOps:
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Prepare a weight: packed where oneDNN has native bf16 kernels, else as it is."""
         packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
-        return PackedLinear(weight, bias) if packed else DenseLinear(weight, bias)
+        return OneDnnLinear(weight, bias) if packed else DenseLinear(weight, bias)
 
     def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Prepare the last matrix. In 16 bits the logits are rounded before they become float32."""
@@ -121,14 +139,14 @@ class TorchOps:
         size = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size] * weight
 
-    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Turns]:
-        """See `rotary_tables`."""
+    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], CosSin]:
+        """Rows of the `rotary_tables`."""
         cos, sin = (table.unsqueeze(1) for table in rotary_tables(angles.to(self._device), dtype))
         return lambda positions: (cos[positions], sin[positions])
 
-    def rope(self, q: torch.Tensor, k: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn pairs of numbers half a head apart: a roll brings each to its partner."""
-        cos, sin = turns
+    def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: CosSin) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate pairs of numbers half a head apart: a roll brings each to its partner."""
+        cos, sin = cos_sin  # each [T, 1, D]
         half = q.shape[-1] // 2
         return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)
 
@@ -137,14 +155,8 @@ class TorchOps:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def filter(
-        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `filter_sorted`."""
-        return filter_sorted(probs, top_k, top_p, min_p)
-
-    def fuse(self, config: ModelConfig, weights: Weights, rotary: Any) -> None:
-        """See `Ops.fuse`."""
+    def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> None:
+        """There is no such kernel."""
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> Plan:
         """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
@@ -202,67 +214,52 @@ class TorchOps:
     def attention(
         self, plan: Plan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Store, gather, attend. Query heads that share a key head are handled as more queries of that head."""
+        """Store, gather, attend. Query heads that share a key head are handled as more queries of that head: in the
+        shapes, group is the number of query heads per key head."""
         count = k.shape[0]
         if plan.opened is not None:
-            # What an earlier sequence has left could be NaN, which no mask makes harmless.
+            # Numbers of an earlier sequence could be NaN, which no mask makes harmless.
             plan.by_page.index_fill_(0, plan.opened[layer], 0)
         plan.by_slot.index_copy_(0, plan.slots[layer, :count], k)
         plan.by_slot.index_copy_(0, plan.slots[layer, count:], v)
         kv_heads, dim = k.shape[1:]
         group = q.shape[1] // kv_heads
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [T, heads, dim]
         for decodes in plan.decodes:
-            asking = q if decodes.queries is None else q.index_select(0, decodes.queries)
+            asking = q if decodes.queries is None else q.index_select(0, decodes.queries)  # [B, heads, dim]
             size = asking.shape[0]
+            gathered = plan.by_page.index_select(0, decodes.rows[layer])  # [2 * B * pages, slots, kv_heads, dim]
             keys, values = (
-                x[:, : decodes.keys].transpose(1, 2)
-                for x in plan.by_page.index_select(0, decodes.rows[layer]).view(2, size, -1, kv_heads, dim)
+                x[:, : decodes.keys].transpose(1, 2)  # [B, kv_heads, keys, dim]
+                for x in gathered.view(2, size, -1, kv_heads, dim)
             )
             folded = asking.view(size, kv_heads, group, dim)
             attended = F.scaled_dot_product_attention(folded, keys, values, decodes.mask, scale=scale)
-            attended = attended.reshape(size, -1, dim)
+            attended = attended.reshape(size, -1, dim)  # [B, heads, dim]
             if decodes.queries is None:
                 return attended
             out.index_copy_(0, decodes.queries, attended)
         for chunk in plan.chunks:
             keys, values = plan.by_page.index_select(0, chunk.rows[layer]).view(2, -1, kv_heads, dim)
-            keys = keys[: chunk.context].permute(1, 2, 0)
-            values = values[: chunk.context].transpose(0, 1)
+            keys = keys[: chunk.context].permute(1, 2, 0)  # [kv_heads, dim, context]
+            values = values[: chunk.context].transpose(0, 1)  # [kv_heads, context, dim]
             rows = slice(chunk.start, chunk.start + chunk.length)
-            folded = (q[rows] * scale).view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
+            folded = (q[rows] * scale).view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)  # [kv_heads, group, T, dim]
             before = chunk.context - chunk.length
             for start in range(0, chunk.length, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, chunk.length)
                 block = end - start
-                scores = torch.bmm(folded[:, :, start:end].reshape(kv_heads, -1, dim), keys[:, :, : before + end])
+                queries = folded[:, :, start:end].reshape(kv_heads, -1, dim)  # [kv_heads, group * block, dim]
+                scores = torch.bmm(queries, keys[:, :, : before + end])  # [kv_heads, group * block, before + end]
                 scores.view(kv_heads, group, block, -1)[..., -block:] += self._causal[:block, :block]
                 weights = scores.softmax(-1)
-                attended = torch.bmm(weights, values[:, : before + end]).view(kv_heads, group, block, dim)
+                attended = torch.bmm(weights, values[:, : before + end])  # [kv_heads, group * block, dim]
+                attended = attended.view(kv_heads, group, block, dim)
                 out[chunk.start + start : chunk.start + end] = attended.permute(2, 0, 1, 3).reshape(block, -1, dim)
         return out
 
 
-def filter_sorted(
-    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Ops.filter`: the candidates in falling order. A few are sorted first, and all only if that was too few."""
-    vocab = probs.shape[1]
-    for width in (min(SORTED, vocab), vocab):
-        weights, ids = probs.topk(width)
-        keep = weights >= min_p * weights[:, :1]
-        keep &= torch.arange(width, device=probs.device) < top_k
-        kept = weights * keep
-        # With the rest of the vocabulary out of sight, its mass counts too unless the other two filters end before.
-        total = torch.where(keep[:, -1:], probs.sum(-1, keepdim=True), kept.sum(-1, keepdim=True))
-        before = kept.cumsum(-1) - kept
-        keep &= (before < top_p * total) | (top_p >= 1)
-        if width == vocab or not bool(keep[:, -1].any()):
-            break
-    return ids, weights * keep
-
-
-Turns = tuple[torch.Tensor, torch.Tensor]
+CosSin = tuple[torch.Tensor, torch.Tensor]
 """cos and sin for each token of a batch, `[T, 1, D]`."""
 
 

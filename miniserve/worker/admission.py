@@ -52,7 +52,7 @@ class Admissions:
         sequence.computed = found * self._page_tokens
         sequence.registered = len(matched)
         if self._host is not None and slots:
-            self._host.restore(slots, sequence.pages[len(matched) : found])
+            self._host.restore(slots, sequence.pages[len(matched) : found], now)
             sequence.register(self._pool, self._page_tokens)
         if sequence.cached is None:
             sequence.admitted = now

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -20,13 +21,12 @@ from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import Ops, make_ops
-from miniserve.ops.cuda_ops import CudaOps
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
-from miniserve.worker.graphs import DecodeGraphs
+from miniserve.worker.graphs import DecodeGraphs, GraphOps
 from miniserve.worker.pace import Pace
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
@@ -139,9 +139,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         (model.hidden_size, model.intermediate_size),
         config.block_size,
         native=config.cpu_kernels != "torch",
-        tell=lambda line: show(line, 0, 0),
+        progress=lambda line: show(line, 0, 0),
     )
-    graph_ops = ops if isinstance(ops, CudaOps) and not config.enforce_eager else None
+    graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     watch.lap("kernels")
     try:
         transformer, weights_bytes = _load(config, choices, ops, show)
@@ -160,7 +160,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         ) from error
     num_pages, kv_note = size
     memory = KVMemory(choices.shape, num_pages, device)
-    host = HostPool(memory, choices.swap_pages, order=config.kv_eviction) if choices.swap_pages else None
+    host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction)) if choices.swap_pages else None
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     watch.lap("kv")
@@ -213,8 +213,8 @@ def _make_engine(
     drafts = not on_gpu if config.prompt_lookup is None else config.prompt_lookup
     pool = PagePool(
         runner.memory.num_pages,
+        make_order(config.kv_eviction),
         caching=config.enable_prefix_caching,
-        order=config.kv_eviction,
         on_evict=host.store if host is not None else None,
     )
     return Engine(

@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ LADDER = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
 Replay = Callable[[], None]
 
 
+@runtime_checkable
 class GraphOps(Protocol):
     """What a graph needs of `Ops` besides: a plan whose tensors stay where they are."""
 

@@ -1,4 +1,4 @@
-"""What all checks share: what they are told, the figures they give, and the models they run."""
+"""What all checks share: their settings, the figures they give, and the models they run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Figure:
     """A number that a check found, and what it must be: `rule` is `<=`, `>=` or `==` against `limit`, or empty for a
-    number that is only told."""
+    number that is only reported."""
 
     name: str
     value: float | str

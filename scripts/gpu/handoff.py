@@ -30,7 +30,7 @@ PATIENCE = 60.0
 
 
 def peer_of(name: str, memory: KVMemory) -> Peer:
-    """A pool as its owner tells others about it."""
+    """A pool as its owner announces it."""
     return Peer(name, 1, "", memory.info(LAYOUT))
 
 
@@ -80,7 +80,7 @@ def fetch(transfer: Transfer, publications: list[Any], ours: list[int]) -> None:
 
 
 def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str, nccl: bool) -> None:
-    """The second process: offers, fetches and tells hashes when told to."""
+    """The second process: offers, fetches and sends hashes when asked to."""
     if device != "cpu":
         torch.cuda.set_device(torch.device(device).index or 0)
     memory = new_memory(device, shape, num_pages, seed=2)
@@ -102,7 +102,7 @@ def other(control: Connection, device: str, shape: PageShape, num_pages: int, ru
 def pair(
     run: Setting, shape: PageShape, num_pages: int, nccl: bool = False
 ) -> Iterator[tuple[KVMemory, Transfer, Any]]:
-    """Our pool, the way to the other process's, and a function that tells it what to do. With `nccl` that is on the
+    """Our pool, the way to the other process's, and a function that gives it commands. With `nccl` that is on the
     second GPU, where there is one."""
     memory = new_memory(run.device, shape, num_pages, seed=1)
     run_dir = run.folder / f"handoff-{time.monotonic_ns()}"
@@ -118,11 +118,11 @@ def pair(
         control.send(peer_of("here", memory))
         transfer = way(memory, "here", peer, str(run_dir), nccl)
 
-        def tell(*job: Any) -> Any:
+        def command(*job: Any) -> Any:
             control.send(job)
             return _heard(control)
 
-        yield memory, transfer, tell
+        yield memory, transfer, command
         transfer.close()  # before the other process: its memory must outlive our mapping
         control.send(None)
         process.join(10)
@@ -151,19 +151,19 @@ def same_bytes(run: Setting, nccl: bool = False) -> Figures:
     half = 8 if run.small else 64
     shape = PageShape(layers=3, page_tokens=16, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     everything, pick = list(range(2 * half)), random.Random(0)
-    with pair(run, shape, 2 * half, nccl) as (memory, transfer, tell):
+    with pair(run, shape, 2 * half, nccl) as (memory, transfer, command):
         yield Figure("way", transfer.name, "", "==", "collective" if nccl else "mapped")
         # Lower halves are given away, upper halves are written to.
         sent, back = pick.sample(range(half), half // 2), pick.sample(range(half), half // 2)
         landing, theirs = pick.sample(range(half, 2 * half), half // 2), pick.sample(range(half, 2 * half), half // 2)
-        before_here, before_there = hashes(memory, everything), tell("hash", everything)
+        before_here, before_there = hashes(memory, everything), command("hash", everything)
         third = len(sent) // 3
         chunks = [(sent[:third], back[:third]), (sent[third:], back[third:])]
-        from_there = [(tell("offer", coming), coming) for _, coming in chunks]
+        from_there = [(command("offer", coming), coming) for _, coming in chunks]
         from_here = [(transfer.offer(going), going) for going, _ in chunks]
         fetch(transfer, from_there, landing)
-        tell("fetch", from_here, theirs)
-        after_here, after_there = hashes(memory, everything), tell("hash", everything)
+        command("fetch", from_here, theirs)
+        after_here, after_there = hashes(memory, everything), command("hash", everything)
         wrong_here = sum(after_here[a] != before_there[b] for a, b in zip(landing, back, strict=True))
         wrong_there = sum(after_there[a] != before_here[b] for a, b in zip(theirs, sent, strict=True))
         yield Figure("pages that arrived here with another hash", wrong_here, f"of {half // 2}", "==", 0)
@@ -180,19 +180,19 @@ def speed(run: Setting, preset: str) -> Figures:
     shape = PageShape(config.layers, 16, config.kv_heads, config.head_dim, torch.bfloat16)
     count, chunk = (TOKENS // 16, CHUNK // 16) if not run.small else (64, 32)
     ceiling = ceilings.measured(run)
-    with pair(run, shape, 2 * count) as (memory, transfer, tell):
+    with pair(run, shape, 2 * count) as (memory, transfer, command):
         yield Figure("way", transfer.name)
         times = []
         for repeat in range(6):
             order = random.Random(repeat).sample(range(count), count)
             parts = [order[i : i + chunk] for i in range(0, count, chunk)]
-            publications = [(tell("offer", part), part) for part in parts]
+            publications = [(command("offer", part), part) for part in parts]
             ours = random.Random(-repeat).sample(range(count, 2 * count), count)
             begun = time.perf_counter()
             fetch(transfer, publications, ours)
             times.append(time.perf_counter() - begun)
         taken = sorted(times[1:])[2]
-        wrong = sum(a != b for a, b in zip(hashes(memory, ours[:8]), tell("hash", order[:8]), strict=True))
+        wrong = sum(a != b for a, b in zip(hashes(memory, ours[:8]), command("hash", order[:8]), strict=True))
         yield Figure("pages with another hash", wrong, "of 8", "==", 0)
         moved = count * shape.bytes
         yield Figure("moved", moved / 1e9, "GB")

@@ -148,10 +148,10 @@ def _between(run: Setting, device: torch.device, dtype: torch.dtype, dim: int, r
     for config in (RopeConfig(10000.0), RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 64)):
         angles = rope.angles(config, dim, 4096)
         positions = torch.randint(4096, (rows,), generator=numbers, device=device)
-        turns = ops.rotary(angles, dtype)(positions)
+        cos_sin = ops.rotary(angles, dtype)(positions)
         q, k = qkv[:, :5], qkv[:, 5:7]
         wanted_q, wanted_k = _turn(q, angles[positions.cpu()]), _turn(k, angles[positions.cpu()])
-        q, k = ops.rope(q, k, turns)
+        q, k = ops.rope(q, k, cos_sin)
         found += [
             (f"rope of q, {config.kind}", relative(q, wanted_q)),
             (f"rope of k, {config.kind}", relative(k, wanted_k)),

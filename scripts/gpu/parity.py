@@ -1,4 +1,4 @@
-"""The same text as transformers, whatever the engine does in between; and draws that follow the distribution."""
+"""The same text as transformers, in every mode of the engine; and draws that follow the distribution."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from miniserve.worker.sequence import Sequence
 from scripts.gpu.common import Figure, Figures, Setting, drain, greedy
 from scripts.gpu.kernels import short
 from tests.support import tiny
+from tests.support.engines import prompts
 
 ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128}
 """Each with a size of heads that FlashInfer's kernels are compiled for."""
@@ -55,13 +56,6 @@ def model(run: Setting, arch: str, dtype: torch.dtype) -> Path:
             dtype=dtype,
         )
     return folder
-
-
-def prompts(count: int, seed: int, longest: int = 150) -> list[list[int]]:
-    """Mixed lengths, the first of one token."""
-    pick = random.Random(seed)
-    lengths = [1, 16, 17, *(pick.randrange(2, longest) for _ in range(count))][:count]
-    return [[pick.randrange(256) for _ in range(length)] for length in lengths]
 
 
 # --- the truth ------------------------------------------------------------------------------------------------------
@@ -185,7 +179,7 @@ def small_llm(run: Setting, folder: Path, dtype: torch.dtype, **engine: Any) -> 
 
 
 def text(llm: LLM, items: list[list[int]], params: SamplingParams | list[SamplingParams] | None = None) -> Any:
-    """What it continues each prompt with, greedily unless told otherwise."""
+    """What it continues each prompt with, greedily by default."""
     return [g.outputs[0].token_ids for g in llm.generate(items, params or greedy(TOKENS), progress=False)]
 
 
@@ -227,7 +221,7 @@ def modes(run: Setting, dtype: torch.dtype) -> Figures:
             yield leaks(llm)
             first = first or answers
             same = sum(map(list.__eq__, chain(*first), chain(*answers)))
-            # In bf16 a batch of another shape may round differently: no more than told. In fp32 all must be the same.
+            # In bf16 a batch of another shape may round differently: only reported. In fp32 all must be the same.
             rule, most = "==" if dtype is torch.float32 else "", 3 * count
             yield Figure(f"answers, draws too, as in the first mode, {how}", same, f"of {most}", rule, most)
 
@@ -279,7 +273,7 @@ def _by_kernels(run: Setting, count: int) -> Figures:
         params = SamplingParams(temperature=0.9, ignore_eos=True, **filters)
         rows = [Sequence(str(seed), [1], params, seed, b"") for seed in range(count)]
         logits = raw.to(device).expand(count, -1).clone()
-        draws, _ = Sampler(frozenset(), ops).sample(logits, rows).read()
+        draws = [token for token, _ in Sampler(frozenset(), ops).sample(logits, rows).read()]
         exact = distribution(raw.double(), params)
         seen = torch.bincount(torch.tensor(draws), minlength=vocab).double()
         beyond = int(seen[exact == 0].sum())

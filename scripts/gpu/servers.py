@@ -17,7 +17,8 @@ import torch
 
 from scripts.gpu.common import ROOT, Figure, Figures, Setting, drop_engine, environment, model_folder, read_json
 from scripts.gpu.kernels import short
-from scripts.gpu.parity import Truth, disagreements, logit_error, model, paths, prompts
+from scripts.gpu.parity import Truth, disagreements, logit_error, model, paths
+from tests.support.engines import prompts
 
 START = 120.0
 """Seconds that a server may take to start."""
@@ -148,22 +149,22 @@ def replay(run: Setting, topology: str) -> Figures:
         if done.returncode or not out.exists():
             words = process.log.read_text("utf-8", "replace")  # type: ignore[attr-defined]
             raise RuntimeError(f"replay failed:\n{done.stderr[-2000:]}\n{words[-2000:]}")
-    told = read_json(out)
+    result = read_json(out)
     yield Figure("trace", trace.rsplit("/", 1)[-1])
     yield Figure("transfer", said(banner, "transfer"))
-    yield Figure("conversations", told["conversations"], "", "==", 4 if run.small else 24)
-    yield Figure("turns", told["turns"])
+    yield Figure("conversations", result["conversations"], "", "==", 4 if run.small else 24)
+    yield Figure("turns", result["turns"])
     for name in ("errors", "unfinished", "short_turns", "stale_cached_tokens"):
-        yield Figure(name.replace("_", " "), told[name], "", "==", 0)
-    yield Figure("duration", told["duration_s"], "s")
-    yield Figure("output", told["throughput"]["output_tokens_per_s"], "tokens/s")
+        yield Figure(name.replace("_", " "), result[name], "", "==", 0)
+    yield Figure("duration", result["duration_s"], "s")
+    yield Figure("output", result["throughput"]["output_tokens_per_s"], "tokens/s")
     for name in ("ttft", "ttfet", "last_turn_tbt", "e2e"):
         for which in ("p50", "p95"):
-            if spread := told[f"{name}_s"]:  # None where there are too few tokens to tell
+            if spread := result[f"{name}_s"]:  # None where there are too few tokens
                 yield Figure(f"{name} {which}", spread[which] * 1e3, "ms")
     for name in ("ttfet", "last_turn_tbt", "e2e"):
-        if spread := told[f"{name}_norm"]:
+        if spread := result[f"{name}_norm"]:
             yield Figure(f"{name} beside an idle server, gmean", spread["gmean"], "times")
     if "P" in topology:
-        yield Figure("KV handed over", told["kv_transfer"]["bytes"], "bytes", ">=", 1)
-    yield Figure("placements", ", ".join(f"{way} {n}" for way, n in told["placements"].items()))
+        yield Figure("KV handed over", result["kv_transfer"]["bytes"], "bytes", ">=", 1)
+    yield Figure("placements", ", ".join(f"{way} {n}" for way, n in result["placements"].items()))

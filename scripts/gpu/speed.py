@@ -28,15 +28,15 @@ from scripts.gpu.common import (
 )
 
 ROOFLINE = {1: 0.85, 256: 0.70}
-"""Issue 5: the least share of the bandwidth roofline that decoding at a batch size must reach with Llama-3-8B."""
+"""The least share of the bandwidth roofline that decoding at a batch size must reach with Llama-3-8B."""
 MATMUL = {8192: 0.60}
-"""Issue 5: the same for prefill, of the measured matmul rate."""
+"""The same for prefill, of the measured matmul rate."""
 APPEND = 1.5
-"""Issue 5: an append of 67 tokens over 16k cached ones takes less than this many times one decode step's bytes."""
+"""An append of 67 tokens over 16k cached ones takes less than this many times one decode step's bytes."""
 HOST = 0.03
-"""Issue 5: the most of a step's time that may be lost to the host at batch 64."""
+"""The most of a step's time that may be lost to the host at batch 64."""
 TIMES_TRANSFORMERS = 5.0
-"""Issue 5: how many times faster than transformers' continuous batching the 256-sequence benchmark must be."""
+"""How many times faster than transformers' continuous batching the 256-sequence benchmark must be."""
 LLAMA = "llama-3-8b"
 
 
@@ -236,7 +236,7 @@ def host(run: Setting, preset: str) -> Figures:
         yield Figure("device at work in a step", busy / steps * 1e3, "ms")
         yield Figure("lost to the host", 1 - busy / whole, "of the device's time", "<=", HOST)
     else:
-        yield Figure("lost to the host", "needs a GPU to tell")
+        yield Figure("lost to the host", "needs a GPU")
     abort(engine, turns)
     drain(engine)
 
@@ -340,7 +340,7 @@ def _cb_requests(manager: Any, prompts: list[list[int]], lengths: list[int], lon
             finished += 1
         elif not manager.is_running():
             raise RuntimeError("transformers' generation thread has ended")
-    # Finished ones are told of; of the others its scheduler knows.
+    # `get_result` returns finished requests alone; its scheduler knows of the others.
     taken = time.perf_counter() - begun
     running = list(manager.batch_processor.scheduler.active_requests.values())
     tokens += sum(len(state.generated_tokens) for state in running)

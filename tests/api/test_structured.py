@@ -60,9 +60,9 @@ def test_empty_lines_take_no_time(blank):
     for text in ('root ::= "a"', 'start: "a"'):
         for spaced in (text + "\n" + blank * 8000, blank * 5000 + "\n" + text):
             request = CompletionRequest(prompt="Hi", structured_outputs={"grammar": spaced})
-            started = time.perf_counter()
+            started = time.process_time()
             found = requested(request)
-            assert time.perf_counter() - started < 0.2
+            assert time.process_time() - started < 0.2
             assert 'start: "a"' in found.text
 
 

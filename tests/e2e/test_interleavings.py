@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from miniserve.cluster.channels import decode
 from miniserve.cluster.messages import Ended, Envelope, Failed, Peer, PoolInfo, Report, StepTime
+from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
@@ -199,10 +200,10 @@ class World:
         pages, address = self.pages, f"{name}.{epoch}"
         memory = KVMemory(PageShape(1, PAGE, 1, 1, torch.int64), pages, torch.device("cpu"))
         order = self.pick.choice(["expected", "lru"])
-        host = HostPool(memory, self.pick.choice([6, 60]), order=order) if self.pick.random() < 0.5 else None
+        host = HostPool(memory, self.pick.choice([6, 60]), make_order(order)) if self.pick.random() < 0.5 else None
         engine = Engine(
             Model(memory),
-            PagePool(pages, order=order, on_evict=host and host.store),
+            PagePool(pages, make_order(order), on_evict=host and host.store),
             host=host,
             page_tokens=PAGE,
             max_num_batched_tokens=self.pick.choice([3, 7, 12]),

@@ -7,43 +7,19 @@ import random
 import pytest
 import torch
 
-from miniserve.llm import LLM
 from miniserve.ops.batch import Batch
 from miniserve.ops.torch_ops import native_bf16
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import engine as worker_engine
 from miniserve.worker.sequence import Sequence
 from tests.support import tiny
+from tests.support.engines import clean, greedy, prompts, small
 from tests.support.tiny import reference
 
 TOKENS = 64
 OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 """Whether a step is launched before the one before it has told what it sampled."""
 ARCHS = ("llama", "llama3", "qwen2", "qwen3", "mistral")
-
-
-def prompts(count: int, longest: int = 150, seed: int = 0) -> list[list[int]]:
-    """Random prompts of mixed lengths, the first of one token."""
-    pick = random.Random(seed)
-    lengths = [1, 16, 17, *(pick.randrange(2, longest) for _ in range(count))][:count]
-    return [[pick.randrange(256) for _ in range(length)] for length in lengths]
-
-
-def greedy(llm: LLM, items: list[list[int]], max_tokens: int = TOKENS) -> list[list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    return [g.outputs[0].token_ids for g in llm.generate(items, params, progress=False)]
-
-
-def small(folder, **engine) -> LLM:
-    """A sequence that drafts is never launched ahead: overlap is tested without, unless both are asked for."""
-    defaults = {"kv_cache_memory": 2**22, "threads": 1, "prompt_lookup": not engine.get("async_scheduling")}
-    return LLM(str(folder), **{**defaults, **engine})
-
-
-def clean(llm: LLM) -> bool:
-    """No page is held and none is lost."""
-    llm.engine.pool.check()
-    return llm.engine.pool.num_held == 0
 
 
 @pytest.fixture(scope="session")

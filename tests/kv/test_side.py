@@ -1,6 +1,6 @@
-"""What a GPU copies beside its steps, with the calls to CUDA replaced: a stream whose work is done when we say so.
+"""What a GPU copies beside its steps, with the calls to CUDA replaced: a stream that works when the test lets it.
 
-`LazyStream` is as late as CUDA may be: what it was given runs when somebody waits for it, not before. So a page that is
+`LazyStream` is as late as CUDA may be: its work runs when a test waits for it, not before. So a page that is
 overwritten or read too early shows in its bytes. What the CPU does at once stands for the engine's stream.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ import torch
 from miniserve.cluster.channels import decode
 from miniserve.cluster.messages import CudaHandle, Envelope, Keep, Peer, Peers, PoolInfo
 from miniserve.kv import host
+from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import Evicted
@@ -30,13 +30,14 @@ from miniserve.kv.transfer.collective import CollectiveTransfer
 from miniserve.kv.transfer.connect import connect, way
 from miniserve.kv.transfer.ipc import CudaMappedTransfer
 from miniserve.kv.transfer.staging import DeviceStaging
+from tests.support.waiting import until
 
 CPU = torch.device("cpu")
 SHAPE = PageShape(layers=2, page_tokens=4, kv_heads=1, head_dim=8, dtype=torch.bfloat16)
 PAGES = 8
 
 
-class LazyMark:
+class LazyFence:
     def __init__(self, stream: LazyStream, number: int) -> None:
         self.stream, self.number = stream, number
         self.seconds = 3.0
@@ -66,11 +67,11 @@ class LazyStream:
         self.queue.popleft()()
         self.ran += 1
 
-    def run(self, work: Callable[[], None]) -> LazyMark:
+    def run(self, work: Callable[[], None]) -> LazyFence:
         self.calls.append("run")
         self.queue.append(work)
         self.given += 1
-        return LazyMark(self, self.given)
+        return LazyFence(self, self.given)
 
     def follow(self) -> None:
         self.calls.append("follow")
@@ -257,15 +258,12 @@ def test_staged_pages_through_gloo(tmp_path: Path, streams: list[LazyStream]) ->
     }
     try:
         copy = ends["d0"].fetch(ends["p0"].offer([1, 4]), [1, 4])
-        until = time.monotonic() + 20
-        while not copy.ready:
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        until(lambda: copy.ready)
         before = content(memories["d0"], 7, 3)
         copy.store([7, 3])
         assert not copy.stored
         assert content(memories["d0"], 7, 3) == before
-        copy._mark.wait()
+        copy._fence.wait()
         assert copy.stored
         assert copy.seconds >= 3.0
         assert content(memories["d0"], 7, 3) == content(memories["p0"], 1, 4)
@@ -284,12 +282,12 @@ def evicted(page: int) -> Evicted:
 
 def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStream]) -> None:
     memory = device_memory(1)
-    swap = HostPool(memory, 4)
+    swap = HostPool(memory, 4, ExpectedNeed())
     kept = content(memory, 3)
     swap.store(evicted(3), 0.0)
     memory.bytes[3] = 0  # the next step writes to the page
     slots = swap.match([bytes([3]) * 16], Keep())
-    swap.restore(slots, [6])
+    swap.restore(slots, [6], 0.0)
     assert streams[0].calls == ["run", "lead", "follow", "run", "lead"]
     assert content(memory, 6) == kept, "the next step reads the page"
     assert (swap.offloaded, swap.restored) == (1, 1)
@@ -298,11 +296,11 @@ def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStre
 
 def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
     memory = device_memory(1)
-    swap = HostPool(memory, 4)
+    swap = HostPool(memory, 4, ExpectedNeed())
     kept = content(memory, 3)
     swap.store(evicted(3), 0.0)
     monkeypatch.setattr(LazyStream, "lead", lambda self: None)
-    swap.restore(swap.match([bytes([3]) * 16], Keep()), [6])
+    swap.restore(swap.match([bytes([3]) * 16], Keep()), [6], 0.0)
     assert content(memory, 6) != kept
     swap.settle()
     assert content(memory, 6) == kept
@@ -310,10 +308,10 @@ def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monk
 
 def test_a_slot_is_restored_before_it_is_used_again(streams: list[LazyStream]) -> None:
     memory = device_memory(1)
-    swap = HostPool(memory, 1)
+    swap = HostPool(memory, 1, ExpectedNeed())
     kept = content(memory, 3)
     swap.store(evicted(3), 0.0)
-    swap.restore(swap.match([bytes([3]) * 16], Keep()), [6])
+    swap.restore(swap.match([bytes([3]) * 16], Keep()), [6], 0.0)
     swap.store(evicted(4), 0.0)
     streams[0].drain()
     assert content(memory, 6) == kept
@@ -322,11 +320,11 @@ def test_a_slot_is_restored_before_it_is_used_again(streams: list[LazyStream]) -
 def test_copies_are_timed_by_the_gpu(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LazyStream, "lead", lambda self: None)
     memory = device_memory(1)
-    swap = HostPool(memory, 4, clock=lambda: pytest.fail("the host's clock knows nothing of it"))
+    swap = HostPool(memory, 4, ExpectedNeed(), clock=lambda: pytest.fail("the host's clock knows nothing of it"))
     swap.store(evicted(3), 0.0)
     assert swap.page_seconds == 0.0
     assert swap.match([bytes([3]) * 16], Keep(page_seconds=1.0)), "not known yet: as good as computing"
-    swap.pool.release([0], Keep())
+    swap.pool.release([0], Keep(), 0.0)
     streams[0].drain()
     assert not swap.match([bytes([3]) * 16], Keep(page_seconds=1.0))
     assert swap.page_seconds == 3.0

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,42 +17,12 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer import collective
+from miniserve.kv.transfer import gloo
 from miniserve.kv.transfer.collective import CollectiveCopy, CollectiveTransfer
 from miniserve.kv.transfer.interface import Transfer, TransferError
 from miniserve.kv.transfer.mapped import MappedTransfer
-
-PAGES = 24
-SHAPES = {
-    "bf16": PageShape(layers=3, page_tokens=16, kv_heads=2, head_dim=64, dtype=torch.bfloat16),
-    "big": PageShape(layers=32, page_tokens=64, kv_heads=8, head_dim=64, dtype=torch.bfloat16),  # a pool of 100 MB
-    "odd": PageShape(layers=1, page_tokens=1, kv_heads=1, head_dim=3, dtype=torch.int8),  # 6 bytes
-}
-PROMPT = 2.0
-"""Seconds that anything "at once" may take where other programs are busy too. All timeouts under test are longer."""
-
-
-def new_memory(shape: PageShape, seed: int) -> KVMemory:
-    """A pool of random bytes, among them all kinds of NaN."""
-    memory = KVMemory(shape, PAGES, torch.device("cpu"))
-    memory.shared.bytes.random_(0, 256, generator=torch.Generator().manual_seed(seed))
-    return memory
-
-
-def content(memory: KVMemory, pages: list[int]) -> bytes:
-    return memory.shared.pages(memory.shape.bytes)[pages].tobytes()
-
-
-def peer_of(name: str, epoch: int, memory: KVMemory) -> Peer:
-    return Peer(name, epoch, "", PoolInfo(os.getpid(), memory.shared.fd, PAGES, memory.shape.bytes, ""))
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for what will happen soon."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
+from tests.support.kv_pools import PAGES, SHAPES, content, new_memory, peer_of
+from tests.support.waiting import PROMPT, stop, until
 
 
 class Side:
@@ -126,7 +95,7 @@ def test_many_publications_arrive_in_order_and_unwanted_ones_do_not_disturb(side
         ours = [12 + page for page in chunk]
         copy = right.transfer.fetch(left.transfer.offer(chunk), chunk)
         if number % 3 == 0:
-            continue  # nobody wants it any more, it may still be on its way
+            continue  # the turn has ended, and it may still be on its way
         copy.store(ours)
         assert right.content(ours) == left.content(chunk), number
 
@@ -161,7 +130,7 @@ def test_the_lease_may_end_after_the_offer(pair: tuple[Side, Side]) -> None:
 
 
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collective, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(gloo, "CONNECT_SECONDS", 0.2)
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
     early = CollectiveTransfer(left, ("p0", 1), peer_of("d0", 1, right), str(tmp_path))
     ticket = early.offer([1, 2])
@@ -197,10 +166,10 @@ def test_a_connection_that_breaks_begins_a_generation(pair: tuple[Side, Side]) -
     right.transfer.fetch(left.transfer.offer([0]), [0]).store([12])
     # As if their offers had been lost with the connection; more of them than travel at a time.
     lost = [right.transfer.fetch((0, number), [1]) for number in range(1, 100)]
-    ahead = right.transfer.fetch((1, 1), [1])  # as if we were the last to hear of it
+    ahead = right.transfer.fetch((1, 1), [1])  # as if we had not seen the break yet
     time.sleep(0.2)
     assert not any(copy.ready for copy in (*lost, ahead))
-    left.transfer._await_break(left.transfer._group, collective.BREAK_TAG, timedelta(milliseconds=1))
+    left.transfer._group.shut()
     until(lambda: all(copy.ready for copy in lost), PROMPT)
     for copy in lost:
         with pytest.raises(TransferError, match="broke"):
@@ -222,7 +191,7 @@ def test_close_is_prompt(pair: tuple[Side, Side]) -> None:
     right.transfer.fetch(left.transfer.offer([0]), [0]).store([12])
     waiting = right.transfer.fetch((0, 1), [1]), right.transfer.fetch((0, 2), [1]), right.transfer.fetch((0, 3), [1])
     ahead = right.transfer.fetch((1, 0), [1])
-    time.sleep(0.1)
+    until(lambda: len(right.transfer._receives) == 2)  # two are posted
     started = time.monotonic()
     right.transfer.close()
     assert time.monotonic() - started < 0.25
@@ -240,7 +209,7 @@ def test_close_is_prompt(pair: tuple[Side, Side]) -> None:
 
 
 def be_a_peer(control: Connection, shape: str, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float) -> None:
-    """Another process: does as told until it is killed."""
+    """Another process: obeys commands until it is killed."""
     torch.set_num_threads(1)
     memory = new_memory(SHAPES[shape], us[1])
     transfer = CollectiveTransfer(memory, us, peer, run_dir, timeout)
@@ -248,7 +217,7 @@ def be_a_peer(control: Connection, shape: str, us: tuple[str, int], peer: Peer, 
     while True:
         match control.recv():
             case ("offer", pages):
-                control.send((transfer.offer(pages), content(memory, pages)))
+                control.send((transfer.offer(pages), content(memory, pages[:2])))  # a pool takes long through a pipe
             case ("fetch", ticket, pages):
                 transfer.fetch(ticket, pages).store(pages)
                 control.send(content(memory, pages))
@@ -286,16 +255,13 @@ class Child:
         """All pages of the peer, of which only the first bytes are here when this returns."""
         ticket, expected = self.ask("offer", list(range(PAGES)))
         copy = self.transfer.fetch(ticket, list(range(PAGES)))
-        arriving = copy._message.data.numpy()
-        while arriving[0, :16].tobytes() != expected[:16]:
-            pass
+        arriving, end = copy._incoming.data.numpy(), time.monotonic() + 20
+        while arriving[0, :16].tobytes() != expected[:16]:  # without a pause, in which all might come
+            assert time.monotonic() < end
         return ticket, copy
 
-    def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-        if number == signal.SIGSTOP:  # takes a moment until all of its threads have stopped
-            threads = Path(f"/proc/{self.process.pid}/task")
-            until(lambda: all(") T " in (thread / "stat").read_text() for thread in threads.iterdir()))
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -322,7 +288,7 @@ def test_a_killed_peer_fails_its_copies_at_once_and_no_others(child: Callable[..
         assert each.check() == 0
     # One dies before anything is fetched.
     ticket, _ = before.ask("offer", [1])
-    before.signal(signal.SIGKILL)
+    before.kill()
     before.process.join()
     killed = time.monotonic()
     with pytest.raises(TransferError):
@@ -330,15 +296,15 @@ def test_a_killed_peer_fails_its_copies_at_once_and_no_others(child: Callable[..
     assert time.monotonic() - killed < PROMPT
     # One dies while it is waited for.
     ticket, _ = waiting.ask("offer", [1])
-    waiting.signal(signal.SIGSTOP)
+    stop(waiting.process.pid)
     copies = [waiting.transfer.fetch(ticket, [1]), waiting.transfer.fetch((0, ticket[1] + 1), [1])]
     waiting.transfer.offer([0])
-    time.sleep(0.2)
+    until(lambda: not waiting.transfer._receives and not waiting.transfer._sends)  # all are posted
     assert not any(copy.ready for copy in copies)
-    waiting.signal(signal.SIGKILL)
+    waiting.kill()
     # One dies in the middle of its pages.
     copies.append(midway.fetch_a_part()[1])
-    midway.signal(signal.SIGKILL)
+    midway.kill()
     for copy in copies:
         until(lambda copy=copy: copy.ready, PROMPT)
         with pytest.raises(TransferError, match="broke"):
@@ -357,7 +323,7 @@ def test_a_stopped_peer_times_out_and_comes_back_in_the_next_generation(
         old, copy = peer.fetch_a_part()
     else:
         old, _ = peer.ask("offer", [1])
-    peer.signal(signal.SIGSTOP)
+    stop(peer.process.pid)
     started = time.monotonic()
     if not midway:
         copy = peer.transfer.fetch(old, [1])
@@ -371,7 +337,7 @@ def test_a_stopped_peer_times_out_and_comes_back_in_the_next_generation(
     assert 1.0 < time.monotonic() - started < 1.5 + PROMPT
     until(lambda: peer.transfer._generation == 1, PROMPT)
     assert peer.transfer.fetch(old, [1]).ready  # lost, and known to be
-    peer.signal(signal.SIGCONT)
+    os.kill(peer.process.pid, signal.SIGCONT)
     # The peer finds out by itself.
     until(lambda: peer.transfer._group is not None)
     assert peer.check() == 1
@@ -382,7 +348,8 @@ EXIT = """
 import os, signal, sys, time
 import torch
 sys.path.insert(0, sys.argv[2])
-from tests.kv.test_transfer import SHAPES, CollectiveTransfer, new_memory, peer_of
+from miniserve.kv.transfer.collective import CollectiveTransfer
+from tests.support.kv_pools import SHAPES, new_memory, peer_of
 ours, theirs = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
 child = os.fork()
 if child == 0:

@@ -17,7 +17,8 @@ import torch
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.ops.batch import Batch
-from miniserve.ops.cuda_ops import CudaOps, Tables
+from miniserve.ops.cuda_ops import CudaOps
+from miniserve.ops.cuda_plan import Tables
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
 from miniserve.sampling_params import SamplingParams
@@ -25,8 +26,8 @@ from miniserve.worker import build
 from miniserve.worker.graphs import LADDER, DecodeGraphs, Replay
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
-from tests.e2e.test_parity import clean, greedy, prompts
 from tests.support import tiny
+from tests.support.engines import clean, greedy, prompts
 from tests.support.reference_flashinfer import reference
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_tables() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])
-def test_what_it_has_no_kernels_for(dtype: torch.dtype, dim: int) -> None:
+def test_other_dtypes_and_sizes_have_no_kernels(dtype: torch.dtype, dim: int) -> None:
     with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
         CudaOps(CPU, dtype, 4, dim)
 
@@ -197,7 +198,7 @@ def test_graphs_are_recorded_once_for_a_size(tiny_models, as_on_a_gpu) -> None:
     assert list(graphs.seconds) == [4, 1]
 
 
-def test_padding_disturbs_nobody(tiny_models, as_on_a_gpu) -> None:
+def test_padding_writes_to_the_scratch_page_alone(tiny_models, as_on_a_gpu) -> None:
     """The rows that are added write to the scratch page alone, which no sequence ever gets."""
     llm, _ = as_on_a_gpu(tiny_models["llama"])
     pages = llm._built.memory.pages
@@ -217,14 +218,14 @@ def test_padding_disturbs_nobody(tiny_models, as_on_a_gpu) -> None:
     ids=str,
 )
 def test_filters_keep_the_same_candidates(params: dict[str, Any]) -> None:
-    """Whatever sorts and whatever does not: the same distribution is drawn from."""
+    """The kernels that sort and those that do not draw from the same distribution."""
     torch.manual_seed(1)
     logits = (torch.randn(1, 50) * 2).expand(2000, -1)
     sequences = [Sequence(str(i), [1], SamplingParams(temperature=0.9, **params), i, b"") for i in range(2000)]
     counts = []
     for made in (ops(), TorchOps(CPU)):
-        tokens, _ = Sampler(frozenset(), made).sample(logits.clone(), sequences).read()
-        counts.append(torch.tensor(tokens).bincount(minlength=50))
+        found = Sampler(frozenset(), made).sample(logits.clone(), sequences).read()
+        counts.append(torch.tensor([token for token, _ in found]).bincount(minlength=50))
     assert bool(((counts[0] > 0) == (counts[1] > 0))[(counts[0] + counts[1]) > 30].all())
     assert (counts[0] - counts[1]).abs().max() < 100
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "no g++ found" in said
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_the_reason_names_what_the_compiler_says(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'cpu.cpp:1: error: not today' >&2; exit 1\n")
     broken.chmod(0o755)
@@ -215,15 +216,21 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not list((tmp_path / "kernels").glob("*.so"))
 
 
+def test_every_header_is_part_of_the_name_of_what_was_compiled() -> None:
+    texts = [path.read_text() for path in (native.SOURCE, *native.HEADERS)]
+    included = {name for text in texts for name in re.findall(r'#include "(.*)"', text)}
+    assert included == {path.name for path in native.HEADERS}
+
+
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path))
-    told: list[str] = []
+    lines: list[str] = []
     for _ in range(2):
         try:
-            native.load(told.append)
+            native.load(lines.append)
         except native.NoKernels as reason:
             pytest.skip(str(reason))
-    assert told == ["compiling CPU kernels (once)"]
+    assert lines == ["compiling CPU kernels (once)"]
 
 
 def test_sizes_that_do_not_fill_vectors_are_left_to_torch() -> None:

@@ -17,7 +17,7 @@ import torch
 
 
 def real() -> Any:
-    """The package itself, which imports without a GPU if it is told what to build for."""
+    """The package itself, which imports without a GPU if it knows what to build for."""
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     return pytest.importorskip("flashinfer", reason="flashinfer-python is not installed (scripts/setup.sh does it)")
 

@@ -55,10 +55,10 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("reason", TOO_MUCH)
 def test_what_the_library_does_not_bound_is_refused_at_once(reason):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(GrammarError, match=reason):
         check_bounds(TOO_MUCH[reason])
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def many_schemas(count: int, schema: dict[str, Any]) -> Grammar:
@@ -70,10 +70,10 @@ def many_schemas(count: int, schema: dict[str, Any]) -> Grammar:
 @pytest.mark.parametrize("text", ['"' + '\\"' * 8000, "/" + "\\/" * 8000, '"\\' * 8000, '"\n' * 8000])
 def test_bounds_are_checked_in_no_time(compiler, text):
     """Python's searches let no other thread run."""
-    started = time.perf_counter()
+    started = time.process_time()
     with contextlib.suppress(GrammarError):
         check_bounds(Grammar("lark", text))
-    assert time.perf_counter() - started < 0.2
+    assert time.process_time() - started < 0.2
     with pytest.raises(GrammarError):
         compiler.compile(Grammar("lark", f"start: {text}"))
 
@@ -111,10 +111,10 @@ CATASTROPHES = [
 
 @pytest.mark.parametrize("wanted", CATASTROPHES, ids=lambda g: g.text[:30])
 def test_catastrophes_compile_or_fail_in_time(compiler, wanted):
-    started = time.perf_counter()
+    started = time.process_time()
     with contextlib.suppress(GrammarError):
         compiler.compile(wanted)
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 @pytest.mark.parametrize(

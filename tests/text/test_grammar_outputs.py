@@ -21,8 +21,8 @@ from miniserve.text import grammar
 from miniserve.text.grammar import Compiler, GrammarError, json_grammar
 from miniserve.worker.sequence import Sequence
 from tests.e2e.test_cluster import cluster, collect, settled
-from tests.e2e.test_parity import clean, small
 from tests.support import tiny
+from tests.support.engines import clean, small
 from tests.support.schemas import PERSON, random_schema
 
 CASES = [

@@ -2,109 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import msgspec
 import pytest
 
-from miniserve.cluster.messages import Fetch, Peer, PoolInfo, Prefill, PrefillRefused, Publish, Release
-from miniserve.config import EngineConfig
+from miniserve.cluster.messages import Fetch, Peer, Prefill, PrefillRefused, Publish, Release
 from miniserve.kv.hashing import root_hash
-from miniserve.kv.transfer.connect import connect
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.build import build
-from miniserve.worker.handoff import Handoffs
 from miniserve.worker.sequence import Sequence, State
+from tests.support.handoff_pair import GREEDY, PROMPT, Pair, Side
 from tests.support.tiny import prompts, reference
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-PROMPT = prompts(1, seed=8, shortest=100, longest=100)[0]
-
-
-class Side:
-    """One worker without its process; `sent` are the messages it wants to send."""
-
-    def __init__(self, name: str, folder, clock, **engine) -> None:
-        settings = {"kv_cache_memory": 2**22, "max_num_batched_tokens": 32, "threads": 1}
-        self.built = build(EngineConfig(model=str(folder), **{**settings, **engine}))
-        self.engine = self.built.engine
-        self.sent: list = []
-        self.out: dict[int, int] = {}
-        self.handoffs = Handoffs(
-            self.engine,
-            self.built.memory.shape.bytes,
-            self.built.layout,
-            30.0,
-            lambda to, body: self.sent.append(body),
-            lambda peer: connect(self.built.memory, self.built.layout, (name, 1), peer, "", "mapped"),
-            clock,
-        )
-        memory = self.built.memory
-        pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, self.built.layout)
-        self.peer = Peer(name, 1, f"inproc://{name}", pool)
-
-    def sequence(self, params: SamplingParams = GREEDY, **kwargs) -> Sequence:
-        return Sequence("t", PROMPT, params, 0, root_hash(self.built.layout), **kwargs)
-
-    def step(self) -> None:
-        for sequence in self.engine.admit():
-            self.handoffs.receiver.request(sequence)
-        step = self.engine.step()
-        for prefilled in step.prefilled:
-            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
-        for output in self.handoffs.receiver.outputs + step.outputs:
-            self.out.update(enumerate(output.tokens, output.index))
-        self.handoffs.receiver.outputs.clear()
-
-    def take(self, kind: type) -> list:
-        """The messages of one kind, no longer in `sent`."""
-        found = [m for m in self.sent if isinstance(m, kind)]
-        self.sent = [m for m in self.sent if not isinstance(m, kind)]
-        return found
-
-
-class Pair:
-    """p and d, and the clock they share. `ask` brings them to the point where P has the prompt."""
-
-    def __init__(self, folder) -> None:
-        self.now = 100.0
-        self.p = Side("p0", folder, lambda: self.now)
-        self.d = Side("d0", folder, lambda: self.now)
-        self.text = reference(folder, [PROMPT], 12)[0]
-        for side, other in ((self.p, self.d), (self.d, self.p)):
-            side.handoffs.set_peers([other.peer])
-
-    def ask(self, **kwargs) -> Sequence:
-        sequence = self.d.sequence(prefill_at="p0", **kwargs)
-        self.d.engine.add(sequence)
-        self.d.step()
-        (prefill,) = self.d.take(Prefill)
-        assert len(sequence.pages) == 7, "D reserves before P starts"
-        self.p.handoffs.sender.on_prefill(prefill, "d0")
-        return sequence
-
-    def publications(self) -> list[Publish]:
-        """All that P publishes."""
-        while not (found := self.p.take(Publish)) or found[-1].commit is None:
-            self.p.sent += found
-            self.p.step()
-        return found
-
-    def finish(self) -> list[int]:
-        """Let D end the turn; its text, which D knows from the first token on."""
-        while self.d.engine.find("t"):
-            self.d.step()
-        self.d.step()
-        assert self.p.out.items() <= self.d.out.items(), "D goes on from what P has told"
-        return [self.d.out[i] for i in range(len(self.d.out))]
-
-    def check(self) -> None:
-        """Nothing is held by anybody."""
-        for side in (self.p, self.d):
-            side.engine.pool.check()
-            assert side.engine.pool.num_held == 0
-            assert side.handoffs.sender.num_leases == 0
 
 
 @pytest.fixture
@@ -177,10 +84,10 @@ def test_pages_copied_after_the_lease_do_not_count(pair):
 
 
 @pytest.mark.parametrize("length", [100, 112])
-def test_a_commit_that_comes_too_late_still_carries_the_first_token(tiny_folder, monkeypatch, length):
+def test_a_commit_that_comes_too_late_still_carries_the_first_token(tiny_folder, length):
     """The client has it already: D computes the pages, but draws no other first token."""
-    monkeypatch.setattr("tests.worker.test_handoff.PROMPT", prompts(1, seed=8, shortest=length, longest=length)[0])
-    pair = Pair(tiny_folder)
+    prompt = prompts(1, seed=8, shortest=length, longest=length)[0]
+    pair = Pair(tiny_folder, prompt)
     pair.ask()
     messages = pair.publications()
     other = (pair.text[0] + 1) % 256
@@ -193,9 +100,7 @@ def test_a_commit_that_comes_too_late_still_carries_the_first_token(tiny_folder,
     pair.now += 31
     pair.p.handoffs.sender.expire()
     pair.d.handoffs.receiver.on_publish(messages[-1], "p0")
-    from tests.worker import test_handoff
-
-    assert pair.finish() == [other, *reference(tiny_folder, [[*test_handoff.PROMPT, other]], 11)[0]]
+    assert pair.finish() == [other, *reference(tiny_folder, [[*prompt, other]], 11)[0]]
     pair.check()
 
 

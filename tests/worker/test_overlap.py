@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Sampled, Work
-from tests.e2e.test_parity import prompts, small
+from tests.support.engines import prompts, small
 
 END = 99
 
@@ -49,7 +50,7 @@ class Waiting:
 def engine(device: Device, pages: int = 100) -> Engine:
     return Engine(
         device,
-        PagePool(pages),
+        PagePool(pages, ExpectedNeed()),
         page_tokens=4,
         max_num_batched_tokens=16,
         max_num_seqs=8,

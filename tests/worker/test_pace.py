@@ -7,6 +7,7 @@ import random
 import pytest
 
 from miniserve.cluster.messages import StepTime
+from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
@@ -149,7 +150,7 @@ def test_the_engine_takes_prompts_beside_streams_as_the_pace_says(stretch: float
     machine = Machine()
     engine = Engine(
         machine,
-        PagePool(1000),
+        PagePool(1000, ExpectedNeed()),
         page_tokens=16,
         max_num_batched_tokens=512,
         max_num_seqs=8,
@@ -203,7 +204,12 @@ def shares(*prompts: tuple[str, int], streams: int = 0) -> list[dict[str, int]]:
     """What each step computes of prompts that came in this order, 64 tokens a step, until the last one is computed."""
     machine = Machine()
     engine = Engine(
-        machine, PagePool(1000), page_tokens=16, max_num_batched_tokens=64, max_num_seqs=99, max_model_len=8000
+        machine,
+        PagePool(1000, ExpectedNeed()),
+        page_tokens=16,
+        max_num_batched_tokens=64,
+        max_num_seqs=99,
+        max_model_len=8000,
     )
     for n in range(streams):
         engine.add(Sequence(f"s{n}", [n] * 2, SamplingParams(max_tokens=999), 0, bytes([n])))

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
-from miniserve.kv.pages import Order, PagePool
+from miniserve.kv.eviction import OrderName, make_order
+from miniserve.kv.pages import PagePool
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
@@ -129,7 +130,7 @@ class SimulatedWorker:
         send: Send,
         *,
         max_model_len: int,
-        order: Order = "expected",
+        order: OrderName = "expected",
         stretch: float = 0.0,
         caching: bool = True,
         record: bool = False,
@@ -145,7 +146,7 @@ class SimulatedWorker:
         """With `record`: when KV was on its way here."""
         self.kv: list[tuple[float, int, int]] = []
         """With `record`: (time, held, cached pages) after each round."""
-        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, caching=caching, order=order)
+        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order(order), caching=caching)
         self._send = send
         self.runner = SimulatedRunner(hardware, self.clock, speak, self.spans)
         engine = Engine(

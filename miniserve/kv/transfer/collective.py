@@ -1,59 +1,46 @@
-"""Pages through a `torch.distributed` process group of exactly two workers: Gloo over loopback TCP. Those of a GPU go
-through its host's memory (`staging.py`); why not by NCCL is in docs/gpu.md.
+"""Pages through a Gloo group of exactly two workers (`gloo.py`). Pages of a GPU go through its host's memory
+(`staging.py`); docs/gpu.md says why not by NCCL.
 
-Every pair of workers has its own group, so a peer that dies or hangs breaks nothing but its pair. When a group breaks,
-all that was under way in it is lost and both sides meet again in the next *generation*. Both see the group break, so
-both count alike; a ticket names its generation, so nothing of one is ever taken for something of another.
+Every pair of workers has its own group, so a peer that dies or hangs breaks only its pair. When a group breaks, all
+that was under way in it is lost and both sides meet again in the next *generation*. Both see the group break, so both
+count alike; a ticket names its generation, so bytes of one generation are never taken for bytes of another.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 import weakref
 from collections import deque
 from datetime import timedelta
-from typing import Any, Literal
 
 import torch
-from torch.distributed import FileStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]  # the stubs lack a store
+from torch.distributed import Work
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Done, Mark
+from miniserve.kv.side import Fence, PassedFence
+from miniserve.kv.transfer.gloo import CONNECT_SECONDS, GlooGroup, SendRecv, meet
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.staging import Staging, staging
 
 log = logging.getLogger("miniserve.transfer")
 
 AHEAD = 2
-"""Messages posted at a time in one direction: the second follows the first without waiting for a thread of ours.
+"""Publications posted at a time in one direction: the second follows the first without waiting for a thread of ours.
 On a quiet machine 2.2 GB/s instead of 1.8 with one (scripts/bench_transfer.py); four are no better than two."""
-TAGS = 2**20
-"""After so many publications their tags begin again."""
-DATA, DONE, ACK = range(3)
-WATCH_TAG, BREAK_TAG = 8 * TAGS, 8 * TAGS + 1
-"""Nobody ever sends with these."""
-FOREVER = timedelta(days=1000)
-LOOK_SECONDS = 0.01
-"""How often we look whether the peer has come."""
 RETRY_SECONDS = 0.1
 """From the end of one generation to our coming to the next."""
-CONNECT_SECONDS = 1.0
-"""How long two peers that both have come may take to connect; Gloo multiplies this by up to five."""
 EXIT_SECONDS = 5.5 * CONNECT_SECONDS
 """How long the exit of this process waits for the threads of a pair: as long as the slowest call of theirs takes."""
 
-Way = Literal["send", "recv"]
 
-
-class Message:
+class InFlight:
     """The bytes of one publication on their way, in either direction: `data` is `[page, byte]`, to be sent once `whole`
     is done."""
 
-    def __init__(self, ticket: tuple[int, int], data: torch.Tensor, whole: Mark) -> None:
+    def __init__(self, ticket: tuple[int, int], data: torch.Tensor, whole: Fence) -> None:
         self.generation, self.number = ticket
         self.data = data
         self.whole = whole
@@ -62,7 +49,7 @@ class Message:
         """How long it took from then, or from the arrival of the one before it."""
         self.lost = False
         self.over = threading.Event()
-        """Arrived, or lost."""
+        """Set when it has arrived, or is lost."""
 
     def lose(self) -> None:
         """It will not arrive any more, if it has not."""
@@ -71,51 +58,47 @@ class Message:
             self.over.set()
 
 
-Posted = tuple[Message, Any, list[Work]]
-"""A message, the group it travels in, and what has to end for it to be over."""
+Posted = tuple[InFlight, GlooGroup, list[Work]]
+"""A publication, the group it travels in, and what has to end for it to be over."""
 
 
 class CollectiveCopy:
-    """See `Copy`. `staging` is that of our pool; `deadline` is a time on the monotonic clock."""
+    """A `Copy` into our pool, whose `staging` this is; `deadline` is a time on the monotonic clock."""
 
-    def __init__(self, message: Message, staging: Staging, deadline: float) -> None:
-        self._message = message
+    def __init__(self, incoming: InFlight, staging: Staging, deadline: float) -> None:
+        self._incoming = incoming
         self._staging = staging
         self._deadline = deadline
-        self._mark: Mark | None = None
+        self._fence: Fence | None = None
 
     @property
     def seconds(self) -> float:
-        """See `Copy`."""
-        return self._message.seconds + (self._mark.seconds if self._mark is not None else 0.0)
+        return self._incoming.seconds + (self._fence.seconds if self._fence is not None else 0.0)
 
     @property
     def ready(self) -> bool:
-        """See `Copy`."""
-        return self._message.over.is_set() or time.monotonic() > self._deadline
+        return self._incoming.over.is_set() or time.monotonic() > self._deadline
 
     def store(self, ours: list[int]) -> None:
-        """See `Copy`. Waits for what is not `ready` yet."""
-        if not self._message.over.wait(max(0.0, self._deadline - time.monotonic())):
+        """As `Copy.store`; it waits for what is not `ready` yet."""
+        if not self._incoming.over.wait(max(0.0, self._deadline - time.monotonic())):
             raise TransferError("the peer does not answer")
-        if self._message.lost:
+        if self._incoming.lost:
             raise TransferError("the connection to the peer broke")
-        assert len(ours) == len(self._message.data)
-        self._mark = self._staging.write(self._message.data, ours)
+        assert len(ours) == len(self._incoming.data)
+        self._fence = self._staging.write(self._incoming.data, ours)
 
     @property
     def stored(self) -> bool:
-        """See `Copy`."""
-        return self._mark is not None and self._mark.done
+        return self._fence is not None and self._fence.done
 
     def abandon(self) -> None:
-        """See `Copy`."""
         self._staging.abandon()
 
 
 class CollectiveTransfer:
-    """See `Transfer`; made once for each pair of incarnations. One thread keeps the pair connected, one sends, one
-    receives: nobody who calls waits for the peer. Each publication under way has host memory of its own.
+    """A `Transfer`, made once for each pair of incarnations. One thread keeps the pair connected, one sends, one
+    receives: no caller waits for the peer. Each publication under way has host memory of its own.
     """
 
     name = "collective"
@@ -131,12 +114,12 @@ class CollectiveTransfer:
         self._closed = threading.Event()
         self._changed = threading.Condition()  # guards all that follows
         self._generation = 0
-        self._group: Any = None  # a ProcessGroupGloo, once connected
+        self._group: GlooGroup | None = None
         self._offered = 0
-        self._arrival = 0.0  # of the last message here
-        self._sends: deque[Message] = deque()
-        self._receives: deque[Message] = deque()
-        self._acks: deque[Work] = deque(maxlen=AHEAD + 1)  # kept until sent, which the next but AHEAD message proves
+        self._arrival = 0.0  # of the last publication here
+        self._sends: deque[InFlight] = deque()
+        self._receives: deque[InFlight] = deque()
+        self._acks: deque[Work] = deque(maxlen=AHEAD + 1)  # kept until sent, which the next but AHEAD arrival proves
         self._threads = [
             threading.Thread(target=self._keep_connected, daemon=True),
             threading.Thread(target=self._pump, args=("send", self._sends), daemon=True),
@@ -148,40 +131,38 @@ class CollectiveTransfer:
             thread.start()
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `Transfer`. The pages are copied before anything else is done with them: their lease may end."""
+        """The pages are copied before anything else is done with them: their lease may end."""
         data, whole = self._staging.read(pages)
         with self._changed:
             ticket = (self._generation, self._offered)
             self._offered += 1
             if not self._closed.is_set():
-                self._sends.append(Message(ticket, data, whole))
+                self._sends.append(InFlight(ticket, data, whole))
                 self._changed.notify_all()
         return ticket
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> CollectiveCopy:
-        """See `Transfer`."""
-        message = Message(ticket, self._staging.room(len(pages)), Done())
+        incoming = InFlight(ticket, self._staging.room(len(pages)), PassedFence())
         with self._changed:
-            if self._closed.is_set() or message.generation < self._generation:
-                message.lose()
+            if self._closed.is_set() or incoming.generation < self._generation:
+                incoming.lose()
             else:
-                self._receives.append(message)
+                self._receives.append(incoming)
                 self._changed.notify_all()
-        return CollectiveCopy(message, self._staging, time.monotonic() + self._timeout.total_seconds())
+        return CollectiveCopy(incoming, self._staging, time.monotonic() + self._timeout.total_seconds())
 
     def close(self) -> None:
-        """See `Transfer`. What has not arrived is lost; the threads end soon."""
+        """What has not arrived is lost; the threads end soon."""
         with self._changed:
             self._closed.set()
             self._drop()
-            if self._group is not None:  # breaking it takes 10 ms or more
-                wait = (self._group, BREAK_TAG, timedelta(milliseconds=1))
-                breaking = threading.Thread(target=self._await_break, args=wait, daemon=True)
+            if self._group is not None:
+                breaking = threading.Thread(target=self._group.shut, daemon=True)
                 try:
                     breaking.start()
                     self._threads.append(breaking)
                 except RuntimeError:  # while Python 3.12 exits, no thread can be started any more
-                    self._await_break(*wait)
+                    self._group.shut()
             self._changed.notify_all()
 
     # --- the threads ------------------------------------------------------------------------------------------------
@@ -189,14 +170,14 @@ class CollectiveTransfer:
     def _keep_connected(self) -> None:
         """Connect, watch the connection until it breaks, and again in the next generation."""
         while True:
-            group = self._meet()
+            group = meet(f"{self._path}.{self._generation}", self._rank, self._closed.wait)
             with self._changed:
                 if self._closed.is_set():
                     return
                 self._group = group
                 self._changed.notify_all()
             if group is not None:
-                self._await_break(group, WATCH_TAG, FOREVER)
+                group.await_break()
             with self._changed:
                 self._group = group = None
                 self._generation += 1
@@ -205,89 +186,53 @@ class CollectiveTransfer:
                 return
             log.warning("the connection to %s broke (%d so far), connecting again", self._peer, self._generation)
 
-    def _meet(self) -> ProcessGroupGloo | None:
-        """The group of this generation; None if it broke before it began, or we are closed.
-
-        Gloo's own rendezvous begins when both are there: only a peer that hangs or dies meanwhile makes it fail, and
-        then it fails for both.
-        """
-        try:
-            store = FileStore(f"{self._path}.{self._generation}", 2)
-            store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
-            store.set(f"here-{self._rank}", "")
-            while not store.check([f"here-{1 - self._rank}"]):
-                if self._closed.wait(LOOK_SECONDS):
-                    return None
-            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._timeout = timedelta(seconds=CONNECT_SECONDS)
-            options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1", lazy_init=False)]
-            options._threads = 1  # they serve collectives of more than two
-            return ProcessGroupGloo(store, self._rank, 2, options)
-        except RuntimeError as error:
-            log.debug("no connection to %s: %s", self._peer, error)
-            return None
-
-    def _await_break(self, group: Any, tag: int, wait: timedelta) -> None:
-        """Return when the connection is broken; break it after `wait`.
-
-        A receive that times out is the only way to close a Gloo connection (its `abort` does nothing), and one that is
-        pending the only way to hear at once that it was closed.
-        """
-        with contextlib.suppress(RuntimeError):
-            self._signal(group, "recv", tag).wait(wait)
-
-    def _signal(self, group: Any, way: Way, tag: int) -> Work:
-        """Begin to send or receive something that says nothing but that it comes."""
-        return getattr(group, way)([torch.zeros(1, dtype=torch.uint8)], 1 - self._rank, tag)
-
     def _drop(self) -> None:
-        """Whatever waits for a connection that will not come any more is lost."""
+        """Lose all that waits for a connection that will not come any more."""
         self._sends.clear()
         self._acks.clear()
         while self._receives and (self._closed.is_set() or self._receives[0].generation < self._generation):
             self._receives.popleft().lose()
 
-    def _pump(self, way: Way, queue: deque[Message]) -> None:
-        """Move the messages of one direction in their order, each in its generation."""
+    def _pump(self, way: SendRecv, queue: deque[InFlight]) -> None:
+        """Move the publications of one direction in their order, each in its generation."""
         posted: deque[Posted] = deque()
         while self._step(way, queue, posted):
             pass
 
-    def _step(self, way: Way, queue: deque[Message], posted: deque[Posted]) -> bool:
-        """Post one message, or else wait for the oldest that is posted. False at the end.
-
-        When a connection breaks, Gloo forgets to wake who waits for a message of which a part has moved. So we wait for
-        a signal that follows it, and the sender for one that comes back.
-        """
+    def _step(self, way: SendRecv, queue: deque[InFlight], posted: deque[Posted]) -> bool:
+        """Post one publication, or else wait for the oldest that is posted. False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: posted or self._can_post(queue) or self._closed.is_set())
-            new = self._can_post(queue) and len(posted) < AHEAD
-            if not new and not posted:
+            group = self._group if self._can_post(queue) and len(posted) < AHEAD else None
+            if group is not None:
+                new = queue.popleft()
+            elif not posted:
                 return False
-            message, group, works = (queue.popleft(), self._group, []) if new else posted.popleft()
-        tag = 4 * (2 * (message.number % TAGS) + (self._rank if way == "send" else 1 - self._rank))
+        if group is None:
+            self._await(way, *posted.popleft())
+            return True
         try:
-            if new:
-                message.whole.wait()
-                works.append(getattr(group, way)([message.data], 1 - self._rank, tag + DATA))
-                works.append(self._signal(group, way, tag + DONE))
-                if way == "send":
-                    works.append(self._signal(group, "recv", tag + ACK))
-                posted.append((message, group, works))
-                return True
+            new.whole.wait()
+            posted.append((new, group, group.post(way, new.number, new.data)))
+        except RuntimeError:
+            new.lose()
+        return True
+
+    def _await(self, way: SendRecv, flight: InFlight, group: GlooGroup, works: list[Work]) -> None:
+        """Wait until a posted publication is over."""
+        try:
             for work in reversed(works):
                 work.wait(self._timeout)  # before that, is_completed() knows nothing
             if way == "recv":
                 now = time.monotonic()
-                message.seconds, self._arrival = now - max(message.begun, self._arrival), now
-            message.over.set()
+                flight.seconds, self._arrival = now - max(flight.begun, self._arrival), now
+            flight.over.set()
             if way == "recv":
-                self._acks.append(self._signal(group, "send", tag + ACK))
+                self._acks.append(group.acknowledge(flight.number))
         except RuntimeError:
-            message.lose()
-        return True
+            flight.lose()
 
-    def _can_post(self, queue: deque[Message]) -> bool:
+    def _can_post(self, queue: deque[InFlight]) -> bool:
         """Whether the head of `queue` can travel now."""
         return self._group is not None and bool(queue) and queue[0].generation == self._generation
 

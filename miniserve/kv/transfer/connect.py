@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("miniserve.transfer")
 
 Way = Literal["mapped", "nccl", "gloo"]
-"""The last two are `collective`."""
+"""The last two are `collective`, and one or the other by where the pools are."""
 
 
 def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
@@ -24,7 +24,7 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
     `us` is our name and epoch. `how` is `EngineConfig.kv_transfer`; `run_dir` has the sockets of `collective`.
     """
     kind = way(memory.info(layout), peer.pool, how)
-    # Each when it is needed: torch.distributed takes a while to import, and the simulator needs no torch at all.
+    # Each backend is imported when it is needed: torch.distributed takes a while, and the simulator needs no torch.
     if kind == "gloo":
         from miniserve.kv.transfer.collective import CollectiveTransfer
 
@@ -44,7 +44,7 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
         from miniserve.kv.transfer.ipc import CudaMappedTransfer
 
         return CudaMappedTransfer(memory, peer)
-    # The number of a dead process may be another one's by now; a kernel may not be compiled for want of a compiler.
+    # Another process may have the number of a dead one by now; a kernel cannot be compiled without a compiler.
     except (OSError, ValueError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         log.warning("no way to the pool of %s: %s", peer.name, error)
         return None
@@ -53,8 +53,8 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
 def way(one: PoolInfo, other: PoolInfo, how: str) -> Way | None:
     """How pages travel between two pools if `how` (`EngineConfig.kv_transfer`) is asked for; None if they cannot.
 
-    The same whichever comes first: both workers of a pair choose by it, and the frontend tells what they chose. NCCL
-    has no way between two ranks on one GPU.
+    The order of the two makes no difference: both workers of a pair choose by it, and the frontend shows what they
+    chose. NCCL has no way between two ranks on one GPU.
     """
     if one.layout != other.layout:
         return None

@@ -1,7 +1,7 @@
 """What every way between two pools does: `Transfer`, and the `Copy` of one publication.
 
 Both sides of a pair hold a `Transfer`. The sender offers pages and puts the ticket into its publication; the receiver
-of the publication fetches with that ticket. Nothing here blocks the engine.
+of the publication fetches with that ticket. No call here blocks the engine.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Copy(Protocol):
 
     @property
     def stored(self) -> bool:
-        """Whether what `store` has begun is done, so that anybody may read the pages. On a CPU, when it returns. Raises
-        `TransferError` if it will never be; nothing is written to the pages then."""
+        """Whether what `store` has begun is done, so that every reader may read the pages. On a CPU, when it returns.
+        Raises `TransferError` if it will never be; nothing is written to the pages then."""
         ...
 
     def abandon(self) -> None:
-        """Nobody wants any more what `store` has begun. From now on the pages may be given to others: whatever is still
+        """Give up what `store` has begun. From now on the pages may be given to other sequences: whatever is still
         written to them is written before all that the engine computes, or another copy writes, from here on."""
         ...
 
@@ -48,13 +48,13 @@ class Transfer(Protocol):
     name: str
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
-        """Our side: `pages` of our pool, complete on the device, are about to be published. The ticket goes along with
-        the publication."""
+        """Our side: `pages` of our pool, complete on the device, are about to be published. Returns the ticket that
+        goes along with the publication."""
         ...
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:
-        """Begin to get `pages` of the peer's pool. Once for each publication with pages, in their order, even if nobody
-        wants them any more."""
+        """Begin to get `pages` of the peer's pool. The receiver calls this once for each publication with pages, in
+        their order, even if the turn has ended meanwhile."""
         ...
 
     def close(self) -> None:

@@ -11,16 +11,16 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Mark, SideStream
+from miniserve.kv.side import Fence, SideStream
+from miniserve.kv.transfer.mapped import PulledTransfer
 
 CopyPages = Callable[[torch.Tensor, list[int], torch.Tensor, list[int]], None]
-"""See `page_copy.copy_pages`."""
+"""The type of `page_copy.copy_pages`."""
 
 
-class CudaMappedTransfer:
-    """See `Transfer`. The peer's pool is mapped into this process once. It may be on another GPU that ours can read."""
-
-    name = "mapped"
+class CudaMappedTransfer(PulledTransfer):
+    """The peer's pool is mapped into this process once; one kernel beside our steps copies the pages of a publication.
+    The pool may be on another GPU that ours can read."""
 
     def __init__(self, memory: KVMemory, peer: Peer) -> None:
         """Raises RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
@@ -28,55 +28,20 @@ class CudaMappedTransfer:
         self._theirs = map_pool(peer.pool, memory.pages.device)
         self._copy_pages = kernel()
         self.side = SideStream(memory.pages.device)
-        # Proves that the way is open and compiles the kernel before a turn needs it. Nobody reads the scratch page.
+        # Proves that the way is open and compiles the kernel before a turn needs it. No step reads the scratch page.
         self.pull([0], [memory.num_pages]).wait()
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `Transfer`. What is published is complete on the device: the peer may read it at once."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> CudaMappedCopy:
-        """See `Transfer`."""
-        return CudaMappedCopy(self, pages)
-
-    def close(self) -> None:
-        """See `Transfer`. The mapping goes with its last reader, which must not be a kernel that still runs."""
-        self.side.drain()
-
-    def pull(self, theirs: list[int], ours: list[int]) -> Mark:
-        """Begin to copy page `theirs[i]` of the peer to `ours[i]`, when nothing given to the engine's stream before can
-        still read or write those."""
+    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
+        """The copy begins when nothing given to the engine's stream before can still read or write our pages."""
         self.side.follow()
         return self.side.run(lambda: self._copy_pages(self._theirs, theirs, self._ours, ours))
 
-
-class CudaMappedCopy:
-    """See `Copy`: pages that can be read at any time, by one kernel beside our steps."""
-
-    ready = True
-
-    def __init__(self, transfer: CudaMappedTransfer, pages: list[int]) -> None:
-        self._transfer = transfer
-        self._pages = pages
-        self._mark: Mark | None = None
-
-    def store(self, ours: list[int]) -> None:
-        """See `Copy`."""
-        self._mark = self._transfer.pull(self._pages, ours)
-
-    @property
-    def stored(self) -> bool:
-        """See `Copy`."""
-        return self._mark is not None and self._mark.done
-
-    @property
-    def seconds(self) -> float:
-        """See `Copy`: as the GPU measures it."""
-        return self._mark.seconds if self._mark is not None else 0.0
-
     def abandon(self) -> None:
-        """See `Copy`."""
-        self._transfer.side.lead()
+        self.side.lead()
+
+    def close(self) -> None:
+        """Wait for the last reader of the mapping: it must not be a kernel that still runs."""
+        self.side.drain()
 
 
 def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:

@@ -1,15 +1,67 @@
-"""KV pages by shared memory: the receiver maps the sender's pool and copies pages itself."""
+"""KV pages of a peer whose pool this process can read: on a CPU by shared memory, on a GPU by CUDA IPC (`ipc.py`)."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, SharedMemory
+from miniserve.kv.side import Fence, PassedFence
 
 
-class MappedTransfer:
-    """The peer's pool is mapped into this process once; the copy is a memcpy a page, made when it is stored."""
+class PulledTransfer(ABC):
+    """A `Transfer` in which the receiver copies the pages itself; the sender does nothing, and its lease keeps the
+    pages as they are."""
 
     name = "mapped"
+
+    def offer(self, pages: list[int]) -> tuple[int, int]:
+        """What is published is complete on the device: the peer may read it at once."""
+        return (0, 0)
+
+    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> PulledCopy:
+        return PulledCopy(self, pages)
+
+    @abstractmethod
+    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
+        """Begin to copy page `theirs[i]` of the peer to our page `ours[i]`."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """As `Copy.abandon`, for all that was pulled."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The peer is gone. The mapping goes with its last reader."""
+
+
+class PulledCopy:
+    """A `Copy` of pages that can be read at any time."""
+
+    ready = True
+
+    def __init__(self, transfer: PulledTransfer, pages: list[int]) -> None:
+        self._transfer = transfer
+        self._pages = pages
+        self._fence: Fence | None = None
+
+    def store(self, ours: list[int]) -> None:
+        self._fence = self._transfer.pull(self._pages, ours)
+
+    @property
+    def stored(self) -> bool:
+        return self._fence is not None and self._fence.done
+
+    @property
+    def seconds(self) -> float:
+        return self._fence.seconds if self._fence is not None else 0.0
+
+    def abandon(self) -> None:
+        self._transfer.abandon()
+
+
+class MappedTransfer(PulledTransfer):
+    """The peer's shared memory is mapped into this process once; a page is copied by one memcpy."""
 
     def __init__(self, memory: KVMemory, peer: Peer) -> None:
         """Raises OSError if the peer's process is gone."""
@@ -20,36 +72,14 @@ class MappedTransfer:
             pool.num_pages, pool.page_bytes
         )
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `Transfer`."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> MappedCopy:
-        """See `Transfer`."""
-        return MappedCopy(self, pages)
-
-    def close(self) -> None:
-        """See `Transfer`. The mapping goes with its last reader."""
-
-    def pull(self, theirs: list[int], ours: list[int]) -> None:
-        """Copy page `theirs[i]` of the peer to `ours[i]`."""
+    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
+        """The copy is made when this returns."""
         for source, destination in zip(theirs, ours, strict=True):
             self._ours[destination] = self._theirs[source]
-
-
-class MappedCopy:
-    """See `Copy`."""
-
-    ready = stored = True
-    seconds = 0.0
-
-    def __init__(self, transfer: MappedTransfer, pages: list[int]) -> None:
-        self._transfer = transfer
-        self._pages = pages
-
-    def store(self, ours: list[int]) -> None:
-        """See `Copy`."""
-        self._transfer.pull(self._pages, ours)
+        return PassedFence()
 
     def abandon(self) -> None:
-        """See `Copy`."""
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is under way."""

@@ -1,8 +1,8 @@
-"""NCCL's communicators of two, as `Link`s between pools.
+"""NCCL's communicators of two, between pools.
 
-Of its C interface only what that takes, by ctypes: torch's process groups have one communicator for both directions of
-a pair, and end the process when a peer is late. torch brings the library along. Declared as in nccl.h since 2.18, and
-unverified until somebody runs it on two GPUs (docs/gpu.md).
+This declares only the functions of NCCL that they take, by ctypes, as nccl.h has them since 2.18; torch brings the
+library along. torch's own process groups have one communicator for both directions of a pair, and end the process when
+a peer is late. Not run on two GPUs yet (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Mark, SideStream
+from miniserve.kv.side import Fence, SideStream
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.remote import POLL_SECONDS
+from miniserve.kv.transfer.network import POLL_SECONDS
 
 SUCCESS, IN_PROGRESS = 0, 7  # ncclResult_t
 UINT8 = 1  # ncclDataType_t
@@ -33,7 +33,7 @@ class UniqueId(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """ncclConfig_t as of 2.17: `size` and `version` tell a later library to take its defaults for what follows."""
+    """ncclConfig_t as of 2.17: by `size` and `version` a later library takes its defaults for the fields it added."""
 
     _fields_ = [
         ("size", _size),
@@ -68,43 +68,34 @@ def load() -> ctypes.CDLL:
 
 
 class Nccl:
-    """See `Network`."""
+    """A `Network`."""
 
     def __init__(self, memory: KVMemory) -> None:
         """Raises OSError if there is no NCCL."""
-        self._library = load()
-        self._memory = memory
+        self.library = load()
+        self.memory = memory
 
     def enter_thread(self) -> None:
-        """See `Network`. A thread begins with GPU 0 as its current one, and would take memory there."""
-        torch.cuda.set_device(self._memory.pages.device)
+        """A thread begins with GPU 0 as its current one, and would take memory there."""
+        torch.cuda.set_device(self.memory.pages.device)
 
     def identity(self) -> bytes:
-        """See `Network`: where the other side finds a thread of NCCL's in this process."""
+        """Where the other side finds a thread of NCCL's in this process."""
         identity = UniqueId()
-        call(self._library, "ncclGetUniqueId", ctypes.byref(identity))
+        call(self.library, "ncclGetUniqueId", ctypes.byref(identity))
         return bytes(identity)
 
-    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclLink:
-        """See `Network`."""
-        return NcclLink(self._library, self._memory, identity, rank, side, check)
+    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclCommunicator:
+        return NcclCommunicator(self, identity, rank, side, check)
 
 
-class NcclLink:
-    """See `Link`. The communicator does not block: a call that has to wait for the peer returns at once, and
-    `_settle` waits, so that a peer that leaves can end it."""
+class NcclCommunicator:
+    """A `Communicator`. Its calls do not block: one that has to wait for the peer returns at once, and `_settle` waits,
+    so that a peer that leaves can end it."""
 
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        memory: KVMemory,
-        identity: bytes,
-        rank: int,
-        side: SideStream,
-        check: Callable[[], None],
-    ) -> None:
-        self._library = library
-        self._base, self._page_bytes = memory.pages.data_ptr(), memory.shape.bytes
+    def __init__(self, network: Nccl, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> None:
+        self._library = network.library
+        self._base, self._page_bytes = network.memory.pages.data_ptr(), network.memory.shape.bytes
         self._peer = 1 - rank
         self._side = side
         self._check = check
@@ -121,29 +112,20 @@ class NcclLink:
             splitShare=UNDEFINED,
         )
         try:
-            self._call(
-                "ncclCommInitRankConfig",
-                ctypes.byref(self._communicator),
-                2,
-                UniqueId.from_buffer_copy(identity),
-                rank,
-                ctypes.byref(config),
-            )
+            handle, unique = ctypes.byref(self._communicator), UniqueId.from_buffer_copy(identity)
+            self._call("ncclCommInitRankConfig", handle, 2, unique, rank, ctypes.byref(config))
             self._settle()
         except TransferError:
             self.abort()
             raise
 
-    def send(self, pages: list[int]) -> Mark:
-        """See `Link`."""
+    def send(self, pages: list[int]) -> Fence:
         return self._side.run(lambda: self._move("ncclSend", pages))
 
-    def receive(self, pages: list[int]) -> Mark:
-        """See `Link`."""
+    def receive(self, pages: list[int]) -> Fence:
         return self._side.run(lambda: self._move("ncclRecv", pages))
 
     def abort(self) -> None:
-        """See `Link`."""
         if self._communicator:
             self._library.ncclCommAbort(self._communicator)
             self._communicator = _pointer()
@@ -159,7 +141,7 @@ class NcclLink:
                 self._call(function, address, self._page_bytes, UINT8, self._peer, self._communicator, stream)
         finally:
             self._call("ncclGroupEnd")
-        self._settle()  # only then has the stream got it, and can be marked
+        self._settle()  # only then has the stream got it, and a fence can follow
 
     def _settle(self) -> None:
         """Wait until the communicator has done what it was asked for. Raises `TransferError`."""
@@ -185,5 +167,5 @@ def call(library: ctypes.CDLL, function: str, *arguments: object) -> None:
 
 
 def text(library: ctypes.CDLL, result: int) -> str:
-    """What a result of NCCL's means."""
+    """NCCL's words for a result."""
     return str(library.ncclGetErrorString(result), "ascii", "replace")

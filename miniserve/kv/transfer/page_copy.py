@@ -16,7 +16,7 @@ BLOCK_WORDS = 2048
 @triton.jit
 def _copy(source, target, froms, tos, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # compiled by triton
     """Program (i, j) copies block j of page `froms[i]` of `source` to page `tos[i]` of `target`."""
-    # 64-bit numbers: a pool has more words than fit 32 bits.
+    # 64-bit numbers: a pool has more words than 32 bits count.
     one = tl.load(froms + tl.program_id(0)) * words
     other = tl.load(tos + tl.program_id(0)) * words
     within = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

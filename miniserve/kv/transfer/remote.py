@@ -1,11 +1,11 @@
-"""KV pages between GPUs that cannot map each other's memory: the receiver asks, and a `Link` carries the pages from
-pool to pool, each straight to its place.
+"""KV pages between GPUs that cannot map each other's memory: the receiver asks, and a `Communicator` carries the pages
+from pool to pool, each straight to its place.
 
-As with `mapped`, whoever has published pages does nothing more; the lease keeps them whole. Each direction of a pair is
-by itself: a socket on which one side asks, and a link of these two. So a send never waits for a receive, and a peer
-that dies breaks nothing but its own. Nobody receives before the sender has said that it sends, so no kernel waits on a
-GPU for a peer that is slow to begin. A connection that breaks takes along what was under way on it; then both sides
-meet again.
+As with `mapped`, the publisher does nothing more for its pages; the lease keeps them whole. Each direction of a pair is
+by itself: a socket on which the receiver asks, and a communicator of these two. So a send never waits for a receive,
+and a peer that dies breaks only its own pair. The receiver posts its receive when the sender has said that it sends, so
+no kernel waits on a GPU for a peer that is slow to begin. A connection that breaks takes along what was under way on
+it; then both sides meet again.
 """
 
 from __future__ import annotations
@@ -13,96 +13,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import socket
 import threading
-import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Mark, SideStream
+from miniserve.kv.side import Fence, SideStream
 from miniserve.kv.transfer.interface import TransferError
+from miniserve.kv.transfer.network import RECEIVER, SENDER, Communicator, Connection, Network
 
 log = logging.getLogger("miniserve.transfer")
 
-ASKS, OWNS = 0, 1
-"""Ranks in a link."""
 ABANDONED_SECONDS = 0.5
-"""How long pages may still be on their way that nobody wants any more: the engine's next step waits for their end."""
+"""How long abandoned pages may still be on their way: the engine's next step waits for their end."""
 RETRY_SECONDS = 0.1
 """From the end of one connection to the next attempt."""
-POLL_SECONDS = 100e-6
-"""How often a thread looks whether pages have come: a small part of the milliseconds that a publication takes."""
 COMING = b"!"
-"""What the owner says before it sends."""
-
-
-class Link(Protocol):
-    """One direction of a pair, beside the engine's steps. Both sides name as many pages, in the same order."""
-
-    def send(self, pages: list[int]) -> Mark:
-        """Begin to send pages of our pool, which are complete."""
-        ...
-
-    def receive(self, pages: list[int]) -> Mark:
-        """Begin to write what the peer sends to pages of our pool."""
-        ...
-
-    def abort(self) -> None:
-        """Nothing more is read or written when this returns, whatever was under way."""
-        ...
-
-
-class Network(Protocol):
-    """Makes links over our pool."""
-
-    def enter_thread(self) -> None:
-        """The thread that calls will make links and use them."""
-        ...
-
-    def identity(self) -> bytes:
-        """What both sides of a new link need to find each other."""
-        ...
-
-    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> Link:
-        """Our end of a link that works on `side`, once both ends are there; raises `TransferError`. Whenever it has to
-        wait for the peer, also later, `check` is called; what that raises ends the wait."""
-        ...
-
-
-class Connection:
-    """One meeting of a pair: a socket, until either side leaves."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self.channel = channel
-        self.closed = False
-        self._hangup = select.poll()
-        self._hangup.register(channel, select.POLLRDHUP)
-
-    def check(self) -> None:
-        """Raise `TransferError` if a side has left."""
-        if self.closed or self._hangup.poll(0):
-            raise TransferError("the peer has left")
-
-    def finish(self, mark: Mark, deadline: Callable[[], float]) -> None:
-        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or after the deadline, which may
-        change."""
-        while not mark.done:
-            self.check()
-            if time.monotonic() > deadline():
-                raise TransferError("the peer is stuck")
-            time.sleep(POLL_SECONDS)
-
-    def close(self) -> None:
-        """Leave, from another thread."""
-        self.closed = True
-        with contextlib.suppress(OSError):
-            self.channel.shutdown(socket.SHUT_RDWR)
+"""What the sender says before it sends."""
 
 
 class Direction(ABC):
@@ -126,11 +57,6 @@ class Direction(ABC):
         with self.lock:
             if self.connection is not None:
                 self.connection.close()
-
-    def deadline(self) -> Callable[[], float]:
-        """Of what begins now."""
-        end = time.monotonic() + self.timeout
-        return lambda: end
 
     def _run(self) -> None:
         self.network.enter_thread()
@@ -171,15 +97,15 @@ class Direction(ABC):
         """The thread ends."""
 
 
-class Asking(Direction):
+class Receiving(Direction):
     """The direction in which we receive: what was asked for comes in that order."""
 
     def __init__(self, network: Network, side: SideStream, scratch: int, path: str, timeout: float) -> None:
-        """What nobody wants any more by the time it comes is written to our page `scratch`."""
+        """What is abandoned before it comes is written to our page `scratch`."""
         super().__init__(network, side, path, timeout)
         self._scratch = scratch
-        self._link: Link | None = None
-        self._early: deque[RemoteCopy] = deque()  # to be asked for as soon as there is a link
+        self._communicator: Communicator | None = None
+        self._early: deque[RemoteCopy] = deque()  # to be asked for as soon as there is a communicator
         self._asked: deque[RemoteCopy] = deque()
         self.thread.start()
 
@@ -188,9 +114,9 @@ class Asking(Direction):
         with self.lock:
             if self.closed.is_set():
                 raise TransferError("the peer is gone")
-            # Now, by the thread whose stream is the engine's: the pages come when that is done with ours.
+            # Here, in the thread whose stream is the engine's: the pages come when that is done with ours.
             self.side.follow()
-            if self._link is None:
+            if self._communicator is None:
                 self._early.append(copy)
             else:
                 self._ask(copy)
@@ -204,14 +130,14 @@ class Asking(Direction):
         self._asked.append(copy)
 
     def abandon(self, copy: RemoteCopy) -> None:
-        """See `Copy`."""
         with self.lock:
             if copy in self._early:
                 self._early.remove(copy)
-            elif copy.mark is None:
+            elif copy.fence is None:
                 copy.ours = [self._scratch] * len(copy.theirs)
             elif copy in self._asked:
-                copy.deadline = min(copy.deadline, time.monotonic() + ABANDONED_SECONDS)
+                assert self.connection is not None
+                self.connection.allow(ABANDONED_SECONDS, at_most=True)
                 self.side.lead()
 
     def _meet(self) -> socket.socket:
@@ -226,28 +152,29 @@ class Asking(Direction):
     def _converse(self, connection: Connection) -> None:
         if not (identity := connection.channel.recv(1024)):
             return
-        link = self.network.join(identity, ASKS, self.side, connection.check)
+        communicator = self.network.join(identity, RECEIVER, self.side, connection.check)
         try:
-            # Proves that the way is open, and sets it up before a turn needs it. Nobody reads the scratch page.
-            connection.finish(link.receive([self._scratch]), self.deadline())
+            # Proves that the way is open, and sets it up before a turn needs it. No step reads the scratch page.
+            connection.allow(self.timeout)
+            connection.finish(communicator.receive([self._scratch]))
             with self.lock:
-                self._link = link
+                self._communicator = communicator
                 while self._early:
                     self._ask(self._early[0])
                     self._early.popleft()
             while connection.channel.recv(len(COMING)):
                 with self.lock:
                     copy = self._asked[0]
-                    copy.deadline = time.monotonic() + self.timeout
-                    copy.mark = link.receive(copy.ours)
-                connection.finish(copy.mark, copy.due)
+                    connection.allow(self.timeout)
+                    copy.fence = communicator.receive(copy.ours)
+                connection.finish(copy.fence)
                 with self.lock:
                     copy.over = True
                     self._asked.popleft()
         finally:
-            link.abort()
+            communicator.abort()
             with self.lock:
-                self._link = None
+                self._communicator = None
                 while self._asked:
                     self._asked.popleft().lost = True
 
@@ -257,7 +184,7 @@ class Asking(Direction):
                 self._early.popleft().lost = True
 
 
-class Owning(Direction):
+class Sending(Direction):
     """The direction in which we send what we are asked for."""
 
     def __init__(self, network: Network, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
@@ -272,10 +199,9 @@ class Owning(Direction):
         self.thread.start()
 
     def close(self) -> None:
-        """See `Direction`."""
         super().close()
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for the peer
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
 
     def _meet(self) -> socket.socket:
         return self._listener.accept()[0]
@@ -283,64 +209,57 @@ class Owning(Direction):
     def _converse(self, connection: Connection) -> None:
         identity = self.network.identity()
         connection.channel.send(identity)
-        link = self.network.join(identity, OWNS, self.side, connection.check)
+        communicator = self.network.join(identity, SENDER, self.side, connection.check)
         try:
-            connection.finish(link.send([0]), self.deadline())
+            connection.allow(self.timeout)
+            connection.finish(communicator.send([0]))
             while asked := connection.channel.recv(4 * self._num_pages):
                 pages = array("i", asked).tolist()
                 if not 0 <= min(pages) <= max(pages) < self._num_pages:
                     raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {self._num_pages}")
                 connection.channel.send(COMING)
-                connection.finish(link.send(pages), self.deadline())
+                connection.allow(self.timeout)
+                connection.finish(communicator.send(pages))
         finally:
-            link.abort()
+            communicator.abort()
 
     def _leave(self) -> None:
         self._listener.close()
 
 
 class RemoteCopy:
-    """See `Copy`. All but `theirs` is guarded by the lock of the direction."""
+    """A `Copy`. All but `theirs` is guarded by the lock of the direction."""
 
     ready = True
 
-    def __init__(self, asking: Asking, theirs: list[int]) -> None:
+    def __init__(self, receiving: Receiving, theirs: list[int]) -> None:
         self.theirs = theirs
         self.ours: list[int] = []
-        self.mark: Mark | None = None
-        """Of the pages, once they are coming, until `deadline`."""
-        self.deadline = 0.0
+        self.fence: Fence | None = None
+        """Of the pages, once they are coming."""
         self.over = self.lost = False
-        self._asking = asking
-
-    def due(self) -> float:
-        """`deadline`, as of now."""
-        return self.deadline
+        self._receiving = receiving
 
     def store(self, ours: list[int]) -> None:
-        """See `Copy`."""
         self.ours = ours
-        self._asking.ask(self)
+        self._receiving.ask(self)
 
     @property
     def stored(self) -> bool:
-        """See `Copy`."""
         if self.lost:
             raise TransferError("the connection to the peer broke")
         return self.over
 
     @property
     def seconds(self) -> float:
-        """See `Copy`."""
-        return self.mark.seconds if self.mark is not None else 0.0
+        return self.fence.seconds if self.fence is not None else 0.0
 
     def abandon(self) -> None:
-        """See `Copy`."""
-        self._asking.abandon(self)
+        self._receiving.abandon(self)
 
 
 class RemoteTransfer:
-    """See `Transfer`; made once for each pair of incarnations, of pools on GPUs."""
+    """A `Transfer` between pools on GPUs, made once for each pair of incarnations."""
 
     name = "collective"
 
@@ -354,18 +273,18 @@ class RemoteTransfer:
 
         them = (peer.name, peer.epoch)
         device = memory.pages.device
-        self._owning = Owning(network, SideStream(device), memory.num_pages, path(us, them), timeout)
-        self._asking = Asking(network, SideStream(device), memory.num_pages, path(them, us), timeout)
+        self._sending = Sending(network, SideStream(device), memory.num_pages, path(us, them), timeout)
+        self._receiving = Receiving(network, SideStream(device), memory.num_pages, path(them, us), timeout)
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
-        """See `Transfer`. What is published is complete on the device: the peer may have it at once."""
+        """What is published is complete on the device: the peer may have it at once."""
         return (0, 0)
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> RemoteCopy:
-        """See `Transfer`. Pages that nobody stores are never asked for."""
-        return RemoteCopy(self._asking, pages)
+        """Pages that are never stored are never asked for."""
+        return RemoteCopy(self._receiving, pages)
 
     def close(self) -> None:
-        """See `Transfer`. Nothing waits for the threads: a copy under way is lost when its link has been aborted."""
-        self._asking.close()
-        self._owning.close()
+        """Nothing waits for the threads: a copy under way is lost when its communicator has been aborted."""
+        self._receiving.close()
+        self._sending.close()

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Done, Mark, SideStream
-
-
-class Staging(Protocol):
-    """Moves pages of one pool to and from host memory, as bytes `[page, byte]`."""
-
-    def room(self, count: int) -> torch.Tensor:
-        """Host memory for so many pages."""
-        ...
-
-    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
-        """A copy of our pages, whole at the mark. What is given to the pages from now on does not reach it."""
-        ...
-
-    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
-        """Begin to write to our pages."""
-        ...
-
-    def abandon(self) -> None:
-        """What is still being written is written before all that the engine does with the pages from now on."""
-        ...
+from miniserve.kv.side import Fence, PassedFence, SideStream
 
 
 class HostStaging:
-    """See `Staging`, for a pool in host memory: every copy is made at once.
+    """Moves pages of a pool in host memory, as bytes `[page, byte]`: every copy is made at once.
 
     Numpy asks for huge pages for what it copies to, and malloc, as a worker sets it, keeps it for the next one: there
     is nothing to gain by keeping buffers here.
@@ -43,24 +21,24 @@ class HostStaging:
         self._pool = memory.shared.pages(memory.shape.bytes)
 
     def room(self, count: int) -> torch.Tensor:
-        """See `Staging`."""
+        """Host memory for so many pages."""
         return torch.from_numpy(np.empty((count, self._pool.shape[1]), np.uint8))
 
-    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
-        """See `Staging`."""
-        return torch.from_numpy(self._pool[pages]), Done()
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
+        """A copy of our pages, whole at the fence. What is written to the pages from now on does not reach it."""
+        return torch.from_numpy(self._pool[pages]), PassedFence()
 
-    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
-        """See `Staging`."""
+    def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
+        """Begin to write to our pages."""
         self._pool[pages] = data.numpy()
-        return Done()
+        return PassedFence()
 
     def abandon(self) -> None:
-        """See `Staging`."""
+        """What is still being written is written before all that the engine does with the pages from now on."""
 
 
 class DeviceStaging:
-    """See `Staging`, for a pool on a GPU: pages go through pinned host memory, on a stream beside the engine's.
+    """The same for a pool on a GPU: pages go through pinned host memory, on a stream beside the engine's.
 
     torch keeps pinned memory that was freed, in powers of two, and gives none out again that a copy still uses, which
     it knows by the tensor (so these are never made from numpy's arrays). Only the first publications of a size wait for
@@ -72,24 +50,21 @@ class DeviceStaging:
         self._side = SideStream(memory.pages.device)
 
     def room(self, count: int) -> torch.Tensor:
-        """See `Staging`."""
         return torch.empty((count, self._pool.shape[1]), dtype=torch.uint8, pin_memory=self._pool.is_cuda)
 
-    def read(self, pages: list[int]) -> tuple[torch.Tensor, Mark]:
-        """See `Staging`. The pages are complete, so this does not wait for the step that runs; the engine's next step
-        waits for it on the GPU, since the pages may be another's by then."""
+    def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
+        """The pages are complete, so this does not wait for the step that runs; the engine's next step
+        waits for it on the GPU, since the pages may belong to another sequence then."""
         data = self.room(len(pages))
-        mark = self._side.run(lambda: self._to_host(pages, data))
+        fence = self._side.run(lambda: self._to_host(pages, data))
         self._side.lead()
-        return data, mark
+        return data, fence
 
-    def write(self, data: torch.Tensor, pages: list[int]) -> Mark:
-        """See `Staging`."""
+    def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
         self._side.follow()
         return self._side.run(lambda: self._to_device(data, pages))
 
     def abandon(self) -> None:
-        """See `Staging`."""
         self._side.lead()
 
     def _to_host(self, pages: list[int], data: torch.Tensor) -> None:
@@ -101,6 +76,9 @@ class DeviceStaging:
             self._pool[page].copy_(source, non_blocking=True)
 
 
+Staging = HostStaging | DeviceStaging
+
+
 def staging(memory: KVMemory) -> Staging:
-    """What fits the pool's device."""
+    """The one for the pool's device."""
     return HostStaging(memory) if memory.shared is not None else DeviceStaging(memory)

@@ -1,0 +1,185 @@
+// Paged attention: FlashAttention's loop (arXiv 2205.14135) over the pages of PagedAttention (arXiv 2309.06180). A work
+// item is a block of queries of one sequence for one key/value head; the query heads that share that head are further
+// rows of the same block. For 64 keys at a time: look them up in the page table, multiply, fold the scores into the
+// running softmax, multiply with the values. A decode is a block of one query, so both cases are the same code.
+//
+// Keys and values lie in their pages as the matrix kernel reads them: a decode uses each once, so that to rearrange them
+// then would take longer than to multiply.
+
+#pragma once
+
+#include "cpu_matrix.h"
+
+// What all layers of a step share; ops/cpu_structs.py has the same struct. Counts are in elements unless said otherwise.
+struct Batch {
+    int32_t sequences;
+    const int32_t *starts, *lengths, *contexts;  // [sequences]: first row, new tokens, tokens with these
+    const int32_t* tables;                       // [sequences]: where its pages begin in `pages`
+    const int32_t* pages;                        // page numbers
+    void* pool;                                  // [page, layer, k/v, kv_head, group], see `Attention`
+    int32_t layers, page_tokens, kv_heads, dim;
+};
+
+namespace {
+
+// LANES tokens of a page are a group. A head's keys of one are [word, token], two neighbouring numbers of a bf16 key in
+// a word; its values are [word, dim], those of two neighbouring tokens in a word.
+template <typename T>
+struct Attention {
+    const Batch& batch;
+    int layer, heads;
+    float scale;
+    const T* q;
+    int64_t q_stride;
+    T* out;
+
+    static constexpr int PER_WORD = 4 / sizeof(T);  // numbers in a word
+
+    // The keys (kv = 0) or values (1) of the group that token `at` of a sequence is in.
+    uint32_t* group(int sequence, int head, int at, int kv) const {
+        int64_t page = batch.pages[batch.tables[sequence] + at / batch.page_tokens];
+        int64_t half = (page * batch.layers + layer) * 2 + kv;
+        int64_t slot = (half * batch.kv_heads + head) * batch.page_tokens + at % batch.page_tokens / LANES * LANES;
+        return static_cast<uint32_t*>(batch.pool) + slot * (batch.dim / PER_WORD);
+    }
+
+    // The new keys and values, [T, kv_heads, dim] with rows `k_stride` and `v_stride` apart, into their groups.
+    void store_new(const T* k, int64_t k_stride, const T* v, int64_t v_stride) const {
+        const int dim = batch.dim, words = dim / PER_WORD;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int s = 0; s < batch.sequences; s++)
+            for (int head = 0; head < batch.kv_heads; head++)
+                for (int i = 0; i < batch.lengths[s]; i++) {
+                    const int at = batch.contexts[s] - batch.lengths[s] + i, lane = at % LANES;
+                    const int64_t row = batch.starts[s] + i;
+                    const uint32_t* key = reinterpret_cast<const uint32_t*>(k + row * k_stride + head * dim);
+                    const T* value = v + row * v_stride + head * dim;
+                    uint32_t *keys = group(s, head, at, 0), *values = group(s, head, at, 1);
+                    // What an earlier sequence has left could be NaN, which no weight of 0 makes harmless.
+                    if (lane == 0 && at + LANES > batch.contexts[s])
+                        std::memset(values, 0, LANES * words * sizeof *values);
+                    T* to = reinterpret_cast<T*>(values) + lane / PER_WORD * dim * PER_WORD + lane % PER_WORD;
+                    for (int w = 0; w < words; w++) keys[w * LANES + lane] = key[w];
+                    for (int d = 0; d < dim; d++) to[d * PER_WORD] = value[d];
+                }
+    }
+
+    // Where the keys and values of KEYS tokens lie, from token `first` on. Past the last visible one any group will do:
+    // its weights will be 0. No hardware foresees the next page, so it is prefetched here, while the block before is
+    // computed.
+    void find_block(int sequence, int head, int first, int visible, const uint32_t** keys,
+                    const uint32_t** values) const {
+        const int size = LANES * batch.dim / PER_WORD, line = 16;  // words
+        for (int g = 0; g < GROUPS; g++) {
+            const int at = std::min(first + g * LANES, visible - 1);
+            keys[g] = group(sequence, head, at, 0);
+            values[g] = group(sequence, head, at, 1);
+            if (first + g * LANES >= visible) continue;
+            for (int w = 0; w < size; w += line) {
+                __builtin_prefetch(keys[g] + w, 0, 2);
+                __builtin_prefetch(values[g] + w, 0, 2);
+            }
+        }
+    }
+
+    // Queries `begin` to `end` of a sequence's new tokens, for the query heads that share key/value head `head`.
+    void attend(int sequence, int head, int begin, int end, std::vector<uint32_t>& scratch) const {
+        const int dim = batch.dim, group = heads / batch.kv_heads;
+        const int words = dim / PER_WORD, key_words = KEYS / PER_WORD, group_words = LANES / PER_WORD;
+        const int rows = (end - begin) * group, width = (dim + COLS - 1) / COLS * COLS;
+        const int before = batch.contexts[sequence] - batch.lengths[sequence];
+
+        scratch.resize(rows * words + rows * (width + LANES + 1) + ROWS * KEYS * 2);
+        uint32_t* queries = scratch.data();                                     // [rows, words]
+        float* sums = reinterpret_cast<float*>(queries + rows * words);         // [rows, width]: weighted values
+        float* largest = sums + rows * width;                                   // [rows]: largest score so far
+        float* total = largest + rows;                                          // [rows, LANES]: sums of weights so far
+        float* scores = total + rows * LANES;                                   // [ROWS, KEYS]
+        uint32_t* weights = reinterpret_cast<uint32_t*>(scores + ROWS * KEYS);  // [ROWS, key_words]
+
+        for (int r = 0; r < rows; r++) {
+            int64_t token = batch.starts[sequence] + begin + r / group;
+            std::memcpy(queries + r * words, q + token * q_stride + (head * group + r % group) * dim, dim * sizeof(T));
+            largest[r] = -INFINITY;
+        }
+        std::fill(sums, sums + rows * width, 0.0f);
+        std::fill(total, total + rows * LANES, 0.0f);
+
+        const float sharpness = scale * 1.4426950408889634f;  // weights are 2^x instead of e^x
+        const int visible = before + end;                     // keys that the last query sees
+        const uint32_t *keys[2][GROUPS], *values[2][GROUPS];  // of this block and the next
+        find_block(sequence, head, 0, visible, keys[0], values[0]);
+        for (int first = 0, now = 0; first < visible; first += KEYS, now ^= 1) {
+            if (first + KEYS < visible)
+                find_block(sequence, head, first + KEYS, visible, keys[now ^ 1], values[now ^ 1]);
+            for (int r = 0; r < rows; r += ROWS) {
+                const int count = std::min(ROWS, rows - r);
+                for (int c = 0; c < KEYS; c += COLS)
+                    multiply<T>(count, queries + r * words, words, Keys{keys[now] + c / LANES}, 1, words, scores + c,
+                                KEYS, false);
+                for (int i = 0; i < count; i++) {
+                    const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see
+                    soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES,
+                           sums + (r + i) * width, width, reinterpret_cast<T*>(weights + i * key_words));
+                }
+                for (int d = 0; d < width; d += COLS)
+                    multiply<T>(count, weights, key_words, Values{values[now], d, dim}, GROUPS, group_words,
+                                sums + r * width + d, width, true);
+            }
+        }
+
+        for (int r = 0; r < rows; r++) {
+            int64_t token = batch.starts[sequence] + begin + r / group;
+            T* to = out + (token * heads + head * group + r % group) * dim;
+            const float whole = sum_lanes(load(total + r * LANES));
+            for (int d = 0; d < dim; d += LANES) store(to + d, load(sums + r * width + d) / whole);
+        }
+    }
+
+    // A row of KEYS scores as weights 2^(score * sharpness - largest), where `largest` is the largest product so far
+    // and only the first `seen` keys count. When it grows from a to b, what was summed up before shrinks by 2^(a - b).
+    static void soften(float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width,
+                       T* weights) {
+        for (int i = std::max(seen, 0); i < KEYS; i++) scores[i] = -INFINITY;
+        Floats top = load(scores);
+        for (int i = LANES; i < KEYS; i += LANES) top = larger(top, load(scores + i));
+        const float most = std::max(largest, largest_lane(top) * sharpness);
+        Floats added = load(total);
+        if (most > largest) {
+            const float shrink = exp2(splat(largest - most))[0];
+            added *= shrink;
+            for (int d = 0; d < width; d += LANES) store(sums + d, load(sums + d) * shrink);
+            largest = most;
+        }
+        for (int i = 0; i < KEYS; i += LANES) {
+            Floats weight = exp2(load(scores + i) * sharpness - most);
+            added += weight;
+            store(weights + i, weight);
+        }
+        store(total, added);
+    }
+};
+
+// q is [T, heads, dim] with rows `q_stride` apart, out the same without gaps; T is the sum of the batch's lengths. Each
+// thread has a `scratch` of its own.
+template <typename T>
+void attention(const Batch& batch, int layer, int heads, float scale, const T* q, int64_t q_stride, const T* k,
+               int64_t k_stride, const T* v, int64_t v_stride, T* out, std::vector<uint32_t>& scratch) {
+    Attention<T> it{batch, layer, heads, scale, q, q_stride, out};
+    it.store_new(k, k_stride, v, v_stride);
+
+    struct Item {
+        int sequence, head, begin, end;
+    };
+    std::vector<Item> items;
+    const int block = std::max(1, BLOCK_ROWS / (heads / batch.kv_heads));
+    for (int s = 0; s < batch.sequences; s++)
+        // The last block of a prompt sees the most keys: begun first, so that no thread ends long after the others.
+        for (int end = batch.lengths[s]; end > 0; end -= block)
+            for (int head = 0; head < batch.kv_heads; head++) items.push_back({s, head, std::max(end - block, 0), end});
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < items.size(); i++)
+        it.attend(items[i].sequence, items[i].head, items[i].begin, items[i].end, scratch);
+}
+
+}  // namespace

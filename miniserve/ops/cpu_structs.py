@@ -1,0 +1,89 @@
+"""What `cpu.cpp` declares, for ctypes: its structs field by field, and the arguments of its functions."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+BLOCK = 64
+"""Columns of a product whose weights are packed together: KEYS in cpu.cpp."""
+ROWS = 6
+"""Rows of a product that are computed at once."""
+
+
+class NativeBatch(ctypes.Structure):
+    """`Batch` in cpu.cpp."""
+
+    _fields_ = [
+        ("sequences", _int),
+        *((name, _pointer) for name in ("starts", "lengths", "contexts", "tables", "pages", "pool")),
+        *((name, _int) for name in ("layers", "page_tokens", "kv_heads", "dim")),
+    ]
+
+
+class NativeMatrix(ctypes.Structure):
+    """`Matrix` in cpu.cpp."""
+
+    _fields_ = [("packed", _pointer), ("bias", _pointer)]
+
+
+NORMS = ("input_norm", "q_norm", "k_norm", "post_norm")
+MATRICES = ("qkv", "out", "gate_up", "down")
+
+
+class NativeLayer(ctypes.Structure):
+    """`Layer` in cpu.cpp."""
+
+    _fields_ = [*((name, _pointer) for name in NORMS), *((name, NativeMatrix) for name in MATRICES)]
+
+
+class NativeModel(ctypes.Structure):
+    """`Model` in cpu.cpp."""
+
+    _fields_ = [
+        *((name, _long) for name in ("hidden", "inner", "heads", "layers", "vocab")),
+        *((name, _float) for name in ("eps", "scale")),
+        *((name, _pointer) for name in ("embedding", "cos", "sin", "norm", "head", "layer")),
+    ]
+
+
+ARGUMENTS: dict[str, list[Any]] = {
+    "forward": [_pointer, _pointer, _long, _pointer, _pointer, _long, _pointer, _pointer],
+    "attention": [_pointer, _int, _int, _float, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
+    "rms_norm": [_pointer, _long, _long, _long, _long, _pointer, _float, _pointer],
+    "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer, _pointer],
+    "pack": [_pointer, _long, _long, _pointer],
+    "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer, _pointer],
+    "logits": [_pointer, _long, _long, _pointer, _long, _pointer],
+    "silu_mul": [_pointer, _long, _long, _pointer],
+}
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """A batch as the kernels read it. `numbers` is the memory that `native` points into."""
+
+    native: NativeBatch
+    numbers: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The tables of `torch_ops.rotary_tables`, `[positions, D]`."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the kernel `rope` reads."""
+        return positions, self.cos, self.sin
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers begin; a null pointer for None."""
+    return None if tensor is None else tensor.data_ptr()

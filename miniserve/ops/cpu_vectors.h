@@ -1,0 +1,94 @@
+// Vectors of floats for cpu.cpp. They are GCC's own, which it lowers to whatever the CPU has, so the only intrinsics are
+// those of bf16. All headers of cpu.cpp are parts of that one file.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, VECTORS = 4;  // of the 32 registers 6 x 4 hold sums
+#else
+constexpr int LANES = 8, VECTORS = 2;  // of 16 registers (AVX2) 6 x 2
+#endif
+constexpr int COLS = LANES * VECTORS;  // columns that the matrix kernel computes at once
+constexpr int ROWS = 6;                // and rows
+constexpr int KEYS = 64;               // keys in a block, and columns of a weight: a multiple of COLS
+constexpr int GROUPS = KEYS / LANES;   // of keys in a block
+constexpr int BLOCK_ROWS = 192;        // most rows in a block of queries: what fits beside the keys in the L2 cache
+constexpr int64_t PANEL = 96;          // rows of a product that one thread takes at once: a multiple of ROWS
+constexpr int64_t PARALLEL = 1 << 14;  // numbers below which another thread costs more than it saves
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <typename V>
+V load_as(const void* from) {
+    V vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+Floats splat(float x) { return x - Floats{}; }
+
+Floats load(const float* from) { return load_as<Floats>(from); }
+void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+#ifdef __AVX512BF16__
+Floats load(const bf16* from) { return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16); }
+void store(bf16* to, Floats x) {
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, sizeof rounded);
+}
+#endif
+
+// 2^x to float precision for x up to 127: the nearest power of two, times the Taylor series of the rest.
+Floats exp2(Floats x) {
+    const float round =
+        12582912.0f;  // 1.5 * 2^23: a sum with it has no room for a fraction, its last bits are the number
+    Floats shifted = x + round;
+    Floats t = (x - (shifted - round)) * 0.6931471805599453f;
+    Floats series =
+        1.0f + t * (1.0f + t * (1 / 2.f + t * (1 / 6.f + t * (1 / 24.f + t * (1 / 120.f + t * (1 / 720.f))))));
+    return x < -126.0f ? Floats{} : (Floats)((Words)series + ((Words)shifted << 23));
+}
+
+template <int S>
+Floats swap_lanes(Floats x) {
+    Ints from;
+    for (int i = 0; i < LANES; i++) from[i] = i ^ S;
+    return __builtin_shuffle(x, from);
+}
+
+Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+float largest_lane(Floats x) {
+    if constexpr (LANES == 16) x = larger(x, swap_lanes<LANES / 2>(x));
+    x = larger(x, swap_lanes<4>(x));
+    x = larger(x, swap_lanes<2>(x));
+    return larger(x, swap_lanes<1>(x))[0];
+}
+
+float sum_lanes(Floats x) {
+    if constexpr (LANES == 16) x += swap_lanes<LANES / 2>(x);
+    x += swap_lanes<4>(x);
+    x += swap_lanes<2>(x);
+    return (x + swap_lanes<1>(x))[0];
+}
+
+}  // namespace

@@ -1,0 +1,221 @@
+"""Page tables on a GPU and FlashInfer's plans over them: for all layers of a step, or to stay for a CUDA graph."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from miniserve.ops.batch import Batch
+
+WORKSPACE_BYTES = 384 * 2**20
+"""For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""
+TENSOR_CORE_GROUP = 4
+"""Query heads that share a key head, from which on a decode is faster by tensor cores (FlashInfer's advice)."""
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """A batch as the kernels read it: its first `decodes` rows are one token each of as many sequences, and `decode`
+    attends them; `prefill` attends the others. All tensors are int32 on the device.
+
+    Sequence i has pages `indices[indptr[i] : indptr[i + 1]]`, with `last[i]` tokens in the last one. Row r is of
+    sequence `sequence[r]`, at `position[r]`.
+    """
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    decodes: int
+    decode: Any
+    prefill: Any
+    sequence: torch.Tensor
+    position: torch.Tensor
+    indices: torch.Tensor
+    indptr: torch.Tensor
+    last: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Page tables of a batch as numbers: `indptr`, `last` and `indices` as in `CudaPlan`."""
+
+    indptr: list[int]
+    last: list[int]
+    indices: list[int]
+
+    @classmethod
+    def of(cls, contexts: list[int], pages: list[list[int]], page_tokens: int) -> Tables:
+        """The tables of sequences with so many tokens, the new ones included."""
+        counts = [-(-context // page_tokens) for context in contexts]
+        return cls(
+            [0, *accumulate(counts)],
+            [(context - 1) % page_tokens + 1 for context in contexts],
+            [page for table, count in zip(pages, counts, strict=True) for page in table[:count]],
+        )
+
+
+class CudaPlanner:
+    """Plans attention with FlashInfer's wrappers over pools of `dtype`. `kernels` is the module flashinfer."""
+
+    def __init__(self, kernels: Any, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> None:
+        self.scale = head_dim**-0.5
+        """What scores are multiplied with, in every plan."""
+        self._fi = kernels
+        self._device = device
+        self._dtype = dtype
+        self._heads = heads
+        self._dim = head_dim
+        self._pinned = device.type == "cuda"
+        # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
+        self._workspace = torch.zeros(WORKSPACE_BYTES if self._pinned else 2**10, dtype=torch.uint8, device=device)
+        self._prefill = kernels.BatchPrefillWithPagedKVCacheWrapper(self._workspace, kv_layout="NHD", backend="fa2")
+        self._decode: Any = None
+        self._planned: torch.cuda.Event | None = None
+
+    def plan(self, batch: Batch, kv: torch.Tensor) -> CudaPlan:
+        """Page tables on the device, and what FlashInfer plans of them on the host."""
+        size, count = kv.shape[3], len(batch.lengths)
+        decodes = next((i for i, length in enumerate(batch.lengths) if length > 1), count)
+        tables = Tables.of(batch.contexts, batch.pages, size)
+        split = tables.indptr[decodes]
+        starts = [0, *accumulate(batch.lengths[decodes:])]
+        later = [at - split for at in tables.indptr[decodes:]]
+        row_of = [i for i, length in enumerate(batch.lengths) for _ in range(length)]
+        parts = (tables.indptr, tables.last, starts, later, row_of, tables.indices)
+        host = self._host([number for part in parts for number in part])
+        sizes = [len(part) for part in parts]
+        indptr, last, starts_host, later_host, _, _ = host.split(sizes)
+        on_device = host.to(self._device, non_blocking=True).split(sizes)
+        indices = on_device[5]
+        self._begin_planning()
+        if decodes:
+            self._decode = self._decode or self._decode_wrapper(kv)
+            self._decode.plan(
+                indptr=indptr[: decodes + 1],
+                indices=indices[:split],
+                last_page_len=last[:decodes],
+                **self._shape(kv),
+                head_dim=self._dim,
+            )
+        if decodes < count:
+            self._prefill.plan(
+                qo_indptr=starts_host,
+                paged_kv_indptr=later_host,
+                paged_kv_indices=indices[split:],
+                paged_kv_last_page_len=last[decodes:],
+                **self._shape(kv),
+                head_dim_qk=self._dim,
+                causal=True,
+            )
+        self._end_planning()
+        return CudaPlan(
+            layers=_views(kv),
+            decodes=decodes,
+            decode=self._decode if decodes else None,
+            prefill=self._prefill if decodes < count else None,
+            sequence=on_device[4],
+            position=batch.positions.int(),
+            indices=indices,
+            indptr=on_device[0],
+            last=on_device[1],
+        )
+
+    # --- plans of CUDA graphs ---------------------------------------------------------------------------------------
+
+    def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> CudaPlan:
+        """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
+        `tables` page numbers."""
+
+        def numbers(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=self._device)
+
+        indptr, last, indices = numbers(size + 1), numbers(size), numbers(tables)
+        plan = CudaPlan(
+            layers=_views(kv),
+            decodes=size,
+            decode=self._decode_wrapper(
+                kv,
+                use_cuda_graph=True,
+                paged_kv_indptr_buffer=indptr,
+                paged_kv_indices_buffer=indices,
+                paged_kv_last_page_len_buffer=last,
+            ),
+            prefill=None,
+            sequence=torch.arange(size, dtype=torch.int32, device=self._device),
+            position=numbers(size),
+            indices=indices,
+            indptr=indptr,
+            last=last,
+        )
+        self._fill(plan, [], [], numbers(0), kv)
+        return plan
+
+    def fill(self, plan: CudaPlan, batch: Batch, kv: torch.Tensor) -> None:
+        """Set a fixed plan to `batch`, of as many decodes or fewer."""
+        self._fill(plan, batch.contexts, batch.pages, batch.positions, kv)
+
+    def _fill(
+        self, plan: CudaPlan, contexts: list[int], pages: list[list[int]], positions: torch.Tensor, kv: torch.Tensor
+    ) -> None:
+        count = len(contexts)
+        scratch = kv.shape[0] - 1
+        more = plan.decodes - count
+        tables = Tables.of([*contexts, *[1] * more], [*pages, *[[scratch]] * more], kv.shape[3])
+        host = self._host([*tables.indptr, *tables.last, *tables.indices])
+        indptr, last, indices = host.split([len(tables.indptr), len(tables.last), len(tables.indices)])
+        plan.position[:count].copy_(positions)
+        plan.position[count:].zero_()
+        self._begin_planning()
+        # It copies them into the tensors that it was made with.
+        plan.decode.plan(
+            indptr=indptr,
+            indices=indices.to(self._device, non_blocking=True),
+            last_page_len=last,
+            **self._shape(kv),
+            head_dim=self._dim,
+        )
+        self._end_planning()
+
+    # --- what both kinds take ---------------------------------------------------------------------------------------
+
+    def _decode_wrapper(self, kv: torch.Tensor, **fixed: Any) -> Any:
+        return self._fi.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace,
+            kv_layout="NHD",
+            use_tensor_cores=self._heads // kv.shape[4] >= TENSOR_CORE_GROUP,
+            backend="fa2",
+            **fixed,
+        )
+
+    def _shape(self, kv: torch.Tensor) -> dict[str, Any]:
+        return {
+            "num_qo_heads": self._heads,
+            "num_kv_heads": kv.shape[4],
+            "page_size": kv.shape[3],
+            "sm_scale": self.scale,
+            "q_data_type": self._dtype,
+            "kv_data_type": self._dtype,
+        }
+
+    def _host(self, numbers: list[int]) -> torch.Tensor:
+        # By way of an array, which takes a list of thousands of numbers in a third of the time that a tensor does.
+        host = torch.empty(len(numbers), dtype=torch.int32, pin_memory=self._pinned)
+        return host.copy_(torch.frombuffer(array("i", numbers), dtype=torch.int32))
+
+    def _begin_planning(self) -> None:
+        """A plan copies from a pinned buffer of its wrapper, which the next one must not write before that has ended.
+        It nearly always has: it is the first thing that a step does on the device."""
+        if self._planned is not None:
+            self._planned.synchronize()
+
+    def _end_planning(self) -> None:
+        if self._pinned:
+            self._planned = self._planned or torch.cuda.Event()
+            self._planned.record()
+
+
+def _views(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, `[page, slot, kv_head, head_dim]`."""
+    return list(zip(kv[:, :, 0].unbind(1), kv[:, :, 1].unbind(1), strict=True))

@@ -1,0 +1,32 @@
+"""Pools of random bytes on a CPU, for tests that move pages between them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from miniserve.cluster.messages import Peer, PoolInfo
+from miniserve.kv.memory import KVMemory, PageShape
+
+PAGES = 24
+SHAPES = {
+    "bf16": PageShape(layers=3, page_tokens=16, kv_heads=2, head_dim=64, dtype=torch.bfloat16),
+    "big": PageShape(layers=32, page_tokens=64, kv_heads=8, head_dim=64, dtype=torch.bfloat16),  # a pool of 100 MB
+    "odd": PageShape(layers=1, page_tokens=1, kv_heads=1, head_dim=3, dtype=torch.int8),  # 6 bytes
+}
+
+
+def new_memory(shape: PageShape, seed: int) -> KVMemory:
+    """A pool of random bytes, among them all kinds of NaN."""
+    memory = KVMemory(shape, PAGES, torch.device("cpu"))
+    memory.shared.bytes.random_(0, 256, generator=torch.Generator().manual_seed(seed))
+    return memory
+
+
+def content(memory: KVMemory, pages: list[int]) -> bytes:
+    return memory.shared.pages(memory.shape.bytes)[pages].tobytes()
+
+
+def peer_of(name: str, epoch: int, memory: KVMemory) -> Peer:
+    return Peer(name, epoch, "", PoolInfo(os.getpid(), memory.shared.fd, PAGES, memory.shape.bytes, ""))
