@@ -66,11 +66,27 @@ def tiny_folder(tiny_models: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer of a model that reasons and calls tools."""
+def tokenizer() -> Tokenizer:
+    """The tokenizer of models with random weights: bytes are tokens, and messages are rendered as "role: content"."""
+    from miniserve.hub import resolve
+    from miniserve.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(resolve.resolve("smollm2-135m", load_format="dummy").folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    """One for each format of tool calls."""
     from tests.support import dialects
 
-    return dialects.tokenizer(tmp_path_factory.mktemp("hermes"), "hermes")
+    root = tmp_path_factory.mktemp("dialects")
+    return {form: dialects.tokenizer(root / form, form) for form in dialects.FORMS}
+
+
+@pytest.fixture(scope="session")
+def hermes(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
+    """A tokenizer of a model that reasons and calls tools."""
+    return tokenizers["hermes"]
 
 
 @pytest.fixture(scope="session")

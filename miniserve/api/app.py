@@ -3,68 +3,43 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.responses import Response
 
 from miniserve import __version__
-from miniserve.api import errors
-from miniserve.api.messages.answers import MessageOut, TokenCount
-from miniserve.api.messages.errors import AnthropicErrorBody
-from miniserve.api.messages.schemas import CountTokensRequest, MessagesRequest
+from miniserve.api import dashboard, errors
+from miniserve.api.messages.answers import MessageOut
 from miniserve.api.middleware import ApiKey, BodyLimit, RequestId
 from miniserve.api.openai.answers import (
     ChatCompletion,
     Completion,
-    Detokenized,
-    Health,
+    HealthStatus,
     Model,
     ModelList,
-    Tokenized,
     Version,
 )
-from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miniserve.api.responses.schemas import ResponsesRequest
-from miniserve.api.responses.types import ResponseDeleted, ResponseOut
-from miniserve.api.service import Service, told
+from miniserve.api.responses.answers import ResponseOut
+from miniserve.api.service import Service
+from miniserve.api.streaming import event_stream
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import EngineClient, EngineError
-from miniserve.monitor import page, views
-from miniserve.monitor.metrics import CONTENT_TYPE
 from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
-ERRORS: dict[int | str, dict[str, Any]] = {
+Responses = dict[int | str, dict[str, Any]]
+ERRORS: Responses = {
     "4XX": {"model": errors.ErrorBody, "description": "The request is at fault; the message says what to change."},
     "500": {"model": errors.ErrorBody, "description": "The server failed."},
     "503": {"model": errors.ErrorBody, "description": "The server is full or not well: try again after Retry-After."},
 }
-ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {**told, "model": AnthropicErrorBody} for status, told in ERRORS.items()
+ANTHROPIC_ERRORS: Responses = {
+    status: {**documented, "model": errors.AnthropicErrorBody} for status, documented in ERRORS.items()
 }
-EVENT = {
-    "type": "object",
-    "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."}},
-    "required": ["data"],
-}
-STREAM = {"text/event-stream": {"itemSchema": EVENT}}
-NAMED_EVENT = {
-    "type": "object",
-    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "As JSON, with a `type`."}},
-    "required": ["event", "data"],
-}
-NAMED_STREAM = {"text/event-stream": {"itemSchema": NAMED_EVENT}}
-NEWS = {
-    "type": "object",
-    "properties": {
-        "event": {"enum": ["start", "workers", "turns", "decision", "outcome", "lost"]},
-        "data": {"type": "string", "description": "As JSON; of a decision or outcome, the line of the decision log."},
-    },
-    "required": ["event", "data"],
-}
+STREAM = event_stream(data={"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."})
+NAMED_STREAM = event_stream(event={"type": "string"}, data={"type": "string", "description": "As JSON, with a `type`."})
 
 
 def create_app(
@@ -78,12 +53,11 @@ def create_app(
 
     `client` need not have started yet. `generation_defaults` is the model's generation_config.json, or empty for
     neutral sampling. `compiler` checks grammars; without one it is made for the first request that has one. Raises
-    `ConfigError` for parsers that there are none of.
+    `ConfigError` for the name of a parser that does not exist.
     """
     names = config.served_model_names or [config.engine.model]
     dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
     service = Service(client, tokenizer, dialect, names, generation_defaults, compiler)
-    created = int(time.time())
     middleware = [Middleware(RequestId)]
     if config.api_key is not None:
         middleware.append(Middleware(ApiKey, config.api_key))
@@ -92,6 +66,28 @@ def create_app(
         title="miniserve", version=__version__, middleware=middleware, responses=ERRORS, redirect_slashes=False
     )
     errors.install(app)
+    app.post("/v1/chat/completions", responses=_ok(ChatCompletion, STREAM))(service.chat_completions)
+    app.post("/v1/completions", responses=_ok(Completion, STREAM))(service.completions)
+    app.post("/v1/responses", responses=_ok(ResponseOut, NAMED_STREAM))(service.responses)
+    app.get("/v1/responses/{response}", responses=_ok(ResponseOut))(service.retrieve_response)
+    app.delete("/v1/responses/{response}")(service.delete_response)
+    app.post("/v1/messages", responses=ANTHROPIC_ERRORS | _ok(MessageOut, NAMED_STREAM))(service.messages)
+    app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)(service.count_tokens)
+    app.post("/tokenize")(service.tokenize)
+    app.post("/detokenize")(service.detokenize)
+    _add_model_and_health(app, client, service, names, config.engine.model)
+    dashboard.add_views(app, client, service.metrics)
+    dashboard.add_page(app)
+    return app
+
+
+def _ok(answer: Any, stream: dict[str, Any] | None = None) -> Responses:
+    """OpenAPI's account of an endpoint that builds its answers itself."""
+    return {200: {"model": answer, **({"content": stream} if stream else {})}}
+
+
+def _add_model_and_health(app: FastAPI, client: EngineClient, service: Service, names: list[str], root: str) -> None:
+    created = int(time.time())
 
     def card(name: str) -> Model:
         return {
@@ -99,48 +95,10 @@ def create_app(
             "object": "model",
             "created": created,
             "owned_by": "miniserve",
-            "root": config.engine.model,
+            "root": root,
             "max_model_len": client.max_model_len,
             "vocab_size": client.vocab_size,
         }
-
-    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": STREAM}})
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        """Answer a conversation; with `stream` true as server-sent events."""
-        return await service.chat(request, body)
-
-    @app.post("/v1/completions", responses={200: {"model": Completion, "content": STREAM}})
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        """Go on with one or many texts; with `stream` true as server-sent events."""
-        return await service.complete(request, body)
-
-    @app.post("/v1/responses", responses={200: {"model": ResponseOut, "content": NAMED_STREAM}})
-    async def responses(request: Request, body: ResponsesRequest) -> Response:
-        """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
-        return await service.respond(request, body)
-
-    @app.get("/v1/responses/{response}", responses={200: {"model": ResponseOut}})
-    async def retrieve_response(response: str, stream: bool = False) -> Response:
-        """A response that is stored, as it was answered."""
-        if stream:
-            raise errors.ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
-        return service.stored_response(response)
-
-    @app.delete("/v1/responses/{response}")
-    async def delete_response(response: str) -> ResponseDeleted:
-        """Forget a response; those that have gone on behind it stay as they are."""
-        return service.delete_response(response)
-
-    @app.post("/v1/messages", responses={**ANTHROPIC_ERRORS, 200: {"model": MessageOut, "content": NAMED_STREAM}})
-    async def messages(request: Request, body: MessagesRequest) -> Response:
-        """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
-        return await service.message(request, body)
-
-    @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
-    async def count_tokens(body: CountTokensRequest, response: Response) -> TokenCount:
-        """How many tokens the prompt of such a request has."""
-        told(response, body)
-        return await service.count_tokens(body)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -153,20 +111,8 @@ def create_app(
         service.check_model(model)
         return card(model)
 
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, response: Response) -> Tokenized:
-        """The tokens of a prompt, or of messages as the chat template renders them."""
-        told(response, body)
-        return await service.tokenize(body)
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest, response: Response) -> Detokenized:
-        """The text of tokens."""
-        told(response, body)
-        return await service.detokenize(body)
-
     @app.get("/health")
-    async def health() -> Health:
+    async def health() -> HealthStatus:
         """Whether the engine can serve; needs no API key."""
         if not client.healthy:
             raise EngineError(client.unhealthy_reason)
@@ -176,43 +122,3 @@ def create_app(
     async def version() -> Version:
         """The version of miniserve."""
         return {"version": __version__}
-
-    @app.get("/v1/conversations")
-    async def conversations(limit: Annotated[int, Query(ge=1, le=views.MOST_LISTED)] = 100) -> views.ConversationList:
-        """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
-        return views.conversation_list(client.scheduler, time.monotonic(), limit)
-
-    @app.get("/v1/conversations/{conversation:path}")
-    async def conversation(conversation: str) -> views.ConversationDetail:
-        """One of them: what was observed of its last turns, and where their time went."""
-        found = views.conversation_detail(client.scheduler, conversation, time.monotonic())
-        if found is None:
-            raise errors.ApiError(
-                404,
-                f"No conversation {conversation[:128]!r} is known (any more): see GET /v1/conversations.",
-                code="conversation_not_found",
-            )
-        return found
-
-    @app.get("/v1/workers")
-    async def workers() -> views.WorkerList:
-        """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
-        return views.worker_list(client.scheduler, client.policy_name, time.monotonic())
-
-    @app.get(
-        "/v1/events",
-        response_class=Response,
-        responses={200: {"content": {"text/event-stream": {"itemSchema": NEWS}}}},
-    )
-    async def events() -> Response:
-        """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
-        turns. Whoever does not keep up loses the oldest, and is told of it."""
-        return page.LiveEvents(client.feed)
-
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-    page.install(app)
-    return app

@@ -1,6 +1,7 @@
-"""Errors as the OpenAI API words them: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong.
+"""Errors as clients get them, whatever went wrong.
 
-Routes of the Anthropic API tell the same errors in that API's shape (anthropic_errors.py).
+The OpenAI API's shape is `{"error": {"message", "type", "param", "code"}}`; routes of the Anthropic API answer the same
+errors in that API's shape.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -20,12 +21,22 @@ from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from miniserve.api.messages.errors import anthropic_body, speaks_anthropic
 from miniserve.dispatcher import EngineError, QueueFull
 from miniserve.sampling_params import ParameterError
 
 RETRY_SECONDS = 5
 GZIP = b"\x1f\x8b"
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+"""By status; every other error is an `invalid_request_error`."""
 
 
 class ErrorInfo(TypedDict):
@@ -37,6 +48,16 @@ class ErrorInfo(TypedDict):
 
 class ErrorBody(TypedDict):
     error: ErrorInfo
+
+
+class AnthropicErrorInfo(TypedDict):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(TypedDict):
+    type: Literal["error"]
+    error: AnthropicErrorInfo
 
 
 class ApiError(HTTPException):
@@ -62,18 +83,25 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> ErrorBody:
-        """The JSON object that clients get."""
+        """The JSON object in the OpenAI API's shape."""
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+    @property
+    def anthropic_body(self) -> AnthropicErrorBody:
+        """The JSON object in the Anthropic API's shape."""
+        kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
     def response(self, path: str) -> Response:
-        """The whole answer, as clients of the route `path` expect it."""
-        body = anthropic_body(self.status_code, self.message) if speaks_anthropic(path) else self.body
+        """The whole answer, in the shape that clients of the route `path` expect."""
+        anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+        body = self.anthropic_body if anthropic else self.body
         return Response(msgspec.json.encode(body), self.status_code, self.headers, "application/json")
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """How any exception is told to a client; what is not meant for one becomes a bare 500."""
+    """The answer for any exception. One that is not meant for clients becomes a 500 that says nothing of it."""
     match error:
         case ApiError():
             return error
@@ -94,37 +122,39 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 @contextmanager
-def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
-    """Tells errors about a chat request to a client that sent another one, from which it was made. `names` are patterns
-    of parameters of chats, and what the client calls them."""
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a chat request that was made from a request to another API name that API's parameters. `names` are
+    patterns of a chat's parameters, and the other API's names of them."""
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            told = _rejected({**first, "loc": ("body", *first["loc"])})
+            about_chat = _rejected({**first, "loc": ("body", *first["loc"])})
         else:
-            told = as_api_error(error)
-        message, param = told.message, told.param or ""
+            about_chat = as_api_error(error)
+        param = about_chat.param or ""
         for pattern, name in names.items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
-        message = message.replace(f"`{told.param}`", f"`{param}`")
-        raise ApiError(told.status_code, message, param=param or None, code=told.code, headers=told.headers) from error
+        message = about_chat.message.replace(f"`{about_chat.param}`", f"`{param}`")
+        raise ApiError(
+            about_chat.status_code, message, param=param or None, code=about_chat.code, headers=about_chat.headers
+        ) from error
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer every error this way."""
+    """Make `app` answer every exception with an `ApiError`."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        told = as_api_error(error)
+        answered = as_api_error(error)
         if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
             problem = "There is nothing at" if error.status_code == 404 else "The wrong method:"
             message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
-            told = ApiError(error.status_code, message, headers=error.headers)
-        return told.response(request.url.path)
+            answered = ApiError(error.status_code, message, headers=error.headers)
+        return answered.response(request.url.path)
 
     async def answer_unexpected(request: Request, error: Exception) -> Response:
-        # The outermost handler: no middleware is left to add the id to the answer. The server logs the traceback.
+        # This is the outermost handler: no middleware is left to add the id to the answer. uvicorn logs the traceback.
         response = as_api_error(error).response(request.url.path)
         response.headers["X-Request-Id"] = request.state.request_id
         return response
@@ -135,7 +165,7 @@ def install(app: FastAPI) -> None:
 
 
 def _unreadable(cause: Exception) -> ApiError:
-    """From what Python's JSON reader fails of; FastAPI only says that something was wrong with the body."""
+    """The error for a body that Python's JSON reader fails on; FastAPI only says that something was wrong with it."""
     match cause:
         case UnicodeDecodeError(object=body) if body.startswith(GZIP):
             reason = "it is compressed with gzip. Send it as it is, without `Content-Encoding`"
@@ -149,7 +179,7 @@ def _unreadable(cause: Exception) -> ApiError:
 
 
 def _rejected(first: Mapping[str, Any]) -> ApiError:
-    """From pydantic's account of a field that it rejects."""
+    """The error for a field that pydantic rejects; `first` is pydantic's account of it."""
     if first["type"] == "json_invalid":
         reason, at = first["ctx"]["error"], first["loc"][-1]
         return ApiError(400, f"The body is not valid JSON: {reason} at character {at}.", code="invalid_json")

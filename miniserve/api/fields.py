@@ -1,13 +1,18 @@
-"""What a field of a request may hold, whatever the API, and how the fields that nobody knows are told of.
+"""The types of a request's fields, whatever the API, and the account of fields that mean nothing here.
 
-Every list is `fail_fast`: one error is told, and an error for each of a million wrong items would cost a gigabyte.
+Parameters that would change the answer are refused, with what to do instead. All others are ignored, and the answer's
+`X-Ignored-Parameters` names them, keys inside of messages and the like too (docs/api.md has the tables).
+
+Every list is `fail_fast`: a client gets one error, since an error for each of a million wrong items would cost a
+gigabyte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,38 +24,64 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     Tag,
-    WithJsonSchema,
     model_validator,
 )
 
-from miniserve.api.parameters import (
-    ASKS_FOR_NOTHING,
-    MAX_NAMED,
-    ignored_names,
-)
-from miniserve.api.sound import sound_json, valid_unicode
-from miniserve.api.tools import MAX_TOOLS, TOOL_SCHEMA, few_tools
-from miniserve.sampling_params import (
-    MAX_LOGIT_BIAS,
-    MAX_STOP_CHARS,
-    MAX_STOPS,
-)
+from miniserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS, ParameterError
 
 MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
+MAX_DEPTH = 100
+"""How deep free-form JSON may be nested: templates and serializers recurse into it."""
+IGNORED_HEADER = "X-Ignored-Parameters"
+MAX_IGNORED_NAMES = 16
+IGNORED_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
+EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
+"""Values of a parameter that are as good as leaving it out."""
+HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,)}
+"""Further values that are, by parameter."""
+
+
+# --- text and JSON --------------------------------------------------------------------------------------------------
+
+
+def valid_unicode(text: str) -> str:
+    """`text`. Raises `ValueError` if it holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"This is not valid Unicode: character {error.start} is half of a surrogate pair without the other half"
+        ) from error
+    return text
+
+
+def sound_json(value: dict[str, Any]) -> dict[str, Any]:
+    """`value`. Raises `ValueError` if it is nested too deeply for templates, or holds text that is no Unicode. It goes
+    level by level, and stops at the first that is too deep."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        items = [item for outer in level for item in outer]
+        items += [item for outer in level if isinstance(outer, dict) for item in outer.values()]
+        for item in items:
+            if isinstance(item, str):
+                valid_unicode(item)
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
+
+
+# --- unions and lists -----------------------------------------------------------------------------------------------
 
 
 def kind_of(value: Any) -> str | None:
-    """Which branch of a union of text, lists and objects with a type a value means; errors are about that one only."""
+    """The branch of a union of text, lists and typed objects that `value` means; errors are about that one only."""
     if isinstance(value, str):
         return "<text>"
     if isinstance(value, list):
         return "<list>"
     return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
-
-
-def _choice_kind(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
 def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
@@ -67,7 +98,7 @@ def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
 
 
 def at_most(most: int) -> BeforeValidator:
-    """Refuses an object with more keys before they are looked at: `fail_fast` is for lists only."""
+    """Refuses an object with more keys before pydantic looks at them: `fail_fast` is for lists only."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
@@ -77,17 +108,20 @@ def at_most(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _prompt_list(value: Any) -> Any:
     """One prompt, as text or token ids, is a list of one."""
     one = isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int | float))
     return [value] if one else value
 
 
-def _stop_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
+T = TypeVar("T")
 Text = Annotated[str, AfterValidator(valid_unicode)]
+TextOr = Annotated[Text, Tag("<text>")] | Annotated[T, Tag("<list>")]
+"""Text or a list; `kind_of` discriminates between them."""
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
@@ -95,8 +129,7 @@ StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
 Prompt = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<list>")],
-    Discriminator(kind_of, "prompt", "A prompt must be a string or a list of token ids"),
+    TextOr[TokenIds], Discriminator(kind_of, "prompt", "A prompt must be a string or a list of token ids")
 ]
 PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]
@@ -111,48 +144,21 @@ Effort = Annotated[Text, Field(max_length=32)]
 Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
 """An object of the client's own making, for the chat template."""
 JsonList = Annotated[list[Json], Field(fail_fast=True)]
-FewTools = Annotated[JsonList, BeforeValidator(few_tools)]
-Tools = Annotated[
-    FewTools,
-    WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS}),
-]
 
 
-ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
-    Discriminator(_choice_kind, "tool_choice", "Input should be 'none', 'auto', 'required' or an object"),
-]
+# --- bodies ---------------------------------------------------------------------------------------------------------
 
 
 class Body(BaseModel):
-    """An object in a request. `untold` are keys that our own answers have and that mean nothing when they come back."""
+    """An object in a request. `silent` are keys of our own answers that mean nothing when a client sends them back."""
 
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
-    untold: ClassVar[frozenset[str]] = frozenset()
-
-
-@cache
-def _fields(kind: type[Body]) -> Mapping[str, str]:
-    """By the keys of requests: the names of fields."""
-    return {field.alias or name: name for name, field in kind.model_fields.items()}
-
-
-def _unknown(given: Any, made: Any, at: str) -> Iterator[str]:
-    """Where in `given` there are keys that mean nothing to `made`, which was read from it."""
-    if isinstance(made, list) and isinstance(given, list) and made and isinstance(made[0], Body):
-        for value, inner in zip(given, made, strict=True):
-            yield from _unknown(value, inner, f"{at}[]")
-    elif isinstance(made, Body) and isinstance(given, dict):
-        fields = _fields(type(made))
-        for key, value in given.items():
-            if key in fields:
-                yield from _unknown(value, getattr(made, fields[key]), f"{at}.{key}")
-            elif key not in made.untold and value not in ASKS_FOR_NOTHING:
-                yield f"{at}.{key}"
+    silent: ClassVar[frozenset[str]] = frozenset()
 
 
 class RequestBody(Body):
-    """A body that knows which parameters mean nothing. `refused` are an error: by name, what to do instead."""
+    """A body that knows which of its parameters mean nothing. Of these `refused` are an error: by name, what to do
+    instead."""
 
     refused: ClassVar[Mapping[str, str]] = {}
 
@@ -163,14 +169,26 @@ class RequestBody(Body):
     def _account_for_all(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         made = handler(data)
         if isinstance(data, dict):
-            made._ignored = ignored_names(cls.model_fields.keys(), cls.refused, data)
+            made._ignored = cls._ignored_names(data)
             inside: set[str] = set()
             for at in (at for name in cls.model_fields for at in _unknown(data.get(name), getattr(made, name), name)):
                 inside.add(at)
-                if len(inside) > MAX_NAMED:  # no more are told
+                if len(inside) > MAX_IGNORED_NAMES:  # the header names no more
                     break
             made._ignored += inside
         return made
+
+    @classmethod
+    def _ignored_names(cls, data: Mapping[Any, Any]) -> list[str]:
+        """Raises `ParameterError` for a parameter that is refused."""
+        names = []
+        for name in data.keys() - cls.model_fields.keys():
+            if data[name] in EMPTY or data[name] in HARMLESS.get(name, ()):
+                continue
+            if name in cls.refused:
+                raise ParameterError(name, f"`{name}` is not supported: {cls.refused[name]}.")
+            names.append(str(name))
+        return names
 
     @property
     def ignored(self) -> list[str]:
@@ -178,4 +196,28 @@ class RequestBody(Body):
         return self._ignored
 
 
-# --- messages -------------------------------------------------------------------------------------------------------
+@cache
+def _field_names(kind: type[Body]) -> Mapping[str, str]:
+    """By the keys of requests: the names of fields."""
+    return {field.alias or name: name for name, field in kind.model_fields.items()}
+
+
+def _unknown(given: Any, made: Any, at: str) -> Iterator[str]:
+    """Where in `given` there are keys that mean nothing to `made`, which was read from it."""
+    if isinstance(made, list) and isinstance(given, list) and made and isinstance(made[0], Body):
+        for value, inner in zip(given, made, strict=True):
+            yield from _unknown(value, inner, f"{at}[]")
+    elif isinstance(made, Body) and isinstance(given, dict):
+        names = _field_names(type(made))
+        for key, value in given.items():
+            if key in names:
+                yield from _unknown(value, getattr(made, names[key]), f"{at}.{key}")
+            elif key not in made.silent and value not in EMPTY:
+                yield f"{at}.{key}"
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """The header that names what was ignored, if anything. Clients may send names that no header can hold."""
+    shown = sorted({name if IGNORED_NAME.fullmatch(name) else "..." for name in names})
+    more = ["..."] if len(shown) > MAX_IGNORED_NAMES else []
+    return {IGNORED_HEADER: ", ".join(shown[:MAX_IGNORED_NAMES] + more)} if shown else {}

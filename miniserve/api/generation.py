@@ -1,14 +1,13 @@
-"""The choices of one request while they run: from the engine's tokens to text that can be given out."""
+"""The choices of one request while they run: from the engine's tokens to parts of an answer."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Self
+from typing import Literal, Self
 
 from miniserve.api.errors import ApiError
-from miniserve.api.openai.answers import Finish, Usage
 from miniserve.cluster.messages import Ended, Failed, FirstToken, TokenLogprob, Tokens, TurnOutput
 from miniserve.dispatcher import EngineError, Turn
 from miniserve.monitor.metrics import Metrics
@@ -17,12 +16,13 @@ from miniserve.text.detokenizer import IncrementalDetokenizer
 from miniserve.text.reader import Part, Reader, merged
 from miniserve.text.tokenizer import Tokenizer
 
+Finish = Literal["stop", "length", "tool_calls"]
 Submit = Callable[[list[int], SamplingParams, int], Turn]
-"""Starts a turn: prompt, parameters, the choice's number. Raises `EngineError`."""
+"""Starts a turn, given its prompt, its parameters, and the choice's index. Raises `EngineError`."""
 
 
 class Choice:
-    """One choice: what came of it, and what of that was not taken yet."""
+    """One choice: its counts so far, and the parts, tokens and log-probabilities that its writer has not taken yet."""
 
     def __init__(
         self, index: int, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, reader: Reader | None = None
@@ -43,8 +43,12 @@ class Choice:
         self._logprobs: list[TokenLogprob] = []
 
     @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    @property
     def finish(self) -> Finish | None:
-        """Why it has ended, None while it goes on."""
+        """Why it has ended; None while it goes on."""
         ended = self._words.finish
         if self._reader is not None and (self._reader.done or (ended == "stop" and self._reader.calls)):
             return "tool_calls"
@@ -66,14 +70,14 @@ class Choice:
         return bool(self._tokens)
 
     def take(self) -> tuple[list[Part], list[TokenLogprob]]:
-        """The parts of the answer since the last time, and the log-probabilities of the tokens if they were asked for.
-        Neighbours are never of the same kind, unless they are calls."""
+        """The parts of the answer since the last time, and the log-probabilities of their tokens if the request wants
+        any. Neighbours are never of the same kind, unless they are calls."""
         parts, logprobs = self._parts, self._logprobs
         self._parts, self._logprobs = [], []
         return merged(parts), logprobs
 
     def take_text(self) -> tuple[str, list[TokenLogprob]]:
-        """The same for an API that knows nothing but content."""
+        """The same for an API that has nothing but content."""
         parts, logprobs = self.take()
         return "".join(part for part in parts if isinstance(part, str)), logprobs
 
@@ -104,7 +108,7 @@ class Choice:
 
 
 def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
-    """`output` if it brings tokens. Raises `ApiError` or `EngineError` where the engine gave up."""
+    """`output` if it brings tokens. Raises `ApiError` or `EngineError` if the engine has given up."""
     if isinstance(output, Failed):
         if output.invalid:
             raise ApiError(400, output.error)
@@ -114,24 +118,11 @@ def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
     return output
 
 
-def usage(prompt_tokens: int, cached_tokens: int, choices: list[Choice], output_tokens: int) -> Usage:
-    """What a request has used: `output_tokens` in `choices`."""
-    used: Usage = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": output_tokens,
-        "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
-    if any(choice.thinks for choice in choices):
-        used["completion_tokens_details"] = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
-    return used
-
-
 class Generation:
     """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
 
-    `n` choices follow for each prompt, in order. The first one of a prompt starts at once and the others with its
-    first token, when they find the prompt in the prefix cache.
+    Each prompt has `n` choices, in order. The first choice of a prompt starts at once, and the others with its first
+    token, when they find the prompt in the prefix cache.
     """
 
     def __init__(
@@ -143,13 +134,13 @@ class Generation:
         arrived: float,
         reader: Callable[[list[int]], Reader | None] = lambda prompt: None,
     ) -> None:
-        """`prompts` are token ids and parameters, `arrived` is when the request did (`time.perf_counter`), `reader`
-        makes what reads an answer to a prompt."""
+        """`prompts` are token ids and parameters, `arrived` is when the request arrived (`time.perf_counter`), `reader`
+        makes a reader of one answer to a prompt."""
         self._submit = submit
         self._metrics = metrics
         self._arrived = arrived
         self._tasks: list[asyncio.Task[None]] = []
-        self._news: dict[int, Choice] = {}
+        self._updated: dict[int, Choice] = {}
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._groups = [
@@ -175,32 +166,45 @@ class Generation:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def updates(self) -> AsyncIterator[list[Choice]]:
-        """The choices with news, until all have ended; what came in while nobody asked comes at once.
-
-        Raises what a choice failed of.
-        """
+        """The choices that have gone on since the last time, until all have ended. Raises the exception that a choice
+        failed with."""
         running = len(self.choices)
         while running:
-            while not self._news and self._failure is None:
+            while not self._updated and self._failure is None:
                 self._wake.clear()
                 await self._wake.wait()
-            if not self._news and self._failure is not None:
+            if not self._updated and self._failure is not None:
                 raise self._failure
-            news, self._news = list(self._news.values()), {}
-            running -= sum(choice.finish is not None for choice in news)
-            yield news
+            updated, self._updated = list(self._updated.values()), {}
+            running -= sum(choice.finish is not None for choice in updated)
+            yield updated
 
     async def finish(self) -> None:
-        """Wait until all choices have ended. Raises what one failed of."""
+        """Wait until all choices have ended. Raises the exception that one failed with."""
         async for _ in self.updates():
             pass
 
     @property
-    def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once however many choices it has."""
-        prompt = sum(len(group[0].prompt) for group in self._groups)
-        cached = sum(group[0].cached_tokens for group in self._groups)
-        return usage(prompt, cached, self.choices, sum(choice.output_tokens for choice in self.choices))
+    def prompt_tokens(self) -> int:
+        """A prompt counts once, however many choices it has."""
+        return sum(group[0].prompt_tokens for group in self._groups)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that were found in the prefix cache."""
+        return sum(group[0].cached_tokens for group in self._groups)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(choice.output_tokens for choice in self.choices)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.reasoning_tokens for choice in self.choices)
+
+    @property
+    def thinks(self) -> bool:
+        return any(choice.thinks for choice in self.choices)
 
     def _begin(self, choice: Choice, siblings: list[Choice]) -> None:
         choice.turn = self._submit(choice.prompt, choice.params, choice.index)
@@ -232,10 +236,10 @@ class Generation:
             self._metrics.generated(len(out.tokens))
             before = now
             if choice.finish is not None:
-                if not isinstance(out, Ended):  # a stop string or a last call, which the engine knows nothing of
+                if not isinstance(out, Ended):  # by a stop string or a last call, which the engine does not know
                     turn.cancel()
                 self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
-            self._news[choice.index] = choice
+            self._updated[choice.index] = choice
             self._wake.set()
             if choice.finish is not None:
                 return

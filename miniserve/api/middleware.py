@@ -1,4 +1,8 @@
-"""What happens to every request before and after its route, in plain ASGI: nothing here buffers a stream."""
+"""What happens to every request before and after its route: its id, the API key, bounds on its head and its body.
+
+All of it is plain ASGI that buffers no stream, but for the bound on heads: uvicorn keeps whatever a client sends as a
+head, for as long as the client likes, and calls no ASGI app before a head is complete.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,21 @@ import contextlib
 import hmac
 import re
 import uuid
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniserve.api.errors import ApiError
 
+MAX_HEAD_BYTES = 64 * 1024
+"""Most bytes of a head that is not complete yet; what comes with one read may be more."""
+HEAD_SECONDS = 60.0
+"""How long a head may take to arrive."""
 BODY_SECONDS = 60.0
-"""How long a request's body may take to arrive."""
+"""How long a body may take to arrive."""
 LINGER_SECONDS = 5.0
-"""How long to read on after a body was refused."""
+"""How long the server reads on after it has refused a body."""
 CLOSE = {"Connection": "close"}
 
 
@@ -24,7 +34,7 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 class RequestId:
-    """Gives each request an id, its own `X-Request-Id` where that is printable ASCII, and returns it as a header."""
+    """Gives each request an id, the client's `X-Request-Id` if that is printable ASCII, and returns it as a header."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -44,21 +54,16 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
-def is_open(path: str) -> bool:
-    """Whether a path needs no API key."""
-    return path in ("/", "/health") or path.startswith("/dashboard/")
-
-
 class ApiKey:
-    """Lets in whoever knows the key. Everybody may see /health and the dashboard's page, which shows nothing until it
-    is given the key."""
+    """Lets requests in that carry the key. /health needs none, nor does the dashboard's page, which shows nothing until
+    it is given the key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
+        if scope["type"] == "http" and not self._is_open(scope["path"]):
             scheme, _, token = _header(scope, b"authorization").partition(b" ")
             # A comparison takes the same time wherever the first difference is.
             bearer = hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
@@ -73,9 +78,13 @@ class ApiKey:
                 return await refusal.response(scope["path"])(scope, receive, send)
         await self._app(scope, receive, send)
 
+    @staticmethod
+    def _is_open(path: str) -> bool:
+        return path in ("/", "/health") or path.startswith("/dashboard/")
+
 
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes, whether or not the request says how long it is, and slow ones."""
+    """Refuses bodies of more than `limit` bytes, whether or not a request announces its length, and slow bodies."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -98,7 +107,7 @@ class BodyLimit:
 
         async def receive_body() -> Message:
             nonlocal taken, complete
-            if complete:  # all that can come is a disconnect, at any time
+            if complete:  # only a disconnect can come now, at any time
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -122,11 +131,66 @@ class BodyLimit:
 
 
 async def _linger(receive: Receive) -> None:
-    """Read what is left of a body, for a while.
-
-    Clients look for an answer when they have sent everything, and find none if the connection is closed before.
-    """
+    """Read what is left of a body, for a while: clients look for an answer when they have sent everything, and find
+    none if the connection is closed before."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
             while (await receive()).get("more_body"):
                 pass
+
+
+class BoundedHeads(HttpToolsProtocol):
+    """A connection of uvicorn's that refuses heads that are too large, and closes when a head takes too long."""
+
+    _bytes = 0  # of this head so far, or of head and body
+    _whole = False  # the head is complete
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect()
+
+    def on_headers_complete(self) -> None:
+        self._arrived()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._whole, self._bytes = False, 0
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes += len(data)
+        super().data_received(data)
+        if not self._whole and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse()
+
+    def _expect(self) -> None:
+        self._whole = False
+        if self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _arrived(self) -> None:
+        self._whole = True
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _refuse(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            error = ApiError(
+                431, f"The head of a request may have {MAX_HEAD_BYTES} bytes: send fewer and shorter headers."
+            )
+            body = error.response("").body
+            head = f"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: {len(body)}\r\n"
+            self.transport.write(
+                f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + bytes(body)
+            )
+        self.transport.close()

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from miniserve.api.errors import RETRY_SECONDS, ApiError
-from miniserve.api.openai.schemas import GenerationRequest
+from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
 from miniserve.text.tokenizer import Tokenizer

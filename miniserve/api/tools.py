@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from miniserve.api.sound import sound_json
+from pydantic import BeforeValidator, Discriminator, Tag, WithJsonSchema
+
+from miniserve.api.fields import Json, JsonList, sound_json
 from miniserve.sampling_params import ParameterError
 
 MAX_TOOLS = 256
@@ -32,24 +34,38 @@ TOOL_SCHEMA: dict[str, Any] = {
     },
     "required": ["type", "function"],
 }
-"""A tool for OpenAPI. They are kept as they came: a template renders the keys in the client's order."""
+"""A tool for OpenAPI. Tools stay as they came: a template renders the keys in the client's order."""
 
 Tool = dict[str, Any]
 
 
 def few_tools(value: Any) -> Any:
-    """Before they are looked at one by one, which takes longer than the event loop has for a megabyte of them."""
+    """`value`. Raises `ValueError` for too many tools or too long ones, before they are looked at one by one: for a
+    megabyte of them that takes longer than the event loop has."""
     if not isinstance(value, list):
         return value
     if len(value) > MAX_TOOLS:
         raise ValueError(f"This should have at most {MAX_TOOLS} items, not {len(value)}")
-    with suppress(RecursionError):  # what is too deep is refused next
+    with suppress(RecursionError):  # `sound_json` refuses what is nested too deeply
         if (size := len(json.dumps(value, ensure_ascii=False))) > MAX_TOOLS_CHARS:
             raise ValueError(
                 f"These are {size} characters of JSON, and at most {MAX_TOOLS_CHARS} characters are allowed: send "
                 "fewer tools or shorter ones"
             )
     return value
+
+
+def _choice_kind(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
+
+
+FewTools = Annotated[JsonList, BeforeValidator(few_tools)]
+"""Tools in the form of any API."""
+Tools = Annotated[FewTools, WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS})]
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
+    Discriminator(_choice_kind, "tool_choice", "Input should be 'none', 'auto', 'required' or an object"),
+]
 
 
 def check_tools(tools: list[Tool]) -> None:
@@ -88,15 +104,15 @@ def _check_function(function: dict[str, Any], at: str) -> None:
 
 
 def with_all_keys(tool: Tool) -> Tool:
-    """A tool with what it may leave out as the empty values of it."""
-    told = {key: value for key, value in tool["function"].items() if value is not None}
+    """`tool` with empty values for what its client has left out."""
+    given = {key: value for key, value in tool["function"].items() if value is not None}
     empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
-    return {**tool, "function": told | {key: value for key, value in empty.items() if key not in told}}
+    return {**tool, "function": given | {key: value for key, value in empty.items() if key not in given}}
 
 
-class Calling:
-    """What `tool_choice` asks for. `callable` are the tools that may be called, `forced` those of which one has to be,
-    and `single` allows no second call."""
+class AllowedCalls:
+    """What `tool_choice` asks for. `callable` are the tools that the model may call, `forced` those of which it has to
+    call one, and `single` allows no second call."""
 
     def __init__(
         self,
@@ -131,7 +147,7 @@ def _named(tools: list[Tool], choice: dict[str, Any]) -> Tool:
 
 
 def check_call(call: dict[str, Any]) -> None:
-    """A call of the history. Raises `ValueError`."""
+    """Check a call of the history. Raises `ValueError`."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(
@@ -142,7 +158,7 @@ def check_call(call: dict[str, Any]) -> None:
 
 
 def for_template(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of the history as templates know it: its arguments are an object, if the text of them is one."""
+    """A call of the history as templates know it: its arguments are an object, if their text is one."""
     function = dict(call["function"])
     arguments = function.setdefault("arguments", {})
     if isinstance(arguments, str):

@@ -16,7 +16,7 @@ import uvicorn
 import uvloop
 
 from miniserve.api.app import create_app
-from miniserve.api.heads import BoundedHeads
+from miniserve.api.middleware import BoundedHeads
 from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig

@@ -12,24 +12,22 @@ import httpx2
 import pytest
 
 from miniserve.dispatcher import EngineError
-from miniserve.text.formats import FORMATS
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import dialects
+from tests.support.api import HI
+from tests.support.servers import CALL, THOUGHT, Server
 
-HI = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}
 CHAT_WEATHER = {
     "type": "function",
     "function": {"name": "weather", "description": "Tells it.", "parameters": SCHEMA},
 }
-CALL = FORMATS["hermes"].write([("weather", {"city": "Paris"})])
-THOUGHT = "<think>\nHm.\n</think>\n\n"
 
 
-class Api(dialects.Server):
+class MessagesServer(Server):
     def __init__(self, tokenizer: Tokenizer, **config: Any) -> None:
-        super().__init__(tokenizer, base="/v1", **config)
+        super().__init__(tokenizer, "/v1", **config)
         client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=self.app))
         self.anthropic = anthropic.AsyncAnthropic(
             base_url="http://test", api_key="key", http_client=client, max_retries=0
@@ -46,10 +44,10 @@ class Api(dialects.Server):
     async def events(self, **body: Any) -> list[dict[str, Any]]:
         response = await self.post(stream=True, **body)
         assert response.status_code == 200, response.text
-        *told, rest = response.text.split("\n\n")
+        *pieces, rest = response.text.split("\n\n")
         assert rest == ""
         events = []
-        for lines in told:
+        for lines in pieces:
             name, data = lines.split("\n")
             events.append(json.loads(data.removeprefix("data: ")))
             assert name == f"event: {events[-1]['type']}"
@@ -57,8 +55,8 @@ class Api(dialects.Server):
 
 
 @pytest.fixture
-def api(hermes: Tokenizer) -> Api:
-    return Api(hermes)
+def api(hermes: Tokenizer) -> MessagesServer:
+    return MessagesServer(hermes)
 
 
 def error_of(response: httpx.Response, status: int, kind: str) -> str:
@@ -71,7 +69,7 @@ def error_of(response: httpx.Response, status: int, kind: str) -> str:
 # --- shapes ---------------------------------------------------------------------------------------------------------
 
 
-async def test_an_answer(api: Api) -> None:
+async def test_an_answer(api: MessagesServer) -> None:
     answer = await api.whole(system=[{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}])
     assert api.prompt == "<|im_start|>system\nBe<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert answer.pop("id").startswith("msg_")
@@ -103,7 +101,7 @@ async def test_an_answer(api: Api) -> None:
         ("<think>\nHm", ["thinking"], "max_tokens"),
     ],
 )
-async def test_streams_tell_what_whole_answers_do(api: Api, text: str, kinds: list[str], reason: str) -> None:
+async def test_streams_equal_whole_answers(api: MessagesServer, text: str, kinds: list[str], reason: str) -> None:
     api.say(text, pause=0.001, **({"finish": "length"} if reason == "max_tokens" else {}))
     whole = await api.whole(tools=[WEATHER], stop_sequences=["STOP"])
     start, ping, *events, delta, stop = await api.events(tools=[WEATHER], stop_sequences=["STOP"])
@@ -138,7 +136,7 @@ async def test_streams_tell_what_whole_answers_do(api: Api, text: str, kinds: li
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
-async def test_requests_reach_the_engine_as_chats_do(api: Api) -> None:
+async def test_requests_reach_the_engine_as_chats_do(api: MessagesServer) -> None:
     """The same conversation in both spellings has the same prompt and parameters."""
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
     chat = {
@@ -217,7 +215,7 @@ async def test_requests_reach_the_engine_as_chats_do(api: Api) -> None:
         ({"type": "tool", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
     ],
 )
-async def test_tool_choice(api: Api, choice: Any, chat_choice: Any) -> None:
+async def test_tool_choice(api: MessagesServer, choice: Any, chat_choice: Any) -> None:
     chat = {"messages": HI, "tools": [CHAT_WEATHER], "max_tokens": 500, "tool_choice": chat_choice}
     await api.http.post("/chat/completions", json=chat)
     await api.whole(tools=[WEATHER], tool_choice=choice)
@@ -226,21 +224,21 @@ async def test_tool_choice(api: Api, choice: Any, chat_choice: Any) -> None:
     assert (one.params.grammar is None) == (choice["type"] in ("none", "auto"))
 
 
-async def test_one_call_at_most(api: Api) -> None:
+async def test_one_call_at_most(api: MessagesServer) -> None:
     api.say(f"{CALL}\n{CALL}")
     choice = {"type": "auto", "disable_parallel_tool_use": True}
     assert len((await api.whole(tools=[WEATHER], tool_choice=choice))["content"]) == 1
     assert len((await api.whole(tools=[WEATHER]))["content"]) == 2
 
 
-async def test_an_answer_that_has_begun_goes_on(api: Api) -> None:
+async def test_an_answer_that_has_begun_goes_on(api: MessagesServer) -> None:
     await api.whole(messages=[*HI, {"role": "assistant", "content": "I thi"}])
     assert api.prompt.endswith("<|im_start|>assistant\nI thi")
 
 
 async def test_thinking_and_formats(tmp_path: Path) -> None:
     template = dialects.TEMPLATES["hermes"] + "{{ '<think></think>' if enable_thinking is false else '' }}"
-    api = Api(dialects.tokenizer(tmp_path, "hermes", template))
+    api = MessagesServer(dialects.tokenizer(tmp_path, "hermes", template))
     for thinking, off in (({"type": "disabled"}, True), ({"type": "enabled", "budget_tokens": 1024}, False)):
         await api.whole(thinking=thinking)
         assert api.prompt.endswith("<think></think>") == off
@@ -296,13 +294,13 @@ async def test_thinking_and_formats(tmp_path: Path) -> None:
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "`output_config.format`"),
     ],
 )
-async def test_bad_requests(api: Api, body: dict[str, Any], words: str) -> None:
+async def test_bad_requests(api: MessagesServer, body: dict[str, Any], words: str) -> None:
     assert words in error_of(await api.post(**body), 400, "invalid_request_error")
     assert not api.engine.turns
 
 
 async def test_errors_of_all_kinds(hermes: Tokenizer) -> None:
-    api = Api(hermes, api_key="key", max_body_bytes=1000)
+    api = MessagesServer(hermes, api_key="key", max_body_bytes=1000)
     error_of(await api.post(), 401, "authentication_error")
     for headers in ({"x-api-key": "key"}, {"Authorization": "Bearer key"}):
         api.http.headers = httpx.Headers(headers)
@@ -322,12 +320,12 @@ async def test_errors_of_all_kinds(hermes: Tokenizer) -> None:
     assert events[-1] == {"type": "error", "error": {"type": "api_error", "message": "The engine broke."}}
 
 
-async def test_what_is_ignored_is_told(api: Api) -> None:
+async def test_ignored_parameters_are_named(api: MessagesServer) -> None:
     tools = [{**WEATHER, "cache_control": {"type": "ephemeral"}}]
     thinking = {"type": "enabled", "budget_tokens": 1024}
     response = await api.post(metadata={"user_id": "me"}, service_tier="auto", thinking=thinking, tools=tools)
-    told = response.headers["x-ignored-parameters"]
-    assert told == "metadata, service_tier, thinking.budget_tokens, tools.cache_control"
+    ignored = response.headers["x-ignored-parameters"]
+    assert ignored == "metadata, service_tier, thinking.budget_tokens, tools.cache_control"
     system = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}]
     counted = await api.http.post(
         "/messages/count_tokens", json={"messages": HI, "system": system, "user_profile_id": "x"}
@@ -339,7 +337,7 @@ async def test_what_is_ignored_is_told(api: Api) -> None:
 
 
 async def test_anthropic_client(hermes: Tokenizer) -> None:
-    api = Api(hermes, api_key="key")
+    api = MessagesServer(hermes, api_key="key")
     options: dict[str, Any] = {"model": "tiny", "max_tokens": 500, "tools": [WEATHER]}
     api.say(f"{THOUGHT}I look.\n{CALL}")
     first = await api.anthropic.messages.create(messages=HI, **options)

@@ -16,10 +16,9 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from openai.types.responses.response_input_param import FunctionCallOutput
 from pydantic import ValidationError
 
-from miniserve.api.fields import RequestBody
+from miniserve.api.fields import RequestBody, ignored_header
 from miniserve.api.messages.schemas import MessagesRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest
-from miniserve.api.parameters import ignored_header
 from miniserve.api.responses.schemas import ResponsesRequest
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -44,11 +43,11 @@ def rows(route: str) -> dict[str, tuple[str, str]]:
 def test_the_page_says_what_the_code_does(
     route: str, kind: type[RequestBody], official: type, least: dict[str, Any]
 ) -> None:
-    told = rows(route)
+    documented = rows(route)
     official_names = set(official.__annotations__) | {"stream"}
-    assert official_names | kind.model_fields.keys() | kind.refused.keys() <= told.keys()
+    assert official_names | kind.model_fields.keys() | kind.refused.keys() <= documented.keys()
     assert not kind.model_fields.keys() & kind.refused.keys()
-    for name, (status, note) in told.items():
+    for name, (status, note) in documented.items():
         if "." in name:
             assert status == "ignored"
         elif name in kind.model_fields:
@@ -94,7 +93,7 @@ INSIDE: list[tuple[type[RequestBody], str, type, Any]] = [
 
 @pytest.mark.parametrize(("kind", "at", "official", "least"), INSIDE)
 def test_keys_inside_are_accounted_for(kind: type[RequestBody], at: str, official: type, least: dict[str, Any]) -> None:
-    """Each has a field, or is told, or refused; those that say nothing pass in silence."""
+    """Each has a field, or is ignored by name, or refused; those that say nothing pass in silence."""
     _, _, _, request = next(api for api in APIS if api[1] is kind)
 
     def body(extra: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +112,8 @@ def test_keys_inside_are_accounted_for(kind: type[RequestBody], at: str, officia
         made = made[0] if part.endswith("[]") else made
     fields = {field.alias or name for name, field in type(made).model_fields.items()}
     for key in (official.__annotations__.keys() | {"nonsense"}) - fields:
-        told = kind.model_validate(body({key: {"any": "thing"}})).ignored
-        assert told == ([] if key in ("id", "status") else [f"{at}.{key}"])
+        ignored = kind.model_validate(body({key: {"any": "thing"}})).ignored
+        assert ignored == ([] if key in ("id", "status") else [f"{at}.{key}"])
         for nothing in (None, [], "", False):
             assert kind.model_validate(body({key: nothing})).ignored == []
 
@@ -128,8 +127,8 @@ def test_what_answers_have_may_come_back() -> None:
     harmless = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "reasoning_content": "Hm"}
     said = {"role": "assistant", "content": "Hi", **harmless}
     assert ChatRequest.model_validate({"messages": [*HI, said]}).ignored == []
-    told = ChatRequest.model_validate({"messages": [*HI, {**said, "audio": {"id": "a"}, "refusal": "No."}]}).ignored
-    assert sorted(told) == ["messages[].audio", "messages[].refusal"]
+    ignored = ChatRequest.model_validate({"messages": [*HI, {**said, "audio": {"id": "a"}, "refusal": "No."}]}).ignored
+    assert sorted(ignored) == ["messages[].audio", "messages[].refusal"]
     with pytest.raises(ValidationError, match="use `tool_calls`"):
         ChatRequest.model_validate({"messages": [{**said, "function_call": {"name": "f", "arguments": ""}}]})
 

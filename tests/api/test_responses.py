@@ -1,4 +1,4 @@
-"""/v1/responses over a fake engine: shapes, streams, tools, stored conversations, errors; and OpenAI's own client."""
+"""/v1/responses over a fake engine: shapes, streams, tools, errors; and OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -6,86 +6,26 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from pydantic import BaseModel
 
 from miniserve.api.responses.schemas import OUTPUT, messages_of
-from miniserve.api.responses.store import ResponseStore, Stored
 from miniserve.dispatcher import EngineError
-from miniserve.text.formats import FORMATS
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import error_of, serving
-from tests.support import dialects
-from tests.support.fake_engine import FakeClient, FakeTurn
-
-WEATHER = {
-    "type": "function",
-    "name": "weather",
-    "description": "Tells it.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-}
-CALL = FORMATS["hermes"].write([("weather", {"city": "Paris"})])
-THOUGHT = "<think>\nHm.\n</think>\n\n"
-
-
-class Engine(FakeClient):
-    """Numbers conversations as a scheduler would, and notes which one each turn asked for."""
-
-    def submit(self, *args: Any, **options: Any) -> FakeTurn:
-        turn = super().submit(*args, **options)
-        self.asked = [*getattr(self, "asked", []), turn.conversation]
-        turn.conversation = turn.conversation or len(self.turns)
-        return turn
-
-
-class Api(dialects.Server):
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer, Engine(), "/v1")
-        self.openai = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=self.http, max_retries=0)
-
-    async def post(self, **body: Any) -> httpx.Response:
-        return await self.http.post("/responses", json={"input": "Hi", **body})
-
-    async def whole(self, **body: Any) -> dict[str, Any]:
-        response = await self.post(**body)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    async def events(self, **body: Any) -> list[dict[str, Any]]:
-        response = await self.post(stream=True, **body)
-        assert response.status_code == 200, response.text
-        assert response.headers["content-type"].startswith("text/event-stream")
-        *told, rest = response.text.split("\n\n")
-        assert rest == ""
-        events = []
-        for number, lines in enumerate(told):
-            name, data = lines.split("\n")
-            event = json.loads(data.removeprefix("data: "))
-            assert (name, number) == (f"event: {event['type']}", event["sequence_number"])
-            events.append(event)
-        return events
+from tests.support.api import error_of, serving
+from tests.support.servers import CALL, THOUGHT, WEATHER, ResponsesServer, bare
 
 
 @pytest.fixture
-def api(hermes: Tokenizer) -> Api:
-    return Api(hermes)
+def api(hermes: Tokenizer) -> ResponsesServer:
+    return ResponsesServer(hermes)
 
 
-def bare(value: Any) -> Any:
-    """Without ids and times."""
-    if isinstance(value, list):
-        return [bare(item) for item in value]
-    if isinstance(value, dict):
-        return {key: bare(item) for key, item in value.items() if key not in ("id", "call_id") and key[-3:] != "_at"}
-    return value
+# --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-# --- shapes ---------------------------------------------------------------------------------------------------------
-
-
-async def test_an_answer(api: Api) -> None:
+async def test_an_answer(api: ResponsesServer) -> None:
     answer = await api.whole(instructions="Be short.", temperature=0.5, top_p=0.9, metadata={"a": "b"}, store=True)
     assert (
         api.prompt == "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -148,7 +88,7 @@ CALLED = ["output_item.added", "function_call_arguments.delta", "function_call_a
         (f"{CALL}\nSo.", ["function_call", "message"]),
     ],
 )
-async def test_streams_tell_what_whole_answers_do(api: Api, text: str, kinds: list[str]) -> None:
+async def test_streams_equal_whole_answers(api: ResponsesServer, text: str, kinds: list[str]) -> None:
     api.say(text, pause=0.001)
     whole = await api.whole(tools=[WEATHER])
     events = await api.events(tools=[WEATHER])
@@ -167,12 +107,12 @@ async def test_streams_tell_what_whole_answers_do(api: Api, text: str, kinds: li
         assert own[0]["item"]["status"] == "in_progress"
         assert own[-1]["item"] == item
         assert {e["item_id"] for e in own[1:-1]} == {item["id"]}
-        told = "".join(e["delta"] for e in own if e["type"].endswith(".delta"))
-        assert told == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+        streamed = "".join(e["delta"] for e in own if e["type"].endswith(".delta"))
+        assert streamed == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
 
 
 @pytest.mark.parametrize("text", ["Hello", f"{THOUGHT}Hello", "<think>\nHm, I"])
-async def test_cut_off(api: Api, text: str) -> None:
+async def test_cut_off(api: ResponsesServer, text: str) -> None:
     api.say(text, finish="length")
     whole = await api.whole(max_output_tokens=50)
     assert (whole["status"], whole["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
@@ -184,10 +124,10 @@ async def test_cut_off(api: Api, text: str) -> None:
     assert bare(events[-1]["response"]) == bare(whole)
 
 
-# --- requests -------------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
-async def test_requests_reach_the_engine_as_chats_do(api: Api) -> None:
+async def test_requests_reach_the_engine_as_chats_do(api: ResponsesServer) -> None:
     """The same conversation in both spellings has the same prompt and parameters."""
     arguments = '{"city": "Paris"}'
     items = [
@@ -246,7 +186,7 @@ async def test_requests_reach_the_engine_as_chats_do(api: Api) -> None:
         ({"type": "function", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
     ],
 )
-async def test_tool_choice(api: Api, choice: Any, chat_choice: Any) -> None:
+async def test_tool_choice(api: ResponsesServer, choice: Any, chat_choice: Any) -> None:
     function = {key: value for key, value in WEATHER.items() if key != "type"}
     chat = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"type": "function", "function": function}]}
     await api.http.post("/chat/completions", json={**chat, "tool_choice": chat_choice})
@@ -256,7 +196,7 @@ async def test_tool_choice(api: Api, choice: Any, chat_choice: Any) -> None:
     assert (one.params.grammar is None) == (choice == "none")
 
 
-async def test_formats(api: Api) -> None:
+async def test_formats(api: ResponsesServer) -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer"}},
@@ -286,132 +226,7 @@ def test_answers_of_several_items_are_one_message() -> None:
     assert said({"type": "reasoning", "summary": []}, text) == [text]
 
 
-# --- conversations that are stored ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_previous_response(api: Api, stream: bool) -> None:
-    """Going on with a stored response is the same as sending all of the conversation again."""
-
-    async def ask(**body: Any) -> dict[str, Any]:
-        return (await api.events(**body))[-1]["response"] if stream else await api.whole(**body)
-
-    api.say(f"{THOUGHT}I look.\n{CALL}")
-    first = await ask(tools=[WEATHER], instructions="Now only.")
-    call_id = first["output"][-1]["call_id"]
-    result = [{"type": "function_call_output", "call_id": call_id, "output": "Rain"}]
-    api.say("It rains.")
-    second = await ask(input=result, previous_response_id=first["id"], tools=[WEATHER])
-    assert second["previous_response_id"] == first["id"]
-    third = await ask(input="Thanks", previous_response_id=second["id"], tools=[WEATHER])
-    assert third["id"] not in (first["id"], second["id"])
-    continued = api.engine.turns[-1].tokens
-    whole = [{"role": "user", "content": "Hi"}, *first["output"], *result, *second["output"]]
-    await ask(input=[*whole, {"role": "user", "content": "Thanks"}], tools=[WEATHER])
-    assert api.engine.turns[-1].tokens == continued
-    assert "Now only." not in api.prompt
-    assert "I look." in api.prompt
-    assert "Hm." in api.prompt
-    # The scheduler is told the conversation, not only shown a prompt that resembles the last one.
-    assert api.engine.asked == ["", 1, 1, ""]  # type: ignore[attr-defined]
-
-
-async def test_forks(api: Api) -> None:
-    first = await api.whole(input="One")
-    for _ in range(2):
-        fork = await api.whole(input="Two", previous_response_id=first["id"])
-    await api.whole(input="Three", previous_response_id=fork["id"])
-    assert "One" in api.prompt
-    assert api.prompt.count("Two") == 1
-    # The second one is for the scheduler to place by its prompt; it has a conversation of its own then.
-    assert api.engine.asked == ["", 1, "", 3]  # type: ignore[attr-defined]
-
-
-async def test_forks_at_the_same_time_and_retries(api: Api) -> None:
-    first = await api.whole(input="One")
-    api.engine.refuse = EngineError("No decoder is alive.")
-    error_of(await api.post(previous_response_id=first["id"]), 503)
-    api.engine.refuse = None
-    await asyncio.gather(*(api.whole(input=text, previous_response_id=first["id"]) for text in "abc"))
-    assert sorted(api.engine.asked, key=str) == ["", "", "", 1]  # type: ignore[attr-defined]
-
-
-async def test_ids_of_conversations_that_clients_choose(api: Api) -> None:
-    response = await api.http.post("/responses", json={"input": "a"}, headers={"X-Conversation-ID": "mine"})
-    await api.whole(input="b", previous_response_id=response.json()["id"])
-    await api.whole(input="c", previous_response_id=response.json()["id"], prompt_cache_key="other")
-    assert api.engine.asked == ["mine", "mine", "other"]  # type: ignore[attr-defined]
-
-
-async def test_what_is_not_stored(api: Api) -> None:
-    kept = await api.whole(store=False)
-    assert kept["store"] is False
-    for id in (kept["id"], "resp_unknown", "x" * 200):
-        error = error_of(await api.post(previous_response_id=id), 404)
-        assert (error["param"], error["code"]) == ("previous_response_id", "previous_response_not_found")
-        assert "whole conversation as `input`" in error["message"]
-    # Clients do not choose ids: a response could be replaced by another one of the same id.
-    ids = [(await api.http.post("/responses", json={"input": "a"}, headers={"X-Request-Id": "q"})).json()["id"]]
-    ids += [(await api.http.post("/responses", json={"input": "a"}, headers={"X-Request-Id": "q"})).json()["id"]]
-    assert ids[0] != ids[1]
-
-
-async def test_failures_are_not_stored(api: Api) -> None:
-    api.say("Hel", finish="error", error="The engine broke.")
-    events = await api.events()
-    assert [e["type"] for e in events[-2:]] == ["error", "response.failed"]
-    assert events[-2]["message"] == "The engine broke."
-    failed = events[-1]["response"]
-    assert (failed["status"], failed["error"]["code"]) == ("failed", "server_error")
-    error_of(await api.post(previous_response_id=failed["id"]), 404)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_stored_responses_can_be_read_and_deleted(api: Api, stream: bool) -> None:
-    api.say(f"{THOUGHT}I look.\n{CALL}")
-    options: dict[str, Any] = {"tools": [WEATHER], "metadata": {"a": "b"}}
-    answer = (await api.events(**options))[-1]["response"] if stream else await api.whole(**options)
-    behind = await api.whole(previous_response_id=answer["id"])
-    assert (await api.http.get(f"/responses/{answer['id']}")).json() == answer
-    assert (await api.openai.responses.retrieve(answer["id"])).output_text == "I look."
-    refused = error_of(await api.http.get(f"/responses/{answer['id']}", params={"stream": "true"}), 400)
-    assert refused["param"] == "stream"
-    deleted = await api.http.delete(f"/responses/{answer['id']}")
-    assert deleted.json() == {"id": answer["id"], "object": "response", "deleted": True}
-    for method in ("GET", "DELETE"):
-        error = error_of(await api.http.request(method, f"/responses/{answer['id']}"), 404)
-        assert (error["code"], answer["id"] in error["message"]) == ("response_not_found", True)
-    error_of(await api.post(previous_response_id=answer["id"]), 404)
-    # What has gone on behind it goes on.
-    await api.whole(previous_response_id=behind["id"])
-    assert "I look." in api.prompt
-    await api.openai.responses.delete(behind["id"])
-    with pytest.raises(openai.NotFoundError, match="no response"):
-        await api.openai.responses.retrieve(behind["id"])
-
-
-def test_the_store_is_bounded() -> None:
-    store: ResponseStore[int] = ResponseStore(max_responses=3, max_tokens=100)
-    for number in range(4):
-        store.put(str(number), Stored((number,), 10, ""))
-    assert store.get("0") is None
-    assert store.get("1") is not None  # and is the latest used now
-    store.put("4", Stored((), 85, ""))
-    assert [store.get(id) is not None for id in "1234"] == [True, False, False, True]
-    store.put("5", Stored((), 101, ""))
-    assert len(store) == 0
-    store.put("6", Stored((), 100, ""))
-    assert len(store) == 1
-    store.put("7", Stored((), 50, "", b"x" * 204))
-    assert len(store) == 0
-    assert not store.delete("7")
-    store.put("8", Stored((), 50, "", b"x" * 200))
-    assert store.delete("8")
-    store.put("9", Stored((), 100, ""))
-    assert len(store) == 1
-
-
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -447,24 +262,24 @@ def test_the_store_is_bounded() -> None:
         ({"model": "other"}, "model", "no model"),
     ],
 )
-async def test_bad_requests(api: Api, body: dict[str, Any], param: str, words: str) -> None:
+async def test_bad_requests(api: ResponsesServer, body: dict[str, Any], param: str, words: str) -> None:
     error = error_of(await api.post(**body), 404 if param == "model" else 400)
     assert error["param"] == param
     assert words in error["message"]
     assert not api.engine.turns
 
 
-async def test_what_is_ignored_is_told(api: Api) -> None:
+async def test_ignored_parameters_are_named(api: ResponsesServer) -> None:
     body = {"user": "me", "include": ["reasoning.encrypted_content"], "text": {"verbosity": "low"}, "é": 1}
     response = await api.post(**body, service_tier="auto", background=False, reasoning={"summary": "auto"})
-    told = response.headers["x-ignored-parameters"]
-    assert told == "..., include, reasoning.summary, service_tier, text.verbosity, user"
+    ignored = response.headers["x-ignored-parameters"]
+    assert ignored == "..., include, reasoning.summary, service_tier, text.verbosity, user"
     assert "x-ignored-parameters" not in (await api.post()).headers
     streamed = await api.post(stream=True, user="me")
     assert streamed.headers["x-ignored-parameters"] == "user"
 
 
-async def test_the_engine_refuses(api: Api) -> None:
+async def test_the_engine_refuses(api: ResponsesServer) -> None:
     api.engine.refuse = EngineError("No decoder is alive.")
     assert error_of(await api.post(), 503)["message"] == "No decoder is alive."
     assert error_of(await api.post(stream=True), 503)["code"] == "engine_unavailable"
@@ -473,7 +288,7 @@ async def test_the_engine_refuses(api: Api) -> None:
 @pytest.mark.parametrize("path", ["responses", "messages"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_disconnect_cancels(hermes: Tokenizer, stream: bool, path: str) -> None:
-    api = Api(hermes)
+    api = ResponsesServer(hermes)
     api.say("A" * 2000, pause=0.01)
     own: dict[str, Any] = {"input": "Hi"}
     if path == "messages":
@@ -492,14 +307,14 @@ async def test_disconnect_cancels(hermes: Tokenizer, stream: bool, path: str) ->
             await api.engine.turns[0].cancelled.wait()
 
 
-# --- OpenAI's client ------------------------------------------------------------------------------------------------
+# --- OpenAI's client --------------------------------------------------------------------------------------------------
 
 
 class City(BaseModel):
     name: str
 
 
-async def test_openai_client(api: Api) -> None:
+async def test_openai_client(api: ResponsesServer) -> None:
     api.say(f"{THOUGHT}I look.\n{CALL}")
     first = await api.openai.responses.create(model="tiny", input="Hi", tools=[WEATHER])  # type: ignore[list-item]
     thought, message, call = first.output

@@ -16,10 +16,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from miniserve.api.app import create_app
-from miniserve.config import EngineConfig, ServeConfig
-from miniserve.hub import resolve as hub
 from miniserve.text.tokenizer import Tokenizer
+from tests.support.api import make_app
 from tests.support.fake_engine import EOS, FakeClient, spell
 
 CHECKS = [
@@ -53,11 +51,9 @@ ROUTES = [
 
 
 @pytest.fixture(scope="module")
-def schema() -> Any:
-    tokenizer = Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
+def schema(tokenizer: Tokenizer) -> Any:
     engine = FakeClient(steps=[*spell("Hello"), [EOS]], stop_token=EOS)
-    config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], max_body_bytes=2**20)
-    return schemathesis.openapi.from_asgi("/openapi.json", create_app(config, engine, tokenizer, {}))
+    return schemathesis.openapi.from_asgi("/openapi.json", make_app(tokenizer, engine, max_body_bytes=2**20))
 
 
 PICKY = ("stream_options", "response_format", "tools", "tool_choice", "top_logprobs", "echo", "suffix", "best_of")

@@ -11,30 +11,18 @@ import pytest
 from miniserve.api import structured
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.structured import requested
-from miniserve.hub import resolve as hub
 from miniserve.sampling_params import Grammar
 from miniserve.text import grammar
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import Api, error_of, make_app
+from tests.support.api import Api, error_of, make_app
 from tests.support.fake_engine import EOS, FakeClient, spell
 from tests.support.schemas import PERSON, nested
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
-
-
-@pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> Compiler:
     return Compiler(tokenizer)
-
-
-@pytest.fixture
-def api(tokenizer: Tokenizer) -> Api:
-    engine = FakeClient(steps=[*spell("Hello"), [EOS]], stop_token=EOS)
-    return Api(make_app(tokenizer, engine), engine)
 
 
 def fits(compiler: Compiler, tokenizer: Tokenizer, wanted: Grammar, text: str) -> bool:
@@ -125,7 +113,9 @@ async def test_what_is_wrong_is_named(api, body, param, part):
     assert not api.engine.turns
 
 
-async def test_a_slow_compilation_stops_neither_the_loop_nor_others(api, monkeypatch):
+async def test_a_slow_compilation_stops_neither_the_loop_nor_others(tokenizer, monkeypatch):
+    engine = FakeClient(steps=[*spell("Hello"), [EOS]], stop_token=EOS)
+    api = Api(make_app(tokenizer, engine), engine)
     assert (await api.chat(structured_outputs={"regex": "warm"})).status_code == 200
     monkeypatch.setattr(grammar, "MAX_MULTIPLE", 10**9)
     monkeypatch.setattr(structured, "SECONDS", 0.1)

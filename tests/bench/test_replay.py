@@ -31,8 +31,8 @@ from miniserve.dispatcher import QueueFull
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.workers import Link
 from miniserve.text.tokenizer import Tokenizer
-from tests.e2e.test_server import server as real_server
 from tests.support.fake_engine import FakeTurn
+from tests.support.server_process import server as real_server
 from tests.support.spoken import VOCAB, SpokenEngine, first_id, listening, script, serving, spoken
 
 

@@ -22,7 +22,7 @@ from miniserve.cli.client import ApiClient
 from miniserve.config import ConfigError
 from miniserve.hub import resolve as hub
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import make_app, serving
+from tests.support.api import make_app, serving
 from tests.support.fake_engine import FakeClient
 from tests.support.scripted import Replies, ScriptedServer, WatchedServer
 from tests.support.terminal import PATIENCE_SECONDS, environment

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_server import Running, server
 from tests.support import dialects, tiny
+from tests.support.server_process import Running, server
 
 HERE = Path(__file__).parent
 ENVIRONMENT = Path(os.environ.get("CLIENTS_VENV", HERE.parents[1] / ".venv-clients"))

@@ -16,19 +16,20 @@ from typing import Any
 import httpx
 import pytest
 
+from miniserve.api import dashboard
 from miniserve.cluster.messages import Move, Peer, PoolInfo, Report
 from miniserve.hub import resolve as hub
-from miniserve.monitor import events, page, views
+from miniserve.monitor import events, views
 from miniserve.monitor.events import Feed, Listener
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.scheduler import Command, Note, Scheduler
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import Api, error_of, make_app, serving
+from tests.support.api import Api, error_of, make_app, serving
 from tests.support.fake_engine import EOS, STATS, FakeClient, spell
 from tests.support.outputs import outputs
 
-FILES = sorted(path.name for path in page.FOLDER.iterdir())
+FILES = sorted(path.name for path in dashboard.FOLDER.iterdir())
 SECRET = "sécret"
 
 
@@ -275,8 +276,8 @@ async def test_files_of_the_page(tokenizer: Tokenizer, path: str) -> None:
     response = await http.get(path)
     assert response.status_code == 200
     name = path.rpartition("/")[2] or "index.html"
-    assert response.content == (page.FOLDER / name).read_bytes()
-    assert response.headers["content-type"] == page.TYPES[Path(name).suffix] + (
+    assert response.content == (dashboard.FOLDER / name).read_bytes()
+    assert response.headers["content-type"] == dashboard.TYPES[Path(name).suffix] + (
         "" if name.endswith(".svg") else "; charset=utf-8"
     )
     assert response.headers["cache-control"] == "no-cache"
@@ -298,7 +299,7 @@ async def test_no_other_files(tokenizer: Tokenizer, name: str) -> None:
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
     for name in FILES:
-        text = (page.FOLDER / name).read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
+        text = (dashboard.FOLDER / name).read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text, name
         assert "https:" not in text, name
         assert "innerHTML" not in text, name

@@ -10,7 +10,7 @@ import pytest
 from miniserve.hub import resolve as hub
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_openai import Api, error_of, make_app
+from tests.support.api import Api, error_of, make_app
 from tests.support.fake_engine import FakeClient
 
 ROUTES = ("/v1/conversations", "/v1/conversations/c1", "/v1/workers")

@@ -14,8 +14,9 @@ from miniserve.text.formats import FORMATS, REASONING_MARKS, ReasoningMarks
 from miniserve.text.grammar import Compiler
 from miniserve.text.reader import CallScanner, Part, Reader, Reasoning, ToolCall, merged
 from miniserve.text.tokenizer import Tokenizer
-from tests.api.test_tools import TOOLS, Api, called
 from tests.support import dialects
+from tests.support.dialects import TOOLS, called
+from tests.support.servers import ChatServer as Api
 
 QWEN = REASONING_MARKS["qwen3"]
 CALL = '<tool_call>\n{"name": "list_all", "arguments": {}}\n</tool_call>'

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from miniserve.api.fields import (
     Body,
     Count,
     Effort,
-    FewTools,
     Json,
     RequestBody,
     Salt,
     StopTexts,
     Temperature,
     Text,
+    TextOr,
     TopK,
     TopP,
     kind_of,
     one_of,
 )
 from miniserve.api.openai.schemas import ChatRequest, joined
-from miniserve.api.parameters import REFUSED_BY_MESSAGES
-from miniserve.api.sound import sound_json
+from miniserve.api.tools import FewTools
 from miniserve.sampling_params import ParameterError
 
-NAMES = {
+MESSAGES_NAMES = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
     "response_format": "output_config.format",
@@ -35,10 +34,10 @@ NAMES = {
     r"tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema",
     r"tools\[(\d+)\]\.function": r"tools[\1]",
 }
-"""Parameters of chats, as this API calls them."""
+"""Patterns of a chat's parameters, and this API's names of them."""
 TOOL_KEYS = ("name", "description", "input_schema", "strict")
 ERROR = "Error: "
-"""Begins the result of a tool that failed: chat templates know of no other way to say it."""
+"""Begins the result of a tool that failed: chat templates have no other way to say so."""
 
 
 class TextBlock(Body):
@@ -55,13 +54,12 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: Annotated[Text, Field(min_length=1)]
     name: Text
-    input: Annotated[dict[str, Any], AfterValidator(sound_json)]
+    input: Json
 
 
 TextBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
 TextOrBlocks = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TextBlocks, Tag("<list>")],
-    Discriminator(kind_of, "content", "This must be a string or a list of text blocks"),
+    TextOr[TextBlocks], Discriminator(kind_of, "content", "This must be a string or a list of text blocks")
 ]
 
 
@@ -86,8 +84,7 @@ Blocks = Annotated[list[Block], Field(fail_fast=True)]
 class MessageParam(Body):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[Blocks, Tag("<list>")],
-        Discriminator(kind_of, "content", "Content must be a string or a list of blocks"),
+        TextOr[Blocks], Discriminator(kind_of, "content", "Content must be a string or a list of blocks")
     ]
 
 
@@ -114,9 +111,13 @@ class OutputConfig(Body):
 
 
 class CountTokensRequest(RequestBody):
-    """What says of a request how long its prompt is."""
+    """The fields of a request that its prompt is made of."""
 
-    refused = REFUSED_BY_MESSAGES
+    refused = {
+        "container": "there are no containers here",
+        "mcp_servers": "let the model call tools of yours",
+        "context_management": "nothing is edited here: send the `messages` that count",
+    }
 
     messages: Annotated[list[MessageParam], Field(fail_fast=True, min_length=1)]
     model: Text | None = None
@@ -189,7 +190,7 @@ class MessagesRequest(CountTokensRequest):
 
 
 def _chat_messages(message: MessageParam, at: str) -> list[dict[str, Any]]:
-    """The messages of chats that say the same: a user's results of tools are messages of their own."""
+    """The same as messages of a chat, in which the results of tools are messages of their own."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     if message.role == "assistant":
@@ -197,7 +198,7 @@ def _chat_messages(message: MessageParam, at: str) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     texts: list[str] = []
 
-    def say() -> None:
+    def flush() -> None:
         if texts:
             messages.append({"role": message.role, "content": "\n".join(texts)})
             texts.clear()
@@ -206,17 +207,17 @@ def _chat_messages(message: MessageParam, at: str) -> list[dict[str, Any]]:
         if isinstance(block, TextBlock):
             texts.append(block.text)
         elif isinstance(block, ToolResultBlock) and message.role == "user":
-            say()
+            flush()
             result = (ERROR if block.is_error else "") + joined(block.content or "")
             messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
         else:
             raise _misplaced(block, message.role, f"{at}.content[{number}]")
-    say()
+    flush()
     return messages or [{"role": message.role, "content": ""}]
 
 
 def _answer(blocks: list[Any], at: str) -> dict[str, Any]:
-    """One answer of the model, whose text is as it wrote it, calls aside."""
+    """One answer of the model as a message of a chat: its text as the model wrote it, its reasoning, its calls."""
     answer: dict[str, Any] = {"role": "assistant", "content": ""}
     for number, block in enumerate(blocks):
         match block:

@@ -1,15 +1,19 @@
-"""What the API answers, as types: mypy checks the code that builds the answers, and OpenAPI documents them.
+"""The answers to chats, completions and questions about models and tokens, as types: mypy checks the code that builds
+them, and OpenAPI documents them.
 
 Shapes and names are OpenAI's; `stop_reason`, `max_model_len`, token ids and everything about tokenizing are vLLM's.
 """
 
 from __future__ import annotations
 
+import codecs
 from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-Finish = Literal["stop", "length", "tool_calls"]
+from miniserve.api.generation import Choice, Finish, Generation
+from miniserve.cluster.messages import TokenLogprob
+from miniserve.text.tokenizer import Tokenizer
 
 
 class PromptTokensDetails(TypedDict):
@@ -21,22 +25,13 @@ class CompletionTokensDetails(TypedDict):
 
 
 class Usage(TypedDict):
-    """The details of the completion are only told of models that reason."""
+    """Only models that reason have details of the completion."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: NotRequired[CompletionTokensDetails]
-
-
-class Head(TypedDict):
-    """What an answer and all chunks of a stream begin with."""
-
-    id: str
-    object: str
-    created: int
-    model: str
 
 
 # --- chat -----------------------------------------------------------------------------------------------------------
@@ -69,12 +64,6 @@ class ToolCallOut(TypedDict):
     function: CalledFunction
 
 
-class ToolCallDelta(ToolCallOut):
-    """A call in a stream: whole, in one piece."""
-
-    index: int
-
-
 class ChatMessageOut(TypedDict):
     """`content` is null where there are only calls or only reasoning, which has two names."""
 
@@ -105,23 +94,6 @@ class ChatCompletion(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
 
 
-class Delta(TypedDict, total=False):
-    role: Literal["assistant"]
-    content: str
-    reasoning: str
-    reasoning_content: str
-    tool_calls: list[ToolCallDelta]
-
-
-class ChatChunkChoice(TypedDict):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: Finish | None
-    stop_reason: NotRequired[str | int | None]
-    token_ids: NotRequired[list[int]]
-
-
 # --- completions ----------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +105,7 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionChoice(TypedDict):
-    """Also the shape of a choice in a stream, with a piece of the text; only its first chunk has the prompt's ids."""
+    """A choice, or in a stream a piece of it; only its first chunk has the prompt's ids."""
 
     index: int
     text: str
@@ -182,9 +154,80 @@ class Detokenized(TypedDict):
     prompt: str
 
 
-class Health(TypedDict):
+class HealthStatus(TypedDict):
     status: Literal["ok"]
 
 
 class Version(TypedDict):
     version: str
+
+
+# --- usage ----------------------------------------------------------------------------------------------------------
+
+
+def usage(of: Choice | Generation, output_tokens: int) -> Usage:
+    """What a choice or all of a generation has used so far, with `output_tokens`."""
+    used: Usage = {
+        "prompt_tokens": of.prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": of.prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": of.cached_tokens},
+    }
+    if of.thinks:
+        used["completion_tokens_details"] = {"reasoning_tokens": of.reasoning_tokens}
+    return used
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------------
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON lacks; as in OpenAI's answers and vLLM's."""
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> ChatLogprobs:
+    """Log-probabilities as chats have them: each token with its exact bytes and its alternatives."""
+
+    def logprob_of(token: int, logprob: float) -> TopLogprob:
+        data = tokenizer.token_bytes(token)
+        return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": max(logprob, LOWEST)}
+
+    return {
+        "content": [
+            {**logprob_of(entry.token, entry.logprob), "top_logprobs": [logprob_of(*top) for top in entry.top]}
+            for entry in entries
+        ]
+    }
+
+
+class CompletionLogprobWriter:
+    """Log-probabilities as completions have them. A writer is for one choice: it counts the characters of its text."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def write(self, entries: list[TokenLogprob]) -> CompletionLogprobs:
+        """The log-probabilities of the choice's next tokens."""
+        out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for entry in entries:
+            logprob = max(entry.logprob, LOWEST)
+            name = self._name(entry.token)
+            out["tokens"].append(name)
+            out["token_logprobs"].append(logprob)
+            # The sampled token is always among the alternatives, even if it is not one of the most likely.
+            tops = {self._name(token): max(value, LOWEST) for token, value in entry.top}
+            out["top_logprobs"].append(tops | {name: logprob})
+            out["text_offset"].append(self._offset)
+            if entry.token not in self._skip:
+                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(entry.token)))
+        return out
+
+    def _name(self, token: int) -> str:
+        """The token's text, or its bytes if it is a part of a character, since names must differ."""
+        data = self._tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: what choices look like there."""
+"""/v1/chat/completions: its prompt, and its choices. The other APIs of chats share the prompt."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import msgspec
 
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai.answers import (
-    ChatChoice,
-    ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
     ChatMessageOut,
-    Delta,
-    Head,
     ToolCallOut,
+    chat_logprobs,
+    usage,
 )
-from miniserve.api.openai.logprobs import chat_logprobs
-from miniserve.api.openai.schemas import ChatRequest, StreamOptions, TokenizeRequest
-from miniserve.api.streaming import Chunks
+from miniserve.api.openai.chunks import ChunkWriter
+from miniserve.api.openai.schemas import ChatRequest, TokenizeRequest
 from miniserve.api.tools import Tool, with_all_keys
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.sampling_params import ParameterError, SamplingParams
@@ -43,7 +40,7 @@ def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | T
             template_kwargs=request.template_variables,
         )
 
-    # Tools stay in the prompt when none may be called, so that it begins like that of the turn before.
+    # Tools stay in the prompt when the model may call none, so that it begins like the prompt of the turn before.
     try:
         return rendered(request.tools)
     except ParameterError:
@@ -53,8 +50,11 @@ def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | T
         return rendered(complete)
 
 
-class ChatTask:
-    """What a request for a chat completion asks of the model: a prompt, perhaps a call, somebody to read the answer."""
+class ChatRenderer:
+    """A `Renderer`: the one prompt of a chat, the grammar of forced calls or of a format, and a reader of reasoning and
+    calls."""
+
+    prompt_field = "messages"
 
     def __init__(self, tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest) -> None:
         self._tokenizer = tokenizer
@@ -62,22 +62,22 @@ class ChatTask:
         self._request = request
 
     def prompts(self) -> list[list[int]]:
-        """The one prompt. Slow: not for the event loop. Raises `ParameterError`."""
         return [chat_tokens(self._tokenizer, self._dialect, self._request)]
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
-        """`params`, whose grammar is that of the format if there is one, with the grammar of the whole answer: where a
-        call is forced, or there may be reasoning or a call instead of the format. Slow, too."""
-        calling, reasoned = self._request.calling, self._reasoned(prompt)
-        wanted = None if calling.forced else params.grammar
-        tools = calling.forced or (calling.callable if wanted else [])
+        """`params`, whose grammar is that of the format if there is one, with the grammar of the whole answer: if a
+        call is forced, or the model may reason before the format or call a tool instead. Slow: not for the event loop.
+        """
+        allowed, reasoned = self._request.allowed_calls, self._reasoned(prompt)
+        wanted = None if allowed.forced else params.grammar
+        tools = allowed.forced or (allowed.callable if wanted else [])
         if not tools and (wanted is None or reasoned == "over"):
             return params
         grammar = answer_grammar(
             self._dialect.form,
             tools,
             wanted,
-            single=calling.single,
+            single=allowed.single,
             thinking=None if reasoned == "over" else self._dialect.thinking,
             opened=reasoned == "begun",
             tokenizer=self._tokenizer,
@@ -85,12 +85,11 @@ class ChatTask:
         return msgspec.structs.replace(params, grammar=grammar)
 
     def reader(self, prompt: list[int]) -> Reader | None:
-        """What reads one answer; None where all of it is content."""
-        calling = self._request.calling
+        allowed = self._request.allowed_calls
         return self._dialect.reader(
             self._tokenizer,
-            calling.callable,
-            single=calling.single,
+            allowed.callable,
+            single=allowed.single,
             first=self._request.format_field is not None,
             opened=self._reasoned(prompt) == "begun",
         )
@@ -102,91 +101,72 @@ class ChatTask:
         return self._dialect.reasoned(self._tokenizer, prompt, continued)
 
 
-class ChatShape(Chunks):
-    """Choices as chat completions, whole and in chunks; with `token_ids` they tell those of prompt and answer."""
+class ChatWriter(ChunkWriter):
+    """Choices as chat completions, whole and in chunks."""
 
-    id_prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"
-    input_field = "messages"
 
-    def __init__(
-        self, tokenizer: Tokenizer, token_ids: bool = False, stream_options: StreamOptions | None = None
-    ) -> None:
-        self.token_ids = token_ids
-        self.stream_options = stream_options
-        self._tokenizer = tokenizer
-
-    def whole(self, head: Head, generation: Generation) -> ChatCompletion:
-        """The answer in one piece, of choices that have ended."""
+    def response(self, generation: Generation) -> ChatCompletion:
+        choices = []
+        for choice in generation.choices:
+            parts, logprobs = choice.take()
+            choices.append(self._ended(choice, {"message": _message(parts)}, self._logprobs(choice, logprobs)))
         answer: ChatCompletion = {
-            "id": head["id"],
+            "id": self.head.id,
             "object": "chat.completion",
-            "created": head["created"],
-            "model": head["model"],
-            "choices": [self._choice(choice) for choice in generation.choices],
-            "usage": generation.usage,
+            "created": self.head.created,
+            "model": self.head.model,
+            "choices": choices,
+            "usage": usage(generation, generation.output_tokens),
         }
         if self.token_ids:
             answer["prompt_token_ids"] = generation.choices[0].prompt
         return answer
 
-    def opening(self, choice: Choice) -> ChatChunkChoice:
-        """Says who speaks."""
-        delta: Delta = {"role": "assistant", "content": ""}
+    def opening(self, choice: Choice) -> Mapping[str, Any]:
+        """The role of the speaker."""
+        delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def beside_opening(self, choice: Choice) -> Mapping[str, Any]:
-        """The prompt's ids, if they were asked for."""
         return {"prompt_token_ids": choice.prompt} if self.token_ids else {}
 
-    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> ChatChunkChoice:
-        """A further part of the answer."""
-        told = self._logprobs(choice, logprobs)
-        chunk: ChatChunkChoice = {
+    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
+        return {
             "index": choice.index,
             "delta": _delta(part),
-            "logprobs": told,
-            "finish_reason": None,
-        }
-        if self.token_ids:
-            chunk["token_ids"] = choice.take_tokens()
-        return chunk
-
-    def closing(self, choice: Choice) -> ChatChunkChoice:
-        """Says why the choice has ended."""
-        chunk: ChatChunkChoice = {
-            "index": choice.index,
-            "delta": {},
-            "logprobs": None,
-            "finish_reason": choice.finish,
-            "stop_reason": choice.stop_reason,
-        }
-        if self.token_ids:
-            chunk["token_ids"] = choice.take_tokens()
-        return chunk
-
-    def _choice(self, choice: Choice) -> ChatChoice:
-        parts, logprobs = choice.take()
-        answer: ChatChoice = {
-            "index": choice.index,
-            "message": _message(parts),
             "logprobs": self._logprobs(choice, logprobs),
+            "finish_reason": None,
+            **self._token_ids(choice),
+        }
+
+    def closing(self, choice: Choice) -> Mapping[str, Any]:
+        return self._ended(choice, {"delta": {}}, None)
+
+    def _ended(self, choice: Choice, said: dict[str, Any], logprobs: ChatLogprobs | None) -> Any:
+        """A choice that has ended, as it is in a whole answer or in the last chunk."""
+        return {
+            "index": choice.index,
+            **said,
+            "logprobs": logprobs,
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
+            **self._token_ids(choice),
         }
-        if self.token_ids:
-            answer["token_ids"] = choice.take_tokens()
-        return answer
+
+    def _token_ids(self, choice: Choice) -> dict[str, list[int]]:
+        return {"token_ids": choice.take_tokens()} if self.token_ids else {}
 
     def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> ChatLogprobs | None:
         return None if choice.params.logprobs is None else chat_logprobs(self._tokenizer, logprobs)
 
 
-def _delta(part: Part) -> Delta:
+def _delta(part: Part) -> dict[str, Any]:
     if isinstance(part, str):
         return {"content": part}
     if isinstance(part, Reasoning):
         return {"reasoning": part.text, "reasoning_content": part.text}
+    # A call comes whole, in one piece.
     return {"tool_calls": [{"index": part.index, **_call(part)}]}
 
 

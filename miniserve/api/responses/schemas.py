@@ -11,24 +11,23 @@ from miniserve.api.fields import (
     Body,
     Count,
     Effort,
-    FewTools,
     Json,
     Key,
     RequestBody,
     Salt,
     Temperature,
     Text,
-    ToolChoice,
+    TextOr,
     TopP,
     at_most,
     kind_of,
     one_of,
 )
 from miniserve.api.openai.schemas import ChatRequest, joined
-from miniserve.api.parameters import REFUSED_BY_RESPONSES
+from miniserve.api.tools import FewTools, ToolChoice
 from miniserve.sampling_params import ParameterError
 
-NAMES = {
+RESPONSES_NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
@@ -36,7 +35,7 @@ NAMES = {
     "reasoning_effort": "reasoning.effort",
     r"tools\[(\d+)\]\.function": r"tools[\1]",
 }
-"""Parameters of chats, as this API calls them."""
+"""Patterns of a chat's parameters, and this API's names of them."""
 MAX_METADATA = 16
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 ITEM_KEYS = frozenset({"id", "status"})
@@ -57,14 +56,13 @@ TextParts = Annotated[
     list[Annotated[TextPart, one_of("Content parts", ("input_text", "output_text", "text"))]], Field(fail_fast=True)
 ]
 TextOrParts = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TextParts, Tag("<list>")],
-    Discriminator(kind_of, "content", "This must be a string or a list of text parts"),
+    TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
 ]
 ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 
 
 class MessageItem(Body):
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -72,7 +70,7 @@ class MessageItem(Body):
 
 
 class FunctionCallItem(Body):
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["function_call"]
     call_id: Annotated[Text, Field(min_length=1)]
@@ -81,7 +79,7 @@ class FunctionCallItem(Body):
 
 
 class FunctionCallOutputItem(Body):
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["function_call_output"]
     call_id: Annotated[Text, Field(min_length=1)]
@@ -89,9 +87,9 @@ class FunctionCallOutputItem(Body):
 
 
 class ReasoningItem(Body):
-    """`content` goes before `summary`. What another server has encrypted cannot be read here."""
+    """`content` goes before `summary`. No server can read what another one has encrypted."""
 
-    untold = ITEM_KEYS
+    silent = ITEM_KEYS
 
     type: Literal["reasoning"]
     content: ReasoningParts | None = None
@@ -114,8 +112,8 @@ Item = Annotated[
     BeforeValidator(_with_type),
 ]
 Items = Annotated[list[Item], Field(fail_fast=True, min_length=1)]
-AnyItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
-OUTPUT: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
+InputItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
+OUTPUT: TypeAdapter[list[InputItem]] = TypeAdapter(list[Item])
 """Reads the items of an answer as input of the next one."""
 
 
@@ -139,12 +137,17 @@ class ReasoningSettings(Body):
 
 
 class ResponsesRequest(RequestBody):
-    refused = REFUSED_BY_RESPONSES
+    refused = {
+        "background": "answers come while the connection is open: use `stream`",
+        "context_management": "nothing is compacted here: send a shorter `input`",
+        "conversation": "use `previous_response_id`",
+        "prompt": "there are no stored prompts here: use `instructions` and `input`",
+        "moderation": "nothing is moderated here",
+        "image": "this model writes text only",
+        "top_logprobs": "use /v1/chat/completions for log-probabilities",
+    }
 
-    input: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[Items, Tag("<list>")],
-        Discriminator(kind_of, "input", "Input must be a string or a list of items"),
-    ]
+    input: Annotated[TextOr[Items], Discriminator(kind_of, "input", "Input must be a string or a list of items")]
     model: Text | None = None
     instructions: Text | None = None
     previous_response_id: Key | None = None
@@ -189,11 +192,11 @@ class ResponsesRequest(RequestBody):
         return names + (["reasoning.summary"] if summary else [])
 
     @property
-    def items(self) -> list[AnyItem]:
+    def items(self) -> list[InputItem]:
         """The input."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
-    def chat(self, items: Sequence[AnyItem]) -> ChatRequest:
+    def chat(self, items: Sequence[InputItem]) -> ChatRequest:
         """As a chat about `items`, the whole conversation. Raises `ParameterError`, `ValidationError`."""
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         fields = {
@@ -214,11 +217,11 @@ class ResponsesRequest(RequestBody):
         return ChatRequest.model_validate(fields)
 
 
-def messages_of(items: Sequence[AnyItem]) -> list[dict[str, Any]]:
-    """The messages of chats that say the same. What the model wrote in one answer, thoughts, text and calls, is one
-    message, so that it is rendered as it would be for a client of chats."""
+def messages_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
+    """The same as messages of a chat. The reasoning, text and calls of one answer of the model are one message, so that
+    the prompt is that of a client of chats."""
     messages: list[dict[str, Any]] = []
-    answer: dict[str, Any] | None = None  # the message that further items of the same answer belong to
+    answer: dict[str, Any] | None = None  # the message to which further items of the same answer belong
     for item in items:
         if isinstance(item, FunctionCallOutputItem):
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
@@ -234,13 +237,13 @@ def messages_of(items: Sequence[AnyItem]) -> list[dict[str, Any]]:
     return messages
 
 
-def _begins_another(answer: dict[str, Any], item: AnyItem) -> bool:
+def _begins_another(answer: dict[str, Any], item: InputItem) -> bool:
     if isinstance(item, ReasoningItem):
         return len(answer) > 1
     return isinstance(item, MessageItem) and "content" in answer and "tool_calls" not in answer
 
 
-def _add(answer: dict[str, Any], item: AnyItem) -> None:
+def _add(answer: dict[str, Any], item: InputItem) -> None:
     match item:
         case ReasoningItem():
             if thoughts := "\n".join(part.text for part in item.content or item.summary or []):

@@ -1,19 +1,23 @@
-"""Responses that a later one may name as its previous one. In memory, within bounds."""
+"""Stored responses, which a later request may continue as its previous response. In memory, within bounds."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from miniserve.api.errors import ApiError
 
 T = TypeVar("T")
 
 MAX_RESPONSES = 10_000
 MAX_TOKENS = 32 * 2**20
-"""Of all of them. Each counts in full, though those of one conversation share what they hold; so it is an upper bound,
-and what is kept of long conversations are their latest responses."""
+"""Of all responses. Each counts in full, though those of one conversation share what they hold: this is an upper bound,
+and of long conversations the latest responses stay."""
 BYTES_PER_TOKEN = 4
-"""Of answers, which count as well: tools and instructions stand in each."""
+"""Of answers, which count too: each repeats its tools and instructions."""
 
 
 @dataclass
@@ -27,6 +31,11 @@ class Stored(Generic[T]):
     answer: bytes = b""
     continued: bool = False
     """Whether a response has followed already: the next one is a fork."""
+
+    @property
+    def size(self) -> int:
+        """In tokens."""
+        return self.tokens + len(self.answer) // BYTES_PER_TOKEN
 
 
 class ResponseStore(Generic[T]):
@@ -42,24 +51,53 @@ class ResponseStore(Generic[T]):
         return len(self._stored)
 
     def put(self, id: str, stored: Stored[T]) -> None:
-        """Keep a response."""
         self._stored[id] = stored
-        self._tokens += _size(stored)
+        self._tokens += stored.size
         while len(self._stored) > self._max_responses or self._tokens > self._max_tokens:
             self.delete(next(iter(self._stored)))
 
     def get(self, id: str) -> Stored[T] | None:
-        """The response of that id; None where there never was one, or it is gone."""
+        """The response of that id; None if there never was one, or it is gone."""
         if id in self._stored:
             self._stored.move_to_end(id)
         return self._stored.get(id)
 
     def delete(self, id: str) -> bool:
-        """Forget it; whether it was there. Responses behind it keep what they hold of it."""
+        """Forget a response; whether it was there. Responses behind it keep the items that they share with it."""
         gone = self._stored.pop(id, None)
-        self._tokens -= _size(gone) if gone else 0
+        self._tokens -= gone.size if gone else 0
         return gone is not None
 
+    def previous(self, id: str | None) -> Stored[T] | None:
+        """The response that a request continues, None if it names none. Raises `ApiError` if it is not here."""
+        if id is None:
+            return None
+        if (stored := self.get(id)) is None:
+            more = ". Send the whole conversation as `input`, without `previous_response_id`."
+            raise _missing(id, more, param="previous_response_id", code="previous_response_not_found")
+        return stored
 
-def _size(stored: Stored[T]) -> int:
-    return stored.tokens + len(stored.answer) // BYTES_PER_TOKEN
+
+def not_found(id: str) -> ApiError:
+    """The answer to a request for a response that is not stored."""
+    return _missing(id, ", unless `store` is false or they failed.", code="response_not_found")
+
+
+def _missing(id: str, more: str, *, code: str, param: str | None = None) -> ApiError:
+    kept = "the latest ones are kept, until the server stops"
+    return ApiError(404, f"There is no response {id[:128]!r} here (any more): {kept}{more}", param=param, code=code)
+
+
+@contextmanager
+def continuing(previous: Stored[T] | None) -> Iterator[str | int]:
+    """The conversation of a response that follows `previous`, or "". Only one response continues the conversation,
+    unless it fails. All others are forks, and the scheduler finds their conversations by their prompts."""
+    if previous is None or previous.continued:
+        yield ""
+        return
+    previous.continued = True
+    try:
+        yield previous.conversation
+    except BaseException:
+        previous.continued = False
+        raise

@@ -1,0 +1,109 @@
+"""What there is to see of a running server: the dashboard's page, live events, conversations, workers, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request
+from starlette.responses import Response
+
+from miniserve.api.errors import ApiError
+from miniserve.api.streaming import EventStream, event_stream
+from miniserve.dispatcher import EngineClient
+from miniserve.monitor import views
+from miniserve.monitor.events import Feed, TooManyListeners
+from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
+
+FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+# The page asks only this server, runs only our files, and no other page can frame it or send its forms elsewhere.
+# Should the name of a conversation ever be taken for HTML, nothing in it would run.
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " + "; ".join(
+    f"{kind}-src 'self'" for kind in ("script", "style", "connect", "img")
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # browsers keep a file and ask again each time: the answer is then 304, without a body
+}
+STREAM = event_stream(
+    event={"enum": ["start", "workers", "turns", "decision", "outcome", "lost"]},
+    data={"type": "string", "description": "As JSON; of a decision or outcome, the line of the decision log."},
+)
+
+
+def add_page(app: FastAPI) -> None:
+    """Serve the page at / and its files below /dashboard/. They are read once: all of them are small."""
+    contents = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
+    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:32]}"' for name, data in contents.items()}
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/dashboard/{name}", include_in_schema=False)
+    async def page(request: Request, name: str = "index.html") -> Response:
+        if name not in contents:
+            raise ApiError(404, f"The dashboard has no file {name[:128]!r}: it is at /.")
+        headers = {**HEADERS, "ETag": tags[name]}
+        if tags[name] in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(contents[name], headers=headers, media_type=TYPES[Path(name).suffix])
+
+
+def add_views(app: FastAPI, client: EngineClient, collected: Metrics) -> None:
+    """Serve what the page shows, and Prometheus metrics."""
+
+    @app.get("/v1/conversations")
+    async def conversations(limit: Annotated[int, Query(ge=1, le=views.MOST_LISTED)] = 100) -> views.ConversationList:
+        """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
+        return views.conversation_list(client.scheduler, time.monotonic(), limit)
+
+    @app.get("/v1/conversations/{conversation:path}")
+    async def conversation(conversation: str) -> views.ConversationDetail:
+        """One of them: what was observed of its last turns, and where their time went."""
+        found = views.conversation_detail(client.scheduler, conversation, time.monotonic())
+        if found is None:
+            raise ApiError(
+                404,
+                f"No conversation {conversation[:128]!r} is known (any more): see GET /v1/conversations.",
+                code="conversation_not_found",
+            )
+        return found
+
+    @app.get("/v1/workers")
+    async def workers() -> views.WorkerList:
+        """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
+        return views.worker_list(client.scheduler, client.policy_name, time.monotonic())
+
+    @app.get("/v1/events", response_class=Response, responses={200: {"content": STREAM}})
+    async def events() -> Response:
+        """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
+        turns. A client that does not keep up loses the oldest events, and an event says how many."""
+        return EventStream(_live_events(client.feed))
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(collected.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@asynccontextmanager
+async def _live_events(feed: Feed) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The events of `feed` until the server ends. Raises `ApiError` if too many clients listen already."""
+    try:
+        with feed.listener() as listener:
+
+            async def events() -> AsyncIterator[bytes]:
+                while data := await listener.take():
+                    yield data
+
+            yield events()
+    except TooManyListeners as error:
+        raise ApiError(
+            503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"}
+        ) from error

@@ -1,0 +1,128 @@
+"""/v1/messages: a chat's answer as content blocks, whole and as events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import msgspec
+
+from miniserve.api.errors import ApiError
+from miniserve.api.generation import Choice, Generation
+from miniserve.api.messages.answers import MessageOut, MessageUsage, StopReason
+from miniserve.api.protocols import AnswerHead
+from miniserve.api.streaming import NamedEvent, named_event
+from miniserve.text.reader import Part, Reasoning, ToolCall
+
+
+class ContentBlocks:
+    """Makes blocks of the parts of an answer, as they come, and the events of a stream that announce them."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Any] = []
+        self._open: Literal["text", "thinking"] | None = None
+
+    def feed(self, part: Part) -> list[NamedEvent]:
+        """Add the next part."""
+        if isinstance(part, ToolCall):
+            return [*self.close(), *self._call(part)]
+        kind: Literal["text", "thinking"] = "thinking" if isinstance(part, Reasoning) else "text"
+        events: list[NamedEvent] = []
+        if self._open != kind:
+            events += self.close()
+            self._open = kind
+            self.blocks.append({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+            events.append(("content_block_start", {"index": self._index, "content_block": dict(self.blocks[-1])}))
+        text = part.text if isinstance(part, Reasoning) else part
+        self.blocks[-1][kind] += text
+        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+
+    def close(self) -> list[NamedEvent]:
+        """Complete the block that grows, if one does."""
+        if self._open is None:
+            return []
+        signed = [self._delta({"type": "signature_delta", "signature": ""})] if self._open == "thinking" else []
+        self._open = None
+        return [*signed, ("content_block_stop", {"index": self._index})]
+
+    def _call(self, call: ToolCall) -> list[NamedEvent]:
+        block = {"type": "tool_use", "id": call.id, "name": call.name}
+        # The arguments stay as the model wrote them: decoded and encoded again they might be another text.
+        self.blocks.append({**block, "input": msgspec.Raw(call.arguments.encode())})
+        return [
+            ("content_block_start", {"index": self._index, "content_block": {**block, "input": {}}}),
+            self._delta({"type": "input_json_delta", "partial_json": call.arguments}),
+            ("content_block_stop", {"index": self._index}),
+        ]
+
+    @property
+    def _index(self) -> int:
+        return len(self.blocks) - 1
+
+    def _delta(self, delta: dict[str, str]) -> NamedEvent:
+        return "content_block_delta", {"index": self._index, "delta": delta}
+
+
+class MessagesWriter:
+    """A `ResponseWriter` of messages."""
+
+    def __init__(self, head: AnswerHead) -> None:
+        self.head = head
+
+    def response(self, generation: Generation) -> MessageOut:
+        (choice,) = generation.choices
+        content = ContentBlocks()
+        for part in choice.take()[0]:
+            content.feed(part)
+        return self._message(choice, content.blocks)
+
+    async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
+        (choice,) = generation.choices
+        begun = {**self._message(choice, []), "stop_reason": None}
+        yield named_event("message_start", {"message": begun}) + named_event("ping", {})
+        content = ContentBlocks()
+        async for _ in generation.updates():
+            events = [event for part in choice.take()[0] for event in content.feed(part)]
+            if choice.finish is not None:
+                events += content.close()
+                reason, sequence = _stop(choice)
+                delta = {"stop_reason": reason, "stop_sequence": sequence}
+                events += [("message_delta", {"delta": delta, "usage": _usage(choice)}), ("message_stop", {})]
+            if events:
+                yield b"".join(named_event(*event) for event in events)
+
+    def error_events(self, error: ApiError) -> bytes:
+        return named_event("error", {"error": error.anthropic_body["error"]})
+
+    def _message(self, choice: Choice, blocks: list[Any]) -> MessageOut:
+        reason, sequence = _stop(choice)
+        return {
+            "id": self.head.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.head.model,
+            "content": blocks,
+            "stop_reason": reason,
+            "stop_sequence": sequence,
+            "usage": _usage(choice),
+        }
+
+
+def _stop(choice: Choice) -> tuple[StopReason, str | None]:
+    if choice.finish == "tool_calls":
+        return "tool_use", None
+    if choice.finish == "length":
+        return "max_tokens", None
+    if isinstance(choice.stop_reason, str):
+        return "stop_sequence", choice.stop_reason
+    return "end_turn", None
+
+
+def _usage(choice: Choice) -> MessageUsage:
+    return {
+        "input_tokens": len(choice.prompt) - choice.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": choice.cached_tokens,
+        "output_tokens": choice.output_tokens,
+        "output_tokens_details": {"thinking_tokens": choice.reasoning_tokens},
+    }

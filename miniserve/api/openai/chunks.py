@@ -1,0 +1,98 @@
+"""How chat and text completions stream: chunks of choices, with `[DONE]` at the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, ClassVar
+
+import msgspec
+
+from miniserve.api.errors import ApiError
+from miniserve.api.generation import Choice, Generation
+from miniserve.api.openai.answers import usage
+from miniserve.api.openai.parameters import GenerationRequest, StreamOptions
+from miniserve.api.protocols import AnswerHead
+from miniserve.api.streaming import data_event
+from miniserve.cluster.messages import TokenLogprob
+from miniserve.text.reader import Part
+from miniserve.text.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ChunkWriter(ABC):
+    """The part of a `ResponseWriter` that chat and text completions share. If the request asks for token ids, chunks
+    hold them, and each token has a chunk even if it has no text (yet)."""
+
+    chunk_object: ClassVar[str]
+
+    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: GenerationRequest) -> None:
+        self.head = head
+        self.token_ids = bool(request.return_token_ids)
+        self._tokenizer = tokenizer
+        self._options = request.stream_options or StreamOptions()
+
+    @abstractmethod
+    def opening(self, choice: Choice) -> Mapping[str, Any] | None:
+        """The choice before anything was generated; None if no chunk is needed then."""
+
+    def beside_opening(self, choice: Choice) -> Mapping[str, Any]:
+        """Further fields of the opening's chunk, beside its choice."""
+        return {}
+
+    @abstractmethod
+    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
+        """The choice with a further part of its text."""
+
+    @abstractmethod
+    def closing(self, choice: Choice) -> Mapping[str, Any]:
+        """The choice in its last chunk."""
+
+    async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
+        """All events; those that can be sent together come as one piece. Raises the exception that a choice failed
+        with."""
+        head = {"object": self.chunk_object, **self.head._asdict()}
+        with_usage = bool(self._options.include_usage)
+        continuous = with_usage and bool(self._options.continuous_usage_stats)
+        # Only the choice is encoded for each chunk; everything around it is the same bytes.
+        before_choice = _before_choice(head)
+        after_choice = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+
+        def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, before: bytes = before_choice) -> bytes:
+            after = after_choice
+            if continuous:
+                after = b'],"usage":' + msgspec.json.encode(usage(choice, output_tokens)) + b"}\n\n"
+            return before + msgspec.json.encode(chunk) + after
+
+        openings = [(choice, opening) for choice in generation.choices if (opening := self.opening(choice)) is not None]
+        yield b"".join(
+            event(choice, opening, 0, _before_choice({**head, **self.beside_opening(choice)}))
+            for choice, opening in openings
+        )
+        async for updated in generation.updates():
+            chunks: list[bytes] = []
+            for choice in updated:
+                by_token = self.token_ids and choice.has_tokens
+                if not (choice.has_parts or by_token):
+                    continue
+                parts, logprobs = choice.take()
+                for part in parts or ([""] if logprobs or by_token else []):
+                    # The first part that tokens have made carries what belongs to these tokens.
+                    chunks.append(event(choice, self.piece(choice, part, logprobs), choice.output_tokens))
+                    logprobs = []
+                if choice.finish is not None:
+                    chunks.append(event(choice, self.closing(choice), choice.output_tokens))
+            if chunks:
+                yield b"".join(chunks)
+        if with_usage:
+            yield data_event({**head, "choices": [], "usage": usage(generation, generation.output_tokens)})
+        yield DONE
+
+    def error_events(self, error: ApiError) -> bytes:
+        """The error, and the end of the stream."""
+        return data_event(error.body) + DONE
+
+
+def _before_choice(fields: Mapping[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['
