@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +47,11 @@ def parse_devices(text: str) -> list[str]:
     return [f"cuda:{int(m[1])}" for m in found if m]
 
 
+class Role(Enum):
+    PREFILLER = "prefiller"
+    DECODER = "decoder"
+
+
 class Topology(msgspec.Struct, frozen=True):
     """How many prefillers and decoders: `1P3D`, `2D`. Decoders only is colocated serving."""
 
@@ -67,6 +73,11 @@ class Topology(msgspec.Struct, frozen=True):
     def workers(self) -> list[str]:
         """Names in start order: prefillers `p0`, `p1`, ... then decoders `d0`, ..."""
         return [f"p{i}" for i in range(self.prefillers)] + [f"d{i}" for i in range(self.decoders)]
+
+    @staticmethod
+    def role(worker: str) -> Role:
+        """The role of a worker, by the name that `workers` gave it."""
+        return Role.PREFILLER if worker.startswith("p") else Role.DECODER
 
     def __str__(self) -> str:
         return (f"{self.prefillers}P" if self.prefillers else "") + f"{self.decoders}D"

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import ModelFiles, resolve
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
@@ -44,12 +44,12 @@ VOCAB = 40_000
 
 
 @asynccontextmanager
-async def cluster(files: ModelFiles, topology: str, policy: str, **engine) -> AsyncIterator[EngineClient]:
+async def cluster(files: ModelFiles, topology: str, policy: str, **engine) -> AsyncIterator[Dispatcher]:
     """A running client."""
     config = ServeConfig(
         engine=EngineConfig(model=str(files.folder), **engine), topology=Topology.parse(topology), policy=policy
     )
-    client = EngineClient(config, files)
+    client = Dispatcher(config, files)
     await client.start()
     try:
         yield client
@@ -77,7 +77,7 @@ class Stream:
 
 
 async def read(
-    client: EngineClient, prompt: list[int], tokens: int, key: str, into: Stream | None = None, salt: str = ""
+    client: Dispatcher, prompt: list[int], tokens: int, key: str, into: Stream | None = None, salt: str = ""
 ) -> Stream:
     """Run one turn to its end."""
     stream = into or Stream(0.0)
@@ -116,7 +116,7 @@ LAYOUTS = [
 STREAMS, NEWCOMER, QUIET_SECONDS = 4, 2000, 3.0
 
 
-async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, float]:
+async def disturbed(client: Dispatcher, pick: random.Random) -> dict[str, float]:
     """One round: gaps without and with the newcomer, in milliseconds."""
     streams = [Stream(0.0) for _ in range(STREAMS)]
     reading = []
@@ -124,7 +124,7 @@ async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, floa
         reading.append(asyncio.create_task(read(client, prompt(pick, 100), 4000, f"s{pick.random()}", stream)))
         while not stream.times:
             await asyncio.sleep(0.01)
-    homes = [turn.home for turn in client.scheduler.turns]
+    homes = [turn.home for turn in client.scheduler.turns if turn.home]
     quiet = time.monotonic()
     await asyncio.sleep(QUIET_SECONDS)
     begun = time.monotonic()
@@ -132,7 +132,7 @@ async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, floa
     ended = newcomer.times[0]
     for task in reading:
         task.cancel()
-    for turn in list(client._turns.values()):
+    for turn in list(client._streams.values()):
         turn.cancel()
     await asyncio.gather(*reading, return_exceptions=True)
     before = [1e3 * gap for stream in streams for gap in stream.gaps(quiet, begun)]
@@ -170,7 +170,7 @@ SHORT, LONG = (6.0, 10), (18.0, 4)
 KEEPING = [("lru", 0), ("expected", 0), ("lru", 1), ("expected", 1)]
 
 
-async def talk(client: EngineClient, number: int, rows: list[dict]) -> None:
+async def talk(client: Dispatcher, number: int, rows: list[dict]) -> None:
     """One conversation; even ones come back soon, odd ones late."""
     pick = random.Random(number)
     gap, turns = LONG if number % 2 else SHORT
@@ -196,7 +196,7 @@ async def pressure(files: ModelFiles) -> list[dict]:
         async with cluster(files, "1D", "colocated", max_model_len=2048, **kwargs) as client:
             await asyncio.gather(*(talk(client, n, turns) for n in range(TALKS)))
             await asyncio.sleep(1.2)
-            stats = client.stats["d0"]
+            stats = client.scheduler.stats["d0"]
         row = {"eviction": order, "swap_space": bool(host), "turns": len(turns)}
         for name, some in (("all", turns), ("short", [t for t in turns if t["short"]])):
             ttft = [t["ttft"] for t in some]
@@ -263,7 +263,7 @@ async def recovery(files: ModelFiles) -> list[dict]:
 AGENTS, AGENT_FIRST, AGENT_APPENDS, AGENT_OUTPUT, AGENT_GAP = 24, (400, 1200), (40, 40, 400), (20, 60), (0.3, 1.5)
 
 
-async def agent(client: EngineClient, seed: str, at: float, rows: list[dict]) -> None:
+async def agent(client: Dispatcher, seed: str, at: float, rows: list[dict]) -> None:
     """One conversation, which arrives `at` seconds from now; the third append is ten times as long as the others."""
     pick = random.Random(seed)
     history = prompt(pick, pick.randint(*AGENT_FIRST))
@@ -296,8 +296,8 @@ async def policies(files: ModelFiles, rate: float, repeats: int) -> list[dict]:
                     at += pick.expovariate(rate)
                     tasks.append(agent(client, f"{repeat}-{n}", at, rows))
                 await asyncio.gather(*tasks)
-                moved = sum(link.bytes for link in client.handoffs.values())
-                placed = dict(client.placements)
+                moved = sum(link.bytes for link in client.scheduler.links.values())
+                placed = dict(client.scheduler.placements)
             later = [x for r in rows for x in r["later"]]
             gaps = [x for r in rows for x in r["gaps"]]
             result = {

@@ -19,9 +19,11 @@ import tracemalloc
 from pathlib import Path
 
 from miniserve.cluster.messages import Peer, PoolInfo, Report, StepTime, TurnOutput, WorkerStats
+from miniserve.config import Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
-from miniserve.scheduler.scheduler import Scheduler, Send
+from miniserve.scheduler.commands import Send
+from miniserve.scheduler.scheduler import Scheduler
 
 PAGE, PAGES, TURNS = 16, 4_000_000, 5
 STATS = WorkerStats(PAGES, PAGES, 0, 0, 0, 0, 0, 0)
@@ -34,7 +36,7 @@ def cluster(policy: str) -> Scheduler:
     scheduler = Scheduler(make_policy(policy), PAGE, 100_000, 1000)
     for name in WORKERS:
         pool = PoolInfo(1, 1, PAGES, 2**18, "")
-        scheduler.worker_up(Peer(name, 1, name, pool), prefiller=name.startswith("p"))
+        scheduler.worker_up(Peer(name, 1, name, pool), role=Topology.role(name))
         steps = [StepTime(n, n * n // 2, 0, 0, n * 1e-4) for n in (64, 512, 512)]
         steps += [StepTime(0, 0, b, b * 500, 0.01 + b * 1e-3) for b in (1, 2, 4, 8)]
         scheduler.on_report(name, Report([], [], STATS, steps), 1.0)

@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import resolve
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
@@ -79,9 +79,9 @@ class Round:
         config = ServeConfig(
             engine=engine, topology=Topology.parse(topology), policy="observe" if policy == "anywhere" else policy
         )
-        self.client = EngineClient(config, resolve(str(self.folder)))
+        self.client = Dispatcher(config, resolve(str(self.folder)))
         if policy == "anywhere":
-            self.client.scheduler._policy = Anywhere(random.Random(self.seed))
+            self.client.scheduler._placer.policy = Anywhere(random.Random(self.seed))
         await self.client.start()
         try:
             killer = asyncio.create_task(self.killer())
@@ -89,10 +89,10 @@ class Round:
             await asyncio.gather(*talks)
             killer.cancel()
             await self.settled()
-            self.seen["handoffs"] += sum(link.count for link in self.client.handoffs.values())
-            self.seen["pages moved"] += sum(link.pages for link in self.client.handoffs.values())
+            self.seen["handoffs"] += sum(link.count for link in self.client.scheduler.links.values())
+            self.seen["pages moved"] += sum(link.pages for link in self.client.scheduler.links.values())
             self.seen["moves of a home"] += sum(c.moves for c in self.client.scheduler.conversations)
-            for stats in self.client.stats.values():
+            for stats in self.client.scheduler.stats.values():
                 self.seen["preemptions"] += stats.preemptions
                 self.seen["pages restored"] += stats.restored
         finally:
@@ -187,14 +187,14 @@ class Round:
         client, deadline = self.client, time.monotonic() + 60
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)
-            stats = client.stats
+            stats = client.scheduler.stats
             if len(stats) == len(client.workers.processes) and not any(
                 s.held_pages or s.leases for s in stats.values()
             ):
                 break
         else:
-            raise Violation(f"pages are held, or a worker did not come back: {client.stats}, {client.workers.failed}")
-        for name, s in client.stats.items():
+            raise Violation(f"pages are held, or a worker did not come back: {stats}, {client.workers.failed}")
+        for name, s in client.scheduler.stats.items():
             if s.free_pages + s.cached_pages + s.held_pages != s.total_pages:
                 raise Violation(f"{name} has lost pages: {s}")
         for view in client.scheduler.workers.values():

@@ -30,9 +30,18 @@ from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.types import ResponseDeleted, ResponseOut
 from miniserve.api.service import Service, told
 from miniserve.config import ServeConfig
-from miniserve.dispatcher import EngineClient, EngineError
-from miniserve.monitor import page, views
+from miniserve.dispatcher import Dispatcher, EngineError
+from miniserve.monitor import page
+from miniserve.monitor.conversation_views import (
+    MOST_LISTED,
+    ConversationDetail,
+    ConversationList,
+    conversation_detail,
+    conversation_list,
+)
+from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE
+from miniserve.monitor.worker_views import WorkerList, worker_list
 from miniserve.text.dialect import find_dialect
 from miniserve.text.tokenizer import Tokenizer
 
@@ -67,7 +76,7 @@ NEWS = {
 
 
 def create_app(
-    config: ServeConfig, client: EngineClient, tokenizer: Tokenizer, generation_defaults: dict[str, Any]
+    config: ServeConfig, client: Dispatcher, feed: Feed, tokenizer: Tokenizer, generation_defaults: dict[str, Any]
 ) -> FastAPI:
     """The API as an ASGI app.
 
@@ -172,14 +181,16 @@ def create_app(
         return {"version": __version__}
 
     @app.get("/v1/conversations")
-    async def conversations(limit: Annotated[int, Query(ge=1, le=views.MOST_LISTED)] = 100) -> views.ConversationList:
+    async def conversations(
+        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100,
+    ) -> ConversationList:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
-        return views.conversation_list(client.scheduler, time.monotonic(), limit)
+        return conversation_list(client.scheduler, time.monotonic(), limit)
 
     @app.get("/v1/conversations/{conversation:path}")
-    async def conversation(conversation: str) -> views.ConversationDetail:
+    async def conversation(conversation: str) -> ConversationDetail:
         """One of them: what was observed of its last turns, and where their time went."""
-        found = views.conversation_detail(client.scheduler, conversation, time.monotonic())
+        found = conversation_detail(client.scheduler, conversation, time.monotonic())
         if found is None:
             raise errors.ApiError(
                 404,
@@ -189,9 +200,9 @@ def create_app(
         return found
 
     @app.get("/v1/workers")
-    async def workers() -> views.WorkerList:
+    async def workers() -> WorkerList:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
-        return views.worker_list(client.scheduler, client.policy_name, time.monotonic())
+        return worker_list(client.scheduler, client.policy_name, time.monotonic())
 
     @app.get(
         "/v1/events",
@@ -201,7 +212,7 @@ def create_app(
     async def events() -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. Whoever does not keep up loses the oldest, and is told of it."""
-        return page.LiveEvents(client.feed)
+        return page.LiveEvents(feed)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

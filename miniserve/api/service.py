@@ -38,7 +38,7 @@ from miniserve.api.responses.store import ResponseStore
 from miniserve.api.responses.types import ResponseDeleted
 from miniserve.api.streaming import ClientGone, EventStream, while_connected
 from miniserve.api.structured import GrammarChecks
-from miniserve.dispatcher import EngineClient, Turn
+from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.dialect import Dialect
@@ -88,7 +88,7 @@ class Service:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: Dispatcher,
         tokenizer: Tokenizer,
         dialect: Dialect,
         names: list[str],
@@ -211,7 +211,7 @@ class Service:
             "model": body.model or self._names[0],
         }
 
-        def submit(prompt: list[int], params: SamplingParams, number: int) -> Turn:
+        def submit(prompt: list[int], params: SamplingParams, number: int) -> TurnStream:
             return self._client.submit(
                 prompt,
                 params,

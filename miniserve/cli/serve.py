@@ -22,9 +22,11 @@ from miniserve.api.heads import BoundedHeads
 from miniserve.cluster.messages import Loading, Ready
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig, format_bytes
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.hub.defaults import generation_defaults
 from miniserve.hub.resolve import ModelFiles
+from miniserve.monitor.decision_log import DecisionLog
+from miniserve.monitor.events import Feed
 from miniserve.sampling_params import ParameterError
 from miniserve.text.tokenizer import Tokenizer
 
@@ -110,7 +112,10 @@ class HttpServer(uvicorn.Server):
 async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket) -> int:
     signals = Signals()
     progress = LoadingLines()
-    client = EngineClient(config, files, progress.show)
+    log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
+    client = Dispatcher(config, files, progress.show, [log.write] if log else [])
+    feed = Feed(client.scheduler, config.policy)
+    client.observers.append(feed.note)
     started = time.monotonic()
     try:
         try:
@@ -125,7 +130,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
             return 130
         finally:
             progress.end()
-        app = create_app(config, client, tokenizer, defaults)
+        app = create_app(config, client, feed, tokenizer, defaults)
         http = HttpServer(
             uvicorn.Config(
                 app,
@@ -141,15 +146,19 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         try:
             await signals.unless(signals.first, asyncio.shield(serving))
         except Stopped:
-            await _drain(config, client, http, signals)
+            await _drain(config, client, feed, http, signals)
         http.should_exit = True
         http.force_exit = True
         await serving
+        feed.close()
         await client.stop()  # requests that still run are told so
         await _hang_up(http)
         return 0
     finally:
+        feed.close()
         await client.stop()
+        if log:
+            log.close()
 
 
 def _tokenizer(config: ServeConfig, files: ModelFiles) -> Tokenizer:
@@ -159,24 +168,27 @@ def _tokenizer(config: ServeConfig, files: ModelFiles) -> Tokenizer:
     return tokenizer
 
 
-async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, signals: Signals) -> None:
+async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, signals: Signals) -> None:
     """Let running requests end, for a while."""
     client.drain()
-    if client.active:
-        _say(f"Draining {client.active} running requests for up to {config.shutdown_timeout:g} s; again to stop now.")
+    if client.scheduler.active:
+        _say(
+            f"Draining {client.scheduler.active} running requests for up to {config.shutdown_timeout:g} s; "
+            "again to stop now."
+        )
 
     async def ended() -> None:
-        while client.active:
+        while client.scheduler.active:
             await asyncio.sleep(0.05)
-        client.feed.close()  # nothing more happens; else those who listen would be waited for
+        feed.close()  # nothing more happens; else those who listen would be waited for
         # What has been generated is still on its way to clients.
         await _tasks_ended(http, FLUSH_SECONDS)
 
     try:
         await signals.unless(signals.second, asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
-        if client.active:
-            _say(f"Ending {client.active} requests that still run.")
+        if client.scheduler.active:
+            _say(f"Ending {client.scheduler.active} requests that still run.")
 
 
 async def _hang_up(http: HttpServer) -> None:
@@ -228,7 +240,7 @@ class LoadingLines:
             _say(f"\r{'':<{self._width}}\r", end="")
 
 
-def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: int, seconds: float) -> str:
+def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, port: int, seconds: float) -> str:
     """What runs, how it was sized, how long it took, and how to use it."""
     name = config.served_model_names[0]
     first: Ready = next(iter(client.ready.values()))

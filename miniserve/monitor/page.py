@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from miniserve.api.errors import ApiError
 from miniserve.api.streaming import ClientGone, while_connected
-from miniserve.monitor.events import Feed, Listener, TooManyListeners
+from miniserve.monitor.events import Event, Feed, Listener, TooManyListeners
 
 FOLDER = Path(__file__).with_name("dashboard")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -68,6 +68,11 @@ class LiveEvents(Response):
 
     async def _send_all(self, listener: Listener, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while data := await listener.take():
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        while events := await listener.take():
+            await send({"type": "http.response.body", "body": b"".join(map(as_sse, events)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def as_sse(event: Event) -> bytes:
+    """As a server-sent event."""
+    return b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data)

@@ -57,7 +57,7 @@ def schema() -> Any:
     tokenizer = Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
     engine = FakeClient(steps=[*spell("Hello"), [EOS]], stop_token=EOS)
     config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], max_body_bytes=2**20)
-    return schemathesis.openapi.from_asgi("/openapi.json", create_app(config, engine, tokenizer, {}))
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(config, engine, engine.feed, tokenizer, {}))
 
 
 PICKY = ("stream_options", "response_format", "tools", "tool_choice", "top_logprobs", "echo", "suffix", "best_of")

@@ -90,7 +90,7 @@ def tokenizer() -> Tokenizer:
 def serving(engine: FakeClient, tokenizer: Tokenizer) -> Iterator[str]:
     """miniserve's app over `engine` in a thread: its URL."""
     config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"])
-    app = create_app(config, engine, tokenizer, {})  # type: ignore[arg-type]
+    app = create_app(config, engine, engine.feed, tokenizer, {})  # type: ignore[arg-type]
     http = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     with listening() as listener:
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[listener])))
@@ -130,9 +130,9 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
     engine = Engine()
 
     def count(tokens: list[int]) -> dict[str, Any]:
-        engine.placements["p0", "d0"] += 1
-        link = engine.handoffs["p0", "d0"]
-        engine.handoffs["p0", "d0"] = Link(link.count + 1, link.pages, link.bytes + 100, link.seconds + 0.25)
+        engine.scheduler.placements["p0", "d0"] += 1
+        link = engine.scheduler.links["p0", "d0"]
+        engine.scheduler.links["p0", "d0"] = Link(link.count + 1, link.pages, link.bytes + 100, link.seconds + 0.25)
         return {"cached": len(tokens) // 16 * 16 if len(tokens) > 40 else 0}
 
     engine.trouble = count

@@ -34,7 +34,8 @@ from miniserve.cli.screen import Bar, Snapshot, clean, screen
 from miniserve.cli.top import Polled
 from miniserve.config import ConfigError
 from miniserve.hub import resolve as hub
-from miniserve.monitor import views
+from miniserve.monitor.conversation_views import conversation_list
+from miniserve.monitor.worker_views import worker_list
 from miniserve.text.tokenizer import Tokenizer
 from tests.api.test_openai import make_app, serving
 from tests.support.fake_engine import FakeClient, played
@@ -44,7 +45,7 @@ URL = "http://here/v1"
 
 def snapshot(now: float = 1000.0) -> Snapshot:
     scheduler = played(now)
-    return Snapshot(views.worker_list(scheduler, "conserve", now), views.conversation_list(scheduler, now, 100))
+    return Snapshot(worker_list(scheduler, "conserve", now), conversation_list(scheduler, now, 100))
 
 
 def many(workers: int, conversations: int) -> Snapshot:

@@ -239,7 +239,7 @@ async def test_openapi_tells_of_them(api: Api) -> None:
         "default": 100,
         "title": "",
     }
-    for name in ("Phases", "TurnCard", "RunningTurn", "Kv", "Rates", "WorkerCard", "LinkCard", "ConversationCard"):
+    for name in ("TurnPhases", "TurnCard", "RunningTurn", "Kv", "Rates", "WorkerCard", "LinkCard", "ConversationCard"):
         schema = document["components"]["schemas"][name]
         assert schema["description"]
         assert set(schema["required"]) == set(schema["properties"])

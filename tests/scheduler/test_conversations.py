@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from miniserve.scheduler.conversations import Conversation, Conversations
-from miniserve.scheduler.history import TURNS, History, TurnRecord
+from miniserve.scheduler.forecast import TURNS, History, TurnRecord
 from miniserve.scheduler.prompts import ALIKE, page_chain
 
 PAGE = 4
@@ -27,9 +27,8 @@ class Book:
         self.now = 0.0
 
     def find(self, tokens: list[int], key: str = "", salt: str = "") -> Conversation:
-        found = self.all.find(key, tokens, page_chain(tokens, salt, PAGE), self.now)
-        self.known = found.known
-        return found.conversation
+        conversation, self.known = self.all.find(key, tokens, page_chain(tokens, salt, PAGE), self.now)
+        return conversation
 
     def turn(self, tokens: list[int], key: str = "", salt: str = "") -> Conversation:
         conversation = self.find(tokens, key, salt)
@@ -185,7 +184,7 @@ def test_an_idle_conversation_is_small():
     before = tracemalloc.take_snapshot()
     for p, of_turns in zip(prompts, chains, strict=True):
         for turn, chain in enumerate(of_turns):
-            conversation = all.find("", p[: 50 * (turn + 1)], chain, 0.5 * turn).conversation
+            conversation, _ = all.find("", p[: 50 * (turn + 1)], chain, 0.5 * turn)
             conversation.turns += 1
             conversation.tokens = 50 * (turn + 1)
             conversation.last_end = turn + 0.25
@@ -203,7 +202,7 @@ def test_history_keeps_the_last_turns_as_they_were():
             TurnRecord(
                 turn,
                 1.5,
-                -1 if not turn else 2.0 + turn,
+                None if not turn else 2.0 + turn,
                 100,
                 50,
                 10,
@@ -217,7 +216,7 @@ def test_history_keeps_the_last_turns_as_they_were():
                 1,
                 0,
                 1,
-                -1,
+                None,
                 True,
                 1,
                 2,
@@ -225,7 +224,7 @@ def test_history_keeps_the_last_turns_as_they_were():
         )
     rows = list(history)
     assert [row.turn for row in rows] == list(range(3, TURNS + 3))
-    assert (rows[0].arrived, rows[0].prefill, rows[0].prefill_at, rows[0].tool) == (1.5, 0.25, -1, True)
+    assert (rows[0].arrived, rows[0].prefill, rows[0].prefill_at, rows[0].tool) == (1.5, 0.25, None, True)
     assert isinstance(rows[0].prompt, int)
     assert history.column("output") == [float(n) for n in range(3, TURNS + 3)]
     assert history.quantile("output", 0.5) == 3 + TURNS // 2

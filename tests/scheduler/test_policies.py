@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from miniserve.cluster.messages import Move, StepTime
+from miniserve.config import Role, Topology
 from miniserve.scheduler.baselines import POLICIES, Ampd, make_policy
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.observe import Observe
@@ -16,7 +17,7 @@ PAGE, CHUNK, TOKEN, STEP = 16, 512, 1e-3, 0.02
 
 
 def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, resident: int = 0) -> WorkerView:
-    made = WorkerView(name, name.startswith("p"), pages, 64, PAGE, page_bytes=1000)
+    made = WorkerView(name, Topology.role(name), pages, 64, PAGE, page_bytes=1000)
     for tokens in (16, 64, 256, CHUNK, CHUNK):
         made.speed.observe(StepTime(tokens, tokens * tokens // 2, 0, 0, TOKEN * tokens))
     for batch in (1, 2, 4, 8, 16):
@@ -36,14 +37,14 @@ def cluster(*workers: WorkerView, closed: tuple[str, ...] = (), bandwidth: float
                 link = links[source.name, destination.name] = Link()
                 link.observe(Move("t", source.name, 1, int(bandwidth), 1.0, history=True))
     return Cluster(
-        [w for w in workers if w.prefiller],
-        [w for w in workers if not w.prefiller],
+        [w for w in workers if w.role is Role.PREFILLER],
+        [w for w in workers if w.role is Role.DECODER],
         {w.name for w in workers} - set(closed),
         links,
     )
 
 
-def need(tokens: int = 1000, output: int = 100, home: str = "", turns: int = 0, **known: int) -> Need:
+def need(tokens: int = 1000, output: int = 100, home: str | None = None, turns: int = 0, **known: int) -> Need:
     conversation = Conversation(1, home=home, turns=turns, active=1)
     return Need(conversation, tokens, output, (tokens + output) // PAGE + 1, known, 0.0)
 

@@ -94,7 +94,7 @@ class Server:
         self.engine = engine or FakeClient()
         self.engine.max_model_len, self.engine.vocab_size = 4096, tokenizer.vocab_size
         settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"], **config)
-        self.app = create_app(settings, self.engine, tokenizer, {})  # type: ignore[arg-type]
+        self.app = create_app(settings, self.engine, self.engine.feed, tokenizer, {})  # type: ignore[arg-type]
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url=f"http://test{base}")
         self.say("Hello")

@@ -18,8 +18,9 @@ from miniserve.bench.simulate.worker import SimulatedWorker
 from miniserve.cluster.messages import Envelope, Message, Prefill, Report, Run, TurnOutput
 from miniserve.config import Topology
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.commands import Command, Deliver, Send
 from miniserve.scheduler.placement import Policy
-from miniserve.scheduler.scheduler import Command, Deliver, Scheduler, Send
+from miniserve.scheduler.scheduler import Scheduler
 from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
@@ -93,7 +94,7 @@ class Simulation:
                 record=record,
             )
         for name, worker in self.workers.items():
-            self._carry_out(self.scheduler.worker_up(worker.peer, prefiller=name.startswith("p"), now=0.0))
+            self._carry_out(self.scheduler.worker_up(worker.peer, role=topology.role(name), now=0.0))
         for number, start in enumerate(starts):
             self._at(start, self._arrive, number)
         self._at(TICK_SECONDS, self._tick, None)
