@@ -73,33 +73,30 @@ class TurnCard(TypedDict):
     phases: TurnPhases
 
 
-class RunningTurn(TypedDict):
-    """A turn that waits or runs now."""
-
+class CurrentTurn(TypedDict):
     request: str
     state: Literal["queued", "prefill", "decode"]
-    age: float
     prompt_tokens: int
     output_tokens: int
     home: str | None
     prefill_at: str | None
 
 
-class LiveTurn(TypedDict):
-    """A turn that waits or runs now, among all of them. Its times are by the clock of decisions, null for what was not
-    yet."""
+class RunningTurn(CurrentTurn):
+    """A turn of the conversation that waits or runs now."""
 
-    request: str
+    age: float
+
+
+class LiveTurn(CurrentTurn):
+    """A turn that waits or runs now, among all of them. Its times are by the clock of decisions, null for what has not
+    happened yet."""
+
     conversation: str
     turn: int
-    state: Literal["queued", "prefill", "decode"]
     arrived: float
     placed: float | None
     first_token: float | None
-    prompt_tokens: int
-    output_tokens: int
-    home: str | None
-    prefill_at: str | None
 
 
 class LiveTurns(TypedDict):
@@ -139,7 +136,7 @@ def conversation_detail(scheduler: Scheduler, key: str, now: float) -> Conversat
     return {
         **_card(found, turns, now),
         "history": [_turn(record, scheduler.names) for record in found.history],
-        "running": [_running(turn, now) for turn in turns],
+        "running": [{**_current(turn), "age": now - turn.arrived} for turn in turns],
     }
 
 
@@ -207,31 +204,23 @@ def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
 
 def _live(turn: Turn) -> LiveTurn:
     return {
-        "request": turn.id,
+        **_current(turn),
         "conversation": str(turn.conversation.key),
         "turn": turn.number,
-        "state": _state(turn),
         "arrived": turn.arrived,
         "placed": turn.placed,
         "first_token": turn.first_token,
-        "prompt_tokens": turn.given,
-        "output_tokens": turn.delivered,
-        "home": turn.home,
-        "prefill_at": turn.prefill_at or turn.home,
     }
 
 
-def _state(turn: Turn) -> Literal["queued", "prefill", "decode"]:
+def _current(turn: Turn) -> CurrentTurn:
     if turn.state is TurnState.QUEUED:
-        return "queued"
-    return "decode" if turn.delivered else "prefill"  # After a worker's death: decode, though the prompt is redone.
-
-
-def _running(turn: Turn, now: float) -> RunningTurn:
+        state: Literal["queued", "prefill", "decode"] = "queued"
+    else:  # A turn that runs again decodes, as its client sees it.
+        state = "decode" if turn.delivered else "prefill"
     return {
         "request": turn.id,
-        "state": _state(turn),
-        "age": now - turn.arrived,
+        "state": state,
         "prompt_tokens": turn.given,
         "output_tokens": turn.delivered,
         "home": turn.home,

@@ -28,21 +28,18 @@ class DecisionLog:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"--decision-log {path!r} cannot be written to: {reason}.") from error
         self._broken = False
-        self._line({"kind": "start", "policy": policy, "time": now, "unix_time": time.time()})
-
-    def write(self, record: Record) -> None:
-        """Add a record as a line."""
-        self._line(record)
+        self.write({"kind": "start", "policy": policy, "time": now, "unix_time": time.time()})
 
     def close(self) -> None:
         """No more lines; safe to call twice."""
         self._file.close()
 
-    def _line(self, content: object) -> None:
+    def write(self, record: Record | dict[str, str | float]) -> None:
+        """Add a record as a line."""
         if self._broken:
             return
         try:
-            self._file.write(msgspec.json.encode(content) + b"\n")
+            self._file.write(msgspec.json.encode(record) + b"\n")
         except (OSError, ValueError) as error:
             self._broken = True
             log.error("the decision log ends here: %s", error)

@@ -60,7 +60,8 @@ class Observe:
         best = min(options, key=lambda option: option.cost)
         # Of those that are as good: prefill at home, on a decoder, and where more pages are free.
         near = [o for o in options if o.cost <= best.cost + self._margin(best)]
-        best = max(near, key=lambda o: (o.prefill_at == "", *self._room(cluster, o.home)))
+        views = {home.name: home for home in homes}
+        best = max(near, key=lambda o: (not o.prefill_at, views[o.home].role is Role.DECODER, views[o.home].free))
         return self._placement(best, tuple(options), "cheapest for a first turn")
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
@@ -114,34 +115,25 @@ class Observe:
 
     def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
         """The ways to serve a turn with this home; the first one is to prefill there."""
-        history_at = ""
-        old = cluster.worker(need.conversation.home)
-        if old is not None and old is not home and need.known.get(old.name, 0) > need.known.get(home.name, 0):
-            history_at = old.name
         decode, beside = self._decode(need, home)
-        options = [self._local(need, cluster, home, history_at, decode, beside)]
-        if home.role is Role.DECODER:  # Prefillers that prefill for each other might wait for each other's pages.
-            options += [self._remote(need, cluster, home, p, decode, beside) for p in cluster.prefillers]
-        return options
-
-    def _local(
-        self, need: Need, cluster: Cluster, home: WorkerView, history_at: str, decode: float, beside: float
-    ) -> Option:
-        known = need.known.get(home.name, 0)
-        transfer = 0.0
-        if history_at and (old := cluster.worker(history_at)):
-            transfer = cluster.copy_seconds(old, home, need.known[old.name] - known)
+        known, history_at, fetch = need.known.get(home.name, 0), "", 0.0
+        old = cluster.worker(need.conversation.home)
+        if old is not None and old is not home and need.known.get(old.name, 0) > known:
+            history_at, fetch = old.name, cluster.copy_seconds(old, home, need.known[old.name] - known)
             known = need.known[old.name]
         new = max(need.tokens - known, 1)
-        return Option(
+        local = Option(
             home.name,
             history_at=history_at,
             queue=home.queue_seconds,
             prefill=home.speed.prefill(new, known),
-            transfer=transfer,
+            transfer=fetch,
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
+        if home.role is Role.PREFILLER:  # Two that prefill for each other might wait for each other's pages.
+            return [local]
+        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in cluster.prefillers)]
 
     def _remote(
         self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float
@@ -175,10 +167,6 @@ class Observe:
     def _streams(self, worker: WorkerView) -> float:
         """How many streams a prompt will hold up here."""
         return max(worker.turns, worker.load.value)
-
-    def _room(self, cluster: Cluster, name: str) -> tuple[bool, int]:
-        worker = cluster.worker(name)
-        return (worker.role is Role.DECODER, worker.free) if worker else (False, 0)
 
     def _margin(self, option: Option) -> float:
         return MARGIN_SHARE * (option.first_token + option.harm) + MARGIN_SECONDS

@@ -46,8 +46,8 @@ class Decision(msgspec.Struct, frozen=True, tag="decision", tag_field="kind"):
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="kind"):
-    """A turn has ended (`finish`: stop, length, abort, error). `expected_first_token` is what the chosen option said,
-    None where nothing was estimated; `first_token` is what it took from the decision on."""
+    """A turn has ended (`finish`: stop, length, abort, error). `expected_first_token` is that of the chosen option,
+    None where the policy estimates nothing; `first_token` is the time from the decision on."""
 
     time: float
     run: str
@@ -115,16 +115,12 @@ def outcome(turn: Turn, finish: FinishReason, now: float) -> Outcome:
         finish=finish,
         runs=turn.runs,
         tokens=turn.given,
-        cached=turn.phases.cached,
         output=turn.delivered,
         expected_first_token=turn.chosen.first_token if turn.chosen else None,
         first_token=first - placed,
         waited=waited,
-        prefill=turn.phases.prefill,
-        transfer=turn.phases.transfer,
-        exposed=turn.phases.exposed,
         decode=now - first,
-        moved_pages=turn.phases.moved_pages,
+        **vars(turn.phases),
     )
 
 
@@ -139,21 +135,17 @@ def remembered(turn: Turn, names: list[str], finish: FinishReason, now: float) -
         gap=turn.gap,
         prompt=turn.given,
         new=turn.given - turn.known,
-        cached=turn.phases.cached,
         output=turn.delivered,
         queued=placed - turn.arrived,
         waited=waited,
-        prefill=turn.phases.prefill,
-        transfer=turn.phases.transfer,
-        exposed=turn.phases.exposed,
         first_token=first - turn.arrived,
         decode=now - first,
-        moved_pages=turn.phases.moved_pages,
         home=names.index(turn.home),
         prefill_at=names.index(turn.prefill_at) if turn.prefill_at else None,
         tool=turn.tool,
         runs=turn.runs,
         finish=FINISHES.index(finish),
+        **vars(turn.phases),
     )
 
 

@@ -35,7 +35,7 @@ class IllegalTransition(RuntimeError):
 
 @dataclass
 class Phases:
-    """Of the run that gave the first token: seconds, and tokens found and pages moved. See `forecast.TurnRecord`."""
+    """Of the run that gave the first token: seconds, tokens found and pages moved, as in `TurnRecord` and `Outcome`."""
 
     prefill: float = 0.0
     transfer: float = 0.0

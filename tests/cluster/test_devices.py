@@ -102,9 +102,7 @@ def test_a_torch_without_cuda_leaves_gpus_alone(gpus, monkeypatch: pytest.Monkey
 def test_what_torch_was_built_for_is_known_without_it() -> None:
     assert devices._torch_has_cuda() == (torch.version.cuda is not None)
     code = "import sys; from miniserve.cluster.devices import *; from miniserve.cluster import devices as d; "
-    code += (
-        "d._torch_has_cuda(); count_gpus(); from miniserve import dispatcher; assert 'torch' not in sys.modules"
-    )
+    code += "d._torch_has_cuda(); count_gpus(); from miniserve import dispatcher; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -198,30 +198,9 @@ def test_an_idle_conversation_is_small():
 def test_history_keeps_the_last_turns_as_they_were():
     history = History()
     for turn in range(TURNS + 3):
-        history.append(
-            TurnRecord(
-                turn,
-                1.5,
-                None if not turn else 2.0 + turn,
-                100,
-                50,
-                10,
-                turn,
-                0,
-                0,
-                0.25,
-                0,
-                0,
-                0.5,
-                1,
-                0,
-                1,
-                None,
-                True,
-                1,
-                2,
-            )
-        )
+        gap = 2.0 + turn if turn else None
+        times, home = (0, 0, 0.25, 0, 0, 0.5, 1), (0, 1, None)
+        history.append(TurnRecord(turn, 1.5, gap, 100, 50, 10, turn, *times, *home, True, 1, 2))
     rows = list(history)
     assert [row.turn for row in rows] == list(range(3, TURNS + 3))
     assert (rows[0].arrived, rows[0].prefill, rows[0].prefill_at, rows[0].tool) == (1.5, 0.25, None, True)
