@@ -171,8 +171,8 @@ async def test_serving_goes_on_whether_or_not_there_is_room(tmp_path: Path, full
     assert [out.finish async for out in stays] == ["abort"]
     log.close()
     if not full:
-        told = [(line["kind"], line.get("run"), line.get("finish")) for line in lines(path)]
-        assert told == [
+        written = [(line["kind"], line.get("run"), line.get("finish")) for line in lines(path)]
+        assert written == [
             ("start", None, None),
             ("decision", f"{ends.id}.1", None),
             ("decision", f"{stays.id}.1", None),

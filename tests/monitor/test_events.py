@@ -121,8 +121,8 @@ async def test_no_event_holds_a_prompt(tokenizer: Tokenizer) -> None:
         await until(stream, "turns")
         engine.whole("a", "c1")
         for kind in ("decision", "outcome", "turns"):
-            told = await until(stream, kind)
-            lists = [v for v in (*told.values(), *told.get("workers", {}).values()) if isinstance(v, list)]
+            data = await until(stream, kind)
+            lists = [v for v in (*data.values(), *data.get("workers", {}).values()) if isinstance(v, list)]
             assert not any(isinstance(item, int | str) for values in lists for item in values)
 
 

@@ -114,7 +114,7 @@ async def test_phases_follow_each_other(api: Api, id: str) -> None:
         assert phases["exposed"] <= phases["transfer"]
 
 
-async def test_the_time_in_the_queue_is_told(api: Api) -> None:
+async def test_the_time_in_the_queue_is_part_of_the_phases(api: Api) -> None:
     (turn,) = (await get(api, "/v1/conversations/team/a"))["history"]
     assert turn["phases"]["queued"] == pytest.approx(0.75)
 
@@ -146,9 +146,9 @@ async def test_a_key_goes_before_a_number(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["nobody", "2", "team", "team/a/", "c1/", "", "-3", "%D9%A3", "9" * 40, "%00", "%ED%A0%80", "x" * 5000]
+    "path", ["unknown", "2", "team", "team/a/", "c1/", "", "-3", "%D9%A3", "9" * 40, "%00", "%ED%A0%80", "x" * 5000]
 )
-async def test_who_is_not_known(api: Api, path: str) -> None:
+async def test_a_conversation_that_is_not_known_is_a_404(api: Api, path: str) -> None:
     error = error_of(await api.http.get(f"/v1/conversations/{path}"), 404)
     assert error["code"] == "conversation_not_found"
     assert "GET /v1/conversations" in error["message"]
@@ -218,7 +218,7 @@ async def test_they_are_only_looked_at(api: Api, path: str) -> None:
         assert error_of(await api.http.request(method, path), 405)
 
 
-async def test_openapi_tells_of_them(api: Api) -> None:
+async def test_openapi_describes_them(api: Api) -> None:
     document = await get(api, "/openapi.json")
     answers = {}
     for path in ("/v1/conversations", "/v1/conversations/{conversation}", "/v1/workers"):

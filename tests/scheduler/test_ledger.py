@@ -90,7 +90,7 @@ def test_a_conversation_that_is_late_keeps_no_room() -> None:
     ((_, waited),) = sent(made.on_tick(2.5), Run)
     assert waited.turn == "c1.1"
     assert made.workers["d0"].wanted == 0
-    assert made.workers["d0"].resident == 51, "the pages are still there, but nobody counts on it"
+    assert made.workers["d0"].resident == 51, "the pages are still there, but not counted on"
     assert not made._ledger.late
 
 
@@ -99,7 +99,7 @@ def test_a_conversation_that_came_back_in_time_is_expected_anew() -> None:
     made = scheduler("d0", policy="observe", max_turns=9)
     last = returning(made, "a", [1] * 160, gap=10.0)
     view = made.workers["d0"]
-    assert view.wanted == 5.5, "11 pages; nobody has gone on after three turns yet"
+    assert view.wanted == 5.5, "11 pages; no conversation has gone on after three turns yet"
     _, run = run_of(submit(made, "a4", [1] * 176, key="a", now=last + 10))
     assert view.wanted == 0, "it runs"
     report(made, "d0", run.turn, 0, 5, last + 20, finish="stop", cached_tokens=0)

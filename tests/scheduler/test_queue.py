@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import pytest
 
-from miniserve.cluster.messages import Report, Run, StepTime
+from miniserve.cluster.messages import Run, StepTime
+from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
+from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.queue import WaitingQueue
 from miniserve.scheduler.scheduler import QueueIsFull
+from miniserve.scheduler.turns import Turn
 from tests.support.scheduling import (
-    STATS,
     end,
     report,
     report_steps,
@@ -18,6 +23,52 @@ from tests.support.scheduling import (
     sent,
     submit,
 )
+
+
+def waiting(id: str, home: str | None, beside: Turn | None = None) -> Turn:
+    """A turn of a conversation of its own, or of the same conversation as `beside`."""
+    conversation = beside.conversation if beside else Conversation(id, home=home)
+    conversation.active += 1
+    return Turn(id, [1], SamplingParams(), 0, "", conversation, [], 0, 0.0, None, False, 1, 1, 1, 1)
+
+
+def serve(queue: WaitingQueue, full: set[str], now: float = 0.0) -> tuple[list[str], set[str]]:
+    """The turns that are tried and the workers that stay open, where the `full` ones of d0 and d1 take no turn."""
+    tried = []
+
+    def place(turn: Turn, open_workers: Set[str]) -> bool:
+        tried.append(turn.id)
+        homes = [turn.conversation.home] if turn.conversation.home else ["d0", "d1"]
+        free = [name for name in homes if name in open_workers and name not in full]
+        turn.conversation.home = free[0] if free else turn.conversation.home
+        return bool(free)
+
+    return tried, set(queue.serve(place, {"d0", "d1"}, {"d0", "d1"}, now))
+
+
+def test_a_turn_that_waits_claims_its_home_and_one_without_a_home_claims_all_workers() -> None:
+    queue = WaitingQueue(lambda turn, now: False)
+    for turn in (waiting("a", "d0"), waiting("b", "d1"), waiting("c", None), waiting("d", "d1")):
+        queue.append(turn, 0.0)
+    assert serve(queue, full={"d0"}) == (["a", "b", "c", "d"], {"d1"}), "c takes d1, which a does not claim"
+    assert len(queue) == 1
+    queue.append(waiting("e", None), 0.0)
+    queue.append(waiting("f", "d0"), 0.0)
+    assert serve(queue, full={"d0", "d1"}) == (["a", "e"], set()), "f is not tried: all workers are claimed"
+    assert serve(queue, full=set()) == (["a", "e", "f"], {"d0", "d1"})
+
+
+def test_a_newcomer_claims_nothing_while_it_has_patience_and_keeps_those_behind_it_waiting() -> None:
+    queue = WaitingQueue(lambda turn, now: now < 1.0)
+    first, second = waiting("a", None), waiting("b", None)
+    beside = waiting("c", None, beside=first)
+    for turn in (first, second, beside):
+        queue.append(turn, 0.0)
+    assert serve(queue, full={"d0", "d1"}) == (["a"], {"d0", "d1"})
+    assert serve(queue, full={"d0", "d1"}, now=1.0) == (["a"], set()), "its patience is over"
+    assert list(queue.newcomers) == [second, beside]
+    assert serve(queue, full=set(), now=1.0) == (["a", "b", "c"], {"d0", "d1"})
+    assert len(queue) == 0
 
 
 def test_retry_after_is_what_the_queue_takes() -> None:
@@ -142,7 +193,7 @@ def test_a_newcomer_is_placed_after_its_patience_however_full_the_worker_is() ->
     now = returning(made, "a", [1] * 800, gap=100.0)
     assert made.workers["d0"].wanted == 25.5
     run_of(submit(made, "b1", [2] * 16, key="b", now=now))
-    made.on_report("d0", Report([], [], STATS, [StepTime(n, n * n // 2, 0, 0, n / 1000) for n in (512, 1024)]), now)
+    report_steps(made, "d0", *(StepTime(n, n * n // 2, 0, 0, n / 1000) for n in (512, 1024)), now=now)
     assert sent(submit(made, "c1", [3] * 1000, key="c", now=now), Run) == []
     assert sent(submit(made, "d1", [4] * 1000, key="d", now=now + 1), Run) == []
     came: list[tuple[str, float]] = []
@@ -154,14 +205,14 @@ def test_a_newcomer_is_placed_after_its_patience_however_full_the_worker_is() ->
     assert came[0][1] == pytest.approx(16, abs=0.3)
     assert made.workers["d0"].wanted == 25.5, "a is still expected"
     (_, last) = run_of(made.cancel("c1", now + 25))
-    assert last.turn == "d1.1", "who has waited long enough comes in as soon as there are pages"
+    assert last.turn == "d1.1", "a newcomer without patience is placed as soon as there are pages"
 
 
 def test_a_newcomer_that_has_waited_long_enough_keeps_room_from_others() -> None:
     """Two conversations of 33 pages return as soon as they have ended; one of 76 must not wait for ever."""
     made = scheduler("d0", policy="observe", max_turns=10, max_queued=100)
     steps = [StepTime(n, n * n // 2, 0, 0, n / 1000) for n in (64, 512)]
-    made.on_report("d0", Report([], [], STATS, [*steps, StepTime(0, 0, 1, 100, 0.01)]), 0.0)
+    report_steps(made, "d0", *steps, StepTime(0, 0, 1, 100, 0.01))
     running = {key: run_of(submit(made, key, [ord(key)] * 500, key=key))[1].turn for key in "ab"}
     assert sent(submit(made, "big", [9] * 1200, key="big"), Run) == []
     for n in range(100):

@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import pytest
 
-from miniserve.cluster.messages import Abort, Report, Run, StepTime
+from miniserve.cluster.messages import Abort, Run, StepTime
 from miniserve.scheduler.commands import Deliver, Note
 from miniserve.scheduler.prompts import page_chain
 from miniserve.scheduler.scheduler import NoDecoder
+from miniserve.scheduler.turns import IllegalTransition, TurnState
 from miniserve.scheduler.workers import PrefixIndex
 from tests.support.scheduling import (
     PAGE,
-    STATS,
     delivered,
     end,
     join,
     report,
+    report_steps,
     run_of,
     scheduler,
     sent,
     submit,
 )
+
+
+def test_a_turn_goes_through_its_states_in_order() -> None:
+    made = scheduler("p0", "d0", max_turns=1)
+    _, run = run_of(submit(made, "t", [1] * 40))
+    submit(made, "u", [2] * 40)
+    turn, queued = made.turns
+    assert (turn.state, queued.state) == (TurnState.PREFILL, TurnState.QUEUED)
+    assert (queued.run, queued.home, queued.placed) == (None, None, None)
+    report(made, "p0", run.turn, 0, 7, cached_tokens=0)
+    assert turn.state is TurnState.DECODE
+    made.worker_down("d0", returns=True)
+    assert (turn.state, turn.run, turn.home) == (TurnState.QUEUED, None, None)
+    join(made, "d0", 2)
+    assert (turn.state, turn.run) == (TurnState.PREFILL, "t.2")
+    made.cancel("t", 1.0)
+    assert (turn.state, queued.state) == (TurnState.ENDED, TurnState.PREFILL)
+    for state in TurnState:
+        with pytest.raises(IllegalTransition):
+            turn.move(state)
+    with pytest.raises(IllegalTransition):
+        queued.move(TurnState.PREFILL)
 
 
 def test_a_turn_that_runs_again_has_another_name() -> None:
@@ -31,7 +54,7 @@ def test_a_turn_that_runs_again_has_another_name() -> None:
     assert other != home
     assert second.turn != first.turn
     assert (second.tokens, second.prior) == ([1] * 40 + [7], 1)
-    assert report(made, "p0", first.turn, 1, 8) == [], "words of a run that is over"
+    assert report(made, "p0", first.turn, 1, 8) == [], "an output of a run that is over"
     assert delivered(report(made, other, second.turn, 1, 9)) == [("t", [9])]
 
 
@@ -167,7 +190,7 @@ def test_a_conversation_lives_on_a_prefiller_as_on_any_worker() -> None:
     steps = [StepTime(0, 0, batch, 100 * batch, 0.02 + 0.005 * batch) for batch in (1, 2, 4, 8, 16)]
     steps += [StepTime(n, n * n // 2, 0, 0, n / 1000) for n in (64, 512)]
     for name in ("p0", "d0"):
-        made.on_report(name, Report([], [], STATS, steps), 0.0)
+        report_steps(made, name, *steps)
     for _ in range(16):
         made.workers["d0"].add_turn(1, 0.0)
     home, run = run_of(submit(made, "a1", [1] * 40, key="a"))
