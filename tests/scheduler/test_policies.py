@@ -215,9 +215,7 @@ def test_a_full_home_is_left_for_any_worker_with_room():
     left = worker("d1", turns=1, resident=950)
     left.wanted = 0.0
     placed = Observe().place(turn, cluster(full, left))
-    assert (placed.home, placed.history_at) == ("d1", "d0"), (
-        "d1's pages are full of what is not needed again"
-    )
+    assert (placed.home, placed.history_at) == ("d1", "d0"), "d1's pages are full of what is not needed again"
     placed = Observe().place(turn, cluster(full, worker("d1", turns=1, resident=950), worker("p0", resident=950)))
     assert where(placed) == ("d0", ""), "where no worker has room it is best off at home"
     full.wanted = 0.0
