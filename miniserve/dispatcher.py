@@ -79,8 +79,9 @@ class Dispatcher:
     """Owns the scheduler and the streams of its turns, and has the workers started. All methods belong to one event
     loop; nothing here blocks it.
 
-    After `start`, `ready` holds each worker's facts. `observers` get a record of each decision and outcome; more may be
-    added to the list later. Raises `ConfigError` for devices or a policy that cannot be.
+    After `start`, `ready` holds each worker's facts. `observers` get a record of each decision and outcome. An observer
+    that is added to the list later gets them while `scheduler.notes` is set. Raises `ConfigError` for devices or a
+    policy that cannot be.
     """
 
     def __init__(

@@ -48,17 +48,16 @@ class Placer:
             return []
         self._ledger.give_up_late(now)
         commands: list[Command] = []
-        cluster = self._cluster()
-        prefillers, decoders = cluster.prefillers, cluster.decoders
+        prefillers, decoders = self._by_role()
 
         def place(turn: Turn, open_workers: Set[str]) -> bool:
             placed = self._place(turn, Cluster(prefillers, decoders, open_workers, self._links), now, notes)
             commands.extend(placed)
             return bool(placed)
 
-        # An idle prefiller counts as no home while a decoder lives: most policies never choose one.
-        homes = {w.name for w in self._workers.values() if w.role is Role.DECODER or w.turns or w.resident}
-        self.queue.serve(place, self._workers.keys(), homes if decoders else self._workers.keys(), now)
+        # While a decoder lives, an idle prefiller is not counted as a home: most policies never choose one.
+        homes = [*decoders, *(p for p in prefillers if p.turns or p.resident or not decoders)]
+        self.queue.serve(place, self._workers.keys(), {w.name for w in homes}, now)
         return commands
 
     def _place(self, turn: Turn, cluster: Cluster, now: float, notes: bool) -> list[Command]:
@@ -75,12 +74,16 @@ class Placer:
     def _has_patience(self, turn: Turn, now: float) -> bool:
         """Whether a newcomer still lets others pass."""
         need = self._need(turn, now)
-        return need.waited < self.policy.patience(need, self._cluster())
+        cluster = Cluster(*self._by_role(), self._workers.keys(), self._links)
+        return need.waited < self.policy.patience(need, cluster)
 
-    def _cluster(self) -> Cluster:
-        prefillers = [w for w in self._workers.values() if w.role is Role.PREFILLER]
-        decoders = [w for w in self._workers.values() if w.role is Role.DECODER]
-        return Cluster(prefillers, decoders, self._workers.keys(), self._links)
+    def _by_role(self) -> tuple[list[WorkerView], list[WorkerView]]:
+        """Prefillers and decoders."""
+        prefillers: list[WorkerView] = []
+        decoders: list[WorkerView] = []
+        for worker in self._workers.values():
+            (prefillers if worker.role is Role.PREFILLER else decoders).append(worker)
+        return prefillers, decoders
 
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""

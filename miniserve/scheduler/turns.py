@@ -21,11 +21,11 @@ class TurnState(Enum):
     ENDED = "ended"
 
 
-TRANSITIONS: dict[TurnState, frozenset[TurnState]] = {
-    TurnState.QUEUED: frozenset({TurnState.PREFILL, TurnState.ENDED}),
-    TurnState.PREFILL: frozenset({TurnState.DECODE, TurnState.QUEUED, TurnState.ENDED}),
-    TurnState.DECODE: frozenset({TurnState.QUEUED, TurnState.ENDED}),
-    TurnState.ENDED: frozenset(),
+TRANSITIONS: dict[TurnState, tuple[TurnState, ...]] = {
+    TurnState.QUEUED: (TurnState.PREFILL, TurnState.ENDED),
+    TurnState.PREFILL: (TurnState.DECODE, TurnState.QUEUED, TurnState.ENDED),
+    TurnState.DECODE: (TurnState.QUEUED, TurnState.ENDED),
+    TurnState.ENDED: (),
 }
 
 
