@@ -21,7 +21,7 @@ from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
 from miniserve.scheduler.records import Record
-from miniserve.scheduler.scheduler import NoDecoder, QueueIsFull, Scheduler
+from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 
 log = logging.getLogger("miniserve.dispatcher")
 
@@ -30,18 +30,6 @@ TICK_SECONDS = 0.5
 
 class EngineError(RuntimeError):
     """The engine cannot serve now."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-class QueueFull(EngineError):
-    """Too many requests wait already; `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class TurnStream:
@@ -158,10 +146,7 @@ class Dispatcher:
         """Raises `QueueFull` or `EngineError` where a new request should be refused."""
         if self._draining:
             raise EngineError(self.unhealthy_reason)
-        try:
-            self.scheduler.check_room(time.monotonic())
-        except QueueIsFull as error:
-            raise QueueFull(str(error), error.retry_after) from error
+        self.scheduler.check_room(time.monotonic())
 
     def submit(
         self,

@@ -32,11 +32,11 @@ RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
 
 
-class QueueIsFull(RuntimeError):
-    """No more turns are taken; try again in `retry_after` seconds."""
+class QueueFull(RuntimeError):
+    """Too many turns wait already; try again in `retry_after` seconds."""
 
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting already (--max-num-queued-reqs).")
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
         self.retry_after = retry_after
 
 
@@ -179,10 +179,11 @@ class Scheduler:
     # --- turns ------------------------------------------------------------------------------------------------------
 
     def check_room(self, now: float) -> None:
-        """Raises `QueueIsFull` if no more turns should be submitted. Once for a request: one that was let in may
+        """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
         submit all of its turns."""
         if self.queued >= self._max_queued:
-            raise QueueIsFull(self.queued, self._retry_after(now))
+            waiting = f"{self.queued} requests are waiting already (--max-num-queued-reqs)."
+            raise QueueFull(waiting, self._retry_after(now))
 
     def _retry_after(self, now: float) -> int:
         """Whole seconds in which the queue is likely to move on, from the rate at which turns ended lately."""

@@ -27,10 +27,11 @@ from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, Detoken
 from miniserve.api.sound import MAX_DEPTH
 from miniserve.api.streaming import events as streamed
 from miniserve.config import EngineConfig, ServeConfig
-from miniserve.dispatcher import EngineError, QueueFull
+from miniserve.dispatcher import EngineError
 from miniserve.hub import resolve as hub
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.scheduler import QueueFull
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.fake_engine import EOS, FakeClient, spell
 

@@ -32,9 +32,9 @@ from miniserve.bench.replay.server import Event, Server
 from miniserve.bench.replay.workload import Task, Text, TurnSize
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
-from miniserve.dispatcher import QueueFull
 from miniserve.hub import resolve as hub
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.scheduler import QueueFull
 from miniserve.scheduler.workers import Link
 from miniserve.text.tokenizer import Tokenizer
 from tests.e2e.test_server import server as real_server

@@ -17,9 +17,10 @@ from miniserve.cluster.channels import Outboxes
 from miniserve.cluster.messages import Failed
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.dispatcher import Dispatcher, EngineError, QueueFull
+from miniserve.dispatcher import Dispatcher, EngineError
 from miniserve.hub.resolve import resolve
 from miniserve.sampling_params import ParameterError, SamplingParams
+from miniserve.scheduler.scheduler import QueueFull
 from tests.support.tiny import prompts, reference
 
 TOKENS = 64

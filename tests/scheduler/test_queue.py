@@ -11,7 +11,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.queue import WaitingQueue
-from miniserve.scheduler.scheduler import QueueIsFull
+from miniserve.scheduler.scheduler import QueueFull
 from miniserve.scheduler.turns import Turn
 from tests.support.scheduling import (
     end,
@@ -80,7 +80,7 @@ def test_retry_after_is_what_the_queue_takes() -> None:
         end(made, "d0", run.turn, now)
     for i in range(3):
         submit(made, f"q{i}", [i + 50] * 20, now=now)
-    with pytest.raises(QueueIsFull) as full:
+    with pytest.raises(QueueFull) as full:
         made.check_room(now)
     assert full.value.retry_after == 1, "two wait, two end each second"
 
@@ -91,7 +91,7 @@ def test_a_request_that_found_room_may_submit_all_its_turns() -> None:
     for i in range(8):
         submit(made, f"t{i}", [i + 1] * 20)
     assert made.queued == 7
-    with pytest.raises(QueueIsFull):
+    with pytest.raises(QueueFull):
         made.check_room(0.0)
 
 
