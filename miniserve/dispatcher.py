@@ -135,11 +135,6 @@ class Dispatcher:
             self._ticking.cancel()
         await self.workers.stop()
 
-    def kill(self) -> None:
-        """Stop everything now, whatever is running."""
-        self._draining = self._stopped = True
-        self.workers.kill()
-
     # --- turns ------------------------------------------------------------------------------------------------------
 
     def check_room(self) -> None:

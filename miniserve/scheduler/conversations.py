@@ -89,30 +89,48 @@ class Conversations:
 
         `chain` is the prompt's `page_chain`.
         """
-        conversation, parent, known = self._by_key.get(key) if key else None, None, 0
-        if conversation is not None and conversation.marks:
-            known = self._prefix_of(conversation, tokens, chain)
-            before = conversation.marks[-1]
-            same = self._prompts.mark(tokens, chain) == before
-            conversation.edits += not same and not self._prompts.begins(before, tokens, chain)
-        elif conversation is None and not key:
-            parent, place = self._longest_prefix(tokens, chain)
-            if parent is not None:
-                last = place == len(parent.marks) - 1
-                known = parent.tokens if last and not parent.active else parent.marks[place].length
-                if not parent.active and (place > 0 or (last and parent.marks[0].length < len(tokens))):
-                    conversation = parent
-                    conversation.edits += not last
+        parent, known = None, 0
+        if not key:
+            conversation, parent, known = self._by_prefix(tokens, chain)
+        elif (conversation := self._by_key.get(key)) is not None and conversation.marks:
+            known = self._seen(conversation, tokens, chain)
+            last = conversation.marks[-1]
+            if self._prompts.mark(tokens, chain) != last and not self._prompts.begins(last, tokens, chain):
+                conversation.edits += 1
         if conversation is None:
             self._made += 1
             conversation = Conversation(key or self._made, began=now, last_end=now)
             if parent is not None and parent.marks[0].length < len(tokens):
                 conversation.home = parent.home
-                conversation.turns = 1  # its first turn was the parent's
+                conversation.turns = 1  # Its first turn was the parent's.
             self._by_key[conversation.key] = conversation
         self._by_key.move_to_end(conversation.key)
         self._mark(conversation, tokens, chain)
         return conversation, min(known, len(tokens))
+
+    def _by_prefix(self, tokens: list[int], chain: list[bytes]) -> tuple[Conversation | None, Conversation | None, int]:
+        """The conversation that a prompt continues or edits, if any; the one whose prompt is its longest prefix, which
+        may still run or share its first prompt alone; and how many of the prompt's tokens that one has seen."""
+        found = self._prompts.longest(tokens, chain)
+        if found is None:
+            return None, None, 0
+        mark, owners = found
+        parent = max(owners, key=lambda owner: (not owner.active, owner.marks[-1] == mark))
+        if parent.active:
+            return None, parent, mark.length
+        is_first, is_last = mark == parent.marks[0], mark == parent.marks[-1]
+        known = parent.tokens if is_last else mark.length
+        if is_first and not (is_last and mark.length < len(tokens)):
+            return None, parent, known
+        parent.edits += not is_last
+        return parent, parent, known
+
+    def _seen(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> int:
+        """How many of a prompt's tokens the conversation has seen before."""
+        for mark in reversed(conversation.marks):
+            if self._prompts.begins(mark, tokens, chain):
+                return conversation.tokens if mark is conversation.marks[-1] else mark.length
+        return 0
 
     def expire(self, now: float) -> list[Conversation]:
         """Forget and return the conversations that have been idle too long or exceed the capacity."""
@@ -139,23 +157,3 @@ class Conversations:
         newest = self._prompts.mark(tokens, chain)
         conversation.marks = [*kept, newest]
         self._prompts.add(newest, conversation)
-
-    def _prefix_of(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> int:
-        """How many of a prompt's tokens the conversation has seen before."""
-        for place in range(len(conversation.marks) - 1, -1, -1):
-            if self._prompts.begins(conversation.marks[place], tokens, chain):
-                last = place == len(conversation.marks) - 1
-                return conversation.tokens if last else conversation.marks[place].length
-        return 0
-
-    def _longest_prefix(self, tokens: list[int], chain: list[bytes]) -> tuple[Conversation | None, int]:
-        """The conversation with the longest prompt that `tokens` begin with or are, and which of its prompts that is.
-
-        Of several, one that is idle, and among these one whose last prompt it is.
-        """
-        found = self._prompts.longest(tokens, chain)
-        if found is None:
-            return None, 0
-        mark, owners = found
-        places = [(c, c.marks.index(mark)) for c in owners]
-        return max(places, key=lambda p: (not p[0].active, p[1] == len(p[0].marks) - 1))

@@ -60,9 +60,6 @@ class Recent:
         self._values: deque[float] = deque(maxlen=size)
         self._sorted: list[float] = []
 
-    def __len__(self) -> int:
-        return len(self._values)
-
     def add(self, value: float) -> None:
         """One more value."""
         self._values.append(value)

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from miniserve.kv.hashing import page_hashes, root_hash
 
 ALIKE = 64
-"""How many owners of the very same prompt are told apart."""
+"""How many owners of the very same prompt the index keeps."""
 
 
 @dataclass(frozen=True, slots=True)
