@@ -35,14 +35,14 @@ class TooManyListeners(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class FeedEvent:
     """`data` is JSON on one line; what it holds depends on `kind`: start, workers, turns, decision, outcome or lost."""
 
     kind: str
     data: bytes
 
     @classmethod
-    def of(cls, kind: str, content: object) -> Event:
+    def of(cls, kind: str, content: object) -> FeedEvent:
         """An event with `content` as its data, encoded once for all listeners."""
         return cls(kind, msgspec.json.encode(content))
 
@@ -51,12 +51,12 @@ class Listener:
     """The events that one listener has not taken yet."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Event] = deque()
+        self._waiting: deque[FeedEvent] = deque()
         self._lost = 0
         self._ended = False
         self._news = asyncio.Event()
 
-    def put(self, event: Event) -> None:
+    def put(self, event: FeedEvent) -> None:
         """Add an event; if too many wait, the oldest one is dropped and counted as lost."""
         if len(self._waiting) >= MOST_WAITING:
             self._waiting.popleft()
@@ -69,12 +69,12 @@ class Listener:
         self._ended = True
         self._news.set()
 
-    async def take(self) -> list[Event]:
+    async def take(self) -> list[FeedEvent]:
         """All events that wait, as soon as there is one; none at the end."""
         while not (self._waiting or self._ended):
             self._news.clear()
             await self._news.wait()
-        lost = [Event.of("lost", {"events": self._lost})] if self._lost else []
+        lost = [FeedEvent.of("lost", {"events": self._lost})] if self._lost else []
         events = [*lost, *self._waiting]
         self._waiting.clear()
         self._lost = 0
@@ -101,7 +101,7 @@ class Feed:
             raise TooManyListeners(f"{MOST_LISTENERS} listen already.")
         listener = Listener()
         now = time.monotonic()
-        listener.put(Event.of("start", {"policy": self._policy, "time": now, "unix_time": time.time()}))
+        listener.put(FeedEvent.of("start", {"policy": self._policy, "time": now, "unix_time": time.time()}))
         if self._closed:
             listener.end()
         for event in self._state(now):
@@ -122,7 +122,7 @@ class Feed:
     def note(self, record: Record) -> None:
         """Pass on a decision or an outcome; costs nothing without a listener."""
         if self._listeners:
-            self._put(Event.of(str(record.__struct_config__.tag), record))
+            self._put(FeedEvent.of(str(record.__struct_config__.tag), record))
 
     def close(self) -> None:
         """The server ends: all streams end after the events that wait. Safe to call twice."""
@@ -130,7 +130,7 @@ class Feed:
         for listener in self._listeners:
             listener.end()
 
-    def _put(self, event: Event) -> None:
+    def _put(self, event: FeedEvent) -> None:
         for listener in self._listeners:
             listener.put(event)
 
@@ -143,6 +143,6 @@ class Feed:
             except Exception:
                 log.exception("a snapshot failed; the next one may not")
 
-    def _state(self, now: float) -> list[Event]:
+    def _state(self, now: float) -> list[FeedEvent]:
         workers = worker_list(self._scheduler, self._policy, now)
-        return [Event.of("workers", workers), Event.of("turns", live_turns(self._scheduler, now))]
+        return [FeedEvent.of("workers", workers), FeedEvent.of("turns", live_turns(self._scheduler, now))]

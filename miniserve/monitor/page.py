@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from miniserve.api.errors import ApiError
 from miniserve.api.streaming import ClientGone, while_connected
-from miniserve.monitor.events import Event, Feed, Listener, TooManyListeners
+from miniserve.monitor.events import Feed, FeedEvent, Listener, TooManyListeners
 
 FOLDER = Path(__file__).with_name("dashboard")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -73,6 +73,6 @@ class LiveEvents(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def as_sse(event: Event) -> bytes:
+def as_sse(event: FeedEvent) -> bytes:
     """As a server-sent event."""
     return b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data)

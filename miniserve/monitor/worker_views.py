@@ -12,7 +12,7 @@ from miniserve.scheduler.workers import Link, WorkerView
 
 
 class Kv(TypedDict):
-    """Pages of a worker. `free` hold nothing, `cached` a prefix nobody uses, `held` are in use; `reserved` is what the
+    """Pages of a worker. `free` hold nothing, `cached` a prefix that no turn uses, `held` are in use; `reserved` is what the
     scheduler has promised to turns, `resident` what conversations between turns are thought to hold."""
 
     total: int
@@ -105,7 +105,7 @@ def _worker(view: WorkerView, now: float) -> WorkerCard:
         "name": view.name,
         "role": view.role.value,
         "epoch": view.epoch,
-        "last_heard": now - view.heard if view.stats else None,
+        "last_heard": now - view.reported if view.stats else None,
         "turns": view.turns,
         "load": view.load.value,
         "running": stats.running,

@@ -128,7 +128,7 @@ class Scheduler:
             epoch=peer.epoch,
             page_bytes=peer.pool.page_bytes,
             speed=Speed(self._speed),
-            heard=now,
+            reported=now,
         )
         if peer.name not in self.names:
             self.names.append(peer.name)

@@ -37,7 +37,7 @@ class WorkerView:
     turns: int = 0
     """Turns whose home it is now, those that are prefilled elsewhere included."""
     queued_prefill_tokens: int = 0
-    heard: float = 0.0
+    reported: float = 0.0
     """When its last report came, or when it came up."""
     stats: WorkerStats | None = None
     load: TimeAverage = field(init=False)
@@ -46,8 +46,8 @@ class WorkerView:
     """The share of its time that it spends on prompts."""
 
     def __post_init__(self) -> None:
-        self.load = TimeAverage(LOAD_WINDOW, self.heard)
-        self.prefilling = TimeAverage(LOAD_WINDOW, self.heard)
+        self.load = TimeAverage(LOAD_WINDOW, self.reported)
+        self.prefilling = TimeAverage(LOAD_WINDOW, self.reported)
 
     @property
     def free(self) -> int:
@@ -94,10 +94,10 @@ class WorkerView:
         for step in report.steps:
             self.speed.observe(step)
         spent = sum(step.seconds for step in report.steps if step.prefill)
-        if now > self.heard:
-            self.prefilling.update(min(spent / (now - self.heard), 1.0), now)
+        if now > self.reported:
+            self.prefilling.update(min(spent / (now - self.reported), 1.0), now)
         self.load.update(self.turns, now)
-        self.heard = now
+        self.reported = now
 
 
 @dataclass

@@ -16,7 +16,7 @@ import pytest
 
 from miniserve.hub import resolve as hub
 from miniserve.monitor import events
-from miniserve.monitor.events import Event, Feed, Listener
+from miniserve.monitor.events import Feed, FeedEvent, Listener
 from miniserve.monitor.worker_views import worker_list
 from miniserve.text.tokenizer import Tokenizer
 from tests.api.test_openai import Api, error_of, make_app, serving
@@ -30,10 +30,10 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(hub.resolve("smollm2-135m", load_format="dummy").folder)
 
 
-News = tuple[str, Any]
+Event = tuple[str, Any]
 
 
-async def read(response: httpx.Response) -> AsyncIterator[News]:
+async def read(response: httpx.Response) -> AsyncIterator[Event]:
     """The events of a stream."""
     assert response.status_code == 200, await response.aread()
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -47,7 +47,7 @@ async def read(response: httpx.Response) -> AsyncIterator[News]:
 
 
 @contextlib.asynccontextmanager
-async def listening(app: Any, key: str | None = None) -> AsyncIterator[AsyncIterator[News]]:
+async def listening(app: Any, key: str | None = None) -> AsyncIterator[AsyncIterator[Event]]:
     """The events of an app that is served, from the first on."""
     headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     async with (
@@ -59,7 +59,7 @@ async def listening(app: Any, key: str | None = None) -> AsyncIterator[AsyncIter
         yield read(response)
 
 
-async def until(stream: AsyncIterator[News], kind: str) -> Any:
+async def until(stream: AsyncIterator[Event], kind: str) -> Any:
     """What the next event of this kind says."""
     async for found, data in stream:
         if found == kind:
@@ -152,12 +152,12 @@ async def test_a_listener_that_goes_is_forgotten(tokenizer: Tokenizer) -> None:
 async def test_a_slow_listener_loses_the_oldest_events_and_gets_their_number() -> None:
     listener = Listener()
     for number in range(events.MOST_WAITING + 7):
-        listener.put(Event.of("n", number))
+        listener.put(FeedEvent.of("n", number))
     first, *rest = await listener.take()
-    assert first == Event("lost", b'{"events":7}')
-    assert rest == [Event("n", b"%d" % number) for number in range(7, events.MOST_WAITING + 7)]
-    listener.put(Event.of("later", None))
-    assert await listener.take() == [Event("later", b"null")], "the loss is counted once"
+    assert first == FeedEvent("lost", b'{"events":7}')
+    assert rest == [FeedEvent("n", b"%d" % number) for number in range(7, events.MOST_WAITING + 7)]
+    listener.put(FeedEvent.of("later", None))
+    assert await listener.take() == [FeedEvent("later", b"null")], "the loss is counted once"
     listener.end()
     assert await listener.take() == []
 
