@@ -12,8 +12,8 @@ from miniserve.scheduler.workers import Link, WorkerView
 
 
 class Kv(TypedDict):
-    """Pages of a worker. `free` hold nothing, `cached` a prefix that no turn uses, `held` are in use; `reserved` is what the
-    scheduler has promised to turns, `resident` what conversations between turns are thought to hold."""
+    """Pages of a worker. `free` hold nothing, `cached` a prefix that no turn uses, `held` are in use; `reserved` is
+    what the scheduler has promised to turns, `resident` what conversations between turns are thought to hold."""
 
     total: int
     free: int

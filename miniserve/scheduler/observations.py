@@ -9,8 +9,6 @@ import math
 from collections import deque
 from operator import mul
 
-import numpy as np
-
 from miniserve.cluster.messages import StepTime
 
 CELL_MEMORY = 16
@@ -121,6 +119,8 @@ class Plane:
 
     def _fit(self) -> None:
         """Non-negative least squares: features whose weight comes out below zero are left out, the lowest one first."""
+        import numpy as np  # Not at the top: `miniserve --help` names the policies, and should not wait for numpy.
+
         cells = np.array([cell for cell in self._cells.values() if cell[2] > 0])
         if not len(cells):
             return
