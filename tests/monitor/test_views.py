@@ -49,8 +49,8 @@ async def test_the_latest_conversation_comes_first(api: Api) -> None:
     late, busy, *_, first = found["data"]
     assert late["idle"] == busy["idle"] == 0
     assert first["kv_pages"] == 4
-    assert first["age"] == pytest.approx(98, abs=1)
-    assert first["idle"] == pytest.approx(95, abs=1)
+    assert first["age"] - first["idle"] == pytest.approx(2.75), "the clock runs on, for both of them"
+    assert 95.75 <= first["idle"] < 155.75
 
 
 async def test_as_many_as_asked_for(api: Api) -> None:
@@ -181,7 +181,7 @@ async def test_workers(api: Api) -> None:
     assert (d0["running"], d0["waiting"], d0["preemptions"], d0["leases"]) == (1, 0, 3, 0)
     assert 0 < d0["prefilling"] < 1
     assert 0 < d0["load"] < 1
-    assert d0["last_heard"] == pytest.approx(1.25, abs=1)
+    assert 1.5 <= d0["last_heard"] < 61.5, "the clock runs on"
     assert d0["rates"]["prefill_2048"] > d0["rates"]["prefill_512"] > d0["rates"]["decode_step"] > 0
 
 
