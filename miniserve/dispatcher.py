@@ -1,4 +1,4 @@
-"""The frontend's end of the cluster: runs the scheduler over the workers, and turns its deliveries into streams."""
+"""Runs the scheduler over the workers of a cluster, and makes streams of what it delivers."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import permutations
 
 import msgspec
 
 from miniserve.cluster.devices import place
-from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput, WorkerStats
+from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput
 from miniserve.cluster.supervisor import Workers
 from miniserve.config import ServeConfig
 from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.connect import way
-from miniserve.monitor.decision_log import DecisionLog
-from miniserve.monitor.events import Feed
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.scheduler import Command, Deliver, NoDecoder, Note, QueueIsFull, Scheduler, Send
-from miniserve.scheduler.workers import Link
+from miniserve.scheduler.commands import Command, Deliver, Note, Send
+from miniserve.scheduler.records import Record
+from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 
-log = logging.getLogger("miniserve.client")
+log = logging.getLogger("miniserve.dispatcher")
 
 TICK_SECONDS = 0.5
 
@@ -32,22 +31,10 @@ TICK_SECONDS = 0.5
 class EngineError(RuntimeError):
     """The engine cannot serve now."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
-
-class QueueFull(EngineError):
-    """Too many requests wait already; `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Turn:
-    """One running request. Iterating gives its outputs in order; the last one has `finish` set. `conversation` is the
-    key of the one that the scheduler found it to belong to."""
+class TurnStream:
+    """The outputs of one turn. Iterating gives them in order; the last one has `finish` set. `conversation` is the key
+    of the conversation that the scheduler found the turn to belong to."""
 
     def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
         self.id = id
@@ -57,7 +44,7 @@ class Turn:
         self._ended = False
 
     def put(self, output: TurnOutput) -> None:
-        """Called with each output, in order."""
+        """Add the next output; ignored after the last one."""
         if not self._ended:
             self._ended = isinstance(output, Ended | Failed)
             self._outputs.put_nowait(output)
@@ -76,22 +63,28 @@ class Turn:
                 return
 
 
-class EngineClient:
-    """Owns the scheduler and its turns, and has the workers started. All methods belong to one event loop; nothing here
-    blocks it.
+class Dispatcher:
+    """Owns the scheduler and the streams of its turns, and has the workers started. All methods belong to one event
+    loop; nothing here blocks it.
 
-    After `start`, `ready` holds each worker's facts. Raises `ConfigError` for devices or a policy that cannot be.
+    After `start`, `ready` holds each worker's facts. `observers` get a record of each decision and outcome. An observer
+    that is added to the list later gets them while `scheduler.notes` is set. Raises `ConfigError` for devices or a
+    policy that cannot be.
     """
 
     def __init__(
-        self, config: ServeConfig, files: ModelFiles, on_progress: Callable[[str, Loading], None] | None = None
+        self,
+        config: ServeConfig,
+        files: ModelFiles,
+        on_progress: Callable[[str, Loading], None] | None = None,
+        observers: Iterable[Callable[[Record], None]] = (),
     ) -> None:
         self.ready: dict[str, Ready] = {}
         self.policy_name = config.policy
         self.max_model_len = 0
         self.vocab_size = 0
+        self.observers = list(observers)
         self._kv_transfer = config.engine.kv_transfer
-        self._log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
         policy = make_policy(config.policy, config.mispredict)
         stretch = policy.step_stretch if config.engine.step_stretch is None else config.engine.step_stretch
         self.scheduler = Scheduler(
@@ -100,9 +93,8 @@ class EngineClient:
             config.engine.max_num_seqs,
             config.max_num_queued_reqs,
             policy_name=config.policy,
-            notes=self._log is not None,
+            notes=bool(self.observers),
         )
-        self.feed = Feed(self.scheduler, config.policy)
         engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
         self.topology, engines = place(config.topology, config.devices, engine)
         self.workers = Workers(
@@ -113,7 +105,7 @@ class EngineClient:
             report=self._on_report,
             loading=on_progress or (lambda worker, loading: None),
         )
-        self._turns: dict[str, Turn] = {}
+        self._streams: dict[str, TurnStream] = {}
         self._ticking: asyncio.Task | None = None
         self._draining = self._stopped = False
 
@@ -131,36 +123,25 @@ class EngineClient:
         self._ticking = asyncio.create_task(self._tick())
 
     def drain(self) -> None:
-        """Let no new requests in; those that run go on, with all the turns they still want to submit."""
+        """Refuse new requests; those that run go on, with all the turns they still want to submit."""
         self._draining = True
 
     async def stop(self) -> None:
         """End all turns, stop the workers, remove the run's directory. Safe to call at any time, and twice."""
         self._draining = self._stopped = True
-        self.feed.close()
-        for turn in list(self._turns.values()):
-            turn.cancel()
+        for stream in list(self._streams.values()):
+            stream.cancel()
         if self._ticking is not None:
             self._ticking.cancel()
         await self.workers.stop()
-        if self._log is not None:
-            self._log.close()
-
-    def kill(self) -> None:
-        """Stop everything now, whatever is running."""
-        self._draining = self._stopped = True
-        self.workers.kill()
 
     # --- turns ------------------------------------------------------------------------------------------------------
 
     def check_room(self) -> None:
-        """Raises `QueueFull` or `EngineError` where a new request should not be let in."""
+        """Raises `QueueFull` or `EngineError` where a new request should be refused."""
         if self._draining:
             raise EngineError(self.unhealthy_reason)
-        try:
-            self.scheduler.check_room(time.monotonic())
-        except QueueIsFull as error:
-            raise QueueFull(str(error), error.retry_after) from error
+        self.scheduler.check_room(time.monotonic())
 
     def submit(
         self,
@@ -171,7 +152,7 @@ class EngineClient:
         salt: str = "",
         request_id: str = "",
         tool: bool = False,
-    ) -> Turn:
+    ) -> TurnStream:
         """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end. `tool`
         is whether the prompt ends in a tool's result. `conversation` is the client's key or a former turn's, if any.
 
@@ -183,24 +164,24 @@ class EngineClient:
             )
         if self._stopped:
             raise EngineError(self.unhealthy_reason)
-        turn = Turn(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
+        stream = TurnStream(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
         seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
-        self._turns[turn.id] = turn
+        self._streams[stream.id] = stream
         try:
             commands = self.scheduler.submit(
-                turn.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool
+                stream.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool
             )
         except Exception as error:
-            del self._turns[turn.id]
+            del self._streams[stream.id]
             if isinstance(error, NoDecoder):
                 raise EngineError(self.unhealthy_reason or str(error)) from error
             raise
-        turn.conversation = self.scheduler.conversation_of(turn.id)
+        stream.conversation = self.scheduler.conversation_of(stream.id)
         self._carry_out(commands)
-        return turn
+        return stream
 
     def _cancel(self, turn: str) -> None:
-        self._turns.pop(turn, None)
+        self._streams.pop(turn, None)
         self._carry_out(self.scheduler.cancel(turn, time.monotonic()))
 
     def _carry_out(self, commands: list[Command]) -> None:
@@ -209,15 +190,14 @@ class EngineClient:
                 case Send(worker, message):
                     self.workers.send(worker, message)
                 case Note(record):
-                    if self._log is not None:
-                        self._log.write(record)
-                    self.feed.tell(record)
-                case Deliver(name, output):
-                    turn = self._turns.get(name)
+                    for observe in self.observers:
+                        observe(record)
+                case Deliver(turn, output):
+                    stream = self._streams.get(turn)
                     if isinstance(output, Ended | Failed):
-                        self._turns.pop(name, None)
-                    if turn is not None:
-                        turn.put(output)
+                        self._streams.pop(turn, None)
+                    if stream is not None:
+                        stream.put(output)
 
     # --- what is going on -------------------------------------------------------------------------------------------
 
@@ -241,7 +221,7 @@ class EngineClient:
 
     @property
     def transfer(self) -> dict[tuple[str, str], str]:
-        """(from, to) -> how KV travels. All pairs: any worker may have the history of a conversation that moves."""
+        """(from, to) -> how KV travels, for all pairs: a conversation's history may move from any worker to any."""
 
         def how(source: str, home: str) -> str:
             kind = way(self.ready[source].pool, self.ready[home].pool, self._kv_transfer)
@@ -252,41 +232,11 @@ class EngineClient:
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
 
-    @property
-    def stats(self) -> dict[str, WorkerStats]:
-        """The latest snapshot of each worker."""
-        return self.scheduler.stats
-
-    @property
-    def handoffs(self) -> dict[tuple[str, str], Link]:
-        """(from, to) -> totals of KV moved."""
-        return self.scheduler.links
-
-    @property
-    def placements(self) -> dict[tuple[str, str], int]:
-        """(prefilled at, home) -> turns."""
-        return self.scheduler.placements
-
-    @property
-    def queued(self) -> int:
-        """Turns that wait for a placement."""
-        return self.scheduler.queued
-
-    @property
-    def running(self) -> int:
-        """Turns placed on workers."""
-        return self.scheduler.active - self.scheduler.queued
-
-    @property
-    def active(self) -> int:
-        """Turns that wait or run."""
-        return self.scheduler.active
-
     # --- what workers and time bring ---------------------------------------------------------------------------------
 
     def _worker_up(self, peer: Peer, ready: Ready) -> None:
         self.ready[peer.name] = ready
-        self._carry_out(self.scheduler.worker_up(peer, prefiller=peer.name.startswith("p"), now=time.monotonic()))
+        self._carry_out(self.scheduler.worker_up(peer, now=time.monotonic()))
 
     def _worker_down(self, name: str, returns: bool) -> None:
         self._carry_out(self.scheduler.worker_down(name, returns=returns, now=time.monotonic()))
@@ -295,7 +245,7 @@ class EngineClient:
         self._carry_out(self.scheduler.on_report(name, report, time.monotonic()))
 
     async def _tick(self) -> None:
-        """Give the scheduler its time."""
+        """Let the scheduler act on the passing of time, at regular intervals."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             try:

@@ -30,7 +30,7 @@ from itertools import pairwise
 from miniserve.bench.replay.metrics import percentile
 from miniserve.cluster.messages import Failed, FirstToken
 from miniserve.config import EngineConfig
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.sampling_params import SamplingParams
 from scripts.harness import cluster, flags, medians, show, write
 
@@ -56,7 +56,7 @@ class Stream:
 
 
 async def read(
-    client: EngineClient, prompt: list[int], tokens: int, key: str, into: Stream | None = None, salt: str = ""
+    client: Dispatcher, prompt: list[int], tokens: int, key: str, into: Stream | None = None, salt: str = ""
 ) -> Stream:
     stream = into or Stream(0.0)
     stream.sent = time.monotonic()
@@ -89,7 +89,7 @@ LAYOUTS = [
 STREAMS, NEWCOMER, QUIET_SECONDS = 4, 2000, 3.0
 
 
-async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, float]:
+async def disturbed(client: Dispatcher, pick: random.Random) -> dict[str, float]:
     """One round: gaps without and with the newcomer, in milliseconds."""
     streams = [Stream(0.0) for _ in range(STREAMS)]
     reading = []
@@ -97,7 +97,7 @@ async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, floa
         reading.append(asyncio.create_task(read(client, prompt(pick, 100), 4000, f"s{pick.random()}", stream)))
         while not stream.times:
             await asyncio.sleep(0.01)
-    homes = [turn.home for turn in client.scheduler.turns]
+    homes = [turn.home for turn in client.scheduler.turns if turn.home]
     quiet = time.monotonic()
     await asyncio.sleep(QUIET_SECONDS)
     begun = time.monotonic()
@@ -105,7 +105,7 @@ async def disturbed(client: EngineClient, pick: random.Random) -> dict[str, floa
     ended = newcomer.times[0]
     for task in reading:
         task.cancel()
-    for turn in list(client._turns.values()):
+    for turn in list(client._streams.values()):
         turn.cancel()
     await asyncio.gather(*reading, return_exceptions=True)
     before = sorted(1e3 * gap for stream in streams for gap in stream.gaps(quiet, begun))
@@ -143,7 +143,7 @@ SHORT, LONG = (6.0, 10), (18.0, 4)
 KEEPING = [("lru", 0), ("expected", 0), ("lru", 1), ("expected", 1)]
 
 
-async def talk(client: EngineClient, number: int, rows: list[dict]) -> None:
+async def talk(client: Dispatcher, number: int, rows: list[dict]) -> None:
     """One conversation; even ones come back soon, odd ones late."""
     pick = random.Random(number)
     gap, turns = LONG if number % 2 else SHORT
@@ -170,7 +170,7 @@ async def pressure() -> list[dict]:
         async with cluster(engine, "1D", "colocated") as client:
             await asyncio.gather(*(talk(client, n, turns) for n in range(TALKS)))
             await asyncio.sleep(1.2)
-            stats = client.stats["d0"]
+            stats = client.scheduler.stats["d0"]
         row = {"eviction": order, "swap_space": bool(host), "turns": len(turns)}
         for name, some in (("all", turns), ("short", [t for t in turns if t["short"]])):
             ttft = sorted(t["ttft"] for t in some)

@@ -16,9 +16,11 @@ import time
 import tracemalloc
 
 from miniserve.cluster.messages import Ended, FirstToken, Peer, PoolInfo, Report, StepTime, WorkerStats
+from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
-from miniserve.scheduler.scheduler import Scheduler, Send
+from miniserve.scheduler.commands import Send
+from miniserve.scheduler.scheduler import Scheduler
 from scripts.harness import flags, write
 
 PAGE, PAGES, TURNS = 16, 4_000_000, 5
@@ -32,7 +34,8 @@ def cluster(policy: str) -> Scheduler:
     scheduler = Scheduler(make_policy(policy), PAGE, 100_000, 1000)
     for name in WORKERS:
         pool = PoolInfo(1, 1, PAGES, 2**18, "")
-        scheduler.worker_up(Peer(name, 1, name, pool), prefiller=name.startswith("p"))
+        role = Role.PREFILLER if name.startswith("p") else Role.DECODER
+        scheduler.worker_up(Peer(name, 1, name, pool, role))
         steps = [StepTime(n, n * n // 2, 0, 0, n * 1e-4) for n in (64, 512, 512)]
         steps += [StepTime(0, 0, b, b * 500, 0.01 + b * 1e-3) for b in (1, 2, 4, 8)]
         scheduler.on_report(name, Report([], [], STATS, steps), 1.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import resolve
 
 Variant = TypeVar("Variant")
@@ -58,10 +58,10 @@ def in_turns(
 
 
 @asynccontextmanager
-async def cluster(engine: EngineConfig, topology: str, policy: str) -> AsyncIterator[EngineClient]:
+async def cluster(engine: EngineConfig, topology: str, policy: str) -> AsyncIterator[Dispatcher]:
     """Workers of this machine with their scheduler, stopped at the end."""
     config = ServeConfig(engine=engine, topology=Topology.parse(topology), policy=policy)
-    client = EngineClient(config, resolve(engine.model))
+    client = Dispatcher(config, resolve(engine.model))
     await client.start()
     try:
         yield client

@@ -77,16 +77,16 @@ class Round:
         self.what = f"{topology} {policy} {engine.kv_transfer} {pages} pages, swap {engine.swap_space // PAGE_BYTES}"
         async with cluster(engine, topology, "observe" if policy == "anywhere" else policy) as self.client:
             if policy == "anywhere":
-                self.client.scheduler._policy = Anywhere(random.Random(self.seed))
+                self.client.scheduler._placer.policy = Anywhere(random.Random(self.seed))
             killer = asyncio.create_task(self.killer())
             talks = [self.conversation(random.Random(self.seed * 1000 + n)) for n in range(pick.randint(6, 16))]
             await asyncio.gather(*talks)
             killer.cancel()
             await self.settled()
-            self.seen["handoffs"] += sum(link.count for link in self.client.handoffs.values())
-            self.seen["pages moved"] += sum(link.pages for link in self.client.handoffs.values())
+            self.seen["handoffs"] += sum(link.count for link in self.client.scheduler.links.values())
+            self.seen["pages moved"] += sum(link.pages for link in self.client.scheduler.links.values())
             self.seen["moves of a home"] += sum(c.moves for c in self.client.scheduler.conversations)
-            for stats in self.client.stats.values():
+            for stats in self.client.scheduler.stats.values():
                 self.seen["preemptions"] += stats.preemptions
                 self.seen["pages restored"] += stats.restored
 
@@ -180,14 +180,14 @@ class Round:
         client, deadline = self.client, time.monotonic() + 60
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)
-            stats = client.stats
+            stats = client.scheduler.stats
             if len(stats) == len(client.workers.processes) and not any(
                 s.held_pages or s.leases for s in stats.values()
             ):
                 break
         else:
-            raise Violation(f"pages are held, or a worker did not come back: {client.stats}, {client.workers.failed}")
-        for name, s in client.stats.items():
+            raise Violation(f"pages are held, or a worker did not come back: {stats}, {client.workers.failed}")
+        for name, s in client.scheduler.stats.items():
             if s.free_pages + s.cached_pages + s.held_pages != s.total_pages:
                 raise Violation(f"{name} has lost pages: {s}")
         for view in client.scheduler.workers.values():

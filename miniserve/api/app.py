@@ -24,7 +24,8 @@ from miniserve.api.responses.answers import ResponseOut
 from miniserve.api.service import Service
 from miniserve.api.streaming import event_stream
 from miniserve.config import ServeConfig
-from miniserve.dispatcher import EngineClient, EngineError
+from miniserve.dispatcher import Dispatcher, EngineError
+from miniserve.monitor.events import Feed
 from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -44,16 +45,17 @@ NAMED_STREAM = event_stream(event={"type": "string"}, data={"type": "string", "d
 
 def create_app(
     config: ServeConfig,
-    client: EngineClient,
+    client: Dispatcher,
+    feed: Feed,
     tokenizer: Tokenizer,
     generation_defaults: dict[str, Any],
     compiler: Compiler | None = None,
 ) -> FastAPI:
     """The API as an ASGI app.
 
-    `client` need not have started yet. `generation_defaults` is the model's generation_config.json, or empty for
-    neutral sampling. `compiler` checks grammars; without one it is made for the first request that has one. Raises
-    `ConfigError` for the name of a parser that does not exist.
+    `client` need not have started yet; `feed` gives the events of its scheduler. `generation_defaults` is the model's
+    generation_config.json, or empty for neutral sampling. `compiler` checks grammars; without one it is made for the
+    first request that has one. Raises `ConfigError` for the name of a parser that does not exist.
     """
     names = config.served_model_names or [config.engine.model]
     dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
@@ -76,7 +78,7 @@ def create_app(
     app.post("/tokenize")(service.tokenize)
     app.post("/detokenize")(service.detokenize)
     _add_model_and_health(app, client, service, names, config.engine.model)
-    dashboard.add_views(app, client, service.metrics)
+    dashboard.add_views(app, client, feed, service.metrics)
     dashboard.add_page(app)
     return app
 
@@ -86,7 +88,7 @@ def _ok(answer: Any, stream: dict[str, Any] | None = None) -> Responses:
     return {200: {"model": answer, **({"content": stream} if stream else {})}}
 
 
-def _add_model_and_health(app: FastAPI, client: EngineClient, service: Service, names: list[str], root: str) -> None:
+def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, names: list[str], root: str) -> None:
     created = int(time.time())
 
     def card(name: str) -> Model:

@@ -15,10 +15,17 @@ from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
 from miniserve.api.streaming import EventStream, event_stream
-from miniserve.dispatcher import EngineClient
-from miniserve.monitor import views
-from miniserve.monitor.events import Feed, TooManyListeners
+from miniserve.dispatcher import Dispatcher
+from miniserve.monitor.conversation_views import (
+    MOST_LISTED,
+    ConversationDetail,
+    ConversationList,
+    conversation_detail,
+    conversation_list,
+)
+from miniserve.monitor.events import Feed, FeedEvent, TooManyListeners
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
+from miniserve.monitor.worker_views import WorkerList, worker_list
 
 FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -55,18 +62,18 @@ def add_page(app: FastAPI) -> None:
         return Response(contents[name], headers=headers, media_type=TYPES[Path(name).suffix])
 
 
-def add_views(app: FastAPI, client: EngineClient, collected: Metrics) -> None:
+def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics) -> None:
     """Serve what the page shows, and Prometheus metrics."""
 
     @app.get("/v1/conversations")
-    async def conversations(limit: Annotated[int, Query(ge=1, le=views.MOST_LISTED)] = 100) -> views.ConversationList:
+    async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> ConversationList:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
-        return views.conversation_list(client.scheduler, time.monotonic(), limit)
+        return conversation_list(client.scheduler, time.monotonic(), limit)
 
     @app.get("/v1/conversations/{conversation:path}")
-    async def conversation(conversation: str) -> views.ConversationDetail:
+    async def conversation(conversation: str) -> ConversationDetail:
         """One of them: what was observed of its last turns, and where their time went."""
-        found = views.conversation_detail(client.scheduler, conversation, time.monotonic())
+        found = conversation_detail(client.scheduler, conversation, time.monotonic())
         if found is None:
             raise ApiError(
                 404,
@@ -76,15 +83,15 @@ def add_views(app: FastAPI, client: EngineClient, collected: Metrics) -> None:
         return found
 
     @app.get("/v1/workers")
-    async def workers() -> views.WorkerList:
+    async def workers() -> WorkerList:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
-        return views.worker_list(client.scheduler, client.policy_name, time.monotonic())
+        return worker_list(client.scheduler, client.policy_name, time.monotonic())
 
     @app.get("/v1/events", response_class=Response, responses={200: {"content": STREAM}})
     async def events() -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. A client that does not keep up loses the oldest events, and an event says how many."""
-        return EventStream(_live_events(client.feed))
+        return EventStream(_live_events(feed))
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -98,12 +105,17 @@ async def _live_events(feed: Feed) -> AsyncIterator[AsyncIterator[bytes]]:
     try:
         with feed.listener() as listener:
 
-            async def events() -> AsyncIterator[bytes]:
-                while data := await listener.take():
-                    yield data
+            async def data() -> AsyncIterator[bytes]:
+                while events := await listener.take():
+                    yield b"".join(map(_encoded, events))
 
-            yield events()
+            yield data()
     except TooManyListeners as error:
         raise ApiError(
             503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"}
         ) from error
+
+
+def _encoded(event: FeedEvent) -> bytes:
+    """As a server-sent event."""
+    return b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data)

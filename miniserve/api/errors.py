@@ -21,8 +21,9 @@ from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from miniserve.dispatcher import EngineError, QueueFull
+from miniserve.dispatcher import EngineError
 from miniserve.sampling_params import ParameterError
+from miniserve.scheduler.scheduler import QueueFull
 
 RETRY_SECONDS = 5
 GZIP = b"\x1f\x8b"
@@ -159,7 +160,7 @@ def install(app: FastAPI) -> None:
         response.headers["X-Request-Id"] = request.state.request_id
         return response
 
-    for kind in (ParameterError, RequestValidationError, EngineError, RoutingError):
+    for kind in (ParameterError, RequestValidationError, QueueFull, EngineError, RoutingError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer_unexpected)
 

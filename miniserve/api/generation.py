@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from miniserve.api.errors import ApiError
 from miniserve.cluster.messages import Ended, Failed, FirstToken, TokenLogprob, Tokens, TurnOutput
-from miniserve.dispatcher import EngineError, Turn
+from miniserve.dispatcher import EngineError, TurnStream
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.detokenizer import IncrementalDetokenizer
@@ -17,7 +17,7 @@ from miniserve.text.reader import Part, Reader, merged
 from miniserve.text.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "tool_calls"]
-Submit = Callable[[list[int], SamplingParams, int], Turn]
+Submit = Callable[[list[int], SamplingParams, int], TurnStream]
 """Starts a turn, given its prompt, its parameters, and the choice's index. Raises `EngineError`."""
 
 
@@ -31,7 +31,7 @@ class Choice:
         self.index = index
         self.prompt = prompt
         self.params = params
-        self.turn: Turn | None = None
+        self.turn: TurnStream | None = None
         self.output_tokens = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
@@ -210,7 +210,7 @@ class Generation:
         choice.turn = self._submit(choice.prompt, choice.params, choice.index)
         self._tasks.append(asyncio.create_task(self._follow(choice, choice.turn, siblings)))
 
-    async def _follow(self, choice: Choice, turn: Turn, siblings: list[Choice]) -> None:
+    async def _follow(self, choice: Choice, turn: TurnStream, siblings: list[Choice]) -> None:
         try:
             await self._read(choice, turn, siblings)
         except Exception as error:
@@ -220,7 +220,7 @@ class Generation:
             self._failure = error
             self._wake.set()
 
-    async def _read(self, choice: Choice, turn: Turn, siblings: list[Choice]) -> None:
+    async def _read(self, choice: Choice, turn: TurnStream, siblings: list[Choice]) -> None:
         before = None
         async for output in turn:
             out = given(output)

@@ -36,7 +36,7 @@ from miniserve.api.responses.store import ResponseStore, continuing, not_found
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.streaming import EventStream, answer_events, whole_answer
 from miniserve.api.structured import GrammarChecks
-from miniserve.dispatcher import EngineClient, Turn
+from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.dialect import Dialect
@@ -55,7 +55,7 @@ class Service:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: Dispatcher,
         tokenizer: Tokenizer,
         dialect: Dialect,
         names: list[str],
@@ -163,7 +163,7 @@ class Service:
     ) -> Generation:
         """Submit a turn for each prompt. Raises `EngineError`; then nothing runs."""
 
-        def submit(prompt: list[int], params: SamplingParams, index: int) -> Turn:
+        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
             return self._client.submit(
                 prompt,
                 params,

@@ -8,7 +8,7 @@ from collections import Counter
 
 from miniserve.cluster.messages import Loading, Ready
 from miniserve.config import ServeConfig, format_bytes
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import ModelFiles
 
 
@@ -44,7 +44,7 @@ class LoadingLines:
             say(f"\r{'':<{self._width}}\r", end="")
 
 
-def banner(config: ServeConfig, files: ModelFiles, client: EngineClient, port: int, seconds: float) -> str:
+def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, port: int, seconds: float) -> str:
     """What runs, how it was sized, how long it took, and how to use it."""
     name = config.served_model_names[0]
     first: Ready = next(iter(client.ready.values()))

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from miniserve.config import format_bytes
-from miniserve.monitor.views import ConversationCard, ConversationList, Kv, LinkCard, WorkerCard, WorkerList
+from miniserve.monitor.conversation_views import ConversationCard, ConversationList
+from miniserve.monitor.worker_views import Kv, LinkCard, WorkerCard, WorkerList
 
 ID_CHARS = 28
 BAR_CELLS, MOST_BAR_CELLS = 12, 48

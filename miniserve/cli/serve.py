@@ -20,9 +20,11 @@ from miniserve.api.middleware import BoundedHeads
 from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.hub.defaults import generation_defaults
 from miniserve.hub.resolve import ModelFiles
+from miniserve.monitor.decision_log import DecisionLog
+from miniserve.monitor.events import Feed
 from miniserve.sampling_params import ParameterError
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -109,7 +111,10 @@ class HttpServer(uvicorn.Server):
 async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket) -> int:
     signals = Signals()
     progress = LoadingLines()
-    client = EngineClient(config, files, progress.show)
+    log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
+    client = Dispatcher(config, files, progress.show, [log.write] if log else [])
+    feed = Feed(client.scheduler, config.policy)
+    client.observers.append(feed.note)
     started = time.monotonic()
     try:
         try:
@@ -124,7 +129,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
             return 130
         finally:
             progress.end()
-        app = create_app(config, client, tokenizer, defaults, compiler)
+        app = create_app(config, client, feed, tokenizer, defaults, compiler)
         http = HttpServer(
             uvicorn.Config(
                 app,
@@ -140,15 +145,19 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         try:
             await signals.unless(signals.first, asyncio.shield(serving))
         except Stopped:
-            await _drain(config, client, http, signals)
+            await _drain(config, client, feed, http, signals)
         http.should_exit = True
         http.force_exit = True
         await serving
+        feed.close()
         await client.stop()  # ends requests that still run, each with an error
         await _hang_up(http)
         return 0
     finally:
+        feed.close()
         await client.stop()
+        if log:
+            log.close()
 
 
 def _tokenizer(config: ServeConfig, files: ModelFiles) -> tuple[Tokenizer, Compiler]:
@@ -157,24 +166,27 @@ def _tokenizer(config: ServeConfig, files: ModelFiles) -> tuple[Tokenizer, Compi
     return tokenizer, Compiler(tokenizer)
 
 
-async def _drain(config: ServeConfig, client: EngineClient, http: HttpServer, signals: Signals) -> None:
+async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, signals: Signals) -> None:
     """Let running requests end, for a while."""
     client.drain()
-    if client.active:
-        say(f"Draining {client.active} running requests for up to {config.shutdown_timeout:g} s; again to stop now.")
+    if client.scheduler.active:
+        say(
+            f"Draining {client.scheduler.active} running requests for up to {config.shutdown_timeout:g} s; "
+            "again to stop now."
+        )
 
     async def ended() -> None:
-        while client.active:
+        while client.scheduler.active:
             await asyncio.sleep(0.05)
-        client.feed.close()  # the dashboard's streams of events count as requests, and would never end
+        feed.close()  # the dashboard's streams of events count as requests, and would never end
         # What has been generated is still on its way to clients.
         await _tasks_ended(http, FLUSH_SECONDS)
 
     try:
         await signals.unless(signals.second, asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
-        if client.active:
-            say(f"Ending {client.active} requests that still run.")
+        if client.scheduler.active:
+            say(f"Ending {client.scheduler.active} requests that still run.")
 
 
 async def _hang_up(http: HttpServer) -> None:

@@ -26,7 +26,8 @@ from rich.live import Live
 from miniserve.cli.client import ApiClient
 from miniserve.cli.screen import Snapshot, screen
 from miniserve.config import ConfigError
-from miniserve.monitor.views import ConversationList, WorkerList
+from miniserve.monitor.conversation_views import ConversationList
+from miniserve.monitor.worker_views import WorkerList
 
 PATIENCE_SECONDS = 5.0
 """How long an answer may take."""

@@ -15,33 +15,31 @@ log = logging.getLogger("miniserve.decisions")
 
 
 class DecisionLog:
-    """Appends to `path`; the first line of a run says which policy it had, and what its clock showed at which time.
+    """Appends to `path`; the first line of a run holds its policy, and its clock beside the time of day.
 
-    Raises `ConfigError` if the file cannot be written to. Once it cannot later, that is said, and serving goes on.
+    Raises `ConfigError` if the file cannot be written to. If a later write fails, that is logged, no more lines are
+    written, and serving goes on.
     """
 
     def __init__(self, path: str, policy: str, now: float) -> None:
         try:
             self._file = Path(path).expanduser().open("ab", buffering=0)
-        except (OSError, RuntimeError) as error:  # the latter for a home directory of nobody
+        except (OSError, RuntimeError) as error:  # the latter for the home directory of an unknown user
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"--decision-log {path!r} cannot be written to: {reason}.") from error
         self._broken = False
-        self._line({"kind": "start", "policy": policy, "time": now, "unix_time": time.time()})
-
-    def write(self, record: Record) -> None:
-        """One more line."""
-        self._line(record)
+        self.write({"kind": "start", "policy": policy, "time": now, "unix_time": time.time()})
 
     def close(self) -> None:
         """No more lines; safe to call twice."""
         self._file.close()
 
-    def _line(self, content: object) -> None:
+    def write(self, record: Record | dict[str, str | float]) -> None:
+        """Add a record as a line."""
         if self._broken:
             return
         try:
-            self._file.write(msgspec.json.encode(content) + b"\n")
+            self._file.write(msgspec.json.encode(record) + b"\n")
         except (OSError, ValueError) as error:
             self._broken = True
             log.error("the decision log ends here: %s", error)

@@ -1,8 +1,8 @@
-"""What happens on the server, as server-sent events for whoever listens: GET /v1/events.
+"""What happens on the server, as events for listeners (GET /v1/events).
 
-Nothing is computed while nobody listens: the scheduler makes notes of its decisions only then (or for the decision
-log), and the state of workers and turns is put together once for all listeners. A listener that does not keep up loses
-its oldest events and is told how many; the server never waits for one.
+Nothing is computed without a listener: the scheduler makes records of its decisions only for listeners (or for the
+decision log), and the state of workers and turns is put together once for all listeners. A listener that does not keep
+up loses its oldest events and gets an event that counts them; the server never waits for a listener.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import msgspec
 
-from miniserve.monitor import views
+from miniserve.monitor.conversation_views import live_turns
+from miniserve.monitor.worker_views import worker_list
 from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -32,17 +34,30 @@ class TooManyListeners(RuntimeError):
     """Each costs a little; this many are likely a mistake."""
 
 
+@dataclass(frozen=True, slots=True)
+class FeedEvent:
+    """`data` is JSON on one line; what it holds depends on `kind`: start, workers, turns, decision, outcome or lost."""
+
+    kind: str
+    data: bytes
+
+    @classmethod
+    def of(cls, kind: str, content: object) -> FeedEvent:
+        """An event with `content` as its data, encoded once for all listeners."""
+        return cls(kind, msgspec.json.encode(content))
+
+
 class Listener:
-    """The events that one listener has not been sent yet."""
+    """The events that one listener has not taken yet."""
 
     def __init__(self) -> None:
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[FeedEvent] = deque()
         self._lost = 0
         self._ended = False
         self._news = asyncio.Event()
 
-    def put(self, event: bytes) -> None:
-        """Called with each event; the oldest one goes if too many wait."""
+    def put(self, event: FeedEvent) -> None:
+        """Add an event; if too many wait, the oldest one is dropped and counted as lost."""
         if len(self._waiting) >= MOST_WAITING:
             self._waiting.popleft()
             self._lost += 1
@@ -54,20 +69,21 @@ class Listener:
         self._ended = True
         self._news.set()
 
-    async def take(self) -> bytes:
-        """All that waits, as soon as there is any; nothing at the end."""
+    async def take(self) -> list[FeedEvent]:
+        """All events that wait, as soon as there is one; none at the end."""
         while not (self._waiting or self._ended):
             self._news.clear()
             await self._news.wait()
-        lost = [encoded("lost", {"events": self._lost})] if self._lost else []
-        data = b"".join([*lost, *self._waiting])
+        lost = [FeedEvent.of("lost", {"events": self._lost})] if self._lost else []
+        events = [*lost, *self._waiting]
         self._waiting.clear()
         self._lost = 0
-        return data
+        return events
 
 
 class Feed:
-    """Tells all listeners of decisions and outcomes as they are made, and once a second how things stand."""
+    """Gives all listeners the decisions and outcomes as they are made, and once a second the state of workers and
+    turns. `note` is to be called with each record."""
 
     def __init__(self, scheduler: Scheduler, policy: str) -> None:
         self._scheduler = scheduler
@@ -79,13 +95,13 @@ class Feed:
 
     @contextmanager
     def listener(self) -> Iterator[Listener]:
-        """One more listener, which is first told what the clock shows and how things stand. Raises
+        """One more listener. Its first events are the time by both clocks, and the state of workers and turns. Raises
         `TooManyListeners`."""
         if len(self._listeners) >= MOST_LISTENERS:
             raise TooManyListeners(f"{MOST_LISTENERS} listen already.")
         listener = Listener()
         now = time.monotonic()
-        listener.put(encoded("start", {"policy": self._policy, "time": now, "unix_time": time.time()}))
+        listener.put(FeedEvent.of("start", {"policy": self._policy, "time": now, "unix_time": time.time()}))
         if self._closed:
             listener.end()
         for event in self._state(now):
@@ -93,7 +109,7 @@ class Feed:
         self._listeners.add(listener)
         self._scheduler.notes = True
         if self._snapshots is None:
-            self._snapshots = asyncio.create_task(self._tell_state())
+            self._snapshots = asyncio.create_task(self._put_state())
         try:
             yield listener
         finally:
@@ -103,22 +119,22 @@ class Feed:
                 self._snapshots.cancel()
                 self._snapshots = None
 
-    def tell(self, record: Record) -> None:
-        """Called with each decision and outcome; costs nothing while nobody listens."""
+    def note(self, record: Record) -> None:
+        """Pass on a decision or an outcome; costs nothing without a listener."""
         if self._listeners:
-            self._put(encoded(record.__struct_config__.tag, record))
+            self._put(FeedEvent.of(str(record.__struct_config__.tag), record))
 
     def close(self) -> None:
-        """The server ends: so do all streams, after what is on its way. Safe to call twice."""
+        """The server ends: all streams end after the events that wait. Safe to call twice."""
         self._closed = True
         for listener in self._listeners:
             listener.end()
 
-    def _put(self, event: bytes) -> None:
+    def _put(self, event: FeedEvent) -> None:
         for listener in self._listeners:
             listener.put(event)
 
-    async def _tell_state(self) -> None:
+    async def _put_state(self) -> None:
         while True:
             await asyncio.sleep(SNAPSHOT_SECONDS)
             try:
@@ -127,11 +143,6 @@ class Feed:
             except Exception:
                 log.exception("a snapshot failed; the next one may not")
 
-    def _state(self, now: float) -> list[bytes]:
-        workers = views.worker_list(self._scheduler, self._policy, now)
-        return [encoded("workers", workers), encoded("turns", views.live_turns(self._scheduler, now))]
-
-
-def encoded(kind: object, content: object) -> bytes:
-    """As an event; JSON holds no line breaks."""
-    return b"event: %s\ndata: %s\n\n" % (str(kind).encode(), msgspec.json.encode(content))
+    def _state(self, now: float) -> list[FeedEvent]:
+        workers = worker_list(self._scheduler, self._policy, now)
+        return [FeedEvent.of("workers", workers), FeedEvent.of("turns", live_turns(self._scheduler, now))]

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN_BUCKETS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
@@ -51,9 +51,9 @@ Ending = Literal["stop", "length", "abort", "error"]
 class Metrics:
     """What one server counts and measures, in a registry of its own. A "request" is one choice; times in seconds."""
 
-    def __init__(self, client: EngineClient, model: str) -> None:
+    def __init__(self, dispatcher: Dispatcher, model: str) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(client, model))
+        self._registry.register(EngineCollector(dispatcher, model))
 
         def histogram(name: str, text: str, buckets: list[float]) -> Histogram:
             made = Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry)
@@ -105,25 +105,28 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """Reads the engine's own numbers when somebody asks for them."""
+    """Reads the scheduler's and the workers' own numbers when metrics are asked for."""
 
-    def __init__(self, client: EngineClient, model: str) -> None:
-        self._client = client
+    def __init__(self, dispatcher: Dispatcher, model: str) -> None:
+        self._dispatcher = dispatcher
         self._model = model
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry need not ask an engine that may not have started."""
+        """Nothing, so that the registry asks no engine that may not have started."""
         return []
 
     def collect(self) -> Iterable[Metric]:
         """All families, with a sample for each worker or pair of workers where each has its own number."""
-        client, model, workers = self._client, self._model, self._client.stats.items()
+        scheduler, model = self._dispatcher.scheduler, self._model
+        workers = scheduler.stats.items()
         total = sum(stats.total_pages for _, stats in workers)
         usage = sum(stats.held_pages for _, stats in workers) / total if total else 0.0
-        of_model = ["model_name"]
-        yield _family(GAUGE, "vllm:num_requests_running", "Requests on workers", of_model, [((model,), client.running)])
-        yield _family(GAUGE, "vllm:num_requests_waiting", "Requests that wait", of_model, [((model,), client.queued)])
-        yield _family(GAUGE, "vllm:kv_cache_usage_perc", "Part of the KV in use, 0 to 1", of_model, [((model,), usage)])
+        for name, text, number in (
+            ("num_requests_running", "Requests on workers", scheduler.active - scheduler.queued),
+            ("num_requests_waiting", "Requests that wait", scheduler.queued),
+            ("kv_cache_usage_perc", "Part of the KV in use, 0 to 1", usage),
+        ):
+            yield _family(GAUGE, f"vllm:{name}", text, ["model_name"], [((model,), number)])
         # By worker, so that the counters of one that was started again do not pull down a sum over all.
         for name, text, field in CACHE_COUNTERS:
             samples = [((model, worker), getattr(stats, field)) for worker, stats in workers]
@@ -135,9 +138,9 @@ class EngineCollector(Collector):
         pages = [((worker, state), getattr(stats, f"{state}_pages")) for worker, stats in workers for state in states]
         yield _family(GAUGE, "miniserve:kv_pages", "KV pages by state", ["worker", "state"], pages)
         for name, text, field in HANDOFF_COUNTERS:
-            moved = [(pair, getattr(totals, field)) for pair, totals in client.handoffs.items()]
+            moved = [(pair, getattr(totals, field)) for pair, totals in scheduler.links.items()]
             yield _family(COUNTER, f"miniserve:{name}", text, ["source", "destination"], moved)
-        placed = [((*pair, client.policy_name), count) for pair, count in client.placements.items()]
+        placed = [((*pair, self._dispatcher.policy_name), count) for pair, count in scheduler.placements.items()]
         labels = ["prefill_worker", "home", "policy"]
         yield _family(COUNTER, "miniserve:placements", "Turns by where they are prefilled and live", labels, placed)
 

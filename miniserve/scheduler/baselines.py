@@ -1,5 +1,4 @@
-"""The rules of others, to compare with; miniserve's own is in `observe.py`. A policy is a pure function of what was
-observed."""
+"""The rules of others, to compare with, and the list of all policies; miniserve's own one is in `observe.py`."""
 
 from __future__ import annotations
 
@@ -7,15 +6,37 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from miniserve.scheduler.observe import Observe
-from miniserve.scheduler.placement import InOrder, Need, Option, Placement, Policy, at_home, least_queued
+from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.workers import Cluster, WorkerView
+
+
+class InOrder:
+    """What these policies have in common: turns are served strictly in order, and steps take as long as they take."""
+
+    step_stretch = 0.0
+
+    def patience(self, need: Need, cluster: Cluster) -> float:
+        return 0.0
+
+
+def at_home(need: Need, cluster: Cluster) -> WorkerView | None:
+    """The decoder of the turn: home, or for a conversation without one the decoder with the most free KV that fits."""
+    home = need.conversation.home
+    candidates = [
+        d for d in cluster.decoders if d.name in cluster.open and home in (None, d.name) and d.fits(need.pages)
+    ]
+    return max(candidates, key=lambda d: d.free, default=None)
+
+
+def least_queued(cluster: Cluster) -> WorkerView:
+    """The prefiller with the shortest queue."""
+    return min(cluster.prefillers, key=lambda p: p.queued_prefill_tokens)
 
 
 class Colocated(InOrder):
     """Every turn is prefilled and decoded at home: what a cluster of ordinary servers with sticky routing does."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        """See `Policy`."""
         home = at_home(need, cluster)
         return Placement(home.name, reason="home") if home else None
 
@@ -26,7 +47,6 @@ class Disaggregated(InOrder):
     there; the prefiller computes again what the decoder has generated."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        """See `Policy`."""
         home = at_home(need, cluster)
         if home is None or not cluster.prefillers:
             return Placement(home.name, reason="no prefiller") if home else None
@@ -39,11 +59,10 @@ class Conserve(InOrder):
     decoder with the most free KV; the rest stays there."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        """See `Policy`."""
         home = at_home(need, cluster)
         if home is None:
             return None
-        # One whose home has died begins anew. A turn beside the first one finds its KV on the way to that home.
+        # Where the home has died the conversation begins anew. A turn beside the first finds its KV on the way home.
         if need.conversation.home or not cluster.prefillers:
             return Placement(home.name, reason="later turn" if need.conversation.home else "no prefiller")
         return Placement(home.name, least_queued(cluster).name, reason="first turn")
@@ -61,7 +80,6 @@ class Ampd(InOrder):
         self._mispredict = mispredict
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        """See `Policy`."""
         conversation, home = need.conversation, at_home(need, cluster)
         if home is None:
             return None

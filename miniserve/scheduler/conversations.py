@@ -7,32 +7,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from miniserve.scheduler.history import TURNS, History
-from miniserve.scheduler.prompts import Mark, Prompts
+from miniserve.scheduler.forecast import TURNS, History
+from miniserve.scheduler.prompts import PromptIndex, PromptMark
 
 
 @dataclass(slots=True)
 class Conversation:
-    """All turns of one agent task.
-
-    `key` is the client's id, or a number where it gave none. `home` is the worker that holds its KV between turns, ""
-    before the first turn and when that worker is gone. `tokens` is the length of the last turn, with its output;
-    times are in seconds.
-    """
+    """All turns of one agent's context. Times are in seconds of the scheduler's clock."""
 
     key: str | int
-    home: str = ""
+    """The client's id, or a number where it gave none."""
+    home: str | None = None
+    """The worker that holds its KV between turns; None before the first turn and when that worker has died."""
     turns: int = 0
     """Turns that have ended, those of a fork's parent included."""
     tokens: int = 0
+    """Length of the last turn, with its output."""
     active: int = 0
     """Turns that run or wait now."""
     resident: int = 0
-    """Pages it is thought to hold at home while no turn runs."""
+    """Pages that it holds at home while no turn runs, by the `Ledger`."""
     wanted: float = 0.0
     """What of that it is expected to come back for."""
-    expectation: int = 0
-    """The number of that expectation, 0 for none."""
+    expectation: int | None = None
+    """The number of that expectation in the `Ledger`."""
     began: float = 0.0
     last_end: float = 0.0
     moves: int = 0
@@ -41,29 +39,21 @@ class Conversation:
     """The turn before which it last did."""
     edits: int = 0
     """Times that the client changed what had been said."""
-    copy_at: str = ""
-    """The worker that prefilled a turn for the home, and still holds its first `copy_tokens` tokens unless it evicted
-    them."""
+    copy_at: str | None = None
+    """The worker that prefilled a turn for the home last. It still holds the first `copy_tokens` tokens, unless it has
+    evicted them."""
     copy_tokens: int = 0
     history: History = field(default_factory=History)
-    marks: list[Mark] = field(default_factory=list, repr=False)
-    """The prompts of its last turns, and its first one: where the index finds it."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """`known` tokens of the prompt were seen in `conversation` before."""
-
-    conversation: Conversation
-    known: int
+    marks: list[PromptMark] = field(default_factory=list, repr=False)
+    """Its first prompt and those of its last turns: what the index finds it by."""
 
 
 class Conversations:
     """Conversations by explicit id, else by the longest earlier prompt that a new prompt begins with.
 
     A prompt that begins with the last prompt of a conversation continues it. What the model answered need not match:
-    clients resend it in their own rendering. One that begins with an earlier prompt is an edited history; one that
-    shares no more than the first prompt with it is somebody else's, who was asked the same. While a turn of the found
+    clients resend it in their own rendering. A prompt that begins with an earlier prompt is an edited history. A prompt
+    that shares only the first prompt is another conversation with the same beginning. While a turn of the found
     conversation still runs, the new prompt is a fork: a new conversation, which begins at the same home, since its
     pages are shared.
 
@@ -76,7 +66,7 @@ class Conversations:
         self._max_idle = max_idle
         # Least recently active first.
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
-        self._prompts: Prompts[Conversation] = Prompts(page_tokens)
+        self._prompts: PromptIndex[Conversation] = PromptIndex(page_tokens)
         self._made = 0
 
     def __len__(self) -> int:
@@ -86,52 +76,71 @@ class Conversations:
         return iter(self._by_key.values())
 
     def get(self, key: str | int) -> Conversation | None:
-        """The conversation that is called so."""
+        """The conversation with this key."""
         return self._by_key.get(key)
 
     def latest(self, count: int) -> list[Conversation]:
-        """The `count` that a turn came for last, the latest first."""
+        """The `count` conversations that had a turn last, the latest first."""
         return list(islice(reversed(self._by_key.values()), count))
 
-    def find(self, key: str | int, tokens: list[int], chain: list[bytes], now: float) -> Found:
-        """The conversation of a prompt: that of the explicit `key`, one that it continues or edits, or a new one.
+    def find(self, key: str | int, tokens: list[int], chain: list[bytes], now: float) -> tuple[Conversation, int]:
+        """The conversation of a prompt: that of the explicit `key` ("" for none), one that it continues or edits, or a
+        new one; and how many of the prompt's tokens the conversation has seen before.
 
         `chain` is the prompt's `page_chain`.
         """
-        conversation, parent, known = self._by_key.get(key) if key else None, None, 0
-        if conversation is not None and conversation.marks:
-            known = self._prefix_of(conversation, tokens, chain)
-            before = conversation.marks[-1]
-            same = self._prompts.mark(tokens, chain) == before
-            conversation.edits += not same and not self._prompts.begins(before, tokens, chain)
-        elif conversation is None and not key:
-            parent, place = self._longest_prefix(tokens, chain)
-            if parent is not None:
-                last = place == len(parent.marks) - 1
-                known = parent.tokens if last and not parent.active else parent.marks[place].length
-                if not parent.active and (place > 0 or (last and parent.marks[0].length < len(tokens))):
-                    conversation = parent
-                    conversation.edits += not last
+        parent, known = None, 0
+        if not key:
+            conversation, parent, known = self._by_prefix(tokens, chain)
+        elif (conversation := self._by_key.get(key)) is not None and conversation.marks:
+            known = self._seen(conversation, tokens, chain)
+            last = conversation.marks[-1]
+            if self._prompts.mark(tokens, chain) != last and not self._prompts.begins(last, tokens, chain):
+                conversation.edits += 1
         if conversation is None:
             self._made += 1
             conversation = Conversation(key or self._made, began=now, last_end=now)
             if parent is not None and parent.marks[0].length < len(tokens):
                 conversation.home = parent.home
-                conversation.turns = 1  # its first turn was the parent's
+                conversation.turns = 1  # Its first turn was the parent's.
             self._by_key[conversation.key] = conversation
         self._by_key.move_to_end(conversation.key)
         self._mark(conversation, tokens, chain)
-        return Found(conversation, min(known, len(tokens)))
+        return conversation, min(known, len(tokens))
+
+    def _by_prefix(self, tokens: list[int], chain: list[bytes]) -> tuple[Conversation | None, Conversation | None, int]:
+        """The conversation that a prompt continues or edits, if any; the one whose prompt is its longest prefix, which
+        may still run or share its first prompt alone; and how many of the prompt's tokens that one has seen."""
+        found = self._prompts.longest(tokens, chain)
+        if found is None:
+            return None, None, 0
+        mark, owners = found
+        parent = max(owners, key=lambda owner: (not owner.active, owner.marks[-1] == mark))
+        if parent.active:
+            return None, parent, mark.length
+        is_first, is_last = mark == parent.marks[0], mark == parent.marks[-1]
+        known = parent.tokens if is_last else mark.length
+        if is_first and not (is_last and mark.length < len(tokens)):
+            return None, parent, known
+        parent.edits += not is_last
+        return parent, parent, known
+
+    def _seen(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> int:
+        """How many of a prompt's tokens the conversation has seen before."""
+        for mark in reversed(conversation.marks):
+            if self._prompts.begins(mark, tokens, chain):
+                return conversation.tokens if mark is conversation.marks[-1] else mark.length
+        return 0
 
     def expire(self, now: float) -> list[Conversation]:
-        """Forget what has been idle too long or is too much; returns it."""
+        """Forget and return the conversations that have been idle too long or exceed the capacity."""
         gone: list[Conversation] = []
         for conversation in self._by_key.values():
             too_many = len(self._by_key) - len(gone) > self._capacity
             if not conversation.active and (too_many or now - conversation.last_end > self._max_idle):
                 gone.append(conversation)
             elif not too_many and not conversation.active:
-                break  # all others were asked later
+                break  # All others had a turn later.
         for conversation in gone:
             del self._by_key[conversation.key]
             for mark in conversation.marks:
@@ -139,7 +148,7 @@ class Conversations:
         return gone
 
     def _mark(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> None:
-        """The conversation's newest prompt; earlier ones that this one does not begin with are history no more."""
+        """Make this the conversation's last prompt, and forget earlier ones that it does not begin with."""
         kept = [mark for mark in conversation.marks if self._prompts.begins(mark, tokens, chain)]
         kept = kept[:1] + kept[1:][-(TURNS - 2) :]
         for mark in conversation.marks:
@@ -148,23 +157,3 @@ class Conversations:
         newest = self._prompts.mark(tokens, chain)
         conversation.marks = [*kept, newest]
         self._prompts.add(newest, conversation)
-
-    def _prefix_of(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> int:
-        """How many tokens of a prompt were part of what is known of this conversation."""
-        for place in range(len(conversation.marks) - 1, -1, -1):
-            if self._prompts.begins(conversation.marks[place], tokens, chain):
-                last = place == len(conversation.marks) - 1
-                return conversation.tokens if last else conversation.marks[place].length
-        return 0
-
-    def _longest_prefix(self, tokens: list[int], chain: list[bytes]) -> tuple[Conversation | None, int]:
-        """The conversation with the longest prompt that `tokens` begin with or are, and which of its prompts that is.
-
-        Of several, one that is idle and was last asked just that.
-        """
-        found = self._prompts.longest(tokens, chain)
-        if found is None:
-            return None, 0
-        mark, owners = found
-        places = [(c, c.marks.index(mark)) for c in owners]
-        return max(places, key=lambda p: (not p[0].active, p[1] == len(p[0].marks) - 1))

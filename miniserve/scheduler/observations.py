@@ -1,4 +1,4 @@
-"""What is measured while it happens: averages, quantiles, and how fast a worker computes. No profile run comes first.
+"""What is measured while serving: averages, quantiles, and how fast a worker computes. No profile run comes first.
 
 Pure: times come in as arguments, in seconds.
 """
@@ -16,7 +16,7 @@ CELL_MEMORY = 16
 REFIT = 64
 """Measurements between two fits, once the first ones are in."""
 FADE = 500
-"""Measurements of others after which a cell that got none counts half: it still says what only it has seen."""
+"""Measurements in other cells after which a cell that got none counts half: it still holds what only it has seen."""
 GUESS_TOKEN, GUESS_STEP = 1e-3, 20e-3
 """Seconds of a prompt's token and of a decode step before anything was measured. Any numbers will do: they are the same
 for all workers, and gone with the first steps."""
@@ -57,9 +57,6 @@ class Recent:
     def __init__(self, size: int = 256) -> None:
         self._values: deque[float] = deque(maxlen=size)
         self._sorted: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def add(self, value: float) -> None:
         """One more value."""
@@ -121,42 +118,27 @@ class Plane:
         return sum(map(mul, self._weights, x))
 
     def _fit(self) -> None:
-        features = len(self._weights)
-        cells = [cell for cell in self._cells.values() if cell[2] > 0]
-        rows = [[value / cell[2] for value in cell[3:]] for cell in cells]
-        counts = [cell[0] / (1 + (self._count - cell[1]) / FADE) for cell in cells]
-        scale = [max(sum(row[i] for row in rows) / max(len(rows), 1), 1e-12) for i in range(features)]
-        used = list(range(features))
+        """Non-negative least squares: features whose weight comes out below zero are left out, the lowest one first."""
+        import numpy as np  # Not at the top: `miniserve --help` names the policies, and should not wait for numpy.
+
+        cells = np.array([cell for cell in self._cells.values() if cell[2] > 0])
+        if not len(cells):
+            return
+        counts = cells[:, 0] / (1 + (self._count - cells[:, 1]) / FADE)
+        rows = cells[:, 3:] / cells[:, 2:3]
+        scale = np.maximum(rows.mean(axis=0), 1e-12)
+        rows /= scale
+        ridge = np.diag([1e-6] + [1e-2] * (rows.shape[1] - 1))
+        a, b = rows.T @ (counts[:, None] * rows) + ridge, rows.T @ counts
+        used, solved = list(range(len(b))), np.zeros(0)
         while used:
-            a = [
-                [sum(c * r[i] / scale[i] * r[j] / scale[j] for c, r in zip(counts, rows, strict=True)) for j in used]
-                for i in used
-            ]
-            b = [sum(c * r[i] / scale[i] for c, r in zip(counts, rows, strict=True)) for i in used]
-            for n, i in enumerate(used):
-                a[n][n] += 1e-6 if i == 0 else 1e-2
-            solved = _solve(a, b)
-            worst = min(range(len(used)), key=solved.__getitem__)
-            if solved[worst] >= 0:
+            solved = np.linalg.solve(a[np.ix_(used, used)], b[used])
+            if solved.min() >= 0:
                 break
-            del used[worst]
-        self._weights = [0.0] * features
-        for n, i in enumerate(used):
-            self._weights[i] = solved[n] / scale[i]
-
-
-def _solve(a: list[list[float]], b: list[float]) -> list[float]:
-    """The solution of a positive definite system, by elimination; `a` and `b` are used up."""
-    n = len(b)
-    for i in range(n):
-        for j in range(i + 1, n):
-            factor = a[j][i] / a[i][i]
-            for k in range(i, n):
-                a[j][k] -= factor * a[i][k]
-            b[j] -= factor * b[i]
-    for i in reversed(range(n)):
-        b[i] = (b[i] - sum(a[i][k] * b[k] for k in range(i + 1, n))) / a[i][i]
-    return b
+            del used[solved.argmin()]
+        weights = np.zeros(len(b))
+        weights[used] = solved[: len(used)]
+        self._weights = (weights / scale).tolist()
 
 
 class Speed:

@@ -1,7 +1,8 @@
-"""miniserve's own rule: every place is judged by what it would cost everybody, from what was observed."""
+"""miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
 from __future__ import annotations
 
+from miniserve.config import Role
 from miniserve.scheduler.placement import Need, Option, Placement
 from miniserve.scheduler.workers import Cluster, WorkerView
 
@@ -14,36 +15,37 @@ PATIENCE = 0.25
 ROOM = 0.1
 """The share of its pages that a worker must have room for after it has become a home: conversations grow."""
 WORTH = 8.0
-"""A newcomer for whom there is no room waits for so many times what it would cost all to compute again what it drives
-out. Once would be right if that happened once; it happens at each turn of those who then share too little room."""
+"""A newcomer for which there is no room waits for so many times what it would cost all turns to compute again what it
+drives out. Once would be right if that happened once; it happens at each turn of all that then share too little room.
+"""
 STEP_STRETCH = 6.0
-"""See `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
+"""Of `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
 
 
 class Observe:
-    """The cheapest place by the sum of all delays, in seconds: those of this turn (queue, prefill, KV on its way,
+    """The cheapest place by the sum of all delays, in seconds: those of this turn (queue, prefill, transfer of KV,
     decode) and those that it causes to the streams beside it.
 
-    A prompt computed at home holds up each stream there for as long as it takes; one computed at a prefiller holds up
-    nobody, but waits there for others, and its KV has to travel. So small prompts and those that find an idle home
-    stay, long ones beside many streams leave. How many streams will be there is the mean over the last half minute, or
-    how many there are now, if that is more.
+    A prompt computed at home holds up each stream there for as long as it takes. A prompt computed at a prefiller holds
+    up no stream at home, but waits for other prompts there, and its KV has to travel. So small prompts and those that
+    find an idle home stay; long prompts beside many streams leave. The number of streams is the mean over the last half
+    minute, or how many there are now, if that is more.
 
     Every worker may be a home. At a prefiller steps count as longer, by the share of its time that prompts take.
 
-    A newcomer waits while no worker has room: beside what runs there, room is kept for conversations that are expected
-    back soon. What it would drive out would have to be computed again, at each turn of all who are too many; so it is
-    better served a little later. Those that have a home pass it meanwhile. Where the tools of others take long, waiting
-    may cost more than it spares; the limit is what driving out would cost, in the same seconds.
+    A newcomer (a turn whose conversation has no home) waits while no worker has room: beside what runs there, room is
+    kept for conversations that are expected back soon. What the newcomer would drive out would have to be computed
+    again, at each turn of too many conversations; so it is better served a little later. Turns that have a home pass it
+    meanwhile. Where tools take long, waiting may cost more than it spares; the limit is what driving out would cost, in
+    the same seconds.
 
     A conversation keeps its home. It gets another one, by one move at the beginning of a turn, if the home has no room
-    for its turn and another has.
+    for its turn and another worker has.
     """
 
     step_stretch = STEP_STRETCH
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        """See `Policy`."""
         home = cluster.worker(need.conversation.home)
         if home is None:
             homes = [w for w in (*cluster.decoders, *cluster.prefillers) if self._may_take(need, cluster, w)]
@@ -56,9 +58,10 @@ class Observe:
         if not options:
             return None
         best = min(options, key=lambda option: option.cost)
-        # Of those that are as good: at home, on a decoder, and the one with more room for those who follow.
+        # Of those that are as good: prefill at home, on a decoder, and where more pages are free.
         near = [o for o in options if o.cost <= best.cost + self._margin(best)]
-        best = max(near, key=lambda o: (o.prefill_at == "", *self._room(cluster, o.home)))
+        views = {home.name: home for home in homes}
+        best = max(near, key=lambda o: (not o.prefill_at, views[o.home].role is Role.DECODER, views[o.home].free))
         return self._placement(best, tuple(options), "cheapest for a first turn")
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
@@ -66,18 +69,18 @@ class Observe:
         if home.name in cluster.open and home.fits(need.pages) and not self._should_leave(need, home):
             options = self._options(need, cluster, home)
             here = options[0]
-            # Streams may be spared by this turn's waiting for a prefiller, but not by much of it: it is somebody's too.
+            # This turn may wait a little for a prefiller to spare the streams at home, but not long: its client waits.
             fair = [o for o in options if o.first_token <= (1 + PATIENCE) * here.first_token + MARGIN_SECONDS]
             best = min(fair, key=lambda option: option.cost)
             if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
                 return self._placement(best, tuple(options), "an append beside others")
             return self._placement(here, tuple(options), "at home")
         if need.conversation.active > 1:
-            return self._stay(need, cluster, home)  # other turns of it run there
-        everyone = (*cluster.decoders, *cluster.prefillers)
-        others = [w for w in everyone if w is not home and self._may_take(need, cluster, w)]
+            return self._stay(need, cluster, home)  # Other turns of this conversation run there.
+        workers = (*cluster.decoders, *cluster.prefillers)
+        others = [w for w in workers if w is not home and self._may_take(need, cluster, w)]
         roomy = [d for d in others if d.room - need.pages >= ROOM * d.total_pages]
-        # One that has just moved stays, unless it would have to wait.
+        # A conversation that has just moved stays, unless it would have to wait.
         if not roomy or (need.conversation.moved_at == need.conversation.turns and home.fits(need.pages)):
             return self._stay(need, cluster, home)
         options = [option for d in roomy for option in self._options(need, cluster, d)]
@@ -97,50 +100,40 @@ class Observe:
         if worker.name not in cluster.open or not worker.fits(need.pages):
             return False
         if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
-            # It would drive out what is needed soon, which would have to be computed again.
+            # The turn would drive out what is needed soon.
             return need.waited > self._worth(need, worker)
         return True
 
     def patience(self, need: Need, cluster: Cluster) -> float:
-        """See `Policy`."""
         workers = (*cluster.decoders, *cluster.prefillers)
         return min((self._worth(need, worker) for worker in workers), default=0.0)
 
     def _worth(self, need: Need, worker: WorkerView) -> float:
-        """How long a newcomer should wait for room here: `WORTH` times what all lose if as much is computed again."""
+        """How long a newcomer should wait for room here: `WORTH` times what computing as many tokens again costs."""
         again = worker.speed.prefill(need.tokens) + self._streams(worker) * worker.speed.held_up(need.tokens)
         return WORTH * again
 
     def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
         """The ways to serve a turn with this home; the first one is to prefill there."""
-        history_at = ""
+        decode, beside = self._decode(need, home)
+        known, history_at, fetch = need.known.get(home.name, 0), "", 0.0
         old = cluster.worker(need.conversation.home)
-        if old is not None and old is not home and need.known.get(old.name, 0) > need.known.get(home.name, 0):
-            history_at = old.name
-        decode, beside = self._decode(need, cluster, home)
-        options = [self._local(need, cluster, home, history_at, decode, beside)]
-        if not home.prefiller:  # two that prefill for each other might wait for each other's pages
-            options += [self._remote(need, cluster, home, p, decode, beside) for p in cluster.prefillers]
-        return options
-
-    def _local(
-        self, need: Need, cluster: Cluster, home: WorkerView, history_at: str, decode: float, beside: float
-    ) -> Option:
-        known = need.known.get(home.name, 0)
-        transfer = 0.0
-        if history_at and (old := cluster.worker(history_at)):
-            transfer = cluster.copy_seconds(old, home, need.known[old.name] - known)
+        if old is not None and old is not home and need.known.get(old.name, 0) > known:
+            history_at, fetch = old.name, cluster.copy_seconds(old, home, need.known[old.name] - known)
             known = need.known[old.name]
         new = max(need.tokens - known, 1)
-        return Option(
+        local = Option(
             home.name,
             history_at=history_at,
             queue=home.queue_seconds,
             prefill=home.speed.prefill(new, known),
-            transfer=transfer,
+            transfer=fetch,
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
+        if home.role is Role.PREFILLER:  # Two that prefill for each other might wait for each other's pages.
+            return [local]
+        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in cluster.prefillers)]
 
     def _remote(
         self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float
@@ -160,24 +153,20 @@ class Observe:
             harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
         )
 
-    def _decode(self, need: Need, cluster: Cluster, home: WorkerView) -> tuple[float, float]:
+    def _decode(self, need: Need, home: WorkerView) -> tuple[float, float]:
         """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""
-        step = self._step(need, cluster, home)
+        step = self._step(need, home)
         more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0
         return need.output * step, need.output * home.turns * max(more, 0.0)
 
-    def _step(self, need: Need, cluster: Cluster, home: WorkerView) -> float:
-        """A decode step with this turn in it; at a prefiller, as long as the prompts of others make it on average."""
+    def _step(self, need: Need, home: WorkerView) -> float:
+        """Seconds of a decode step with this turn in it; at a prefiller, with prompts in it as on average."""
         step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
-        return step / (1 - min(home.prefilling.value, 0.75)) if home.prefiller else step
+        return step / (1 - min(home.prefilling.value, 0.75)) if home.role is Role.PREFILLER else step
 
     def _streams(self, worker: WorkerView) -> float:
-        """How many streams a prompt will hold up there."""
+        """How many streams a prompt will hold up here."""
         return max(worker.turns, worker.load.value)
-
-    def _room(self, cluster: Cluster, name: str) -> tuple[bool, int]:
-        worker = cluster.worker(name)
-        return (not worker.prefiller, worker.free) if worker else (False, 0)
 
     def _margin(self, option: Option) -> float:
         return MARGIN_SHARE * (option.first_token + option.harm) + MARGIN_SECONDS

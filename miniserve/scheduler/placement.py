@@ -1,4 +1,7 @@
-"""What a policy is asked, and what it answers."""
+"""What a policy is: what it is asked, and what it answers.
+
+To add a policy, write a class like those in `baselines.py`, and list it in `POLICIES` there.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from typing import Protocol
 import msgspec
 
 from miniserve.scheduler.conversations import Conversation
-from miniserve.scheduler.workers import Cluster, WorkerView
+from miniserve.scheduler.workers import Cluster
 
 
 @dataclass(frozen=True)
 class Need:
-    """A turn that wants a place: `tokens` of prompt, `output` tokens expected, which take `pages` in all. `known` says
-    how many tokens of the prompt a worker is thought to hold. It has `waited` for so many seconds; `now` is in seconds
-    too."""
+    """What a turn needs: `tokens` of prompt and `output` tokens that are expected, which take `pages` in all. `known`
+    says how many tokens of the prompt a worker probably holds. The turn has `waited` for so many seconds at `now`, in
+    seconds of the scheduler's clock."""
 
     conversation: Conversation
     tokens: int
@@ -60,9 +63,9 @@ class Option(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Placement:
-    """`home` decodes; `prefill_at` is "" where home prefills too. `history_at` is the worker from which home fetches
-    the KV of earlier turns, "" for none; with `share_history` the prefiller may fetch it from home. `options` are what
-    was compared, `reason` says in a word why this one."""
+    """`home` decodes; `prefill_at` is the prefiller, "" where home prefills itself. `history_at` is the worker from
+    which home fetches the KV of earlier turns, "" for none; with `share_history` the prefiller may fetch it from home.
+    `options` are what was compared, `reason` says in a word why this one was chosen."""
 
     home: str
     prefill_at: str = ""
@@ -73,7 +76,7 @@ class Placement:
 
 
 class Policy(Protocol):
-    """One decision: see `place`."""
+    """A pure function of what was observed."""
 
     step_stretch: float
     """How many times longer than the step of a lone stream a step may take in which prompts are computed beside
@@ -84,28 +87,6 @@ class Policy(Protocol):
         ...
 
     def patience(self, need: Need, cluster: Cluster) -> float:
-        """For how many seconds a conversation that waits for its first home lets those pass that have one; then it
-        keeps room from them. 0 for policies that serve strictly in order."""
+        """For how many seconds a newcomer, whose conversation has no home yet, lets turns pass that have one; then it
+        claims the workers that it waits for. 0 for policies that serve strictly in order."""
         ...
-
-
-class InOrder:
-    """What most policies have in common: nobody passes anybody, and steps take as long as they take."""
-
-    step_stretch = 0.0
-
-    def patience(self, need: Need, cluster: Cluster) -> float:
-        """See `Policy`."""
-        return 0.0
-
-
-def at_home(need: Need, cluster: Cluster) -> WorkerView | None:
-    """The decoder of the turn: home, or for a conversation without one the decoder with the most free KV that fits."""
-    home = need.conversation.home
-    candidates = [d for d in cluster.decoders if d.name in cluster.open and home in ("", d.name) and d.fits(need.pages)]
-    return max(candidates, key=lambda d: d.free, default=None)
-
-
-def least_queued(cluster: Cluster) -> WorkerView:
-    """The prefiller with the shortest queue."""
-    return min(cluster.prefillers, key=lambda p: p.queued_prefill_tokens)

@@ -1,4 +1,4 @@
-"""Who was asked this before? An index of prompts, found by their beginnings."""
+"""An index of prompts: which conversation had the longest prompt that a new prompt begins with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Generic, Protocol, TypeVar
 from miniserve.kv.hashing import page_hashes, root_hash
 
 ALIKE = 64
-"""How many owners of the very same prompt are told apart."""
+"""How many owners of the very same prompt the index keeps."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class PromptMark:
     """A prompt of `length` tokens: the chain hash of its full pages, and the bytes of the tokens after them."""
 
     digest: bytes
@@ -22,18 +22,19 @@ class Mark:
 
 
 class Owner(Protocol):
-    """Somebody with prompts. `marks` are those under which the index is to find them."""
+    """What has prompts: a conversation. The index finds it by its `marks`."""
 
-    marks: list[Mark]
+    marks: list[PromptMark]
 
 
 T = TypeVar("T", bound=Owner)
 
 
-class Prompts(Generic[T]):
+class PromptIndex(Generic[T]):
     """Marks and their owners. A lookup takes one step for each page of the prompt, however many marks there are.
 
-    Nearly every mark is alone under its digest. Then its owner is all that is kept there, for there are many.
+    Nearly every mark is alone under its digest. There its owner alone is kept, which saves memory; where several marks
+    share a digest, a dict leads from their tails to their owners.
     """
 
     def __init__(self, page_tokens: int) -> None:
@@ -43,19 +44,19 @@ class Prompts(Generic[T]):
     def __len__(self) -> int:
         return len(self._owners)
 
-    def mark(self, tokens: list[int], chain: list[bytes]) -> Mark:
+    def mark(self, tokens: list[int], chain: list[bytes]) -> PromptMark:
         """The mark of a prompt."""
-        return Mark(chain[-1], _bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
+        return PromptMark(chain[-1], _bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
 
-    def begins(self, mark: Mark, tokens: list[int], chain: list[bytes]) -> bool:
+    def begins(self, mark: PromptMark, tokens: list[int], chain: list[bytes]) -> bool:
         """Whether `tokens` begin with the prompt of `mark`, and go on."""
         full = mark.length // self._page_tokens
         if mark.length >= len(tokens) or chain[full] != mark.digest:
             return False
         return mark.tail == _bytes(tokens[full * self._page_tokens : mark.length])
 
-    def add(self, mark: Mark, owner: T) -> None:
-        """`owner`, who has `mark` among its marks now, was asked this."""
+    def add(self, mark: PromptMark, owner: T) -> None:
+        """`owner` has this prompt; `mark` is among its marks already."""
         there = self._owners.get(mark.digest)
         if there is None:
             self._owners[mark.digest] = owner
@@ -68,8 +69,8 @@ class Prompts(Generic[T]):
             forgotten.marks.remove(mark)  # what the index does not have is not among its owner's marks
         there[mark.tail] = owners[-ALIKE:]
 
-    def remove(self, mark: Mark, owner: T) -> None:
-        """`owner` does not want to be found by this any more."""
+    def remove(self, mark: PromptMark, owner: T) -> None:
+        """The index no longer finds `owner` by this prompt."""
         there = self._owners.get(mark.digest)
         if isinstance(there, dict):
             left = tuple(other for other in there.get(mark.tail, ()) if other is not owner)
@@ -82,7 +83,7 @@ class Prompts(Generic[T]):
         elif there is owner:
             del self._owners[mark.digest]
 
-    def longest(self, tokens: list[int], chain: list[bytes]) -> tuple[Mark, tuple[T, ...]] | None:
+    def longest(self, tokens: list[int], chain: list[bytes]) -> tuple[PromptMark, tuple[T, ...]] | None:
         """The longest mark that `tokens` begin with or are, and its owners."""
         size = self._page_tokens
         for pages in range(len(chain) - 1, -1, -1):
@@ -97,7 +98,7 @@ class Prompts(Generic[T]):
                 continue
             for end in range(len(rest), -1, -4):
                 if owners := there.get(rest[:end]):
-                    return Mark(chain[pages], rest[:end], pages * size + end // 4), owners
+                    return PromptMark(chain[pages], rest[:end], pages * size + end // 4), owners
         return None
 
 

@@ -1,81 +1,101 @@
-"""Where turns wait for a placement: two lines, first come first served in each."""
+"""Where turns wait for a placement, first come first served.
+
+A turn that has to wait *claims* the workers that it waits for: its home, or all workers where its conversation has no
+home and could get any. A turn behind it may only take a worker that is still open, one that no turn before it claims.
+So later turns never take the room that an earlier one waits for.
+
+A *newcomer* is a turn whose conversation has no home. A policy may give newcomers some patience: for so long they wait
+in a queue of their own, which is served last and claims nothing, so that turns with a home pass them. When a
+newcomer's patience is over it moves to the first queue and claims all workers.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
+from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.turns import Turn
 
 
-class Lines:
-    """Turns that wait, and newcomers, which have no home yet, in a line of their own as long as they let others pass.
+class WaitingQueue:
+    """Turns that wait. `has_patience(turn, now)` says whether a newcomer still lets others pass at a time."""
 
-    `lets_pass` says whether a newcomer still does at a time.
-    """
-
-    def __init__(self, lets_pass: Callable[[Turn, float], bool]) -> None:
-        self._lets_pass = lets_pass
-        self._queue: deque[Turn] = deque()
+    def __init__(self, has_patience: Callable[[Turn, float], bool]) -> None:
+        self._has_patience = has_patience
+        self._turns: deque[Turn] = deque()
         self.newcomers: deque[Turn] = deque()
-        """Those who let others pass."""
+        """Newcomers that still have patience."""
 
     def __len__(self) -> int:
-        return len(self._queue) + len(self.newcomers)
+        return len(self._turns) + len(self.newcomers)
 
     def append(self, turn: Turn, now: float) -> None:
-        """Let a turn wait behind others."""
-        self._line(turn, now).append(turn)
+        """Let a turn wait behind the others."""
+        self._queue_of(turn, now).append(turn)
 
     def appendleft(self, turn: Turn, now: float) -> None:
-        """Let a turn that has lost its place wait before others."""
-        self._line(turn, now).appendleft(turn)
+        """Let a turn that has lost its worker wait before the others."""
+        self._queue_of(turn, now).appendleft(turn)
 
     def remove(self, turn: Turn) -> None:
-        """A turn waits no longer."""
-        for line in (self._queue, self.newcomers):
-            if turn in line:
-                line.remove(turn)
+        """A turn was cancelled; it may be in either queue."""
+        for queue in (self._turns, self.newcomers):
+            if turn in queue:
+                queue.remove(turn)
 
-    def sort(self, now: float) -> None:
-        """Homes may be gone: who has none any more is a newcomer again."""
-        queued, self._queue = self._queue, deque()
-        homeless = [t for t in queued if not t.conversation.home]
-        self._queue.extend(t for t in queued if t.conversation.home)
-        for turn in reversed(homeless):
+    def homes_lost(self, now: float) -> None:
+        """Some conversations have lost their home: their turns are newcomers again, and wait before the others."""
+        turns, self._turns = self._turns, deque()
+        self._turns.extend(turn for turn in turns if turn.conversation.home)
+        for turn in reversed([turn for turn in turns if not turn.conversation.home]):
             self.appendleft(turn, now)
 
-    def serve(self, place: Callable[[Turn], bool], open_workers: set[str], homes: set[str], now: float) -> None:
-        """Place those whom `place` can. Who has to wait for a decoder keeps later ones from taking the room it waits
-        for: its decoders are taken out of `open_workers`. Nobody goes on when none of `homes`, nor one that somebody
-        here has already, is open. Newcomers that let others pass come last."""
-        waiting: deque[Turn] = deque()
-        homes = homes | {turn.conversation.home for turn in self._queue}
-        try:
-            while self._queue and not open_workers.isdisjoint(homes):
-                placed = place(self._queue[0])
-                turn = self._queue.popleft()
-                if not placed:
-                    waiting.append(turn)
-                    home = turn.conversation.home
-                    open_workers.intersection_update(name for name in tuple(open_workers) if home and name != home)
-            while self.newcomers and open_workers:
-                placed = place(self.newcomers[0])
-                if not placed and self._line(self.newcomers[0], now) is self.newcomers:
-                    break
-                turn = self.newcomers.popleft()
-                home = turn.conversation.home
-                if placed and turn.conversation.active > 1:  # the others of it, which have a home now, come next
-                    of = turn.conversation
-                    here = [t for t in self.newcomers if t.conversation is of]
-                    self.newcomers = deque([*here, *(t for t in self.newcomers if t.conversation is not of)])
-                elif not placed:
-                    waiting.append(turn)
-                    if not home:  # it has waited long enough: from now on it keeps room from others
-                        break
-                    open_workers.discard(home)
-        finally:
-            self._queue = waiting + self._queue
+    def serve(
+        self, place: Callable[[Turn, Set[str]], bool], workers: Set[str], homes: Set[str], now: float
+    ) -> Set[str]:
+        """Place the turns that can be placed, and return the workers that stay open: no waiting turn claims them.
 
-    def _line(self, turn: Turn, now: float) -> deque[Turn]:
-        return self.newcomers if not turn.conversation.home and self._lets_pass(turn, now) else self._queue
+        `place(turn, open_workers)` places a turn on open workers, or returns False if it has to wait; if it raises, no
+        turn is lost. `homes` are the workers that any turn may get as its home. Once all of them and the homes of the
+        waiting turns are claimed, the turns further behind are not tried: no long queue makes a decision slow.
+        """
+        open_workers = workers
+        homes = homes | {turn.conversation.home for turn in self._turns if turn.conversation.home}
+        unplaced: deque[Turn] = deque()
+        try:
+            while self._turns and not open_workers.isdisjoint(homes):
+                placed = place(self._turns[0], open_workers)
+                turn = self._turns.popleft()
+                if not placed:
+                    unplaced.append(turn)
+                    open_workers = _without_claim(turn, open_workers)
+            while self.newcomers and open_workers:
+                placed = place(self.newcomers[0], open_workers)
+                if not placed and self._queue_of(self.newcomers[0], now) is self.newcomers:
+                    break  # It keeps its place, and those behind it wait for it.
+                turn = self.newcomers.popleft()
+                if placed:
+                    self._bring_forward(turn.conversation)
+                else:
+                    unplaced.append(turn)
+                    open_workers = _without_claim(turn, open_workers)
+        finally:
+            self._turns = unplaced + self._turns
+        return open_workers
+
+    def _bring_forward(self, conversation: Conversation) -> None:
+        """A newcomer was placed. Other turns of its conversation now have a home too, so they are tried next."""
+        if conversation.active > 1:
+            its = [turn for turn in self.newcomers if turn.conversation is conversation]
+            self.newcomers = deque([*its, *(turn for turn in self.newcomers if turn.conversation is not conversation)])
+
+    def _queue_of(self, turn: Turn, now: float) -> deque[Turn]:
+        newcomer = not turn.conversation.home
+        return self.newcomers if newcomer and self._has_patience(turn, now) else self._turns
+
+
+def _without_claim(turn: Turn, open_workers: Set[str]) -> Set[str]:
+    """The workers that stay open behind a turn that waits."""
+    home = turn.conversation.home
+    return open_workers - {home} if home else frozenset()

@@ -1,17 +1,17 @@
-"""What is told of a turn afterwards: what was decided and on what grounds, and what came of it."""
+"""Records of a turn: what was decided and on what grounds, what came of it, and what its conversation remembers."""
 
 from __future__ import annotations
 
 import msgspec
 
-from miniserve.scheduler.history import FINISHES, TurnRecord
+from miniserve.scheduler.forecast import FINISHES, TurnEnd, TurnRecord
 from miniserve.scheduler.placement import Need, Option, Placement
 from miniserve.scheduler.turns import Turn
 from miniserve.scheduler.workers import Cluster
 
 
 class WorkerRead(msgspec.Struct, frozen=True):
-    """What a decision read of one worker. Pages of KV, tokens, seconds."""
+    """What a decision read of one worker, in pages of KV, tokens and seconds."""
 
     free: int
     reserved: int
@@ -24,7 +24,8 @@ class WorkerRead(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True, tag="decision", tag_field="kind"):
-    """A turn was placed. `time` is in seconds of the scheduler's clock; `run` names this run of the turn."""
+    """A turn was placed. `time` is in seconds of the scheduler's clock; `run` names this run of the turn. The names of
+    workers are "" as in `Placement`."""
 
     time: float
     run: str
@@ -44,8 +45,8 @@ class Decision(msgspec.Struct, frozen=True, tag="decision", tag_field="kind"):
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="kind"):
-    """A turn has ended (`finish`: stop, length, abort, error). `expected_first_token` is what the chosen option said,
-    None where nothing was estimated; `first_token` is what it took from the decision on."""
+    """A turn has ended (`finish`: stop, length, abort, error). `expected_first_token` is that of the chosen option,
+    None where the policy estimates nothing; `first_token` is the time from the decision on."""
 
     time: float
     run: str
@@ -102,9 +103,9 @@ def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster:
     )
 
 
-def outcome(turn: Turn, finish: str, now: float) -> Outcome:
-    """Of a turn that has ended."""
-    phases, first = turn.phases, turn.first_token or now
+def outcome(turn: Turn, finish: TurnEnd, now: float) -> Outcome:
+    """Of a turn that has ended and was placed at least once."""
+    placed, first, waited = _times(turn, now)
     return Outcome(
         time=now,
         run=f"{turn.id}.{turn.runs}",
@@ -113,42 +114,43 @@ def outcome(turn: Turn, finish: str, now: float) -> Outcome:
         finish=finish,
         runs=turn.runs,
         tokens=turn.given,
-        cached=phases.cached,
         output=turn.delivered,
         expected_first_token=turn.chosen.first_token if turn.chosen else None,
-        first_token=first - turn.placed,
-        waited=turn.waited(now),
-        prefill=phases.prefill,
-        transfer=phases.transfer,
-        exposed=phases.exposed,
+        first_token=first - placed,
+        waited=waited,
         decode=now - first,
-        moved_pages=phases.moved_pages,
+        **vars(turn.phases),
     )
 
 
-def remembered(turn: Turn, names: list[str], finish: str, now: float) -> TurnRecord:
-    """Of a turn that has ended, for its conversation's history. `names` are all workers, in the order of their
-    numbers."""
-    phases, first = turn.phases, turn.first_token or now
+def remembered(turn: Turn, names: list[str], finish: TurnEnd, now: float) -> TurnRecord:
+    """Of a turn that has ended on a worker, for its conversation's history. `names` are all workers, in the order of
+    their numbers."""
+    assert turn.home is not None
+    placed, first, waited = _times(turn, now)
     return TurnRecord(
         turn=turn.number,
         arrived=turn.arrived - turn.conversation.began,
         gap=turn.gap,
         prompt=turn.given,
         new=turn.given - turn.known,
-        cached=phases.cached,
         output=turn.delivered,
-        queued=turn.placed - turn.arrived,
-        waited=turn.waited(now),
-        prefill=phases.prefill,
-        transfer=phases.transfer,
-        exposed=phases.exposed,
+        queued=placed - turn.arrived,
+        waited=waited,
         first_token=first - turn.arrived,
         decode=now - first,
-        moved_pages=phases.moved_pages,
         home=names.index(turn.home),
-        prefill_at=names.index(turn.prefill_at) if turn.prefill_at else -1,
+        prefill_at=names.index(turn.prefill_at) if turn.prefill_at else None,
         tool=turn.tool,
         runs=turn.runs,
         finish=FINISHES.index(finish),
+        **vars(turn.phases),
     )
+
+
+def _times(turn: Turn, now: float) -> tuple[float, float, float]:
+    """When it was placed, when its first token came (`now` if none has), and the seconds between these in which its
+    prompt was not computed."""
+    assert turn.placed is not None
+    first = now if turn.first_token is None else turn.first_token
+    return turn.placed, first, max(first - turn.placed - turn.phases.prefill, 0.0)

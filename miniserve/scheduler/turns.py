@@ -1,18 +1,49 @@
-"""A turn from `submit` to its end, and the times of its phases."""
+"""A turn from `submit` to its end: its state, and the times of its phases."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from miniserve.cluster.messages import Ended, FirstToken, Tokens
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.placement import Option
+from miniserve.states import follow
+
+
+class TurnState(Enum):
+    QUEUED = "queued"
+    """Waits for a placement: for its first one, or for another one when its run was lost."""
+    PREFILL = "prefill"
+    """Runs; the first token of this run has not come."""
+    DECODE = "decode"
+    """Runs; its prompt is computed."""
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[TurnState, dict[TurnState, str]] = {
+    TurnState.QUEUED: {
+        TurnState.PREFILL: "placed",
+        TurnState.ENDED: "cancelled, or no decoder is left",
+    },
+    TurnState.PREFILL: {
+        TurnState.DECODE: "first token",
+        TurnState.QUEUED: "its worker died",
+        TurnState.ENDED: "cancelled, or failed",
+    },
+    TurnState.DECODE: {
+        TurnState.QUEUED: "its worker died",
+        TurnState.ENDED: "stop, length, cancelled, or failed",
+    },
+    TurnState.ENDED: {},
+}
+"""What may follow on each state, and why. docs/architecture.md has the diagram."""
 
 
 @dataclass
 class Phases:
-    """Of the run that gave the first token: seconds, and tokens found and moved. See `history.TurnRecord`."""
+    """Of the run that gave the first token: seconds, tokens found and pages moved, as in `TurnRecord` and `Outcome`."""
 
     prefill: float = 0.0
     transfer: float = 0.0
@@ -23,9 +54,11 @@ class Phases:
 
 @dataclass
 class Turn:
-    """`tokens` grows with what was delivered. Times are in seconds of the scheduler's clock, 0 for what was not yet.
+    """One request. `tokens` is its prompt and grows with the output that was delivered. Times are in seconds of the
+    scheduler's clock, None for what has not happened yet.
 
-    `run` is what its workers call it. It may run more than once, on other workers, each time under another name.
+    A turn may run more than once, on other workers when some have died. Each run has a name of its own, by which its
+    workers call it. `run`, `home` and `prefill_at` belong to the present run: they are None while the turn is queued.
     """
 
     id: str
@@ -35,37 +68,43 @@ class Turn:
     salt: str
     conversation: Conversation
     chain: list[bytes]
-    """The prompt's `page_chain`, until it is placed for the first time."""
+    """The prompt's `page_chain`, until it is computed for the first time; then empty."""
     known: int
     """Tokens of the prompt that the conversation had before."""
     arrived: float
-    gap: float
+    gap: float | None
+    """Seconds since the conversation's turn before; None if there was none, or if it still ran."""
     tool: bool
     output: int
     """Tokens it is expected to generate."""
     pages: int
     """What the ledger holds for it at its home."""
     given: int
+    """Length of the prompt."""
     number: int
     """Which turn of its conversation this is, from 1."""
+    state: TurnState = TurnState.QUEUED
     runs: int = 0
     losses: int = 0
-    run: str = ""
-    home: str = ""
-    prefill_at: str = ""
+    """Runs that were lost because a worker died."""
+    run: str | None = None
+    home: str | None = None
+    prefill_at: str | None = None
+    """None also if home prefills, or if the prefiller has died."""
     lent_pages: int = 0
     """What the ledger holds for it at `prefill_at`, until its first token."""
-    placed: float = 0.0
-    """When the run began that gave the first token."""
-    first_token: float = 0.0
+    placed: float | None = None
+    """When the run began that gave the first token, or the latest run before there is one."""
+    first_token: float | None = None
     phases: Phases = field(default_factory=Phases)
     chosen: Option | None = None
+    """The option that was placed, where the policy gave any."""
     early: dict[int, FirstToken | Tokens | Ended] = field(default_factory=dict)
     """Outputs that overtook an earlier one: first tokens come from P, the next ones from D."""
 
-    def waited(self, now: float) -> float:
-        """Seconds between the placement and the first token in which its prompt was not computed."""
-        return max((self.first_token or now) - self.placed - self.phases.prefill, 0.0)
+    def move(self, state: TurnState) -> None:
+        """Go to another state. Raises `IllegalTransition`."""
+        self.state = follow(TRANSITIONS, self.state, state)
 
     @property
     def delivered(self) -> int:

@@ -1,10 +1,13 @@
-"""What the scheduler knows of the workers: the ledger of KV it keeps itself, and what it has observed."""
+"""What the scheduler knows of the workers: KV and load of each, the links between them, the prefixes they hold."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Move, Report, WorkerStats
+from miniserve.config import Role
 from miniserve.scheduler.observations import Average, Speed, TimeAverage
 
 LOAD_WINDOW = 30.0
@@ -13,13 +16,11 @@ LOAD_WINDOW = 30.0
 
 @dataclass
 class WorkerView:
-    """A worker. KV is counted in pages, times in seconds.
-
-    `reserved` is promised to turns that run, `resident` held by conversations between turns (the worker may evict it).
-    """
+    """A worker that lives. KV is counted in pages, times in seconds. The `Ledger` keeps `reserved`, `resident` and
+    `wanted`."""
 
     name: str
-    prefiller: bool
+    role: Role
     total_pages: int
     max_turns: int
     page_tokens: int
@@ -27,14 +28,16 @@ class WorkerView:
     page_bytes: int = 0
     speed: Speed = field(default_factory=Speed)
     reserved: int = 0
+    """Promised to turns that run."""
     resident: int = 0
+    """Held by conversations between turns; the worker may evict it."""
     wanted: float = 0.0
     """What of `resident` is expected to be needed again soon: the pages of each conversation times the chance of its
     next turn."""
     turns: int = 0
     """Turns whose home it is now, those that are prefilled elsewhere included."""
     queued_prefill_tokens: int = 0
-    heard: float = 0.0
+    reported: float = 0.0
     """When its last report came, or when it came up."""
     stats: WorkerStats | None = None
     load: TimeAverage = field(init=False)
@@ -43,12 +46,12 @@ class WorkerView:
     """The share of its time that it spends on prompts."""
 
     def __post_init__(self) -> None:
-        self.load = TimeAverage(LOAD_WINDOW, self.heard)
-        self.prefilling = TimeAverage(LOAD_WINDOW, self.heard)
+        self.load = TimeAverage(LOAD_WINDOW, self.reported)
+        self.prefilling = TimeAverage(LOAD_WINDOW, self.reported)
 
     @property
     def free(self) -> int:
-        """Pages nobody runs in and no conversation rests in; below zero when more rests than fits."""
+        """Pages that no turn runs in and no idle conversation holds; below zero when these hold more than fits."""
         return self.total_pages - self.reserved - self.resident
 
     @property
@@ -85,16 +88,16 @@ class WorkerView:
         self.turns -= 1
 
     def observe(self, report: Report, now: float) -> None:
-        """It has reported."""
+        """Take in the worker's report."""
         self.stats = report.stats
         self.queued_prefill_tokens = report.stats.queued_prefill_tokens
         for step in report.steps:
             self.speed.observe(step)
         spent = sum(step.seconds for step in report.steps if step.prefill)
-        if now > self.heard:
-            self.prefilling.update(min(spent / (now - self.heard), 1.0), now)
+        if now > self.reported:
+            self.prefilling.update(min(spent / (now - self.reported), 1.0), now)
         self.load.update(self.turns, now)
-        self.heard = now
+        self.reported = now
 
 
 @dataclass
@@ -125,20 +128,21 @@ class Link:
 
 @dataclass
 class Cluster:
-    """All a policy may look at beside the turn. `open` names the workers that may take a turn now: one that waits for a
-    decoder keeps later ones from it."""
+    """All that a policy may look at beside the turn. `open` names the workers that may take this turn: the others are
+    claimed by turns that wait before it."""
 
     prefillers: list[WorkerView]
     decoders: list[WorkerView]
-    open: set[str]
+    open: Set[str]
     links: dict[tuple[str, str], Link]
 
-    def worker(self, name: str) -> WorkerView | None:
-        """A worker that lives."""
+    def worker(self, name: str | None) -> WorkerView | None:
+        """The worker called `name`, if it lives."""
         return next((w for w in (*self.prefillers, *self.decoders) if w.name == name), None)
 
     def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
-        """How long the KV of `tokens` takes between two workers, as far as copies were measured."""
+        """How long the KV of `tokens` takes between two workers: by this link's bandwidth, else by that of any link
+        that was measured, else 0."""
         if tokens <= 0:
             return 0.0
         link = self.links.get((source.name, destination.name))
@@ -149,6 +153,49 @@ class Cluster:
         return tokens / source.page_tokens * source.page_bytes / link.bandwidth.value
 
     def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
-        """What a handoff costs beyond the prefill itself, as far as any were measured."""
+        """What a handoff costs beyond the prefill itself; 0 where none was measured."""
         link = self.links.get((source.name, destination.name))
         return link.exposed.value if link else 0.0
+
+
+class PrefixIndex:
+    """The workers that have computed the first 1, 2, 4, 8, ... pages of prompts, for the last `capacity` of these
+    prefixes: system prompts, and tasks that share a beginning.
+
+    Powers of two: a prompt of a thousand pages leaves ten entries, most of them shared with others like it; what is
+    found is at least half of what was there. Workers evict pages without a message: it is an estimate.
+    """
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        self._capacity = capacity
+        self._workers: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
+
+    def add(self, chain: list[bytes], worker: str) -> None:
+        """`worker` has computed the prompt with this `page_chain`."""
+        for page in _powers(len(chain)):
+            known = self._workers.pop(chain[page], ())
+            self._workers[chain[page]] = known if worker in known else (*known, worker)
+        while len(self._workers) > self._capacity:
+            self._workers.popitem(last=False)
+
+    def find(self, chain: list[bytes]) -> dict[str, int]:
+        """Worker -> pages of this prompt that it has computed, at least."""
+        found: dict[str, int] = {}
+        for page in _powers(len(chain)):
+            workers = self._workers.get(chain[page])
+            if workers is None:
+                break
+            for worker in workers:
+                found[worker] = page
+        return found
+
+    def drop(self, worker: str) -> None:
+        """Forget a worker that has died, with all its pages."""
+        for digest, known in self._workers.items():
+            if worker in known:
+                self._workers[digest] = tuple(name for name in known if name != worker)
+
+
+def _powers(length: int) -> list[int]:
+    """1, 2, 4, ... below `length`."""
+    return [1 << n for n in range(max(length - 1, 0).bit_length())]

@@ -11,9 +11,9 @@ from miniserve.api.generation import Generation
 from miniserve.api.openai.chat import ChatWriter
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.protocols import AnswerHead
-from miniserve.dispatcher import QueueFull
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.scheduler import QueueFull
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import HI, PROMPT, Api, deltas, error_of, events
 from tests.support.fake_engine import EOS, FakeClient, spell

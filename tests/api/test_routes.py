@@ -48,8 +48,8 @@ async def test_metrics(tokenizer: Tokenizer) -> None:
     samples = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
     label = 'model_name="tiny"'
     expected = {
-        f"vllm:num_requests_running{{{label}}}": 5,
-        f"vllm:num_requests_waiting{{{label}}}": 4,
+        f"vllm:num_requests_running{{{label}}}": 1,
+        f"vllm:num_requests_waiting{{{label}}}": 1,
         f"vllm:kv_cache_usage_perc{{{label}}}": 0.25,
         f"vllm:time_to_first_token_seconds_count{{{label}}}": 2,
         f"vllm:inter_token_latency_seconds_count{{{label}}}": 6,
@@ -62,11 +62,11 @@ async def test_metrics(tokenizer: Tokenizer) -> None:
         f'vllm:prefix_cache_queries_total{{engine="d0",{label}}}': 640,
         f'vllm:prefix_cache_hits_total{{engine="d0",{label}}}': 320,
         f'vllm:num_preemptions_total{{engine="d0",{label}}}': 3,
-        'miniserve:handoffs_total{destination="d0",source="p0"}': 2,
-        'miniserve:handoff_pages_total{destination="d0",source="p0"}': 10,
-        'miniserve:handoff_bytes_total{destination="d0",source="p0"}': 4096,
-        'miniserve:handoff_seconds_total{destination="d0",source="p0"}': 0.5,
-        'miniserve:placements_total{home="d0",policy="conserve",prefill_worker="p0"}': 2,
+        'miniserve:handoffs_total{destination="d0",source="p0"}': 4,
+        'miniserve:handoff_pages_total{destination="d0",source="p0"}': 16,
+        'miniserve:handoff_bytes_total{destination="d0",source="p0"}': 16 * 4096,
+        'miniserve:handoff_seconds_total{destination="d0",source="p0"}': 2.5,
+        'miniserve:placements_total{home="d0",policy="conserve",prefill_worker="p0"}': 4,
         'miniserve:kv_pages{state="free",worker="d0"}': 60,
     }
     assert {name: float(samples[name]) for name in expected} == expected

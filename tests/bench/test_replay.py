@@ -27,8 +27,8 @@ from miniserve.bench.replay.driver import ALONE, ReplayConfig, replay
 from miniserve.bench.replay.workload import Script, Workload
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError
-from miniserve.dispatcher import QueueFull
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.scheduler import QueueFull
 from miniserve.scheduler.workers import Link
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeTurn
@@ -63,9 +63,9 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
     engine = SpokenEngine()
 
     def count(tokens: list[int]) -> dict[str, Any]:
-        engine.placements["p0", "d0"] += 1
-        link = engine.handoffs["p0", "d0"]
-        engine.handoffs["p0", "d0"] = Link(link.count + 1, link.pages, link.bytes + 100, link.seconds + 0.25)
+        engine.scheduler.placements["p0", "d0"] += 1
+        link = engine.scheduler.links["p0", "d0"]
+        engine.scheduler.links["p0", "d0"] = Link(link.count + 1, link.pages, link.bytes + 100, link.seconds + 0.25)
         return {"cached": len(tokens) // 16 * 16 if len(tokens) > 40 else 0}
 
     engine.trouble = count

@@ -146,7 +146,7 @@ def test_every_flag_arrives() -> None:
 
 def test_every_setting_has_a_flag_but_these() -> None:
     flags = vars(cli.make_parser().parse_args(["serve"])).keys() - {"run", "positional_model"}
-    without = {"engine", "workers", "sharing", "max_body_bytes"}
+    without = {"engine", "role", "workers", "sharing", "max_body_bytes"}
     assert flags == {*ServeConfig.__struct_fields__, *EngineConfig.__struct_fields__} - without
 
 

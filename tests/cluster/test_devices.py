@@ -15,7 +15,7 @@ from miniserve.cluster import devices
 from miniserve.cluster.devices import count_gpus, place
 from miniserve.cluster.messages import CudaHandle, PoolInfo
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology, parse_devices
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.kv.memory import PageShape
 from miniserve.worker import sizing
 from miniserve.worker.sizing import CUDA_RUNTIME_BYTES, size_pool
@@ -142,7 +142,7 @@ def test_the_banner_names_gpus_that_cannot_read_each_other(gpus) -> None:
 
     def shown(how: str) -> str:
         engine = EngineConfig(model="m", kv_transfer=how)
-        client = EngineClient(ServeConfig(engine=engine), SimpleNamespace(folder=Path("/m")))
+        client = Dispatcher(ServeConfig(engine=engine), SimpleNamespace(folder=Path("/m")))
         assert str(client.topology) == "1P2D"
         for name, device, reach in (("p0", 0, [0, 1]), ("d0", 1, [0, 1]), ("d1", 2, [2])):
             pool = PoolInfo(1, -1, 8, 64, "L", CudaHandle(device, reach, b"", 0, 0, b"", 0))

@@ -19,7 +19,8 @@ import pytest
 
 from miniserve.api.app import create_app
 from miniserve.config import EngineConfig, ServeConfig
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
+from miniserve.monitor.events import Feed
 from miniserve.text.tokenizer import Tokenizer
 from tests.e2e.test_cluster import cluster, settled
 from tests.support import dialects, tiny
@@ -49,10 +50,10 @@ RESULTS = [
 
 
 @asynccontextmanager
-async def api(client: EngineClient, tokenizer: Tokenizer) -> AsyncIterator[openai.AsyncOpenAI]:
+async def api(client: Dispatcher, tokenizer: Tokenizer) -> AsyncIterator[openai.AsyncOpenAI]:
     """The stock client of a server around `client`."""
     config = ServeConfig(engine=EngineConfig(model="m"), served_model_names=["m"])
-    app = create_app(config, client, tokenizer, {})
+    app = create_app(config, client, Feed(client.scheduler, client.policy_name), tokenizer, {})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=120) as http:
         yield openai.AsyncOpenAI(base_url="http://m/v1", api_key="none", max_retries=0, http_client=http)
 
@@ -121,7 +122,7 @@ async def six_turns(folder: Path, policy: str) -> list[tuple[str, str]]:
         assert streamed == whole
         assert [(c.turns, c.moves, c.edits) for c in client.scheduler.conversations] == [(6, 0, 0)] * 2
         if policy == "conserve":
-            assert client.placements == {("p0", "d0"): 2, ("d0", "d0"): 10}
+            assert client.scheduler.placements == {("p0", "d0"): 2, ("d0", "d0"): 10}
         await settled(client)
     return streamed
 

@@ -17,9 +17,10 @@ from miniserve.cluster.channels import Outboxes
 from miniserve.cluster.messages import Failed, FirstToken, StartFailed
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import EngineConfig, ServeConfig, Topology
-from miniserve.dispatcher import EngineClient, EngineError, QueueFull
+from miniserve.dispatcher import Dispatcher, EngineError
 from miniserve.hub.resolve import resolve
 from miniserve.sampling_params import ParameterError, SamplingParams
+from miniserve.scheduler.scheduler import QueueFull
 from tests.support.tiny import prompts, reference
 
 TOKENS = 64
@@ -33,7 +34,7 @@ def greedy(max_tokens: int = TOKENS) -> SamplingParams:
 async def cluster(
     folder: Path, topology: str, policy: str = "conserve", queue: int = 1024, timeout: float = 120.0, **engine
 ):
-    """A running `EngineClient`, checked for leaks at the end."""
+    """A running `Dispatcher`, checked for leaks at the end."""
     engine = {"max_num_batched_tokens": 48, "threads": 1, "kv_cache_memory": 2**23, **engine}
     config = ServeConfig(
         engine=EngineConfig(model=str(folder), **engine),
@@ -42,7 +43,7 @@ async def cluster(
         max_num_queued_reqs=queue,
         worker_timeout=timeout,
     )
-    client = EngineClient(config, resolve(str(folder)))
+    client = Dispatcher(config, resolve(str(folder)))
     await client.start()
     pids = [process.pid for process in client.workers.processes.values()]
     run_dir = client.workers.run_dir.path
@@ -54,7 +55,7 @@ async def cluster(
     assert not run_dir.exists()
 
 
-async def collect(client: EngineClient, tokens: list[int], params: SamplingParams, **kwargs) -> list[int]:
+async def collect(client: Dispatcher, tokens: list[int], params: SamplingParams, **kwargs) -> list[int]:
     out: list[int] = []
     async for output in client.submit(tokens, params, **kwargs):
         assert not isinstance(output, Failed), output.error
@@ -64,19 +65,19 @@ async def collect(client: EngineClient, tokens: list[int], params: SamplingParam
     return out
 
 
-async def settled(client: EngineClient) -> None:
+async def settled(client: Dispatcher) -> None:
     """Wait until every worker reports that nothing is held; fails if pages leak."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         await asyncio.sleep(0.2)
-        if len(client.stats) == len(client.scheduler.workers) and all(
-            s.held_pages == 0 and s.leases == 0 and s.running == s.waiting == 0 for s in client.stats.values()
+        if len(client.scheduler.stats) == len(client.scheduler.workers) and all(
+            s.held_pages == 0 and s.leases == 0 and s.running == s.waiting == 0 for s in client.scheduler.stats.values()
         ):
             break
-    for name, s in client.stats.items():
+    for name, s in client.scheduler.stats.items():
         assert (s.held_pages, s.leases, s.running, s.waiting) == (0, 0, 0, 0), (name, s)
         assert s.free_pages + s.cached_pages == s.total_pages
-    assert client.active == client.queued == 0
+    assert client.scheduler.active == client.scheduler.queued == 0
     assert all(w.reserved == 0 and w.turns == 0 for w in client.scheduler.workers.values())
 
 
@@ -103,7 +104,7 @@ async def test_parity(tiny_models, topology, policy, transfer):
         longer = [item + text + [5, 6, 7] for item, text in zip(items, texts, strict=True)]
         again = await asyncio.gather(*(collect(client, item, greedy(16)) for item in longer))
         assert again == reference(tiny_models[arch], longer, 16)
-        moved = sum(h.count for h in client.handoffs.values())
+        moved = sum(h.count for h in client.scheduler.links.values())
         if policy in ("colocated", "conserve", "disaggregated"):
             turns = {"colocated": 0, "conserve": len(items) + 1, "disaggregated": 2 * len(items) + 1}
             assert moved == turns[policy]
@@ -125,8 +126,8 @@ async def test_conversation_moves_once(tiny_models):
             assert cached == known // 16 * 16
             known = len(history) + 10 - 1  # the last token's KV is computed when the next one is
             history = history + out + [turn, turn + 1]
-        assert client.placements == {("p0", "d0"): 1, ("d0", "d0"): 4}
-        moved = client.handoffs["p0", "d0"]
+        assert client.scheduler.placements == {("p0", "d0"): 1, ("d0", "d0"): 4}
+        moved = client.scheduler.links["p0", "d0"]
         page_bytes = client.ready["d0"].pool.page_bytes
         assert (moved.count, moved.pages, moved.bytes) == (1, 7, 7 * page_bytes)
         await settled(client)
@@ -197,7 +198,7 @@ async def test_a_worker_that_breaks_is_as_dead_as_a_killed_one(tiny_models):
     texts = reference(folder, items, 300)
     async with cluster(folder, "2D", "colocated") as client:
         tasks = [asyncio.create_task(collect(client, item, greedy(300))) for item in items]
-        while not all((stats := client.stats.get(name)) and stats.running for name in ("d0", "d1")):
+        while not all((stats := client.scheduler.stats.get(name)) and stats.running for name in ("d0", "d1")):
             await asyncio.sleep(0.01)
         last_words = Outboxes(zmq.Context.instance(), "d0", 1)
         last_words.send(client.workers.processes["d0"].spec.frontend, StartFailed("ZeroDivisionError"))
@@ -233,7 +234,7 @@ async def test_what_waited_for_a_step_does_not_wait_for_a_message(tiny_folder):
             assert time.monotonic() - started < 0.7, "an idle worker looks around once a second"
 
 
-async def back(client: EngineClient, *epochs: tuple[str, int]) -> None:
+async def back(client: Dispatcher, *epochs: tuple[str, int]) -> None:
     """Wait until these incarnations serve."""
     async with asyncio.timeout(30):
         while not all((p := client.scheduler._peers.get(name)) and p.epoch == epoch for name, epoch in epochs):
@@ -260,9 +261,9 @@ async def test_losing_every_worker_once(tiny_models):
         await back(client, ("d0", 2))
         assert client.healthy
         assert await asyncio.gather(*tasks, late) == [*texts, texts[0], texts[1]]
-        before = sum(h.count for h in client.handoffs.values())
+        before = sum(h.count for h in client.scheduler.links.values())
         assert await collect(client, [*items[2], 1], greedy(8)) == reference(folder, [[*items[2], 1]], 8)[0]
-        assert sum(h.count for h in client.handoffs.values()) == before + 1, "the new ones exchange pages"
+        assert sum(h.count for h in client.scheduler.links.values()) == before + 1, "the new ones exchange pages"
         await settled(client)
 
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from miniserve.cluster.channels import decode
 from miniserve.cluster.messages import Ended, Envelope, Failed, Peer, PoolInfo, Report, StepTime
+from miniserve.config import Role
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
@@ -31,8 +32,9 @@ from miniserve.kv.transfer.connect import connect
 from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
+from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.records import Decision
-from miniserve.scheduler.scheduler import MOST_LOSSES, Command, Note, Scheduler, Send
+from miniserve.scheduler.scheduler import MOST_LOSSES, Scheduler
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
@@ -193,8 +195,9 @@ class World:
         self.alive[address] = self.worker(name, epoch)
         memory = self.memories[address]
         pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, "L")
-        peer = Peer(name, epoch, address, pool)
-        self.carry_out(self.scheduler.worker_up(peer, prefiller=name.startswith("p"), now=self.now))
+        role = Role.PREFILLER if name.startswith("p") else Role.DECODER
+        peer = Peer(name, epoch, address, pool, role)
+        self.carry_out(self.scheduler.worker_up(peer, now=self.now))
 
     def worker(self, name: str, epoch: int) -> Worker:
         pages, address = self.pages, f"{name}.{epoch}"
@@ -395,7 +398,7 @@ class World:
             at_home = [c for c in self.scheduler.conversations if c.home == view.name]
             assert view.resident == sum(c.resident for c in at_home)
             assert view.wanted == pytest.approx(sum(c.wanted for c in at_home), abs=1e-6)
-        assert not self.scheduler._runs
+        assert not self.scheduler.turns
         assert not self.scheduler.queued
         self.scheduler.on_tick(self.now + 1e6)
         assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in self.scheduler.workers.values())

@@ -13,12 +13,12 @@ import pytest
 
 from miniserve.cluster.messages import Peer, PoolInfo, Report
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
-from miniserve.dispatcher import EngineClient
+from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import ModelFiles
 from miniserve.monitor.decision_log import DecisionLog
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.commands import Note
 from miniserve.scheduler.records import Decision, Outcome, Record
-from miniserve.scheduler.scheduler import Note
 from tests.support.fake_engine import STATS, Played
 from tests.support.outputs import outputs
 
@@ -77,7 +77,7 @@ def test_a_decision_and_an_outcome_of_each_turn(tmp_path: Path) -> None:
     assert ended.time == pytest.approx(decided.time + ended.first_token + ended.decode)
 
 
-def test_a_turn_that_never_ran_is_not_told_of(tmp_path: Path) -> None:
+def test_a_turn_that_never_ran_has_no_outcome(tmp_path: Path) -> None:
     path, play = tmp_path / "log.jsonl", Played(1000.0, notes=True)
     log = DecisionLog(str(path), "conserve", 1000.0)
     play.submit("a", [1] * 60)
@@ -96,7 +96,7 @@ def test_a_turn_that_runs_again_has_a_decision_for_each_run(tmp_path: Path) -> N
     play.submit("a", [1] * 60)
     play.commands += play.scheduler.worker_down("d0", returns=True, now=play.now)
     again = Peer("d0", 2, "d0", PoolInfo(1, 1, 100, 4096, ""))
-    play.commands += play.scheduler.worker_up(again, prefiller=False, now=play.now)
+    play.commands += play.scheduler.worker_up(again, now=play.now)
     play.report("d0", outputs("a.2", 0, [7], cached_tokens=0, finish="length"))
     write(log, play)
     assert [(type(record), record.run) for record in records(path)] == [
@@ -133,10 +133,10 @@ def test_two_runs_write_to_one_file(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_written_to(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--decision-log .* cannot be written to"):
-        EngineClient(settings(tmp_path / path), FILES)
+        DecisionLog(str(tmp_path / path), "observe", 0.0)
 
 
-def test_a_disk_that_fills_up_is_told_once(
+def test_a_disk_that_fills_up_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, play = tmp_path / "log.jsonl", Played(1000.0, notes=True)
@@ -154,30 +154,26 @@ def test_a_disk_that_fills_up_is_told_once(
     assert [line["kind"] for line in lines(path)] == ["start", "decision"]
 
 
-FILES = ModelFiles("tiny", Path("."), {}, "nowhere")
-
-
-def settings(path: Path) -> ServeConfig:
-    return ServeConfig(engine=EngineConfig(model="tiny"), decision_log=str(path))
-
-
 @pytest.mark.parametrize("full", [False, True])
 async def test_serving_goes_on_whether_or_not_there_is_room(tmp_path: Path, full: bool) -> None:
-    """A client whose worker is only made up: what it says comes to the stream of the turn."""
+    """A dispatcher whose worker is made up: what it reports comes to the stream of the turn."""
     path = Path("/dev/full") if full else tmp_path / "log.jsonl"
-    client = EngineClient(settings(path), FILES)
-    client.max_model_len = 100
-    client.scheduler.worker_up(Peer("d0", 1, "d0", PoolInfo(1, 1, 100, 4096, "")), prefiller=False)
-    ends = client.submit([1] * 60, SamplingParams(max_tokens=4))
-    stays = client.submit([2] * 60, SamplingParams(max_tokens=4))
+    log = DecisionLog(str(path), "observe", 0.0)
+    config = ServeConfig(engine=EngineConfig(model="tiny"))
+    dispatcher = Dispatcher(config, ModelFiles("tiny", Path("."), {}, "nowhere"), observers=[log.write])
+    dispatcher.max_model_len = 100
+    dispatcher.scheduler.worker_up(Peer("d0", 1, "d0", PoolInfo(1, 1, 100, 4096, "")))
+    ends = dispatcher.submit([1] * 60, SamplingParams(max_tokens=4))
+    stays = dispatcher.submit([2] * 60, SamplingParams(max_tokens=4))
     said = outputs(f"{ends.id}.1", 0, [7], cached_tokens=0, finish="stop")
-    client._on_report("d0", Report(said, [], STATS))
+    dispatcher._on_report("d0", Report(said, [], STATS))
     assert [out.tokens async for out in ends] == [[], [7]]
-    await client.stop()
+    await dispatcher.stop()
     assert [out.finish async for out in stays] == ["abort"]
+    log.close()
     if not full:
-        told = [(line["kind"], line.get("run"), line.get("finish")) for line in lines(path)]
-        assert told == [
+        written = [(line["kind"], line.get("run"), line.get("finish")) for line in lines(path)]
+        assert written == [
             ("start", None, None),
             ("decision", f"{ends.id}.1", None),
             ("decision", f"{stays.id}.1", None),

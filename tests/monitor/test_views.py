@@ -49,8 +49,8 @@ async def test_the_latest_conversation_comes_first(api: Api) -> None:
     late, busy, *_, first = found["data"]
     assert late["idle"] == busy["idle"] == 0
     assert first["kv_pages"] == 4
-    assert first["age"] == pytest.approx(98, abs=1)
-    assert first["idle"] == pytest.approx(95, abs=1)
+    assert first["age"] - first["idle"] == pytest.approx(2.75), "the clock runs on, for both of them"
+    assert 95.75 <= first["idle"] < 155.75
 
 
 async def test_as_many_as_asked_for(api: Api) -> None:
@@ -114,7 +114,7 @@ async def test_phases_follow_each_other(api: Api, id: str) -> None:
         assert phases["exposed"] <= phases["transfer"]
 
 
-async def test_the_time_in_the_queue_is_told(api: Api) -> None:
+async def test_the_time_in_the_queue_is_part_of_the_phases(api: Api) -> None:
     (turn,) = (await get(api, "/v1/conversations/team/a"))["history"]
     assert turn["phases"]["queued"] == pytest.approx(0.75)
 
@@ -146,9 +146,9 @@ async def test_a_key_goes_before_a_number(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["nobody", "2", "team", "team/a/", "c1/", "", "-3", "%D9%A3", "9" * 40, "%00", "%ED%A0%80", "x" * 5000]
+    "path", ["unknown", "2", "team", "team/a/", "c1/", "", "-3", "%D9%A3", "9" * 40, "%00", "%ED%A0%80", "x" * 5000]
 )
-async def test_who_is_not_known(api: Api, path: str) -> None:
+async def test_a_conversation_that_is_not_known_is_a_404(api: Api, path: str) -> None:
     error = error_of(await api.http.get(f"/v1/conversations/{path}"), 404)
     assert error["code"] == "conversation_not_found"
     assert "GET /v1/conversations" in error["message"]
@@ -181,7 +181,7 @@ async def test_workers(api: Api) -> None:
     assert (d0["running"], d0["waiting"], d0["preemptions"], d0["leases"]) == (1, 0, 3, 0)
     assert 0 < d0["prefilling"] < 1
     assert 0 < d0["load"] < 1
-    assert d0["last_heard"] == pytest.approx(1.25, abs=1)
+    assert 1.5 <= d0["last_heard"] < 61.5, "the clock runs on"
     assert d0["rates"]["prefill_2048"] > d0["rates"]["prefill_512"] > d0["rates"]["decode_step"] > 0
 
 
@@ -218,7 +218,7 @@ async def test_they_are_only_looked_at(api: Api, path: str) -> None:
         assert error_of(await api.http.request(method, path), 405)
 
 
-async def test_openapi_tells_of_them(api: Api) -> None:
+async def test_openapi_describes_them(api: Api) -> None:
     document = await get(api, "/openapi.json")
     answers = {}
     for path in ("/v1/conversations", "/v1/conversations/{conversation}", "/v1/workers"):
@@ -239,7 +239,7 @@ async def test_openapi_tells_of_them(api: Api) -> None:
         "default": 100,
         "title": "",
     }
-    for name in ("Phases", "TurnCard", "RunningTurn", "Kv", "Rates", "WorkerCard", "LinkCard", "ConversationCard"):
+    for name in ("TurnPhases", "TurnCard", "RunningTurn", "Kv", "Rates", "WorkerCard", "LinkCard", "ConversationCard"):
         schema = document["components"]["schemas"][name]
         assert schema["description"]
         assert set(schema["required"]) == set(schema["properties"])

@@ -1,4 +1,4 @@
-"""Whose turn is this? Prompts are lists of numbers; pages hold 4 tokens."""
+"""Which conversation a turn belongs to. Prompts are lists of numbers; pages hold 4 tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from miniserve.scheduler.conversations import Conversation, Conversations
-from miniserve.scheduler.history import TURNS, History, TurnRecord
+from miniserve.scheduler.forecast import TURNS, History, TurnRecord
 from miniserve.scheduler.prompts import ALIKE, page_chain
 
 PAGE = 4
@@ -27,9 +27,8 @@ class Book:
         self.now = 0.0
 
     def find(self, tokens: list[int], key: str = "", salt: str = "") -> Conversation:
-        found = self.all.find(key, tokens, page_chain(tokens, salt, PAGE), self.now)
-        self.known = found.known
-        return found.conversation
+        conversation, self.known = self.all.find(key, tokens, page_chain(tokens, salt, PAGE), self.now)
+        return conversation
 
     def turn(self, tokens: list[int], key: str = "", salt: str = "") -> Conversation:
         conversation = self.find(tokens, key, salt)
@@ -85,7 +84,7 @@ def test_the_last_prompt_sent_again_is_the_same_conversation(book):
     assert len(first.marks) == 2
 
 
-def test_the_same_first_prompt_is_somebody_elses(book):
+def test_the_same_first_prompt_is_another_conversation(book):
     first, second = book.turn(prompt(1)), book.turn(prompt(1))
     assert first is not second
     assert second.home == "d0"
@@ -105,7 +104,7 @@ def test_a_fork_of_a_running_turn_begins_at_the_same_home(book):
     assert (fork.home, fork.turns, book.known) == ("d1", 1, 20)
 
 
-def test_someone_who_shares_only_the_system_prompt_is_new(book):
+def test_a_prompt_that_shares_only_the_system_prompt_is_new(book):
     first = book.turn(prompt(1, 2))
     other = book.turn(prompt(1, 3))
     assert other is not first
@@ -152,7 +151,7 @@ def test_capacity_forgets_the_longest_idle():
 
 
 def test_the_index_is_what_the_conversations_say():
-    """Random prompts over few words: the index holds exactly the marks of those that live."""
+    """Random prompts over few words: the index holds exactly the marks of the conversations that live."""
     pick, book = random.Random(3), Book(capacity=40)
     for _ in range(30000):
         book.now += pick.random()
@@ -170,7 +169,7 @@ def test_the_index_is_what_the_conversations_say():
         tails = {m.tail: (there,) for m in there.marks if m.digest == digest} if alone else there
         index |= {(digest, tail, id(c)) for tail, owners in tails.items() for c in owners}
     assert index <= marks, "nothing of the dead"
-    assert len(index) >= 0.9 * len(marks), "only those that many share are dropped"
+    assert len(index) >= 0.9 * len(marks), "only marks that many share are dropped"
     assert all(len(c.marks) <= TURNS for c in book.all)
 
 
@@ -185,7 +184,7 @@ def test_an_idle_conversation_is_small():
     before = tracemalloc.take_snapshot()
     for p, of_turns in zip(prompts, chains, strict=True):
         for turn, chain in enumerate(of_turns):
-            conversation = all.find("", p[: 50 * (turn + 1)], chain, 0.5 * turn).conversation
+            conversation, _ = all.find("", p[: 50 * (turn + 1)], chain, 0.5 * turn)
             conversation.turns += 1
             conversation.tokens = 50 * (turn + 1)
             conversation.last_end = turn + 0.25
@@ -199,33 +198,12 @@ def test_an_idle_conversation_is_small():
 def test_history_keeps_the_last_turns_as_they_were():
     history = History()
     for turn in range(TURNS + 3):
-        history.append(
-            TurnRecord(
-                turn,
-                1.5,
-                -1 if not turn else 2.0 + turn,
-                100,
-                50,
-                10,
-                turn,
-                0,
-                0,
-                0.25,
-                0,
-                0,
-                0.5,
-                1,
-                0,
-                1,
-                -1,
-                True,
-                1,
-                2,
-            )
-        )
+        gap = 2.0 + turn if turn else None
+        times, home = (0, 0, 0.25, 0, 0, 0.5, 1), (0, 1, None)
+        history.append(TurnRecord(turn, 1.5, gap, 100, 50, 10, turn, *times, *home, True, 1, 2))
     rows = list(history)
     assert [row.turn for row in rows] == list(range(3, TURNS + 3))
-    assert (rows[0].arrived, rows[0].prefill, rows[0].prefill_at, rows[0].tool) == (1.5, 0.25, -1, True)
+    assert (rows[0].arrived, rows[0].prefill, rows[0].prefill_at, rows[0].tool) == (1.5, 0.25, None, True)
     assert isinstance(rows[0].prompt, int)
     assert history.column("output") == [float(n) for n in range(3, TURNS + 3)]
     assert history.quantile("output", 0.5) == 3 + TURNS // 2
@@ -233,7 +211,7 @@ def test_history_keeps_the_last_turns_as_they_were():
 
 
 def test_a_prompt_that_the_index_has_dropped_is_its_owners_no_more():
-    """Short prompts share a digest: one whose mark was pushed out by many alike must not confuse who comes later."""
+    """Short prompts share a digest: a mark that many others push out must not confuse later prompts."""
     book = Book()
     book.turn([1], "x")
     others = [f"k{n}" for n in range(ALIKE)]

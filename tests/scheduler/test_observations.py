@@ -7,9 +7,7 @@ import random
 import pytest
 
 from miniserve.cluster.messages import StepTime
-from miniserve.scheduler.conversations import Conversation
-from miniserve.scheduler.fleet import RESERVED_OUTPUT, Fleet
-from miniserve.scheduler.history import TurnRecord
+from miniserve.scheduler.forecast import RESERVED_OUTPUT, Forecast, History, TurnRecord
 from miniserve.scheduler.observations import Average, Recent, Speed, TimeAverage
 
 
@@ -107,33 +105,37 @@ def test_averages() -> None:
     assert recent.quantile(0.9, 0) == 990
 
 
-def record(turn: int, output: int, gap: float = -1.0) -> TurnRecord:
-    return TurnRecord(turn, 0, gap, 100, 10, 0, output, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, False, 1, 0)
+def record(turn: int, output: int, gap: float | None = None) -> TurnRecord:
+    return TurnRecord(turn, 0, gap, 100, 10, 0, output, 0, 0, 0, 0, 0, 0, 0, 0, 0, None, False, 1, 0)
+
+
+def history(*records: TurnRecord) -> History:
+    made = History()
+    for one in records:
+        made.append(one)
+    return made
 
 
 def test_output_is_what_this_conversation_has_shown_then_what_all_have() -> None:
-    fleet, talker, new = Fleet(), Conversation(1), Conversation(2)
-    assert fleet.output(new, None) == RESERVED_OUTPUT
-    assert fleet.output(new, 40) == 40
+    forecast, new = Forecast(), History()
+    assert forecast.output(new, None) == RESERVED_OUTPUT
+    assert forecast.output(new, 40) == 40
     for turn in range(1, 101):
-        fleet.ended(record(turn, turn))
-    assert fleet.output(new, None) == 91
-    for turn in range(1, 4):
-        talker.history.append(record(turn, 500 * turn))
-    assert fleet.output(talker, None) == 1500
-    assert fleet.output(talker, 64) == 64
+        forecast.ended(record(turn, turn))
+    assert forecast.output(new, None) == 91
+    talker = history(*(record(turn, 500 * turn) for turn in range(1, 4)))
+    assert forecast.output(talker, None) == 1500
+    assert forecast.output(talker, 64) == 64
 
 
 def test_outlook_is_the_own_gap_and_the_share_that_went_on() -> None:
-    fleet, slow, new = Fleet(), Conversation(1), Conversation(2)
-    assert fleet.outlook(new, 1) == (0.0, 2 / 3)
+    forecast, new = Forecast(), History()
+    assert forecast.outlook(new, 1) == (0.0, 2 / 3)
     for n in range(100):
-        fleet.ended(record(1, 10))
-        other = Conversation(3, turns=1)
+        forecast.ended(record(1, 10))
         if n % 2:
-            fleet.arrived(other, 2.0)
-    gap, chance = fleet.outlook(new, 1)
+            forecast.arrived(1, 2.0)
+    gap, chance = forecast.outlook(new, 1)
     assert (gap, chance) == (2.0, pytest.approx(0.5, abs=0.02))
-    for turn in range(2, 5):
-        slow.history.append(record(turn, 10, gap=60.0))
-    assert fleet.outlook(slow, 9)[0] == 60.0
+    slow = history(*(record(turn, 10, gap=60.0) for turn in range(2, 5)))
+    assert forecast.outlook(slow, 9)[0] == 60.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from miniserve.cluster.messages import Move, StepTime
+from miniserve.config import Role
 from miniserve.scheduler.baselines import POLICIES, Ampd, make_policy
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.observe import Observe
@@ -16,7 +17,7 @@ PAGE, CHUNK, TOKEN, STEP = 16, 512, 1e-3, 0.02
 
 
 def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, resident: int = 0) -> WorkerView:
-    made = WorkerView(name, name.startswith("p"), pages, 64, PAGE, page_bytes=1000)
+    made = WorkerView(name, Role.PREFILLER if name.startswith("p") else Role.DECODER, pages, 64, PAGE, page_bytes=1000)
     for tokens in (16, 64, 256, CHUNK, CHUNK):
         made.speed.observe(StepTime(tokens, tokens * tokens // 2, 0, 0, TOKEN * tokens))
     for batch in (1, 2, 4, 8, 16):
@@ -36,14 +37,14 @@ def cluster(*workers: WorkerView, closed: tuple[str, ...] = (), bandwidth: float
                 link = links[source.name, destination.name] = Link()
                 link.observe(Move("t", source.name, 1, int(bandwidth), 1.0, history=True))
     return Cluster(
-        [w for w in workers if w.prefiller],
-        [w for w in workers if not w.prefiller],
+        [w for w in workers if w.role is Role.PREFILLER],
+        [w for w in workers if w.role is Role.DECODER],
         {w.name for w in workers} - set(closed),
         links,
     )
 
 
-def need(tokens: int = 1000, output: int = 100, home: str = "", turns: int = 0, **known: int) -> Need:
+def need(tokens: int = 1000, output: int = 100, home: str | None = None, turns: int = 0, **known: int) -> Need:
     conversation = Conversation(1, home=home, turns=turns, active=1)
     return Need(conversation, tokens, output, (tokens + output) // PAGE + 1, known, 0.0)
 
@@ -156,7 +157,7 @@ def test_a_prefiller_is_a_home_where_that_is_better_for_all():
     assert where(observe.place(need(20, 200), cluster(busy, d0)))[0] == "p0"
     busy.prefilling.value = 0.5
     assert where(observe.place(need(20, 200), cluster(busy, d0)))[0] == "d0"
-    # Nobody prefills for a prefiller: two might wait for each other's pages.
+    # No prefiller prefills for another one: two might wait for each other's pages.
     placed = observe.place(need(2000, 10), cluster(worker("p0", turns=2), worker("p1", turns=2), crowded))
     assert all(not option.prefill_at for option in placed.options if option.home in ("p0", "p1"))
     turn = need(1020, 100, home="p0", turns=1, p0=1000)
@@ -169,14 +170,14 @@ def test_a_prefiller_is_a_home_where_that_is_better_for_all():
 
 def test_a_newcomer_waits_rather_than_drive_out_what_is_needed():
     observe = Observe()
-    asked = need(2000, 10)  # 126 pages; a tenth of the pool is kept for those who grow
+    asked = need(2000, 10)  # 126 pages; a tenth of the pool is kept for conversations that grow
     assert observe.place(asked, cluster(worker("d0", turns=2, resident=780))) is None
     assert where(observe.place(asked, cluster(worker("d0", turns=2, resident=750)))) == ("d0", "")
     resting = worker("d0", turns=2, resident=780)
     resting.wanted = 100.0
-    assert where(observe.place(asked, cluster(resting))) == ("d0", ""), "nobody is expected to come back for the rest"
+    assert where(observe.place(asked, cluster(resting))) == ("d0", ""), "no conversation is expected back for the rest"
     assert where(observe.place(asked, cluster(worker("d0", resident=990)))) == ("d0", ""), (
-        "an idle worker takes anybody"
+        "an idle worker takes any turn"
     )
     assert where(
         observe.place(need(2000, 10, home="d0", turns=1, d0=1900), cluster(worker("d0", turns=2, resident=780)))
@@ -198,7 +199,7 @@ def test_a_newcomer_goes_where_there_is_room_and_not_where_it_would_be_cheaper()
     assert Observe().place(need(2000, 10), cluster(*everywhere)) is None
 
 
-def test_room_is_kept_for_newcomers_growth_but_one_at_home_may_use_it():
+def test_room_is_kept_for_newcomers_growth_but_a_turn_at_home_may_use_it():
     """A tenth of 1,000 pages: the newcomer of 126 pages that leaves 99 waits, the one that leaves 100 does not."""
     for left, comes in ((99, False), (100, True)):
         d0 = worker("d0", turns=1, resident=1000 - 10 - 126 - left)
@@ -214,12 +215,12 @@ def test_a_full_home_is_left_for_any_worker_with_room():
     left = worker("d1", turns=1, resident=950)
     left.wanted = 0.0
     placed = Observe().place(turn, cluster(full, left))
-    assert (placed.home, placed.history_at) == ("d1", "d0"), "d1's pages are full of what nobody comes back for"
+    assert (placed.home, placed.history_at) == ("d1", "d0"), "d1's pages are full of what is not needed again"
     placed = Observe().place(turn, cluster(full, worker("d1", turns=1, resident=950), worker("p0", resident=950)))
-    assert where(placed) == ("d0", ""), "where nobody has room it is best off at home"
+    assert where(placed) == ("d0", ""), "where no worker has room it is best off at home"
     full.wanted = 0.0
     placed = Observe().place(turn, cluster(full, worker("d1"), worker("p0")))
-    assert where(placed) == ("d0", ""), "those who rest there are not coming back"
+    assert where(placed) == ("d0", ""), "the conversations that are idle there are not coming back"
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "observe"])
@@ -244,7 +245,7 @@ def test_a_newcomer_waits_no_longer_than_it_is_worth():
 
 
 def test_observe_does_not_flap():
-    """Two homes that are alike: estimates that tremble by a few percent move nobody."""
+    """Two homes that are alike: estimates that tremble by a few percent move no turn."""
     turn = need(1020, 50, home="d0", turns=1, d0=1000)
     for tremble in range(20):
         d0, d1 = worker("d0", turns=3 + tremble % 2), worker("d1", turns=3)

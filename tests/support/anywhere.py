@@ -18,11 +18,9 @@ class Anywhere:
         self._patience = pick.choice([0.0, 1.0, 20.0])
 
     def patience(self, need: Need, cluster: Cluster) -> float:
-        """See `Policy`."""
         return self._patience
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        """See `Policy`."""
         workers = [*cluster.prefillers, *cluster.decoders]
         homes = [w.name for w in workers if w.name in cluster.open and w.fits(need.pages)]
         if not homes or self._pick.random() < 0.1:

@@ -26,7 +26,7 @@ JSON = {"Content-Type": "application/json"}
 def make_app(tokenizer: Tokenizer, engine: FakeClient, defaults: dict[str, Any] | None = None, **config: Any) -> Any:
     names = config.pop("served_model_names", ["tiny", "alias"])
     settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=names, **config)
-    return create_app(settings, engine, tokenizer, defaults or {})
+    return create_app(settings, engine, engine.feed, tokenizer, defaults or {})
 
 
 @cache

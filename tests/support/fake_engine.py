@@ -11,8 +11,6 @@ from typing import Any
 from miniserve.cluster.messages import (
     Ended,
     Move,
-    Peer,
-    PoolInfo,
     Report,
     StepTime,
     TokenLogprob,
@@ -22,9 +20,10 @@ from miniserve.cluster.messages import (
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.scheduler import Command, Scheduler
-from miniserve.scheduler.workers import Link
+from miniserve.scheduler.commands import Command
+from miniserve.scheduler.scheduler import Scheduler
 from tests.support.outputs import outputs
+from tests.support.peers import peer
 
 STATS = WorkerStats(
     total_pages=100,
@@ -112,8 +111,7 @@ class Played:
         )
         self.commands: list[Command] = []
         for name in ("p0", "d0"):
-            peer = Peer(name, 1, name, PoolInfo(1, 1, 100, 4096, ""))
-            self.commands += self.scheduler.worker_up(peer, prefiller=name == "p0", now=self.now)
+            self.commands += self.scheduler.worker_up(peer(name), now=self.now)
 
     def submit(self, turn: str, tokens: list[int], key: str = "", *, tool: bool = False) -> None:
         params = SamplingParams(max_tokens=16)
@@ -167,7 +165,7 @@ def played(now: float) -> Scheduler:
 
 
 class FakeClient:
-    """The interface of `EngineClient`. `play` are keyword arguments of the turns to come, or makes them."""
+    """The interface of `Dispatcher`. `play` are keyword arguments of the turns to come, or makes them."""
 
     def __init__(self, **play: Any) -> None:
         self.play: Callable[[list[int], SamplingParams], dict[str, Any]] = lambda tokens, params: play
@@ -177,10 +175,6 @@ class FakeClient:
         self.vocab_size = 49152
         self.healthy = True
         self.unhealthy_reason = ""
-        self.stats = {"p0": STATS, "d0": STATS}
-        self.handoffs = {("p0", "d0"): Link(count=2, pages=10, bytes=4096, seconds=0.5)}
-        self.placements = {("p0", "d0"): 2, ("d0", "d0"): 1}
-        self.queued, self.running, self.active = 4, 5, 9
         self.policy_name = "conserve"
         self.scheduler = played(time.monotonic())
         self.feed = Feed(self.scheduler, self.policy_name)

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from miniserve.cli.screen import Snapshot
-from miniserve.monitor import views
+from miniserve.monitor.conversation_views import conversation_list
+from miniserve.monitor.worker_views import worker_list
 from tests.support.fake_engine import played
 
 
@@ -47,7 +48,7 @@ class ScriptedServer:
 def snapshot(now: float = 1000.0) -> Snapshot:
     """What a server with two workers and five conversations says of itself."""
     scheduler = played(now)
-    return Snapshot(views.worker_list(scheduler, "conserve", now), views.conversation_list(scheduler, now, 100))
+    return Snapshot(worker_list(scheduler, "conserve", now), conversation_list(scheduler, now, 100))
 
 
 class WatchedServer(ScriptedServer):

@@ -155,7 +155,7 @@ async def test_handoffs_on_a_real_cluster(folder, llm):
     async with cluster(folder, "1P1D", "conserve") as client:
         found = await asyncio.gather(*(collect(client, p, x) for p, x in zip(prompts, params, strict=True)))
         assert found == expected
-        assert sum(h.count for h in client.handoffs.values()) == 12
+        assert sum(h.count for h in client.scheduler.links.values()) == 12
         await settled(client)
 
 

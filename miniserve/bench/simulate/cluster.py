@@ -18,10 +18,11 @@ from miniserve.bench.replay.workload import Script, Workload
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
 from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Prefill, Report, Run, TurnOutput
-from miniserve.config import Topology
+from miniserve.config import Role, Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.scheduler import Command, Deliver, Scheduler, Send
+from miniserve.scheduler.commands import Command, Deliver, Send
+from miniserve.scheduler.scheduler import Scheduler
 from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
@@ -85,10 +86,11 @@ class Simulation:
         longest = max(script.tokens for script in self._scripts) + 1
         self.scheduler = Scheduler(policy, hardware[0].page_tokens, hardware[1].max_num_seqs, MAX_QUEUED)
         self.workers: dict[str, SimulatedWorker] = {}
-        for name in config.topology.workers:
+        for name, role in config.topology.roles.items():
             self.workers[name] = SimulatedWorker(
                 name,
-                hardware[0] if name.startswith("p") else hardware[1],
+                role,
+                hardware[0] if role is Role.PREFILLER else hardware[1],
                 self._speak,
                 self._carry,
                 max_model_len=max(longest, 2),
@@ -96,8 +98,8 @@ class Simulation:
                 caching=config.enable_prefix_caching,
                 record=config.window is not None,
             )
-        for name, worker in self.workers.items():
-            self._carry_out(self.scheduler.worker_up(worker.peer, prefiller=name.startswith("p"), now=0.0))
+        for worker in self.workers.values():
+            self._carry_out(self.scheduler.worker_up(worker.peer, now=0.0))
         for number, start in enumerate(config.workload.starts):
             self._at(start, self._arrive, number)
         self._at(TICK_SECONDS, self._tick, None)

@@ -11,6 +11,7 @@ from math import inf
 
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
+from miniserve.config import Role
 from miniserve.kv.eviction import OrderName, make_order
 from miniserve.kv.pages import PagePool
 from miniserve.worker.engine import Engine
@@ -119,6 +120,7 @@ class SimulatedWorker:
     def __init__(
         self,
         name: str,
+        role: Role,
         hardware: Hardware,
         speak: Callable[[Sequence], int],
         send: Send,
@@ -130,6 +132,7 @@ class SimulatedWorker:
         record: bool = False,
     ) -> None:
         self.name = name
+        self.role = role
         self.hardware = hardware
         self.clock = Clock()
         self.inbox: list[Envelope] = []
@@ -170,7 +173,7 @@ class SimulatedWorker:
     def peer(self) -> Peer:
         """What the other workers know of this one."""
         page_bytes = self.hardware.page_tokens * self.hardware.kv_bytes_per_token
-        return Peer(self.name, 1, self.name, PoolInfo(0, -1, self.pool.num_pages, page_bytes, LAYOUT))
+        return Peer(self.name, 1, self.name, PoolInfo(0, -1, self.pool.num_pages, page_bytes, LAYOUT), self.role)
 
     def round(self, now: float) -> float:
         """One round of its loop from `now` on; when the next one is due if no message comes before."""

@@ -1,0 +1,138 @@
+"""What GET /v1/workers shows: the scheduler's views of the workers, and the links between them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+from miniserve.cluster.messages import WorkerStats
+from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.workers import Link, WorkerView
+
+
+class Kv(TypedDict):
+    """Pages of a worker. `free` hold nothing, `cached` a prefix that no turn uses, `held` are in use; `reserved` is
+    what the scheduler has promised to turns, `resident` what conversations between turns are thought to hold."""
+
+    total: int
+    free: int
+    cached: int
+    held: int
+    reserved: int
+    resident: int
+    page_bytes: int
+    host_total: int
+    host_used: int
+
+
+class Rates(TypedDict):
+    """What was measured of a worker, in seconds: prompts of 512 and 2,048 tokens, and a decode step as it is now; null
+    before there was any."""
+
+    prefill_512: float | None
+    prefill_2048: float | None
+    decode_step: float | None
+
+
+class WorkerCard(TypedDict):
+    """A worker that lives. Times are in seconds."""
+
+    name: str
+    role: Literal["prefiller", "decoder"]
+    epoch: int
+    last_heard: float | None
+    turns: int
+    load: float
+    running: int
+    waiting: int
+    queued_prefill_tokens: int
+    prefilling: float
+    preemptions: int
+    leases: int
+    kv: Kv
+    rates: Rates
+
+
+class LinkCard(TypedDict):
+    """KV that went from `source` to `destination`. `bandwidth` is in bytes a second, null before any went."""
+
+    source: str
+    destination: str
+    moves: int
+    bytes: int
+    seconds: float
+    exposed: float
+    bandwidth: float | None
+
+
+class WorkerList(TypedDict):
+    """The workers that live, and the ways between them."""
+
+    object: Literal["list"]
+    policy: str
+    queued: int
+    data: list[WorkerCard]
+    links: list[LinkCard]
+
+
+def worker_list(scheduler: Scheduler, policy: str, now: float) -> WorkerList:
+    """All workers that live."""
+    return {
+        "object": "list",
+        "policy": policy,
+        "queued": scheduler.queued,
+        "data": [_worker(view, now) for view in scheduler.workers.values()],
+        "links": [_link(source, destination, link) for (source, destination), link in scheduler.links.items()],
+    }
+
+
+def _link(source: str, destination: str, link: Link) -> LinkCard:
+    return {
+        "source": source,
+        "destination": destination,
+        "moves": link.count,
+        "bytes": link.bytes,
+        "seconds": link.seconds,
+        "exposed": link.exposed.value,
+        "bandwidth": link.bandwidth.value if link.bandwidth.count else None,
+    }
+
+
+def _worker(view: WorkerView, now: float) -> WorkerCard:
+    stats, speed = view.stats or _untouched(view), view.speed
+    return {
+        "name": view.name,
+        "role": view.role.value,
+        "epoch": view.epoch,
+        "last_heard": now - view.reported if view.stats else None,
+        "turns": view.turns,
+        "load": view.load.value,
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "queued_prefill_tokens": view.queued_prefill_tokens,
+        "prefilling": view.prefilling.value,
+        "preemptions": stats.preemptions,
+        "leases": stats.leases,
+        "kv": {
+            "total": view.total_pages,
+            "free": stats.free_pages,
+            "cached": stats.cached_pages,
+            "held": stats.held_pages,
+            "reserved": view.reserved,
+            "resident": view.resident,
+            "page_bytes": view.page_bytes,
+            "host_total": stats.host_total,
+            "host_used": stats.host_pages,
+        },
+        "rates": {
+            "prefill_512": speed.prefill(512) if speed.knows_prefill else None,
+            "prefill_2048": speed.prefill(2048) if speed.knows_prefill else None,
+            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.knows_decode else None,
+        },
+    }
+
+
+def _untouched(view: WorkerView) -> WorkerStats:
+    """The state of a worker that has not reported yet."""
+    return WorkerStats(view.total_pages, view.total_pages, 0, 0, 0, 0, 0, 0)

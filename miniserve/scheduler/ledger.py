@@ -1,0 +1,97 @@
+"""The ledger of KV pages: what is promised to turns that run, and what idle conversations hold at their homes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from heapq import heappop, heappush
+from itertools import count
+
+from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.forecast import Forecast
+from miniserve.scheduler.turns import Turn
+from miniserve.scheduler.workers import WorkerView
+
+LATE_GAPS, LATE_SECONDS = 3.0, 1.0
+"""A conversation that has not come back after so many of its gaps and so many seconds is not expected any more."""
+
+
+class Ledger:
+    """Keeps `reserved`, `resident` and `wanted` in the views of `workers`: the sums of what turns and conversations
+    hold there. A worker that dies takes its view and these sums with it, so its entries need no settling."""
+
+    def __init__(self, workers: Mapping[str, WorkerView], forecast: Forecast, page_tokens: int) -> None:
+        self._workers = workers
+        self._forecast = forecast
+        self._page_tokens = page_tokens
+        self.late: list[tuple[float, int, Conversation]] = []
+        """A heap of (time, number of the expectation, conversation): after that time it is not expected any more."""
+        self._numbers = count(1)
+
+    def pages(self, tokens: int) -> int:
+        """The pages that so many tokens take."""
+        return -(-tokens // self._page_tokens)
+
+    # --- turns that run ---------------------------------------------------------------------------------------------
+
+    def reserve(self, turn: Turn, now: float) -> None:
+        """A turn was placed: its pages are reserved at its home, and those of its prompt at its prefiller."""
+        if home := self._view(turn.home):
+            home.add_turn(turn.pages, now)
+        if prefiller := self._view(turn.prefill_at):
+            turn.lent_pages = self.pages(len(turn.tokens))
+            prefiller.reserved += turn.lent_pages
+
+    def end_prefill(self, turn: Turn) -> None:
+        """The prompt is computed, or never will be: the prefiller has its pages back. Safe to call twice."""
+        if prefiller := self._view(turn.prefill_at):
+            prefiller.reserved -= turn.lent_pages
+        turn.lent_pages = 0
+
+    def grow(self, turn: Turn) -> None:
+        """A turn that generates more than expected takes more of its home's pages: room for the next token."""
+        if (pages := self.pages(len(turn.tokens) + 1)) > turn.pages:
+            if home := self._view(turn.home):
+                home.reserved += pages - turn.pages
+            turn.pages = pages
+
+    def release(self, turn: Turn, now: float) -> None:
+        """A turn has left its workers."""
+        self.end_prefill(turn)
+        if home := self._view(turn.home):
+            home.drop_turn(turn.pages, now)
+
+    # --- conversations between turns --------------------------------------------------------------------------------
+
+    def hold(self, conversation: Conversation, now: float) -> None:
+        """The conversation is idle: it holds all its tokens at home, and is expected to come back for them."""
+        self.let_go(conversation)
+        pages = self.pages(conversation.tokens)
+        if (home := self._view(conversation.home)) and pages:
+            gap, chance = self._forecast.outlook(conversation.history, conversation.turns)
+            conversation.resident, conversation.wanted = pages, pages * chance
+            home.resident += conversation.resident
+            home.wanted += conversation.wanted
+            conversation.expectation = next(self._numbers)
+            heappush(self.late, (now + LATE_GAPS * gap + LATE_SECONDS, conversation.expectation, conversation))
+
+    def let_go(self, conversation: Conversation) -> None:
+        """The conversation holds nothing any more: it has a turn, or its home has died, or it is forgotten."""
+        if home := self._view(conversation.home):
+            home.resident -= conversation.resident
+        conversation.resident = 0
+        self._give_up(conversation)
+
+    def give_up_late(self, now: float) -> None:
+        """Conversations that have not come back in time are not expected any more."""
+        while self.late and self.late[0][0] <= now:
+            _, number, conversation = heappop(self.late)
+            if conversation.expectation == number:
+                self._give_up(conversation)
+
+    def _give_up(self, conversation: Conversation) -> None:
+        if home := self._view(conversation.home):
+            home.wanted = max(home.wanted - conversation.wanted, 0.0)  # Sums of floats do not cancel exactly.
+        conversation.wanted, conversation.expectation = 0.0, None
+
+    def _view(self, worker: str | None) -> WorkerView | None:
+        return self._workers.get(worker) if worker is not None else None
