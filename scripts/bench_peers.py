@@ -25,8 +25,8 @@ import psutil
 
 from miniserve.bench.replay.answer import session
 from miniserve.bench.replay.server import describe
-from miniserve.bench.scenarios import Figures, RandomPrompts, Scenarios
 from scripts.harness import flags, in_turns, write
+from scripts.scenarios import Figures, RandomPrompts, Scenarios
 
 REPEATS = 2
 """Undisturbed runs of a scenario on a server in each round."""

@@ -13,10 +13,10 @@ import pytest
 from miniserve.bench.replay.answer import Answer, TurnError, session
 from miniserve.bench.replay.metrics import TurnTimes
 from miniserve.bench.replay.server import TargetServer, describe
-from miniserve.bench.scenarios import Figures, RandomPrompts, Scenarios, side_by_side
 from miniserve.hub import resolve as hub
 from miniserve.text.tokenizer import Tokenizer
 from scripts import bench_peers
+from scripts.scenarios import Figures, RandomPrompts, Scenarios, side_by_side
 from tests.support.spoken import SpokenEngine, serving, spoken
 
 PAUSE = 0.005
