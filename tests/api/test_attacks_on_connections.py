@@ -25,6 +25,8 @@ from tests.support.attacks import (
 )
 from tests.support.server_process import Running
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:

@@ -20,6 +20,8 @@ from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import make_app
 from tests.support.fake_engine import EOS, FakeClient, spell
 
+pytestmark = pytest.mark.slow
+
 CHECKS = [
     not_a_server_error,
     content_type_conformance,

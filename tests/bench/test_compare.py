@@ -10,6 +10,8 @@ import pytest
 
 from miniserve.cli import main as cli
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_comparison(tmp_path: Path, capsys):
     pytest.importorskip("matplotlib")

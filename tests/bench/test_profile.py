@@ -13,6 +13,8 @@ from miniserve.bench.simulate.run import simulate
 from miniserve.cli import main as cli
 from tests.support.simulated import PLAIN, scripts, simulated
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_fit_finds_the_constants_again():
     true = msgspec.structs.replace(PLAIN, per_pair=1e-6, per_sequence=0.002, per_kv_token=1e-5)

@@ -35,6 +35,8 @@ from tests.support.fake_engine import FakeTurn
 from tests.support.server_process import server as real_server
 from tests.support.spoken import VOCAB, SpokenEngine, first_id, listening, script, serving, spoken
 
+pytestmark = pytest.mark.slow
+
 
 def config(
     url: str,

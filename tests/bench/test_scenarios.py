@@ -19,6 +19,8 @@ from scripts import bench_peers
 from scripts.scenarios import Figures, RandomPrompts, Scenarios, side_by_side
 from tests.support.spoken import SpokenEngine, serving, spoken
 
+pytestmark = pytest.mark.slow
+
 PAUSE = 0.005
 
 

@@ -21,6 +21,8 @@ from miniserve.cli import main as cli
 from miniserve.scheduler.baselines import POLICIES
 from tests.support.simulated import PLAIN, scripts, simulated
 
+pytestmark = pytest.mark.slow
+
 A40 = PRESETS["a40-qwen3-0.6b"]
 
 

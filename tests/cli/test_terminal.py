@@ -12,6 +12,8 @@ import pytest
 from tests.support.scripted import WatchedServer
 from tests.support.terminal import Terminal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server(port: int) -> Iterator[WatchedServer]:

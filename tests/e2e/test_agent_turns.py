@@ -25,6 +25,8 @@ from miniserve.text.tokenizer import Tokenizer
 from tests.e2e.test_cluster import cluster, settled
 from tests.support import dialects, tiny
 
+pytestmark = pytest.mark.slow
+
 POLICIES = ["colocated", "disaggregated", "ampd", "conserve", "observe"]
 PAGE = 16
 

@@ -23,6 +23,8 @@ from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.scheduler import QueueFull
 from tests.support.tiny import prompts, reference
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 64
 
 

@@ -16,6 +16,8 @@ from tests.support import tiny
 from tests.support.engines import clean, greedy, prompts, small
 from tests.support.tiny import reference
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 64
 OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 """Whether a step is launched before the one before it has told what it sampled."""

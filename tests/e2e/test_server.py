@@ -20,6 +20,8 @@ import torch
 from miniserve.cli.banner import places, ways
 from tests.support.server_process import Running, server
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     "What is the capital of France? Answer in one sentence.",
     "And which river flows through it?",

@@ -24,6 +24,8 @@ from miniserve.kv.transfer.mapped import MappedTransfer
 from tests.support.kv_pools import PAGES, SHAPES, content, new_memory, peer_of
 from tests.support.waiting import PROMPT, stop, until
 
+pytestmark = pytest.mark.slow
+
 
 class Side:
     """One pool and the way from it to the other's."""

@@ -25,6 +25,8 @@ from tests.support import tiny
 from tests.support.engines import clean, small
 from tests.support.schemas import PERSON, random_schema
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     (json_grammar(PERSON), lambda text: jsonschema.validate(json.loads(text), PERSON)),
     (Grammar("regex", r"(\d{3}-){2}[a-f]{4,6}"), lambda text: re.fullmatch(r"(\d{3}-){2}[a-f]{4,6}", text)),
