@@ -13,7 +13,7 @@ import msgspec
 
 from miniserve.cluster.devices import place
 from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput
-from miniserve.cluster.supervisor import Workers
+from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import ServeConfig
 from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.connect import way
@@ -97,7 +97,7 @@ class Dispatcher:
         )
         engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
         self.topology, engines = place(config.topology, config.devices, engine)
-        self.workers = Workers(
+        self.workers = Supervisor(
             engines,
             config.worker_timeout,
             up=self._worker_up,

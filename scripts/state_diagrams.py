@@ -15,11 +15,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from miniserve.scheduler import turns  # noqa: E402
 from miniserve.states import Transitions  # noqa: E402
 from miniserve.worker import sequence  # noqa: E402
 
 PAGE = ROOT / "docs" / "architecture.md"
 TABLES: dict[str, tuple[Transitions[Any], Enum]] = {
+    "turn": (turns.TRANSITIONS, turns.TurnState.QUEUED),
     "sequence": (sequence.TRANSITIONS, sequence.State.WAITING),
 }
 """The name of each diagram in the page, its table, and the state in which things begin."""

@@ -28,7 +28,7 @@ class StartupError(RuntimeError):
     """A worker could not start; the message is for a person."""
 
 
-class Workers:
+class Supervisor:
     """Owns the worker processes, the run's directory and the sockets. All methods belong to one event loop; nothing
     here blocks it.
 
@@ -131,12 +131,6 @@ class Workers:
         for name in self.processes:
             self.send(name, Shutdown())
         await asyncio.gather(*(asyncio.to_thread(process.stop, 2.0) for process in self.processes.values()))
-        self._clean_up()
-
-    def kill(self) -> None:
-        """End all workers now, whatever they do."""
-        for process in self.processes.values():
-            process.kill()
         self._clean_up()
 
     def _clean_up(self) -> None:
