@@ -47,7 +47,6 @@ class Outboxes:
             socket.close(0)
 
     def close(self, linger_ms: int = 0) -> None:
-        """Close all; `linger_ms` gives messages under way a last chance."""
         for socket in self._sockets.values():
             socket.close(linger_ms)
         self._sockets.clear()
@@ -77,7 +76,6 @@ class Inbox:
                 log.error("dropped a message that is none of ours: %s", error)
 
     def close(self) -> None:
-        """Unbind."""
         self._socket.close(0)
 
 

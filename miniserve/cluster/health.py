@@ -38,7 +38,6 @@ class Health:
         self._first_start.setdefault(name, now - self._loading.pop(name))
 
     def heard(self, name: str, now: float) -> None:
-        """A worker that loads or serves has said something."""
         self._heard[name] = now
 
     def excuse(self, seconds: float) -> None:

@@ -59,7 +59,6 @@ class RunDir:
             os.close(handle)
 
     def address(self, name: str) -> str:
-        """The inbox address of a process of this run."""
         return f"ipc://{self.path}/{name}"
 
     def remove(self) -> None:
@@ -69,7 +68,6 @@ class RunDir:
 
 
 def _sweep(base: Path) -> None:
-    """Remove directories of runs that are over: no process holds their lock."""
     for path in base.iterdir():
         with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,7 +97,6 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """Process id."""
         return self._process.pid
 
     @property
@@ -118,7 +115,6 @@ class WorkerProcess:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL."""
         self._process.kill()
         self._process.wait()
 

@@ -224,7 +224,6 @@ class Supervisor:
             self._down(name, delay is not None)
 
     def _replace(self, now: float) -> None:
-        """Start the workers again whose time has come."""
         for name, at in list(self._restarts.items()):
             if at is not None and at <= now:
                 self._start_worker(name, self.processes[name].spec.epoch + 1)

@@ -107,7 +107,6 @@ class Stopwatch:
         self._started = time.monotonic()
 
     def lap(self, phase: str) -> None:
-        """A phase has ended, and the next one begins."""
         now = time.monotonic()
         self.phases[phase], self._started = now - self._started, now
 
@@ -186,7 +185,6 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
 
 
 def _load(config: EngineConfig, choices: Choices, ops: Ops, show: Progress) -> tuple[Transformer, int]:
-    """The model, and the bytes of its weights."""
     show("weights", 0, choices.model.layers)
     weights = load_weights(
         choices.folder,

@@ -32,11 +32,9 @@ class GraphOps(Protocol):
 
     def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> Any:
         """A plan for decodes of `size` sequences, with `tables` page numbers at most."""
-        ...
 
     def fill(self, plan: Any, batch: Batch, kv: torch.Tensor) -> None:
         """Set it to `batch`, of `size` decodes or fewer."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ class Pace:
         self._shortest = 0.0
 
     def observe(self, step: StepTime) -> None:
-        """A step was made."""
         if not step.prefill:
             longest = self._shortest * (1 + FORGET) or step.seconds
             self._shortest = min(step.seconds, longest)

@@ -25,7 +25,6 @@ class PeerTable:
         return self._peers[name][0] if name in self._peers else None
 
     def transfer(self, name: str) -> Transfer | None:
-        """The way to the pages of a peer, None if there is none."""
         return self._peers[name][1] if name in self._peers else None
 
     def lives(self, peer: Peer) -> bool:

@@ -54,11 +54,9 @@ class MessageSink(Protocol):
 
     def send(self, address: str, body: Message) -> None:
         """Send to the inbox at `address`; never blocks, may drop."""
-        ...
 
     def forget(self, address: str) -> None:
         """The owner of that inbox is gone."""
-        ...
 
 
 class Worker:
@@ -178,7 +176,6 @@ class Worker:
                 self.handoffs.receiver.on_refused(body)
 
     def _meet(self, peers: list[Peer]) -> None:
-        """The set of living workers has changed."""
         self.handoffs.set_peers([peer for peer in peers if peer.name != self._name])
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
@@ -247,7 +244,6 @@ class Worker:
 
 
 def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker:
-    """The worker of a process."""
     us = (spec.name, spec.epoch)
     handoffs = Handoffs(
         built.engine,

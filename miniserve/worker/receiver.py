@@ -85,7 +85,6 @@ class Receiver:
         return not self._pulls and not self._salts
 
     def give_up_the_dead(self) -> None:
-        """Go on alone where the sender has died."""
         for turn, pull in list(self._pulls.items()):
             if not self._peers.lives(pull.source):
                 self._give_up(turn, f"{pull.source.name} is gone")
@@ -221,7 +220,6 @@ class Receiver:
             self._complete(pull, self._clock() - message.finished_at)
 
     def _complete(self, pull: Pull, exposed: float) -> None:
-        """All that the sender had is here."""
         sequence = pull.sequence
         if not pull.history and sequence.computed != sequence.given:
             self._give_up(sequence.turn, f"the commit came at {sequence.computed} of {sequence.given} tokens")
@@ -243,7 +241,6 @@ class Receiver:
         self._go_on(pull)
 
     def _go_on(self, pull: Pull) -> None:
-        """The rest of the turn is ours, if there is any, or the prefiller's."""
         sequence = pull.sequence
         if pull.history:
             sequence.cached = max(sequence.cached or 0, sequence.computed)
@@ -255,7 +252,6 @@ class Receiver:
             self._engine.resume(sequence)
 
     def on_refused(self, message: PrefillRefused) -> None:
-        """P will not do it."""
         if message.turn in self._pulls:
             self._give_up(message.turn, message.reason)
 

@@ -64,11 +64,9 @@ class Sender:
 
     @property
     def num_leases(self) -> int:
-        """Turns whose pages are kept for another worker."""
         return len(self._leases)
 
     def release_the_dead(self) -> None:
-        """End the leases of receivers that have died."""
         for turn, lease in list(self._leases.items()):
             if not self._peers.lives(lease.destination):
                 self._end(turn)
@@ -143,7 +141,6 @@ class Sender:
     def _offer(
         self, turn: str, lease: Lease, sequence: Sequence, pages: list[int], ready: int, commit: FirstToken | None
     ) -> None:
-        """Publish the pages of a prefill up to `ready`."""
         transfer = self._peers.transfer(lease.destination.name)
         fresh = pages[lease.published : ready]
         now = self._clock()
@@ -165,7 +162,6 @@ class Sender:
         lease.published = max(ready, lease.published)
 
     def on_release(self, turn: str) -> None:
-        """The receiver has what it wants, or wants no more."""
         if turn in self._leases:
             self._end(turn)
 

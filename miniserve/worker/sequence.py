@@ -141,7 +141,6 @@ class Sequence:
 
     @property
     def outputs(self) -> list[int]:
-        """Output tokens of the turn so far, wherever they were made."""
         return self.tokens[len(self.tokens) - self.num_outputs :]
 
     @property

@@ -61,7 +61,6 @@ class Launched(Protocol):
 
     def wait(self) -> Sampled:
         """Block until the step is done; what it has sampled."""
-        ...
 
 
 class Runner(Protocol):
@@ -72,7 +71,6 @@ class Runner(Protocol):
 
     def launch(self, batch: list[Work]) -> Launched:
         """Begin a step. A token that is still being sampled comes from the step launched before."""
-        ...
 
 
 @dataclass(frozen=True)
