@@ -130,16 +130,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         estimate = model.num_parameters * choices.dtype.itemsize
         size = sizing.size_pool(config, choices.shape, choices.max_model_len, estimate, device)
-    ops, kernels = make_ops(
-        device,
-        choices.dtype,
-        model.heads,
-        model.head_dim,
-        (model.hidden_size, model.intermediate_size),
-        config.block_size,
-        native=config.cpu_kernels != "torch",
-        progress=lambda line: show(line, 0, 0),
-    )
+    ops, kernels = _make_ops(config, choices, show)
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     watch.lap("kernels")
     try:
@@ -181,6 +172,20 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         weights_bytes=weights_bytes,
         kv_note=kv_note,
         phases=watch.phases,
+    )
+
+
+def _make_ops(config: EngineConfig, choices: Choices, show: Progress) -> tuple[Ops, str]:
+    model = choices.model
+    return make_ops(
+        choices.device,
+        choices.dtype,
+        model.heads,
+        model.head_dim,
+        (model.hidden_size, model.intermediate_size),
+        config.block_size,
+        native=config.cpu_kernels != "torch",
+        progress=lambda line: show(line, 0, 0),
     )
 
 

@@ -164,12 +164,7 @@ def size_pool(
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens)
     if pages < needed:
-        fits = pages * shape.page_tokens
-        ways = [f"--kv-cache-memory {format_bytes(needed * shape.bytes, up=True)}"]
-        if fits >= 256:
-            ways.insert(0, f"--max-model-len {fits}")
-        if config.kv_cache_memory is None:
-            ways.append("a smaller model, or fewer workers")
+        ways = _ways_out(config, pages * shape.page_tokens, needed * shape.bytes)
         raise ConfigError(
             f"One sequence of {max_model_len} tokens takes {format_bytes(needed * shape.bytes)} of KV cache, but there "
             f"is room for {format_bytes(max(size, 0))} ({how}). Use {' or '.join(ways)}."
@@ -179,6 +174,13 @@ def size_pool(
         f"{format_bytes(pages * shape.bytes)} ({how})"
     )
     return pages, note
+
+
+def _ways_out(config: EngineConfig, fitting_tokens: int, needed_bytes: int) -> list[str]:
+    """What to change where one sequence does not fit."""
+    ways = [f"--max-model-len {fitting_tokens}"] if fitting_tokens >= 256 else []
+    ways.append(f"--kv-cache-memory {format_bytes(needed_bytes, up=True)}")
+    return ways if config.kv_cache_memory is not None else [*ways, "a smaller model, or fewer workers"]
 
 
 def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, budget: int) -> int:
