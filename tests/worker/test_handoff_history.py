@@ -133,3 +133,25 @@ def test_an_abort_while_p_fetches_the_history(pair):
     assert pair.p.engine.counters.prompt_tokens == 0
     pair.d.handoffs.sender.on_release(pair.p.take(Release)[0].turn)
     pair.check()
+
+
+def test_history_that_comes_after_it_was_given_up_is_not_taken_for_the_prefill(pair):
+    warm(pair.p, 90)
+    sequence = pair.d.sequence(history_at="p0", prefill_at="p0")
+    pair.d.engine.add(sequence)
+    pair.d.step()
+    (stale,) = fetched(pair.p, pair.d)
+    pair.p.handoffs.sender.on_release("t")  # P hears all at once: it has published, and the pages are free again
+    pair.now += 31
+    pair.d.handoffs.receiver.poll()
+    (prefill,) = pair.d.take(Prefill)
+    stale = msgspec.structs.replace(stale, deadline=pair.now + 30)
+    pair.d.handoffs.receiver.on_publish(stale, "p0")
+    assert sequence.computed == 0
+    pair.d.take(Release)
+    pair.p.handoffs.sender.on_prefill(prefill, "d0")
+    for message in pair.publications():
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    pair.p.handoffs.sender.on_release("t")
+    assert pair.finish() == pair.text
+    pair.check()
