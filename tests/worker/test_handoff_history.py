@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from miniserve.cluster.messages import Fetch, Publish, Release
+from miniserve.cluster.messages import Fetch, Prefill, Publish, Release
 from miniserve.kv.hashing import root_hash
 from miniserve.worker.sequence import Sequence
 from tests.support.handoff_pair import GREEDY, PROMPT, Pair, Side
