@@ -26,6 +26,7 @@ BODY_SECONDS = 60.0
 LINGER_SECONDS = 5.0
 """How long the server reads on after it has refused a body."""
 CLOSE = {"Connection": "close"}
+OPEN_PATHS = re.compile(r"/|/health|/dashboard/.*", re.DOTALL)
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
@@ -62,8 +63,7 @@ class ApiKey:
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"] if scope["type"] == "http" else "/"
-        if path not in ("/", "/health") and not path.startswith("/dashboard/"):
+        if scope["type"] == "http" and not OPEN_PATHS.fullmatch(scope["path"]):
             scheme, _, token = _header(scope, b"authorization").partition(b" ")
             # A comparison takes the same time wherever the first difference is.
             bearer = hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
@@ -75,7 +75,7 @@ class ApiKey:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                return await refusal.response(path)(scope, receive, send)
+                return await refusal.response(scope["path"])(scope, receive, send)
         await self._app(scope, receive, send)
 
 
