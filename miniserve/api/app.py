@@ -12,14 +12,7 @@ from miniserve import __version__
 from miniserve.api import dashboard, errors
 from miniserve.api.messages.answers import MessageOut
 from miniserve.api.middleware import ApiKey, BodyLimit, RequestId
-from miniserve.api.openai.answers import (
-    ChatCompletion,
-    Completion,
-    HealthStatus,
-    Model,
-    ModelList,
-    Version,
-)
+from miniserve.api.openai import answers
 from miniserve.api.responses.answers import ResponseOut
 from miniserve.api.service import Service
 from miniserve.api.streaming import event_stream
@@ -68,8 +61,8 @@ def create_app(
         title="miniserve", version=__version__, middleware=middleware, responses=ERRORS, redirect_slashes=False
     )
     errors.install(app)
-    app.post("/v1/chat/completions", responses=_ok(ChatCompletion, STREAM))(service.chat_completions)
-    app.post("/v1/completions", responses=_ok(Completion, STREAM))(service.completions)
+    app.post("/v1/chat/completions", responses=_ok(answers.ChatCompletion, STREAM))(service.chat_completions)
+    app.post("/v1/completions", responses=_ok(answers.Completion, STREAM))(service.completions)
     app.post("/v1/responses", responses=_ok(ResponseOut, NAMED_STREAM))(service.responses)
     app.get("/v1/responses/{response}", responses=_ok(ResponseOut))(service.retrieve_response)
     app.delete("/v1/responses/{response}")(service.delete_response)
@@ -91,7 +84,7 @@ def _ok(answer: Any, stream: dict[str, Any] | None = None) -> Responses:
 def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, names: list[str], root: str) -> None:
     created = int(time.time())
 
-    def card(name: str) -> Model:
+    def card(name: str) -> answers.Model:
         return {
             "id": name,
             "object": "model",
@@ -103,24 +96,24 @@ def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, na
         }
 
     @app.get("/v1/models")
-    async def models() -> ModelList:
+    async def models() -> answers.ModelList:
         """The names of the one model that is served."""
         return {"object": "list", "data": [card(name) for name in names]}
 
     @app.get("/v1/models/{model:path}")  # names may hold slashes
-    async def retrieve_model(model: str) -> Model:
+    async def retrieve_model(model: str) -> answers.Model:
         """One of these names."""
         service.check_model(model)
         return card(model)
 
     @app.get("/health")
-    async def health() -> HealthStatus:
+    async def health() -> answers.HealthStatus:
         """Whether the engine can serve; needs no API key."""
         if not client.healthy:
             raise EngineError(client.unhealthy_reason)
         return {"status": "ok"}
 
     @app.get("/version")
-    async def version() -> Version:
+    async def version() -> answers.Version:
         """The version of miniserve."""
         return {"version": __version__}

@@ -23,7 +23,7 @@ from miniserve.monitor.conversation_views import (
     conversation_detail,
     conversation_list,
 )
-from miniserve.monitor.events import Feed, FeedEvent, TooManyListeners
+from miniserve.monitor.events import Feed, TooManyListeners
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
 from miniserve.monitor.worker_views import WorkerList, worker_list
 
@@ -63,8 +63,6 @@ def add_page(app: FastAPI) -> None:
 
 
 def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics) -> None:
-    """Serve what the page shows, and Prometheus metrics."""
-
     @app.get("/v1/conversations")
     async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> ConversationList:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
@@ -107,15 +105,10 @@ async def _live_events(feed: Feed) -> AsyncIterator[AsyncIterator[bytes]]:
 
             async def data() -> AsyncIterator[bytes]:
                 while events := await listener.take():
-                    yield b"".join(map(_encoded, events))
+                    yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)
 
             yield data()
     except TooManyListeners as error:
         raise ApiError(
             503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"}
         ) from error
-
-
-def _encoded(event: FeedEvent) -> bytes:
-    """As a server-sent event."""
-    return b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data)

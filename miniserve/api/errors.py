@@ -25,7 +25,7 @@ from miniserve.dispatcher import EngineError
 from miniserve.sampling_params import ParameterError
 from miniserve.scheduler.scheduler import QueueFull
 
-RETRY_SECONDS = 5
+RETRY_SOON = {"Retry-After": "5"}
 GZIP = b"\x1f\x8b"
 ANTHROPIC_PATH = "/v1/messages"
 ANTHROPIC_TYPES = {
@@ -84,13 +84,11 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> ErrorBody:
-        """The JSON object in the OpenAI API's shape."""
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def anthropic_body(self) -> AnthropicErrorBody:
-        """The JSON object in the Anthropic API's shape."""
         kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
@@ -114,7 +112,7 @@ def as_api_error(error: Exception) -> ApiError:
             after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             return ApiError(503, str(error), code="queue_full", headers=after)
         case EngineError():
-            return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": str(RETRY_SECONDS)})
+            return ApiError(503, str(error), code="engine_unavailable", headers=RETRY_SOON)
         case RoutingError(__cause__=ValueError() | RecursionError() as cause):
             return _unreadable(cause)
         case RoutingError():

@@ -42,9 +42,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of":
 """Further values that are, by parameter."""
 
 
-# --- text and JSON --------------------------------------------------------------------------------------------------
-
-
 def valid_unicode(text: str) -> str:
     """`text`. Raises `ValueError` if it holds half of a surrogate pair."""
     try:
@@ -72,9 +69,6 @@ def sound_json(value: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
 
 
-# --- unions and lists -----------------------------------------------------------------------------------------------
-
-
 def kind_of(value: Any) -> str | None:
     """The branch of a union of text, lists and typed objects that `value` means; errors are about that one only."""
     if isinstance(value, str):
@@ -85,8 +79,6 @@ def kind_of(value: Any) -> str | None:
 
 
 def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
-    """Refuses objects of other types by name."""
-
     def check(value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
         if kind not in kinds:
@@ -146,9 +138,6 @@ Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
 JsonList = Annotated[list[Json], Field(fail_fast=True)]
 
 
-# --- bodies ---------------------------------------------------------------------------------------------------------
-
-
 class Body(BaseModel):
     """An object in a request. `silent` are keys of our own answers that mean nothing when a client sends them back."""
 
@@ -169,7 +158,12 @@ class RequestBody(Body):
     def _account_for_all(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         made = handler(data)
         if isinstance(data, dict):
-            made._ignored = cls._ignored_names(data)
+            for name in data.keys() - cls.model_fields.keys():
+                if data[name] in EMPTY or data[name] in HARMLESS.get(name, ()):
+                    continue
+                if name in cls.refused:
+                    raise ParameterError(name, f"`{name}` is not supported: {cls.refused[name]}.")
+                made._ignored.append(str(name))
             inside: set[str] = set()
             for at in (at for name in cls.model_fields for at in _unknown(data.get(name), getattr(made, name), name)):
                 inside.add(at)
@@ -178,21 +172,8 @@ class RequestBody(Body):
             made._ignored += inside
         return made
 
-    @classmethod
-    def _ignored_names(cls, data: Mapping[Any, Any]) -> list[str]:
-        """Raises `ParameterError` for a parameter that is refused."""
-        names = []
-        for name in data.keys() - cls.model_fields.keys():
-            if data[name] in EMPTY or data[name] in HARMLESS.get(name, ()):
-                continue
-            if name in cls.refused:
-                raise ParameterError(name, f"`{name}` is not supported: {cls.refused[name]}.")
-            names.append(str(name))
-        return names
-
     @property
     def ignored(self) -> list[str]:
-        """Parameters that the client sent in vain."""
         return self._ignored
 
 

@@ -30,6 +30,7 @@ class Choice:
         """Without a `reader` all text is content."""
         self.index = index
         self.prompt = prompt
+        self.prompt_tokens = len(prompt)
         self.params = params
         self.turn: TurnStream | None = None
         self.output_tokens = 0
@@ -39,12 +40,8 @@ class Choice:
         self._reader = reader
         self._words = IncrementalDetokenizer(tokenizer, params, reader.visible if reader else frozenset())
         self._parts: list[Part] = []
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt)
 
     @property
     def finish(self) -> Finish | None:
@@ -56,18 +53,11 @@ class Choice:
 
     @property
     def stop_reason(self) -> str | int | None:
-        """The stop string or stop token that ended it."""
         return self._words.stop_reason
 
     @property
     def has_parts(self) -> bool:
-        """Whether there are parts to take, or the choice has ended."""
         return bool(self._parts) or self.finish is not None
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether there are tokens to take."""
-        return bool(self._tokens)
 
     def take(self) -> tuple[list[Part], list[TokenLogprob]]:
         """The parts of the answer since the last time, and the log-probabilities of their tokens if the request wants
@@ -82,17 +72,15 @@ class Choice:
         return "".join(part for part in parts if isinstance(part, str)), logprobs
 
     def take_tokens(self) -> list[int]:
-        """The tokens since the last time, with text or not."""
-        tokens, self._tokens = self._tokens, []
+        tokens, self.tokens = self.tokens, []
         return tokens
 
     def feed(self, out: FirstToken | Tokens | Ended) -> None:
-        """Take in the next tokens."""
         if isinstance(out, FirstToken):
             self.cached_tokens = out.cached_tokens
         text, count = self._words.feed(out)
         self.output_tokens += count
-        self._tokens += out.tokens[:count]
+        self.tokens += out.tokens[:count]
         self._logprobs += (out.logprobs or [])[:count]
         if self._reader is not None:
             self._read(self._reader, text, out.tokens[:count])
@@ -180,7 +168,6 @@ class Generation:
             yield updated
 
     async def finish(self) -> None:
-        """Wait until all choices have ended. Raises the exception that one failed with."""
         async for _ in self.updates():
             pass
 
@@ -191,7 +178,6 @@ class Generation:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompts that were found in the prefix cache."""
         return sum(group[0].cached_tokens for group in self._groups)
 
     @property
@@ -228,7 +214,7 @@ class Generation:
             choice.feed(out)
             now = time.perf_counter()
             if before is None:
-                self._metrics.first_token(now - self._arrived, len(choice.prompt))
+                self._metrics.first_token(now - self._arrived, choice.prompt_tokens)
                 for sibling in siblings:
                     self._begin(sibling, [])
             elif had and out.tokens:

@@ -21,12 +21,12 @@ from miniserve.api.errors import ApiError
 MAX_HEAD_BYTES = 64 * 1024
 """Most bytes of a head that is not complete yet; what comes with one read may be more."""
 HEAD_SECONDS = 60.0
-"""How long a head may take to arrive."""
 BODY_SECONDS = 60.0
-"""How long a body may take to arrive."""
+"""How long a head and a body may take to arrive."""
 LINGER_SECONDS = 5.0
 """How long the server reads on after it has refused a body."""
 CLOSE = {"Connection": "close"}
+OPEN_PATHS = re.compile(r"/|/health|/dashboard/.*", re.DOTALL)
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
@@ -63,7 +63,7 @@ class ApiKey:
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_open(scope["path"]):
+        if scope["type"] == "http" and not OPEN_PATHS.fullmatch(scope["path"]):
             scheme, _, token = _header(scope, b"authorization").partition(b" ")
             # A comparison takes the same time wherever the first difference is.
             bearer = hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
@@ -77,10 +77,6 @@ class ApiKey:
                 )
                 return await refusal.response(scope["path"])(scope, receive, send)
         await self._app(scope, receive, send)
-
-    @staticmethod
-    def _is_open(path: str) -> bool:
-        return path in ("/", "/health") or path.startswith("/dashboard/")
 
 
 class BodyLimit:

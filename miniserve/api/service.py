@@ -47,7 +47,6 @@ CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 """The headers by which clients name the conversation of a turn. The first one that a request has counts."""
 
 Prompts = list[tuple[list[int], SamplingParams]]
-"""Token ids and parameters of each prompt."""
 
 
 class Service:
@@ -77,15 +76,13 @@ class Service:
         """Answer a conversation; with `stream` true as server-sent events."""
         renderer = ChatRenderer(self._tokenizer, self._dialect, body)
         head = self._head(f"chatcmpl-{request.state.request_id}", body.model)
-        response = await self._generate(request, body, renderer, ChatWriter(head, self._tokenizer, body))
-        return with_ignored(response, body)
+        return await self._generate(request, body, body, renderer, ChatWriter(head, self._tokenizer, body))
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Go on with one or many texts; with `stream` true as server-sent events."""
         renderer = CompletionRenderer(self._tokenizer, body)
         head = self._head(f"cmpl-{request.state.request_id}", body.model)
-        response = await self._generate(request, body, renderer, CompletionWriter(head, self._tokenizer, body))
-        return with_ignored(response, body)
+        return await self._generate(request, body, body, renderer, CompletionWriter(head, self._tokenizer, body))
 
     async def responses(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
@@ -98,8 +95,7 @@ class Service:
             chat = body.chat(items)
             renderer = ChatRenderer(self._tokenizer, self._dialect, chat)
             with continuing(previous) as conversation:
-                response = await self._generate(request, chat, renderer, writer, conversation)
-        return with_ignored(response, body)
+                return await self._generate(request, body, chat, renderer, writer, conversation)
 
     async def messages(self, request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
@@ -107,28 +103,44 @@ class Service:
         with errors.renamed(MESSAGES_NAMES):
             chat = body.chat()
             renderer = ChatRenderer(self._tokenizer, self._dialect, chat)
-            response = await self._generate(request, chat, renderer, MessagesWriter(head))
-        return with_ignored(response, body)
+            return await self._generate(request, body, chat, renderer, MessagesWriter(head))
 
     # --- the way of a turn ------------------------------------------------------------------------------------------
 
     async def _generate(
         self,
         request: Request,
+        asked: RequestBody,
         body: GenerationRequest,
         renderer: Renderer,
         writer: ResponseWriter,
         conversation: str | int = "",
     ) -> Response:
-        """`conversation` is that of the turn before, if the server knows it; the client's own name goes first."""
+        """`body` is what the client has `asked`, as a chat or completion. `conversation` is that of the turn before, if
+        the server knows it; the client's own name goes first."""
         arrived = time.perf_counter()
         conversation = conversation_id(request.headers) or body.prompt_cache_key or conversation
         prompts = await self._prepare(body, renderer)
+        id = writer.head.id
+
+        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
+            return self._client.submit(
+                prompt,
+                params,
+                # Choices share a prompt: they belong where its KV is.
+                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
+                salt=body.cache_salt or "",
+                request_id=f"{id}-{index}",
+                tool=body.ends_in_tool_result,
+            )
+
         # The turns start before a stream's status is sent: with a full queue that is 503.
-        generation = self._start(prompts, body, renderer, writer.head.id, conversation, arrived)
+        self._client.check_room()
+        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived, renderer.reader)
+        generation.start()
         if body.stream:
-            return EventStream(answer_events(generation, writer))
-        return await whole_answer(generation, writer, request.receive)
+            return with_ignored(EventStream(answer_events(generation, writer)), asked)
+        return with_ignored(await whole_answer(generation, writer, request.receive), asked)
 
     async def _prepare(self, body: GenerationRequest, renderer: Renderer) -> Prompts:
         """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
@@ -151,33 +163,6 @@ class Service:
             if own.grammar is not None and own.grammar is not wanted:
                 await self._grammars.check(own.grammar, body.grammar_field)
         return prompts
-
-    def _start(
-        self,
-        prompts: Prompts,
-        body: GenerationRequest,
-        renderer: Renderer,
-        id: str,
-        conversation: str | int,
-        arrived: float,
-    ) -> Generation:
-        """Submit a turn for each prompt. Raises `EngineError`; then nothing runs."""
-
-        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
-            return self._client.submit(
-                prompt,
-                params,
-                # Choices share a prompt: they belong where its KV is.
-                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
-                salt=body.cache_salt or "",
-                request_id=f"{id}-{index}",
-                tool=body.ends_in_tool_result,
-            )
-
-        self._client.check_room()
-        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived, renderer.reader)
-        generation.start()
-        return generation
 
     def _head(self, id: str, model: str | None) -> AnswerHead:
         return AnswerHead(id, int(time.time()), model or self._names[0])
@@ -271,7 +256,6 @@ class Service:
 
 
 def with_ignored(response: Response, body: RequestBody) -> Response:
-    """`response` with a header that names the parameters of `body` that were ignored, if any."""
     response.headers.update(ignored_header(body.ignored))
     return response
 

@@ -19,11 +19,10 @@ from miniserve.api.protocols import ResponseWriter
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 NamedEvent = tuple[str, dict[str, Any]]
-"""An event's name and its data."""
 
 
 class ClientGone(Exception):
-    """The client has disconnected."""
+    pass
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -49,7 +48,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 def data_event(data: Mapping[str, Any]) -> bytes:
-    """An event without a name."""
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
@@ -90,7 +88,6 @@ class EventStream(Response):
 
 
 async def whole_answer(generation: Generation, writer: ResponseWriter, receive: Receive) -> Response:
-    """The answer in one piece, when all choices have ended."""
     try:
         async with generation:
             await while_connected(receive, generation.finish())

@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from miniserve.api.errors import RETRY_SECONDS, ApiError
+from miniserve.api.errors import RETRY_SOON, ApiError
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
@@ -98,9 +98,5 @@ def requested(body: GenerationRequest) -> Grammar:
 
 
 def _busy() -> ApiError:
-    return ApiError(
-        503,
-        "Too many schemas and grammars are being checked: try again.",
-        code="queue_full",
-        headers={"Retry-After": str(RETRY_SECONDS)},
-    )
+    problem = "Too many schemas and grammars are being checked: try again."
+    return ApiError(503, problem, code="queue_full", headers=RETRY_SOON)

@@ -60,7 +60,6 @@ def _choice_kind(value: Any) -> str | None:
 
 
 FewTools = Annotated[JsonList, BeforeValidator(few_tools)]
-"""Tools in the form of any API."""
 Tools = Annotated[FewTools, WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS})]
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
@@ -112,7 +111,7 @@ def with_all_keys(tool: Tool) -> Tool:
 
 class AllowedCalls:
     """What `tool_choice` asks for. `callable` are the tools that the model may call, `forced` those of which it has to
-    call one, and `single` allows no second call."""
+    call one, and `single` allows no second call. Raises `ParameterError`."""
 
     def __init__(
         self,
@@ -120,7 +119,6 @@ class AllowedCalls:
         choice: Literal["none", "auto", "required"] | dict[str, Any] | None,
         parallel: bool | None,
     ) -> None:
-        """Raises `ParameterError`."""
         tools = tools or []
         self.callable = [] if choice == "none" else tools
         self.forced = tools if choice == "required" else []

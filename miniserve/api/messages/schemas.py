@@ -27,7 +27,6 @@ from miniserve.api.tools import FewTools
 from miniserve.sampling_params import ParameterError
 
 MESSAGES_NAMES = {
-    "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
@@ -35,6 +34,7 @@ MESSAGES_NAMES = {
     r"tools\[(\d+)\]\.function": r"tools[\1]",
 }
 """Patterns of a chat's parameters, and this API's names of them."""
+SAME_NAMES = {"model", "max_tokens", "temperature", "top_k", "top_p", "stream", "cache_salt"}
 TOOL_KEYS = ("name", "description", "input_schema", "strict")
 ERROR = "Error: "
 """Begins the result of a tool that failed: chat templates have no other way to say so."""
@@ -129,12 +129,9 @@ class CountTokensRequest(RequestBody):
 
     @property
     def ignored(self) -> list[str]:
-        names = list(self._ignored)
-        if self.thinking is not None:
-            names += ["thinking.budget_tokens"] if self.thinking.budget_tokens else []
-            names += ["thinking.display"] if self.thinking.display else []
+        thinking = [f"thinking.{key}" for key in ("budget_tokens", "display") if getattr(self.thinking, key, None)]
         keys = {key for tool in self.tools or [] for key in tool if key not in (*TOOL_KEYS, "type")}
-        return names + [f"tools.{key}" for key in keys]
+        return [*self._ignored, *thinking, *(f"tools.{key}" for key in keys)]
 
     def chat(self) -> ChatRequest:
         """As a chat. Raises `ParameterError`, `ValidationError`."""
@@ -150,7 +147,7 @@ class CountTokensRequest(RequestBody):
         thinking, choice, config = self.thinking, self.tool_choice, self.output_config
         fields: dict[str, Any] = {
             "messages": messages,
-            "model": self.model,
+            **self.model_dump(include=SAME_NAMES),
             "tools": [_chat_tool(number, tool) for number, tool in enumerate(self.tools or [])] or None,
             "tool_choice": choice and _chat_choice(choice),
             "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
@@ -177,16 +174,7 @@ class MessagesRequest(CountTokensRequest):
     cache_salt: Salt | None = None
 
     def _fields(self) -> dict[str, Any]:
-        return {
-            **super()._fields(),
-            "max_completion_tokens": self.max_tokens,
-            "stop": self.stop_sequences,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "stream": self.stream,
-            "cache_salt": self.cache_salt,
-        }
+        return {**super()._fields(), "stop": self.stop_sequences}
 
 
 def _chat_messages(message: MessageParam, at: str) -> list[dict[str, Any]]:

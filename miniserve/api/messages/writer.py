@@ -23,7 +23,6 @@ class ContentBlocks:
         self._open: Literal["text", "thinking"] | None = None
 
     def feed(self, part: Part) -> list[NamedEvent]:
-        """Add the next part."""
         if isinstance(part, ToolCall):
             return [*self.close(), *self._call(part)]
         kind: Literal["text", "thinking"] = "thinking" if isinstance(part, Reasoning) else "text"
@@ -38,7 +37,6 @@ class ContentBlocks:
         return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
 
     def close(self) -> list[NamedEvent]:
-        """Complete the block that grows, if one does."""
         if self._open is None:
             return []
         signed = [self._delta({"type": "signature_delta", "signature": ""})] if self._open == "thinking" else []
@@ -64,8 +62,6 @@ class ContentBlocks:
 
 
 class MessagesWriter:
-    """A `ResponseWriter` of messages."""
-
     def __init__(self, head: AnswerHead) -> None:
         self.head = head
 

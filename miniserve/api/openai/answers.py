@@ -34,9 +34,6 @@ class Usage(TypedDict):
     completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
-# --- chat -----------------------------------------------------------------------------------------------------------
-
-
 class TopLogprob(TypedDict):
     token: str
     bytes: list[int]
@@ -94,9 +91,6 @@ class ChatCompletion(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
 
 
-# --- completions ----------------------------------------------------------------------------------------------------
-
-
 class CompletionLogprobs(TypedDict):
     tokens: list[str]
     token_logprobs: list[float]
@@ -123,9 +117,6 @@ class Completion(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
-
-
-# --- the rest -------------------------------------------------------------------------------------------------------
 
 
 class Model(TypedDict):
@@ -162,9 +153,6 @@ class Version(TypedDict):
     version: str
 
 
-# --- usage ----------------------------------------------------------------------------------------------------------
-
-
 def usage(of: Choice | Generation, output_tokens: int) -> Usage:
     """What a choice or all of a generation has used so far, with `output_tokens`."""
     used: Usage = {
@@ -177,8 +165,6 @@ def usage(of: Choice | Generation, output_tokens: int) -> Usage:
         used["completion_tokens_details"] = {"reasoning_tokens": of.reasoning_tokens}
     return used
 
-
-# --- log-probabilities ----------------------------------------------------------------------------------------------
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON lacks; as in OpenAI's answers and vLLM's."""
@@ -209,7 +195,6 @@ class CompletionLogprobWriter:
         self._offset = 0
 
     def write(self, entries: list[TokenLogprob]) -> CompletionLogprobs:
-        """The log-probabilities of the choice's next tokens."""
         out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
             logprob = max(entry.logprob, LOWEST)

@@ -8,14 +8,7 @@ from typing import Any
 import msgspec
 
 from miniserve.api.generation import Choice, Generation
-from miniserve.api.openai.answers import (
-    ChatCompletion,
-    ChatLogprobs,
-    ChatMessageOut,
-    ToolCallOut,
-    chat_logprobs,
-    usage,
-)
+from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import ChatRequest, TokenizeRequest
 from miniserve.api.tools import Tool, with_all_keys
@@ -66,8 +59,7 @@ class ChatRenderer:
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
         """`params`, whose grammar is that of the format if there is one, with the grammar of the whole answer: if a
-        call is forced, or the model may reason before the format or call a tool instead. Slow: not for the event loop.
-        """
+        call is forced, or the model may reason before the format or call a tool instead."""
         allowed, reasoned = self._request.allowed_calls, self._reasoned(prompt)
         wanted = None if allowed.forced else params.grammar
         tools = allowed.forced or (allowed.callable if wanted else [])
@@ -106,25 +98,24 @@ class ChatWriter(ChunkWriter):
 
     chunk_object = "chat.completion.chunk"
 
-    def response(self, generation: Generation) -> ChatCompletion:
+    def response(self, generation: Generation) -> answers.ChatCompletion:
         choices = []
         for choice in generation.choices:
             parts, logprobs = choice.take()
             choices.append(self._ended(choice, {"message": _message(parts)}, self._logprobs(choice, logprobs)))
-        answer: ChatCompletion = {
+        answer: answers.ChatCompletion = {
             "id": self.head.id,
             "object": "chat.completion",
             "created": self.head.created,
             "model": self.head.model,
             "choices": choices,
-            "usage": usage(generation, generation.output_tokens),
+            "usage": answers.usage(generation, generation.output_tokens),
         }
         if self.token_ids:
             answer["prompt_token_ids"] = generation.choices[0].prompt
         return answer
 
     def opening(self, choice: Choice) -> Mapping[str, Any]:
-        """The role of the speaker."""
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -143,7 +134,7 @@ class ChatWriter(ChunkWriter):
     def closing(self, choice: Choice) -> Mapping[str, Any]:
         return self._ended(choice, {"delta": {}}, None)
 
-    def _ended(self, choice: Choice, said: dict[str, Any], logprobs: ChatLogprobs | None) -> Any:
+    def _ended(self, choice: Choice, said: dict[str, Any], logprobs: answers.ChatLogprobs | None) -> Any:
         """A choice that has ended, as it is in a whole answer or in the last chunk."""
         return {
             "index": choice.index,
@@ -157,8 +148,8 @@ class ChatWriter(ChunkWriter):
     def _token_ids(self, choice: Choice) -> dict[str, list[int]]:
         return {"token_ids": choice.take_tokens()} if self.token_ids else {}
 
-    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> ChatLogprobs | None:
-        return None if choice.params.logprobs is None else chat_logprobs(self._tokenizer, logprobs)
+    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> answers.ChatLogprobs | None:
+        return None if choice.params.logprobs is None else answers.chat_logprobs(self._tokenizer, logprobs)
 
 
 def _delta(part: Part) -> dict[str, Any]:
@@ -170,11 +161,11 @@ def _delta(part: Part) -> dict[str, Any]:
     return {"tool_calls": [{"index": part.index, **_call(part)}]}
 
 
-def _message(parts: list[Part]) -> ChatMessageOut:
+def _message(parts: list[Part]) -> answers.ChatMessageOut:
     content = "".join(part for part in parts if isinstance(part, str))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
     calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
-    message: ChatMessageOut = {
+    message: answers.ChatMessageOut = {
         "role": "assistant",
         "content": None if not content and (reasoning or calls) else content,
         "refusal": None,
@@ -186,5 +177,5 @@ def _message(parts: list[Part]) -> ChatMessageOut:
     return message
 
 
-def _call(call: ToolCall) -> ToolCallOut:
+def _call(call: ToolCall) -> answers.ToolCallOut:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -50,8 +50,6 @@ class ChunkWriter(ABC):
         """The choice in its last chunk."""
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
-        """All events; those that can be sent together come as one piece. Raises the exception that a choice failed
-        with."""
         head = {"object": self.chunk_object, **self.head._asdict()}
         with_usage = bool(self._options.include_usage)
         continuous = with_usage and bool(self._options.continuous_usage_stats)
@@ -65,15 +63,15 @@ class ChunkWriter(ABC):
                 after = b'],"usage":' + msgspec.json.encode(usage(choice, output_tokens)) + b"}\n\n"
             return before + msgspec.json.encode(chunk) + after
 
-        openings = [(choice, opening) for choice in generation.choices if (opening := self.opening(choice)) is not None]
         yield b"".join(
             event(choice, opening, 0, _before_choice({**head, **self.beside_opening(choice)}))
-            for choice, opening in openings
+            for choice in generation.choices
+            if (opening := self.opening(choice)) is not None
         )
         async for updated in generation.updates():
             chunks: list[bytes] = []
             for choice in updated:
-                by_token = self.token_ids and choice.has_tokens
+                by_token = self.token_ids and bool(choice.tokens)
                 if not (choice.has_parts or by_token):
                     continue
                 parts, logprobs = choice.take()
@@ -90,7 +88,6 @@ class ChunkWriter(ABC):
         yield DONE
 
     def error_events(self, error: ApiError) -> bytes:
-        """The error, and the end of the stream."""
         return data_event(error.body) + DONE
 
 

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from miniserve.api.generation import Choice, Generation
-from miniserve.api.openai.answers import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionLogprobWriter,
-    usage,
-)
+from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
@@ -50,10 +44,10 @@ class CompletionWriter(ChunkWriter):
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: CompletionRequest) -> None:
         super().__init__(head, tokenizer, request)
         self._request = request
-        self._logprob_writers: dict[int, CompletionLogprobWriter] = {}
+        self._logprob_writers: dict[int, answers.CompletionLogprobWriter] = {}
         self._prompt_sent: set[int] = set()
 
-    def response(self, generation: Generation) -> Completion:
+    def response(self, generation: Generation) -> answers.Completion:
         taken = [(choice, *choice.take_text()) for choice in generation.choices]
         return {
             "id": self.head.id,
@@ -61,21 +55,23 @@ class CompletionWriter(ChunkWriter):
             "created": self.head.created,
             "model": self.head.model,
             "choices": [self._choice(c, self._echo(c) + text, logprobs, ended=True) for c, text, logprobs in taken],
-            "usage": usage(generation, generation.output_tokens),
+            "usage": answers.usage(generation, generation.output_tokens),
         }
 
-    def opening(self, choice: Choice) -> CompletionChoice | None:
+    def opening(self, choice: Choice) -> answers.CompletionChoice | None:
         return self._choice(choice, self._echo(choice), []) if self._request.echo else None
 
-    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> CompletionChoice:
+    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> answers.CompletionChoice:
         assert isinstance(part, str)  # without a reader there are no other parts
         return self._choice(choice, part, logprobs)
 
-    def closing(self, choice: Choice) -> CompletionChoice:
+    def closing(self, choice: Choice) -> answers.CompletionChoice:
         return self._choice(choice, "", [], ended=True)
 
-    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False) -> CompletionChoice:
-        answer: CompletionChoice = {
+    def _choice(
+        self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False
+    ) -> answers.CompletionChoice:
+        answer: answers.CompletionChoice = {
             "index": choice.index,
             "text": text,
             "logprobs": self._logprobs(choice, logprobs),
@@ -94,10 +90,10 @@ class CompletionWriter(ChunkWriter):
         prompt = self._request.prompt[choice.index // choice.params.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> CompletionLogprobs | None:
+    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> answers.CompletionLogprobs | None:
         if choice.params.logprobs is None:
             return None
         if choice.index not in self._logprob_writers:
-            writer = CompletionLogprobWriter(self._tokenizer, choice.params.skip_special_tokens)
+            writer = answers.CompletionLogprobWriter(self._tokenizer, choice.params.skip_special_tokens)
             self._logprob_writers[choice.index] = writer
         return self._logprob_writers[choice.index].write(logprobs)

@@ -26,6 +26,8 @@ from miniserve.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, ParameterError,
 
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384
+GUIDED_FORMS = ("json", "regex", "choice", "grammar")
+"""Forms of structured output that had parameters of their own in older versions of vLLM."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 
@@ -76,9 +78,6 @@ class StructuredOutputs(Body):
         return self
 
 
-_USE_A_FORMAT = "use `structured_outputs` or `response_format`"
-
-
 class GenerationRequest(RequestBody, ABC):
     """The fields that chat and text completions share: OpenAI's first, then vLLM's."""
 
@@ -87,12 +86,10 @@ class GenerationRequest(RequestBody, ABC):
         "prompt_logprobs": "log-probabilities are of generated tokens only",
         "truncate_prompt_tokens": "cut the input yourself",
         "bad_words": "use `logit_bias`",
-        "allowed_token_ids": _USE_A_FORMAT,
-        "logits_processors": _USE_A_FORMAT,
-        "guided_json": _USE_A_FORMAT,
-        "guided_regex": _USE_A_FORMAT,
-        "guided_choice": _USE_A_FORMAT,
-        "guided_grammar": _USE_A_FORMAT,
+        **dict.fromkeys(
+            ["allowed_token_ids", "logits_processors", *(f"guided_{form}" for form in GUIDED_FORMS)],
+            "use `structured_outputs` or `response_format`",
+        ),
     }
 
     model: Text | None = None
@@ -125,13 +122,9 @@ class GenerationRequest(RequestBody, ABC):
     """The answer holds its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> GenerationRequest:
+    def _fields_agree(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
-        return self
-
-    @model_validator(mode="after")
-    def _one_format(self) -> GenerationRequest:
         if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
             raise ParameterError("structured_outputs", "Give `response_format` or `structured_outputs`, not both.")
         return self

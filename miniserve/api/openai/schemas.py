@@ -24,8 +24,6 @@ from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_call, che
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.template import Message
 
-# --- messages -------------------------------------------------------------------------------------------------------
-
 
 class ContentPart(Body):
     type: Literal["text"]
@@ -95,9 +93,6 @@ class ChatMessage(Body):
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
 
 
-# --- generating -----------------------------------------------------------------------------------------------------
-
-
 class ChatRequest(GenerationRequest):
     refused = {
         **GenerationRequest.refused,
@@ -144,7 +139,6 @@ class ChatRequest(GenerationRequest):
 
     @property
     def allowed_calls(self) -> AllowedCalls:
-        """Which tools the model may call, and which it has to call."""
         return self._allowed_calls
 
     @property
@@ -205,9 +199,6 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-# --- tokenizing -----------------------------------------------------------------------------------------------------
-
-
 class TokenizeRequest(RequestBody):
     """A `prompt` or `messages`."""
 
@@ -230,7 +221,6 @@ class TokenizeRequest(RequestBody):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """Variables of the chat template beside the conversation."""
         return self.chat_template_kwargs or {}
 
 

@@ -36,9 +36,9 @@ RESPONSES_NAMES = {
     r"tools\[(\d+)\]\.function": r"tools[\1]",
 }
 """Patterns of a chat's parameters, and this API's names of them."""
+SAME_NAMES = {"model", "temperature", "top_p", "stream", "parallel_tool_calls", "prompt_cache_key", "cache_salt"}
 MAX_METADATA = 16
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
-ITEM_KEYS = frozenset({"id", "status"})
 ENCRYPTED = "reasoning.encrypted_content"
 
 
@@ -61,35 +61,31 @@ TextOrParts = Annotated[
 ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 
 
-class MessageItem(Body):
-    silent = ITEM_KEYS
+class ItemBody(Body):
+    silent = frozenset({"id", "status"})
 
+
+class MessageItem(ItemBody):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: TextOrParts
 
 
-class FunctionCallItem(Body):
-    silent = ITEM_KEYS
-
+class FunctionCallItem(ItemBody):
     type: Literal["function_call"]
     call_id: Annotated[Text, Field(min_length=1)]
     name: Text
     arguments: Text
 
 
-class FunctionCallOutputItem(Body):
-    silent = ITEM_KEYS
-
+class FunctionCallOutputItem(ItemBody):
     type: Literal["function_call_output"]
     call_id: Annotated[Text, Field(min_length=1)]
     output: TextOrParts
 
 
-class ReasoningItem(Body):
+class ReasoningItem(ItemBody):
     """`content` goes before `summary`. No server can read what another one has encrypted."""
-
-    silent = ITEM_KEYS
 
     type: Literal["reasoning"]
     content: ReasoningParts | None = None
@@ -193,7 +189,6 @@ class ResponsesRequest(RequestBody):
 
     @property
     def items(self) -> list[InputItem]:
-        """The input."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
     def chat(self, items: Sequence[InputItem]) -> ChatRequest:
@@ -201,18 +196,12 @@ class ResponsesRequest(RequestBody):
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         fields = {
             "messages": messages + messages_of(items),
-            "model": self.model,
+            **self.model_dump(include=SAME_NAMES),
             "max_completion_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "stream": self.stream,
             "tools": [_chat_tool(number, tool) for number, tool in enumerate(self.tools or [])] or None,
             "tool_choice": _chat_choice(self.tool_choice),
-            "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self.text and self.text.format and _chat_format(self.text.format),
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
-            "prompt_cache_key": self.prompt_cache_key,
-            "cache_salt": self.cache_salt,
         }
         return ChatRequest.model_validate(fields)
 

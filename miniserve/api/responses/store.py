@@ -57,7 +57,6 @@ class ResponseStore(Generic[T]):
             self.delete(next(iter(self._stored)))
 
     def get(self, id: str) -> Stored[T] | None:
-        """The response of that id; None if there never was one, or it is gone."""
         if id in self._stored:
             self._stored.move_to_end(id)
         return self._stored.get(id)
@@ -79,7 +78,6 @@ class ResponseStore(Generic[T]):
 
 
 def not_found(id: str) -> ApiError:
-    """The answer to a request for a response that is not stored."""
     return _missing(id, ", unless `store` is false or they failed.", code="response_not_found")
 
 

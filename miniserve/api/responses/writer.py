@@ -13,17 +13,7 @@ import msgspec
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.protocols import AnswerHead
-from miniserve.api.responses.answers import (
-    ItemStatus,
-    OutputFunctionCall,
-    OutputItem,
-    OutputMessage,
-    OutputReasoning,
-    OutputText,
-    ReasoningText,
-    ResponseOut,
-    ResponseUsage,
-)
+from miniserve.api.responses import answers
 from miniserve.api.responses.schemas import OUTPUT, InputItem, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, Stored
 from miniserve.api.streaming import NamedEvent, named_event
@@ -34,11 +24,10 @@ class OutputItems:
     """Makes items of the parts of an answer, as they come, and the events of a stream that announce them."""
 
     def __init__(self) -> None:
-        self.items: list[OutputItem] = []
-        self._open: OutputMessage | OutputReasoning | None = None
+        self.items: list[answers.OutputItem] = []
+        self._open: answers.OutputMessage | answers.OutputReasoning | None = None
 
     def feed(self, part: Part) -> list[NamedEvent]:
-        """Add the next part."""
         if isinstance(part, ToolCall):
             return [*self._close("completed"), *self._call(part)]
         kind: Literal["message", "reasoning"] = "reasoning" if isinstance(part, Reasoning) else "message"
@@ -58,7 +47,7 @@ class OutputItems:
 
     def _begin(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
         part: dict[str, Any]
-        item: OutputMessage | OutputReasoning
+        item: answers.OutputMessage | answers.OutputReasoning
         if kind == "message":
             item = {"type": "message", "id": _id("msg"), "role": "assistant", "status": "in_progress", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -75,13 +64,12 @@ class OutputItems:
             ("response.content_part.added", {**self._place(), "part": dict(part)}),
         ]
 
-    def _close(self, status: ItemStatus) -> list[NamedEvent]:
-        """Complete the item that grows, if one does."""
+    def _close(self, status: answers.ItemStatus) -> list[NamedEvent]:
         if (item := self._open) is None:
             return []
         self._open = None
         item["status"] = status
-        part: OutputText | ReasoningText = item["content"][0]
+        part: answers.OutputText | answers.ReasoningText = item["content"][0]
         more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
         return [
             (f"response.{_text_kind(item)}.done", {**self._place(), "text": part["text"], **more}),
@@ -90,7 +78,7 @@ class OutputItems:
         ]
 
     def _call(self, call: ToolCall) -> list[NamedEvent]:
-        item: OutputFunctionCall = {
+        item: answers.OutputFunctionCall = {
             "type": "function_call",
             "id": _id("fc"),
             "call_id": call.id,
@@ -105,10 +93,7 @@ class OutputItems:
         return [
             ("response.output_item.added", {"output_index": index, "item": begun}),
             ("response.function_call_arguments.delta", {**place, "delta": call.arguments}),
-            (
-                "response.function_call_arguments.done",
-                {**place, "name": call.name, "arguments": call.arguments},
-            ),
+            ("response.function_call_arguments.done", {**place, "name": call.name, "arguments": call.arguments}),
             ("response.output_item.done", {"output_index": index, "item": item}),
         ]
 
@@ -128,9 +113,9 @@ class ResponsesWriter:
         self._items = items
         self._store = store
         self._numbers = count()
-        self._begun: ResponseOut | None = None
+        self._begun: answers.ResponseOut | None = None
 
-    def response(self, generation: Generation) -> ResponseOut:
+    def response(self, generation: Generation) -> answers.ResponseOut:
         (choice,) = generation.choices
         output = OutputItems()
         for part in choice.take()[0]:
@@ -165,7 +150,7 @@ class ResponsesWriter:
     def _encoded(self, events: Sequence[NamedEvent]) -> bytes:
         return b"".join(named_event(name, {"sequence_number": next(self._numbers), **data}) for name, data in events)
 
-    def _in_progress(self, choice: Choice) -> ResponseOut:
+    def _in_progress(self, choice: Choice) -> answers.ResponseOut:
         asked, text = self._request, self._request.text
         form = text.format.model_dump(by_alias=True, exclude_none=True) if text and text.format else {"type": "text"}
         tools = [{"parameters": None, "strict": None, **tool} for tool in asked.tools or []]
@@ -197,16 +182,22 @@ class ResponsesWriter:
             "truncation": "disabled",
         }
 
-    def _ended(self, begun: ResponseOut, output: OutputItems, generation: Generation) -> ResponseOut:
+    def _ended(self, begun: answers.ResponseOut, output: OutputItems, generation: Generation) -> answers.ResponseOut:
         (choice,) = generation.choices
         cut_off = choice.finish == "length"
-        answer: ResponseOut = {
+        answer: answers.ResponseOut = {
             **begun,
             "completed_at": None if cut_off else int(time.time()),
             "status": "incomplete" if cut_off else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
             "output": output.items,
-            "usage": _usage(generation),
+            "usage": {
+                "input_tokens": generation.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": generation.output_tokens,
+                "output_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
+                "total_tokens": generation.prompt_tokens + generation.output_tokens,
+            },
         }
         if self._request.store is not False:
             assert choice.turn is not None
@@ -218,17 +209,7 @@ class ResponsesWriter:
         return answer
 
 
-def _usage(generation: Generation) -> ResponseUsage:
-    return {
-        "input_tokens": generation.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": generation.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
-        "total_tokens": generation.prompt_tokens + generation.output_tokens,
-    }
-
-
-def _text_kind(item: OutputMessage | OutputReasoning) -> str:
+def _text_kind(item: answers.OutputMessage | answers.OutputReasoning) -> str:
     return "output_text" if item["type"] == "message" else "reasoning_text"
 
 
