@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from miniserve.bench.replay.workload import ARRIVALS
-from miniserve.cli.flags import api_key, checked, positive, rate, scale, seconds, share, span, whole
+from miniserve.cli.flags import add_url, api_key, checked, positive, rate, scale, seconds, share, span, whole
 from miniserve.config import ConfigError, EngineConfig, Topology
 from miniserve.scheduler.baselines import POLICIES
 
@@ -87,8 +87,7 @@ def _add_replay(commands: Any) -> None:
     )
     parser.set_defaults(run=_replay)
     _add_workload(parser)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
-    parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
+    add_url(parser, "http://127.0.0.1:8000")
     parser.add_argument("--model", help="default: the server's first")
     parser.add_argument(
         "--standalone",
@@ -272,12 +271,8 @@ def _write(result: dict[str, Any], path: Path | None) -> int:
 def _distribution(text: str) -> Any:
     from miniserve.bench.replay.distributions import Distribution
 
-    try:
-        return Distribution.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return checked(Distribution.parse)(text)
 
 
 def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A list with commas."""
     return lambda text: [item(part) for part in text.split(",")]

@@ -130,8 +130,13 @@ def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None
 def level(axes: Axes, value: float, name: str) -> None:
     """Draw a horizontal line, named beside the axes, where no data is."""
     axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
+    note(axes, name, value, 4)
+
+
+def note(axes: Axes, text: str, at: float, gap: float) -> None:
+    """Write `gap` points beside the right end of the axes, at a value of theirs."""
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(name, (1, value), (4, 0), **place, va="center", fontsize=9)
+    axes.annotate(text, (1, at), (gap, 0), **place, va="center", fontsize=9)
 
 
 def legend(figure: Figure, styles: Mapping[str, Look]) -> None:

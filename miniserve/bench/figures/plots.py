@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,19 +55,15 @@ class Panel(NamedTuple):
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Write all figures that the cells have values for into `folder`; the files."""
     plain = usual(cells)
-    figures: dict[str, Callable[[], Figure | None]] = {
-        "latency": lambda: _latency(plain),
-        "violations": lambda: _violations(plain),
-        "energy": lambda: _energy(plain),
-        "mispredict": lambda: _mispredict(cells),
-        "throughput": lambda: _throughput(plain),
-    }
-    written = []
     with drawing():
-        for stem, make in figures.items():
-            if (figure := make()) is not None:
-                written += save(figure, folder, stem)
-    return written
+        figures = {
+            "latency": _latency(plain),
+            "violations": _violations(plain),
+            "energy": _energy(plain),
+            "mispredict": _mispredict(cells),
+            "throughput": _throughput(plain),
+        }
+        return [path for stem, figure in figures.items() if figure is not None for path in save(figure, folder, stem)]
 
 
 def _latency(cells: Sequence[Cell]) -> Figure | None:
@@ -126,7 +122,8 @@ def _against_rate(
         axes.set_xlabel("arrivals, conversations/s" if number >= len(panels) - columns else "")
         values: list[float] = []
         for place, (name, look) in enumerate(styles.items()):
-            points = list(_by_rate(series[name], panel))
+            spreads = _points(series[name], "rate", panel.path)
+            points = [(at, Spread(*(panel.factor * value for value in spread))) for at, spread in spreads]
             values += [value for _, spread in points for value in spread]
             lane = place + 1.0
             if len(rates) == 1:  # no lines: points stand side by side
@@ -142,10 +139,11 @@ def _against_rate(
     return figure
 
 
-def _by_rate(cells: Sequence[Cell], panel: Panel) -> Iterator[tuple[float, Spread]]:
-    for rate, those in by_rate(cells).items():
-        if found := measured(those, *panel.path):
-            yield rate, Spread(*(panel.factor * value for value in found))
+def _points(cells: Sequence[Cell], key: str, path: Keys) -> Iterator[tuple[float, Spread]]:
+    """The figure at `path` for each value of `key`, where it was measured."""
+    for at in sorted({cell[key] for cell in cells}):
+        if spread := measured([cell for cell in cells if cell[key] == at], *path):
+            yield at, spread
 
 
 def _rate_axis(axes: Axes, rates: Sequence[float], inches: float) -> None:
@@ -202,14 +200,12 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
     values: list[float] = []
     for name, mine in series.items():
         if name in sweeps:
-            points = list(_by_share(mine, path))
+            points = [(100 * share, spread) for share, spread in _points(mine, "mispredict", path)]
             line(axes, points, styles[name])
             values += [value for _, spread in points for value in spread]
         elif level_ := measured(mine, *path):
-            styles[name] = styles[name]._replace(marker="")
-            axes.axhline(
-                level_.mean, color=styles[name].color, linestyle=styles[name].dash, linewidth=styles[name].width
-            )
+            look = styles[name] = styles[name]._replace(marker="")
+            axes.axhline(level_.mean, color=look.color, linestyle=look.dash, linewidth=look.width)
             values.append(level_.mean)
     ticks(axes.xaxis, sorted(100 * share for share in shares[rate]))
     axes.set_xlabel("predictions made wrong, %")
@@ -218,12 +214,6 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
     _value_axis(axes, Panel("", "", path, 1, (SLO, "SLO"), scale), values)
     legend(figure, styles)
     return figure
-
-
-def _by_share(cells: Sequence[Cell], path: Keys) -> Iterator[tuple[float, Spread]]:
-    for share in sorted({cell["mispredict"] for cell in cells}):
-        if spread := measured([cell for cell in cells if cell["mispredict"] == share], *path):
-            yield 100 * share, spread
 
 
 def _sweeps(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

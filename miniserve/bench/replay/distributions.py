@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from miniserve.bench.replay.workload import ARRIVALS, Script, TurnSize
+from miniserve.config import ConfigError
 
 BURST = 8
 """Conversations that arrive at once with `burst`."""
@@ -30,7 +31,7 @@ class Distribution(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Distribution:
-        """From `5`, `0..30`, `log:67..8000` or `exp:10`. Raises ValueError."""
+        """From `5`, `0..30`, `log:67..8000` or `exp:10`. Raises `ConfigError`."""
         kind, _, rest = text.rpartition(":")
         low, dots, high = rest.partition("..")
         kinds = ("uniform", "log") if dots else ("fixed", "exp")
@@ -40,7 +41,7 @@ class Distribution(NamedTuple):
             if parsed.kind not in kinds or not least <= parsed.low <= parsed.high < 1e9:
                 raise ValueError
         except ValueError:
-            raise ValueError(
+            raise ConfigError(
                 f"{text!r} is not a number or distribution: write 5, 0..30 (uniform), log:67..8000 or exp:10 (mean)"
             ) from None
         return parsed

@@ -66,7 +66,6 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def native(self) -> bool:
-        """Whether tokens are asked for at llama-server's own /completion."""
         return self.kind == "llama.cpp"
 
     @property
@@ -88,7 +87,7 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
         """From the data of a server-sent event. Raises `msgspec.DecodeError` if it is not one of this server's."""
         if self.native:
             chunk = _native.decode(data)
-            cached = chunk.timings.cache_n if chunk.timings else None
+            cached = (chunk.timings or {}).get("cache_n")
             usage = TokenCounts(chunk.tokens_evaluated, cached, chunk.tokens_predicted) if chunk.stop else None
             return Event(len(chunk.tokens), chunk.tokens, usage, chunk.stop, error_message(chunk.error))
         if data == b"[DONE]":
@@ -100,7 +99,7 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
             tokens = len(ids) if ids is not None else int(bool(choice.text))
         usage = None
         if (said := reply.usage) is not None:
-            cached = said.prompt_tokens_details.cached_tokens if said.prompt_tokens_details else None
+            cached = (said.prompt_tokens_details or {}).get("cached_tokens")
             usage = TokenCounts(said.prompt_tokens, cached, said.completion_tokens)
         return Event(tokens, ids, usage, error=error_message(reply.error))
 
@@ -139,8 +138,8 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
         roles = Counter(worker.role for worker in workers.data)
         about |= {"policy": workers.policy, "topology": str(Topology(roles["prefiller"], roles["decoder"]))}
     elif kind == "llama.cpp" and (props := await _maybe(http, f"{root}/props", _Props)):
-        about |= {"max_model_len": props.default_generation_settings.n_ctx, "version": props.build_info}
-    vocab = card.vocab_size or (card.meta.n_vocab if card.meta else None)
+        about |= {"max_model_len": props.default_generation_settings.get("n_ctx"), "version": props.build_info}
+    vocab = card.vocab_size or (card.meta or {}).get("n_vocab")
     return TargetServer(root=root, kind=kind, model=card.id, vocab=vocab, **about)
 
 
@@ -197,14 +196,10 @@ def body_message(body: bytes) -> str:
 # --- what is read of answers ---------------------------------------------------------------------------------------
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
+    prompt_tokens_details: dict[str, int | None] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -218,21 +213,13 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
-class _Timings(msgspec.Struct):
-    cache_n: int | None = None
-
-
 class _Native(msgspec.Struct):
     tokens: list[int] = []
     stop: bool = False
     tokens_evaluated: int = 0
     tokens_predicted: int = 0
-    timings: _Timings | None = None
+    timings: dict[str, Any] | None = None
     error: Any = None
-
-
-class _Meta(msgspec.Struct):
-    n_vocab: int | None = None
 
 
 class _Card(msgspec.Struct):
@@ -240,7 +227,7 @@ class _Card(msgspec.Struct):
     owned_by: str = "unknown"
     max_model_len: int | None = None
     vocab_size: int | None = None
-    meta: _Meta | None = None
+    meta: dict[str, Any] | None = None
 
 
 class _Models(msgspec.Struct):
@@ -260,12 +247,8 @@ class _Version(msgspec.Struct):
     version: str
 
 
-class _Settings(msgspec.Struct):
-    n_ctx: int | None = None
-
-
 class _Props(msgspec.Struct):
-    default_generation_settings: _Settings
+    default_generation_settings: dict[str, Any]
     build_info: str | None = None
 
 

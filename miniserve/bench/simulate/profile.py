@@ -10,6 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,20 +58,14 @@ def profile(config: EngineConfig, out: Path) -> None:
         files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
     except ModelError as error:
         raise ConfigError(str(error)) from error
-    engine = msgspec.structs.replace(config, model=str(files.folder))
+    engine = msgspec.json.encode(msgspec.structs.replace(config, model=str(files.folder)))
     command = [sys.executable, "-m", "miniserve.bench.simulate.profile"]
-    copies = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(config.workers)]
-    for copy in copies:
-        assert copy.stdin is not None
-        copy.stdin.write(msgspec.json.encode(engine))
-        copy.stdin.close()
-    found = []
-    for copy in copies:
-        assert copy.stdout is not None
-        answer = copy.stdout.read()
-        if copy.wait():
-            raise ConfigError("The measurement failed; what it said is above.")
-        found.append(msgspec.json.decode(answer, type=Measured))
+    measure = partial(subprocess.run, command, input=engine, stdout=subprocess.PIPE)
+    with ThreadPoolExecutor(config.workers) as pool:
+        copies = [copy.result() for copy in [pool.submit(measure) for _ in range(config.workers)]]
+    if any(copy.returncode for copy in copies):
+        raise ConfigError("The measurement failed; what it said is above.")
+    found = [msgspec.json.decode(copy.stdout, type=Measured) for copy in copies]
     hardware = fit(found, f"{found[0].device}-{Path(config.model).name}", config.workers)
     out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
     print(quality(hardware, found), file=sys.stderr)
@@ -80,17 +76,18 @@ def fit(found: list[Measured], name: str, workers: int) -> Hardware:
     steps = [step for copy in found for step in copy.steps]
     rows = np.array([_features(*step[:4]) for step in steps])
     seconds = np.array([step[4] for step in steps])
-    weights = _non_negative(rows / seconds[:, None], np.ones(len(steps))).tolist()
+    weights = _non_negative(rows / seconds[:, None], np.ones(len(steps)))
+    base, per_token, per_pair, per_context, per_sequence, per_kv_token = weights.tolist()
     first = found[0]
     return Hardware(
         name=name,
         source=f"miniserve profile, {time.strftime('%Y-%m-%d')}: {first.device}, {first.dtype}, {workers} at once",
-        base=weights[0],
-        per_token=weights[1],
-        per_pair=weights[2],
-        per_context=weights[3],
-        per_sequence=weights[4],
-        per_kv_token=weights[5],
+        base=base,
+        per_token=per_token,
+        per_pair=per_pair,
+        per_context=per_context,
+        per_sequence=per_sequence,
+        per_kv_token=per_kv_token,
         overhead=statistics.mean(copy.overhead for copy in found),
         kv_bytes_per_token=first.kv_bytes_per_token,
         kv_tokens=min(copy.kv_tokens for copy in found),
@@ -101,7 +98,6 @@ def fit(found: list[Measured], name: str, workers: int) -> Hardware:
 
 
 def quality(hardware: Hardware, found: list[Measured]) -> str:
-    """How far the constants are from what was measured, in words."""
     errors = sorted(
         abs((hardware.step_seconds([(n, c)] if n else [], b, s) - hardware.overhead) / seconds - 1)
         for copy in found

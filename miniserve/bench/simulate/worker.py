@@ -12,7 +12,7 @@ from math import inf
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
 from miniserve.config import Role
-from miniserve.kv.eviction import OrderName, make_order
+from miniserve.kv.eviction import make_order
 from miniserve.kv.pages import PagePool
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -22,7 +22,6 @@ from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Done, Work
 
 LAYOUT = "simulated"
-VOCAB = 2**31
 PATIENCE = 30.0
 """Seconds of a handoff's lease: the default of `serve`."""
 
@@ -126,10 +125,9 @@ class SimulatedWorker:
         send: Send,
         *,
         max_model_len: int,
-        order: OrderName = "expected",
-        stretch: float = 0.0,
-        caching: bool = True,
-        record: bool = False,
+        stretch: float,
+        caching: bool,
+        record: bool,
     ) -> None:
         self.name = name
         self.role = role
@@ -137,15 +135,18 @@ class SimulatedWorker:
         self.clock = Clock()
         self.inbox: list[Envelope] = []
         self.due = inf
-        """When its next round is due; infinite while none is."""
-        self.spans: list[Span] | None = [] if record else None
+        """The time of its next round; infinite while none is due."""
+        self.spans: list[Span] = []
+        """With `record`: what the device did."""
         self.copies: list[Span] = []
         """With `record`: when KV was on its way to this worker."""
         self.kv: list[tuple[float, int, int]] = []
         """With `record`: (time, held, cached pages) after each round."""
-        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order(order), caching=caching)
+        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order("expected"), caching=caching)
         self._send = send
-        self.runner = SimulatedRunner(hardware, self.clock, speak, self.spans)
+        self._page_bytes = hardware.page_tokens * hardware.kv_bytes_per_token
+        self._record = record
+        self.runner = SimulatedRunner(hardware, self.clock, speak, self.spans if record else None)
         engine = Engine(
             self.runner,
             self.pool,
@@ -158,7 +159,7 @@ class SimulatedWorker:
         )
         handoffs = Handoffs(
             engine,
-            hardware.page_tokens * hardware.kv_bytes_per_token,
+            self._page_bytes,
             LAYOUT,
             PATIENCE,
             self.send,
@@ -166,21 +167,20 @@ class SimulatedWorker:
             self.clock,
         )
         self.worker = Worker(
-            name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=VOCAB, clock=self.clock
+            name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=2**31, clock=self.clock
         )
 
     @property
     def peer(self) -> Peer:
-        """What the other workers know of this one."""
-        page_bytes = self.hardware.page_tokens * self.hardware.kv_bytes_per_token
-        return Peer(self.name, 1, self.name, PoolInfo(0, -1, self.pool.num_pages, page_bytes, LAYOUT), self.role)
+        pool = PoolInfo(0, -1, self.pool.num_pages, self._page_bytes, LAYOUT)
+        return Peer(self.name, 1, self.name, pool, self.role)
 
     def round(self, now: float) -> float:
-        """One round of its loop from `now` on; when the next one is due if no message comes before."""
+        """Run its loop once from `now` on; returns when the next round is due if no message comes before."""
         self.clock.now = now
         messages, self.inbox = self.inbox, []
         self.worker.work(messages)
-        if self.spans is not None:
+        if self._record:
             self.kv.append((self.clock.now, self.pool.num_held, self.pool.num_cached))
         return self.clock.now + self.worker.rest
 
