@@ -24,7 +24,7 @@ from miniserve.scheduler.baselines import POLICIES
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """The grid: every policy at every rate with every seed."""
+    """The grid: every policy at every rate with every seed. `jobs` simulations run at once."""
 
     workload: WorkloadConfig
     policies: list[str]
@@ -38,14 +38,12 @@ class CompareConfig:
     hardware: str
     enable_prefix_caching: bool = True
     jobs: int = 1
-    """Simulations at once."""
     serve: str | None = None
     """The model of real servers; None: runs are simulated."""
     serve_args: list[str]
     window: tuple[float, float] | None = None
     """Seconds of which a timeline is drawn, at the highest rate, with the first seed."""
     out: Path | None = None
-    """The folder for cells, tables and figures."""
 
 
 class GridCell(NamedTuple):
@@ -104,7 +102,6 @@ def _grid(config: CompareConfig) -> Iterator[GridCell]:
 
 
 async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[str, Any]]:
-    """Every cell, `config.jobs` at once."""
     room = asyncio.Semaphore(config.jobs)
     with counting("simulations", len(grid)) as progress:
 

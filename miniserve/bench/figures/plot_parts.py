@@ -68,20 +68,12 @@ def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
 
 def drawing() -> AbstractContextManager[None]:
     """A context with this style; the user's own settings do not matter in it and are back after it."""
-    own = {
-        "font.size": 10,
+    own: dict[str, Any] = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
         "axes.titlesize": 10.5,
-        "axes.labelsize": 10,
         "xtick.labelsize": 9,
         "ytick.labelsize": 9,
-        "legend.fontsize": 10,
-        "figure.titlesize": 12,
         "figure.titleweight": "bold",
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -97,7 +89,7 @@ def drawing() -> AbstractContextManager[None]:
 
 
 def sheet(title: str, width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """An empty figure of a size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -125,12 +117,6 @@ def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None
         axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0, zorder=FRONT - 1)
     else:
         axes.vlines(x, low, high, color=look.color, linewidth=1.2, zorder=FRONT - 1)
-
-
-def level(axes: Axes, value: float, name: str) -> None:
-    """Draw a horizontal line, named beside the axes, where no data is."""
-    axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
-    note(axes, name, value, 4)
 
 
 def note(axes: Axes, text: str, at: float, gap: float) -> None:

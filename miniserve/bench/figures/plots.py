@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from miniserve.bench.figures.plot_parts import PALE, drawing, legend, level, line, looks, save, sheet, ticks
+from miniserve.bench.figures.plot_parts import FRONT, INK, PALE, drawing, legend, line, looks, note, save, sheet, ticks
 from miniserve.bench.figures.tables import (
     GOOD,
     PREDICTS,
@@ -159,7 +159,6 @@ def _rate_axis(axes: Axes, rates: Sequence[float], inches: float) -> None:
 
 
 def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 0) -> None:
-    """Its range and ticks, and the limit."""
     if not values:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
     seen = [*values, *([panel.limit[0]] if panel.limit else [])]
@@ -180,7 +179,9 @@ def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 
         places = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
         ticks(axes.yaxis, [middle, *places], {middle: "none", **{place: f"{place:g}" for place in places}})
     if panel.limit:
-        level(axes, *panel.limit)
+        limit, name = panel.limit
+        axes.axhline(limit, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
+        note(axes, name, limit, 4)
 
 
 def _mispredict(cells: Sequence[Cell]) -> Figure | None:

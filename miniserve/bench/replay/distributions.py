@@ -126,13 +126,10 @@ class Text:
     def __init__(self, script: Script, seed: int, low: int = 1000, high: int = 32_000) -> None:
         self._range = (low, high)
         self._rng = generator(seed, "text", script.key)
-        self._seed = seed
-        shared = [token for block in script.shared for token in self._block(block, script.block)]
+        blocks = [generator(seed, "block", str(n)).integers(low, high, script.block) for n in script.shared]
+        shared = [int(token) for block in blocks for token in block]
         self._shared = shared[: script.turns[0].new]  # scaling rounds blocks and prompts separately
 
     def take(self, count: int) -> list[int]:
         shared, self._shared = self._shared[:count], self._shared[count:]
         return shared + self._rng.integers(*self._range, count - len(shared)).tolist()
-
-    def _block(self, block: int, length: int) -> list[int]:
-        return generator(self._seed, "block", str(block)).integers(*self._range, length).tolist()

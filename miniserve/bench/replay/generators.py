@@ -35,7 +35,6 @@ _SWE_OUTPUTS = (
 """Output tokens at `_QUANTILES`, for each turn."""
 _SWE_CORRELATION = 0.13
 """Between the outputs of any two turns from the fourth on."""
-_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
     first = _between(rng.random(), _SWE_FIRST)
     common = rng.standard_normal() * math.sqrt(_SWE_CORRELATION)
     own = rng.standard_normal(len(_SWE_OUTPUTS)) * math.sqrt(1 - _SWE_CORRELATION)
-    outputs = (_between(_NORMAL.cdf(common + z), row) for z, row in zip(own, _SWE_OUTPUTS, strict=True))
+    outputs = (_between(NormalDist().cdf(common + z), row) for z, row in zip(own, _SWE_OUTPUTS, strict=True))
     return [TurnSize(67 if n else first, output) for n, output in enumerate(outputs)]
 
 

@@ -108,7 +108,8 @@ def summary(
     done = {times.key: latency(times) for times in conversations if times.turns and not times.failed}
     alone = {key: standalone[key] for key in done if key in standalone} if standalone else {}
     failed = sum(times.failed for times in conversations)
-    output = sum(turn.output for times in conversations for turn in times.turns)
+    turns = [turn for times in conversations for turn in times.turns]
+    output = sum(turn.output for turn in turns)
     tbts = {key: value.tbt for key, value in done.items() if value.tbt is not None}
     ratios: dict[str, list[tuple[float, float]]] = {
         "ttft": [pair for key, a in alone.items() for pair in zip(done[key].ttft, a.ttft, strict=True)],
@@ -118,7 +119,7 @@ def summary(
     }
     return {
         "conversations": len(conversations),
-        "turns": sum(len(times.turns) for times in conversations),
+        "turns": len(turns),
         "output_tokens": output,
         "duration_s": duration,
         "ttft_s": seconds(t for value in done.values() for t in value.ttft),
@@ -135,8 +136,8 @@ def summary(
             "conversations_per_s": len(done) / duration if duration > 0 else 0.0,
             "output_tokens_per_s": output / duration if duration > 0 else 0.0,
         },
-        "cached_tokens": sum(turn.cached or 0 for times in conversations for turn in times.turns),
-        "prompt_tokens": sum(turn.prompt for times in conversations for turn in times.turns),
+        "cached_tokens": sum(turn.cached or 0 for turn in turns),
+        "prompt_tokens": sum(turn.prompt for turn in turns),
         "errors": failed,
     }
 

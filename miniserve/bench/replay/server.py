@@ -132,8 +132,8 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
         raise ConfigError(f"The server has no model {model!r}: it has {', '.join(card.id for card in models)}.")
     about: dict[str, Any] = {"max_model_len": card.max_model_len}
     kind = "llama.cpp" if card.owned_by == "llamacpp" else card.owned_by
-    if kind in ("miniserve", "vllm") and (version := await _maybe(http, f"{root}/version", _Version)):
-        about["version"] = version.version
+    if kind in ("miniserve", "vllm") and (version := await _maybe(http, f"{root}/version", dict[str, str])):
+        about["version"] = version.get("version")
     if kind == "miniserve" and (workers := await _maybe(http, f"{root}/v1/workers", _Workers)):
         roles = Counter(worker.role for worker in workers.data)
         about |= {"policy": workers.policy, "topology": str(Topology(roles["prefiller"], roles["decoder"]))}
@@ -241,10 +241,6 @@ class _Worker(msgspec.Struct):
 class _Workers(msgspec.Struct):
     policy: str
     data: list[_Worker]
-
-
-class _Version(msgspec.Struct):
-    version: str
 
 
 class _Props(msgspec.Struct):

@@ -134,6 +134,8 @@ def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def main() -> int:
     """Measure with the configuration on stdin, and print a `Measured`."""
     from miniserve.worker.build import build
+    from miniserve.worker.sequence import Sequence
+    from miniserve.worker.step import Work
 
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     try:
@@ -141,28 +143,20 @@ def main() -> int:
     except ConfigError as error:
         print(f"miniserve: {error}", file=sys.stderr)
         return 1
-    from miniserve.worker.sequence import Sequence
-    from miniserve.worker.step import Work
-
     engine, shape = built.engine, built.memory.shape
     runner, size = engine.runner, engine.page_tokens
     budget = engine.max_num_batched_tokens
     limit = min(LARGEST, engine.max_model_len - 1, (built.memory.num_pages - 1) * size)
 
-    def sequence(number: int, before: int, count: int, first_page: int) -> Sequence:
-        made = Sequence(f"{number}", [7] * (before + count), GREEDY, 0, b"")
-        made.computed = before
-        made.pages = list(range(first_page, first_page + -(-(before + count) // size)))
-        return made
-
     def timed(chunk: int, context: int, decodes: int, each: int) -> float:
-        work, page = [], 0
-        for number in range(decodes):
-            work.append(Work.next(sequence(number, each - 1, 1, page), 1))
-            page += len(work[-1].sequence.pages)
-        if chunk:
-            work.append(Work.next(sequence(decodes, context, chunk, page), chunk))
-        taken = []
+        work: list[Work] = []
+        page, taken = 0, []
+        for count, before in [(1, each - 1)] * decodes + ([(chunk, context)] if chunk else []):
+            sequence = Sequence(f"{len(work)}", [7] * (before + count), GREEDY, 0, b"")
+            sequence.computed = before
+            sequence.pages = list(range(page, page + -(-(before + count) // size)))
+            page += len(sequence.pages)
+            work.append(Work.next(sequence, count))
         for _ in range(REPEATS):
             started = time.perf_counter()
             runner.launch(work).wait()

@@ -7,6 +7,7 @@ token; `SimulatedLink` moves no bytes, it lets the time of a copy pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 
 from miniserve.bench.simulate.hardware import Hardware
@@ -31,84 +32,78 @@ Span = tuple[float, float, str]
 """Start, end, and what it was: prefill, decode, mixed or transfer."""
 
 
+@dataclass
 class Clock:
     """A worker's own time, which its steps move on."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now: float = 0.0
 
     def __call__(self) -> float:
         return self.now
 
 
+@dataclass
 class SimulatedRunner:
     """A `worker.engine.Runner` whose steps take as long as on the hardware. `speak` returns the next token of a
-    complete sequence. `spans` gets (start, end, kind) of each step, if there is such a list."""
+    complete sequence. `spans` gets (start, end, kind) of each step, if there is such a list. `busy` counts the seconds
+    in which the device computed."""
 
+    hardware: Hardware
+    clock: Clock
+    speak: Callable[[Sequence], int]
+    spans: list[Span] | None
+    busy: float = 0.0
     eos: frozenset[int] = frozenset()
 
-    def __init__(
-        self, hardware: Hardware, clock: Clock, speak: Callable[[Sequence], int], spans: list[Span] | None
-    ) -> None:
-        self.busy = 0.0
-        """Seconds in which the device computed."""
-        self._hardware = hardware
-        self._clock = clock
-        self._speak = speak
-        self._spans = spans
-
     def launch(self, batch: list[Work]) -> Done:
-        started = self._clock.now
-        seconds = self._hardware.batch_seconds(batch)
-        self._clock.now += seconds
+        started = self.clock.now
+        seconds = self.hardware.batch_seconds(batch)
+        self.clock.now += seconds
         self.busy += seconds
-        if self._spans is not None:
+        if self.spans is not None:
             prompts = sum(not work.is_decode for work in batch)
             kind = "decode" if not prompts else "prefill" if prompts == len(batch) else "mixed"
-            self._spans.append((started, self._clock.now, kind))
-        return Done([(self._speak(work.sequence), None) for work in batch if work.samples])
+            self.spans.append((started, self.clock.now, kind))
+        return Done([(self.speak(work.sequence), None) for work in batch if work.samples])
 
 
+@dataclass
 class SimulatedCopy:
-    """A `kv.transfer` `Copy` whose pages arrive `seconds` after `begin`. It runs beside both workers' steps."""
+    """A `kv.transfer` `Copy` whose pages arrive `at` a time, beside both workers' steps."""
 
-    stored = True
-
-    def __init__(self, begin: float, seconds: float, clock: Clock) -> None:
-        self.seconds = seconds
-        self.at = begin + seconds
-        self._clock = clock
+    seconds: float
+    at: float
+    clock: Clock
+    stored: bool = True
 
     @property
     def ready(self) -> bool:
-        return self._clock.now >= self.at
+        return self.clock.now >= self.at
 
     def store(self, ours: list[int]) -> None: ...
 
     def abandon(self) -> None: ...
 
 
+@dataclass
 class SimulatedLink:
-    """A `kv.transfer` `Transfer` that makes one copy from a peer after the other."""
+    """A `kv.transfer` `Transfer` that makes one copy from a peer after the other: it is `free` at a time."""
 
-    name = "simulated"
-
-    def __init__(self, hardware: Hardware, clock: Clock, spans: list[Span] | None) -> None:
-        self._hardware = hardware
-        self._clock = clock
-        self._spans = spans
-        self._free = 0.0
+    hardware: Hardware
+    clock: Clock
+    spans: list[Span] | None
+    free: float = 0.0
+    name: str = "simulated"
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
         return (0, 0)
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> SimulatedCopy:
-        begin = max(self._free, self._clock.now)
-        copy = SimulatedCopy(begin, self._hardware.transfer_seconds(len(pages)), self._clock)
-        self._free = copy.at
-        if self._spans is not None:
-            self._spans.append((begin, copy.at, "transfer"))
-        return copy
+        begin, seconds = max(self.free, self.clock.now), self.hardware.transfer_seconds(len(pages))
+        self.free = begin + seconds
+        if self.spans is not None:
+            self.spans.append((begin, self.free, "transfer"))
+        return SimulatedCopy(seconds, self.free, self.clock)
 
     def close(self) -> None: ...
 
