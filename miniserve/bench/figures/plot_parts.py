@@ -32,8 +32,6 @@ Dash = str | tuple[int, tuple[float, ...]]
 
 
 class Look(NamedTuple):
-    """The style of a line."""
-
     color: str
     marker: str
     dash: Dash

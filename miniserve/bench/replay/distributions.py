@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from miniserve.bench.replay.workload import ARRIVALS, Script, TurnSize
+from miniserve.bench.replay.workload import Script, TurnSize
 from miniserve.config import ConfigError
 
 BURST = 8
@@ -71,14 +71,17 @@ class WorkloadShape:
     same_prompt: bool = False
 
     def apply(self, script: Script, seed: int) -> Script:
+        def scaled(count: int) -> int:
+            return max(1, round(count * self.scale))
+
         gaps, appends = generator(seed, "gap", script.key), generator(seed, "append", script.key)
         turns = []
         for n, turn in enumerate(script.turns[: self.max_turns]):
             gap = self.gap.draw(gaps) if self.gap and n else turn.gap
             new = max(1, round(self.append.draw(appends))) if self.append and n else turn.new
-            turns.append(TurnSize(new, turn.output, gap))
-        shared = tuple(range(turns[0].new // script.block)) if self.same_prompt else script.shared
-        return replace(script, turns=tuple(turns), shared=shared).scaled(self.scale)
+            turns.append(TurnSize(scaled(new), scaled(turn.output), gap))
+        shared = tuple(range(script.turns[0].new // script.block)) if self.same_prompt else script.shared
+        return replace(script, turns=tuple(turns), shared=shared, block=scaled(script.block))
 
 
 def generator(seed: int, *names: str) -> np.random.Generator:
@@ -106,9 +109,7 @@ def choose(scripts: Sequence[Script], count: int | None, seed: int) -> list[Scri
 
 def arrivals(kind: str, rate: float, count: int, seed: int) -> list[float]:
     """When `count` conversations arrive, in seconds, `rate` of them a second: `poisson`, `fixed` (evenly) or `burst`
-    (`BURST` at once, the bursts at random). The first ones arrive at 0. Raises ValueError for another kind."""
-    if kind not in ARRIVALS:
-        raise ValueError(f"{kind!r} is not one of {', '.join(ARRIVALS)}")
+    (`BURST` at once, the bursts at random). The first ones arrive at 0."""
     if kind == "fixed":
         return [n / rate for n in range(count)]
     size = BURST if kind == "burst" else 1

@@ -78,23 +78,20 @@ class WorkloadConfig:
 def load(text: str, count: int | None, seed: int) -> list[Script]:
     """Scripts of a workload by its name, or of the trace at a path (None: all of a trace, `COUNT` of a workload).
     `./chat` is a file, `chat` a workload. Raises `ConfigError` (`TraceError` is one)."""
-    named = text in _GENERATORS or text.startswith("mix:")
-    if not named and (path := Path(text)).exists():
-        return choose(read_trace(path), count, seed)
-    if not named:
+    if text in _GENERATORS or text.startswith("mix:"):
+        return generate(text, COUNT if count is None else count, seed)
+    if not (path := Path(text)).exists():
         raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {WORKLOADS}.")
-    return generate(text, COUNT if count is None else count, seed)
+    return choose(read_trace(path), count, seed)
 
 
 def generate(name: str, count: int, seed: int) -> list[Script]:
-    """`count` scripts of a workload: one of `WORKLOADS`, or `mix:swe-agent=0.5,chat=0.5` of several by weight.
+    """`count` scripts of a workload, one of `WORKLOADS`.
 
     Each is drawn by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`.
     """
     if name in _GENERATORS:
         return [_script(name, n, seed) for n in range(count)]
-    if not name.startswith("mix:"):
-        raise ConfigError(f"{name!r} is no workload: {WORKLOADS}.")
     names, shares = _mix(name)
     return [_script(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
 
@@ -148,7 +145,6 @@ _GENERATORS: dict[str, Callable[[np.random.Generator], list[TurnSize]]] = {
     "deep-research": _deep_research,
 }
 WORKLOADS = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5"))
-"""For help texts: what `generate` knows."""
 
 
 def _script(name: str, number: int, seed: int) -> Script:

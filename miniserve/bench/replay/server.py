@@ -6,12 +6,13 @@ Any server with OpenAI's /v1/completions will do. miniserve and vLLM return the 
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from miniserve.config import ConfigError, Topology
 
@@ -153,17 +154,14 @@ async def totals(http: aiohttp.ClientSession, server: TargetServer) -> Totals | 
         return None
     if status != 200:
         return None
-    text = answer.decode()
     placements: Counter[str] = Counter()
-    for labels, count in re.findall(r"^miniserve:placements_total\{(.*)\} (\S+)$", text, re.MULTILINE):
-        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        prefiller, home = label["prefill_worker"], label["home"]
-        placements[home if prefiller == home else f"{prefiller}->{home}"] += round(float(count))
-
-    def total(name: str) -> float:
-        return sum(map(float, re.findall(rf"^miniserve:{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE)))
-
-    return Totals(placements, round(total("handoff_bytes")), total("handoff_seconds"))
+    sums: defaultdict[str, float] = defaultdict(float)
+    for sample in chain.from_iterable(family.samples for family in text_string_to_metric_families(answer.decode())):
+        sums[sample.name] += sample.value
+        if sample.name == "miniserve:placements_total":
+            prefiller, home = sample.labels["prefill_worker"], sample.labels["home"]
+            placements[home if prefiller == home else f"{prefiller}->{home}"] += round(sample.value)
+    return Totals(placements, round(sums["miniserve:handoff_bytes_total"]), sums["miniserve:handoff_seconds_total"])
 
 
 async def _get(http: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:

@@ -73,8 +73,7 @@ class Simulation:
         self.times: list[ConversationTimes] = []
         self.gaps = array("f")
         """Seconds between two tokens of a turn, all of them."""
-        self._scripts = config.workload.scripts
-        self._seed = config.workload.seed
+        self._workload = config.workload
         self._done = 0
         self._progress = progress
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -91,7 +90,7 @@ class Simulation:
                 prefiller if role is Role.PREFILLER else decoder,
                 self._speak,
                 self._carry,
-                max_model_len=max(script.tokens for script in self._scripts) + 1,
+                max_model_len=max(script.tokens for script in config.workload.scripts) + 1,
                 stretch=policy.step_stretch,
                 caching=config.enable_prefix_caching,
                 record=config.window is not None,
@@ -105,7 +104,7 @@ class Simulation:
         self._at(TICK_SECONDS, self._tick)
 
     def run(self) -> None:
-        while self._done < len(self._scripts):
+        while self._done < len(self._workload.scripts):
             self.step()
 
     def step(self) -> None:
@@ -160,10 +159,10 @@ class Simulation:
     # --- agents -----------------------------------------------------------------------------------------------------
 
     def _arrive(self, number: int) -> None:
-        script = self._scripts[number]
+        script = self._workload.scripts[number]
         times = ConversationTimes(script.key, self.now)
         self.times.append(times)
-        self._ask(Agent(script, number, Text(script, self._seed), times))
+        self._ask(Agent(script, number, Text(script, self._workload.seed), times))
 
     def _ask(self, agent: Agent) -> None:
         number = len(agent.times.turns)

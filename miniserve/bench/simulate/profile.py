@@ -74,7 +74,8 @@ def profile(config: EngineConfig, out: Path) -> None:
 def fit(found: list[Measured], name: str, workers: int) -> Hardware:
     """The constants that come nearest to the measured steps: least squares of the relative error, none below zero."""
     steps = [step for copy in found for step in copy.steps]
-    rows = np.array([_features(*step[:4]) for step in steps])
+    # What the constants are multiplied by in `Hardware`'s formula.
+    rows = np.array([(1.0, n, n * (c + n / 2), c if n else 0, b, s) for n, c, b, s, _ in steps])
     seconds = np.array([step[4] for step in steps])
     weights = _non_negative(rows / seconds[:, None], np.ones(len(steps)))
     base, per_token, per_pair, per_context, per_sequence, per_kv_token = weights.tolist()
@@ -107,11 +108,6 @@ def quality(hardware: Hardware, found: list[Measured]) -> str:
         f"{len(errors)} steps; the profile is off by {errors[len(errors) // 2]:.0%} (median), "
         f"{errors[int(0.95 * len(errors))]:.0%} (p95)"
     )
-
-
-def _features(chunk: int, context: int, decodes: int, tokens: int) -> tuple[float, ...]:
-    """What a step's constants are multiplied by, in the order of `Hardware`'s formula."""
-    return (1.0, chunk, chunk * (context + chunk / 2), context if chunk else 0, decodes, tokens)
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
