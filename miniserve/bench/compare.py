@@ -98,9 +98,6 @@ def _grid(config: CompareConfig) -> Iterator[GridCell]:
             yield GridCell(policy, topology, wrong, rate, seed)
 
 
-# --- simulated ------------------------------------------------------------------------------------------------------
-
-
 async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[str, Any]]:
     room = asyncio.Semaphore(config.jobs)
     with counting("simulations", len(grid)) as progress:
@@ -137,9 +134,6 @@ async def _run(command: list[str]) -> dict[str, Any]:
     if not out:
         raise ConfigError(f"`miniserve {shlex.join(command)}` failed: {err.decode(errors='replace').strip()}")
     return {"command": f"miniserve {shlex.join(command)}", **json.loads(out)}
-
-
-# --- real -----------------------------------------------------------------------------------------------------------
 
 
 async def _serve_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[str, Any]]:

@@ -68,9 +68,6 @@ def _workload(args: argparse.Namespace) -> WorkloadConfig:
     return WorkloadConfig(trace=args.trace, arrivals=args.arrivals, conversations=args.conversations, shape=shape)
 
 
-# --- replay ---------------------------------------------------------------------------------------------------------
-
-
 def _add_replay(commands: Any) -> None:
     parser = commands.add_parser(
         "replay",
@@ -104,9 +101,6 @@ def _replay(args: argparse.Namespace) -> int:
     alone = len(workload.scripts) if args.standalone is None else args.standalone
     config = _filled(ReplayConfig, args, workload=workload, api_key=api_key(args), standalone=alone)
     return _write(replay(config), args.json)
-
-
-# --- simulate -------------------------------------------------------------------------------------------------------
 
 
 def _add_simulate(commands: Any) -> None:
@@ -155,9 +149,6 @@ def _simulate(args: argparse.Namespace) -> int:
     return _write(result, args.json)
 
 
-# --- compare --------------------------------------------------------------------------------------------------------
-
-
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
@@ -202,9 +193,6 @@ def _compare(args: argparse.Namespace) -> int:
     return compare(_filled(CompareConfig, args, workload=_workload(args), **lists))
 
 
-# --- profile --------------------------------------------------------------------------------------------------------
-
-
 def _add_profile(commands: Any) -> None:
     parser = commands.add_parser(
         "profile",
@@ -227,9 +215,6 @@ def _profile(args: argparse.Namespace) -> int:
 
     profile(_filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
     return 0
-
-
-# --- shared ---------------------------------------------------------------------------------------------------------
 
 
 def _filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:

@@ -6,19 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from miniserve.bench.figures import tables
 from miniserve.bench.figures.plot_parts import FRONT, INK, PALE, drawing, legend, line, looks, note, save, sheet, ticks
-from miniserve.bench.figures.tables import (
-    GOOD,
-    PREDICTS,
-    SLOS,
-    Cell,
-    Spread,
-    by_rate,
-    by_series,
-    measured,
-    predicts,
-    usual,
-)
+from miniserve.bench.figures.tables import SLOS, Cell, Spread, by_rate, by_series, measured
 from miniserve.bench.replay.metrics import SLO
 
 if TYPE_CHECKING:
@@ -54,7 +44,7 @@ class Panel(NamedTuple):
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Write all figures that the cells have values for into `folder`; the files."""
-    plain = usual(cells)
+    plain = tables.usual(cells)
     with drawing():
         figures = {
             "latency": _latency(plain),
@@ -79,7 +69,7 @@ def _latency(cells: Sequence[Cell]) -> Figure | None:
 
 
 def _violations(cells: Sequence[Cell]) -> Figure | None:
-    limit = 100 * GOOD, f"{100 * GOOD:g} %"
+    limit = 100 * tables.GOOD, f"{100 * tables.GOOD:g} %"
     panels = [Panel(NAMES[s], "conversations, %", ("slo_violation", s), 100, limit, "percent") for s in SLOS]
     title = f"Conversations that missed their SLO of {SLO:g} times standalone (lower is better)"
     return _against_rate(title, cells, panels, 3, (11, 4.2))
@@ -187,13 +177,14 @@ def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 
 def _mispredict(cells: Sequence[Cell]) -> Figure | None:
     """The policy that predicts against its share of wrong predictions, at the rate with the most shares."""
     path = "ttfet_norm", "p95"
-    found = [cell for cell in cells if predicts(cell) and measured([cell], *path)]
+    found = [cell for cell in cells if tables.predicts(cell) and measured([cell], *path)]
     shares = {rate: {cell["mispredict"] for cell in those} for rate, those in by_rate(found).items()}
     rate = max(shares, key=lambda rate: (len(shares[rate]), rate), default=None)
     if rate is None or len(shares[rate]) < 2:
         return None
-    others = [cell for cell in cells if cell["rate"] == rate and cell["policy"] != PREDICTS and measured([cell], *path)]
-    sweeps = _sweeps([cell for cell in found if cell["rate"] == rate])
+    here = [cell for cell in cells if cell["rate"] == rate and measured([cell], *path)]
+    others = [cell for cell in here if cell["policy"] != tables.PREDICTS]
+    sweeps = _sweeps([cell for cell in here if tables.predicts(cell)])
     series = {**by_series(others), **sweeps}
     styles = looks(series)
     figure = sheet(f"Wrong predictions at {rate:g} conversations/s (lower is better)", 7.4, 4.8)
@@ -223,6 +214,6 @@ def _sweeps(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     by_topology: dict[str, list[Cell]] = {}
     for cell in cells:
         by_label.setdefault(cell["label"], []).append(cell)
-        by_topology.setdefault(f"{PREDICTS} {cell['topology']}", []).append(cell)
+        by_topology.setdefault(f"{tables.PREDICTS} {cell['topology']}", []).append(cell)
     swept = any(len({cell["mispredict"] for cell in mine}) > 1 for mine in by_label.values())
     return by_label if swept else by_topology

@@ -120,12 +120,10 @@ class Replay:
         high = config.vocab or server.vocab or VOCAB
         self._ids = (min(CONTROL, high // 4), high)
         self._made_up = False
-        self._short = 0
-        self._stale = 0
+        self._short = self._stale = 0
         self._energy = Energy() if urlsplit(server.root).hostname in LOCAL else None
         self._before: Totals | None = None
-        self._began = 0.0
-        self._over = 0.0
+        self._began = self._over = 0.0
         # For the progress line.
         self._phase = "alone"
         self._running = 0

@@ -64,12 +64,8 @@ class WorkloadConfig:
         """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
         shape = self.shape
         flags = [self.trace, "--rate", f"{rate:g}", "--arrivals", self.arrivals, "--seed", str(seed)]
-        optional = {
-            "--conversations": self.conversations,
-            "--max-turns": shape.max_turns,
-            "--gap": shape.gap,
-            "--append": shape.append,
-        }
+        optional: dict[str, object] = {"--conversations": self.conversations, "--max-turns": shape.max_turns}
+        optional |= {"--gap": shape.gap, "--append": shape.append}
         flags += [str(part) for name, value in optional.items() if value is not None for part in (name, value)]
         flags += ["--same-prompt"] if shape.same_prompt else []
         return [*flags, "--scale-tokens", f"{shape.scale:g}"]
@@ -81,12 +77,13 @@ def load(text: str, count: int | None, seed: int) -> list[Script]:
     if text in _GENERATORS or text.startswith("mix:"):
         return generate(text, COUNT if count is None else count, seed)
     if not (path := Path(text)).exists():
-        raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {WORKLOADS}.")
+        known = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5"))
+        raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {known}.")
     return choose(read_trace(path), count, seed)
 
 
 def generate(name: str, count: int, seed: int) -> list[Script]:
-    """`count` scripts of a workload, one of `WORKLOADS`.
+    """`count` scripts of a workload by its name, or of several by weight: `mix:swe-agent=0.5,chat=0.5`.
 
     Each is drawn by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`.
     """
@@ -144,7 +141,6 @@ _GENERATORS: dict[str, Callable[[np.random.Generator], list[TurnSize]]] = {
     "chat": _chat,
     "deep-research": _deep_research,
 }
-WORKLOADS = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5"))
 
 
 def _script(name: str, number: int, seed: int) -> Script:

@@ -66,13 +66,8 @@ class Latency(NamedTuple):
 
 
 def latency(times: ConversationTimes) -> Latency:
-    last = times.turns[-1]
-    return Latency(
-        ttft=tuple(turn.ttft for turn in times.turns),
-        ttfet=last.first - times.arrival - times.gaps,
-        tbt=last.tbt,
-        e2e=last.last - times.arrival - times.gaps,
-    )
+    last, since = times.turns[-1], times.arrival + times.gaps
+    return Latency(tuple(turn.ttft for turn in times.turns), last.first - since, last.tbt, last.last - since)
 
 
 def percentile(values: Sequence[float], q: float) -> float:

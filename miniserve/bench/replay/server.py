@@ -136,7 +136,7 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
     if kind in ("miniserve", "vllm") and (version := await _maybe(http, f"{root}/version", dict[str, str])):
         about["version"] = version.get("version")
     if kind == "miniserve" and (workers := await _maybe(http, f"{root}/v1/workers", _Workers)):
-        roles = Counter(worker.role for worker in workers.data)
+        roles = Counter(worker["role"] for worker in workers.data)
         about |= {"policy": workers.policy, "topology": str(Topology(roles["prefiller"], roles["decoder"]))}
     elif kind == "llama.cpp" and (props := await _maybe(http, f"{root}/props", _Props)):
         about |= {"max_model_len": props.default_generation_settings.get("n_ctx"), "version": props.build_info}
@@ -191,9 +191,6 @@ def body_message(body: bytes) -> str:
         return body[:200].decode(errors="replace")
 
 
-# --- what is read of answers ---------------------------------------------------------------------------------------
-
-
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int = 0
@@ -232,13 +229,9 @@ class _Models(msgspec.Struct):
     data: list[_Card] = []
 
 
-class _Worker(msgspec.Struct):
-    role: str
-
-
 class _Workers(msgspec.Struct):
     policy: str
-    data: list[_Worker]
+    data: list[dict[str, Any]]
 
 
 class _Props(msgspec.Struct):

@@ -9,7 +9,6 @@ BLOCK_TOKENS = 512
 """Tokens of a shared block: those that `hash_ids` of Mooncake's traces stand for."""
 
 ARRIVALS = ("poisson", "fixed", "burst")
-"""How conversations can arrive; `distributions.arrivals` draws them."""
 
 
 class TurnSize(NamedTuple):

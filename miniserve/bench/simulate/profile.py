@@ -32,8 +32,6 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 LARGEST = 6144
 """Tokens that one step may look back on in all: a CPU should be done with this in a minute."""
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
-
 
 class Measured(msgspec.Struct):
     """What one copy has measured. `steps` are (chunk, context before it, decodes, their tokens in all, seconds)."""
@@ -144,11 +142,13 @@ def main() -> int:
     budget = engine.max_num_batched_tokens
     limit = min(LARGEST, engine.max_model_len - 1, (built.memory.num_pages - 1) * size)
 
+    greedy = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+
     def timed(chunk: int, context: int, decodes: int, each: int) -> float:
         work: list[Work] = []
         page, taken = 0, []
         for count, before in [(1, each - 1)] * decodes + ([(chunk, context)] if chunk else []):
-            sequence = Sequence(f"{len(work)}", [7] * (before + count), GREEDY, 0, b"")
+            sequence = Sequence(f"{len(work)}", [7] * (before + count), greedy, 0, b"")
             sequence.computed = before
             sequence.pages = list(range(page, page + -(-(before + count) // size)))
             page += len(sequence.pages)

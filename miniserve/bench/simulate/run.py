@@ -17,6 +17,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
     simulation = Simulation(config, progress)
     simulation.run()
     scheduler, workers, workload = simulation.scheduler, simulation.workers, config.workload
+    links = scheduler.links.values()
     duration = simulation.now - min(workload.starts)
     hardware = config.hardware[0 if config.topology.prefillers else 1]
     standalone = {script.key: alone(script, hardware) for script in workload.scripts}
@@ -29,10 +30,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "mispredict": config.mispredict,
         **summary(simulation.times, standalone, duration),
         "token_gap_s": seconds(simulation.gaps),
-        "kv_transfer": {
-            "bytes": sum(link.bytes for link in scheduler.links.values()),
-            "seconds": sum(link.seconds for link in scheduler.links.values()),
-        },
+        "kv_transfer": {"bytes": sum(link.bytes for link in links), "seconds": sum(link.seconds for link in links)},
         "placements": {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
