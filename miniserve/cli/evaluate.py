@@ -88,7 +88,7 @@ def _add_replay(commands: Any) -> None:
     )
     add("--vocab", type=positive, help="size of the vocabulary, where the server does not tell")
     add("--timeout", type=seconds, default=600.0, metavar="SECONDS", help="of one turn; default: %(default)s")
-    _add_json(parser)
+    add("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -118,7 +118,7 @@ def _add_simulate(commands: Any) -> None:
     add("--policy", choices=tuple(POLICIES), default="observe", help="default: %(default)s")
     add("--mispredict", type=share, default=0.0, metavar="FRACTION", help="with ampd: share of decisions turned around")
     add("--window", type=span, metavar="START..END", help="seconds of which the JSON gets a timeline, like 20..60")
-    _add_json(parser)
+    add("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -221,10 +221,6 @@ def _filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
     """A configuration: `more`, and each flag fills the field of its name."""
     given = {name: value for name, value in vars(args).items() if name in signature(kind).parameters}
     return kind(**given | more)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
 def _write(result: dict[str, Any], path: Path | None) -> int:

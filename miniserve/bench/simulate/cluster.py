@@ -26,7 +26,6 @@ from miniserve.scheduler.scheduler import Scheduler
 from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
-MAX_QUEUED = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class Simulation:
         prefiller, decoder = config.hardware
         policy = make_policy(config.policy, config.mispredict)
         self._latency = max(prefiller.message_seconds, decoder.message_seconds)
-        self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, MAX_QUEUED)
+        self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31)
         self.workers = {
             name: SimulatedWorker(
                 name,
