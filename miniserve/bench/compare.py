@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from miniserve.scheduler.baselines import POLICIES
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """The grid: every policy at every rate with every seed."""
+    """The grid: every policy at every rate with every seed. `jobs` simulations run at once."""
 
     workload: WorkloadConfig
     policies: list[str]
@@ -37,30 +38,24 @@ class CompareConfig:
     hardware: str
     enable_prefix_caching: bool = True
     jobs: int = 1
-    """Simulations at once."""
     serve: str | None = None
     """The model of real servers; None: runs are simulated."""
     serve_args: list[str]
     window: tuple[float, float] | None = None
     """Seconds of which a timeline is drawn, at the highest rate, with the first seed."""
     out: Path | None = None
-    """The folder for cells, tables and figures."""
 
 
-class Series(NamedTuple):
+class GridCell(NamedTuple):
     policy: str
     topology: Topology
     mispredict: float
+    rate: float
+    seed: int
 
     @property
     def label(self) -> str:
         return f"{self.policy} {self.topology}"
-
-
-class GridCell(NamedTuple):
-    series: Series
-    rate: float
-    seed: int
 
 
 def compare(config: CompareConfig) -> int:
@@ -72,7 +67,7 @@ def compare(config: CompareConfig) -> int:
     if config.out is not None:
         from miniserve.bench.figures.plots import draw  # before the runs: matplotlib may be missing
         from miniserve.bench.figures.timeline_plot import draw_timeline
-    grid = [GridCell(line, rate, seed) for line in series(config) for rate in config.rates for seed in config.seeds]
+    grid = list(_grid(config))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives this process
     try:
         results = asyncio.run(_serve_all(config, grid) if config.serve else _simulate_all(config, grid))
@@ -91,8 +86,7 @@ def compare(config: CompareConfig) -> int:
     return 1 if any(result["errors"] for result in results) else 0
 
 
-def series(config: CompareConfig) -> Iterator[Series]:
-    """The lines of the figures. Raises `ConfigError`."""
+def _grid(config: CompareConfig) -> Iterator[GridCell]:
     for text in config.policies:
         policy, _, own = text.partition("@")
         if policy not in POLICIES:
@@ -100,33 +94,25 @@ def series(config: CompareConfig) -> Iterator[Series]:
         topology = Topology.parse(own) if own else config.topology
         if policy == "colocated" and not own:
             topology = Topology(0, topology.prefillers + topology.decoders)
-        for wrong in config.mispredict if policy == "ampd" else [0.0]:
-            yield Series(policy, topology, wrong)
-
-
-# --- simulated ------------------------------------------------------------------------------------------------------
+        for wrong, rate, seed in product(config.mispredict if policy == "ampd" else [0.0], config.rates, config.seeds):
+            yield GridCell(policy, topology, wrong, rate, seed)
 
 
 async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[str, Any]]:
-    """Every cell, `config.jobs` at once."""
     room = asyncio.Semaphore(config.jobs)
-    done = 0
     with counting("simulations", len(grid)) as progress:
 
         async def one(cell: GridCell) -> dict[str, Any]:
-            nonlocal done
-            policy, topology, mispredict = cell.series
-            command = ["simulate", *config.workload.flags(cell.rate, cell.seed)]
-            command += ["--policy", policy, "--topology", str(topology), "--mispredict", f"{mispredict:g}"]
-            if config.window is not None and cell[1:] == (max(config.rates), config.seeds[0]):
+            command = ["simulate", *config.workload.flags(cell.rate, cell.seed), "--policy", cell.policy]
+            command += ["--topology", str(cell.topology), "--mispredict", f"{cell.mispredict:g}"]
+            if config.window is not None and (cell.rate, cell.seed) == (max(config.rates), config.seeds[0]):
                 command += ["--window", f"{config.window[0]:g}..{config.window[1]:g}"]
             command += ["--hardware", config.hardware]
             command += [] if config.enable_prefix_caching else ["--no-enable-prefix-caching"]
             async with room:
                 result = await _run(command)
-            done += 1
-            progress(done)
-            return {**result, "label": cell.series.label}
+            progress()
+            return {**result, "label": cell.label}
 
         return await asyncio.gather(*map(one, grid))
 
@@ -150,23 +136,19 @@ async def _run(command: list[str]) -> dict[str, Any]:
     return {"command": f"miniserve {shlex.join(command)}", **json.loads(out)}
 
 
-# --- real -----------------------------------------------------------------------------------------------------------
-
-
 async def _serve_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[str, Any]]:
     """Every cell, one after the other, each on a server of its own: nothing is cached from the one before."""
     assert config.serve is not None
     results = []
     with counting("runs", len(grid)) as progress:
-        for done, cell in enumerate(grid, 1):
-            policy, topology, mispredict = cell.series
-            serve = ["serve", config.serve, "--policy", policy, "--topology", str(topology), "--port", "0"]
-            if policy == "ampd":
-                serve += ["--mispredict", f"{mispredict:g}"]
+        for cell in grid:
+            serve = ["serve", config.serve, "--policy", cell.policy, "--topology", str(cell.topology), "--port", "0"]
+            if cell.policy == "ampd":
+                serve += ["--mispredict", f"{cell.mispredict:g}"]
             replay = ["replay", *config.workload.flags(cell.rate, cell.seed)]
             result = await _on_server([*serve, *config.serve_args], replay)
-            results.append({**result, "label": cell.series.label, "mispredict": mispredict})
-            progress(done)
+            results.append({**result, "label": cell.label, "mispredict": cell.mispredict})
+            progress()
     return results
 
 

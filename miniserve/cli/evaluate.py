@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from miniserve.bench.replay.workload import ARRIVALS
-from miniserve.cli.flags import api_key, checked, positive, rate, scale, seconds, share, span, whole
+from miniserve.cli.flags import add_url, api_key, checked, positive, rate, scale, seconds, share, span, whole
 from miniserve.config import ConfigError, EngineConfig, Topology
 from miniserve.scheduler.baselines import POLICIES
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from miniserve.bench.replay.generators import WorkloadConfig
 
 T = TypeVar("T")
-TRACE_HELP = (
-    "a trace (CSV, or Mooncake's JSONL), or a workload made up: swe-agent, chat, deep-research, "
-    "mix:swe-agent=0.5,chat=0.5"
-)
 
 
 def add_commands(commands: Any) -> None:
@@ -35,36 +31,33 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> None:
-    parser.add_argument("trace", metavar="TRACE", help=TRACE_HELP)
-    group = parser.add_argument_group("workload")
+    parser.add_argument(
+        "trace",
+        metavar="TRACE",
+        help="a trace (CSV, or Mooncake's JSONL), or a workload made up: swe-agent, chat, deep-research, "
+        "mix:swe-agent=0.5,chat=0.5",
+    )
+    add = parser.add_argument_group("workload").add_argument
     if not rates:
-        group.add_argument(
-            "--rate", type=rate, help="conversations that arrive a second; default: as the trace says, else 1"
-        )
-    group.add_argument(
-        "--arrivals", choices=ARRIVALS, default="poisson", help="how they arrive, with --rate; default: %(default)s"
-    )
-    group.add_argument(
-        "--conversations", type=positive, help="how many, drawn from the trace; default: all of it (255 made up)"
-    )
-    group.add_argument("--max-turns", type=positive, help="turns of each at most")
-    group.add_argument("--scale-tokens", type=scale, default=1.0, metavar="F", help="times all token counts")
-    group.add_argument(
+        add("--rate", type=rate, help="conversations that arrive a second; default: as the trace says, else 1")
+    add("--arrivals", choices=ARRIVALS, default="poisson", help="how they arrive, with --rate; default: %(default)s")
+    add("--conversations", type=positive, help="how many, drawn from the trace; default: all of it (255 made up)")
+    add("--max-turns", type=positive, help="turns of each at most")
+    add("--scale-tokens", type=scale, default=1.0, metavar="F", help="times all token counts")
+    add(
         "--gap",
         type=_distribution,
         metavar="DIST",
         help="seconds between turns, instead of the trace's: 5, 0..30 (uniform), exp:10 (mean)",
     )
-    group.add_argument(
-        "--append", type=_distribution, metavar="DIST", help="new tokens of later turns, instead: 67, log:67..8000"
-    )
-    group.add_argument(
+    add("--append", type=_distribution, metavar="DIST", help="new tokens of later turns, instead: 67, log:67..8000")
+    add(
         "--same-prompt",
         action="store_true",
         help="all first prompts are beginnings of one: their KV is cached once for all, as in the paper's artifact",
     )
     if not rates:
-        group.add_argument("--seed", type=whole, default=0, help="of all that is drawn; default: %(default)s")
+        add("--seed", type=whole, default=0, help="of all that is drawn; default: %(default)s")
 
 
 def _workload(args: argparse.Namespace) -> WorkloadConfig:
@@ -75,9 +68,6 @@ def _workload(args: argparse.Namespace) -> WorkloadConfig:
     return WorkloadConfig(trace=args.trace, arrivals=args.arrivals, conversations=args.conversations, shape=shape)
 
 
-# --- replay ---------------------------------------------------------------------------------------------------------
-
-
 def _add_replay(commands: Any) -> None:
     parser = commands.add_parser(
         "replay",
@@ -86,21 +76,19 @@ def _add_replay(commands: Any) -> None:
         "its answer, runs its tool, sends the grown conversation. Prompts are made-up token ids.",
     )
     parser.set_defaults(run=_replay)
+    add = parser.add_argument
     _add_workload(parser)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
-    parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
-    parser.add_argument("--model", help="default: the server's first")
-    parser.add_argument(
+    add_url(parser, "http://127.0.0.1:8000")
+    add("--model", help="default: the server's first")
+    add(
         "--standalone",
         type=whole,
         metavar="N",
         help="how many conversations are first replayed alone, to normalise by; default: all; 0: none",
     )
-    parser.add_argument("--vocab", type=positive, help="size of the vocabulary, where the server does not tell")
-    parser.add_argument(
-        "--timeout", type=seconds, default=600.0, metavar="SECONDS", help="of one turn; default: %(default)s"
-    )
-    _add_json(parser)
+    add("--vocab", type=positive, help="size of the vocabulary, where the server does not tell")
+    add("--timeout", type=seconds, default=600.0, metavar="SECONDS", help="of one turn; default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -115,9 +103,6 @@ def _replay(args: argparse.Namespace) -> int:
     return _write(replay(config), args.json)
 
 
-# --- simulate -------------------------------------------------------------------------------------------------------
-
-
 def _add_simulate(commands: Any) -> None:
     parser = commands.add_parser(
         "simulate",
@@ -126,17 +111,14 @@ def _add_simulate(commands: Any) -> None:
         "handoffs, with the step times of a hardware profile.",
     )
     parser.set_defaults(run=_simulate)
+    add = parser.add_argument
     _add_workload(parser)
     _add_cluster(parser)
-    parser.add_argument("--topology", type=checked(Topology.parse), default="1P3D", help="default: %(default)s")
-    parser.add_argument("--policy", choices=tuple(POLICIES), default="observe", help="default: %(default)s")
-    parser.add_argument(
-        "--mispredict", type=share, default=0.0, metavar="FRACTION", help="with ampd: share of decisions turned around"
-    )
-    parser.add_argument(
-        "--window", type=span, metavar="START..END", help="seconds of which the JSON gets a timeline, like 20..60"
-    )
-    _add_json(parser)
+    add("--topology", type=checked(Topology.parse), default="1P3D", help="default: %(default)s")
+    add("--policy", choices=tuple(POLICIES), default="observe", help="default: %(default)s")
+    add("--mispredict", type=share, default=0.0, metavar="FRACTION", help="with ampd: share of decisions turned around")
+    add("--window", type=span, metavar="START..END", help="seconds of which the JSON gets a timeline, like 20..60")
+    add("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -167,9 +149,6 @@ def _simulate(args: argparse.Namespace) -> int:
     return _write(result, args.json)
 
 
-# --- compare --------------------------------------------------------------------------------------------------------
-
-
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
@@ -178,34 +157,33 @@ def _add_compare(commands: Any) -> None:
         "machine; print tables, draw figures.",
     )
     parser.set_defaults(run=_compare)
+    add = parser.add_argument
     _add_workload(parser, rates=True)
     _add_cluster(parser)
-    parser.add_argument(
+    add(
         "--policies",
         default=",".join(POLICIES),
         help="which, each perhaps with a topology of its own, like colocated@4D,conserve; default: all",
     )
-    parser.add_argument(
+    add(
         "--topology",
         type=checked(Topology.parse),
         default="1P3D",
         help="of those that have none of their own; colocated has as many workers, all decoders; default: %(default)s",
     )
-    parser.add_argument("--rates", type=_list(rate), default=[1.0], help="conversations a second, like 0.5,1,1.5")
-    parser.add_argument("--seeds", type=_list(whole), default=[0], help="like 1,2,3; default: 0")
-    parser.add_argument(
-        "--mispredict", type=_list(share), default=[0.1], help="shares of ampd's wrong predictions; default: 0.1"
-    )
-    parser.add_argument("--serve", metavar="MODEL", help="run real servers of this model here instead of simulating")
-    parser.add_argument("--serve-args", default="", metavar="ARGS", help="more flags for `miniserve serve`")
-    parser.add_argument(
+    add("--rates", type=_list(rate), default=[1.0], help="conversations a second, like 0.5,1,1.5")
+    add("--seeds", type=_list(whole), default=[0], help="like 1,2,3; default: 0")
+    add("--mispredict", type=_list(share), default=[0.1], help="shares of ampd's wrong predictions; default: 0.1")
+    add("--serve", metavar="MODEL", help="run real servers of this model here instead of simulating")
+    add("--serve-args", default="", metavar="ARGS", help="more flags for `miniserve serve`")
+    add(
         "--window",
         type=span,
         metavar="START..END",
         help="draw what workers did in these seconds, simulated, at the highest rate; with --out",
     )
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="simulations at once")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write cells.json, tables.md and the figures there")
+    add("--jobs", type=positive, default=os.cpu_count() or 1, help="simulations at once")
+    add("--out", type=Path, metavar="FOLDER", help="write cells.json, tables.md and the figures there")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -215,9 +193,6 @@ def _compare(args: argparse.Namespace) -> int:
     return compare(_filled(CompareConfig, args, workload=_workload(args), **lists))
 
 
-# --- profile --------------------------------------------------------------------------------------------------------
-
-
 def _add_profile(commands: Any) -> None:
     parser = commands.add_parser(
         "profile",
@@ -225,14 +200,13 @@ def _add_profile(commands: Any) -> None:
         description="Measure how long steps of a model take here, and write a hardware profile for `simulate`.",
     )
     parser.set_defaults(run=_profile)
-    parser.add_argument("model", nargs="?", help="as for serve; default: smollm2-135m")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", help="as for serve")
-    parser.add_argument(
-        "--threads", type=positive, default=0, help="CPU threads of a worker; default: all cores. One for 1P1D on two"
-    )
-    parser.add_argument("--workers", type=positive, default=1, help="workers that share this machine, all kept busy")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    add = parser.add_argument
+    add("model", nargs="?", help="as for serve; default: smollm2-135m")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--dtype", default="auto", help="as for serve")
+    add("--threads", type=positive, default=0, help="CPU threads of a worker; default: all cores. One for 1P1D on two")
+    add("--workers", type=positive, default=1, help="workers that share this machine, all kept busy")
+    add("--out", type=Path, required=True, metavar="FILE")
 
 
 def _profile(args: argparse.Namespace) -> int:
@@ -243,17 +217,10 @@ def _profile(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- shared ---------------------------------------------------------------------------------------------------------
-
-
 def _filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
     """A configuration: `more`, and each flag fills the field of its name."""
     given = {name: value for name, value in vars(args).items() if name in signature(kind).parameters}
     return kind(**given | more)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
 def _write(result: dict[str, Any], path: Path | None) -> int:
@@ -272,12 +239,8 @@ def _write(result: dict[str, Any], path: Path | None) -> int:
 def _distribution(text: str) -> Any:
     from miniserve.bench.replay.distributions import Distribution
 
-    try:
-        return Distribution.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return checked(Distribution.parse)(text)
 
 
 def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A list with commas."""
     return lambda text: [item(part) for part in text.split(",")]

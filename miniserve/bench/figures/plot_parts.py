@@ -32,8 +32,6 @@ Dash = str | tuple[int, tuple[float, ...]]
 
 
 class Look(NamedTuple):
-    """The style of a line."""
-
     color: str
     marker: str
     dash: Dash
@@ -68,20 +66,12 @@ def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
 
 def drawing() -> AbstractContextManager[None]:
     """A context with this style; the user's own settings do not matter in it and are back after it."""
-    own = {
-        "font.size": 10,
+    own: dict[str, Any] = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
         "axes.titlesize": 10.5,
-        "axes.labelsize": 10,
         "xtick.labelsize": 9,
         "ytick.labelsize": 9,
-        "legend.fontsize": 10,
-        "figure.titlesize": 12,
         "figure.titleweight": "bold",
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -97,7 +87,7 @@ def drawing() -> AbstractContextManager[None]:
 
 
 def sheet(title: str, width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """An empty figure of a size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -127,11 +117,10 @@ def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None
         axes.vlines(x, low, high, color=look.color, linewidth=1.2, zorder=FRONT - 1)
 
 
-def level(axes: Axes, value: float, name: str) -> None:
-    """Draw a horizontal line, named beside the axes, where no data is."""
-    axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
+def note(axes: Axes, text: str, at: float, gap: float) -> None:
+    """Write `gap` points beside the right end of the axes, at a value of theirs."""
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(name, (1, value), (4, 0), **place, va="center", fontsize=9)
+    axes.annotate(text, (1, at), (gap, 0), **place, va="center", fontsize=9)
 
 
 def legend(figure: Figure, styles: Mapping[str, Look]) -> None:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from miniserve.bench.figures.plot_parts import PALE, drawing, legend, level, line, looks, save, sheet, ticks
-from miniserve.bench.figures.tables import (
-    GOOD,
-    PREDICTS,
-    SLOS,
-    Cell,
-    Spread,
-    by_rate,
-    by_series,
-    measured,
-    predicts,
-    usual,
-)
+from miniserve.bench.figures import tables
+from miniserve.bench.figures.plot_parts import FRONT, INK, PALE, drawing, legend, line, looks, note, save, sheet, ticks
+from miniserve.bench.figures.tables import SLOS, Cell, Spread, by_rate, by_series, measured
 from miniserve.bench.replay.metrics import SLO
 
 if TYPE_CHECKING:
@@ -54,20 +44,16 @@ class Panel(NamedTuple):
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Write all figures that the cells have values for into `folder`; the files."""
-    plain = usual(cells)
-    figures: dict[str, Callable[[], Figure | None]] = {
-        "latency": lambda: _latency(plain),
-        "violations": lambda: _violations(plain),
-        "energy": lambda: _energy(plain),
-        "mispredict": lambda: _mispredict(cells),
-        "throughput": lambda: _throughput(plain),
-    }
-    written = []
+    plain = tables.usual(cells)
     with drawing():
-        for stem, make in figures.items():
-            if (figure := make()) is not None:
-                written += save(figure, folder, stem)
-    return written
+        figures = {
+            "latency": _latency(plain),
+            "violations": _violations(plain),
+            "energy": _energy(plain),
+            "mispredict": _mispredict(cells),
+            "throughput": _throughput(plain),
+        }
+        return [path for stem, figure in figures.items() if figure is not None for path in save(figure, folder, stem)]
 
 
 def _latency(cells: Sequence[Cell]) -> Figure | None:
@@ -83,7 +69,7 @@ def _latency(cells: Sequence[Cell]) -> Figure | None:
 
 
 def _violations(cells: Sequence[Cell]) -> Figure | None:
-    limit = 100 * GOOD, f"{100 * GOOD:g} %"
+    limit = 100 * tables.GOOD, f"{100 * tables.GOOD:g} %"
     panels = [Panel(NAMES[s], "conversations, %", ("slo_violation", s), 100, limit, "percent") for s in SLOS]
     title = f"Conversations that missed their SLO of {SLO:g} times standalone (lower is better)"
     return _against_rate(title, cells, panels, 3, (11, 4.2))
@@ -126,7 +112,8 @@ def _against_rate(
         axes.set_xlabel("arrivals, conversations/s" if number >= len(panels) - columns else "")
         values: list[float] = []
         for place, (name, look) in enumerate(styles.items()):
-            points = list(_by_rate(series[name], panel))
+            spreads = _points(series[name], "rate", panel.path)
+            points = [(at, Spread(*(panel.factor * value for value in spread))) for at, spread in spreads]
             values += [value for _, spread in points for value in spread]
             lane = place + 1.0
             if len(rates) == 1:  # no lines: points stand side by side
@@ -142,10 +129,11 @@ def _against_rate(
     return figure
 
 
-def _by_rate(cells: Sequence[Cell], panel: Panel) -> Iterator[tuple[float, Spread]]:
-    for rate, those in by_rate(cells).items():
-        if found := measured(those, *panel.path):
-            yield rate, Spread(*(panel.factor * value for value in found))
+def _points(cells: Sequence[Cell], key: str, path: Keys) -> Iterator[tuple[float, Spread]]:
+    """The figure at `path` for each value of `key`, where it was measured."""
+    for at in sorted({cell[key] for cell in cells}):
+        if spread := measured([cell for cell in cells if cell[key] == at], *path):
+            yield at, spread
 
 
 def _rate_axis(axes: Axes, rates: Sequence[float], inches: float) -> None:
@@ -161,7 +149,6 @@ def _rate_axis(axes: Axes, rates: Sequence[float], inches: float) -> None:
 
 
 def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 0) -> None:
-    """Its range and ticks, and the limit."""
     if not values:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
     seen = [*values, *([panel.limit[0]] if panel.limit else [])]
@@ -182,19 +169,22 @@ def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 
         places = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
         ticks(axes.yaxis, [middle, *places], {middle: "none", **{place: f"{place:g}" for place in places}})
     if panel.limit:
-        level(axes, *panel.limit)
+        limit, name = panel.limit
+        axes.axhline(limit, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
+        note(axes, name, limit, 4)
 
 
 def _mispredict(cells: Sequence[Cell]) -> Figure | None:
     """The policy that predicts against its share of wrong predictions, at the rate with the most shares."""
     path = "ttfet_norm", "p95"
-    found = [cell for cell in cells if predicts(cell) and measured([cell], *path)]
+    found = [cell for cell in cells if tables.predicts(cell) and measured([cell], *path)]
     shares = {rate: {cell["mispredict"] for cell in those} for rate, those in by_rate(found).items()}
     rate = max(shares, key=lambda rate: (len(shares[rate]), rate), default=None)
     if rate is None or len(shares[rate]) < 2:
         return None
-    others = [cell for cell in cells if cell["rate"] == rate and cell["policy"] != PREDICTS and measured([cell], *path)]
-    sweeps = _sweeps([cell for cell in found if cell["rate"] == rate])
+    here = [cell for cell in cells if cell["rate"] == rate and measured([cell], *path)]
+    others = [cell for cell in here if cell["policy"] != tables.PREDICTS]
+    sweeps = _sweeps([cell for cell in here if tables.predicts(cell)])
     series = {**by_series(others), **sweeps}
     styles = looks(series)
     figure = sheet(f"Wrong predictions at {rate:g} conversations/s (lower is better)", 7.4, 4.8)
@@ -202,14 +192,12 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
     values: list[float] = []
     for name, mine in series.items():
         if name in sweeps:
-            points = list(_by_share(mine, path))
+            points = [(100 * share, spread) for share, spread in _points(mine, "mispredict", path)]
             line(axes, points, styles[name])
             values += [value for _, spread in points for value in spread]
         elif level_ := measured(mine, *path):
-            styles[name] = styles[name]._replace(marker="")
-            axes.axhline(
-                level_.mean, color=styles[name].color, linestyle=styles[name].dash, linewidth=styles[name].width
-            )
+            look = styles[name] = styles[name]._replace(marker="")
+            axes.axhline(level_.mean, color=look.color, linestyle=look.dash, linewidth=look.width)
             values.append(level_.mean)
     ticks(axes.xaxis, sorted(100 * share for share in shares[rate]))
     axes.set_xlabel("predictions made wrong, %")
@@ -220,18 +208,12 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
     return figure
 
 
-def _by_share(cells: Sequence[Cell], path: Keys) -> Iterator[tuple[float, Spread]]:
-    for share in sorted({cell["mispredict"] for cell in cells}):
-        if spread := measured([cell for cell in cells if cell["mispredict"] == share], *path):
-            yield 100 * share, spread
-
-
 def _sweeps(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Cells by label; by topology where the share of wrong predictions is part of the labels."""
     by_label: dict[str, list[Cell]] = {}
     by_topology: dict[str, list[Cell]] = {}
     for cell in cells:
         by_label.setdefault(cell["label"], []).append(cell)
-        by_topology.setdefault(f"{PREDICTS} {cell['topology']}", []).append(cell)
+        by_topology.setdefault(f"{tables.PREDICTS} {cell['topology']}", []).append(cell)
     swept = any(len({cell["mispredict"] for cell in mine}) > 1 for mine in by_label.values())
     return by_label if swept else by_topology

@@ -53,7 +53,6 @@ def _value(cell: Cell, path: Sequence[str]) -> float | None:
 
 
 def predicts(cell: Cell) -> bool:
-    """Whether its share of wrong predictions matters."""
     return cell["policy"] == PREDICTS and cell.get("mispredict") is not None
 
 
@@ -90,7 +89,11 @@ def goodput(cells: Sequence[Cell], label: str) -> float | None:
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    return "\n".join(_lines(cells)) + "\n" if cells else ""
+    tables = []
+    for title, head, rows in _tables(cells):
+        lines = [_line(head).replace("\n", " "), _line(["---", *["---:"] * (len(head) - 1)]), *map(_line, rows)]
+        tables.append("\n".join([f"**{title}**", "", *lines, ""]))
+    return "\n".join(tables)
 
 
 def print_tables(cells: Sequence[Cell], console: Console) -> None:
@@ -106,20 +109,12 @@ def print_tables(cells: Sequence[Cell], console: Console) -> None:
         console.print(Text(title, "bold"), table, "", sep="\n")
 
 
-def _lines(cells: Sequence[Cell]) -> Iterator[str]:
-    for number, (title, head, rows) in enumerate(_tables(cells)):
-        yield from ([""] if number else [])
-        yield from (f"**{title}**", "", _line(head).replace("\n", " "), _line(["---", *["---:"] * (len(head) - 1)]))
-        yield from map(_line, rows)
-
-
 def _line(row: Sequence[str]) -> str:
     escaped = (value.replace("|", r"\|") for value in row)
     return f"| {' | '.join(escaped)} |"
 
 
 def _tables(cells: Sequence[Cell]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of each."""
     series = by_series(cells)
     ratios = [f"{name}\ngmean / p95" for name in ("TTFET", "TBT", "E2E")]
     head = ["Policy", *ratios, "Violations, %\nTTFET / TBT / E2E", "tok/s", "tok/J", "Errors"]

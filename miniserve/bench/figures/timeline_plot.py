@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miniserve.bench.figures.plot_parts import DPI, FAINT, FRONT, PALE, drawing, save, sheet, ticks
+from miniserve.bench.figures.plot_parts import DPI, FAINT, FRONT, PALE, drawing, note, save, sheet, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WIDTH = 11.0
 KINDS = {"decode": "#8ecdf0", "mixed": "#009e73", "prefill": "#e69f00", "transfer": "#222222"}
 """Rarer ones are drawn above the others."""
-KIND_NAMES = {"decode": "decode", "mixed": "both in one step", "prefill": "prefill", "transfer": "KV transfer"}
+KIND_NAMES = {"prefill": "prefill", "decode": "decode", "mixed": "both in one step", "transfer": "KV transfer"}
 WORKERS = "#0072b2", "#d55e00", "#007a5a", "#b5548b", "#595959", "#a06f00", "#3b3b98", "#56b4e9"
 DASHES = "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1))
 TALL, THIN = 0.56, 0.14
@@ -29,7 +29,6 @@ def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[
     the files."""
     workers = sorted({*timeline["spans"], *timeline["kv"]}, key=_place)
     start, end = timeline["window"]
-    colors = {worker: WORKERS[n % len(WORKERS)] for n, worker in enumerate(workers)}
     lanes_height = 0.5 + 0.42 * max(len(workers), 1)
     with drawing():
         title = f"{timeline['policy']} on {timeline['topology']} at {timeline['rate']:g} conversations/s"
@@ -39,7 +38,7 @@ def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[
         fill = figure.add_subplot(grid[1], sharex=lanes)
         lanes.set_xlim(start, max(end, start + 1e-9))
         _lanes(lanes, timeline["spans"], workers, start, end)
-        _fill(fill, timeline["kv"], workers, colors)
+        _fill(fill, timeline["kv"], workers)
         return save(figure, folder, name)
 
 
@@ -65,23 +64,13 @@ def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[st
             # A vector for each of tens of thousands of bars would make an SVG of megabytes.
             axes.broken_barh(bars, place, facecolors=color, linewidth=0, zorder=FRONT, rasterized=True)
         busy = sum(b - a for a, b in joined(((a, b) for a, b, kind in mine if kind != "transfer"), 0.0))
-        axes.annotate(
-            f"busy {100 * busy / (end - start):.0f} %" if end > start else "",
-            (1, lane),
-            (6, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+        note(axes, f"busy {100 * busy / (end - start):.0f} %" if end > start else "", lane, 6)
     axes.set_ylim(max(len(workers), 1) - 0.5, -0.5)
     ticks(axes.yaxis, range(len(workers)), dict(enumerate(workers)))
     axes.tick_params(axis="y", length=0, labelsize=10)
     axes.tick_params(axis="x", labelbottom=False)
     axes.grid(False)
-    handles = [
-        Patch(facecolor=KINDS[kind], label=KIND_NAMES[kind]) for kind in ("prefill", "decode", "mixed", "transfer")
-    ]
+    handles = [Patch(facecolor=KINDS[kind], label=name) for kind, name in KIND_NAMES.items()]
     handles.append(Patch(facecolor=PALE, edgecolor=FAINT, label="idle"))
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
 
@@ -98,10 +87,11 @@ def joined(spans: Iterator[tuple[float, float]], gap: float) -> list[tuple[float
     return found
 
 
-def _fill(axes: Axes, kv: Mapping[str, Mapping[str, Any]], workers: Sequence[str], colors: Mapping[str, str]) -> None:
+def _fill(axes: Axes, kv: Mapping[str, Mapping[str, Any]], workers: Sequence[str]) -> None:
     """Draw shares of each pool: what conversations hold, and lighter, that and what is cached."""
     from matplotlib.lines import Line2D
 
+    handles = []
     for number, worker in enumerate(workers):
         if worker not in kv:
             continue
@@ -109,14 +99,14 @@ def _fill(axes: Axes, kv: Mapping[str, Mapping[str, Any]], workers: Sequence[str
         full = 100 / max(pool["total"], 1)
         held = [full * pages for pages in pool["held"]]
         both = [full * (a + b) for a, b in zip(pool["held"], pool["cached"], strict=True)]
-        look: dict[str, Any] = {"color": colors[worker], "drawstyle": "steps-post"}
+        look: dict[str, Any] = {"color": WORKERS[number % len(WORKERS)], "drawstyle": "steps-post"}
         axes.plot(pool["time"], both, linewidth=1, alpha=0.4, zorder=FRONT - 1, **look)
         axes.plot(pool["time"], held, linewidth=1.7, linestyle=DASHES[number // len(WORKERS)], zorder=FRONT, **look)
+        handles.append(Line2D([], [], color=look["color"], linewidth=1.7, label=worker))
     axes.set_ylim(0, 102)
     ticks(axes.yaxis, range(0, 101, 25))
     axes.set_ylabel("KV pool in use, %")
     axes.set_xlabel("time, s")
-    handles = [Line2D([], [], color=colors[worker], linewidth=1.7, label=worker) for worker in workers if worker in kv]
     handles.append(Line2D([], [], color="#888888", linewidth=1.7, label="held"))
     handles.append(Line2D([], [], color="#888888", linewidth=1, alpha=0.6, label="held and cached"))
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)

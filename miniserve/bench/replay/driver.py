@@ -58,7 +58,7 @@ class ReplayConfig:
     standalone: int = 0
     """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
-    """The longest that a turn may take."""
+    """Of one turn."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of each request; one that is None removes a field."""
 
@@ -89,16 +89,12 @@ async def _replay(config: ReplayConfig) -> dict[str, Any]:
 def _stops(work: asyncio.Task[None]) -> Iterator[None]:
     """Ctrl-C, or SIGTERM, ends `work`."""
     loop = asyncio.get_running_loop()
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-            loop.add_signal_handler(number, work.cancel)
-            caught.append(number)
-    try:
+    with contextlib.ExitStack() as caught:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
+                loop.add_signal_handler(number, work.cancel)
+                caught.callback(loop.remove_signal_handler, number)
         yield
-    finally:
-        for number in caught:
-            loop.remove_signal_handler(number)
 
 
 def _check_length(config: ReplayConfig, server: TargetServer) -> None:
@@ -124,12 +120,10 @@ class Replay:
         high = config.vocab or server.vocab or VOCAB
         self._ids = (min(CONTROL, high // 4), high)
         self._made_up = False
-        self._short = 0
-        self._stale = 0
+        self._short = self._stale = 0
         self._energy = Energy() if urlsplit(server.root).hostname in LOCAL else None
         self._before: Totals | None = None
-        self._began = 0.0
-        self._over = 0.0
+        self._began = self._over = 0.0
         # For the progress line.
         self._phase = "alone"
         self._running = 0
@@ -189,9 +183,8 @@ class Replay:
             sizes = tuple((turn.new, turn.output) for turn in script.turns)
             if sizes not in known:
                 # With seeds of their own: blocks that scripts share are not cached here either.
-                times = await self._converse(
-                    script, self._workload.seed + ALONE * (n + 1), time.monotonic(), gaps=False
-                )
+                seed = self._workload.seed + ALONE * (n + 1)
+                times = await self._converse(script, seed, time.monotonic(), gaps=False)
                 if times.failed:
                     raise ConfigError(
                         f"Conversation {script.key!r} failed even alone on the server, so there is nothing to compare "
@@ -258,7 +251,7 @@ class Replay:
                     self._energy.joules()  # before a counter wraps around
 
     def _line(self, speed: float) -> str:
-        ttfts = sorted(self._ttfts)
+        ttfts = self._ttfts
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
         done = len(self.standalone or ()) if self._phase == "alone" else len(self.ended)
         return (

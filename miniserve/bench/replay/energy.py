@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
 ZONES = ("package", "dram")
 """Beginnings of the names of RAPL's zones that add up: `core` and `uncore` are parts of a package, `psys` is all."""
 
-Read = Callable[[], int]
+Counter = tuple[Callable[[], int], int, float]
+"""How it is read, where it wraps around (0: never), and its unit in joules."""
 
 
 class Energy:
@@ -20,13 +22,9 @@ class Energy:
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self.source: str | None = None
-        self._counters: list[tuple[Read, int, float]] = []
-        """Of each one: how it is read, where it wraps around (0: never), and what its unit is in joules."""
-        if gpus := _gpus():
-            self.source, self._counters = "nvml", [(read, 0, 1e-3) for read in gpus]
-        elif zones := _zones(powercap):
-            self.source, self._counters = "rapl", [(read, limit, 1e-6) for read, limit in zones]
+        gpus = _gpus()
+        self._counters = gpus or _zones(powercap)
+        self.source = "nvml" if gpus else "rapl" if self._counters else None
         self._last: list[int] = []
         self._joules = 0.0
 
@@ -40,39 +38,40 @@ class Energy:
         for n, (read, limit, unit) in enumerate(self._counters):
             now = read()
             passed = now - self._last[n]
-            if passed < 0:
-                passed += limit
+            self._joules += max(passed if passed >= 0 else passed + limit, 0) * unit
             self._last[n] = now
-            self._joules += max(passed, 0) * unit
         return self._joules if self._counters else None
 
 
-def _gpus() -> list[Read]:
-    """The total energy of each GPU since its driver was loaded, in millijoules."""
+def _gpus() -> list[Counter]:
+    """The total energy of each GPU since its driver was loaded."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
-        reads: list[Read] = [lambda h=handle: pynvml.nvmlDeviceGetTotalEnergyConsumption(h) for handle in handles]  # type: ignore[misc]
+        reads = [partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) for handle in handles]
         for read in reads:
             read()  # GPUs before Volta have no such counter
     except Exception:  # no package, no driver, no GPU, no counter: NVML has an exception of its own for each
         return []
-    return reads
+    return [(read, 0, 1e-3) for read in reads]
 
 
-def _zones(powercap: Path) -> list[tuple[Read, int]]:
-    """Microjoules of each zone, and where they wrap around."""
-    zones: list[tuple[Read, int]] = []
+def _zones(powercap: Path) -> list[Counter]:
+    zones: list[Counter] = []
     for folder in sorted(powercap.glob("intel-rapl:*")):  # AMD's have that name too
         try:
             if not (folder / "name").read_text().startswith(ZONES):
                 continue
             limit = int((folder / "max_energy_range_uj").read_text())
-            counter = folder / "energy_uj"
-            int(counter.read_text())
+            read = partial(_microjoules, folder / "energy_uj")
+            read()
         except (OSError, ValueError):
             continue
-        zones.append((lambda counter=counter: int(counter.read_text()), limit))  # type: ignore[misc]
+        zones.append((read, limit, 1e-6))
     return zones
+
+
+def _microjoules(counter: Path) -> int:
+    return int(counter.read_text())

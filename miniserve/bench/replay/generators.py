@@ -35,7 +35,6 @@ _SWE_OUTPUTS = (
 """Output tokens at `_QUANTILES`, for each turn."""
 _SWE_CORRELATION = 0.13
 """Between the outputs of any two turns from the fourth on."""
-_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +64,8 @@ class WorkloadConfig:
         """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
         shape = self.shape
         flags = [self.trace, "--rate", f"{rate:g}", "--arrivals", self.arrivals, "--seed", str(seed)]
-        optional = {
-            "--conversations": self.conversations,
-            "--max-turns": shape.max_turns,
-            "--gap": shape.gap,
-            "--append": shape.append,
-        }
+        optional: dict[str, object] = {"--conversations": self.conversations, "--max-turns": shape.max_turns}
+        optional |= {"--gap": shape.gap, "--append": shape.append}
         flags += [str(part) for name, value in optional.items() if value is not None for part in (name, value)]
         flags += ["--same-prompt"] if shape.same_prompt else []
         return [*flags, "--scale-tokens", f"{shape.scale:g}"]
@@ -79,23 +74,21 @@ class WorkloadConfig:
 def load(text: str, count: int | None, seed: int) -> list[Script]:
     """Scripts of a workload by its name, or of the trace at a path (None: all of a trace, `COUNT` of a workload).
     `./chat` is a file, `chat` a workload. Raises `ConfigError` (`TraceError` is one)."""
-    named = text in _GENERATORS or text.startswith("mix:")
-    if not named and (path := Path(text)).exists():
-        return choose(read_trace(path), count, seed)
-    if not named:
-        raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {WORKLOADS}.")
-    return generate(text, COUNT if count is None else count, seed)
+    if text in _GENERATORS or text.startswith("mix:"):
+        return generate(text, COUNT if count is None else count, seed)
+    if not (path := Path(text)).exists():
+        known = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5"))
+        raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {known}.")
+    return choose(read_trace(path), count, seed)
 
 
 def generate(name: str, count: int, seed: int) -> list[Script]:
-    """`count` scripts of a workload: one of `WORKLOADS`, or `mix:swe-agent=0.5,chat=0.5` of several by weight.
+    """`count` scripts of a workload by its name, or of several by weight: `mix:swe-agent=0.5,chat=0.5`.
 
     Each is drawn by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`.
     """
     if name in _GENERATORS:
         return [_script(name, n, seed) for n in range(count)]
-    if not name.startswith("mix:"):
-        raise ConfigError(f"{name!r} is no workload: {WORKLOADS}.")
     names, shares = _mix(name)
     return [_script(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
 
@@ -113,7 +106,7 @@ def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
     first = _between(rng.random(), _SWE_FIRST)
     common = rng.standard_normal() * math.sqrt(_SWE_CORRELATION)
     own = rng.standard_normal(len(_SWE_OUTPUTS)) * math.sqrt(1 - _SWE_CORRELATION)
-    outputs = (_between(_NORMAL.cdf(common + z), row) for z, row in zip(own, _SWE_OUTPUTS, strict=True))
+    outputs = (_between(NormalDist().cdf(common + z), row) for z, row in zip(own, _SWE_OUTPUTS, strict=True))
     return [TurnSize(67 if n else first, output) for n, output in enumerate(outputs)]
 
 
@@ -148,8 +141,6 @@ _GENERATORS: dict[str, Callable[[np.random.Generator], list[TurnSize]]] = {
     "chat": _chat,
     "deep-research": _deep_research,
 }
-WORKLOADS = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5"))
-"""For help texts: what `generate` knows."""
 
 
 def _script(name: str, number: int, seed: int) -> Script:

@@ -7,11 +7,12 @@ its tools took is left out of TTFET and E2E: it is not the server's, and would h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import geometric_mean
 from typing import Any, NamedTuple
+
+import numpy as np
 
 SLO = 5.0
 """An SLO is this many times standalone."""
@@ -32,7 +33,6 @@ class TurnTimes(NamedTuple):
 
     @property
     def ttft(self) -> float:
-        """Time to the first token."""
         return self.first - self.sent
 
     @property
@@ -66,27 +66,19 @@ class Latency(NamedTuple):
 
 
 def latency(times: ConversationTimes) -> Latency:
-    last = times.turns[-1]
-    return Latency(
-        ttft=tuple(turn.ttft for turn in times.turns),
-        ttfet=last.first - times.arrival - times.gaps,
-        tbt=last.tbt,
-        e2e=last.last - times.arrival - times.gaps,
-    )
+    last, since = times.turns[-1], times.arrival + times.gaps
+    return Latency(tuple(turn.ttft for turn in times.turns), last.first - since, last.tbt, last.last - since)
 
 
-def percentile(ordered: Sequence[float], q: float) -> float:
-    """The `q` quantile of sorted values, interpolated linearly between them (numpy's default)."""
-    place = q * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+def percentile(values: Sequence[float], q: float) -> float:
+    """The `q` quantile of values, interpolated linearly between them."""
+    return float(np.quantile(values, q))
 
 
 def seconds(values: Iterable[float]) -> dict[str, float] | None:
     """p50, p95, p99; None without values."""
-    ordered = sorted(values)
-    return {f"p{q}": percentile(ordered, q / 100) for q in (50, 95, 99)} if ordered else None
+    known = list(values)
+    return {f"p{q}": percentile(known, q / 100) for q in (50, 95, 99)} if known else None
 
 
 def normalised(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
@@ -94,7 +86,7 @@ def normalised(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
 
     A value of 0 (a server that sends all tokens at once) counts as a thousandth: the geometric mean knows no zero.
     """
-    ratios = sorted(max(value / alone, 1e-3) for value, alone in pairs if alone > 0)
+    ratios = [max(value / alone, 1e-3) for value, alone in pairs if alone > 0]
     if not ratios:
         return None
     return {"gmean": geometric_mean(ratios), "p50": percentile(ratios, 0.5), "p95": percentile(ratios, 0.95)}
@@ -111,7 +103,8 @@ def summary(
     done = {times.key: latency(times) for times in conversations if times.turns and not times.failed}
     alone = {key: standalone[key] for key in done if key in standalone} if standalone else {}
     failed = sum(times.failed for times in conversations)
-    output = sum(turn.output for times in conversations for turn in times.turns)
+    turns = [turn for times in conversations for turn in times.turns]
+    output = sum(turn.output for turn in turns)
     tbts = {key: value.tbt for key, value in done.items() if value.tbt is not None}
     ratios: dict[str, list[tuple[float, float]]] = {
         "ttft": [pair for key, a in alone.items() for pair in zip(done[key].ttft, a.ttft, strict=True)],
@@ -121,7 +114,7 @@ def summary(
     }
     return {
         "conversations": len(conversations),
-        "turns": sum(len(times.turns) for times in conversations),
+        "turns": len(turns),
         "output_tokens": output,
         "duration_s": duration,
         "ttft_s": seconds(t for value in done.values() for t in value.ttft),
@@ -138,8 +131,8 @@ def summary(
             "conversations_per_s": len(done) / duration if duration > 0 else 0.0,
             "output_tokens_per_s": output / duration if duration > 0 else 0.0,
         },
-        "cached_tokens": sum(turn.cached or 0 for times in conversations for turn in times.turns),
-        "prompt_tokens": sum(turn.prompt for times in conversations for turn in times.turns),
+        "cached_tokens": sum(turn.cached or 0 for turn in turns),
+        "prompt_tokens": sum(turn.prompt for turn in turns),
         "errors": failed,
     }
 
@@ -147,14 +140,12 @@ def summary(
 def energy(joules: float | None, conversations: Sequence[ConversationTimes]) -> dict[str, float | None]:
     """The key `energy` of the contract. The tokens of `tokens_per_joule` are those of all prompts, found in a cache or
     not, and all outputs: as the paper counts, by the size of its figures."""
-    if not joules:
-        return {"joules": joules, "tokens_per_joule": None, "output_tokens_per_joule": None}
     output = sum(turn.output for times in conversations for turn in times.turns)
     prompt = sum(turn.prompt for times in conversations for turn in times.turns)
     return {
         "joules": joules,
-        "tokens_per_joule": (prompt + output) / joules,
-        "output_tokens_per_joule": output / joules,
+        "tokens_per_joule": (prompt + output) / joules if joules else None,
+        "output_tokens_per_joule": output / joules if joules else None,
     }
 
 

@@ -6,12 +6,13 @@ Any server with OpenAI's /v1/completions will do. miniserve and vLLM return the 
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from miniserve.config import ConfigError, Topology
 
@@ -66,7 +67,6 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def native(self) -> bool:
-        """Whether tokens are asked for at llama-server's own /completion."""
         return self.kind == "llama.cpp"
 
     @property
@@ -88,7 +88,7 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
         """From the data of a server-sent event. Raises `msgspec.DecodeError` if it is not one of this server's."""
         if self.native:
             chunk = _native.decode(data)
-            cached = chunk.timings.cache_n if chunk.timings else None
+            cached = (chunk.timings or {}).get("cache_n")
             usage = TokenCounts(chunk.tokens_evaluated, cached, chunk.tokens_predicted) if chunk.stop else None
             return Event(len(chunk.tokens), chunk.tokens, usage, chunk.stop, error_message(chunk.error))
         if data == b"[DONE]":
@@ -100,7 +100,7 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
             tokens = len(ids) if ids is not None else int(bool(choice.text))
         usage = None
         if (said := reply.usage) is not None:
-            cached = said.prompt_tokens_details.cached_tokens if said.prompt_tokens_details else None
+            cached = (said.prompt_tokens_details or {}).get("cached_tokens")
             usage = TokenCounts(said.prompt_tokens, cached, said.completion_tokens)
         return Event(tokens, ids, usage, error=error_message(reply.error))
 
@@ -133,14 +133,14 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
         raise ConfigError(f"The server has no model {model!r}: it has {', '.join(card.id for card in models)}.")
     about: dict[str, Any] = {"max_model_len": card.max_model_len}
     kind = "llama.cpp" if card.owned_by == "llamacpp" else card.owned_by
-    if kind in ("miniserve", "vllm") and (version := await _maybe(http, f"{root}/version", _Version)):
-        about["version"] = version.version
+    if kind in ("miniserve", "vllm") and (version := await _maybe(http, f"{root}/version", dict[str, str])):
+        about["version"] = version.get("version")
     if kind == "miniserve" and (workers := await _maybe(http, f"{root}/v1/workers", _Workers)):
-        roles = Counter(worker.role for worker in workers.data)
+        roles = Counter(worker["role"] for worker in workers.data)
         about |= {"policy": workers.policy, "topology": str(Topology(roles["prefiller"], roles["decoder"]))}
     elif kind == "llama.cpp" and (props := await _maybe(http, f"{root}/props", _Props)):
-        about |= {"max_model_len": props.default_generation_settings.n_ctx, "version": props.build_info}
-    vocab = card.vocab_size or (card.meta.n_vocab if card.meta else None)
+        about |= {"max_model_len": props.default_generation_settings.get("n_ctx"), "version": props.build_info}
+    vocab = card.vocab_size or (card.meta or {}).get("n_vocab")
     return TargetServer(root=root, kind=kind, model=card.id, vocab=vocab, **about)
 
 
@@ -154,17 +154,14 @@ async def totals(http: aiohttp.ClientSession, server: TargetServer) -> Totals | 
         return None
     if status != 200:
         return None
-    text = answer.decode()
     placements: Counter[str] = Counter()
-    for labels, count in re.findall(r"^miniserve:placements_total\{(.*)\} (\S+)$", text, re.MULTILINE):
-        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        prefiller, home = label["prefill_worker"], label["home"]
-        placements[home if prefiller == home else f"{prefiller}->{home}"] += round(float(count))
-
-    def total(name: str) -> float:
-        return sum(map(float, re.findall(rf"^miniserve:{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE)))
-
-    return Totals(placements, round(total("handoff_bytes")), total("handoff_seconds"))
+    sums: defaultdict[str, float] = defaultdict(float)
+    for sample in chain.from_iterable(family.samples for family in text_string_to_metric_families(answer.decode())):
+        sums[sample.name] += sample.value
+        if sample.name == "miniserve:placements_total":
+            prefiller, home = sample.labels["prefill_worker"], sample.labels["home"]
+            placements[home if prefiller == home else f"{prefiller}->{home}"] += round(sample.value)
+    return Totals(placements, round(sums["miniserve:handoff_bytes_total"]), sums["miniserve:handoff_seconds_total"])
 
 
 async def _get(http: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
@@ -194,17 +191,10 @@ def body_message(body: bytes) -> str:
         return body[:200].decode(errors="replace")
 
 
-# --- what is read of answers ---------------------------------------------------------------------------------------
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
+    prompt_tokens_details: dict[str, int | None] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -218,21 +208,13 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
-class _Timings(msgspec.Struct):
-    cache_n: int | None = None
-
-
 class _Native(msgspec.Struct):
     tokens: list[int] = []
     stop: bool = False
     tokens_evaluated: int = 0
     tokens_predicted: int = 0
-    timings: _Timings | None = None
+    timings: dict[str, Any] | None = None
     error: Any = None
-
-
-class _Meta(msgspec.Struct):
-    n_vocab: int | None = None
 
 
 class _Card(msgspec.Struct):
@@ -240,32 +222,20 @@ class _Card(msgspec.Struct):
     owned_by: str = "unknown"
     max_model_len: int | None = None
     vocab_size: int | None = None
-    meta: _Meta | None = None
+    meta: dict[str, Any] | None = None
 
 
 class _Models(msgspec.Struct):
     data: list[_Card] = []
 
 
-class _Worker(msgspec.Struct):
-    role: str
-
-
 class _Workers(msgspec.Struct):
     policy: str
-    data: list[_Worker]
-
-
-class _Version(msgspec.Struct):
-    version: str
-
-
-class _Settings(msgspec.Struct):
-    n_ctx: int | None = None
+    data: list[dict[str, Any]]
 
 
 class _Props(msgspec.Struct):
-    default_generation_settings: _Settings
+    default_generation_settings: dict[str, Any]
     build_info: str | None = None
 
 

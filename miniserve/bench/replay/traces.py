@@ -95,16 +95,13 @@ def _rows(lines: _Lines) -> list[Script]:
         if turn != len(before):
             should = f"should be turn {len(before)}: they count from 0, each once, in order"
             raise ValueError(f"turn {turn} of conversation {key!r} {should}")
-        if turn:
-            gap = _seconds(row, "gap_s") if "gap_s" in row else 0.0
-            if row.get("arrival_s"):
-                raise ValueError(f"arrival_s is {row['arrival_s'][:40]!r}; only turn 0 has one, later turns a gap_s")
-        else:
-            gap = 0.0
-            if row.get("gap_s") and _seconds(row, "gap_s"):
-                raise ValueError("gap_s of turn 0 should be 0 or empty: nothing comes before it")
-            if "arrival_s" in row:
-                arrivals[key] = _seconds(row, "arrival_s")
+        gap = _seconds(row, "gap_s") if "gap_s" in row and (turn or row["gap_s"]) else 0.0
+        if turn and row.get("arrival_s"):
+            raise ValueError(f"arrival_s is {row['arrival_s'][:40]!r}; only turn 0 has one, later turns a gap_s")
+        if not turn and gap:
+            raise ValueError("gap_s of turn 0 should be 0 or empty: nothing comes before it")
+        if not turn and "arrival_s" in row:
+            arrivals[key] = _seconds(row, "arrival_s")
         before.append(TurnSize(_whole(row, "new_input_tokens", 1), _whole(row, "output_tokens", 1), gap))
     scripts = [Script(key, tuple(sizes), arrivals.get(key)) for key, sizes in turns.items()]
     return sorted(scripts, key=lambda script: script.arrival or 0.0)
@@ -149,9 +146,6 @@ class _Chain:
     turns: list[TurnSize] = field(default_factory=list)
 
 
-_Owners = dict[tuple[int, int], _Chain]
-
-
 def _requests(lines: _Lines) -> list[Script]:
     """Conversations of a trace that has only requests: `{"timestamp": ms, "input_length": tokens, "output_length":
     tokens, "hash_ids": [...]}` on each line, in order of time. An id stands for a block of 512 tokens and all before.
@@ -165,16 +159,15 @@ def _requests(lines: _Lines) -> list[Script]:
     A script's `shared` are the full blocks that its first prompt begins with and other conversations have too. Raises
     ValueError or msgspec.DecodeError.
     """
-    owners: _Owners = {}  # By place in the prompt and id: the chain that had the block first.
+    owners: dict[tuple[int, int], _Chain] = {}  # By place in the prompt and id: the chain that had the block first.
     common: set[tuple[int, int]] = set()
     chains: list[_Chain] = []
-    start: float | None = None
-    now = 0.0
+    start = now = 0.0
     for request in _decoded(lines):
         if request.timestamp < now:
             raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
         now = request.timestamp
-        start = now if start is None else start
+        start = start if chains else now
         chain = _continued(request, owners)
         if chain is None:
             chain = _Chain(f"line-{lines.number}", (now - start) / 1000, request, request)
@@ -193,7 +186,7 @@ def _requests(lines: _Lines) -> list[Script]:
     return scripts
 
 
-def _continued(request: _Request, owners: _Owners) -> _Chain | None:
+def _continued(request: _Request, owners: dict[tuple[int, int], _Chain]) -> _Chain | None:
     blocks = request.blocks
     for place in reversed(range(len(blocks))):
         chain = owners.get((place, blocks[place]))
@@ -214,9 +207,7 @@ def _decoded(lines: _Lines) -> Iterator[_Request]:
         except msgspec.DecodeError as e:
             how = 'a line is {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [...]}'
             raise ValueError(f"{e}; {how}") from None
-        blocks = -(-request.input_length // BLOCK_TOKENS)
-        if len(request.hash_ids) != blocks:
-            raise ValueError(
-                f"{len(request.hash_ids)} hash_ids; {request.input_length} tokens have {blocks} (512 each)"
-            )
+        ids, blocks = len(request.hash_ids), -(-request.input_length // BLOCK_TOKENS)
+        if ids != blocks:
+            raise ValueError(f"{ids} hash_ids; {request.input_length} tokens have {blocks} (512 each)")
         yield request

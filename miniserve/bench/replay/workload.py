@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 BLOCK_TOKENS = 512
 """Tokens of a shared block: those that `hash_ids` of Mooncake's traces stand for."""
 
 ARRIVALS = ("poisson", "fixed", "burst")
-"""How conversations can arrive; `distributions.arrivals` draws them."""
 
 
 class TurnSize(NamedTuple):
@@ -35,17 +34,7 @@ class Script:
 
     @property
     def tokens(self) -> int:
-        """The conversation's length at its end."""
         return sum(turn.new + turn.output for turn in self.turns)
-
-    def scaled(self, factor: float) -> Script:
-        """The same with all token counts times `factor`, at least 1 each: for small machines."""
-
-        def scale(count: int) -> int:
-            return max(1, round(count * factor))
-
-        turns = tuple(TurnSize(scale(turn.new), scale(turn.output), turn.gap) for turn in self.turns)
-        return replace(self, turns=turns, block=scale(self.block))
 
 
 @dataclass(frozen=True, kw_only=True)

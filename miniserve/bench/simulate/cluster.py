@@ -26,8 +26,6 @@ from miniserve.scheduler.scheduler import Scheduler
 from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
-"""How often the scheduler's `on_tick` is called."""
-MAX_QUEUED = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,75 +61,76 @@ class Agent:
 
 
 class Simulation:
-    """Runs a workload through a cluster. `run` returns when all conversations have ended.
+    """Runs a workload through a cluster. `run` returns when all conversations have ended; `progress` is called at the
+    end of each.
 
     Everything that happens is an event in one heap; events of the same moment happen in the order they were caused.
     """
 
-    def __init__(self, config: SimulationConfig, progress: Callable[[int], None] = lambda done: None) -> None:
-        """`progress` is called with how many conversations have ended."""
+    def __init__(self, config: SimulationConfig, progress: Callable[[], None] = lambda: None) -> None:
         self.now = 0.0
         self.times: list[ConversationTimes] = []
         self.gaps = array("f")
         """Seconds between two tokens of a turn, all of them."""
-        self._scripts = config.workload.scripts
-        self._seed = config.workload.seed
+        self._workload = config.workload
         self._done = 0
         self._progress = progress
-        self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()
         self._agents: dict[str, Agent] = {}
-        hardware, policy = config.hardware, make_policy(config.policy, config.mispredict)
-        self._latency = max(h.message_seconds for h in hardware)
-        longest = max(script.tokens for script in self._scripts) + 1
-        self.scheduler = Scheduler(policy, hardware[0].page_tokens, hardware[1].max_num_seqs, MAX_QUEUED)
-        self.workers: dict[str, SimulatedWorker] = {}
-        for name, role in config.topology.roles.items():
-            self.workers[name] = SimulatedWorker(
+        prefiller, decoder = config.hardware
+        policy = make_policy(config.policy, config.mispredict)
+        self._latency = max(prefiller.message_seconds, decoder.message_seconds)
+        self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31)
+        self.workers = {
+            name: SimulatedWorker(
                 name,
                 role,
-                hardware[0] if role is Role.PREFILLER else hardware[1],
+                prefiller if role is Role.PREFILLER else decoder,
                 self._speak,
                 self._carry,
-                max_model_len=max(longest, 2),
+                max_model_len=max(script.tokens for script in config.workload.scripts) + 1,
                 stretch=policy.step_stretch,
                 caching=config.enable_prefix_caching,
                 record=config.window is not None,
             )
+            for name, role in config.topology.roles.items()
+        }
         for worker in self.workers.values():
             self._carry_out(self.scheduler.worker_up(worker.peer, now=0.0))
         for number, start in enumerate(config.workload.starts):
             self._at(start, self._arrive, number)
-        self._at(TICK_SECONDS, self._tick, None)
+        self._at(TICK_SECONDS, self._tick)
 
     def run(self) -> None:
-        while self._done < len(self._scripts):
+        while self._done < len(self._workload.scripts):
             self.step()
 
     def step(self) -> None:
         self.now, _, happen, what = heappop(self._events)
-        happen(what)
+        happen(*what)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    def _at(self, when: float, happen: Callable[[Any], None], what: Any) -> None:
+    def _at(self, when: float, happen: Callable[..., None], *what: Any) -> None:
         heappush(self._events, (when, next(self._order), happen, what))
 
-    def _tick(self, _: None) -> None:
+    def _tick(self) -> None:
         self._carry_out(self.scheduler.on_tick(self.now))
-        self._at(self.now + TICK_SECONDS, self._tick, None)
+        self._at(self.now + TICK_SECONDS, self._tick)
 
     def _carry(self, sender: str, to: str, at: float, body: Message) -> None:
         """Send a message: it arrives after the latency of messages."""
         if isinstance(body, Run | Prefill):
             body = msgspec.structs.replace(body, tokens=list(body.tokens))  # as it is now
-        happen = self._report if to == "frontend" else self._receive
-        self._at(at + self._latency, happen, (to, Envelope(sender, 1 if sender in self.workers else 0, body)))
+        if isinstance(body, Report):
+            self._at(at + self._latency, self._report, sender, body)
+        else:
+            envelope = Envelope(sender, 1 if sender in self.workers else 0, body)
+            self._at(at + self._latency, self._receive, self.workers[to], envelope)
 
-    def _receive(self, what: tuple[str, Envelope]) -> None:
-        """A message has come to a worker, which reads it now or after its step."""
-        to, envelope = what
-        worker = self.workers[to]
+    def _receive(self, worker: SimulatedWorker, envelope: Envelope) -> None:
+        """A worker reads a message now or after its step."""
         worker.inbox.append(envelope)
         self._schedule(worker, max(self.now, worker.clock.now))
 
@@ -146,10 +145,8 @@ class Simulation:
             worker.due = inf
             self._schedule(worker, worker.round(self.now))
 
-    def _report(self, what: tuple[str, Envelope]) -> None:
-        envelope = what[1]
-        assert isinstance(envelope.body, Report)
-        self._carry_out(self.scheduler.on_report(envelope.sender, envelope.body, self.now))
+    def _report(self, sender: str, report: Report) -> None:
+        self._carry_out(self.scheduler.on_report(sender, report, self.now))
 
     def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
@@ -161,10 +158,10 @@ class Simulation:
     # --- agents -----------------------------------------------------------------------------------------------------
 
     def _arrive(self, number: int) -> None:
-        script = self._scripts[number]
+        script = self._workload.scripts[number]
         times = ConversationTimes(script.key, self.now)
         self.times.append(times)
-        self._ask(Agent(script, number, Text(script, self._seed), times))
+        self._ask(Agent(script, number, Text(script, self._workload.seed), times))
 
     def _ask(self, agent: Agent) -> None:
         number = len(agent.times.turns)
@@ -201,7 +198,7 @@ class Simulation:
         agent.said.extend(agent.answer)
         if len(times.turns) == len(turns):
             self._done += 1
-            self._progress(self._done)
+            self._progress()
             return
         gap = turns[len(times.turns)].gap
         times.gaps += gap

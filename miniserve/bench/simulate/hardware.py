@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from miniserve.config import ConfigError
 from miniserve.worker.step import Work
@@ -25,7 +26,6 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: str
     source: str
-    """Where the constants come from."""
     base: float
     per_token: float
     per_pair: float
@@ -45,17 +45,14 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Of a KV page. Large pages make the simulation quicker, and lose at most a page of what a turn finds cached."""
     transfer_bytes_per_second: float
     transfer_latency: float = 0.0
-    """Of a transfer of any size."""
     transfer_token_seconds: float = 0.0
-    """And for each token, whatever its bytes."""
+    """For each token, whatever its bytes."""
     message_seconds: float = 0.0
-    """Of a message from one process to another."""
     busy_watts: float | None = None
     idle_watts: float | None = None
 
     def step_seconds(self, chunks: Iterable[tuple[int, int]], decodes: int, kv_tokens: int) -> float:
-        """The time of a step with these chunks (tokens, tokens before them) and `decodes` sequences of `kv_tokens` in
-        all."""
+        """A step with these chunks (tokens, tokens before them) and `decodes` sequences of `kv_tokens` in all."""
         work = self.base + self.per_sequence * decodes + self.per_kv_token * kv_tokens
         some = 0.0
         for count, context in chunks:
@@ -71,55 +68,49 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def transfer_seconds(self, pages: int) -> float:
         """The time of `pages` to another device, with nothing else on the way."""
-        tokens = pages * self.page_tokens
-        seconds = self.kv_bytes_per_token / self.transfer_bytes_per_second + self.transfer_token_seconds
-        return self.transfer_latency + tokens * seconds
+        token_seconds = self.kv_bytes_per_token / self.transfer_bytes_per_second + self.transfer_token_seconds
+        return self.transfer_latency + pages * self.page_tokens * token_seconds
 
 
-def _a40(name: str, note: str, **changed: float) -> Hardware:
-    """Fits to the measurements in the paper's artifact: Qwen3-0.6B in bf16, vLLM 0.11 in eager mode."""
-    constants: dict[str, float] = {
-        "base": 5.7e-3,
-        "per_token": 0.0144e-3,
-        "per_pair": 2 * 1.387e-9,
-        # An append of 67 tokens after c others takes 0.95e-3 c + 5.6 ms; its pairs are 67 c of that.
-        "per_context": 0.95e-6 - 67 * 2 * 1.387e-9,
-        "per_sequence": 0.06e-3,
-        "per_kv_token": 1.85e-7,
-        "floor": 14.3e-3,
-        "busy_watts": 270.0,
-        "idle_watts": 77.0,
-        **changed,
-    }
-    return Hardware(
-        name=name,
-        source=f"arXiv 2606.01839 and its artifact; {note}",
-        kv_bytes_per_token=114_688,
-        kv_tokens=308_448,
-        # PCIe 4 x16, 4.6 us a token; 2 ms and 5 us for each 16 tokens of bookkeeping on each side.
-        transfer_bytes_per_second=114_688 / 4.6e-6,
-        transfer_latency=4e-3,
-        transfer_token_seconds=2 * 5e-6 / 16,
-        **constants,  # type: ignore[arg-type]
-    )
-
-
-PRESETS: dict[str, Hardware] = {
-    hardware.name: hardware
-    for hardware in (
-        _a40("a40-qwen3-0.6b", "NVIDIA A40 at 300 W, eager mode"),
-        _a40("a40-qwen3-0.6b-graphs", "the same with CUDA graphs: no floor to launch a step (not measured)", floor=0.0),
-        _a40(
-            "a40-qwen3-0.6b-200w",
-            "NVIDIA A40 capped to 200 W, eager mode",
-            # Its fit, 2.215e-6 L^2 + 0.0081 L + 38.7, with what it has as a constant spread over 16k tokens.
-            per_token=(0.0081 + (38.7 - 14.3 - 5.7) / 16384) * 1e-3,
-            per_pair=2 * 2.215e-9,
-            per_kv_token=1.85e-7 * 1.02,
-            busy_watts=200.0,
-        ),
-    )
-}
+# Fits to the measurements in the paper's artifact: Qwen3-0.6B in bf16, vLLM 0.11 in eager mode.
+_ARTIFACT = "arXiv 2606.01839 and its artifact; "
+_A40 = Hardware(
+    name="a40-qwen3-0.6b",
+    source=_ARTIFACT + "NVIDIA A40 at 300 W, eager mode",
+    base=5.7e-3,
+    per_token=0.0144e-3,
+    per_pair=2 * 1.387e-9,
+    # An append of 67 tokens after c others takes 0.95e-3 c + 5.6 ms; its pairs are 67 c of that.
+    per_context=0.95e-6 - 67 * 2 * 1.387e-9,
+    per_sequence=0.06e-3,
+    per_kv_token=1.85e-7,
+    floor=14.3e-3,
+    kv_bytes_per_token=114_688,
+    kv_tokens=308_448,
+    # PCIe 4 x16, 4.6 us a token; 2 ms and 5 us for each 16 tokens of bookkeeping on each side.
+    transfer_bytes_per_second=114_688 / 4.6e-6,
+    transfer_latency=4e-3,
+    transfer_token_seconds=2 * 5e-6 / 16,
+    busy_watts=270.0,
+    idle_watts=77.0,
+)
+_A40_GRAPHS = replace(
+    _A40,
+    name="a40-qwen3-0.6b-graphs",
+    source=_ARTIFACT + "the same with CUDA graphs: no floor to launch a step (not measured)",
+    floor=0.0,
+)
+_A40_200W = replace(
+    _A40,
+    name="a40-qwen3-0.6b-200w",
+    source=_ARTIFACT + "NVIDIA A40 capped to 200 W, eager mode",
+    # Its fit, 2.215e-6 L^2 + 0.0081 L + 38.7, with what it has as a constant spread over 16k tokens.
+    per_token=(0.0081 + (38.7 - 14.3 - 5.7) / 16384) * 1e-3,
+    per_pair=2 * 2.215e-9,
+    per_kv_token=1.85e-7 * 1.02,
+    busy_watts=200.0,
+)
+PRESETS = {hardware.name: hardware for hardware in (_A40, _A40_GRAPHS, _A40_200W)}
 
 
 def load_hardware(text: str) -> Hardware:

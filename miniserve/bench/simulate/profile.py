@@ -10,6 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,8 +31,6 @@ CONTEXTS = (0, 256, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16, 32)
 LARGEST = 6144
 """Tokens that one step may look back on in all: a CPU should be done with this in a minute."""
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
 
 
 class Measured(msgspec.Struct):
@@ -56,20 +56,14 @@ def profile(config: EngineConfig, out: Path) -> None:
         files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
     except ModelError as error:
         raise ConfigError(str(error)) from error
-    engine = msgspec.structs.replace(config, model=str(files.folder))
+    engine = msgspec.json.encode(msgspec.structs.replace(config, model=str(files.folder)))
     command = [sys.executable, "-m", "miniserve.bench.simulate.profile"]
-    copies = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(config.workers)]
-    for copy in copies:
-        assert copy.stdin is not None
-        copy.stdin.write(msgspec.json.encode(engine))
-        copy.stdin.close()
-    found = []
-    for copy in copies:
-        assert copy.stdout is not None
-        answer = copy.stdout.read()
-        if copy.wait():
-            raise ConfigError("The measurement failed; what it said is above.")
-        found.append(msgspec.json.decode(answer, type=Measured))
+    measure = partial(subprocess.run, command, input=engine, stdout=subprocess.PIPE)
+    with ThreadPoolExecutor(config.workers) as pool:
+        copies = [copy.result() for copy in [pool.submit(measure) for _ in range(config.workers)]]
+    if any(copy.returncode for copy in copies):
+        raise ConfigError("The measurement failed; what it said is above.")
+    found = [msgspec.json.decode(copy.stdout, type=Measured) for copy in copies]
     hardware = fit(found, f"{found[0].device}-{Path(config.model).name}", config.workers)
     out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
     print(quality(hardware, found), file=sys.stderr)
@@ -78,19 +72,21 @@ def profile(config: EngineConfig, out: Path) -> None:
 def fit(found: list[Measured], name: str, workers: int) -> Hardware:
     """The constants that come nearest to the measured steps: least squares of the relative error, none below zero."""
     steps = [step for copy in found for step in copy.steps]
-    rows = np.array([_features(*step[:4]) for step in steps])
+    # What the constants are multiplied by in `Hardware`'s formula.
+    rows = np.array([(1.0, n, n * (c + n / 2), c if n else 0, b, s) for n, c, b, s, _ in steps])
     seconds = np.array([step[4] for step in steps])
-    weights = _non_negative(rows / seconds[:, None], np.ones(len(steps))).tolist()
+    weights = _non_negative(rows / seconds[:, None], np.ones(len(steps)))
+    base, per_token, per_pair, per_context, per_sequence, per_kv_token = weights.tolist()
     first = found[0]
     return Hardware(
         name=name,
         source=f"miniserve profile, {time.strftime('%Y-%m-%d')}: {first.device}, {first.dtype}, {workers} at once",
-        base=weights[0],
-        per_token=weights[1],
-        per_pair=weights[2],
-        per_context=weights[3],
-        per_sequence=weights[4],
-        per_kv_token=weights[5],
+        base=base,
+        per_token=per_token,
+        per_pair=per_pair,
+        per_context=per_context,
+        per_sequence=per_sequence,
+        per_kv_token=per_kv_token,
         overhead=statistics.mean(copy.overhead for copy in found),
         kv_bytes_per_token=first.kv_bytes_per_token,
         kv_tokens=min(copy.kv_tokens for copy in found),
@@ -101,7 +97,6 @@ def fit(found: list[Measured], name: str, workers: int) -> Hardware:
 
 
 def quality(hardware: Hardware, found: list[Measured]) -> str:
-    """How far the constants are from what was measured, in words."""
     errors = sorted(
         abs((hardware.step_seconds([(n, c)] if n else [], b, s) - hardware.overhead) / seconds - 1)
         for copy in found
@@ -111,11 +106,6 @@ def quality(hardware: Hardware, found: list[Measured]) -> str:
         f"{len(errors)} steps; the profile is off by {errors[len(errors) // 2]:.0%} (median), "
         f"{errors[int(0.95 * len(errors))]:.0%} (p95)"
     )
-
-
-def _features(chunk: int, context: int, decodes: int, tokens: int) -> tuple[float, ...]:
-    """What a step's constants are multiplied by, in the order of `Hardware`'s formula."""
-    return (1.0, chunk, chunk * (context + chunk / 2), context if chunk else 0, decodes, tokens)
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -138,6 +128,8 @@ def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def main() -> int:
     """Measure with the configuration on stdin, and print a `Measured`."""
     from miniserve.worker.build import build
+    from miniserve.worker.sequence import Sequence
+    from miniserve.worker.step import Work
 
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     try:
@@ -145,28 +137,22 @@ def main() -> int:
     except ConfigError as error:
         print(f"miniserve: {error}", file=sys.stderr)
         return 1
-    from miniserve.worker.sequence import Sequence
-    from miniserve.worker.step import Work
-
     engine, shape = built.engine, built.memory.shape
     runner, size = engine.runner, engine.page_tokens
     budget = engine.max_num_batched_tokens
     limit = min(LARGEST, engine.max_model_len - 1, (built.memory.num_pages - 1) * size)
 
-    def sequence(number: int, before: int, count: int, first_page: int) -> Sequence:
-        made = Sequence(f"{number}", [7] * (before + count), GREEDY, 0, b"")
-        made.computed = before
-        made.pages = list(range(first_page, first_page + -(-(before + count) // size)))
-        return made
+    greedy = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
 
     def timed(chunk: int, context: int, decodes: int, each: int) -> float:
-        work, page = [], 0
-        for number in range(decodes):
-            work.append(Work.next(sequence(number, each - 1, 1, page), 1))
-            page += len(work[-1].sequence.pages)
-        if chunk:
-            work.append(Work.next(sequence(decodes, context, chunk, page), chunk))
-        taken = []
+        work: list[Work] = []
+        page, taken = 0, []
+        for count, before in [(1, each - 1)] * decodes + ([(chunk, context)] if chunk else []):
+            sequence = Sequence(f"{len(work)}", [7] * (before + count), greedy, 0, b"")
+            sequence.computed = before
+            sequence.pages = list(range(page, page + -(-(before + count) // size)))
+            page += len(sequence.pages)
+            work.append(Work.next(sequence, count))
         for _ in range(REPEATS):
             started = time.perf_counter()
             runner.launch(work).wait()

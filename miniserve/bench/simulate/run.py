@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, seconds, summary
@@ -12,11 +12,12 @@ from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
 
 
-def simulate(config: SimulationConfig, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """The result object of the contract (docs/evaluation.md); with `config.window` it has a `timeline` too."""
     simulation = Simulation(config, progress)
     simulation.run()
     scheduler, workers, workload = simulation.scheduler, simulation.workers, config.workload
+    links = scheduler.links.values()
     duration = simulation.now - min(workload.starts)
     hardware = config.hardware[0 if config.topology.prefillers else 1]
     standalone = {script.key: alone(script, hardware) for script in workload.scripts}
@@ -29,15 +30,12 @@ def simulate(config: SimulationConfig, progress: Callable[[int], None] = lambda 
         "mispredict": config.mispredict,
         **summary(simulation.times, standalone, duration),
         "token_gap_s": seconds(simulation.gaps),
-        "kv_transfer": {
-            "bytes": sum(link.bytes for link in scheduler.links.values()),
-            "seconds": sum(link.seconds for link in scheduler.links.values()),
-        },
+        "kv_transfer": {"bytes": sum(link.bytes for link in links), "seconds": sum(link.seconds for link in links)},
         "placements": {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
         "busy": {name: worker.runner.busy / duration for name, worker in workers.items()},
-        "energy": _energy(list(workers.values()), duration, simulation.times),
+        "energy": _energy(workers.values(), duration, simulation.times),
     }
     if config.window is not None:
         result["timeline"] = _timeline(config, simulation, *config.window)
@@ -71,8 +69,9 @@ def _decode(hardware: Hardware, length: int) -> float:
     return hardware.step_seconds((), 1, length)
 
 
-def _energy(workers: list[SimulatedWorker], duration: float, times: list[ConversationTimes]) -> dict[str, float | None]:
-    """Joules of all workers over the run, from their busy and idle watts, and the tokens for each of them."""
+def _energy(
+    workers: Iterable[SimulatedWorker], duration: float, times: list[ConversationTimes]
+) -> dict[str, float | None]:
     joules = 0.0
     for worker in workers:
         hardware, busy = worker.hardware, worker.runner.busy
@@ -93,7 +92,6 @@ def _timeline(config: SimulationConfig, simulation: Simulation, start: float, en
         "spans": {
             name: [list(span) for span in (*worker.spans, *worker.copies) if span[1] > start and span[0] < end]
             for name, worker in simulation.workers.items()
-            if worker.spans is not None
         },
         "kv": {
             name: {

@@ -7,12 +7,13 @@ token; `SimulatedLink` moves no bytes, it lets the time of a copy pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
 from miniserve.config import Role
-from miniserve.kv.eviction import OrderName, make_order
+from miniserve.kv.eviction import make_order
 from miniserve.kv.pages import PagePool
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -22,7 +23,6 @@ from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Done, Work
 
 LAYOUT = "simulated"
-VOCAB = 2**31
 PATIENCE = 30.0
 """Seconds of a handoff's lease: the default of `serve`."""
 
@@ -32,84 +32,78 @@ Span = tuple[float, float, str]
 """Start, end, and what it was: prefill, decode, mixed or transfer."""
 
 
+@dataclass
 class Clock:
     """A worker's own time, which its steps move on."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now: float = 0.0
 
     def __call__(self) -> float:
         return self.now
 
 
+@dataclass
 class SimulatedRunner:
     """A `worker.engine.Runner` whose steps take as long as on the hardware. `speak` returns the next token of a
-    complete sequence. `spans` gets (start, end, kind) of each step, if there is such a list."""
+    complete sequence. `spans` gets (start, end, kind) of each step, if there is such a list. `busy` counts the seconds
+    in which the device computed."""
 
+    hardware: Hardware
+    clock: Clock
+    speak: Callable[[Sequence], int]
+    spans: list[Span] | None
+    busy: float = 0.0
     eos: frozenset[int] = frozenset()
 
-    def __init__(
-        self, hardware: Hardware, clock: Clock, speak: Callable[[Sequence], int], spans: list[Span] | None
-    ) -> None:
-        self.busy = 0.0
-        """Seconds in which the device computed."""
-        self._hardware = hardware
-        self._clock = clock
-        self._speak = speak
-        self._spans = spans
-
     def launch(self, batch: list[Work]) -> Done:
-        started = self._clock.now
-        seconds = self._hardware.batch_seconds(batch)
-        self._clock.now += seconds
+        started = self.clock.now
+        seconds = self.hardware.batch_seconds(batch)
+        self.clock.now += seconds
         self.busy += seconds
-        if self._spans is not None:
+        if self.spans is not None:
             prompts = sum(not work.is_decode for work in batch)
             kind = "decode" if not prompts else "prefill" if prompts == len(batch) else "mixed"
-            self._spans.append((started, self._clock.now, kind))
-        return Done([(self._speak(work.sequence), None) for work in batch if work.samples])
+            self.spans.append((started, self.clock.now, kind))
+        return Done([(self.speak(work.sequence), None) for work in batch if work.samples])
 
 
+@dataclass
 class SimulatedCopy:
-    """A `kv.transfer` `Copy` whose pages arrive `seconds` after `begin`. It runs beside both workers' steps."""
+    """A `kv.transfer` `Copy` whose pages arrive `at` a time, beside both workers' steps."""
 
-    stored = True
-
-    def __init__(self, begin: float, seconds: float, clock: Clock) -> None:
-        self.seconds = seconds
-        self.at = begin + seconds
-        self._clock = clock
+    seconds: float
+    at: float
+    clock: Clock
+    stored: bool = True
 
     @property
     def ready(self) -> bool:
-        return self._clock.now >= self.at
+        return self.clock.now >= self.at
 
     def store(self, ours: list[int]) -> None: ...
 
     def abandon(self) -> None: ...
 
 
+@dataclass
 class SimulatedLink:
-    """A `kv.transfer` `Transfer` that makes one copy from a peer after the other."""
+    """A `kv.transfer` `Transfer` that makes one copy from a peer after the other: it is `free` at a time."""
 
-    name = "simulated"
-
-    def __init__(self, hardware: Hardware, clock: Clock, spans: list[Span] | None) -> None:
-        self._hardware = hardware
-        self._clock = clock
-        self._spans = spans
-        self._free = 0.0
+    hardware: Hardware
+    clock: Clock
+    spans: list[Span] | None
+    free: float = 0.0
+    name: str = "simulated"
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
         return (0, 0)
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> SimulatedCopy:
-        begin = max(self._free, self._clock.now)
-        copy = SimulatedCopy(begin, self._hardware.transfer_seconds(len(pages)), self._clock)
-        self._free = copy.at
-        if self._spans is not None:
-            self._spans.append((begin, copy.at, "transfer"))
-        return copy
+        begin, seconds = max(self.free, self.clock.now), self.hardware.transfer_seconds(len(pages))
+        self.free = begin + seconds
+        if self.spans is not None:
+            self.spans.append((begin, self.free, "transfer"))
+        return SimulatedCopy(seconds, self.free, self.clock)
 
     def close(self) -> None: ...
 
@@ -126,10 +120,9 @@ class SimulatedWorker:
         send: Send,
         *,
         max_model_len: int,
-        order: OrderName = "expected",
-        stretch: float = 0.0,
-        caching: bool = True,
-        record: bool = False,
+        stretch: float,
+        caching: bool,
+        record: bool,
     ) -> None:
         self.name = name
         self.role = role
@@ -137,15 +130,18 @@ class SimulatedWorker:
         self.clock = Clock()
         self.inbox: list[Envelope] = []
         self.due = inf
-        """When its next round is due; infinite while none is."""
-        self.spans: list[Span] | None = [] if record else None
+        """The time of its next round; infinite while none is due."""
+        self.spans: list[Span] = []
+        """With `record`: what the device did."""
         self.copies: list[Span] = []
         """With `record`: when KV was on its way to this worker."""
         self.kv: list[tuple[float, int, int]] = []
         """With `record`: (time, held, cached pages) after each round."""
-        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order(order), caching=caching)
+        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order("expected"), caching=caching)
         self._send = send
-        self.runner = SimulatedRunner(hardware, self.clock, speak, self.spans)
+        self._page_bytes = hardware.page_tokens * hardware.kv_bytes_per_token
+        self._record = record
+        self.runner = SimulatedRunner(hardware, self.clock, speak, self.spans if record else None)
         engine = Engine(
             self.runner,
             self.pool,
@@ -158,7 +154,7 @@ class SimulatedWorker:
         )
         handoffs = Handoffs(
             engine,
-            hardware.page_tokens * hardware.kv_bytes_per_token,
+            self._page_bytes,
             LAYOUT,
             PATIENCE,
             self.send,
@@ -166,21 +162,20 @@ class SimulatedWorker:
             self.clock,
         )
         self.worker = Worker(
-            name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=VOCAB, clock=self.clock
+            name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=2**31, clock=self.clock
         )
 
     @property
     def peer(self) -> Peer:
-        """What the other workers know of this one."""
-        page_bytes = self.hardware.page_tokens * self.hardware.kv_bytes_per_token
-        return Peer(self.name, 1, self.name, PoolInfo(0, -1, self.pool.num_pages, page_bytes, LAYOUT), self.role)
+        pool = PoolInfo(0, -1, self.pool.num_pages, self._page_bytes, LAYOUT)
+        return Peer(self.name, 1, self.name, pool, self.role)
 
     def round(self, now: float) -> float:
-        """One round of its loop from `now` on; when the next one is due if no message comes before."""
+        """Run its loop once from `now` on; returns when the next round is due if no message comes before."""
         self.clock.now = now
         messages, self.inbox = self.inbox, []
         self.worker.work(messages)
-        if self.spans is not None:
+        if self._record:
             self.kv.append((self.clock.now, self.pool.num_held, self.pool.num_cached))
         return self.clock.now + self.worker.rest
 
