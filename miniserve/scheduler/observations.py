@@ -31,7 +31,6 @@ class Average:
         self._memory = memory
 
     def add(self, value: float) -> None:
-        """One more measurement."""
         self.count += 1
         self.value += (value - self.value) / min(self.count, self._memory)
 
@@ -59,7 +58,6 @@ class Recent:
         self._sorted: list[float] = []
 
     def add(self, value: float) -> None:
-        """One more value."""
         self._values.append(value)
         self._sorted = []
 
@@ -93,11 +91,9 @@ class Plane:
 
     @property
     def measured(self) -> bool:
-        """Whether there was any measurement."""
         return bool(self._cells)
 
     def add(self, x: tuple[float, ...], seconds: float) -> None:
-        """One more measurement."""
         key = tuple(int(math.log2(value + 1)) for value in x)
         cell = self._cells.get(key)
         self._count += 1
@@ -157,16 +153,13 @@ class Speed:
 
     @property
     def knows_prefill(self) -> bool:
-        """Whether it has computed prompts itself."""
         return self._prefill.measured
 
     @property
     def knows_decode(self) -> bool:
-        """Whether it has made decode steps itself."""
         return self._decode.measured
 
     def observe(self, step: StepTime) -> None:
-        """A step was made."""
         if self._fleet is not None:
             self._fleet.observe(step)
         if not step.prefill:

@@ -96,6 +96,5 @@ class WaitingQueue:
 
 
 def _without_claim(turn: Turn, open_workers: Set[str]) -> Set[str]:
-    """The workers that stay open behind a turn that waits."""
     home = turn.conversation.home
     return open_workers - {home} if home else frozenset()

@@ -178,12 +178,10 @@ class Reader:
 
     @property
     def calls(self) -> int:
-        """Calls so far."""
         return self._scanner.calls if self._scanner else 0
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is wanted of the model."""
         return self._scanner is not None and self._scanner.done
 
     def read(self, text: str, final: bool = False) -> list[Part]:
