@@ -110,7 +110,6 @@ class Plane:
             self._fit()
 
     def at(self, *x: float) -> float:
-        """Seconds expected at `x`."""
         return sum(map(mul, self._weights, x))
 
     def _fit(self) -> None:
@@ -166,7 +165,7 @@ class Speed:
             self._decode.add((1.0, step.decodes, step.decode_context), step.seconds)
             return
         self._chunk = max(self._chunk, step.prefill)
-        beside = self.decode_more(0, 0, step.decodes, step.decode_context) if step.decodes else 0.0
+        beside = max(self.decode(step.decodes, step.decode_context) - self.decode(0, 0), 0.0) if step.decodes else 0.0
         seconds = max(step.seconds - beside, 0.1 * step.seconds)
         self._prefill.add((step.prefill, step.prefill_context, 1.0), seconds)
 
@@ -190,7 +189,3 @@ class Speed:
         if not self._decode.measured:
             return self._fleet.decode(batch, context) if self._fleet else GUESS_STEP
         return self._decode.at(1.0, batch, context)
-
-    def decode_more(self, batch: int, context: int, more: int, more_context: int) -> float:
-        """By how many seconds a step gets longer with `more` sequences of `more_context` tokens in all."""
-        return max(self.decode(batch + more, context + more_context) - self.decode(batch, context), 0.0)

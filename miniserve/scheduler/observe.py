@@ -64,7 +64,7 @@ class Observe:
         return self._placement(best, tuple(options), "cheapest for a first turn")
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
-        if home.name in cluster.open and home.fits(need.pages) and not self._should_leave(need, home):
+        if home.name in cluster.open and home.fits(need.pages) and not (home.turns and home.room < need.pages):
             options = self._options(need, cluster, home)
             here = options[0]
             # This turn may wait a little for a prefiller to spare the streams at home, but not long: its client waits.
@@ -89,9 +89,6 @@ class Observe:
         if home.name in cluster.open and home.fits(need.pages):
             return Placement(home.name, reason="nowhere better")
         return None
-
-    def _should_leave(self, need: Need, home: WorkerView) -> bool:
-        return home.room < need.pages and home.turns > 0
 
     def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
         if worker.name not in cluster.open or not worker.fits(need.pages):

@@ -31,7 +31,6 @@ class WaitingQueue:
         return len(self._turns) + len(self.newcomers)
 
     def append(self, turn: Turn, now: float) -> None:
-        """Let a turn wait behind the others."""
         self._queue_of(turn, now).append(turn)
 
     def appendleft(self, turn: Turn, now: float) -> None:

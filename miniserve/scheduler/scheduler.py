@@ -307,7 +307,6 @@ class Scheduler:
         return commands
 
     def _prefilled(self, turn: Turn, first: FirstToken, now: float) -> None:
-        """A run has given its first token: its prompt is computed."""
         turn.move(TurnState.DECODE)
         self._ledger.end_prefill(turn)
         if turn.first_token is None:

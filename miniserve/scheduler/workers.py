@@ -183,7 +183,6 @@ class PrefixIndex:
         return found
 
     def drop(self, worker: str) -> None:
-        """Forget a worker that has died, with all its pages."""
         for digest, known in self._workers.items():
             if worker in known:
                 self._workers[digest] = tuple(name for name in known if name != worker)

@@ -115,7 +115,6 @@ class CallScanner:
         return True
 
     def _settle(self, found: ParsedCalls, parts: list[Part]) -> None:
-        """Give out what the parser has found, and let go of it."""
         self._parser = None
         text, self._held = self._held[: found.end], self._held[found.end :]
         if not found.calls:
