@@ -29,7 +29,6 @@ def at_home(need: Need, cluster: Cluster) -> WorkerView | None:
 
 
 def least_queued(cluster: Cluster) -> WorkerView:
-    """The prefiller with the shortest queue."""
     return min(cluster.prefillers, key=lambda p: p.queued_prefill_tokens)
 
 
@@ -124,5 +123,4 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 
 def make_policy(name: str, mispredict: float = 0.0) -> Policy:
-    """The policy called `name`, one of `POLICIES`."""
     return Ampd(mispredict) if name == "ampd" else POLICIES[name]()

@@ -10,8 +10,6 @@ from miniserve.scheduler.records import Record
 
 @dataclass(frozen=True)
 class Send:
-    """Send `message` to a worker."""
-
     worker: str
     message: Message
 

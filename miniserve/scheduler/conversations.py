@@ -76,7 +76,6 @@ class Conversations:
         return iter(self._by_key.values())
 
     def get(self, key: str | int) -> Conversation | None:
-        """The conversation with this key."""
         return self._by_key.get(key)
 
     def latest(self, count: int) -> list[Conversation]:
@@ -126,14 +125,12 @@ class Conversations:
         return parent, parent, known
 
     def _seen(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> int:
-        """How many of a prompt's tokens the conversation has seen before."""
         for mark in reversed(conversation.marks):
             if self._prompts.begins(mark, tokens, chain):
                 return conversation.tokens if mark is conversation.marks[-1] else mark.length
         return 0
 
     def expire(self, now: float) -> list[Conversation]:
-        """Forget and return the conversations that have been idle too long or exceed the capacity."""
         gone: list[Conversation] = []
         for conversation in self._by_key.values():
             too_many = len(self._by_key) - len(gone) > self._capacity

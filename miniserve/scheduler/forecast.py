@@ -77,7 +77,6 @@ class History:
             yield TurnRecord(*row)  # type: ignore[arg-type]
 
     def append(self, record: TurnRecord) -> None:
-        """A turn has ended."""
         if len(self) == TURNS:
             del self._numbers[:COLUMNS]
         self._numbers.extend(math.nan if value is None else value for value in record)
@@ -110,7 +109,6 @@ class Forecast:
             self._continued[min(turns, TURNS)] += 1
 
     def ended(self, record: TurnRecord) -> None:
-        """A turn has ended."""
         self._outputs.add(record.output)
         self._ended[min(record.turn, TURNS)] += 1
 

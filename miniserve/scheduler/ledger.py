@@ -28,7 +28,6 @@ class Ledger:
         self._numbers = count(1)
 
     def pages(self, tokens: int) -> int:
-        """The pages that so many tokens take."""
         return -(-tokens // self._page_tokens)
 
     # --- turns that run ---------------------------------------------------------------------------------------------
@@ -55,7 +54,6 @@ class Ledger:
             turn.pages = pages
 
     def release(self, turn: Turn, now: float) -> None:
-        """A turn has left its workers."""
         self.end_prefill(turn)
         if home := self._view(turn.home):
             home.drop_turn(turn.pages, now)

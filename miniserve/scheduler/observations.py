@@ -31,7 +31,6 @@ class Average:
         self._memory = memory
 
     def add(self, value: float) -> None:
-        """One more measurement."""
         self.count += 1
         self.value += (value - self.value) / min(self.count, self._memory)
 
@@ -59,7 +58,6 @@ class Recent:
         self._sorted: list[float] = []
 
     def add(self, value: float) -> None:
-        """One more value."""
         self._values.append(value)
         self._sorted = []
 
@@ -93,11 +91,9 @@ class Plane:
 
     @property
     def measured(self) -> bool:
-        """Whether there was any measurement."""
         return bool(self._cells)
 
     def add(self, x: tuple[float, ...], seconds: float) -> None:
-        """One more measurement."""
         key = tuple(int(math.log2(value + 1)) for value in x)
         cell = self._cells.get(key)
         self._count += 1
@@ -114,7 +110,6 @@ class Plane:
             self._fit()
 
     def at(self, *x: float) -> float:
-        """Seconds expected at `x`."""
         return sum(map(mul, self._weights, x))
 
     def _fit(self) -> None:
@@ -157,23 +152,20 @@ class Speed:
 
     @property
     def knows_prefill(self) -> bool:
-        """Whether it has computed prompts itself."""
         return self._prefill.measured
 
     @property
     def knows_decode(self) -> bool:
-        """Whether it has made decode steps itself."""
         return self._decode.measured
 
     def observe(self, step: StepTime) -> None:
-        """A step was made."""
         if self._fleet is not None:
             self._fleet.observe(step)
         if not step.prefill:
             self._decode.add((1.0, step.decodes, step.decode_context), step.seconds)
             return
         self._chunk = max(self._chunk, step.prefill)
-        beside = self.decode_more(0, 0, step.decodes, step.decode_context) if step.decodes else 0.0
+        beside = max(self.decode(step.decodes, step.decode_context) - self.decode(0, 0), 0.0) if step.decodes else 0.0
         seconds = max(step.seconds - beside, 0.1 * step.seconds)
         self._prefill.add((step.prefill, step.prefill_context, 1.0), seconds)
 
@@ -197,7 +189,3 @@ class Speed:
         if not self._decode.measured:
             return self._fleet.decode(batch, context) if self._fleet else GUESS_STEP
         return self._decode.at(1.0, batch, context)
-
-    def decode_more(self, batch: int, context: int, more: int, more_context: int) -> float:
-        """By how many seconds a step gets longer with `more` sequences of `more_context` tokens in all."""
-        return max(self.decode(batch + more, context + more_context) - self.decode(batch, context), 0.0)

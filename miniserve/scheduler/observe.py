@@ -53,7 +53,6 @@ class Observe:
         return self._later(need, cluster, home)
 
     def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
-        """A conversation without a home."""
         options = [option for home in homes for option in self._options(need, cluster, home)]
         if not options:
             return None
@@ -65,8 +64,7 @@ class Observe:
         return self._placement(best, tuple(options), "cheapest for a first turn")
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
-        """A conversation whose KV is at `home`."""
-        if home.name in cluster.open and home.fits(need.pages) and not self._should_leave(need, home):
+        if home.name in cluster.open and home.fits(need.pages) and not (home.turns and home.room < need.pages):
             options = self._options(need, cluster, home)
             here = options[0]
             # This turn may wait a little for a prefiller to spare the streams at home, but not long: its client waits.
@@ -92,11 +90,7 @@ class Observe:
             return Placement(home.name, reason="nowhere better")
         return None
 
-    def _should_leave(self, need: Need, home: WorkerView) -> bool:
-        return home.room < need.pages and home.turns > 0
-
     def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
-        """Whether `worker` may become the home of this turn now."""
         if worker.name not in cluster.open or not worker.fits(need.pages):
             return False
         if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
@@ -165,7 +159,6 @@ class Observe:
         return step / (1 - min(home.prefilling.value, 0.75)) if home.role is Role.PREFILLER else step
 
     def _streams(self, worker: WorkerView) -> float:
-        """How many streams a prompt will hold up here."""
         return max(worker.turns, worker.load.value)
 
     def _margin(self, option: Option) -> float:

@@ -57,7 +57,6 @@ class Option(msgspec.Struct, frozen=True):
 
     @property
     def first_token(self) -> float:
-        """Seconds until the first token."""
         return self.queue + self.prefill + self.transfer
 
 
@@ -84,9 +83,7 @@ class Policy(Protocol):
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn; None if it has to wait."""
-        ...
 
     def patience(self, need: Need, cluster: Cluster) -> float:
         """For how many seconds a newcomer, whose conversation has no home yet, lets turns pass that have one; then it
         claims the workers that it waits for. 0 for policies that serve strictly in order."""
-        ...

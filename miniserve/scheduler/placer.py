@@ -72,13 +72,11 @@ class Placer:
         return [*commands, Send(placement.home, self._begin(turn, need, placement, now))]
 
     def _has_patience(self, turn: Turn, now: float) -> bool:
-        """Whether a newcomer still lets others pass."""
         need = self._need(turn, now)
         cluster = Cluster(*self._by_role(), self._workers.keys(), self._links)
         return need.waited < self.policy.patience(need, cluster)
 
     def _by_role(self) -> tuple[list[WorkerView], list[WorkerView]]:
-        """Prefillers and decoders."""
         prefillers: list[WorkerView] = []
         decoders: list[WorkerView] = []
         for worker in self._workers.values():

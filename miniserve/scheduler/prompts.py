@@ -22,8 +22,6 @@ class PromptMark:
 
 
 class Owner(Protocol):
-    """What has prompts: a conversation. The index finds it by its `marks`."""
-
     marks: list[PromptMark]
 
 
@@ -45,7 +43,6 @@ class PromptIndex(Generic[T]):
         return len(self._owners)
 
     def mark(self, tokens: list[int], chain: list[bytes]) -> PromptMark:
-        """The mark of a prompt."""
         return PromptMark(chain[-1], _bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
 
     def begins(self, mark: PromptMark, tokens: list[int], chain: list[bytes]) -> bool:

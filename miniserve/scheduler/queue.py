@@ -31,7 +31,6 @@ class WaitingQueue:
         return len(self._turns) + len(self.newcomers)
 
     def append(self, turn: Turn, now: float) -> None:
-        """Let a turn wait behind the others."""
         self._queue_of(turn, now).append(turn)
 
     def appendleft(self, turn: Turn, now: float) -> None:
@@ -96,6 +95,5 @@ class WaitingQueue:
 
 
 def _without_claim(turn: Turn, open_workers: Set[str]) -> Set[str]:
-    """The workers that stay open behind a turn that waits."""
     home = turn.conversation.home
     return open_workers - {home} if home else frozenset()

@@ -71,7 +71,6 @@ Record = Decision | Outcome
 
 
 def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster: Cluster) -> Decision:
-    """Of a turn that is about to be placed."""
     workers = {
         w.name: WorkerRead(
             free=w.free,

@@ -86,27 +86,22 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        """Turns that wait for a placement."""
         return len(self._queue)
 
     @property
     def active(self) -> int:
-        """Turns that wait or run."""
         return len(self._turns)
 
     @property
     def turns(self) -> list[Turn]:
-        """The turns that wait or run."""
         return list(self._turns.values())
 
     @property
     def stats(self) -> dict[str, WorkerStats]:
-        """The latest snapshot of each worker that lives."""
         return {name: view.stats for name, view in self.workers.items() if view.stats is not None}
 
     @property
     def decoders(self) -> list[WorkerView]:
-        """The decoders that live."""
         return [w for w in self.workers.values() if w.role is Role.DECODER]
 
     @property
@@ -279,7 +274,6 @@ class Scheduler:
         return self._placer.place_queued(now, notes=self.notes)
 
     def _turn_of(self, run: str) -> Turn | None:
-        """The turn whose present run has this name; None for a run that is over."""
         turn = self._turns.get(run.rpartition(".")[0])
         return turn if turn is not None and turn.run == run else None
 
@@ -313,7 +307,6 @@ class Scheduler:
         return commands
 
     def _prefilled(self, turn: Turn, first: FirstToken, now: float) -> None:
-        """A run has given its first token: its prompt is computed."""
         turn.move(TurnState.DECODE)
         self._ledger.end_prefill(turn)
         if turn.first_token is None:
@@ -327,7 +320,6 @@ class Scheduler:
         turn.chain = []
 
     def _abort(self, turn: Turn) -> list[Command]:
-        """Stop the turn's run, if it has one."""
         if turn.home is None or turn.run is None or turn.home not in self.workers:
             return []
         return [Send(turn.home, Abort(turn.run))]

@@ -80,7 +80,6 @@ class Turn:
     pages: int
     """What the ledger holds for it at its home."""
     given: int
-    """Length of the prompt."""
     number: int
     """Which turn of its conversation this is, from 1."""
     state: TurnState = TurnState.QUEUED

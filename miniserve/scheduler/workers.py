@@ -28,7 +28,6 @@ class WorkerView:
     page_bytes: int = 0
     speed: Speed = field(default_factory=Speed)
     reserved: int = 0
-    """Promised to turns that run."""
     resident: int = 0
     """Held by conversations between turns; the worker may evict it."""
     wanted: float = 0.0
@@ -41,7 +40,6 @@ class WorkerView:
     """When its last report came, or when it came up."""
     stats: WorkerStats | None = None
     load: TimeAverage = field(init=False)
-    """`turns`, averaged."""
     prefilling: TimeAverage = field(init=False)
     """The share of its time that it spends on prompts."""
 
@@ -76,19 +74,16 @@ class WorkerView:
         return self.turns < self.max_turns and self.reserved + pages <= self.total_pages
 
     def add_turn(self, pages: int, now: float) -> None:
-        """A turn begins here."""
         self.load.update(self.turns, now)
         self.reserved += pages
         self.turns += 1
 
     def drop_turn(self, pages: int, now: float) -> None:
-        """A turn has ended here, or goes on elsewhere."""
         self.load.update(self.turns, now)
         self.reserved -= pages
         self.turns -= 1
 
     def observe(self, report: Report, now: float) -> None:
-        """Take in the worker's report."""
         self.stats = report.stats
         self.queued_prefill_tokens = report.stats.queued_prefill_tokens
         for step in report.steps:
@@ -114,7 +109,6 @@ class Link:
     """Bytes a second."""
 
     def observe(self, move: Move) -> None:
-        """A handoff ended well."""
         self.count += 1
         self.pages += move.pages
         self.bytes += move.bytes
@@ -137,7 +131,6 @@ class Cluster:
     links: dict[tuple[str, str], Link]
 
     def worker(self, name: str | None) -> WorkerView | None:
-        """The worker called `name`, if it lives."""
         return next((w for w in (*self.prefillers, *self.decoders) if w.name == name), None)
 
     def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
@@ -190,7 +183,6 @@ class PrefixIndex:
         return found
 
     def drop(self, worker: str) -> None:
-        """Forget a worker that has died, with all its pages."""
         for digest, known in self._workers.items():
             if worker in known:
                 self._workers[digest] = tuple(name for name in known if name != worker)

@@ -68,7 +68,6 @@ class _Writer:
         return self._names[text]
 
     def one_of(self, name: str, choices: Iterable[str]) -> str:
-        """A rule for one of `choices`."""
         return self.rule(name, " | ".join(choices))
 
     def schema(self, name: str, schema: dict[str, Any], strict: bool, space: Mapping[str, Any] = TRAINED_SPACE) -> str:
@@ -107,7 +106,6 @@ class _Writer:
     def _sequence(
         self, pieces: Iterable[str | CallField | Maybe], number: int = 0, function: Mapping[str, Any] | None = None
     ) -> str:
-        """Pieces of the format, for the function that is called."""
         return " ".join(self._piece(piece, number, function or {}) for piece in pieces)
 
     def _piece(self, piece: str | CallField | Maybe, number: int, function: Mapping[str, Any]) -> str:
@@ -155,7 +153,6 @@ class _Writer:
         return f"{self.schema(name, {**kind, **_definitions(schema)}, strict)} {close}"
 
     def whole(self, wanted: Grammar) -> str:
-        """A rule for a whole other grammar."""
         match wanted.kind:
             case "json_schema":
                 body = f"%json {wanted.text}"
@@ -191,7 +188,6 @@ def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _slashed(expression: str) -> str:
-    """A regular expression as it has to be written between slashes."""
     escapes = {"/": "\\/", "\n": "\\n"}
     return re.sub(r"\\.|/|\n", lambda found: escapes.get(found[0], found[0]), expression, flags=re.DOTALL)
 

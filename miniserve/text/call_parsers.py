@@ -21,8 +21,6 @@ class ParsedCalls(NamedTuple):
 
 
 class CallParser(Protocol):
-    """Reads one place where a call may begin."""
-
     def read(self, text: str, final: bool) -> ParsedCalls | None:
         """`text` begins there, and is longer each time; None until more of it is needed. `final`: no more will come."""
 

@@ -9,11 +9,10 @@ import codecs
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
-from miniserve.cluster.messages import Ended
+from miniserve.cluster.messages import Ended, FirstToken, Tokens
+from miniserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from miniserve.cluster.messages import FirstToken, Tokens
-    from miniserve.sampling_params import SamplingParams
     from miniserve.text.tokenizer import Tokenizer
 
 

@@ -23,11 +23,8 @@ class CallField(Enum):
     """What stands between the fixed texts of a call."""
 
     NAME = auto()
-    """The tool's name."""
     QUOTED_NAME = auto()
-    """The tool's name as a JSON string."""
     ARGUMENTS = auto()
-    """The arguments as a JSON object."""
     PARAMETERS = auto()
     """The arguments as Qwen3-Coder writes them, one tag each: strings as they are, all else as JSON."""
     CALL_ID = auto()
@@ -64,7 +61,6 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """The marks that calls start with."""
         return (self.marks[0], *self.other_starts)
 
     def write(self, calls: list[tuple[str, Any]]) -> str:
@@ -98,7 +94,6 @@ def _json(value: Any) -> str:
 
 
 def _object(key: str, *more: Maybe) -> tuple[str | CallField | Maybe, ...]:
-    """A call as a JSON object, with the arguments under `key`."""
     return ('{"name": ', CallField.QUOTED_NAME, f', "{key}": ', CallField.ARGUMENTS, *more, "}")
 
 

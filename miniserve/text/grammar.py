@@ -31,7 +31,6 @@ MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 2**20}
 MAX_RULE_CHARS = 131072
 """Most characters of a Lark grammar beside the schemas in it: Qwen3-Coder's calls have a rule for each argument."""
 MAX_DEPTH = 64
-"""How deep the objects and lists of a schema may be nested."""
 MAX_PROPERTIES = 1000
 """Most properties of a schema, in all of its objects together."""
 MAX_PATTERN_CHARS = 1024
@@ -79,7 +78,6 @@ def json_grammar(schema: dict[str, Any], *, strict: bool = False) -> Grammar:
 
 
 def choice_grammar(choices: list[str]) -> Grammar:
-    """The grammar of one of these texts."""
     return Grammar("lark", "start: " + " | ".join(map(quoted, choices)))
 
 
@@ -92,7 +90,6 @@ def lark_grammar(text: str) -> Grammar:
 
 
 def quoted(text: str) -> str:
-    """A Lark expression for exactly this text."""
     found = re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
     return found.replace("\x7f", "\\x7f").replace("%", "\\x25")  # which would begin a directive to `check_bounds`
 
@@ -179,7 +176,6 @@ def check_bounds(grammar: Grammar) -> None:
 
 
 def _parsed(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value in `text` from `start` on, and where it ends."""
     try:
         return json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError) as error:

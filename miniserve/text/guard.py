@@ -45,7 +45,6 @@ class HiddenTexts:
         self._nonce = "".join(chr(0xE100 + secrets.randbelow(1024)) for _ in range(8))
 
     def new(self, text: str) -> str:
-        """The sentinel of a further text."""
         self.texts.append(text)
         return f"\ue000{self._nonce}{str(len(self.texts) - 1).translate(_HIDE)}\ue001"
 

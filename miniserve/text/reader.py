@@ -115,7 +115,6 @@ class CallScanner:
         return True
 
     def _settle(self, found: ParsedCalls, parts: list[Part]) -> None:
-        """Give out what the parser has found, and let go of it."""
         self._parser = None
         text, self._held = self._held[: found.end], self._held[found.end :]
         if not found.calls:
@@ -178,12 +177,10 @@ class Reader:
 
     @property
     def calls(self) -> int:
-        """Calls so far."""
         return self._scanner.calls if self._scanner else 0
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is wanted of the model."""
         return self._scanner is not None and self._scanner.done
 
     def read(self, text: str, final: bool = False) -> list[Part]:

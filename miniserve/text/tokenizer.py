@@ -148,11 +148,9 @@ class Tokenizer:
         return self.token_bytes(token).decode("utf-8", "replace")
 
     def control_id(self, text: str) -> int | None:
-        """The control token that is written so, if the model has one."""
         return self._control_ids.get(text)
 
     def to_json(self) -> str:
-        """All of it as a tokenizer.json."""
         return self._backend.to_str()
 
     def chat(
