@@ -235,7 +235,7 @@ def _for_template(conversation: Any) -> list[Message]:
     """A conversation as chat templates know it, the same as the server makes of it. Raises `ParameterError`."""
     from pydantic import ValidationError
 
-    from miniserve.api.openai.schemas import ChatMessage
+    from miniserve.text.messages import ChatMessage
 
     if not isinstance(conversation, list | tuple):
         raise ParameterError(

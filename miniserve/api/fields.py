@@ -12,27 +12,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
-    Tag,
     model_validator,
 )
 
 from miniserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS, ParameterError
+from miniserve.text.messages import Body, Text, TextOr, kind_of
 
 MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
-MAX_DEPTH = 100
-"""How deep free-form JSON may be nested: templates and serializers recurse into it."""
 IGNORED_HEADER = "X-Ignored-Parameters"
 MAX_IGNORED_NAMES = 16
 IGNORED_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
@@ -40,42 +35,6 @@ EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 """Values of a parameter that are as good as leaving it out."""
 HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,)}
 """Further values that are, by parameter."""
-
-
-def valid_unicode(text: str) -> str:
-    """`text`. Raises `ValueError` if it holds half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"This is not valid Unicode: character {error.start} is half of a surrogate pair without the other half"
-        ) from error
-    return text
-
-
-def sound_json(value: dict[str, Any]) -> dict[str, Any]:
-    """`value`. Raises `ValueError` if it is nested too deeply for templates, or holds text that is no Unicode. It goes
-    level by level, and stops at the first that is too deep."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        items = [item for outer in level for item in outer]
-        items += [item for outer in level if isinstance(outer, dict) for item in outer.values()]
-        for item in items:
-            if isinstance(item, str):
-                valid_unicode(item)
-        level = [item for item in items if isinstance(item, dict | list)]
-        if not level:
-            return value
-    raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
-
-
-def kind_of(value: Any) -> str | None:
-    """The branch of a union of text, lists and typed objects that `value` means; errors are about that one only."""
-    if isinstance(value, str):
-        return "<text>"
-    if isinstance(value, list):
-        return "<list>"
-    return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
 
 
 def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
@@ -110,10 +69,6 @@ def _prompt_list(value: Any) -> Any:
     return [value] if one else value
 
 
-T = TypeVar("T")
-Text = Annotated[str, AfterValidator(valid_unicode)]
-TextOr = Annotated[Text, Tag("<text>")] | Annotated[T, Tag("<list>")]
-"""Text or a list; `kind_of` discriminates between them."""
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
@@ -133,16 +88,6 @@ TopK = Annotated[int, Field(ge=-1, lt=2**31)]
 Key = Annotated[Text, Field(max_length=MAX_KEY_CHARS)]
 Salt = Annotated[Key, Field(min_length=1)]
 Effort = Annotated[Text, Field(max_length=32)]
-Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
-"""An object of the client's own making, for the chat template."""
-JsonList = Annotated[list[Json], Field(fail_fast=True)]
-
-
-class Body(BaseModel):
-    """An object in a request. `silent` are keys of our own answers that mean nothing when a client sends them back."""
-
-    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
-    silent: ClassVar[frozenset[str]] = frozenset()
 
 
 class RequestBody(Body):

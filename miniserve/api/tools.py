@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag, WithJsonSchema
 
-from miniserve.api.fields import Json, JsonList, sound_json
 from miniserve.sampling_params import ParameterError
+from miniserve.text.messages import Json, JsonList
 
 MAX_TOOLS = 256
 MAX_TOOLS_CHARS = 256 * 1024
@@ -142,25 +142,3 @@ def _named(tools: list[Tool], choice: dict[str, Any]) -> Tool:
         if tool["function"]["name"] == name:
             return tool
     raise ParameterError("tool_choice", f"`tool_choice` names {name[:128]!r}, which is none of `tools`.")
-
-
-def check_call(call: dict[str, Any]) -> None:
-    """Check a call of the history. Raises `ValueError`."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(
-            'A tool call must look like {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
-        )
-    if not isinstance(call.get("id", ""), str | None):
-        raise ValueError("The `id` of a tool call must be a string")
-
-
-def for_template(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of the history as templates know it: its arguments are an object, if their text is one."""
-    function = dict(call["function"])
-    arguments = function.setdefault("arguments", {})
-    if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):
-            if isinstance(decoded := json.loads(arguments or "{}"), dict):
-                function["arguments"] = sound_json(decoded)
-    return {**call, "function": function}

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from miniserve.api.fields import MAX_DEPTH
 from miniserve.dispatcher import EngineError
 from miniserve.scheduler.scheduler import QueueFull
+from miniserve.text.messages import MAX_DEPTH
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import HI, JSON, Api, deltas, error_of, events, make_app
 from tests.support.fake_engine import FakeClient

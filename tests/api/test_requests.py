@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from miniserve.api.fields import Body
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
+from miniserve.text.messages import Body
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import HI, Api, error_of, make_app
 from tests.support.fake_engine import FakeClient

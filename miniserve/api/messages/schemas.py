@@ -6,25 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from miniserve.api.fields import (
-    Body,
-    Count,
-    Effort,
-    Json,
-    RequestBody,
-    Salt,
-    StopTexts,
-    Temperature,
-    Text,
-    TextOr,
-    TopK,
-    TopP,
-    kind_of,
-    one_of,
-)
-from miniserve.api.openai.schemas import ChatRequest, joined
+from miniserve.api.fields import Count, Effort, RequestBody, Salt, StopTexts, Temperature, TopK, TopP, one_of
+from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import FewTools
 from miniserve.sampling_params import ParameterError
+from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of
 
 MESSAGES_NAMES = {
     "stop": "stop_sequences",

@@ -8,21 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from miniserve.api.fields import (
-    Biases,
-    Body,
-    Json,
-    Key,
-    RequestBody,
-    Salt,
-    Stops,
-    Temperature,
-    Text,
-    TokenIds,
-    TopK,
-    TopP,
-)
+from miniserve.api.fields import Biases, Key, RequestBody, Salt, Stops, Temperature, TokenIds, TopK, TopP
 from miniserve.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
+from miniserve.text.messages import Body, Json, Text
 
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384

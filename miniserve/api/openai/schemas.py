@@ -2,93 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from miniserve.api.fields import (
-    Body,
-    Count,
-    Effort,
-    Json,
-    JsonList,
-    Prompts,
-    RequestBody,
-    Text,
-    TextOr,
-    TokenIds,
-    kind_of,
-)
+from miniserve.api.fields import Count, Effort, Prompts, RequestBody, TokenIds
 from miniserve.api.openai.parameters import GenerationRequest
-from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_call, check_tools, for_template
+from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_tools
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
-from miniserve.text.template import Message
-
-
-class ContentPart(Body):
-    type: Literal["text"]
-    text: Text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_only(cls, part: Any) -> Any:
-        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
-            raise ValueError(
-                f"Content parts of type {kind[:32]!r} are not supported: this model takes text only, in "
-                'parts like {"type": "text", "text": "..."}'
-            )
-        return part
-
-
-Content = Annotated[
-    TextOr[Annotated[list[ContentPart], Field(fail_fast=True)]],
-    Discriminator(kind_of, "content", "Content must be a string or a list of text parts"),
-]
-
-
-def joined(content: str | list[Any]) -> str:
-    """A content's text, or the texts of its parts with line breaks between."""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
-
-
-def _no_function_call(value: Any) -> None:
-    if value is not None:
-        raise ValueError("This is not supported: use `tool_calls`, and for the result the role 'tool'")
-
-
-class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: Text | None = None
-    tool_calls: JsonList | None = None
-    tool_call_id: Text | None = None
-    reasoning_content: Text | None = None
-    reasoning: Text | None = None
-    """Another name of `reasoning_content`."""
-    function_call: Annotated[None, BeforeValidator(_no_function_call)] = None
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> ChatMessage:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"A message of the role {self.role!r} needs `content`")
-        if self.role == "tool" and not self.tool_call_id:
-            raise ValueError("A message of the role 'tool' needs `tool_call_id`, the id of the call that it answers")
-        for call in self.tool_calls or []:
-            check_call(call)
-        return self
-
-    def for_template(self) -> Message:
-        """As chat templates know messages: content is one string, arguments of calls are objects, `developer` is called
-        `system`."""
-        rest = self.model_dump(exclude_none=True, exclude={"role", "content", "reasoning", "tool_calls"})
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": joined(self.content or ""), **rest}
-        if self.tool_calls:
-            message["tool_calls"] = [for_template(call) for call in self.tool_calls]
-        if self.reasoning is not None:
-            message.setdefault("reasoning_content", self.reasoning)
-        return message
-
+from miniserve.text.messages import ChatMessage, Json, Text
 
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
 

@@ -7,25 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 
-from miniserve.api.fields import (
-    Body,
-    Count,
-    Effort,
-    Json,
-    Key,
-    RequestBody,
-    Salt,
-    Temperature,
-    Text,
-    TextOr,
-    TopP,
-    at_most,
-    kind_of,
-    one_of,
-)
-from miniserve.api.openai.schemas import ChatRequest, joined
+from miniserve.api.fields import Count, Effort, Key, RequestBody, Salt, Temperature, TopP, at_most, one_of
+from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import FewTools, ToolChoice
 from miniserve.sampling_params import ParameterError
+from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of
 
 RESPONSES_NAMES = {
     "messages": "input",

@@ -1,0 +1,163 @@
+"""Messages of a conversation as clients write them, for the server and the library alike, and as chat templates read
+them. The types of fields here are those of all requests."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+from miniserve.text.template import Message
+
+MAX_DEPTH = 100
+"""How deep free-form JSON may be nested: templates and serializers recurse into it."""
+
+
+def valid_unicode(text: str) -> str:
+    """`text`. Raises `ValueError` if it holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"This is not valid Unicode: character {error.start} is half of a surrogate pair without the other half"
+        ) from error
+    return text
+
+
+def sound_json(value: dict[str, Any]) -> dict[str, Any]:
+    """`value`. Raises `ValueError` if it is nested too deeply for templates, or holds text that is no Unicode. It goes
+    level by level, and stops at the first that is too deep."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        items = [item for outer in level for item in outer]
+        items += [item for outer in level if isinstance(outer, dict) for item in outer.values()]
+        for item in items:
+            if isinstance(item, str):
+                valid_unicode(item)
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
+
+
+def kind_of(value: Any) -> str | None:
+    """The branch of a union of text, lists and typed objects that `value` means; errors are about that one only."""
+    if isinstance(value, str):
+        return "<text>"
+    if isinstance(value, list):
+        return "<list>"
+    return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
+
+
+T = TypeVar("T")
+Text = Annotated[str, AfterValidator(valid_unicode)]
+TextOr = Annotated[Text, Tag("<text>")] | Annotated[T, Tag("<list>")]
+"""Text or a list; `kind_of` discriminates between them."""
+Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
+"""An object of the client's own making, for the chat template."""
+JsonList = Annotated[list[Json], Field(fail_fast=True)]
+
+
+class Body(BaseModel):
+    """An object in a request. `silent` are keys of our own answers that mean nothing when a client sends them back."""
+
+    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+    silent: ClassVar[frozenset[str]] = frozenset()
+
+
+def check_call(call: dict[str, Any]) -> None:
+    """Check a call of the history. Raises `ValueError`."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            'A tool call must look like {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+        )
+    if not isinstance(call.get("id", ""), str | None):
+        raise ValueError("The `id` of a tool call must be a string")
+
+
+def call_for_template(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of the history as templates know it: its arguments are an object, if their text is one."""
+    function = dict(call["function"])
+    arguments = function.setdefault("arguments", {})
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            if isinstance(decoded := json.loads(arguments or "{}"), dict):
+                function["arguments"] = sound_json(decoded)
+    return {**call, "function": function}
+
+
+class ContentPart(Body):
+    type: Literal["text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, part: Any) -> Any:
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+            raise ValueError(
+                f"Content parts of type {kind[:32]!r} are not supported: this model takes text only, in "
+                'parts like {"type": "text", "text": "..."}'
+            )
+        return part
+
+
+Content = Annotated[
+    TextOr[Annotated[list[ContentPart], Field(fail_fast=True)]],
+    Discriminator(kind_of, "content", "Content must be a string or a list of text parts"),
+]
+
+
+def joined(content: str | list[Any]) -> str:
+    """A content's text, or the texts of its parts with line breaks between."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _no_function_call(value: Any) -> None:
+    if value is not None:
+        raise ValueError("This is not supported: use `tool_calls`, and for the result the role 'tool'")
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: Text | None = None
+    tool_calls: JsonList | None = None
+    tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    """Another name of `reasoning_content`."""
+    function_call: Annotated[None, BeforeValidator(_no_function_call)] = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"A message of the role {self.role!r} needs `content`")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("A message of the role 'tool' needs `tool_call_id`, the id of the call that it answers")
+        for call in self.tool_calls or []:
+            check_call(call)
+        return self
+
+    def for_template(self) -> Message:
+        """As chat templates know messages: content is one string, arguments of calls are objects, `developer` is called
+        `system`."""
+        rest = self.model_dump(exclude_none=True, exclude={"role", "content", "reasoning", "tool_calls"})
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": joined(self.content or ""), **rest}
+        if self.tool_calls:
+            message["tool_calls"] = [call_for_template(call) for call in self.tool_calls]
+        if self.reasoning is not None:
+            message.setdefault("reasoning_content", self.reasoning)
+        return message
