@@ -121,23 +121,8 @@ class Service:
         arrived = time.perf_counter()
         conversation = conversation_id(request.headers) or body.prompt_cache_key or conversation
         prompts = await self._prepare(body, renderer)
-        id = writer.head.id
-
-        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
-            return self._client.submit(
-                prompt,
-                params,
-                # Choices share a prompt: they belong where its KV is.
-                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
-                salt=body.cache_salt or "",
-                request_id=f"{id}-{index}",
-                tool=body.ends_in_tool_result,
-            )
-
         # The turns start before a stream's status is sent: with a full queue that is 503.
-        self._client.check_room()
-        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived, renderer.reader)
-        generation.start()
+        generation = self._start(prompts, body, renderer, writer.head.id, conversation, arrived)
         if body.stream:
             return with_ignored(EventStream(answer_events(generation, writer)), asked)
         return with_ignored(await whole_answer(generation, writer, request.receive), asked)
@@ -163,6 +148,33 @@ class Service:
             if own.grammar is not None and own.grammar is not wanted:
                 await self._grammars.check(own.grammar, body.grammar_field)
         return prompts
+
+    def _start(
+        self,
+        prompts: Prompts,
+        body: GenerationRequest,
+        renderer: Renderer,
+        id: str,
+        conversation: str | int,
+        arrived: float,
+    ) -> Generation:
+        """Submit a turn for each prompt. Raises `EngineError`; then nothing runs."""
+
+        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
+            return self._client.submit(
+                prompt,
+                params,
+                # Choices share a prompt: they belong where its KV is.
+                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
+                salt=body.cache_salt or "",
+                request_id=f"{id}-{index}",
+                tool=body.ends_in_tool_result,
+            )
+
+        self._client.check_room()
+        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived, renderer.reader)
+        generation.start()
+        return generation
 
     def _head(self, id: str, model: str | None) -> AnswerHead:
         return AnswerHead(id, int(time.time()), model or self._names[0])
