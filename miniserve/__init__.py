@@ -1,7 +1,5 @@
 """miniserve: a compact LLM serving engine for agents."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """Runs the scheduler over the workers of a cluster, and makes streams of what it delivers."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

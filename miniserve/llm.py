@@ -1,7 +1,5 @@
 """The engine in this process: no server, no other processes. `LLM("smollm2-135m").generate("Once upon a time")`."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

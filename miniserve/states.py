@@ -1,7 +1,5 @@
 """States with a table of the transitions between them: from each state, the states that may follow, and why."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from enum import Enum
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """The HTTP API: its routes, and what OpenAPI says of them."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

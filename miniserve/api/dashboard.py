@@ -1,7 +1,5 @@
 """What there is to see of a running server: the dashboard's page, live events, conversations, workers, metrics."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import AsyncIterator

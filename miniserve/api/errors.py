@@ -4,8 +4,6 @@ The OpenAI API's shape is `{"error": {"message", "type", "param", "code"}}`; rou
 errors in that API's shape.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import sys

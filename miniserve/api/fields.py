@@ -7,8 +7,6 @@ Every list is `fail_fast`: a client gets one error, since an error for each of a
 gigabyte.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """The choices of one request while they run: from the engine's tokens to parts of an answer."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable

@@ -4,8 +4,6 @@ All of it is plain ASGI that buffers no stream, but for the bound on heads: uvic
 head, for as long as the client likes, and calls no ASGI app before a head is complete.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hmac

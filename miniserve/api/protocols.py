@@ -4,8 +4,6 @@ The way of a turn: a route of app.py calls `Service`, which prepares what the `R
 with it; the `ResponseWriter` makes the answer of the generation, whole or as a stream of events.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, NamedTuple, Protocol
 

@@ -4,8 +4,6 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 `EngineError`, which errors.py makes answers of.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 import uuid

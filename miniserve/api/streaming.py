@@ -1,7 +1,5 @@
 """Answers as server-sent events and in one piece. Both end their turns as soon as the client disconnects."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping

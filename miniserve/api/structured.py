@@ -3,8 +3,6 @@
 Compiling happens in a few threads that let the event loop run, and no request waits for long.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -1,7 +1,5 @@
 """The tools of a request: what they may look like, and which of them has to be called."""
 
-from __future__ import annotations
-
 import json
 import re
 from contextlib import suppress

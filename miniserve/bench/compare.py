@@ -1,7 +1,5 @@
 """`miniserve compare`: a grid of runs, each a command of its own that can be repeated, with tables and figures."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shlex

@@ -1,7 +1,5 @@
 """What `miniserve serve` shows: how far the workers have loaded, then a banner of what runs."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """`miniserve chat`: a conversation in the terminal, over the OpenAI API of a running server."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """A client of a running server's HTTP API, for `chat` and `top`. What goes wrong is a `ConfigError` with a way out."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import ssl

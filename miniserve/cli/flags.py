@@ -1,7 +1,5 @@
 """Flags: those made from settings, those of several commands, and their values as argparse wants them."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping

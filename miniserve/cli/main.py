@@ -1,7 +1,5 @@
 """The commands and their dispatch. Flags are vLLM's wherever vLLM has one; help imports nothing heavy."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """What `miniserve top` draws: a pure function of what a server reports."""
 
-from __future__ import annotations
-
 import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """`miniserve serve`: start the workers, print the banner, serve, drain, leave nothing behind."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

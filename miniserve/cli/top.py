@@ -3,8 +3,6 @@
 It asks in a thread and draws in the main one, so that a slow server does not freeze the screen.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -4,8 +4,6 @@ ZeroMQ PUSH to PULL over `ipc://` sockets in the run's 0700 directory. Messages 
 never blocks, and what a dead process did not read is gone with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 

@@ -1,7 +1,5 @@
 """Which worker runs on which device. The frontend decides it without torch, so GPUs are counted without CUDA."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """When a worker counts as dead, and when it is started again. Pure: no clock, no processes."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 

@@ -5,8 +5,6 @@ whatever killed the frontend, the worker removes the run's directory and leaves.
 lie in the directory: nothing else could be left behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

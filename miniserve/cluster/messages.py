@@ -4,8 +4,6 @@ Every process owns one inbox, to which the others send `Envelope`s. The sender's
 of a worker) travels with each message, so that messages of a dead process are recognised and dropped.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import msgspec

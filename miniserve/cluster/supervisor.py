@@ -1,7 +1,5 @@
 """The worker processes of one run: started, watched, started again when they end. Nothing here knows of turns."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

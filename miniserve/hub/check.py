@@ -3,8 +3,6 @@
 Weights are safetensors only, and code that comes with a model is never run.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ installed, in three times the time, and with a tokenizer that needs mending. Bum
 changes.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

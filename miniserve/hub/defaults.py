@@ -1,7 +1,5 @@
 """Sampling defaults that a model brings along."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ With `--load-format dummy` the shape of a model is all that is measured. The tok
 255) and shows every other id as a word of its own, so that the API works and each generated token is visible.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -4,8 +4,6 @@ The default model is made once from a GGUF in a pinned package, so that a machin
 index can serve it.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

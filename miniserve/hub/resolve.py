@@ -3,8 +3,6 @@
 `check.py` says what can be served, `fetch.py` brings files here, and `dummy.py` makes a folder without weights.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from dataclasses import dataclass

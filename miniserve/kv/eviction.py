@@ -3,8 +3,6 @@
 Both are a `pages.Order`. Times are seconds on the clock of the engine that calls.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field

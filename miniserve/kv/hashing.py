@@ -1,7 +1,5 @@
 """The chain hash that names a page by all tokens up to its end. It imports no torch: the scheduler uses it too."""
 
-from __future__ import annotations
-
 from array import array
 from hashlib import blake2b
 

@@ -1,7 +1,5 @@
 """Host memory for the KV of pages that the device's pool evicts, from where a page can come back by copy."""
 
-from __future__ import annotations
-
 import mmap
 import time
 from collections import deque

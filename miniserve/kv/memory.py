@@ -1,7 +1,5 @@
 """The bytes of a KV pool: one page-major allocation that peers can map, shared memory on a CPU or by CUDA IPC."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import weakref

@@ -6,8 +6,6 @@ known prefix that no sequence uses), held (referenced at least once). Which cach
 say (`kv/eviction.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Generic, NamedTuple, Protocol, TypeVar
 

@@ -6,8 +6,6 @@ overwritten from now on comes before the work that the engine's stream is given 
 person reads is complete (`Fence`). This file calls `torch.cuda` alone, so tests replace the stream with their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

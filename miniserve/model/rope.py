@@ -1,7 +1,5 @@
 """Rotary position embedding: the angles. RoFormer (arXiv 2104.09864); scaling as published with Llama 3.1."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """One decoder-only transformer for Llama 2/3, Qwen2, Qwen3 and Mistral: they differ in biases and norms only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

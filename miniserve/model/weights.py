@@ -3,8 +3,6 @@
 Tensors are read layer by layer and handed to `ops.linear` at once, so loading never holds the model twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What GET /v1/conversations shows, and events about turns: the scheduler's own records, in words."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from typing_extensions import TypedDict

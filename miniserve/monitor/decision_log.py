@@ -1,7 +1,5 @@
 """The decision log: every placement and what came of it, as JSON lines."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """/metrics: vLLM's names where dashboards and gateways know them, `miniserve:` for what only miniserve has."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Literal

@@ -1,7 +1,5 @@
 """What GET /v1/workers shows: the scheduler's views of the workers, and the links between them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from typing_extensions import TypedDict

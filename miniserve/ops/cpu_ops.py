@@ -1,7 +1,5 @@
 """The native CPU kernels of `cpu.cpp` behind the `Ops` interface."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from itertools import accumulate

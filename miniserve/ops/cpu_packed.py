@@ -1,7 +1,5 @@
 """Weights in the order in which `cpu.cpp` reads them, and the whole model in one call over them."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import mmap

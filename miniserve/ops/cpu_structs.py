@@ -1,7 +1,5 @@
 """What `cpu.cpp` declares, for ctypes: its structs field by field, and the arguments of its functions."""
 
-from __future__ import annotations
-
 import ctypes
 from dataclasses import dataclass
 from typing import Any

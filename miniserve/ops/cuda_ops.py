@@ -3,8 +3,6 @@
 The pool stays page-major: a layer of it is a strided view, whose strides these kernels read from the tensor.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The weights of a dense decoder-only model, prepared by some `Ops` for their device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result."""
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import hashlib

@@ -1,7 +1,5 @@
 """The rules of others, to compare with, and the list of all policies; miniserve's own one is in `observe.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from hashlib import blake2b
 

@@ -1,7 +1,5 @@
 """What the scheduler wants done. The server and the simulator carry commands out in their order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import Message, TurnOutput

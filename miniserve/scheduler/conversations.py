@@ -1,7 +1,5 @@
 """Which conversation a turn belongs to."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field

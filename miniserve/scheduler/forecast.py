@@ -1,7 +1,5 @@
 """What to expect of a conversation's next turns: from its own last turns, else from those of all conversations."""
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections.abc import Iterator

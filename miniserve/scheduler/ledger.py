@@ -1,7 +1,5 @@
 """The ledger of KV pages: what is promised to turns that run, and what idle conversations hold at their homes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from heapq import heappop, heappush
 from itertools import count

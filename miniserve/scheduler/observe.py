@@ -1,7 +1,5 @@
 """miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
-from __future__ import annotations
-
 from miniserve.config import Role
 from miniserve.scheduler.placement import Need, Option, Placement
 from miniserve.scheduler.workers import Cluster, WorkerView

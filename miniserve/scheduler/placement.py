@@ -3,8 +3,6 @@
 To add a policy, write a class like those in `baselines.py`, and list it in `POLICIES` there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Places the turns that wait: asks the policy, and makes of its answer the message to the turn's home."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 
 from miniserve.cluster.messages import Keep, Run

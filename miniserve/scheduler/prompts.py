@@ -1,7 +1,5 @@
 """An index of prompts: which conversation had the longest prompt that a new prompt begins with."""
 
-from __future__ import annotations
-
 from array import array
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar

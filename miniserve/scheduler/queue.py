@@ -9,8 +9,6 @@ in a queue of their own, which is served last and claims nothing, so that turns 
 newcomer's patience is over it moves to the first queue and claims all workers.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Set
 

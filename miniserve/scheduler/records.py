@@ -1,7 +1,5 @@
 """Records of a turn: what was decided and on what grounds, what came of it, and what its conversation remembers."""
 
-from __future__ import annotations
-
 import msgspec
 
 from miniserve.scheduler.forecast import FINISHES, TurnEnd, TurnRecord

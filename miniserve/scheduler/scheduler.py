@@ -7,8 +7,6 @@ of its turn, so that nothing is repeated or skipped when a worker dies and anoth
 `observe.py` and `baselines.py`), in the order of `queue.py`; `ledger.py` counts the pages.
 """
 
-from __future__ import annotations
-
 from collections import deque
 
 from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats

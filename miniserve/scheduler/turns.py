@@ -1,7 +1,5 @@
 """A turn from `submit` to its end: its state, and the times of its phases."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import Enum
 

@@ -1,7 +1,5 @@
 """What the scheduler knows of the workers: KV and load of each, the links between them, the prefixes they hold."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Set
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ Marks that are tokens of their own are named by id, so that the model writes the
 calls is what the models were trained on and nothing else: a small one would fill its whole answer with it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

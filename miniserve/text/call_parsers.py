@@ -4,8 +4,6 @@ A `CallParser` is made at each place where a call may begin. It looks at every c
 and ends with the calls that stand there, or with the finding that this is no call.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any, NamedTuple, Protocol

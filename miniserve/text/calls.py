@@ -3,8 +3,6 @@
 Nothing is ever repaired or guessed: what is not in order is no call.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from itertools import islice

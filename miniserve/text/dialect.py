@@ -4,8 +4,6 @@ A template that knows nothing of tools still serves them: they are described in 
 the text of the history, in the format that SmolLM2 was trained with.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

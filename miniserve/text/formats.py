@@ -6,8 +6,6 @@ how a call is written; how calls of the history are spelled (`ToolFormat.write`)
 To add marks of reasoning, add an entry to `REASONING_MARKS`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from enum import Enum, auto

@@ -5,8 +5,6 @@ expressions are derived as they are needed, with so much fuel for each token, an
 `check_bounds` refuses what it does not bound, before anything is compiled.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -6,8 +6,6 @@ wrote. What lies between them, with the hidden texts put back, is encoded by a t
 So such content reads as plain text, and content without any gets exactly the tokens that transformers gives it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

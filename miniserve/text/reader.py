@@ -4,8 +4,6 @@ The parts that a `Reader` gives are all that any API has to translate. It loses 
 content, and only white space beside the marks of calls and reasoning is dropped together with these.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from enum import Enum, auto

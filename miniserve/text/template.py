@@ -1,7 +1,5 @@
 """Chat templates: finding a model's, and rendering messages with it in jinja's sandbox."""
 
-from __future__ import annotations
-
 import json
 from datetime import datetime
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The batch of the next step: a token for every decoding sequence, then pieces of prompts as far as tokens go."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from miniserve.kv.pages import OutOfPages, PagePool

@@ -4,8 +4,6 @@ came. A step then computes several tokens of a sequence at once, and keeps those
 The idea is Saxena's (github.com/apoorvumang/prompt-lookup-decoding); transformers and vLLM have it too.
 """
 
-from __future__ import annotations
-
 NGRAM = 3
 """Tokens that must have come before in this order."""
 LONGEST_PAUSE = 64

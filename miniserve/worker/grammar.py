@@ -1,7 +1,5 @@
 """Grammars on a worker: compiled beside the step loop, followed token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 

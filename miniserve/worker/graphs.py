@@ -4,8 +4,6 @@ A graph is recorded for a batch size and replayed with other numbers in the same
 next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from bisect import bisect_left

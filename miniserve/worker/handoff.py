@@ -11,8 +11,6 @@ when nothing has come for as long. Whatever goes wrong, the receiver computes wh
 again elsewhere has another name there: handoffs are never mixed up.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Grammars applied to logits: of each row, the tokens that may not come next are ruled out."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from llguidance import LLExecutor

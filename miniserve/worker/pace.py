@@ -1,7 +1,5 @@
 """How much of a prompt a step may take in beside streams, from how long such steps were."""
 
-from __future__ import annotations
-
 from math import ceil
 
 from miniserve.cluster.messages import StepTime

@@ -1,7 +1,5 @@
 """The other workers that live, and the ways to their pages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from miniserve.cluster.messages import Peer

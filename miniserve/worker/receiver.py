@@ -1,7 +1,5 @@
 """The receiver's side of handoffs: it asks for KV, checks and copies what is published, and goes on from there."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """From scheduled sequences to tensors, through the model, to sampled tokens."""
 
-from __future__ import annotations
-
 import torch
 
 from miniserve.kv.memory import KVMemory

@@ -1,7 +1,5 @@
 """The sender's side of handoffs: it prefills for another worker, publishes finished pages, and keeps them on lease."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One turn on a worker: its tokens, its pages, how far it has come, and the states it may be in."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future
 from enum import Enum
 from typing import TYPE_CHECKING

@@ -1,7 +1,5 @@
 """What a worker chooses from the model and the machine: device, dtype, context, size of the KV pool."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

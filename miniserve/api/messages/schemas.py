@@ -1,7 +1,5 @@
 """What requests for /v1/messages may hold, and the chat request that each of them is another spelling of."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag

@@ -1,7 +1,5 @@
 """/v1/messages: a chat's answer as content blocks, whole and as events."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 

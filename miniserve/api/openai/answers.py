@@ -4,8 +4,6 @@ them, and OpenAPI documents them.
 Shapes and names are OpenAI's; `stop_reason`, `max_model_len`, token ids and everything about tokenizing are vLLM's.
 """
 
-from __future__ import annotations
-
 import codecs
 from typing import Literal, NotRequired
 

@@ -1,7 +1,5 @@
 """/v1/chat/completions: its prompt, and its choices. The other APIs of chats share the prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How chat and text completions stream: chunks of choices, with `[DONE]` at the end."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """/v1/completions: its prompts, and its choices."""
 
-from __future__ import annotations
-
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter

@@ -1,7 +1,5 @@
 """The answers of /v1/responses, as types: mypy checks the code that builds them, and OpenAPI documents them."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from typing_extensions import TypedDict

@@ -1,7 +1,5 @@
 """What requests for /v1/responses may hold, and the chat request that each of them is another spelling of."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """Stored responses, which a later request may continue as its previous response. In memory, within bounds."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager

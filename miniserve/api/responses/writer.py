@@ -1,7 +1,5 @@
 """/v1/responses: a chat's answer as output items, whole and as events."""
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence

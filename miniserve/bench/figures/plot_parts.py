@@ -3,8 +3,6 @@
 Needs matplotlib, which is in the extra `bench`. Not by pyplot, which keeps its figures in a global.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path

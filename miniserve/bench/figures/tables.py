@@ -4,8 +4,6 @@ A cell is one result (docs/evaluation.md) plus `label`, the series it belongs to
 the per-turn policy's predictions that were made wrong. Cells that differ only in their seed are averaged.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """One turn on the server: the request, and its answer as it streams in."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ One asyncio task for each conversation, one connection for each that waits for a
 streams all this takes some 2 % of a core, so it does not slow down a server beside it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math

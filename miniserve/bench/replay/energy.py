@@ -1,7 +1,5 @@
 """The energy that a run takes, by this machine's own counters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

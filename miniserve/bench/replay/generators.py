@@ -1,7 +1,5 @@
 """From what the user names to a workload: a trace's file, or made-up scripts whose sizes follow a distribution."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ each turn once for TTFT. Normalised figures divide by what the same conversation
 its tools took is left out of TTFET and E2E: it is not the server's, and would hide what is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import geometric_mean

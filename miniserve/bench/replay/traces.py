@@ -1,7 +1,5 @@
 """Two formats of traces: CSV of token sizes by conversation and turn, and Mooncake's JSONL of requests."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -1,7 +1,5 @@
 """What agents ask and when: sizes and times only, as traces and generators give them. Times are in seconds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """How long a step takes on other hardware: a few measured constants in the shape of a transformer's cost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Each copy of this module's `main` builds an engine as a worker does and times it
 many run at once as there will be workers, each with its share of the cores: they slow each other down, as workers do.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """One simulated run: its figures, and what the same conversations take alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

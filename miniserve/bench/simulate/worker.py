@@ -4,8 +4,6 @@ Only two things are replaced: `SimulatedRunner` has no model, it lets the time o
 token; `SimulatedLink` moves no bytes, it lets the time of a copy pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf

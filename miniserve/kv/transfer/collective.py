@@ -6,8 +6,6 @@ that was under way in it is lost and both sides meet again in the next *generati
 count alike; a ticket names its generation, so bytes of one generation are never taken for bytes of another.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -1,7 +1,5 @@
 """The connection of two workers by Gloo over loopback TCP: a `torch.distributed` process group of exactly two."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable

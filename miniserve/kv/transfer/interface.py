@@ -4,8 +4,6 @@ Both sides of a pair hold a `Transfer`. The sender offers pages and puts the tic
 of the publication fetches with that ticket. No call here blocks the engine.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 

@@ -3,8 +3,6 @@
 Unverified on a GPU (docs/gpu.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What `remote.py` needs of a network: communicators of two (`nccl.py`), and the socket on which a pair meets."""
 
-from __future__ import annotations
-
 import contextlib
 import select
 import socket

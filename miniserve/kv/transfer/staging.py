@@ -1,7 +1,5 @@
 """Pages that travel as bytes: read from our pool into host memory to be sent, and written to it when they have come."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
