@@ -25,7 +25,6 @@ class LoadingLines:
         self._width = 0
 
     def show(self, worker: str, loading: Loading) -> None:
-        """A worker has come further."""
         percent = f" {100 * loading.done // loading.total}%" if loading.total else ""
         state = f"{worker}: {loading.phase}{percent}"
         if self._live:
@@ -37,7 +36,6 @@ class LoadingLines:
             say(state)
 
     def end(self) -> None:
-        """Clear the line."""
         if self._live and self._width:
             say(f"\r{'':<{self._width}}\r", end="")
 

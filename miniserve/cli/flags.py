@@ -14,7 +14,6 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, without a screenful of usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

@@ -195,7 +195,6 @@ async def _hang_up(http: HttpServer) -> None:
 
 
 async def _tasks_ended(http: HttpServer, seconds: float) -> None:
-    """Wait for all requests to end, but no longer than that."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while http.server_state.tasks:

@@ -169,7 +169,6 @@ def download(source: dict[str, str], work: Path) -> Path:
 
 
 def pin(source: dict[str, str]) -> str:
-    """The version of the package, as pip writes it."""
     return f"{source['wheel']}=={source['version']}"
 
 

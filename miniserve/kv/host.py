@@ -49,12 +49,10 @@ class HostPool:
 
     @property
     def num_pages(self) -> int:
-        """Slots in all."""
         return self.pool.num_pages
 
     @property
     def num_used(self) -> int:
-        """Slots that hold a page."""
         return self.pool.num_pages - self.pool.num_free
 
     def store(self, evicted: Evicted[Keep], now: float) -> None:

@@ -35,7 +35,6 @@ class PageShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes one token takes."""
         return self.bytes // self.page_tokens
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:

@@ -40,24 +40,19 @@ class Order(Protocol[Hint]):
 
     def release(self, pages: list[int], keep: Hint, now: float) -> None:
         """A turn of the conversation `keep` ends. Its `pages` are cached from now on, the first of them to go first."""
-        ...
 
     def remove(self, page: int) -> None:
         """The page is not cached any more."""
-        ...
 
     def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Hint, float]:
         """The page to be evicted next, which stays until `remove`; what was said of its conversation, and when its last
         turn ended. There is a cached page."""
-        ...
 
     def childless(self, page: int, last_child: int) -> None:
         """The chosen `last_child` loses its name, and with it `page`, cached or not, its last child."""
-        ...
 
     def check(self) -> None:
         """Raise AssertionError if the order contradicts itself (for tests)."""
-        ...
 
 
 class PagePool(Generic[Hint]):
@@ -205,7 +200,6 @@ class PagePool(Generic[Hint]):
         return self._hash_of[page] in self._children
 
     def _forget(self, page: int) -> None:
-        """A page loses its name."""
         digest, parent = self._hash_of[page], self._parent_of[page]
         assert digest is not None
         del self._page_of[digest]

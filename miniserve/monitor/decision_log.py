@@ -33,7 +33,6 @@ class DecisionLog:
         self._file.close()
 
     def write(self, record: Record | dict[str, str | float]) -> None:
-        """Add a record as a line."""
         if self._broken:
             return
         try:

@@ -65,7 +65,6 @@ class Listener:
         self._news.set()
 
     def end(self) -> None:
-        """No more will come."""
         self._ended = True
         self._news.set()
 

@@ -88,7 +88,6 @@ class Metrics:
         self._gap.observe(seconds)
 
     def generated(self, tokens: int) -> None:
-        """Tokens came."""
         self._generated.inc(tokens)
 
     def ended(self, reason: Ending, arrived: float) -> None:
@@ -98,7 +97,6 @@ class Metrics:
             self._request.observe(time.perf_counter() - arrived)
 
     def render(self) -> bytes:
-        """All of it in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

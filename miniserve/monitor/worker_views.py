@@ -75,7 +75,6 @@ class WorkerList(TypedDict):
 
 
 def worker_list(scheduler: Scheduler, policy: str, now: float) -> WorkerList:
-    """All workers that live."""
     return {
         "object": "list",
         "policy": policy,

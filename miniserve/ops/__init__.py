@@ -24,28 +24,22 @@ class Ops(Protocol):
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout."""
-        ...
 
     def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Prepare the last matrix, `[vocab, hidden]`: the result makes float32 logits of `[rows, hidden]`."""
-        ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension."""
-        ...
 
     def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
         """Prepare the angles of all positions, float32 `[positions, D / 2]` (radians, `model/rope.py`). The result
         makes `cos_sin` for the positions `[T]` of a batch."""
-        ...
 
     def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: each number with the one half a head away."""
-        ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`[T, 2 * I]` -> silu(first half) * second half, `[T, I]`."""
-        ...
 
     def filter(
         self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
@@ -56,13 +50,11 @@ class Ops(Protocol):
         The filters are columns `[n, 1]`, top_k int32 and the others float32. What top_p counts in is what the other two
         leave; the likeliest always stays.
         """
-        ...
 
     def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> Compute | None:
         """A whole model in one call, where a backend has one: the same as `model.Transformer.compute`, which makes one
         call for each operation. These `Ops` have prepared `weights` and `rotary`; `eps` is that of the norms, `scale`
         is what attention scores are multiplied with."""
-        ...
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> Any:
         """What attention needs to know of a batch, worked out once for all layers.
@@ -70,13 +62,11 @@ class Ops(Protocol):
         `kv` is the pool `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of
         `layout`.
         """
-        ...
 
     def attention(
         self, plan: Any, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Store the new tokens' `k`, `v` `[T, Hkv, D]` in the pool, then attend causally: `q` -> `[T, H, D]`."""
-        ...
 
 
 def make_ops(

@@ -70,27 +70,23 @@ class CpuOps:
         return out
 
     def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Rotary:
-        """The kernel looks the positions up itself."""
         return Rotary(*rotary_tables(angles, dtype))
 
     def rope(
         self, q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate both in place."""
         tables = [table.data_ptr() for table in cos_sin]
         for x in (q, k):
             self._rope(x.data_ptr(), x.stride(0), *x.shape, *tables)
         return q, k
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(first half) * second half."""
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty((rows, size), dtype=gate_up.dtype)
         self._silu_mul(gate_up.data_ptr(), rows, size, out.data_ptr())
         return out
 
     def fuse(self, weights: Weights, rotary: Rotary, heads: int, eps: float, scale: float) -> FusedForward:
-        """The model in one call."""
         return FusedForward(self._forward, weights, rotary, heads, eps, scale)
 
     def plan(self, batch: Batch, kv: torch.Tensor) -> NativePlan:

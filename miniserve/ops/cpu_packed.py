@@ -39,7 +39,6 @@ class Arena:
         return packed
 
     def _take(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor with undefined content."""
         size = shape[0] * shape[1] * dtype.itemsize
         if size > len(self._rest):
             memory = mmap.mmap(-1, max(size, ARENA_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -74,7 +73,6 @@ class PackedLinear:
 
     @property
     def native(self) -> NativeMatrix:
-        """The same for a `NativeLayer`."""
         return NativeMatrix(self.packed.data_ptr(), address(self.bias))
 
 

@@ -78,7 +78,6 @@ class Rotary:
     sin: torch.Tensor
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the kernel `rope` reads."""
         return positions, self.cos, self.sin
 
 

@@ -63,7 +63,6 @@ class CudaOps:
         return lambda positions: (positions, table)
 
     def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate both in place."""
         positions, table = cos_sin
         self._fi.rope.apply_rope_with_cos_sin_cache_inplace(
             positions=positions,
@@ -76,7 +75,6 @@ class CudaOps:
         return q, k
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(first half) * second half."""
         return self._fi.activation.silu_and_mul(input=gate_up)
 
     def filter(

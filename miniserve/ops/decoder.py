@@ -12,7 +12,6 @@ class Linear(Protocol):
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`, perhaps written over `residual`."""
-        ...
 
 
 @dataclass(frozen=True)

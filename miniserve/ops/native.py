@@ -67,7 +67,6 @@ def _compile(compiler: str, library: Path) -> None:
 
 
 def _cpu() -> str:
-    """What -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         kind = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

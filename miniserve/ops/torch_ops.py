@@ -140,7 +140,6 @@ class TorchOps:
         return F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size] * weight
 
     def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], CosSin]:
-        """Rows of the `rotary_tables`."""
         cos, sin = (table.unsqueeze(1) for table in rotary_tables(angles.to(self._device), dtype))
         return lambda positions: (cos[positions], sin[positions])
 
@@ -151,7 +150,6 @@ class TorchOps:
         return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(first half) * second half."""
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 

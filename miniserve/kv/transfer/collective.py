@@ -150,7 +150,6 @@ class CollectiveTransfer:
         return CollectiveCopy(incoming, self._staging, time.monotonic() + self._timeout.total_seconds())
 
     def close(self) -> None:
-        """What has not arrived is lost; the threads end soon."""
         with self._changed:
             self._closed.set()
             self._drop()

@@ -17,27 +17,22 @@ class Copy(Protocol):
     @property
     def seconds(self) -> float:
         """How long they were on their way beside our steps, once `stored`; what `store` itself takes comes on top."""
-        ...
 
     @property
     def ready(self) -> bool:
         """Whether `store` would return at once."""
-        ...
 
     def store(self, ours: list[int]) -> None:
         """Begin to write them to our pages `ours`, as many and in the order of `fetch`. Raises `TransferError`."""
-        ...
 
     @property
     def stored(self) -> bool:
         """Whether what `store` has begun is done, so that every reader may read the pages. On a CPU, when it returns.
         Raises `TransferError` if it will never be; nothing is written to the pages then."""
-        ...
 
     def abandon(self) -> None:
         """Give up what `store` has begun. From now on the pages may be given to other sequences: whatever is still
         written to them is written before all that the engine computes, or another copy writes, from here on."""
-        ...
 
 
 class Transfer(Protocol):
@@ -48,13 +43,10 @@ class Transfer(Protocol):
     def offer(self, pages: list[int]) -> tuple[int, int]:
         """Our side: `pages` of our pool, complete on the device, are about to be published. Returns the ticket that
         goes along with the publication."""
-        ...
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:
         """Begin to get `pages` of the peer's pool. The receiver calls this once for each publication with pages, in
         their order, even if the turn has ended meanwhile."""
-        ...
 
     def close(self) -> None:
         """The peer is gone."""
-        ...

@@ -167,5 +167,4 @@ def call(library: ctypes.CDLL, function: str, *arguments: object) -> None:
 
 
 def text(library: ctypes.CDLL, result: int) -> str:
-    """NCCL's words for a result."""
     return str(library.ncclGetErrorString(result), "ascii", "replace")

@@ -21,15 +21,12 @@ class Communicator(Protocol):
 
     def send(self, pages: list[int]) -> Fence:
         """Begin to send pages of our pool, which are complete."""
-        ...
 
     def receive(self, pages: list[int]) -> Fence:
         """Begin to write what the peer sends to pages of our pool."""
-        ...
 
     def abort(self) -> None:
         """Nothing more is read or written when this returns, whatever was under way."""
-        ...
 
 
 class Network(Protocol):
@@ -37,16 +34,13 @@ class Network(Protocol):
 
     def enter_thread(self) -> None:
         """The calling thread will make communicators and use them."""
-        ...
 
     def identity(self) -> bytes:
         """What both sides of a new communicator need to find each other."""
-        ...
 
     def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> Communicator:
         """Our end of a communicator that works on `side`, once both ends are there; raises `TransferError`. Whenever it
         has to wait for the peer, also later, `check` is called; what that raises ends the wait."""
-        ...
 
 
 class Connection:

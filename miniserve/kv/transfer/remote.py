@@ -72,7 +72,6 @@ class Direction(ABC):
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Connection]:
-        """A new connection, which `close` can end."""
         with self._meet() as channel:
             connection = Connection(channel)
             with self.lock:

@@ -19,7 +19,6 @@ class HostStaging:
         self._pool = memory.shared.pages(memory.shape.bytes)
 
     def room(self, count: int) -> torch.Tensor:
-        """Host memory for so many pages."""
         return torch.from_numpy(np.empty((count, self._pool.shape[1]), np.uint8))
 
     def read(self, pages: list[int]) -> tuple[torch.Tensor, Fence]:
@@ -27,7 +26,6 @@ class HostStaging:
         return torch.from_numpy(self._pool[pages]), PassedFence()
 
     def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
-        """Begin to write to our pages."""
         self._pool[pages] = data.numpy()
         return PassedFence()
 
