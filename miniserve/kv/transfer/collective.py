@@ -34,7 +34,7 @@ EXIT_SECONDS = 5.5 * CONNECT_SECONDS
 """How long the exit of this process waits for the threads of a pair: as long as the slowest call of theirs takes."""
 
 
-class InFlight:
+class Shipment:
     """The bytes of one publication on their way, in either direction: `data` is `[page, byte]`, to be sent once `whole`
     is done."""
 
@@ -56,14 +56,14 @@ class InFlight:
             self.over.set()
 
 
-Posted = tuple[InFlight, GlooGroup, list[Work]]
+Posted = tuple[Shipment, GlooGroup, list[Work]]
 """A publication, the group it travels in, and what has to end for it to be over."""
 
 
 class CollectiveCopy:
     """A `Copy` into our pool, whose `staging` this is; `deadline` is a time on the monotonic clock."""
 
-    def __init__(self, incoming: InFlight, staging: Staging, deadline: float) -> None:
+    def __init__(self, incoming: Shipment, staging: Staging, deadline: float) -> None:
         self._incoming = incoming
         self._staging = staging
         self._deadline = deadline
@@ -115,8 +115,8 @@ class CollectiveTransfer:
         self._group: GlooGroup | None = None
         self._offered = 0
         self._arrival = 0.0  # of the last publication here
-        self._sends: deque[InFlight] = deque()
-        self._receives: deque[InFlight] = deque()
+        self._sends: deque[Shipment] = deque()
+        self._receives: deque[Shipment] = deque()
         self._acks: deque[Work] = deque(maxlen=AHEAD + 1)  # kept until sent, which the next but AHEAD arrival proves
         self._threads = [
             threading.Thread(target=self._keep_connected, daemon=True),
@@ -135,12 +135,12 @@ class CollectiveTransfer:
             ticket = (self._generation, self._offered)
             self._offered += 1
             if not self._closed.is_set():
-                self._sends.append(InFlight(ticket, data, whole))
+                self._sends.append(Shipment(ticket, data, whole))
                 self._changed.notify_all()
         return ticket
 
     def fetch(self, ticket: tuple[int, int], pages: list[int]) -> CollectiveCopy:
-        incoming = InFlight(ticket, self._staging.room(len(pages)), PassedFence())
+        incoming = Shipment(ticket, self._staging.room(len(pages)), PassedFence())
         with self._changed:
             if self._closed.is_set() or incoming.generation < self._generation:
                 incoming.lose()
@@ -190,13 +190,13 @@ class CollectiveTransfer:
         while self._receives and (self._closed.is_set() or self._receives[0].generation < self._generation):
             self._receives.popleft().lose()
 
-    def _pump(self, way: SendRecv, queue: deque[InFlight]) -> None:
+    def _pump(self, way: SendRecv, queue: deque[Shipment]) -> None:
         """Move the publications of one direction in their order, each in its generation."""
         posted: deque[Posted] = deque()
         while self._step(way, queue, posted):
             pass
 
-    def _step(self, way: SendRecv, queue: deque[InFlight], posted: deque[Posted]) -> bool:
+    def _step(self, way: SendRecv, queue: deque[Shipment], posted: deque[Posted]) -> bool:
         """Post one publication, or else wait for the oldest that is posted. False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: posted or self._can_post(queue) or self._closed.is_set())
@@ -215,7 +215,7 @@ class CollectiveTransfer:
             new.lose()
         return True
 
-    def _await(self, way: SendRecv, flight: InFlight, group: GlooGroup, works: list[Work]) -> None:
+    def _await(self, way: SendRecv, flight: Shipment, group: GlooGroup, works: list[Work]) -> None:
         """Wait until a posted publication is over."""
         try:
             for work in reversed(works):
@@ -229,7 +229,7 @@ class CollectiveTransfer:
         except RuntimeError:
             flight.lose()
 
-    def _can_post(self, queue: deque[InFlight]) -> bool:
+    def _can_post(self, queue: deque[Shipment]) -> bool:
         """Whether the head of `queue` can travel now."""
         return self._group is not None and bool(queue) and queue[0].generation == self._generation
 
