@@ -146,7 +146,7 @@ class Run(Wire, frozen=True):
     """Serve one turn: prefill `tokens`, decode until it ends, report every token.
 
     `turn` names this run of it: a turn that starts again elsewhere gets a new name, so that what still travels of the
-    old run means nothing to anybody.
+    old run has no meaning any more.
 
     The last `prior` of `tokens` were already given to the client as output (a turn that moved here after a failure).
     `seed` is always set: two workers that sample the same position draw the same number. With `prefill_at` (a

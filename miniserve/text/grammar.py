@@ -53,8 +53,8 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 _LARK = re.compile(r"^[ \t]*(%llguidance\b|start\s*:)", re.MULTILINE)
-"""Tells Lark from GBNF. The library's own search for it takes two seconds for 16,000 empty lines, and stops everything
-else meanwhile."""
+"""What makes a text Lark, not GBNF. The library's own search for it takes two seconds for 16,000 empty lines, and stops
+everything else meanwhile."""
 _JSON = re.compile(r"%json\s*")
 _PLAIN = re.compile(r'(?://|#)[^\n]*|"(?:\\.|[^"\\])*"?|/(?:\\.|[^/\\])+/?', re.DOTALL)
 """Comments, strings and expressions of Lark, as llguidance reads them. What is not closed it refuses; looking for the

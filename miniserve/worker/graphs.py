@@ -114,7 +114,7 @@ class CudaRecorder:
         self._side = torch.cuda.Stream()
 
     def __call__(self, compute: Callable[[], object]) -> Replay:
-        """See `DecodeGraphs`. What is lazily initialised must be so before: hence the first run beside the graph."""
+        """What is lazily initialised must be so before the graph: hence the first run beside it."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             compute()
