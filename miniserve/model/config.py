@@ -103,12 +103,6 @@ def _rope(config: dict[str, Any]) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(theta, kind, float(found["factor"]))
     if kind == "llama3":
-        return RopeConfig(
-            theta,
-            kind,
-            float(found["factor"]),
-            float(found["low_freq_factor"]),
-            float(found["high_freq_factor"]),
-            int(found["original_max_position_embeddings"]),
-        )
+        factor, low, high = (float(found[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+        return RopeConfig(theta, kind, factor, low, high, int(found["original_max_position_embeddings"]))
     raise ConfigError(f"The model's rope scaling {kind!r} is not supported; miniserve knows default, linear, llama3.")

@@ -17,6 +17,7 @@ from miniserve.ops import Ops
 from miniserve.ops.decoder import Layer, Linear, Weights
 
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
+Progress = Callable[[int, int], None]
 
 
 def load_weights(
@@ -27,12 +28,10 @@ def load_weights(
     device: torch.device,
     *,
     dummy: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Weights:
-    """All weights in `dtype` on `device`; `progress` gets the number of layers done and of all.
-
-    Raises `ConfigError` when a tensor is missing, has another shape than config.json says, or cannot be read.
-    """
+    """All weights in `dtype` on `device`; `progress` gets the number of layers done and of all. Raises `ConfigError`
+    when a tensor is missing, has another shape than config.json says, or cannot be read."""
     with ExitStack() as stack:
         read = _random(config) if dummy else _reader(folder, stack)
         try:
@@ -42,12 +41,7 @@ def load_weights(
 
 
 def _build(
-    read: Read,
-    config: ModelConfig,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None],
+    read: Read, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> Weights:
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.heads * dim, config.kv_heads * dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -118,10 +119,7 @@ class CudaPlanner:
     def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
         `tables` page numbers."""
-
-        def numbers(count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=self._device)
-
+        numbers = partial(torch.zeros, dtype=torch.int32, device=self._device)
         indptr, last, indices = numbers(size + 1), numbers(size), numbers(tables)
         plan = CudaPlan(
             layers=_views(kv),
