@@ -13,12 +13,9 @@ from miniserve.cluster.messages import Keep
 from miniserve.kv.pages import Order
 
 UNKNOWN = Keep()
-"""Says nothing of the conversation."""
 RANKING_SECONDS = 1.0
 """How long groups are evicted in the order of what they were worth, unless they are touched. To find that order takes
 time in proportion to their number."""
-
-OrderName = Literal["expected", "lru"]
 
 
 def need(keep: Keep, elapsed: float) -> float:
@@ -74,10 +71,8 @@ class ExpectedNeed:
         self._group_of: dict[int, Group] = {}
         self._ranking: list[tuple[float, int, float, Group]] = []
         """A heap: what each group was worth when it had that end. It is built anew after `RANKING_SECONDS`."""
-        self._ranked = 0.0
-        """When the heap was built."""
-        self._typical = UNKNOWN
-        """The average conversation at that time."""
+        self._ranked = 0.0  # when the heap was built
+        self._typical = UNKNOWN  # the average conversation at that time
 
     def __len__(self) -> int:
         return len(self._group_of)
@@ -100,14 +95,12 @@ class ExpectedNeed:
             self._move(page, group, now)
 
     def remove(self, page: int) -> None:
-        """A page is used again, or gone."""
         group = self._group_of.pop(page)
         del group.pages[page]
         if not group.pages and group is not self._aside:
             del self._groups[group.name]
 
     def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Keep, float]:
-        """The page that is worth least and that no other builds on. Pages that others build on are set aside."""
         while self._groups:
             group = self._least_worth(now)
             page, end = next(iter(group.pages)), group.end
@@ -127,7 +120,6 @@ class ExpectedNeed:
             self.release([page], group.keep, group.end)
 
     def check(self) -> None:
-        """Raise AssertionError if a page stands in no group or in two, or a group is empty (for tests)."""
         groups = [*self._groups.values(), self._aside]
         assert {page: id(group) for group in groups for page in group.pages} == {
             page: id(group) for page, group in self._group_of.items()
@@ -176,15 +168,13 @@ class LeastRecentlyUsed(ExpectedNeed):
     """Pages of all conversations go in the order of their release, also those that others build on: one group."""
 
     def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Keep, float]:
-        """The page released longest ago."""
         return super().choose(now, lambda page: False)
 
     def _name(self, keep: Keep) -> str:
         return ""
 
 
-def make_order(name: OrderName) -> Order[Keep]:
-    """The order that `--kv-eviction` names, for one pool."""
+def make_order(name: Literal["expected", "lru"]) -> Order[Keep]:
     return ExpectedNeed() if name == "expected" else LeastRecentlyUsed()
 
 

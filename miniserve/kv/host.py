@@ -10,7 +10,7 @@ import torch
 from miniserve.cluster.messages import Keep
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted, Order, PagePool
-from miniserve.kv.side import Fence, beside, pin
+from miniserve.kv.side import Fence, beside, copy_each, pin
 
 RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
 """Of slots whose content is on the device as well: until it is evicted there again no turn needs them, so they go
@@ -30,10 +30,8 @@ class HostPool:
         self, memory: KVMemory, num_pages: int, order: Order[Keep], *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.pool = PagePool(num_pages, order)
-        self.offloaded = 0
-        """Pages copied here."""
-        self.restored = 0
-        """Pages copied back."""
+        self.offloaded = self.restored = 0
+        """Pages copied here, and back."""
         self.page_seconds = 0.0
         """Seconds to copy a page, a running average over both directions; 0 before the first."""
         self._clock = clock
@@ -70,8 +68,7 @@ class HostPool:
 
     def match(self, hashes: list[bytes], keep: Keep) -> list[int]:
         """Slots of the longest prefix of the chain `hashes` that is here, pinned until `restore` or `release`; no slots
-        where copying a page takes longer than computing it, as far as both are known.
-        """
+        where copying a page takes longer than computing it, as far as both are known."""
         self._count()
         if keep.page_seconds and self.page_seconds > keep.page_seconds:
             return []
@@ -108,18 +105,14 @@ class HostPool:
     def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Fence | None:
         """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next. None if
         that is done."""
-
-        def copy() -> None:
-            for one, other in zip(froms, tos, strict=True):
-                target[other].copy_(source[one], non_blocking=True)
-
+        sources, targets = (source[page] for page in froms), (target[page] for page in tos)
         if self._side is None:
             started = self._clock()
-            copy()
+            copy_each(sources, targets)
             self._observe(self._clock() - started, len(froms))
             return None
         self._count()
-        fence = self._side.run(copy)
+        fence = self._side.run(lambda: copy_each(sources, targets))
         self._side.lead()
         self._uncounted.append((fence, len(froms)))
         return fence

@@ -24,18 +24,12 @@ class PageShape:
     dtype: torch.dtype
 
     @property
-    def elements(self) -> int:
-        """Numbers in a page."""
-        return self.layers * 2 * self.page_tokens * self.kv_heads * self.head_dim
-
-    @property
     def bytes(self) -> int:
-        """Bytes of a page, over all layers."""
-        return self.elements * self.dtype.itemsize
+        return self.token_bytes * self.page_tokens
 
     @property
     def token_bytes(self) -> int:
-        return self.bytes // self.page_tokens
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat byte tensor of whole pages as `[page, layer, k/v, slot, kv_head, head_dim]`."""

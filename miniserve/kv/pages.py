@@ -85,12 +85,10 @@ class PagePool(Generic[Hint]):
 
     @property
     def num_free(self) -> int:
-        """Pages that hold nothing."""
         return len(self._free)
 
     @property
     def num_cached(self) -> int:
-        """Pages that hold a prefix no sequence uses: the next allocation may take them."""
         return len(self._order)
 
     @property
@@ -100,14 +98,11 @@ class PagePool(Generic[Hint]):
 
     @property
     def num_held(self) -> int:
-        """Pages referenced at least once."""
         return self.num_pages - self.num_available
 
     def allocate(self, count: int, now: float) -> list[int]:
-        """`count` pages with one reference each and undefined content, unused prefixes evicted if needed.
-
-        Raises `OutOfPages`, and then changes nothing.
-        """
+        """`count` pages with one reference each and undefined content, unused prefixes evicted if needed. Raises
+        `OutOfPages`, and then changes nothing."""
         if count > self.num_available:
             raise OutOfPages(f"{count} pages asked for, {self.num_available} available of {self.num_pages}")
         pages = []
@@ -118,10 +113,7 @@ class PagePool(Generic[Hint]):
         return pages
 
     def match(self, hashes: list[bytes]) -> list[int]:
-        """The pages of the longest cached prefix of the chain `hashes`, each with a reference more.
-
-        Give them back with `release`.
-        """
+        """The pages of the longest cached prefix of the chain `hashes`, each with a reference more, until `release`."""
         pages = []
         for digest in hashes:
             page = self._page_of.get(digest)
@@ -135,10 +127,8 @@ class PagePool(Generic[Hint]):
         return pages
 
     def register(self, page: int, digest: bytes, parent: bytes | None = None) -> None:
-        """Make a held, full page findable under its chain hash; `parent` is that of the page before it.
-
-        Where another page has that name already, it stays.
-        """
+        """Make a held, full page findable under its chain hash, unless another page has that name already; `parent` is
+        the hash of the page before it."""
         assert self._refs[page] > 0, "only a held page has content worth naming"
         if self.caching and digest not in self._page_of and self._hash_of[page] is None:
             self._page_of[digest] = page
@@ -185,7 +175,7 @@ class PagePool(Generic[Hint]):
 
     def _evict(self, now: float) -> int:
         """The page that the order chooses, without its name. There must be a cached page."""
-        page, keep, end = self._order.choose(now, self._has_children)
+        page, keep, end = self._order.choose(now, lambda page: self._hash_of[page] in self._children)
         digest, parent = self._hash_of[page], self._parent_of[page]
         assert digest is not None
         if self._on_evict is not None:
@@ -195,9 +185,6 @@ class PagePool(Generic[Hint]):
             self._order.childless(self._page_of[parent], page)
         self._order.remove(page)
         return page
-
-    def _has_children(self, page: int) -> bool:
-        return self._hash_of[page] in self._children
 
     def _forget(self, page: int) -> None:
         digest, parent = self._hash_of[page], self._parent_of[page]

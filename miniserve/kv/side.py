@@ -6,39 +6,30 @@ overwritten from now on comes before the work that the engine's stream is given 
 person reads is complete (`Fence`). This file calls `torch.cuda` alone, so tests replace the stream with their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 
 class CudaFence:
-    """The end of the work that the current stream is given between `begin` and `end`."""
+    """The end of the work that a stream is given between the events `begin` and `end`."""
 
     def __init__(self) -> None:
-        self._begin = torch.cuda.Event(enable_timing=True)
-        self._end = torch.cuda.Event(enable_timing=True, blocking=True)
-
-    def begin(self) -> None:
-        """The work comes next on the current stream."""
-        self._begin.record()
-
-    def end(self) -> None:
-        """The current stream has been given all of the work."""
-        self._end.record()
+        self.begin = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True, blocking=True)
 
     @property
     def done(self) -> bool:
-        """Whether the work has ended."""
-        return self._end.query()
+        return self.end.query()
 
     @property
     def seconds(self) -> float:
         """How long the work took, once `done`."""
-        return self._begin.elapsed_time(self._end) / 1000
+        return self.begin.elapsed_time(self.end) / 1000
 
     def wait(self) -> None:
         """Block until the work is `done`; any thread may call this."""
-        self._end.synchronize()
+        self.end.synchronize()
 
 
 class PassedFence:
@@ -65,9 +56,9 @@ class SideStream:
         """Queue on this stream what `work` launches. Only `follow` and `lead` order it with the engine's stream."""
         fence = CudaFence()
         with torch.cuda.stream(self._stream):
-            fence.begin()
+            fence.begin.record()
             work()
-            fence.end()
+            fence.end.record()
         return fence
 
     def follow(self) -> None:
@@ -80,13 +71,18 @@ class SideStream:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def drain(self) -> None:
-        """Block until all that was queued here is done."""
         self._stream.synchronize()
 
 
 def beside(device: torch.device) -> SideStream | None:
     """A side stream of a GPU; None on a CPU, where copies are made at once."""
     return SideStream(device) if device.type == "cuda" else None
+
+
+def copy_each(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> None:
+    """Give the current stream one copy for each pair of tensors."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source, non_blocking=True)
 
 
 def pin(memory: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,20 +85,17 @@ class ModelConfig:
             raise ConfigError(f"The model's config.json has no {error.args[0]!r}.") from error
         if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise ConfigError(f"The model uses the activation {act!r}; miniserve knows silu.")
-        window = (
-            config.get("sliding_window") if config.get("use_sliding_window", arch == "MistralForCausalLM") else None
-        )
+        windowed = config.get("use_sliding_window", arch == "MistralForCausalLM")
+        window = config.get("sliding_window") if windowed else None
         if window is not None and window < model.max_len:
             # Up to the window the model was trained with full attention; past it the text would differ.
-            model = cls(**{**model.__dict__, "max_len": int(window)})
+            model = replace(model, max_len=int(window))
         return model
 
 
 def _rope(config: dict[str, Any]) -> RopeConfig:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    found = dict(config.get("rope_parameters") or {})
-    scaling = config.get("rope_scaling") or {}
-    found = {**scaling, **found}
+    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = float(found.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = str(found.get("rope_type") or found.get("type") or "default")
     if kind == "default":
@@ -106,12 +103,6 @@ def _rope(config: dict[str, Any]) -> RopeConfig:
     if kind == "linear":
         return RopeConfig(theta, kind, float(found["factor"]))
     if kind == "llama3":
-        return RopeConfig(
-            theta,
-            kind,
-            float(found["factor"]),
-            float(found["low_freq_factor"]),
-            float(found["high_freq_factor"]),
-            int(found["original_max_position_embeddings"]),
-        )
+        factor, low, high = (float(found[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+        return RopeConfig(theta, kind, factor, low, high, int(found["original_max_position_embeddings"]))
     raise ConfigError(f"The model's rope scaling {kind!r} is not supported; miniserve knows default, linear, llama3.")

@@ -16,8 +16,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         # Long waves are stretched by `factor`, short ones left alone, those between blended.
         wavelength = 2 * math.pi / inverse
         rotations = rope.original_max_len / wavelength
-        blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = blend.clamp(0, 1)
+        blend = ((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
         return (1 - blend) * inverse / rope.factor + blend * inverse
     return inverse
 

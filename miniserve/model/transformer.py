@@ -25,7 +25,6 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
         return self._weights.embedding.device
 
     @torch.inference_mode()

@@ -3,7 +3,8 @@
 Tensors are read layer by layer and handed to `ops.linear` at once, so loading never holds the model twice.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from miniserve.config import ConfigError
 from miniserve.model.config import ModelConfig
 from miniserve.ops import Ops
-from miniserve.ops.decoder import Layer, Weights
+from miniserve.ops.decoder import Layer, Linear, Weights
 
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
+Progress = Callable[[int, int], None]
 
 
 def load_weights(
@@ -26,27 +28,20 @@ def load_weights(
     device: torch.device,
     *,
     dummy: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Weights:
-    """All weights in `dtype` on `device`; `progress` gets the number of layers done and of all.
-
-    Raises `ConfigError` when a tensor is missing, has another shape than config.json says, or cannot be read.
-    """
+    """All weights in `dtype` on `device`; `progress` gets the number of layers done and of all. Raises `ConfigError`
+    when a tensor is missing, has another shape than config.json says, or cannot be read."""
     with ExitStack() as stack:
         read = _random(config) if dummy else _reader(folder, stack)
         try:
-            return _build(read, config, ops, dtype, device, progress or (lambda done, total: None))
+            return _build(read, config, ops, dtype, device, progress)
         except SafetensorError as error:
             raise ConfigError(f"The weights in {folder} cannot be read ({error}): download the model again.") from error
 
 
 def _build(
-    read: Read,
-    config: ModelConfig,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None],
+    read: Read, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> Weights:
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.heads * dim, config.kv_heads * dim
@@ -59,26 +54,24 @@ def _build(
         total += tensor.nbytes
         return tensor
 
-    def linear(parts: list[tuple[str, int]], width: int, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight = torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts])
-        return weight, torch.cat([get(f"{name}.bias", rows) for name, rows in parts]) if bias else None
+    def linear(parts: dict[str, int], width: int, bias: bool) -> Linear:
+        """One matrix of several, from their names and rows."""
+        weight = torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts.items()])
+        biases = [get(f"{name}.bias", rows) for name, rows in parts.items()] if bias else None
+        return ops.linear(weight, torch.cat(biases) if biases else None)
 
     def layer(index: int) -> Layer:
         at = f"model.layers.{index}."
         attn, mlp = f"{at}self_attn.", f"{at}mlp."
         return Layer(
             input_norm=get(f"{at}input_layernorm.weight", hidden),
-            qkv=ops.linear(
-                *linear([(f"{attn}q_proj", q), (f"{attn}k_proj", kv), (f"{attn}v_proj", kv)], hidden, config.qkv_bias)
-            ),
+            qkv=linear({f"{attn}q_proj": q, f"{attn}k_proj": kv, f"{attn}v_proj": kv}, hidden, config.qkv_bias),
             q_norm=get(f"{attn}q_norm.weight", dim) if config.qk_norm else None,
             k_norm=get(f"{attn}k_norm.weight", dim) if config.qk_norm else None,
-            out=ops.linear(*linear([(f"{attn}o_proj", hidden)], q, config.output_bias)),
+            out=linear({f"{attn}o_proj": hidden}, q, config.output_bias),
             post_norm=get(f"{at}post_attention_layernorm.weight", hidden),
-            gate_up=ops.linear(
-                *linear([(f"{mlp}gate_proj", inner), (f"{mlp}up_proj", inner)], hidden, config.mlp_bias)
-            ),
-            down=ops.linear(*linear([(f"{mlp}down_proj", hidden)], inner, config.mlp_bias)),
+            gate_up=linear({f"{mlp}gate_proj": inner, f"{mlp}up_proj": inner}, hidden, config.mlp_bias),
+            down=linear({f"{mlp}down_proj": hidden}, inner, config.mlp_bias),
         )
 
     embedding = get("model.embed_tokens.weight", config.vocab_size, hidden)
@@ -116,21 +109,15 @@ def _reader(folder: Path, stack: ExitStack) -> Read:
 
 def _random(config: ModelConfig) -> Read:
     """Random tensors, the same in each process for the same shape. Norms are ones, so that numbers stay in range."""
-
-    def numbers() -> Iterator[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        block = torch.randn(2**20, generator=generator) * 0.02
-        while True:
-            yield block.roll(int(torch.randint(2**20, (1,), generator=generator)))
-
-    blocks = numbers()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2**20, generator=generator) * 0.02
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if "norm" in name:
             return torch.ones(shape, dtype=config.dtype)
         # Repeating a megabyte of noise at a random offset is as good for timing as fresh noise and 20x faster.
-        count = int(torch.Size(shape).numel())
-        block = next(blocks).to(config.dtype)
+        count = math.prod(shape)
+        block = noise.roll(int(torch.randint(2**20, (1,), generator=generator))).to(config.dtype)
         return block.repeat(-(-count // block.numel()))[:count].view(shape)
 
     return read

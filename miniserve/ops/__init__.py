@@ -7,6 +7,8 @@ import torch
 
 from miniserve.ops.batch import Batch
 from miniserve.ops.decoder import Linear, Weights
+from miniserve.ops.native import NoKernels
+from miniserve.ops.torch_ops import TorchOps
 
 Compute = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """A plan, tokens, positions, and the rows that are wanted -> their logits."""
@@ -86,12 +88,8 @@ def make_ops(
     states, MLP activations; `page_tokens` is the size of a page. Without `native` it is plain torch. A CPU gets
     compiled kernels where a compiler is installed; `progress` gets a line if they have to be compiled first.
     """
-    from miniserve.ops.torch_ops import TorchOps
-
     if not native:
         return TorchOps(device), "torch"
-    from miniserve.ops.native import NoKernels
-
     try:
         if device.type == "cuda":
             from miniserve.ops.cuda_ops import CudaOps

@@ -55,15 +55,12 @@ class CpuOps:
         self._arena = Arena()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
-        """Pack a weight; it can be freed afterwards."""
         return PackedLinear(self._product, self._arena.pack(self._pack, weight), weight.shape[0], bias)
 
     def head(self, weight: torch.Tensor) -> PackedHead:
-        """Pack the last matrix; it can be freed afterwards."""
         return PackedHead(self._logits, self._arena.pack(self._pack, weight), weight.shape[0])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm over the last dimension of `[T, size]` or `[T, H, size]`."""
         out = torch.empty(x.shape, dtype=x.dtype)
         group, size = (x.shape[1] if x.dim() == 3 else 1), x.shape[-1]
         self._rms_norm(x.data_ptr(), x.stride(0), x.shape[0], group, size, weight.data_ptr(), eps, out.data_ptr())
@@ -98,27 +95,13 @@ class CpuOps:
         numbers = torch.tensor([*starts[:-1], *batch.lengths, *batch.contexts, *tables[:-1], *pages], dtype=torch.int32)
         at = range(numbers.data_ptr(), numbers.data_ptr() + 4 * numbers.numel() + 1, 4 * count)
         _, layers, _, page_tokens, kv_heads, dim = kv.shape
-        native = NativeBatch(
-            count, at[0], at[1], at[2], at[3], at[4], kv.data_ptr(), layers, page_tokens, kv_heads, dim
-        )
+        native = NativeBatch(count, *at[:5], kv.data_ptr(), layers, page_tokens, kv_heads, dim)
         return NativePlan(native, numbers)
 
     def attention(
         self, plan: NativePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Store the new keys and values in their pages, then attend over the pages where they lie."""
         out = torch.empty(q.shape, dtype=q.dtype)
-        self._attention(
-            ctypes.byref(plan.native),
-            layer,
-            q.shape[1],
-            scale,
-            q.data_ptr(),
-            q.stride(0),
-            k.data_ptr(),
-            k.stride(0),
-            v.data_ptr(),
-            v.stride(0),
-            out.data_ptr(),
-        )
+        inputs = [number for x in (q, k, v) for number in (x.data_ptr(), x.stride(0))]
+        self._attention(ctypes.byref(plan.native), layer, q.shape[1], scale, *inputs, out.data_ptr())
         return out

@@ -8,17 +8,7 @@ from typing import Any
 
 import torch
 
-from miniserve.ops.cpu_structs import (
-    BLOCK,
-    MATRICES,
-    NORMS,
-    NativeLayer,
-    NativeMatrix,
-    NativeModel,
-    NativePlan,
-    Rotary,
-    address,
-)
+from miniserve.ops.cpu_structs import BLOCK, MATRICES, NORMS, NativeLayer, NativeMatrix, NativeModel, NativePlan, Rotary
 from miniserve.ops.decoder import Weights
 
 ARENA_BYTES = 64 * 2**20
@@ -49,6 +39,11 @@ class Arena:
         return taken.view(dtype).view(shape)
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers begin; a null pointer for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """A `Linear` by the kernel `product`."""
@@ -60,15 +55,8 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         out = torch.empty((x.shape[0], self.columns), dtype=x.dtype)
-        self.product(
-            x.data_ptr(),
-            *x.shape,
-            self.packed.data_ptr(),
-            self.columns,
-            address(self.bias),
-            address(residual),
-            out.data_ptr(),
-        )
+        weight = self.packed.data_ptr(), self.columns, address(self.bias)
+        self.product(x.data_ptr(), *x.shape, *weight, address(residual), out.data_ptr())
         return out
 
     @property
@@ -127,14 +115,7 @@ class FusedForward:
         self, plan: NativePlan, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor
     ) -> torch.Tensor:
         logits = torch.empty((len(outputs), self._vocab), dtype=torch.float32)
-        self._forward(
-            ctypes.byref(self._model),
-            ctypes.byref(plan.native),
-            len(tokens),
-            tokens.data_ptr(),
-            positions.data_ptr(),
-            len(outputs),
-            outputs.data_ptr(),
-            logits.data_ptr(),
-        )
+        new = len(tokens), tokens.data_ptr(), positions.data_ptr()
+        wanted = len(outputs), outputs.data_ptr(), logits.data_ptr()
+        self._forward(ctypes.byref(self._model), ctypes.byref(plan.native), *new, *wanted)
         return logits

@@ -79,8 +79,3 @@ class Rotary:
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return positions, self.cos, self.sin
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor's numbers begin; a null pointer for None."""
-    return None if tensor is None else tensor.data_ptr()

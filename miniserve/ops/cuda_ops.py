@@ -49,11 +49,10 @@ class CudaOps:
         return product
 
     def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Prepare the last matrix. The logits are rounded to 16 bits before they become float32."""
+        """The logits are rounded to 16 bits before they become float32."""
         return lambda x: F.linear(x, weight).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm over the last dimension of `[T, size]` or `[T, H, size]`."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return self._fi.norm.rmsnorm(input=x, weight=weight, eps=eps, out=out)
 
@@ -93,7 +92,6 @@ class CudaOps:
     def attention(
         self, plan: CudaPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Store the new keys and values in their pages, then attend over the pages where they lie."""
         assert scale == self._planner.scale, "what was planned for"
         pages = plan.layers[layer]
         self._fi.page.append_paged_kv_cache(

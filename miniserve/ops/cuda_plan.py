@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -37,23 +38,14 @@ class CudaPlan:
     last: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Page tables of a batch as numbers: `indptr`, `last` and `indices` as in `CudaPlan`."""
-
-    indptr: list[int]
-    last: list[int]
-    indices: list[int]
-
-    @classmethod
-    def of(cls, contexts: list[int], pages: list[list[int]], page_tokens: int) -> Tables:
-        """The tables of sequences with so many tokens, the new ones included."""
-        counts = [-(-context // page_tokens) for context in contexts]
-        return cls(
-            [0, *accumulate(counts)],
-            [(context - 1) % page_tokens + 1 for context in contexts],
-            [page for table, count in zip(pages, counts, strict=True) for page in table[:count]],
-        )
+def page_tables(
+    contexts: list[int], pages: list[list[int]], page_tokens: int
+) -> tuple[list[int], list[int], list[int]]:
+    """`indptr`, `last` and `indices`, as in `CudaPlan`, of sequences with so many tokens, the new ones included."""
+    counts = [-(-context // page_tokens) for context in contexts]
+    last = [(context - 1) % page_tokens + 1 for context in contexts]
+    indices = list(chain.from_iterable(table[:count] for table, count in zip(pages, counts, strict=True)))
+    return [0, *accumulate(counts)], last, indices
 
 
 class CudaPlanner:
@@ -78,13 +70,13 @@ class CudaPlanner:
         """Page tables on the device, and what FlashInfer plans of them on the host."""
         size, count = kv.shape[3], len(batch.lengths)
         decodes = next((i for i, length in enumerate(batch.lengths) if length > 1), count)
-        tables = Tables.of(batch.contexts, batch.pages, size)
-        split = tables.indptr[decodes]
+        begins, last_lengths, numbers = page_tables(batch.contexts, batch.pages, size)
+        split = begins[decodes]
         starts = [0, *accumulate(batch.lengths[decodes:])]
-        later = [at - split for at in tables.indptr[decodes:]]
+        later = [at - split for at in begins[decodes:]]
         row_of = [i for i, length in enumerate(batch.lengths) for _ in range(length)]
-        parts = (tables.indptr, tables.last, starts, later, row_of, tables.indices)
-        host = self._host([number for part in parts for number in part])
+        parts = (begins, last_lengths, starts, later, row_of, numbers)
+        host = self._host(list(chain(*parts)))
         sizes = [len(part) for part in parts]
         indptr, last, starts_host, later_host, _, _ = host.split(sizes)
         on_device = host.to(self._device, non_blocking=True).split(sizes)
@@ -127,10 +119,7 @@ class CudaPlanner:
     def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
         `tables` page numbers."""
-
-        def numbers(count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=self._device)
-
+        numbers = partial(torch.zeros, dtype=torch.int32, device=self._device)
         indptr, last, indices = numbers(size + 1), numbers(size), numbers(tables)
         plan = CudaPlan(
             layers=_views(kv),
@@ -149,23 +138,18 @@ class CudaPlanner:
             indptr=indptr,
             last=last,
         )
-        self._fill(plan, [], [], numbers(0), kv)
+        nothing = numbers(0)
+        self.fill(plan, Batch(nothing, nothing, nothing, [], [], []), kv)
         return plan
 
     def fill(self, plan: CudaPlan, batch: Batch, kv: torch.Tensor) -> None:
         """Set a fixed plan to `batch`, of as many decodes or fewer."""
-        self._fill(plan, batch.contexts, batch.pages, batch.positions, kv)
-
-    def _fill(
-        self, plan: CudaPlan, contexts: list[int], pages: list[list[int]], positions: torch.Tensor, kv: torch.Tensor
-    ) -> None:
-        count = len(contexts)
+        count = len(batch.contexts)
         scratch = kv.shape[0] - 1
         more = plan.decodes - count
-        tables = Tables.of([*contexts, *[1] * more], [*pages, *[[scratch]] * more], kv.shape[3])
-        host = self._host([*tables.indptr, *tables.last, *tables.indices])
-        indptr, last, indices = host.split([len(tables.indptr), len(tables.last), len(tables.indices)])
-        plan.position[:count].copy_(positions)
+        tables = page_tables([*batch.contexts, *[1] * more], [*batch.pages, *[[scratch]] * more], kv.shape[3])
+        indptr, last, indices = self._host(list(chain(*tables))).split([len(table) for table in tables])
+        plan.position[:count].copy_(batch.positions)
         plan.position[count:].zero_()
         self._begin_planning()
         # It copies them into the tensors that it was made with.

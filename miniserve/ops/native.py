@@ -24,15 +24,13 @@ class NoKernels(RuntimeError):
     """There are no native kernels here; the message says why."""
 
 
-def load(progress: Callable[[str], None] | None = None) -> ctypes.CDLL:
+def load(progress: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
     """The compiled kernels. `progress` gets a line if they have to be compiled first. Raises `NoKernels`.
 
     torch must have been imported: both then share one OpenMP runtime, and so one pool of threads.
     """
-    compiler = next(
-        (found for name in (os.environ.get("CXX"), *COMPILERS) if name and (found := shutil.which(name))), ""
-    )
-    if not compiler:
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+    if compiler is None:
         raise NoKernels("no g++ found (Debian and Ubuntu: sudo apt install g++)")
     # Machines of different kinds may share a home directory: what was compiled for one must not run on another.
     sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
@@ -46,7 +44,7 @@ def load(progress: Callable[[str], None] | None = None) -> ctypes.CDLL:
             with (library.parent / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():
-                    (progress or (lambda line: None))("compiling CPU kernels (once)")
+                    progress("compiling CPU kernels (once)")
                     _compile(compiler, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -59,9 +57,8 @@ def _compile(compiler: str, library: Path) -> None:
         out = Path(work) / "cpu.so"
         done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
         if done.returncode != 0:
-            reason = next(
-                (line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}"
-            )
+            lines = done.stderr.splitlines()
+            reason = next((line for line in lines if "error" in line), f"exit code {done.returncode}")
             raise NoKernels(f"{compiler} failed: {reason.strip()}")
         os.replace(out, library)
 

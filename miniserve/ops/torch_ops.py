@@ -7,7 +7,8 @@ contiguous keys and values. A gather reads each byte once more, which is small b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,32 +24,29 @@ QUERY_BLOCK = 128
 """Queries that attend together in a prefill chunk: keys beyond the block's end are never looked at."""
 
 
-class DenseLinear:
-    """A plain matrix product."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        out = F.linear(x, self._weight, self._bias)
+def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        out = F.linear(x, weight, bias)
         return out if residual is None else out.add_(residual)
 
+    return product
 
-class OneDnnLinear:
+
+def onednn_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """A bf16 matrix product by oneDNN with the weight packed once, in blocks as its kernels want them.
 
     F.linear packs anew in each call, which costs a decode step more than the product itself. These are the operators
     that torch.compile's CPU backend emits for frozen weights.
     """
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128)  # rows it may expect
+    pointwise = torch.ops.mkldnn._linear_pointwise
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128)  # rows it may expect
-        self._bias = bias
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], None)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
+            return pointwise(x, packed, bias, "none", [], None)
+        return pointwise.binary(x, residual, packed, bias, "add")
+
+    return product
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ class Plan:
     """Per layer, the rows of pages that get their first token but are not filled: int64 `[layer, rows]`."""
     by_page: torch.Tensor
     by_slot: torch.Tensor
-    decodes: list[Decodes] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
+    decodes: list[Decodes]
+    chunks: list[Chunk]
 
 
 def filter_sorted(
@@ -123,19 +121,17 @@ class TorchOps:
         self._causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=device).triu_(1)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """Prepare a weight: packed where oneDNN has native bf16 kernels, else as it is."""
         packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
-        return OneDnnLinear(weight, bias) if packed else DenseLinear(weight, bias)
+        return onednn_linear(weight, bias) if packed else dense_linear(weight, bias)
 
     def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Prepare the last matrix. In 16 bits the logits are rounded before they become float32."""
+        """In 16 bits the logits are rounded before they become float32."""
         product = self.linear(weight)
         return lambda x: product(x).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm over the last dimension, as the layer norm of (x, -x): its mean is zero and its
-        variance the mean square of x. On a CPU layer norm is one kernel, where F.rms_norm is nine (a decode step of
-        16 sequences: 48.2 -> 46.5 ms)."""
+        """The layer norm of (x, -x), whose mean is zero and whose variance is the mean square of x. On a CPU layer norm
+        is one kernel, where F.rms_norm is nine (a decode step of 16 sequences: 48.2 -> 46.5 ms)."""
         size = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size] * weight
 
@@ -171,8 +167,7 @@ class TorchOps:
         opened: list[int] = []
         groups: dict[int, list[int]] = {}
         chunks = []
-        starts = []
-        start = 0
+        starts = [0, *accumulate(batch.lengths)]
         for i, (length, context, pages) in enumerate(zip(batch.lengths, batch.contexts, batch.pages, strict=True)):
             slots += [pages[p // size] * (layers * 2 * size) + p % size for p in range(context - length, context)]
             used = -(-context // size)
@@ -181,26 +176,20 @@ class TorchOps:
             if length == 1:
                 groups.setdefault(used.bit_length(), []).append(i)
             else:
-                chunks.append(Chunk(start, length, context, rows(pages[:used])))
-            starts.append(start)
-            start += length
+                chunks.append(Chunk(starts[i], length, context, rows(pages[:used])))
         first = layer_rows * size + torch.tensor(slots, device=self._device)
-        plan = Plan(
-            torch.cat((first, first + size), 1),
-            rows(opened) if opened else None,
-            by_page,
-            kv.view(-1, *kv.shape[4:]),
-            [],
-            chunks,
-        )
+        slot_rows = torch.cat((first, first + size), 1)
+        opened_rows = rows(opened) if opened else None
+        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], chunks)
         for members in groups.values():
-            contexts = torch.tensor([batch.contexts[i] for i in members], device=self._device)
-            longest = max(batch.contexts[i] for i in members)
+            contexts = [batch.contexts[i] for i in members]
+            longest = max(contexts)
             width = -(-longest // size)
             padded = [(batch.pages[i] + [batch.pages[i][0]] * width)[:width] for i in members]
             mask = None
-            if min(batch.contexts[i] for i in members) < longest:
-                beyond = torch.arange(longest, device=self._device) >= contexts.unsqueeze(1)
+            if min(contexts) < longest:
+                ends = torch.tensor(contexts, device=self._device).unsqueeze(1)
+                beyond = torch.arange(longest, device=self._device) >= ends
                 mask = torch.zeros(beyond.shape, dtype=kv.dtype, device=self._device)
                 mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
             queries = None

@@ -18,7 +18,7 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.ops.batch import Batch
 from miniserve.ops.cuda_ops import CudaOps
-from miniserve.ops.cuda_plan import Tables
+from miniserve.ops.cuda_plan import page_tables
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
 from miniserve.sampling_params import SamplingParams
@@ -113,8 +113,8 @@ def test_the_other_kernels() -> None:
 
 
 def test_tables() -> None:
-    made = Tables.of([1, 4, 5, 12], [[7, 8], [1], [2, 3], [4, 5, 6]], 4)
-    assert made == Tables([0, 1, 2, 4, 7], [1, 4, 1, 4], [7, 1, 2, 3, 4, 5, 6])
+    made = page_tables([1, 4, 5, 12], [[7, 8], [1], [2, 3], [4, 5, 6]], 4)
+    assert made == ([0, 1, 2, 4, 7], [1, 4, 1, 4], [7, 1, 2, 3, 4, 5, 6])
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])

@@ -21,7 +21,7 @@ from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, PassedFence
 from miniserve.kv.transfer.gloo import CONNECT_SECONDS, GlooGroup, SendRecv, meet
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.staging import Staging, staging
+from miniserve.kv.transfer.staging import DeviceStaging, HostStaging, Staging
 
 log = logging.getLogger("miniserve.transfer")
 
@@ -104,7 +104,7 @@ class CollectiveTransfer:
     def __init__(self, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0) -> None:
         """`us` is our name and epoch; a peer that does not answer for `timeout` seconds is taken for hung."""
         first, second = sorted([us, (peer.name, peer.epoch)])
-        self._staging = staging(memory)
+        self._staging: Staging = HostStaging(memory) if memory.shared is not None else DeviceStaging(memory)
         self._peer = peer.name
         self._rank = 0 if us == first else 1
         self._path = f"{run_dir}/pair-{first[0]}.{first[1]}-{second[0]}.{second[1]}"

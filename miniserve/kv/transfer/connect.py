@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("miniserve.transfer")
 
-Way = Literal["mapped", "nccl", "gloo"]
-"""The last two are `collective`, and one or the other by where the pools are."""
-
 
 def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
     """The way between our pool and `peer`'s; None if there is none (another layout, no access, or it is gone).
@@ -50,8 +47,9 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
         return None
 
 
-def way(one: PoolInfo, other: PoolInfo, how: str) -> Way | None:
+def way(one: PoolInfo, other: PoolInfo, how: str) -> Literal["mapped", "nccl", "gloo"] | None:
     """How pages travel between two pools if `how` (`EngineConfig.kv_transfer`) is asked for; None if they cannot.
+    NCCL and Gloo are the ways that are called `collective`.
 
     The order of the two makes no difference: both workers of a pair choose by it, and the frontend shows what they
     chose. NCCL has no way between two ranks on one GPU.

@@ -12,13 +12,12 @@ from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, SideStream
 from miniserve.kv.transfer.mapped import PulledTransfer
 
-CopyPages = Callable[[torch.Tensor, list[int], torch.Tensor, list[int]], None]
-"""The type of `page_copy.copy_pages`."""
-
 
 class CudaMappedTransfer(PulledTransfer):
     """The peer's pool is mapped into this process once; one kernel beside our steps copies the pages of a publication.
     The pool may be on another GPU that ours can read."""
+
+    side: SideStream
 
     def __init__(self, memory: KVMemory, peer: Peer) -> None:
         """Raises RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
@@ -33,13 +32,6 @@ class CudaMappedTransfer(PulledTransfer):
         """The copy begins when nothing given to the engine's stream before can still read or write our pages."""
         self.side.follow()
         return self.side.run(lambda: self._copy_pages(self._theirs, theirs, self._ours, ours))
-
-    def abandon(self) -> None:
-        self.side.lead()
-
-    def close(self) -> None:
-        """Wait for the last reader of the mapping: it must not be a kernel that still runs."""
-        self.side.drain()
 
 
 def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
@@ -60,11 +52,10 @@ def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
 def words_of(storage: torch.UntypedStorage, pool: PoolInfo) -> torch.Tensor:
     """The pages that peers may read as int64 `[page, word]`."""
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    words = flat[: pool.num_pages * pool.page_bytes].view(torch.int64)
-    return words.view(pool.num_pages, -1)
+    return flat[: pool.num_pages * pool.page_bytes].view(torch.int64).view(pool.num_pages, -1)
 
 
-def kernel() -> CopyPages:
+def kernel() -> Callable[[torch.Tensor, list[int], torch.Tensor, list[int]], None]:
     """The kernel that copies; triton is imported with it."""
     from miniserve.kv.transfer.page_copy import copy_pages
 

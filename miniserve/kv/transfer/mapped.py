@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, SharedMemory
-from miniserve.kv.side import Fence, PassedFence
+from miniserve.kv.side import Fence, PassedFence, SideStream
 
 
 class PulledTransfer(ABC):
     """A `Transfer` in which the receiver copies the pages itself; the sender does nothing, and its lease keeps the
-    pages as they are."""
+    pages as they are. Copies are made on `side`; without one they are complete when `pull` returns."""
 
     name = "mapped"
+    side: SideStream | None = None
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
         """What is published is complete on the device: the peer may read it at once."""
@@ -26,13 +27,14 @@ class PulledTransfer(ABC):
     def pull(self, theirs: list[int], ours: list[int]) -> Fence:
         """Begin to copy page `theirs[i]` of the peer to our page `ours[i]`."""
 
-    @abstractmethod
     def abandon(self) -> None:
-        """As `Copy.abandon`, for all that was pulled."""
+        if self.side is not None:
+            self.side.lead()
 
-    @abstractmethod
     def close(self) -> None:
-        """The peer is gone. The mapping goes with its last reader."""
+        """The mapping goes with its last reader, which must not be a kernel that still runs."""
+        if self.side is not None:
+            self.side.drain()
 
 
 class PulledCopy:
@@ -68,18 +70,10 @@ class MappedTransfer(PulledTransfer):
         assert memory.shared is not None
         pool = peer.pool
         self._ours = memory.shared.pages(memory.shape.bytes)
-        self._theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes).reshape(
-            pool.num_pages, pool.page_bytes
-        )
+        theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes)
+        self._theirs = theirs.reshape(pool.num_pages, pool.page_bytes)
 
     def pull(self, theirs: list[int], ours: list[int]) -> Fence:
-        """The copy is made when this returns."""
         for source, destination in zip(theirs, ours, strict=True):
             self._ours[destination] = self._theirs[source]
         return PassedFence()
-
-    def abandon(self) -> None:
-        """Nothing is under way."""
-
-    def close(self) -> None:
-        """Nothing is under way."""

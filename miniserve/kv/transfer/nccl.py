@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -95,22 +96,15 @@ class NcclCommunicator:
 
     def __init__(self, network: Nccl, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> None:
         self._library = network.library
+        self._call = partial(call, network.library)
         self._base, self._page_bytes = network.memory.pages.data_ptr(), network.memory.shape.bytes
         self._peer = 1 - rank
         self._side = side
         self._check = check
         self._communicator = _pointer()
-        config = Config(
-            size=ctypes.sizeof(Config),
-            magic=0xCAFEBEEF,
-            version=21700,
-            blocking=0,
-            cgaClusterSize=UNDEFINED,
-            minCTAs=UNDEFINED,
-            maxCTAs=UNDEFINED,
-            netName=None,
-            splitShare=UNDEFINED,
-        )
+        config = Config(size=ctypes.sizeof(Config), magic=0xCAFEBEEF, version=21700, blocking=0)
+        for option in ("cgaClusterSize", "minCTAs", "maxCTAs", "splitShare"):
+            setattr(config, option, UNDEFINED)
         try:
             handle, unique = ctypes.byref(self._communicator), UniqueId.from_buffer_copy(identity)
             self._call("ncclCommInitRankConfig", handle, 2, unique, rank, ctypes.byref(config))
@@ -154,9 +148,6 @@ class NcclCommunicator:
                 raise TransferError(f"NCCL: {text(self._library, state.value)}")
             self._check()
             time.sleep(POLL_SECONDS)
-
-    def _call(self, function: str, *arguments: object) -> None:
-        call(self._library, function, *arguments)
 
 
 def call(library: ctypes.CDLL, function: str, *arguments: object) -> None:

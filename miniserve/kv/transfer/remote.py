@@ -18,7 +18,6 @@ import threading
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
-from collections.abc import Iterator
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
@@ -61,27 +60,20 @@ class Direction(ABC):
     def _run(self) -> None:
         self.network.enter_thread()
         while not self.closed.is_set():
-            with contextlib.suppress(OSError), self._connected() as connection:
+            with contextlib.suppress(OSError), self._meet() as channel:
+                connection = Connection(channel)
+                with self.lock:
+                    self.connection = connection
+                    connection.closed = self.closed.is_set()
                 try:
                     self._converse(connection)
                 except RuntimeError as error:  # a `TransferError`, or what CUDA says
                     if not self.closed.is_set():
                         log.warning("the connection %s broke: %s", os.path.basename(self.path), error)
+                finally:
+                    with self.lock:
+                        self.connection = None
             self.closed.wait(RETRY_SECONDS)
-        self._leave()
-
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[Connection]:
-        with self._meet() as channel:
-            connection = Connection(channel)
-            with self.lock:
-                self.connection = connection
-                connection.closed = self.closed.is_set()
-            try:
-                yield connection
-            finally:
-                with self.lock:
-                    self.connection = None
 
     @abstractmethod
     def _meet(self) -> socket.socket:
@@ -90,10 +82,6 @@ class Direction(ABC):
     @abstractmethod
     def _converse(self, connection: Connection) -> None:
         """Use the connection until it breaks."""
-
-    @abstractmethod
-    def _leave(self) -> None:
-        """The thread ends."""
 
 
 class Receiving(Direction):
@@ -177,7 +165,8 @@ class Receiving(Direction):
                 while self._asked:
                     self._asked.popleft().lost = True
 
-    def _leave(self) -> None:
+    def _run(self) -> None:
+        super()._run()
         with self.lock:
             while self._early:
                 self._early.popleft().lost = True
@@ -222,8 +211,9 @@ class Sending(Direction):
         finally:
             communicator.abort()
 
-    def _leave(self) -> None:
-        self._listener.close()
+    def _run(self) -> None:
+        with self._listener:
+            super()._run()
 
 
 class RemoteCopy:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Fence, PassedFence, SideStream
+from miniserve.kv.side import Fence, PassedFence, SideStream, copy_each
 
 
 class HostStaging:
@@ -52,29 +52,16 @@ class DeviceStaging:
         """The pages are complete, so this does not wait for the step that runs; the engine's next step
         waits for it on the GPU, since the pages may belong to another sequence then."""
         data = self.room(len(pages))
-        fence = self._side.run(lambda: self._to_host(pages, data))
+        fence = self._side.run(lambda: copy_each((self._pool[page] for page in pages), data))
         self._side.lead()
         return data, fence
 
     def write(self, data: torch.Tensor, pages: list[int]) -> Fence:
         self._side.follow()
-        return self._side.run(lambda: self._to_device(data, pages))
+        return self._side.run(lambda: copy_each(data, (self._pool[page] for page in pages)))
 
     def abandon(self) -> None:
         self._side.lead()
 
-    def _to_host(self, pages: list[int], data: torch.Tensor) -> None:
-        for target, page in zip(data, pages, strict=True):
-            target.copy_(self._pool[page], non_blocking=True)
-
-    def _to_device(self, data: torch.Tensor, pages: list[int]) -> None:
-        for source, page in zip(data, pages, strict=True):
-            self._pool[page].copy_(source, non_blocking=True)
-
 
 Staging = HostStaging | DeviceStaging
-
-
-def staging(memory: KVMemory) -> Staging:
-    """The one for the pool's device."""
-    return HostStaging(memory) if memory.shared is not None else DeviceStaging(memory)
