@@ -209,8 +209,8 @@ class Publish(Wire, frozen=True):
     """Finished pages, which hold the prompt from page `first` on. Without any pages it only says: still at work.
 
     `pages` are numbers in the sender's pool and `hashes` the chain hash of the tokens each one holds. They stay
-    untouched until the ack, but not past `deadline`: what is copied later does not count. The sender had finished them
-    at `finished_at`. Both are seconds on the host's monotonic clock. `last` ends the handoff. A prefill ends with
+    untouched until the `Release`, but not past `deadline`: what is copied later does not count. The sender had finished
+    them at `finished_at`. Both are seconds on the host's monotonic clock. `last` ends the handoff. A prefill ends with
     `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it too, since P may die
     before its own report is read. `ticket` is the transfer's own.
     """

@@ -59,8 +59,8 @@ class ExpectedNeed:
       build on it, it is set aside, and goes with the last of them: a system prompt outlives all conversations that
       begin with it.
     - Within a group, pages go least recently used first, the end of a prefix before its beginning.
-    - Pages of unknown conversations are one group, in the order of their release. They count as the average
-      conversation at the moment it is due, and the later the longer ago they were released.
+    - Pages of unknown conversations are one group, in the order of their release. They count as an average
+      conversation that was due at the moment of their release.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,8 @@ class ExpectedNeed:
         """Pages whose turn to go came while others built on them."""
         self._group_of: dict[int, Group] = {}
         self._ranking: list[tuple[float, int, float, Group]] = []
-        """A heap: what each group was worth when it had that end. It is built anew after `RANKING_SECONDS`."""
+        """A heap of (worth, tie-breaker, the group's `end` when the worth was computed, group). It is built anew after
+        `RANKING_SECONDS`."""
         self._ranked = 0.0  # when the heap was built
         self._typical = UNKNOWN  # the average conversation at that time
 
@@ -108,7 +109,8 @@ class ExpectedNeed:
                 return page, group.keep, end
             self.remove(page)
             self._move(page, self._aside, end)
-        # What builds on these is held, by sequences that have copies of their own of these.
+        # Only pages that were set aside are left. What builds on them is held, by sequences that computed these pages
+        # once more for themselves.
         page, end = next(iter(self._aside.pages.items()))
         return page, UNKNOWN, end
 

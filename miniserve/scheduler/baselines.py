@@ -59,7 +59,8 @@ class Conserve(InOrder):
         home = at_home(need, cluster)
         if home is None:
             return None
-        # Where the home has died the conversation begins anew. A turn beside the first finds its KV on the way home.
+        # Where the home has died the conversation begins anew. A turn that comes beside the first waits for
+        # the KV that is on its way to the home.
         if need.conversation.home or not cluster.prefillers:
             return Placement(home.name, reason="later turn" if need.conversation.home else "no prefiller")
         return Placement(home.name, least_queued(cluster).name, reason="first turn")

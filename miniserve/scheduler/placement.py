@@ -80,7 +80,7 @@ class Policy(Protocol):
     streams; 0 for as long as it takes."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        """Place a turn; None if it has to wait."""
+        """Place a turn, at a home in `cluster.open` that has room for `need`; None if it has to wait."""
 
     def patience(self, need: Need, cluster: Cluster) -> float:
         """For how many seconds a newcomer, whose conversation has no home yet, lets turns pass that have one; then it

@@ -1,6 +1,6 @@
 """What models speak: their formats of tool calls and the marks of their reasoning, as data.
 
-To add a format of tool calls, add an entry to `FORMATS`, and to `SIGNS` what its chat templates spell. The entry says
+To add a format of tool calls, add an entry to `_FORMATS`, and to `SIGNS` what its chat templates spell. The entry says
 how a call is written; how calls of the history are spelled (`ToolFormat.write`) and what a forced call has to match
 (`answer_grammar.py`) both follow from that. Only a format that no parser in `call_parsers.py` reads needs one more.
 To add marks of reasoning, add an entry to `REASONING_MARKS`.

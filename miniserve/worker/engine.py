@@ -193,7 +193,7 @@ class Engine:
         return receiving
 
     def try_admit(self, sequence: Sequence) -> Admission:
-        """Give the first of the waiting sequences its pages, once its grammar is compiled."""
+        """Give `sequence`, the first that waits, its pages, once its grammar is compiled."""
         if sequence.compiling is not None:
             if not sequence.compiling.done():
                 return Admission.COMPILING
@@ -284,11 +284,11 @@ class Engine:
             sequence.computed += work.count
             sequence.register(self.pool, self.page_tokens)
         if work.samples:
-            # Of the sequence's next step, if that is launched already, nothing is known either.
+            # If its next step is launched already, that one samples too, and its token is not known yet.
             sequence.sampling = sequence.under_way > 0
 
     def _keep_draft(self, work: Work, found: Sampled) -> Sampled:
-        """What was sampled up to the first token that is not as drafted: what came after that one means nothing."""
+        """What was sampled up to the first token that differs from the draft; later ones followed from a wrong guess."""
         if not work.draft:
             return found
         held = next((i for i, token in enumerate(work.draft) if found[i][0] != token), len(work.draft))
