@@ -31,8 +31,8 @@ class EngineError(RuntimeError):
 
 
 class TurnStream:
-    """The outputs of one turn. Iterating gives them in order; the last one has `finish` set. `conversation` is the key
-    of the conversation that the scheduler found the turn to belong to."""
+    """The outputs of one turn. Iterating gives them in order, `Ended` or `Failed` last. `conversation` is the key of
+    the conversation that the scheduler found the turn to belong to."""
 
     def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
         self.id = id

@@ -4,7 +4,6 @@ import math
 from collections import deque
 
 FIRST_DELAY = 0.5
-LONGEST_DELAY = 30.0
 MOST_DEATHS = 5
 """Deaths within `WINDOW` after which a worker is not started again: what ends it will end it once more."""
 WINDOW = 600.0
@@ -65,4 +64,4 @@ class Health:
             deaths.popleft()
         if len(deaths) >= MOST_DEATHS:
             return None
-        return min(FIRST_DELAY * 2.0 ** (len(deaths) - 1), LONGEST_DELAY)
+        return FIRST_DELAY * 2.0 ** (len(deaths) - 1)

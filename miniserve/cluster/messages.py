@@ -292,8 +292,8 @@ class Move(Wire, frozen=True):
 
 class StepTime(Wire, frozen=True):
     """What one step computed and how many `seconds` it took: `prefill` tokens of prompts, which looked back on
-    `prefill_context` tokens in all, and one token for each of `decodes` sequences with `decode_context` tokens in
-    all."""
+    `prefill_context` tokens in all, and `decodes` tokens of sequences that decode, drafted ones among them, which have
+    `decode_context` tokens in all."""
 
     prefill: int
     prefill_context: int

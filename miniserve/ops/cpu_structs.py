@@ -9,13 +9,13 @@ import torch
 _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 BLOCK = 64
-"""Columns of a product whose weights are packed together: KEYS in cpu.cpp."""
+"""Columns of a product whose weights are packed together: KEYS in cpu_vectors.h."""
 ROWS = 6
 """Rows of a product that are computed at once."""
 
 
 class NativeBatch(ctypes.Structure):
-    """`Batch` in cpu.cpp."""
+    """`Batch` in cpu_attention.h."""
 
     _fields_ = [
         ("sequences", _int),

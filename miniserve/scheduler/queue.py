@@ -1,4 +1,4 @@
-"""Where turns wait for a placement, first come first served.
+"""Where turns wait for a placement: those with a home first come first served, newcomers behind them.
 
 A turn that has to wait *claims* the workers that it waits for: its home, or all workers where its conversation has no
 home and could get any. A turn behind it may only take a worker that is still open, one that no turn before it claims.

@@ -23,7 +23,7 @@ class TurnState(Enum):
 TRANSITIONS: dict[TurnState, dict[TurnState, str]] = {
     TurnState.QUEUED: {
         TurnState.PREFILL: "placed",
-        TurnState.ENDED: "cancelled, or no decoder is left",
+        TurnState.ENDED: "cancelled, three workers died under it, or none is left",
     },
     TurnState.PREFILL: {
         TurnState.DECODE: "first token",
@@ -31,7 +31,7 @@ TRANSITIONS: dict[TurnState, dict[TurnState, str]] = {
         TurnState.ENDED: "cancelled, or failed",
     },
     TurnState.DECODE: {
-        TurnState.QUEUED: "its worker died",
+        TurnState.QUEUED: "its worker died, or drew another first token than the client has",
         TurnState.ENDED: "stop, length, cancelled, or failed",
     },
     TurnState.ENDED: {},

@@ -288,7 +288,7 @@ class Engine:
             sequence.sampling = sequence.under_way > 0
 
     def _keep_draft(self, work: Work, found: Sampled) -> Sampled:
-        """What was sampled up to the first token that differs from the draft; later ones followed from a wrong guess."""
+        """What was sampled up to the first token that differs from the draft: later ones follow a wrong guess."""
         if not work.draft:
             return found
         held = next((i for i, token in enumerate(work.draft) if found[i][0] != token), len(work.draft))

@@ -44,7 +44,7 @@ TRANSITIONS: dict[State, dict[State, str]] = {
         State.FETCHING: "pages reserved, history elsewhere",
         State.RECEIVING: "pages reserved, prefill elsewhere",
         State.RUNNING: "pages reserved",
-        State.FINISHED: "aborted",
+        State.FINISHED: "aborted, or ended by a step under way",
     },
     State.FETCHING: {
         State.RECEIVING: "history here, prefill elsewhere",
@@ -56,9 +56,9 @@ TRANSITIONS: dict[State, dict[State, str]] = {
         State.FINISHED: "ended by its first token, or aborted",
     },
     State.RUNNING: {
-        State.WAITING: "preempted",
+        State.WAITING: "preempted: a page is missing",
         State.PUBLISHED: "prefilled for another worker",
-        State.FINISHED: "stop, length, aborted",
+        State.FINISHED: "stop, length, grammar failed, or aborted",
     },
     State.PUBLISHED: {State.FINISHED: "lease ended"},
     State.FINISHED: {},
@@ -72,8 +72,8 @@ class Sequence:
     `given` tokens came with the request, the last `prior` of which the client has already seen as output. The sequence
     fetches the KV of earlier turns from the worker `history_at`, which holds `history_pages` of its pages (None: not
     known), and has the rest prefilled by the worker `prefill_at`, which may fetch from this one what it lacks of the
-    history (`share_history`). With `prefill_for` this worker
-    prefills for that one, and is done with the first sampled token.
+    history (`share_history`). With `prefill_for` this worker prefills for that one, and is done with the first
+    sampled token.
     """
 
     def __init__(
