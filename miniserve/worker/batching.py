@@ -9,9 +9,9 @@ from miniserve.worker.step import Work
 
 
 class Batching:
-    """Composes batches: every decode, and tokens of prompts (at least one) up to `max_num_batched_tokens` in all; beside
-    streams no more than `pace` allows, if there is one. Drafts come on top: a batch with drafts has at most
-    `draft_rows` rows.
+    """Composes batches: every decode, and tokens of prompts (at least one) up to `max_num_batched_tokens` in all.
+    Beside streams these are no more than `pace` allows, if there is one. Drafts come on top: a batch with drafts has at
+    most `draft_rows` rows.
 
     A decode that needs a page takes it from the youngest sequences: `preempt` gives up the KV of one.
     """
