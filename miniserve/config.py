@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -116,19 +117,14 @@ class Topology(msgspec.Struct, frozen=True):
         prefillers = {f"p{i}": Role.PREFILLER for i in range(self.prefillers)}
         return prefillers | {f"d{i}": Role.DECODER for i in range(self.decoders)}
 
-    @property
-    def workers(self) -> list[str]:
-        """The names in start order."""
-        return [*self.roles]
-
     def __str__(self) -> str:
         return (f"{self.prefillers}P" if self.prefillers else "") + f"{self.decoders}D"
 
 
 KvTransfer = Literal["auto", "mapped", "collective"]
 
-# The titles under which the help lists flags.
-MODEL, WORKERS, MEMORY, SERVER = GROUPS = "model", "workers", "memory and batching, of each worker", "server"
+GROUPS = "model", "workers", "memory and batching, of each worker", "server"
+"""The titles under which the help lists flags."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +143,9 @@ class Flag:
     many: bool = False
 
 
+ModelFlag, WorkersFlag, MemoryFlag, ServerFlag = (partial(Flag, group) for group in GROUPS)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What one worker needs to know; travels to the worker process as JSON.
 
@@ -155,59 +154,54 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: Annotated[
         str,
-        Flag(
-            MODEL,
+        ModelFlag(
             "folder, alias (llama-3-8b, llama-3.1-8b, qwen3-0.6b, qwen3-8b, qwen2.5-7b, mistral-7b, smollm2-135m) or "
-            "hub id like Qwen/Qwen3-0.6B; default: smollm2-135m",
+            "hub id like Qwen/Qwen3-0.6B; default: smollm2-135m"
         ),
     ]
     """In a worker: the folder with config.json (and safetensors unless `load_format` is dummy)."""
     load_format: Annotated[
         Literal["auto", "dummy"],
-        Flag(MODEL, "dummy: random weights of the model's shape, for measuring; default: %(default)s"),
+        ModelFlag("dummy: random weights of the model's shape, for measuring; default: %(default)s"),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32", "half", "float"],
-        Flag(MODEL, "default: auto (the model's; on a CPU bf16 only where it is native)"),
+        ModelFlag("default: auto (the model's; on a CPU bf16 only where it is native)"),
     ] = "auto"
     max_model_len: Annotated[
         int | None,
-        Flag(MODEL, "most tokens of prompt and output, like 8192 or 32k (32,000; 32K is 32,768)", parse_tokens),
+        ModelFlag("most tokens of prompt and output, like 8192 or 32k (32,000; 32K is 32,768)", parse_tokens),
     ] = None
-    device: Annotated[str, Flag(WORKERS, "auto, cpu or cuda")] = "auto"
-    threads: Annotated[int, Flag(WORKERS, "CPU threads of each worker; default: cores shared", parse_positive)] = 0
+    device: Annotated[str, WorkersFlag("auto, cpu or cuda")] = "auto"
+    threads: Annotated[int, WorkersFlag("CPU threads of each worker; default: cores shared", parse_positive)] = 0
     cpu_kernels: Annotated[
         Literal["auto", "torch"],
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "auto: compiled with this machine's C++ compiler at first use, where it has one; torch: without; "
-            "default: %(default)s",
+            "default: %(default)s"
         ),
     ] = "auto"
     prompt_lookup: Annotated[
         bool | None,
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "draft tokens from what a conversation has said before, and keep those that hold: the same text in fewer "
-            "steps; default: on a CPU",
+            "steps; default: on a CPU"
         ),
     ] = None
-    enforce_eager: Annotated[bool, Flag(WORKERS, "on a GPU: no CUDA graphs (slower steps, less memory)")] = False
+    enforce_eager: Annotated[bool, WorkersFlag("on a GPU: no CUDA graphs (slower steps, less memory)")] = False
     async_scheduling: Annotated[
-        bool | None, Flag(WORKERS, "prepare a step while the device runs the one before; default: on a GPU")
+        bool | None, WorkersFlag("prepare a step while the device runs the one before; default: on a GPU")
     ] = None
     kv_transfer: Annotated[
         KvTransfer,
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "how KV travels between workers: mapped (shared memory or CUDA IPC), collective (NCCL between GPUs, Gloo "
-            "over TCP loopback on a CPU); auto: mapped where possible; default: %(default)s",
+            "over TCP loopback on a CPU); auto: mapped where possible; default: %(default)s"
         ),
     ] = "auto"
     kv_cache_memory: Annotated[
         int | None,
-        Flag(
-            MEMORY,
+        MemoryFlag(
             "size of the KV pool, like 2GiB; default: from the model and what is free",
             parse_bytes,
             "SIZE",
@@ -216,8 +210,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     gpu_memory_utilization: Annotated[
         float,
-        Flag(
-            MEMORY,
+        MemoryFlag(
             "of the device's memory (on a CPU: of what is free) that may be used; default: %(default)s",
             parse_fraction,
             "FRACTION",
@@ -225,50 +218,44 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.9
     block_size: Annotated[
         int,
-        Flag(
-            MEMORY,
-            "tokens in a KV page, on a CPU a multiple of 16 for its own kernels; default: %(default)s",
-            parse_positive,
+        MemoryFlag(
+            "tokens in a KV page, on a CPU a multiple of 16 for its own kernels; default: %(default)s", parse_positive
         ),
     ] = 16
     max_num_batched_tokens: Annotated[
-        int | None, Flag(MEMORY, "tokens computed in one step; default: 512 on a CPU, 8192 on CUDA", parse_tokens)
+        int | None, MemoryFlag("tokens computed in one step; default: 512 on a CPU, 8192 on CUDA", parse_tokens)
     ] = None
-    max_num_seqs: Annotated[int, Flag(MEMORY, "sequences that run at once; default: %(default)s", parse_positive)] = 256
+    max_num_seqs: Annotated[int, MemoryFlag("sequences that run at once; default: %(default)s", parse_positive)] = 256
     step_stretch: Annotated[
         float | None,
-        Flag(
-            MEMORY,
+        MemoryFlag(
             "how many times longer than a lone stream's step one may take that computes prompts beside streams; 0: as "
             "long as --max-num-batched-tokens makes it; default: 6 with --policy observe, else 0",
             parse_stretch,
             "FACTOR",
         ),
     ] = None
-    enable_prefix_caching: Annotated[bool, Flag(MEMORY, "find KV of known prefixes; default: on")] = True
+    enable_prefix_caching: Annotated[bool, MemoryFlag("find KV of known prefixes; default: on")] = True
     swap_space: Annotated[
         int,
-        Flag(MEMORY, "host memory for KV that had to leave the pool, like 4GiB; default: none", parse_bytes, "SIZE"),
+        MemoryFlag("host memory for KV that had to leave the pool, like 4GiB; default: none", parse_bytes, "SIZE"),
     ] = 0
     kv_eviction: Annotated[
         Literal["expected", "lru"],
-        Flag(
-            MEMORY,
+        MemoryFlag(
             "expected: the KV that is needed least leaves first, as its conversation was observed; lru: the least "
-            "recently used; default: %(default)s",
+            "recently used; default: %(default)s"
         ),
     ] = "expected"
     handoff_deadline: Annotated[
         float,
-        Flag(
-            MEMORY,
+        MemoryFlag(
             "how long a worker keeps finished pages for another, and waits for another's; default: %(default)s",
             parse_seconds,
             "SECONDS",
         ),
     ] = 30.0
     role: Role = Role.DECODER
-    """What this worker is for."""
     workers: int = 1
     """How many workers share this machine's memory and cores."""
     sharing: int = 1
@@ -280,28 +267,25 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     topology: Annotated[
         Topology | None,
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "prefillers and decoders, like 1D, 1P1D, 1P2D; default: 1D on one device, 1P(N-1)D on N GPUs",
             Topology.parse,
         ),
     ] = None
     policy: Annotated[
         str,
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "observe: every turn where it costs least, by what was measured; conserve: first turns are prefilled by a "
             "prefiller, all else at home; colocated: all at home; disaggregated: every turn is prefilled by a "
-            "prefiller; ampd: turn by turn, by the expected first token; default: %(default)s",
+            "prefiller; ampd: turn by turn, by the expected first token; default: %(default)s"
         ),
     ] = "observe"
     decision_log: Annotated[
-        str | None, Flag(WORKERS, "write each placement decision and what came of it as JSON lines", metavar="FILE")
+        str | None, WorkersFlag("write each placement decision and what came of it as JSON lines", metavar="FILE")
     ] = None
     mispredict: Annotated[
         float,
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "with --policy ampd: share of decisions turned around, to study wrong predictions; default: %(default)s",
             parse_share,
             "FRACTION",
@@ -310,8 +294,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineConfig
     devices: Annotated[
         list[str],
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "like 0,1 or cuda:0,cuda:1: one worker on each, in turns; workers on one GPU share its memory; "
             "default: all GPUs",
             parse_devices,
@@ -320,8 +303,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = []
     worker_timeout: Annotated[
         float,
-        Flag(
-            WORKERS,
+        WorkersFlag(
             "a worker that is silent for so long is ended and started again: longer than any step; "
             "default: %(default)s",
             parse_seconds,
@@ -329,43 +311,41 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 120.0
     """One that loads again may have longer (`cluster/health.py`)."""
-    revision: Annotated[str | None, Flag(MODEL, "branch, tag or commit on the hub")] = None
+    revision: Annotated[str | None, ModelFlag("branch, tag or commit on the hub")] = None
     served_model_names: Annotated[
-        list[str], Flag(MODEL, "what clients call the model", metavar="NAME", names=("--served-model-name",), many=True)
+        list[str], ModelFlag("what clients call the model", metavar="NAME", names=("--served-model-name",), many=True)
     ] = []
-    chat_template: Annotated[str | None, Flag(MODEL, "a jinja file or text, instead of the model's own")] = None
+    chat_template: Annotated[str | None, ModelFlag("a jinja file or text, instead of the model's own")] = None
     tool_call_parser: Annotated[
         str,
-        Flag(MODEL, "the model's format of tool calls; default: auto (from its chat template, else its architecture)"),
+        ModelFlag("the model's format of tool calls; default: auto (from its chat template, else its architecture)"),
     ] = "auto"
     reasoning_parser: Annotated[
         str,
-        Flag(
-            MODEL,
+        ModelFlag(
             "the marks around the model's reasoning; none: it is left in the content; default: auto (from its chat "
-            "template and vocabulary)",
+            "template and vocabulary)"
         ),
     ] = "auto"
     generation_config: Annotated[
         Literal["auto", "vllm"],
-        Flag(MODEL, "auto: sampling defaults from the model's generation_config.json; vllm: neutral ones"),
+        ModelFlag("auto: sampling defaults from the model's generation_config.json; vllm: neutral ones"),
     ] = "auto"
-    host: Annotated[str, Flag(SERVER, "default: %(default)s (only this machine)")] = "127.0.0.1"
-    port: Annotated[int, Flag(SERVER, "default: %(default)s; 0: any free one", parse_port)] = 8000
+    host: Annotated[str, ServerFlag("default: %(default)s (only this machine)")] = "127.0.0.1"
+    port: Annotated[int, ServerFlag("default: %(default)s; 0: any free one", parse_port)] = 8000
     api_key: Annotated[
-        str | None, Flag(SERVER, "ask clients for this key; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
+        str | None, ServerFlag("ask clients for this key; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
     ] = None
     max_num_queued_reqs: Annotated[
-        int, Flag(SERVER, "requests that may wait; more get 503 with Retry-After; default: %(default)s", parse_positive)
+        int, ServerFlag("requests that may wait; more get 503 with Retry-After; default: %(default)s", parse_positive)
     ] = 1024
     shutdown_timeout: Annotated[
         float,
-        Flag(
-            SERVER,
+        ServerFlag(
             "how long running requests may go on after SIGTERM or Ctrl-C; default: %(default)s",
             parse_seconds,
             "SECONDS",
         ),
     ] = 30.0
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Flag(SERVER, "")] = "warning"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], ServerFlag("")] = "warning"
     max_body_bytes: int = 32 * 2**20

@@ -74,7 +74,7 @@ class Dispatcher:
         self,
         config: ServeConfig,
         files: ModelFiles,
-        on_progress: Callable[[str, Loading], None] | None = None,
+        on_progress: Callable[[str, Loading], None] = lambda worker, loading: None,
         observers: Iterable[Callable[[Record], None]] = (),
     ) -> None:
         self.ready: dict[str, Ready] = {}
@@ -101,7 +101,7 @@ class Dispatcher:
             up=self._worker_up,
             down=self._worker_down,
             report=self._on_report,
-            loading=on_progress or (lambda worker, loading: None),
+            loading=on_progress,
         )
         self._streams: dict[str, TurnStream] = {}
         self._ticking: asyncio.Task | None = None
@@ -164,16 +164,13 @@ class Dispatcher:
             raise EngineError(self.unhealthy_reason)
         stream = TurnStream(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
         seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
-        self._streams[stream.id] = stream
         try:
             commands = self.scheduler.submit(
                 stream.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool
             )
-        except Exception as error:
-            del self._streams[stream.id]
-            if isinstance(error, NoDecoder):
-                raise EngineError(self.unhealthy_reason or str(error)) from error
-            raise
+        except NoDecoder as error:
+            raise EngineError(self.unhealthy_reason or str(error)) from error
+        self._streams[stream.id] = stream
         stream.conversation = self.scheduler.conversation_of(stream.id)
         self._carry_out(commands)
         return stream
@@ -243,7 +240,6 @@ class Dispatcher:
         self._carry_out(self.scheduler.on_report(name, report, time.monotonic()))
 
     async def _tick(self) -> None:
-        """Let the scheduler act on the passing of time, at regular intervals."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             try:

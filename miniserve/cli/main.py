@@ -63,9 +63,6 @@ def make_parser() -> Parser:
     return parser
 
 
-# --- serve ----------------------------------------------------------------------------------------------------------
-
-
 def _add_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
@@ -115,9 +112,6 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     return ServeConfig(engine=EngineConfig(**engine), **settings)
 
 
-# --- chat -----------------------------------------------------------------------------------------------------------
-
-
 def _add_chat(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
@@ -127,7 +121,7 @@ def _add_chat(commands: Any) -> None:
     parser.set_defaults(run=_chat)
     add_url(parser, "http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="default: the server's first")
-    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--system", default="", help="a system message")
     parser.add_argument("--temperature", type=float, help="default: the model's")
     parser.add_argument("--max-tokens", type=positive, help="most tokens of an answer")
 
@@ -135,12 +129,9 @@ def _add_chat(commands: Any) -> None:
 def _chat(args: argparse.Namespace) -> int:
     from miniserve.cli.chat import chat
 
-    options = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    options = {name: getattr(args, name) for name in ("model", "temperature", "max_tokens")}
     given = {name: value for name, value in options.items() if value is not None}
-    return chat(args.url, api_key(args), args.system or "", given)
-
-
-# --- top ------------------------------------------------------------------------------------------------------------
+    return chat(args.url, api_key(args), args.system, given)
 
 
 def _add_top(commands: Any) -> None:
@@ -168,7 +159,3 @@ def _top(args: argparse.Namespace) -> int:
     from miniserve.cli.top import top
 
     return top(args.url, api_key(args), args.interval, args.once)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -102,7 +102,6 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
         yield
 
 
@@ -149,7 +148,10 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
         await serving
         feed.close()
         await client.stop()  # ends requests that still run, each with an error
-        await _hang_up(http)
+        # Close what is still open. A request whose body never came to its end then ends as if its client had gone.
+        for connection in list(http.server_state.connections):
+            connection.transport.abort()
+        await _flushed(http)
         return 0
     finally:
         feed.close()
@@ -177,8 +179,7 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
         while client.scheduler.active:
             await asyncio.sleep(0.05)
         feed.close()  # the dashboard's streams of events count as requests, and would never end
-        # What has been generated is still on its way to clients.
-        await _tasks_ended(http, FLUSH_SECONDS)
+        await _flushed(http)
 
     try:
         await signals.unless(signals.second, asyncio.wait_for(ended(), config.shutdown_timeout))
@@ -187,15 +188,8 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
             say(f"Ending {client.scheduler.active} requests that still run.")
 
 
-async def _hang_up(http: HttpServer) -> None:
-    """Close what is still open. A request whose body never came to its end then ends as if its client had gone."""
-    for connection in list(http.server_state.connections):
-        connection.transport.abort()
-    await _tasks_ended(http, FLUSH_SECONDS)
-
-
-async def _tasks_ended(http: HttpServer, seconds: float) -> None:
+async def _flushed(http: HttpServer) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(FLUSH_SECONDS):
             while http.server_state.tasks:
                 await asyncio.sleep(0.01)

@@ -15,6 +15,7 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -117,12 +118,7 @@ def _watch(client: ApiClient, interval: float, live: Live, quits: Callable[[], b
 def _keys() -> Iterator[Callable[[], bool]]:
     """A function that waits for a moment, and says whether q was pressed. Keys are not shown meanwhile."""
     if not sys.stdin.isatty():
-
-        def wait() -> bool:
-            time.sleep(DRAW_SECONDS)
-            return False
-
-        yield wait
+        yield partial(threading.Event().wait, DRAW_SECONDS)
         return
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)

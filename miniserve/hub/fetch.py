@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from miniserve.config import cache_dir
@@ -35,8 +34,7 @@ TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tekken.json")
 
 def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress) -> Path:
     """The hub model's folder in huggingface_hub's own cache; the network is asked only for what is not there, and with
-    `dummy` for no weights. Raises `ModelError`, and the library's
-    `HFValidationError` for what cannot be an id."""
+    `dummy` for no weights. Raises `ModelError`, and the library's `HFValidationError` for what cannot be an id."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -93,7 +91,8 @@ def fetch_source(alias: str, source: dict[str, str], progress: Progress) -> Path
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{alias}.lock"):
+        with (root / f".{alias}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel unlocks when the holder dies
             if _is_made(folder, source):  # by another process while this one waited
                 return folder
             prefix = f".making-{alias}-"
@@ -190,11 +189,3 @@ def _is_made(folder: Path, source: dict[str, str]) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return marker == {"recipe": RECIPE, "source": source["gguf_sha256"], "files": sizes}
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time; the kernel unlocks when the holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

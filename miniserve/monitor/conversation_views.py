@@ -1,6 +1,6 @@
 """What GET /v1/conversations shows, and events about turns: the scheduler's own records, in words."""
 
-from typing import Literal
+from typing import Literal, cast
 
 from typing_extensions import TypedDict
 
@@ -188,15 +188,7 @@ def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
         "moved_pages": record.moved_pages,
         "runs": record.runs,
         "finish": FINISHES[record.finish],
-        "phases": {
-            "queued": record.queued,
-            "waited": record.waited,
-            "prefill": record.prefill,
-            "transfer": record.transfer,
-            "exposed": record.exposed,
-            "first_token": record.first_token,
-            "decode": record.decode,
-        },
+        "phases": cast(TurnPhases, {phase: getattr(record, phase) for phase in TurnPhases.__annotations__}),
     }
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -46,12 +46,17 @@ HANDOFF_COUNTERS = [  # name, text, field of Link
 Ending = Literal["stop", "length", "abort", "error"]
 
 
-class Metrics:
-    """What one server counts and measures, in a registry of its own. A "request" is one choice; times in seconds."""
+class Metrics(Collector):
+    """What one server counts and measures, in a registry of its own. A "request" is one choice; times in seconds.
+
+    The scheduler's and the workers' own numbers are read when metrics are asked for.
+    """
 
     def __init__(self, dispatcher: Dispatcher, model: str) -> None:
+        self._dispatcher = dispatcher
+        self._model = model
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(dispatcher, model))
+        self._registry.register(self)
 
         def histogram(name: str, text: str, buckets: list[float]) -> Histogram:
             made = Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry)
@@ -75,8 +80,7 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        reasons: tuple[Ending, ...] = ("stop", "length", "abort", "error")
-        self._endings = {reason: endings.labels(model, reason) for reason in reasons}
+        self._endings = {reason: endings.labels(model, reason) for reason in get_args(Ending)}
 
     def first_token(self, seconds: float, prompt_tokens: int) -> None:
         """A request's first token came `seconds` after its arrival."""
@@ -98,18 +102,6 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
-
-
-class EngineCollector(Collector):
-    """Reads the scheduler's and the workers' own numbers when metrics are asked for."""
-
-    def __init__(self, dispatcher: Dispatcher, model: str) -> None:
-        self._dispatcher = dispatcher
-        self._model = model
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing, so that the registry asks no engine that may not have started."""
-        return []
 
     def collect(self) -> Iterable[Metric]:
         """All families, with a sample for each worker or pair of workers where each has its own number."""

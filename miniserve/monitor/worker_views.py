@@ -97,7 +97,9 @@ def _link(source: str, destination: str, link: Link) -> LinkCard:
 
 
 def _worker(view: WorkerView, now: float) -> WorkerCard:
-    stats, speed = view.stats or _untouched(view), view.speed
+    speed = view.speed
+    # A worker that has not reported yet is untouched.
+    stats = view.stats or WorkerStats(view.total_pages, view.total_pages, 0, 0, 0, 0, 0, 0)
     return {
         "name": view.name,
         "role": view.role.value,
@@ -128,8 +130,3 @@ def _worker(view: WorkerView, now: float) -> WorkerCard:
             "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.knows_decode else None,
         },
     }
-
-
-def _untouched(view: WorkerView) -> WorkerStats:
-    """The state of a worker that has not reported yet."""
-    return WorkerStats(view.total_pages, view.total_pages, 0, 0, 0, 0, 0, 0)
