@@ -198,7 +198,6 @@ class Dispatcher:
 
     @property
     def healthy(self) -> bool:
-        """Whether new turns can be served."""
         return not self.unhealthy_reason
 
     @property

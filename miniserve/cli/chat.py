@@ -114,7 +114,6 @@ def _answer(client: ApiClient, transcript: Transcript, options: dict[str, Any]) 
 
 
 def _first_model(client: ApiClient) -> str:
-    """The first model that the server serves. Raises `ConfigError`."""
     answer = client.get("/models")
     try:
         return str(json.loads(answer)["data"][0]["id"])

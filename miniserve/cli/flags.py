@@ -52,7 +52,6 @@ def span(text: str) -> tuple[float, float]:
 
 
 def add_url(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --url and --api-key of a running server."""
     parser.add_argument("--url", default=default, help="default: %(default)s")
     parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
 

@@ -118,7 +118,7 @@ def _watch(client: ApiClient, interval: float, live: Live, quits: Callable[[], b
 def _keys() -> Iterator[Callable[[], bool]]:
     """A function that waits for a moment, and says whether q was pressed. Keys are not shown meanwhile."""
     if not sys.stdin.isatty():
-        yield partial(threading.Event().wait, DRAW_SECONDS)
+        yield partial(threading.Event().wait, DRAW_SECONDS)  # False when the time is up: no key can come
         return
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)

@@ -114,7 +114,6 @@ class ConversationDetail(ConversationCard):
 
 
 def conversation_list(scheduler: Scheduler, now: float, limit: int) -> ConversationList:
-    """The `limit` latest conversations."""
     turns = _running_turns(scheduler)
     latest = scheduler.conversations.latest(min(limit, MOST_LISTED))
     return {

@@ -100,11 +100,11 @@ class Feed:
             raise TooManyListeners(f"{MOST_LISTENERS} listen already.")
         listener = Listener()
         now = time.monotonic()
-        listener.put(FeedEvent.of("start", {"policy": self._policy, "time": now, "unix_time": time.time()}))
+        start = FeedEvent.of("start", {"policy": self._policy, "time": now, "unix_time": time.time()})
+        for event in (start, *self._state(now)):
+            listener.put(event)
         if self._closed:
             listener.end()
-        for event in self._state(now):
-            listener.put(event)
         self._listeners.add(listener)
         self._scheduler.notes = True
         if self._snapshots is None:
