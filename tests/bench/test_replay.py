@@ -147,13 +147,18 @@ def test_failures_stay_with_their_conversation(tokenizer: Tokenizer) -> None:
 
 
 def test_a_full_server_is_asked_again(tokenizer: Tokenizer) -> None:
-    engine = SpokenEngine()
+    class FullOnce(SpokenEngine):
+        def check_room(self) -> None:
+            refuse, self.refuse = self.refuse, None
+            if refuse is not None:
+                raise refuse
+
+    engine: SpokenEngine = FullOnce()
     engine.refuse = QueueFull("full", 1)
-    threading.Timer(0.4, lambda: setattr(engine, "refuse", None)).start()
     with serving(engine, tokenizer) as url:
         report = replay(config(url, SCRIPTS[2:]))
         assert (report["errors"], report["output_tokens"]) == (0, 3)
-        assert 1.0 <= report["ttft_s"]["p50"] < 1.5
+        assert 1.0 <= report["ttft_s"]["p50"] < 3
         engine.refuse = QueueFull("full", 30)
         report = replay(config(url, SCRIPTS[2:], timeout=0.2))
     assert list(report["failures"]) == ["The server did not finish within 0.2 s: it was full"]
@@ -164,12 +169,19 @@ def test_ctrl_c_frees_the_server_and_keeps_what_was_measured(tokenizer: Tokenize
     engine = SpokenEngine(pause=0.02)
     scripts = [script("short", (20, 3, 0)), script("long", (20, 2000, 0)), script("gap", (20, 1, 0), (5, 1, 60))]
     scripts.append(script("late", (20, 1, 0)))
-    threading.Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+    def interrupt() -> None:
+        while sum(turn.given for n in (0, 2) for turn in engine.conversation(first_id(scripts[n]))) < 4:
+            time.sleep(0.01)
+        time.sleep(0.2)  # their clients have read the ends, too
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with serving(engine, tokenizer) as url:
         report = replay(config(url, scripts, starts=[0, 0, 0, 60]))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert report["interrupted"]
-        assert report["duration_s"] < 1
+        assert report["duration_s"] < 10
         assert (report["conversations"], report["unfinished"], report["output_tokens"]) == (1, 3, 3)
         assert report["ttft_s"]["p50"] > 0
         (running,) = engine.conversation(first_id(scripts[1]))

@@ -163,13 +163,14 @@ def test_n_choices_and_logprobs(smollm2):
 
 
 def long_stream(running: Running) -> tuple[threading.Thread, list]:
-    """A stream of 300 tokens in a thread; its chunks, the last one an exception if there was one."""
+    """A stream of eight choices of 500 tokens in a thread, a second or more; its chunks, the last one an exception if
+    there was one."""
     chunks: list = []
 
     def read() -> None:
         try:
             for chunk in running.client.completions.create(
-                model="m", prompt="abc", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+                model="m", prompt="abc", max_tokens=500, n=8, stream=True, extra_body={"ignore_eos": True}
             ):
                 chunks.append(chunk)
         except Exception as error:
