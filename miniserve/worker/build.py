@@ -154,10 +154,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     watch.lap("kv")
-    graphs = None
-    if graph_ops is not None:
-        longest = -(-choices.max_model_len // config.block_size)
-        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, config.max_num_seqs, longest)
+    longest = -(-choices.max_model_len // config.block_size)
+    graphs = graph_ops and DecodeGraphs(transformer, graph_ops, memory.pages, config.max_num_seqs, longest)
     runner = ModelRunner(transformer, memory, choices.eos, device, graphs)
     return Built(
         engine=_make_engine(config, choices, runner, host, grammars, ops.draft_rows),
