@@ -112,10 +112,8 @@ class Stopwatch:
 
 
 def build(config: EngineConfig, progress: Progress | None = None) -> Built:
-    """Load the model in `config.model` and allocate the KV pool.
-
-    `progress` is called with (phase, done, total). Raises `ConfigError` with what to do about it.
-    """
+    """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Raises
+    `ConfigError` with what to do about it."""
     show = progress or (lambda phase, done, total: None)
     watch = Stopwatch()
     choices = Choices.of(config)
@@ -155,7 +153,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     watch.lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
-    graphs = graph_ops and DecodeGraphs(transformer, graph_ops, memory.pages, config.max_num_seqs, longest)
+    graphs = None
+    if graph_ops is not None:
+        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, config.max_num_seqs, longest)
     runner = ModelRunner(transformer, memory, choices.eos, device, graphs)
     return Built(
         engine=_make_engine(config, choices, runner, host, grammars, ops.draft_rows),
