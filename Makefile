@@ -19,7 +19,7 @@ serve:  ## start a server: make serve MODEL=qwen3-0.6b ARGS="--topology 1P1D"
 test: lint  ## ruff, mypy, import contracts, pytest: make test PYTEST_ARGS="-k tokenizer"
 	@$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
-test-fast:  ## what tells most in a minute: no processes, no large models, no lint
+test-fast:  ## what tells most in a minute: no servers, no clusters, no lint
 	@scripts/setup.sh test
 	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 

@@ -375,11 +375,19 @@ class World:
                 self.listen()
             if self.wanted.keys() <= self.ends.keys():
                 break
-        for _ in range(40):  # publications, aborts and releases under way
+        # Publications, aborts and releases are under way, and pages: a publication may take 20 polls to be stored.
+        for _ in range(200):
+            if not any(self.wires.values()) and all(self.at_rest(worker) for worker in self.alive.values()):
+                break
             for name in list(self.alive):
                 self.step(name)
             for _ in range(20):
                 self.listen()
+
+    @staticmethod
+    def at_rest(worker: Worker) -> bool:
+        handoffs = worker.handoffs
+        return not worker.engine.has_work and handoffs.sender.num_leases == 0 and handoffs.receiver.idle
 
     def check(self, deaths: int) -> None:
         for turn, wanted in self.wanted.items():
