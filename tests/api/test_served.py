@@ -4,7 +4,7 @@ and with what the header names."""
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, Required, Union, get_args, get_origin, get_type_hints
 
 import anthropic
 import pytest
@@ -171,7 +171,7 @@ def kinds_in(union: Any) -> set[str]:
         return kinds_in(get_args(union)[0])
     if members := get_args(union):
         return {kind for member in members for kind in kinds_in(member)}
-    if not is_typeddict(union):  # an answer's
+    if not hasattr(union, "__required_keys__"):  # an answer's
         return set()
     hint = get_type_hints(union).get("type")
     while get_origin(hint) in (Required, Union):
