@@ -153,6 +153,13 @@ class Tokenizer:
     def to_json(self) -> str:
         return self._backend.to_str()
 
+    def rendered(self, messages: list[Message]) -> str | None:
+        """A conversation of plain text as the chat template renders it; None where it refuses."""
+        try:
+            return self._templates.render(messages, None, messages[-1]["role"] != "assistant", "", {})
+        except ParameterError:
+            return None
+
     def chat(
         self,
         messages: list[Message],

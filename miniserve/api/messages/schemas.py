@@ -140,7 +140,11 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
     stop_sequences: StopTexts | None = None
 
     def _fields(self, normalize: bool) -> dict[str, Any]:
-        return {**super()._fields(normalize), **self.model_dump(include=SAME_NAMES, by_alias=True), "stop": self.stop_sequences}
+        return {
+            **super()._fields(normalize),
+            **self.model_dump(include=SAME_NAMES, by_alias=True),
+            "stop": self.stop_sequences,
+        }
 
 
 def _system_text(system: str | list[TextBlock], normalize: bool) -> str:

@@ -143,7 +143,11 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
 
     def _same_fields(self) -> dict[str, Any]:
         wanted = {"logprobs": True, "top_logprobs": self.top_logprobs} if LOGPROBS in (self.include or []) else {}
-        return {**self.model_dump(include=SAME_NAMES, by_alias=True), "max_completion_tokens": self.max_output_tokens, **wanted}
+        return {
+            **self.model_dump(include=SAME_NAMES, by_alias=True),
+            "max_completion_tokens": self.max_output_tokens,
+            **wanted,
+        }
 
 
 def _chat_format(form: TextFormat) -> dict[str, Any]:
