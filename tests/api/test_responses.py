@@ -76,6 +76,7 @@ async def test_an_answer(api: ResponsesServer) -> None:
         "top_logprobs": 0,
         "top_p": 0.9,
         "truncation": "disabled",
+        "user": None,
     }
 
 

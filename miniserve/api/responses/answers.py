@@ -136,6 +136,7 @@ class ResponseOut(TypedDict):
     top_logprobs: int
     top_p: float
     truncation: Literal["auto", "disabled"]
+    user: None
 
 
 class InputTokens(TypedDict):

@@ -92,7 +92,7 @@ class ResponsesWriter:
     def _in_progress(self, choice: Choice) -> answers.ResponseOut:
         asked, text = self._request, self._request.text
         form = text.format.model_dump(by_alias=True, exclude_none=True) if text and text.format else {"type": "text"}
-        functions = {"parameters": None, "strict": None}
+        functions = {"description": None, "parameters": None, "strict": None}
         tools = [{**(functions if tool["type"] == "function" else {}), **tool} for tool in asked.tools or []]
         begun: answers.ResponseOut = {
             "id": self.head.id,
@@ -126,6 +126,7 @@ class ResponsesWriter:
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": choice.params.top_p,
             "truncation": asked.truncation or "disabled",
+            "user": None,
         }
         if asked.conversation:
             begun["conversation"] = {"id": asked.conversation}
