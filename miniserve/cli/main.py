@@ -109,6 +109,7 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     engine = {name: given[name] for name in EngineConfig.__struct_fields__ if name in given} | {"model": model}
     settings = {name: given[name] for name in ServeConfig.__struct_fields__ if name in given}
     settings |= {"served_model_names": args.served_model_names or [model], "api_key": api_key(args)}
+    settings["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
     return ServeConfig(engine=EngineConfig(**engine), **settings)
 
 
