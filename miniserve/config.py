@@ -347,6 +347,18 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "vllm"],
         ModelFlag("auto: sampling defaults from the model's generation_config.json; vllm: neutral ones"),
     ] = "auto"
+    normalize_prompts: Annotated[
+        bool,
+        ServerFlag("keep Claude Code's billing line, which differs with each request, out of prompts; default: on"),
+    ] = True
+    sse_ping: Annotated[
+        float,
+        ServerFlag(
+            "a stream that has said nothing for so long sends a comment; 0: never; default: %(default)s",
+            parse_seconds,
+            "SECONDS",
+        ),
+    ] = 5.0
     host: Annotated[str, ServerFlag("default: %(default)s (only this machine)")] = "127.0.0.1"
     port: Annotated[int, ServerFlag("default: %(default)s; 0: any free one", parse_port)] = 8000
     uds: Annotated[str | None, ServerFlag("listen at this Unix socket instead of a port", metavar="FILE")] = None

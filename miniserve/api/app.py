@@ -15,6 +15,7 @@ from miniserve.api.messages.answers import MessageOut, ModelCard, ModelCards
 from miniserve.api.middleware import ApiKey, BodyLimit, Edge
 from miniserve.api.openai import answers
 from miniserve.api.responses.answers import ResponseOut
+from miniserve.api.responses.routes import ResponsesRoutes
 from miniserve.api.service import Service
 from miniserve.api.streaming import event_stream
 from miniserve.config import ServeConfig
@@ -55,7 +56,16 @@ def create_app(
     """
     names = config.served_model_names or [config.engine.model]
     dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
-    service = Service(client, tokenizer, dialect, names, generation_defaults, compiler)
+    service = Service(
+        client,
+        tokenizer,
+        dialect,
+        names,
+        generation_defaults,
+        compiler,
+        normalize=config.normalize_prompts,
+        ping=config.sse_ping,
+    )
     middleware = [Middleware(Edge, config.root_path, service.metrics)]
     if config.allowed_origins:  # before the key, which preflights do not carry
         middleware.append(Middleware(CORSMiddleware, config.allowed_origins, ["*"], ["*"], expose_headers=EXPOSED))
@@ -70,9 +80,7 @@ def create_app(
     errors.install(app)
     app.post("/v1/chat/completions", responses=_ok(answers.ChatCompletion, STREAM))(service.chat_completions)
     app.post("/v1/completions", responses=_ok(answers.Completion, STREAM))(service.completions)
-    app.post("/v1/responses", responses=_ok(ResponseOut, NAMED_STREAM))(service.responses)
-    app.get("/v1/responses/{response}", responses=_ok(ResponseOut))(service.retrieve_response)
-    app.delete("/v1/responses/{response}")(service.delete_response)
+    _add_responses(app, ResponsesRoutes(service))
     app.post("/v1/messages", responses=ANTHROPIC_ERRORS | _ok(MessageOut, NAMED_STREAM))(service.messages)
     app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)(service.count_tokens)
     app.post("/tokenize")(service.tokenize)
@@ -81,6 +89,23 @@ def create_app(
     dashboard.add_views(app, client, feed, service.metrics)
     dashboard.add_page(app)
     return app
+
+
+def _add_responses(app: FastAPI, routes: ResponsesRoutes) -> None:
+    app.post("/v1/responses", responses=_ok(ResponseOut, NAMED_STREAM))(routes.create)
+    app.post("/v1/responses/input_tokens")(routes.count_input)
+    app.get("/v1/responses/{response}", responses=_ok(ResponseOut))(routes.retrieve)
+    app.delete("/v1/responses/{response}")(routes.delete)
+    app.get("/v1/responses/{response}/input_items")(routes.list_input)
+    conversations = routes.conversations
+    app.post("/v1/conversations")(conversations.create)
+    app.get("/v1/conversations/{conversation}")(conversations.retrieve)
+    app.post("/v1/conversations/{conversation}")(conversations.update)
+    app.delete("/v1/conversations/{conversation}")(conversations.delete)
+    app.get("/v1/conversations/{conversation}/items")(conversations.list_items)
+    app.post("/v1/conversations/{conversation}/items")(conversations.add_items)
+    app.get("/v1/conversations/{conversation}/items/{item}")(conversations.retrieve_item)
+    app.delete("/v1/conversations/{conversation}/items/{item}")(conversations.delete_item)
 
 
 def _ok(answer: Any, stream: dict[str, Any] | None = None) -> Responses:

@@ -54,6 +54,7 @@ class ErrorBody(TypedDict):
 class AnthropicErrorInfo(TypedDict):
     type: str
     message: str
+    details: NotRequired[Mapping[str, Any]]
 
 
 class AnthropicErrorBody(TypedDict):
@@ -83,11 +84,17 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        anthropic: str = "",
+        details: Mapping[str, Any] | None = None,
     ) -> None:
+        """`anthropic` are the words that clients of the Anthropic API look for, if there are such, and `details` what
+        its errors have more."""
         # What clients sent may hold lone surrogates, which no UTF-8 body can carry.
         self.message = message.encode("utf-8", "backslashreplace").decode()
         self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
         self.code = code
+        self.anthropic = anthropic
+        self.details = details
         super().__init__(status, self.message, dict(headers or {}))
 
     @property
@@ -98,7 +105,10 @@ class ApiError(HTTPException):
     @property
     def anthropic_body(self) -> AnthropicErrorBody:
         kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        error: AnthropicErrorInfo = {"type": kind, "message": self.anthropic or self.message}
+        if self.details:
+            error["details"] = self.details
+        return {"type": "error", "error": error}
 
     def response(self, scope: Mapping[str, Any]) -> Response:
         """The whole answer to a request, in the shape that its client expects."""
@@ -145,9 +155,16 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         for pattern, name in names.items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
         message = about_chat.message.replace(f"`{about_chat.param}`", f"`{param}`")
-        raise ApiError(
-            about_chat.status_code, message, param=param or None, code=about_chat.code, headers=about_chat.headers
-        ) from error
+        renamed_error = ApiError(
+            about_chat.status_code,
+            message,
+            param=param or None,
+            code=about_chat.code,
+            headers=about_chat.headers,
+            anthropic=about_chat.anthropic,
+            details=about_chat.details,
+        )
+        raise renamed_error from error
 
 
 def install(app: FastAPI) -> None:
@@ -176,12 +193,13 @@ async def _methods(request: Request) -> list[str]:
     async def note(message: Message) -> None:
         statuses.append(message.get("status"))
 
-    if request.path_params:
-        await request.scope["route"].handle({**request.scope, "method": "GET"}, request.receive, note)
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching for method in route.methods}
+    if "GET" in methods and request.path_params:
+        get = next(route for route in matching if "GET" in route.methods)
+        await get.handle({**request.scope, "method": "GET"}, request.receive, note)
         if statuses[0] != 200:
             return []
-    matching = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-    methods = {method for route in matching for method in route.methods}
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 

@@ -73,7 +73,7 @@ def requested(body: GenerationRequest) -> Grammar:
     """The grammar of a request that has a format. Slow where that is large: not for the event loop. Raises
     `ParameterError`."""
     if (wanted := body.structured_outputs) is None:
-        form = body.response_format.json_schema if body.response_format else None
+        form = body.response_format.form if body.response_format else None
         return json_grammar(form.schema_, strict=bool(form.strict)) if form else json_grammar(ANY_OBJECT)
     if wanted.regex is not None:
         return Grammar("regex", wanted.regex)

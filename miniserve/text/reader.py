@@ -30,7 +30,14 @@ class ToolCall(msgspec.Struct, frozen=True):
     arguments: str
 
 
-Part = str | Reasoning | ToolCall
+class MoreArguments(msgspec.Struct, frozen=True):
+    """Further text of the arguments of the call that has begun."""
+
+    index: int
+    text: str
+
+
+Part = str | Reasoning | ToolCall | MoreArguments
 """A part of an answer; a string is a piece of its content."""
 
 

@@ -16,7 +16,7 @@ from tests.support.fake_engine import EOS, FakeClient, spell
 PAGE = "http://page.example:3000"
 PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
 GETS = ["/", "/dashboard/main.js", "/health", "/version", "/metrics", "/openapi.json", "/docs", "/v1/models"]
-GETS += ["/v1/models/alias", "/v1/models/none", "/v1/conversations", "/v1/conversations/c1", "/v1/workers", "/nowhere"]
+GETS += ["/v1/models/alias", "/v1/models/none", "/conversations", "/conversations/c1", "/v1/workers", "/nowhere"]
 VARYING = {"x-request-id", "content-length"}
 
 
@@ -35,7 +35,7 @@ async def test_head_is_get_without_a_body(api: Api, path: str) -> None:
     assert head.status_code == get.status_code
     assert head.headers.keys() == get.headers.keys()
     assert head.headers["content-type"] == get.headers["content-type"]
-    if path not in ("/metrics", "/v1/workers", "/v1/conversations", "/v1/conversations/c1"):  # they change all the time
+    if path not in ("/metrics", "/v1/workers", "/conversations", "/conversations/c1"):  # they change all the time
         assert head.headers["content-length"] == get.headers["content-length"]
 
 
@@ -161,14 +161,15 @@ async def test_the_page_asks_below_the_prefix(tokenizer: Tokenizer) -> None:
     ("method", "path", "allow"),
     [
         ("POST", "/v1/responses/compact", None),
-        ("POST", "/v1/responses/input_tokens", None),
         ("POST", "/v1/responses/resp_none/cancel", None),
-        ("POST", "/v1/conversations/c1/items", None),
-        ("POST", "/v1/conversations/none", None),
+        ("POST", "/v1/responses/resp_none/input_items", None),
+        ("PUT", "/v1/conversations/none/items", None),
+        ("PUT", "/v1/conversations/none/items/none", None),
+        ("POST", "/conversations/none", None),
         ("POST", "/v1/models/none", None),
         ("POST", "/v1/messages/batches", None),
         ("PUT", "/dashboard/none", None),
-        ("POST", "/v1/conversations/c1", "GET, HEAD"),
+        ("POST", "/conversations/c1", "GET, HEAD"),
         ("DELETE", "/v1/models/tiny", "GET, HEAD"),
         ("POST", "/health", "GET, HEAD"),
         ("GET", "/v1/messages", "POST"),

@@ -17,6 +17,7 @@ class CompletionRenderer:
     prompt_field = "prompt"
 
     def __init__(self, tokenizer: Tokenizer, request: CompletionRequest) -> None:
+        self.relaxed: list[str] = []
         self._tokenizer = tokenizer
         self._request = request
 

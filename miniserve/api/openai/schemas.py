@@ -22,7 +22,6 @@ class ChatRequest(GenerationRequest):
         "function_call": "use `tool_choice`",
         "audio": "this model writes text only",
         "modalities": "this model writes text only",
-        "web_search_options": "let the model call a tool of yours",
         "moderation": "nothing is moderated here",
         "echo": "use /v1/completions",
         "chat_template": "start the server with --chat-template",
@@ -76,6 +75,10 @@ class ChatRequest(GenerationRequest):
         if self.reasoning_effort == "none":
             own |= {"enable_thinking": False, "thinking": False}
         return own | (self.chat_template_kwargs or {})
+
+    @property
+    def limit_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else super().limit_field
 
     @property
     def output_limit(self) -> int | None:
