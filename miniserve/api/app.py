@@ -1,15 +1,18 @@
 """The HTTP API: its routes, and what OpenAPI says of them."""
 
 import time
+from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from miniserve import __version__
 from miniserve.api import dashboard, errors
-from miniserve.api.messages.answers import MessageOut
-from miniserve.api.middleware import ApiKey, BodyLimit, RequestId
+from miniserve.api.messages.answers import MessageOut, ModelCard, ModelCards
+from miniserve.api.middleware import ApiKey, BodyLimit, Edge
 from miniserve.api.openai import answers
 from miniserve.api.responses.answers import ResponseOut
 from miniserve.api.responses.routes import ResponsesRoutes
@@ -22,6 +25,8 @@ from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
+EXPOSED = ["X-Request-Id", "X-Ignored-Parameters", "Retry-After"]
+"""Headers of answers that a browser shows to scripts of other origins."""
 Responses = dict[int | str, dict[str, Any]]
 ERRORS: Responses = {
     "4XX": {"model": errors.ErrorBody, "description": "The request is at fault; the message says what to change."},
@@ -61,10 +66,14 @@ def create_app(
         normalize=config.normalize_prompts,
         ping=config.sse_ping,
     )
-    middleware = [Middleware(RequestId)]
+    middleware = [Middleware(Edge, config.root_path, service.metrics)]
+    if config.allowed_origins:  # before the key, which preflights do not carry
+        middleware.append(Middleware(CORSMiddleware, config.allowed_origins, ["*"], ["*"], expose_headers=EXPOSED))
     if config.api_key is not None:
         middleware.append(Middleware(ApiKey, config.api_key))
     middleware.append(Middleware(BodyLimit, config.max_body_bytes))
+    # Starlette has one of these outside of all others, where answers get neither an id nor what browsers want.
+    middleware.append(Middleware(ServerErrorMiddleware, handler=errors.answer_unexpected))
     app = FastAPI(
         title="miniserve", version=__version__, middleware=middleware, responses=ERRORS, redirect_slashes=False
     )
@@ -118,16 +127,24 @@ def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, na
             "vocab_size": client.vocab_size,
         }
 
+    def anthropic_card(name: str) -> ModelCard:
+        day = datetime.fromtimestamp(created, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return {"type": "model", "id": name, "display_name": name, "created_at": day}
+
     @app.get("/v1/models")
-    async def models() -> answers.ModelList:
-        """The names of the one model that is served."""
+    async def models(request: Request) -> answers.ModelList | ModelCards:
+        """The names of the one model that is served; in the Anthropic API's shape for a request with the header
+        `anthropic-version`."""
+        if errors.is_anthropic(request.scope, request.scope["path"]):
+            data = [anthropic_card(name) for name in names]
+            return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
         return {"object": "list", "data": [card(name) for name in names]}
 
     @app.get("/v1/models/{model:path}")  # names may hold slashes
-    async def retrieve_model(model: str) -> answers.Model:
+    async def retrieve_model(request: Request, model: str) -> answers.Model | ModelCard:
         """One of these names."""
         service.check_model(model)
-        return card(model)
+        return anthropic_card(model) if errors.is_anthropic(request.scope, request.scope["path"]) else card(model)
 
     @app.get("/health")
     async def health() -> answers.HealthStatus:

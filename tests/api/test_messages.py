@@ -62,7 +62,11 @@ def api(hermes: Tokenizer) -> MessagesServer:
 def error_of(response: httpx.Response, status: int, kind: str) -> str:
     assert response.status_code == status, response.text
     body = response.json()
-    assert body == {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+    assert body == {
+        "type": "error",
+        "error": {"type": kind, "message": body["error"]["message"]},
+        "request_id": response.headers["request-id"],
+    }
     return body["error"]["message"]
 
 

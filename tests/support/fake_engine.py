@@ -11,6 +11,8 @@ from typing import Any
 from miniserve.cluster.messages import (
     Ended,
     Move,
+    PoolInfo,
+    Ready,
     Report,
     StepTime,
     TokenLogprob,
@@ -38,6 +40,8 @@ STATS = WorkerStats(
     prefix_queries=640,
     prefix_hits=320,
 )
+READY = Ready(PoolInfo(1, 1, 100, 4096, ""), "bfloat16", "cpu", "torch", 1, 0, 16, 512, 49152, {}, "")
+"""A worker's facts."""
 EOS = 2
 
 
@@ -176,6 +180,8 @@ class FakeClient:
         self.healthy = True
         self.unhealthy_reason = ""
         self.policy_name = "conserve"
+        self.watchers: list[Callable[[str, Report], None]] = []
+        self.ready = dict.fromkeys(("p0", "d0"), READY)
         self.scheduler = played(time.monotonic())
         self.feed = Feed(self.scheduler, self.policy_name)
 
