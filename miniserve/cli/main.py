@@ -1,6 +1,7 @@
 """The commands and their dispatch. Flags are vLLM's wherever vLLM has one; help imports nothing heavy."""
 
 import argparse
+import logging
 import os
 import sys
 from typing import Any
@@ -82,22 +83,19 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from miniserve.hub.check import ModelError
     from miniserve.hub.fetch import DEFAULT_MODEL
     from miniserve.hub.resolve import resolve
 
     if args.model and args.positional_model and args.model != args.positional_model:
         raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")
     config = serve_config(args, args.model or args.positional_model or DEFAULT_MODEL)
-    try:
-        files = resolve(
-            config.engine.model,
-            revision=config.revision,
-            load_format=config.engine.load_format,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except ModelError as error:
-        raise ConfigError(str(error)) from error
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    files = resolve(
+        config.engine.model,
+        revision=config.revision,
+        load_format=config.engine.load_format,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     from miniserve.cli.serve import serve
 
     return serve(config, files)

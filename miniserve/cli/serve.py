@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import logging
 import signal
 import socket
 import time
@@ -38,7 +37,6 @@ class Stopped(Exception):
 
 def serve(config: ServeConfig, files: ModelFiles) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `ConfigError` if it cannot start."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     # Before anything slow, so that an error about the port comes at once.
     listener = bind(config.host, config.port)
     try:

@@ -5,14 +5,17 @@
 
 import difflib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from miniserve.config import cache_dir
-from miniserve.hub.check import ModelError, check_folder
+from miniserve.hub.check import ModelError, check_folder, not_safetensors
 from miniserve.hub.dummy import make_folder
 from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
+
+log = logging.getLogger("miniserve.hub")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class ModelFiles:
     """A model that is ready to be loaded.
 
     `name` is what clients call it, `folder` holds config.json, the tokenizer and (unless the load format is dummy)
-    safetensors, `config` is config.json with `architectures` filled in, `source` says in words where it came from.
+    safetensors, `config` is config.json with `architectures` and `dtype` filled in, `source` says in words
+    where it came from.
     """
 
     name: str
@@ -49,10 +53,18 @@ def resolve(
     dummy = load_format == "dummy"
 
     def files(name: str, folder: Path, source: str) -> ModelFiles:
-        return ModelFiles(name, folder, check_folder(folder, dummy), source)
+        found = check_folder(folder, dummy)
+        for note in found.notes:
+            log.warning("%s: %s", folder, note)
+        return ModelFiles(name, folder, found.config, source)
 
     if (own := Path(model).expanduser()).is_dir():
         return files(model, own, f"folder {own}")
+    if own.is_file():
+        usual = f"{own} is a file: give the folder it lies in, {own.resolve().parent}."
+        raise ModelError(usual if own.suffix in (".safetensors", ".json") else not_safetensors(own.parent, [own.name]))
+    if own.is_symlink():
+        raise ModelError(f"{own} is a link to {own.readlink()}, which is not there.")
     known = presets()
     if (alias := model.strip().lower()) in known:
         preset = known[alias]
