@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import logging
 import signal
 import socket
 import time
@@ -118,10 +119,13 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
                 signals.first,
                 asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start()),
             )
-        except (StartupError, ParameterError) as error:
-            raise ConfigError(str(error)) from error
         except Stopped:
             return 130
+        except Exception as error:
+            foreseen = isinstance(error, ConfigError | StartupError | ParameterError)
+            logging.getLogger("miniserve").debug("the start failed", exc_info=not foreseen)
+            broken = f"The server broke: {type(error).__name__}: {error} (--log-level debug shows where)."
+            raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
         app = create_app(config, client, feed, tokenizer, defaults, compiler)

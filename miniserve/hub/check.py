@@ -1,22 +1,21 @@
 """What is in a model's folder: whether miniserve can serve it, and which of its files count (docs/models.md).
 
-Weights are safetensors only, and code that comes with a model is never run. Only headers of weights are read here, so
-that what is wrong is said before a worker starts. Where a folder says one thing twice, transformers' choice is ours.
+Weights are safetensors only, and code that comes with a model is never run. Of weights only headers are read, so that
+what is wrong is said before a worker starts. Where a folder says a thing twice, transformers' choice is ours.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from miniserve.config import LFS_POINTER, ConfigError, read_object
 
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM",
+    kind: f"{name}ForCausalLM"
+    for kind, name in {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}.items()
 }
 """By config.json's `model_type`."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,6 +25,7 @@ PACKED = {"qweight": "GPTQ or AWQ", "scales": "MLX", "weight_scale": "FP8", "wei
 """How names of tensors end that only quantized checkpoints have."""
 MATHS = re.compile("rotary|multiplier|softcap|^logits?_scal|^scale_|^query_pre|qk_norm|no_rope|experts$")
 """Keys of config.json that other models compute with, but none of ours."""
+OTHERS = ("*.gguf", "*.bin", "*.pt", "*.pth", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.npz")
 
 
 class ModelError(ConfigError):
@@ -45,42 +45,21 @@ class Checked:
 def check_folder(folder: Path, dummy: bool) -> Checked:
     """What the folder holds. Raises `ModelError`, in one line, if miniserve cannot serve it."""
     try:
-        return _check(folder, dummy)
+        if not (folder / "config.json").is_file():
+            raise ModelError(_instead(folder, "config.json"))
+        found = Checked(read_object(folder / "config.json"))
+        _check_config(folder, found)
+        if not dummy:
+            _check_weights(folder, found)
+        return found
     except OSError as error:
         raise ModelError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
-    except ModelError:
-        raise
     except ConfigError as error:
         raise ModelError(str(error)) from error
 
 
-def _check(folder: Path, dummy: bool) -> Checked:
-    if not (folder / "config.json").is_file():
-        raise ModelError(_instead(folder, "config.json"))
-    config = read_object(folder / "config.json")
-    notes: list[str] = []
-    arch = _architecture(folder, config, notes)
-    if not config.get("architectures") or arch != config["architectures"][0]:
-        config["architectures"] = [arch]
-    for key, kind in {"quantization": "MLX", "quantization_config": "", "compression_config": ""}.items():
-        if found := config.get(key):
-            raise _quantized(folder, kind or str((isinstance(found, dict) and found.get("quant_method")) or key))
-    for first, second in (("dtype", "torch_dtype"), ("rope_scaling", "rope_parameters")):
-        if config.get(first) and config.get(second) and config[first] != config[second]:
-            notes.append(f"config.json has {first} {config[first]} and {second} {config[second]}: the first counts.")
-    for key, value in config.items():
-        if MATHS.search(key) and value not in (None, False, 0, 1):
-            notes.append(f"config.json has {key} {value!r:.60}, which a {arch} knows nothing of: it is ignored.")
-    if dummy:
-        return Checked(config, notes=notes)
-    weights = _weights(folder, notes)
-    _check_tensors(folder, weights, config, notes)
-    if (folder / "adapter_config.json").is_file():
-        notes.append("The adapter (adapter_config.json) that lies in the folder is not applied: merge it to use it.")
-    return Checked(config, weights, notes)
-
-
-def _architecture(folder: Path, config: dict[str, Any], notes: list[str]) -> str:
+def _check_config(folder: Path, found: Checked) -> None:
+    config, notes = found.config, found.notes
     named, kind = config.get("architectures") or [], config.get("model_type")
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ModelError(f"{folder}/config.json: `architectures` must be a list of names, not {named!r:.60}.")
@@ -88,93 +67,72 @@ def _architecture(folder: Path, config: dict[str, Any], notes: list[str]) -> str
     arch = named[0] if named else by_type or f"model of type {kind!r}"
     # A model that also names remote code (`auto_map`) is served by our own model or not at all.
     if arch not in ARCHITECTURES.values():
-        about = ""
-        if (folder / "modules.json").is_file():
-            about = " (of sentence-transformers: it makes embeddings, not text)"
-        elif "vision_config" in config or "audio_config" in config:
-            about = " (for more than text)"
+        about = " (it makes embeddings, not text)" if (folder / "modules.json").is_file() else ""
         raise ModelError(f"{folder} is a {arch}{about}; miniserve serves {', '.join(ARCHITECTURES.values())}.")
-    if kind is not None and by_type is None:
-        raise ModelError(f"{folder}/config.json contradicts itself: the architecture is {arch}, the type {kind!r}.")
-    if by_type is not None and by_type != arch:
+    if by_type != arch and kind is not None:
+        if by_type is None:
+            raise ModelError(f"{folder}/config.json contradicts itself: the architecture is {arch}, the type {kind!r}.")
         notes.append(f"config.json has the architecture {arch} and the type {kind!r}: it is taken for a {by_type}.")
-    return by_type or arch
+    config["architectures"] = [by_type or arch, *named[1:]]
+    for key in ("quantization", "quantization_config", "compression_config"):
+        if said := config.get(key):
+            method = "MLX" if key == "quantization" else isinstance(said, dict) and said.get("quant_method")
+            raise _quantized(folder, str(method or key))
+    for first, second in (("dtype", "torch_dtype"), ("rope_scaling", "rope_parameters")):
+        if config.get(first) and config.get(second) and config[first] != config[second]:
+            notes.append(f"config.json has {first} {config[first]} and {second} {config[second]}: the first counts.")
+    for key, value in config.items():
+        if MATHS.search(key) and value not in (None, False, 0, 1):
+            notes.append(f"config.json has {key} {value!r:.60}, which a {arch} knows nothing of: it is ignored.")
 
 
 def _quantized(folder: Path, method: str) -> ModelError:
-    return ModelError(
-        f"{folder} is quantized ({method}): miniserve serves bf16, fp16 and fp32 weights only. Use the model's "
-        "unquantized version."
-    )
+    serves = "miniserve serves bf16, fp16 and fp32 weights only. Use the model's unquantized version."
+    return ModelError(f"{folder} is quantized ({method}): {serves}")
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def _weights(folder: Path, notes: list[str]) -> list[Path]:
-    """The safetensors files that count: model.safetensors, else those that its index names."""
-    if (folder / SINGLE).is_file():
-        files = [folder / SINGLE]
-        if (folder / INDEX).is_file():
-            notes.append(f"The folder has {SINGLE} and {INDEX}: the first counts.")
-    elif (folder / INDEX).is_file():
+def _check_weights(folder: Path, found: Checked) -> None:
+    """Find the safetensors files that count: model.safetensors, else those that its index names. Look whether they are
+    whole and not quantized, and which dtype the tensors have."""
+    read = {SINGLE}
+    if not (folder / SINGLE).is_file():
+        if not (folder / INDEX).is_file():
+            raise ModelError(_instead(folder, SINGLE))
         where = read_object(folder / INDEX).get("weight_map")
         if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
             raise ModelError(f"{folder}/{INDEX} cannot be read: it has no `weight_map` of files.")
-        files = [folder / name for name in sorted(set(where.values()))]
-        if missing := [path.name for path in files if not path.is_file()]:
-            raise ModelError(
-                f"{folder} lacks {', '.join(missing[:3])}, named in its index{_unfinished(folder)}: download the model "
-                "again."
-            )
-    else:
-        raise ModelError(_instead(folder, SINGLE))
-    if strays := sorted({path.name for path in folder.glob("*.safetensors")} - {path.name for path in files}):
-        notes.append(f"Not a part of the model, and not read: {', '.join(strays[:3])}.")
-    return files
-
-
-def _check_tensors(folder: Path, weights: list[Path], config: dict[str, Any], notes: list[str]) -> None:
-    """Look at the headers: whether the files are whole and not quantized, and which dtype the tensors have."""
-    headers = [_header(path) for path in weights]
-    names = {name for header in headers for name in header}
+        read = set(where.values())
+        if missing := sorted(name for name in read if not (folder / name).is_file()):
+            lost = f"{', '.join(missing[:3])}, named in its index{_unfinished(folder)}"
+            raise ModelError(f"{folder} lacks {lost}: download the model again.")
+    found.weights = [folder / name for name in sorted(read)]
+    strays = {path.name for path in folder.glob("*.safetensors*")} - read - ({INDEX} if read != {SINGLE} else set())
+    strays |= {path.name for path in folder.glob("adapter_config.json")}
+    if strays:
+        found.notes.append(f"Not a part of the model, and not read: {', '.join(sorted(strays)[:4])}.")
+    headers = [_header(path) for path in found.weights]
     for ending, method in PACKED.items():
-        if any(name.endswith(f".{ending}") for name in names):
+        if any(name.endswith(f".{ending}") for header in headers for name in header):
             raise _quantized(folder, f"{method}: it has tensors named *.{ending}")
-    found = next((DTYPES[kind] for _, kind in sorted(headers[0].items()) if kind in DTYPES), None)
-    said = config.get("dtype") or config.get("torch_dtype")
-    if found is None or said == found:
-        return
+    dtype = next((DTYPES[kind] for kind in headers[0].values() if kind in DTYPES), None)
+    said = found.config.get("dtype") or found.config.get("torch_dtype")
+    if said != dtype and said is not None:
+        found.notes.append(f"config.json has the dtype {said}, the tensors are {dtype}: a known one there counts.")
     if said not in DTYPES.values():
-        config["dtype"] = found
-    if said is not None:
-        counts = "the first" if said in DTYPES.values() else "the second"
-        notes.append(f"config.json has the dtype {said}, the tensors are {found}: {counts} counts.")
+        found.config["dtype"] = dtype
 
 
 def _header(path: Path) -> dict[str, str]:
-    """Name -> dtype of the tensors in a safetensors file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if LFS_POINTER.startswith(start) and size < 1024 and start:
+    """Name -> dtype of the tensors in a safetensors file, sorted by name."""
+    with path.open("rb") as start:
+        if start.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.")
-        length = int.from_bytes(start, "little")
-        whole = size >= 8
-        if whole and not 2 <= length <= 100_000_000:  # the format's own limit
-            raise ModelError(f"{path} is no safetensors file: download the model again.")
-        text = file.read(length) if whole else b""
     try:
-        header = json.loads(text) if whole and len(text) == length else {}
-        header.pop("__metadata__", None)
-        dtypes = {str(name): str(tensor["dtype"]) for name, tensor in header.items()}
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=size)
-        cut = 8 + length + end > size
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is no safetensors file: download the model again.") from error
-    if cut:
-        raise ModelError(f"{path} is cut short ({size} bytes){_unfinished(path.parent)}: download the model again.")
-    return dtypes
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
+    except SafetensorError as error:
+        what = f"{path.stat().st_size} bytes that are no whole safetensors file{_unfinished(path.parent)}"
+        raise ModelError(f"{path} has {what} ({error}): download the model again.") from error
 
 
 # --- what is there instead ------------------------------------------------------------------------------------------
@@ -187,8 +145,7 @@ def _unfinished(folder: Path) -> str:
 
 def _instead(folder: Path, lacks: str) -> str:
     """Why there is no file `lacks`, judged by what else is there."""
-    path = folder / lacks
-    if path.is_symlink():
+    if (path := folder / lacks).is_symlink():
         return f"{path} is a link to {path.readlink()}, where no file is: download the model again."
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path", "another model")
@@ -200,16 +157,12 @@ def _instead(folder: Path, lacks: str) -> str:
     if inside and lacks == "config.json":
         return f"{folder} has no config.json: the model lies in {inside[-1].parent}, give that folder."
     stray = sorted(found.name for found in folder.glob("*.safetensors"))
-    if lacks == SINGLE and any("-of-" in name for name in stray):
-        return f"{folder} lacks {INDEX}, which says what {stray[0]} is{_unfinished(folder)}: download the model again."
     if stray and lacks == SINGLE:
         return (
-            f"{folder} has neither {SINGLE} nor {INDEX}, and {stray[0]} is something else: use the model's Hugging "
-            f"Face version, or rename the file if it is {SINGLE}."
+            f"{folder} has {stray[0]}, but neither {SINGLE} nor {INDEX}{_unfinished(folder)}: use the model's Hugging "
+            "Face version, and all of its files."
         )
-    kinds = ("*.gguf", "*.bin", "*.pt", "*.pth", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.npz")
-    others = [found.name for kind in kinds for found in sorted(folder.glob(kind))]
-    if others:
+    if others := [found.name for kind in OTHERS for found in sorted(folder.glob(kind))]:
         return not_safetensors(folder, others)
     if lacks == "config.json":
         return f"{folder} has no config.json{_unfinished(folder)}: give the folder of a Hugging Face model."

@@ -58,13 +58,8 @@ def resolve(
             log.warning("%s: %s", folder, note)
         return ModelFiles(name, folder, found.config, source)
 
-    if (own := Path(model).expanduser()).is_dir():
+    if own := _own_folder(model):
         return files(model, own, f"folder {own}")
-    if own.is_file():
-        usual = f"{own} is a file: give the folder it lies in, {own.resolve().parent}."
-        raise ModelError(usual if own.suffix in (".safetensors", ".json") else not_safetensors(own.parent, [own.name]))
-    if own.is_symlink():
-        raise ModelError(f"{own} is a link to {own.readlink()}, which is not there.")
     known = presets()
     if (alias := model.strip().lower()) in known:
         preset = known[alias]
@@ -86,6 +81,22 @@ def resolve(
     except HFValidationError as error:
         raise ModelError(_unknown(hub_id, known)) from error
     return files(name, folder, f"{hub_id} from the Hugging Face hub, in {folder}")
+
+
+def _own_folder(model: str) -> Path | None:
+    """The folder of this machine that is called so. Raises `ModelError` for something else of that name."""
+    try:
+        own = Path(model).expanduser()
+        if own.is_dir():
+            return own
+        if own.is_file() and own.suffix not in (".safetensors", ".json"):
+            raise ModelError(not_safetensors(own.parent, [own.name]))
+        if own.is_file() or own.is_symlink():
+            what = "a file" if own.is_file() else f"a link to {own.readlink()}, which is not there"
+            raise ModelError(f"{own} is {what}: give the folder of a model.")
+    except (OSError, RuntimeError) as error:  # the latter of ~somebody
+        raise ModelError(f"{model:.200} cannot be opened: {error}.") from error
+    return None
 
 
 def _unknown(model: str, known: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,21 +95,18 @@ class ModelConfig:
         return replace(model, max_len=min(model.max_len, _window(config, arch, model.layers) or model.max_len))
 
 
-def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = config.get(name)
-    value = default if value is None else value
+def _number(config: dict[str, Any], name: str, default: float | None = None, kind: type = float) -> Any:
+    """A number above zero, of the type `kind`. Raises `ConfigError`."""
+    value = default if config.get(name) is None else config[name]
     if value is None:
         raise ConfigError(f"The model's config.json has no {name!r}.")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"The model's config.json has {name!r}: {value!r:.60}, which must be a number above zero.")
+    if type(value) not in (int, kind) or not 0 < value < math.inf:
+        number = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"The model's config.json has {name!r}: {value!r:.60}, which must be {number} above zero.")
     return value
 
 
-def _whole(config: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = _number(config, name, default)
-    if not isinstance(value, int):
-        raise ConfigError(f"The model's config.json has {name!r}: {value!r}, which must be a whole number.")
-    return value
+_whole = partial(_number, kind=int)
 
 
 def _flag(config: dict[str, Any], name: str) -> bool:

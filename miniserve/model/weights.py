@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from miniserve.config import ConfigError
 from miniserve.model.config import ModelConfig
@@ -35,21 +35,15 @@ def load_weights(
     progress: Progress = lambda done, total: None,
 ) -> Weights:
     """All weights in `dtype` on `device`, from `files`, or random ones where there are none; `progress` gets the number
-    of layers done and of all. Raises `ConfigError` when a tensor is missing, has another shape than config.json says,
-    or cannot be read."""
+    of layers done and of all. Raises `ConfigError` when a tensor is missing or not as config.json says."""
     if not files:
         return _build(_random(config), set(), config, ops, dtype, device, progress)
     with ExitStack() as stack:
-        try:
-            where = _tensors([stack.enter_context(safe_open(path, framework="pt")) for path in files])
-            folder, unread = files[0].parent, set(where)
-            weights = _build(_reader(folder, where, unread), set(where), config, ops, dtype, device, progress)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"The weights in {files[0].parent} cannot be read ({error}): download the model again."
-            ) from error
+        where = _tensors([stack.enter_context(safe_open(path, framework="pt")) for path in files])
+        unread = set(where)
+        weights = _build(_reader(files[0].parent, where, unread), set(where), config, ops, dtype, device, progress)
     if extra := sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq")):
-        log.warning("%d tensors in %s are no part of this model, and not read: %s", len(extra), folder, extra[:3])
+        log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
     return weights
 
 
@@ -95,19 +89,19 @@ def _build(
         )
 
     # A tied checkpoint may hold its one matrix under the name of the head.
-    tied_to_head = config.tie_embeddings and HEAD in names and EMBEDDING not in names
-    embedding = get(HEAD if tied_to_head else EMBEDDING, config.vocab_size, hidden)
+    only_head = config.tie_embeddings and HEAD in names and EMBEDDING not in names
+    embedding = get(HEAD if only_head else EMBEDDING, config.vocab_size, hidden)
     layers = []
     for index in range(config.layers):
         layers.append(layer(index))
         progress(index + 1, config.layers)
     norm = get("model.norm.weight", hidden)
-    head = embedding
-    if not config.tie_embeddings or names.issuperset((EMBEDDING, HEAD)):
-        head = get(HEAD, config.vocab_size, hidden)
-        if config.tie_embeddings and torch.equal(head, embedding):
+    tied = config.tie_embeddings and not names.issuperset((EMBEDDING, HEAD))
+    head = embedding if tied else get(HEAD, config.vocab_size, hidden)
+    if config.tie_embeddings and not tied:
+        if torch.equal(head, embedding):
             total, head = total - head.nbytes, embedding
-        elif config.tie_embeddings:
+        else:
             log.warning("config.json says tie_word_embeddings, but the files have another %s: it is used.", HEAD)
     return Weights(embedding, layers, norm, ops.head(head), total)
 

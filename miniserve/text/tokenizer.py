@@ -220,11 +220,10 @@ def _end_tokens(folder: Path, config: dict[str, Any], texts: dict[str, str], bac
         ids = {backend.token_to_id(token) if isinstance(token, str) else token for token in tokens}
         if known := {token for token in ids if type(token) is int and token >= 0}:
             ends[source] = known
-    union = set().union(*ends.values())
-    if ends and union > next(iter(ends.values())):
-        each = "; ".join(f"{source}: {', '.join(map(str, sorted(ids)))}" for source, ids in ends.items())
-        log.warning("The model's files name different end tokens (%s): each of them ends a turn.", each)
-    return union
+    every = set().union(*ends.values())
+    if ends and every != next(iter(ends.values())):  # those that transformers goes by
+        log.warning("The model's files call different tokens the end: %s. Each of them ends a turn.", ends)
+    return every
 
 
 def _line(error: Exception) -> str:

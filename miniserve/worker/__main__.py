@@ -61,7 +61,8 @@ def main() -> int:
     except Exception as error:
         reason, trace = str(error), ""
         if not isinstance(error, ConfigError):
-            reason = f"A worker broke: {type(error).__name__}: {error} (--log-level debug shows where)."
+            broken = f"A worker broke: {type(error).__name__}: {error} (--log-level debug shows where)."
+            reason = " ".join(broken.split())
             trace = traceback.format_exc()
         outboxes.send(spec.frontend, StartFailed(reason, trace))
         outboxes.close(linger_ms=1000)

@@ -122,12 +122,15 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "config is a pointer": (write("config.json", POINTER), ["config.json", "Git LFS pointer"]),
     "tokenizer is a pointer": (write("tokenizer.json", POINTER), ["tokenizer.json", "Git LFS pointer"]),
     "tokenizer_config is a pointer": (write("tokenizer_config.json", POINTER), ["Git LFS pointer"]),
-    "weights are empty": (write(WEIGHTS), [WEIGHTS, "cut short (0 bytes)", "download"]),
-    "weights are cut in the header": (cut(WEIGHTS, 100), [WEIGHTS, "cut short", "download"]),
-    "weights are cut in a tensor": (cut(WEIGHTS, 100_000), [WEIGHTS, "cut short", "download"]),
-    "weights are a page of a proxy": (write(WEIGHTS, "<!DOCTYPE html>" * 99), [WEIGHTS, "no safetensors file"]),
-    "header is no JSON": (write(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99), [WEIGHTS, "no safetensors file"]),
-    "header is a list": (write(WEIGHTS, (2).to_bytes(8, "little") + b"[]"), [WEIGHTS, "no safetensors file"]),
+    "weights are empty": (write(WEIGHTS), [WEIGHTS, "has 0 bytes that are no whole", "download"]),
+    "weights are cut in the header": (cut(WEIGHTS, 100), [WEIGHTS, "no whole safetensors file", "download"]),
+    "weights are cut in a tensor": (cut(WEIGHTS, 100_000), [WEIGHTS, "no whole safetensors file", "download"]),
+    "weights are a page of a proxy": (write(WEIGHTS, "<!DOCTYPE html>" * 99), [WEIGHTS, "no whole safetensors file"]),
+    "header is no JSON": (
+        write(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99),
+        [WEIGHTS, "no whole safetensors file"],
+    ),
+    "header is a list": (write(WEIGHTS, (2).to_bytes(8, "little") + b"[]"), [WEIGHTS, "no whole safetensors file"]),
     "weights are a broken link": (dangling(WEIGHTS), [WEIGHTS, "blobs/0123", "download"]),
     "config is a broken link": (dangling("config.json"), ["config.json", "blobs/0123"]),
     "a download has not ended": (
@@ -156,7 +159,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "ONNX": (both(without(WEIGHTS), write("onnx/model.onnx")), ["only model.onnx"]),
     "Mistral's own": (
         lambda folder: (folder / WEIGHTS).rename(folder / "consolidated.safetensors"),
-        ["consolidated.safetensors is something else", "Hugging Face version"],
+        ["has consolidated.safetensors, but neither", "Hugging Face version"],
     ),
     "an adapter": (
         both(
@@ -177,19 +180,19 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "a vision model": (
         config(architectures=["LlavaForConditionalGeneration"], model_type="llava", vision_config={}),
-        ["LlavaForConditionalGeneration", "more than text"],
+        ["is a LlavaForConditionalGeneration; miniserve serves"],
     ),
     "a folder above": (inside("weights"), ["no config.json", "model/weights, give that folder"]),
     "the hub's cache": (inside("snapshots/0123"), ["no config.json", "model/snapshots/0123, give that folder"]),
     "an empty folder": (lambda folder: [shutil.rmtree(folder), folder.mkdir()], ["no config.json", "give the folder"]),
     # config.json
     "config is empty": (write("config.json"), ["config.json cannot be read"]),
-    "config is a list": (write("config.json", "[]"), ["config.json is not a JSON object"]),
+    "config is a list": (write("config.json", "[]"), ["config.json cannot be read: it is not a JSON object"]),
     "config is a folder": (lambda f: [(f / "config.json").unlink(), (f / "config.json").mkdir()], ["no config.json"]),
     "config is not UTF-8": (write("config.json", b"\xff\xfe{}"), ["config.json cannot be read"]),
     "architectures is a string": (config(architectures="LlamaForCausalLM"), ["`architectures` must be a list"]),
     "two models": (config(model_type="mamba"), ["contradicts itself", "'mamba'"]),
-    "a string for a number": (config(hidden_size="128"), ["'hidden_size': '128'", "a number"]),
+    "a string for a number": (config(hidden_size="128"), ["'hidden_size': '128'", "a whole number"]),
     "half a layer": (config(num_hidden_layers=1.5), ["'num_hidden_layers': 1.5", "whole number"]),
     "null heads": (config(num_attention_heads=None), ["no 'num_attention_heads'"]),
     "no heads": (config(num_attention_heads=0), ["'num_attention_heads': 0"]),
@@ -204,7 +207,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
         config(rope_scaling={"type": "linear", "factor": 4.0}, partial_rotary_factor=0.5),
         ["partial_rotary_factor 0.5"],
     ),
-    "generation_config is a list": (write("generation_config.json", "[]"), ["generation_config.json is not"]),
+    "generation_config is a list": (write("generation_config.json", "[]"), ["generation_config.json cannot be read"]),
     # tensors
     "a smaller embedding": (config(vocab_size=400), [EMBEDDING, "(320, 128)", "(400, 128)", "do not belong"]),
     "a layer more": (config(num_hidden_layers=3), ["no tensor 'model.layers.2", "not complete"]),
@@ -216,7 +219,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "no tokenizer": (without("tokenizer.json"), ["no tokenizer.json", "download"]),
     "a broken tokenizer": (write("tokenizer.json", "{"), ["tokenizer.json cannot be read"]),
     "a tokenizer of another kind": (write("tokenizer.json", '{"a": 1}'), ["tokenizer.json cannot be read"]),
-    "tokenizer_config is a list": (write("tokenizer_config.json", "[]"), ["tokenizer_config.json is not"]),
+    "tokenizer_config is a list": (write("tokenizer_config.json", "[]"), ["tokenizer_config.json cannot be read"]),
     "a template that is no jinja": (write("chat_template.jinja", "{% if %}"), ["not valid jinja"]),
 }
 
@@ -236,15 +239,16 @@ def test_shards(sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
     names = sorted(set(index["weight_map"].values()))
     (sharded / INDEX).unlink()
-    with pytest.raises(ConfigError, match=f"lacks {INDEX}, which says what {names[0]} is"):
+    with pytest.raises(ConfigError, match=f"has {names[0]}, but neither {WEIGHTS} nor {INDEX}"):
         small(sharded)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("model.safetensors", ["is a file", "give the folder it lies in"]),
-        ("config.json", ["is a file", "give the folder it lies in"]),
+        ("model.safetensors", ["is a file: give the folder"]),
+        ("config.json", ["is a file: give the folder"]),
+        ("x" * 300, ["cannot be opened", "File name too long"]),
         ("m.gguf", ["only m.gguf", "gguf_file='m.gguf'"]),
         ("gone", ["a link to", "which is not there"]),
     ],
@@ -297,10 +301,10 @@ SERVED: dict[str, tuple[Edit, str]] = {
     "strays": (stale, "not read: adapter_model.safetensors, consolidated.safetensors, model-"),
     "an index beside the one file": (
         write(INDEX, '{"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}'),
-        f"{WEIGHTS} and {INDEX}: the first counts",
+        f"not read: {INDEX}",
     ),
     "GGUF beside": (write("m.gguf", POINTER), ""),
-    "an adapter beside": (write("adapter_config.json", "{}"), "adapter_config.json) that lies in the folder is not"),
+    "an adapter beside": (write("adapter_config.json", "{}"), "not read: adapter_config.json"),
     "more tensors": (edit_tensors(lambda t: t.update({"model.layers.9.x": torch.ones(2)})), "no part of this model"),
     "Granite's keys": (config(embedding_multiplier=12.0), "embedding_multiplier 12.0"),
     "soft caps": (config(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
@@ -408,15 +412,21 @@ def test_the_command_ends_with_that_line_alone(model: Path, case: str) -> None:
     assert all(words in lines[0] for words in said)
 
 
-def test_an_error_that_nobody_foresaw_is_a_line_too(model: Path, tmp_path: Path) -> None:
-    """In the worker; with --log-level debug it says where."""
+@pytest.mark.parametrize(
+    ("where", "module", "function"),
+    [("miniserve.worker", "miniserve.worker.sizing", "choose_device"), ("serve", "miniserve.cli.serve", "_tokenizer")],
+)
+def test_an_error_that_nobody_foresaw_is_a_line_too(
+    model: Path, tmp_path: Path, where: str, module: str, function: str
+) -> None:
+    """In the worker or the frontend; with --log-level debug it says where."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'miniserve.worker' in sys.orig_argv:\n"
-        "    import miniserve.worker.sizing as sizing\n"
-        "    def choose_device(name):\n"
-        "        raise ZeroDivisionError('of all things')\n"
-        "    sizing.choose_device = choose_device\n"
+        f"if {where!r} in sys.orig_argv:\n"
+        f"    import {module} as module\n"
+        f"    def {function}(*given):\n"
+        "        raise ZeroDivisionError('of all\\nthings')\n"
+        f"    module.{function} = {function}\n"
     )
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     code, lines = started(model, PYTHONPATH=path)
@@ -424,4 +434,4 @@ def test_an_error_that_nobody_foresaw_is_a_line_too(model: Path, tmp_path: Path)
     assert "ZeroDivisionError: of all things" in lines[0]
     assert "--log-level debug" in lines[0]
     _, lines = started(model, "--log-level", "debug", PYTHONPATH=path)
-    assert any("in choose_device" in line for line in lines)
+    assert any(f"in {function}" in line for line in lines)

@@ -100,7 +100,7 @@ def test_any_token_that_a_file_calls_the_end_ends_a_turn(
     (folder / "config.json").write_text(json.dumps({"eos_token_id": config}))
     tiny.edit_json(folder / "tokenizer_config.json", eos_token=text)
     assert Tokenizer.load(folder).eos_token_ids == eos
-    assert ("each of them ends a turn" in caplog.text) == differ, caplog.text
+    assert ("Each of them ends a turn" in caplog.text) == differ, caplog.text
 
 
 def test_other_names_of_end_tokens(folder: Path) -> None:
