@@ -84,11 +84,9 @@ class ModelConfig:
             qk_norm=qwen3,
             dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16),
         )
-        if model.heads % model.kv_heads or model.head_dim % 2:
-            raise ConfigError(
-                f"config.json has {model.heads} heads of {model.head_dim} numbers, {model.kv_heads} of K and V. That "
-                "cannot be: the second must be even, the third must divide the first."
-            )
+        if heads % model.kv_heads or model.head_dim % 2:
+            shape = f"{heads} heads of {model.head_dim} numbers, {model.kv_heads} of K and V"
+            raise ConfigError(f"config.json has {shape}: the second must be even, the third must divide the first.")
         if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise ConfigError(f"The model uses the activation {act!r}; miniserve knows silu.")
         # Up to the window the model was trained with full attention; past it the text would differ.
@@ -138,10 +136,8 @@ def _rope(config: dict[str, Any]) -> RopeConfig:
     if kind in ("default", "dynamic"):  # the latter differs only past the length that the model was made for
         return RopeConfig(theta)
     if kind not in ("linear", "llama3"):
-        raise ConfigError(
-            f"The model's rope scaling {kind!r} is not supported; miniserve knows default, dynamic, linear, llama3. If "
-            "it was added for longer contexts, take it out of config.json again."
-        )
+        known = "miniserve knows default, dynamic, linear, llama3. If it was added for longer contexts, take it out"
+        raise ConfigError(f"The model's rope scaling {kind!r} is not supported; {known} of config.json.")
     if (part := found.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
         raise ConfigError(f"The model's partial_rotary_factor {part!r} is not supported beside rope scaling {kind!r}.")
     factor = _number(found, "factor")

@@ -37,26 +37,22 @@ def load_weights(
     """All weights in `dtype` on `device`, from `files`, or random ones where there are none; `progress` gets the number
     of layers done and of all. Raises `ConfigError` when a tensor is missing or not as config.json says."""
     if not files:
-        return _build(_random(config), set(), config, ops, dtype, device, progress)
+        return _build(_random(config), set(), config, ops, (dtype, device), progress)
     with ExitStack() as stack:
         where = _tensors([stack.enter_context(safe_open(path, framework="pt")) for path in files])
         unread = set(where)
-        weights = _build(_reader(files[0].parent, where, unread), set(where), config, ops, dtype, device, progress)
+        read = _reader(files[0].parent, where, unread)
+        weights = _build(read, set(where), config, ops, (dtype, device), progress)
     if extra := sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq")):
         log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
     return weights
 
 
 def _build(
-    read: Read,
-    names: set[str],
-    config: ModelConfig,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress,
+    read: Read, names: set[str], config: ModelConfig, ops: Ops, place: tuple[torch.dtype, torch.device], show: Progress
 ) -> Weights:
     """`names` are those of all tensors there are."""
+    dtype, device = place
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.heads * dim, config.kv_heads * dim
     total = 0
@@ -94,7 +90,7 @@ def _build(
     layers = []
     for index in range(config.layers):
         layers.append(layer(index))
-        progress(index + 1, config.layers)
+        show(index + 1, config.layers)
     norm = get("model.norm.weight", hidden)
     tied = config.tie_embeddings and not names.issuperset((EMBEDDING, HEAD))
     head = embedding if tied else get(HEAD, config.vocab_size, hidden)
@@ -120,9 +116,7 @@ def _reader(folder: Path, where: dict[str, tuple[Any, str]], unread: set[str]) -
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in where:
             tied = "; if its matrix is also the head, set tie_word_embeddings in config.json" if name == HEAD else ""
-            raise ConfigError(
-                f"{folder} has no tensor {name!r}: the download is not complete or not this architecture{tied}."
-            )
+            raise ConfigError(f"{folder} has no tensor {name!r}: not complete, or another architecture{tied}.")
         unread.discard(name)
         file, stored = where[name]
         tensor = file.get_tensor(stored)

@@ -124,13 +124,9 @@ class Tokenizer:
             model_type=str(config.get("model_type", "")),
             response_template=settings.get("response_template"),
         )
-        rows = config.get("vocab_size")
-        if isinstance(rows, int) and found.vocab_size > rows:
-            log.warning(
-                "The tokenizer knows ids up to %d, the model those below %d: a text with one of the others is refused.",
-                found.vocab_size - 1,
-                rows,
-            )
+        if isinstance(rows := config.get("vocab_size"), int) and found.vocab_size > rows:
+            last = found.vocab_size - 1
+            log.warning("The tokenizer has ids up to %d, the model those below %d: texts with others fail.", last, rows)
         return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -241,8 +237,7 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> tuple[tokenize
     except Exception as error:  # whatever the conversion of an unknown format runs into
         raise ParameterError(
             "model",
-            f"{folder} has no tokenizer.json, and transformers finds no tokenizer ({_line(error)}): download the model "
-            "again.",
+            f"{folder} has no tokenizer.json, and transformers finds none: download the model again. ({_line(error)})",
         ) from error
     return backend, {**settings, **tokenizer.special_tokens_map}
 
