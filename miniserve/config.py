@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -18,8 +19,28 @@ Number = TypeVar("Number", int, float)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that stands for a large one in a clone without Git LFS."""
+
+
 class ConfigError(ValueError):
-    """A setting that cannot work; the message says how to fix it."""
+    """A setting or a file that cannot work; the message says how to fix it."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file. Raises `ConfigError`."""
+    data = b""
+    try:
+        data = path.read_bytes()
+        if isinstance(found := json.loads(data), dict):
+            return found
+        raise ValueError("it is not a JSON object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        if data.startswith(LFS_POINTER):
+            raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.") from error
+        raise ConfigError(f"{path} cannot be read: {error}. Mend it or download it again.") from error
 
 
 def cache_dir() -> Path:

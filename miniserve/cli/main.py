@@ -1,6 +1,7 @@
 """The commands and their dispatch. Flags are vLLM's wherever vLLM has one; help imports nothing heavy."""
 
 import argparse
+import logging
 import os
 import sys
 from typing import Any
@@ -83,7 +84,6 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from miniserve.hub.check import ModelError
     from miniserve.hub.fetch import DEFAULT_MODEL
     from miniserve.hub.resolve import resolve
 
@@ -92,15 +92,13 @@ def _serve(args: argparse.Namespace) -> int:
     config = serve_config(args, args.model or args.positional_model or DEFAULT_MODEL)
     for flag, means in getattr(args, "taken", {}).items():
         print(f"miniserve: {flag} changes nothing here: {means}.", file=sys.stderr, flush=True)
-    try:
-        files = resolve(
-            config.engine.model,
-            revision=config.revision,
-            load_format=config.engine.load_format,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except ModelError as error:
-        raise ConfigError(str(error)) from error
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    files = resolve(
+        config.engine.model,
+        revision=config.revision,
+        load_format=config.engine.load_format,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     from miniserve.cli.serve import serve
 
     return serve(config, files)

@@ -39,7 +39,6 @@ class Stopped(Exception):
 
 def serve(config: ServeConfig, files: ModelFiles) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `ConfigError` if it cannot start."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     # Before anything slow, so that an error about the port comes at once.
     listeners = [bind_path(config.uds)] if config.uds else bind(config.host, config.port)
     try:
@@ -163,10 +162,13 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
                 signals.first,
                 asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start()),
             )
-        except (StartupError, ParameterError) as error:
-            raise ConfigError(str(error)) from error
         except Stopped:
             return 130
+        except Exception as error:
+            foreseen = isinstance(error, ConfigError | StartupError | ParameterError)
+            logging.getLogger("miniserve").debug("the start failed", exc_info=not foreseen)
+            broken = f"The server broke: {type(error).__name__}: {error} (--log-level debug shows where)."
+            raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
         app = create_app(config, client, feed, tokenizer, defaults, compiler)

@@ -271,9 +271,11 @@ class Ready(Wire, frozen=True):
 
 
 class StartFailed(Wire, frozen=True):
-    """A worker could not start: the reason, and what to do about it, for a person."""
+    """A worker could not start: the reason, and what to do about it, for a person. `trace` says where in the code, if
+    nobody foresaw it."""
 
     reason: str
+    trace: str = ""
 
 
 class Move(Wire, frozen=True):

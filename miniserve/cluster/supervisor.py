@@ -183,7 +183,9 @@ class Supervisor:
                 self._changed.set()
                 if self._started:  # not the first start, which waits for all
                     self._admit(name)
-            case StartFailed(reason):
+            case StartFailed(reason, trace):
+                if trace:
+                    log.log(logging.ERROR if self._started else logging.DEBUG, "%s: %s", name, trace)
                 self._explain(name, reason)
 
     def _explain(self, name: str, reason: str) -> None:
@@ -225,7 +227,8 @@ class Supervisor:
             delay = self._health.died(name, now) if self._started else None
             self._restarts[name] = None if delay is None else now + delay
             what = "it is not started again" if delay is None else f"it is started again in {delay:g} s"
-            log.error("worker %s is gone, %s: %s", name, what, self.failed[name])
+            if self._started:  # else it is what the command ends with
+                log.error("worker %s is gone, %s: %s", name, what, self.failed[name])
             self._outboxes.forget(process.spec.address)
             self._down(name, delay is not None)
 
