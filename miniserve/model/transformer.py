@@ -37,13 +37,30 @@ class Transformer:
         return compute(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
 
     @torch.inference_mode()
+    def hidden(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
+        """As `forward`, but returns `[len(batch.outputs), hidden]`, for `logits` to go on from: with so many rows at a
+        time as there is memory for."""
+        return self._layers(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[n, hidden]` of the last layer -> float32 logits `[n, vocab]`."""
+        if not len(hidden):
+            return torch.empty((0, self.config.vocab_size), device=hidden.device)
+        return self._weights.head(hidden)
+
+    @torch.inference_mode()
     def compute(
         self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
     ) -> torch.Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
-        graph. Without `outputs` the logits of all rows are wanted.
+        graph. Without `outputs` the logits of all rows are wanted."""
+        return self.logits(self._layers(plan, tokens, positions, outputs))
 
-        In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows; qkv_heads is
+    def _layers(
+        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+    ) -> torch.Tensor:
+        """In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows; qkv_heads is
         heads + 2 * kv_heads.
         """
         config, ops, weights = self.config, self.ops, self._weights
@@ -62,10 +79,10 @@ class Transformer:
             if index == config.layers - 1 and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
                 if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
-                    return torch.empty((0, config.vocab_size), device=x.device)
+                    return x[:0]
                 attended, x = attended[outputs], x[outputs]  # [outputs, heads * dim], [outputs, hidden]
             x = layer.out(attended, x)  # [T, hidden]
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)  # [T, hidden]
             gate_up = layer.gate_up(h)  # [T, 2 * intermediate]
             x = layer.down(ops.silu_mul(gate_up), x)  # [T, hidden]
-        return weights.head(ops.rms_norm(x, weights.norm, config.norm_eps))  # [T, vocab]
+        return ops.rms_norm(x, weights.norm, config.norm_eps)  # [T, hidden]

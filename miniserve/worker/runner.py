@@ -6,19 +6,19 @@ from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
 from miniserve.ops.batch import Batch
 from miniserve.worker.graphs import DecodeGraphs
-from miniserve.worker.sampler import Sampler, Samples, put
+from miniserve.worker.sampler import SCORED_LOGITS, Sampler, Samples, put, score
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Sampled, Work
 
 
 class DeviceStep:
-    """A step on the device. Behind it, what it samples is already on its way to the host."""
+    """A step on the device. Behind it, what it scores and samples is already on its way to the host."""
 
-    def __init__(self, samples: Samples | None, device: torch.device) -> None:
+    def __init__(self, samples: list[Samples], device: torch.device) -> None:
         self._samples = samples
         self._done: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._samples = samples and samples.to_host()
+            self._samples = [part.to_host() for part in samples]
             self._done = torch.cuda.Event()
             self._done.record()
 
@@ -26,7 +26,7 @@ class DeviceStep:
         """Block until it is done; what it has sampled. Pages that it filled may be shown to others from then on."""
         if self._done is not None:
             self._done.synchronize()
-        return self._samples.read() if self._samples is not None else []
+        return [found for part in self._samples for found in part.read()]
 
 
 class ModelRunner:
@@ -58,6 +58,9 @@ class ModelRunner:
         outputs: list[int] = []
         complete: list[Sequence] = []
         ahead: list[int] = []
+        scored: list[int] = []
+        following: list[int] = []
+        counts: list[int] = []
         fed: list[tuple[int, Sequence]] = []
         for work in batch:
             sequence, end = work.sequence, work.start + work.count
@@ -65,6 +68,10 @@ class ModelRunner:
             if not known:  # what is being sampled
                 known = [0]
                 fed.append((len(tokens), sequence))
+            if work.scored:
+                scored += range(len(tokens), len(tokens) + work.scored)
+                following += sequence.tokens[work.start + 1 : work.start + 1 + work.scored]
+                counts += [sequence.params.prompt_logprobs or 0] * work.scored
             if work.samples:
                 last = len(tokens) + work.count - 1
                 outputs += range(last, last + work.num_sampled)
@@ -75,7 +82,7 @@ class ModelRunner:
         model_batch = Batch(
             tokens=self._put(tokens),
             positions=self._put(positions),
-            outputs=self._put(outputs),
+            outputs=self._put(scored + outputs),
             lengths=[work.count + len(work.draft) for work in batch],
             contexts=[work.start + work.count + len(work.draft) for work in batch],
             pages=[work.sequence.pages for work in batch],
@@ -85,13 +92,21 @@ class ModelRunner:
             rows, sampled = self._latest
             wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
             model_batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
-        logits = self.graphs.logits(model_batch) if self.graphs is not None else None
+        model, logits = self._transformer, None
+        parts: list[Samples] = []
+        if scored:
+            hidden = model.hidden(model_batch, self.memory.pages)
+            block = max(SCORED_LOGITS // model.config.vocab_size, 1)
+            parts = score(model.logits, hidden[: len(scored)], following, counts, block)
+            logits = model.logits(hidden[len(scored) :])
+        elif self.graphs is not None:
+            logits = self.graphs.logits(model_batch)
         if logits is None:
-            logits = self._transformer.forward(model_batch, self.memory.pages)
+            logits = model.forward(model_batch, self.memory.pages)
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None
-        return DeviceStep(samples, self._device)
+        return DeviceStep(parts if samples is None else [*parts, samples], self._device)
 
     def _put(self, values: list[int]) -> torch.Tensor:
         return put(values, self._device)
