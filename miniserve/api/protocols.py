@@ -14,11 +14,13 @@ from miniserve.text.reader import Reader
 
 
 class AnswerHead(NamedTuple):
-    """What an answer and all chunks of a stream begin with. `created` is in seconds of Unix time."""
+    """What an answer and all chunks of a stream begin with. `created` is in seconds of Unix time. `system_fingerprint`
+    changes with the model and the server's version."""
 
     id: str
     created: int
     model: str
+    system_fingerprint: str
 
 
 class Renderer(Protocol):

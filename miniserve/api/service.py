@@ -5,6 +5,7 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 """
 
 import asyncio
+import hashlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import MAX_KEY_CHARS, RequestBody, ignored_header
@@ -44,6 +46,9 @@ from miniserve.text.tokenizer import Tokenizer
 CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 """The headers by which clients name the conversation of a turn. The first one that a request has counts."""
 
+MAX_SCORES = 2**17
+"""Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
+
 Prompts = list[tuple[list[int], SamplingParams]]
 
 
@@ -67,6 +72,7 @@ class Service:
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer, compiler)
         self._responses: ResponseStore[InputItem] = ResponseStore()
+        self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {names[0]}".encode()).hexdigest()[:10]
 
     # --- routes that generate ---------------------------------------------------------------------------------------
 
@@ -142,6 +148,14 @@ class Service:
 
         # A long prompt takes a while, in which other streams go on.
         prompts = await asyncio.to_thread(render)
+        scored = [(prompt, own) for prompt, own in prompts if own.prompt_logprobs is not None]
+        if (scores := sum(len(prompt) * p.n * ((p.prompt_logprobs or 0) + 1) for prompt, p in scored)) > MAX_SCORES:
+            raise ApiError(
+                400,
+                f"The tokens of `{renderer.prompt_field}` and their alternatives have {scores} log-probabilities, and "
+                f"an answer may hold {MAX_SCORES}: shorten the input, or ask for fewer alternatives.",
+                param=renderer.prompt_field,
+            )
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not wanted:
                 await self._grammars.check(own.grammar, body.grammar_field)
@@ -175,7 +189,7 @@ class Service:
         return generation
 
     def _head(self, id: str, model: str | None) -> AnswerHead:
-        return AnswerHead(id, int(time.time()), model or self._names[0])
+        return AnswerHead(id, int(time.time()), model or self._names[0], self._fingerprint)
 
     def _fitted(
         self, prompt: list[int], params: SamplingParams, default_limit: int | None, field: str
@@ -199,9 +213,9 @@ class Service:
                 param=field,
                 code="context_length_exceeded",
             )
-        return msgspec.structs.replace(
-            params, max_tokens=params.max_tokens or min(default_limit or room, room)
-        ).validate()
+        if params.max_tokens is None:
+            params = msgspec.structs.replace(params, max_tokens=min(default_limit or room, room))
+        return params.validate()
 
     def _check_vocabulary(self, tokens: list[int], field: str) -> None:
         size = self._client.vocab_size
@@ -254,7 +268,7 @@ class Service:
             "count": len(tokens),
             "max_model_len": self._client.max_model_len,
             "tokens": tokens,
-            "token_strs": [self._tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None,
+            "token_strs": [self._tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
         }
 
     async def detokenize(self, body: DetokenizeRequest, response: Response) -> Detokenized:

@@ -1,5 +1,6 @@
 """One decoder-only transformer for Llama 2/3, Qwen2, Qwen3 and Mistral: they differ in biases and norms only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from miniserve.ops import Ops
 from miniserve.ops.batch import Batch
 from miniserve.ops.decoder import Weights
 
+Head = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Transformer:
     """The model on one device: a batch of new tokens in, logits of the wanted rows out."""
@@ -18,6 +21,7 @@ class Transformer:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
         self.config = config
         self.ops = ops
+        self.head: Head = weights.head
         self._weights = weights
         self._scale = config.head_dim**-0.5
         self._rotary = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
@@ -28,39 +32,30 @@ class Transformer:
         return self._weights.embedding.device
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV.
 
-        Returns float32 logits `[len(batch.outputs), vocab]`.
+        Returns float32 logits `[len(batch.outputs), vocab]`, or what `head` makes of the hidden states
+        `[len(batch.outputs), hidden]`.
         """
-        compute = self._fused or self.compute
-        return compute(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
-
-    @torch.inference_mode()
-    def hidden(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
-        """As `forward`, but returns `[len(batch.outputs), hidden]`, for `logits` to go on from: with so many rows at a
-        time as there is memory for."""
-        return self._layers(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
-
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[n, hidden]` of the last layer -> float32 logits `[n, vocab]`."""
-        if not len(hidden):
-            return torch.empty((0, self.config.vocab_size), device=hidden.device)
-        return self._weights.head(hidden)
+        plan = self.ops.plan(batch, kv)
+        if head is None and self._fused is not None:
+            return self._fused(plan, batch.tokens, batch.positions, batch.outputs)
+        return self.compute(plan, batch.tokens, batch.positions, batch.outputs, head)
 
     @torch.inference_mode()
     def compute(
-        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+        self,
+        plan: Any,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        outputs: torch.Tensor | None,
+        head: Head | None = None,
     ) -> torch.Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
-        graph. Without `outputs` the logits of all rows are wanted."""
-        return self.logits(self._layers(plan, tokens, positions, outputs))
+        graph. Without `outputs` the logits of all rows are wanted.
 
-    def _layers(
-        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
-    ) -> torch.Tensor:
-        """In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows; qkv_heads is
+        In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows; qkv_heads is
         heads + 2 * kv_heads.
         """
         config, ops, weights = self.config, self.ops, self._weights
@@ -79,10 +74,10 @@ class Transformer:
             if index == config.layers - 1 and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
                 if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
-                    return x[:0]
+                    return torch.empty((0, config.vocab_size), device=x.device)
                 attended, x = attended[outputs], x[outputs]  # [outputs, heads * dim], [outputs, hidden]
             x = layer.out(attended, x)  # [T, hidden]
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)  # [T, hidden]
             gate_up = layer.gate_up(h)  # [T, 2 * intermediate]
             x = layer.down(ops.silu_mul(gate_up), x)  # [T, hidden]
-        return ops.rms_norm(x, weights.norm, config.norm_eps)  # [T, hidden]
+        return (head or self.head)(ops.rms_norm(x, weights.norm, config.norm_eps))  # [T, vocab]

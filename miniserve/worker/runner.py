@@ -58,9 +58,7 @@ class ModelRunner:
         outputs: list[int] = []
         complete: list[Sequence] = []
         ahead: list[int] = []
-        scored: list[int] = []
-        following: list[int] = []
-        counts: list[int] = []
+        scored: list[tuple[int, int, int]] = []
         fed: list[tuple[int, Sequence]] = []
         for work in batch:
             sequence, end = work.sequence, work.start + work.count
@@ -68,10 +66,9 @@ class ModelRunner:
             if not known:  # what is being sampled
                 known = [0]
                 fed.append((len(tokens), sequence))
-            if work.scored:
-                scored += range(len(tokens), len(tokens) + work.scored)
-                following += sequence.tokens[work.start + 1 : work.start + 1 + work.scored]
-                counts += [sequence.params.prompt_logprobs or 0] * work.scored
+            following = sequence.tokens[work.start + 1 :][: work.scored]
+            count = sequence.params.prompt_logprobs or 0
+            scored += [(row, token, count) for row, token in enumerate(following, len(tokens))]
             if work.samples:
                 last = len(tokens) + work.count - 1
                 outputs += range(last, last + work.num_sampled)
@@ -82,7 +79,7 @@ class ModelRunner:
         model_batch = Batch(
             tokens=self._put(tokens),
             positions=self._put(positions),
-            outputs=self._put(scored + outputs),
+            outputs=self._put([row for row, *_ in scored] + outputs),
             lengths=[work.count + len(work.draft) for work in batch],
             contexts=[work.start + work.count + len(work.draft) for work in batch],
             pages=[work.sequence.pages for work in batch],
@@ -92,21 +89,22 @@ class ModelRunner:
             rows, sampled = self._latest
             wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
             model_batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
-        model, logits = self._transformer, None
-        parts: list[Samples] = []
-        if scored:
-            hidden = model.hidden(model_batch, self.memory.pages)
-            block = max(SCORED_LOGITS // model.config.vocab_size, 1)
-            parts = score(model.logits, hidden[: len(scored)], following, counts, block)
-            logits = model.logits(hidden[len(scored) :])
-        elif self.graphs is not None:
-            logits = self.graphs.logits(model_batch)
+        model, parts = self._transformer, list[Samples]()
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            """Scores the first rows, block by block, and makes logits of the others."""
+            nonlocal parts
+            (_, tokens, counts), block = zip(*scored, strict=True), max(SCORED_LOGITS // model.config.vocab_size, 1)
+            parts = score(model.head, hidden[: len(scored)], [*tokens], [*counts], block)
+            return model.head(hidden[len(scored) :])
+
+        logits = self.graphs.logits(model_batch) if self.graphs is not None and not scored else None
         if logits is None:
-            logits = model.forward(model_batch, self.memory.pages)
+            logits = model.forward(model_batch, self.memory.pages, head if scored else None)
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None
-        return DeviceStep(parts if samples is None else [*parts, samples], self._device)
+        return DeviceStep([*parts, samples] if samples is not None else parts, self._device)
 
     def _put(self, values: list[int]) -> torch.Tensor:
         return put(values, self._device)

@@ -6,7 +6,6 @@ So the same request gives the same text whatever shares its batch, after a preem
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import repeat
@@ -14,6 +13,7 @@ from itertools import repeat
 import torch
 
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.model.transformer import Head
 from miniserve.ops import Ops
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.masks import Masks
@@ -147,12 +147,9 @@ class Sampler:
         return (picked if ids is None else ids.gather(1, picked)).squeeze(1)
 
 
-Head = Callable[[torch.Tensor], torch.Tensor]
-
-
 def score(head: Head, hidden: torch.Tensor, tokens: list[int], counts: list[int], rows: int) -> list[Samples]:
-    """Given `tokens`, each of which follows on a row of `hidden`, with what is reported of them: `counts` of the
-    likeliest ones. `head` makes float32 logits of hidden states, of so many `rows` at a time."""
+    """What is reported of `tokens`, each of which follows on a row of `hidden`, and of `counts` likely ones beside it.
+    `head` makes float32 logits of hidden states, of so many `rows` at a time."""
     blocks = []
     for start, part in zip(range(0, len(tokens), rows), hidden.split(rows), strict=True):
         given = put(tokens[start : start + rows], hidden.device)

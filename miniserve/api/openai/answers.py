@@ -79,6 +79,16 @@ class ChatChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By token id, the prompt's own token first. The prompt's first token has none."""
+
+
 class ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
@@ -86,13 +96,17 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    system_fingerprint: str
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class CompletionLogprobs(TypedDict):
+    """A prompt's first token has no log-probability."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -105,6 +119,7 @@ class CompletionChoice(TypedDict):
     finish_reason: Finish | None
     stop_reason: str | int | None
     prompt_token_ids: NotRequired[list[int] | None]
+    prompt_logprobs: NotRequired[PromptLogprobs]
     token_ids: NotRequired[list[int]]
 
 
@@ -115,6 +130,7 @@ class Completion(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    system_fingerprint: str
 
 
 class Model(TypedDict):
@@ -183,29 +199,65 @@ def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> ChatLogp
     }
 
 
-class CompletionLogprobWriter:
-    """Log-probabilities as completions have them. A writer is for one choice: it counts the characters of its text."""
+def prompt_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob], count: int) -> PromptLogprobs:
+    """Those of a prompt as vLLM has them, with `count` of the likeliest tokens beside each one."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def ranked(entry: TokenLogprob) -> dict[str, PromptLogprob]:
+        top = [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top[:count], 1)]
+        found = {}
+        for token, logprob, rank in [*top, (entry.token, entry.logprob, entry.rank)]:
+            text = tokenizer.token_bytes(token).decode("utf-8", "replace")
+            found[str(token)] = PromptLogprob(logprob=max(logprob, LOWEST), rank=rank, decoded_token=text)
+        return found
+
+    return [None, *map(ranked, entries)]
+
+
+class CompletionLogprobWriter:
+    """Log-probabilities as completions have them, with `count` of the likeliest tokens beside each one. A writer is for
+    one choice: it counts the characters of its text."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._count = count
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def write(self, entries: list[TokenLogprob]) -> CompletionLogprobs:
-        out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    def write(self, entries: list[TokenLogprob], out: CompletionLogprobs | None = None) -> CompletionLogprobs:
+        """The next tokens of the choice, behind those that `out` has."""
+        out = out or {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
-            logprob = max(entry.logprob, LOWEST)
-            name = self._name(entry.token)
-            out["tokens"].append(name)
-            out["token_logprobs"].append(logprob)
-            # The sampled token is always among the alternatives, even if it is not one of the most likely.
-            tops = {self._name(token): max(value, LOWEST) for token, value in entry.top}
-            out["top_logprobs"].append(tops | {name: logprob})
-            out["text_offset"].append(self._offset)
+            self._add(out, entry.token, entry)
             if entry.token not in self._skip:
                 self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(entry.token)))
         return out
+
+    def echo(self, text: str, tokens: list[int], entries: list[TokenLogprob]) -> CompletionLogprobs:
+        """A prompt, whose `tokens` stand in `text` as far as they were written there: no special ones that the
+        tokenizer has added, nor its space before the first word. `entries` are those of all but the first."""
+        out = self.write([])
+        for token, entry in zip(tokens, [None, *entries], strict=False):
+            self._add(out, token, entry)
+            piece = self._decoder.decode(self._tokenizer.token_bytes(token))
+            if not text.startswith(piece, self._offset):
+                piece = "" if token in self._tokenizer.special_ids else piece.lstrip(" ")
+            self._offset = min(self._offset + len(piece), len(text))
+        self._decoder.reset()
+        self._offset = len(text)
+        return out
+
+    def _add(self, out: CompletionLogprobs, token: int, entry: TokenLogprob | None) -> None:
+        name, logprob, tops = self._name(token), None, None
+        if entry is not None:
+            logprob = max(entry.logprob, LOWEST)
+            # The token itself is always among the alternatives, even if it is not one of the most likely.
+            top = entry.top[: self._count]
+            tops = {self._name(other): max(value, LOWEST) for other, value in top} | {name: logprob}
+        out["tokens"].append(name)
+        out["token_logprobs"].append(logprob)
+        out["top_logprobs"].append(tops)
+        out["text_offset"].append(self._offset)
 
     def _name(self, token: int) -> str:
         """The token's text, or its bytes if it is a part of a character, since names must differ."""

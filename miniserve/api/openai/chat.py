@@ -108,7 +108,10 @@ class ChatWriter(ChunkWriter):
             "model": self.head.model,
             "choices": choices,
             "usage": answers.usage(generation, generation.output_tokens),
+            "system_fingerprint": self.head.system_fingerprint,
         }
+        if self.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self.scores(generation.choices[0], self.prompt_logprobs)
         if self.token_ids:
             answer["prompt_token_ids"] = generation.choices[0].prompt
         return answer

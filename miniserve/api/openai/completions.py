@@ -6,13 +6,21 @@ from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
-from miniserve.sampling_params import SamplingParams
+from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.reader import Part
 from miniserve.text.tokenizer import Tokenizer
 
+FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
+)
+"""The tokens before the text, at the gap, and after the suffix: what comes then fills the gap."""
+
 
 class CompletionRenderer:
-    """A `Renderer`: the model continues each of a request's prompts, and all text is content."""
+    """A `Renderer`: the model continues each of a request's prompts, or fills the gap before its suffix; all text is
+    content."""
 
     prompt_field = "prompt"
 
@@ -22,9 +30,24 @@ class CompletionRenderer:
 
     def prompts(self) -> list[list[int]]:
         return [
-            self._tokenizer.encode(prompt, self._request.add_special_tokens) if isinstance(prompt, str) else prompt
+            self._tokenizer.encode(self._whole(prompt), self._request.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in self._request.prompt
         ]
+
+    def _whole(self, prompt: str) -> str:
+        if not self._request.suffix:
+            return prompt
+        for tokens in FILL_IN_THE_MIDDLE:
+            if all(self._tokenizer.control_id(token) is not None for token in tokens):
+                before, gap, after = tokens
+                return f"{before}{prompt}{gap}{self._request.suffix}{after}"
+        raise ParameterError(
+            "suffix",
+            "`suffix` is not supported by this model, whose tokenizer has no tokens to fill in the middle: put all of "
+            "the text into `prompt`.",
+        )
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
         return params
@@ -43,7 +66,7 @@ class CompletionWriter(ChunkWriter):
         super().__init__(head, tokenizer, request)
         self._request = request
         self._logprob_writers: dict[int, answers.CompletionLogprobWriter] = {}
-        self._prompt_sent: set[int] = set()
+        self._opened: set[int] = set()
 
     def response(self, generation: Generation) -> answers.Completion:
         taken = [(choice, *choice.take_text()) for choice in generation.choices]
@@ -52,12 +75,14 @@ class CompletionWriter(ChunkWriter):
             "object": "text_completion",
             "created": self.head.created,
             "model": self.head.model,
-            "choices": [self._choice(c, self._echo(c) + text, logprobs, ended=True) for c, text, logprobs in taken],
+            "choices": [self._choice(c, text, logprobs, ended=True) for c, text, logprobs in taken],
             "usage": answers.usage(generation, generation.output_tokens),
+            "system_fingerprint": self.head.system_fingerprint,
         }
 
     def opening(self, choice: Choice) -> answers.CompletionChoice | None:
-        return self._choice(choice, self._echo(choice), []) if self._request.echo else None
+        # The prompt's log-probabilities come with the first output.
+        return self._choice(choice, "", []) if self._request.echo and choice.params.logprobs is None else None
 
     def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> answers.CompletionChoice:
         assert isinstance(part, str)  # without a reader there are no other parts
@@ -69,29 +94,38 @@ class CompletionWriter(ChunkWriter):
     def _choice(
         self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False
     ) -> answers.CompletionChoice:
+        opens = choice.index not in self._opened
+        self._opened.add(choice.index)
+        echo = self._echo(choice) if opens and self._request.echo else None
         answer: answers.CompletionChoice = {
             "index": choice.index,
-            "text": text,
-            "logprobs": self._logprobs(choice, logprobs),
+            "text": (echo or "") + text,
+            "logprobs": self._logprobs(choice, logprobs, echo),
             "finish_reason": choice.finish if ended else None,
             "stop_reason": choice.stop_reason if ended else None,
         }
         if self.token_ids:
-            answer["prompt_token_ids"] = None if choice.index in self._prompt_sent else choice.prompt
+            answer["prompt_token_ids"] = choice.prompt if opens else None
             answer["token_ids"] = choice.take_tokens()
-            self._prompt_sent.add(choice.index)
+        if self.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self.scores(choice, self.prompt_logprobs)
         return answer
 
     def _echo(self, choice: Choice) -> str:
-        if not self._request.echo or self.token_ids:
+        if self.token_ids:
             return ""
         prompt = self._request.prompt[choice.index // choice.params.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> answers.CompletionLogprobs | None:
-        if choice.params.logprobs is None:
+    def _logprobs(
+        self, choice: Choice, logprobs: list[TokenLogprob], echo: str | None
+    ) -> answers.CompletionLogprobs | None:
+        params = choice.params
+        if params.logprobs is None:
             return None
         if choice.index not in self._logprob_writers:
-            writer = answers.CompletionLogprobWriter(self._tokenizer, choice.params.skip_special_tokens)
+            writer = answers.CompletionLogprobWriter(self._tokenizer, params.logprobs, params.skip_special_tokens)
             self._logprob_writers[choice.index] = writer
-        return self._logprob_writers[choice.index].write(logprobs)
+        writer = self._logprob_writers[choice.index]
+        before = None if echo is None else writer.echo(echo, choice.prompt, choice.prompt_logprobs)
+        return writer.write(logprobs, before)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from miniserve.api.fields import Biases, Key, RequestBody, Salt, Stops, Temperature, TokenIds, TopK, TopP
-from miniserve.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
+from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
 
 MAX_CHOICES = 1000
@@ -71,7 +71,6 @@ class GenerationRequest(RequestBody, ABC):
 
     refused = {
         "use_beam_search": "tokens are sampled, or taken greedily with `temperature` 0",
-        "prompt_logprobs": "log-probabilities are of generated tokens only",
         "truncate_prompt_tokens": "cut the input yourself",
         "bad_words": "use `logit_bias`",
         **dict.fromkeys(
@@ -106,6 +105,7 @@ class GenerationRequest(RequestBody, ABC):
     structured_outputs: StructuredOutputs | None = None
     cache_salt: Salt | None = None
     """Only requests with the same salt share prefixes."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: bool | None = None
     """The answer holds its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
 
@@ -113,6 +113,8 @@ class GenerationRequest(RequestBody, ABC):
     def _fields_agree(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ParameterError("prompt_logprobs", "`prompt_logprobs` come with whole answers only: no `stream`.")
         if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
             raise ParameterError("structured_outputs", "Give `response_format` or `structured_outputs`, not both.")
         return self
