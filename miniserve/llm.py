@@ -38,8 +38,7 @@ class CompletionOutput(msgspec.Struct):
 
 
 class RequestOutput(msgspec.Struct):
-    """A prompt and what came of it. `cached_tokens` of the prompt were found in the prefix cache. `prompt_logprobs`, if
-    asked for, are those of all its tokens but the first."""
+    """A prompt and what came of it. `cached_tokens` were found; `prompt_logprobs` begin with the second token."""
 
     prompt: str
     prompt_token_ids: list[int]

@@ -94,8 +94,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return penalised or self.grammar is not None
 
     def nth(self, i: int) -> SamplingParams:
-        """The parameters of a prompt's choice number `i`: its own seed, so that the choices differ. Only the first one
-        brings the prompt's log-probabilities, which are the same for all."""
+        """The parameters of a prompt's choice number `i`: its own seed, and no second look at the prompt."""
         if i == 0:
             return self
         seed = None if self.seed is None else (self.seed + i + 2**63) % 2**64 - 2**63

@@ -41,7 +41,6 @@ class Choice:
         self.tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
-        """Those of all tokens of the prompt but the first, if they are wanted and have come."""
 
     @property
     def finish(self) -> Finish | None:

@@ -14,8 +14,7 @@ from miniserve.text.reader import Reader
 
 
 class AnswerHead(NamedTuple):
-    """What an answer and all chunks of a stream begin with. `created` is in seconds of Unix time. `system_fingerprint`
-    changes with the model and the server's version."""
+    """What an answer and all chunks of a stream begin with. `created` is in seconds of Unix time."""
 
     id: str
     created: int

@@ -46,7 +46,7 @@ from miniserve.text.tokenizer import Tokenizer
 CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 """The headers by which clients name the conversation of a turn. The first one that a request has counts."""
 
-MAX_SCORES = 2**17
+MAX_SCORES = 2**16
 """Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
 
 Prompts = list[tuple[list[int], SamplingParams]]
@@ -148,14 +148,10 @@ class Service:
 
         # A long prompt takes a while, in which other streams go on.
         prompts = await asyncio.to_thread(render)
-        scored = [(prompt, own) for prompt, own in prompts if own.prompt_logprobs is not None]
-        if (scores := sum(len(prompt) * p.n * ((p.prompt_logprobs or 0) + 1) for prompt, p in scored)) > MAX_SCORES:
-            raise ApiError(
-                400,
-                f"The tokens of `{renderer.prompt_field}` and their alternatives have {scores} log-probabilities, and "
-                f"an answer may hold {MAX_SCORES}: shorten the input, or ask for fewer alternatives.",
-                param=renderer.prompt_field,
-            )
+        scores = sum(len(ids) * p.n * (p.prompt_logprobs + 1) for ids, p in prompts if p.prompt_logprobs is not None)
+        if scores > MAX_SCORES:
+            fix = f"an answer holds {MAX_SCORES} at most. Shorten the input, or ask for fewer alternatives"
+            raise ApiError(400, f"The prompts have {scores} log-probabilities, but {fix}.", param=renderer.prompt_field)
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not wanted:
                 await self._grammars.check(own.grammar, body.grammar_field)

@@ -61,7 +61,7 @@ class Peer(Wire, frozen=True):
     role: Role = Role.DECODER
 
 
-class TokenLogprob(Wire, frozen=True):
+class TokenLogprob(Wire, frozen=True, gc=False):
     """The log-probability of a token and of the most likely alternatives, before any penalty or temperature."""
 
     token: int

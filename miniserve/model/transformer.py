@@ -12,7 +12,7 @@ from miniserve.ops import Ops
 from miniserve.ops.batch import Batch
 from miniserve.ops.decoder import Weights
 
-Head = Callable[[torch.Tensor], torch.Tensor]
+Head = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class Transformer:
@@ -21,7 +21,7 @@ class Transformer:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
         self.config = config
         self.ops = ops
-        self.head: Head = weights.head
+        self.head = weights.head
         self._weights = weights
         self._scale = config.head_dim**-0.5
         self._rotary = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
@@ -32,25 +32,18 @@ class Transformer:
         return self._weights.embedding.device
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: torch.Tensor, head: Head | None = None) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: torch.Tensor, head: Head = None) -> torch.Tensor:
         """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV.
 
-        Returns float32 logits `[len(batch.outputs), vocab]`, or what `head` makes of the hidden states
-        `[len(batch.outputs), hidden]`.
+        Returns float32 logits `[len(batch.outputs), vocab]`, or what a `head` makes of the hidden states
+        `[len(batch.outputs), hidden]` instead.
         """
-        plan = self.ops.plan(batch, kv)
-        if head is None and self._fused is not None:
-            return self._fused(plan, batch.tokens, batch.positions, batch.outputs)
-        return self.compute(plan, batch.tokens, batch.positions, batch.outputs, head)
+        new = self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs
+        return self._fused(*new) if head is None and self._fused is not None else self.compute(*new, head)
 
     @torch.inference_mode()
     def compute(
-        self,
-        plan: Any,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        outputs: torch.Tensor | None,
-        head: Head | None = None,
+        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, head: Head = None
     ) -> torch.Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
         graph. Without `outputs` the logits of all rows are wanted.

@@ -307,7 +307,7 @@ class Engine:
             self._refuse(sequence, sequence.matcher.error)
             return
         index, before = sequence.num_outputs, len(sequence.tokens)
-        scores = sequence.scores if sequence.scoring else None
+        scored = sequence.scores if sequence.scoring else None
         sequence.extend([token for token, _ in found], self.runner.eos, self.max_model_len)
         tokens = sequence.tokens[before:]
         self.counters.generated_tokens += len(tokens)
@@ -317,7 +317,7 @@ class Engine:
         logprobs = [logprob for _, logprob in found[: len(tokens)] if logprob is not None] or None
         if index == sequence.prior:
             seconds = now - sequence.admitted
-            first = FirstToken(sequence.turn, index, tokens, sequence.cached or 0, seconds, logprobs, scores)
+            first = FirstToken(sequence.turn, index, tokens, sequence.cached or 0, seconds, logprobs, scored)
             result.outputs += first_outputs(sequence, first)
             if sequence.prefill_for is not None:
                 result.prefilled.append(Prefilled(sequence, first))
@@ -343,8 +343,7 @@ class Engine:
         sequence.prefill_at = sequence.history_at = None
         short = sequence.missing > 1 and len(sequence.pages) * self.page_tokens < len(sequence.tokens)
         if short or sequence.computed > sequence.findable:
-            # It has got its first token but not all of its KV, so that more than it was admitted with is to be
-            # computed; or it has KV of a prompt whose log-probabilities have not come.
+            # It has its first token but not all of its KV, or KV but no scores: more than planned is to be computed.
             self._preempt(sequence)
 
 

@@ -93,9 +93,10 @@ class ModelRunner:
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
             """Scores the first rows, block by block, and makes logits of the others."""
-            nonlocal parts
-            (_, tokens, counts), block = zip(*scored, strict=True), max(SCORED_LOGITS // model.config.vocab_size, 1)
-            parts = score(model.head, hidden[: len(scored)], [*tokens], [*counts], block)
+            size = max(SCORED_LOGITS // model.config.vocab_size, 1)
+            for start in range(0, len(scored), size):
+                rows, tokens, counts = zip(*scored[start : start + size], strict=True)
+                parts.append(score(model.head(hidden[start : start + len(rows)]), [*tokens], [*counts]))
             return model.head(hidden[len(scored) :])
 
         logits = self.graphs.logits(model_batch) if self.graphs is not None and not scored else None

@@ -13,7 +13,6 @@ from itertools import repeat
 import torch
 
 from miniserve.cluster.messages import TokenLogprob
-from miniserve.model.transformer import Head
 from miniserve.ops import Ops
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.masks import Masks
@@ -147,15 +146,10 @@ class Sampler:
         return (picked if ids is None else ids.gather(1, picked)).squeeze(1)
 
 
-def score(head: Head, hidden: torch.Tensor, tokens: list[int], counts: list[int], rows: int) -> list[Samples]:
-    """What is reported of `tokens`, each of which follows on a row of `hidden`, and of `counts` likely ones beside it.
-    `head` makes float32 logits of hidden states, of so many `rows` at a time."""
-    blocks = []
-    for start, part in zip(range(0, len(tokens), rows), hidden.split(rows), strict=True):
-        given = put(tokens[start : start + rows], hidden.device)
-        found = LogprobRows.of(head(part).log_softmax(-1), given, [*range(len(part))], counts[start : start + rows])
-        blocks.append(Samples(given, found))
-    return blocks
+def score(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> Samples:
+    """Given `tokens`, one for each row of `logits` (float32 `[n, vocab]`), with `counts` of the likeliest ones."""
+    given = put(tokens, logits.device)
+    return Samples(given, LogprobRows.of(logits.log_softmax(-1), given, [*range(len(tokens))], counts))
 
 
 def put(values: list[int] | list[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:

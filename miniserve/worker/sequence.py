@@ -209,19 +209,14 @@ class Sequence:
 
     def extend(self, tokens: list[int], eos: frozenset[int], max_len: int) -> None:
         """Add the next outputs up to the one that the turn ends with, and then set `finish`."""
-        if self.params.max_tokens == 0:
-            self.finish = "length"
-        for token in tokens:
-            if self.finish is None:
-                self._append(token, eos, max_len)
-
-    def _append(self, token: int, eos: frozenset[int], max_len: int) -> None:
-        self.tokens.append(token)
         params = self.params
-        # Where a grammar lets a turn end, nothing could follow.
-        if token in params.stop_token_ids or (token in eos and not (params.ignore_eos and params.grammar is None)):
-            self.stop_token = token
-            self.finish = "stop"
-        limit = params.max_tokens is not None and self.num_outputs >= params.max_tokens
-        if self.finish is None and (limit or len(self.tokens) >= max_len):
+        most = max_len if params.max_tokens is None else min(max_len, self.given - self.prior + params.max_tokens)
+        for token in tokens[: most - len(self.tokens)]:
+            self.tokens.append(token)
+            # Where a grammar lets a turn end, nothing could follow.
+            if token in params.stop_token_ids or (token in eos and not (params.ignore_eos and params.grammar is None)):
+                self.stop_token = token
+                self.finish = "stop"
+                return
+        if len(self.tokens) >= most:
             self.finish = "length"

@@ -183,8 +183,7 @@ def _ways_out(config: EngineConfig, fitting_tokens: int, needed_bytes: int) -> l
 
 def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, budget: int) -> int:
     """Bytes that the largest step takes on a GPU beside weights and KV, measured: `budget` tokens, shared by as many
-    sequences as may run, each of which is scored and samples with all filters. One sequence must be able to have so
-    many."""
+    sequences as may run, each of which samples with all filters. One sequence must be able to have so many."""
     device = transformer.device
     count = min(max_num_seqs, budget)
     params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, logprobs=20, prompt_logprobs=20)

@@ -173,10 +173,11 @@ def test_offsets_of_a_prompt(tiny_folder: Any, text: str, tokens: list[Any], off
     tokenizer = Tokenizer.load(tiny_folder)
     ids = [token if isinstance(token, int) else tokenizer.encode(token)[0] for token in tokens]
     writer = CompletionLogprobWriter(tokenizer, 0, skip_special_tokens=True)
-    out = writer.echo(text, ids, [TokenLogprob(token, -1.0, 1, []) for token in ids[1:]])
-    assert out["text_offset"] == offsets
-    after = writer.write([TokenLogprob(ord("z"), -1.0, 1, [])] * 2, out)
-    assert after["text_offset"] == [*offsets, len(text), len(text) + 1]
+    entries = [TokenLogprob(token, -1.0, 1, []) for token in [*ids, ord("z"), ord("z")]]
+    prompt = [(ids[0], None), *((token, entry) for token, entry in zip(ids[1:], entries[1:], strict=False))]
+    out = writer.write(entries[len(ids) :], text, prompt)
+    assert out["text_offset"] == [*offsets, len(text), len(text) + 1]
+    assert out["top_logprobs"][0] is out["token_logprobs"][0] is None
 
 
 # --- filling a gap --------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def test_never_all_logits_at_once(tiny_folder, monkeypatch) -> None:
     made = []
     llm = small(tiny_folder)
     model = llm.engine.runner._transformer
-    head = model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: made.append(len(hidden)) or head(hidden))
+    head = model.head
+    monkeypatch.setattr(model, "head", lambda hidden: made.append(len(hidden)) or head(hidden))
     monkeypatch.setattr(runner, "SCORED_LOGITS", 320 * 50)
     prompt = prompts(4, seed=6, longest=400)[3] + [5] * 120
     check_all(tiny_folder, llm, [prompt])

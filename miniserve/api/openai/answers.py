@@ -5,6 +5,7 @@ Shapes and names are OpenAI's; `stop_reason`, `max_model_len`, token ids and eve
 """
 
 import codecs
+from collections.abc import Sequence
 from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -86,7 +87,6 @@ class PromptLogprob(TypedDict):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""By token id, the prompt's own token first. The prompt's first token has none."""
 
 
 class ChatCompletion(TypedDict):
@@ -102,8 +102,6 @@ class ChatCompletion(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """A prompt's first token has no log-probability."""
-
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -180,6 +178,7 @@ def usage(of: Choice | Generation, output_tokens: int) -> Usage:
     return used
 
 
+Scored = Sequence[tuple[int, TokenLogprob | None]]
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON lacks; as in OpenAI's answers and vLLM's."""
 
@@ -199,18 +198,17 @@ def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> ChatLogp
     }
 
 
-def prompt_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob], count: int) -> PromptLogprobs:
-    """Those of a prompt as vLLM has them, with `count` of the likeliest tokens beside each one."""
-
-    def ranked(entry: TokenLogprob) -> dict[str, PromptLogprob]:
-        top = [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top[:count], 1)]
-        found = {}
-        for token, logprob, rank in [*top, (entry.token, entry.logprob, entry.rank)]:
+def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, count: int) -> PromptLogprobs:
+    """Those of a prompt as vLLM has them: by token id, with `count` likely ones. The first token has none."""
+    found: PromptLogprobs = [None]
+    for entry in choice.prompt_logprobs:
+        ranked = [(rank, *top) for rank, top in enumerate(entry.top[:count], 1)]
+        named: dict[str, PromptLogprob] = {}
+        for rank, token, logprob in [*ranked, (entry.rank, entry.token, entry.logprob)]:
             text = tokenizer.token_bytes(token).decode("utf-8", "replace")
-            found[str(token)] = PromptLogprob(logprob=max(logprob, LOWEST), rank=rank, decoded_token=text)
-        return found
-
-    return [None, *map(ranked, entries)]
+            named[str(token)] = {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text}
+        found.append(named)
+    return found
 
 
 class CompletionLogprobWriter:
@@ -224,40 +222,25 @@ class CompletionLogprobWriter:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def write(self, entries: list[TokenLogprob], out: CompletionLogprobs | None = None) -> CompletionLogprobs:
-        """The next tokens of the choice, behind those that `out` has."""
-        out = out or {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for entry in entries:
-            self._add(out, entry.token, entry)
-            if entry.token not in self._skip:
-                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(entry.token)))
-        return out
-
-    def echo(self, text: str, tokens: list[int], entries: list[TokenLogprob]) -> CompletionLogprobs:
-        """A prompt, whose `tokens` stand in `text` as far as they were written there: no special ones that the
-        tokenizer has added, nor its space before the first word. `entries` are those of all but the first."""
-        out = self.write([])
-        for token, entry in zip(tokens, [None, *entries], strict=False):
-            self._add(out, token, entry)
+    def write(self, entries: list[TokenLogprob], text: str = "", prompt: Scored = ()) -> CompletionLogprobs:
+        """The next tokens, first those of the `prompt` if it is echoed as `text`. They stand there as far as they were
+        written: no special ones that the tokenizer has added, nor its space before the first word."""
+        out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for number, (token, entry) in enumerate([*prompt, *((entry.token, entry) for entry in entries)], 1):
+            out["tokens"].append(self._name(token))
+            out["token_logprobs"].append(max(entry.logprob, LOWEST) if entry else None)
+            # The token itself is always among the alternatives, even if it is not one of the most likely.
+            top = [*entry.top[: self._count], (token, entry.logprob)] if entry else []
+            out["top_logprobs"].append({self._name(t): max(value, LOWEST) for t, value in top} or None)
+            out["text_offset"].append(self._offset)
             piece = self._decoder.decode(self._tokenizer.token_bytes(token))
+            if number > len(prompt):
+                self._offset += 0 if token in self._skip else len(piece)
+                continue
             if not text.startswith(piece, self._offset):
                 piece = "" if token in self._tokenizer.special_ids else piece.lstrip(" ")
-            self._offset = min(self._offset + len(piece), len(text))
-        self._decoder.reset()
-        self._offset = len(text)
+            self._offset = min(self._offset + len(piece), len(text)) if number < len(prompt) else len(text)
         return out
-
-    def _add(self, out: CompletionLogprobs, token: int, entry: TokenLogprob | None) -> None:
-        name, logprob, tops = self._name(token), None, None
-        if entry is not None:
-            logprob = max(entry.logprob, LOWEST)
-            # The token itself is always among the alternatives, even if it is not one of the most likely.
-            top = entry.top[: self._count]
-            tops = {self._name(other): max(value, LOWEST) for other, value in top} | {name: logprob}
-        out["tokens"].append(name)
-        out["token_logprobs"].append(logprob)
-        out["top_logprobs"].append(tops)
-        out["text_offset"].append(self._offset)
 
     def _name(self, token: int) -> str:
         """The token's text, or its bytes if it is a part of a character, since names must differ."""

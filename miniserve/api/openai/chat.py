@@ -110,8 +110,8 @@ class ChatWriter(ChunkWriter):
             "usage": answers.usage(generation, generation.output_tokens),
             "system_fingerprint": self.head.system_fingerprint,
         }
-        if self.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self.scores(generation.choices[0], self.prompt_logprobs)
+        if (count := self.prompt_logprobs) is not None:
+            answer["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, generation.choices[0], count)
         if self.token_ids:
             answer["prompt_token_ids"] = generation.choices[0].prompt
         return answer

@@ -8,7 +8,7 @@ import msgspec
 
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
-from miniserve.api.openai.answers import PromptLogprobs, prompt_logprobs, usage
+from miniserve.api.openai.answers import usage
 from miniserve.api.openai.parameters import GenerationRequest, StreamOptions
 from miniserve.api.protocols import AnswerHead
 from miniserve.api.streaming import data_event
@@ -31,10 +31,6 @@ class ChunkWriter(ABC):
         self.prompt_logprobs = request.prompt_logprobs
         self._tokenizer = tokenizer
         self._options = request.stream_options or StreamOptions()
-
-    def scores(self, choice: Choice, count: int) -> PromptLogprobs:
-        """The log-probabilities of the prompt, of `count` alternatives as well."""
-        return prompt_logprobs(self._tokenizer, choice.prompt_logprobs, count)
 
     @abstractmethod
     def opening(self, choice: Choice) -> Mapping[str, Any] | None:

@@ -1,5 +1,7 @@
 """/v1/completions: its prompts, and its choices."""
 
+import msgspec
+
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter
@@ -19,8 +21,7 @@ FILL_IN_THE_MIDDLE = (
 
 
 class CompletionRenderer:
-    """A `Renderer`: the model continues each of a request's prompts, or fills the gap before its suffix; all text is
-    content."""
+    """A `Renderer`: the model continues each of a request's prompts, up to its suffix. All text is content."""
 
     prompt_field = "prompt"
 
@@ -29,28 +30,27 @@ class CompletionRenderer:
         self._request = request
 
     def prompts(self) -> list[list[int]]:
+        before, gap, after = self._marks() if self._request.suffix else ("", "", "")
+        rest = f"{gap}{self._request.suffix or ''}{after}"
         return [
-            self._tokenizer.encode(self._whole(prompt), self._request.add_special_tokens)
+            self._tokenizer.encode(before + prompt + rest, self._request.add_special_tokens)
             if isinstance(prompt, str)
             else prompt
             for prompt in self._request.prompt
         ]
 
-    def _whole(self, prompt: str) -> str:
-        if not self._request.suffix:
-            return prompt
-        for tokens in FILL_IN_THE_MIDDLE:
-            if all(self._tokenizer.control_id(token) is not None for token in tokens):
-                before, gap, after = tokens
-                return f"{before}{prompt}{gap}{self._request.suffix}{after}"
-        raise ParameterError(
-            "suffix",
-            "`suffix` is not supported by this model, whose tokenizer has no tokens to fill in the middle: put all of "
-            "the text into `prompt`.",
-        )
+    def _marks(self) -> tuple[str, str, str]:
+        for marks in FILL_IN_THE_MIDDLE:
+            if all(self._tokenizer.control_id(mark) is not None for mark in marks):
+                return marks
+        words = "this model's tokenizer has no tokens to fill in the middle. Put all of the text into `prompt`"
+        raise ParameterError("suffix", f"`suffix` is not supported: {words}.")
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
-        return params
+        """With `echo` log-probabilities are of the prompt too."""
+        if not self._request.echo or params.logprobs is None:
+            return params
+        return msgspec.structs.replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
 
     def reader(self, prompt: list[int]) -> None:
         return None
@@ -108,7 +108,7 @@ class CompletionWriter(ChunkWriter):
             answer["prompt_token_ids"] = choice.prompt if opens else None
             answer["token_ids"] = choice.take_tokens()
         if self.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self.scores(choice, self.prompt_logprobs)
+            answer["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
         return answer
 
     def _echo(self, choice: Choice) -> str:
@@ -117,15 +117,12 @@ class CompletionWriter(ChunkWriter):
         prompt = self._request.prompt[choice.index // choice.params.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _logprobs(
-        self, choice: Choice, logprobs: list[TokenLogprob], echo: str | None
-    ) -> answers.CompletionLogprobs | None:
+    def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> answers.CompletionLogprobs | None:
         params = choice.params
         if params.logprobs is None:
             return None
         if choice.index not in self._logprob_writers:
             writer = answers.CompletionLogprobWriter(self._tokenizer, params.logprobs, params.skip_special_tokens)
             self._logprob_writers[choice.index] = writer
-        writer = self._logprob_writers[choice.index]
-        before = None if echo is None else writer.echo(echo, choice.prompt, choice.prompt_logprobs)
-        return writer.write(logprobs, before)
+        prompt = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
+        return self._logprob_writers[choice.index].write(new, echo or "", prompt)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec
 from pydantic import Field, PrivateAttr, model_validator
 
 from miniserve.api.fields import Count, Effort, Prompts, RequestBody, TokenIds
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_tools
-from miniserve.sampling_params import MAX_LOGPROBS, ParameterError, SamplingParams
+from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.messages import ChatMessage, Json, Text
 
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
@@ -97,8 +95,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     suffix: Text | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
-    """16 if it is left out, as with OpenAI and vLLM; null means the rest of the context, 0 none: with `echo` and
-    `logprobs` the prompt is scored."""
+    """16 if it is left out, as with OpenAI and vLLM; null means the rest of the context, 0 no output at all."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     add_special_tokens: bool = True
@@ -120,12 +117,6 @@ class CompletionRequest(GenerationRequest):
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
-
-    def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
-        params = super().sampling(defaults, vocab_size)
-        if not self.echo or self.logprobs is None:
-            return params
-        return msgspec.structs.replace(params, prompt_logprobs=max(self.logprobs, self.prompt_logprobs or 0))
 
 
 class TokenizeRequest(RequestBody):
