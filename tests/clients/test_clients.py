@@ -210,7 +210,8 @@ def test_lm_eval(
         assert [float(found) for found, _ in sample["filtered_resps"]] == pytest.approx(each, abs=1e-3)
         right += each.index(max(each)) == doc["answer"]
     assert scores["choices"]["acc,none"] == pytest.approx(right / len(DOCS["choices"]))
-    total, begin = 0.0, tokenizer.encode("<|endoftext|>")
+    settings = json.loads((used / "tokenizer_config.json").read_text())
+    total, begin = 0.0, tokenizer.encode(settings["bos_token"])
     for doc in DOCS["pages"]:
         tokens = tokenizer.encode(doc["page"])
         # Windows of 126 tokens, each behind the token before it; the last one has as many before it as fit.
