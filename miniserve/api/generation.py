@@ -41,6 +41,7 @@ class Choice:
         self._parts: list[Part] = []
         self.tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def finish(self) -> Finish | None:
@@ -77,6 +78,7 @@ class Choice:
     def feed(self, out: FirstToken | Tokens | Ended) -> None:
         if isinstance(out, FirstToken):
             self.cached_tokens = out.cached_tokens
+            self.prompt_logprobs = out.prompt_logprobs or self.prompt_logprobs
         text, count = self._words.feed(out)
         self.output_tokens += count
         self.tokens += out.tokens[:count]
@@ -217,6 +219,7 @@ class Generation:
                 first, prefill = now, out.prefill if isinstance(out, FirstToken) else 0.0
                 self._metrics.first_token(now - self._arrived, choice.prompt_tokens)
                 for sibling in siblings:
+                    sibling.prompt_logprobs = choice.prompt_logprobs
                     self._begin(sibling, [])
             elif had and out.tokens:
                 self._metrics.observe(inter_token_latency_seconds=now - before)

@@ -19,6 +19,7 @@ class AnswerHead(NamedTuple):
     id: str
     created: int
     model: str
+    system_fingerprint: str
 
 
 class Renderer(Protocol):

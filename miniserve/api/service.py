@@ -5,6 +5,7 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import MAX_KEY_CHARS, RequestBody, ignored_header
@@ -38,6 +40,9 @@ from miniserve.text.tokenizer import Tokenizer
 
 CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 """The headers by which clients name the conversation of a turn. The first one that a request has counts."""
+
+MAX_SCORES = 2**16
+"""Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
 
 Prompts = list[tuple[list[int], SamplingParams]]
 
@@ -67,6 +72,7 @@ class Service:
         self._ping = ping
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer, compiler)
+        self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {names[0]}".encode()).hexdigest()[:10]
 
     # --- routes that generate ---------------------------------------------------------------------------------------
 
@@ -131,6 +137,10 @@ class Service:
 
         # A long prompt takes a while, in which other streams go on.
         prompts = await asyncio.to_thread(render)
+        scores = sum(len(ids) * p.n * (p.prompt_logprobs + 1) for ids, p in prompts if p.prompt_logprobs is not None)
+        if scores > MAX_SCORES:
+            fix = f"an answer holds {MAX_SCORES} at most. Shorten the input, or ask for fewer alternatives"
+            raise ApiError(400, f"The prompts have {scores} log-probabilities, but {fix}.", param=renderer.prompt_field)
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not wanted:
                 await self._grammars.check(own.grammar, body.grammar_field)
@@ -164,7 +174,7 @@ class Service:
         return generation
 
     def head(self, id: str, model: str | None) -> AnswerHead:
-        return AnswerHead(id, int(time.time()), model or self._names[0])
+        return AnswerHead(id, int(time.time()), model or self._names[0], self._fingerprint)
 
     def _fitted(
         self, prompt: list[int], params: SamplingParams, default_limit: int | None, field: str
@@ -186,7 +196,8 @@ class Service:
                 code="context_length_exceeded",
                 anthropic=f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum",
             )
-        most = min(params.max_tokens or default_limit or room, room)
+        wanted = params.max_tokens if params.max_tokens is not None else default_limit or room
+        most = min(wanted, room)
         least = min(params.min_tokens, most) if params.max_tokens else params.min_tokens
         return msgspec.structs.replace(params, max_tokens=most, min_tokens=least).validate()
 
@@ -231,7 +242,7 @@ class Service:
             "count": len(tokens),
             "max_model_len": self.max_model_len,
             "tokens": tokens,
-            "token_strs": [self.tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None,
+            "token_strs": [self.tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
         }
 
     async def detokenize(self, body: DetokenizeRequest, response: Response) -> Detokenized:

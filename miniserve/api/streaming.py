@@ -120,7 +120,10 @@ async def whole_answer(generation: Generation, writer: ResponseWriter, receive: 
             await while_connected(receive, generation.finish())
     except ClientGone:
         return Response(status_code=499)  # for the access log
-    return Response(msgspec.json.encode(writer.response(generation)), media_type="application/json")
+    # One with log-probabilities of prompts takes a while, in which other streams go on.
+    scored = any(choice.prompt_logprobs for choice in generation.choices)
+    answer = await asyncio.to_thread(writer.response, generation) if scored else writer.response(generation)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 @asynccontextmanager

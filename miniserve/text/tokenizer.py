@@ -150,9 +150,9 @@ class Tokenizer:
             self._bytes[token] = found
         return found
 
-    def token_text(self, token: int) -> str:
-        """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""
-        return self.token_bytes(token).decode("utf-8", "replace")
+    def token_str(self, token: int) -> str:
+        """A token as the vocabulary spells it (`\u0120hello`); empty for ids the tokenizer does not know."""
+        return self._backend.id_to_token(token) or ""
 
     def control_id(self, text: str) -> int | None:
         return self._control_ids.get(text)

@@ -16,7 +16,7 @@ from miniserve.api.messages.blocks import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
+from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, deferred
 from miniserve.sampling_params import ParameterError
@@ -136,6 +136,8 @@ class CountTokensRequest(RequestBody):
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
+    refused = {**SamplingFields.refused, "prompt_logprobs": SCORES}
+
     max_tokens: Count
     stop_sequences: StopTexts | None = None
 

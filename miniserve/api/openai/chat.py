@@ -110,7 +110,10 @@ class ChatWriter(ChunkWriter):
             "model": self.head.model,
             "choices": choices,
             "usage": answers.usage(generation, generation.output_tokens),
+            "system_fingerprint": self.head.system_fingerprint,
         }
+        if (count := self.prompt_logprobs) is not None:
+            answer["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, generation.choices[0], count)
         if self.token_ids:
             answer["prompt_token_ids"] = generation.choices[0].prompt
         return answer

@@ -29,6 +29,7 @@ class ChunkWriter(ABC):
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: GenerationRequest) -> None:
         self.head = head
         self.token_ids = bool(request.return_token_ids)
+        self.prompt_logprobs = request.prompt_logprobs
         self._tokenizer = tokenizer
         self._options = request.stream_options or StreamOptions()
 

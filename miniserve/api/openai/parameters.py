@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from miniserve.api.fields import EMPTY, Biases, Key, RequestBody, Salt, Stops, Temperature, TokenIds, TopK, TopP
-from miniserve.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
+from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
 
 MAX_CHOICES = 1000
@@ -86,7 +86,6 @@ class SamplingFields(RequestBody):
 
     refused = {
         "use_beam_search": "tokens are sampled, or taken greedily with `temperature` 0",
-        "prompt_logprobs": "log-probabilities are of generated tokens only",
         "truncate_prompt_tokens": "cut the input yourself",
         "bad_words": "use `logit_bias`",
         **dict.fromkeys(["allowed_token_ids", "logits_processors"], "use `structured_outputs` or `response_format`"),
@@ -126,6 +125,8 @@ class SamplingFields(RequestBody):
 
 
 SAMPLING_NAMES = frozenset(SamplingFields.model_fields)
+SCORES = "use /v1/completions or /v1/chat/completions to score prompts"
+"""Instead of `prompt_logprobs` in other APIs."""
 
 
 class GenerationRequest(SamplingFields, ABC):
@@ -137,6 +138,7 @@ class GenerationRequest(SamplingFields, ABC):
     prompt_cache_key: Key | None = None
     """Requests with the same key are turns of one conversation."""
     response_format: ResponseFormat | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: bool | None = None
     """The answer holds its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
 
@@ -144,6 +146,8 @@ class GenerationRequest(SamplingFields, ABC):
     def _fields_agree(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ParameterError("prompt_logprobs", "`prompt_logprobs` come with whole answers only: no `stream`.")
         if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
             raise ParameterError("structured_outputs", "Give `response_format` or `structured_outputs`, not both.")
         return self

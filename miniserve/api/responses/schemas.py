@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
 
 from miniserve.api.fields import Count, Effort, Key, RequestBody, Stops, at_most
-from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
+from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import InputItem, Items, MessageItem, messages_of
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
@@ -121,6 +121,7 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
         "background": "answers come while the connection is open: use `stream`",
         "moderation": "nothing is moderated here",
         "image": "this model writes text only",
+        "prompt_logprobs": SCORES,
     }
 
     stop: Stops | None = None
