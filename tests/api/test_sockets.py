@@ -120,7 +120,7 @@ async def test_openai_client(tokenizer: Tokenizer) -> None:
             with pytest.raises(openai.NotFoundError):
                 await ai.models.retrieve("gpt")
             with pytest.raises(openai.BadRequestError, match="maximum context length") as caught:
-                await ai.chat.completions.create(model="tiny", messages=HI, max_tokens=5000)
+                await ai.completions.create(model="tiny", prompt="x" * 5000)
             assert caught.value.code == "context_length_exceeded"
             with pytest.raises(openai.NotFoundError):
                 await ai.chat.completions.create(model="gpt", messages=HI)
