@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniserve.text.call_parsers import ParsedCalls
-from miniserve.text.calls import typed
 from miniserve.text.formats import FORMATS
 from miniserve.text.reader import CallScanner, Part, ToolCall, merged
+from miniserve.text.schemas import typed
 from tests.support.dialects import CALLS, FORMS, SCHEMAS, plain, read
 
 
