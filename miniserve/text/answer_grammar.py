@@ -14,7 +14,7 @@ from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.call_parsers import TAG_MARKS
 from miniserve.text.formats import CallField, Maybe, ReasoningMarks, ToolFormat
 from miniserve.text.grammar import WHITESPACE, quoted
-from miniserve.text.schemas import BOUNDS, UNHELD, Way, held, properties, spelled, types, values, ways
+from miniserve.text.schemas import BOUNDS, UNHELD, Way, argument, held, properties, says, spelled, types, values, ways
 from miniserve.text.tokenizer import Tokenizer
 
 MOST_CALLS = 16
@@ -146,11 +146,10 @@ class _Writer:
             self._leave_out(way, UNHELD | {"enum", "const", "minProperties", "maxProperties"}, strict)
             named, required = properties(way)
             parts = []
-            for index, (key, kind) in enumerate(
-                {**named, **{key: True for key in required if key not in named}}.items()
-            ):
+            for key in dict.fromkeys((*named, *required)):
+                kind = named[key] if key in named else argument(schema, key)
                 if kind is not False:
-                    value = self._value(f"p{number}_{choice}_{index}", kind, schema, strict)
+                    value = self._value(f"p{number}_{choice}_{len(parts)}", kind, schema, strict)
                     rule = f"{quoted(f'<parameter={key}>' + chr(10))} {value}"
                     parts.append(rule if key in required else f"({rule})?")
             choices.append(" ".join(parts) or '""')
@@ -167,14 +166,14 @@ class _Writer:
             return self.rule("text", f"/{_without(*TAG_MARKS)}\\n<\\/parameter>\\n/")
         named = [quoted(spelled(value)) for way in found for value in values(way) or ()]
         choices = [self.one_of(f"{name}v", named)] if named else []
-        if len(named) == 0 or any(values(way) is None for way in found):
+        if not named or any(values(way) is None for way in found):
             choices.append(self.schema(name, kind, root, strict))
         close = self.rule("close", quoted("\n</parameter>\n"))
         return f"({' | '.join(choices)}) {close}"
 
     def _leave_out(self, way: Way, keywords: set[str], strict: bool) -> None:
         """Say that the grammar does not hold these keywords, if they are there."""
-        found = {key for part in way for key in part.keys() & keywords if part[key] not in (None, 0)}
+        found = {key for part in way for key in part.keys() & keywords if says(key, part[key])}
         if strict and found:
             raise ParameterError(
                 "tools",

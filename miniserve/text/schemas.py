@@ -28,9 +28,14 @@ UNHELD = {"not", "if", "then", "else", "uniqueItems", "contains", "minContains",
 UNHELD |= {"dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"}
 UNHELD |= {"$dynamicRef", "$recursiveRef"}
 """Keywords that llguidance does not know, but knows to be keywords."""
-IDLE = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
-"""Values of such that say nothing."""
+IDLE = {("uniqueItems", False), ("unevaluatedItems", True), ("unevaluatedProperties", True), ("minLength", 0)}
+"""Keywords with a value that says nothing."""
 _KEPT = BOUNDS | PARTS | UNIONS | {"type", "enum", "const", "required", "allOf", "$ref"}
+
+
+def says(key: str, value: Any) -> bool:
+    """Whether a keyword with this value says anything. Clients write null where they mean nothing."""
+    return value is not None and not any(key == idle and value is nothing for idle, nothing in IDLE)
 
 
 def referred(reference: Any, root: Any) -> Any:
@@ -180,7 +185,7 @@ class _Holder:
             return True if node is None else node
         out: dict[str, Any] = {}
         for key, value in node.items():
-            if key == "const" or (key in _KEPT | UNHELD and value is not None and value is not IDLE.get(key)):
+            if key == "const" or (key in _KEPT | UNHELD and says(key, value)):
                 out[key] = self._parts(key, value, depth + 1)
         for key in [key for key in out if not self._holds(key, out)]:
             if self._relax(key):

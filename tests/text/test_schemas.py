@@ -84,7 +84,11 @@ def test_text_stands_for_what_the_schema_says(text: str, schema: Any, value: Any
     # And so in a call, wherever the parameters say it.
     parameters = [
         {**ROOT, "properties": {**ROOT["properties"], "p": schema}},
-        {"$defs": {**ROOT["$defs"], "all": {"properties": {"p": schema}}}, "$ref": "#/$defs/all", **ROOT, },
+        {
+            "$defs": {**ROOT["$defs"], "all": {"properties": {"p": schema}}},
+            "$ref": "#/$defs/all",
+            **ROOT,
+        },
     ]
     parameters[1]["$defs"] = {**ROOT["$defs"], "all": {"properties": {"p": schema}}}
     for root in parameters:
@@ -278,7 +282,10 @@ def walked(matcher: LLMatcher, tokenizer: Tokenizer, pick: random.Random, most: 
         if not wanted or count < len(wanted):
             fill_next_token_bitmask(matcher, mask)
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            wanted = [int(pick.choice([i for i in allowed if i not in tokenizer.eos_token_ids]))]
+            if not (choices := [int(i) for i in allowed if i not in tokenizer.eos_token_ids]):
+                assert matcher.is_accepting()
+                break
+            wanted = [pick.choice(choices)]
         assert matcher.consume_tokens(wanted)
         tokens += wanted
         if len(tokens) > most:
@@ -304,7 +311,7 @@ def compilers(tokenizers: dict[str, Tokenizer]) -> dict[str, Compiler]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(parameters=PARAMETERS, seed=st.integers(0, 2**32))
 def test_forced_calls_are_valid(
     tokenizers: dict[str, Tokenizer], compilers: dict[str, Compiler], form: str, parameters: Any, seed: int
@@ -317,7 +324,8 @@ def test_forced_calls_are_valid(
     try:
         matcher = compilers[form].compile(grammar)
     except GrammarError as error:
-        assert "nsatisfiable" in str(error) or "no text" in str(error), str(error)
+        if not re.search("nsatisfiable|no text|does not exist", str(error)):
+            raise
         return
     text = walked(matcher, tokenizer, random.Random(seed))
     if text is None or re.search(r"\d[eE][+-]?\d{3}", text):  # numbers that no reader of JSON takes
@@ -328,3 +336,98 @@ def test_forced_calls_are_valid(
     assert isinstance(call, ToolCall)
     if not relaxed:
         jsonschema.validate(json.loads(call.arguments), clean(parameters), jsonschema.Draft202012Validator)
+
+
+@settings(max_examples=100)
+@given(parameters=PARAMETERS, values=st.dictionaries(NAMES, ANY, max_size=3), form=st.sampled_from(FORMS))
+def test_calls_are_read_as_they_were_written(parameters: Any, values: dict[str, Any], form: str) -> None:
+    """Where a text can stand for only one value that is valid."""
+    schema = clean(parameters)
+    checker = jsonschema.Draft202012Validator(schema)
+    if not checker.is_valid(values):
+        return
+    for key, value in values.items():
+        others: list[Any] = []
+        for other in (json_or_none(spelled(value)), spelled(value)):
+            if (type(other), other) != (type(value), value) and checker.is_valid({**values, key: other}):
+                others.append(other)
+        if others:
+            return
+    written = FORMATS[form].write([("f", values)])
+    (call,) = CallScanner(FORMATS[form], {"f": parameters}, False).read(written, final=True)
+    assert isinstance(call, ToolCall)
+    assert json.loads(call.arguments) == values
+
+
+def json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+# --- what a forced call of one tool lets through ---------------------------------------------------------------------
+
+
+def forced(form: str, tokenizer: Tokenizer, parameters: Any, relaxed: set[str], **more: Any) -> LLMatcher:
+    tools = [tool("f", parameters=parameters, **more)]
+    options: Any = {"single": True, "thinking": None, "opened": False, "tokenizer": tokenizer, "relaxed": relaxed}
+    return Compiler(tokenizer).compile(answer_grammar(FORMATS[form], tools, None, **options))
+
+
+def ok(form: str, tokenizer: Tokenizer, parameters: Any, arguments: Any, relaxed: set[str] | None = None) -> bool:
+    matcher = forced(form, tokenizer, parameters, set() if relaxed is None else relaxed)
+    tokens = tokenizer.encode(FORMATS[form].write([("f", arguments)]))
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+POINT = {"properties": {"x": {"type": "integer"}, "y": {"$ref": "#/properties/x"}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("parameters", "right", "wrong"),
+    [
+        ({**POINT, "type": "object"}, {"x": 1, "y": 2}, {"x": 1, "y": "a"}),
+        ({"$ref": "#/$defs/p", "$defs": {"p": {"properties": {"x": {"enum": [1, 2]}}}}}, {"x": 1}, {"x": 3}),
+        ({"allOf": [POINT, {"properties": {"z": {"const": 3}}, "required": ["z"]}]}, {"x": 1, "z": 3}, {"x": 1}),
+        ({"anyOf": [{**POINT}, {"properties": {"z": {"const": 3}}, "required": ["z"]}]}, {"z": 3}, {}),
+        ({"properties": {"x": {"anyOf": [{"enum": ["a"]}, {"type": "null"}]}}}, {"x": None}, {"x": "b"}),
+        ({"properties": {"x": {"enum": ["a", 1, None, [1]]}}}, {"x": [1]}, {"x": 2}),
+        ({"properties": {"x": {"type": "string"}}, "required": None}, {"x": "a"}, {"y": "a"}),
+        ({"properties": None, "required": None}, {}, {"a": 1}),
+        ({"properties": {"q": {"properties": {"self": {"$ref": "#"}}}}}, {"q": {"self": {}}}, {"q": {"self": 1}}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_forced_arguments_keep_to_their_schema(tokenizers, form, parameters, right, wrong):
+    relaxed: set[str] = set()
+    assert ok(form, tokenizers[form], parameters, right, relaxed)
+    assert not ok(form, tokenizers[form], parameters, wrong)
+    assert not relaxed
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_forced_arguments_are_not_held_to_is_named(tokenizers, form):
+    tokenizer, relaxed = tokenizers[form], set[str]()
+    odd = {"properties": {"x": {"type": "string", "pattern": "^(?=a)b"}}, "required": ["x", "gone"]}
+    assert ok(form, tokenizer, odd, {"x": "c"}, relaxed)
+    assert ok(form, tokenizer, odd, {"x": "c", "gone": "d"})
+    assert not ok(form, tokenizer, odd, {})
+    assert relaxed == {"pattern", "required"}
+    relaxed.clear()
+    with pytest.raises((GrammarError, ParameterError), match=r"look-around|pattern cannot be held"):
+        forced(form, tokenizer, odd, relaxed, strict=True)
+    assert not relaxed
+    exact = {"properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+    forced(form, tokenizer, exact, relaxed, strict=True)
+    bounded = {"properties": {"x": {"type": "string", "minLength": 2}}, "required": ["x"]}
+    assert ok(form, tokenizer, bounded, {"x": "a"}, relaxed) == (form == "qwen3_coder") == bool(relaxed)
+
+
+@pytest.mark.parametrize("mark", TAG_MARKS)
+def test_forced_text_spells_no_mark(tokenizers, mark):
+    schema = {"properties": {"x": {"type": "string"}}, "required": ["x"]}
+    for text in (mark[:-1], f"<{mark[:-1]}", f"{mark[:-1]}<", "<p> </q>\n<parameter>"):
+        assert ok("qwen3_coder", tokenizers["qwen3_coder"], schema, {"x": text})
+    assert not ok("qwen3_coder", tokenizers["qwen3_coder"], schema, {"x": f"a{mark}b"})
