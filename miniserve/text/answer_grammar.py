@@ -145,7 +145,7 @@ class _Writer:
         for choice, way in enumerate(ways(schema, schema)):
             self._leave_out(way, UNHELD | {"enum", "const", "minProperties", "maxProperties"}, strict)
             named, required = properties(way)
-            parts = []
+            parts: list[str] = []
             for key in dict.fromkeys((*named, *required)):
                 kind = named[key] if key in named else argument(schema, key)
                 if kind is not False:

@@ -92,10 +92,10 @@ def type_of(value: Any) -> str:
 
 
 def types(way: Way) -> frozenset[str]:
-    """The types that a way allows; all if it says nothing."""
+    """The types that a way allows; all if it says nothing. What has properties or items without a type means one."""
     allowed = TYPES
     for part in way:
-        kind = part.get("type")
+        kind = part.get("type") or [kind for key, kind in (("properties", "object"), ("items", "array")) if key in part]
         if own := {item for item in (kind if isinstance(kind, list) else [kind]) if isinstance(item, str)}:
             allowed &= own | ({"integer"} if "number" in own else set())
         if (listed := _listed(part)) is not None:
