@@ -25,8 +25,7 @@ class CallParser(Protocol):
 
     @property
     def begun(self) -> list[Begun]:
-        """The calls of which `text` had the beginning of the arguments; only the last of them still gets longer. Empty
-        where calls come whole."""
+        """The calls whose arguments have begun in `text`; the last may get longer. Empty where calls come whole."""
 
 
 class _JsonParser:
@@ -53,7 +52,7 @@ class _JsonParser:
         self._open: list[str] = []  # brackets
         self._quoted = -1  # where the string begins that it is in
         self._next = self._VALUE
-        self._strict = True
+        self._strict = True  # it was valid so far
         self._key = self._name = ""  # in the object of a call
         self._depth = 0  # of arguments that have not ended
 
@@ -117,9 +116,9 @@ class _JsonParser:
 
     def _string(self, text: str) -> bool | None:
         """Go on in a string, and behind it if it ends."""
-        self._at = self._passed_by(
-            self._SOUND if self._strict else self._ANY, text, self._at + (self._at == self._quoted)
-        )
+        passed = self._SOUND if self._strict else self._ANY
+        self._at = self._passed_by(passed, text, self._at + (self._at == self._quoted))
+        rest = text[self._at : self._at + self._LONGEST_ESCAPE]
         if text.startswith('"', self._at):
             self._at += 1
             if self._strict and self._open in (["{"], ["[", "{"]):
@@ -130,10 +129,7 @@ class _JsonParser:
                     self._name = said
             self._next = ":" if self._next.startswith(self._KEY) else self._MORE
             self._quoted = -1
-        elif self._strict and text[self._at : self._at + 1] not in (
-            "",
-            "\\"[: len(text) < self._at + self._LONGEST_ESCAPE],
-        ):
+        elif rest and self._strict and (rest[0] != "\\" or len(rest) == self._LONGEST_ESCAPE):
             self._note()
             self._strict = False
         else:

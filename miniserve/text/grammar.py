@@ -205,7 +205,7 @@ def _check_schema(schema: Any) -> None:
         if any(len(pattern) > MAX_PATTERN_CHARS for pattern in patterns):
             raise GrammarError(f"a pattern has more than {MAX_PATTERN_CHARS} characters.")
         factor = value.get("multipleOf")
-        if isinstance(factor, int | float) and factor > 0:
+        if isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0:
             digits = Decimal(str(factor)).normalize().as_tuple().digits
             multiple = math.lcm(multiple, int("".join(map(str, digits))))
             if multiple > MAX_MULTIPLE:

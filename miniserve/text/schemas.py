@@ -121,7 +121,8 @@ def properties(way: Way) -> tuple[dict[str, Any], list[str]]:
     for part in way:
         for key, kind in (part.get("properties") or {}).items() if isinstance(part.get("properties"), dict) else ():
             found[key] = {"allOf": [found[key], kind]} if key in found else kind
-    return found, [key for part in way if isinstance(part.get("required"), list) for key in part["required"]]
+    required = [key for part in way if isinstance(part.get("required"), list) for key in part["required"]]
+    return found, [key for key in required if isinstance(key, str)]
 
 
 def argument(schema: Any, key: str) -> Any:
@@ -192,9 +193,10 @@ class _Holder:
                 del out[key]
                 if key == "patternProperties":
                     out.pop("additionalProperties", None)  # it is about what these did not name
-        if out.get("additionalProperties") is False and "required" in out and "patternProperties" not in out:
-            known = [key for key in out["required"] if key in out.get("properties", {})]
-            if known != out["required"] and self._relax("required"):
+        required, listed = out.get("required"), out.get("properties")
+        if out.get("additionalProperties") is False and isinstance(required, list) and "patternProperties" not in out:
+            known = [key for key in required if isinstance(key, str) and isinstance(listed, dict) and key in listed]
+            if known != required and self._relax("required"):
                 out["required"] = known
         return out
 
@@ -216,7 +218,7 @@ class _Holder:
         value, kind = node[key], node.get("type", "string")
         match key:
             case "pattern" | "format":
-                return "string" not in kind or not isinstance(value, str) or _known(key, value)
+                return "string" not in str(kind) or not isinstance(value, str) or _known(key, value)
             case "patternProperties":
                 return not isinstance(value, dict) or all(_known("pattern", name) for name in value)
             case "required":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -21,7 +22,7 @@ from miniserve.text.call_parsers import TAG_MARKS
 from miniserve.text.formats import FORMATS
 from miniserve.text.grammar import Compiler, GrammarError, json_grammar
 from miniserve.text.reader import CallScanner, ToolCall
-from miniserve.text.schemas import argument, held, spelled, typed
+from miniserve.text.schemas import _KEPT, UNHELD, argument, held, spelled, typed
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.dialects import FORMS, tool
 
@@ -198,6 +199,39 @@ def test_what_can_be_held_is_held(compiler, tokenizer, schema, right, wrong):
         assert fits(compiler, tokenizer, schema, right, relaxed)
         assert not fits(compiler, tokenizer, schema, wrong, relaxed)
         assert not relaxed
+
+
+@pytest.mark.parametrize("key", sorted({"$defs", "nullable", "title", *_KEPT, *UNHELD}))
+def test_no_junk_is_too_much(compiler, tokenizer, key):
+    for junk in (
+        7,
+        "x",
+        "#",
+        "#/x/-1",
+        [],
+        [[]],
+        [7],
+        {},
+        {"a": 7},
+        {"a": []},
+        True,
+        False,
+        1.5,
+        None,
+        [None],
+        {"": None},
+    ):
+        for beside in ({}, {"type": "object", "additionalProperties": False, "required": ["a"]}):
+            schema = {**beside, key: junk}
+            typed("1", schema, schema)
+            typed("1", argument(schema, "a"), schema)
+            for relaxed in (None, set()):
+                with contextlib.suppress(GrammarError):
+                    compiler.compile(json_grammar(schema, relaxed=relaxed))
+            parameters = {"properties": {"a": {key: junk}}}
+            for form in ("qwen3_coder", "llama3_json"):
+                options: Any = {"single": True, "thinking": None, "opened": False, "tokenizer": tokenizer}
+                answer_grammar(FORMATS[form], [tool(parameters=parameters)], None, relaxed=set(), **options)
 
 
 # --- forced calls, by random schemas --------------------------------------------------------------------------------
