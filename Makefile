@@ -23,7 +23,7 @@ test-fast:  ## what tells most in a minute: no servers, no clusters, no lint
 	@scripts/setup.sh test
 	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
-test-clients:  ## openai, litellm, mini-swe-agent, aiperf and guidellm against a real server
+test-clients:  ## openai, litellm, mini-swe-agent, lm-eval, aiperf and guidellm against a real server
 	@scripts/setup.sh test
 	@scripts/setup-clients.sh
 	@$(PY) -m pytest tests/clients $(PYTEST_ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -17,8 +19,28 @@ Number = TypeVar("Number", int, float)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that stands for a large one in a clone without Git LFS."""
+
+
 class ConfigError(ValueError):
-    """A setting that cannot work; the message says how to fix it."""
+    """A setting or a file that cannot work; the message says how to fix it."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file. Raises `ConfigError`."""
+    data = b""
+    try:
+        data = path.read_bytes()
+        if isinstance(found := json.loads(data), dict):
+            return found
+        raise ValueError("it is not a JSON object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        if data.startswith(LFS_POINTER):
+            raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.") from error
+        raise ConfigError(f"{path} cannot be read: {error}. Mend it or download it again.") from error
 
 
 def cache_dir() -> Path:
@@ -67,6 +89,21 @@ def parse_bytes(text: str) -> int:
     if m is None:
         raise ConfigError(f"{text!r} is not a size: write it like 2GiB, 512M or a number of bytes.")
     return round(float(m[1]) * _UNITS[m[2]])
+
+
+def parse_swap(text: str) -> int:
+    """Bytes, but a bare number below 4096 is in GiB, as in vLLM. Raises `ConfigError`."""
+    size = parse_bytes(text)
+    return size if text.strip()[-1].isalpha() or size >= 4096 else parse_bytes(f"{text}GiB")
+
+
+def parse_origins(text: str) -> list[str]:
+    """Origins as browsers send them, `*` for all: one, or a JSON list. Raises `ConfigError`."""
+    with contextlib.suppress(msgspec.MsgspecError):
+        origins = msgspec.json.decode(text, type=list[str]) if text.startswith("[") else [text]
+        if all(re.fullmatch(r"\*|[\w+.-]+://[^/\s]+", origin) for origin in origins):
+            return origins
+    raise ConfigError(f'{text!r} is no origin: write it like http://localhost:3000, or ["https://a.com"], or *.')
 
 
 def format_bytes(size: int, *, up: bool = False) -> str:
@@ -238,7 +275,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: Annotated[bool, MemoryFlag("find KV of known prefixes; default: on")] = True
     swap_space: Annotated[
         int,
-        MemoryFlag("host memory for KV that had to leave the pool, like 4GiB; default: none", parse_bytes, "SIZE"),
+        MemoryFlag("host memory for KV that had to leave the pool, like 4GiB or 4; default: none", parse_swap, "SIZE"),
     ] = 0
     kv_eviction: Annotated[
         Literal["expected", "lru"],
@@ -331,8 +368,33 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "vllm"],
         ModelFlag("auto: sampling defaults from the model's generation_config.json; vllm: neutral ones"),
     ] = "auto"
+    normalize_prompts: Annotated[
+        bool,
+        ServerFlag("keep Claude Code's billing line, which differs with each request, out of prompts; default: on"),
+    ] = True
+    sse_ping: Annotated[
+        float,
+        ServerFlag(
+            "a stream that has said nothing for so long sends a comment; 0: never; default: %(default)s",
+            parse_seconds,
+            "SECONDS",
+        ),
+    ] = 5.0
     host: Annotated[str, ServerFlag("default: %(default)s (only this machine)")] = "127.0.0.1"
     port: Annotated[int, ServerFlag("default: %(default)s; 0: any free one", parse_port)] = 8000
+    uds: Annotated[str | None, ServerFlag("listen at this Unix socket instead of a port", metavar="FILE")] = None
+    root_path: Annotated[
+        str,
+        ServerFlag(
+            "a proxy's prefix of all paths, like /llm, whether or not it takes it off",
+            lambda text: f"/{text.strip('/')}".rstrip("/"),
+            "PATH",
+        ),
+    ] = ""
+    allowed_origins: Annotated[
+        list[str],
+        ServerFlag("pages whose scripts may ask, like http://a.com:3000; *: all", parse_origins, "ORIGIN", many=True),
+    ] = []
     api_key: Annotated[
         str | None, ServerFlag("ask clients for this key; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
     ] = None

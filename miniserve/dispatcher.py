@@ -82,6 +82,8 @@ class Dispatcher:
         self.max_model_len = 0
         self.vocab_size = 0
         self.observers = list(observers)
+        self.watchers: list[Callable[[str, Report], None]] = []
+        """Called with each report of a worker."""
         self._kv_transfer = config.engine.kv_transfer
         policy = make_policy(config.policy, config.mispredict)
         stretch = policy.step_stretch if config.engine.step_stretch is None else config.engine.step_stretch
@@ -237,6 +239,8 @@ class Dispatcher:
 
     def _on_report(self, name: str, report: Report) -> None:
         self._carry_out(self.scheduler.on_report(name, report, time.monotonic()))
+        for watch in self.watchers:
+            watch(name, report)
 
     async def _tick(self) -> None:
         while True:

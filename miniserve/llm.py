@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from miniserve.cluster.messages import Ended, Failed, FinishReason, FirstToken, TokenLogprob, Tokens
+from miniserve.cluster.messages import Failed, FinishReason, FirstToken, TokenLogprob, TurnOutput
 from miniserve.config import ConfigError, EngineConfig, parse_bytes
 from miniserve.hub.resolve import resolve
 from miniserve.kv.hashing import root_hash
@@ -25,7 +25,8 @@ COMPILING_SECONDS = 0.001
 
 
 class CompletionOutput(msgspec.Struct):
-    """One of a prompt's `n` continuations. `stop_reason` is the stop string or stop token that ended it, if one did."""
+    """One of a prompt's `n` continuations. `stop_reason` is the stop string or stop token that ended it, if one did.
+    One whose grammar could not be followed to its end has an `error` that says why, and no `finish_reason`."""
 
     index: int
     text: str = ""
@@ -33,15 +34,17 @@ class CompletionOutput(msgspec.Struct):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    error: str = ""
 
 
 class RequestOutput(msgspec.Struct):
-    """A prompt and what came of it. `cached_tokens` of the prompt were found in the prefix cache."""
+    """A prompt and what came of it. `cached_tokens` were found; `prompt_logprobs` begin with the second token."""
 
     prompt: str
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class LLM:
@@ -78,7 +81,7 @@ class LLM:
         """Continue each prompt (text, or token ids); one `RequestOutput` each, in order.
 
         `params` is one for all or one each. Raises `ParameterError` for a prompt or parameter that cannot be honoured,
-        before anything is computed.
+        before anything is computed. What fails later is the `error` of its own output: the others are as without it.
         """
         items: Any = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(items, list | tuple):
@@ -132,11 +135,10 @@ class LLM:
                 generation.outputs.append(completion)
                 self._turns += 1
                 turn = str(self._turns)
-                seed = p.nth(index).seed
-                if seed is None:
-                    seed = time.time_ns() + self._turns
-                open_turns[turn] = _Turn(generation, completion, p, self.tokenizer)
-                self.engine.add(Sequence(turn, tokens, p, seed, root))
+                own = p.nth(index)
+                seed = time.time_ns() + self._turns if own.seed is None else own.seed
+                open_turns[turn] = _Turn(generation, completion, own, self.tokenizer)
+                self.engine.add(Sequence(turn, tokens, own, seed, root))
         try:
             with _progress_bar(progress, len(open_turns)) as advance:
                 while open_turns:
@@ -144,13 +146,11 @@ class LLM:
                     if self.engine.compiling and not self.engine.has_work:
                         time.sleep(COMPILING_SECONDS)
                     for output in self.engine.step().outputs:
-                        if isinstance(output, Failed):
-                            raise ParameterError("grammar", output.error)
                         ended = open_turns[output.turn].take(output)
                         if ended:
                             del open_turns[output.turn]
                             self.engine.abort(output.turn)  # it knows nothing of stop strings
-                        advance(len(output.tokens), ended)
+                        advance(0 if isinstance(output, Failed) else len(output.tokens), ended)
         finally:
             for turn in open_turns:  # Ctrl-C in a notebook leaves the engine usable
                 self.engine.abort(turn)
@@ -200,9 +200,13 @@ class _Turn:
         self._completion = completion
         self._words = IncrementalDetokenizer(tokenizer, params)
 
-    def take(self, output: FirstToken | Tokens | Ended) -> bool:
+    def take(self, output: TurnOutput) -> bool:
         """Add one step's output to the completion; whether it ends with that."""
         done = self._completion
+        if isinstance(output, Failed):
+            done.text += self._words.flush()
+            done.error = output.error
+            return True
         text, count = self._words.feed(output)
         done.text += text
         done.token_ids += output.tokens[:count]
@@ -210,6 +214,7 @@ class _Turn:
             done.logprobs += (output.logprobs or [])[:count]
         if done.index == 0 and isinstance(output, FirstToken):
             self._generation.cached_tokens = output.cached_tokens
+            self._generation.prompt_logprobs = output.prompt_logprobs
         done.finish_reason, done.stop_reason = self._words.finish, self._words.stop_reason
         return done.finish_reason is not None
 

@@ -52,9 +52,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How the next tokens are chosen and when a turn ends. Names and defaults follow vLLM's `SamplingParams`.
 
     temperature 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch the filters off. `logprobs` is the number
-    of alternatives reported beside the sampled token (0: the sampled token only, None: off). `max_tokens` None means
-    as many as the context allows. `seed` makes a request reproducible whatever else is in its batch. One `stop` string
-    becomes a list of one.
+    of alternatives reported beside the sampled token (0: the sampled token only, None: off), `prompt_logprobs` the same
+    for the tokens of the prompt. `max_tokens` None means as many as the context allows; 0 computes the prompt only.
+    `seed` makes a request reproducible whatever else is in its batch. One `stop` string becomes a list of one.
     """
 
     n: int = 1
@@ -73,6 +73,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -93,10 +94,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return penalised or self.grammar is not None
 
     def nth(self, i: int) -> SamplingParams:
-        """The parameters of a prompt's choice number `i`: its own seed, so that the choices differ."""
-        if self.seed is None or i == 0:
+        """The parameters of a prompt's choice number `i`: its own seed, and no second look at the prompt."""
+        if i == 0:
             return self
-        return msgspec.structs.replace(self, seed=(self.seed + i + 2**63) % 2**64 - 2**63)
+        seed = None if self.seed is None else (self.seed + i + 2**63) % 2**64 - 2**63
+        return msgspec.structs.replace(self, seed=seed, prompt_logprobs=None)
 
     def validate(self, vocab_size: int | None = None) -> SamplingParams:
         """Return self, or raise `ParameterError` for the first value of a wrong type or out of bounds.
@@ -121,14 +123,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check(0 < self.repetition_penalty <= 100, "repetition_penalty", "above 0 and at most 100")
         check(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
         check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
-        check(self.max_tokens is None or 1 <= self.max_tokens < 2**31, "max_tokens", "at least 1")
+        check(self.max_tokens is None or 0 <= self.max_tokens < 2**31, "max_tokens", "at least 0")
         check(0 <= self.min_tokens < 2**31, "min_tokens", "at least 0")
         check(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             "min_tokens",
             f"at most `max_tokens` ({self.max_tokens})",
         )
-        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            check((getattr(self, name) or 0) in range(MAX_LOGPROBS + 1), name, f"between 0 and {MAX_LOGPROBS}")
         check(len(self.stop) <= MAX_STOPS, "stop", f"a list of at most {MAX_STOPS} strings")
         check(
             all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop),

@@ -61,19 +61,19 @@ def add_page(app: FastAPI) -> None:
 
 
 def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics) -> None:
-    @app.get("/v1/conversations")
+    @app.get("/conversations")
     async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> ConversationList:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
         return conversation_list(client.scheduler, time.monotonic(), limit)
 
-    @app.get("/v1/conversations/{conversation:path}")
+    @app.get("/conversations/{conversation:path}")
     async def conversation(conversation: str) -> ConversationDetail:
         """One of them: what was observed of its last turns, and where their time went."""
         found = conversation_detail(client.scheduler, conversation, time.monotonic())
         if found is None:
             raise ApiError(
                 404,
-                f"No conversation {conversation[:128]!r} is known (any more): see GET /v1/conversations.",
+                f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations.",
                 code="conversation_not_found",
             )
         return found

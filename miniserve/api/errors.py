@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -17,6 +17,8 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Message
 from typing_extensions import TypedDict
 
 from miniserve.dispatcher import EngineError
@@ -52,11 +54,20 @@ class ErrorBody(TypedDict):
 class AnthropicErrorInfo(TypedDict):
     type: str
     message: str
+    details: NotRequired[Mapping[str, Any]]
 
 
 class AnthropicErrorBody(TypedDict):
     type: Literal["error"]
     error: AnthropicErrorInfo
+    request_id: NotRequired[str]
+
+
+def is_anthropic(scope: Mapping[str, Any], path: str) -> bool:
+    """Whether the client of a request at `path` speaks the Anthropic API. Models are at the same place in both."""
+    if re.match("/v1/models(/|$)", path):
+        return any(name == b"anthropic-version" for name, _ in scope["headers"])
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
 
 
 class ApiError(HTTPException):
@@ -73,11 +84,17 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        anthropic: str = "",
+        details: Mapping[str, Any] | None = None,
     ) -> None:
+        """`anthropic` are the words that clients of the Anthropic API look for, if there are such, and `details` what
+        its errors have more."""
         # What clients sent may hold lone surrogates, which no UTF-8 body can carry.
         self.message = message.encode("utf-8", "backslashreplace").decode()
         self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
         self.code = code
+        self.anthropic = anthropic
+        self.details = details
         super().__init__(status, self.message, dict(headers or {}))
 
     @property
@@ -88,12 +105,16 @@ class ApiError(HTTPException):
     @property
     def anthropic_body(self) -> AnthropicErrorBody:
         kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        error: AnthropicErrorInfo = {"type": kind, "message": self.anthropic or self.message}
+        if self.details:
+            error["details"] = self.details
+        return {"type": "error", "error": error}
 
-    def response(self, path: str) -> Response:
-        """The whole answer, in the shape that clients of the route `path` expect."""
-        anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
-        body = self.anthropic_body if anthropic else self.body
+    def response(self, scope: Mapping[str, Any]) -> Response:
+        """The whole answer to a request, in the shape that its client expects."""
+        body: Mapping[str, Any] = self.body
+        if is_anthropic(scope, scope["path"]):
+            body = {**self.anthropic_body, "request_id": scope["state"]["request_id"]}
         return Response(msgspec.json.encode(body), self.status_code, self.headers, "application/json")
 
 
@@ -134,9 +155,16 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         for pattern, name in names.items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
         message = about_chat.message.replace(f"`{about_chat.param}`", f"`{param}`")
-        raise ApiError(
-            about_chat.status_code, message, param=param or None, code=about_chat.code, headers=about_chat.headers
-        ) from error
+        renamed_error = ApiError(
+            about_chat.status_code,
+            message,
+            param=param or None,
+            code=about_chat.code,
+            headers=about_chat.headers,
+            anthropic=about_chat.anthropic,
+            details=about_chat.details,
+        )
+        raise renamed_error from error
 
 
 def install(app: FastAPI) -> None:
@@ -145,20 +173,39 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         answered = as_api_error(error)
         if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
-            problem = "There is nothing at" if error.status_code == 404 else "The wrong method:"
+            methods = await _methods(request) if error.status_code == 405 else []
+            problem = "The wrong method:" if methods else "There is nothing at"
             message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
-            answered = ApiError(error.status_code, message, headers=error.headers)
-        return answered.response(request.url.path)
-
-    async def answer_unexpected(request: Request, error: Exception) -> Response:
-        # This is the outermost handler: no middleware is left to add the id to the answer. uvicorn logs the traceback.
-        response = as_api_error(error).response(request.url.path)
-        response.headers["X-Request-Id"] = request.state.request_id
-        return response
+            answered = (
+                ApiError(405, message, headers={"Allow": ", ".join(methods)}) if methods else ApiError(404, message)
+            )
+        return answered.response(request.scope)
 
     for kind in (ParameterError, RequestValidationError, QueueFull, EngineError, RoutingError):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(Exception, answer_unexpected)
+
+
+async def _methods(request: Request) -> list[str]:
+    """The methods of what is at a path: none where only a parameter takes it, and GET finds nothing by that. So routes
+    that other servers have, like /v1/responses/compact, are no responses for which this is the wrong method."""
+    statuses: list[int | None] = []
+
+    async def note(message: Message) -> None:
+        statuses.append(message.get("status"))
+
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching for method in route.methods}
+    if "GET" in methods and request.path_params:
+        get = next(route for route in matching if "GET" in route.methods)
+        await get.handle({**request.scope, "method": "GET"}, request.receive, note)
+        if statuses[0] != 200:
+            return []
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
+
+
+async def answer_unexpected(request: Request, error: Exception) -> Response:
+    """The answer for what no handler knows, before it goes on to uvicorn, which logs the traceback."""
+    return as_api_error(error).response(request.scope)
 
 
 def _unreadable(cause: Exception) -> ApiError:

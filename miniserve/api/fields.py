@@ -13,6 +13,7 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -81,7 +82,9 @@ Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS), at_most(MAX_LOGIT_BIAS)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
-TopP = Annotated[float, Field(gt=0, le=1)]
+LEAST_TOP_P = 1e-6
+"""`top_p` 0 means the most likely token alone."""
+TopP = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(share, LEAST_TOP_P))]
 TopK = Annotated[int, Field(ge=-1, lt=2**31)]
 Key = Annotated[Text, Field(max_length=MAX_KEY_CHARS)]
 Salt = Annotated[Key, Field(min_length=1)]
@@ -99,6 +102,8 @@ class RequestBody(Body):
     @model_validator(mode="wrap")
     @classmethod
     def _account_for_all(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, dict):
+            data = cls.translated(data)
         made = handler(data)
         if isinstance(data, dict):
             for name in data.keys() - cls.model_fields.keys():
@@ -115,9 +120,19 @@ class RequestBody(Body):
             made._ignored += inside
         return made
 
+    @classmethod
+    def translated(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """`data` under the names of this API's fields, where clients have other ones for them."""
+        return data
+
     @property
     def ignored(self) -> list[str]:
         return self._ignored
+
+    @property
+    def limit_field(self) -> str:
+        """The field that bounds the output."""
+        return "max_tokens"
 
 
 @cache
@@ -132,11 +147,14 @@ def _unknown(given: Any, made: Any, at: str) -> Iterator[str]:
         for value, inner in zip(given, made, strict=True):
             yield from _unknown(value, inner, f"{at}[]")
     elif isinstance(made, Body) and isinstance(given, dict):
-        names = _field_names(type(made))
+        names, kind = _field_names(type(made)), given.get("type")
+        if isinstance(kind, str) and getattr(made, "type", kind) != kind:  # something else was put in its place
+            yield f"{at}.{kind}"
+            return
         for key, value in given.items():
             if key in names:
                 yield from _unknown(value, getattr(made, names[key]), f"{at}.{key}")
-            elif key not in made.silent and value not in EMPTY:
+            elif value not in EMPTY:
                 yield f"{at}.{key}"
 
 

@@ -31,6 +31,7 @@ class Choice:
         self.prompt_tokens = len(prompt)
         self.params = params
         self.turn: TurnStream | None = None
+        self.began = 0.0
         self.output_tokens = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
@@ -40,6 +41,7 @@ class Choice:
         self._parts: list[Part] = []
         self.tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def finish(self) -> Finish | None:
@@ -76,6 +78,7 @@ class Choice:
     def feed(self, out: FirstToken | Tokens | Ended) -> None:
         if isinstance(out, FirstToken):
             self.cached_tokens = out.cached_tokens
+            self.prompt_logprobs = out.prompt_logprobs or self.prompt_logprobs
         text, count = self._words.feed(out)
         self.output_tokens += count
         self.tokens += out.tokens[:count]
@@ -191,6 +194,7 @@ class Generation:
         return any(choice.thinks for choice in self.choices)
 
     def _begin(self, choice: Choice, siblings: list[Choice]) -> None:
+        choice.began = time.perf_counter()
         choice.turn = self._submit(choice.prompt, choice.params, choice.index)
         self._tasks.append(asyncio.create_task(self._follow(choice, choice.turn, siblings)))
 
@@ -205,29 +209,50 @@ class Generation:
             self._wake.set()
 
     async def _read(self, choice: Choice, turn: TurnStream, siblings: list[Choice]) -> None:
-        before = None
+        first = before = None
         async for output in turn:
             out = given(output)
             had = choice.output_tokens
             choice.feed(out)
             now = time.perf_counter()
-            if before is None:
+            if first is None or before is None:
+                first, prefill = now, out.prefill if isinstance(out, FirstToken) else 0.0
                 self._metrics.first_token(now - self._arrived, choice.prompt_tokens)
                 for sibling in siblings:
+                    sibling.prompt_logprobs = choice.prompt_logprobs
                     self._begin(sibling, [])
             elif had and out.tokens:
-                self._metrics.gap(now - before)
+                self._metrics.observe(inter_token_latency_seconds=now - before)
             self._metrics.generated(len(out.tokens))
             before = now
             if choice.finish is not None:
                 if not isinstance(out, Ended):  # by a stop string or a last call, which the engine does not know
                     turn.cancel()
                 self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
+                self._measure(choice, first - choice.began, prefill, now - first)
             self._updated[choice.index] = choice
             self._wake.set()
             if choice.finish is not None:
                 return
         raise EngineError("The engine has lost this request: send it again.")
+
+    def _measure(self, choice: Choice, first_token: float, prefill: float, decode: float) -> None:
+        """`choice` has ended: its first token came after `first_token` seconds, with `prefill` of them spent on it."""
+        count = choice.output_tokens
+        self._metrics.observe(
+            request_queue_time_seconds=max(first_token - prefill, 0.0),
+            request_prefill_time_seconds=prefill,
+            request_decode_time_seconds=decode,
+            request_inference_time_seconds=prefill + decode,
+            request_time_per_output_token_seconds=decode / (count - 1) if count > 1 else None,
+            request_prompt_tokens=choice.prompt_tokens,
+            request_generation_tokens=count,
+            request_params_max_tokens=choice.params.max_tokens,
+        )
+        group = self._groups[choice.index // choice.params.n]
+        if all(one.finish is not None for one in group):
+            longest = max(one.output_tokens for one in group)
+            self._metrics.observe(request_params_n=len(group), request_max_num_generation_tokens=longest)
 
     def _cancel(self) -> None:
         for choice in self.choices:

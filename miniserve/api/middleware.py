@@ -1,20 +1,25 @@
 """What happens to every request before and after its route: its id, the API key, bounds on its head and its body.
 
-All of it is plain ASGI that buffers no stream, but for the bound on heads: uvicorn keeps whatever a client sends as a
-head, for as long as the client likes, and calls no ASGI app before a head is complete.
+All of it is plain ASGI that buffers no stream, but for `Connection`: uvicorn keeps whatever a client sends as a head,
+for as long as the client likes, and calls no ASGI app before a head is complete; and it knows chunks as the only way to
+send a body of unknown length, which clients of HTTP/1.0 do not know.
 """
 
 import asyncio
 import contextlib
 import hmac
 import re
+import time
 import uuid
+from functools import partial
 from typing import Any
 
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from miniserve.api.errors import ApiError
+from miniserve.api.errors import ApiError, is_anthropic
+from miniserve.monitor.metrics import Metrics
 
 MAX_HEAD_BYTES = 64 * 1024
 """Most bytes of a head that is not complete yet; what comes with one read may be more."""
@@ -31,25 +36,49 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
 
 
-class RequestId:
-    """Gives each request an id, the client's `X-Request-Id` if that is printable ASCII, and returns it as a header."""
+class Edge:
+    """The outermost layer. Takes a proxy's prefix `root` off the path, whether or not the proxy has done so; gives each
+    request an id, the client's `X-Request-Id` if that is printable ASCII, and returns it as a header; answers HEAD like
+    GET, without a body and, of streams too, at once; counts and times requests by their route."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, root: str, metrics: Metrics) -> None:
         self._app = app
+        self._root = root
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        path, method = scope["path"], scope["method"]
+        if self._root and path == self._root:  # what the page refers to lies beside it
+            return await RedirectResponse(f"{self._root}/")(scope, receive, send)
+        if path.startswith(f"{self._root}/"):
+            path = path[len(self._root) :]
         given = _header(scope, b"x-request-id")
         request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        ids = [
+            (name, request_id) for name in (b"x-request-id", *([b"request-id"] if is_anthropic(scope, path) else []))
+        ]
+        inner = {**scope, "path": path, "root_path": self._root, "method": "GET" if method == "HEAD" else method}
+        inner["state"] = {**scope.get("state", {}), "request_id": request_id.decode()}
+        began, status = time.perf_counter(), 499
 
-        async def send_with_id(message: Message) -> None:
+        async def send_on(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                status = message["status"]
+                message["headers"] = [*message["headers"], *ids]
+            elif method == "HEAD":
+                return
             await send(message)
+            if method == "HEAD":
+                await send({"type": "http.response.body"})
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(inner, receive, send_on)
+        finally:
+            handler = getattr(inner.get("route"), "path", "none")
+            self._metrics.requested(method, status, handler, time.perf_counter() - began)
 
 
 class ApiKey:
@@ -73,7 +102,7 @@ class ApiKey:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                return await refusal.response(scope["path"])(scope, receive, send)
+                return await refusal.response(scope)(scope, receive, send)
         await self._app(scope, receive, send)
 
 
@@ -95,7 +124,7 @@ class BodyLimit:
         if length.isdigit() and (len(length) > 15 or int(length) > self._limit):
             if not _header(scope, b"expect"):  # a client that waits for "100 Continue" has not begun
                 await _linger(receive)
-            return await refusal.response(scope["path"])(scope, receive, send)
+            return await refusal.response(scope)(scope, receive, send)
         taken, complete = 0, False
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
@@ -133,8 +162,21 @@ async def _linger(receive: Receive) -> None:
                 pass
 
 
-class BoundedHeads(HttpToolsProtocol):
-    """A connection of uvicorn's that refuses heads that are too large, and closes when a head takes too long."""
+async def _send_plainly(cycle: RequestResponseCycle, send: Send, message: Message) -> None:
+    """Send without chunks: the connection's end is the end of a body whose length was not announced, or after which a
+    client of HTTP/1.0 does not expect more."""
+    if message["type"] == "http.response.start":
+        names = {name.lower() for name, _ in message["headers"]}
+        cycle.keep_alive = cycle.keep_alive and b"content-length" in names
+        if cycle.keep_alive and b"connection" not in names:
+            message["headers"] = [*message["headers"], (b"connection", b"keep-alive")]
+    cycle.chunked_encoding, cycle.expected_content_length = False, len(message.get("body", b""))
+    await send(message)
+
+
+class Connection(HttpToolsProtocol):
+    """A connection of uvicorn's that refuses heads that are too large, closes when a head takes too long, and speaks
+    HTTP/1.0 to those who do."""
 
     _bytes = 0  # of this head so far, or of head and body
     _whole = False  # the head is complete
@@ -155,6 +197,9 @@ class BoundedHeads(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._arrived()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.keep_alive = self.parser.should_keep_alive()
+            self.cycle.send = partial(_send_plainly, self.cycle, self.cycle.send)  # type: ignore
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -182,7 +227,7 @@ class BoundedHeads(HttpToolsProtocol):
             error = ApiError(
                 431, f"The head of a request may have {MAX_HEAD_BYTES} bytes: send fewer and shorter headers."
             )
-            body = error.response("").body
+            body = error.response({"path": ""}).body
             head = f"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: {len(body)}\r\n"
             self.transport.write(
                 f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + bytes(body)

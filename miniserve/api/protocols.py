@@ -19,12 +19,15 @@ class AnswerHead(NamedTuple):
     id: str
     created: int
     model: str
+    system_fingerprint: str
 
 
 class Renderer(Protocol):
-    """How prompts, parameters and readers come from one request. Errors about a prompt name `prompt_field`."""
+    """How prompts, parameters and readers come from one request. Errors about a prompt name `prompt_field`; `relaxed`
+    names what of the request turned out not to have (all of) its effect."""
 
     prompt_field: str
+    relaxed: list[str]
 
     def prompts(self) -> list[list[int]]:
         """Token ids of each prompt. Slow: not for the event loop. Raises `ParameterError`."""
@@ -37,9 +40,10 @@ class Renderer(Protocol):
 
 
 class ResponseWriter(Protocol):
-    """How the answer to one request looks in one of the APIs."""
+    """How the answer to one request looks in one of the APIs. `ping` is what a stream says that has nothing to say."""
 
     head: AnswerHead
+    ping: bytes
 
     def response(self, generation: Generation) -> Mapping[str, Any]:
         """The whole answer as a JSON object, when all choices have ended."""

@@ -5,9 +5,9 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 """
 
 import asyncio
+import hashlib
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import MAX_KEY_CHARS, RequestBody, ignored_header
@@ -28,10 +29,6 @@ from miniserve.api.openai.completions import CompletionRenderer, CompletionWrite
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
-from miniserve.api.responses.answers import ResponseDeleted
-from miniserve.api.responses.schemas import RESPONSES_NAMES, InputItem, ResponsesRequest
-from miniserve.api.responses.store import ResponseStore, continuing, not_found
-from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.streaming import EventStream, answer_events, whole_answer
 from miniserve.api.structured import GrammarChecks
 from miniserve.dispatcher import Dispatcher, TurnStream
@@ -44,11 +41,15 @@ from miniserve.text.tokenizer import Tokenizer
 CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
 """The headers by which clients name the conversation of a turn. The first one that a request has counts."""
 
+MAX_SCORES = 2**16
+"""Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
+
 Prompts = list[tuple[list[int], SamplingParams]]
 
 
 class Service:
-    """`names` are the served names of the model, `defaults` is its generation_config.json."""
+    """`names` are the served names of the model, `defaults` is its generation_config.json. `normalize` keeps out of
+    prompts what changes with each request and means nothing; a stream that is silent for `ping` seconds says so."""
 
     def __init__(
         self,
@@ -58,54 +59,46 @@ class Service:
         names: list[str],
         defaults: Mapping[str, Any],
         compiler: Compiler | None = None,
+        *,
+        normalize: bool = True,
+        ping: float = 0.0,
     ) -> None:
         self.metrics = Metrics(client, names[0])
         self._client = client
-        self._tokenizer = tokenizer
-        self._dialect = dialect
+        self.tokenizer = tokenizer
+        self.dialect = dialect
         self._names = names
+        self._normalize = normalize
+        self._ping = ping
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer, compiler)
-        self._responses: ResponseStore[InputItem] = ResponseStore()
+        self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {names[0]}".encode()).hexdigest()[:10]
 
     # --- routes that generate ---------------------------------------------------------------------------------------
 
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Answer a conversation; with `stream` true as server-sent events."""
-        renderer = ChatRenderer(self._tokenizer, self._dialect, body)
-        head = self._head(f"chatcmpl-{request.state.request_id}", body.model)
-        return await self._generate(request, body, body, renderer, ChatWriter(head, self._tokenizer, body))
+        renderer = ChatRenderer(self.tokenizer, self.dialect, body)
+        head = self.head(f"chatcmpl-{request.state.request_id}", body.model)
+        return await self.generate(request, body, body, renderer, ChatWriter(head, self.tokenizer, body))
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Go on with one or many texts; with `stream` true as server-sent events."""
-        renderer = CompletionRenderer(self._tokenizer, body)
-        head = self._head(f"cmpl-{request.state.request_id}", body.model)
-        return await self._generate(request, body, body, renderer, CompletionWriter(head, self._tokenizer, body))
-
-    async def responses(self, request: Request, body: ResponsesRequest) -> Response:
-        """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
-        previous = self._responses.previous(body.previous_response_id)
-        items = [*(previous.items if previous else ()), *body.items]
-        # The id is a key to the stored response, so clients cannot choose it.
-        head = self._head(f"resp_{uuid.uuid4().hex}", body.model)
-        writer = ResponsesWriter(head, body, items, self._responses)
-        with errors.renamed(RESPONSES_NAMES):
-            chat = body.chat(items)
-            renderer = ChatRenderer(self._tokenizer, self._dialect, chat)
-            with continuing(previous) as conversation:
-                return await self._generate(request, body, chat, renderer, writer, conversation)
+        renderer = CompletionRenderer(self.tokenizer, body)
+        head = self.head(f"cmpl-{request.state.request_id}", body.model)
+        return await self.generate(request, body, body, renderer, CompletionWriter(head, self.tokenizer, body))
 
     async def messages(self, request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
-        head = self._head(f"msg_{request.state.request_id}", body.model)
+        head = self.head(f"msg_{request.state.request_id}", body.model)
         with errors.renamed(MESSAGES_NAMES):
-            chat = body.chat()
-            renderer = ChatRenderer(self._tokenizer, self._dialect, chat)
-            return await self._generate(request, body, chat, renderer, MessagesWriter(head))
+            chat = body.chat(self._normalize)
+            renderer = ChatRenderer(self.tokenizer, self.dialect, chat)
+            return await self.generate(request, body, chat, renderer, MessagesWriter(head))
 
     # --- the way of a turn ------------------------------------------------------------------------------------------
 
-    async def _generate(
+    async def generate(
         self,
         request: Request,
         asked: RequestBody,
@@ -118,14 +111,15 @@ class Service:
         the server knows it; the client's own name goes first."""
         arrived = time.perf_counter()
         conversation = conversation_id(request.headers) or body.prompt_cache_key or conversation
-        prompts = await self._prepare(body, renderer)
+        prompts = await self._prepare(asked, body, renderer)
         # The turns start before a stream's status is sent: with a full queue that is 503.
         generation = self._start(prompts, body, renderer, writer.head.id, conversation, arrived)
+        ignored = [*asked.ignored, *renderer.relaxed]
         if body.stream:
-            return with_ignored(EventStream(answer_events(generation, writer)), asked)
-        return with_ignored(await whole_answer(generation, writer, request.receive), asked)
+            return with_ignored(EventStream(answer_events(generation, writer), self._ping, writer.ping), ignored)
+        return with_ignored(await whole_answer(generation, writer, request.receive), ignored)
 
-    async def _prepare(self, body: GenerationRequest, renderer: Renderer) -> Prompts:
+    async def _prepare(self, asked: RequestBody, body: GenerationRequest, renderer: Renderer) -> Prompts:
         """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
         `ParameterError`."""
         self.check_model(body.model)
@@ -135,13 +129,18 @@ class Service:
         default_limit = body.default_limit or self._defaults.get("max_new_tokens")
 
         def render() -> Prompts:
-            return [
-                (prompt, renderer.params(self._fitted(prompt, params, default_limit, renderer.prompt_field), prompt))
-                for prompt in renderer.prompts()
-            ]
+            prompts = renderer.prompts()
+            fitted = [self._fitted(prompt, params, default_limit, renderer.prompt_field) for prompt in prompts]
+            if params.max_tokens and any(own.max_tokens != params.max_tokens for own in fitted):
+                renderer.relaxed.append(asked.limit_field)
+            return [(prompt, renderer.params(own, prompt)) for prompt, own in zip(prompts, fitted, strict=True)]
 
         # A long prompt takes a while, in which other streams go on.
         prompts = await asyncio.to_thread(render)
+        scores = sum(len(ids) * p.n * (p.prompt_logprobs + 1) for ids, p in prompts if p.prompt_logprobs is not None)
+        if scores > MAX_SCORES:
+            fix = f"an answer holds {MAX_SCORES} at most. Shorten the input, or ask for fewer alternatives"
+            raise ApiError(400, f"The prompts have {scores} log-probabilities, but {fix}.", param=renderer.prompt_field)
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not wanted:
                 await self._grammars.check(own.grammar, body.grammar_field)
@@ -170,12 +169,12 @@ class Service:
             )
 
         self._client.check_room()
-        generation = Generation(prompts, submit, self._tokenizer, self.metrics, arrived, renderer.reader)
+        generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader)
         generation.start()
         return generation
 
-    def _head(self, id: str, model: str | None) -> AnswerHead:
-        return AnswerHead(id, int(time.time()), model or self._names[0])
+    def head(self, id: str, model: str | None) -> AnswerHead:
+        return AnswerHead(id, int(time.time()), model or self._names[0], self._fingerprint)
 
     def _fitted(
         self, prompt: list[int], params: SamplingParams, default_limit: int | None, field: str
@@ -187,21 +186,24 @@ class Service:
         if not prompt:
             raise ApiError(400, f"`{field}` holds no tokens: send at least one.", param=field)
         self._check_vocabulary(prompt, field)
-        limit = self._client.max_model_len
-        room = limit - len(prompt)
-        if room < (params.max_tokens or 1):
-            wanted = f"{params.max_tokens} to generate" if params.max_tokens else "at least 1 to generate"
-            fix = f"ask for at most {room} new tokens, or shorten the input" if room > 0 else "shorten the input"
+        limit = self.max_model_len
+        if (room := limit - len(prompt)) < 1:
             raise ApiError(
                 400,
-                f"This model's maximum context length is {limit} tokens, but you asked for "
-                f"{len(prompt) + (params.max_tokens or 1)}: {len(prompt)} in `{field}` and {wanted}. To fix it, {fix}.",
+                f"This model's maximum context length is {limit} tokens, and `{field}` has {len(prompt)}, which leaves "
+                "no room for an answer: shorten it.",
                 param=field,
                 code="context_length_exceeded",
+                anthropic=f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum",
             )
-        return msgspec.structs.replace(
-            params, max_tokens=params.max_tokens or min(default_limit or room, room)
-        ).validate()
+        wanted = params.max_tokens if params.max_tokens is not None else default_limit or room
+        most = min(wanted, room)
+        least = min(params.min_tokens, most) if params.max_tokens else params.min_tokens
+        return msgspec.structs.replace(params, max_tokens=most, min_tokens=least).validate()
+
+    @property
+    def max_model_len(self) -> int:
+        return self._client.max_model_len
 
     def _check_vocabulary(self, tokens: list[int], field: str) -> None:
         size = self._client.vocab_size
@@ -220,53 +222,39 @@ class Service:
                 code="model_not_found",
             )
 
-    async def retrieve_response(self, response: str, stream: bool = False) -> Response:
-        """A response that is stored, as it was answered."""
-        if stream:
-            raise ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
-        if (stored := self._responses.get(response)) is None:
-            raise not_found(response)
-        return Response(stored.answer, media_type="application/json")
-
-    async def delete_response(self, response: str) -> ResponseDeleted:
-        """Forget a response; those that have gone on behind it stay as they are."""
-        if not self._responses.delete(response):
-            raise not_found(response)
-        return {"id": response, "object": "response", "deleted": True}
-
     async def count_tokens(self, body: CountTokensRequest, response: Response) -> TokenCount:
         """How many tokens the prompt of such a request has."""
-        with_ignored(response, body)
+        with_ignored(response, body.ignored)
         self.check_model(body.model)
         with errors.renamed(MESSAGES_NAMES):
-            tokens = await asyncio.to_thread(chat_tokens, self._tokenizer, self._dialect, body.chat())
+            tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body.chat(self._normalize))
         return {"input_tokens": len(tokens)}
 
     async def tokenize(self, body: TokenizeRequest, response: Response) -> Tokenized:
         """The tokens of a prompt, or of messages as the chat template renders them."""
-        with_ignored(response, body)
+        with_ignored(response, body.ignored)
         self.check_model(body.model)
         if body.prompt is not None:
-            tokens = await asyncio.to_thread(self._tokenizer.encode, body.prompt, body.add_special_tokens)
+            tokens = await asyncio.to_thread(self.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
-            tokens = await asyncio.to_thread(chat_tokens, self._tokenizer, self._dialect, body)
+            tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body)
         return {
             "count": len(tokens),
-            "max_model_len": self._client.max_model_len,
+            "max_model_len": self.max_model_len,
             "tokens": tokens,
-            "token_strs": [self._tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None,
+            "token_strs": [self.tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
         }
 
     async def detokenize(self, body: DetokenizeRequest, response: Response) -> Detokenized:
         """The text of tokens."""
-        with_ignored(response, body)
+        with_ignored(response, body.ignored)
         self.check_model(body.model)
         self._check_vocabulary(body.tokens, "tokens")
-        return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, False)}
+        return {"prompt": await asyncio.to_thread(self.tokenizer.decode, body.tokens, False)}
 
 
-def with_ignored(response: Response, body: RequestBody) -> Response:
-    response.headers.update(ignored_header(body.ignored))
+def with_ignored(response: Response, names: Iterable[str]) -> Response:
+    response.headers.update(ignored_header(names))
     return response
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -60,16 +61,29 @@ def event_stream(**event: Any) -> dict[str, Any]:
     return {"text/event-stream": {"itemSchema": schema}}
 
 
+COMMENT = b": ping\n\n"
+"""An event without fields: parsers pass over it, and connections are seen to be alive."""
+
+
 class EventStream(Response):
-    """Sends the events that the context `events` gives, and leaves it when they end or the client disconnects."""
+    """Sends the events that the context `events` gives, and leaves it when they end or the client disconnects. When
+    there was none for `seconds` it sends `ping`; never, if that is 0."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AbstractAsyncContextManager[AsyncIterator[bytes]]) -> None:
+    def __init__(
+        self,
+        events: AbstractAsyncContextManager[AsyncIterator[bytes]],
+        seconds: float = 0.0,
+        ping: bytes = COMMENT,
+    ) -> None:
         # The base class would render a body, and announce its length.
         self.status_code = 200
         self.background = None
         self._events = events
+        self._seconds = seconds
+        self._ping = ping
+        self._sent = 0.0
         # Proxies that buffer (nginx) would hold back tokens.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -80,9 +94,24 @@ class EventStream(Response):
 
     async def _send(self, events: AsyncIterator[bytes], send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._sent = time.monotonic()
+        pings = asyncio.create_task(self._send_pings(send)) if self._seconds else None
+        try:
+            async for data in events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._sent = time.monotonic()
+        finally:
+            if pings is not None:
+                pings.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_pings(self, send: Send) -> None:
+        while True:
+            if (silent := time.monotonic() - self._sent) < self._seconds:
+                await asyncio.sleep(self._seconds - silent)
+            else:
+                self._sent += silent
+                await send({"type": "http.response.body", "body": self._ping, "more_body": True})
 
 
 async def whole_answer(generation: Generation, writer: ResponseWriter, receive: Receive) -> Response:
@@ -91,7 +120,10 @@ async def whole_answer(generation: Generation, writer: ResponseWriter, receive: 
             await while_connected(receive, generation.finish())
     except ClientGone:
         return Response(status_code=499)  # for the access log
-    return Response(msgspec.json.encode(writer.response(generation)), media_type="application/json")
+    # One with log-probabilities of prompts takes a while, in which other streams go on.
+    scored = any(choice.prompt_logprobs for choice in generation.choices)
+    answer = await asyncio.to_thread(writer.response, generation) if scored else writer.response(generation)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 @asynccontextmanager

@@ -75,7 +75,7 @@ def requested(body: GenerationRequest, relaxed: set[str] | None = None) -> Gramm
     added to `relaxed`; without it nothing is left out, and the grammar will not compile. Slow where the format is
     large: not for the event loop. Raises `ParameterError`."""
     if (wanted := body.structured_outputs) is None:
-        form = body.response_format.json_schema if body.response_format else None
+        form = body.response_format.form if body.response_format else None
         if form is None or form.strict or relaxed is None:
             return json_grammar(form.schema_ if form else ANY_OBJECT, strict=bool(form and form.strict))
         found: set[str] = set()

@@ -34,6 +34,7 @@ TOOL_SCHEMA: dict[str, Any] = {
 }
 """A tool for OpenAPI. Tools stay as they came: a template renders the keys in the client's order."""
 
+DEFERRED = "defer_loading"
 Tool = dict[str, Any]
 
 
@@ -57,8 +58,32 @@ def _choice_kind(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
+def in_chat_shape(tools: Any) -> Any:
+    """Tools in the shape of the Responses API (`name` and `parameters` beside `type`) as chats have them. Keys and
+    keywords of schemas that are null are as good as missing."""
+
+    def reshaped(tool: Any) -> Any:
+        if not isinstance(tool, dict):
+            return tool
+        if tool.get("type") == "function" and "function" not in tool and "name" in tool:
+            tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+        if not isinstance(function := tool.get("function"), dict):
+            return tool
+        return {**tool, "function": {key: without_nulls(value) for key, value in without_nulls(function).items()}}
+
+    return [reshaped(tool) for tool in tools] if isinstance(tools, list) else tools
+
+
+def without_nulls(value: Any) -> Any:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 FewTools = Annotated[JsonList, BeforeValidator(few_tools)]
-Tools = Annotated[FewTools, WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS})]
+Tools = Annotated[
+    FewTools,
+    BeforeValidator(in_chat_shape),
+    WithJsonSchema({"type": "array", "items": TOOL_SCHEMA, "maxItems": MAX_TOOLS}),
+]
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
     Discriminator(_choice_kind, "tool_choice", "Input should be 'none', 'auto', 'required' or an object"),
@@ -107,6 +132,11 @@ def with_all_keys(tool: Tool) -> Tool:
     return {**tool, "function": given | {key: value for key, value in empty.items() if key not in given}}
 
 
+def deferred(tool: Tool) -> bool:
+    """Whether a tool is not in the prompt from the start: it can be called once the conversation speaks of it."""
+    return bool(tool.get(DEFERRED) or tool["function"].get(DEFERRED))
+
+
 class AllowedCalls:
     """What `tool_choice` asks for. `callable` are the tools that the model may call, `forced` those of which it has to
     call one, and `single` allows no second call. Raises `ParameterError`."""
@@ -118,24 +148,46 @@ class AllowedCalls:
         parallel: bool | None,
     ) -> None:
         tools = tools or []
-        self.callable = [] if choice == "none" else tools
-        self.forced = tools if choice == "required" else []
-        self.single = parallel is False
-        if not tools and (isinstance(choice, dict) or choice == "required"):
+        mode, names = _read_choice(choice)
+        if not tools and mode not in ("none", "auto"):
             raise ParameterError("tool_choice", "A `tool_choice` that asks for a call needs `tools`.")
-        if isinstance(choice, dict):
-            self.forced = [_named(tools, choice)]
-            self.single = True
+        chosen = tools if names is None else [_named(tools, name) for name in names]
+        self.callable = [] if mode == "none" else chosen
+        self.forced = chosen if mode in ("required", "named") else []
+        self.single = parallel is False or mode == "named"
 
 
-def _named(tools: list[Tool], choice: dict[str, Any]) -> Tool:
-    function = choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    if choice.get("type") != "function" or not isinstance(name, str):
-        raise ParameterError(
-            "tool_choice",
-            '`tool_choice` must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}.',
-        )
+def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[Any] | None]:
+    """`none`, `auto`, `required` or `named`, and the names of tools that this is about; None for all. Raises
+    `ParameterError`."""
+    if not isinstance(choice, dict):
+        return choice or "auto", None
+    if choice.get("type") == "function":
+        return "named", [_name_in(choice)]
+    allowed = choice.get("allowed_tools", choice)
+    if choice.get("type") == "allowed_tools" and isinstance(allowed, dict):
+        mode, tools = allowed.get("mode", "auto"), allowed.get("tools")
+        if mode in ("auto", "required") and isinstance(tools, list) and tools:
+            return mode, [_name_in(tool) for tool in tools]
+    raise _not_a_choice()
+
+
+def _name_in(tool: Any) -> Any:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
+        raise _not_a_choice()
+    return name
+
+
+def _not_a_choice() -> ParameterError:
+    return ParameterError(
+        "tool_choice",
+        '`tool_choice` must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or {"type": '
+        '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}} with tools like these.',
+    )
+
+
+def _named(tools: list[Tool], name: str) -> Tool:
     for tool in tools:
         if tool["function"]["name"] == name:
             return tool

@@ -1,6 +1,7 @@
 """What `miniserve serve` shows: how far the workers have loaded, then a banner of what runs."""
 
 import contextlib
+import shlex
 import sys
 from collections import Counter
 
@@ -48,7 +49,10 @@ def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, port: int
     least = min(room.values())
     tokens = f"{least:,}" if len(set(room.values())) == 1 else f"{least:,} to {max(room.values()):,}"
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    at, unix = f"{f'[{host}]' if ':' in host else host}:{port}", ""
+    if config.uds:
+        at, unix = "localhost", f" --unix-socket {shlex.quote(config.uds)}"
+    url = f"http://{at}/v1"
     phases: dict[str, float] = {}
     for ready in client.ready.values():  # workers load side by side: the slowest counts
         for phase, took in ready.phases.items():
@@ -63,12 +67,12 @@ def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, port: int
         "KV cache": f"{tokens} tokens a worker: {first.kv_note}",
         "concurrency": f"{least / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
         "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",
-        "API": url,
+        "API": f"{url} at {config.uds}" if config.uds else url,
         "dashboard": url.removesuffix("v1"),
     }
     key = ' -H "Authorization: Bearer YOUR_KEY"' if config.api_key else ""
     curl = (
-        f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d "
+        f"curl{unix} {url}/chat/completions -H 'Content-Type: application/json'{key} -d "
         f'\'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
     )
     return "\n".join([*(f"{label + ':':<13}{text}" for label, text in rows.items()), "try:", f"  {curl}", ""])

@@ -2,7 +2,11 @@
 
 import argparse
 import os
+import re
+import sys
+import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib.resources import files
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import msgspec
@@ -11,7 +15,12 @@ from miniserve.config import GROUPS, ConfigError, Flag, number, parse_positive, 
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without a screenful of usage above it."""
+    """Says in one line what is wrong, without a screenful of usage above it; takes `--max_model_len`, as vLLM does."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), text) for text in given]
+        return super().parse_known_args(dashed, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -112,3 +121,29 @@ def _settings(config: type[msgspec.Struct]) -> Iterator[tuple[msgspec.structs.Fi
             yield field, kind, flag
         elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             yield from _settings(field.type)
+
+
+# --- flags of vLLM that are no settings -----------------------------------------------------------------------------
+
+
+def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
+    """Let `parser` take the flags of vllm_flags.toml. `taken` has those that were given, and what they mean here."""
+    hidden: dict[str, Any] = dict.fromkeys(("dest", "default", "help"), argparse.SUPPRESS)
+    table = tomllib.loads((files("miniserve.cli") / "vllm_flags.toml").read_text("utf-8"))
+    for values, rows in table.items():
+        nargs: Any = {"none": 0, "never": "*"}.get(values)
+        for names, means in rows.items():
+            for name in names.split():
+                parser.add_argument(name, action=_Taken, nargs=nargs, const=values, metavar=means, **hidden)
+
+
+class _Taken(argparse.Action):
+    """Notes what a flag means here. A value that would change something is an error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, space: argparse.Namespace, given: Any, name: Any = None
+    ) -> None:
+        if self.const not in ("none", "any") and (self.const == "never" or given not in self.const.split()):
+            value = " ".join(given) if isinstance(given, list) else given
+            parser.error(f"{name} {value}".rstrip() + f" is vLLM's and cannot be had here: {self.metavar}")
+        space.taken = {**getattr(space, "taken", {}), name: self.metavar}

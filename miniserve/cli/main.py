@@ -1,13 +1,14 @@
 """The commands and their dispatch. Flags are vLLM's wherever vLLM has one; help imports nothing heavy."""
 
 import argparse
+import logging
 import os
 import sys
 from typing import Any
 
 from miniserve import __version__
 from miniserve.cli.evaluate import add_commands
-from miniserve.cli.flags import Parser, add_settings, add_url, api_key, interval, positive
+from miniserve.cli.flags import Parser, add_settings, add_url, add_vllm_flags, api_key, interval, positive
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.text.formats import FORMATS, REASONING_MARKS
@@ -79,25 +80,25 @@ def _add_serve(commands: Any) -> None:
         "reasoning_parser": ("auto", "none", *REASONING_MARKS),
     }
     add_settings(parser, ServeConfig, choices)
+    add_vllm_flags(parser)
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from miniserve.hub.check import ModelError
     from miniserve.hub.fetch import DEFAULT_MODEL
     from miniserve.hub.resolve import resolve
 
     if args.model and args.positional_model and args.model != args.positional_model:
         raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")
     config = serve_config(args, args.model or args.positional_model or DEFAULT_MODEL)
-    try:
-        files = resolve(
-            config.engine.model,
-            revision=config.revision,
-            load_format=config.engine.load_format,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except ModelError as error:
-        raise ConfigError(str(error)) from error
+    for flag, means in getattr(args, "taken", {}).items():
+        print(f"miniserve: {flag} changes nothing here: {means}.", file=sys.stderr, flush=True)
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    files = resolve(
+        config.engine.model,
+        revision=config.revision,
+        load_format=config.engine.load_format,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     from miniserve.cli.serve import serve
 
     return serve(config, files)
@@ -109,6 +110,7 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     engine = {name: given[name] for name in EngineConfig.__struct_fields__ if name in given} | {"model": model}
     settings = {name: given[name] for name in ServeConfig.__struct_fields__ if name in given}
     settings |= {"served_model_names": args.served_model_names or [model], "api_key": api_key(args)}
+    settings["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
     return ServeConfig(engine=EngineConfig(**engine), **settings)
 
 

@@ -34,7 +34,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a server answered to GET /v1/workers and GET /v1/conversations."""
+    """What a server answered to GET /v1/workers and GET /conversations."""
 
     workers: WorkerList
     conversations: ConversationList

@@ -8,13 +8,14 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
 
 from miniserve.api.app import create_app
-from miniserve.api.middleware import BoundedHeads
+from miniserve.api.middleware import Connection
 from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig
@@ -38,33 +39,74 @@ class Stopped(Exception):
 
 def serve(config: ServeConfig, files: ModelFiles) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `ConfigError` if it cannot start."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     # Before anything slow, so that an error about the port comes at once.
-    listener = bind(config.host, config.port)
+    listeners = [bind_path(config.uds)] if config.uds else bind(config.host, config.port)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, files, listener))
+            return runner.run(_serve(config, files, listeners))
     finally:
-        listener.close()
+        for listener in listeners:
+            listener.close()
+        if config.uds:
+            Path(config.uds).unlink(missing_ok=True)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at `host` and `port` (0: any). Raises `ConfigError`."""
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen at `port` (0: any) of `host`; localhost has an address of each kind. Raises `ConfigError`."""
+    listeners: list[socket.socket] = []
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        # Clients that come while workers load wait for an answer instead of being refused.
-        listener.listen(2048)
+        for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
+            same = listeners[0].getsockname()[1] if listeners else port
+            try:
+                family, _, _, _, address = socket.getaddrinfo(name, same, type=socket.SOCK_STREAM)[0]
+                listeners.append(_listen(family, address))
+            except OSError as error:
+                if not listeners or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
     except OSError as error:
+        for listener in listeners:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
+            if listeners and not port:  # free at one address, taken at the other
+                return bind(host, port)
             raise ConfigError(
                 f"Port {port} on {host} is taken: is another server running? Use another --port (0: any free one)."
             ) from error
         if error.errno == errno.EACCES:
             raise ConfigError(f"Port {port} is not open to this user: use --port 8000.") from error
         raise ConfigError(f"--host {host!r} cannot be listened at: {error.strerror or error}.") from error
+    return listeners
+
+
+def bind_path(path: str) -> socket.socket:
+    """A Unix socket that listens at `path` for all users. One that was left behind makes way. Raises `ConfigError`."""
+    file = Path(path)
+    try:
+        if file.is_socket() and not file.is_symlink():
+            with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
+                probe.settimeout(1)
+                probe.connect(path)
+                raise ConfigError(f"Another server listens at --uds {path}: give another path.")
+            file.unlink()
+        listener = _listen(socket.AF_UNIX, path)
+        file.chmod(0o666)  # like a port, it is open to whoever is on this machine
+    except OSError as error:
+        raise ConfigError(f"--uds {path!r} cannot be listened at: {error.strerror or error}.") from error
+    return listener
+
+
+def _listen(family: int, address: Any) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # :: is every address of both kinds
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+        listener.bind(address)
+        # Clients that come while workers load wait for an answer instead of being refused.
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
     listener.setblocking(False)
     return listener
 
@@ -105,7 +147,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket) -> int:
+async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.socket]) -> int:
     signals = Signals()
     progress = LoadingLines()
     log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
@@ -120,25 +162,28 @@ async def _serve(config: ServeConfig, files: ModelFiles, listener: socket.socket
                 signals.first,
                 asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start()),
             )
-        except (StartupError, ParameterError) as error:
-            raise ConfigError(str(error)) from error
         except Stopped:
             return 130
+        except Exception as error:
+            foreseen = isinstance(error, ConfigError | StartupError | ParameterError)
+            logging.getLogger("miniserve").debug("the start failed", exc_info=not foreseen)
+            broken = f"The server broke: {type(error).__name__}: {error} (--log-level debug shows where)."
+            raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
         app = create_app(config, client, feed, tokenizer, defaults, compiler)
         http = HttpServer(
             uvicorn.Config(
                 app,
-                http=BoundedHeads,
+                http=Connection,
                 log_level=config.log_level,
                 access_log=config.log_level in ("debug", "info"),
                 lifespan="off",
             )
         )
-        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
-            print(banner(config, files, client, listener.getsockname()[1], time.monotonic() - started), flush=True)
+            print(banner(config, files, client, listeners[0].getsockname()[1], time.monotonic() - started), flush=True)
         try:
             await signals.unless(signals.first, asyncio.shield(serving))
         except Stopped:

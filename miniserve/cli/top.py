@@ -1,4 +1,4 @@
-"""`miniserve top`: a live view of a running server in the terminal, from GET /v1/workers and /v1/conversations.
+"""`miniserve top`: a live view of a running server in the terminal, from GET /v1/workers and /conversations.
 
 It asks in a thread and draws in the main one, so that a slow server does not freeze the screen.
 """

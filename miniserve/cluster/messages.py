@@ -61,8 +61,8 @@ class Peer(Wire, frozen=True):
     role: Role = Role.DECODER
 
 
-class TokenLogprob(Wire, frozen=True):
-    """The log-probability of a sampled token and of the most likely alternatives, before any penalty or temperature."""
+class TokenLogprob(Wire, frozen=True, gc=False):
+    """The log-probability of a token and of the most likely alternatives, before any penalty or temperature."""
 
     token: int
     logprob: float
@@ -75,6 +75,7 @@ class FirstToken(Wire, frozen=True):
     follows it are `tokens`: none where the turn ends with them, then `Ended` has them.
 
     The KV of `cached_tokens` of the prompt was found; `prefill` are the seconds from when the turn got its pages.
+    `prompt_logprobs`, if wanted, are those of all tokens of the prompt but the first.
     """
 
     turn: str
@@ -83,6 +84,7 @@ class FirstToken(Wire, frozen=True):
     cached_tokens: int
     prefill: float
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Tokens(Wire, frozen=True):
@@ -271,9 +273,11 @@ class Ready(Wire, frozen=True):
 
 
 class StartFailed(Wire, frozen=True):
-    """A worker could not start: the reason, and what to do about it, for a person."""
+    """A worker could not start: the reason, and what to do about it, for a person. `trace` says where in the code, if
+    nobody foresaw it."""
 
     reason: str
+    trace: str = ""
 
 
 class Move(Wire, frozen=True):

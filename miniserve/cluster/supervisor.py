@@ -50,7 +50,9 @@ class Supervisor:
         self.processes: dict[str, WorkerProcess] = {}
         """The latest incarnation of each worker, dead or alive."""
         self.failed: dict[str, str] = {}
-        """Why a worker does not serve; those that do have no entry."""
+        """Why a worker does not serve, by its latest end; those that do serve have no entry."""
+        self._explained: set[str] = set()
+        """Workers whose present incarnation has said, or was found to have, a reason to end."""
         self.run_dir: RunDir | None = None
         self._engines = engines
         self._up, self._down, self._report, self._loading = up, down, report, loading
@@ -181,9 +183,15 @@ class Supervisor:
                 self._changed.set()
                 if self._started:  # not the first start, which waits for all
                     self._admit(name)
-            case StartFailed(reason):
-                self.failed[name] = reason
-                self._changed.set()
+            case StartFailed(reason, trace):
+                if trace:
+                    log.log(logging.ERROR if self._started else logging.DEBUG, "%s: %s", name, trace)
+                self._explain(name, reason)
+
+    def _explain(self, name: str, reason: str) -> None:
+        self.failed[name] = reason
+        self._explained.add(name)
+        self._changed.set()
 
     # --- watch ------------------------------------------------------------------------------------------------------
 
@@ -206,18 +214,21 @@ class Supervisor:
         now = time.monotonic()
         for name, seconds in self._health.silent(now).items():
             log.error("worker %s has been silent for %.0f s: it is ended", name, seconds)
+            self._explain(name, f"The worker {name} was silent for {seconds:.0f} s and was ended.")
             await asyncio.to_thread(self.processes[name].kill)
         for name, process in list(self.processes.items()):
             if name in self._restarts or (code := process.exit_code) is None:
                 continue
             # What it still had to say may lie in the inbox: a reason is better than an exit code.
             await asyncio.sleep(0.1)
-            self.failed.setdefault(name, f"The worker {name} ended with exit code {code}.")
-            self._changed.set()
+            if name not in self._explained:
+                self._explain(name, f"The worker {name} ended with exit code {code}.")
+            self._explained.remove(name)
             delay = self._health.died(name, now) if self._started else None
             self._restarts[name] = None if delay is None else now + delay
             what = "it is not started again" if delay is None else f"it is started again in {delay:g} s"
-            log.error("worker %s is gone, %s: %s", name, what, self.failed[name])
+            if self._started:  # else it is what the command ends with
+                log.error("worker %s is gone, %s: %s", name, what, self.failed[name])
             self._outboxes.forget(process.spec.address)
             self._down(name, delay is not None)
 

@@ -1,66 +1,180 @@
-"""What is in a model's folder: whether miniserve can serve it.
+"""What is in a model's folder: whether miniserve can serve it, and which of its files count (docs/models.md).
 
-Weights are safetensors only, and code that comes with a model is never run.
+Weights are safetensors only, and code that comes with a model is never run. Of weights only headers are read, so that
+what is wrong is said before a worker starts. Where a folder says a thing twice, transformers' choice is ours.
 """
 
-import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+from safetensors import SafetensorError, safe_open
+
+from miniserve.config import LFS_POINTER, ConfigError, read_object
+
+ARCHITECTURES = {
+    kind: f"{name}ForCausalLM"
+    for kind, name in {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}.items()
+}
+"""By config.json's `model_type`."""
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+"""What config.json calls the dtypes of safetensors (nothing is computed in fp64)."""
+PACKED = {"qweight": "GPTQ or AWQ", "scales": "MLX", "weight_scale": "FP8", "weight_scale_inv": "FP8", "absmax": "NF4"}
+"""How names of tensors end that only quantized checkpoints have."""
+MATHS = re.compile("rotary|multiplier|softcap|^logits?_scal|^scale_|^query_pre|qk_norm|no_rope|experts$")
+"""Keys of config.json that other models compute with, but none of ours."""
+OTHERS = ("*.gguf", "*.bin", "*.pt", "*.pth", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.npz")
 
 
-class ModelError(ValueError):
+class ModelError(ConfigError):
     """A model that cannot be served; the message says why and what to do."""
 
 
-def check_folder(folder: Path, dummy: bool) -> dict[str, Any]:
-    """The folder's config.json, if miniserve can serve what is in there. Raises `ModelError`."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face model.")
+@dataclass
+class Checked:
+    """A folder that can be served. `config` is config.json, with `architectures` and `dtype` filled in; `weights` are
+    the files that hold the model's tensors, and `notes` tell where the folder contradicts itself."""
+
+    config: dict[str, Any]
+    weights: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_folder(folder: Path, dummy: bool) -> Checked:
+    """What the folder holds. Raises `ModelError`, in one line, if miniserve cannot serve it."""
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object.")
-    if not config.get("architectures"):
-        by_type = {name.removesuffix("ForCausalLM").lower(): name for name in ARCHITECTURES}
-        config["architectures"] = [by_type.get(config.get("model_type", ""), f"of type {config.get('model_type')!r}")]
+        if not (folder / "config.json").is_file():
+            raise ModelError(_instead(folder, "config.json"))
+        found = Checked(read_object(folder / "config.json"))
+        _check_config(folder, found)
+        if not dummy:
+            _check_weights(folder, found)
+        return found
+    except OSError as error:
+        raise ModelError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+
+
+def _check_config(folder: Path, found: Checked) -> None:
+    config, notes = found.config, found.notes
+    named, kind = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f"{folder}/config.json: `architectures` must be a list of names, not {named!r:.60}.")
+    by_type = ARCHITECTURES.get(str(kind))
+    arch = named[0] if named else by_type or f"model of type {kind!r}"
     # A model that also names remote code (`auto_map`) is served by our own model or not at all.
-    if (arch := config["architectures"][0]) not in ARCHITECTURES:
-        raise ModelError(f"{folder} is a {arch}; miniserve serves {', '.join(ARCHITECTURES)}.")
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise ModelError(f"{folder} is quantized ({method}): miniserve serves bf16, fp16 and fp32 weights only.")
-    if not dummy:
-        _check_weights(folder)
-    return config
+    if arch not in ARCHITECTURES.values():
+        about = " (it makes embeddings, not text)" if (folder / "modules.json").is_file() else ""
+        raise ModelError(f"{folder} is a {arch}{about}; miniserve serves {', '.join(ARCHITECTURES.values())}.")
+    if by_type != arch and kind is not None:
+        if by_type is None:
+            raise ModelError(f"{folder}/config.json contradicts itself: the architecture is {arch}, the type {kind!r}.")
+        notes.append(f"config.json has the architecture {arch} and the type {kind!r}: it is taken for a {by_type}.")
+    config["architectures"] = [by_type or arch, *named[1:]]
+    for key in ("quantization", "quantization_config", "compression_config"):
+        if said := config.get(key):
+            method = "MLX" if key == "quantization" else isinstance(said, dict) and said.get("quant_method")
+            raise _quantized(folder, str(method or key))
+    for first, second in (("dtype", "torch_dtype"), ("rope_scaling", "rope_parameters")):
+        if config.get(first) and config.get(second) and config[first] != config[second]:
+            notes.append(f"config.json has {first} {config[first]} and {second} {config[second]}: the first counts.")
+    for key, value in config.items():
+        if MATHS.search(key) and value not in (None, False, 0, 1):
+            notes.append(f"config.json has {key} {value!r:.60}, which a {arch} knows nothing of: it is ignored.")
 
 
-def _check_weights(folder: Path) -> None:
-    if missing := _missing_shards(folder):
-        raise ModelError(f"{folder} lacks {', '.join(missing[:3])}, named in its index: download the model again.")
-    if any(folder.glob("*.safetensors")):
-        return
-    others = [path.name for pattern in ("*.gguf", "*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
-    if not others:
-        raise ModelError(f"{folder} has no weights: add its *.safetensors, or use --load-format dummy.")
+def _quantized(folder: Path, method: str) -> ModelError:
+    serves = "miniserve serves bf16, fp16 and fp32 weights only. Use the model's unquantized version."
+    return ModelError(f"{folder} is quantized ({method}): {serves}")
+
+
+def _check_weights(folder: Path, found: Checked) -> None:
+    """Find the safetensors files that count: model.safetensors, else those that its index names. Look whether they are
+    whole and not quantized, and which dtype the tensors have."""
+    read = {SINGLE}
+    if not (folder / SINGLE).is_file():
+        if not (folder / INDEX).is_file():
+            raise ModelError(_instead(folder, SINGLE))
+        where = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+            raise ModelError(f"{folder}/{INDEX} cannot be read: it has no `weight_map` of files.")
+        read = set(where.values())
+        if missing := sorted(name for name in read if not (folder / name).is_file()):
+            lost = f"{', '.join(missing[:3])}, named in its index{_unfinished(folder)}"
+            raise ModelError(f"{folder} lacks {lost}: download the model again.")
+    found.weights = [folder / name for name in sorted(read)]
+    strays = {path.name for path in folder.glob("*.safetensors*")} - read - ({INDEX} if read != {SINGLE} else set())
+    strays |= {path.name for path in folder.glob("adapter_config.json")}
+    if strays:
+        found.notes.append(f"Not a part of the model, and not read: {', '.join(sorted(strays)[:4])}.")
+    headers = [_header(path) for path in found.weights]
+    for ending, method in PACKED.items():
+        if any(name.endswith(f".{ending}") for header in headers for name in header):
+            raise _quantized(folder, f"{method}: it has tensors named *.{ending}")
+    dtype = next((DTYPES[kind] for kind in headers[0].values() if kind in DTYPES), None)
+    said = found.config.get("dtype") or found.config.get("torch_dtype")
+    if said != dtype and said is not None:
+        found.notes.append(f"config.json has the dtype {said}, the tensors are {dtype}: a known one there counts.")
+    if said not in DTYPES.values():
+        found.config["dtype"] = dtype
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Name -> dtype of the tensors in a safetensors file, sorted by name."""
+    with path.open("rb") as start:
+        if start.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.")
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
+    except SafetensorError as error:
+        what = f"{path.stat().st_size} bytes that are no whole safetensors file{_unfinished(path.parent)}"
+        raise ModelError(f"{path} has {what} ({error}): download the model again.") from error
+
+
+# --- what is there instead ------------------------------------------------------------------------------------------
+
+
+def _unfinished(folder: Path) -> str:
+    begun = [*folder.glob("*.incomplete"), *folder.glob(".cache/huggingface/download/**/*.incomplete")]
+    return f" (a download has begun and not ended: {begun[0].name})" if begun else ""
+
+
+def _instead(folder: Path, lacks: str) -> str:
+    """Why there is no file `lacks`, judged by what else is there."""
+    if (path := folder / lacks).is_symlink():
+        return f"{path} is a link to {path.readlink()}, where no file is: download the model again."
+    if (folder / "adapter_config.json").is_file():
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path", "another model")
+        return (
+            f"{folder} is an adapter of {base} (adapter_config.json), not a model: merge the two with peft's "
+            "merge_and_unload() and save_pretrained(), and serve the result."
+        )
+    inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
+    if inside and lacks == "config.json":
+        return f"{folder} has no config.json: the model lies in {inside[-1].parent}, give that folder."
+    stray = sorted(found.name for found in folder.glob("*.safetensors"))
+    if stray and lacks == SINGLE:
+        return (
+            f"{folder} has {stray[0]}, but neither {SINGLE} nor {INDEX}{_unfinished(folder)}: use the model's Hugging "
+            "Face version, and all of its files."
+        )
+    if others := [found.name for kind in OTHERS for found in sorted(folder.glob(kind))]:
+        return not_safetensors(folder, others)
+    if lacks == "config.json":
+        return f"{folder} has no config.json{_unfinished(folder)}: give the folder of a Hugging Face model."
+    return f"{folder} has no weights{_unfinished(folder)}: add its *.safetensors, or use --load-format dummy."
+
+
+def not_safetensors(folder: Path, names: list[str]) -> str:
+    """That there is nothing but `names`, and how they become safetensors."""
     convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-    if others[0].endswith(".gguf"):
-        convert = convert.replace("(FOLDER)", f"(FOLDER, gguf_file={others[0]!r})")
-    raise ModelError(
-        f"{folder} has only {', '.join(others[:3])}: miniserve reads safetensors only, since other formats can carry "
+    if names[0].endswith(".gguf"):
+        convert = convert.replace("(FOLDER)", f"(FOLDER, gguf_file={names[0]!r})")
+    return (
+        f"{folder} has only {', '.join(names[:3])}: miniserve reads safetensors only, since other formats can carry "
         f"code or packed weights. Use the model's safetensors version, or convert it with transformers: {convert}."
     )
-
-
-def _missing_shards(folder: Path) -> list[str]:
-    """Files that the safetensors index names and the folder lacks."""
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
-        return sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{folder}/model.safetensors.index.json cannot be read: {error}.") from error

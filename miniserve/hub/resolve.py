@@ -5,14 +5,17 @@
 
 import difflib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from miniserve.config import cache_dir
-from miniserve.hub.check import ModelError, check_folder
+from miniserve.hub.check import ModelError, check_folder, not_safetensors
 from miniserve.hub.dummy import make_folder
 from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
+
+log = logging.getLogger("miniserve.hub")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class ModelFiles:
     """A model that is ready to be loaded.
 
     `name` is what clients call it, `folder` holds config.json, the tokenizer and (unless the load format is dummy)
-    safetensors, `config` is config.json with `architectures` filled in, `source` says in words where it came from.
+    safetensors, `config` is config.json with `architectures` and `dtype` filled in, `source` says in words
+    where it came from.
     """
 
     name: str
@@ -49,9 +53,12 @@ def resolve(
     dummy = load_format == "dummy"
 
     def files(name: str, folder: Path, source: str) -> ModelFiles:
-        return ModelFiles(name, folder, check_folder(folder, dummy), source)
+        found = check_folder(folder, dummy)
+        for note in found.notes:
+            log.warning("%s: %s", folder, note)
+        return ModelFiles(name, folder, found.config, source)
 
-    if (own := Path(model).expanduser()).is_dir():
+    if own := _own_folder(model):
         return files(model, own, f"folder {own}")
     known = presets()
     if (alias := model.strip().lower()) in known:
@@ -74,6 +81,22 @@ def resolve(
     except HFValidationError as error:
         raise ModelError(_unknown(hub_id, known)) from error
     return files(name, folder, f"{hub_id} from the Hugging Face hub, in {folder}")
+
+
+def _own_folder(model: str) -> Path | None:
+    """The folder of this machine that is called so. Raises `ModelError` for something else of that name."""
+    try:
+        own = Path(model).expanduser()
+        if own.is_dir():
+            return own
+        if own.is_file() and own.suffix not in (".safetensors", ".json"):
+            raise ModelError(not_safetensors(own.parent, [own.name]))
+        if own.is_file() or own.is_symlink():
+            what = "a file" if own.is_file() else f"a link to {own.readlink()}, which is not there"
+            raise ModelError(f"{own} is {what}: give the folder of a model.")
+    except (OSError, RuntimeError) as error:  # the latter of ~somebody
+        raise ModelError(f"{model:.200} cannot be opened: {error}.") from error
+    return None
 
 
 def _unknown(model: str, known: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """One decoder-only transformer for Llama 2/3, Qwen2, Qwen3 and Mistral: they differ in biases and norms only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from miniserve.ops import Ops
 from miniserve.ops.batch import Batch
 from miniserve.ops.decoder import Weights
 
+Head = Callable[[torch.Tensor], torch.Tensor] | None
+
 
 class Transformer:
     """The model on one device: a batch of new tokens in, logits of the wanted rows out."""
@@ -18,6 +21,7 @@ class Transformer:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
         self.config = config
         self.ops = ops
+        self.head = weights.head
         self._weights = weights
         self._scale = config.head_dim**-0.5
         self._rotary = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
@@ -28,17 +32,18 @@ class Transformer:
         return self._weights.embedding.device
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: torch.Tensor, head: Head = None) -> torch.Tensor:
         """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV.
 
-        Returns float32 logits `[len(batch.outputs), vocab]`.
+        Returns float32 logits `[len(batch.outputs), vocab]`, or what a `head` makes of the hidden states
+        `[len(batch.outputs), hidden]` instead.
         """
-        compute = self._fused or self.compute
-        return compute(self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs)
+        new = self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs
+        return self._fused(*new) if head is None and self._fused is not None else self.compute(*new, head)
 
     @torch.inference_mode()
     def compute(
-        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, head: Head = None
     ) -> torch.Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
         graph. Without `outputs` the logits of all rows are wanted.
@@ -68,4 +73,4 @@ class Transformer:
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)  # [T, hidden]
             gate_up = layer.gate_up(h)  # [T, 2 * intermediate]
             x = layer.down(ops.silu_mul(gate_up), x)  # [T, hidden]
-        return weights.head(ops.rms_norm(x, weights.norm, config.norm_eps))  # [T, vocab]
+        return (head or self.head)(ops.rms_norm(x, weights.norm, config.norm_eps))  # [T, vocab]

@@ -3,46 +3,56 @@
 Tensors are read layer by layer and handed to `ops.linear` at once, so loading never holds the model twice.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from miniserve.config import ConfigError
 from miniserve.model.config import ModelConfig
 from miniserve.ops import Ops
 from miniserve.ops.decoder import Layer, Linear, Weights
 
+log = logging.getLogger("miniserve.model")
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Read = Callable[[str, tuple[int, ...]], torch.Tensor]
 Progress = Callable[[int, int], None]
 
 
 def load_weights(
-    folder: Path,
+    files: list[Path],
     config: ModelConfig,
     ops: Ops,
     dtype: torch.dtype,
     device: torch.device,
     *,
-    dummy: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Weights:
-    """All weights in `dtype` on `device`; `progress` gets the number of layers done and of all. Raises `ConfigError`
-    when a tensor is missing, has another shape than config.json says, or cannot be read."""
+    """All weights in `dtype` on `device`, from `files`, or random ones where there are none; `progress` gets the number
+    of layers done and of all. Raises `ConfigError` when a tensor is missing or not as config.json says."""
+    if not files:
+        return _build(_random(config), set(), config, ops, (dtype, device), progress)
     with ExitStack() as stack:
-        read = _random(config) if dummy else _reader(folder, stack)
-        try:
-            return _build(read, config, ops, dtype, device, progress)
-        except SafetensorError as error:
-            raise ConfigError(f"The weights in {folder} cannot be read ({error}): download the model again.") from error
+        where = _tensors([stack.enter_context(safe_open(path, framework="pt")) for path in files])
+        unread = set(where)
+        read = _reader(files[0].parent, where, unread)
+        weights = _build(read, set(where), config, ops, (dtype, device), progress)
+    if extra := sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq")):
+        log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
+    return weights
 
 
 def _build(
-    read: Read, config: ModelConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress
+    read: Read, names: set[str], config: ModelConfig, ops: Ops, place: tuple[torch.dtype, torch.device], show: Progress
 ) -> Weights:
+    """`names` are those of all tensors there are."""
+    dtype, device = place
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.heads * dim, config.kv_heads * dim
     total = 0
@@ -74,27 +84,42 @@ def _build(
             down=linear({f"{mlp}down_proj": hidden}, inner, config.mlp_bias),
         )
 
-    embedding = get("model.embed_tokens.weight", config.vocab_size, hidden)
+    # A tied checkpoint may hold its one matrix under the name of the head.
+    only_head = config.tie_embeddings and HEAD in names and EMBEDDING not in names
+    embedding = get(HEAD if only_head else EMBEDDING, config.vocab_size, hidden)
     layers = []
     for index in range(config.layers):
         layers.append(layer(index))
-        progress(index + 1, config.layers)
+        show(index + 1, config.layers)
     norm = get("model.norm.weight", hidden)
-    head = embedding if config.tie_embeddings else get("lm_head.weight", config.vocab_size, hidden)
+    tied = config.tie_embeddings and not names.issuperset((EMBEDDING, HEAD))
+    head = embedding if tied else get(HEAD, config.vocab_size, hidden)
+    if config.tie_embeddings and not tied:
+        if torch.equal(head, embedding):
+            total, head = total - head.nbytes, embedding
+        else:
+            log.warning("config.json says tie_word_embeddings, but the files have another %s: it is used.", HEAD)
     return Weights(embedding, layers, norm, ops.head(head), total)
 
 
-def _reader(folder: Path, stack: ExitStack) -> Read:
-    """Find tensors by name in the folder's safetensors files, which are mapped, not read at once."""
-    files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
-    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+def _tensors(files: list[Any]) -> dict[str, tuple[Any, str]]:
+    """Name -> the open file it is in, the last of those that hold it, and its name there. Files are mapped, not read
+    at once."""
+    found = {name: (file, name) for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+    # Of a model that was saved without its head, as some are, names lack the first part.
+    return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": at for name, at in found.items()}
+
+
+def _reader(folder: Path, where: dict[str, tuple[Any, str]], unread: set[str]) -> Read:
+    """Reads tensors by name, and takes them out of `unread`."""
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in where:
-            raise ConfigError(
-                f"{folder} has no tensor {name!r}: the download is not complete or not this architecture."
-            )
-        tensor = where[name].get_tensor(name)
+            tied = "; if its matrix is also the head, set tie_word_embeddings in config.json" if name == HEAD else ""
+            raise ConfigError(f"{folder} has no tensor {name!r}: not complete, or another architecture{tied}.")
+        unread.discard(name)
+        file, stored = where[name]
+        tensor = file.get_tensor(stored)
         if tuple(tensor.shape) != shape:
             raise ConfigError(
                 f"{name} in {folder} has the shape {tuple(tensor.shape)}, but config.json says {shape}: the files do "

@@ -1,4 +1,4 @@
-"""What GET /v1/conversations shows, and events about turns: the scheduler's own records, in words."""
+"""What GET /conversations shows, and events about turns: the scheduler's own records, in words."""
 
 from typing import Literal, cast
 

@@ -8,12 +8,33 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from miniserve.cluster.messages import Report
 from miniserve.dispatcher import Dispatcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN_BUCKETS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 GAP_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 REQUEST_BUCKETS = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920]
+TOKEN_BUCKETS: list[float] = [digit * 10**zeros for zeros in range(6) for digit in (1, 2, 5)]
+HTTP_BUCKETS = [0.1, 0.5, 1, 5, 30, 120, 600]
+REQUEST_HISTOGRAMS: dict[str, tuple[str, list[float]]] = {
+    "time_to_first_token_seconds": ("From a request's arrival to its first token", FIRST_TOKEN_BUCKETS),
+    "inter_token_latency_seconds": ("Between tokens of a request", GAP_BUCKETS),
+    "e2e_request_latency_seconds": ("From a request's arrival to its end", REQUEST_BUCKETS),
+    "request_queue_time_seconds": ("From a turn's start to its first token, without `prefill`", REQUEST_BUCKETS),
+    "request_prefill_time_seconds": ("From when a turn got its pages to its first token", REQUEST_BUCKETS),
+    "request_decode_time_seconds": ("From a request's first token to its last", REQUEST_BUCKETS),
+    "request_inference_time_seconds": ("Prefill and decode together", REQUEST_BUCKETS),
+    "request_time_per_output_token_seconds": ("A request's mean time between tokens", GAP_BUCKETS),
+    "request_prompt_tokens": ("Prompt tokens of a request", TOKEN_BUCKETS),
+    "request_generation_tokens": ("Tokens generated for a request", TOKEN_BUCKETS),
+    "request_params_max_tokens": ("The most tokens that a request may get", TOKEN_BUCKETS),
+    "request_params_n": ("Choices of a prompt", [1, 2, 5, 10, 20]),
+    "request_max_num_generation_tokens": ("Tokens of the longest choice of a prompt", TOKEN_BUCKETS),
+}
+"""vLLM's names. Times are vLLM's, too: a request waits, prefills and decodes one after the other."""
+PROBED = {"/metrics", "/health", "/version"}
+"""Routes that are not counted, as with vLLM: a share of errors is one of real requests."""
 
 Family = CounterMetricFamily | GaugeMetricFamily
 COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
@@ -58,38 +79,40 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-        def histogram(name: str, text: str, buckets: list[float]) -> Histogram:
-            made = Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry)
-            return made.labels(model)
+        def histogram(name: str, text: str, labels: list[str], buckets: list[float]) -> Histogram:
+            return Histogram(name, f"{text}.", labels, buckets=buckets, registry=self._registry)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["model_name"], registry=self._registry).labels(model)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, f"{text}.", labels, registry=self._registry)
 
-        self._first_token = histogram(
-            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
-        )
-        self._gap = histogram("vllm:inter_token_latency_seconds", "Between tokens of a request.", GAP_BUCKETS)
-        self._request = histogram(
-            "vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", REQUEST_BUCKETS
-        )
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that have begun to answer.")
-        self._generated = counter("vllm:generation_tokens", "Tokens generated.")
-        endings = Counter(
-            "vllm:request_success",
-            "Requests that have ended, by reason.",
-            ["model_name", "finished_reason"],
-            registry=self._registry,
-        )
+        self._histograms = {
+            name: histogram(f"vllm:{name}", text, ["model_name"], buckets).labels(model)
+            for name, (text, buckets) in REQUEST_HISTOGRAMS.items()
+        }
+        text = "Tokens computed in a step, of prompts and of answers"
+        self._steps = histogram("vllm:iteration_tokens_total", text, ["model_name", "engine"], TOKEN_BUCKETS)
+        text = "Prompt tokens of requests that have begun to answer"
+        self._prompt_tokens = counter("vllm:prompt_tokens", text, "model_name").labels(model)
+        self._generated = counter("vllm:generation_tokens", "Tokens generated", "model_name").labels(model)
+        text = "Requests that have ended, by reason"
+        endings = counter("vllm:request_success", text, "model_name", "finished_reason")
         self._endings = {reason: endings.labels(model, reason) for reason in get_args(Ending)}
+        self._http = counter("http_requests", "HTTP requests that have ended", "method", "status", "handler")
+        self._http_seconds = histogram(
+            "http_request_duration_seconds", "From a head to the end of its answer", ["method", "handler"], HTTP_BUCKETS
+        )
+        dispatcher.watchers.append(self._stepped)
+
+    def observe(self, **values: float | None) -> None:
+        """Of a request, values for histograms by their names in `REQUEST_HISTOGRAMS`; None is left out."""
+        for name, value in values.items():
+            if value is not None:
+                self._histograms[name].observe(value)
 
     def first_token(self, seconds: float, prompt_tokens: int) -> None:
         """A request's first token came `seconds` after its arrival."""
-        self._first_token.observe(seconds)
+        self.observe(time_to_first_token_seconds=seconds)
         self._prompt_tokens.inc(prompt_tokens)
-
-    def gap(self, seconds: float) -> None:
-        """A further token came `seconds` after the one before."""
-        self._gap.observe(seconds)
 
     def generated(self, tokens: int) -> None:
         self._generated.inc(tokens)
@@ -98,7 +121,17 @@ class Metrics(Collector):
         """A request that arrived at `arrived` (`time.perf_counter`) has ended."""
         self._endings[reason].inc()
         if reason in ("stop", "length"):
-            self._request.observe(time.perf_counter() - arrived)
+            self.observe(e2e_request_latency_seconds=time.perf_counter() - arrived)
+
+    def requested(self, method: str, status: int, handler: str, seconds: float) -> None:
+        """An HTTP request has ended. `handler` is its route's template, or "none"; uvicorn knows some 30 methods."""
+        if handler not in PROBED:
+            self._http.labels(method, f"{status // 100}xx", handler).inc()
+            self._http_seconds.labels(method, handler).observe(seconds)
+
+    def _stepped(self, worker: str, report: Report) -> None:
+        for step in report.steps:
+            self._steps.labels(self._model, worker).observe(step.prefill + step.decodes)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -119,6 +152,15 @@ class Metrics(Collector):
         for name, text, field in CACHE_COUNTERS:
             samples = [((model, worker), getattr(stats, field)) for worker, stats in workers]
             yield _family(COUNTER, f"vllm:{name}", text, ["model_name", "engine"], samples)
+        labels = ["model_name", "engine", "cache_dtype", "block_size", "num_gpu_blocks", "num_cpu_blocks"]
+        pools = [
+            ((model, name, ready.dtype, *map(str, (ready.page_tokens, stats.total_pages, stats.host_total))), 1)
+            for name, stats in workers
+            if (ready := self._dispatcher.ready.get(name)) is not None
+        ]
+        yield _family(GAUGE, "vllm:cache_config_info", "Each worker's pools of KV, in pages", labels, pools)
+        labels, awake = ["model_name", "engine", "sleep_state"], [((model, name, "awake"), 1) for name, _ in workers]
+        yield _family(GAUGE, "vllm:engine_sleep_state", "1: awake, as every worker that lives is", labels, awake)
         for kind, name, text, field in WORKER_NUMBERS:
             by_worker = [((worker,), getattr(stats, field)) for worker, stats in workers]
             yield _family(kind, f"miniserve:{name}", text, ["worker"], by_worker)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from miniserve.config import ConfigError
+from miniserve.text.demands import Demands
 from miniserve.text.formats import FORMATS, REASONING_MARKS, SIGNS, ReasoningMarks, ToolFormat
 from miniserve.text.reader import CallScanner, Reader
 from miniserve.text.template import Message
@@ -25,12 +26,13 @@ Reasoned = Literal["not yet", "begun", "over"]
 
 class Dialect(msgspec.Struct, frozen=True):
     """`form` is the format of calls, `thinking` is None for models that do not reason. `knows_tools` and `knows_calls`
-    say whether the chat template renders tools and the calls of the history."""
+    say whether the chat template renders tools and the calls of the history, `demands` what else it does not."""
 
     form: ToolFormat
     thinking: ReasoningMarks | None
     knows_tools: bool
     knows_calls: bool
+    demands: Demands
 
     def reader(
         self,
@@ -75,13 +77,13 @@ class Dialect(msgspec.Struct, frozen=True):
         """The conversation as this model's template can render it."""
         if tools and not self.knows_tools:
             messages = _with_system(messages, self._description(tools))
-        if not self.knows_calls:
-            return [self._spelled(message) for message in messages]
-        if not self.form.parallel:
+        if not self.knows_calls or self.demands.no_tool:
+            messages = [self._spelled(message) for message in messages]
+        elif not self.form.parallel:
             messages = _one_by_one(messages)
         if self.form.short_ids:
             messages = [_with_short_ids(message) for message in messages]
-        return messages
+        return self.demands.met(messages)
 
     def _description(self, tools: list[dict[str, Any]]) -> str:
         example = self.form.write([("name_of_tool", {"name_of_parameter": "value"})])
@@ -115,7 +117,7 @@ def find_dialect(tokenizer: Tokenizer, tool_parser: str = "auto", reasoning_pars
     knows_tools = re.search(r"\btools\b", text) is not None
     form = FORMATS[_find_format(tokenizer, knows_tools) if tool_parser == "auto" else tool_parser]
     thinking = _find_reasoning(tokenizer) if reasoning_parser == "auto" else REASONING_MARKS.get(reasoning_parser)
-    return Dialect(form, thinking, knows_tools, "tool_calls" in text)
+    return Dialect(form, thinking, knows_tools, "tool_calls" in text, Demands.of(tokenizer.rendered))
 
 
 def _find_format(tokenizer: Tokenizer, knows_tools: bool) -> str:

@@ -10,7 +10,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -102,14 +102,13 @@ class Compiler:
     """Makes matchers of grammars over the vocabulary of one tokenizer. Safe to use from many threads.
 
     Takes a tenth of a second to make for 50,000 tokens, a second for large vocabularies, and no other thread of the
-    process runs meanwhile: make it before requests come. `vocab_size` may pad the tokenizer's, and `eos` are the tokens
-    that may end an output (the tokenizer's own if there are none).
+    process runs meanwhile: make it before requests come. `vocab_size` may pad the tokenizer's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int = 0, eos: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int = 0) -> None:
         self.vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._failure = ""
-        ends = sorted(eos) or sorted(i for i in tokenizer.eos_token_ids if i < self.vocab_size)
+        ends = sorted(i for i in tokenizer.eos_token_ids if i < self.vocab_size)
         try:
             self._vocabulary = LLTokenizer(tokenizer.to_json(), n_vocab=self.vocab_size, eos_token=ends or None)
         except Exception as error:  # the library raises nothing more precise

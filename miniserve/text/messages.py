@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -70,10 +70,9 @@ JsonList = Annotated[list[Json], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
-    """An object in a request. `silent` are keys of our own answers that mean nothing when a client sends them back."""
+    """An object in a request."""
 
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
-    silent: ClassVar[frozenset[str]] = frozenset()
 
 
 def check_call(call: dict[str, Any]) -> None:
@@ -98,14 +97,37 @@ def call_for_template(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": function}
 
 
+UNREADABLE = {
+    **dict.fromkeys(["image", "image_url", "input_image", "computer_screenshot"], "image"),
+    **dict.fromkeys(["audio", "audio_url", "input_audio"], "audio"),
+    **dict.fromkeys(["video", "video_url", "input_video"], "video"),
+    **dict.fromkeys(["file", "input_file", "document"], "file"),
+}
+"""By the type of a content's part: what a model that reads text only is told instead. An error would end a conversation
+for good, since the part stays in its history."""
+SILENT_PARTS = frozenset({"refusal", "redacted_thinking", "fallback"})
+"""Parts that say nothing to the model."""
+
+
+def readable(part: Any) -> Any:
+    """A part of a content as text, whatever it is, where its type is known; else as it came."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        return part
+    if what := UNREADABLE.get(kind):
+        return {"type": "text", "text": f"[{what}: this model reads text only]"}
+    return {"type": "text", "text": ""} if kind in SILENT_PARTS else part
+
+
 class ContentPart(Body):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: Text
 
     @model_validator(mode="before")
     @classmethod
     def _text_only(cls, part: Any) -> Any:
-        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+        part = readable(part)
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and not kind.endswith("text"):
             raise ValueError(
                 f"Content parts of type {kind[:32]!r} are not supported: this model takes text only, in "
                 'parts like {"type": "text", "text": "..."}'
@@ -121,7 +143,7 @@ Content = Annotated[
 
 def joined(content: str | list[Any]) -> str:
     """A content's text, or the texts of its parts with line breaks between."""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+    return content if isinstance(content, str) else "\n".join(part.text for part in content if part.text)
 
 
 def _no_function_call(value: Any) -> None:
@@ -142,10 +164,8 @@ class ChatMessage(Body):
 
     @model_validator(mode="after")
     def _is_whole(self) -> ChatMessage:
-        if self.content is None and self.role != "assistant":
+        if "content" not in self.model_fields_set and self.role != "assistant":
             raise ValueError(f"A message of the role {self.role!r} needs `content`")
-        if self.role == "tool" and not self.tool_call_id:
-            raise ValueError("A message of the role 'tool' needs `tool_call_id`, the id of the call that it answers")
         for call in self.tool_calls or []:
             check_call(call)
         return self

@@ -10,6 +10,7 @@ from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from miniserve.config import read_object
 from miniserve.sampling_params import ParameterError
 
 Message = dict[str, Any]
@@ -82,17 +83,6 @@ class ChatTemplates:
         return text
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file. Raises `ParameterError`."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ParameterError("model", f"{path} cannot be read: {error}.") from error
-    return data if isinstance(data, dict) else {}
-
-
 def find_templates(folder: Path, settings: dict[str, Any], given: str | None) -> dict[str, str]:
     """Name -> jinja text; `given` (a file or a text) replaces the model's own."""
     if given is not None:
@@ -105,7 +95,7 @@ def find_templates(folder: Path, settings: dict[str, Any], given: str | None) ->
                 ) from error
         return {"default": given}
     templates: dict[str, str] = {}
-    own = settings.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
+    own = settings.get("chat_template") or read_object(folder / "chat_template.json").get("chat_template")
     if isinstance(own, str):
         templates["default"] = own
     elif isinstance(own, list):

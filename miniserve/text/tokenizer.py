@@ -8,15 +8,19 @@ messages cannot forge control tokens (`guard.py`).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from miniserve.config import read_object
 from miniserve.sampling_params import ParameterError
 from miniserve.text.guard import GuardedEncoder, HiddenTexts, encode_all, is_control
-from miniserve.text.template import ChatTemplates, Message, find_templates, read_json
+from miniserve.text.template import ChatTemplates, Message, find_templates
+
+log = logging.getLogger("miniserve.text")
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -96,31 +100,34 @@ class Tokenizer:
     def load(cls, folder: str | Path, chat_template: str | None = None) -> Tokenizer:
         """From a model's folder. `chat_template`: a file or the text of a template to use instead of the model's own.
 
-        Raises `ParameterError` where there is no usable tokenizer or the template is not jinja.
+        Raises `ParameterError` where there is no usable tokenizer or the template is not jinja, and `ConfigError` for a
+        file that is no JSON object.
         """
         folder = Path(folder)
-        settings = read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").is_file():
+        settings = read_object(folder / "tokenizer_config.json")
+        if (path := folder / "tokenizer.json").is_file():
             try:
-                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                backend = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the library raises nothing more precise
-                raise ParameterError("model", f"{folder}/tokenizer.json cannot be read: {error}.") from error
+                read_object(path)
+                raise ParameterError("model", f"{path} cannot be read: {_line(error)}.") from error
         else:
             backend, settings = _from_transformers(folder, settings)
-        texts = {name: text for name, value in settings.items() if (text := _token_text(value)) and "_token" in name}
-        generation, config = (read_json(folder / name) for name in ("generation_config.json", "config.json"))
-        named = [generation.get("eos_token_id"), config.get("eos_token_id")]
-        if "eos_token" in texts:
-            named.append(backend.token_to_id(texts["eos_token"]))
-        eos: int | list[int] = next((ids for ids in named if ids is not None), [])
-        return cls(
+        special = read_object(folder / "special_tokens_map.json") | settings
+        texts = {name: text for name, value in special.items() if (text := _token_text(value)) and "_token" in name}
+        config = read_object(folder / "config.json")
+        found = cls(
             backend,
-            eos_token_ids=eos if isinstance(eos, list) else [eos],
+            eos_token_ids=_end_tokens(folder, config, texts, backend),
             templates=find_templates(folder, settings, chat_template),
             special_texts=texts,
             model_type=str(config.get("model_type", "")),
             response_template=settings.get("response_template"),
         )
+        if isinstance(rows := config.get("vocab_size"), int) and found.vocab_size > rows:
+            last = found.vocab_size - 1
+            log.warning("The tokenizer has ids up to %d, the model those below %d: texts with others fail.", last, rows)
+        return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. Control tokens spelled in it are parsed; it is the client's own prompt."""
@@ -143,15 +150,22 @@ class Tokenizer:
             self._bytes[token] = found
         return found
 
-    def token_text(self, token: int) -> str:
-        """A token by itself as text, as logprobs report it; a part of a character becomes U+FFFD."""
-        return self.token_bytes(token).decode("utf-8", "replace")
+    def token_str(self, token: int) -> str:
+        """A token as the vocabulary spells it (`\u0120hello`); empty for ids the tokenizer does not know."""
+        return self._backend.id_to_token(token) or ""
 
     def control_id(self, text: str) -> int | None:
         return self._control_ids.get(text)
 
     def to_json(self) -> str:
         return self._backend.to_str()
+
+    def rendered(self, messages: list[Message]) -> str | None:
+        """A conversation of plain text as the chat template renders it; None where it refuses."""
+        try:
+            return self._templates.render(messages, None, messages[-1]["role"] != "assistant", "", {})
+        except ParameterError:
+            return None
 
     def chat(
         self,
@@ -196,6 +210,30 @@ def _token_text(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def _end_tokens(folder: Path, config: dict[str, Any], texts: dict[str, str], backend: tokenizers.Tokenizer) -> set[int]:
+    """The tokens that end a turn: all that any of the folder's files calls so, by id or by text."""
+    said = {
+        "generation_config.json": read_object(folder / "generation_config.json").get("eos_token_id"),
+        "config.json": config.get("eos_token_id"),
+        "the tokenizer's files": [text for name, text in texts.items() if name in ("eos_token", "eot_token")],
+    }
+    ends: dict[str, set[int]] = {}
+    for source, named in said.items():
+        tokens = named if isinstance(named, list) else [named]
+        ids = {backend.token_to_id(token) if isinstance(token, str) else token for token in tokens}
+        if known := {token for token in ids if type(token) is int and token >= 0}:
+            ends[source] = known
+    every = set().union(*ends.values())
+    if ends and every != next(iter(ends.values())):  # those that transformers goes by
+        log.warning("The model's files call different tokens the end: %s. Each of them ends a turn.", ends)
+    return every
+
+
+def _line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
 def _from_transformers(folder: Path, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """For folders without tokenizer.json (vocab.json and merges.txt, tokenizer.model): transformers converts them."""
     from transformers import AutoTokenizer
@@ -205,7 +243,8 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> tuple[tokenize
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # whatever the conversion of an unknown format runs into
         raise ParameterError(
-            "model", f"{folder} has no tokenizer.json, and transformers finds none: {error}"
+            "model",
+            f"{folder} has no tokenizer.json, and transformers finds none: download the model again. ({_line(error)})",
         ) from error
     return backend, {**settings, **tokenizer.special_tokens_map}
 

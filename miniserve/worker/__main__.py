@@ -34,6 +34,7 @@ def main() -> int:
     threading.Thread(target=_leave_with_frontend, args=(spec.run_dir,), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
     logging.getLogger("miniserve").setLevel(logging.INFO)
+    logging.getLogger("miniserve.text").setLevel(logging.ERROR)  # the frontend reads the same and has said so
     context = zmq.Context()
     outboxes = Outboxes(context, spec.name, spec.epoch)
 
@@ -58,10 +59,12 @@ def main() -> int:
         finally:
             inbox.close()
     except Exception as error:
+        reason, trace = str(error), ""
         if not isinstance(error, ConfigError):
-            traceback.print_exc()
-        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        outboxes.send(spec.frontend, StartFailed(reason))
+            broken = f"A worker broke: {type(error).__name__}: {error} (--log-level debug shows where)."
+            reason = " ".join(broken.split())
+            trace = traceback.format_exc()
+        outboxes.send(spec.frontend, StartFailed(reason, trace))
         outboxes.close(linger_ms=1000)
         context.term()
         return 1

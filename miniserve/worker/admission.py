@@ -71,13 +71,13 @@ class Admissions:
 
         The last token is always computed: its logits give the next one.
         """
-        hashes = sequence.hashes(self._page_tokens)[: (len(sequence.tokens) - 1) // self._page_tokens]
+        hashes = sequence.hashes(self._page_tokens)[: sequence.findable // self._page_tokens]
         pages = self._pool.match(hashes)
         return pages, self._host.match(hashes[len(pages) :], sequence.keep) if self._host is not None else []
 
     def _is_being_computed(self, sequence: Sequence, matched: int, running: list[Sequence]) -> bool:
         """Whether a running prefill will soon register the page after the first `matched` ones."""
-        if not self._pool.caching or matched >= (len(sequence.tokens) - 1) // self._page_tokens:
+        if not self._pool.caching or matched >= sequence.findable // self._page_tokens:
             return False
         wanted = sequence.hashes(self._page_tokens)[matched]
         for other in running:

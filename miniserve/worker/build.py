@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.hub.check import Checked, check_folder
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
@@ -21,6 +22,7 @@ from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import Ops, make_ops
+from miniserve.sampling_params import ParameterError
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
@@ -59,9 +61,8 @@ class Choices:
     tokens of a step, `swap_pages` the size of the swap space."""
 
     folder: Path
-    hf_config: dict[str, Any]
+    files: Checked
     model: ModelConfig
-    eos: frozenset[int]
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
@@ -73,17 +74,16 @@ class Choices:
     def of(cls, config: EngineConfig) -> Choices:
         """Raises `ConfigError`."""
         folder = Path(config.model)
-        hf_config = json.loads((folder / "config.json").read_text("utf-8"))
-        model = ModelConfig.from_hf(hf_config)
+        files = check_folder(folder, config.load_format == "dummy")
+        model = ModelConfig.from_hf(files.config)
         device = sizing.choose_device(config.device)
         dtype = sizing.choose_dtype(config.dtype, model, device)
         shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
         default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
         return cls(
             folder=folder,
-            hf_config=hf_config,
+            files=files,
             model=model,
-            eos=eos_token_ids(folder, hf_config, model.vocab_size),
             device=device,
             dtype=dtype,
             max_model_len=sizing.choose_max_model_len(config.max_model_len, model),
@@ -95,7 +95,7 @@ class Choices:
     def layout(self, config: EngineConfig, ops: Ops) -> str:
         """A fingerprint of all that pages of two workers must have in common."""
         folder, dtype = str(self.folder.resolve()), str(self.dtype)
-        identity = [folder, self.hf_config, dtype, config.block_size, ops.layout, config.load_format]
+        identity = [folder, self.files.config, dtype, config.block_size, ops.layout, config.load_format]
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -119,7 +119,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     choices = Choices.of(config)
     model, device = choices.model, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
-    grammars = Grammars(lambda: Compiler(Tokenizer.load(choices.folder), model.vocab_size, choices.eos))
+    tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
+    grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
     threads = 1
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
@@ -156,7 +157,11 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     graphs = None
     if graph_ops is not None:
         graphs = DecodeGraphs(transformer, graph_ops, memory.pages, config.max_num_seqs, longest)
-    runner = ModelRunner(transformer, memory, choices.eos, device, graphs)
+    try:  # some models name an end token that they have no row for; it can never be sampled
+        eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
+    except ParameterError as error:
+        raise ConfigError(error.message) from error
+    runner = ModelRunner(transformer, memory, eos, device, graphs)
     return Built(
         engine=_make_engine(config, choices, runner, host, grammars, ops.draft_rows),
         grammars=grammars,
@@ -190,12 +195,11 @@ def _make_ops(config: EngineConfig, choices: Choices, show: Progress) -> tuple[O
 def _load(config: EngineConfig, choices: Choices, ops: Ops, show: Progress) -> tuple[Transformer, int]:
     show("weights", 0, choices.model.layers)
     weights = load_weights(
-        choices.folder,
+        choices.files.weights,
         choices.model,
         ops,
         choices.dtype,
         choices.device,
-        dummy=config.load_format == "dummy",
         progress=lambda done, total: show("weights", done, total),
     )
     return Transformer(choices.model, weights, ops, choices.max_model_len), weights.num_bytes
@@ -244,21 +248,3 @@ def warm_up(engine: Engine, root: bytes) -> None:
         engine.admit()
         engine.step()
     engine.reset()
-
-
-def eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> frozenset[int]:
-    """The tokens that end a turn: those of config.json and of generation_config.json, single or a list.
-
-    Some models name one that they have no row for; it can never be sampled.
-    """
-    try:
-        generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
-    except FileNotFoundError:
-        generation = {}
-    except ValueError as error:
-        raise ConfigError(f"{folder}/generation_config.json cannot be read: {error}.") from error
-    found: set[int] = set()
-    for source in (config, generation):
-        ids = source.get("eos_token_id")
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
-    return frozenset(token for token in found if 0 <= token < vocab_size)

@@ -262,10 +262,13 @@ class Engine:
         if self._pace is not None:
             self._pace.observe(timed)
         result = StepResult(time=timed)
-        first_row = 0
+        first_score, first_row = 0, sum(work.scored for work in step.batch)
         for work in step.batch:
+            scores = sampled[first_score : first_score + work.scored]
             found = sampled[first_row : first_row + work.num_sampled]
-            first_row += work.num_sampled
+            first_score, first_row = first_score + work.scored, first_row + work.num_sampled
+            # What a preemption made a step compute again takes the place of what was there.
+            work.sequence.scores[work.start : work.start + work.scored] = [score for _, score in scores if score]
             if work.sequence.state is State.FINISHED:
                 continue
             self._computed(work)
@@ -304,10 +307,8 @@ class Engine:
             self._refuse(sequence, sequence.matcher.error)
             return
         index, before = sequence.num_outputs, len(sequence.tokens)
-        for token, _ in found:
-            sequence.append(token, self.runner.eos, self.max_model_len)
-            if sequence.finish is not None:
-                break
+        scored = sequence.scores if sequence.scoring else None
+        sequence.extend([token for token, _ in found], self.runner.eos, self.max_model_len)
         tokens = sequence.tokens[before:]
         self.counters.generated_tokens += len(tokens)
         if sequence.state is State.RUNNING:
@@ -315,7 +316,8 @@ class Engine:
             sequence.register(self.pool, self.page_tokens)
         logprobs = [logprob for _, logprob in found[: len(tokens)] if logprob is not None] or None
         if index == sequence.prior:
-            first = FirstToken(sequence.turn, index, tokens, sequence.cached or 0, now - sequence.admitted, logprobs)
+            seconds = now - sequence.admitted
+            first = FirstToken(sequence.turn, index, tokens, sequence.cached or 0, seconds, logprobs, scored)
             result.outputs += first_outputs(sequence, first)
             if sequence.prefill_for is not None:
                 result.prefilled.append(Prefilled(sequence, first))
@@ -330,8 +332,7 @@ class Engine:
 
     def commit(self, sequence: Sequence, first: FirstToken) -> list[TurnOutput]:
         """Go on from the first token that a prefiller sampled; what to report of it."""
-        for token in first.tokens:
-            sequence.append(token, self.runner.eos, self.max_model_len)
+        sequence.extend(first.tokens, self.runner.eos, self.max_model_len)
         return first_outputs(sequence, first)
 
     def resume(self, sequence: Sequence) -> None:
@@ -340,8 +341,9 @@ class Engine:
             return
         sequence.move(State.RUNNING)
         sequence.prefill_at = sequence.history_at = None
-        if sequence.missing > 1 and len(sequence.pages) * self.page_tokens < len(sequence.tokens):
-            # It has got its first token but not all of its KV: more than it was admitted with is to be computed.
+        short = sequence.missing > 1 and len(sequence.pages) * self.page_tokens < len(sequence.tokens)
+        if short or sequence.computed > sequence.findable:
+            # It has its first token but not all of its KV, or KV but no scores: more than planned is to be computed.
             self._preempt(sequence)
 
 

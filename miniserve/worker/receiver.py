@@ -95,7 +95,7 @@ class Receiver:
         """`sequence` has just got all its pages: ask for what others are to fill them with, the history first."""
         turn, size = sequence.turn, self._engine.page_tokens
         # The page of the last token is always computed.
-        most = (len(sequence.tokens) - 1) // size if sequence.history_pages is None else sequence.history_pages
+        most = sequence.findable // size if sequence.history_pages is None else sequence.history_pages
         wanted = sequence.hashes(size)[sequence.computed // size : most]
         if sequence.history_at and wanted and (pull := self._begin(sequence, sequence.history_at, history=True)):
             self._send(pull.source.address, Fetch(turn, sequence.computed // size, wanted))

@@ -6,19 +6,19 @@ from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
 from miniserve.ops.batch import Batch
 from miniserve.worker.graphs import DecodeGraphs
-from miniserve.worker.sampler import Sampler, Samples, put
+from miniserve.worker.sampler import SCORED_LOGITS, Sampler, Samples, put, score
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Sampled, Work
 
 
 class DeviceStep:
-    """A step on the device. Behind it, what it samples is already on its way to the host."""
+    """A step on the device. Behind it, what it scores and samples is already on its way to the host."""
 
-    def __init__(self, samples: Samples | None, device: torch.device) -> None:
+    def __init__(self, samples: list[Samples], device: torch.device) -> None:
         self._samples = samples
         self._done: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._samples = samples and samples.to_host()
+            self._samples = [part.to_host() for part in samples]
             self._done = torch.cuda.Event()
             self._done.record()
 
@@ -26,7 +26,7 @@ class DeviceStep:
         """Block until it is done; what it has sampled. Pages that it filled may be shown to others from then on."""
         if self._done is not None:
             self._done.synchronize()
-        return self._samples.read() if self._samples is not None else []
+        return [found for part in self._samples for found in part.read()]
 
 
 class ModelRunner:
@@ -58,6 +58,7 @@ class ModelRunner:
         outputs: list[int] = []
         complete: list[Sequence] = []
         ahead: list[int] = []
+        scored: list[tuple[int, int, int]] = []
         fed: list[tuple[int, Sequence]] = []
         for work in batch:
             sequence, end = work.sequence, work.start + work.count
@@ -65,6 +66,9 @@ class ModelRunner:
             if not known:  # what is being sampled
                 known = [0]
                 fed.append((len(tokens), sequence))
+            following = sequence.tokens[work.start + 1 :][: work.scored]
+            count = sequence.params.prompt_logprobs or 0
+            scored += [(row, token, count) for row, token in enumerate(following, len(tokens))]
             if work.samples:
                 last = len(tokens) + work.count - 1
                 outputs += range(last, last + work.num_sampled)
@@ -75,7 +79,7 @@ class ModelRunner:
         model_batch = Batch(
             tokens=self._put(tokens),
             positions=self._put(positions),
-            outputs=self._put(outputs),
+            outputs=self._put([row for row, *_ in scored] + outputs),
             lengths=[work.count + len(work.draft) for work in batch],
             contexts=[work.start + work.count + len(work.draft) for work in batch],
             pages=[work.sequence.pages for work in batch],
@@ -85,13 +89,23 @@ class ModelRunner:
             rows, sampled = self._latest
             wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
             model_batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
-        logits = self.graphs.logits(model_batch) if self.graphs is not None else None
+        model, parts = self._transformer, list[Samples]()
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            """Scores the first rows, block by block, and makes logits of the others."""
+            size = max(SCORED_LOGITS // model.config.vocab_size, 1)
+            for start in range(0, len(scored), size):
+                rows, tokens, counts = zip(*scored[start : start + size], strict=True)
+                parts.append(score(model.head(hidden[start : start + len(rows)]), [*tokens], [*counts]))
+            return model.head(hidden[len(scored) :])
+
+        logits = self.graphs.logits(model_batch) if self.graphs is not None and not scored else None
         if logits is None:
-            logits = self._transformer.forward(model_batch, self.memory.pages)
+            logits = model.forward(model_batch, self.memory.pages, head if scored else None)
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None
-        return DeviceStep(samples, self._device)
+        return DeviceStep([*parts, samples] if samples is not None else parts, self._device)
 
     def _put(self, values: list[int]) -> torch.Tensor:
         return put(values, self._device)

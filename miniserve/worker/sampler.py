@@ -26,10 +26,14 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
+SCORED_LOGITS = 2**23
+"""Logits that are made at once to score a prompt: 32 MiB. Those of a whole step would take gigabytes."""
+
+
 @dataclass(frozen=True)
 class LogprobRows:
-    """What the API reports of the tokens sampled in some `rows`: of each row the token's own
-    log-probability and rank from 1, then the likeliest ids and theirs; `counts` says how many are wanted."""
+    """What the API reports of the tokens in some `rows`: of each row the token's own log-probability and rank from 1,
+    then the likeliest ids and theirs; `counts` says how many are wanted."""
 
     rows: list[int]
     counts: list[int]
@@ -38,10 +42,17 @@ class LogprobRows:
     ids: torch.Tensor
     top: torch.Tensor
 
+    @classmethod
+    def of(cls, logprobs: torch.Tensor, tokens: torch.Tensor, rows: list[int], counts: list[int]) -> LogprobRows:
+        """From `logprobs` `[len(rows), vocab]` and the `tokens` of these rows."""
+        own = logprobs.gather(1, tokens.unsqueeze(1))
+        top, ids = logprobs.topk(max(counts))
+        return cls(rows, counts, own.squeeze(1), (logprobs > own).sum(-1) + 1, ids, top)
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Sampled `tokens`, int64 `[n]`, and what is reported of some. The device may still be at work on them."""
+    """Sampled or scored `tokens`, int64 `[n]`, and what is reported of some. The device may still be at work."""
 
     tokens: torch.Tensor
     logprobs: LogprobRows | None = None
@@ -94,10 +105,7 @@ class Sampler:
         if raw is None:
             return Samples(tokens)
         counts = [sequences[row].params.logprobs or 0 for row in reported]
-        own = raw.gather(1, _rows(tokens, reported).unsqueeze(1))
-        top, ids = raw.topk(max(counts))
-        rank = (raw > own).sum(-1) + 1
-        return Samples(tokens, LogprobRows(reported, counts, own.squeeze(1), rank, ids, top))
+        return Samples(tokens, LogprobRows.of(raw, _rows(tokens, reported), reported, counts))
 
     def _shape(self, row: torch.Tensor, sequence: Sequence, number: int) -> None:
         """Apply what a request wants changed in the logits of output `number`: bias, penalties, no end before
@@ -136,6 +144,12 @@ class Sampler:
         ids, kept = self._ops.filter(probs, top_k, top_p, min_p)
         picked = _invert(kept, at)
         return (picked if ids is None else ids.gather(1, picked)).squeeze(1)
+
+
+def score(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> Samples:
+    """Given `tokens`, one for each row of `logits` (float32 `[n, vocab]`), with `counts` of the likeliest ones."""
+    given = put(tokens, logits.device)
+    return Samples(given, LogprobRows.of(logits.log_softmax(-1), given, [*range(len(tokens))], counts))
 
 
 def put(values: list[int] | list[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from miniserve.cluster.messages import FinishReason, Keep
+from miniserve.cluster.messages import FinishReason, Keep, TokenLogprob
 from miniserve.kv.hashing import extend_hash, page_hashes
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
@@ -113,6 +113,8 @@ class Sequence:
         """Whether a launched step samples the token that comes after `tokens`."""
         self.drafter: Drafter | None = None
         """Guesses how the sequence goes on; None where nothing is to be guessed."""
+        self.scores: list[TokenLogprob] = []
+        """Log-probabilities of the prompt's tokens from the second on, as far as they are wanted and computed."""
         self.registered = 0
         """Full pages that the prefix cache knows."""
         self.cached: int | None = None
@@ -157,6 +159,17 @@ class Sequence:
         return self.length - self.computed - self.under_way
 
     @property
+    def scoring(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted: the client has them with the first output."""
+        return self.params.prompt_logprobs is not None and not self.num_outputs
+
+    @property
+    def findable(self) -> int:
+        """Tokens at the beginning whose KV need not be computed if it is found, here or elsewhere. The last one is
+        always computed, since its logits give the next one, and so is what has to be scored."""
+        return min(len(self.tokens) - 1, len(self.scores)) if self.scoring else len(self.tokens) - 1
+
+    @property
     def needed_soon(self) -> Keep:
         """What the page pool should know while the sequence waits: it needs its pages as soon as there is room."""
         return Keep(self.keep.conversation, gap=1.0, chance=1.0, page_seconds=self.keep.page_seconds)
@@ -194,14 +207,16 @@ class Sequence:
             hashes.append(extend_hash(hashes[-1] if hashes else self._root, tail))
         return hashes
 
-    def append(self, token: int, eos: frozenset[int], max_len: int) -> None:
-        """Add `token` as the next output and set `finish` if the turn ends with it."""
-        self.tokens.append(token)
+    def extend(self, tokens: list[int], eos: frozenset[int], max_len: int) -> None:
+        """Add the next outputs up to the one that the turn ends with, and then set `finish`."""
         params = self.params
-        # Where a grammar lets a turn end, nothing could follow.
-        if token in params.stop_token_ids or (token in eos and not (params.ignore_eos and params.grammar is None)):
-            self.stop_token = token
-            self.finish = "stop"
-        limit = params.max_tokens is not None and self.num_outputs >= params.max_tokens
-        if self.finish is None and (limit or len(self.tokens) >= max_len):
+        most = max_len if params.max_tokens is None else min(max_len, self.given - self.prior + params.max_tokens)
+        for token in tokens[: most - len(self.tokens)]:
+            self.tokens.append(token)
+            # Where a grammar lets a turn end, nothing could follow.
+            if token in params.stop_token_ids or (token in eos and not (params.ignore_eos and params.grammar is None)):
+                self.stop_token = token
+                self.finish = "stop"
+                return
+        if len(self.tokens) >= most:
             self.finish = "length"

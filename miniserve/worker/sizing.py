@@ -186,7 +186,7 @@ def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, bu
     sequences as may run, each of which samples with all filters. One sequence must be able to have so many."""
     device = transformer.device
     count = min(max_num_seqs, budget)
-    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, logprobs=20)
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, logprobs=20, prompt_logprobs=20)
     batch, pages = [], -(-budget // count // shape.page_tokens) + 1
     for i in range(count):
         sequence = Sequence(str(i), [0] * (budget // count), params, 0, b"")

@@ -9,15 +9,16 @@ from miniserve.cluster.messages import FirstToken, StepTime, TokenLogprob, TurnO
 from miniserve.worker.sequence import Sequence
 
 Sampled = list[tuple[int, TokenLogprob | None]]
-"""Tokens and perhaps their log-probabilities, in the order of a step's `Work`: for each that samples the next token,
-then one after each token of its draft."""
+"""Tokens and perhaps their log-probabilities, in the order of a step's `Work`: first all tokens of prompts that were
+scored, then for each `Work` that samples the next token, and one after each token of its draft."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a step does for one sequence: it computes the KV of the next `count` tokens from position `start` on. One
     that `samples` is complete with these: the step samples its next token. Then it also computes the tokens of `draft`,
-    which may follow on that one, and samples what comes after each of them.
+    which may follow on that one, and samples what comes after each of them. Of its first tokens `scored` tell the
+    log-probability of the token that follows in the prompt, where that is wanted.
     """
 
     sequence: Sequence
@@ -25,12 +26,14 @@ class Work:
     count: int
     samples: bool
     draft: list[int]
+    scored: int = 0
 
     @classmethod
     def next(cls, sequence: Sequence, count: int, draft: list[int] | None = None) -> Work:
         """The next `count` tokens of a sequence, behind those that are under way."""
         start = sequence.computed + sequence.under_way
-        return cls(sequence, start, count, count == sequence.to_launch, draft or [])
+        scored = max(min(count, sequence.given - 1 - start), 0) if sequence.scoring else 0
+        return cls(sequence, start, count, count == sequence.to_launch, draft or [], scored)
 
     @property
     def is_decode(self) -> bool:

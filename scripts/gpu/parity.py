@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from itertools import chain
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from miniserve.hub.check import check_folder
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.model.config import ModelConfig
@@ -157,9 +157,10 @@ def logit_error(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int
 
 def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) -> torch.Tensor:
     """Ours of all positions, computed in two chunks over shuffled pages."""
-    device, config = torch.device(run.device), ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    files = check_folder(folder, dummy=False)
+    device, config = torch.device(run.device), ModelConfig.from_hf(files.config)
     ops, _ = make_ops(device, dtype, config.heads, config.head_dim, (config.hidden_size, config.intermediate_size))
-    transformer = Transformer(config, load_weights(folder, config, ops, dtype, device), ops, config.max_len)
+    transformer = Transformer(config, load_weights(files.weights, config, ops, dtype, device), ops, config.max_len)
     pages = list(range(-(-len(tokens) // 16) + 1))
     random.Random(0).shuffle(pages)
     memory = KVMemory(PageShape(config.layers, 16, config.kv_heads, config.head_dim, dtype), len(pages), device)

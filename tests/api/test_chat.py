@@ -26,6 +26,7 @@ async def test_chat(api: Api) -> None:
     assert response.headers["x-request-id"] == "abc"
     answer = response.json()
     assert answer.pop("created") > 0
+    assert answer.pop("system_fingerprint").startswith("fp_")
     assert answer == {
         "id": "chatcmpl-abc",
         "object": "chat.completion",
@@ -232,7 +233,7 @@ async def test_chats_hold_token_ids(tokenizer: Tokenizer, wanted: bool) -> None:
         return generation
 
     request = ChatRequest.model_validate({"messages": HI, "return_token_ids": wanted})
-    writer = ChatWriter(AnswerHead("x", 1, "tiny"), tokenizer, request)
+    writer = ChatWriter(AnswerHead("x", 1, "tiny", "fp_1"), tokenizer, request)
     async with begin() as generation:
         await generation.finish()
         whole = writer.response(generation)

@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from miniserve.api.responses.schemas import OUTPUT, messages_of
+from miniserve.api.responses.items import OUTPUT, messages_of
 from miniserve.dispatcher import EngineError
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import error_of, serving
@@ -56,20 +56,27 @@ async def test_an_answer(api: ResponsesServer) -> None:
             "total_tokens": prompt + output,
         },
         "background": False,
+        "frequency_penalty": 0.0,
         "instructions": "Be short.",
         "max_output_tokens": None,
+        "max_tool_calls": None,
         "metadata": {"a": "b"},
         "parallel_tool_calls": True,
+        "presence_penalty": 0.0,
         "previous_response_id": None,
         "prompt_cache_key": None,
         "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": None,
+        "service_tier": "default",
         "store": True,
         "temperature": 0.5,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
         "tools": [],
+        "top_logprobs": 0,
         "top_p": 0.9,
         "truncation": "disabled",
+        "user": None,
     }
 
 
@@ -215,7 +222,7 @@ async def test_formats(api: ResponsesServer) -> None:
 
 def test_answers_of_several_items_are_one_message() -> None:
     def said(*items: dict[str, Any]) -> list[dict[str, Any]]:
-        return messages_of(OUTPUT.validate_python(list(items)))
+        return messages_of(OUTPUT.validate_python(list(items)))[0]
 
     text = {"role": "assistant", "content": "a"}
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
@@ -232,33 +239,32 @@ def test_answers_of_several_items_are_one_message() -> None:
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({"input": []}, "input", "at least 1"),
         ({"input": 5}, "input", "string or a list"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "'item_reference'"),
-        ({"input": [{"type": "computer_call"}]}, "input[0]", "'computer_call'"),
         ({"input": [{"content": "x"}]}, "input[0]", "without a `type`"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]", "'input_image'"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "'assistant'"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", "missing"),
-        ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input[0].encrypted_content", "None"),
         ({"input": "x" * 5000}, "input", "maximum context length"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]", "'web_search'"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0]", "beside `type`"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "`tools[0].name` must be"),
         ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
         ({"tool_choice": 5}, "tool_choice", "or an object"),
-        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "'allowed_tools'"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice", "'web_search'"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+            "tool_choice",
+            "`name` stands beside `type`",
+        ),
+        ({"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice", "must be"),
+        ({"tools": [{"name": "f"}]}, "tools[0]", "no `type`"),
+        ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation", "not both"),
+        ({"input": [{"type": "nonsense"}]}, "input[0]", "'nonsense'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "needs `schema`"),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "text.format", "cannot be followed"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
-        ({"max_output_tokens": 5000}, "input", "maximum context length"),
-        ({"truncation": "auto"}, "truncation", "'disabled'"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "cannot be included"),
         ({"background": True}, "background", "use `stream`"),
-        ({"conversation": "conv_1"}, "conversation", "previous_response_id"),
         ({"prompt": {"id": "x"}}, "prompt", "not supported"),
-        ({"top_logprobs": 3}, "top_logprobs", "not supported"),
         ({"model": "other"}, "model", "no model"),
     ],
 )

@@ -45,8 +45,8 @@ ROUTES = [
     ("GET", "/v1/models/{model}"),
     ("GET", "/health"),
     ("GET", "/version"),
-    ("GET", "/v1/conversations"),
-    ("GET", "/v1/conversations/{conversation}"),
+    ("GET", "/conversations"),
+    ("GET", "/conversations/{conversation}"),
     ("GET", "/v1/workers"),
     ("GET", "/metrics"),
 ]

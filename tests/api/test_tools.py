@@ -231,7 +231,6 @@ async def test_the_flag(tokenizers: dict[str, Tokenizer]) -> None:
         ({"tool_choice": tool("g"), "tools": [tool()]}, "tool_choice", "'g'"),
         ({"tool_choice": {"type": "function"}, "tools": [tool()]}, "tool_choice", "must be"),
         ({"tool_choice": {"type": "allowed_tools"}, "tools": [tool()]}, "tool_choice", "must be"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "tool_call_id"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages[0]", "must look like"),
         ({"messages": [{"role": "assistant", "tool_calls": [{**tool(), "id": 5}]}]}, "messages[0]", "`id`"),
         ({"chat_template_kwargs": {"frob": 1}}, "chat_template_kwargs", "enable_thinking, reasoning_effort, thinking"),

@@ -98,7 +98,7 @@ def test_every_flag_arrives() -> None:
         "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug "
         "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25 "
         "--revision main --no-prompt-lookup --enforce-eager --async-scheduling --step-stretch 2 "
-        "--tool-call-parser hermes --reasoning-parser none"
+        "--tool-call-parser hermes --reasoning-parser none --uds /tmp/s --root-path /llm --allowed-origins http://a http://b"
     ) == ServeConfig(
         engine=EngineConfig(
             model="my/model",
@@ -141,6 +141,9 @@ def test_every_flag_arrives() -> None:
         revision="main",
         tool_call_parser="hermes",
         reasoning_parser="none",
+        uds="/tmp/s",
+        root_path="/llm",
+        allowed_origins=["http://a", "http://b"],
     )
 
 

@@ -70,7 +70,7 @@ def test_the_terminal_changes_its_size(server: WatchedServer, top: Callable[...,
     terminal.resize(30, 6)
     lines = terminal.see("and 4 more")
     assert (len(lines), len(lines[0])) == (6, 30)
-    assert "/v1/conversations?limit=40" in server.paths
+    assert "/conversations?limit=40" in server.paths
 
 
 def test_a_server_goes_and_comes_back(port: int, top: Callable[..., Terminal]) -> None:

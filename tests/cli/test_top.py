@@ -53,7 +53,7 @@ def test_one_snapshot_is_printed(server: WatchedServer, capsys: pytest.CaptureFi
     lines = [line.rstrip() for line in out.splitlines()]
     assert lines[0] == f"miniserve at {server.url}, policy conserve"
     assert ["team/a", "idle", "d0", "1"] in [line.split()[:4] for line in lines]
-    assert server.paths == ["/v1/workers", "/v1/conversations?limit=20"]
+    assert server.paths == ["/v1/workers", "/conversations?limit=20"]
     assert server.keys == ["Bearer k"] * 2
 
 

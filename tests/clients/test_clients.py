@@ -7,6 +7,7 @@ command line. docs/clients.md says the same for people.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from miniserve.text.tokenizer import Tokenizer
 from tests.support import dialects, tiny
 from tests.support.server_process import Running, server
 
@@ -139,6 +141,85 @@ def test_aiperf(running: Running, folder: Path, tmp_path: Path) -> None:
     assert not (report.get("error_request_count") or {}).get("avg")
     assert report["output_sequence_length"]["avg"] == 8
     assert report["time_to_first_token"]["avg"] > 0
+
+
+WORDS = "the ring and hello were winging over the water whether anyone heard them there or not"
+TASKS = {
+    "choices": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "pages": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{page}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    },
+}
+DOCS: dict[str, list[dict[str, Any]]] = {
+    "choices": [
+        {"question": WORDS[: 11 * i + 8].strip(), "choices": [" the", " and hello", " water", " over"], "answer": i % 4}
+        for i in range(7)
+    ],
+    "pages": [{"page": " ".join(WORDS.split()[i:] + WORDS.split()[:i]) * (2 * i + 1)} for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("model", ["tiny", "smollm2"])
+def test_lm_eval(
+    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, model: str
+) -> None:
+    """Multiple choice and perplexity by log-probabilities of prompts: what transformers makes of the same weights."""
+    used = request.getfixturevalue("smollm2_folder") if model == "smollm2" else folder
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS[name]))
+        files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}}
+        # YAML takes JSON.
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test", **files, **task}))
+    flags = ["--topology", "1P1D", "--dtype", "float32", "--max-model-len", "256", "--kv-cache-memory", "64M"]
+    with server(used, *flags, runtime=tmp_path_factory.mktemp("run")) as up:
+        given = f"model=m,base_url={up.url}/v1/completions,tokenizer={used},tokenizer_backend=huggingface"
+        run(
+            tmp_path,
+            *["lm_eval", "--model", "local-completions", "--model_args", f"{given},max_length=128,num_concurrent=3"],
+            *["--tasks", "choices,pages", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "found")],
+            "--log_samples",
+            HF_DATASETS_OFFLINE="1",
+        )
+        assert up.metric("miniserve:kv_pages", state="held") == 0
+    (results,) = (tmp_path / "found").rglob("results_*.json")
+    scores = json.loads(results.read_text())["results"]
+    tokenizer = Tokenizer.load(used)
+
+    def likelihood(context: list[int], continuation: list[int]) -> float:
+        logprobs = tiny.reference_logits(used, context + continuation).log_softmax(-1)
+        rows = range(len(context) - 1, len(context) + len(continuation) - 1)
+        return float(logprobs[rows, continuation].sum())
+
+    right = 0
+    (samples,) = (tmp_path / "found").rglob("samples_choices_*.jsonl")
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        doc = sample["doc"]
+        start = tokenizer.encode(doc["question"])
+        each = [likelihood(start, tokenizer.encode(doc["question"] + text)[len(start) :]) for text in doc["choices"]]
+        assert [float(found) for found, _ in sample["filtered_resps"]] == pytest.approx(each, abs=1e-3)
+        right += each.index(max(each)) == doc["answer"]
+    assert scores["choices"]["acc,none"] == pytest.approx(right / len(DOCS["choices"]))
+    settings = json.loads((used / "tokenizer_config.json").read_text())
+    total, begin = 0.0, tokenizer.encode(settings["bos_token"])
+    for doc in DOCS["pages"]:
+        tokens = tokenizer.encode(doc["page"])
+        # Windows of 126 tokens, each behind the token before it; the last one has as many before it as fit.
+        for at in range(0, len(tokens), 126):
+            window = tokens[at : at + 126]
+            total += likelihood(tokens[at + len(window) - 127 : at] if at else begin, window)
+    size = sum(len(doc["page"].encode()) for doc in DOCS["pages"])
+    assert scores["pages"]["byte_perplexity,none"] == pytest.approx(math.exp(-total / size), rel=1e-3)
 
 
 def test_guidellm(running: Running, folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ PARAMS = SamplingParams(
     stop=["\n", "é😀"],
     stop_token_ids=[1, 2],
     logprobs=3,
+    prompt_logprobs=2,
 )
 POOL = m.PoolInfo(pid=1234, fd=7, num_pages=2048, page_bytes=2**21, layout="llama-bf16-16")
 STATS = m.WorkerStats(10, 4, 3, 3, 2, 1, 512, 1, steps=9, preemptions=1, prefix_hits=16, busy_seconds=0.25)
@@ -29,6 +30,7 @@ LOGPROBS = [m.TokenLogprob(5, -0.5, 1, [(5, -0.5), (9, -1.5)]), m.TokenLogprob(6
 FIRST = m.FirstToken("t1", 3, [5, 6], cached_tokens=32, prefill=0.25, logprobs=LOGPROBS)
 OUTPUTS: list[m.TurnOutput] = [
     FIRST,
+    m.FirstToken("t1", 0, [], cached_tokens=0, prefill=0.5, prompt_logprobs=LOGPROBS),
     m.Tokens("t1", 5, [7]),
     m.Tokens("t1", 6, [5, 6], LOGPROBS),
     m.Ended("t1", 8, [5, 6], "stop", 6, LOGPROBS),

@@ -252,7 +252,7 @@ class World:
         )
         answer = Sequence(turn, tokens, params, seed, b"")
         while not answer.finish:
-            answer.append(next_token(answer.tokens, seed), EOS, LONGEST)
+            answer.extend([next_token(answer.tokens, seed)], EOS, LONGEST)
         self.prompts[turn], self.wanted[turn] = tokens, answer.tokens[len(tokens) :]
         self.carry_out(self.scheduler.submit(turn, tokens, params, seed, pick.choice(["", "", "c"]), "", self.now))
 

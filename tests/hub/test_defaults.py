@@ -21,6 +21,6 @@ def test_the_models_sampling_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
 def test_broken_sampling_defaults_name_the_file_and_the_way_out(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "generation_config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"generation_config\.json .*--generation-config vllm"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json .*[mM]end it"):
         generation_defaults(tmp_path, "auto")
     assert generation_defaults(tmp_path, "vllm") == {}

@@ -11,6 +11,7 @@ import torch
 
 from miniserve.config import ConfigError
 from miniserve.model.config import ModelConfig, RopeConfig
+from miniserve.model.rope import inverse_frequencies
 from tests.support import tiny
 
 LLAMA: dict[str, Any] = {
@@ -24,8 +25,11 @@ LLAMA: dict[str, Any] = {
 }
 
 
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": True}
+
+
 def read(**values: Any) -> ModelConfig:
-    return ModelConfig.from_hf(LLAMA | values)
+    return ModelConfig.from_hf(LLAMA | {"num_key_value_heads": None} | values)
 
 
 @pytest.mark.parametrize("rope_scaling", [None, "llama3", "linear"])
@@ -69,6 +73,49 @@ def test_biases() -> None:
     assert not qwen.output_bias
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"model_type": "llama"},
+    "MistralForCausalLM": {"model_type": "mistral", "num_attention_heads": 8},
+    "Qwen2ForCausalLM": {"model_type": "qwen2", "num_attention_heads": 32, "hidden_size": 512},
+    "Qwen3ForCausalLM": {"model_type": "qwen3", "num_attention_heads": 32, "hidden_size": 512},
+}
+SAID: list[dict[str, Any]] = [
+    {},
+    {"num_key_value_heads": 2},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+    {"rope_theta": 77.0},
+    {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_theta": 9.0, "rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {k: v for k, v in tiny.LLAMA3.items() if k != "original_max_position_embeddings"}},
+    {"rope_scaling": tiny.LLAMA3, "original_max_position_embeddings": 32},
+]
+
+
+@pytest.mark.parametrize("said", SAID, ids=str)
+@pytest.mark.parametrize("arch", DEFAULTS)
+def test_what_is_left_out_or_said_twice_is_as_in_transformers(arch: str, said: dict[str, Any]) -> None:
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LLAMA | DEFAULTS[arch] | {"architectures": [arch], **said}
+    model = ModelConfig.from_hf(config)
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))  # it changes what it is given
+    assert model.kv_heads == theirs.num_key_value_heads
+    assert model.norm_eps == theirs.rms_norm_eps
+    assert model.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert model.rope.kind == theirs.rope_parameters["rope_type"]
+    if model.rope.kind != "default":
+        frequencies, _ = ROPE_INIT_FUNCTIONS[model.rope.kind](theirs, torch.device("cpu"))
+        torch.testing.assert_close(inverse_frequencies(model.rope, model.head_dim), frequencies)
+    with torch.device("meta"):
+        layer = transformers.AutoModelForCausalLM.from_config(theirs).model.layers[0]
+    attention = layer.self_attn
+    assert model.head_dim == attention.head_dim
+    biases = [m.bias is not None for m in (attention.q_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj)]
+    assert biases == [model.qkv_bias, model.qkv_bias, model.output_bias, model.mlp_bias]
+
+
 def test_llama3_scaling() -> None:
     model = read(rope_theta=5e5, rope_scaling=tiny.LLAMA3)
     assert model.rope == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64)
@@ -80,8 +127,16 @@ def test_llama3_scaling() -> None:
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 128}, 128),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, 512),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 512),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "use_sliding_window": False}, 128),
+        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}, 4096),
+        ({"sliding_window": 128}, 128),
+        ({"sliding_window": 128, "layer_types": ["full_attention"] * 2}, 512),
         ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": False}, 512),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": True}, 128),
+        (QWEN, 512),  # its windows begin above layer 28
+        (QWEN | {"max_window_layers": 1}, 128),
+        (QWEN | {"max_window_layers": 2}, 512),
+        (QWEN | {"layer_types": ["full_attention", "sliding_attention"]}, 128),
+        (QWEN | {"layer_types": ["full_attention"] * 2, "max_window_layers": 0}, 512),
     ],
 )
 def test_a_sliding_window_ends_the_context(values: dict[str, Any], max_len: int) -> None:
@@ -100,6 +155,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"hidden_act": "gelu"}, "'gelu'; miniserve knows silu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope"}}, "'longrope' is not supported"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "'linear_attention'; miniserve knows full_attention"),
     ],
 )
 def test_what_cannot_be_done_is_refused(values: dict[str, Any], message: str) -> None:

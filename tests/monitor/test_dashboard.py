@@ -115,7 +115,7 @@ async def test_a_turn_from_its_decision_to_its_end(tokenizer: Tokenizer, browser
         await says(tab, "#status", "live")
         await says(tab, "#about", "tiny, policy observe")
         assert await tab.locator(".worker").count() == 2
-        await says(tab, ".lane .name", "early")  # from GET /v1/conversations: there was no listener then
+        await says(tab, ".lane .name", "early")  # from GET /conversations: there was no listener then
         engine.begin("a", "<b>c1</b>")
         await says(tab, ".lane .name", "<b>c1</b>")
         await says(tab, "#detail h3", "<b>c1</b> · turn 1")

@@ -206,7 +206,7 @@ async def test_streams_end_with_the_server(tokenizer: Tokenizer) -> None:
         assert [kind async for kind, _ in stream] == ["decision", "outcome"]
 
 
-@pytest.mark.parametrize("path", ["/v1/events", "/v1/workers", "/v1/conversations", "/v1/models", "/dashboard"])
+@pytest.mark.parametrize("path", ["/v1/events", "/v1/workers", "/conversations", "/v1/models", "/dashboard"])
 async def test_what_needs_the_key(tokenizer: Tokenizer, path: str) -> None:
     engine = LiveClient()
     api = Api(make_app(tokenizer, engine, api_key=SECRET), engine)

@@ -1,4 +1,4 @@
-"""GET /v1/conversations and /v1/workers over a real scheduler whose workers' reports are made up."""
+"""GET /conversations and /v1/workers over a real scheduler whose workers' reports are made up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import Api, error_of, make_app
 from tests.support.fake_engine import FakeClient
 
-ROUTES = ("/v1/conversations", "/v1/conversations/c1", "/v1/workers")
+ROUTES = ("/conversations", "/conversations/c1", "/v1/workers")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ async def get(api: Api, path: str) -> Any:
 
 
 async def test_the_latest_conversation_comes_first(api: Api) -> None:
-    found = await get(api, "/v1/conversations")
+    found = await get(api, "/conversations")
     assert (found["object"], found["total"]) == ("list", 5)
     assert [(c["id"], c["state"], c["home"], c["turns"], c["tokens"]) for c in found["data"]] == [
         ("late", "queued", None, 0, 0),
@@ -55,13 +55,13 @@ async def test_the_latest_conversation_comes_first(api: Api) -> None:
 
 async def test_as_many_as_asked_for(api: Api) -> None:
     for limit, ids in ((1, ["late"]), (2, ["late", "busy"]), (1000, ["late", "busy", "3", "c1", "team/a"])):
-        found = await get(api, f"/v1/conversations?limit={limit}")
+        found = await get(api, f"/conversations?limit={limit}")
         assert ([c["id"] for c in found["data"]], found["total"]) == (ids, 5)
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "many", "1.5", ""])
 async def test_how_many_may_be_asked_for(api: Api, limit: str) -> None:
-    error = error_of(await api.http.get(f"/v1/conversations?limit={limit}"), 400)
+    error = error_of(await api.http.get(f"/conversations?limit={limit}"), 400)
     assert (error["type"], error["param"]) == ("invalid_request_error", "limit")
 
 
@@ -69,7 +69,7 @@ async def test_how_many_may_be_asked_for(api: Api, limit: str) -> None:
 
 
 async def test_what_a_turn_was(api: Api) -> None:
-    found = await get(api, "/v1/conversations/c1")
+    found = await get(api, "/conversations/c1")
     assert (found["id"], found["state"], found["turns"], found["running"]) == ("c1", "idle", 2, [])
     first, second = found["history"]
     assert {name: value for name, value in first.items() if name != "phases"} == {
@@ -107,7 +107,7 @@ async def test_what_a_turn_was(api: Api) -> None:
 
 @pytest.mark.parametrize("id", ["c1", "team/a", "3"])
 async def test_phases_follow_each_other(api: Api, id: str) -> None:
-    for turn in (await get(api, f"/v1/conversations/{id}"))["history"]:
+    for turn in (await get(api, f"/conversations/{id}"))["history"]:
         phases = turn["phases"]
         before = [phases[name] for name in ("queued", "waited", "prefill")]
         assert sum(before) == pytest.approx(phases["first_token"])
@@ -115,7 +115,7 @@ async def test_phases_follow_each_other(api: Api, id: str) -> None:
 
 
 async def test_the_time_in_the_queue_is_part_of_the_phases(api: Api) -> None:
-    (turn,) = (await get(api, "/v1/conversations/team/a"))["history"]
+    (turn,) = (await get(api, "/conversations/team/a"))["history"]
     assert turn["phases"]["queued"] == pytest.approx(0.75)
 
 
@@ -126,7 +126,7 @@ async def test_the_time_in_the_queue_is_part_of_the_phases(api: Api) -> None:
 async def test_turns_that_have_not_ended(
     api: Api, id: str, state: str, output: int, home: str | None, prefill_at: str | None
 ) -> None:
-    found = await get(api, f"/v1/conversations/{id}")
+    found = await get(api, f"/conversations/{id}")
     assert found["history"] == []
     (turn,) = found["running"]
     assert turn["age"] == pytest.approx(found["age"])
@@ -136,22 +136,22 @@ async def test_turns_that_have_not_ended(
 
 @pytest.mark.parametrize("path", ["team/a", "team%2Fa", "3"])
 async def test_ids_with_slashes_and_numbers_of_those_without_a_key(api: Api, path: str) -> None:
-    assert (await get(api, f"/v1/conversations/{path}"))["id"] == path.replace("%2F", "/")
+    assert (await get(api, f"/conversations/{path}"))["id"] == path.replace("%2F", "/")
 
 
 async def test_a_key_goes_before_a_number(api: Api) -> None:
-    assert (await get(api, "/v1/conversations/3"))["turns"] == 1
+    assert (await get(api, "/conversations/3"))["turns"] == 1
     api.engine.scheduler.submit("g", [9] * 20, SamplingParams(max_tokens=4), 0, "3", "", time.monotonic())
-    assert (await get(api, "/v1/conversations/3"))["turns"] == 0
+    assert (await get(api, "/conversations/3"))["turns"] == 0
 
 
 @pytest.mark.parametrize(
     "path", ["unknown", "2", "team", "team/a/", "c1/", "", "-3", "%D9%A3", "9" * 40, "%00", "%ED%A0%80", "x" * 5000]
 )
 async def test_a_conversation_that_is_not_known_is_a_404(api: Api, path: str) -> None:
-    error = error_of(await api.http.get(f"/v1/conversations/{path}"), 404)
+    error = error_of(await api.http.get(f"/conversations/{path}"), 404)
     assert error["code"] == "conversation_not_found"
-    assert "GET /v1/conversations" in error["message"]
+    assert "GET /conversations" in error["message"]
     assert len(error["message"]) < 700
 
 
@@ -197,8 +197,8 @@ async def test_without_workers_there_is_an_empty_list(api: Api) -> None:
         api.engine.scheduler.worker_down(name, returns=False)
     found = await get(api, "/v1/workers")
     assert (found["data"], found["queued"]) == ([], 0)
-    assert (await get(api, "/v1/conversations/c1"))["home"] is None
-    assert (await get(api, "/v1/conversations/c1"))["history"][0]["home"] == "d0", "names outlive workers"
+    assert (await get(api, "/conversations/c1"))["home"] is None
+    assert (await get(api, "/conversations/c1"))["history"][0]["home"] == "d0", "names outlive workers"
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
@@ -221,17 +221,17 @@ async def test_they_are_only_looked_at(api: Api, path: str) -> None:
 async def test_openapi_describes_them(api: Api) -> None:
     document = await get(api, "/openapi.json")
     answers = {}
-    for path in ("/v1/conversations", "/v1/conversations/{conversation}", "/v1/workers"):
+    for path in ("/conversations", "/conversations/{conversation}", "/v1/workers"):
         operation = document["paths"][path]["get"]
         assert operation["description"]
         assert {"200", "4XX", "500", "503"} <= operation["responses"].keys()
         answers[path] = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rsplit("/")[-1]
     assert answers == {
-        "/v1/conversations": "ConversationList",
-        "/v1/conversations/{conversation}": "ConversationDetail",
+        "/conversations": "ConversationList",
+        "/conversations/{conversation}": "ConversationDetail",
         "/v1/workers": "WorkerList",
     }
-    (limit,) = document["paths"]["/v1/conversations"]["get"]["parameters"]
+    (limit,) = document["paths"]["/conversations"]["get"]["parameters"]
     assert limit["schema"] | {"title": ""} == {
         "type": "integer",
         "minimum": 1,

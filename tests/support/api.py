@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 
 from miniserve.api.app import create_app
+from miniserve.api.middleware import Connection
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeClient
@@ -83,7 +84,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 async def serving(app: Any) -> AsyncIterator[int]:
     """A real server on a free port of the loopback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="warning", lifespan="off"))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

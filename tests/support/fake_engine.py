@@ -11,6 +11,8 @@ from typing import Any
 from miniserve.cluster.messages import (
     Ended,
     Move,
+    PoolInfo,
+    Ready,
     Report,
     StepTime,
     TokenLogprob,
@@ -38,7 +40,16 @@ STATS = WorkerStats(
     prefix_queries=640,
     prefix_hits=320,
 )
+READY = Ready(PoolInfo(1, 1, 100, 4096, ""), "bfloat16", "cpu", "torch", 1, 0, 16, 512, 49152, {}, "")
+"""A worker's facts."""
 EOS = 2
+
+
+def made_up(tokens: list[int], logprob: float, count: int | None) -> list[TokenLogprob] | None:
+    """The likeliest ones are the token itself and those of the next ids."""
+    if count is None:
+        return None
+    return [TokenLogprob(t, logprob, 1, [(t + i, logprob - i) for i in range(count)]) for t in tokens]
 
 
 @dataclass
@@ -74,12 +85,10 @@ class FakeTurn:
             if self.cancelled.is_set():
                 yield Ended(self.id, -1, [], "abort")
                 return
-            room = (self.params.max_tokens or 10**9) - self.given
+            room = (10**9 if self.params.max_tokens is None else self.params.max_tokens) - self.given
             out, last = tokens[:room], number == len(steps) - 1
             finish = "length" if len(tokens) >= room and not last else self.finish if last else None
-            logprobs = None
-            if (count := self.params.logprobs) is not None:
-                logprobs = [TokenLogprob(t, -0.5, 1, [(t + i, -0.5 - i) for i in range(count)]) for t in out]
+            logprobs = made_up(out, -0.5, self.params.logprobs)
             first, self.given = self.given, self.given + len(out)
             for output in outputs(
                 self.id,
@@ -89,6 +98,7 @@ class FakeTurn:
                 stop_token=self.stop_token if last else None,
                 cached_tokens=self.cached if number == 0 else None,
                 logprobs=logprobs,
+                prompt_logprobs=made_up(self.tokens[1:], -2.0, self.params.prompt_logprobs),
                 error=self.error,
                 invalid=self.invalid,
             ):
@@ -176,6 +186,8 @@ class FakeClient:
         self.healthy = True
         self.unhealthy_reason = ""
         self.policy_name = "conserve"
+        self.watchers: list[Callable[[str, Report], None]] = []
+        self.ready = dict.fromkeys(("p0", "d0"), READY)
         self.scheduler = played(time.monotonic())
         self.feed = Feed(self.scheduler, self.policy_name)
 

@@ -17,6 +17,7 @@ def outputs(
     cached_tokens: int | None = None,
     prefill: float = 0.0,
     logprobs: list[TokenLogprob] | None = None,
+    prompt_logprobs: list[TokenLogprob] | None = None,
     error: str = "",
     invalid: bool = False,
 ) -> list[TurnOutput]:
@@ -28,5 +29,5 @@ def outputs(
     if cached_tokens is None:
         return ended or [Tokens(turn, index, tokens, logprobs)]
     if ended:
-        return [FirstToken(turn, index, [], cached_tokens, prefill), *ended]
-    return [FirstToken(turn, index, tokens, cached_tokens, prefill, logprobs)]
+        return [FirstToken(turn, index, [], cached_tokens, prefill, None, prompt_logprobs), *ended]
+    return [FirstToken(turn, index, tokens, cached_tokens, prefill, logprobs, prompt_logprobs)]

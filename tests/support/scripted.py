@@ -56,7 +56,7 @@ class WatchedServer(ScriptedServer):
 
     def __init__(self, port: int = 0) -> None:
         seen = snapshot()
-        bodies = {"/v1/workers": seen.workers, "/v1/conversations": seen.conversations}
+        bodies = {"/v1/workers": seen.workers, "/conversations": seen.conversations}
         self.paths: list[str] = []
         self.keys: list[str | None] = []
         self.answer: Callable[[str], tuple[int, bytes]] = lambda path: (200, json.dumps(bodies[path]).encode())

@@ -225,6 +225,13 @@ def test_a_grammar_that_turns_out_too_complex_ends_its_turn_alone(llm, monkeypat
     assert said["hard"][-1].invalid
     assert "too many" in said["hard"][-1].error
     assert said["hard"][0].tokens == [ord("x")]
+    # From the library: the others' results are there, and so is what came before the failure.
+    wanted = SamplingParams(max_tokens=200, grammar=hard), SamplingParams(max_tokens=50, ignore_eos=True)
+    done = llm.generate(["hello"] * 2, [*wanted], progress=False)
+    (failed,), (free,) = (output.outputs for output in done)
+    assert (failed.finish_reason, failed.text[:1], len(free.token_ids), free.error) == (None, "x", 50, "")
+    assert "too many" in failed.error
+    assert clean(llm)
 
 
 def test_a_turn_whose_grammar_is_being_compiled_delays_no_other(llm, monkeypatch):

@@ -15,8 +15,10 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from miniserve.config import ConfigError
 from miniserve.sampling_params import ParameterError
 from miniserve.text.tokenizer import Tokenizer, byte_alphabet
+from tests.support import tiny
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 END, START, STOP = range(317, 320)  # <|endoftext|>, <|im_start|>, <|im_end|>
@@ -55,34 +57,77 @@ def test_the_byte_alphabet_is_gpt2s() -> None:
 def test_facts_of_the_folder(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 320
     assert tokenizer.special_ids == {END, START, STOP}
-    assert tokenizer.eos_token_ids == {END, STOP}  # generation_config.json's list, not config.json's one
+    assert tokenizer.eos_token_ids == {END, STOP}
 
 
 def test_a_raw_prompt_may_hold_control_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a<|im_end|>") == [ord("a"), STOP]
 
 
+def test_tokens_are_spelled_as_transformers_does(tiny_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, ids = Tokenizer.load(tiny_folder), list(range(320))
+    assert [ours.token_str(token) for token in ids] == AutoTokenizer.from_pretrained(tiny_folder).convert_ids_to_tokens(
+        ids
+    )
+    assert {"\u0120the", "\u00c3\u00a9", "<|im_end|>"} <= {ours.token_str(token) for token in ids}
+    assert ours.token_str(320) == ""
+
+
 def test_special_and_unknown_ids_have_bytes_too(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_bytes(STOP) == b"<|im_end|>"
     assert tokenizer.token_bytes(320) == tokenizer.token_bytes(10**9) == tokenizer.token_bytes(-1) == b""
-    assert tokenizer.token_text(0xF0) == "\ufffd"
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "eos"),
-    [
-        ({"eos_token_id": 7}, {"eos_token_id": 8}, {7}),
-        ({}, {"eos_token_id": [8, 9]}, {8, 9}),
-        ({"eos_token_id": None}, {"eos_token_id": None}, {STOP}),  # tokenizer_config.json's eos_token
-        ({"eos_token_id": 0}, {"eos_token_id": 8}, {0}),
-    ],
-)
-def test_where_end_of_text_is_read(
-    folder: Path, generation: dict[str, Any], config: dict[str, Any], eos: set[int]
+ENDS: list[tuple[Any, Any, Any, set[int], bool]] = [
+    ([END, STOP], END, "<|im_end|>", {END, STOP}, False),
+    (STOP, STOP, None, {STOP}, False),
+    (None, END, "<|im_end|>", {END, STOP}, True),
+    (None, [END], {"content": "<|im_end|>", "special": True}, {END, STOP}, True),
+    (7, 8, "<|im_end|>", {7, 8, STOP}, True),
+    ([7, 8], None, "<|endoftext|>", {7, 8, END}, True),
+    (None, None, "<|im_end|>", {STOP}, False),
+    (0, 8, None, {0, 8}, True),
+    ("<|im_end|>", "<|endoftext|>", None, {STOP, END}, True),  # ids as text
+    ([10**6, END], None, None, {10**6, END}, False),  # one that the model has no row for
+    (-1, [None, True, 2.5, END], "<no such token>", {END}, False),
+    (None, None, None, set(), False),
+]
+
+
+@pytest.mark.parametrize(("generation", "config", "text", "eos", "differ"), ENDS)
+def test_any_token_that_a_file_calls_the_end_ends_a_turn(
+    folder: Path,
+    generation: Any,
+    config: Any,
+    text: Any,
+    eos: set[int],
+    differ: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    tiny.edit_json(folder / "tokenizer_config.json", eos_token=text)
     assert Tokenizer.load(folder).eos_token_ids == eos
+    assert ("Each of them ends a turn" in caplog.text) == differ, caplog.text
+
+
+def test_other_names_of_end_tokens(folder: Path) -> None:
+    for name in ("generation_config.json", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+    tiny.edit_json(folder / "tokenizer_config.json", eos_token=None, eot_token="<|im_end|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    assert Tokenizer.load(folder).eos_token_ids == {END, STOP}
+
+
+def test_a_vocabulary_larger_than_the_models_is_pointed_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 320}))
+    Tokenizer.load(folder)
+    assert not caplog.text
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 319}))
+    Tokenizer.load(folder)
+    assert "ids up to 319, the model those below 319" in caplog.text
 
 
 def test_sentencepiece_tokens_as_bytes() -> None:
@@ -102,7 +147,7 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 
 def test_a_broken_tokenizer_says_so(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ParameterError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.load(folder)
 
 

@@ -54,3 +54,17 @@ class MessageOut(TypedDict):
 
 class TokenCount(TypedDict):
     input_tokens: int
+
+
+class ModelCard(TypedDict):
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+
+
+class ModelCards(TypedDict):
+    data: list[ModelCard]
+    has_more: bool
+    first_id: str
+    last_id: str

@@ -1,14 +1,26 @@
 """What requests for /v1/messages may hold, and the chat request that each of them is another spelling of."""
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field
 
-from miniserve.api.fields import Count, Effort, RequestBody, Salt, StopTexts, Temperature, TopK, TopP, one_of
+from miniserve.api.errors import ApiError
+from miniserve.api.fields import Count, Effort, RequestBody, StopTexts, one_of
+from miniserve.api.messages.blocks import (
+    Blocks,
+    TextBlock,
+    ThinkingBlock,
+    ToolReferenceBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.tools import FewTools
+from miniserve.api.tools import DEFERRED, FewTools, Tool, deferred
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of
+from miniserve.text.messages import Body, Json, Text, TextOr, kind_of
 
 MESSAGES_NAMES = {
     "stop": "stop_sequences",
@@ -18,51 +30,17 @@ MESSAGES_NAMES = {
     r"tools\[(\d+)\]\.function": r"tools[\1]",
 }
 """Patterns of a chat's parameters, and this API's names of them."""
-SAME_NAMES = {"model", "max_tokens", "temperature", "top_k", "top_p", "stream", "cache_salt"}
+SAME_NAMES = {*SAMPLING_NAMES, "max_tokens"}
 TOOL_KEYS = ("name", "description", "input_schema", "strict")
 ERROR = "Error: "
 """Begins the result of a tool that failed: chat templates have no other way to say so."""
-
-
-class TextBlock(Body):
-    type: Literal["text"]
-    text: Text
-
-
-class ThinkingBlock(Body):
-    type: Literal["thinking"]
-    thinking: Text
-
-
-class ToolUseBlock(Body):
-    type: Literal["tool_use"]
-    id: Annotated[Text, Field(min_length=1)]
-    name: Text
-    input: Json
-
-
-TextBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
-TextOrBlocks = Annotated[
-    TextOr[TextBlocks], Discriminator(kind_of, "content", "This must be a string or a list of text blocks")
+BILLING = "x-anthropic-billing-header:"
+"""Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
+else in a prompt, it would leave no prefix to find again."""
+SystemBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
+SystemText = Annotated[
+    TextOr[SystemBlocks], Discriminator(kind_of, "content", "This must be a string or a list of text blocks")
 ]
-
-
-class ToolResultBlock(Body):
-    type: Literal["tool_result"]
-    tool_use_id: Annotated[Text, Field(min_length=1)]
-    content: TextOrBlocks | None = None
-    is_error: bool | None = None
-
-
-Block = Annotated[
-    Annotated[TextBlock, Tag("<text>")]
-    | Annotated[ThinkingBlock, Tag("<thinking>")]
-    | Annotated[ToolUseBlock, Tag("<tool_use>")]
-    | Annotated[ToolResultBlock, Tag("<tool_result>")],
-    Discriminator(lambda block: f"<{block['type']}>"),
-    one_of("Content blocks", ["text", "thinking", "tool_use", "tool_result"]),
-]
-Blocks = Annotated[list[Block], Field(fail_fast=True)]
 
 
 class MessageParam(Body):
@@ -97,42 +75,51 @@ class OutputConfig(Body):
 class CountTokensRequest(RequestBody):
     """The fields of a request that its prompt is made of."""
 
-    refused = {
-        "container": "there are no containers here",
-        "mcp_servers": "let the model call tools of yours",
-        "context_management": "nothing is edited here: send the `messages` that count",
-    }
-
     messages: Annotated[list[MessageParam], Field(fail_fast=True, min_length=1)]
     model: Text | None = None
-    system: TextOrBlocks | None = None
+    system: SystemText | None = None
     tools: FewTools | None = None
     tool_choice: ToolChoiceParam | None = None
     thinking: ThinkingSettings | None = None
     output_config: OutputConfig | None = None
+    thread: Json | None = None
 
     @property
     def ignored(self) -> list[str]:
         thinking = [f"thinking.{key}" for key in ("budget_tokens", "display") if getattr(self.thinking, key, None)]
-        keys = {key for tool in self.tools or [] for key in tool if key not in (*TOOL_KEYS, "type")}
-        return [*self._ignored, *thinking, *(f"tools.{key}" for key in keys)]
+        tools = self.tools or []
+        keys = {key for tool in tools if _own(tool) for key in tool if key not in (*TOOL_KEYS, "type", DEFERRED)}
+        kinds = {tool["type"] for tool in tools if not _own(tool)}
+        return [*self._ignored, *thinking, *(f"tools.{key}" for key in keys | kinds)]
 
-    def chat(self) -> ChatRequest:
-        """As a chat. Raises `ParameterError`, `ValidationError`."""
-        return ChatRequest.model_validate(self._fields())
+    def chat(self, normalize: bool = True) -> ChatRequest:
+        """As a chat; with `normalize` without what changes from request to request and means nothing to a model. Raises
+        `ParameterError`, `ValidationError`, `ApiError`."""
+        if self.thread:
+            # The official client sends the whole conversation then, without `thread`.
+            raise ApiError(
+                400,
+                "`thread` is not supported: send all `messages` of the conversation. Its KV is found all the same.",
+                param="thread",
+                details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+            )
+        return ChatRequest.model_validate(self._fields(normalize))
 
-    def _fields(self) -> dict[str, Any]:
-        messages = [{"role": "system", "content": joined(self.system)}] if self.system else []
+    def _fields(self, normalize: bool) -> dict[str, Any]:
+        tools = {str(tool.get("name")): _chat_tool(n, tool) for n, tool in enumerate(self.tools or []) if _own(tool)}
+        system = _system_text(self.system or "", normalize)
+        messages = [{"role": "system", "content": system}] if system else []
+        history = _History(tools)
         for number, message in enumerate(self.messages):
-            messages += _chat_messages(message, f"messages[{number}]")
+            messages += history.chat_messages(message, f"messages[{number}]")
         continued = self.messages[-1].role == "assistant"
         if continued and "tool_calls" in messages[-1]:
             raise ParameterError("messages", "`messages` ends with a `tool_use`: answer it with a `tool_result`.")
         thinking, choice, config = self.thinking, self.tool_choice, self.output_config
         fields: dict[str, Any] = {
             "messages": messages,
-            **self.model_dump(include=SAME_NAMES),
-            "tools": [_chat_tool(number, tool) for number, tool in enumerate(self.tools or [])] or None,
+            "model": self.model,
+            "tools": [t for name, t in tools.items() if not deferred(t) or name in history.referred] or None,
             "tool_choice": choice and _chat_choice(choice),
             "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
             "reasoning_effort": config and config.effort,
@@ -148,44 +135,70 @@ class CountTokensRequest(RequestBody):
         return fields
 
 
-class MessagesRequest(CountTokensRequest):
+class MessagesRequest(CountTokensRequest, SamplingFields):
+    refused = {**SamplingFields.refused, "prompt_logprobs": SCORES}
+
     max_tokens: Count
     stop_sequences: StopTexts | None = None
-    temperature: Temperature | None = None
-    top_k: TopK | None = None
-    top_p: TopP | None = None
-    stream: bool | None = None
-    cache_salt: Salt | None = None
 
-    def _fields(self) -> dict[str, Any]:
-        return {**super()._fields(), "stop": self.stop_sequences}
+    def _fields(self, normalize: bool) -> dict[str, Any]:
+        return {
+            **super()._fields(normalize),
+            **self.model_dump(include=SAME_NAMES, by_alias=True),
+            "stop": self.stop_sequences,
+        }
 
 
-def _chat_messages(message: MessageParam, at: str) -> list[dict[str, Any]]:
-    """The same as messages of a chat, in which the results of tools are messages of their own."""
-    if isinstance(message.content, str):
-        return [{"role": message.role, "content": message.content}]
-    if message.role == "assistant":
-        return [_answer(message.content, at)]
-    messages: list[dict[str, Any]] = []
-    texts: list[str] = []
+def _system_text(system: str | list[TextBlock], normalize: bool) -> str:
+    texts = [system] if isinstance(system, str) else [block.text for block in system]
+    if normalize and texts and texts[0].startswith(BILLING):
+        texts[0] = texts[0].partition("\n")[2]
+    return "\n".join(text for text in texts if text)
 
-    def flush() -> None:
-        if texts:
-            messages.append({"role": message.role, "content": "\n".join(texts)})
-            texts.clear()
 
-    for number, block in enumerate(message.content):
+class _History:
+    """Makes messages of a chat of a conversation whose request has `tools`, by name. `referred` are those that it
+    refers to: a deferred tool is described where that happens first, so that the prompt before it stays as it was."""
+
+    def __init__(self, tools: Mapping[str, Tool]) -> None:
+        self.referred: set[str] = set()
+        self._tools = tools
+
+    def chat_messages(self, message: MessageParam, at: str) -> list[dict[str, Any]]:
+        """A message as those of a chat, in which the results of tools are messages of their own."""
+        if isinstance(message.content, str):
+            return [{"role": message.role, "content": message.content}]
+        if message.role == "assistant":
+            return [_answer(message.content, at)]
+        messages: list[dict[str, Any]] = []
+        texts: list[str] = []
+
+        def flush() -> None:
+            if texts:
+                messages.append({"role": message.role, "content": "\n".join(texts)})
+                texts.clear()
+
+        for number, block in enumerate(message.content):
+            if isinstance(block, TextBlock | ToolReferenceBlock):
+                texts += [text] if (text := self._text(block)) else []
+            elif isinstance(block, ToolResultBlock) and message.role == "user":
+                flush()
+                parts = [block.content] if isinstance(block.content, str) else map(self._text, block.content or [])
+                result = (ERROR if block.is_error else "") + "\n".join(filter(None, parts))
+                messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
+            else:
+                raise _misplaced(block, message.role, f"{at}.content[{number}]")
+        flush()
+        return messages or [{"role": message.role, "content": ""}]
+
+    def _text(self, block: TextBlock | ToolReferenceBlock) -> str:
         if isinstance(block, TextBlock):
-            texts.append(block.text)
-        elif isinstance(block, ToolResultBlock) and message.role == "user":
-            flush()
-            result = (ERROR if block.is_error else "") + joined(block.content or "")
-            messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
-        else:
-            raise _misplaced(block, message.role, f"{at}.content[{number}]")
-    flush()
-    return messages or [{"role": message.role, "content": ""}]
+            return block.text
+        tool = self._tools.get(block.tool_name)
+        if tool is None or not deferred(tool) or block.tool_name in self.referred:
+            return block.tool_name
+        self.referred.add(block.tool_name)
+        return json.dumps(tool["function"], ensure_ascii=False)
 
 
 def _answer(blocks: list[Any], at: str) -> dict[str, Any]:
@@ -209,17 +222,19 @@ def _misplaced(block: Any, role: str, at: str) -> ParameterError:
     return ParameterError(at, f"`{at}`: a message of the role {role!r} cannot hold a block of type {block.type!r}.")
 
 
-def _chat_tool(number: int, tool: dict[str, Any]) -> dict[str, Any]:
-    at = f"tools[{number}]"
-    if tool.get("type", "custom") not in ("custom", None):
-        kind = str(tool["type"])[:64]
-        raise ParameterError(at, f"`{at}` is a tool of type {kind!r}: only tools of your own are supported.")
+def _own(tool: dict[str, Any]) -> bool:
+    """Whether the client runs a tool and says what it takes. All others are Anthropic's, and left out."""
+    return tool.get("type") in ("custom", None) or not isinstance(tool["type"], str)
+
+
+def _chat_tool(number: int, tool: dict[str, Any]) -> Tool:
     if "input_schema" not in tool:
-        raise ParameterError(f"{at}.input_schema", f"`{at}.input_schema` is missing.")
+        at = f"tools[{number}].input_schema"
+        raise ParameterError(at, f"`{at}` is missing.")
     names = {"input_schema": "parameters"}
     # Marks for a cache and the like move from turn to turn: they must not be part of the prompt.
     function = {names.get(key, key): tool[key] for key in tool if key in TOOL_KEYS and tool[key] is not None}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": function, **({DEFERRED: True} if tool.get(DEFERRED) else {})}
 
 
 def _chat_choice(choice: ToolChoiceParam) -> str | dict[str, Any]:

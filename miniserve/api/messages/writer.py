@@ -10,7 +10,7 @@ from miniserve.api.generation import Choice, Generation
 from miniserve.api.messages.answers import MessageOut, MessageUsage, StopReason
 from miniserve.api.protocols import AnswerHead
 from miniserve.api.streaming import NamedEvent, named_event
-from miniserve.text.reader import Part, Reasoning, ToolCall
+from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
 
 
 class ContentBlocks:
@@ -18,38 +18,48 @@ class ContentBlocks:
 
     def __init__(self) -> None:
         self.blocks: list[Any] = []
-        self._open: Literal["text", "thinking"] | None = None
+        self._open: Literal["text", "thinking", "tool_use"] | None = None
 
     def feed(self, part: Part) -> list[NamedEvent]:
-        if isinstance(part, ToolCall):
-            return [*self.close(), *self._call(part)]
-        kind: Literal["text", "thinking"] = "thinking" if isinstance(part, Reasoning) else "text"
-        events: list[NamedEvent] = []
-        if self._open != kind:
-            events += self.close()
-            self._open = kind
-            self.blocks.append({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
-            events.append(("content_block_start", {"index": self._index, "content_block": dict(self.blocks[-1])}))
-        text = part.text if isinstance(part, Reasoning) else part
-        self.blocks[-1][kind] += text
-        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+        match part:
+            case ToolCall():
+                block = {"type": "tool_use", "id": part.id, "name": part.name}
+                return [*self.close(), self._begin(block, {"input": {}}), *self._argue(part.arguments)]
+            case MoreArguments():
+                return self._argue(part.text)
+            case Reasoning():
+                return self._say("thinking", part.text, {"signature": ""})
+            case _:
+                return self._say("text", part, {})
 
     def close(self) -> list[NamedEvent]:
         if self._open is None:
             return []
         signed = [self._delta({"type": "signature_delta", "signature": ""})] if self._open == "thinking" else []
+        if self._open == "tool_use":
+            # The arguments stay as the model wrote them: decoded and encoded again they might be another text.
+            block = self.blocks[-1]
+            block["input"] = msgspec.Raw(block["input"].encode())
         self._open = None
         return [*signed, ("content_block_stop", {"index": self._index})]
 
-    def _call(self, call: ToolCall) -> list[NamedEvent]:
-        block = {"type": "tool_use", "id": call.id, "name": call.name}
-        # The arguments stay as the model wrote them: decoded and encoded again they might be another text.
-        self.blocks.append({**block, "input": msgspec.Raw(call.arguments.encode())})
-        return [
-            ("content_block_start", {"index": self._index, "content_block": {**block, "input": {}}}),
-            self._delta({"type": "input_json_delta", "partial_json": call.arguments}),
-            ("content_block_stop", {"index": self._index}),
-        ]
+    def _say(self, kind: Literal["text", "thinking"], text: str, more: dict[str, str]) -> list[NamedEvent]:
+        events: list[NamedEvent] = []
+        if self._open != kind:
+            events += [*self.close(), self._begin({"type": kind, kind: "", **more}, {})]
+        self.blocks[-1][kind] += text
+        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+
+    def _argue(self, text: str) -> list[NamedEvent]:
+        self.blocks[-1]["input"] += text
+        return [self._delta({"type": "input_json_delta", "partial_json": text})] if text else []
+
+    def _begin(self, block: dict[str, Any], shown: dict[str, Any]) -> NamedEvent:
+        """Open `block`; the event that says so has what is `shown` of it in addition."""
+        self._open = block["type"]
+        event = "content_block_start", {"index": self._index + 1, "content_block": {**block, **shown}}
+        self.blocks.append({**block, "input": ""} if block["type"] == "tool_use" else block)
+        return event
 
     @property
     def _index(self) -> int:
@@ -60,6 +70,8 @@ class ContentBlocks:
 
 
 class MessagesWriter:
+    ping = named_event("ping", {})
+
     def __init__(self, head: AnswerHead) -> None:
         self.head = head
 
@@ -68,6 +80,7 @@ class MessagesWriter:
         content = ContentBlocks()
         for part in choice.take()[0]:
             content.feed(part)
+        content.close()
         return self._message(choice, content.blocks)
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:

@@ -5,6 +5,7 @@ Shapes and names are OpenAI's; `stop_reason`, `max_model_len`, token ids and eve
 """
 
 import codecs
+from collections.abc import Sequence
 from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -79,6 +80,15 @@ class ChatChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
@@ -86,13 +96,15 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    system_fingerprint: str
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class CompletionLogprobs(TypedDict):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -105,6 +117,7 @@ class CompletionChoice(TypedDict):
     finish_reason: Finish | None
     stop_reason: str | int | None
     prompt_token_ids: NotRequired[list[int] | None]
+    prompt_logprobs: NotRequired[PromptLogprobs]
     token_ids: NotRequired[list[int]]
 
 
@@ -115,6 +128,7 @@ class Completion(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    system_fingerprint: str
 
 
 class Model(TypedDict):
@@ -164,6 +178,7 @@ def usage(of: Choice | Generation, output_tokens: int) -> Usage:
     return used
 
 
+Scored = Sequence[tuple[int, TokenLogprob | None]]
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON lacks; as in OpenAI's answers and vLLM's."""
 
@@ -183,28 +198,48 @@ def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> ChatLogp
     }
 
 
-class CompletionLogprobWriter:
-    """Log-probabilities as completions have them. A writer is for one choice: it counts the characters of its text."""
+def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, count: int) -> PromptLogprobs:
+    """Those of a prompt as vLLM has them: by token id, with `count` likely ones. The first token has none."""
+    found: PromptLogprobs = [None]
+    for entry in choice.prompt_logprobs:
+        ranked = [(rank, *top) for rank, top in enumerate(entry.top[:count], 1)]
+        named: dict[str, PromptLogprob] = {}
+        for rank, token, logprob in [*ranked, (entry.rank, entry.token, entry.logprob)]:
+            text = tokenizer.token_bytes(token).decode("utf-8", "replace")
+            named[str(token)] = {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text}
+        found.append(named)
+    return found
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+
+class CompletionLogprobWriter:
+    """Log-probabilities as completions have them, with `count` of the likeliest tokens beside each one. A writer is for
+    one choice: it counts the characters of its text."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._count = count
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def write(self, entries: list[TokenLogprob]) -> CompletionLogprobs:
+    def write(self, entries: list[TokenLogprob], text: str = "", prompt: Scored = ()) -> CompletionLogprobs:
+        """The next tokens, first those of the `prompt` if it is echoed as `text`. They stand there as far as they were
+        written: no special ones that the tokenizer has added, nor its space before the first word."""
         out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for entry in entries:
-            logprob = max(entry.logprob, LOWEST)
-            name = self._name(entry.token)
-            out["tokens"].append(name)
-            out["token_logprobs"].append(logprob)
-            # The sampled token is always among the alternatives, even if it is not one of the most likely.
-            tops = {self._name(token): max(value, LOWEST) for token, value in entry.top}
-            out["top_logprobs"].append(tops | {name: logprob})
+        for number, (token, entry) in enumerate([*prompt, *((entry.token, entry) for entry in entries)], 1):
+            out["tokens"].append(self._name(token))
+            out["token_logprobs"].append(max(entry.logprob, LOWEST) if entry else None)
+            # The token itself is always among the alternatives, even if it is not one of the most likely.
+            top = [*entry.top[: self._count], (token, entry.logprob)] if entry else []
+            out["top_logprobs"].append({self._name(t): max(value, LOWEST) for t, value in top} or None)
             out["text_offset"].append(self._offset)
-            if entry.token not in self._skip:
-                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(entry.token)))
+            piece = self._decoder.decode(self._tokenizer.token_bytes(token))
+            if number > len(prompt):
+                self._offset += 0 if token in self._skip else len(piece)
+                continue
+            if not text.startswith(piece, self._offset):
+                piece = "" if token in self._tokenizer.special_ids else piece.lstrip(" ")
+            self._offset = min(self._offset + len(piece), len(text)) if number < len(prompt) else len(text)
         return out
 
     def _name(self, token: int) -> str:

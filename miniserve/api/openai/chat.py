@@ -9,12 +9,12 @@ from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import ChatRequest, TokenizeRequest
-from miniserve.api.tools import Tool, with_all_keys
+from miniserve.api.tools import Tool, deferred, with_all_keys
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.answer_grammar import answer_grammar
 from miniserve.text.dialect import Dialect, Reasoned
-from miniserve.text.reader import Part, Reader, Reasoning, ToolCall
+from miniserve.text.reader import MoreArguments, Part, Reader, Reasoning, ToolCall
 from miniserve.text.tokenizer import Tokenizer
 
 
@@ -32,11 +32,12 @@ def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | T
         )
 
     # Tools stay in the prompt when the model may call none, so that it begins like the prompt of the turn before.
+    tools = [tool for tool in request.tools or [] if not deferred(tool)]
     try:
-        return rendered(request.tools)
+        return rendered(tools)
     except ParameterError:
         # Hermes' templates read a description and parameters of each tool, which clients may leave out.
-        if not request.tools or (complete := [with_all_keys(tool) for tool in request.tools]) == request.tools:
+        if (complete := [with_all_keys(tool) for tool in tools]) == tools:
             raise
         return rendered(complete)
 
@@ -48,6 +49,7 @@ class ChatRenderer:
     prompt_field = "messages"
 
     def __init__(self, tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest) -> None:
+        self.relaxed: list[str] = []
         self._tokenizer = tokenizer
         self._dialect = dialect
         self._request = request
@@ -113,7 +115,10 @@ class ChatWriter(ChunkWriter):
             "model": self.head.model,
             "choices": choices,
             "usage": answers.usage(generation, generation.output_tokens),
+            "system_fingerprint": self.head.system_fingerprint,
         }
+        if (count := self.prompt_logprobs) is not None:
+            answer["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, generation.choices[0], count)
         if self.token_ids:
             answer["prompt_token_ids"] = generation.choices[0].prompt
         return answer
@@ -160,7 +165,8 @@ def _delta(part: Part) -> dict[str, Any]:
         return {"content": part}
     if isinstance(part, Reasoning):
         return {"reasoning": part.text, "reasoning_content": part.text}
-    # A call comes whole, in one piece.
+    if isinstance(part, MoreArguments):
+        return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
     return {"tool_calls": [{"index": part.index, **_call(part)}]}
 
 

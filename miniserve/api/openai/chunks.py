@@ -11,7 +11,7 @@ from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai.answers import usage
 from miniserve.api.openai.parameters import GenerationRequest, StreamOptions
 from miniserve.api.protocols import AnswerHead
-from miniserve.api.streaming import data_event
+from miniserve.api.streaming import COMMENT, data_event
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.reader import Part
 from miniserve.text.tokenizer import Tokenizer
@@ -23,11 +23,13 @@ class ChunkWriter(ABC):
     """The part of a `ResponseWriter` that chat and text completions share. If the request asks for token ids, chunks
     hold them, and each token has a chunk even if it has no text (yet)."""
 
+    ping = COMMENT
     chunk_object: ClassVar[str]
 
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: GenerationRequest) -> None:
         self.head = head
         self.token_ids = bool(request.return_token_ids)
+        self.prompt_logprobs = request.prompt_logprobs
         self._tokenizer = tokenizer
         self._options = request.stream_options or StreamOptions()
 

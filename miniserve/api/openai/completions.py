@@ -1,33 +1,57 @@
 """/v1/completions: its prompts, and its choices."""
 
+import msgspec
+
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
-from miniserve.sampling_params import SamplingParams
+from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.reader import Part
 from miniserve.text.tokenizer import Tokenizer
 
+FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
+)
+"""The tokens before the text, at the gap, and after the suffix: what comes then fills the gap."""
+
 
 class CompletionRenderer:
-    """A `Renderer`: the model continues each of a request's prompts, and all text is content."""
+    """A `Renderer`: the model continues each of a request's prompts, up to its suffix. All text is content."""
 
     prompt_field = "prompt"
 
     def __init__(self, tokenizer: Tokenizer, request: CompletionRequest) -> None:
+        self.relaxed: list[str] = []
         self._tokenizer = tokenizer
         self._request = request
 
     def prompts(self) -> list[list[int]]:
+        before, gap, after = self._marks() if self._request.suffix else ("", "", "")
+        rest = f"{gap}{self._request.suffix or ''}{after}"
         return [
-            self._tokenizer.encode(prompt, self._request.add_special_tokens) if isinstance(prompt, str) else prompt
+            self._tokenizer.encode(before + prompt + rest, self._request.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in self._request.prompt
         ]
 
+    def _marks(self) -> tuple[str, str, str]:
+        for marks in FILL_IN_THE_MIDDLE:
+            if all(self._tokenizer.control_id(mark) is not None for mark in marks):
+                return marks
+        words = "this model's tokenizer has no tokens to fill in the middle. Put all of the text into `prompt`"
+        raise ParameterError("suffix", f"`suffix` is not supported: {words}.")
+
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
-        return params
+        """With `echo` log-probabilities are of the prompt too."""
+        if not self._request.echo or params.logprobs is None:
+            return params
+        return msgspec.structs.replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
 
     def reader(self, prompt: list[int]) -> None:
         return None
@@ -43,7 +67,7 @@ class CompletionWriter(ChunkWriter):
         super().__init__(head, tokenizer, request)
         self._request = request
         self._logprob_writers: dict[int, answers.CompletionLogprobWriter] = {}
-        self._prompt_sent: set[int] = set()
+        self._opened: set[int] = set()
 
     def response(self, generation: Generation) -> answers.Completion:
         taken = [(choice, *choice.take_text()) for choice in generation.choices]
@@ -52,12 +76,14 @@ class CompletionWriter(ChunkWriter):
             "object": "text_completion",
             "created": self.head.created,
             "model": self.head.model,
-            "choices": [self._choice(c, self._echo(c) + text, logprobs, ended=True) for c, text, logprobs in taken],
+            "choices": [self._choice(c, text, logprobs, ended=True) for c, text, logprobs in taken],
             "usage": answers.usage(generation, generation.output_tokens),
+            "system_fingerprint": self.head.system_fingerprint,
         }
 
     def opening(self, choice: Choice) -> answers.CompletionChoice | None:
-        return self._choice(choice, self._echo(choice), []) if self._request.echo else None
+        # The prompt's log-probabilities come with the first output.
+        return self._choice(choice, "", []) if self._request.echo and choice.params.logprobs is None else None
 
     def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> answers.CompletionChoice:
         assert isinstance(part, str)  # without a reader there are no other parts
@@ -69,29 +95,35 @@ class CompletionWriter(ChunkWriter):
     def _choice(
         self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False
     ) -> answers.CompletionChoice:
+        opens = choice.index not in self._opened
+        self._opened.add(choice.index)
+        echo = self._echo(choice) if opens and self._request.echo else None
         answer: answers.CompletionChoice = {
             "index": choice.index,
-            "text": text,
-            "logprobs": self._logprobs(choice, logprobs),
+            "text": (echo or "") + text,
+            "logprobs": self._logprobs(choice, logprobs, echo),
             "finish_reason": choice.finish if ended else None,
             "stop_reason": choice.stop_reason if ended else None,
         }
         if self.token_ids:
-            answer["prompt_token_ids"] = None if choice.index in self._prompt_sent else choice.prompt
+            answer["prompt_token_ids"] = choice.prompt if opens else None
             answer["token_ids"] = choice.take_tokens()
-            self._prompt_sent.add(choice.index)
+        if self.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
         return answer
 
     def _echo(self, choice: Choice) -> str:
-        if not self._request.echo or self.token_ids:
+        if self.token_ids:
             return ""
         prompt = self._request.prompt[choice.index // choice.params.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> answers.CompletionLogprobs | None:
-        if choice.params.logprobs is None:
+    def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> answers.CompletionLogprobs | None:
+        params = choice.params
+        if params.logprobs is None:
             return None
         if choice.index not in self._logprob_writers:
-            writer = answers.CompletionLogprobWriter(self._tokenizer, choice.params.skip_special_tokens)
+            writer = answers.CompletionLogprobWriter(self._tokenizer, params.logprobs, params.skip_special_tokens)
             self._logprob_writers[choice.index] = writer
-        return self._logprob_writers[choice.index].write(logprobs)
+        prompt = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
+        return self._logprob_writers[choice.index].write(new, echo or "", prompt)

@@ -8,14 +8,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from miniserve.api.fields import Biases, Key, RequestBody, Salt, Stops, Temperature, TokenIds, TopK, TopP
-from miniserve.sampling_params import MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
+from miniserve.api.fields import EMPTY, Biases, Key, RequestBody, Salt, Stops, Temperature, TokenIds, TopK, TopP
+from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
 
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384
-GUIDED_FORMS = ("json", "regex", "choice", "grammar")
-"""Forms of structured output that had parameters of their own in older versions of vLLM."""
+CONSTRAINTS = {
+    **{f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")},
+    "json_schema": "json",
+    "grammar": "grammar",
+    "regex": "regex",
+    "ebnf": "grammar",
+}
+"""What other servers (vLLM until 0.10, llama.cpp, SGLang) call a form of `structured_outputs`."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 
@@ -36,16 +42,25 @@ class JsonSchemaFormat(Body):
 
 
 class ResponseFormat(Body):
+    """The schema stands in `json_schema` as with OpenAI, or beside the type as with llama.cpp."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: Annotated[Json | None, Field(alias="schema")] = None
 
     @model_validator(mode="after")
     def _one_schema(self) -> ResponseFormat:
-        if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise ValueError(
-                'The type "json_schema" needs `json_schema`, with a name and a schema, and no other type does'
-            )
+        forms = (self.json_schema is not None) + (self.schema_ is not None)
+        if forms > 1 or (forms and self.type == "text") or (not forms and self.type == "json_schema"):
+            raise ValueError('The type "json_schema" needs a schema in `json_schema`, and the type "text" has none')
+        if self.json_schema is not None and self.type != "json_schema":
+            raise ValueError('`json_schema` needs the type "json_schema"')
         return self
+
+    @property
+    def form(self) -> JsonSchemaFormat | None:
+        """The schema, however it was given; None where any JSON object will do."""
+        return self.json_schema or (JsonSchemaFormat.model_validate({"schema": self.schema_}) if self.schema_ else None)
 
 
 class StructuredOutputs(Body):
@@ -66,33 +81,24 @@ class StructuredOutputs(Body):
         return self
 
 
-class GenerationRequest(RequestBody, ABC):
-    """The fields that chat and text completions share: OpenAI's first, then vLLM's."""
+class SamplingFields(RequestBody):
+    """How tokens are sampled and what the output has to match: fields that all APIs take, whoever invented them."""
 
     refused = {
         "use_beam_search": "tokens are sampled, or taken greedily with `temperature` 0",
-        "prompt_logprobs": "log-probabilities are of generated tokens only",
         "truncate_prompt_tokens": "cut the input yourself",
         "bad_words": "use `logit_bias`",
-        **dict.fromkeys(
-            ["allowed_token_ids", "logits_processors", *(f"guided_{form}" for form in GUIDED_FORMS)],
-            "use `structured_outputs` or `response_format`",
-        ),
+        **dict.fromkeys(["allowed_token_ids", "logits_processors"], "use `structured_outputs` or `response_format`"),
     }
 
     model: Text | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stops | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Biases | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    prompt_cache_key: Key | None = None
-    """Requests with the same key are turns of one conversation."""
 
     top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -102,10 +108,37 @@ class GenerationRequest(RequestBody, ABC):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: Salt | None = None
     """Only requests with the same salt share prefixes."""
+
+    @classmethod
+    def translated(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Raises `ParameterError` for several names of a constraint at once."""
+        given = [name for name in CONSTRAINTS if name not in cls.model_fields and data.get(name) not in EMPTY]
+        if not given:
+            return data
+        if len(given) > 1 or data.get("structured_outputs") is not None:
+            raise ParameterError(given[0], f"`{given[0]}` is another name of `structured_outputs`: give only one form.")
+        rest = {name: value for name, value in data.items() if name != given[0]}
+        return {**rest, "structured_outputs": {CONSTRAINTS[given[0]]: data[given[0]]}}
+
+
+SAMPLING_NAMES = frozenset(SamplingFields.model_fields)
+SCORES = "use /v1/completions or /v1/chat/completions to score prompts"
+"""Instead of `prompt_logprobs` in other APIs."""
+
+
+class GenerationRequest(SamplingFields, ABC):
+    """The fields that chat and text completions share: OpenAI's first, then vLLM's."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stop: Stops | None = None
+    stream_options: StreamOptions | None = None
+    prompt_cache_key: Key | None = None
+    """Requests with the same key are turns of one conversation."""
+    response_format: ResponseFormat | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: bool | None = None
     """The answer holds its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
 
@@ -113,6 +146,8 @@ class GenerationRequest(RequestBody, ABC):
     def _fields_agree(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ParameterError("prompt_logprobs", "`prompt_logprobs` come with whole answers only: no `stream`.")
         if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
             raise ParameterError("structured_outputs", "Give `response_format` or `structured_outputs`, not both.")
         return self

@@ -22,7 +22,6 @@ class ChatRequest(GenerationRequest):
         "function_call": "use `tool_choice`",
         "audio": "this model writes text only",
         "modalities": "this model writes text only",
-        "web_search_options": "let the model call a tool of yours",
         "moderation": "nothing is moderated here",
         "echo": "use /v1/completions",
         "chat_template": "start the server with --chat-template",
@@ -78,6 +77,10 @@ class ChatRequest(GenerationRequest):
         return own | (self.chat_template_kwargs or {})
 
     @property
+    def limit_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else super().limit_field
+
+    @property
     def output_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -89,23 +92,21 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     refused = {
         **GenerationRequest.refused,
-        "suffix": "put all of the text into `prompt`",
         "best_of": "ask for `n` choices and pick one",
     }
 
     prompt: Prompts
-    max_tokens: Count | None = 16
-    """16 if it is left out, as with OpenAI and vLLM; null means the rest of the context."""
+    suffix: Text | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
+    """16 if it is left out, as with OpenAI and vLLM; null means the rest of the context, 0 no output at all."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _only_what_is_supported(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ParameterError(
-                "echo", "`echo` with `logprobs` is not supported: log-probabilities are of generated tokens only."
-            )
+        if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompt)):
+            raise ParameterError("suffix", "`suffix` needs a `prompt` of text, not of token ids, and no `echo`.")
         return self
 
     @property

@@ -1,6 +1,6 @@
 """The answers of /v1/responses, as types: mypy checks the code that builds them, and OpenAPI documents them."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -43,11 +43,34 @@ class OutputFunctionCall(TypedDict):
     id: str
     call_id: str
     name: str
+    namespace: NotRequired[str]
     arguments: str
     status: ItemStatus
 
 
-OutputItem = OutputMessage | OutputReasoning | OutputFunctionCall
+class OutputCustomToolCall(TypedDict):
+    """`input` is free text."""
+
+    type: Literal["custom_tool_call"]
+    id: str
+    call_id: str
+    name: str
+    namespace: NotRequired[str]
+    input: str
+    status: ItemStatus
+
+
+class OutputToolSearchCall(TypedDict):
+    type: Literal["tool_search_call"]
+    id: str
+    call_id: str
+    execution: Literal["client"]
+    arguments: Any
+    status: ItemStatus
+
+
+OutputCall = OutputFunctionCall | OutputCustomToolCall | OutputToolSearchCall
+OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
 class InputTokensDetails(TypedDict):
@@ -92,20 +115,54 @@ class ResponseOut(TypedDict):
     output: list[OutputItem]
     usage: ResponseUsage | None
     background: Literal[False]
+    conversation: NotRequired[dict[str, str]]
+    frequency_penalty: float
     instructions: str | None
     max_output_tokens: int | None
+    max_tool_calls: None
     metadata: dict[str, str]
     parallel_tool_calls: bool
+    presence_penalty: float
     previous_response_id: str | None
     prompt_cache_key: str | None
     reasoning: dict[str, str | None]
+    safety_identifier: None
+    service_tier: Literal["default"]
     store: bool
     temperature: float
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
+    top_logprobs: int
     top_p: float
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
+    user: None
+
+
+class InputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class ItemList(TypedDict):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ConversationOut(TypedDict):
+    id: str
+    object: Literal["conversation"]
+    created_at: int
+    metadata: dict[str, str]
+
+
+class ConversationDeleted(TypedDict):
+    id: str
+    object: Literal["conversation.deleted"]
+    deleted: Literal[True]
 
 
 class ResponseDeleted(TypedDict):

@@ -21,12 +21,13 @@ BYTES_PER_TOKEN = 4
 @dataclass
 class Stored(Generic[T]):
     """The whole conversation up to a response: `items`, `tokens` long. `conversation` is the scheduler's name of it,
-    `answer` is the response itself as JSON."""
+    `answer` is the response itself as JSON, and `output` the number of items that it has added."""
 
     items: tuple[T, ...]
     tokens: int
     conversation: str | int
     answer: bytes = b""
+    output: int = 0
     continued: bool = False
     """Whether a response has followed already: the next one is a fork."""
 
@@ -49,6 +50,7 @@ class ResponseStore(Generic[T]):
         return len(self._stored)
 
     def put(self, id: str, stored: Stored[T]) -> None:
+        self.delete(id)
         self._stored[id] = stored
         self._tokens += stored.size
         while len(self._stored) > self._max_responses or self._tokens > self._max_tokens:

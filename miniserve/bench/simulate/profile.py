@@ -47,13 +47,9 @@ class Measured(msgspec.Struct):
 
 def profile(config: EngineConfig, out: Path) -> None:
     """Measure as many engines at once as `config.workers` says, and write the profile. Raises `ConfigError`."""
-    from miniserve.hub.check import ModelError
     from miniserve.hub.resolve import resolve
 
-    try:
-        files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
-    except ModelError as error:
-        raise ConfigError(str(error)) from error
+    files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
     engine = msgspec.json.encode(msgspec.structs.replace(config, model=str(files.folder)))
     command = [sys.executable, "-m", "miniserve.bench.simulate.profile"]
     measure = partial(subprocess.run, command, input=engine, stdout=subprocess.PIPE)

@@ -1,5 +1,6 @@
 // The server: requests with the key, and streams of server-sent events. EventSource cannot send a key, fetch can.
 
+const ROOT = new URL("..", import.meta.url); // below a proxy's prefix, too
 const KEY = "miniserve-api-key";
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
@@ -16,7 +17,7 @@ export async function request(path, options = {}) {
   // A header holds bytes: a key with other letters is sent as its UTF-8.
   const bytes = (text) => String.fromCharCode(...new TextEncoder().encode(text));
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${bytes(key)}` } : {}) };
-  const response = await fetch(path, { cache: "no-store", ...options, headers });
+  const response = await fetch(new URL(`.${path}`, ROOT), { cache: "no-store", ...options, headers });
   if (!response.ok) {
     const body = await response.json().catch(() => null);
     throw new Refused(response.status, body?.error?.message ?? `The server answered ${response.status}.`);

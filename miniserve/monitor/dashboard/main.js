@@ -85,7 +85,7 @@ function take(event, data) {
 async function begin() {
   const { data } = await getJson("/v1/models");
   setText(byId("about"), `${data[0].id}, policy ${policy}`);
-  for (const card of (await getJson(`/v1/conversations?limit=${PAST}`)).data) model.stale.add(card.id);
+  for (const card of (await getJson(`/conversations?limit=${PAST}`)).data) model.stale.add(card.id);
 }
 
 // One after the other: the past is worth no crowd of requests.
@@ -98,7 +98,7 @@ async function askForPast() {
     }
     model.stale.delete(id);
     try {
-      model.history(await getJson(`/v1/conversations/${encodeURIComponent(id)}`));
+      model.history(await getJson(`/conversations/${encodeURIComponent(id)}`));
     } catch {
       await sleep(0.5); // forgotten meanwhile, or the server is gone: nothing to show either way
     }

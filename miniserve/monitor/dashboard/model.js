@@ -1,4 +1,4 @@
-// What is known of conversations and their turns, put together from live events and from GET /v1/conversations/{id}.
+// What is known of conversations and their turns, put together from live events and from GET /conversations/{id}.
 // All times are seconds of the scheduler's clock.
 
 export const KEEP_SECONDS = 610;
@@ -80,7 +80,7 @@ export class Model {
     for (const turn of this.#turns.values()) if (!turn.end && !seen.has(turn)) this.#drop(turn);
   }
 
-  // The past of a conversation, as GET /v1/conversations/{id} tells it.
+  // The past of a conversation, as GET /conversations/{id} tells it.
   history(detail) {
     const conversation = this.#conversation(detail.id, 1);
     conversation.began = this.now() - detail.age;

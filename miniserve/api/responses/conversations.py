@@ -1,0 +1,140 @@
+"""OpenAI's Conversations API: conversations that the server keeps, item by item, for /v1/responses to go on with.
+
+They are kept as responses are: in memory, within the same bounds, and the least recently used goes first.
+"""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import Query
+
+from miniserve.api.errors import ApiError
+from miniserve.api.fields import RequestBody
+from miniserve.api.responses.answers import ConversationDeleted, ConversationOut, ItemList
+from miniserve.api.responses.items import InputItem, Items, item_out, with_ids
+from miniserve.api.responses.schemas import Metadata
+from miniserve.api.responses.store import BYTES_PER_TOKEN, ResponseStore, Stored
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+Order = Literal["asc", "desc"]
+
+
+class ConversationRequest(RequestBody):
+    items: Items | None = None
+    metadata: Metadata | None = None
+
+
+class ItemsRequest(RequestBody):
+    items: Items
+
+
+def page(items: Sequence[InputItem], limit: int, order: Order, after: str | None) -> ItemList:
+    """Up to `limit` of `items`, behind the one with the id `after` in this `order`. Raises `ApiError`."""
+    ordered = list(items if order == "asc" else reversed(items))
+    if after is not None:
+        place = next((number for number, item in enumerate(ordered) if item.id == after), None)
+        if place is None:
+            raise ApiError(400, f"`after` names {after[:128]!r}, which is none of the items.", param="after")
+        ordered = ordered[place + 1 :]
+    shown = [item_out(item) for item in ordered[:limit]]
+    first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
+    return {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": len(ordered) > limit}
+
+
+class Conversations:
+    """The routes of /v1/conversations, and what they know. All methods raise `ApiError` for what is not here."""
+
+    def __init__(self) -> None:
+        self._stored: ResponseStore[InputItem] = ResponseStore()
+
+    # --- for /v1/responses ------------------------------------------------------------------------------------------
+
+    def items(self, id: str) -> Sequence[InputItem]:
+        return self._get(id).items
+
+    def extend(self, id: str, items: Sequence[InputItem]) -> None:
+        """Add what a turn has brought, unless the conversation has been deleted meanwhile."""
+        if (stored := self._stored.get(id)) is not None:
+            self._put(id, (*stored.items, *items), stored.tokens + _tokens(items), stored.answer)
+
+    # --- routes -----------------------------------------------------------------------------------------------------
+
+    async def create(self, body: ConversationRequest) -> ConversationOut:
+        """Begin a conversation, with items or none."""
+        id = f"conv_{secrets.token_hex(24)}"
+        made: ConversationOut = {
+            "id": id,
+            "object": "conversation",
+            "created_at": int(time.time()),
+            "metadata": body.metadata or {},
+        }
+        items = with_ids(body.items or [])
+        self._put(id, items, _tokens(items), msgspec.json.encode(made))
+        return made
+
+    async def retrieve(self, conversation: str) -> ConversationOut:
+        """What is known of a conversation beside its items."""
+        return msgspec.json.decode(self._get(conversation).answer, type=ConversationOut)
+
+    async def update(self, conversation: str, body: ConversationRequest) -> ConversationOut:
+        """Give a conversation other metadata."""
+        stored = self._get(conversation)
+        made: ConversationOut = {**(await self.retrieve(conversation)), "metadata": body.metadata or {}}
+        self._put(conversation, stored.items, stored.tokens, msgspec.json.encode(made))
+        return made
+
+    async def delete(self, conversation: str) -> ConversationDeleted:
+        """Forget a conversation and its items."""
+        self._get(conversation)
+        self._stored.delete(conversation)
+        return {"id": conversation, "object": "conversation.deleted", "deleted": True}
+
+    async def list_items(
+        self, conversation: str, limit: Limit = 20, order: Order = "desc", after: str | None = None
+    ) -> ItemList:
+        """The items of a conversation, the latest first."""
+        return page(self.items(conversation), limit, order, after)
+
+    async def add_items(self, conversation: str, body: ItemsRequest) -> ItemList:
+        """Add items at the end of a conversation."""
+        self._get(conversation)
+        added = with_ids(body.items)
+        self.extend(conversation, added)
+        return page(added, len(added), "asc", None)
+
+    async def retrieve_item(self, conversation: str, item: str) -> dict[str, Any]:
+        """One item of a conversation."""
+        return item_out(self._item(conversation, item))
+
+    async def delete_item(self, conversation: str, item: str) -> ConversationOut:
+        """Take an item out of a conversation."""
+        stored, gone = self._get(conversation), self._item(conversation, item)
+        left = [one for one in stored.items if one is not gone]
+        self._put(conversation, left, stored.tokens - _tokens([gone]), stored.answer)
+        return await self.retrieve(conversation)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _get(self, id: str) -> Stored[InputItem]:
+        if (stored := self._stored.get(id)) is None:
+            kept = "the latest ones are kept, until the server stops"
+            problem = f"There is no conversation {id[:128]!r} here (any more): {kept}."
+            raise ApiError(404, problem, param="conversation", code="conversation_not_found")
+        return stored
+
+    def _item(self, conversation: str, id: str) -> InputItem:
+        found = next((item for item in self.items(conversation) if item.id == id), None)
+        if found is None:
+            raise ApiError(404, f"This conversation has no item {id[:128]!r}.", param="item", code="item_not_found")
+        return found
+
+    def _put(self, id: str, items: Sequence[InputItem], tokens: int, answer: bytes) -> None:
+        self._stored.put(id, Stored(tuple(items), tokens, id, answer))
+
+
+def _tokens(items: Sequence[InputItem]) -> int:
+    """About how many tokens items hold."""
+    return sum(len(item.model_dump_json()) for item in items) // BYTES_PER_TOKEN

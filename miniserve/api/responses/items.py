@@ -1,0 +1,235 @@
+"""The items of /v1/responses: a conversation's messages, calls, results and reasoning, and the chat that they are."""
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
+
+from miniserve.api.fields import one_of
+from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
+from miniserve.api.tools import DEFERRED, FewTools
+from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of, readable
+
+ITEMS = (
+    *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"),
+    *("tool_search_call", "tool_search_output", "additional_tools"),
+)
+LEFT_OUT = re.compile(r"\w+_call(_output)?|mcp_\w+|compaction\w*|program(_output)?|configuration_update|ghost_snapshot")
+"""Other types of items: what servers' tools did, and what only OpenAI's can read."""
+
+
+class TextPart(Body):
+    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
+    text: Text
+
+
+class ReasoningPart(Body):
+    type: Literal["reasoning_text", "summary_text"]
+    text: Text
+
+
+TextParts = Annotated[
+    list[
+        Annotated[
+            TextPart,
+            one_of("Content parts", ("input_text", "output_text", "text", "summary_text", "reasoning_text")),
+            BeforeValidator(readable),
+        ]
+    ],
+    Field(fail_fast=True),
+]
+TextOrParts = Annotated[
+    TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
+]
+ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
+CallId = Annotated[Text, Field(min_length=1)]
+
+
+class ItemBody(Body):
+    id: Text | None = None
+    status: Text | None = None
+
+
+class MessageItem(ItemBody):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: TextOrParts
+
+
+class FunctionCallItem(ItemBody):
+    type: Literal["function_call"]
+    call_id: CallId
+    name: Text
+    namespace: Text | None = None
+    arguments: Text
+
+
+class CustomToolCallItem(ItemBody):
+    type: Literal["custom_tool_call"]
+    call_id: CallId
+    name: Text
+    namespace: Text | None = None
+    input: Text
+
+
+class CallOutputItem(ItemBody):
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: CallId
+    output: TextOrParts
+
+
+class ToolSearchCallItem(ItemBody):
+    type: Literal["tool_search_call"]
+    call_id: CallId
+    execution: Text | None = None
+    arguments: Json
+
+
+class ToolSearchOutputItem(ItemBody):
+    type: Literal["tool_search_output"]
+    call_id: CallId
+    execution: Text | None = None
+    tools: FewTools
+
+
+class AdditionalToolsItem(ItemBody):
+    type: Literal["additional_tools"]
+    role: Text | None = None
+    tools: FewTools
+
+
+class ReasoningItem(ItemBody):
+    """`content` goes before `summary`. No server can read what another one has encrypted."""
+
+    type: Literal["reasoning"]
+    content: ReasoningParts | None = None
+    summary: ReasoningParts | None = None
+    encrypted_content: Text | None = None
+
+
+class LeftOutItem(ItemBody):
+    type: Literal["left_out"]
+
+
+def _known(value: Any) -> Any:
+    """The type of messages may be left out. What a server has searched for has no `call_id`, and no need of a place."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind is None and isinstance(value, dict) and "role" in value:
+        return {**value, "type": "message"}
+    served = kind in ITEMS and not (kind in ITEMS[-3:-1] and value.get("call_id") is None)
+    if isinstance(kind, str) and not served and (kind in ITEMS or LEFT_OUT.fullmatch(kind)):
+        return {"type": "left_out"}
+    return value
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[FunctionCallItem, Tag("<function_call>")]
+    | Annotated[CustomToolCallItem, Tag("<custom_tool_call>")]
+    | Annotated[CallOutputItem, Tag("<function_call_output>")]
+    | Annotated[ToolSearchCallItem, Tag("<tool_search_call>")]
+    | Annotated[ToolSearchOutputItem, Tag("<tool_search_output>")]
+    | Annotated[AdditionalToolsItem, Tag("<additional_tools>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[LeftOutItem, Tag("<left_out>")],
+    Discriminator(lambda item: kind_of(item).replace("<custom_tool_call_output>", "<function_call_output>")),
+    one_of("Items", (*ITEMS, "left_out")),
+    BeforeValidator(_known),
+]
+Items = Annotated[list[Item], Field(fail_fast=True)]
+Call = FunctionCallItem | CustomToolCallItem | ToolSearchCallItem
+InputItem = (
+    MessageItem | Call | CallOutputItem | ToolSearchOutputItem | AdditionalToolsItem | ReasoningItem | LeftOutItem
+)
+OUTPUT: TypeAdapter[list[InputItem]] = TypeAdapter(list[Item])
+"""Reads the items of an answer as input of the next one."""
+PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
+
+
+def new_id(kind: str) -> str:
+    return f"{PREFIXES.get(kind, 'item')}_{secrets.token_hex(16)}"
+
+
+def with_ids(items: Sequence[InputItem]) -> list[InputItem]:
+    """`items`, each with an id, the client's own where there is one."""
+    return [item if item.id else item.model_copy(update={"id": new_id(item.type)}) for item in items]
+
+
+def item_out(item: InputItem) -> dict[str, Any]:
+    """An item as it is shown: a message's text as a part."""
+    shown = {**item.model_dump(exclude_none=True), "status": item.status or "completed"}
+    if isinstance(item, MessageItem) and isinstance(item.content, str):
+        kind = "output_text" if item.role == "assistant" else "input_text"
+        shown["content"] = [{"type": kind, "text": item.content}]
+    return shown
+
+
+def messages_of(items: Sequence[InputItem]) -> tuple[list[dict[str, Any]], dict[str, Offered]]:
+    """The same as messages of a chat, and the tools that the conversation has brought up, by flat name. The reasoning,
+    text and calls of one answer of the model are one message, so that the prompt is that of a client of chats."""
+    messages: list[dict[str, Any]] = []
+    found: dict[str, Offered] = {}
+    answer: dict[str, Any] | None = None  # the message to which further items of the same answer belong
+    for item in items:
+        match item:
+            case LeftOutItem():
+                continue
+            case ReasoningItem() if not (item.content or item.summary):
+                continue
+            case CallOutputItem():
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
+            case ToolSearchOutputItem():
+                content = _described(item.tools, found)
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+            case AdditionalToolsItem():
+                content = f"These tools are at hand, too:\n<tools>{_described(item.tools, found)}</tools>"
+                messages.append({"role": "developer", "content": content})
+            case MessageItem() if item.role != "assistant":
+                messages.append({"role": item.role, "content": joined(item.content)})
+            case _:
+                if answer is None or _begins_another(answer, item):
+                    answer = {"role": "assistant"}
+                    messages.append(answer)
+                _add(answer, item)
+                continue
+        answer = None
+    return messages, found
+
+
+def _described(tools: list[dict[str, Any]], found: dict[str, Offered]) -> str:
+    """Tools that come up in the middle of a conversation, for the place where they do: the prompt before it stays as it
+    was. They are added to `found`."""
+    offered, _ = offered_tools(tools)
+    for name, one in offered.items():
+        found[name] = one._replace(tool={**one.tool, DEFERRED: True})
+    return json.dumps([one.tool["function"] for one in offered.values()], ensure_ascii=False)
+
+
+def _begins_another(answer: dict[str, Any], item: InputItem) -> bool:
+    if isinstance(item, ReasoningItem):
+        return len(answer) > 1
+    return isinstance(item, MessageItem) and "content" in answer and "tool_calls" not in answer
+
+
+def _add(answer: dict[str, Any], item: InputItem) -> None:
+    match item:
+        case ReasoningItem():
+            answer["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or [])
+        case MessageItem():
+            answer["content"] = answer.get("content", "") + joined(item.content)
+        case FunctionCallItem() | CustomToolCallItem() | ToolSearchCallItem():
+            call = {"id": item.call_id, "type": "function", "function": _called(item)}
+            answer.setdefault("tool_calls", []).append(call)
+
+
+def _called(item: Call) -> dict[str, Any]:
+    match item:
+        case FunctionCallItem():
+            return {"name": flat_name(item.name, item.namespace), "arguments": item.arguments}
+        case CustomToolCallItem():
+            return {"name": flat_name(item.name, item.namespace), "arguments": {INPUT: item.input}}
+        case ToolSearchCallItem():
+            return {"name": SEARCH, "arguments": item.arguments}

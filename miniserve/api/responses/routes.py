@@ -1,0 +1,139 @@
+"""The routes of /v1/responses. What they answer is kept, so that a later request can go on with it."""
+
+import asyncio
+import uuid
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from miniserve.api import errors
+from miniserve.api.errors import ApiError
+from miniserve.api.generation import Choice
+from miniserve.api.openai.chat import ChatRenderer
+from miniserve.api.responses.answers import InputTokens, ItemList, ResponseDeleted, ResponseOut
+from miniserve.api.responses.conversations import Conversations, Limit, Order, page
+from miniserve.api.responses.items import OUTPUT, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
+from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
+from miniserve.api.responses.store import ResponseStore, Stored, continuing, not_found
+from miniserve.api.responses.writer import ResponsesWriter
+from miniserve.api.service import Service, with_ignored
+from miniserve.text.dialect import Dialect
+from miniserve.text.tokenizer import Tokenizer
+
+
+class ResponsesRenderer(ChatRenderer):
+    """The prompt of a response to `items`. Where `truncation` allows, the oldest are left out of one that would leave
+    no room for an answer in a context of `max_len` tokens."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dialect: Dialect,
+        body: InputTokensRequest,
+        items: Sequence[InputItem],
+        max_len: int,
+    ) -> None:
+        self.chat, self.offered = body.chat(items)
+        super().__init__(tokenizer, dialect, self.chat)
+        self._body = body
+        self._items = items
+        self._most = max_len - min(self.chat.output_limit or max_len // 8, max_len // 2)
+
+    def prompts(self) -> list[list[int]]:
+        prompts = super().prompts()
+        if self._body.truncation != "auto" or len(prompts[0]) <= self._most:
+            return prompts
+        self.relaxed.append("input")
+        # A result without its call would say nothing.
+        results = CallOutputItem, ToolSearchOutputItem
+        starts = [number for number, item in enumerate(self._items) if number and not isinstance(item, results)]
+        if starts:
+            at = bisect_left(starts, True, key=lambda start: self._length_from(start) <= self._most)
+            self._length_from(starts[min(at, len(starts) - 1)])
+        return super().prompts()
+
+    def _length_from(self, start: int) -> int:
+        """How long the prompt is without the items before `start`, which it then goes without."""
+        self._request = self._body.chat(self._items[start:])[0]
+        return len(super().prompts()[0])
+
+
+class ResponsesRoutes:
+    """Also holds the `conversations` that responses may belong to."""
+
+    def __init__(self, service: Service) -> None:
+        self.conversations = Conversations()
+        self._service = service
+        self._store: ResponseStore[InputItem] = ResponseStore()
+
+    async def create(self, request: Request, body: ResponsesRequest) -> Response:
+        """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
+        previous = self._store.previous(body.previous_response_id)
+        new = with_ids(body.items)
+        items = [*self._past(body, previous), *new]
+
+        def keep(answer: ResponseOut, choice: Choice) -> None:
+            output = OUTPUT.validate_python(answer["output"])
+            if body.conversation:
+                self.conversations.extend(body.conversation, [*new, *output])
+            if body.store is not False:
+                assert choice.turn is not None
+                tokens = len(choice.prompt) + choice.output_tokens
+                whole = (*items, *output)
+                stored = Stored(whole, tokens, choice.turn.conversation, msgspec.json.encode(answer), len(output))
+                self._store.put(answer["id"], stored)
+
+        # The id is a key to the stored response, so clients cannot choose it.
+        head = self._service.head(f"resp_{uuid.uuid4().hex}", body.model)
+        with errors.renamed(RESPONSES_NAMES):
+            renderer = self._renderer(body, items)
+            writer = ResponsesWriter(head, body, renderer.offered, self._service.tokenizer, keep)
+            with continuing(previous) as conversation:
+                known = conversation or body.conversation or ""
+                return await self._service.generate(request, body, renderer.chat, renderer, writer, known)
+
+    async def count_input(self, body: InputTokensRequest, response: Response) -> InputTokens:
+        """How many tokens the prompt of such a request has."""
+        with_ignored(response, body.ignored)
+        self._service.check_model(body.model)
+        past = self._past(body, self._store.previous(body.previous_response_id))
+        with errors.renamed(RESPONSES_NAMES):
+            renderer = self._renderer(body, [*past, *body.items])
+            (prompt,) = await asyncio.to_thread(renderer.prompts)
+        return {"object": "response.input_tokens", "input_tokens": len(prompt)}
+
+    async def retrieve(self, response: str, stream: bool = False) -> Response:
+        """A response that is stored, as it was answered."""
+        if stream:
+            raise ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
+        return Response(self._stored(response).answer, media_type="application/json")
+
+    async def list_input(
+        self, response: str, limit: Limit = 20, order: Order = "desc", after: str | None = None
+    ) -> ItemList:
+        """The items that a response was made from, those of earlier turns, too; the latest first."""
+        stored = self._stored(response)
+        return page(stored.items[: len(stored.items) - stored.output], limit, order, after)
+
+    async def delete(self, response: str) -> ResponseDeleted:
+        """Forget a response; those that have gone on behind it stay as they are."""
+        if not self._store.delete(response):
+            raise not_found(response)
+        return {"id": response, "object": "response", "deleted": True}
+
+    def _past(self, body: InputTokensRequest, previous: Stored[InputItem] | None) -> Sequence[InputItem]:
+        if body.conversation:
+            return self.conversations.items(body.conversation)
+        return previous.items if previous else ()
+
+    def _renderer(self, body: InputTokensRequest, items: Sequence[InputItem]) -> ResponsesRenderer:
+        service = self._service
+        return ResponsesRenderer(service.tokenizer, service.dialect, body, items, service.max_model_len)
+
+    def _stored(self, id: str) -> Stored[InputItem]:
+        if (stored := self._store.get(id)) is None:
+            raise not_found(id)
+        return stored

@@ -1,0 +1,134 @@
+"""The tools of /v1/responses: how a chat offers each of them, and how a call of it looks in this API.
+
+A chat knows functions only. Free text for a `custom` tool is its one argument, a function of a `namespace` is called by
+both names, and what runs on OpenAI's servers is left out.
+"""
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from miniserve.api.tools import DEFERRED, Tool
+from miniserve.sampling_params import ParameterError
+
+
+class CallKind(StrEnum):
+    """The type of the item that a call of a tool is."""
+
+    FUNCTION = "function_call"
+    CUSTOM = "custom_tool_call"
+    SEARCH = "tool_search_call"
+
+
+class Offered(NamedTuple):
+    """A tool as a chat offers it, and what this API calls it."""
+
+    tool: Tool
+    kind: CallKind
+    name: str
+    namespace: str | None = None
+
+
+INPUT = "input"
+"""The argument of a custom tool."""
+SEARCH = "tool_search"
+SEARCH_PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+
+
+def flat_name(name: str, namespace: str | None) -> str:
+    """The name of a tool among all those of a request, as vLLM makes it."""
+    return f"{namespace}__{name}" if namespace else name
+
+
+def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[str, Offered], list[str]]:
+    """By flat name what is offered of `tools`, and names of what is left out. Raises `ParameterError`."""
+    offered: dict[str, Offered] = {}
+    left_out: list[str] = []
+
+    def add(found: Offered, at: str) -> None:
+        name = found.tool["function"]["name"]
+        if name in offered:
+            raise ParameterError(f"{at}.name", f"Two tools are called {str(name)[:128]!r}: rename one.")
+        offered[name] = found
+
+    for number, tool in enumerate(tools):
+        here, kind = f"{at}[{number}]", tool.get("type")
+        if kind == "namespace" and isinstance(inner := tool.get("tools"), list):
+            left_out += ["tools.namespace.description"] if tool.get("description") else []
+            for index, one in enumerate(inner):
+                if isinstance(one, dict) and one.get("type") in ("function", "custom"):
+                    add(_offered(one, f"{here}.tools[{index}]", str(tool.get("name"))), f"{here}.tools[{index}]")
+                else:
+                    left_out.append(f"tools.{one.get('type') if isinstance(one, dict) else one}")
+        elif kind in ("function", "custom") or (kind == SEARCH and tool.get("execution") == "client"):
+            add(_offered(tool, here, None), here)
+        elif isinstance(kind, str):
+            left_out.append(f"tools.{kind}")
+        else:
+            raise ParameterError(here, f"`{here}` has no `type`: tools of your own are of the type 'function'.")
+    return offered, left_out
+
+
+def _offered(tool: Mapping[str, Any], at: str, namespace: str | None) -> Offered:
+    if "function" in tool:
+        raise ParameterError(at, f"`{at}`: here `name` and `parameters` stand beside `type`, not in `function`.")
+    # Unset options of tools come as null from some clients, which would change the prompt.
+    function = {key: value for key, value in tool.items() if key not in ("type", DEFERRED) and value is not None}
+    kind, name = CallKind.FUNCTION, str(tool.get("name"))
+    if tool["type"] == "custom":
+        kind, function = CallKind.CUSTOM, _custom_function(tool)
+    elif tool["type"] == SEARCH:
+        kind, name = CallKind.SEARCH, SEARCH
+        known = {"description": tool.get("description"), "parameters": tool.get("parameters") or SEARCH_PARAMETERS}
+        function = {"name": SEARCH, **{key: value for key, value in known.items() if value}}
+    if namespace:
+        function["name"] = flat_name(name, namespace)
+    made = {"type": "function", "function": function, **({DEFERRED: True} if tool.get(DEFERRED) else {})}
+    return Offered(made, kind, name, namespace)
+
+
+def _custom_function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function of free text. Where that has a format, the model is told; a call that is forced keeps to a regex."""
+    form, text = tool.get("format"), {"type": "string"}
+    described = [tool["description"]] if isinstance(tool.get("description"), str) else []
+    if isinstance(form, dict) and isinstance(definition := form.get("definition"), str):
+        described.append(f"The input matches this {form.get('syntax')} grammar:\n{definition}")
+        text |= {"pattern": f"^(?:{definition})$"} if form.get("syntax") == "regex" else {}
+    parameters = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
+    return {"name": tool.get("name"), "description": "\n\n".join(described), "parameters": parameters}
+
+
+def spoken_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """`tool_choice` as a chat has it. Raises `ParameterError`."""
+    if not isinstance(choice, dict):
+        return choice
+    kind, tools = choice.get("type"), choice.get("tools")
+    if kind == "allowed_tools" and isinstance(tools, list):
+        # What was left out of the tools is left out here, too.
+        named = [_named(tool) for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
+        return {"type": kind, "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": named}}
+    if kind in ("function", "custom"):
+        if not isinstance(choice.get("name"), str):
+            problem = f'`tool_choice`: `name` stands beside `type` here, like {{"type": "{kind}", "name": ...}}.'
+            raise ParameterError("tool_choice", problem)
+        return _named(choice)
+    raise ParameterError(
+        "tool_choice",
+        '`tool_choice` must be "none", "auto", "required", {"type": "function", "name": ...} or {"type": '
+        f'"allowed_tools", "mode": "auto", "tools": [...]}}; the type {str(kind)[:64]!r} is not supported.',
+    )
+
+
+def _named(tool: Mapping[str, Any]) -> dict[str, Any]:
+    namespace = tool.get("namespace")
+    name = flat_name(tool["name"], namespace if isinstance(namespace, str) else None)
+    return {"type": "function", "function": {"name": name}}
+
+
+def custom_input(arguments: str) -> str:
+    """The free text of a call of a custom tool; of one that was cut off, all there is."""
+    try:
+        return str(json.loads(arguments)[INPUT])
+    except (ValueError, KeyError, TypeError):
+        return arguments

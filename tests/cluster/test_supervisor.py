@@ -1,0 +1,89 @@
+"""What the supervisor says of workers that end, by processes that are none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miniserve.cluster import supervisor as module
+from miniserve.cluster.messages import Envelope, StartFailed
+from miniserve.cluster.supervisor import Supervisor
+from miniserve.config import EngineConfig
+from tests.support.fake_engine import READY
+
+
+class Process:
+    """A worker's process that does nothing, and ends when it is told to."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+        self.exit_code: int | None = None
+
+    def kill(self) -> None:
+        self.exit_code = -9
+
+    def stop(self, seconds: float) -> None:
+        self.kill()
+
+
+@pytest.fixture
+async def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """One worker that has served; it is started again at once when it ends."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(module, "WorkerProcess", Process)
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(module, "WATCH_START_SECONDS", 0.01)
+    ignore = lambda *told: None  # noqa: E731
+    made = Supervisor({"d0": EngineConfig(model="m")}, 60.0, up=ignore, down=ignore, report=ignore, loading=ignore)
+    monkeypatch.setattr(made._health, "died", lambda name, now: 0.0)
+    starting = asyncio.create_task(made.start())
+    while not made.processes:
+        await asyncio.sleep(0.01)
+    said(made, READY)
+    await starting
+    yield made
+    await made.stop()
+
+
+def said(workers: Supervisor, body: Any) -> None:
+    workers._handle(Envelope("d0", workers.processes["d0"].spec.epoch, body))
+
+
+async def end(workers: Supervisor, code: int) -> None:
+    """The present incarnation ends, and the next one has been started."""
+    process = workers.processes["d0"]
+    process.exit_code = code
+    async with asyncio.timeout(5):
+        while workers.processes["d0"] is process:
+            await asyncio.sleep(0.01)
+
+
+async def test_the_reason_is_that_of_the_latest_end(watched: Supervisor) -> None:
+    assert watched.failed == {}
+    await end(watched, -11)
+    assert "exit code -11" in watched.failed["d0"]
+    said(watched, StartFailed("There is no room for the model."))
+    await end(watched, 1)
+    assert watched.failed["d0"] == "There is no room for the model.", "better than a code"
+    await end(watched, 7)
+    assert "exit code 7" in watched.failed["d0"], "the room was not this one's trouble"
+    said(watched, READY)
+    assert watched.failed == {}
+    await end(watched, -9)
+    assert "exit code -9" in watched.failed["d0"]
+
+
+async def test_one_that_was_silent_ended_of_that(watched: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    silences: Iterator[dict[str, float]] = iter([{"d0": 61.0}])
+    monkeypatch.setattr(watched._health, "silent", lambda now: next(silences, {}))
+    process = watched.processes["d0"]
+    async with asyncio.timeout(5):
+        while watched.processes["d0"] is process:
+            await asyncio.sleep(0.01)
+    assert watched.failed["d0"] == "The worker d0 was silent for 61 s and was ended."
+    await end(watched, 3)
+    assert "exit code 3" in watched.failed["d0"]
