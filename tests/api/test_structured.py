@@ -96,7 +96,7 @@ def schema_format(schema: Any, **more: Any) -> dict[str, Any]:
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
         ({"structured_outputs": {"regex": "a"}, **schema_format({})}, "structured_outputs", "both"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "needs `json_schema`"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs a schema"),
         (schema_format({"type": "nothing"}), "response_format", "nothing"),
         (schema_format({"oneOf": [{"minimum": 1}, {"maximum": 2}]}, strict=True), "response_format", "oneOf"),
         (schema_format({"properties": {"a": {"if": {}, "then": {}}}}, strict=True), "response_format", "if"),

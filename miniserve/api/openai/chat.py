@@ -53,7 +53,6 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._dialect = dialect
         self._request = request
-        self.relaxed: list[str] = []
 
     def prompts(self) -> list[list[int]]:
         return [chat_tokens(self._tokenizer, self._dialect, self._request)]
@@ -77,7 +76,7 @@ class ChatRenderer:
             tokenizer=self._tokenizer,
             relaxed=relaxed,
         )
-        self.relaxed = [f"tools.parameters.{key}" for key in relaxed]
+        self.relaxed += [f"tools.parameters.{key}" for key in sorted(relaxed)]
         return msgspec.structs.replace(params, grammar=grammar)
 
     def reader(self, prompt: list[int]) -> Reader | None:
