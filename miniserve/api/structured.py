@@ -36,11 +36,12 @@ class GrammarChecks:
         self._pool = ThreadPoolExecutor(THREADS, "grammar-check")
         self._checking = 0
 
-    async def wanted(self, body: GenerationRequest) -> Grammar | None:
-        """What the output of a request must match, checked. Raises `ParameterError`, `ApiError`."""
+    async def wanted(self, body: GenerationRequest, relaxed: set[str] | None = None) -> Grammar | None:
+        """What the output of a request must match, checked; `relaxed` as with `requested`. Raises `ParameterError`,
+        `ApiError`."""
         if body.format_field is None:
             return None
-        return await self.check(await asyncio.to_thread(requested, body), body.format_field)
+        return await self.check(await asyncio.to_thread(requested, body, relaxed), body.format_field)
 
     async def check(self, grammar: Grammar, param: str) -> Grammar:
         """Return `grammar` if it compiles. Raises `ParameterError` about `param` if it does not, and `ApiError` 503
@@ -69,12 +70,18 @@ class GrammarChecks:
         self._compiler.compile(grammar)
 
 
-def requested(body: GenerationRequest) -> Grammar:
-    """The grammar of a request that has a format. Slow where that is large: not for the event loop. Raises
-    `ParameterError`."""
+def requested(body: GenerationRequest, relaxed: set[str] | None = None) -> Grammar:
+    """The grammar of a request that has a format. What it cannot hold of a `response_format` that is not strict is
+    added to `relaxed`; without it nothing is left out, and the grammar will not compile. Slow where the format is
+    large: not for the event loop. Raises `ParameterError`."""
     if (wanted := body.structured_outputs) is None:
         form = body.response_format.form if body.response_format else None
-        return json_grammar(form.schema_, strict=bool(form.strict)) if form else json_grammar(ANY_OBJECT)
+        if form is None or form.strict or relaxed is None:
+            return json_grammar(form.schema_ if form else ANY_OBJECT, strict=bool(form and form.strict))
+        found: set[str] = set()
+        grammar = json_grammar(form.schema_, relaxed=found)
+        relaxed |= {f"response_format.schema.{key}" for key in found}
+        return grammar
     if wanted.regex is not None:
         return Grammar("regex", wanted.regex)
     if wanted.choice is not None:
