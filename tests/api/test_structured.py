@@ -64,7 +64,7 @@ def test_empty_lines_take_no_time(blank):
         for spaced in (text + "\n" + blank * 8000, blank * 5000 + "\n" + text):
             request = CompletionRequest(prompt="Hi", structured_outputs={"grammar": spaced})
             started = time.process_time()
-            found = requested(request)
+            found = requested(request, set())
             assert time.process_time() - started < 0.2
             assert 'start: "a"' in found.text
 
@@ -100,7 +100,6 @@ def schema_format(schema: Any, **more: Any) -> dict[str, Any]:
         (schema_format({"type": "nothing"}), "response_format", "nothing"),
         (schema_format({"oneOf": [{"minimum": 1}, {"maximum": 2}]}, strict=True), "response_format", "oneOf"),
         (schema_format({"properties": {"a": {"if": {}, "then": {}}}}, strict=True), "response_format", "if"),
-        ({"structured_outputs": {"json": {"not": {"type": "string"}}}}, "structured_outputs", "not"),
         (schema_format({"$ref": "http://169.254.169.254/"}), "response_format", "169.254"),
         (schema_format({"properties": {f"p{i}": {} for i in range(2000)}}), "response_format", "2000 properties"),
         (schema_format(nested(90)), "response_format", "levels deep"),
@@ -125,11 +124,21 @@ def test_what_a_format_is_not_held_to_is_told(compiler, tokenizer):
     assert relaxed == {"response_format.schema.not", "response_format.schema.dependentRequired"}
     assert fits(compiler, tokenizer, wanted, '{"a": 1}')
     assert not fits(compiler, tokenizer, wanted, '{"a": "x"}')
-    for exact in ({"structured_outputs": {"json": schema}}, schema_format(schema, strict=True)):
-        relaxed.clear()
-        with pytest.raises(GrammarError, match="not"):
-            compiler.compile(requested(CompletionRequest(prompt="Hi", **exact), relaxed))
-        assert not relaxed
+    relaxed.clear()
+    requested(CompletionRequest(prompt="Hi", structured_outputs={"json": schema}), relaxed)
+    assert relaxed == {"structured_outputs.json.not"}
+    relaxed.clear()
+    with pytest.raises(GrammarError, match="not"):
+        compiler.compile(requested(CompletionRequest(prompt="Hi", **schema_format(schema, strict=True)), relaxed))
+    assert not relaxed
+
+
+async def test_what_is_not_held_to_is_in_the_header(api):
+    body = schema_format({"type": "object", "not": {"required": ["a"]}})
+    assert (await api.chat(**body)).headers["X-Ignored-Parameters"] == "response_format.schema.not"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {"required": ["a"]}}}}
+    answer = await api.chat(tools=[tool], tool_choice="required")
+    assert answer.headers["X-Ignored-Parameters"] == "tools.parameters.not"
 
 
 def test_what_tools_are_not_held_to_is_told(tokenizer):

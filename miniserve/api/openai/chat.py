@@ -49,7 +49,7 @@ class ChatRenderer:
     prompt_field = "messages"
 
     def __init__(self, tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest) -> None:
-        self.relaxed: list[str] = []
+        self.relaxed: set[str] = set()
         self._tokenizer = tokenizer
         self._dialect = dialect
         self._request = request
@@ -76,7 +76,7 @@ class ChatRenderer:
             tokenizer=self._tokenizer,
             relaxed=relaxed,
         )
-        self.relaxed += [f"tools.parameters.{key}" for key in sorted(relaxed)]
+        self.relaxed |= {f"tools.parameters.{key}" for key in relaxed}
         return msgspec.structs.replace(params, grammar=grammar)
 
     def reader(self, prompt: list[int]) -> Reader | None:
