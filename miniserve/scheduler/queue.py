@@ -24,9 +24,11 @@ class WaitingQueue:
         self._turns: deque[Turn] = deque()
         self.newcomers: deque[Turn] = deque()
         """Newcomers that still have patience."""
+        self.suspects: deque[Turn] = deque()
+        """Suspected turns, which `Placer` tries one after the other."""
 
     def __len__(self) -> int:
-        return len(self._turns) + len(self.newcomers)
+        return len(self._turns) + len(self.newcomers) + len(self.suspects)
 
     def append(self, turn: Turn, now: float) -> None:
         self._queue_of(turn, now).append(turn)
@@ -36,8 +38,8 @@ class WaitingQueue:
         self._queue_of(turn, now).appendleft(turn)
 
     def remove(self, turn: Turn) -> None:
-        """A turn was cancelled; it may be in either queue."""
-        for queue in (self._turns, self.newcomers):
+        """A turn was cancelled; it may be in any queue."""
+        for queue in (self._turns, self.newcomers, self.suspects):
             if turn in queue:
                 queue.remove(turn)
 
@@ -88,6 +90,8 @@ class WaitingQueue:
             self.newcomers = deque([*its, *(turn for turn in self.newcomers if turn.conversation is not conversation)])
 
     def _queue_of(self, turn: Turn, now: float) -> deque[Turn]:
+        if turn.suspected:
+            return self.suspects
         newcomer = not turn.conversation.home
         return self.newcomers if newcomer and self._has_patience(turn, now) else self._turns
 
