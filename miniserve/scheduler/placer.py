@@ -61,9 +61,12 @@ class Placer:
                 commands.extend(self._begin(turn, need, placement, cluster, notes))
             return placement is not None
 
+        def elsewhere(home: str, open_workers: Set[str]) -> float:
+            return self.policy.elsewhere(home, Cluster(prefillers, decoders, open_workers, self._links))
+
         # While a decoder lives, an idle prefiller is not counted as a home: most policies never choose one.
         homes = [*decoders, *(p for p in prefillers if p.turns or p.resident or not decoders)]
-        self.queue.serve(place, self._workers.keys() - closed, {w.name for w in homes}, now)
+        self.queue.serve(place, elsewhere, self._workers.keys() - closed, {w.name for w in homes}, now)
         return commands
 
     def _try_suspect(self, decoders: list[WorkerView], now: float, notes: bool) -> tuple[list[Command], set[str]]:

@@ -2,18 +2,26 @@
 
 A turn that has to wait *claims* the workers that it waits for: its home, or all workers where its conversation has no
 home and could get any. A turn behind it may only take a worker that is still open, one that no turn before it claims.
-So later turns never take the room that an earlier one waits for.
+So later turns never take the room that an earlier one waits for. A policy may place a turn away from a home that is
+claimed; turns that it would not, by `Policy.elsewhere`, are passed over without a question.
 
 A *newcomer* is a turn whose conversation has no home. A policy may give newcomers some patience: for so long they wait
 in a queue of their own, which is served last and claims nothing, so that turns with a home pass them. When a
 newcomer's patience is over it moves to the first queue and claims all workers.
 """
 
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from heapq import merge
+from itertools import count
+from operator import itemgetter
 
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.turns import Turn
+
+Line = list[tuple[int, Turn]]
+"""Turns that wait for one home, with their numbers in the order of all."""
 
 
 class WaitingQueue:
@@ -21,67 +29,96 @@ class WaitingQueue:
 
     def __init__(self, has_patience: Callable[[Turn, float], bool]) -> None:
         self._has_patience = has_patience
-        self._turns: deque[Turn] = deque()
+        self._lines: dict[str | None, Line] = {}
+        self._numbers, self._numbers_before = count(), count(-1, -1)
         self.newcomers: deque[Turn] = deque()
         """Newcomers that still have patience."""
         self.suspects: deque[Turn] = deque()
         """Suspected turns, which `Placer` tries one after the other."""
 
     def __len__(self) -> int:
-        return len(self._turns) + len(self.newcomers) + len(self.suspects)
+        return sum(map(len, self._lines.values())) + len(self.newcomers) + len(self.suspects)
 
     def append(self, turn: Turn, now: float) -> None:
-        self._queue_of(turn, now).append(turn)
+        if (apart := self._apart(turn, now)) is not None:
+            apart.append(turn)
+        else:
+            self._line_up(turn, next(self._numbers))
 
     def appendleft(self, turn: Turn, now: float) -> None:
         """Let a turn that has lost its worker wait before the others."""
-        self._queue_of(turn, now).appendleft(turn)
+        if (apart := self._apart(turn, now)) is not None:
+            apart.appendleft(turn)
+        else:
+            self._line_up(turn, next(self._numbers_before))
 
     def remove(self, turn: Turn) -> None:
         """A turn was cancelled; it may be in any queue."""
-        for queue in (self._turns, self.newcomers, self.suspects):
-            if turn in queue:
-                queue.remove(turn)
+        for apart in (self.newcomers, self.suspects):
+            if turn in apart:
+                apart.remove(turn)
+        for line in self._lines.values():
+            line[:] = [waiting for waiting in line if waiting[1] is not turn]
 
     def homes_lost(self, now: float) -> None:
         """Some conversations have lost their home: their turns are newcomers again, and wait before the others."""
-        turns, self._turns = self._turns, deque()
-        self._turns.extend(turn for turn in turns if turn.conversation.home)
-        for turn in reversed([turn for turn in turns if not turn.conversation.home]):
+        lost = sorted(waiting for line in self._lines.values() for waiting in line if not waiting[1].conversation.home)
+        for line in self._lines.values():
+            line[:] = [waiting for waiting in line if waiting[1].conversation.home]
+        for _, turn in reversed(lost):
             self.appendleft(turn, now)
 
     def serve(
-        self, place: Callable[[Turn, Set[str]], bool], workers: Set[str], homes: Set[str], now: float
+        self,
+        place: Callable[[Turn, Set[str]], bool],
+        elsewhere: Callable[[str, Set[str]], float],
+        workers: Set[str],
+        homes: Set[str],
+        now: float,
     ) -> Set[str]:
         """Place the turns that can be placed, and return the workers that stay open: no waiting turn claims them.
 
         `place(turn, open_workers)` places a turn on open workers, or returns False if it has to wait; if it raises, no
-        turn is lost. `homes` are the workers that any turn may get as its home. Once all of them and the homes of the
-        waiting turns are claimed, the turns further behind are not tried: no long queue makes a decision slow.
+        turn is lost. `elsewhere(home, open_workers)` is that of the policy. `homes` are the workers that any turn may
+        get as its home. Once all of them and the homes of the waiting turns are claimed, no more turns are tried. So no
+        long queue makes a decision slow.
         """
         open_workers = workers
-        homes = homes | {turn.conversation.home for turn in self._turns if turn.conversation.home}
-        unplaced: deque[Turn] = deque()
-        try:
-            while self._turns and not open_workers.isdisjoint(homes):
-                placed = place(self._turns[0], open_workers)
-                turn = self._turns.popleft()
-                if not placed:
-                    unplaced.append(turn)
-                    open_workers = _without_claim(turn, open_workers)
-            while self.newcomers and open_workers:
-                placed = place(self.newcomers[0], open_workers)
-                if not placed and self._queue_of(self.newcomers[0], now) is self.newcomers:
-                    break  # It keeps its place, and those behind it wait for it.
-                turn = self.newcomers.popleft()
-                if placed:
-                    self._bring_forward(turn.conversation)
-                else:
-                    unplaced.append(turn)
-                    open_workers = _without_claim(turn, open_workers)
-        finally:
-            self._turns = unplaced + self._turns
+        homes = homes | {home for home, line in self._lines.items() if home and line}
+
+        def candidates(home: str | None, line: Line) -> Iterator[tuple[int, Turn, Line]]:
+            """A line's turns, until its home is claimed; then those that may leave it."""
+            tried = None
+            while line and (home is None or home in open_workers):
+                tried = line[0][0]
+                yield *line[0], line
+            if line and home and (limit := elsewhere(home, open_workers)) > 0:
+                for number, turn in line.copy():
+                    if turn.pages <= limit and turn.conversation.active == 1 and number != tried:
+                        yield number, turn, line
+
+        for number, turn, line in merge(*(candidates(*line) for line in self._lines.items())):
+            if open_workers.isdisjoint(homes):
+                break
+            placed = place(turn, open_workers)
+            del line[bisect_left(line, number, key=itemgetter(0))]
+            if not placed:
+                self._line_up(turn, number)
+                open_workers = _without_claim(turn, open_workers)
+        while self.newcomers and open_workers:
+            placed = place(self.newcomers[0], open_workers)
+            if not placed and self._apart(self.newcomers[0], now) is not None:
+                break  # It keeps its place, and those behind it wait for it.
+            turn = self.newcomers.popleft()
+            if placed:
+                self._bring_forward(turn.conversation)
+            else:
+                self._line_up(turn, next(self._numbers))
+                open_workers = _without_claim(turn, open_workers)
         return open_workers
+
+    def _line_up(self, turn: Turn, number: int) -> None:
+        insort(self._lines.setdefault(turn.conversation.home, []), (number, turn))
 
     def _bring_forward(self, conversation: Conversation) -> None:
         """A newcomer was placed. Other turns of its conversation now have a home too, so they are tried next."""
@@ -89,11 +126,11 @@ class WaitingQueue:
             its = [turn for turn in self.newcomers if turn.conversation is conversation]
             self.newcomers = deque([*its, *(turn for turn in self.newcomers if turn.conversation is not conversation)])
 
-    def _queue_of(self, turn: Turn, now: float) -> deque[Turn]:
+    def _apart(self, turn: Turn, now: float) -> deque[Turn] | None:
+        """The queue in which a turn waits that is in no line."""
         if turn.suspected:
             return self.suspects
-        newcomer = not turn.conversation.home
-        return self.newcomers if newcomer and self._has_patience(turn, now) else self._turns
+        return self.newcomers if not turn.conversation.home and self._has_patience(turn, now) else None
 
 
 def _without_claim(turn: Turn, open_workers: Set[str]) -> Set[str]:
