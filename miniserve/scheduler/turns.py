@@ -25,6 +25,8 @@ class TurnState(Enum):
     """Runs; its prompt is computed."""
     ENDED = "ended"
 
+    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
+
 
 TRANSITIONS: dict[TurnState, dict[TurnState, str]] = {
     TurnState.QUEUED: {

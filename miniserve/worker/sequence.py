@@ -33,6 +33,8 @@ class State(Enum):
     FINISHED = "finished"
     """It is over, and its pages are given back."""
 
+    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
+
 
 TRANSITIONS: dict[State, dict[State, str]] = {
     State.COMPILING: {
