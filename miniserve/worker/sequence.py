@@ -12,6 +12,7 @@ from miniserve.states import follow
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
+    from miniserve.worker.admission import Deferral
     from miniserve.worker.grammar import Matcher  # needs numpy and llguidance, which the simulator does not
 
 
@@ -107,6 +108,8 @@ class Sequence:
         self.share_history = share_history
         self.keep = keep
         self.state = State.WAITING
+        self.deferral: Deferral | None = None
+        """Why it did not get its pages when it was last tried, while it waits."""
         self.pages: list[int] = []
         self.computed = 0
         self.under_way = 0
