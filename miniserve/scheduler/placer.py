@@ -81,12 +81,13 @@ class Placer:
             return [], {str(tried.home)}
         if not self.queue.suspects or not decoders:
             return [], set()
-        turn = self.queue.suspects[0]
+        turn = self.queue.suspects[0][1]
         others = Counter(other.home for other in self._turns.values() if other.losses < TRIED_AFTER)
         home = min(decoders, key=lambda d: (others[d.name], not d.fits(turn.pages), d.name != turn.conversation.home))
         if others[home.name] or not home.fits(turn.pages):
             return [], {home.name}
-        self._tried = self.queue.suspects.popleft()
+        self._tried = turn
+        self.queue.remove(turn)
         cluster = Cluster([], decoders, {home.name}, self._links)
         placement = Placement(home.name, reason=f"alone, since {turn.losses} workers died under it")
         return self._begin(turn, self._need(turn, now), placement, cluster, notes), {home.name}

@@ -11,7 +11,6 @@ newcomer's patience is over it moves to the first queue and claims all workers.
 """
 
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable, Iterator, Set
 from heapq import merge
 from itertools import count
@@ -21,7 +20,7 @@ from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.turns import Turn
 
 Line = list[tuple[int, Turn]]
-"""Turns that wait for one home, with their numbers in the order of all."""
+"""Turns that wait, with their numbers in the order of all."""
 
 
 class WaitingQueue:
@@ -31,33 +30,24 @@ class WaitingQueue:
         self._has_patience = has_patience
         self._lines: dict[str | None, Line] = {}
         self._numbers, self._numbers_before = count(), count(-1, -1)
-        self.newcomers: deque[Turn] = deque()
+        self.newcomers: Line = []
         """Newcomers that still have patience."""
-        self.suspects: deque[Turn] = deque()
+        self.suspects: Line = []
         """Suspected turns, which `Placer` tries one after the other."""
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values())) + len(self.newcomers) + len(self.suspects)
 
     def append(self, turn: Turn, now: float) -> None:
-        if (apart := self._apart(turn, now)) is not None:
-            apart.append(turn)
-        else:
-            self._line_up(turn, next(self._numbers))
+        insort(self._line_of(turn, now), (next(self._numbers), turn))
 
     def appendleft(self, turn: Turn, now: float) -> None:
         """Let a turn that has lost its worker wait before the others."""
-        if (apart := self._apart(turn, now)) is not None:
-            apart.appendleft(turn)
-        else:
-            self._line_up(turn, next(self._numbers_before))
+        insort(self._line_of(turn, now), (next(self._numbers_before), turn))
 
     def remove(self, turn: Turn) -> None:
         """A turn was cancelled; it may be in any queue."""
-        for apart in (self.newcomers, self.suspects):
-            if turn in apart:
-                apart.remove(turn)
-        for line in self._lines.values():
+        for line in (*self._lines.values(), self.newcomers, self.suspects):
             line[:] = [waiting for waiting in line if waiting[1] is not turn]
 
     def homes_lost(self, now: float) -> None:
@@ -103,34 +93,35 @@ class WaitingQueue:
             placed = place(turn, open_workers)
             del line[bisect_left(line, number, key=itemgetter(0))]
             if not placed:
-                self._line_up(turn, number)
+                insort(self._line(turn), (number, turn))
                 open_workers = _without_claim(turn, open_workers)
         while self.newcomers and open_workers:
-            placed = place(self.newcomers[0], open_workers)
-            if not placed and self._apart(self.newcomers[0], now) is not None:
+            turn = self.newcomers[0][1]
+            placed = place(turn, open_workers)
+            if not placed and self._line_of(turn, now) is self.newcomers:
                 break  # It keeps its place, and those behind it wait for it.
-            turn = self.newcomers.popleft()
+            del self.newcomers[0]
             if placed:
                 self._bring_forward(turn.conversation)
             else:
-                self._line_up(turn, next(self._numbers))
+                self.append(turn, now)
                 open_workers = _without_claim(turn, open_workers)
         return open_workers
 
-    def _line_up(self, turn: Turn, number: int) -> None:
-        insort(self._lines.setdefault(turn.conversation.home, []), (number, turn))
+    def _line(self, turn: Turn) -> Line:
+        return self._lines.setdefault(turn.conversation.home, [])
 
     def _bring_forward(self, conversation: Conversation) -> None:
         """A newcomer was placed. Other turns of its conversation now have a home too, so they are tried next."""
         if conversation.active > 1:
-            its = [turn for turn in self.newcomers if turn.conversation is conversation]
-            self.newcomers = deque([*its, *(turn for turn in self.newcomers if turn.conversation is not conversation)])
+            for _, turn in reversed([waiting for waiting in self.newcomers if waiting[1].conversation is conversation]):
+                self.remove(turn)
+                insort(self.newcomers, (next(self._numbers_before), turn))
 
-    def _apart(self, turn: Turn, now: float) -> deque[Turn] | None:
-        """The queue in which a turn waits that is in no line."""
+    def _line_of(self, turn: Turn, now: float) -> Line:
         if turn.suspected:
             return self.suspects
-        return self.newcomers if not turn.conversation.home and self._has_patience(turn, now) else None
+        return self.newcomers if not turn.conversation.home and self._has_patience(turn, now) else self._line(turn)
 
 
 def _without_claim(turn: Turn, open_workers: Set[str]) -> Set[str]:

@@ -66,7 +66,7 @@ def test_a_newcomer_claims_nothing_while_it_has_patience_and_keeps_those_behind_
         queue.append(turn, 0.0)
     assert serve(queue, full={"d0", "d1"}) == (["a"], {"d0", "d1"})
     assert serve(queue, full={"d0", "d1"}, now=1.0) == (["a"], set()), "its patience is over"
-    assert list(queue.newcomers) == [second, beside]
+    assert [turn for _, turn in queue.newcomers] == [second, beside]
     assert serve(queue, full=set(), now=1.0) == (["a", "b", "c"], {"d0", "d1"})
     assert len(queue) == 0
 
@@ -265,7 +265,7 @@ def test_turns_of_a_conversation_that_has_found_its_home_do_not_wait_behind_a_ne
         assert sent(submit(made, turn, [ord(turn[0])] * tokens, key=turn[0]), Run) == []
     made.workers["d0"].wanted = 60.0
     assert [run.turn for _, run in sent(made.on_tick(0.0), Run)] == ["a1.1", "a2.1"]
-    assert [turn.id for turn in made._queue.newcomers] == ["b1"]
+    assert [turn.id for _, turn in made._queue.newcomers] == ["b1"]
 
 
 @pytest.mark.parametrize("waiting", [1, 300])
