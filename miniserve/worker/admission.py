@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from miniserve.kv.pages import PagePool
-from miniserve.worker.sequence import Sequence, State
+from miniserve.worker.sequence import Admission, Deferral, Sequence, State
 from miniserve.worker.step import Counters
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
-
-
-class Admission(Enum):
-    """What came of trying to give a waiting sequence its pages."""
-
-    ADMITTED = "admitted"
-    COMPILING = "its grammar is being compiled"
-    REFUSED = "its grammar cannot be followed"
-    SHARED = "a running prefill computes the next page of its prefix"
-    NO_PAGES = "there are not enough pages"
-
-
-class Deferral(NamedTuple):
-    """A sequence has to wait: `page` of its prefix was not found. With NO_PAGES it is matched again when that one is
-    known, when a page was freed after the first `freed`, and at `until`: found pages count as needed for a second."""
-
-    admission: Admission
-    page: int
-    freed: int
-    until: float
 
 
 class Admissions:

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep
 from miniserve.kv.hashing import extend_hash, page_hashes
@@ -12,7 +12,6 @@ from miniserve.states import follow
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
-    from miniserve.worker.admission import Deferral
     from miniserve.worker.grammar import Matcher  # needs numpy and llguidance, which the simulator does not
 
 
@@ -67,6 +66,26 @@ TRANSITIONS: dict[State, dict[State, str]] = {
     State.FINISHED: {},
 }
 """What may follow on each state, and why. docs/architecture.md has the diagram."""
+
+
+class Admission(Enum):
+    """What came of trying to give a waiting sequence its pages."""
+
+    ADMITTED = "admitted"
+    COMPILING = "its grammar is being compiled"
+    REFUSED = "its grammar cannot be followed"
+    SHARED = "a running prefill computes the next page of its prefix"
+    NO_PAGES = "there are not enough pages"
+
+
+class Deferral(NamedTuple):
+    """A sequence has to wait: `page` of its prefix was not found. With NO_PAGES it is matched again when that one is
+    known, when a page was freed after the first `freed`, and at `until`: found pages count as needed for a second."""
+
+    admission: Admission
+    page: int
+    freed: int
+    until: float
 
 
 class Sequence:
