@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep, TokenLogprob
 from miniserve.kv.hashing import extend_hash, page_hashes
@@ -32,6 +32,8 @@ class State(Enum):
     """It was prefilled for another worker, which may still copy the pages."""
     FINISHED = "finished"
     """It is over, and its pages are given back."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
 TRANSITIONS: dict[State, dict[State, str]] = {
@@ -64,6 +66,26 @@ TRANSITIONS: dict[State, dict[State, str]] = {
     State.FINISHED: {},
 }
 """What may follow on each state, and why. docs/architecture.md has the diagram."""
+
+
+class Admission(Enum):
+    """What came of trying to give a waiting sequence its pages."""
+
+    ADMITTED = "admitted"
+    COMPILING = "its grammar is being compiled"
+    REFUSED = "its grammar cannot be followed"
+    SHARED = "a running prefill computes the next page of its prefix"
+    NO_PAGES = "there are not enough pages"
+
+
+class Deferral(NamedTuple):
+    """A sequence has to wait: `page` of its prefix was not found. With NO_PAGES it is matched again when that one is
+    known, when a page was freed after the first `freed`, and at `until`: found pages count as needed for a second."""
+
+    admission: Admission
+    page: int
+    freed: int
+    until: float
 
 
 class Sequence:
@@ -105,6 +127,8 @@ class Sequence:
         self.share_history = share_history
         self.keep = keep
         self.state = State.WAITING
+        self.deferral: Deferral | None = None
+        """Why it did not get its pages when it was last tried, while it waits."""
         self.pages: list[int] = []
         self.computed = 0
         self.under_way = 0
