@@ -17,6 +17,7 @@ from miniserve.cluster.messages import (
     Message,
     Move,
     Peer,
+    PeerMessage,
     Peers,
     Prefill,
     PrefillRefused,
@@ -30,7 +31,6 @@ from miniserve.cluster.messages import (
     TurnOutput,
     WorkerStats,
 )
-from miniserve.kv.hashing import root_hash
 from miniserve.kv.transfer.connect import connect
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
@@ -162,7 +162,7 @@ class Worker:
             case other:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
-    def _handle_peer(self, sender: str, body: Prefill | Fetch | Publish | Release | PrefillRefused) -> None:
+    def _handle_peer(self, sender: str, body: PeerMessage) -> None:
         match body:
             case Prefill():
                 self.handoffs.sender.on_prefill(body, sender)
@@ -199,22 +199,7 @@ class Worker:
         if error:
             self._outputs.append(Failed(run.turn, run.prior, error))
             return
-        if run.prefill_at:
-            self.handoffs.receiver.expect(run.turn, run.salt)
-        self.engine.add(
-            Sequence(
-                run.turn,
-                run.tokens,
-                run.params,
-                run.seed,
-                root_hash(self._layout, run.salt),
-                prior=run.prior,
-                prefill_at=run.prefill_at,
-                history_at=run.history_at,
-                share_history=run.share_history,
-                keep=run.keep,
-            )
-        )
+        self.engine.add(Sequence.of(run, self._layout))
 
     # --- reports ----------------------------------------------------------------------------------------------------
 

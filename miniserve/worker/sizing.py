@@ -115,12 +115,7 @@ def memory_available() -> int:
 
 
 def size_pool(
-    config: EngineConfig,
-    shape: PageShape,
-    max_model_len: int,
-    weights: int,
-    device: torch.device,
-    activations: int = 0,
+    config: EngineConfig, shape: PageShape, max_model_len: int, weights: int, device: torch.device, activations: int = 0
 ) -> tuple[int, str]:
     """Pages in the pool, and the arithmetic in words. `weights` is their size in bytes, loaded already on a GPU, where
     a step takes up to `activations` bytes on top.

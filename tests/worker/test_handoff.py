@@ -134,7 +134,7 @@ def test_losing_d_or_its_abort_ends_the_lease(pair, steps):
         if how == "death":
             pair.p.handoffs.set_peers([replace_epoch(pair.d.peer, 2)])
             pair.d.engine.abort("t")
-            pair.d.handoffs.receiver._pulls.clear()
+            pair.d.handoffs.receiver.pulls.clear()
             pair.p.handoffs.set_peers([pair.d.peer])
         else:
             pair.d.handoffs.receiver.abort("t")
@@ -155,7 +155,7 @@ def test_refusal(pair):
 
 
 def test_what_can_never_fit_is_refused(pair):
-    pair.p.handoffs.sender.on_prefill(Prefill("t", [1] * 600, GREEDY, 0, "", 0, 0), "d0")
+    pair.p.handoffs.sender.on_prefill(Prefill("t", [1] * 600, GREEDY, 0), "d0")
     assert pair.p.take(PrefillRefused)
     assert pair.p.handoffs.sender.num_leases == 0
 
