@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from miniserve.cluster.channels import Inbox
@@ -59,33 +60,25 @@ class MessageSink(Protocol):
         """The owner of that inbox is gone."""
 
 
+@dataclass(eq=False)
 class Worker:
     """Drives one engine by messages: `work` is a round of its loop. Replies go to `frontend`, handoffs to peers.
 
     `clock` is the host's monotonic clock, in seconds; the simulator has one of its own, and no process.
     """
 
-    def __init__(
-        self,
-        name: str,
-        engine: Engine,
-        handoffs: Handoffs,
-        outboxes: MessageSink,
-        frontend: str,
-        *,
-        layout: str,
-        vocab_size: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.engine = engine
-        self.handoffs = handoffs
+    name: str
+    engine: Engine
+    handoffs: Handoffs
+    outboxes: MessageSink
+    frontend: str
+    _: KW_ONLY
+    layout: str
+    vocab_size: int
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self.stopping = False
-        self._name = name
-        self._outboxes = outboxes
-        self._frontend = frontend
-        self._layout = layout
-        self._vocab_size = vocab_size
-        self._clock = clock
         self._early: list[Envelope] = []
         """Messages of peers that have not been announced yet."""
         self._addresses: set[str] = set()
@@ -108,12 +101,12 @@ class Worker:
 
     def work(self, heard: list[Envelope]) -> None:
         """One round: handle the messages `heard`, admit, step, and report if there is something to report."""
-        started = self._clock()
+        started = self.clock()
         for envelope in heard:
             self._handle(envelope)
         self._admit()
         computed = self._step()
-        now = self._clock()
+        now = self.clock()
         self._busy += now - started
         # A message to an idle worker (a release, an abort) has changed its state, and no step will report that.
         if self._outputs or self._moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
@@ -176,10 +169,10 @@ class Worker:
                 self.handoffs.receiver.on_refused(body)
 
     def _meet(self, peers: list[Peer]) -> None:
-        self.handoffs.set_peers([peer for peer in peers if peer.name != self._name])
+        self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
-            self._outboxes.forget(gone)
+            self.outboxes.forget(gone)
         self._addresses = addresses
         # Those of peers that are still unknown stay early: a later announcement of them is already under way.
         early, self._early = self._early, []
@@ -188,7 +181,7 @@ class Worker:
 
     def _start(self, run: Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
-        limit, vocab = self.engine.max_model_len, self._vocab_size
+        limit, vocab = self.engine.max_model_len, self.vocab_size
         error = ""
         if not 0 < len(run.tokens) < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
             error = f"{len(run.tokens)} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
@@ -199,12 +192,12 @@ class Worker:
         if error:
             self._outputs.append(Failed(run.turn, run.prior, error))
             return
-        self.engine.add(Sequence.of(run, self._layout))
+        self.engine.add(Sequence.of(run, self.layout))
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._outboxes.send(self._frontend, Report(self._outputs, self._moves, self._stats(), self._steps))
+        self.outboxes.send(self.frontend, Report(self._outputs, self._moves, self._stats(), self._steps))
         self._outputs, self._moves, self._steps = [], [], []
         self._reported = now
 

@@ -53,7 +53,7 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
     worker.engine.admit()
     for prefilled in worker.engine.step().prefilled:
         worker.handoffs.sender.publish(prefilled.sequence, prefilled.first)
-    return {body.turn for _, body in worker._outboxes.sent if isinstance(body, Publish)}
+    return {body.turn for _, body in worker.outboxes.sent if isinstance(body, Publish)}
 
 
 def test_a_peer_that_is_heard_before_it_is_announced(p0):
