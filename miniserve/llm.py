@@ -115,12 +115,8 @@ class LLM:
         `template`. Raises as `generate` does."""
         several = isinstance(messages, list | tuple) and all(isinstance(m, list | tuple) for m in messages)
         conversations: list[Any] = [*messages] if several else [messages]
-        return self.generate(
-            [self.tokenizer.chat(_for_template(conversation), **template) for conversation in conversations],
-            params,
-            progress=progress,
-            salt=salt,
-        )
+        prompts = [self.tokenizer.chat(_for_template(conversation), **template) for conversation in conversations]
+        return self.generate(prompts, params, progress=progress, salt=salt)
 
     def _run(
         self, texts: list[str], prompts: list[list[int]], params: list[SamplingParams], progress: bool, salt: str
@@ -263,13 +259,8 @@ def _progress_bar(show: bool, total: int) -> Iterator[Callable[[int, bool], None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[rate]:.0f} tok/s"),
-    )
+    rate = TextColumn("{task.fields[rate]:.0f} tok/s")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
     started, count = time.monotonic(), 0
     with Progress(*columns, transient=False) as bar:
         task = bar.add_task("Generating", total=total, rate=0.0)

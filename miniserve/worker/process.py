@@ -231,15 +231,8 @@ def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker
         outboxes.send,
         lambda peer: connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer),
     )
-    return Worker(
-        spec.name,
-        built.engine,
-        handoffs,
-        outboxes,
-        spec.frontend,
-        layout=built.layout,
-        vocab_size=built.model.vocab_size,
-    )
+    vocab = built.model.vocab_size
+    return Worker(spec.name, built.engine, handoffs, outboxes, spec.frontend, layout=built.layout, vocab_size=vocab)
 
 
 def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -> None:
@@ -252,17 +245,11 @@ def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -
 
 def ready(built: Built) -> Ready:
     """What the frontend should know of a worker that is up."""
-    memory = built.memory
+    same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
     return Ready(
-        pool=memory.info(built.layout),
-        dtype=built.dtype,
-        device=built.device,
-        kernels=built.kernels,
-        threads=built.threads,
-        weights_bytes=built.weights_bytes,
-        page_tokens=memory.shape.page_tokens,
+        pool=built.memory.info(built.layout),
+        page_tokens=built.memory.shape.page_tokens,
         max_model_len=built.engine.max_model_len,
         vocab_size=built.model.vocab_size,
-        phases=built.phases,
-        kv_note=built.kv_note,
+        **{name: getattr(built, name) for name in same},
     )
