@@ -14,17 +14,12 @@ from miniserve.cluster.messages import (
     Abort,
     Envelope,
     Failed,
-    Fetch,
     Message,
     Move,
     Peer,
     PeerMessage,
     Peers,
-    Prefill,
-    PrefillRefused,
-    Publish,
     Ready,
-    Release,
     Report,
     Run,
     Shutdown,
@@ -137,10 +132,10 @@ class Worker:
     def _handle(self, envelope: Envelope) -> None:
         """Act on one message. Those of peers count only from the incarnation that lives now."""
         match envelope.body:
-            case Prefill() | Fetch() | Publish() | Release() | PrefillRefused() as body:
+            case body if isinstance(body, PeerMessage):
                 peer = self.handoffs.peers.get(envelope.sender)
                 if peer is not None and peer.epoch == envelope.epoch:
-                    self._handle_peer(envelope.sender, body)
+                    self.handoffs.handle(envelope.sender, body)
                 elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
                     self._early.append(envelope)  # this worker was announced to the peer before the peer to this one
             case Run() as run:
@@ -154,19 +149,6 @@ class Worker:
                 self.stopping = True
             case other:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
-
-    def _handle_peer(self, sender: str, body: PeerMessage) -> None:
-        match body:
-            case Prefill():
-                self.handoffs.sender.on_prefill(body, sender)
-            case Fetch():
-                self.handoffs.sender.on_fetch(body, sender)
-            case Publish():
-                self.handoffs.receiver.on_publish(body, sender)
-            case Release():
-                self.handoffs.sender.on_release(body.turn)
-            case PrefillRefused():
-                self.handoffs.receiver.on_refused(body)
 
     def _meet(self, peers: list[Peer]) -> None:
         self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
@@ -211,7 +193,7 @@ class Worker:
             running=len(engine.running),
             waiting=len(engine.waiting),
             queued_prefill_tokens=engine.queued_prefill_tokens,
-            leases=self.handoffs.sender.num_leases,
+            leases=len(self.handoffs.sender.leases),
             **vars(engine.counters),
             busy_seconds=self._busy,
             host_total=host.num_pages if host else 0,

@@ -58,11 +58,6 @@ class Receiver:
         """Whether pages are on their way here: `poll` should be called soon."""
         return any(pull.arriving for pull in self.pulls.values())
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is remembered of any handoff."""
-        return not self.pulls
-
     def give_up_the_dead(self) -> None:
         for turn, pull in list(self.pulls.items()):
             if not self.peers.lives(pull.source):

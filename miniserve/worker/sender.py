@@ -51,10 +51,6 @@ class Sender:
     leases: dict[str, Lease] = field(default_factory=dict)
     """Those under way, by turn."""
 
-    @property
-    def num_leases(self) -> int:
-        return len(self.leases)
-
     def release_the_dead(self) -> None:
         for turn, lease in list(self.leases.items()):
             if not self.peers.lives(lease.destination):

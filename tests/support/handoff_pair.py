@@ -102,4 +102,4 @@ class Pair:
         for side in (self.p, self.d):
             side.engine.pool.check()
             assert side.engine.pool.num_held == 0
-            assert side.handoffs.sender.num_leases == 0
+            assert not side.handoffs.sender.leases

@@ -73,4 +73,4 @@ def test_words_of_the_dead_are_dropped(p0):
     assert hear(worker, Envelope("frontend", 0, Peers([])), ask(2)) == set()
     assert hear(worker, Envelope("frontend", 0, Peers([d0(3)]))) == set()
     assert not worker._early
-    assert worker.handoffs.sender.num_leases == 0
+    assert not worker.handoffs.sender.leases
