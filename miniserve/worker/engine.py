@@ -21,7 +21,7 @@ from miniserve.worker.batching import Batching
 from miniserve.worker.drafts import Drafter
 from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Sequence, State
-from miniserve.worker.step import Counters, InFlight, Prefilled, Runner, Sampled, StepResult, Work, step_time
+from miniserve.worker.step import Counters, InFlight, Runner, Sampled, StepResult, Work, step_time
 
 if TYPE_CHECKING:
     # They need torch or llguidance, which the simulator does not.
@@ -263,7 +263,7 @@ class Engine:
             if work.samples:
                 self._sampled(work.sequence, kept, now, result)
             elif work.sequence.prefill_for is not None:
-                result.prefilled.append(Prefilled(work.sequence, None))
+                result.prefilled.append((work.sequence, None))
         return result
 
     def _computed(self, work: Work) -> None:
@@ -307,7 +307,7 @@ class Engine:
             first = FirstToken(sequence.turn, index, tokens, sequence.cached or 0, seconds, logprobs, scored)
             result.outputs += first_outputs(sequence, first)
             if sequence.prefill_for is not None:
-                result.prefilled.append(Prefilled(sequence, first))
+                result.prefilled.append((sequence, first))
         elif sequence.finish is not None:
             result.outputs.append(Ended(sequence.turn, index, tokens, sequence.finish, sequence.stop_token, logprobs))
         else:

@@ -118,8 +118,8 @@ class Worker:
     def _step(self) -> bool:
         """Run a step of the engine and collect what is to be reported; whether it computed anything."""
         step = self.engine.step()
-        for prefilled in step.prefilled:
-            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
+        for sequence, first in step.prefilled:
+            self.handoffs.sender.publish(sequence, first)
         for sequence, reason in step.refused:
             self.handoffs.sender.refuse(sequence, reason)
         outputs, moves = self.handoffs.receiver.take()

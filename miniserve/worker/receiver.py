@@ -183,17 +183,8 @@ class Receiver:
         del self.pulls[sequence.turn]
         self.send(pull.source.address, Release(sequence.turn))
         if pull.pages or not pull.history:
-            self.moves.append(
-                Move(
-                    turn=sequence.turn,
-                    source=pull.source.name,
-                    pages=pull.pages,
-                    bytes=pull.pages * self.page_bytes,
-                    seconds=pull.seconds,
-                    exposed=max(exposed, 0.0),
-                    history=pull.history,
-                )
-            )
+            what = sequence.turn, pull.source.name, pull.pages, pull.pages * self.page_bytes
+            self.moves.append(Move(*what, seconds=pull.seconds, exposed=max(exposed, 0.0), history=pull.history))
         self._go_on(pull)
 
     def _go_on(self, pull: Pull) -> None:

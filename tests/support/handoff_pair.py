@@ -48,8 +48,8 @@ class Side:
         for sequence in self.engine.admit():
             self.handoffs.receiver.request(sequence)
         step = self.engine.step()
-        for prefilled in step.prefilled:
-            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
+        for sequence, first in step.prefilled:
+            self.handoffs.sender.publish(sequence, first)
         for output in self.handoffs.receiver.outputs + step.outputs:
             self.out.update(enumerate(output.tokens, output.index))
         self.handoffs.receiver.outputs.clear()

@@ -51,8 +51,8 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
     for envelope in envelopes:
         worker._handle(envelope)
     worker.engine.admit()
-    for prefilled in worker.engine.step().prefilled:
-        worker.handoffs.sender.publish(prefilled.sequence, prefilled.first)
+    for sequence, first in worker.engine.step().prefilled:
+        worker.handoffs.sender.publish(sequence, first)
     return {body.turn for _, body in worker.outboxes.sent if isinstance(body, Publish)}
 
 
