@@ -1,9 +1,11 @@
 """How long a placement takes, with few and with many conversations alive, and what an idle conversation costs.
 
-    .venv/bin/python scripts/bench_scheduler.py [--json FILE]
+    .venv/bin/python scripts/bench_scheduler.py [--alive N ...] [--queued N ...] [--json FILE]
 
 One process, no workers: the real Scheduler gets turns and made-up reports. "decision" is the policy and the ledger for
 a turn whose conversation is known; "submit" is all of a turn's arrival, with the hashing of its prompt (2,000 tokens).
+"report" is a worker's report that places nothing, while turns wait for homes that are full: for the only one, for ten,
+or all for one of ten.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 import sys
 import time
 import tracemalloc
+from collections.abc import Sequence
 
 from miniserve.cluster.messages import Ended, FirstToken, Peer, PoolInfo, Report, StepTime, WorkerStats
 from miniserve.config import Role
@@ -29,10 +32,10 @@ PARAMS = SamplingParams(max_tokens=64)
 WORKERS = ("p0", "d0", "d1", "d2")
 
 
-def cluster(policy: str) -> Scheduler:
-    """1P3D that has seen some steps."""
-    scheduler = Scheduler(make_policy(policy), PAGE, 100_000, 1000)
-    for name in WORKERS:
+def cluster(policy: str, workers: Sequence[str] = WORKERS, max_turns: int = 100_000) -> Scheduler:
+    """A cluster that has seen some steps."""
+    scheduler = Scheduler(make_policy(policy), PAGE, max_turns, 1000)
+    for name in workers:
         pool = PoolInfo(1, 1, PAGES, 2**18, "")
         role = Role.PREFILLER if name.startswith("p") else Role.DECODER
         scheduler.worker_up(Peer(name, 1, name, pool, role))
@@ -92,11 +95,38 @@ def measure(policy: str, alive: int) -> dict[str, float]:
     }
 
 
+def measure_report(policy: str, waiting: int, decoders: int, homes: int) -> float:
+    """The median time of a report in microseconds while turns wait for `homes` of `decoders` workers, which all have as
+    many turns as they may."""
+    names = [f"d{n}" for n in range(decoders)]
+    scheduler = cluster(policy, names, max_turns=1)
+    for n in range(waiting):
+        serve(scheduler, f"t{n}", [n] * 100, f"k{n}", 2.0 + n)
+        scheduler.conversations.get(f"k{n}").home = names[n % homes]  # type: ignore[union-attr]
+    for n in range(decoders):
+        scheduler.submit(f"b{n}", [n, 1] * 100, PARAMS, 0, f"b{n}", "", 3e3)
+    for n in range(waiting):
+        scheduler.submit(f"w{n}", [n] * (200 + n % 300), PARAMS, 0, f"k{n}", "", 3e3)
+    assert scheduler.queued == waiting
+    took = []
+    for n in range(200):
+        started = time.perf_counter()
+        commands = scheduler.on_report("d0", Report([], [], STATS), 3e3 + n * 1e-3)
+        took.append(time.perf_counter() - started)
+        assert not commands
+    return statistics.median(took) * 1e6
+
+
 def main() -> int:
     parser = flags(__doc__)
     parser.add_argument("--alive", type=int, nargs="+", default=[10, 10_000, 100_000])
+    parser.add_argument("--queued", type=int, nargs="*", default=[100, 1000, 10_000])
     args = parser.parse_args()
     results = {policy: {alive: measure(policy, alive) for alive in args.alive} for policy in POLICIES}
+    reports = {
+        policy: {n: [measure_report(policy, n, *case) for case in ((1, 1), (10, 10), (10, 1))] for n in args.queued}
+        for policy in POLICIES
+    }
     print(f"{'policy':<14} {'alive':>8} {'decision':>10} {'p99':>8} {'submit':>9}  us   {'bytes each':>10}")
     for policy, rows in results.items():
         for alive, row in rows.items():
@@ -104,7 +134,11 @@ def main() -> int:
                 f"{policy:<14} {alive:>8,} {row['decision_us']:>10.1f} {row['decision_p99_us']:>8.1f} "
                 f"{row['submit_us']:>9.1f}       {row['bytes_per_conversation']:>10.0f}"
             )
-    write(args.json, results)
+    print(f"{'policy':<14} {'queued':>8} {'1 of 1':>10} {'10 of 10':>10} {'1 of 10':>10}  us a report")
+    for policy, by_queued in reports.items():
+        for queued, took in by_queued.items():
+            print(f"{policy:<14} {queued:>8,} " + " ".join(f"{us:>10.1f}" for us in took))
+    write(args.json, {"placements": results, "reports": reports})
     return 0
 
 

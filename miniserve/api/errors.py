@@ -154,17 +154,9 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         param = about_chat.param or ""
         for pattern, name in names.items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
-        message = about_chat.message.replace(f"`{about_chat.param}`", f"`{param}`")
-        renamed_error = ApiError(
-            about_chat.status_code,
-            message,
-            param=param or None,
-            code=about_chat.code,
-            headers=about_chat.headers,
-            anthropic=about_chat.anthropic,
-            details=about_chat.details,
-        )
-        raise renamed_error from error
+        about_chat.message = about_chat.message.replace(f"`{about_chat.param}`", f"`{param}`")
+        about_chat.param = param or None
+        raise about_chat from error
 
 
 def install(app: FastAPI) -> None:

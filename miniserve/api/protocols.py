@@ -27,7 +27,7 @@ class Renderer(Protocol):
     names what of the request turned out not to have (all of) its effect."""
 
     prompt_field: str
-    relaxed: list[str]
+    relaxed: set[str]
 
     def prompts(self) -> list[list[int]]:
         """Token ids of each prompt. Slow: not for the event loop. Raises `ParameterError`."""

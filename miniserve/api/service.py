@@ -124,7 +124,7 @@ class Service:
         `ParameterError`."""
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
-        if wanted := await self._grammars.wanted(body):
+        if wanted := await self._grammars.wanted(body, renderer.relaxed):
             params = msgspec.structs.replace(params, grammar=wanted)
         default_limit = body.default_limit or self._defaults.get("max_new_tokens")
 
@@ -132,7 +132,7 @@ class Service:
             prompts = renderer.prompts()
             fitted = [self._fitted(prompt, params, default_limit, renderer.prompt_field) for prompt in prompts]
             if params.max_tokens and any(own.max_tokens != params.max_tokens for own in fitted):
-                renderer.relaxed.append(asked.limit_field)
+                renderer.relaxed.add(asked.limit_field)
             return [(prompt, renderer.params(own, prompt)) for prompt, own in zip(prompts, fitted, strict=True)]
 
         # A long prompt takes a while, in which other streams go on.

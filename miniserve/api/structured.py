@@ -36,11 +36,12 @@ class GrammarChecks:
         self._pool = ThreadPoolExecutor(THREADS, "grammar-check")
         self._checking = 0
 
-    async def wanted(self, body: GenerationRequest) -> Grammar | None:
-        """What the output of a request must match, checked. Raises `ParameterError`, `ApiError`."""
+    async def wanted(self, body: GenerationRequest, relaxed: set[str]) -> Grammar | None:
+        """What the output of a request must match, checked; `relaxed` as with `requested`. Raises `ParameterError`,
+        `ApiError`."""
         if body.format_field is None:
             return None
-        return await self.check(await asyncio.to_thread(requested, body), body.format_field)
+        return await self.check(await asyncio.to_thread(requested, body, relaxed), body.format_field)
 
     async def check(self, grammar: Grammar, param: str) -> Grammar:
         """Return `grammar` if it compiles. Raises `ParameterError` about `param` if it does not, and `ApiError` 503
@@ -69,12 +70,21 @@ class GrammarChecks:
         self._compiler.compile(grammar)
 
 
-def requested(body: GenerationRequest) -> Grammar:
-    """The grammar of a request that has a format. Slow where that is large: not for the event loop. Raises
-    `ParameterError`."""
+def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
+    """The grammar of a request that has a format. What it cannot hold of a schema that is not strict is left out and
+    added to `relaxed`. Slow where the format is large: not for the event loop. Raises `ParameterError`."""
+
+    def of_schema(schema: dict[str, Any], at: str) -> Grammar:
+        found: set[str] = set()
+        grammar = json_grammar(schema, relaxed=found)
+        relaxed.update(f"{at}.{key}" for key in found)
+        return grammar
+
     if (wanted := body.structured_outputs) is None:
         form = body.response_format.form if body.response_format else None
-        return json_grammar(form.schema_, strict=bool(form.strict)) if form else json_grammar(ANY_OBJECT)
+        if form is not None and form.strict:
+            return json_grammar(form.schema_, strict=True)
+        return of_schema(form.schema_ if form else ANY_OBJECT, "response_format.schema")
     if wanted.regex is not None:
         return Grammar("regex", wanted.regex)
     if wanted.choice is not None:
@@ -84,15 +94,15 @@ def requested(body: GenerationRequest) -> Grammar:
             return lark_grammar(wanted.grammar)
         except GrammarError as error:
             raise ParameterError("structured_outputs", f"`structured_outputs.grammar` is {error}") from error
-    if isinstance(wanted.json_, str):
+    schema: Any = ANY_OBJECT if wanted.json_ is None else wanted.json_
+    if isinstance(schema, str):
         try:
-            schema = json.loads(wanted.json_)
-            if isinstance(schema, dict):
-                return json_grammar(schema)
+            schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise ParameterError("structured_outputs", f"`structured_outputs.json` is not JSON: {error}.") from error
-        raise ParameterError("structured_outputs", "`structured_outputs.json` must be a JSON schema, an object.")
-    return json_grammar(ANY_OBJECT if wanted.json_ is None else wanted.json_)
+        if not isinstance(schema, dict):
+            raise ParameterError("structured_outputs", "`structured_outputs.json` must be a JSON schema, an object.")
+    return of_schema(schema, "structured_outputs.json")
 
 
 def _busy() -> ApiError:

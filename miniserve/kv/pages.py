@@ -82,6 +82,11 @@ class PagePool(Generic[Hint]):
         self._children: dict[bytes, int] = {}
         """How many named pages follow directly on what a hash stands for; those with none are missing."""
         self._free = list(range(num_pages - 1, -1, -1))
+        self.freed = 0
+        """Pages whose last reference was dropped so far."""
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._page_of
 
     @property
     def num_free(self) -> int:
@@ -148,6 +153,7 @@ class PagePool(Generic[Hint]):
             assert self._refs[page] > 0, f"page {page} released more often than it was taken"
             self._refs[page] -= 1
             if self._refs[page] == 0:
+                self.freed += 1
                 unnamed = self._hash_of[page] is None
                 (self._free if unnamed else cached).append(page)
         self._order.release(cached, keep, now)

@@ -9,9 +9,13 @@ from miniserve.scheduler.workers import Cluster, WorkerView
 
 
 class InOrder:
-    """What these policies have in common: turns are served strictly in order, and steps take as long as they take."""
+    """What these policies have in common: turns are served strictly in order and at home, and steps take as long as
+    they take."""
 
     step_stretch = 0.0
+
+    def elsewhere(self, home: str, cluster: Cluster) -> float:
+        return 0.0
 
     def patience(self, need: Need, cluster: Cluster) -> float:
         return 0.0

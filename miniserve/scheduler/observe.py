@@ -75,7 +75,7 @@ class Observe:
             return self._stay(need, cluster, home)  # Other turns of this conversation run there.
         workers = (*cluster.decoders, *cluster.prefillers)
         others = [w for w in workers if w is not home and self._may_take(need, cluster, w)]
-        roomy = [d for d in others if d.room - need.pages >= ROOM * d.total_pages]
+        roomy = [d for d in others if need.pages <= self._spare(d)]
         # A conversation that has just moved stays, unless it would have to wait.
         if not roomy or (need.conversation.moved_at == need.conversation.turns and home.fits(need.pages)):
             return self._stay(need, cluster, home)
@@ -95,6 +95,13 @@ class Observe:
             # The turn would drive out what is needed soon.
             return need.waited > self._worth(need, worker)
         return True
+
+    def elsewhere(self, home: str, cluster: Cluster) -> float:
+        others = (w for w in (*cluster.decoders, *cluster.prefillers) if w.name in cluster.open and w.name != home)
+        return max((self._spare(w) for w in others if not w.turns or w.turns < w.max_turns), default=0.0)
+
+    def _spare(self, worker: WorkerView) -> float:
+        return worker.room - ROOM * worker.total_pages
 
     def patience(self, need: Need, cluster: Cluster) -> float:
         workers = (*cluster.decoders, *cluster.prefillers)

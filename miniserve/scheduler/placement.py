@@ -82,6 +82,10 @@ class Policy(Protocol):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn, at a home in `cluster.open` that has room for `need`; None if it has to wait."""
 
+    def elsewhere(self, home: str, cluster: Cluster) -> float:
+        """The most pages that a turn may need for `place` to move its conversation away from this home, which is not
+        open; 0 if it moves none. It never moves one of which other turns wait or run."""
+
     def patience(self, need: Need, cluster: Cluster) -> float:
         """For how many seconds a newcomer, whose conversation has no home yet, lets turns pass that have one; then it
         claims the workers that it waits for. 0 for policies that serve strictly in order."""

@@ -1,6 +1,8 @@
 """Places the turns that wait: asks the policy, and makes of its answer the message to the turn's home."""
 
+from collections import Counter
 from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Keep, Run
 from miniserve.config import Role
@@ -10,81 +12,95 @@ from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.placement import Need, Placement, Policy
 from miniserve.scheduler.queue import WaitingQueue
 from miniserve.scheduler.records import decision
-from miniserve.scheduler.turns import Phases, Turn, TurnState
+from miniserve.scheduler.turns import TRIED_AFTER, Phases, Turn, TurnState
 from miniserve.scheduler.workers import Cluster, Link, PrefixIndex, WorkerView
 
 
+@dataclass
 class Placer:
     """The queue of waiting turns, and what decisions about them read. `policy_name` is for the records of decisions.
-    `workers` and `links` are the scheduler's own, and change."""
+    `workers`, `turns` and `links` are the scheduler's own, and change."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        policy_name: str,
-        page_tokens: int,
-        workers: Mapping[str, WorkerView],
-        links: dict[tuple[str, str], Link],
-        ledger: Ledger,
-        forecast: Forecast,
-    ) -> None:
-        self.policy = policy
+    policy: Policy
+    policy_name: str
+    page_tokens: int
+    workers: Mapping[str, WorkerView]
+    turns: Mapping[str, Turn]
+    links: dict[tuple[str, str], Link]
+    ledger: Ledger
+    forecast: Forecast
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+    placements: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(prefilled at, home) -> turns."""
+    tried: Turn | None = None
+    """The suspected turn that was begun last."""
+
+    def __post_init__(self) -> None:
         self.queue = WaitingQueue(self._has_patience)
-        self.prefixes = PrefixIndex()
-        self.placements: dict[tuple[str, str], int] = {}
-        """(prefilled at, home) -> turns."""
-        self._policy_name = policy_name
-        self._page_tokens = page_tokens
-        self._workers = workers
-        self._links = links
-        self._ledger = ledger
-        self._forecast = forecast
 
     def place_queued(self, now: float, *, notes: bool) -> list[Command]:
         """Place the waiting turns that can be placed. With `notes`, each decision is noted."""
         if not self.queue:
             return []
-        self._ledger.give_up_late(now)
-        commands: list[Command] = []
+        self.ledger.give_up_late(now)
         prefillers, decoders = self._by_role()
+        commands, closed = self._try_suspect(decoders, now, notes)
 
         def place(turn: Turn, open_workers: Set[str]) -> bool:
-            placed = self._place(turn, Cluster(prefillers, decoders, open_workers, self._links), now, notes)
-            commands.extend(placed)
-            return bool(placed)
+            cluster = Cluster(prefillers, decoders, open_workers, self.links)
+            need = self._need(turn, now)
+            placement = self.policy.place(need, cluster)
+            if placement is not None:
+                commands.extend(self._begin(turn, need, placement, cluster, notes))
+            return placement is not None
+
+        def elsewhere(home: str, open_workers: Set[str]) -> float:
+            return self.policy.elsewhere(home, Cluster(prefillers, decoders, open_workers, self.links))
 
         # While a decoder lives, an idle prefiller is not counted as a home: most policies never choose one.
         homes = [*decoders, *(p for p in prefillers if p.turns or p.resident or not decoders)]
-        self.queue.serve(place, self._workers.keys(), {w.name for w in homes}, now)
+        self.queue.serve(place, elsewhere, self.workers.keys() - closed, {w.name for w in homes}, now)
         return commands
 
-    def _place(self, turn: Turn, cluster: Cluster, now: float, notes: bool) -> list[Command]:
-        """Place a turn; no commands if it has to wait."""
-        need = self._need(turn, now)
-        placement = self.policy.place(need, cluster)
-        if placement is None:
-            return []
-        commands: list[Command] = []
-        if notes:
-            commands.append(Note(decision(self._policy_name, turn, need, placement, cluster)))
-        return [*commands, Send(placement.home, self._begin(turn, need, placement, now))]
+    def _try_suspect(self, decoders: list[WorkerView], now: float, notes: bool) -> tuple[list[Command], set[str]]:
+        """Begin with the next suspected turn, unless one is being tried; and the workers that no other turn may take.
+
+        One is tried at a time, on a decoder where only turns run that were suspected before it and are not any more: so
+        it is this one that the decoder dies of. If there is none, the one with the least others is closed until they
+        have ended. All other workers serve as ever.
+        """
+        tried = self.tried
+        if tried is not None and tried.suspected and tried.state in (TurnState.PREFILL, TurnState.DECODE):
+            return [], {str(tried.home)}
+        if not self.queue.suspects or not decoders:
+            return [], set()
+        turn = self.queue.suspects[0][1]
+        others = Counter(other.home for other in self.turns.values() if other.losses < TRIED_AFTER)
+        home = min(decoders, key=lambda d: (others[d.name], not d.fits(turn.pages), d.name != turn.conversation.home))
+        if others[home.name] or not home.fits(turn.pages):
+            return [], {home.name}
+        self.tried = turn
+        self.queue.remove(turn)
+        cluster = Cluster([], decoders, {home.name}, self.links)
+        placement = Placement(home.name, reason=f"alone, since {turn.losses} workers died under it")
+        return self._begin(turn, self._need(turn, now), placement, cluster, notes), {home.name}
 
     def _has_patience(self, turn: Turn, now: float) -> bool:
         need = self._need(turn, now)
-        cluster = Cluster(*self._by_role(), self._workers.keys(), self._links)
+        cluster = Cluster(*self._by_role(), self.workers.keys(), self.links)
         return need.waited < self.policy.patience(need, cluster)
 
     def _by_role(self) -> tuple[list[WorkerView], list[WorkerView]]:
         prefillers: list[WorkerView] = []
         decoders: list[WorkerView] = []
-        for worker in self._workers.values():
+        for worker in self.workers.values():
             (prefillers if worker.role is Role.PREFILLER else decoders).append(worker)
         return prefillers, decoders
 
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""
         conversation = turn.conversation
-        known = {name: pages * self._page_tokens for name, pages in self.prefixes.find(turn.chain).items()}
+        known = {name: pages * self.page_tokens for name, pages in self.prefixes.find(turn.chain).items()}
         if conversation.copy_at:
             copied = min(conversation.copy_tokens, turn.known)
             known[conversation.copy_at] = max(known.get(conversation.copy_at, 0), copied)
@@ -92,10 +108,13 @@ class Placer:
             known[conversation.home] = max(known.get(conversation.home, 0), turn.known)
         return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
 
-    def _begin(self, turn: Turn, need: Need, placement: Placement, now: float) -> Run:
+    def _begin(self, turn: Turn, need: Need, placement: Placement, cluster: Cluster, notes: bool) -> list[Command]:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
-        conversation, home = turn.conversation, self._workers[placement.home]
-        prefills = self._workers[placement.prefill_at] if placement.prefill_at else home
+        commands: list[Command] = []
+        if notes:
+            commands.append(Note(decision(self.policy_name, turn, need, placement, cluster)))
+        conversation, home, now = turn.conversation, self.workers[placement.home], need.now
+        prefills = self.workers[placement.prefill_at] if placement.prefill_at else home
         turn.move(TurnState.PREFILL)
         turn.runs += 1
         turn.run = f"{turn.id}.{turn.runs}"
@@ -109,12 +128,12 @@ class Placer:
             conversation.moves += 1
             conversation.moved_at = conversation.turns + 1
         conversation.home = home.name
-        self._ledger.reserve(turn, now)
+        self.ledger.reserve(turn, now)
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
         key = (prefills.name, home.name)
         self.placements[key] = self.placements.get(key, 0) + 1
-        return Run(
+        run = Run(
             turn.run,
             turn.tokens,
             turn.params,
@@ -126,10 +145,11 @@ class Placer:
             placement.history_at,
             self._keep(turn, home),
         )
+        return [*commands, Send(home.name, run)]
 
     def _keep(self, turn: Turn, home: WorkerView) -> Keep:
         """How soon the home will need this conversation's pages again, for when it runs out of pages between turns."""
-        gap, chance = self._forecast.outlook(turn.conversation.history, turn.number)
-        last_page = max(len(turn.tokens) - self._page_tokens, 0)
-        seconds = home.speed.prefill(self._page_tokens, last_page)
+        gap, chance = self.forecast.outlook(turn.conversation.history, turn.number)
+        last_page = max(len(turn.tokens) - self.page_tokens, 0)
+        seconds = home.speed.prefill(self.page_tokens, last_page)
         return Keep(str(turn.conversation.key), gap, chance, seconds)

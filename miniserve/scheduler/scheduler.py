@@ -24,8 +24,6 @@ from miniserve.scheduler.records import outcome, remembered
 from miniserve.scheduler.turns import Turn, TurnState
 from miniserve.scheduler.workers import Link, WorkerView
 
-MOST_LOSSES = 3
-"""Workers that may die under a turn before the turn is taken for the cause, and fails."""
 RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
 
@@ -72,11 +70,13 @@ class Scheduler:
         """Of all workers together."""
         self._forecast = Forecast()
         self._ledger = Ledger(self.workers, self._forecast, page_tokens)
-        self._placer = Placer(policy, policy_name, page_tokens, self.workers, self.links, self._ledger, self._forecast)
+        self._turns: dict[str, Turn] = {}
+        self._placer = Placer(
+            policy, policy_name, page_tokens, self.workers, self._turns, self.links, self._ledger, self._forecast
+        )
         self._queue = self._placer.queue
         self.placements = self._placer.placements
         """(prefilled at, home) -> turns."""
-        self._turns: dict[str, Turn] = {}
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
         self._peers: dict[str, Peer] = {}
         self._returning: set[str] = set()
@@ -130,7 +130,7 @@ class Scheduler:
 
     def worker_down(self, name: str, *, returns: bool, now: float = 0.0) -> list[Command]:
         """A worker has died, and perhaps `returns`. Its turns go on elsewhere, from their tokens, or wait for a decoder
-        to return; where none will, they end."""
+        to return; where none will, they end. So does one that was tried there alone: workers die of it."""
         view = self.workers.pop(name, None)
         if not returns:
             self._returning.discard(name)
@@ -138,13 +138,17 @@ class Scheduler:
             self._returning.add(name)
         self._peers.pop(name, None)
         commands = self._announce()
+        under = [turn for turn in self._turns.values() if turn.runs_on(name)]
         self._forget_worker(name)
         self._queue.homes_lost(now)
-        for turn in reversed([turn for turn in self._turns.values() if turn.home == name]):
-            self._run_again(turn, now)
-            turn.losses += 1
-            if turn.losses >= MOST_LOSSES:
-                commands += self._fail(turn, f"{turn.losses} workers died while they served this request.", now)
+        for turn in reversed(under):
+            tried = turn.suspected  # It ran, so it was tried.
+            turn.lose()
+            if turn.home == name or turn.suspected:
+                commands += self._run_again(turn, now)
+            if tried:
+                died = f"{turn.losses} workers died while they served this request, the last one served it alone"
+                commands += self._fail(turn, f"{died}. See the server's log.", now)
         if not self.can_serve:
             # Turns whose home is a prefiller that lives have all they need.
             for turn in [turn for turn in self._turns.values() if turn.state is TurnState.QUEUED]:
@@ -287,12 +291,9 @@ class Scheduler:
                 return []  # What a prefiller reports late is not what the home decodes on from.
             # P gave the client a first token and died; D, which does not know of it, drew another one. D has to go on
             # from what the client has.
-            commands = self._abort(turn)
-            self._ledger.release(turn, now)
-            self._run_again(turn, now)
-            return commands
+            return self._run_again(turn, now)
         turn.early[output.index] = output
-        commands = []
+        commands: list[Command] = []
         while (ready := turn.early.pop(turn.delivered, None)) is not None:
             turn.tokens += ready.tokens
             commands.append(Deliver(turn.id, ready))
@@ -326,13 +327,16 @@ class Scheduler:
         failed = Failed(turn.id, turn.delivered, reason, invalid)
         return [*self._abort(turn), *self._end(turn, "error", now), Deliver(turn.id, failed)]
 
-    def _run_again(self, turn: Turn, now: float) -> None:
-        """Put a turn that has lost its run at the head of the queue; it goes on from its tokens."""
+    def _run_again(self, turn: Turn, now: float) -> list[Command]:
+        """End the turn's run, if its worker still lives, and put it at the head of the queue; it goes on from its
+        tokens."""
+        commands = self._abort(turn)
+        self._ledger.release(turn, now)
         turn.move(TurnState.QUEUED)
-        self._ledger.end_prefill(turn)
         turn.run = turn.home = turn.prefill_at = None
         turn.early.clear()
         self._queue.appendleft(turn, now)
+        return commands
 
     def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:
         """Settle the ledger; the conversation's KV stays at home."""

@@ -9,6 +9,12 @@ from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.placement import Option
 from miniserve.states import follow
 
+TRIED_AFTER = 2
+"""Workers that die under a turn before it is suspected: they may have died of it."""
+PROOF = 16
+"""Output tokens by which a suspected turn has to go on, tried alone, until it is not suspected any more: more than may
+be lost with a worker, so that it gets past the point where that one died. Twice as many after each further death."""
+
 
 class TurnState(Enum):
     QUEUED = "queued"
@@ -19,11 +25,13 @@ class TurnState(Enum):
     """Runs; its prompt is computed."""
     ENDED = "ended"
 
+    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
+
 
 TRANSITIONS: dict[TurnState, dict[TurnState, str]] = {
     TurnState.QUEUED: {
         TurnState.PREFILL: "placed",
-        TurnState.ENDED: "cancelled, three workers died under it, or none is left",
+        TurnState.ENDED: "cancelled, its trial killed a worker, or none is left",
     },
     TurnState.PREFILL: {
         TurnState.DECODE: "first token",
@@ -83,7 +91,9 @@ class Turn:
     state: TurnState = TurnState.QUEUED
     runs: int = 0
     losses: int = 0
-    """Runs that were lost because a worker died."""
+    """Workers that died under it: its home, or its prefiller before the first token."""
+    proven: int = 0
+    """Output tokens from which on it is not suspected."""
     run: str | None = None
     home: str | None = None
     prefill_at: str | None = None
@@ -102,6 +112,20 @@ class Turn:
     def move(self, state: TurnState) -> None:
         """Go to another state. Raises `IllegalTransition`."""
         self.state = follow(TRANSITIONS, self.state, state)
+
+    def runs_on(self, worker: str) -> bool:
+        return worker == self.home or (worker == self.prefill_at and self.state is TurnState.PREFILL)
+
+    def lose(self) -> None:
+        """A worker has died under it."""
+        self.losses += 1
+        if self.losses >= TRIED_AFTER:
+            self.proven = self.delivered + PROOF * 2 ** (self.losses - TRIED_AFTER)
+
+    @property
+    def suspected(self) -> bool:
+        """Whether it has to run alone, to show whether workers die of it."""
+        return self.delivered < self.proven
 
     @property
     def delivered(self) -> int:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from miniserve.sampling_params import Grammar
-from miniserve.text.calls import schema_types
+from miniserve.sampling_params import Grammar, ParameterError
+from miniserve.text.call_parsers import TAG_MARKS
 from miniserve.text.formats import CallField, Maybe, ReasoningMarks, ToolFormat
 from miniserve.text.grammar import WHITESPACE, quoted
+from miniserve.text.schemas import BOUNDS, UNHELD, Way, argument, held, properties, says, spelled, types, values, ways
 from miniserve.text.tokenizer import Tokenizer
 
 MOST_CALLS = 16
@@ -31,11 +32,13 @@ def answer_grammar(
     thinking: ReasoningMarks | None,
     opened: bool,
     tokenizer: Tokenizer,
+    relaxed: set[str],
 ) -> Grammar:
     """What an answer matches that calls one or more of `tools` (with `single` exactly one), or if there is a format
     `wanted` is in that instead. Before it there may be reasoning, by the marks of `thinking`; it has to be there where
-    the prompt has `opened` it."""
-    writer = _Writer(tokenizer, form)
+    the prompt has `opened` it. Keywords in the schemas of tools that cannot be held are left out and added to
+    `relaxed`. Raises `ParameterError` if such stand in a tool that is strict."""
+    writer = _Writer(tokenizer, form, relaxed)
     answers = []
     if tools:
         most = 1 if single or not form.parallel else MOST_CALLS
@@ -51,8 +54,9 @@ def answer_grammar(
 class _Writer:
     """Writes the rules of one grammar, `lines`. Its methods return expressions for what has to stand there."""
 
-    def __init__(self, tokenizer: Tokenizer, form: ToolFormat) -> None:
+    def __init__(self, tokenizer: Tokenizer, form: ToolFormat, relaxed: set[str]) -> None:
         self.lines: list[str] = []
+        self._relaxed = relaxed
         self._tokenizer = tokenizer
         self._form = form
         self._marks = re.compile(f"({'|'.join(map(re.escape, form.marks))})")
@@ -68,11 +72,14 @@ class _Writer:
     def one_of(self, name: str, choices: Iterable[str]) -> str:
         return self.rule(name, " | ".join(choices))
 
-    def schema(self, name: str, schema: dict[str, Any], strict: bool, space: Mapping[str, Any] = TRAINED_SPACE) -> str:
-        """A rule for JSON that is valid by `schema`. Where `strict` is not asked for, keywords that the grammar knows
-        nothing of are passed over, and alternatives are taken to exclude each other."""
-        style = {**space, "lenient": not strict, "coerce_one_of": not strict}
-        return self.rule(name, f"%json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}")
+    def schema(
+        self, name: str, schema: Any, root: dict[str, Any], strict: bool, space: Mapping[str, Any] = TRAINED_SPACE
+    ) -> str:
+        """A rule for JSON that is valid by `schema`, a part of `root`. Unless `strict`, what the grammar cannot hold is
+        left out, and alternatives are taken to exclude each other."""
+        made = held(schema, root, None if strict else self._relaxed)
+        made["x-guidance"] = {**space, "coerce_one_of": not strict}
+        return self.rule(name, f"%json {json.dumps(made, ensure_ascii=False)}")
 
     def mark(self, text: str) -> str:
         """A mark: the token for it, or its characters."""
@@ -91,15 +98,16 @@ class _Writer:
     def _object(self, number: int, function: dict[str, Any]) -> str:
         """A call without marks. Only what is in it separates it from another object, so both have to be made of the
         same pieces: it is JSON with a schema, too."""
-        parameters = _parameters(function)
+        parameters, strict = self._parameters(function), bool(function.get("strict"))
+        inner = held(parameters, parameters, None if strict else self._relaxed)
         wrapped = {
             "type": "object",
-            "properties": {"name": {"const": function["name"]}, "parameters": parameters},
+            "$defs": inner.pop("$defs", {}),
+            "properties": {"name": {"const": function["name"]}, "parameters": inner},
             "required": ["name", "parameters"],
             "additionalProperties": False,
-            **_definitions(parameters),
         }
-        return self.schema(f"a{number}", wrapped, bool(function.get("strict")), FORMAT_SPACE)
+        return self.schema(f"a{number}", wrapped, wrapped, strict, FORMAT_SPACE)
 
     def _sequence(
         self, pieces: Iterable[str | CallField | Maybe], number: int = 0, function: Mapping[str, Any] | None = None
@@ -117,7 +125,8 @@ class _Writer:
             case CallField.QUOTED_NAME:
                 return quoted(json.dumps(function["name"]))
             case CallField.ARGUMENTS:
-                return self.schema(f"a{number}", _parameters(function), bool(function.get("strict")))
+                parameters = self._parameters(function)
+                return self.schema(f"a{number}", parameters, parameters, bool(function.get("strict")))
             case CallField.PARAMETERS:
                 return self._tagged(number, function)
             case CallField.CALL_ID:
@@ -131,24 +140,61 @@ class _Writer:
 
     def _tagged(self, number: int, function: Mapping[str, Any]) -> str:
         """The arguments of a function in Qwen3-Coder's tags, in the order of its schema."""
-        schema = _parameters(function)
-        parts = []
-        for index, (key, kind) in enumerate(schema.get("properties", {}).items()):
-            value = self._value(f"p{number}_{index}", kind, schema, bool(function.get("strict")))
-            rule = f"{quoted(f'<parameter={key}>' + chr(10))} {value}"
-            parts.append(rule if key in schema.get("required", ()) else f"({rule})?")
-        return " ".join(parts)
+        schema, strict = self._parameters(function), bool(function.get("strict"))
+        choices = []
+        for choice, way in enumerate(ways(schema, schema)):
+            self._leave_out(way, UNHELD | {"enum", "const", "minProperties", "maxProperties"}, strict)
+            named, required = properties(way)
+            parts: list[str] = []
+            for key in dict.fromkeys((*named, *required)):
+                kind = named[key] if key in named else argument(schema, key)
+                if kind is not False:
+                    value = self._value(f"p{number}_{choice}_{len(parts)}", kind, schema, strict)
+                    rule = f"{quoted(f'<parameter={key}>' + chr(10))} {value}"
+                    parts.append(rule if key in required else f"({rule})?")
+            choices.append(" ".join(parts) or '""')
+        return f"({' | '.join(choices)})"
 
-    def _value(self, name: str, kind: Any, schema: dict[str, Any], strict: bool) -> str:
-        """An argument with the tag that closes it: text without quotes, all else as JSON."""
+    def _value(self, name: str, kind: Any, root: dict[str, Any], strict: bool) -> str:
+        """An argument with the tag that closes it: text without quotes, all else as JSON. Free text spells no mark, and
+        is held to nothing else."""
+        found = ways(kind, root)
+        texts = [way for way in found if "string" in types(way) and values(way) is None]
+        if texts:
+            for way in texts if all(types(way) <= {"string"} for way in found) else found:
+                self._leave_out(way, UNHELD | BOUNDS, strict)
+            return self.rule("text", f"/{_without(*TAG_MARKS)}\\n<\\/parameter>\\n/")
+        named = [quoted(spelled(value)) for way in found for value in values(way) or ()]
+        choices = [self.one_of(f"{name}v", named)] if named else []
+        if not named or any(values(way) is None for way in found):
+            choices.append(self.schema(name, kind, root, strict))
         close = self.rule("close", quoted("\n</parameter>\n"))
-        kind = kind if isinstance(kind, dict) else {}
-        values = kind.get("enum")
-        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-            return f"{self.one_of(name, [quoted(value) for value in values])} {close}"
-        if not (types := schema_types(kind, schema)) or "string" in types:
-            return self.rule("text", "/(?s:.*)\\n<\\/parameter>\\n/", "[lazy]")
-        return f"{self.schema(name, {**kind, **_definitions(schema)}, strict)} {close}"
+        return f"({' | '.join(choices)}) {close}"
+
+    def _leave_out(self, way: Way, keywords: set[str], strict: bool) -> None:
+        """Say that the grammar does not hold these keywords, if they are there."""
+        found = {key for part in way for key in part.keys() & keywords if says(key, part[key])}
+        if strict and found:
+            raise ParameterError(
+                "tools",
+                f"`tools`: {', '.join(sorted(found))} cannot be held here, as a strict tool needs: this model's "
+                "calls write text without quotes. Leave it out, or `strict`.",
+            )
+        self._relaxed |= found
+
+    def _parameters(self, function: Mapping[str, Any]) -> dict[str, Any]:
+        """The schema of a function's arguments. As other servers have it, only what is listed may be given, unless the
+        schema says something about the rest."""
+        schema = {key: value for key, value in (function.get("parameters") or {}).items() if value is not None}
+        schema = {"type": "object", **schema}
+        if schema.keys() & {"$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additionalProperties"}:
+            return schema
+        listed, required = schema.get("properties", {}), schema.get("required", [])
+        unlisted = [key for key in required if key not in listed]
+        if unlisted and not function.get("strict"):
+            self._relaxed.add("required")
+            schema["required"] = [key for key in required if key in listed]
+        return {**schema, "properties": {**listed, **dict.fromkeys(unlisted, True)}, "additionalProperties": False}
 
     def whole(self, wanted: Grammar) -> str:
         match wanted.kind:
@@ -171,30 +217,24 @@ class _Writer:
         return self.rule("thought", f"{start}{'?' if opened else ''} {end} /\\s{{0,4}}/")
 
 
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments. As other servers have it, only what is listed may be given, unless the
-    schema says something about the rest."""
-    schema = {"type": "object", **(function.get("parameters") or {})}
-    if schema.keys() & {"$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additionalProperties"}:
-        return schema
-    return {**schema, "properties": schema.get("properties", {}), "additionalProperties": False}
-
-
-def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
-    """What references in a part of `schema` are about, for that part by itself."""
-    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-
-
 def _slashed(expression: str) -> str:
     escapes = {"/": "\\/", "\n": "\\n"}
     return re.sub(r"\\.|/|\n", lambda found: escapes.get(found[0], found[0]), expression, flags=re.DOTALL)
 
 
-def _without(mark: str) -> str:
-    """An expression for all text in which `mark` does not occur. Its first character occurs in it only once."""
-    first, *rest = map(re.escape, mark)
-    assert first not in rest
-    ways = []  # how text goes on behind the first character: as the mark does, and then not
-    for number, character in enumerate(rest):
-        ways.append(f"{''.join(rest[:number])}(?:[^{first}{character}][^{first}]*)?")
-    return _slashed(f"[^{first}]*(?:{first}(?:{'|'.join(ways)}))*")
+def _without(*marks: str) -> str:
+    """An expression for all text in which none of `marks` occurs. They begin with the same character, which occurs in
+    them only once."""
+    first = re.escape(marks[0][0])
+    assert all(mark[0] == marks[0][0] not in mark[1:] for mark in marks)
+
+    def rest(ends: list[str]) -> str:
+        """How text goes on behind the first characters of marks that end so: as one of them does, and then not."""
+        heads = sorted({end[0] for end in ends})
+        choices = [f"[^{first}{''.join(map(re.escape, heads))}][^{first}]*"]
+        for head in heads:
+            if all(tails := [end[1:] for end in ends if end[0] == head]):
+                choices.append(re.escape(head) + rest(tails))
+        return f"(?:{'|'.join(choices)})?"
+
+    return _slashed(f"[^{first}]*(?:{first}{rest([mark[1:] for mark in marks])})*")

@@ -1,17 +1,12 @@
-"""Tool calls in JSON: which calls a text describes, and which types a schema allows.
+"""Tool calls in JSON: which calls a text describes.
 
 Nothing is ever repaired or guessed: what is not in order is no call.
 """
 
-import json
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
-
-MAX_PARTS = 64
-"""How many alternatives and references of a schema are looked at for its types: they may go round in circles."""
 
 Schemas = Mapping[str, Any]
 """By the name of a tool: the JSON schema of its parameters."""
@@ -24,7 +19,13 @@ class Call(NamedTuple):
     arguments: str
 
 
-# --- JSON -----------------------------------------------------------------------------------------------------------
+class Begun(NamedTuple):
+    """A call that is still being written: its name, and where in a text that part of its arguments stands which is
+    certainly the beginning of valid JSON."""
+
+    name: str
+    start: int
+    end: int
 
 
 NOTHING = msgspec.Raw(b"")
@@ -73,47 +74,10 @@ def call_with(name: str, text: str) -> Call | None:
     return Call(name, text.strip()) if isinstance(value, dict) else None
 
 
-# --- types ----------------------------------------------------------------------------------------------------------
-
-
-def typed(text: str, schema: Any, root: Any = None) -> Any:
-    """An argument that is written without quotes, as what its schema, a part of `root`, says it is; text where it says
-    nothing."""
-    types = schema_types(schema, root)
-    if not types or ("string" in types and not ("null" in types and text == "null")):
-        return text
-    word = {"True": "true", "False": "false", "None": "null"}.get(text.strip(), text)  # Python's, which models mix up
+def sound(text: str) -> bool:
+    """Whether `text` is JSON, strictly."""
     try:
-        value = msgspec.json.decode(word)
-        json.dumps(value)
+        msgspec.json.decode(text)
     except (ValueError, RecursionError):
-        return text
-    return value
-
-
-def schema_types(schema: Any, root: Any) -> set[str]:
-    """The types that a schema, a part of `root`, allows as far as it says so."""
-    types: set[str] = set()
-    parts = [schema]
-    for part in islice(parts, MAX_PARTS):  # which grow meanwhile
-        if not isinstance(part, dict):
-            continue
-        kind, values = part.get("type"), part.get("enum")
-        own = {item for item in (kind if isinstance(kind, list) else [kind]) if isinstance(item, str)}
-        if not own and isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-            own = {"string"}
-        types |= own
-        for union in ("anyOf", "oneOf", "allOf"):
-            choices = part.get(union)
-            parts += choices if isinstance(choices, list) else []
-        if isinstance(reference := part.get("$ref"), str):
-            parts.append(_referred(reference, root))
-    return types
-
-
-def _referred(reference: str, root: Any) -> Any:
-    """What a reference inside of `root` is about; None if nothing is there."""
-    found = root
-    for key in reference.removeprefix("#/").split("/"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+        return False
+    return True

@@ -42,9 +42,11 @@ class Dialect(msgspec.Struct, frozen=True):
         single: bool = False,
         first: bool = False,
         opened: bool = False,
+        early: bool = False,
     ) -> Reader | None:
         """What reads an answer; None where all of it is content. `tools` are those that may be called, `single` allows
-        one call only and `first` none behind text, and `opened` says that the prompt has begun the reasoning."""
+        one call only and `first` none behind text, `opened` says that the prompt has begun the reasoning, and with
+        `early` calls come while their arguments do."""
         if not tools and self.thinking is None:
             return None
         marks = [*self.form.marks] if tools else []
@@ -54,7 +56,7 @@ class Dialect(msgspec.Struct, frozen=True):
         return Reader(
             self.thinking,
             opened,
-            CallScanner(self.form, schemas, single, first) if tools else None,
+            CallScanner(self.form, schemas, single, first, early) if tools else None,
             frozenset(ids & tokenizer.special_ids),
             tokenizer.control_id(self.thinking.end) if self.thinking else None,
         )

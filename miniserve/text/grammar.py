@@ -19,6 +19,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from miniserve.sampling_params import Grammar
+from miniserve.text.schemas import held
 from miniserve.text.tokenizer import Tokenizer
 
 WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
@@ -68,11 +69,13 @@ class GrammarError(ValueError):
 # --- made -----------------------------------------------------------------------------------------------------------
 
 
-def json_grammar(schema: dict[str, Any], *, strict: bool = False) -> Grammar:
+def json_grammar(schema: dict[str, Any], *, strict: bool = False, relaxed: set[str] | None = None) -> Grammar:
     """The grammar of JSON that fits `schema`. Unless `strict`, `oneOf` is taken for `anyOf`: the parser cannot rule out
-    that two alternatives match, and schemas made from code mean alternatives that exclude each other."""
+    that two alternatives match, and schemas made from code mean alternatives that exclude each other. Keywords that
+    cannot be held are left out and added to `relaxed`; without it the grammar will not compile."""
     options = {"whitespace_pattern": WHITESPACE, "coerce_one_of": not strict}
-    return Grammar("json_schema", json.dumps({**schema, "x-guidance": options}, ensure_ascii=False))
+    made = {**held(schema, schema, relaxed), "x-guidance": options}
+    return Grammar("json_schema", json.dumps(made, ensure_ascii=False))
 
 
 def choice_grammar(choices: list[str]) -> Grammar:
@@ -201,7 +204,7 @@ def _check_schema(schema: Any) -> None:
         if any(len(pattern) > MAX_PATTERN_CHARS for pattern in patterns):
             raise GrammarError(f"a pattern has more than {MAX_PATTERN_CHARS} characters.")
         factor = value.get("multipleOf")
-        if isinstance(factor, int | float) and factor > 0:
+        if isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0:
             digits = Decimal(str(factor)).normalize().as_tuple().digits
             multiple = math.lcm(multiple, int("".join(map(str, digits))))
             if multiple > MAX_MULTIPLE:

@@ -1,4 +1,5 @@
-"""What a model writes, read as it comes: reasoning, content, and tool calls, each of them complete.
+"""What a model writes, read as it comes: reasoning, content, and tool calls, each of them complete unless it is wanted
+early.
 
 The parts that a `Reader` gives are all that any API has to translate. It loses no text: what is no call after all is
 content, and only white space beside the marks of calls and reasoning is dropped together with these.
@@ -11,7 +12,7 @@ from enum import Enum, auto
 import msgspec
 
 from miniserve.text.call_parsers import CallParser, ParsedCalls
-from miniserve.text.calls import Schemas
+from miniserve.text.calls import Begun, Schemas
 from miniserve.text.formats import ReasoningMarks, ToolFormat
 
 
@@ -22,7 +23,8 @@ class Reasoning(msgspec.Struct, frozen=True):
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """A call, the answer's number `index`. `arguments` is the JSON text of an object."""
+    """A call, the answer's number `index`. `arguments` is the JSON text of an object, or the beginning of it where
+    `MoreArguments` follow."""
 
     index: int
     id: str
@@ -31,7 +33,7 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class MoreArguments(msgspec.Struct, frozen=True):
-    """Further text of the arguments of the call that has begun."""
+    """Further text of the arguments of the call before, which is over when another part comes or the answer ends."""
 
     index: int
     text: str
@@ -49,6 +51,10 @@ def merged(parts: list[Part]) -> list[Part]:
             out[-1] = last + part
         elif out and isinstance(part, Reasoning) and isinstance(last := out[-1], Reasoning):
             out[-1] = Reasoning(last.text + part.text)
+        elif out and isinstance(part, MoreArguments) and isinstance(last := out[-1], ToolCall):
+            out[-1] = msgspec.structs.replace(last, arguments=last.arguments + part.text)
+        elif out and isinstance(part, MoreArguments) and isinstance(last := out[-1], MoreArguments):
+            out[-1] = MoreArguments(part.index, last.text + part.text)
         else:
             out.append(part)
     return out
@@ -62,17 +68,22 @@ def _beginning(text: str, marks: tuple[str, ...]) -> int:
 
 class CallScanner:
     """Parts content into text and calls. With `single` all ends with the first call: `done`. With `first` there is no
-    call behind text: what looks like one is a part of it."""
+    call behind text: what looks like one is a part of it. With `early` calls are given as they come, as far as they are
+    certain; if one of them turns out to be none, its arguments end there and the rest of it is text."""
 
     _BARE = re.compile(r"\s*(?:;\s*)?")
 
-    def __init__(self, form: ToolFormat, schemas: Schemas, single: bool, first: bool = False) -> None:
+    def __init__(
+        self, form: ToolFormat, schemas: Schemas, single: bool, first: bool = False, early: bool = False
+    ) -> None:
         self.calls = 0
         self.done = False
         self._format = form
         self._schemas = schemas
         self._single = single
         self._first = first
+        self._early = early
+        self._given: list[Begun] = []  # of the calls that are being read
         self._starts = re.compile("|".join(map(re.escape, form.starts)))
         self._held = ""
         self._gap = ""  # white space before the place that the parser reads
@@ -89,6 +100,8 @@ class CallScanner:
                 break
             assert self._parser is not None
             found = self._parser.read(self._held, final)
+            if self._early:
+                self._stream(self._parser.begun, parts)
             if found is None and not final:
                 break
             self._settle(found or ParsedCalls([], len(self._held)), parts)
@@ -119,17 +132,35 @@ class CallScanner:
         self._parser = self._format.parser(self._schemas)
         return True
 
+    def _stream(self, begun: list[Begun], parts: list[Part]) -> None:
+        """Give out what has come of the arguments of calls."""
+        for number, call in enumerate(begun[:1] if self._single else begun):
+            if number == len(self._given):
+                self._call(call.name, self._held[call.start : call.end], parts)
+                self._given.append(call)
+            elif more := self._held[self._given[number].end : call.end]:
+                parts.append(MoreArguments(self.calls - 1, more))
+                self._given[number] = call
+
     def _settle(self, found: ParsedCalls, parts: list[Part]) -> None:
         self._parser = None
-        text, self._held = self._held[: found.end], self._held[found.end :]
-        if not found.calls:
-            self._give(self._gap + text, parts)
+        given, self._given = self._given, []
+        calls = [(call.name, call.arguments) for call in found.calls[: 1 if self._single else None]]
+        kept = 0
+        if calls[: len(given)] != [(call.name, self._held[call.start : call.end]) for call in given]:
+            calls, kept, self._trim = [], given[-1].end, False
+        text, self._held = self._held[kept : found.end], self._held[found.end :]
+        if not calls:
+            self._give(text if given else self._gap + text, parts)
             return
-        for call in found.calls[:1] if self._single else found.calls:
-            parts.append(ToolCall(self.calls, f"call_{secrets.token_hex(12)}", call.name, call.arguments))
-            self.calls += 1
-        self._trim = self._fresh = True
+        for call in calls[len(given) :]:
+            self._call(*call, parts)
         self.done = self._single
+
+    def _call(self, name: str, arguments: str, parts: list[Part]) -> None:
+        parts.append(ToolCall(self.calls, f"call_{secrets.token_hex(12)}", name, arguments))
+        self.calls += 1
+        self._trim = self._fresh = True
 
     def _give(self, text: str, parts: list[Part]) -> None:
         if self._trim:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from miniserve.kv.pages import PagePool
-from miniserve.worker.sequence import Sequence, State
+from miniserve.worker.sequence import Admission, Deferral, Sequence, State
 from miniserve.worker.step import Counters
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
-
-
-class Admission(Enum):
-    """What came of trying to give a waiting sequence its pages."""
-
-    ADMITTED = "admitted"
-    COMPILING = "its grammar is being compiled"
-    REFUSED = "its grammar cannot be followed"
-    SHARED = "a running prefill computes the next page of its prefix"
-    NO_PAGES = "there are not enough pages"
 
 
 class Admissions:
@@ -38,6 +27,8 @@ class Admissions:
     def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters, now: float) -> Admission:
         """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
         prompt is computed, here or elsewhere."""
+        if (deferral := sequence.deferral) is not None and self._holds(deferral, sequence, running, now):
+            return deferral.admission
         matched, slots = self._match(sequence)
         found = len(matched) + len(slots)
         wanted = -(-len(sequence.tokens) // self._page_tokens) - len(matched)
@@ -47,7 +38,10 @@ class Admissions:
             self._pool.release(matched, sequence.needed_soon, now)
             if self._host is not None:
                 self._host.release(slots, sequence.needed_soon, now)
-            return Admission.SHARED if shared else Admission.NO_PAGES
+            admission = Admission.SHARED if shared else Admission.NO_PAGES
+            sequence.deferral = Deferral(admission, found if shared else len(matched), self._pool.freed, now + 1.0)
+            return admission
+        sequence.deferral = None
         sequence.pages = matched + self._pool.allocate(wanted, now)
         sequence.computed = found * self._page_tokens
         sequence.registered = len(matched)
@@ -66,6 +60,14 @@ class Admissions:
             sequence.move(State.RUNNING if sequence.prefill_at is None else State.RECEIVING)
         return Admission.ADMITTED
 
+    def _holds(self, deferral: Deferral, sequence: Sequence, running: list[Sequence], now: float) -> bool:
+        """Whether a sequence would have to wait once more if it was matched anew, which takes long with a long one."""
+        if deferral.admission is Admission.SHARED:
+            return self._is_being_computed(sequence, deferral.page, running)
+        hashes = sequence.hashes(self._page_tokens)
+        known = deferral.page < len(hashes) and hashes[deferral.page] in self._pool
+        return bool(running) and not known and self._pool.freed == deferral.freed and now < deferral.until
+
     def _match(self, sequence: Sequence) -> tuple[list[int], list[int]]:
         """Cached pages for the prefix, and slots of host memory for what follows them.
 
@@ -76,13 +78,13 @@ class Admissions:
         return pages, self._host.match(hashes[len(pages) :], sequence.keep) if self._host is not None else []
 
     def _is_being_computed(self, sequence: Sequence, matched: int, running: list[Sequence]) -> bool:
-        """Whether a running prefill will soon register the page after the first `matched` ones."""
-        if not self._pool.caching or matched >= sequence.findable // self._page_tokens:
-            return False
-        wanted = sequence.hashes(self._page_tokens)[matched]
+        """Whether a running prefill will soon register a page after the first `matched` ones, the next of those that it
+        has registered itself."""
+        limit = sequence.findable // self._page_tokens if self._pool.caching else 0
+        ours = sequence.hashes(self._page_tokens)
         for other in running:
-            if other.missing > 1 and other.registered <= matched:
+            if other.missing > 1 and (page := max(matched, other.registered)) < limit:
                 hashes = other.hashes(self._page_tokens)
-                if matched < len(hashes) and hashes[matched] == wanted:
+                if page < len(hashes) and hashes[page] == ours[page]:
                     return True
         return False

@@ -16,11 +16,11 @@ import msgspec
 
 from miniserve.cluster.messages import Ended, Failed, FirstToken, Tokens, TurnOutput
 from miniserve.kv.pages import PagePool
-from miniserve.worker.admission import Admission, Admissions
+from miniserve.worker.admission import Admissions
 from miniserve.worker.batching import Batching
 from miniserve.worker.drafts import Drafter
 from miniserve.worker.pace import Pace
-from miniserve.worker.sequence import Sequence, State
+from miniserve.worker.sequence import Admission, Sequence, State
 from miniserve.worker.step import Counters, InFlight, Runner, Sampled, StepResult, Work, step_time
 
 if TYPE_CHECKING:

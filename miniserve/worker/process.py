@@ -132,7 +132,7 @@ class Worker:
     def _handle(self, envelope: Envelope) -> None:
         """Act on one message. Those of peers count only from the incarnation that lives now."""
         match envelope.body:
-            case body if isinstance(body, PeerMessage):
+            case body if isinstance(body, PeerMessage):  # first, since a `Prefill` is a `Run` too
                 peer = self.handoffs.peers.get(envelope.sender)
                 if peer is not None and peer.epoch == envelope.epoch:
                     self.handoffs.handle(envelope.sender, body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
 from miniserve.kv.hashing import extend_hash, page_hashes, root_hash
@@ -36,6 +36,8 @@ class State(Enum):
     FINISHED = "finished"
     """It is over, and its pages are given back."""
 
+    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
+
 
 TRANSITIONS: dict[State, dict[State, str]] = {
     State.COMPILING: {State.WAITING: "grammar compiled", State.FINISHED: "grammar refused, or aborted"},
@@ -61,6 +63,26 @@ TRANSITIONS: dict[State, dict[State, str]] = {
     State.FINISHED: {},
 }
 """What may follow on each state, and why. docs/architecture.md has the diagram."""
+
+
+class Admission(Enum):
+    """What came of trying to give a waiting sequence its pages."""
+
+    ADMITTED = "admitted"
+    COMPILING = "its grammar is being compiled"
+    REFUSED = "its grammar cannot be followed"
+    SHARED = "a running prefill computes the next page of its prefix"
+    NO_PAGES = "there are not enough pages"
+
+
+class Deferral(NamedTuple):
+    """A sequence has to wait: `page` of its prefix was not found. With NO_PAGES it is matched again when that one is
+    known, when a page was freed after the first `freed`, and at `until`: found pages count as needed for a second."""
+
+    admission: Admission
+    page: int
+    freed: int
+    until: float
 
 
 @dataclass(eq=False, repr=False)
@@ -90,6 +112,8 @@ class Sequence:
     share_history: bool = False
     keep: Keep = Keep()  # noqa: RUF009 - immutable
     state: State = State.WAITING
+    deferral: Deferral | None = None
+    """Why it did not get its pages when it was last tried, while it waits."""
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     under_way: int = 0

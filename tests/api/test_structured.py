@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from miniserve.api import structured
-from miniserve.api.openai.schemas import CompletionRequest
+from miniserve.api.fields import ignored_header
+from miniserve.api.openai.chat import ChatRenderer
+from miniserve.api.openai.schemas import ChatRequest, CompletionRequest
 from miniserve.api.structured import requested
-from miniserve.sampling_params import Grammar
+from miniserve.sampling_params import Grammar, SamplingParams
 from miniserve.text import grammar
-from miniserve.text.grammar import Compiler
+from miniserve.text.dialect import find_dialect
+from miniserve.text.grammar import Compiler, GrammarError
 from miniserve.text.tokenizer import Tokenizer
-from tests.support.api import Api, error_of, make_app
+from tests.support.api import HI, Api, error_of, make_app
 from tests.support.fake_engine import EOS, FakeClient, spell
 from tests.support.schemas import PERSON, nested
 
@@ -61,7 +64,7 @@ def test_empty_lines_take_no_time(blank):
         for spaced in (text + "\n" + blank * 8000, blank * 5000 + "\n" + text):
             request = CompletionRequest(prompt="Hi", structured_outputs={"grammar": spaced})
             started = time.process_time()
-            found = requested(request)
+            found = requested(request, set())
             assert time.process_time() - started < 0.2
             assert 'start: "a"' in found.text
 
@@ -96,7 +99,7 @@ def schema_format(schema: Any, **more: Any) -> dict[str, Any]:
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs a schema"),
         (schema_format({"type": "nothing"}), "response_format", "nothing"),
         (schema_format({"oneOf": [{"minimum": 1}, {"maximum": 2}]}, strict=True), "response_format", "oneOf"),
-        (schema_format({"properties": {"a": {"if": {}, "then": {}}}}), "response_format", "if"),
+        (schema_format({"properties": {"a": {"if": {}, "then": {}}}}, strict=True), "response_format", "if"),
         (schema_format({"$ref": "http://169.254.169.254/"}), "response_format", "169.254"),
         (schema_format({"properties": {f"p{i}": {} for i in range(2000)}}), "response_format", "2000 properties"),
         (schema_format(nested(90)), "response_format", "levels deep"),
@@ -111,6 +114,41 @@ async def test_what_is_wrong_is_named(api, body, param, part):
         assert part in error["message"]
         assert len(error["message"]) < 800
     assert not api.engine.turns
+
+
+def test_what_a_format_is_not_held_to_is_told(compiler, tokenizer):
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 1}}}, "required": None}
+    body = schema_format({**schema, "dependentRequired": {"a": ["b"]}})
+    relaxed: set[str] = set()
+    wanted = requested(CompletionRequest(prompt="Hi", **body), relaxed)
+    assert relaxed == {"response_format.schema.not", "response_format.schema.dependentRequired"}
+    assert fits(compiler, tokenizer, wanted, '{"a": 1}')
+    assert not fits(compiler, tokenizer, wanted, '{"a": "x"}')
+    relaxed.clear()
+    requested(CompletionRequest(prompt="Hi", structured_outputs={"json": schema}), relaxed)
+    assert relaxed == {"structured_outputs.json.not"}
+    relaxed.clear()
+    with pytest.raises(GrammarError, match="not"):
+        compiler.compile(requested(CompletionRequest(prompt="Hi", **schema_format(schema, strict=True)), relaxed))
+    assert not relaxed
+
+
+async def test_what_is_not_held_to_is_in_the_header(api):
+    body = schema_format({"type": "object", "not": {"required": ["a"]}})
+    assert (await api.chat(**body)).headers["X-Ignored-Parameters"] == "response_format.schema.not"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {"required": ["a"]}}}}
+    answer = await api.chat(tools=[tool], tool_choice="required")
+    assert answer.headers["X-Ignored-Parameters"] == "tools.parameters.not"
+
+
+def test_what_tools_are_not_held_to_is_told(tokenizer):
+    parameters = {"properties": {"a": {"type": "string", "pattern": "(?=a)"}}, "required": ["a", "gone"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    request = ChatRequest.model_validate({"messages": HI, "tools": tools, "tool_choice": "required"})
+    renderer = ChatRenderer(tokenizer, find_dialect(tokenizer), request)
+    renderer.params(SamplingParams(), [1])
+    assert sorted(renderer.relaxed) == ["tools.parameters.pattern", "tools.parameters.required"]
+    assert set(ignored_header(renderer.relaxed).values()) == {"tools.parameters.pattern, tools.parameters.required"}
 
 
 async def test_a_slow_compilation_stops_neither_the_loop_nor_others(tokenizer, monkeypatch):

@@ -269,6 +269,44 @@ async def test_losing_every_worker_once(tiny_models):
         await settled(client)
 
 
+DEADLY = """
+import os, signal
+from miniserve.worker.runner import ModelRunner
+
+launch = ModelRunner.launch
+
+def deadly(self, batch):
+    if any(work.sequence.tokens[:3] == [7, 7, 7] and work.sequence.num_outputs >= {index} for work in batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return launch(self, batch)
+
+ModelRunner.launch = deadly
+"""
+"""What workers import before anything else: a prompt that begins with 7, 7, 7 kills them at an output token."""
+
+
+@pytest.mark.parametrize(("topology", "policy", "index"), [("1D", "observe", 5), ("1P1D", "conserve", 0)])
+async def test_a_request_that_kills_its_worker_each_time_fails_alone(
+    tiny_models, tmp_path, monkeypatch, topology, policy, index
+):
+    (tmp_path / "sitecustomize.py").write_text(DEADLY.format(index=index))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = tiny_models["qwen2"]
+    items = prompts(5, seed=15, longest=100)
+    texts = reference(folder, items, 200)
+    async with cluster(folder, topology, policy) as client:
+        tasks = [asyncio.create_task(collect(client, item, greedy(200))) for item in items[:3]]
+        killer = client.submit([7, 7, 7, 8, 9], greedy(200))
+        tasks += [asyncio.create_task(collect(client, item, greedy(200))) for item in items[3:]]
+        outputs = [output async for output in killer]
+        assert isinstance(outputs[-1], Failed)
+        assert "3 workers died while they served this request" in outputs[-1].error
+        assert sum(len(output.tokens) for output in outputs[:-1]) == index
+        assert await asyncio.gather(*tasks) == texts
+        assert await collect(client, items[0], greedy(20)) == texts[0][:20]
+        await settled(client)
+
+
 async def test_a_replacement_gets_the_pool_that_was_there(tiny_models):
     """What is free when it starts is what the living have left, not what there was for all of them."""
     async with cluster(tiny_models["qwen3"], "1D", kv_cache_memory=None) as client:

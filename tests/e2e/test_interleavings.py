@@ -34,12 +34,13 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.records import Decision
-from miniserve.scheduler.scheduler import MOST_LOSSES, Scheduler
+from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import TRIED_AFTER
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
-from miniserve.worker.sequence import Sequence
+from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.step import Done, Work
 from tests.support.anywhere import Anywhere
 
@@ -166,10 +167,13 @@ class Whim(Pace):
 class World:
     """A cluster whose messages, steps, clients and deaths happen in an order drawn from `seed`."""
 
-    def __init__(self, seed: int, deaths: int, policy: str) -> None:
+    def __init__(self, seed: int, deaths: int, policy: str, deadly: dict[str, int] | None = None) -> None:
         self.pick = random.Random(seed)
         self.wires: dict[tuple[str, str], deque[Envelope]] = defaultdict(deque)
         self.deaths = deaths
+        self.deadly = deadly or {}
+        """Turns, and the number of the output token whose computing kills a worker."""
+        self.killed = 0
         self.unnoticed: list[str] = []
         self.memories: dict[str, KVMemory] = {}
         self.alive: dict[str, Worker] = {}
@@ -276,6 +280,10 @@ class World:
         if until > 0:
             worker._admit()
         if until > 1:
+            if any(self.kills(sequence) for sequence in worker.engine.running):
+                self.killed += 1
+                self.kill(name)
+                return
             worker._step()
         if until > 2:
             worker._report(0.0)
@@ -299,7 +307,15 @@ class World:
         self.deaths -= 1
         name = self.pick.choice(list(self.alive))
         self.step(name, until=self.pick.randint(0, 3))
-        del self.alive[name]
+        self.kill(name)
+
+    def kills(self, sequence: Sequence) -> bool:
+        index = self.deadly.get(sequence.turn.rpartition(".")[0])
+        return sequence.state is State.RUNNING and index is not None and sequence.num_outputs >= index
+
+    def kill(self, name: str) -> None:
+        if self.alive.pop(name, None) is None:
+            return
         self.unnoticed.append(name)
         for (sender, to), wire in self.wires.items():
             if sender == name:
@@ -363,11 +379,11 @@ class World:
                 self.listen()
             elif self.alive:
                 self.step(self.pick.choice(list(self.alive)))
-        while self.unnoticed:
-            self.notice()
-        while self.absent:
-            self.come_back()
         for _ in range(600):
+            while self.unnoticed:
+                self.notice()
+            while self.absent:
+                self.come_back()
             self.now += 0.5
             for name in list(self.alive):
                 self.step(name)
@@ -393,7 +409,7 @@ class World:
         for turn, wanted in self.wanted.items():
             assert turn in self.ends, f"{turn} hangs: {self.scheduler._turns[turn]}"
             if self.ends[turn] in ("abort", "error"):
-                assert self.ends[turn] == "abort" or deaths >= MOST_LOSSES, "one that workers die of is given up"
+                assert self.ends[turn] == "abort" or deaths > TRIED_AFTER or turn in self.deadly
                 assert self.got[turn] == wanted[: len(self.got[turn])]
             else:
                 assert self.got[turn] == wanted
@@ -428,3 +444,13 @@ def test_every_turn_ends_with_its_text_and_nothing_is_held(policy: str, seed: in
     world = World(seed, deaths, policy)
     world.run()
     world.check(deaths)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "anywhere"])
+@given(seed=st.integers(0, 2**32), turn=st.integers(0, 8), index=st.sampled_from([0, 1, 4]))
+@settings(max_examples=20)
+def test_a_turn_that_workers_die_of_takes_no_other_with_it(policy: str, seed: int, turn: int, index: int) -> None:
+    world = World(seed, 0, policy, {f"t{turn}": index})
+    world.run()
+    world.check(0)
+    assert world.killed <= 8

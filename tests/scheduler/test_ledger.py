@@ -152,7 +152,7 @@ def check_wanted(made: Scheduler, policy: str) -> None:
     for name, view in made.workers.items():
         assert view.wanted == pytest.approx(here[name], abs=1e-6)
         assert view.reserved >= 0
-    assert all(turn.conversation.home or policy == "observe" for turn in made._queue.newcomers)
+    assert all(turn.conversation.home or policy == "observe" for _, turn in made._queue.newcomers)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

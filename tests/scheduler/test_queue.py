@@ -43,7 +43,7 @@ def serve(queue: WaitingQueue, full: set[str], now: float = 0.0) -> tuple[list[s
         turn.conversation.home = free[0] if free else turn.conversation.home
         return bool(free)
 
-    return tried, set(queue.serve(place, {"d0", "d1"}, {"d0", "d1"}, now))
+    return tried, set(queue.serve(place, lambda home, open_workers: 0.0, {"d0", "d1"}, {"d0", "d1"}, now))
 
 
 def test_a_turn_that_waits_claims_its_home_and_one_without_a_home_claims_all_workers() -> None:
@@ -66,7 +66,7 @@ def test_a_newcomer_claims_nothing_while_it_has_patience_and_keeps_those_behind_
         queue.append(turn, 0.0)
     assert serve(queue, full={"d0", "d1"}) == (["a"], {"d0", "d1"})
     assert serve(queue, full={"d0", "d1"}, now=1.0) == (["a"], set()), "its patience is over"
-    assert list(queue.newcomers) == [second, beside]
+    assert [turn for _, turn in queue.newcomers] == [second, beside]
     assert serve(queue, full=set(), now=1.0) == (["a", "b", "c"], {"d0", "d1"})
     assert len(queue) == 0
 
@@ -265,7 +265,7 @@ def test_turns_of_a_conversation_that_has_found_its_home_do_not_wait_behind_a_ne
         assert sent(submit(made, turn, [ord(turn[0])] * tokens, key=turn[0]), Run) == []
     made.workers["d0"].wanted = 60.0
     assert [run.turn for _, run in sent(made.on_tick(0.0), Run)] == ["a1.1", "a2.1"]
-    assert [turn.id for turn in made._queue.newcomers] == ["b1"]
+    assert [turn.id for _, turn in made._queue.newcomers] == ["b1"]
 
 
 @pytest.mark.parametrize("waiting", [1, 300])
@@ -281,3 +281,52 @@ def test_a_report_asks_the_policy_once_for_all_newcomers_that_wait(waiting: int)
     assert report_steps(made, "d0", now=0.1) == []
     assert len(asked) == 1
     assert made.queued == waiting
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("waiting", [2, 300])
+def test_a_report_asks_the_policy_once_for_all_turns_that_wait_for_one_home(policy: str, waiting: int) -> None:
+    made = scheduler("d0", "d1", policy=policy, max_turns=9, max_queued=1000)
+    for n in range(waiting):
+        home, run = run_of(submit(made, f"t{n}", [n + 1] * 160, key=n + 1))
+        end(made, home, run.turn, 0.1)
+        made.conversations.get(n + 1).home = "d0"
+    made.workers["d0"].add_turn(95, 0.1)
+    made.workers["d1"].add_turn(75, 0.1)
+    for n in range(waiting):
+        assert submit(made, f"w{n}", [n + 1] * 400, key=n + 1, now=0.1) == [], "10 of 100 pages have to stay free"
+    asked = []
+    place = made._placer.policy.place
+    made._placer.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
+    assert report_steps(made, "d1", now=0.2) == []
+    assert len(asked) == 1
+    made.workers["d0"].drop_turn(95, 0.3)
+    assert [run.turn for _, run in sent(made.on_tick(0.3), Run)][:2] == ["w0.1", "w1.1"]
+
+
+def test_a_turn_finds_room_elsewhere_behind_one_for_which_there_is_none() -> None:
+    made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=9)
+    for key in (1, 2, 3):
+        home, run = run_of(submit(made, f"t{key}", [key] * 40, key=key))
+        end(made, home, run.turn, 0.1)
+        made.conversations.get(key).home = "d0"
+    made.workers["d0"].add_turn(99, 0.1)
+    made.workers["d1"].add_turn(60, 0.1)
+    assert submit(made, "large", [1] * 800, key=1, now=0.2) == []
+    assert submit(made, "larger", [2] * 900, key=2, now=0.2) == []
+    assert run_of(submit(made, "small", [3] * 80, key=3, now=0.2))[0] == "d1"
+    assert made.queued == 2
+
+
+def test_turns_of_a_new_conversation_line_up_for_the_home_that_the_first_one_finds() -> None:
+    made = scheduler("d0", "d1", policy="colocated", max_turns=1, max_queued=9)
+    for view in made.workers.values():
+        view.add_turn(1, 0.0)
+    for n in range(3):
+        submit(made, f"a{n}", [1] * 40, key="a")
+    submit(made, "b", [2] * 40, key="b")
+    made.workers["d0"].drop_turn(1, 0.0)
+    assert [(home, run.turn) for home, run in sent(made.on_tick(0.1), Run)] == [("d0", "a0.1")]
+    made.workers["d1"].drop_turn(1, 0.1)
+    assert [(home, run.turn) for home, run in sent(made.on_tick(0.2), Run)] == [("d1", "b.1")], "passes those of d0"
+    assert [run.turn for _, run in sent(end(made, "d0", "a0.1", 0.3), Run)] == ["a1.1"]

@@ -20,6 +20,9 @@ class Anywhere:
     def patience(self, need: Need, cluster: Cluster) -> float:
         return self._patience
 
+    def elsewhere(self, home: str, cluster: Cluster) -> float:
+        return 1e9
+
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         workers = [*cluster.prefillers, *cluster.decoders]
         homes = [w.name for w in workers if w.name in cluster.open and w.fits(need.pages)]

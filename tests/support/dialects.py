@@ -123,8 +123,8 @@ def called(name: str, arguments: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def read(form: str, pieces: list[str], single: bool = False) -> list[Part]:
-    scanner = CallScanner(FORMATS[form], SCHEMAS, single)
+def read(form: str, pieces: list[str], single: bool = False, early: bool = False) -> list[Part]:
+    scanner = CallScanner(FORMATS[form], SCHEMAS, single, early=early)
     return merged([part for piece in pieces for part in scanner.read(piece)] + scanner.read("", final=True))
 
 

@@ -60,7 +60,10 @@ class ChatServer(Server):
                 for key in delta.keys() & {"content", "reasoning", "reasoning_content"}:
                     two["message"][key] = (two["message"].get(key) or "") + delta[key]
                 for call in delta.get("tool_calls", []):
-                    assert call.pop("index") == len(calls)
+                    if (index := call.pop("index")) == len(calls) - 1:
+                        calls[index]["function"]["arguments"] += call["function"]["arguments"]
+                        continue
+                    assert index == len(calls)
                     calls.append(call)
                 two |= {key: choice[key] for key in ("finish_reason", "stop_reason", "index") if key in choice}
                 if choice["logprobs"]:

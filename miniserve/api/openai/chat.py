@@ -44,12 +44,12 @@ def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | T
 
 class ChatRenderer:
     """A `Renderer`: the one prompt of a chat, the grammar of forced calls or of a format, and a reader of reasoning and
-    calls."""
+    calls. `relaxed` names what that grammar cannot hold of the tools' schemas."""
 
     prompt_field = "messages"
 
     def __init__(self, tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest) -> None:
-        self.relaxed: list[str] = []
+        self.relaxed: set[str] = set()
         self._tokenizer = tokenizer
         self._dialect = dialect
         self._request = request
@@ -65,6 +65,7 @@ class ChatRenderer:
         tools = allowed.forced or (allowed.callable if wanted else [])
         if not tools and (wanted is None or reasoned == "over"):
             return params
+        relaxed: set[str] = set()
         grammar = answer_grammar(
             self._dialect.form,
             tools,
@@ -73,7 +74,9 @@ class ChatRenderer:
             thinking=None if reasoned == "over" else self._dialect.thinking,
             opened=reasoned == "begun",
             tokenizer=self._tokenizer,
+            relaxed=relaxed,
         )
+        self.relaxed |= {f"tools.parameters.{key}" for key in relaxed}
         return msgspec.structs.replace(params, grammar=grammar)
 
     def reader(self, prompt: list[int]) -> Reader | None:
@@ -84,6 +87,7 @@ class ChatRenderer:
             single=allowed.single,
             first=self._request.format_field is not None,
             opened=self._reasoned(prompt) == "begun",
+            early=bool(self._request.stream),
         )
 
     def _reasoned(self, prompt: list[int]) -> Reasoned:

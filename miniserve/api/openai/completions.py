@@ -26,7 +26,7 @@ class CompletionRenderer:
     prompt_field = "prompt"
 
     def __init__(self, tokenizer: Tokenizer, request: CompletionRequest) -> None:
-        self.relaxed: list[str] = []
+        self.relaxed: set[str] = set()
         self._tokenizer = tokenizer
         self._request = request
 

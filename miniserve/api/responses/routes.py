@@ -46,7 +46,7 @@ class ResponsesRenderer(ChatRenderer):
         prompts = super().prompts()
         if self._body.truncation != "auto" or len(prompts[0]) <= self._most:
             return prompts
-        self.relaxed.append("input")
+        self.relaxed.add("input")
         # A result without its call would say nothing.
         results = CallOutputItem, ToolSearchOutputItem
         starts = [number for number, item in enumerate(self._items) if number and not isinstance(item, results)]
