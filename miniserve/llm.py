@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,8 @@ class LLM:
         `template`. Raises as `generate` does."""
         several = isinstance(messages, list | tuple) and all(isinstance(m, list | tuple) for m in messages)
         conversations: list[Any] = [*messages] if several else [messages]
-        return self.generate(
-            [self.tokenizer.chat(_for_template(conversation), **template) for conversation in conversations],
-            params,
-            progress=progress,
-            salt=salt,
-        )
+        prompts = [self.tokenizer.chat(_for_template(conversation), **template) for conversation in conversations]
+        return self.generate(prompts, params, progress=progress, salt=salt)
 
     def _run(
         self, texts: list[str], prompts: list[list[int]], params: list[SamplingParams], progress: bool, salt: str
@@ -137,7 +134,7 @@ class LLM:
                 turn = str(self._turns)
                 own = p.nth(index)
                 seed = time.time_ns() + self._turns if own.seed is None else own.seed
-                open_turns[turn] = _Turn(generation, completion, own, self.tokenizer)
+                open_turns[turn] = _Turn(generation, completion, IncrementalDetokenizer(self.tokenizer, own))
                 self.engine.add(Sequence(turn, tokens, own, seed, root))
         try:
             with _progress_bar(progress, len(open_turns)) as advance:
@@ -190,32 +187,30 @@ class LLM:
             raise ParameterError("prompts", f"A prompt has a token id outside 0 to {vocab - 1}.")
 
 
+@dataclass
 class _Turn:
     """A completion while it is made."""
 
-    def __init__(
-        self, generation: RequestOutput, completion: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer
-    ) -> None:
-        self._generation = generation
-        self._completion = completion
-        self._words = IncrementalDetokenizer(tokenizer, params)
+    generation: RequestOutput
+    completion: CompletionOutput
+    words: IncrementalDetokenizer
 
     def take(self, output: TurnOutput) -> bool:
         """Add one step's output to the completion; whether it ends with that."""
-        done = self._completion
+        done = self.completion
         if isinstance(output, Failed):
-            done.text += self._words.flush()
+            done.text += self.words.flush()
             done.error = output.error
             return True
-        text, count = self._words.feed(output)
+        text, count = self.words.feed(output)
         done.text += text
         done.token_ids += output.tokens[:count]
         if done.logprobs is not None:
             done.logprobs += (output.logprobs or [])[:count]
         if done.index == 0 and isinstance(output, FirstToken):
-            self._generation.cached_tokens = output.cached_tokens
-            self._generation.prompt_logprobs = output.prompt_logprobs
-        done.finish_reason, done.stop_reason = self._words.finish, self._words.stop_reason
+            self.generation.cached_tokens = output.cached_tokens
+            self.generation.prompt_logprobs = output.prompt_logprobs
+        done.finish_reason, done.stop_reason = self.words.finish, self.words.stop_reason
         return done.finish_reason is not None
 
 
@@ -264,13 +259,8 @@ def _progress_bar(show: bool, total: int) -> Iterator[Callable[[int, bool], None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[rate]:.0f} tok/s"),
-    )
+    rate = TextColumn("{task.fields[rate]:.0f} tok/s")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
     started, count = time.monotonic(), 0
     with Progress(*columns, transient=False) as bar:
         task = bar.add_task("Generating", total=total, rate=0.0)

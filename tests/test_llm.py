@@ -15,6 +15,7 @@ from miniserve.config import ConfigError
 from miniserve.hub.check import ModelError
 from miniserve.llm import LLM, CompletionOutput, RequestOutput, _Turn
 from miniserve.sampling_params import ParameterError, SamplingParams
+from miniserve.text.detokenizer import IncrementalDetokenizer
 
 EOS, START, END = 317, 318, 319
 """The ids of `tiny.SPECIAL`; the first and the last end a turn."""
@@ -103,7 +104,8 @@ def test_the_same_tokens_give_what_the_server_gives(llm: LLM, said: list[TurnOut
     params = SamplingParams(**given)
     choice = Choice(0, [1], params, llm.tokenizer)
     completion = CompletionOutput(0, logprobs=None if params.logprobs is None else [])
-    turn = _Turn(RequestOutput("", [1], [completion]), completion, params, llm.tokenizer)
+    words = IncrementalDetokenizer(llm.tokenizer, params)
+    turn = _Turn(RequestOutput("", [1], [completion]), completion, words)
     for output in said:
         logprobs = [TokenLogprob(token, -0.5, 1, []) for token in output.tokens]
         if params.logprobs is not None:

@@ -6,6 +6,7 @@ never blocks, and what a dead process did not read is gone with it.
 
 import contextlib
 import logging
+from dataclasses import dataclass, field
 
 import msgspec
 import zmq
@@ -18,36 +19,36 @@ _decoder = msgspec.msgpack.Decoder(Envelope)
 _encoder = msgspec.msgpack.Encoder()
 
 
+@dataclass(eq=False)
 class Outboxes:
     """Sends to any number of inboxes as `sender`; connects on first use."""
 
-    def __init__(self, context: zmq.Context, sender: str, epoch: int) -> None:
-        self._context = context
-        self._sender = sender
-        self._epoch = epoch
-        self._sockets: dict[str, zmq.Socket] = {}
+    context: zmq.Context
+    sender: str
+    epoch: int
+    sockets: dict[str, zmq.Socket] = field(default_factory=dict)
 
     def send(self, address: str, body: Message) -> None:
         """Queue a message for the inbox at `address`; returns at once."""
-        socket = self._sockets.get(address)
+        socket = self.sockets.get(address)
         if socket is None:
-            socket = self._sockets[address] = self._context.socket(zmq.PUSH)
+            socket = self.sockets[address] = self.context.socket(zmq.PUSH)
             socket.set_hwm(0)  # an engine must not wait for a reader; messages are small and bounded by the turns
             socket.linger = 0
             socket.connect(address)
         # The owner of that inbox is dead, which the supervisor notices.
         with contextlib.suppress(zmq.Again):
-            socket.send(_encoder.encode(Envelope(self._sender, self._epoch, body)), zmq.NOBLOCK)
+            socket.send(_encoder.encode(Envelope(self.sender, self.epoch, body)), zmq.NOBLOCK)
 
     def forget(self, address: str) -> None:
         """Close the way to an inbox whose owner is gone."""
-        if socket := self._sockets.pop(address, None):
+        if socket := self.sockets.pop(address, None):
             socket.close(0)
 
     def close(self, linger_ms: int = 0) -> None:
-        for socket in self._sockets.values():
+        for socket in self.sockets.values():
             socket.close(linger_ms)
-        self._sockets.clear()
+        self.sockets.clear()
 
 
 class Inbox:

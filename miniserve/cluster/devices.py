@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -86,14 +87,9 @@ def _driver_gpus() -> int:
 def _torch_has_cuda() -> bool:
     """Whether the workers' torch was built for CUDA, read from its version file: importing torch takes a second."""
     spec = importlib.util.find_spec("torch")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        version = importlib.util.spec_from_file_location("torch_version", Path(folder) / "version.py")
-        if version is None or version.loader is None:
-            continue
-        module = importlib.util.module_from_spec(version)
-        try:
-            version.loader.exec_module(module)
-        except OSError:
-            continue
-        return getattr(module, "cuda", None) is not None
-    return False
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        return runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda") is not None
+    except OSError:
+        return False

@@ -77,16 +77,13 @@ class WorkerProcess:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
+        # One thread pool of torch's is enough; the others only cost start-up time and memory.
+        ours = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | _import_path()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "miniserve.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            # One thread pool of torch's is enough; the others only cost start-up time and memory.
-            env=SPINNING
-            | CUDA_QUEUES
-            | os.environ
-            | {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
-            | _import_path(),
+            env=SPINNING | CUDA_QUEUES | os.environ | ours,
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: see `exit_code`

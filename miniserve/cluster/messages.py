@@ -182,20 +182,12 @@ class Shutdown(Wire, frozen=True):
 # --- worker <-> worker ----------------------------------------------------------------------------------------------
 
 
-class Prefill(Wire, frozen=True):
-    """D asks P to prefill. D has reserved its pages and already holds the first `have` tokens (a whole number of
-    pages), so P publishes only what follows. With `share_history` P may fetch from D what it lacks of the first
-    ones."""
+class Prefill(Run, frozen=True):
+    """D asks P to prefill what it was asked to run. D has reserved its pages and already holds the first `have` tokens
+    (a whole number of pages), so P publishes only what follows. With `share_history` P may fetch from D what it lacks
+    of the first ones."""
 
-    turn: str
-    tokens: list[int]
-    params: SamplingParams
-    seed: int
-    salt: str
-    prior: int
-    have: int
-    share_history: bool = False
-    keep: Keep = Keep()
+    have: int = 0
 
 
 class Fetch(Wire, frozen=True):
@@ -242,6 +234,9 @@ class PrefillRefused(Wire, frozen=True):
 
     turn: str
     reason: str
+
+
+PeerMessage = Prefill | Fetch | Publish | Release | PrefillRefused
 
 
 # --- worker -> frontend ---------------------------------------------------------------------------------------------
@@ -345,21 +340,7 @@ class Report(Wire, frozen=True):
     steps: list[StepTime] = []
 
 
-Message = (
-    Peers
-    | Run
-    | Abort
-    | Shutdown
-    | Prefill
-    | Fetch
-    | Publish
-    | Release
-    | PrefillRefused
-    | Loading
-    | Ready
-    | StartFailed
-    | Report
-)
+Message = Peers | Run | Abort | Shutdown | PeerMessage | Loading | Ready | StartFailed | Report
 
 
 class Envelope(msgspec.Struct, array_like=True, frozen=True):

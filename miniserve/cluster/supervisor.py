@@ -105,14 +105,8 @@ class Supervisor:
         if ready := self._ready.get(name):
             # It was there before, and what is free now is what it and the others have left: the pool it had is right.
             engine = msgspec.structs.replace(engine, kv_cache_memory=ready.pool.num_pages * ready.pool.page_bytes)
-        spec = WorkerSpec(
-            name=name,
-            epoch=epoch,
-            run_dir=str(self.run_dir.path),
-            address=self.run_dir.address(f"{name}.{epoch}"),
-            frontend=self.run_dir.address("frontend"),
-            engine=engine,
-        )
+        address, frontend = self.run_dir.address(f"{name}.{epoch}"), self.run_dir.address("frontend")
+        spec = WorkerSpec(name, epoch, str(self.run_dir.path), address, frontend, engine)
         self.processes[name] = WorkerProcess(spec)
         self._health.started(name, time.monotonic())
 
@@ -131,9 +125,6 @@ class Supervisor:
         for name in self.processes:
             self.send(name, Shutdown())
         await asyncio.gather(*(asyncio.to_thread(process.stop, 2.0) for process in self.processes.values()))
-        self._clean_up()
-
-    def _clean_up(self) -> None:
         self.processes.clear()
         if self.run_dir is not None:
             self._outboxes.close()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from miniserve.cluster.messages import Keep
+from miniserve.kv.eviction import UNKNOWN
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted, Order, PagePool
 from miniserve.kv.side import Fence, beside, copy_each, pin
@@ -17,19 +18,19 @@ RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
 first; those still here at that time spare a copy."""
 
 
-class HostPool:
+class HostPool(PagePool[Keep]):
     """`num_pages` slots for evicted pages of `memory`, found by their hashes.
 
-    A `PagePool` of its own does the bookkeeping, with an `order` of its own: what is dropped for good is what is needed
-    least. On a CPU copies are synchronous, `clock` counts their seconds, and the memory is only taken when it is first
-    written. Beside a GPU the memory is pinned, which takes all of it at once, and copies run on a side stream: the next
-    step waits for them on the GPU, the host does not wait. Unverified on a GPU (docs/gpu.md).
+    It is a `PagePool` with an `order` of its own: what is dropped for good is what is needed least. On a CPU copies are
+    synchronous, `clock` counts their seconds, and the memory is only taken when it is first written. Beside a GPU the
+    memory is pinned, which takes all of it at once, and copies run on a side stream: the next step waits for them on
+    the GPU, the host does not wait. Unverified on a GPU (docs/gpu.md).
     """
 
     def __init__(
         self, memory: KVMemory, num_pages: int, order: Order[Keep], *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.pool = PagePool(num_pages, order)
+        super().__init__(num_pages, order)
         self.offloaded = self.restored = 0
         """Pages copied here, and back."""
         self.page_seconds = 0.0
@@ -46,33 +47,29 @@ class HostPool:
         self._host = memory.shape.view(flat)
 
     @property
-    def num_pages(self) -> int:
-        return self.pool.num_pages
-
-    @property
     def num_used(self) -> int:
-        return self.pool.num_pages - self.pool.num_free
+        return self.num_pages - self.num_free
 
     def store(self, evicted: Evicted[Keep], now: float) -> None:
         """Keep a copy of a page that is about to be evicted, in place of the copy that is needed least."""
-        slots = self.pool.match([evicted.digest])
+        slots = super().match([evicted.digest])
         if not slots:
-            if not self.pool.num_available:
+            if not self.num_available:
                 return  # all slots are about to be restored
-            slots = self.pool.allocate(1, now)
+            slots = self.allocate(1, now)
             # Beside the step that runs now: the page is complete. A restore may still read the slot, on this stream.
             self._copy(self._device, [evicted.page], self._host, slots)
-            self.pool.register(slots[0], evicted.digest, evicted.parent)
+            self.register(slots[0], evicted.digest, evicted.parent)
             self.offloaded += 1
-        self.pool.release(slots, evicted.keep, evicted.end)
+        self.release(slots, evicted.keep, evicted.end)
 
-    def match(self, hashes: list[bytes], keep: Keep) -> list[int]:
+    def match(self, hashes: list[bytes], keep: Keep = UNKNOWN) -> list[int]:
         """Slots of the longest prefix of the chain `hashes` that is here, pinned until `restore` or `release`; no slots
         where copying a page takes longer than computing it, as far as both are known."""
         self._count()
         if keep.page_seconds and self.page_seconds > keep.page_seconds:
             return []
-        return self.pool.match(hashes)
+        return super().match(hashes)
 
     def restore(self, slots: list[int], pages: list[int], now: float) -> None:
         """Copy the matched `slots` to `pages` of the device, after all that was launched on those before."""
@@ -80,7 +77,7 @@ class HostPool:
             self._side.follow()
         self._restoring = self._copy(self._host, slots, self._device, pages)
         self.restored += len(slots)
-        self.pool.release(slots, RESTORED, now)
+        self.release(slots, RESTORED, now)
 
     def settle(self) -> None:
         """Block until what was restored is on the device. The engine's steps wait for it there; a peer does not."""
@@ -88,19 +85,15 @@ class HostPool:
             self._restoring.wait()
             self._restoring = None
 
-    def release(self, slots: list[int], keep: Keep, now: float) -> None:
-        """Unpin matched slots that were not restored, as `PagePool.release` does."""
-        self.pool.release(slots, keep, now)
-
     def clear(self) -> None:
         """Forget what is here, and the counters. Only while nothing is pinned."""
-        self.pool.clear()
+        super().clear()
         self.offloaded = self.restored = 0
 
     def check(self) -> None:
         """Raise AssertionError if a slot is lost, or pinned (for tests, between admissions)."""
-        self.pool.check()
-        assert self.pool.num_held == 0
+        super().check()
+        assert self.num_held == 0
 
     def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Fence | None:
         """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next. None if

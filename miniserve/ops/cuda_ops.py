@@ -18,7 +18,7 @@ from miniserve.ops.native import NoKernels
 HEAD_DIMS = (64, 128, 256)
 
 
-class CudaOps:
+class CudaOps(CudaPlanner):
     """`Ops` of one GPU, with plans for CUDA graphs besides. `kernels` is the module flashinfer; tests put reference
     math there."""
 
@@ -30,11 +30,7 @@ class CudaOps:
         self, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, kernels: Any = None
     ) -> None:
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
-        self._fi = kernels or _flashinfer(device, dtype, head_dim)
-        self._device = device
-        self._dim = head_dim
-        self._planner = CudaPlanner(self._fi, device, dtype, heads, head_dim)
-        self.plan, self.fixed_plan, self.fill = self._planner.plan, self._planner.fixed_plan, self._planner.fill
+        super().__init__(kernels or _flashinfer(device, dtype, head_dim), device, dtype, heads, head_dim)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """cuBLAS, which adds the residual where it is: that is the add of a fused add and norm."""
@@ -92,7 +88,7 @@ class CudaOps:
     def attention(
         self, plan: CudaPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        assert scale == self._planner.scale, "what was planned for"
+        assert scale == self.scale, "what was planned for"
         pages = plan.layers[layer]
         self._fi.page.append_paged_kv_cache(
             append_key=k,

@@ -84,13 +84,7 @@ class CudaPlanner:
         self._begin_planning()
         if decodes:
             self._decode = self._decode or self._decode_wrapper(kv)
-            self._decode.plan(
-                indptr=indptr[: decodes + 1],
-                indices=indices[:split],
-                last_page_len=last[:decodes],
-                **self._shape(kv),
-                head_dim=self._dim,
-            )
+            self._plan_decode(self._decode, kv, indptr[: decodes + 1], indices[:split], last[:decodes])
         if decodes < count:
             self._prefill.plan(
                 qo_indptr=starts_host,
@@ -153,13 +147,7 @@ class CudaPlanner:
         plan.position[count:].zero_()
         self._begin_planning()
         # It copies them into the tensors that it was made with.
-        plan.decode.plan(
-            indptr=indptr,
-            indices=indices.to(self._device, non_blocking=True),
-            last_page_len=last,
-            **self._shape(kv),
-            head_dim=self._dim,
-        )
+        self._plan_decode(plan.decode, kv, indptr, indices.to(self._device, non_blocking=True), last)
         self._end_planning()
 
     # --- what both kinds take ---------------------------------------------------------------------------------------
@@ -172,6 +160,11 @@ class CudaPlanner:
             backend="fa2",
             **fixed,
         )
+
+    def _plan_decode(
+        self, wrapper: Any, kv: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, last: torch.Tensor
+    ) -> None:
+        wrapper.plan(indptr=indptr, indices=indices, last_page_len=last, **self._shape(kv), head_dim=self._dim)
 
     def _shape(self, kv: torch.Tensor) -> dict[str, Any]:
         return {

@@ -41,6 +41,7 @@ def main() -> int:
     def tell(phase: str, done: int, total: int) -> None:
         outboxes.send(spec.frontend, Loading(phase, done, total))
 
+    failed = False
     try:
         tell("imports", 0, 0)
         from miniserve.kv.hashing import root_hash
@@ -65,12 +66,10 @@ def main() -> int:
             reason = " ".join(broken.split())
             trace = traceback.format_exc()
         outboxes.send(spec.frontend, StartFailed(reason, trace))
-        outboxes.close(linger_ms=1000)
-        context.term()
-        return 1
-    outboxes.close(linger_ms=200)
+        failed = True
+    outboxes.close(linger_ms=1000 if failed else 200)
     context.term()
-    return 0
+    return int(failed)
 
 
 def _leave_with_frontend(run_dir: str) -> None:

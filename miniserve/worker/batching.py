@@ -1,6 +1,7 @@
 """The batch of the next step: a token for every decoding sequence, then pieces of prompts as far as tokens go."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from miniserve.kv.pages import OutOfPages, PagePool
 from miniserve.worker.pace import Pace
@@ -8,6 +9,7 @@ from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.step import Work
 
 
+@dataclass(kw_only=True)
 class Batching:
     """Composes batches: every decode, and tokens of prompts (at least one) up to `max_num_batched_tokens` in all.
     Beside streams these are no more than `pace` allows, if there is one. Drafts come on top: a batch with drafts has at
@@ -16,71 +18,59 @@ class Batching:
     A decode that needs a page takes it from the youngest sequences: `preempt` gives up the KV of one.
     """
 
-    def __init__(
-        self,
-        pool: PagePool,
-        *,
-        page_tokens: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        watermark: int,
-        pace: Pace | None,
-        draft_rows: int,
-        preempt: Callable[[Sequence], None],
-    ) -> None:
-        """`watermark` pages are left free by drafts."""
-        self._pool = pool
-        self._page_tokens = page_tokens
-        self._max_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
-        self._watermark = watermark
-        self._pace = pace
-        self._draft_rows = draft_rows
-        self._preempt = preempt
+    pool: PagePool
+    page_tokens: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    watermark: int
+    """Pages that drafts leave free."""
+    pace: Pace | None
+    draft_rows: int
+    preempt: Callable[[Sequence], None]
 
     def compose(self, running: list[Sequence], now: float) -> list[Work]:
         """The batch of the next step: decodes first, then prompts."""
-        ready = [s for s in running if s.state is State.RUNNING and s.can_go_on(self._max_model_len)]
+        ready = [s for s in running if s.state is State.RUNNING and s.can_go_on(self.max_model_len)]
         decodes = [s for s in ready if s.to_launch == 1]
         # Growing may preempt a sequence that has grown before: the youngest ones come last.
         grown = [s for s in decodes if s.state is State.RUNNING and self._grow(s, running, now)]
         batch = self._draft([s for s in grown if s.state is State.RUNNING], now)
         # At least one token, so that even a budget smaller than the decodes starves no prompt.
-        budget = max(self._max_tokens - len(batch), 1)
-        if batch and self._pace is not None:
-            budget = min(budget, self._pace.tokens)
+        budget = max(self.max_num_batched_tokens - len(batch), 1)
+        if batch and self.pace is not None:
+            budget = min(budget, self.pace.tokens)
         return batch + self._share(budget, running)
 
     def _grow(self, sequence: Sequence, running: list[Sequence], now: float) -> bool:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
-        if len(sequence.pages) * self._page_tokens >= sequence.length:
+        if len(sequence.pages) * self.page_tokens >= sequence.length:
             return True
         while True:
             try:
-                sequence.pages += self._pool.allocate(1, now)
+                sequence.pages += self.pool.allocate(1, now)
                 return True
             except OutOfPages:
                 # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
                 victim = next(s for s in reversed(running) if s.state is State.RUNNING and s.prefill_for is None)
-                self._preempt(victim)
+                self.preempt(victim)
                 if victim is sequence:
                     return False
 
     def _draft(self, decodes: list[Sequence], now: float) -> list[Work]:
         """The next token of each, and where rows and pages suffice a guess of how it goes on."""
-        rows = self._draft_rows - len(decodes)
+        rows = self.draft_rows - len(decodes)
         batch = []
         for sequence in decodes:
             draft: list[int] = []
             if rows > 0 and sequence.drafter is not None:
-                limit = self._max_model_len - sequence.length
+                limit = self.max_model_len - sequence.length
                 if sequence.params.max_tokens is not None:
                     limit = min(limit, sequence.params.max_tokens - sequence.num_outputs)
                 draft = sequence.drafter.draft(sequence.tokens, min(rows, limit - 1))
-                more = -(-(sequence.length + len(draft)) // self._page_tokens) - len(sequence.pages)
-                if more > 0 and self._pool.num_available >= more + self._watermark:
-                    sequence.pages += self._pool.allocate(more, now)
-                draft = draft[: len(sequence.pages) * self._page_tokens - sequence.length]
+                more = -(-(sequence.length + len(draft)) // self.page_tokens) - len(sequence.pages)
+                if more > 0 and self.pool.num_available >= more + self.watermark:
+                    sequence.pages += self.pool.allocate(more, now)
+                draft = draft[: len(sequence.pages) * self.page_tokens - sequence.length]
                 rows -= len(draft)
             batch.append(Work.next(sequence, 1, draft))
         return batch
@@ -90,7 +80,7 @@ class Batching:
         follows in a conversation need not wait for all of another one's long prompt."""
         prompts = [s for s in running if s.state is State.RUNNING and s.to_launch > 1]
         counts = [0] * len(prompts)
-        for longest, share in ((self._max_tokens // 2, budget // 2), (self._max_model_len, budget)):
+        for longest, share in ((self.max_num_batched_tokens // 2, budget // 2), (self.max_model_len, budget)):
             share -= sum(counts)
             for i, sequence in enumerate(prompts):
                 if sequence.to_launch <= longest:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -80,17 +81,9 @@ class Choices:
         dtype = sizing.choose_dtype(config.dtype, model, device)
         shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
         default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
-        return cls(
-            folder=folder,
-            files=files,
-            model=model,
-            device=device,
-            dtype=dtype,
-            max_model_len=sizing.choose_max_model_len(config.max_model_len, model),
-            shape=shape,
-            budget=config.max_num_batched_tokens or default_budget,
-            swap_pages=sizing.swap_pages(config, shape),
-        )
+        budget, swap_pages = config.max_num_batched_tokens or default_budget, sizing.swap_pages(config, shape)
+        max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
+        return cls(folder, files, model, device, dtype, max_model_len, shape, budget, swap_pages)
 
     def layout(self, config: EngineConfig, ops: Ops) -> str:
         """A fingerprint of all that pages of two workers must have in common."""
@@ -129,11 +122,20 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         estimate = model.num_parameters * choices.dtype.itemsize
         size = sizing.size_pool(config, choices.shape, choices.max_model_len, estimate, device)
-    ops, kernels = _make_ops(config, choices, show)
+    ops, kernels = make_ops(
+        device,
+        choices.dtype,
+        model.heads,
+        model.head_dim,
+        (model.hidden_size, model.intermediate_size),
+        config.block_size,
+        native=config.cpu_kernels != "torch",
+        progress=lambda line: show(line, 0, 0),
+    )
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     watch.lap("kernels")
     try:
-        transformer, weights_bytes = _load(config, choices, ops, show)
+        transformer, weights_bytes = _load(choices, ops, show)
         watch.lap("weights")
         if device.type == "cuda":
             most = min(choices.budget, config.max_num_seqs * choices.max_model_len)
@@ -178,31 +180,12 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     )
 
 
-def _make_ops(config: EngineConfig, choices: Choices, show: Progress) -> tuple[Ops, str]:
-    model = choices.model
-    return make_ops(
-        choices.device,
-        choices.dtype,
-        model.heads,
-        model.head_dim,
-        (model.hidden_size, model.intermediate_size),
-        config.block_size,
-        native=config.cpu_kernels != "torch",
-        progress=lambda line: show(line, 0, 0),
-    )
-
-
-def _load(config: EngineConfig, choices: Choices, ops: Ops, show: Progress) -> tuple[Transformer, int]:
-    show("weights", 0, choices.model.layers)
-    weights = load_weights(
-        choices.files.weights,
-        choices.model,
-        ops,
-        choices.dtype,
-        choices.device,
-        progress=lambda done, total: show("weights", done, total),
-    )
-    return Transformer(choices.model, weights, ops, choices.max_model_len), weights.num_bytes
+def _load(choices: Choices, ops: Ops, show: Progress) -> tuple[Transformer, int]:
+    """The model, and the bytes of its weights."""
+    model, shown = choices.model, partial(show, "weights")
+    shown(0, model.layers)
+    weights = load_weights(choices.files.weights, model, ops, choices.dtype, choices.device, progress=shown)
+    return Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
 
 
 def _make_engine(

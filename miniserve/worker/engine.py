@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,7 +21,7 @@ from miniserve.worker.batching import Batching
 from miniserve.worker.drafts import Drafter
 from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Admission, Sequence, State
-from miniserve.worker.step import Counters, InFlight, Prefilled, Runner, Sampled, StepResult, Work, step_time
+from miniserve.worker.step import Counters, InFlight, Runner, Sampled, StepResult, Work, step_time
 
 if TYPE_CHECKING:
     # They need torch or llguidance, which the simulator does not.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from miniserve.worker.grammar import Grammars
 
 
+@dataclass(eq=False)
 class Engine:
     """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool. `host`, if
     any, keeps what `pool` evicts; `grammars` compiles those of turns that have one.
@@ -44,53 +46,40 @@ class Engine:
     A step in which sequences draft has at most `draft_rows` rows; 0: none drafts.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        pool: PagePool,
-        *,
-        page_tokens: int,
-        max_num_batched_tokens: int,
-        max_num_seqs: int,
-        max_model_len: int,
-        host: HostPool | None = None,
-        grammars: Grammars | None = None,
-        pace: Pace | None = None,
-        overlap: bool = False,
-        draft_rows: int = 0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.pool = pool
-        self.host = host
+    runner: Runner
+    pool: PagePool
+    _: KW_ONLY
+    page_tokens: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    host: HostPool | None = None
+    grammars: Grammars | None = None
+    pace: Pace | None = None
+    overlap: bool = False
+    draft_rows: int = 0
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self.counters = Counters()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """Admitted sequences, oldest first, those that receive their KV included."""
-        self.max_model_len = max_model_len
-        self.runner = runner
-        self.page_tokens = page_tokens
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.clock = clock
-        self._grammars = grammars
         self._refused: list[tuple[Sequence, str]] = []
         """Sequences whose grammar cannot be followed, since the last step, and why."""
-        self._pace = pace
-        self._overlap = overlap
-        self._draft_rows = draft_rows
         self._in_flight: InFlight | None = None
         self._ended = 0.0
         """When the last step ended."""
-        self._max_num_seqs = max_num_seqs
-        watermark = max(1, pool.num_pages // 100)
-        self._admissions = Admissions(pool, host, page_tokens, watermark)
+        watermark = max(1, self.pool.num_pages // 100)
+        self._admissions = Admissions(self.pool, self.host, self.page_tokens, watermark)
         self._batching = Batching(
-            pool,
-            page_tokens=page_tokens,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
+            pool=self.pool,
+            page_tokens=self.page_tokens,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
             watermark=watermark,
-            pace=pace,
-            draft_rows=draft_rows,
+            pace=self.pace,
+            draft_rows=self.draft_rows,
             preempt=self._preempt,
         )
         self._turns: dict[str, Sequence] = {}
@@ -118,11 +107,11 @@ class Engine:
             return
         self._turns[sequence.turn] = sequence
         self.waiting.append(sequence)
-        if self._draft_rows and sequence.prefill_for is None and not sequence.params.looks_back:
-            sequence.drafter = Drafter(self._draft_rows)
-        if sequence.params.grammar is not None and self._grammars is not None:
+        if self.draft_rows and sequence.prefill_for is None and not sequence.params.looks_back:
+            sequence.drafter = Drafter(self.draft_rows)
+        if sequence.params.grammar is not None and self.grammars is not None:
             sequence.move(State.COMPILING)
-            sequence.compiling = self._grammars.start(sequence.params.grammar, sequence.outputs)
+            sequence.compiling = self.grammars.start(sequence.params.grammar, sequence.outputs)
 
     def find(self, turn: str) -> Sequence | None:
         """The unfinished sequence of a turn."""
@@ -144,7 +133,7 @@ class Engine:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-        self._give_back(sequence)
+        self.unpublish(sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """A sequence has been prefilled for another worker: its pages stay held until `unpublish`."""
@@ -153,10 +142,8 @@ class Engine:
         sequence.move(State.PUBLISHED)
 
     def unpublish(self, sequence: Sequence) -> None:
-        """The other worker has the pages, or does not want them: they become ordinary prefix cache."""
-        self._give_back(sequence)
-
-    def _give_back(self, sequence: Sequence) -> None:
+        """It is over, and the pages become ordinary prefix cache: another worker that they were published for has them,
+        or does not want them."""
         sequence.move(State.FINISHED)
         self.pool.release(sequence.pages, sequence.keep, self.clock())
         sequence.pages = []
@@ -180,7 +167,7 @@ class Engine:
         """
         passed: list[Sequence] = []
         receiving: list[Sequence] = []
-        while self.waiting and len(self.running) < self._max_num_seqs:
+        while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             admission = self.try_admit(sequence)
             if admission is Admission.NO_PAGES:
@@ -227,7 +214,7 @@ class Engine:
         """Run one batch; an empty result if there is nothing to compute. With `overlap` that launches a batch and
         brings what the one before it has sampled."""
         in_flight = self._launch()
-        if self._overlap:
+        if self.overlap:
             in_flight, self._in_flight = self._in_flight, in_flight
         result = self._collect(in_flight) if in_flight is not None else StepResult()
         for sequence, reason in self._refused:
@@ -259,8 +246,8 @@ class Engine:
         # The device began with it when the step before had ended.
         seconds, self._ended = now - max(step.started, self._ended), now
         timed = msgspec.structs.replace(step.time, seconds=seconds)
-        if self._pace is not None:
-            self._pace.observe(timed)
+        if self.pace is not None:
+            self.pace.observe(timed)
         result = StepResult(time=timed)
         first_score, first_row = 0, sum(work.scored for work in step.batch)
         for work in step.batch:
@@ -276,7 +263,7 @@ class Engine:
             if work.samples:
                 self._sampled(work.sequence, kept, now, result)
             elif work.sequence.prefill_for is not None:
-                result.prefilled.append(Prefilled(work.sequence, None))
+                result.prefilled.append((work.sequence, None))
         return result
 
     def _computed(self, work: Work) -> None:
@@ -320,7 +307,7 @@ class Engine:
             first = FirstToken(sequence.turn, index, tokens, sequence.cached or 0, seconds, logprobs, scored)
             result.outputs += first_outputs(sequence, first)
             if sequence.prefill_for is not None:
-                result.prefilled.append(Prefilled(sequence, first))
+                result.prefilled.append((sequence, first))
         elif sequence.finish is not None:
             result.outputs.append(Ended(sequence.turn, index, tokens, sequence.finish, sequence.stop_token, logprobs))
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from llguidance import LLMatcher
 
@@ -12,21 +13,21 @@ THREADS = 2
 """That compile: one grammar that takes long does not hold up all others."""
 
 
+@dataclass
 class Matcher:
     """Where one output stands in its grammar. `error` is a sentence that says why it cannot go on; empty while it
     can."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self.matcher = matcher
-        self.vocab_size = vocab_size
-        self.error = ""
-        self._followed = 0
+    matcher: LLMatcher
+    vocab_size: int
+    error: str = ""
+    followed: int = 0
 
     def follow(self, outputs: list[int]) -> None:
         """Take in those of all `outputs` that are new. So it goes on after a handoff or a crash from whatever tokens
         there are."""
-        fresh = outputs[self._followed :]
-        self._followed = len(outputs)
+        fresh = outputs[self.followed :]
+        self.followed = len(outputs)
         if not self.error and not self.matcher.consume_tokens(list(fresh)):
             self.error = failure(self.matcher)
 

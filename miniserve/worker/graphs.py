@@ -8,7 +8,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -45,65 +45,6 @@ class Recorded:
     replay: Replay
 
 
-class DecodeGraphs:
-    """Records a graph when a batch of its size comes for the first time. `seconds` is how long that took, by size;
-    `record` makes a replay of what a function does."""
-
-    def __init__(
-        self,
-        transformer: Transformer,
-        ops: GraphOps,
-        kv: torch.Tensor,
-        most: int,
-        max_pages: int,
-        record: Callable[[Callable[[], object]], Replay] | None = None,
-    ) -> None:
-        """Batches of up to `most` sequences with up to `max_pages` each are replayed, as far as the ladder goes."""
-        self.seconds: dict[int, float] = {}
-        self._transformer = transformer
-        self._ops = ops
-        self._kv = kv
-        self._max_pages = max_pages
-        self._sizes = [size for size in LADDER if size < most] + [most] * (most <= LADDER[-1])
-        self._record = record or CudaRecorder()
-        self._recorded: dict[int, Recorded] = {}
-        # One for all sizes: each graph would keep logits of its own, in all a gigabyte for a large vocabulary.
-        vocab = transformer.config.vocab_size
-        self._logits = torch.zeros((self._sizes[-1], vocab), dtype=torch.float32, device=kv.device)
-
-    @staticmethod
-    def logits_bytes(vocab: int, most: int) -> int:
-        """What is taken for the logits of all graphs of up to `most` sequences."""
-        return 4 * vocab * min(most, LADDER[-1])
-
-    def logits(self, batch: Batch) -> torch.Tensor | None:
-        """float32 `[len(batch.lengths), vocab]`, valid until the next call; None for a batch that no graph is for."""
-        count = len(batch.lengths)
-        # Not for prompts, of which a piece may be one token, but then not all rows are wanted.
-        if count > self._sizes[-1] or not len(batch.tokens) == len(batch.outputs) == count:
-            return None
-        size = self._sizes[bisect_left(self._sizes, count)]
-        recorded = self._recorded.get(size) or self._make(size)
-        recorded.tokens[:count].copy_(batch.tokens)
-        recorded.positions[:count].copy_(batch.positions)
-        recorded.positions[count:].zero_()
-        self._ops.fill(recorded.plan, batch, self._kv)
-        recorded.replay()
-        return self._logits[:count]
-
-    def _make(self, size: int) -> Recorded:
-        started = time.monotonic()
-        plan = self._ops.fixed_plan(size, self._kv, size * self._max_pages)
-        tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self._kv.device)
-        replay = self._record(
-            lambda: self._logits[:size].copy_(self._transformer.compute(plan, tokens, positions, None))
-        )
-        recorded = self._recorded[size] = Recorded(plan, tokens, positions, replay)
-        self.seconds[size] = time.monotonic() - started
-        log.info("recorded a CUDA graph of %d decodes in %.2f s", size, self.seconds[size])
-        return recorded
-
-
 class CudaRecorder:
     """Records with `torch.cuda.CUDAGraph`. All graphs share one pool of memory: only one runs at a time, in one
     stream."""
@@ -125,3 +66,55 @@ class CudaRecorder:
             compute()
         self._pool = graph.pool()
         return graph.replay
+
+
+@dataclass(eq=False)
+class DecodeGraphs:
+    """Records a graph when a batch of its size comes for the first time. `seconds` is how long that took, by size;
+    `record` makes a replay of what a function does."""
+
+    transformer: Transformer
+    ops: GraphOps
+    kv: torch.Tensor
+    most: int
+    max_pages: int
+    """Batches of up to `most` sequences with up to so many pages each are replayed, as far as the ladder goes."""
+    record: Callable[[Callable[[], object]], Replay] = field(default_factory=CudaRecorder)
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._sizes = [size for size in LADDER if size < self.most] + [self.most] * (self.most <= LADDER[-1])
+        self._recorded: dict[int, Recorded] = {}
+        # One for all sizes: each graph would keep logits of its own, in all a gigabyte for a large vocabulary.
+        vocab = self.transformer.config.vocab_size
+        self._logits = torch.zeros((self._sizes[-1], vocab), dtype=torch.float32, device=self.kv.device)
+
+    @staticmethod
+    def logits_bytes(vocab: int, most: int) -> int:
+        """What is taken for the logits of all graphs of up to `most` sequences."""
+        return 4 * vocab * min(most, LADDER[-1])
+
+    def logits(self, batch: Batch) -> torch.Tensor | None:
+        """float32 `[len(batch.lengths), vocab]`, valid until the next call; None for a batch that no graph is for."""
+        count = len(batch.lengths)
+        # Not for prompts, of which a piece may be one token, but then not all rows are wanted.
+        if count > self._sizes[-1] or not len(batch.tokens) == len(batch.outputs) == count:
+            return None
+        size = self._sizes[bisect_left(self._sizes, count)]
+        recorded = self._recorded.get(size) or self._make(size)
+        recorded.tokens[:count].copy_(batch.tokens)
+        recorded.positions[:count].copy_(batch.positions)
+        recorded.positions[count:].zero_()
+        self.ops.fill(recorded.plan, batch, self.kv)
+        recorded.replay()
+        return self._logits[:count]
+
+    def _make(self, size: int) -> Recorded:
+        started = time.monotonic()
+        plan = self.ops.fixed_plan(size, self.kv, size * self.max_pages)
+        tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self.kv.device)
+        replay = self.record(lambda: self._logits[:size].copy_(self.transformer.compute(plan, tokens, positions, None)))
+        recorded = self._recorded[size] = Recorded(plan, tokens, positions, replay)
+        self.seconds[size] = time.monotonic() - started
+        log.info("recorded a CUDA graph of %d decodes in %.2f s", size, self.seconds[size])
+        return recorded

@@ -14,7 +14,7 @@ again elsewhere has another name there: handoffs are never mixed up.
 import time
 from collections.abc import Callable
 
-from miniserve.cluster.messages import Message, Peer
+from miniserve.cluster.messages import Fetch, Message, Peer, PeerMessage, Prefill, PrefillRefused, Publish, Release
 from miniserve.kv.transfer.interface import Transfer
 from miniserve.worker.engine import Engine
 from miniserve.worker.peers import PeerTable
@@ -50,3 +50,17 @@ class Handoffs:
         self.peers.replace(peers)
         self.receiver.give_up_the_dead()
         self.sender.release_the_dead()
+
+    def handle(self, peer: str, message: PeerMessage) -> None:
+        """Act on a message of a peer that lives."""
+        match message:
+            case Prefill():
+                self.sender.on_prefill(message, peer)
+            case Fetch():
+                self.sender.on_fetch(message, peer)
+            case Publish():
+                self.receiver.on_publish(message, peer)
+            case Release(turn):
+                self.sender.on_release(turn)
+            case PrefillRefused():
+                self.receiver.on_refused(message)

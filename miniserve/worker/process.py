@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from miniserve.cluster.channels import Inbox
@@ -13,16 +14,12 @@ from miniserve.cluster.messages import (
     Abort,
     Envelope,
     Failed,
-    Fetch,
     Message,
     Move,
     Peer,
+    PeerMessage,
     Peers,
-    Prefill,
-    PrefillRefused,
-    Publish,
     Ready,
-    Release,
     Report,
     Run,
     Shutdown,
@@ -30,7 +27,6 @@ from miniserve.cluster.messages import (
     TurnOutput,
     WorkerStats,
 )
-from miniserve.kv.hashing import root_hash
 from miniserve.kv.transfer.connect import connect
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
@@ -59,33 +55,25 @@ class MessageSink(Protocol):
         """The owner of that inbox is gone."""
 
 
+@dataclass(eq=False)
 class Worker:
     """Drives one engine by messages: `work` is a round of its loop. Replies go to `frontend`, handoffs to peers.
 
     `clock` is the host's monotonic clock, in seconds; the simulator has one of its own, and no process.
     """
 
-    def __init__(
-        self,
-        name: str,
-        engine: Engine,
-        handoffs: Handoffs,
-        outboxes: MessageSink,
-        frontend: str,
-        *,
-        layout: str,
-        vocab_size: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.engine = engine
-        self.handoffs = handoffs
+    name: str
+    engine: Engine
+    handoffs: Handoffs
+    outboxes: MessageSink
+    frontend: str
+    _: KW_ONLY
+    layout: str
+    vocab_size: int
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self.stopping = False
-        self._name = name
-        self._outboxes = outboxes
-        self._frontend = frontend
-        self._layout = layout
-        self._vocab_size = vocab_size
-        self._clock = clock
         self._early: list[Envelope] = []
         """Messages of peers that have not been announced yet."""
         self._addresses: set[str] = set()
@@ -108,12 +96,12 @@ class Worker:
 
     def work(self, heard: list[Envelope]) -> None:
         """One round: handle the messages `heard`, admit, step, and report if there is something to report."""
-        started = self._clock()
+        started = self.clock()
         for envelope in heard:
             self._handle(envelope)
         self._admit()
         computed = self._step()
-        now = self._clock()
+        now = self.clock()
         self._busy += now - started
         # A message to an idle worker (a release, an abort) has changed its state, and no step will report that.
         if self._outputs or self._moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
@@ -130,8 +118,8 @@ class Worker:
     def _step(self) -> bool:
         """Run a step of the engine and collect what is to be reported; whether it computed anything."""
         step = self.engine.step()
-        for prefilled in step.prefilled:
-            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
+        for sequence, first in step.prefilled:
+            self.handoffs.sender.publish(sequence, first)
         for sequence, reason in step.refused:
             self.handoffs.sender.refuse(sequence, reason)
         outputs, moves = self.handoffs.receiver.take()
@@ -144,10 +132,10 @@ class Worker:
     def _handle(self, envelope: Envelope) -> None:
         """Act on one message. Those of peers count only from the incarnation that lives now."""
         match envelope.body:
-            case Prefill() | Fetch() | Publish() | Release() | PrefillRefused() as body:
+            case body if isinstance(body, PeerMessage):  # first, since a `Prefill` is a `Run` too
                 peer = self.handoffs.peers.get(envelope.sender)
                 if peer is not None and peer.epoch == envelope.epoch:
-                    self._handle_peer(envelope.sender, body)
+                    self.handoffs.handle(envelope.sender, body)
                 elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
                     self._early.append(envelope)  # this worker was announced to the peer before the peer to this one
             case Run() as run:
@@ -162,24 +150,11 @@ class Worker:
             case other:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
-    def _handle_peer(self, sender: str, body: Prefill | Fetch | Publish | Release | PrefillRefused) -> None:
-        match body:
-            case Prefill():
-                self.handoffs.sender.on_prefill(body, sender)
-            case Fetch():
-                self.handoffs.sender.on_fetch(body, sender)
-            case Publish():
-                self.handoffs.receiver.on_publish(body, sender)
-            case Release():
-                self.handoffs.sender.on_release(body.turn)
-            case PrefillRefused():
-                self.handoffs.receiver.on_refused(body)
-
     def _meet(self, peers: list[Peer]) -> None:
-        self.handoffs.set_peers([peer for peer in peers if peer.name != self._name])
+        self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
-            self._outboxes.forget(gone)
+            self.outboxes.forget(gone)
         self._addresses = addresses
         # Those of peers that are still unknown stay early: a later announcement of them is already under way.
         early, self._early = self._early, []
@@ -188,7 +163,7 @@ class Worker:
 
     def _start(self, run: Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
-        limit, vocab = self.engine.max_model_len, self._vocab_size
+        limit, vocab = self.engine.max_model_len, self.vocab_size
         error = ""
         if not 0 < len(run.tokens) < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
             error = f"{len(run.tokens)} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
@@ -199,27 +174,12 @@ class Worker:
         if error:
             self._outputs.append(Failed(run.turn, run.prior, error))
             return
-        if run.prefill_at:
-            self.handoffs.receiver.expect(run.turn, run.salt)
-        self.engine.add(
-            Sequence(
-                run.turn,
-                run.tokens,
-                run.params,
-                run.seed,
-                root_hash(self._layout, run.salt),
-                prior=run.prior,
-                prefill_at=run.prefill_at,
-                history_at=run.history_at,
-                share_history=run.share_history,
-                keep=run.keep,
-            )
-        )
+        self.engine.add(Sequence.of(run, self.layout))
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._outboxes.send(self._frontend, Report(self._outputs, self._moves, self._stats(), self._steps))
+        self.outboxes.send(self.frontend, Report(self._outputs, self._moves, self._stats(), self._steps))
         self._outputs, self._moves, self._steps = [], [], []
         self._reported = now
 
@@ -233,7 +193,7 @@ class Worker:
             running=len(engine.running),
             waiting=len(engine.waiting),
             queued_prefill_tokens=engine.queued_prefill_tokens,
-            leases=self.handoffs.sender.num_leases,
+            leases=len(self.handoffs.sender.leases),
             **vars(engine.counters),
             busy_seconds=self._busy,
             host_total=host.num_pages if host else 0,
@@ -253,15 +213,8 @@ def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker
         outboxes.send,
         lambda peer: connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer),
     )
-    return Worker(
-        spec.name,
-        built.engine,
-        handoffs,
-        outboxes,
-        spec.frontend,
-        layout=built.layout,
-        vocab_size=built.model.vocab_size,
-    )
+    vocab = built.model.vocab_size
+    return Worker(spec.name, built.engine, handoffs, outboxes, spec.frontend, layout=built.layout, vocab_size=vocab)
 
 
 def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -> None:
@@ -274,17 +227,11 @@ def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -
 
 def ready(built: Built) -> Ready:
     """What the frontend should know of a worker that is up."""
-    memory = built.memory
+    same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
     return Ready(
-        pool=memory.info(built.layout),
-        dtype=built.dtype,
-        device=built.device,
-        kernels=built.kernels,
-        threads=built.threads,
-        weights_bytes=built.weights_bytes,
-        page_tokens=memory.shape.page_tokens,
+        pool=built.memory.info(built.layout),
+        page_tokens=built.memory.shape.page_tokens,
         max_model_len=built.engine.max_model_len,
         vocab_size=built.model.vocab_size,
-        phases=built.phases,
-        kv_note=built.kv_note,
+        **{name: getattr(built, name) for name in same},
     )

@@ -5,17 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from miniserve.cluster.messages import (
-    Fetch,
-    Message,
-    Move,
-    Peer,
-    Prefill,
-    PrefillRefused,
-    Publish,
-    Release,
-    TurnOutput,
-)
+from miniserve.cluster.messages import Fetch, Message, Move, Peer, PrefillRefused, Publish, Release, TurnOutput
 from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.worker.engine import Engine
 from miniserve.worker.peers import PeerTable
@@ -40,31 +30,22 @@ class Pull:
     storing: Copy | None = None
 
 
+@dataclass(eq=False)
 class Receiver:
     """The handoffs in which this worker gets KV. The arguments are those of `Handoffs`."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        peers: PeerTable,
-        page_bytes: int,
-        patience: float,
-        send: Callable[[str, Message], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self.moves: list[Move] = []
-        """Handoffs that ended well since the last report."""
-        self.outputs: list[TurnOutput] = []
-        """First tokens that came with a commit since the last report."""
-        self._engine = engine
-        self._peers = peers
-        self._page_bytes = page_bytes
-        self._patience = patience
-        self._send = send
-        self._clock = clock
-        self._pulls: dict[str, Pull] = {}
-        self._salts: dict[str, str] = {}
-        """Cache salts of turns that will be prefilled elsewhere, until they are."""
+    engine: Engine
+    peers: PeerTable
+    page_bytes: int
+    patience: float
+    send: Callable[[str, Message], None]
+    clock: Callable[[], float]
+    moves: list[Move] = field(default_factory=list)
+    """Handoffs that ended well since the last report."""
+    outputs: list[TurnOutput] = field(default_factory=list)
+    """First tokens that came with a commit since the last report."""
+    pulls: dict[str, Pull] = field(default_factory=dict)
+    """Those under way, by turn."""
 
     def take(self) -> tuple[list[TurnOutput], list[Move]]:
         """What is to be reported: `outputs` and `moves`, which are empty afterwards."""
@@ -75,85 +56,62 @@ class Receiver:
     @property
     def copying(self) -> bool:
         """Whether pages are on their way here: `poll` should be called soon."""
-        return any(pull.arriving for pull in self._pulls.values())
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is remembered of any handoff."""
-        return not self._pulls and not self._salts
+        return any(pull.arriving for pull in self.pulls.values())
 
     def give_up_the_dead(self) -> None:
-        for turn, pull in list(self._pulls.items()):
-            if not self._peers.lives(pull.source):
+        for turn, pull in list(self.pulls.items()):
+            if not self.peers.lives(pull.source):
                 self._give_up(turn, f"{pull.source.name} is gone")
-
-    def expect(self, turn: str, salt: str) -> None:
-        """A turn has come that will be prefilled elsewhere, under this cache salt."""
-        self._salts[turn] = salt
 
     def request(self, sequence: Sequence) -> None:
         """`sequence` has just got all its pages: ask for what others are to fill them with, the history first."""
-        turn, size = sequence.turn, self._engine.page_tokens
+        turn, size = sequence.turn, self.engine.page_tokens
         # The page of the last token is always computed.
         most = sequence.findable // size if sequence.history_pages is None else sequence.history_pages
         wanted = sequence.hashes(size)[sequence.computed // size : most]
         if sequence.history_at and wanted and (pull := self._begin(sequence, sequence.history_at, history=True)):
-            self._send(pull.source.address, Fetch(turn, sequence.computed // size, wanted))
+            self.send(pull.source.address, Fetch(turn, sequence.computed // size, wanted))
             return
-        salt = self._salts.pop(turn, "")
         if sequence.prefill_at and (pull := self._begin(sequence, sequence.prefill_at, history=False)):
             if sequence.state is State.FETCHING:
                 sequence.move(State.RECEIVING)
-            self._send(
-                pull.source.address,
-                Prefill(
-                    turn=turn,
-                    tokens=sequence.tokens,
-                    params=sequence.params,
-                    seed=sequence.seed,
-                    salt=salt,
-                    prior=sequence.prior,
-                    have=sequence.computed,
-                    share_history=sequence.share_history,
-                    keep=sequence.keep,
-                ),
-            )
+            self.send(pull.source.address, sequence.asked())
             return
-        self._engine.resume(sequence)
+        self.engine.resume(sequence)
 
     def _begin(self, sequence: Sequence, source: str, *, history: bool) -> Pull | None:
         """Prepare for pages of `source`; None if there is no way to them."""
-        peer, transfer = self._peers.get(source), self._peers.transfer(source)
+        peer, transfer = self.peers.get(source), self.peers.transfer(source)
         if peer is None or transfer is None:
             log.warning("turn %s: no way to pages of %s, computing them here", sequence.turn, source)
             return None
-        pull = Pull(sequence, peer, transfer, history, self._clock() + self._patience)
-        self._pulls[sequence.turn] = pull
+        pull = Pull(sequence, peer, transfer, history, self.clock() + self.patience)
+        self.pulls[sequence.turn] = pull
         return pull
 
     def on_publish(self, message: Publish, sender: str) -> None:
         """Begin to copy what the sender has finished; with the last publication the sequence is ours."""
-        transfer = self._peers.transfer(sender)
+        transfer = self.peers.transfer(sender)
         # Wanted or not: what was offered has to be taken, or the next pages would be mistaken for these.
         copy = transfer.fetch(message.ticket, message.pages) if transfer and message.pages else None
-        pull = self._pulls.get(message.turn)
+        pull = self.pulls.get(message.turn)
         if pull is None or pull.source.name != sender or pull.history != message.history:
             return
-        pull.deadline = self._clock() + self._patience
+        pull.deadline = self.clock() + self.patience
         pull.arriving.append((message, copy))
         self._store(pull)
 
     def poll(self) -> None:
         """Store what has arrived, and give up what will not come any more. Call it between steps."""
-        now = self._clock()
-        for turn, pull in list(self._pulls.items()):
+        now = self.clock()
+        for turn, pull in list(self.pulls.items()):
             self._store(pull)
-            if self._pulls.get(turn) is pull and now > pull.deadline:
-                self._give_up(turn, f"nothing has come for {self._patience:g} s")
+            if self.pulls.get(turn) is pull and now > pull.deadline:
+                self._give_up(turn, f"nothing has come for {self.patience:g} s")
 
     def _store(self, pull: Pull) -> None:
         """Put what has arrived where it belongs, in its order, as far as that goes without waiting."""
-        while pull.arriving and self._pulls.get(pull.sequence.turn) is pull:
+        while pull.arriving and self.pulls.get(pull.sequence.turn) is pull:
             message, copy = pull.arriving[0]
             failure = ""
             if pull.storing is None:
@@ -176,7 +134,7 @@ class Receiver:
 
     def _misfit(self, sequence: Sequence, message: Publish) -> str:
         """Why the pages of a publication are not what `sequence` needs next; empty if they are."""
-        size, end = self._engine.page_tokens, message.first + len(message.pages)
+        size, end = self.engine.page_tokens, message.first + len(message.pages)
         if not message.pages and not message.last:
             return ""  # a sign of life
         if message.first * size != sequence.computed or end > len(sequence.pages):
@@ -187,55 +145,46 @@ class Receiver:
 
     def _begin_store(self, pull: Pull, message: Publish, copy: Copy) -> str:
         """Let `copy` write to the pages of the sequence; why it cannot, empty if it does."""
-        started = self._clock()
+        started = self.clock()
         try:
             copy.store(pull.sequence.pages[message.first : message.first + len(message.pages)])
         except TransferError as error:
             return str(error)
         finally:
-            pull.seconds += self._clock() - started
+            pull.seconds += self.clock() - started
         pull.storing = copy
         return ""
 
     def _take(self, pull: Pull, message: Publish, copy: Copy | None, failure: str) -> None:
         """The pages of one publication are stored, or there was a failure."""
-        sequence, size = pull.sequence, self._engine.page_tokens
+        sequence, size = pull.sequence, self.engine.page_tokens
         end = message.first + len(message.pages)
         if copy is not None:
             pull.seconds += copy.seconds
-            if self._clock() > message.deadline:
+            if self.clock() > message.deadline:
                 failure = "the lease ended before the pages were copied"  # the sender may have reused one by then
             if not failure:
                 pull.pages += len(message.pages)
                 sequence.computed = min(end * size, sequence.given)
-                sequence.register(self._engine.pool, size)
+                sequence.register(self.engine.pool, size)
         if message.commit is not None and end == len(sequence.pages):
             # The client may have this token already: we go on from it even if we have to compute the pages.
-            self.outputs += self._engine.commit(sequence, message.commit)
+            self.outputs += self.engine.commit(sequence, message.commit)
         if failure:
             self._give_up(message.turn, failure)
         elif message.last:
-            self._complete(pull, self._clock() - message.finished_at)
+            self._complete(pull, self.clock() - message.finished_at)
 
     def _complete(self, pull: Pull, exposed: float) -> None:
         sequence = pull.sequence
         if not pull.history and sequence.computed != sequence.given:
             self._give_up(sequence.turn, f"the commit came at {sequence.computed} of {sequence.given} tokens")
             return
-        del self._pulls[sequence.turn]
-        self._send(pull.source.address, Release(sequence.turn))
+        del self.pulls[sequence.turn]
+        self.send(pull.source.address, Release(sequence.turn))
         if pull.pages or not pull.history:
-            self.moves.append(
-                Move(
-                    turn=sequence.turn,
-                    source=pull.source.name,
-                    pages=pull.pages,
-                    bytes=pull.pages * self._page_bytes,
-                    seconds=pull.seconds,
-                    exposed=max(exposed, 0.0),
-                    history=pull.history,
-                )
-            )
+            what = sequence.turn, pull.source.name, pull.pages, pull.pages * self.page_bytes
+            self.moves.append(Move(*what, seconds=pull.seconds, exposed=max(exposed, 0.0), history=pull.history))
         self._go_on(pull)
 
     def _go_on(self, pull: Pull) -> None:
@@ -245,24 +194,23 @@ class Receiver:
             sequence.history_at = None
             self.request(sequence)
         elif sequence.finish:
-            self._engine.finish(sequence)
+            self.engine.finish(sequence)
         else:
-            self._engine.resume(sequence)
+            self.engine.resume(sequence)
 
     def on_refused(self, message: PrefillRefused) -> None:
-        if message.turn in self._pulls:
+        if message.turn in self.pulls:
             self._give_up(message.turn, message.reason)
 
     def abort(self, turn: str) -> None:
         """The client has left: the sender need not go on."""
-        self._salts.pop(turn, None)
-        if turn in self._pulls:
+        if turn in self.pulls:
             pull = self._drop(turn)
-            self._send(pull.source.address, Release(turn))
+            self.send(pull.source.address, Release(turn))
 
     def _drop(self, turn: str) -> Pull:
         """Nothing more is stored for this pull: its pages may be computed here, or be another's, at once."""
-        pull = self._pulls.pop(turn)
+        pull = self.pulls.pop(turn)
         if pull.storing is not None:
             pull.storing.abandon()
         return pull
@@ -271,6 +219,6 @@ class Receiver:
         """Go on alone from the last token that was verified."""
         pull = self._drop(turn)
         log.warning("turn %s: handoff from %s failed (%s), computing here", turn, pull.source.name, reason)
-        if self._peers.lives(pull.source):
-            self._send(pull.source.address, Release(turn))
+        if self.peers.lives(pull.source):
+            self.send(pull.source.address, Release(turn))
         self._go_on(pull)

@@ -1,5 +1,7 @@
 """From scheduled sequences to tensors, through the model, to sampled tokens."""
 
+from dataclasses import dataclass
+
 import torch
 
 from miniserve.kv.memory import KVMemory
@@ -29,24 +31,19 @@ class DeviceStep:
         return [found for part in self._samples for found in part.read()]
 
 
+@dataclass(eq=False)
 class ModelRunner:
     """The model, the bytes of the KV pool and the sampler of one device. `eos` are the ids that end a turn; with
     `graphs` batches of decodes are replayed."""
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        memory: KVMemory,
-        eos: frozenset[int],
-        device: torch.device,
-        graphs: DecodeGraphs | None = None,
-    ) -> None:
-        self.memory = memory
-        self.eos = eos
-        self.graphs = graphs
-        self._transformer = transformer
-        self._device = device
-        self._sampler = Sampler(eos, transformer.ops)
+    transformer: Transformer
+    memory: KVMemory
+    eos: frozenset[int]
+    device: torch.device
+    graphs: DecodeGraphs | None = None
+
+    def __post_init__(self) -> None:
+        self._sampler = Sampler(self.eos, self.transformer.ops)
         self._latest: tuple[dict[Sequence, int], torch.Tensor] | None = None
         """What the step launched last samples: the row of each sequence, and the tokens."""
 
@@ -89,7 +86,7 @@ class ModelRunner:
             rows, sampled = self._latest
             wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
             model_batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
-        model, parts = self._transformer, list[Samples]()
+        model, parts = self.transformer, list[Samples]()
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
             """Scores the first rows, block by block, and makes logits of the others."""
@@ -105,7 +102,7 @@ class ModelRunner:
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None
-        return DeviceStep([*parts, samples] if samples is not None else parts, self._device)
+        return DeviceStep([*parts, samples] if samples is not None else parts, self.device)
 
     def _put(self, values: list[int]) -> torch.Tensor:
-        return put(values, self._device)
+        return put(values, self.device)

@@ -6,7 +6,7 @@ So the same request gives the same text whatever shares its batch, after a preem
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import repeat
 
@@ -77,14 +77,14 @@ class Samples:
         return list(zip(tokens, found, strict=True))
 
 
+@dataclass
 class Sampler:
     """Chooses the next token of each sequence, on the device and without waiting for it. `eos` are the ids that end a
     turn; `ops` keeps the candidates of a filter."""
 
-    def __init__(self, eos: frozenset[int], ops: Ops) -> None:
-        self._eos = eos
-        self._ops = ops
-        self._masks = Masks()
+    eos: frozenset[int]
+    ops: Ops
+    masks: Masks = field(default_factory=Masks)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: list[Sequence], ahead: list[int] | None = None) -> Samples:
@@ -95,7 +95,7 @@ class Sampler:
         raw = _rows(logits, reported).log_softmax(-1) if reported else None
         for row, sequence in enumerate(sequences):
             self._shape(logits[row], sequence, numbers[row])
-        self._masks.apply(logits, sequences, self._eos)
+        self.masks.apply(logits, sequences, self.eos)
         tokens = logits.argmax(-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:
@@ -125,7 +125,7 @@ class Sampler:
             bias = params.logit_bias
             row[put(list(bias), row.device)] += put(list(bias.values()), row.device, torch.float32)
         if number < params.min_tokens and params.grammar is None:
-            ends = [*params.stop_token_ids, *(() if params.ignore_eos else self._eos)]
+            ends = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos)]
             row[put(ends, row.device)] = -torch.inf
 
     def _draw(self, logits: torch.Tensor, params: list[SamplingParams], points: list[float]) -> torch.Tensor:
@@ -141,7 +141,7 @@ class Sampler:
             return _invert(probs, at).squeeze(1)
         top_k = column([p.top_k if 0 < p.top_k < probs.shape[1] else probs.shape[1] for p in params], torch.int32)
         top_p, min_p = column([p.top_p for p in params]), column([p.min_p for p in params])
-        ids, kept = self._ops.filter(probs, top_k, top_p, min_p)
+        ids, kept = self.ops.filter(probs, top_k, top_p, min_p)
         picked = _invert(kept, at)
         return (picked if ids is None else ids.gather(1, picked)).squeeze(1)
 

@@ -1,11 +1,14 @@
 """One turn on a worker: its tokens, its pages, how far it has come, and the states it may be in."""
 
+from __future__ import annotations
+
 from concurrent.futures import Future
+from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from miniserve.cluster.messages import FinishReason, Keep, TokenLogprob
-from miniserve.kv.hashing import extend_hash, page_hashes
+from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
+from miniserve.kv.hashing import extend_hash, page_hashes, root_hash
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.states import follow
@@ -37,10 +40,7 @@ class State(Enum):
 
 
 TRANSITIONS: dict[State, dict[State, str]] = {
-    State.COMPILING: {
-        State.WAITING: "grammar compiled",
-        State.FINISHED: "grammar refused, or aborted",
-    },
+    State.COMPILING: {State.WAITING: "grammar compiled", State.FINISHED: "grammar refused, or aborted"},
     State.WAITING: {
         State.COMPILING: "has a grammar",
         State.FETCHING: "pages reserved, history elsewhere",
@@ -53,10 +53,7 @@ TRANSITIONS: dict[State, dict[State, str]] = {
         State.RUNNING: "history here, or given up",
         State.FINISHED: "aborted",
     },
-    State.RECEIVING: {
-        State.RUNNING: "committed, or given up",
-        State.FINISHED: "ended by its first token, or aborted",
-    },
+    State.RECEIVING: {State.RUNNING: "committed, or given up", State.FINISHED: "ended by its first token, or aborted"},
     State.RUNNING: {
         State.WAITING: "preempted: a page is missing",
         State.PUBLISHED: "prefilled for another worker",
@@ -88,6 +85,7 @@ class Deferral(NamedTuple):
     until: float
 
 
+@dataclass(eq=False, repr=False)
 class Sequence:
     """`tokens` grows from the prompt by what is sampled; the KV of the first `computed` of them lies in `pages`.
 
@@ -98,61 +96,62 @@ class Sequence:
     sampled token.
     """
 
-    def __init__(
-        self,
-        turn: str,
-        tokens: list[int],
-        params: SamplingParams,
-        seed: int,
-        root: bytes,
-        *,
-        prior: int = 0,
-        prefill_at: str | None = None,
-        prefill_for: str | None = None,
-        history_at: str | None = None,
-        history_pages: int | None = None,
-        share_history: bool = False,
-        keep: Keep = Keep(),  # noqa: B008 - immutable
-    ) -> None:
-        self.turn = turn
-        self.tokens = list(tokens)
-        self.given = len(tokens)
-        self.prior = prior
-        self.params = params
-        self.seed = seed
-        self.prefill_at = prefill_at
-        self.prefill_for = prefill_for
-        self.history_at = history_at
-        self.history_pages = history_pages
-        self.share_history = share_history
-        self.keep = keep
-        self.state = State.WAITING
-        self.deferral: Deferral | None = None
-        """Why it did not get its pages when it was last tried, while it waits."""
-        self.pages: list[int] = []
-        self.computed = 0
-        self.under_way = 0
-        """Tokens after the computed ones whose KV a launched step computes."""
-        self.sampling = False
-        """Whether a launched step samples the token that comes after `tokens`."""
-        self.drafter: Drafter | None = None
-        """Guesses how the sequence goes on; None where nothing is to be guessed."""
-        self.scores: list[TokenLogprob] = []
-        """Log-probabilities of the prompt's tokens from the second on, as far as they are wanted and computed."""
-        self.registered = 0
-        """Full pages that the prefix cache knows."""
-        self.cached: int | None = None
-        """Tokens whose KV was found when the turn was first admitted; None before that."""
-        self.admitted = 0.0
-        """When it first got its pages (seconds of the engine's clock)."""
-        self.compiling: Future[Matcher] | None = None
-        """The grammar's compilation, in the state COMPILING."""
-        self.matcher: Matcher | None = None
-        """What the outputs must match; None where they are free."""
-        self.finish: FinishReason | None = None
-        self.stop_token: int | None = None
-        self._root = root
+    turn: str
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    root: bytes
+    """The hash before the first token: those of the pages follow from it."""
+    _: KW_ONLY
+    salt: str = ""
+    prior: int = 0
+    prefill_at: str | None = None
+    prefill_for: str | None = None
+    history_at: str | None = None
+    history_pages: int | None = None
+    share_history: bool = False
+    keep: Keep = Keep()  # noqa: RUF009 - immutable
+    state: State = State.WAITING
+    deferral: Deferral | None = None
+    """Why it did not get its pages when it was last tried, while it waits."""
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    under_way: int = 0
+    """Tokens after the computed ones whose KV a launched step computes."""
+    sampling: bool = False
+    """Whether a launched step samples the token that comes after `tokens`."""
+    drafter: Drafter | None = None
+    """Guesses how the sequence goes on; None where nothing is to be guessed."""
+    scores: list[TokenLogprob] = field(default_factory=list)
+    """Log-probabilities of the prompt's tokens from the second on, as far as they are wanted and computed."""
+    registered: int = 0
+    """Full pages that the prefix cache knows."""
+    cached: int | None = None
+    """Tokens whose KV was found when the turn was first admitted; None before that."""
+    admitted: float = 0.0
+    """When it first got its pages (seconds of the engine's clock)."""
+    compiling: Future[Matcher] | None = None
+    """The grammar's compilation, in the state COMPILING."""
+    matcher: Matcher | None = None
+    """What the outputs must match; None where they are free."""
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.tokens)
+        self.given = len(self.tokens)
         self._hashes: list[bytes] = []
+
+    @classmethod
+    def of(cls, run: Run, layout: str) -> Sequence:
+        """The sequence of a run; `layout` is the root of all page hashes."""
+        names = "turn", "tokens", "params", "seed", "salt", "prior", "prefill_at", "history_at", "share_history", "keep"
+        return cls(root=root_hash(layout, run.salt), **{name: getattr(run, name) for name in names})
+
+    def asked(self) -> Prefill:
+        """What a prefiller is asked to do of it, beside the tokens that are here already."""
+        what = self.turn, self.tokens, self.params, self.seed, self.salt, self.prior
+        return Prefill(*what, share_history=self.share_history, keep=self.keep, have=self.computed)
 
     def move(self, state: State) -> None:
         """Go to another state. Raises `IllegalTransition`."""
@@ -211,7 +210,7 @@ class Sequence:
     def hashes(self, page_tokens: int) -> list[bytes]:
         """Chain hashes of all full pages of `tokens`."""
         if len(self._hashes) < len(self.tokens) // page_tokens:
-            self._hashes = page_hashes(self._root, self.tokens, page_tokens, self._hashes)
+            self._hashes = page_hashes(self.root, self.tokens, page_tokens, self._hashes)
         return self._hashes
 
     def register(self, pool: PagePool, page_tokens: int) -> None:
@@ -228,7 +227,7 @@ class Sequence:
         full = self.given // page_tokens
         hashes = self.hashes(page_tokens)[:full]
         if tail := self.tokens[full * page_tokens : self.given]:
-            hashes.append(extend_hash(hashes[-1] if hashes else self._root, tail))
+            hashes.append(extend_hash(hashes[-1] if hashes else self.root, tail))
         return hashes
 
     def extend(self, tokens: list[int], eos: frozenset[int], max_len: int) -> None:

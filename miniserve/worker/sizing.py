@@ -35,14 +35,14 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name!r} is unknown: use auto, cpu or cuda.") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name!r} is not supported: use auto, cpu or cuda.")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise ConfigError("--device cuda: this PyTorch sees no CUDA GPU. Use --device cpu, or check the driver.")
-    if device.type == "cuda":
-        count, index = torch.cuda.device_count(), device.index or 0
-        if index >= count:
-            raise ConfigError(f"There is no {name}: this PyTorch sees {count} GPUs, from cuda:0 on.")
-        return torch.device("cuda", index)
-    return device
+    count, index = torch.cuda.device_count(), device.index or 0
+    if index >= count:
+        raise ConfigError(f"There is no {name}: this PyTorch sees {count} GPUs, from cuda:0 on.")
+    return torch.device("cuda", index)
 
 
 def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
@@ -115,12 +115,7 @@ def memory_available() -> int:
 
 
 def size_pool(
-    config: EngineConfig,
-    shape: PageShape,
-    max_model_len: int,
-    weights: int,
-    device: torch.device,
-    activations: int = 0,
+    config: EngineConfig, shape: PageShape, max_model_len: int, weights: int, device: torch.device, activations: int = 0
 ) -> tuple[int, str]:
     """Pages in the pool, and the arithmetic in words. `weights` is their size in bytes, loaded already on a GPU, where
     a step takes up to `activations` bytes on top.
@@ -162,7 +157,11 @@ def size_pool(
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens)
     if pages < needed:
-        ways = _ways_out(config, pages * shape.page_tokens, needed * shape.bytes)
+        fitting = pages * shape.page_tokens
+        ways = [f"--max-model-len {fitting}"] if fitting >= 256 else []
+        ways.append(f"--kv-cache-memory {format_bytes(needed * shape.bytes, up=True)}")
+        if config.kv_cache_memory is None:
+            ways.append("a smaller model, or fewer workers")
         raise ConfigError(
             f"One sequence of {max_model_len} tokens takes {format_bytes(needed * shape.bytes)} of KV cache, but there "
             f"is room for {format_bytes(max(size, 0))} ({how}). Use {' or '.join(ways)}."
@@ -172,13 +171,6 @@ def size_pool(
         f"{format_bytes(pages * shape.bytes)} ({how})"
     )
     return pages, note
-
-
-def _ways_out(config: EngineConfig, fitting_tokens: int, needed_bytes: int) -> list[str]:
-    """What to change where one sequence does not fit."""
-    ways = [f"--max-model-len {fitting_tokens}"] if fitting_tokens >= 256 else []
-    ways.append(f"--kv-cache-memory {format_bytes(needed_bytes, up=True)}")
-    return ways if config.kv_cache_memory is not None else [*ways, "a smaller model, or fewer workers"]
 
 
 def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, budget: int) -> int:

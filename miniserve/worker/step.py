@@ -97,20 +97,13 @@ class InFlight:
     launched: Launched
 
 
-@dataclass(frozen=True)
-class Prefilled:
-    """A sequence that is prefilled for another worker has come further, or with `first` to its end."""
-
-    sequence: Sequence
-    first: FirstToken | None
-
-
 @dataclass
 class StepResult:
     """What a step brought. `time` is None where nothing was computed."""
 
     outputs: list[TurnOutput] = field(default_factory=list)
-    prefilled: list[Prefilled] = field(default_factory=list)
+    prefilled: list[tuple[Sequence, FirstToken | None]] = field(default_factory=list)
+    """Sequences prefilled for other workers that have come further, or with a first token to their end."""
     refused: list[tuple[Sequence, str]] = field(default_factory=list)
     """Prefills for other workers that cannot be finished here, and why."""
     time: StepTime | None = None

@@ -403,7 +403,7 @@ class World:
     @staticmethod
     def at_rest(worker: Worker) -> bool:
         handoffs = worker.handoffs
-        return not worker.engine.has_work and handoffs.sender.num_leases == 0 and handoffs.receiver.idle
+        return not worker.engine.has_work and not handoffs.sender.leases and not handoffs.receiver.pulls
 
     def check(self, deaths: int) -> None:
         for turn, wanted in self.wanted.items():
@@ -416,7 +416,7 @@ class World:
         for name, worker in self.alive.items():
             engine, handoffs = worker.engine, worker.handoffs
             assert (engine.pool.num_held, engine.running, list(engine.waiting)) == (0, [], []), name
-            assert (handoffs.sender.num_leases, handoffs.receiver.idle, worker._early) == (0, True, []), name
+            assert (handoffs.sender.leases, handoffs.receiver.pulls, worker._early) == ({}, {}, []), name
         for view in self.scheduler.workers.values():
             assert (view.reserved, view.turns) == (0, 0)
             at_home = [c for c in self.scheduler.conversations if c.home == view.name]

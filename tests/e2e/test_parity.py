@@ -37,7 +37,7 @@ def expected(tiny_models):
 def test_the_model_in_one_call_is_the_model(tiny_models, arch, dtype, outputs):
     """The same kernels in the same order: equal to the last bit."""
     llm = small(tiny_models[arch], dtype=dtype)
-    transformer = llm.engine.runner._transformer
+    transformer = llm.engine.runner.transformer
     if transformer._fused is None:
         pytest.skip("no native kernels here")
     torch.manual_seed(1)

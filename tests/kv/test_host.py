@@ -37,9 +37,9 @@ class PoolAndHost(RuleBasedStateMachine):
         assert self.pool._refs[evicted.page] == 0
         assert self.pool._page_of[evicted.digest] == evicted.page
         assert now == self.now
-        known = self.host.pool._page_of.get(evicted.digest)
+        known = self.host._page_of.get(evicted.digest)
         self.host.store(evicted, now)
-        self.stored += known is None and evicted.digest in self.host.pool._page_of
+        self.stored += known is None and evicted.digest in self.host._page_of
 
     @rule(seconds=st.sampled_from([0.1, 1.5, 40.0, 1000.0]))
     def wait(self, seconds: float) -> None:
@@ -97,7 +97,7 @@ class PoolAndHost(RuleBasedStateMachine):
     def what_has_a_name_holds_what_it_says(self) -> None:
         slots = self.host._host.view(self.host.num_pages, -1)
         assert all(self.holds(self.bytes[page], digest) for digest, page in self.pool._page_of.items())
-        assert all(self.holds(slots[slot], digest) for digest, slot in self.host.pool._page_of.items())
+        assert all(self.holds(slots[slot], digest) for digest, slot in self.host._page_of.items())
         for turn in self.turns:
             chain = hashes(*turn.tokens)
             assert all(self.holds(self.bytes[page], digest) for page, digest in zip(turn.pages, chain, strict=True))

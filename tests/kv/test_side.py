@@ -263,7 +263,7 @@ def test_staged_pages_through_gloo(tmp_path: Path, streams: list[LazyStream]) ->
         copy.store([7, 3])
         assert not copy.stored
         assert content(memories["d0"], 7, 3) == before
-        copy._fence.wait()
+        copy.fence.wait()
         assert copy.stored
         assert copy.seconds >= 3.0
         assert content(memories["d0"], 7, 3) == content(memories["p0"], 1, 4)
@@ -324,7 +324,7 @@ def test_copies_are_timed_by_the_gpu(streams: list[LazyStream], monkeypatch: pyt
     swap.store(evicted(3), 0.0)
     assert swap.page_seconds == 0.0
     assert swap.match([bytes([3]) * 16], Keep(page_seconds=1.0)), "not known yet: as good as computing"
-    swap.pool.release([0], Keep(), 0.0)
+    swap.release([0], Keep(), 0.0)
     streams[0].drain()
     assert not swap.match([bytes([3]) * 16], Keep(page_seconds=1.0))
     assert swap.page_seconds == 3.0

@@ -257,7 +257,7 @@ class Child:
         """All pages of the peer, of which only the first bytes are here when this returns."""
         ticket, expected = self.ask("offer", list(range(PAGES)))
         copy = self.transfer.fetch(ticket, list(range(PAGES)))
-        arriving, end = copy._incoming.data.numpy(), time.monotonic() + 20
+        arriving, end = copy.incoming.data.numpy(), time.monotonic() + 20
         while arriving[0, :16].tobytes() != expected[:16]:  # without a pause, in which all might come
             assert time.monotonic() < end
         return ticket, copy

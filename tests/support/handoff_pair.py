@@ -48,8 +48,8 @@ class Side:
         for sequence in self.engine.admit():
             self.handoffs.receiver.request(sequence)
         step = self.engine.step()
-        for prefilled in step.prefilled:
-            self.handoffs.sender.publish(prefilled.sequence, prefilled.first)
+        for sequence, first in step.prefilled:
+            self.handoffs.sender.publish(sequence, first)
         for output in self.handoffs.receiver.outputs + step.outputs:
             self.out.update(enumerate(output.tokens, output.index))
         self.handoffs.receiver.outputs.clear()
@@ -102,4 +102,4 @@ class Pair:
         for side in (self.p, self.d):
             side.engine.pool.check()
             assert side.engine.pool.num_held == 0
-            assert side.handoffs.sender.num_leases == 0
+            assert not side.handoffs.sender.leases

@@ -236,14 +236,14 @@ def test_a_grammar_that_turns_out_too_complex_ends_its_turn_alone(llm, monkeypat
 
 def test_a_turn_whose_grammar_is_being_compiled_delays_no_other(llm, monkeypatch):
     slow, go = Grammar("regex", "slow"), threading.Event()
-    compile_ = llm.engine._grammars._compiler.result().compile
+    compile_ = llm.engine.grammars._compiler.result().compile
 
     def compile_slowly(wanted: Grammar) -> Any:
         if wanted == slow:
             go.wait(30)
         return compile_(wanted)
 
-    monkeypatch.setattr(llm.engine._grammars._compiler.result(), "compile", compile_slowly)
+    monkeypatch.setattr(llm.engine.grammars._compiler.result(), "compile", compile_slowly)
     prompt = llm.tokenizer.encode("hello")
     llm.engine.add(Sequence("slow", prompt, SamplingParams(grammar=slow), 0, b""))
     llm.engine.add(Sequence("gone", prompt, SamplingParams(grammar=slow), 0, b""))

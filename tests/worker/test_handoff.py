@@ -24,7 +24,7 @@ def test_pages_arrive_chunk_by_chunk_and_the_commit_is_acknowledged(pair):
     assert [(m.first, len(m.pages)) for m in publications] == [(0, 2), (2, 2), (4, 2), (6, 1)]
     for message in publications:
         assert sequence.state is State.RECEIVING, "D computes nothing before the commit"
-        assert pair.p.handoffs.sender.num_leases == 1
+        assert len(pair.p.handoffs.sender.leases) == 1
         pair.d.handoffs.receiver.on_publish(message, "p0")
     (release,) = pair.d.take(Release)
     assert pair.p.engine.pool.num_held == 7, "P keeps the pages until the ack"
@@ -108,7 +108,7 @@ def test_a_lease_does_not_end_while_p_still_prefills(pair):
     pair.p.step()
     pair.now += 1000
     pair.p.handoffs.sender.expire()
-    assert pair.p.handoffs.sender.num_leases == 1
+    assert len(pair.p.handoffs.sender.leases) == 1
 
 
 @pytest.mark.parametrize("published", range(5))
@@ -134,7 +134,7 @@ def test_losing_d_or_its_abort_ends_the_lease(pair, steps):
         if how == "death":
             pair.p.handoffs.set_peers([replace_epoch(pair.d.peer, 2)])
             pair.d.engine.abort("t")
-            pair.d.handoffs.receiver._pulls.clear()
+            pair.d.handoffs.receiver.pulls.clear()
             pair.p.handoffs.set_peers([pair.d.peer])
         else:
             pair.d.handoffs.receiver.abort("t")
@@ -155,9 +155,9 @@ def test_refusal(pair):
 
 
 def test_what_can_never_fit_is_refused(pair):
-    pair.p.handoffs.sender.on_prefill(Prefill("t", [1] * 600, GREEDY, 0, "", 0, 0), "d0")
+    pair.p.handoffs.sender.on_prefill(Prefill("t", [1] * 600, GREEDY, 0), "d0")
     assert pair.p.take(PrefillRefused)
-    assert pair.p.handoffs.sender.num_leases == 0
+    assert not pair.p.handoffs.sender.leases
 
 
 @pytest.mark.parametrize("ends", ["length", "stop"])

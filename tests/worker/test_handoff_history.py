@@ -38,7 +38,7 @@ def test_a_prefiller_fetches_the_history_it_lacks(pair):
     pair.p.step()
     (history,) = fetched(pair.d, pair.p)
     assert (history.first, len(history.pages), history.last) == (0, 5, True)
-    assert pair.d.handoffs.sender.num_leases == 1
+    assert len(pair.d.handoffs.sender.leases) == 1
     pair.p.handoffs.receiver.on_publish(history, "d0")
     for message in pair.publications():
         assert message.first >= 5, "only new pages come back"

@@ -80,7 +80,7 @@ def test_twice_as_many_conversations_as_fit(tiny_folder: Path, order: str, toget
     engine = make(tiny_folder, 36, slots=80, kv_eviction=order, max_num_batched_tokens=64, clock=clock)
     histories = prompts(8, seed=21, shortest=60, longest=80)
     assert engine.host is not None
-    kinds = {type(pool._order) for pool in (engine.pool, engine.host.pool)}
+    kinds = {type(pool._order) for pool in (engine.pool, engine.host)}
     assert kinds == {type(make_order(order))}
     for number in range(3):
         for start in range(0, 8, together):

@@ -65,7 +65,7 @@ def test_never_all_logits_at_once(tiny_folder, monkeypatch) -> None:
     """As many rows as the limit allows, and the rest in further blocks."""
     made = []
     llm = small(tiny_folder)
-    model = llm.engine.runner._transformer
+    model = llm.engine.runner.transformer
     head = model.head
     monkeypatch.setattr(model, "head", lambda hidden: made.append(len(hidden)) or head(hidden))
     monkeypatch.setattr(runner, "SCORED_LOGITS", 320 * 50)
@@ -108,7 +108,7 @@ def test_a_prompt_that_gives_way_in_its_middle(tiny_folder, overlap, caching) ->
     long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     seen = []
     preempt = llm.engine._preempt
-    llm.engine._batching._preempt = lambda s: seen.append((s.scoring, s.computed)) or preempt(s)
+    llm.engine._batching.preempt = lambda s: seen.append((s.scoring, s.computed)) or preempt(s)
     done = llm.generate([*streams, scored], [long] * 3 + [SCORED], progress=False)
     assert any(scoring and computed for scoring, computed in seen)
     check(tiny_folder, scored, done[-1].prompt_logprobs)

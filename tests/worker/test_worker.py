@@ -51,9 +51,9 @@ def hear(worker: Worker, *envelopes: Envelope) -> set[str]:
     for envelope in envelopes:
         worker._handle(envelope)
     worker.engine.admit()
-    for prefilled in worker.engine.step().prefilled:
-        worker.handoffs.sender.publish(prefilled.sequence, prefilled.first)
-    return {body.turn for _, body in worker._outboxes.sent if isinstance(body, Publish)}
+    for sequence, first in worker.engine.step().prefilled:
+        worker.handoffs.sender.publish(sequence, first)
+    return {body.turn for _, body in worker.outboxes.sent if isinstance(body, Publish)}
 
 
 def test_a_peer_that_is_heard_before_it_is_announced(p0):
@@ -73,4 +73,4 @@ def test_words_of_the_dead_are_dropped(p0):
     assert hear(worker, Envelope("frontend", 0, Peers([])), ask(2)) == set()
     assert hear(worker, Envelope("frontend", 0, Peers([d0(3)]))) == set()
     assert not worker._early
-    assert worker.handoffs.sender.num_leases == 0
+    assert not worker.handoffs.sender.leases

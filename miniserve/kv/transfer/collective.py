@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed import Work
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Fence, PassedFence
+from miniserve.kv.side import Fence, FencedCopy, PassedFence
 from miniserve.kv.transfer.gloo import CONNECT_SECONDS, GlooGroup, SendRecv, meet
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.staging import DeviceStaging, HostStaging, Staging
@@ -60,38 +61,33 @@ Posted = tuple[Shipment, GlooGroup, list[Work]]
 """A publication, the group it travels in, and what has to end for it to be over."""
 
 
-class CollectiveCopy:
+@dataclass(eq=False)
+class CollectiveCopy(FencedCopy):
     """A `Copy` into our pool, whose `staging` this is; `deadline` is a time on the monotonic clock."""
 
-    def __init__(self, incoming: Shipment, staging: Staging, deadline: float) -> None:
-        self._incoming = incoming
-        self._staging = staging
-        self._deadline = deadline
-        self._fence: Fence | None = None
+    incoming: Shipment
+    staging: Staging
+    deadline: float
 
     @property
     def seconds(self) -> float:
-        return self._incoming.seconds + (self._fence.seconds if self._fence is not None else 0.0)
+        return self.incoming.seconds + super().seconds
 
     @property
     def ready(self) -> bool:
-        return self._incoming.over.is_set() or time.monotonic() > self._deadline
+        return self.incoming.over.is_set() or time.monotonic() > self.deadline
 
     def store(self, ours: list[int]) -> None:
         """As `Copy.store`; it waits for what is not `ready` yet."""
-        if not self._incoming.over.wait(max(0.0, self._deadline - time.monotonic())):
+        if not self.incoming.over.wait(max(0.0, self.deadline - time.monotonic())):
             raise TransferError("the peer does not answer")
-        if self._incoming.lost:
+        if self.incoming.lost:
             raise TransferError("the connection to the peer broke")
-        assert len(ours) == len(self._incoming.data)
-        self._fence = self._staging.write(self._incoming.data, ours)
-
-    @property
-    def stored(self) -> bool:
-        return self._fence is not None and self._fence.done
+        assert len(ours) == len(self.incoming.data)
+        self.fence = self.staging.write(self.incoming.data, ours)
 
     def abandon(self) -> None:
-        self._staging.abandon()
+        self.staging.abandon()
 
 
 class CollectiveTransfer:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -25,12 +26,12 @@ FOREVER = timedelta(days=1000)
 SendRecv = Literal["send", "recv"]
 
 
+@dataclass(eq=False)
 class GlooGroup:
     """One connection, from here (`rank` 0 or 1) to the other rank. Publications are numbered in each direction."""
 
-    def __init__(self, group: Any, rank: int) -> None:
-        self._group = group
-        self._rank = rank
+    group: Any
+    rank: int
 
     def post(self, way: SendRecv, number: int, data: torch.Tensor) -> list[Work]:
         """Begin to move publication `number`: it is over when all that is returned has ended.
@@ -56,9 +57,9 @@ class GlooGroup:
 
     def _move(self, call: SendRecv, data: torch.Tensor, number: int, way: SendRecv, part: int) -> Work:
         """`call` something that belongs to publication `number`, which we send or receive (`way`)."""
-        sender = self._rank if way == "send" else 1 - self._rank
+        sender = self.rank if way == "send" else 1 - self.rank
         tag = 4 * (2 * (number % TAGS) + sender) + part
-        return getattr(self._group, call)([data], 1 - self._rank, tag)
+        return getattr(self.group, call)([data], 1 - self.rank, tag)
 
     def _signal(self, call: SendRecv, number: int, way: SendRecv, part: int) -> Work:
         """A message that says nothing but that it comes."""
@@ -66,7 +67,7 @@ class GlooGroup:
 
     def _receive_nothing(self, tag: int, wait: timedelta) -> None:
         with contextlib.suppress(RuntimeError):
-            self._group.recv([torch.zeros(1, dtype=torch.uint8)], 1 - self._rank, tag).wait(wait)
+            self.group.recv([torch.zeros(1, dtype=torch.uint8)], 1 - self.rank, tag).wait(wait)
 
 
 def meet(path: str, rank: int, closed: Callable[[float], bool]) -> GlooGroup | None:

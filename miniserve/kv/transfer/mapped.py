@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, SharedMemory
-from miniserve.kv.side import Fence, PassedFence, SideStream
+from miniserve.kv.side import Fence, FencedCopy, PassedFence, SideStream
 
 
 class PulledTransfer(ABC):
@@ -37,29 +38,19 @@ class PulledTransfer(ABC):
             self.side.drain()
 
 
-class PulledCopy:
+@dataclass(eq=False)
+class PulledCopy(FencedCopy):
     """A `Copy` of pages that can be read at any time."""
 
+    transfer: PulledTransfer
+    pages: list[int]
     ready = True
 
-    def __init__(self, transfer: PulledTransfer, pages: list[int]) -> None:
-        self._transfer = transfer
-        self._pages = pages
-        self._fence: Fence | None = None
-
     def store(self, ours: list[int]) -> None:
-        self._fence = self._transfer.pull(self._pages, ours)
-
-    @property
-    def stored(self) -> bool:
-        return self._fence is not None and self._fence.done
-
-    @property
-    def seconds(self) -> float:
-        return self._fence.seconds if self._fence is not None else 0.0
+        self.fence = self.transfer.pull(self.pages, ours)
 
     def abandon(self) -> None:
-        self._transfer.abandon()
+        self.transfer.abandon()
 
 
 class MappedTransfer(PulledTransfer):

@@ -18,10 +18,11 @@ import threading
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
+from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import Fence, SideStream
+from miniserve.kv.side import FencedCopy, SideStream
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.network import RECEIVER, SENDER, Communicator, Connection, Network
 
@@ -216,22 +217,20 @@ class Sending(Direction):
             super()._run()
 
 
-class RemoteCopy:
+@dataclass(eq=False)
+class RemoteCopy(FencedCopy):
     """A `Copy`. All but `theirs` is guarded by the lock of the direction."""
 
+    receiving: Receiving
+    theirs: list[int]
+    ours: list[int] = field(default_factory=list)
+    over: bool = False
+    lost: bool = False
     ready = True
-
-    def __init__(self, receiving: Receiving, theirs: list[int]) -> None:
-        self.theirs = theirs
-        self.ours: list[int] = []
-        self.fence: Fence | None = None
-        """Of the pages, once they are coming."""
-        self.over = self.lost = False
-        self._receiving = receiving
 
     def store(self, ours: list[int]) -> None:
         self.ours = ours
-        self._receiving.ask(self)
+        self.receiving.ask(self)
 
     @property
     def stored(self) -> bool:
@@ -239,12 +238,8 @@ class RemoteCopy:
             raise TransferError("the connection to the peer broke")
         return self.over
 
-    @property
-    def seconds(self) -> float:
-        return self.fence.seconds if self.fence is not None else 0.0
-
     def abandon(self) -> None:
-        self._receiving.abandon(self)
+        self.receiving.abandon(self)
 
 
 class RemoteTransfer:
