@@ -20,7 +20,7 @@ from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig
 from miniserve.dispatcher import Dispatcher
-from miniserve.hub.defaults import generation_defaults
+from miniserve.hub.check import generation_defaults
 from miniserve.hub.resolve import ModelFiles
 from miniserve.monitor.decision_log import DecisionLog
 from miniserve.monitor.events import Feed
