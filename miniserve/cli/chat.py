@@ -6,7 +6,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -17,17 +16,12 @@ from miniserve.config import ConfigError
 HELP = "/reset begins anew, /system TEXT sets a system message, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
 
 
-@dataclass
 class Transcript:
     """The messages so far, and the id by which the server knows the conversation."""
 
-    system: str
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    messages: list[dict[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.system:
-            self.messages.append({"role": "system", "content": self.system})
+    def __init__(self, system: str) -> None:
+        self.system, self.id = system, uuid.uuid4().hex
+        self.messages = [{"role": "system", "content": system}] if system else []
 
 
 def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) -> int:

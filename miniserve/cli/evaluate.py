@@ -20,6 +20,8 @@ from miniserve.scheduler.baselines import POLICIES
 if TYPE_CHECKING:
     from miniserve.bench.replay.generators import WorkloadConfig
 
+positive, rate, share, span, whole = flags.positive, flags.rate, flags.share, flags.span, flags.whole
+
 
 def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> None:
     parser.add_argument(
@@ -30,10 +32,10 @@ def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> No
     )
     add = parser.add_argument_group("workload").add_argument
     if not rates:
-        add("--rate", type=flags.rate, help="conversations that arrive a second; default: as the trace says, else 1")
+        add("--rate", type=rate, help="conversations that arrive a second; default: as the trace says, else 1")
     add("--arrivals", choices=ARRIVALS, default="poisson", help="how they arrive, with --rate; default: %(default)s")
-    add("--conversations", type=flags.positive, help="how many, drawn from the trace; default: all of it (255 made up)")
-    add("--max-turns", type=flags.positive, help="turns of each at most")
+    add("--conversations", type=positive, help="how many, drawn from the trace; default: all of it (255 made up)")
+    add("--max-turns", type=positive, help="turns of each at most")
     add("--scale-tokens", type=flags.scale, default=1.0, metavar="F", help="times all token counts")
     add(
         "--gap",
@@ -48,15 +50,13 @@ def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> No
         help="all first prompts are beginnings of one: their KV is cached once for all, as in the paper's artifact",
     )
     if not rates:
-        add("--seed", type=flags.whole, default=0, help="of all that is drawn; default: %(default)s")
+        add("--seed", type=whole, default=0, help="of all that is drawn; default: %(default)s")
 
 
 def _workload(args: argparse.Namespace) -> WorkloadConfig:
-    from miniserve.bench.replay.distributions import WorkloadShape
     from miniserve.bench.replay.generators import WorkloadConfig
 
-    shape = WorkloadShape(args.max_turns, args.scale_tokens, args.gap, args.append, args.same_prompt)
-    return WorkloadConfig(trace=args.trace, arrivals=args.arrivals, conversations=args.conversations, shape=shape)
+    return filled(WorkloadConfig, args)
 
 
 def _add_replay(commands: Any) -> None:
@@ -67,11 +67,11 @@ def _add_replay(commands: Any) -> None:
     add("--model", help="default: the server's first")
     add(
         "--standalone",
-        type=flags.whole,
+        type=whole,
         metavar="N",
         help="how many conversations are first replayed alone, to normalise by; default: all; 0: none",
     )
-    add("--vocab", type=flags.positive, help="size of the vocabulary, where the server does not tell")
+    add("--vocab", type=positive, help="size of the vocabulary, where the server does not tell")
     add("--timeout", type=flags.seconds, default=600.0, metavar="SECONDS", help="of one turn; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
@@ -97,16 +97,8 @@ def _add_simulate(commands: Any) -> None:
     _add_cluster(parser)
     add("--topology", type=flags.checked(Topology.parse), default="1P3D", help="default: %(default)s")
     add("--policy", choices=tuple(POLICIES), default="observe", help="default: %(default)s")
-    add(
-        "--mispredict",
-        type=flags.share,
-        default=0.0,
-        metavar="FRACTION",
-        help="with ampd: share of decisions turned around",
-    )
-    add(
-        "--window", type=flags.span, metavar="START..END", help="seconds of which the JSON gets a timeline, like 20..60"
-    )
+    add("--mispredict", type=share, default=0.0, metavar="FRACTION", help="with ampd: share of decisions turned around")
+    add("--window", type=span, metavar="START..END", help="seconds of which the JSON gets a timeline, like 20..60")
     add("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
@@ -156,18 +148,18 @@ def _add_compare(commands: Any) -> None:
         default="1P3D",
         help="of those that have none of their own; colocated has as many workers, all decoders; default: %(default)s",
     )
-    add("--rates", type=_list(flags.rate), default=[1.0], help="conversations a second, like 0.5,1,1.5")
-    add("--seeds", type=_list(flags.whole), default=[0], help="like 1,2,3; default: 0")
-    add("--mispredict", type=_list(flags.share), default=[0.1], help="shares of ampd's wrong predictions; default: 0.1")
+    add("--rates", type=_list(rate), default=[1.0], help="conversations a second, like 0.5,1,1.5")
+    add("--seeds", type=_list(whole), default=[0], help="like 1,2,3; default: 0")
+    add("--mispredict", type=_list(share), default=[0.1], help="shares of ampd's wrong predictions; default: 0.1")
     add("--serve", metavar="MODEL", help="run real servers of this model here instead of simulating")
     add("--serve-args", default="", metavar="ARGS", help="more flags for `miniserve serve`")
     add(
         "--window",
-        type=flags.span,
+        type=span,
         metavar="START..END",
         help="draw what workers did in these seconds, simulated, at the highest rate; with --out",
     )
-    add("--jobs", type=flags.positive, default=os.cpu_count() or 1, help="simulations at once")
+    add("--jobs", type=positive, default=os.cpu_count() or 1, help="simulations at once")
     add("--out", type=Path, metavar="FOLDER", help="write cells.json, tables.md and the figures there")
 
 
@@ -185,13 +177,8 @@ def _add_profile(commands: Any) -> None:
     add("model", nargs="?", help="as for serve; default: smollm2-135m")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="as for serve")
-    add(
-        "--threads",
-        type=flags.positive,
-        default=0,
-        help="CPU threads of a worker; default: all cores. One for 1P1D on two",
-    )
-    add("--workers", type=flags.positive, default=1, help="workers that share this machine, all kept busy")
+    add("--threads", type=positive, default=0, help="CPU threads of a worker; default: all cores. One for 1P1D on two")
+    add("--workers", type=positive, default=1, help="workers that share this machine, all kept busy")
     add("--out", type=Path, required=True, metavar="FILE")
 
 
