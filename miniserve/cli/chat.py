@@ -63,35 +63,33 @@ def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) ->
 
 def _turn(client: ApiClient, transcript: Transcript, options: dict[str, Any], line: str, person: bool) -> None:
     """Send `line` and print the answer. What goes wrong is printed for a `person`, else raised as `ConfigError`."""
-    transcript.messages.append({"role": "user", "content": line})
+    asked = {"role": "user", "content": line}
+    body = {**options, "messages": [*transcript.messages, asked]}
     try:
-        answer, summary = _answer(client, transcript, options)
+        answer, summary = _answer(client, transcript.id, body)
     except ConfigError as error:
-        del transcript.messages[-1]
         if not person:
             raise
         print(f"\n{error}")
         return
-    if answer:
-        transcript.messages.append({"role": "assistant", "content": answer})
-    else:
-        del transcript.messages[-1]  # templates want roles to alternate
+    if answer:  # else the question is not kept either: templates want roles to alternate
+        transcript.messages += [asked, {"role": "assistant", "content": answer}]
     print(f"\n\033[2m{summary}\033[0m" if sys.stdout.isatty() else f"\n[{summary}]")
 
 
-def _answer(client: ApiClient, transcript: Transcript, options: dict[str, Any]) -> tuple[str, str]:
+def _answer(client: ApiClient, conversation: str, body: dict[str, Any]) -> tuple[str, str]:
     """Stream an answer to the terminal; its text (as much as came before Ctrl-C), and a line about its speed.
 
     Reasoning is shown, but is no part of the text.
     """
-    body = {**options, "messages": transcript.messages, "stream": True, "stream_options": {"include_usage": True}}
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     text: list[str] = []
     times: list[float] = []
     usage: dict[str, Any] = {}
     thinking = False
     started = time.perf_counter()
     try:
-        with client.open("POST", "/chat/completions", body, {"X-Conversation-ID": transcript.id}) as response:
+        with client.open("POST", "/chat/completions", body, {"X-Conversation-ID": conversation}) as response:
             for event in _events(response):
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:
