@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
   miniserve simulate swe-agent --topology 1P3D        the same on GPUs that are not here
 """
+WITH_EXAMPLES: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,12 +50,7 @@ def _flush() -> None:
 
 def make_parser() -> flags.Parser:
     """The parser of all commands; `run` of what it parses is the command."""
-    parser = flags.Parser(
-        prog="miniserve",
-        description="A compact LLM serving engine for agents.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.", **WITH_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_add_serve, _add_chat, _add_top, *evaluate.COMMANDS):
@@ -63,8 +59,7 @@ def make_parser() -> flags.Parser:
 
 
 def _add_serve(commands: Any) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = add_command(commands, _serve, "serve a model over the OpenAI API", epilog=EXAMPLES, formatter_class=raw)
+    parser = add_command(commands, _serve, "serve a model over the OpenAI API", **WITH_EXAMPLES)
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     choices = {
         "policy": tuple(POLICIES),
