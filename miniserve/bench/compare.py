@@ -104,9 +104,9 @@ async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dic
             window = None
             if config.window is not None and (cell.rate, cell.seed) == (max(config.rates), config.seeds[0]):
                 window = f"{config.window[0]:g}..{config.window[1]:g}"
-            uncached = not config.enable_prefix_caching
-            cluster = flags(hardware=config.hardware, no_enable_prefix_caching=uncached, window=window)
-            command = ["simulate", *config.workload.flags(), *flags(**cell._asdict()), *cluster]
+            command = ["simulate", *config.workload.flags(cell.rate, cell.seed)]
+            command += flags(policy=cell.policy, topology=cell.topology, mispredict=cell.mispredict, window=window)
+            command += flags(hardware=config.hardware, no_enable_prefix_caching=not config.enable_prefix_caching)
             async with room:
                 result = await _run(command)
             progress()
@@ -142,7 +142,7 @@ async def _serve_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[s
         for cell in grid:
             wrong = cell.mispredict if cell.policy == "ampd" else None
             serve = flags(policy=cell.policy, topology=cell.topology, port=0, mispredict=wrong)
-            replay = ["replay", *config.workload.flags(), *flags(rate=cell.rate, seed=cell.seed)]
+            replay = ["replay", *config.workload.flags(cell.rate, cell.seed)]
             result = await _on_server(["serve", config.serve, *serve, *config.serve_args], replay)
             results.append({**result, "label": cell.label, "mispredict": cell.mispredict})
             progress()

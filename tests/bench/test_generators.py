@@ -106,9 +106,9 @@ def test_flags_name_the_workload() -> None:
         append=Distribution.parse("log:5..200"),
         same_prompt=True,
     )
-    assert " ".join(config.flags()) == (
-        "chat --max-turns 2 --scale-tokens 0.5 --gap 0..3 --append log:5..200 --same-prompt --arrivals burst "
-        "--conversations 7"
+    assert " ".join(config.flags(1.5, 3)) == (
+        "chat --rate 1.5 --arrivals burst --seed 3 --conversations 7 --max-turns 2 --gap 0..3 --append log:5..200 "
+        "--same-prompt --scale-tokens 0.5"
     )
     plain = WorkloadConfig(trace="t.csv")
-    assert " ".join(plain.flags()) == "t.csv --scale-tokens 1 --arrivals poisson"
+    assert " ".join(plain.flags(2.0, 0)) == "t.csv --rate 2 --arrivals poisson --seed 0 --scale-tokens 1"

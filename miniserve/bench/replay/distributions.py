@@ -65,10 +65,10 @@ class WorkloadShape:
     prompts are beginnings of one, so that their KV is computed once for all, as in the paper's artifact."""
 
     max_turns: int | None = None
-    scale_tokens: float = 1.0
     gap: Distribution | None = None
     append: Distribution | None = None
     same_prompt: bool = False
+    scale_tokens: float = 1.0
 
     def apply(self, script: Script, seed: int) -> Script:
         def scaled(count: int) -> int:

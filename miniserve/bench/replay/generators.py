@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -57,9 +58,15 @@ class WorkloadConfig(WorkloadShape):
             starts = arrivals(self.arrivals, rate, len(scripts), seed)
         return Workload(scripts=scripts, starts=starts, rate=rate, seed=seed)
 
-    def flags(self) -> list[str]:
-        """What names this workload to `miniserve replay` and `simulate`."""
-        named = asdict(self)
+    def flags(self, rate: float, seed: int) -> list[str]:
+        """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
+        drawn: dict[str, Any] = {
+            "rate": rate,
+            "arrivals": self.arrivals,
+            "seed": seed,
+            "conversations": self.conversations,
+        }
+        named = drawn | asdict(self)
         return [named.pop("trace"), *flags(**named)]
 
 
