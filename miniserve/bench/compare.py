@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from miniserve.bench.figures.tables import markdown, print_tables
-from miniserve.bench.replay.generators import WorkloadConfig
+from miniserve.bench.replay.generators import WorkloadConfig, flags
 from miniserve.bench.replay.progress import counting
 from miniserve.config import ConfigError, Topology
 from miniserve.scheduler.baselines import POLICIES
@@ -101,12 +101,12 @@ async def _simulate_all(config: CompareConfig, grid: list[GridCell]) -> list[dic
     with counting("simulations", len(grid)) as progress:
 
         async def one(cell: GridCell) -> dict[str, Any]:
-            command = ["simulate", *config.workload.flags(cell.rate, cell.seed), "--policy", cell.policy]
-            command += ["--topology", str(cell.topology), "--mispredict", f"{cell.mispredict:g}"]
+            window = None
             if config.window is not None and (cell.rate, cell.seed) == (max(config.rates), config.seeds[0]):
-                command += ["--window", f"{config.window[0]:g}..{config.window[1]:g}"]
-            command += ["--hardware", config.hardware]
-            command += [] if config.enable_prefix_caching else ["--no-enable-prefix-caching"]
+                window = f"{config.window[0]:g}..{config.window[1]:g}"
+            command = ["simulate", *config.workload.flags(cell.rate, cell.seed)]
+            command += flags(policy=cell.policy, topology=cell.topology, mispredict=cell.mispredict, window=window)
+            command += flags(hardware=config.hardware, no_enable_prefix_caching=not config.enable_prefix_caching)
             async with room:
                 result = await _run(command)
             progress()
@@ -140,11 +140,10 @@ async def _serve_all(config: CompareConfig, grid: list[GridCell]) -> list[dict[s
     results = []
     with counting("runs", len(grid)) as progress:
         for cell in grid:
-            serve = ["serve", config.serve, "--policy", cell.policy, "--topology", str(cell.topology), "--port", "0"]
-            if cell.policy == "ampd":
-                serve += ["--mispredict", f"{cell.mispredict:g}"]
+            wrong = cell.mispredict if cell.policy == "ampd" else None
+            serve = flags(policy=cell.policy, topology=cell.topology, port=0, mispredict=wrong)
             replay = ["replay", *config.workload.flags(cell.rate, cell.seed)]
-            result = await _on_server([*serve, *config.serve_args], replay)
+            result = await _on_server(["serve", config.serve, *serve, *config.serve_args], replay)
             results.append({**result, "label": cell.label, "mispredict": cell.mispredict})
             progress()
     return results

@@ -6,7 +6,6 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -17,17 +16,12 @@ from miniserve.config import ConfigError
 HELP = "/reset begins anew, /system TEXT sets a system message, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
 
 
-@dataclass
 class Transcript:
     """The messages so far, and the id by which the server knows the conversation."""
 
-    system: str
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    messages: list[dict[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.system:
-            self.messages.append({"role": "system", "content": self.system})
+    def __init__(self, system: str) -> None:
+        self.system, self.id = system, uuid.uuid4().hex
+        self.messages = [{"role": "system", "content": system}] if system else []
 
 
 def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) -> int:
@@ -69,35 +63,33 @@ def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) ->
 
 def _turn(client: ApiClient, transcript: Transcript, options: dict[str, Any], line: str, person: bool) -> None:
     """Send `line` and print the answer. What goes wrong is printed for a `person`, else raised as `ConfigError`."""
-    transcript.messages.append({"role": "user", "content": line})
+    asked = {"role": "user", "content": line}
+    body = {**options, "messages": [*transcript.messages, asked]}
     try:
-        answer, summary = _answer(client, transcript, options)
+        answer, summary = _answer(client, transcript.id, body)
     except ConfigError as error:
-        del transcript.messages[-1]
         if not person:
             raise
         print(f"\n{error}")
         return
-    if answer:
-        transcript.messages.append({"role": "assistant", "content": answer})
-    else:
-        del transcript.messages[-1]  # templates want roles to alternate
+    if answer:  # else the question is not kept either: templates want roles to alternate
+        transcript.messages += [asked, {"role": "assistant", "content": answer}]
     print(f"\n\033[2m{summary}\033[0m" if sys.stdout.isatty() else f"\n[{summary}]")
 
 
-def _answer(client: ApiClient, transcript: Transcript, options: dict[str, Any]) -> tuple[str, str]:
+def _answer(client: ApiClient, conversation: str, body: dict[str, Any]) -> tuple[str, str]:
     """Stream an answer to the terminal; its text (as much as came before Ctrl-C), and a line about its speed.
 
     Reasoning is shown, but is no part of the text.
     """
-    body = {**options, "messages": transcript.messages, "stream": True, "stream_options": {"include_usage": True}}
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     text: list[str] = []
     times: list[float] = []
     usage: dict[str, Any] = {}
     thinking = False
     started = time.perf_counter()
     try:
-        with client.open("POST", "/chat/completions", body, {"X-Conversation-ID": transcript.id}) as response:
+        with client.open("POST", "/chat/completions", body, {"X-Conversation-ID": conversation}) as response:
             for event in _events(response):
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:

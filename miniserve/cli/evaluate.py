@@ -8,26 +8,19 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from miniserve.bench.replay.workload import ARRIVALS
-from miniserve.cli.flags import add_url, api_key, checked, positive, rate, scale, seconds, share, span, whole
+from miniserve.cli import flags
+from miniserve.cli.flags import add_command, filled
 from miniserve.config import ConfigError, EngineConfig, Topology
 from miniserve.scheduler.baselines import POLICIES
 
 if TYPE_CHECKING:
     from miniserve.bench.replay.generators import WorkloadConfig
 
-T = TypeVar("T")
-
-
-def add_commands(commands: Any) -> None:
-    _add_replay(commands)
-    _add_simulate(commands)
-    _add_compare(commands)
-    _add_profile(commands)
+positive, rate, share, span, whole = flags.positive, flags.rate, flags.share, flags.span, flags.whole
 
 
 def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> None:
@@ -43,7 +36,7 @@ def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> No
     add("--arrivals", choices=ARRIVALS, default="poisson", help="how they arrive, with --rate; default: %(default)s")
     add("--conversations", type=positive, help="how many, drawn from the trace; default: all of it (255 made up)")
     add("--max-turns", type=positive, help="turns of each at most")
-    add("--scale-tokens", type=scale, default=1.0, metavar="F", help="times all token counts")
+    add("--scale-tokens", type=flags.scale, default=1.0, metavar="F", help="times all token counts")
     add(
         "--gap",
         type=_distribution,
@@ -61,24 +54,16 @@ def _add_workload(parser: argparse.ArgumentParser, *, rates: bool = False) -> No
 
 
 def _workload(args: argparse.Namespace) -> WorkloadConfig:
-    from miniserve.bench.replay.distributions import WorkloadShape
     from miniserve.bench.replay.generators import WorkloadConfig
 
-    shape = WorkloadShape(args.max_turns, args.scale_tokens, args.gap, args.append, args.same_prompt)
-    return WorkloadConfig(trace=args.trace, arrivals=args.arrivals, conversations=args.conversations, shape=shape)
+    return filled(WorkloadConfig, args)
 
 
 def _add_replay(commands: Any) -> None:
-    parser = commands.add_parser(
-        "replay",
-        help="replay agents against a running server",
-        description="Replay agents against an OpenAI-compatible server (miniserve, vLLM, llama.cpp): each waits for "
-        "its answer, runs its tool, sends the grown conversation. Prompts are made-up token ids.",
-    )
-    parser.set_defaults(run=_replay)
+    parser = add_command(commands, _replay, "replay agents against a running server")
     add = parser.add_argument
     _add_workload(parser)
-    add_url(parser, "http://127.0.0.1:8000")
+    flags.add_url(parser, "http://127.0.0.1:8000")
     add("--model", help="default: the server's first")
     add(
         "--standalone",
@@ -87,11 +72,13 @@ def _add_replay(commands: Any) -> None:
         help="how many conversations are first replayed alone, to normalise by; default: all; 0: none",
     )
     add("--vocab", type=positive, help="size of the vocabulary, where the server does not tell")
-    add("--timeout", type=seconds, default=600.0, metavar="SECONDS", help="of one turn; default: %(default)s")
+    add("--timeout", type=flags.seconds, default=600.0, metavar="SECONDS", help="of one turn; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write the result here; default: print it")
 
 
 def _replay(args: argparse.Namespace) -> int:
+    """Replay agents against an OpenAI-compatible server (miniserve, vLLM, llama.cpp): each waits for its answer, runs
+    its tool, sends the grown conversation. Prompts are made-up token ids."""
     try:
         from miniserve.bench.replay.driver import ReplayConfig, replay
     except ImportError as error:
@@ -99,22 +86,16 @@ def _replay(args: argparse.Namespace) -> int:
 
     workload = _workload(args).load(args.rate, args.seed)
     alone = len(workload.scripts) if args.standalone is None else args.standalone
-    config = _filled(ReplayConfig, args, workload=workload, api_key=api_key(args), standalone=alone)
+    config = filled(ReplayConfig, args, workload=workload, api_key=flags.api_key(args), standalone=alone)
     return _write(replay(config), args.json)
 
 
 def _add_simulate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "simulate",
-        help="simulate a cluster under the same scheduler",
-        description="Simulate a cluster on a virtual clock: the server's scheduler, its workers' batching, paging and "
-        "handoffs, with the step times of a hardware profile.",
-    )
-    parser.set_defaults(run=_simulate)
+    parser = add_command(commands, _simulate, "simulate a cluster under the same scheduler")
     add = parser.add_argument
     _add_workload(parser)
     _add_cluster(parser)
-    add("--topology", type=checked(Topology.parse), default="1P3D", help="default: %(default)s")
+    add("--topology", type=flags.checked(Topology.parse), default="1P3D", help="default: %(default)s")
     add("--policy", choices=tuple(POLICIES), default="observe", help="default: %(default)s")
     add("--mispredict", type=share, default=0.0, metavar="FRACTION", help="with ampd: share of decisions turned around")
     add("--window", type=span, metavar="START..END", help="seconds of which the JSON gets a timeline, like 20..60")
@@ -137,26 +118,22 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> int:
+    """Simulate a cluster on a virtual clock: the server's scheduler, its workers' batching, paging and handoffs, with
+    the step times of a hardware profile."""
     from miniserve.bench.replay.progress import counting
     from miniserve.bench.simulate.cluster import SimulationConfig
     from miniserve.bench.simulate.hardware import load_roles
     from miniserve.bench.simulate.run import simulate
 
     workload, hardware = _workload(args).load(args.rate, args.seed), load_roles(args.hardware)
-    config = _filled(SimulationConfig, args, workload=workload, hardware=hardware)
+    config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
     with counting("conversations", len(config.workload.scripts)) as progress:
         result = simulate(config, progress)
     return _write(result, args.json)
 
 
 def _add_compare(commands: Any) -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="compare policies over rates, with tables and figures",
-        description="Run a grid of policies, rates and seeds, simulated or (with --serve) on real workers of this "
-        "machine; print tables, draw figures.",
-    )
-    parser.set_defaults(run=_compare)
+    parser = add_command(commands, _compare, "compare policies over rates, with tables and figures")
     add = parser.add_argument
     _add_workload(parser, rates=True)
     _add_cluster(parser)
@@ -167,7 +144,7 @@ def _add_compare(commands: Any) -> None:
     )
     add(
         "--topology",
-        type=checked(Topology.parse),
+        type=flags.checked(Topology.parse),
         default="1P3D",
         help="of those that have none of their own; colocated has as many workers, all decoders; default: %(default)s",
     )
@@ -187,20 +164,16 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    """Run a grid of policies, rates and seeds, simulated or (with --serve) on real workers of this machine; print
+    tables, draw figures."""
     from miniserve.bench.compare import CompareConfig, compare
 
     lists = {"policies": args.policies.split(","), "serve_args": shlex.split(args.serve_args)}
-    return compare(_filled(CompareConfig, args, workload=_workload(args), **lists))
+    return compare(filled(CompareConfig, args, workload=_workload(args), **lists))
 
 
 def _add_profile(commands: Any) -> None:
-    parser = commands.add_parser(
-        "profile",
-        help="measure this machine's step times for `simulate`",
-        description="Measure how long steps of a model take here, and write a hardware profile for `simulate`.",
-    )
-    parser.set_defaults(run=_profile)
-    add = parser.add_argument
+    add = add_command(commands, _profile, "measure this machine's step times for `simulate`").add_argument
     add("model", nargs="?", help="as for serve; default: smollm2-135m")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="as for serve")
@@ -210,17 +183,12 @@ def _add_profile(commands: Any) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
+    """Measure how long steps of a model take here, and write a hardware profile for `simulate`."""
     from miniserve.bench.simulate.profile import profile
     from miniserve.hub.fetch import DEFAULT_MODEL
 
-    profile(_filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
+    profile(filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
     return 0
-
-
-def _filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """A configuration: `more`, and each flag fills the field of its name."""
-    given = {name: value for name, value in vars(args).items() if name in signature(kind).parameters}
-    return kind(**given | more)
 
 
 def _write(result: dict[str, Any], path: Path | None) -> int:
@@ -239,8 +207,12 @@ def _write(result: dict[str, Any], path: Path | None) -> int:
 def _distribution(text: str) -> Any:
     from miniserve.bench.replay.distributions import Distribution
 
-    return checked(Distribution.parse)(text)
+    return flags.checked(Distribution.parse)(text)
 
 
 def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [item(part) for part in text.split(",")]
+
+
+COMMANDS = _add_replay, _add_simulate, _add_compare, _add_profile
+"""Each adds its command to the parser of all."""

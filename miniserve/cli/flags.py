@@ -7,11 +7,14 @@ import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.resources import files
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from inspect import signature
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
 
 from miniserve.config import GROUPS, ConfigError, Flag, number, parse_positive, parse_seconds, parse_share
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +27,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def add_command(commands: Any, run: Callable[[argparse.Namespace], int], text: str, **how: Any) -> Parser:
+    """A parser for the command that `run` is named after, with `text` for the list; its docstring describes it."""
+    parser: Parser = commands.add_parser(run.__name__.strip("_"), help=text, description=run.__doc__, **how)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """A configuration: `more`, and each flag fills the field of its name."""
+    given = {name: value for name, value in vars(args).items() if name in signature(kind).parameters}
+    return kind(**given | more)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 from miniserve import __version__
-from miniserve.cli.evaluate import add_commands
-from miniserve.cli.flags import Parser, add_settings, add_url, add_vllm_flags, api_key, interval, positive
+from miniserve.cli import evaluate, flags
+from miniserve.cli.flags import add_command, add_url, api_key, filled
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.text.formats import FORMATS, REASONING_MARKS
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
   miniserve simulate swe-agent --topology 1P3D        the same on GPUs that are not here
 """
+WITH_EXAMPLES: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,43 +48,30 @@ def _flush() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def make_parser() -> Parser:
+def make_parser() -> flags.Parser:
     """The parser of all commands; `run` of what it parses is the command."""
-    parser = Parser(
-        prog="miniserve",
-        description="A compact LLM serving engine for agents.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.", **WITH_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_serve(commands)
-    _add_chat(commands)
-    _add_top(commands)
-    add_commands(commands)
+    for add in (_add_serve, _add_chat, _add_top, *evaluate.COMMANDS):
+        add(commands)
     return parser
 
 
 def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="serve a model over the OpenAI API",
-        description="Serve a model over the OpenAI API. Ready when GET /health answers 200.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_serve)
+    parser = add_command(commands, _serve, "serve a model over the OpenAI API", **WITH_EXAMPLES)
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     choices = {
         "policy": tuple(POLICIES),
         "tool_call_parser": ("auto", *FORMATS),
         "reasoning_parser": ("auto", "none", *REASONING_MARKS),
     }
-    add_settings(parser, ServeConfig, choices)
-    add_vllm_flags(parser)
+    flags.add_settings(parser, ServeConfig, choices)
+    flags.add_vllm_flags(parser)
 
 
 def _serve(args: argparse.Namespace) -> int:
+    """Serve a model over the OpenAI API. Ready when GET /health answers 200."""
     from miniserve.hub.fetch import DEFAULT_MODEL
     from miniserve.hub.resolve import resolve
 
@@ -106,29 +94,23 @@ def _serve(args: argparse.Namespace) -> int:
 
 def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     """The settings that flags ask for: each one is the field of its name. Raises `ConfigError`."""
-    given = vars(args)
-    engine = {name: given[name] for name in EngineConfig.__struct_fields__ if name in given} | {"model": model}
-    settings = {name: given[name] for name in ServeConfig.__struct_fields__ if name in given}
-    settings |= {"served_model_names": args.served_model_names or [model], "api_key": api_key(args)}
-    settings["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
-    return ServeConfig(engine=EngineConfig(**engine), **settings)
+    made: dict[str, Any] = {"engine": filled(EngineConfig, args, model=model), "api_key": api_key(args)}
+    made["served_model_names"] = args.served_model_names or [model]
+    made["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
+    return filled(ServeConfig, args, **made)
 
 
 def _add_chat(commands: Any) -> None:
-    parser = commands.add_parser(
-        "chat",
-        help="talk to a running server in the terminal",
-        description="Talk to a running server; shows the time to the first token and tokens per second.",
-    )
-    parser.set_defaults(run=_chat)
+    parser = add_command(commands, _chat, "talk to a running server in the terminal")
     add_url(parser, "http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="default: the server's first")
     parser.add_argument("--system", default="", help="a system message")
     parser.add_argument("--temperature", type=float, help="default: the model's")
-    parser.add_argument("--max-tokens", type=positive, help="most tokens of an answer")
+    parser.add_argument("--max-tokens", type=flags.positive, help="most tokens of an answer")
 
 
 def _chat(args: argparse.Namespace) -> int:
+    """Talk to a running server; shows the time to the first token and tokens per second."""
     from miniserve.cli.chat import chat
 
     options = {name: getattr(args, name) for name in ("model", "temperature", "max_tokens")}
@@ -137,27 +119,22 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _add_top(commands: Any) -> None:
-    parser = commands.add_parser(
-        "top",
-        help="watch a running server in the terminal",
-        description="Watch a running server: its workers, their KV, the latest conversations. Ctrl-C or q leaves.",
+    parser = add_command(
+        commands,
+        _top,
+        "watch a running server in the terminal",
         epilog="Of workers: `run` and `wait` are requests in the batch and before it, `backlog` prompt tokens to be "
         "computed, `prefills` the share of time spent on prompts, `512 tok.` and `step` what a prompt of 512 tokens "
         "and a decode step take. Of KV: pages `reserved` for turns that run, `resident` for what rests between turns.",
     )
-    parser.set_defaults(run=_top)
     add_url(parser, "http://127.0.0.1:8000/v1")
-    parser.add_argument(
-        "--interval",
-        type=interval,
-        default=1.0,
-        metavar="SECONDS",
-        help="how often the server is asked; default: %(default)s",
-    )
+    text = "how often the server is asked; default: %(default)s"
+    parser.add_argument("--interval", type=flags.interval, default=1.0, metavar="SECONDS", help=text)
     parser.add_argument("--once", action="store_true", help="print what there is now, and end")
 
 
 def _top(args: argparse.Namespace) -> int:
+    """Watch a running server: its workers, their KV, the latest conversations. Ctrl-C or q leaves."""
     from miniserve.cli.top import top
 
     return top(args.url, api_key(args), args.interval, args.once)

@@ -171,7 +171,12 @@ WORKER_COLUMNS: Sequence[Column[WorkerCard]] = (
     Column("512 tok.", 7, lambda w: _took(w["rates"]["prefill_512"])),
     Column("step", 6, lambda w: _took(w["rates"]["decode_step"])),
     Column("preempted", 9, lambda w: f"{w['preemptions']:,}"),
-    Column("heard", 5, lambda w: _span(w["last_heard"]), style=lambda w: "red" if _silent(w) else ""),
+    Column(
+        "heard",
+        5,
+        lambda w: _span(w["last_heard"]),
+        style=lambda w: "red" if (w["last_heard"] or 0) > SILENT_SECONDS else "",
+    ),
 )
 KV_COLUMNS: Sequence[Column[WorkerCard]] = (
     Column("KV pages", 0, lambda w: clean(w["name"]), left=True),
@@ -223,10 +228,6 @@ def _took(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{int(seconds < 0.1)}f} ms"
-
-
-def _silent(worker: WorkerCard) -> bool:
-    return (worker["last_heard"] or 0.0) > SILENT_SECONDS
 
 
 def _span(seconds: float | None) -> str:

@@ -20,7 +20,7 @@ from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig
 from miniserve.dispatcher import Dispatcher
-from miniserve.hub.defaults import generation_defaults
+from miniserve.hub.check import generation_defaults
 from miniserve.hub.resolve import ModelFiles
 from miniserve.monitor.decision_log import DecisionLog
 from miniserve.monitor.events import Feed
@@ -159,8 +159,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
         try:
             defaults = generation_defaults(files.folder, config.generation_config)
             (tokenizer, compiler), _ = await signals.unless(
-                signals.first,
-                asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start()),
+                signals.first, asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start())
             )
         except Stopped:
             return 130
@@ -172,15 +171,8 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
         finally:
             progress.end()
         app = create_app(config, client, feed, tokenizer, defaults, compiler)
-        http = HttpServer(
-            uvicorn.Config(
-                app,
-                http=Connection,
-                log_level=config.log_level,
-                access_log=config.log_level in ("debug", "info"),
-                lifespan="off",
-            )
-        )
+        level, shown = config.log_level, config.log_level in ("debug", "info")
+        http = HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
         serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
             print(banner(config, files, client, listeners[0].getsockname()[1], time.monotonic() - started), flush=True)

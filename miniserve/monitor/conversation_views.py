@@ -1,9 +1,10 @@
 """What GET /conversations shows, and events about turns: the scheduler's own records, in words."""
 
-from typing import Literal, cast
+from typing import Literal
 
 from typing_extensions import TypedDict
 
+from miniserve.monitor.worker_views import card
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.forecast import FINISHES, TurnRecord
 from miniserve.scheduler.scheduler import Scheduler
@@ -133,7 +134,7 @@ def conversation_detail(scheduler: Scheduler, key: str, now: float) -> Conversat
     return {
         **_card(found, turns, now),
         "history": [_turn(record, scheduler.names) for record in found.history],
-        "running": [{**_current(turn), "age": now - turn.arrived} for turn in turns],
+        "running": [card(RunningTurn, **_current(turn), age=now - turn.arrived) for turn in turns],
     }
 
 
@@ -143,7 +144,10 @@ def live_turns(scheduler: Scheduler, now: float) -> LiveTurns:
         "time": now,
         "total": scheduler.active,
         "conversations": len(scheduler.conversations),
-        "data": [_live(turn) for turn in scheduler.turns[:MOST_LISTED]],
+        "data": [
+            card(LiveTurn, turn, **_current(turn), conversation=str(turn.conversation.key), turn=turn.number)
+            for turn in scheduler.turns[:MOST_LISTED]
+        ],
     }
 
 
@@ -157,61 +161,34 @@ def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
 
 def _card(conversation: Conversation, turns: list[Turn], now: float) -> ConversationCard:
     placed = [turn for turn in turns if turn.state is not TurnState.QUEUED]
-    return {
-        "id": str(conversation.key),
-        "object": "conversation",
-        "state": "running" if placed else "queued" if turns else "idle",
-        "home": conversation.home,
-        "turns": conversation.turns,
-        "tokens": conversation.tokens,
-        "kv_pages": conversation.resident + sum(turn.pages for turn in placed),
-        "moves": conversation.moves,
-        "edits": conversation.edits,
-        "age": now - conversation.began,
-        "idle": 0.0 if conversation.active else now - conversation.last_end,
-    }
+    return card(
+        ConversationCard,
+        conversation,
+        id=str(conversation.key),
+        object="conversation",
+        state="running" if placed else "queued" if turns else "idle",
+        kv_pages=conversation.resident + sum(turn.pages for turn in placed),
+        age=now - conversation.began,
+        idle=0.0 if conversation.active else now - conversation.last_end,
+    )
 
 
 def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
-    return {
-        "turn": record.turn,
-        "arrived": record.arrived,
-        "gap": record.gap,
-        "after_tool": bool(record.tool),
-        "prompt_tokens": record.prompt,
-        "new_tokens": record.new,
-        "cached_tokens": record.cached,
-        "output_tokens": record.output,
-        "home": names[record.home],
-        "prefill_at": names[record.home if record.prefill_at is None else record.prefill_at],
-        "moved_pages": record.moved_pages,
-        "runs": record.runs,
-        "finish": FINISHES[record.finish],
-        "phases": cast(TurnPhases, {phase: getattr(record, phase) for phase in TurnPhases.__annotations__}),
-    }
-
-
-def _live(turn: Turn) -> LiveTurn:
-    return {
-        **_current(turn),
-        "conversation": str(turn.conversation.key),
-        "turn": turn.number,
-        "arrived": turn.arrived,
-        "placed": turn.placed,
-        "first_token": turn.first_token,
-    }
+    tokens = {f"{name}_tokens": getattr(record, name) for name in ("prompt", "new", "cached", "output")}
+    return card(
+        TurnCard,
+        record,
+        **tokens,
+        after_tool=bool(record.tool),
+        home=names[record.home],
+        prefill_at=names[record.home if record.prefill_at is None else record.prefill_at],
+        finish=FINISHES[record.finish],
+        phases=card(TurnPhases, record),
+    )
 
 
 def _current(turn: Turn) -> CurrentTurn:
-    if turn.state is TurnState.QUEUED:
-        state: Literal["queued", "prefill", "decode"] = "queued"
-    else:  # A turn that runs again decodes, as its client sees it.
-        state = "decode" if turn.delivered else "prefill"
-    return {
-        "request": turn.id,
-        "state": state,
-        "prompt_tokens": turn.given,
-        "output_tokens": turn.delivered,
-        "home": turn.home,
-        "prefill_at": turn.prefill_at or turn.home,
-    }
+    # A turn that runs again decodes, as its client sees it.
+    state = "queued" if turn.state is TurnState.QUEUED else "decode" if turn.delivered else "prefill"
+    tokens = {"prompt_tokens": turn.given, "output_tokens": turn.delivered}
+    return card(CurrentTurn, turn, request=turn.id, state=state, **tokens, prefill_at=turn.prefill_at or turn.home)

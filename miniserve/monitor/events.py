@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -34,8 +34,7 @@ class TooManyListeners(RuntimeError):
     """Each costs a little; this many are likely a mistake."""
 
 
-@dataclass(frozen=True, slots=True)
-class FeedEvent:
+class FeedEvent(NamedTuple):
     """`data` is JSON on one line; what it holds depends on `kind`: start, workers, turns, decision, outcome or lost."""
 
     kind: str

@@ -1,12 +1,14 @@
 """What GET /v1/workers shows: the scheduler's views of the workers, and the links between them."""
 
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 from typing_extensions import TypedDict
 
 from miniserve.cluster.messages import WorkerStats
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.workers import Link, WorkerView
+
+T = TypeVar("T")
 
 
 class Kv(TypedDict):
@@ -74,6 +76,15 @@ class WorkerList(TypedDict):
     links: list[LinkCard]
 
 
+def card(kind: type[T], *sources: object, **own: Any) -> T:
+    """A `kind`: each field that is not among `own` is that of its name in the first of the sources that has it."""
+
+    def value(name: str) -> Any:
+        return own[name] if name in own else next(getattr(source, name) for source in sources if hasattr(source, name))
+
+    return cast(T, {name: value(name) for name in kind.__annotations__})
+
+
 def worker_list(scheduler: Scheduler, policy: str, now: float) -> WorkerList:
     return {
         "object": "list",
@@ -85,48 +96,28 @@ def worker_list(scheduler: Scheduler, policy: str, now: float) -> WorkerList:
 
 
 def _link(source: str, destination: str, link: Link) -> LinkCard:
-    return {
-        "source": source,
-        "destination": destination,
-        "moves": link.count,
-        "bytes": link.bytes,
-        "seconds": link.seconds,
-        "exposed": link.exposed.value,
-        "bandwidth": link.bandwidth.value if link.bandwidth.count else None,
-    }
+    rate = link.bandwidth.value if link.bandwidth.count else None
+    own = {"source": source, "destination": destination, "moves": link.count, "exposed": link.exposed.value}
+    return card(LinkCard, link, **own, bandwidth=rate)
 
 
 def _worker(view: WorkerView, now: float) -> WorkerCard:
     speed = view.speed
     # A worker that has not reported yet is untouched.
     stats = view.stats or WorkerStats(view.total_pages, view.total_pages, 0, 0, 0, 0, 0, 0)
-    return {
-        "name": view.name,
-        "role": view.role.value,
-        "epoch": view.epoch,
-        "last_heard": now - view.reported if view.stats else None,
-        "turns": view.turns,
-        "load": view.load.value,
-        "running": stats.running,
-        "waiting": stats.waiting,
-        "queued_prefill_tokens": view.queued_prefill_tokens,
-        "prefilling": view.prefilling.value,
-        "preemptions": stats.preemptions,
-        "leases": stats.leases,
-        "kv": {
-            "total": view.total_pages,
-            "free": stats.free_pages,
-            "cached": stats.cached_pages,
-            "held": stats.held_pages,
-            "reserved": view.reserved,
-            "resident": view.resident,
-            "page_bytes": view.page_bytes,
-            "host_total": stats.host_total,
-            "host_used": stats.host_pages,
-        },
-        "rates": {
+    pages = {"total": view.total_pages, "free": stats.free_pages, "cached": stats.cached_pages}
+    return card(
+        WorkerCard,
+        view,
+        stats,
+        role=view.role.value,
+        last_heard=now - view.reported if view.stats else None,
+        load=view.load.value,
+        prefilling=view.prefilling.value,
+        kv=card(Kv, view, stats, **pages, held=stats.held_pages, host_used=stats.host_pages),
+        rates={
             "prefill_512": speed.prefill(512) if speed.knows_prefill else None,
             "prefill_2048": speed.prefill(2048) if speed.knows_prefill else None,
             "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.knows_decode else None,
         },
-    }
+    )

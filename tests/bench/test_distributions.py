@@ -45,7 +45,7 @@ def test_shape_cuts_scales_and_replaces() -> None:
     script = Script("a", (TurnSize(1000, 10), TurnSize(67, 4, 1.5), TurnSize(67, 4, 2.5), TurnSize(9, 9, 9)), 3.0, (1,))
     assert WorkloadShape().apply(script, 0) == script
     assert script.tokens == 1170
-    assert WorkloadShape(max_turns=2, scale=0.1).apply(script, 0) == Script(
+    assert WorkloadShape(max_turns=2, scale_tokens=0.1).apply(script, 0) == Script(
         "a", (TurnSize(100, 1), TurnSize(7, 1, 1.5)), 3.0, (1,), block=51
     )
     shape = WorkloadShape(gap=Distribution.parse("1..9"), append=Distribution.parse("100..200"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution, WorkloadShape, choose
+from miniserve.bench.replay.distributions import Distribution, choose
 from miniserve.bench.replay.generators import COUNT, WorkloadConfig, generate, load
 from miniserve.bench.replay.traces import read_trace
 from miniserve.config import ConfigError
@@ -86,21 +86,29 @@ def test_load_takes_a_path_or_a_name(tmp_path: Path) -> None:
 def test_a_workload_arrives_as_the_trace_says_or_at_a_rate(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text(f"{HEADER},arrival_s\na,0,9,1,5\nb,0,9,1,7.5\n")
-    config = WorkloadConfig(trace=str(file), arrivals="fixed", shape=WorkloadShape(scale=2.0))
+    config = WorkloadConfig(trace=str(file), arrivals="fixed", scale_tokens=2.0)
     found = config.load(None, seed=3)
     assert (found.starts, found.rate, found.seed) == ([0.0, 2.5], None, 3)
     assert [script.turns[0].new for script in found.scripts] == [18, 18]
     assert (config.load(4.0, seed=3).starts, config.load(4.0, seed=3).rate) == ([0.0, 0.25], 4.0)
-    made_up = WorkloadConfig(trace="chat", arrivals="fixed", conversations=3, shape=WorkloadShape()).load(None, seed=0)
+    made_up = WorkloadConfig(trace="chat", arrivals="fixed", conversations=3).load(None, seed=0)
     assert (made_up.starts, made_up.rate) == ([0.0, 1.0, 2.0], 1.0)
 
 
 def test_flags_name_the_workload() -> None:
-    shape = WorkloadShape(2, 0.5, Distribution.parse("0..3"), Distribution.parse("log:5..200"), same_prompt=True)
-    config = WorkloadConfig(trace="chat", arrivals="burst", conversations=7, shape=shape)
+    config = WorkloadConfig(
+        trace="chat",
+        arrivals="burst",
+        conversations=7,
+        max_turns=2,
+        scale_tokens=0.5,
+        gap=Distribution.parse("0..3"),
+        append=Distribution.parse("log:5..200"),
+        same_prompt=True,
+    )
     assert " ".join(config.flags(1.5, 3)) == (
         "chat --rate 1.5 --arrivals burst --seed 3 --conversations 7 --max-turns 2 --gap 0..3 --append log:5..200 "
         "--same-prompt --scale-tokens 0.5"
     )
-    plain = WorkloadConfig(trace="t.csv", shape=WorkloadShape())
+    plain = WorkloadConfig(trace="t.csv")
     assert " ".join(plain.flags(2.0, 0)) == "t.csv --rate 2 --arrivals poisson --seed 0 --scale-tokens 1"

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from miniserve.bench.simulate.hardware import load_hardware
-from miniserve.bench.simulate.profile import Measured, fit, quality
+from miniserve.bench.simulate.profile import COSTS, Measured, fit, quality
 from miniserve.bench.simulate.run import simulate
 from miniserve.cli import main as cli
 from tests.support.simulated import PLAIN, scripts, simulated
@@ -21,15 +21,16 @@ def test_a_fit_finds_the_constants_again():
     shapes = [(n, c, 0, 0) for n in (16, 64, 256) for c in (0, 500, 2000)]
     shapes += [(0, 0, b, s) for b in (1, 4, 16) for s in (100, 4000)] + [(64, 500, 4, 1000)]
     steps = [(n, c, b, s, true.step_seconds([(n, c)] if n else [], b, s)) for n, c, b, s in shapes]
-    found = [Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, 0.002, steps)] * 2
-    fitted = fit(found, "mine", 2)
+    device = msgspec.structs.replace(PLAIN, overhead=0.002, **dict.fromkeys(COSTS, 0.0))
+    found = [Measured(device, steps)] * 2
+    fitted = fit(found, "mine")
     for name in ("base", "per_token", "per_pair", "per_sequence", "per_kv_token"):
         assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-6), name
     assert fitted.per_context == pytest.approx(0, abs=1e-9)
     assert fitted.overhead == 0.002
     assert quality(fitted, found) == "32 steps; the profile is off by 0% (median), 0% (p95)"
     down = [(n, c, b, s, 1.0 - n / 1000) for n, c, b, s, _ in steps]
-    assert fit([Measured("cpu", "float32", 1000, 4096, 16, 256, 1e9, 0.0, down)], "x", 1).per_token == 0.0
+    assert fit([Measured(device, down)], "x").per_token == 0.0
 
 
 def test_a_profile_of_this_machine(tiny_folder: Path, tmp_path: Path, capfd):

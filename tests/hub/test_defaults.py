@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from miniserve.config import ConfigError
-from miniserve.hub.defaults import generation_defaults
+from miniserve.hub.check import generation_defaults
 
 
 def test_the_models_sampling_defaults(tmp_path: Path) -> None:

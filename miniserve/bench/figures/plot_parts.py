@@ -64,24 +64,7 @@ def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
 
 def drawing() -> AbstractContextManager[None]:
     """A context with this style; the user's own settings do not matter in it and are back after it."""
-    own: dict[str, Any] = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-        "axes.titlesize": 10.5,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "figure.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": FAINT,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "svg.fonttype": "path",
-        "svg.hashsalt": "miniserve",  # else names of elements are random
-    }
-    return style.context(["default", own])
+    return style.context(["default", Path(__file__).with_name("figures.mplstyle")])
 
 
 def sheet(title: str, width: float, height: float) -> Figure:

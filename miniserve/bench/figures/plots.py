@@ -60,10 +60,9 @@ def _latency(cells: Sequence[Cell]) -> Figure | None:
     paths = [(f"{slo}_norm", q) for q in ("gmean", "p95") for slo in SLOS]
     scale = "log" if any(_wide(cells, path) for path in paths) else "linear"
     units = {"gmean": "geometric mean", "p95": "95th percentile"}
-    titles = [*NAMES.values(), "", "", ""]
     panels = [
         Panel(title, f"{units[path[1]]}, × standalone", path, 1, (SLO, "SLO"), scale)
-        for title, path in zip(titles, paths, strict=True)
+        for title, path in zip([*NAMES.values(), "", "", ""], paths, strict=True)
     ]
     return _against_rate("Latency, in times standalone (lower is better)", cells, panels, 3, (11, 6.6))
 

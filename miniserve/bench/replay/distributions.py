@@ -60,19 +60,19 @@ class Distribution(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WorkloadShape:
-    """What is changed of a trace's scripts: at most `max_turns` of each, token counts times `scale`, and instead of the
-    trace's, `gap` seconds between turns and `append` new tokens in later ones. With `same_prompt` all first prompts are
-    beginnings of one, so that their KV is computed once for all, as in the paper's artifact."""
+    """What is changed of a trace's scripts: at most `max_turns` of each, token counts times `scale_tokens`, and instead
+    of the trace's, `gap` seconds between turns and `append` new tokens in later ones. With `same_prompt` all first
+    prompts are beginnings of one, so that their KV is computed once for all, as in the paper's artifact."""
 
     max_turns: int | None = None
-    scale: float = 1.0
     gap: Distribution | None = None
     append: Distribution | None = None
     same_prompt: bool = False
+    scale_tokens: float = 1.0
 
     def apply(self, script: Script, seed: int) -> Script:
         def scaled(count: int) -> int:
-            return max(1, round(count * self.scale))
+            return max(1, round(count * self.scale_tokens))
 
         gaps, appends = generator(seed, "gap", script.key), generator(seed, "append", script.key)
         turns = []

@@ -8,7 +8,7 @@ POWERCAP = Path("/sys/class/powercap")
 ZONES = ("package", "dram")
 """Beginnings of the names of RAPL's zones that add up: `core` and `uncore` are parts of a package, `psys` is all."""
 
-Counter = tuple[Callable[[], int], int, float]
+Counter = tuple[Callable[[], int | str], int, float]
 """How it is read, where it wraps around (0: never), and its unit in joules."""
 
 
@@ -28,13 +28,13 @@ class Energy:
 
     def start(self) -> None:
         self._joules = 0.0
-        self._last = [read() for read, _, _ in self._counters]
+        self._last = [int(read()) for read, _, _ in self._counters]
 
     def joules(self) -> float | None:
         """Since `start`; None where nothing can be read. Call it every few minutes: a counter that wraps around twice
         in between looks as if it had once (RAPL's last for 5 minutes or more)."""
         for n, (read, limit, unit) in enumerate(self._counters):
-            now = read()
+            now = int(read())
             passed = now - self._last[n]
             self._joules += max(passed if passed >= 0 else passed + limit, 0) * unit
             self._last[n] = now
@@ -63,13 +63,9 @@ def _zones(powercap: Path) -> list[Counter]:
             if not (folder / "name").read_text().startswith(ZONES):
                 continue
             limit = int((folder / "max_energy_range_uj").read_text())
-            read = partial(_microjoules, folder / "energy_uj")
-            read()
+            read = (folder / "energy_uj").read_text
+            int(read())
         except (OSError, ValueError):
             continue
         zones.append((read, limit, 1e-6))
     return zones
-
-
-def _microjoules(counter: Path) -> int:
-    return int(counter.read_text())

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -36,20 +37,19 @@ _SWE_CORRELATION = 0.13
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkloadConfig:
-    """What the user asks for. `trace` is a path or the name of a made-up workload, `conversations` how many are drawn
-    from it (None: all of a trace, `COUNT` made up), `arrivals` one of `ARRIVALS`."""
+class WorkloadConfig(WorkloadShape):
+    """What the user asks for, each by the flag of its name. `trace` is a path or the name of a made-up workload,
+    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` one of `ARRIVALS`."""
 
     trace: str
     arrivals: str = "poisson"
     conversations: int | None = None
-    shape: WorkloadShape
 
     def load(self, rate: float | None, seed: int) -> Workload:
         """The scripts, arriving at `rate` a second. Without a rate they arrive as the trace says, else at 1 a second.
 
         Raises `ConfigError`."""
-        scripts = [self.shape.apply(script, seed) for script in load(self.trace, self.conversations, seed)]
+        scripts = [self.apply(script, seed) for script in load(self.trace, self.conversations, seed)]
         known = [script.arrival for script in scripts if script.arrival is not None]
         if rate is None and len(known) == len(scripts):
             starts = [arrival - min(known) for arrival in known]
@@ -60,13 +60,24 @@ class WorkloadConfig:
 
     def flags(self, rate: float, seed: int) -> list[str]:
         """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
-        shape = self.shape
-        flags = [self.trace, "--rate", f"{rate:g}", "--arrivals", self.arrivals, "--seed", str(seed)]
-        optional: dict[str, object] = {"--conversations": self.conversations, "--max-turns": shape.max_turns}
-        optional |= {"--gap": shape.gap, "--append": shape.append}
-        flags += [str(part) for name, value in optional.items() if value is not None for part in (name, value)]
-        flags += ["--same-prompt"] if shape.same_prompt else []
-        return [*flags, "--scale-tokens", f"{shape.scale:g}"]
+        drawn: dict[str, Any] = {
+            "rate": rate,
+            "arrivals": self.arrivals,
+            "seed": seed,
+            "conversations": self.conversations,
+        }
+        named = drawn | asdict(self)
+        return [named.pop("trace"), *flags(**named)]
+
+
+def flags(**given: object) -> list[str]:
+    """Flags by their names: a switch for True, nothing for False and None."""
+    found = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            found.append("--" + name.replace("_", "-"))
+            found += [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
+    return found
 
 
 def load(text: str, count: int | None, seed: int) -> list[Script]:

@@ -122,8 +122,7 @@ def summary(
         "e2e_s": seconds(value.e2e for value in done.values()),
         **{f"{name}_norm": normalised(pairs) for name, pairs in ratios.items()},
         "slo_violation": {
-            name: _violations(ratios[name], failed) if standalone else None
-            for name in ("ttfet", "last_turn_tbt", "e2e")
+            name: _violations(pairs, failed) if standalone else None for name, pairs in ratios.items() if name != "ttft"
         },
         "throughput": {
             "conversations_per_s": len(done) / duration if duration > 0 else 0.0,
@@ -138,11 +137,11 @@ def summary(
 def energy(joules: float | None, conversations: Sequence[ConversationTimes]) -> dict[str, float | None]:
     """The key `energy` of the contract. The tokens of `tokens_per_joule` are those of all prompts, found in a cache or
     not, and all outputs: as the paper counts, by the size of its figures."""
-    output = sum(turn.output for times in conversations for turn in times.turns)
-    prompt = sum(turn.prompt for times in conversations for turn in times.turns)
+    turns = [turn for times in conversations for turn in times.turns]
+    output, every = sum(turn.output for turn in turns), sum(turn.prompt + turn.output for turn in turns)
     return {
         "joules": joules,
-        "tokens_per_joule": (prompt + output) / joules if joules else None,
+        "tokens_per_joule": every / joules if joules else None,
         "output_tokens_per_joule": output / joules if joules else None,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
@@ -16,7 +16,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from miniserve.config import ConfigError, Topology
 
-T = TypeVar("T")
 ASK_SECONDS = 10.0
 """How long a server may take to answer a question about itself."""
 
@@ -133,26 +132,21 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
         raise ConfigError(f"The server has no model {model!r}: it has {', '.join(card.id for card in models)}.")
     about: dict[str, Any] = {"max_model_len": card.max_model_len}
     kind = "llama.cpp" if card.owned_by == "llamacpp" else card.owned_by
-    if kind in ("miniserve", "vllm") and (version := await _maybe(http, f"{root}/version", dict[str, str])):
-        about["version"] = version.get("version")
-    if kind == "miniserve" and (workers := await _maybe(http, f"{root}/v1/workers", _Workers)):
-        roles = Counter(worker["role"] for worker in workers.data)
-        about |= {"policy": workers.policy, "topology": str(Topology(roles["prefiller"], roles["decoder"]))}
-    elif kind == "llama.cpp" and (props := await _maybe(http, f"{root}/props", _Props)):
-        about |= {"max_model_len": props.default_generation_settings.get("n_ctx"), "version": props.build_info}
+    if kind in ("miniserve", "vllm"):
+        about["version"] = (await _object(http, f"{root}/version")).get("version")
+    if kind == "miniserve" and (workers := await _object(http, f"{root}/v1/workers")):
+        roles = Counter(worker["role"] for worker in workers["data"])
+        about |= {"policy": workers["policy"], "topology": str(Topology(roles["prefiller"], roles["decoder"]))}
+    elif kind == "llama.cpp" and (props := await _object(http, f"{root}/props")):
+        settings = props.get("default_generation_settings", {})
+        about |= {"max_model_len": settings.get("n_ctx"), "version": props.get("build_info")}
     vocab = card.vocab_size or (card.meta or {}).get("n_vocab")
     return TargetServer(root=root, kind=kind, model=card.id, vocab=vocab, **about)
 
 
 async def totals(http: aiohttp.ClientSession, server: TargetServer) -> Totals | None:
     """What the server has counted so far; None where it is no miniserve, or does not answer."""
-    if server.kind != "miniserve":
-        return None
-    try:
-        status, answer = await _get(http, f"{server.root}/metrics")
-    except (aiohttp.ClientError, OSError):
-        return None
-    if status != 200:
+    if server.kind != "miniserve" or (answer := await _maybe(http, f"{server.root}/metrics")) is None:
         return None
     placements: Counter[str] = Counter()
     sums: defaultdict[str, float] = defaultdict(float)
@@ -169,12 +163,21 @@ async def _get(http: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
         return reply.status, await reply.read()
 
 
-async def _maybe(http: aiohttp.ClientSession, url: str, kind: type[T]) -> T | None:
-    """The JSON at `url`; None where there is none of that kind."""
+async def _maybe(http: aiohttp.ClientSession, url: str) -> bytes | None:
+    """What is at `url`; None where there is nothing."""
     try:
-        return msgspec.json.decode((await _get(http, url))[1], type=kind)
-    except (aiohttp.ClientError, OSError, msgspec.DecodeError):
+        status, answer = await _get(http, url)
+    except (aiohttp.ClientError, OSError):
         return None
+    return answer if status == 200 else None
+
+
+async def _object(http: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    """The JSON object at `url`; empty where there is none."""
+    try:
+        return msgspec.json.decode(await _maybe(http, url) or b"", type=dict[str, Any])
+    except msgspec.DecodeError:
+        return {}
 
 
 def error_message(error: Any) -> str:
@@ -227,16 +230,6 @@ class _Card(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Card] = []
-
-
-class _Workers(msgspec.Struct):
-    policy: str
-    data: list[dict[str, Any]]
-
-
-class _Props(msgspec.Struct):
-    default_generation_settings: dict[str, Any]
-    build_info: str | None = None
 
 
 _chunk = msgspec.json.Decoder(_Chunk)

@@ -54,16 +54,16 @@ def read_trace(path: Path) -> list[Script]:
     return scripts
 
 
+@dataclass
 class _Lines:
     """The lines of a text; `number` is that of the latest one, from 1."""
 
-    def __init__(self, text: str) -> None:
-        self.number = 1
-        self._text = text
+    text: str
+    number: int = 1
 
     def __iter__(self) -> Iterator[str]:
         # Not splitlines: it also splits at characters that a quoted name may hold.
-        for number, line in enumerate(io.StringIO(self._text, newline="\n"), 1):
+        for number, line in enumerate(io.StringIO(self.text, newline="\n"), 1):
             self.number = number
             yield line
 

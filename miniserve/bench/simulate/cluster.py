@@ -124,7 +124,7 @@ class Simulation:
         if isinstance(body, Run | Prefill):
             body = msgspec.structs.replace(body, tokens=list(body.tokens))  # as it is now
         if isinstance(body, Report):
-            self._at(at + self._latency, self._report, sender, body)
+            self._at(at + self._latency, lambda: self._carry_out(self.scheduler.on_report(sender, body, self.now)))
         else:
             envelope = Envelope(sender, 1 if sender in self.workers else 0, body)
             self._at(at + self._latency, self._receive, self.workers[to], envelope)
@@ -144,9 +144,6 @@ class Simulation:
         if worker.due == self.now:
             worker.due = inf
             self._schedule(worker, worker.round(self.now))
-
-    def _report(self, sender: str, report: Report) -> None:
-        self._carry_out(self.scheduler.on_report(sender, report, self.now))
 
     def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
@@ -192,9 +189,8 @@ class Simulation:
     def _end(self, turn: str, agent: Agent) -> None:
         del self._agents[turn]
         times, turns = agent.times, agent.script.turns
-        times.turns.append(
-            TurnTimes(agent.sent, agent.first, agent.last, len(agent.said), agent.cached, agent.received)
-        )
+        tokens = len(agent.said), agent.cached, agent.received
+        times.turns.append(TurnTimes(agent.sent, agent.first, agent.last, *tokens))
         agent.said.extend(agent.answer)
         if len(times.turns) == len(turns):
             self._done += 1

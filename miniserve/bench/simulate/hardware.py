@@ -1,10 +1,10 @@
 """How long a step takes on other hardware: a few measured constants in the shape of a transformer's cost."""
 
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
 from miniserve.config import ConfigError
 from miniserve.worker.step import Work
@@ -70,45 +70,10 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.transfer_latency + pages * self.page_tokens * token_seconds
 
 
-# Fits to the measurements in the paper's artifact: Qwen3-0.6B in bf16, vLLM 0.11 in eager mode.
-_ARTIFACT = "arXiv 2606.01839 and its artifact; "
-_A40 = Hardware(
-    name="a40-qwen3-0.6b",
-    source=_ARTIFACT + "NVIDIA A40 at 300 W, eager mode",
-    base=5.7e-3,
-    per_token=0.0144e-3,
-    per_pair=2 * 1.387e-9,
-    # An append of 67 tokens after c others takes 0.95e-3 c + 5.6 ms; its pairs are 67 c of that.
-    per_context=0.95e-6 - 67 * 2 * 1.387e-9,
-    per_sequence=0.06e-3,
-    per_kv_token=1.85e-7,
-    floor=14.3e-3,
-    kv_bytes_per_token=114_688,
-    kv_tokens=308_448,
-    # PCIe 4 x16, 4.6 us a token; 2 ms and 5 us for each 16 tokens of bookkeeping on each side.
-    transfer_bytes_per_second=114_688 / 4.6e-6,
-    transfer_latency=4e-3,
-    transfer_token_seconds=2 * 5e-6 / 16,
-    busy_watts=270.0,
-    idle_watts=77.0,
+PRESETS = msgspec.toml.decode(
+    (files("miniserve.bench.simulate") / "hardware.toml").read_bytes(), type=dict[str, Hardware]
 )
-_A40_GRAPHS = replace(
-    _A40,
-    name="a40-qwen3-0.6b-graphs",
-    source=_ARTIFACT + "the same with CUDA graphs: no floor to launch a step (not measured)",
-    floor=0.0,
-)
-_A40_200W = replace(
-    _A40,
-    name="a40-qwen3-0.6b-200w",
-    source=_ARTIFACT + "NVIDIA A40 capped to 200 W, eager mode",
-    # Its fit, 2.215e-6 L^2 + 0.0081 L + 38.7, with what it has as a constant spread over 16k tokens.
-    per_token=(0.0081 + (38.7 - 14.3 - 5.7) / 16384) * 1e-3,
-    per_pair=2 * 2.215e-9,
-    per_kv_token=1.85e-7 * 1.02,
-    busy_watts=200.0,
-)
-PRESETS = {hardware.name: hardware for hardware in (_A40, _A40_GRAPHS, _A40_200W)}
+"""By their names."""
 
 
 def load_hardware(text: str) -> Hardware:

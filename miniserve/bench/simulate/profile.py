@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,21 +28,17 @@ REPEATS = 7
 CHUNKS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (0, 256, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16, 32)
+COSTS = "base", "per_token", "per_pair", "per_context", "per_sequence", "per_kv_token"
+"""What of `Hardware` is fitted to the steps."""
 LARGEST = 6144
 """Tokens that one step may look back on in all: a CPU should be done with this in a minute."""
 
 
 class Measured(msgspec.Struct):
-    """What one copy has measured. `steps` are (chunk, context before it, decodes, their tokens in all, seconds)."""
+    """What one copy has measured: its device, all but `COSTS`; and `steps`, which are (chunk, context before it,
+    decodes, their tokens in all, seconds)."""
 
-    device: str
-    dtype: str
-    kv_bytes_per_token: int
-    kv_tokens: int
-    page_tokens: int
-    max_num_batched_tokens: int
-    copy_bytes_per_second: float
-    overhead: float
+    device: Hardware
     steps: list[tuple[int, int, int, int, float]]
 
 
@@ -58,35 +55,25 @@ def profile(config: EngineConfig, out: Path) -> None:
     if any(copy.returncode for copy in copies):
         raise ConfigError("The measurement failed; what it said is above.")
     found = [msgspec.json.decode(copy.stdout, type=Measured) for copy in copies]
-    hardware = fit(found, f"{found[0].device}-{Path(config.model).name}", config.workers)
+    hardware = fit(found, f"{found[0].device.name}-{Path(config.model).name}")
     out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
     print(quality(hardware, found), file=sys.stderr)
 
 
-def fit(found: list[Measured], name: str, workers: int) -> Hardware:
+def fit(found: list[Measured], name: str) -> Hardware:
     """The constants that come nearest to the measured steps: least squares of the relative error, none below zero."""
     steps = [step for copy in found for step in copy.steps]
     # What the constants are multiplied by in `Hardware`'s formula.
     rows = np.array([(1.0, n, n * (c + n / 2), c if n else 0, b, s) for n, c, b, s, _ in steps])
     seconds = np.array([step[4] for step in steps])
     weights = _non_negative(rows / seconds[:, None], np.ones(len(steps)))
-    base, per_token, per_pair, per_context, per_sequence, per_kv_token = weights.tolist()
-    first = found[0]
-    return Hardware(
+    return msgspec.structs.replace(
+        found[0].device,
         name=name,
-        source=f"miniserve profile, {time.strftime('%Y-%m-%d')}: {first.device}, {first.dtype}, {workers} at once",
-        base=base,
-        per_token=per_token,
-        per_pair=per_pair,
-        per_context=per_context,
-        per_sequence=per_sequence,
-        per_kv_token=per_kv_token,
-        overhead=statistics.mean(copy.overhead for copy in found),
-        kv_bytes_per_token=first.kv_bytes_per_token,
-        kv_tokens=min(copy.kv_tokens for copy in found),
-        page_tokens=first.page_tokens,
-        max_num_batched_tokens=first.max_num_batched_tokens,
-        transfer_bytes_per_second=statistics.mean(copy.copy_bytes_per_second for copy in found),
+        overhead=statistics.mean(copy.device.overhead for copy in found),
+        kv_tokens=min(copy.device.kv_tokens for copy in found),
+        transfer_bytes_per_second=statistics.mean(copy.device.transfer_bytes_per_second for copy in found),
+        **dict(zip(COSTS, weights.tolist(), strict=True)),
     )
 
 
@@ -159,26 +146,29 @@ def main() -> int:
     shapes += [(n, c, b, 512) for n, c, b in ((64, 256, 4), (256, 0, 4), (256, 1024, 2)) if n + c + b * 512 <= limit]
     timed(*shapes[0])
     steps = [(n, c, b, b * s, timed(n, c, b, s)) for n, c, b, s in shapes]
-    found = Measured(
-        device=built.device,
-        dtype=built.dtype,
+    today = time.strftime("%Y-%m-%d")
+    device = Hardware(
+        name=built.device,
+        source=f"miniserve profile, {today}: {built.device}, {built.dtype}, {config.workers} at once",
+        base=0.0,
+        per_token=0.0,
+        per_pair=0.0,
         kv_bytes_per_token=shape.token_bytes,
         kv_tokens=built.memory.num_pages * size,
         page_tokens=size,
         max_num_batched_tokens=budget,
-        copy_bytes_per_second=_copy_rate(built.memory.pages, shape.bytes),
+        transfer_bytes_per_second=_copy_rate(built.memory.pages, shape.bytes),
         overhead=_overhead(engine, built.layout, built.model.vocab_size),
-        steps=steps,
     )
-    sys.stdout.buffer.write(msgspec.json.encode(found))
+    sys.stdout.buffer.write(msgspec.json.encode(Measured(device, steps)))
     return 0
 
 
+@dataclass
 class _Nowhere:
     """A worker's outboxes that encode each message, as real ones do, and keep the times of steps."""
 
-    def __init__(self) -> None:
-        self.steps: list[StepTime] = []
+    steps: list[StepTime] = field(default_factory=list)
 
     def send(self, address: str, body: Message) -> None:
         msgspec.msgpack.encode(Envelope("d0", 1, body))

@@ -42,7 +42,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
 
 def alone(script: Script, hardware: Hardware) -> Latency:
     """What a conversation takes alone on an idle worker: the sum of its steps, as the engine would make them."""
-    page, budget = hardware.page_tokens, hardware.max_num_batched_tokens
+    page, budget, steps = hardware.page_tokens, hardware.max_num_batched_tokens, hardware.step_seconds
     ttft: list[float] = []
     length, total, tbt = 0, 0.0, None
     for turn in script.turns:
@@ -53,18 +53,14 @@ def alone(script: Script, hardware: Hardware) -> Latency:
         while done < length:
             count = min(budget, length - done)
             # To the engine a single token that is left is a decode.
-            first += hardware.step_seconds([(count, done)], 0, 0) if length - done > 1 else _decode(hardware, length)
+            first += steps([(count, done)], 0, 0) if length - done > 1 else steps((), 1, length)
             done += count
-        decode = sum(_decode(hardware, length + n) for n in range(1, turn.output))
+        decode = sum(steps((), 1, length + n) for n in range(1, turn.output))
         length += turn.output
         ttft.append(first)
         total += first + decode
         tbt = decode / (turn.output - 1) if turn.output > 1 else None
     return Latency(tuple(ttft), total - decode, tbt, total)
-
-
-def _decode(hardware: Hardware, length: int) -> float:
-    return hardware.step_seconds((), 1, length)
 
 
 def _energy(
