@@ -15,7 +15,7 @@ from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
 from miniserve.api.responses.answers import InputTokens, ItemList, ResponseDeleted, ResponseOut
 from miniserve.api.responses.conversations import Conversations, Limit, Order, page
-from miniserve.api.responses.items import OUTPUT, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
+from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, Stored, continuing, not_found
 from miniserve.api.responses.writer import ResponsesWriter
@@ -49,7 +49,14 @@ class ResponsesRenderer(ChatRenderer):
         self.relaxed.add("input")
         # A result without its call would say nothing.
         results = CallOutputItem, ToolSearchOutputItem
-        starts = [number for number, item in enumerate(self._items) if number and not isinstance(item, results)]
+        answered = {item.call_id for item in self._items if isinstance(item, results)}
+        starts, waiting = [], set()
+        for number, item in enumerate(self._items):
+            if isinstance(item, results):
+                waiting.discard(item.call_id)
+            elif number and not waiting:
+                starts.append(number)
+            waiting |= {item.call_id} & answered if isinstance(item, Call) else set()
         if starts:
             at = bisect_left(starts, True, key=lambda start: self._length_from(start) <= self._most)
             self._length_from(starts[min(at, len(starts) - 1)])
