@@ -23,30 +23,19 @@ LEFT_OUT = re.compile(
 """Other types of items: what servers' tools did, and what only OpenAI's can read."""
 
 
+TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+
+
 class TextPart(Body):
     type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
     text: Text
 
 
-class ReasoningPart(Body):
-    type: Literal["reasoning_text", "summary_text"]
-    text: Text
-
-
-TextParts = Annotated[
-    list[
-        Annotated[
-            TextPart,
-            one_of("Content parts", ("input_text", "output_text", "text", "summary_text", "reasoning_text")),
-            BeforeValidator(readable),
-        ]
-    ],
-    Field(fail_fast=True),
-]
+Part = Annotated[TextPart, one_of("Content parts", TEXT_PARTS), BeforeValidator(readable)]
+TextParts = Annotated[list[Part], Field(fail_fast=True)]
 TextOrParts = Annotated[
     TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
 ]
-ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 CallId = Annotated[Text, Field(min_length=1)]
 
 
@@ -114,8 +103,8 @@ class ReasoningItem(ItemBody):
     """`content` goes before `summary`. What another server has encrypted cannot be read, and is ignored."""
 
     type: Literal["reasoning"]
-    content: ReasoningParts | None = None
-    summary: ReasoningParts | None = None
+    content: TextParts | None = None
+    summary: TextParts | None = None
 
 
 class LeftOutItem(ItemBody):
@@ -172,8 +161,10 @@ def new_id(kind: str) -> str:
 
 
 def with_ids(items: Sequence[InputItem]) -> list[InputItem]:
-    """`items`, each with an id, the client's own where there is one."""
-    return [item if item.id else item.model_copy(update={"id": new_id(item.type)}) for item in items]
+    """`items`, each with an id now, the client's own where there is one."""
+    for item in items:
+        item.id = item.id or new_id(item.type)
+    return [*items]
 
 
 def item_out(item: InputItem) -> dict[str, Any]:
