@@ -15,10 +15,6 @@ SERVER_BLOCKS = re.compile(
 """What tools of Anthropic's servers leave in a history: left out."""
 
 
-SPOKEN = {"text": "data", "content": "content"}
-"""By the type of a document's source: where it has its text, or blocks of text."""
-
-
 class TextBlock(Body):
     type: Literal["text"]
     text: Text
@@ -43,9 +39,9 @@ class ToolReferenceBlock(Body):
 
 def as_text(block: Any) -> Any:
     """A block of a kind that chats have no word for, as text or as nothing."""
-    kind = block.get("type") if isinstance(block, dict) else None
-    if kind == "document" and isinstance(source := block.get("source"), dict) and source.get("type") in SPOKEN:
-        said = source.get(SPOKEN[source["type"]])
+    kind, source = (block.get("type"), block.get("source")) if isinstance(block, dict) else (None, None)
+    if kind == "document" and isinstance(source, dict) and source.get("type") in ("text", "content"):
+        said = source.get("data", source.get("content"))
         texts = [block.get("title"), block.get("context"), *([said] if isinstance(said, str) else _texts_in(said))]
     elif kind == "search_result":
         texts = [block.get("title"), block.get("source"), *_texts_in(block.get("content"))]

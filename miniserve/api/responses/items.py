@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 
@@ -21,17 +21,15 @@ LEFT_OUT = re.compile(
     r"\w+_call(_output)?|mcp_\w+|\w*compaction\w*|program(_output)?|configuration_update|ghost_snapshot"
 )
 """Other types of items: what servers' tools did, and what only OpenAI's can read."""
-
-
-TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+TextKind = Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
 
 
 class TextPart(Body):
-    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
+    type: TextKind
     text: Text
 
 
-Part = Annotated[TextPart, one_of("Content parts", TEXT_PARTS), BeforeValidator(readable)]
+Part = Annotated[TextPart, one_of("Content parts", get_args(TextKind)), BeforeValidator(readable)]
 TextParts = Annotated[list[Part], Field(fail_fast=True)]
 TextOrParts = Annotated[
     TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
@@ -79,13 +77,8 @@ class ToolSearchCallItem(ItemBody):
     arguments: Json
 
 
-def _in_order(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    offered_tools(tools)
-    return tools
-
-
 class ToolsItem(ItemBody):
-    tools: Annotated[FewTools, AfterValidator(_in_order)]
+    tools: Annotated[FewTools, AfterValidator(lambda tools: offered_tools(tools) and tools)]
 
 
 class ToolSearchOutputItem(ToolsItem):

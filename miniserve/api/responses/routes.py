@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import msgspec
 from fastapi import Request
@@ -41,15 +42,10 @@ class ResponsesRenderer(ChatRenderer):
         self.relaxed.add("input")
         # A result without its call would say nothing.
         results = CallOutputItem, ToolSearchOutputItem
-        answered = {item.call_id for item in self._items if isinstance(item, results)}
-        starts, waiting = [], set()
-        for number, item in enumerate(self._items):
-            if isinstance(item, results):
-                waiting.discard(item.call_id)
-            elif number and not waiting:
-                starts.append(number)
-            waiting |= {item.call_id} & answered if isinstance(item, Call) else set()
-        if starts:
+        calls = {item.call_id: number for number, item in enumerate(self._items) if isinstance(item, Call)}
+        needs = [calls.get(item.call_id, n) if isinstance(item, results) else n for n, item in enumerate(self._items)]
+        needed = [*accumulate(reversed(needs), min)][::-1]  # from there on
+        if starts := [number for number, first in enumerate(needed) if 0 < number == first]:
             at = bisect_left(starts, True, key=lambda start: self._length_from(start) <= self._most)
             self._length_from(starts[min(at, len(starts) - 1)])
         return super().prompts()

@@ -139,19 +139,16 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
 
     @property
     def ignored(self) -> list[str]:
-        unknown = ["include"] if set(self.include or []) - {LOGPROBS} else []
-        return [*super().ignored, *unknown, *(["top_logprobs"] if self.top_logprobs and not self._scored else [])]
-
-    @property
-    def _scored(self) -> bool:
-        return LOGPROBS in (self.include or [])
+        unknown, unscored = set(self.include or []) - {LOGPROBS}, LOGPROBS not in (self.include or [])
+        own = {"include": unknown, "top_logprobs": self.top_logprobs and unscored}
+        return [*super().ignored, *(name for name, ignored in own.items() if ignored)]
 
     @property
     def limit_field(self) -> str:
         return "max_output_tokens"
 
     def _same_fields(self) -> dict[str, Any]:
-        wanted = {"logprobs": True, "top_logprobs": self.top_logprobs} if self._scored else {}
+        wanted = {"logprobs": True, "top_logprobs": self.top_logprobs} if LOGPROBS in (self.include or []) else {}
         return {
             **self.model_dump(include=SAME_NAMES, by_alias=True),
             "max_completion_tokens": self.max_output_tokens,

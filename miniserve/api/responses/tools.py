@@ -47,10 +47,10 @@ def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[
     offered: dict[str, Offered] = {}
     left_out: list[str] = []
 
-    def add(found: Offered, at: str) -> None:
-        name = found.tool["function"]["name"]
-        if name in offered:
-            raise ParameterError(f"{at}.name", f"Two tools are called {str(name)[:128]!r}: rename one.")
+    def add(tool: Mapping[str, Any], at: str, namespace: Any = "") -> None:
+        found = _offered(tool, at, namespace)
+        if (name := found.tool["function"]["name"]) in offered:
+            raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
         offered[name] = found
 
     for number, tool in enumerate(tools):
@@ -59,11 +59,11 @@ def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[
             left_out += ["tools.namespace.description"] if tool.get("description") else []
             for index, one in enumerate(inner):
                 if isinstance(one, dict) and one.get("type") in ("function", "custom"):
-                    add(_offered(one, f"{here}.tools[{index}]", tool.get("name")), f"{here}.tools[{index}]")
+                    add(one, f"{here}.tools[{index}]", tool.get("name"))
                 else:
                     left_out.append(f"tools.{one.get('type') if isinstance(one, dict) else one}")
         elif kind in ("function", "custom") or (kind == SEARCH and tool.get("execution") == "client"):
-            add(_offered(tool, here), here)
+            add(tool, here)
         elif isinstance(kind, str):
             left_out.append(f"tools.{kind}")
         else:
@@ -71,7 +71,7 @@ def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[
     return offered, left_out
 
 
-def _offered(tool: Mapping[str, Any], at: str, namespace: Any = "") -> Offered:
+def _offered(tool: Mapping[str, Any], at: str, namespace: Any) -> Offered:
     if "function" in tool:
         raise ParameterError(at, f"`{at}`: here `name` and `parameters` stand beside `type`, not in `function`.")
     # Unset options of tools come as null from some clients, which would change the prompt.
