@@ -69,6 +69,10 @@ def _prompt_list(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Amount = Annotated[int, Field(ge=0, lt=2**31)]
+"""Where 0 means none at all."""
+On = Annotated[bool, BeforeValidator(lambda value: True if value is None else value)]
+Off = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]

@@ -47,7 +47,7 @@ class Choice:
     def finish(self) -> Finish | None:
         """Why it has ended; None while it goes on."""
         ended = self._words.finish
-        if self._reader is not None and (self._reader.done or (ended == "stop" and self._reader.calls)):
+        if self._reader is not None and (self._reader.done or (ended == "stop" and self._reader.called)):
             return "tool_calls"
         return ended
 

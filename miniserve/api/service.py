@@ -92,7 +92,7 @@ class Service:
         """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
         head = self.head(f"msg_{request.state.request_id}", body.model)
         with errors.renamed(MESSAGES_NAMES):
-            chat = body.chat(self._normalize)
+            chat = await asyncio.to_thread(body.chat, self._normalize)
             renderer = ChatRenderer(self.tokenizer, self.dialect, chat)
             return await self.generate(request, body, chat, renderer, MessagesWriter(head))
 
@@ -227,7 +227,8 @@ class Service:
         with_ignored(response, body.ignored)
         self.check_model(body.model)
         with errors.renamed(MESSAGES_NAMES):
-            tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body.chat(self._normalize))
+            chat = await asyncio.to_thread(body.chat, self._normalize)
+            tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, chat)
         return {"input_tokens": len(tokens)}
 
     async def tokenize(self, body: TokenizeRequest, response: Response) -> Tokenized:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -90,21 +91,22 @@ ToolChoice = Annotated[
 ]
 
 
-def check_tools(tools: list[Tool]) -> None:
-    """Raises `ParameterError` for the first that is not in order."""
+def check_tools(tools: list[Tool], numbers: Sequence[int] | None = None) -> None:
+    """Raises `ParameterError` for the first that is not in order; `numbers` are their places in the request."""
     names: set[str] = set()
-    for number, tool in enumerate(tools):
+    for number, tool in zip(numbers or range(len(tools)), tools, strict=True):
         at = f"tools[{number}]"
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict):
             raise ParameterError(at, f"`{at}` must look like {TOOL_EXAMPLE}: other kinds of tools are not supported.")
-        _check_function(function, f"{at}.function")
+        check_function(function, f"{at}.function")
         if function["name"] in names:
             raise ParameterError(f"{at}.function.name", f"Two tools are called {function['name']!r}: rename one.")
         names.add(function["name"])
 
 
-def _check_function(function: dict[str, Any], at: str) -> None:
+def check_function(function: dict[str, Any], at: str) -> None:
+    """Raises `ParameterError` about the place `at` if it is not in order."""
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ParameterError(
@@ -113,7 +115,7 @@ def _check_function(function: dict[str, Any], at: str) -> None:
         )
     if not isinstance(function.get("description") or "", str):
         raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")
-    parameters = function.get("parameters")
+    parameters = without_nulls(function.get("parameters"))
     if parameters is None:
         return
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":

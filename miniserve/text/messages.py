@@ -89,16 +89,16 @@ def check_call(call: dict[str, Any]) -> None:
 def call_for_template(call: dict[str, Any]) -> dict[str, Any]:
     """A call of the history as templates know it: its arguments are an object, if their text is one."""
     function = dict(call["function"])
-    arguments = function.setdefault("arguments", {})
+    function["arguments"] = arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):
-            if isinstance(decoded := json.loads(arguments or "{}"), dict):
+            if isinstance(decoded := json.loads(arguments), dict):
                 function["arguments"] = sound_json(decoded)
     return {**call, "function": function}
 
 
 UNREADABLE = {
-    **dict.fromkeys(["image", "image_url", "input_image", "computer_screenshot"], "image"),
+    **dict.fromkeys(["image", "image_url", "input_image", "computer_screenshot", "browser_state"], "image"),
     **dict.fromkeys(["audio", "audio_url", "input_audio"], "audio"),
     **dict.fromkeys(["video", "video_url", "input_video"], "video"),
     **dict.fromkeys(["file", "input_file", "document"], "file"),

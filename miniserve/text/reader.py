@@ -78,6 +78,7 @@ class CallScanner:
     ) -> None:
         self.calls = 0
         self.done = False
+        self.broken = False  # one of the calls was given early, and is none
         self._format = form
         self._schemas = schemas
         self._single = single
@@ -148,7 +149,7 @@ class CallScanner:
         calls = [(call.name, call.arguments) for call in found.calls[: 1 if self._single else None]]
         kept = 0
         if calls[: len(given)] != [(call.name, self._held[call.start : call.end]) for call in given]:
-            calls, kept, self._trim = [], given[-1].end, False
+            calls, kept, self._trim, self.broken = [], given[-1].end, False, True
         text, self._held = self._held[kept : found.end], self._held[found.end :]
         if not calls:
             self._give(text if given else self._gap + text, parts)
@@ -212,8 +213,9 @@ class Reader:
         return self._phase is not _Phase.ANSWER
 
     @property
-    def calls(self) -> int:
-        return self._scanner.calls if self._scanner else 0
+    def called(self) -> bool:
+        """Whether there are calls, none of them broken off: all may be run."""
+        return self._scanner is not None and self._scanner.calls > 0 and not self._scanner.broken
 
     @property
     def done(self) -> bool:

@@ -38,6 +38,17 @@ async def test_the_life_of_a_conversation(api: ResponsesServer) -> None:
         await conversations.retrieve(made.id)
 
 
+async def test_what_is_ignored_is_named(api: ResponsesServer) -> None:
+    made = await api.http.post("/conversations", json={"items": [{**HI, "content": [{"type": "input_image"}]}], "a": 1})
+    assert made.headers["x-ignored-parameters"] == "a, items[].content[].input_image"
+    path = f"/conversations/{made.json()['id']}"
+    changed = await api.http.post(path, json={"metadata": {}, "items": [HI]})
+    assert changed.headers["x-ignored-parameters"] == "items"
+    added = await api.http.post(f"{path}/items", json={"items": [{"type": "web_search_call", "id": "ws_1"}]})
+    assert added.headers["x-ignored-parameters"] == "items[].web_search_call"
+    assert (await api.http.get(f"{path}/items/ws_1")).json() == {"type": "web_search_call", "id": "ws_1"}
+
+
 async def test_responses_go_on_with_a_conversation(api: ResponsesServer) -> None:
     made = await api.openai.conversations.create()
     api.say("It rains.")

@@ -235,6 +235,29 @@ async def test_one_call_at_most(api: MessagesServer) -> None:
     assert len((await api.whole(tools=[WEATHER]))["content"]) == 2
 
 
+async def test_a_prompt_is_left_in_the_cache(api: MessagesServer) -> None:
+    api.engine.play = lambda prompt, params: {"steps": [[]], "finish": "length"}
+    answer = await api.whole(max_tokens=0, tools=[WEATHER])
+    assert (answer["content"], answer["stop_reason"], answer["usage"]["output_tokens"]) == ([], "max_tokens", 0)
+    assert api.engine.turns[-1].params.max_tokens == 0
+    assert (await api.events(max_tokens=0))[-2]["delta"]["stop_reason"] == "max_tokens"
+
+
+async def test_null_is_nothing(api: MessagesServer) -> None:
+    call = {"type": "tool_use", "id": "a", "name": "f", "input": None}
+    await api.whole(messages=[*HI, {"role": "assistant", "content": [call]}, {"role": "user", "content": None}])
+    prompt = api.prompt
+    await api.whole(messages=[*HI, {"role": "assistant", "content": [{**call, "input": {}}]}, {**HI[0], "content": ""}])
+    assert api.prompt == prompt
+
+
+@pytest.mark.parametrize("inner", ["INNER", [{"type": "text", "text": "INNER"}, {"type": "image"}]])
+async def test_a_document_of_blocks_is_text(api: MessagesServer, inner: Any) -> None:
+    block = {"type": "document", "title": "T", "source": {"type": "content", "content": inner}}
+    await api.whole(messages=[{"role": "user", "content": [block, {"type": "browser_state"}]}])
+    assert "T\nINNER" in api.prompt
+
+
 async def test_an_answer_that_has_begun_goes_on(api: MessagesServer) -> None:
     await api.whole(messages=[*HI, {"role": "assistant", "content": "I thi"}])
     assert api.prompt.endswith("<|im_start|>assistant\nI thi")
@@ -282,6 +305,10 @@ async def test_thinking_and_formats(tmp_path: Path) -> None:
         ({"tool_choice": {"type": "tool"}}, "needs `name`"),
         ({"stop_sequences": [""]}, "`stop_sequences[0]`"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "`output_config.format`"),
+        ({"tools": [WEATHER, WEATHER]}, "Two tools are called 'weather'"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}, {**WEATHER, "name": "a b"}]}, "`tools[1].name` must"),
+        ({"output_format": {"type": "json_schema", "schema": SCHEMA}}, "use `output_config.format`"),
+        ({"stop": ["x"]}, "use `stop_sequences`"),
     ],
 )
 async def test_bad_requests(api: MessagesServer, body: dict[str, Any], words: str) -> None:

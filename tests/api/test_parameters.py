@@ -144,6 +144,14 @@ def test_what_asks_for_nothing_passes(kind: type[RequestBody], body: dict[str, A
     assert kind.model_validate(body).ignored == []
 
 
+@pytest.mark.parametrize(("route", "kind", "official", "least"), APIS)
+def test_null_is_as_good_as_nothing(route: str, kind: type[RequestBody], official: type, least: dict[str, Any]) -> None:
+    for name in kind.model_fields.keys() - least.keys():
+        made = kind.model_validate({**least, name: None})
+        if name != "max_tokens":  # of a completion: null is the rest of the context
+            assert getattr(made, name) == getattr(kind.model_validate(least), name)
+
+
 def test_names_in_the_header() -> None:
     assert ignored_header([]) == {}
     assert ignored_header(["b", "a", "a"]) == {"X-Ignored-Parameters": "a, b"}

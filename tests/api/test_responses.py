@@ -247,6 +247,15 @@ def test_answers_of_several_items_are_one_message() -> None:
         ({"input": "x" * 5000}, "input", "maximum context length"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0]", "beside `type`"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "`tools[0].name` must be"),
+        # Places are the client's, whatever stands before them and is left out.
+        ({"tools": [{"type": "mcp"}, {"type": "function"}]}, "tools[1].name", "not 'None'"),
+        ({"tools": [{"type": "function", "name": ["f"]}]}, "tools[0].name", "letters"),
+        ({"tools": [{"type": "custom", "name": {}}]}, "tools[0].name", "letters"),
+        ({"tools": [{"type": "namespace", "tools": [WEATHER]}]}, "tools[0].tools[0].name", "letters"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]}, "tools[0].tools[0].name", "1"),
+        ({"tools": [WEATHER, {"type": "function", "name": "f", "parameters": []}]}, "tools[1].parameters", "schema"),
+        ({"input": [{"type": "additional_tools", "tools": [{"type": "function"}]}]}, "input[0].tools", "letters"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "use `text.format`"),
         ({"tool_choice": "required"}, "tool_choice", "needs `tools`"),
         ({"tool_choice": 5}, "tool_choice", "or an object"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", "'web_search'"),
@@ -281,6 +290,11 @@ async def test_ignored_parameters_are_named(api: ResponsesServer) -> None:
     ignored = response.headers["x-ignored-parameters"]
     assert ignored == "..., include, reasoning.summary, service_tier, text.verbosity, user"
     assert "x-ignored-parameters" not in (await api.post()).headers
+    others = {"type": "additional_tools", "tools": [{"type": "web_search"}]}
+    thought = {"type": "reasoning", "summary": [], "encrypted_content": "x"}
+    response = await api.post(input=[others, thought], top_logprobs=2)
+    ignored = response.headers["x-ignored-parameters"]
+    assert ignored == "input[].encrypted_content, input[].tools.web_search, top_logprobs"
     streamed = await api.post(stream=True, user="me")
     assert streamed.headers["x-ignored-parameters"] == "user"
 
@@ -311,6 +325,45 @@ async def test_disconnect_cancels(hermes: Tokenizer, stream: bool, path: str) ->
         writer.close()
         async with asyncio.timeout(2):
             await api.engine.turns[0].cancelled.wait()
+
+
+@pytest.mark.parametrize("item", [
+    {"role": "assistant", "content": None},
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": None},
+    {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": None},
+    {"type": "function_call_output", "call_id": "c", "output": None},
+])  # fmt: skip
+async def test_null_is_no_text(api: ResponsesServer, item: dict[str, Any]) -> None:
+    await api.whole(input=[item])
+    prompt = api.prompt
+    await api.whole(input=[{key: "" if value is None else value for key, value in item.items()}])
+    assert api.prompt == prompt
+
+
+async def test_allowed_tools_that_are_left_out(api: ResponsesServer) -> None:
+    api.say(CALL)
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}
+    answer = await api.whole(tools=[WEATHER, {"type": "web_search"}], tool_choice=choice)
+    assert [item["type"] for item in answer["output"]] == ["message"]
+
+
+DEEP = "[" * 150 + "]" * 150
+CUSTOM = {"type": "custom", "name": "weather"}
+SEARCH = {"type": "tool_search", "execution": "client"}
+
+
+@pytest.mark.parametrize(("tool", "name", "arguments", "expected"), [
+    (CUSTOM, "weather", '{"input": {"a": 1}}', {"input": '{"a": 1}'}),
+    (CUSTOM, "weather", '{"input": ' + "[" * 50_000, {"input": '{"input": ' + "[" * 50_000}),
+    (SEARCH, "tool_search", f'{{"query": {DEEP}}}', {"arguments": {}}),
+])  # fmt: skip
+async def test_odd_arguments_of_calls(
+    api: ResponsesServer, tool: dict[str, Any], name: str, arguments: str, expected: dict[str, Any]
+) -> None:
+    api.engine.max_model_len = 2**20
+    api.say(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
+    item = (await api.events(tools=[tool]))[-1]["response"]["output"][0]
+    assert item | expected == item
 
 
 # --- OpenAI's client --------------------------------------------------------------------------------------------------

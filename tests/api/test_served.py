@@ -295,6 +295,20 @@ async def test_truncation(responses: ResponsesServer) -> None:
     assert "X-Ignored-Parameters" not in (await responses.post(truncation="auto")).headers
 
 
+@pytest.mark.parametrize("length", [250, 300, 350, 400])
+async def test_truncation_between_parallel_calls(responses: ResponsesServer, length: int) -> None:
+    items: list[dict[str, Any]] = []
+    for turn in range(8):
+        calls = [f"c{turn}{letter}" for letter in "abc"]
+        said = {"type": "function_call", "name": "f"}
+        items += [{**said, "call_id": c, "arguments": json.dumps({"is": c, "x": "x" * length})} for c in calls]
+        items += [{"type": "function_call_output", "call_id": c, "output": f"of {c}"} for c in calls]
+    answer = await responses.post(input=items, max_output_tokens=100, truncation="auto")
+    assert answer.headers["X-Ignored-Parameters"] == "input"
+    for call in {item["call_id"] for item in items}:
+        assert (f"of {call}" in responses.prompt) == (f'"{call}"' in responses.prompt)
+
+
 async def test_log_probabilities_of_text(responses: ResponsesServer) -> None:
     wanted: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     responses.say("<think>\nHm.\n</think>\nHello")

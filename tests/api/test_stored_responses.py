@@ -121,6 +121,13 @@ async def test_stored_responses_can_be_read_and_deleted(api: ResponsesServer, st
         await api.openai.responses.retrieve(behind["id"])
 
 
+async def test_items_that_are_left_out_keep_their_id(api: ResponsesServer) -> None:
+    search = {"type": "web_search_call", "id": "ws_1", "action": {"query": "x"}}
+    answer = await api.whole(input=[search, {"role": "user", "content": "Hi"}])
+    listed = (await api.http.get(f"/responses/{answer['id']}/input_items")).json()["data"]
+    assert listed[1] == {"type": "web_search_call", "id": "ws_1"}
+
+
 def test_the_store_is_bounded() -> None:
     store: ResponseStore[int] = ResponseStore(max_responses=3, max_tokens=100)
     for number in range(4):

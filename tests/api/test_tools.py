@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from miniserve.text.calls import sound
 from miniserve.text.formats import FORMATS
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import dialects
 from tests.support.api import HI
 from tests.support.dialects import CALLS, FORMS, PERSON, TOOLS, called, conversation, tool
-from tests.support.servers import ChatServer
+from tests.support.servers import ChatServer, ResponsesServer
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -76,6 +77,28 @@ async def test_a_call_that_is_cut_off(tokenizers: dict[str, Tokenizer]) -> None:
     assert one == two
     assert (one["finish_reason"], text.startswith(one["message"]["content"])) == ("length", True)
     assert "tool_calls" not in one["message"]
+
+
+@pytest.mark.parametrize(("text", "stop"), [
+    (FORMATS["hermes"].write(CALLS), "quoted"),
+    ('<tool_call>\n{"name": "write", "arguments": {"path": oops}}\n</tool_call>', None),
+    ('<tool_call>\n{"name": "write", "arguments": {"path": "a"}', None),
+])  # fmt: skip
+async def test_a_call_that_breaks_off_in_a_stream_is_not_to_be_run(
+    tokenizers: dict[str, Tokenizer], text: str, stop: str | None
+) -> None:
+    api = ChatServer(tokenizers["hermes"])
+    api.say(text)
+    whole, streamed = await api.answers(tools=TOOLS, stop=stop)
+    assert whole["finish_reason"] == streamed["finish_reason"] == "stop"
+    assert "tool_calls" not in whole["message"]
+    (call,) = streamed["message"]["tool_calls"]
+    assert call["function"]["arguments"] in text
+    responses = ResponsesServer(tokenizers["hermes"])
+    responses.say(text)
+    tools = [{"type": "function", **one["function"]} for one in TOOLS]
+    item = (await responses.events(tools=tools, stop=stop))[-1]["response"]["output"][0]
+    assert (item["status"] == "incomplete") == (not sound(item["arguments"]))
 
 
 async def test_one_call_only(tokenizers: dict[str, Tokenizer]) -> None:

@@ -29,7 +29,7 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: Annotated[Text, Field(min_length=1)]
     name: Text
-    input: Json
+    input: Json | None
 
 
 class ToolReferenceBlock(Body):
@@ -39,9 +39,10 @@ class ToolReferenceBlock(Body):
 
 def as_text(block: Any) -> Any:
     """A block of a kind that chats have no word for, as text or as nothing."""
-    kind = block.get("type") if isinstance(block, dict) else None
-    if kind == "document" and isinstance(source := block.get("source"), dict) and source.get("type") == "text":
-        texts = [block.get("title"), block.get("context"), source.get("data")]
+    kind, source = (block.get("type"), block.get("source")) if isinstance(block, dict) else (None, None)
+    if kind == "document" and isinstance(source, dict) and source.get("type") in ("text", "content"):
+        said = source.get("data", source.get("content"))
+        texts = [block.get("title"), block.get("context"), *([said] if isinstance(said, str) else _texts_in(said))]
     elif kind == "search_result":
         texts = [block.get("title"), block.get("source"), *_texts_in(block.get("content"))]
     elif kind == "compaction":

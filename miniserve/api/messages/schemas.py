@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field
 
 from miniserve.api.errors import ApiError
-from miniserve.api.fields import Count, Effort, RequestBody, StopTexts, one_of
+from miniserve.api.fields import Amount, Effort, RequestBody, StopTexts, one_of
 from miniserve.api.messages.blocks import (
     Blocks,
     TextBlock,
@@ -18,7 +18,7 @@ from miniserve.api.messages.blocks import (
 )
 from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.tools import DEFERRED, FewTools, Tool, deferred
+from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Body, Json, Text, TextOr, kind_of
 
@@ -45,9 +45,10 @@ SystemText = Annotated[
 
 class MessageParam(Body):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[
-        TextOr[Blocks], Discriminator(kind_of, "content", "Content must be a string or a list of blocks")
-    ]
+    content: (
+        Annotated[TextOr[Blocks], Discriminator(kind_of, "content", "Content must be a string or a list of blocks")]
+        | None
+    )
 
 
 class ThinkingSettings(Body):
@@ -106,7 +107,9 @@ class CountTokensRequest(RequestBody):
         return ChatRequest.model_validate(self._fields(normalize))
 
     def _fields(self, normalize: bool) -> dict[str, Any]:
-        tools = {str(tool.get("name")): _chat_tool(n, tool) for n, tool in enumerate(self.tools or []) if _own(tool)}
+        own = {number: _chat_tool(number, tool) for number, tool in enumerate(self.tools or []) if _own(tool)}
+        check_tools([*own.values()], [*own])
+        tools: dict[str, Tool] = {tool["function"]["name"]: tool for tool in own.values()}
         system = _system_text(self.system or "", normalize)
         messages = [{"role": "system", "content": system}] if system else []
         history = _History(tools)
@@ -136,9 +139,14 @@ class CountTokensRequest(RequestBody):
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
-    refused = {**SamplingFields.refused, "prompt_logprobs": SCORES}
+    refused = {
+        **SamplingFields.refused,
+        "prompt_logprobs": SCORES,
+        "stop": "use `stop_sequences`",
+        **dict.fromkeys(["response_format", "output_format"], "use `output_config.format`"),
+    }
 
-    max_tokens: Count
+    max_tokens: Amount
     stop_sequences: StopTexts | None = None
 
     def _fields(self, normalize: bool) -> dict[str, Any]:
@@ -166,10 +174,10 @@ class _History:
 
     def chat_messages(self, message: MessageParam, at: str) -> list[dict[str, Any]]:
         """A message as those of a chat, in which the results of tools are messages of their own."""
-        if isinstance(message.content, str):
-            return [{"role": message.role, "content": message.content}]
+        if isinstance(content := message.content or "", str):
+            return [{"role": message.role, "content": content}]
         if message.role == "assistant":
-            return [_answer(message.content, at)]
+            return [_answer(content, at)]
         messages: list[dict[str, Any]] = []
         texts: list[str] = []
 
@@ -178,7 +186,7 @@ class _History:
                 messages.append({"role": message.role, "content": "\n".join(texts)})
                 texts.clear()
 
-        for number, block in enumerate(message.content):
+        for number, block in enumerate(content):
             if isinstance(block, TextBlock | ToolReferenceBlock):
                 texts += [text] if (text := self._text(block)) else []
             elif isinstance(block, ToolResultBlock) and message.role == "user":
@@ -211,7 +219,7 @@ def _answer(blocks: list[Any], at: str) -> dict[str, Any]:
             case ThinkingBlock():
                 answer["reasoning_content"] = answer.get("reasoning_content", "") + block.thinking
             case ToolUseBlock():
-                function = {"name": block.name, "arguments": block.input}
+                function = {"name": block.name, "arguments": block.input or {}}
                 answer.setdefault("tool_calls", []).append({"id": block.id, "type": "function", "function": function})
             case _:
                 raise _misplaced(block, "assistant", f"{at}.content[{number}]")

@@ -88,7 +88,7 @@ class SamplingFields(RequestBody):
         "use_beam_search": "tokens are sampled, or taken greedily with `temperature` 0",
         "truncate_prompt_tokens": "cut the input yourself",
         "bad_words": "use `logit_bias`",
-        **dict.fromkeys(["allowed_token_ids", "logits_processors"], "use `structured_outputs` or `response_format`"),
+        **dict.fromkeys(["allowed_token_ids", "logits_processors", "structural_tag"], "use `structured_outputs`"),
     }
 
     model: Text | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from miniserve.api.fields import Count, Effort, Prompts, RequestBody, TokenIds
+from miniserve.api.fields import Amount, Count, Effort, Off, On, Prompts, RequestBody, TokenIds
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_tools
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
@@ -30,7 +30,7 @@ class ChatRequest(GenerationRequest):
 
     messages: Messages
     max_completion_tokens: Count | None = None
-    max_tokens: Count | None = None
+    max_tokens: Amount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Tools | None = None
@@ -39,8 +39,8 @@ class ChatRequest(GenerationRequest):
     """Whether an answer may call more than one tool; yes, unless it is false."""
     reasoning_effort: Effort | None = None
     """A variable of the chat template; "none" also sets the variables that switch thinking off."""
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: On = True
+    continue_final_message: Off = False
     chat_template_kwargs: Json | None = None
     """Variables of the chat template: those that it reads, and always `enable_thinking` and the like."""
 
@@ -97,11 +97,11 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompts
     suffix: Text | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
+    max_tokens: Amount | None = 16
     """16 if it is left out, as with OpenAI and vLLM; null means the rest of the context, 0 no output at all."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: On = True
 
     @model_validator(mode="after")
     def _only_what_is_supported(self) -> CompletionRequest:
@@ -129,9 +129,9 @@ class TokenizeRequest(RequestBody):
     prompt: Text | None = None
     messages: Messages | None = None
     tools: Tools | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_special_tokens: On = True
+    add_generation_prompt: On = True
+    continue_final_message: Off = False
     chat_template_kwargs: Json | None = None
     return_token_strs: bool | None = None
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import Query
+from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody
@@ -17,14 +18,18 @@ from miniserve.api.responses.answers import ConversationDeleted, ConversationOut
 from miniserve.api.responses.items import InputItem, Items, item_out, with_ids
 from miniserve.api.responses.schemas import Metadata
 from miniserve.api.responses.store import BYTES_PER_TOKEN, ResponseStore, Stored
+from miniserve.api.service import with_ignored
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
 
 
-class ConversationRequest(RequestBody):
-    items: Items | None = None
+class MetadataRequest(RequestBody):
     metadata: Metadata | None = None
+
+
+class ConversationRequest(MetadataRequest):
+    items: Items | None = None
 
 
 class ItemsRequest(RequestBody):
@@ -62,8 +67,9 @@ class Conversations:
 
     # --- routes -----------------------------------------------------------------------------------------------------
 
-    async def create(self, body: ConversationRequest) -> ConversationOut:
+    async def create(self, body: ConversationRequest, response: Response) -> ConversationOut:
         """Begin a conversation, with items or none."""
+        with_ignored(response, body.ignored)
         id = f"conv_{secrets.token_hex(24)}"
         made: ConversationOut = {
             "id": id,
@@ -79,8 +85,9 @@ class Conversations:
         """What is known of a conversation beside its items."""
         return msgspec.json.decode(self._get(conversation).answer, type=ConversationOut)
 
-    async def update(self, conversation: str, body: ConversationRequest) -> ConversationOut:
+    async def update(self, conversation: str, body: MetadataRequest, response: Response) -> ConversationOut:
         """Give a conversation other metadata."""
+        with_ignored(response, body.ignored)
         stored = self._get(conversation)
         made: ConversationOut = {**(await self.retrieve(conversation)), "metadata": body.metadata or {}}
         self._put(conversation, stored.items, stored.tokens, msgspec.json.encode(made))
@@ -98,8 +105,9 @@ class Conversations:
         """The items of a conversation, the latest first."""
         return page(self.items(conversation), limit, order, after)
 
-    async def add_items(self, conversation: str, body: ItemsRequest) -> ItemList:
+    async def add_items(self, conversation: str, body: ItemsRequest, response: Response) -> ItemList:
         """Add items at the end of a conversation."""
+        with_ignored(response, body.ignored)
         self._get(conversation)
         added = with_ids(body.items)
         self.extend(conversation, added)

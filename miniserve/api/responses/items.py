@@ -4,9 +4,9 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 
 from miniserve.api.fields import one_of
 from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
@@ -17,34 +17,23 @@ ITEMS = (
     *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"),
     *("tool_search_call", "tool_search_output", "additional_tools"),
 )
-LEFT_OUT = re.compile(r"\w+_call(_output)?|mcp_\w+|compaction\w*|program(_output)?|configuration_update|ghost_snapshot")
+LEFT_OUT = re.compile(
+    r"\w+_call(_output)?|mcp_\w+|\w*compaction\w*|program(_output)?|configuration_update|ghost_snapshot"
+)
 """Other types of items: what servers' tools did, and what only OpenAI's can read."""
+TextKind = Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
 
 
 class TextPart(Body):
-    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
+    type: TextKind
     text: Text
 
 
-class ReasoningPart(Body):
-    type: Literal["reasoning_text", "summary_text"]
-    text: Text
-
-
-TextParts = Annotated[
-    list[
-        Annotated[
-            TextPart,
-            one_of("Content parts", ("input_text", "output_text", "text", "summary_text", "reasoning_text")),
-            BeforeValidator(readable),
-        ]
-    ],
-    Field(fail_fast=True),
-]
+Part = Annotated[TextPart, one_of("Content parts", get_args(TextKind)), BeforeValidator(readable)]
+TextParts = Annotated[list[Part], Field(fail_fast=True)]
 TextOrParts = Annotated[
     TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
 ]
-ReasoningParts = Annotated[list[ReasoningPart], Field(fail_fast=True)]
 CallId = Annotated[Text, Field(min_length=1)]
 
 
@@ -59,19 +48,19 @@ class MessageItem(ItemBody):
     content: TextOrParts
 
 
-class FunctionCallItem(ItemBody):
-    type: Literal["function_call"]
+class NamedCallItem(ItemBody):
     call_id: CallId
     name: Text
     namespace: Text | None = None
+
+
+class FunctionCallItem(NamedCallItem):
+    type: Literal["function_call"]
     arguments: Text
 
 
-class CustomToolCallItem(ItemBody):
+class CustomToolCallItem(NamedCallItem):
     type: Literal["custom_tool_call"]
-    call_id: CallId
-    name: Text
-    namespace: Text | None = None
     input: Text
 
 
@@ -88,40 +77,51 @@ class ToolSearchCallItem(ItemBody):
     arguments: Json
 
 
-class ToolSearchOutputItem(ItemBody):
+class ToolsItem(ItemBody):
+    tools: Annotated[FewTools, AfterValidator(lambda tools: offered_tools(tools) and tools)]
+
+
+class ToolSearchOutputItem(ToolsItem):
     type: Literal["tool_search_output"]
     call_id: CallId
     execution: Text | None = None
-    tools: FewTools
 
 
-class AdditionalToolsItem(ItemBody):
+class AdditionalToolsItem(ToolsItem):
     type: Literal["additional_tools"]
     role: Text | None = None
-    tools: FewTools
 
 
 class ReasoningItem(ItemBody):
-    """`content` goes before `summary`. No server can read what another one has encrypted."""
+    """`content` goes before `summary`. What another server has encrypted cannot be read, and is ignored."""
 
     type: Literal["reasoning"]
-    content: ReasoningParts | None = None
-    summary: ReasoningParts | None = None
-    encrypted_content: Text | None = None
+    content: TextParts | None = None
+    summary: TextParts | None = None
 
 
 class LeftOutItem(ItemBody):
+    """Only what it was is kept of it."""
+
     type: Literal["left_out"]
+    was: Text
+
+
+EMPTY_TEXTS = {"content", "output", "input", "arguments"}
+"""Clients have null for these where there is no text."""
 
 
 def _known(value: Any) -> Any:
     """The type of messages may be left out. What a server has searched for has no `call_id`, and no need of a place."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind is None and isinstance(value, dict) and "role" in value:
-        return {**value, "type": "message"}
+    if not isinstance(value, dict):
+        return value
+    if (kind := value.get("type")) is None and "role" in value:
+        kind = "message"
+    if kind in ITEMS[:5]:
+        value = {**value, "type": kind, **{key: "" for key in EMPTY_TEXTS & value.keys() if value[key] is None}}
     served = kind in ITEMS and not (kind in ITEMS[-3:-1] and value.get("call_id") is None)
     if isinstance(kind, str) and not served and (kind in ITEMS or LEFT_OUT.fullmatch(kind)):
-        return {"type": "left_out"}
+        return {"type": "left_out", "was": kind, "id": value.get("id")}
     return value
 
 
@@ -154,13 +154,17 @@ def new_id(kind: str) -> str:
 
 
 def with_ids(items: Sequence[InputItem]) -> list[InputItem]:
-    """`items`, each with an id, the client's own where there is one."""
-    return [item if item.id else item.model_copy(update={"id": new_id(item.type)}) for item in items]
+    """`items`, each with an id now, the client's own where there is one."""
+    for item in items:
+        item.id = item.id or new_id(item.type)
+    return [*items]
 
 
 def item_out(item: InputItem) -> dict[str, Any]:
     """An item as it is shown: a message's text as a part."""
     shown = {**item.model_dump(exclude_none=True), "status": item.status or "completed"}
+    if isinstance(item, LeftOutItem):
+        return {"type": item.was, "id": item.id}
     if isinstance(item, MessageItem) and isinstance(item.content, str):
         kind = "output_text" if item.role == "assistant" else "input_text"
         shown["content"] = [{"type": kind, "text": item.content}]
@@ -226,10 +230,7 @@ def _add(answer: dict[str, Any], item: InputItem) -> None:
 
 
 def _called(item: Call) -> dict[str, Any]:
-    match item:
-        case FunctionCallItem():
-            return {"name": flat_name(item.name, item.namespace), "arguments": item.arguments}
-        case CustomToolCallItem():
-            return {"name": flat_name(item.name, item.namespace), "arguments": {INPUT: item.input}}
-        case ToolSearchCallItem():
-            return {"name": SEARCH, "arguments": item.arguments}
+    if isinstance(item, ToolSearchCallItem):
+        return {"name": SEARCH, "arguments": item.arguments}
+    arguments = item.arguments if isinstance(item, FunctionCallItem) else {INPUT: item.input}
+    return {"name": flat_name(item.name, item.namespace), "arguments": arguments}

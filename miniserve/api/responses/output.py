@@ -11,6 +11,8 @@ from miniserve.api.responses.items import new_id
 from miniserve.api.responses.tools import CallKind, Offered, custom_input
 from miniserve.api.streaming import NamedEvent
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.text.calls import sound
+from miniserve.text.messages import sound_json
 from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
 from miniserve.text.tokenizer import Tokenizer
 
@@ -116,8 +118,8 @@ class OutputItems:
                     ("response.custom_tool_call_input.done", {**self._place(), "input": text}),
                 ]
             case "tool_search_call":
-                with suppress(ValueError):  # it was cut off
-                    item["arguments"] = json.loads(self._arguments)
+                with suppress(ValueError, RecursionError):  # it was cut off, or is too deep to be sent back
+                    item["arguments"] = sound_json(json.loads(self._arguments))
                 return []
 
     # --- any item ---------------------------------------------------------------------------------------------------
@@ -132,7 +134,6 @@ class OutputItems:
         if (item := self._open) is None:
             return []
         events: list[NamedEvent] = []
-        item["status"] = status
         if item["type"] == "message" or item["type"] == "reasoning":
             part: Any = item["content"][0]
             more = {"text": part["text"], **({"logprobs": part["logprobs"]} if item["type"] == "message" else {})}
@@ -141,7 +142,9 @@ class OutputItems:
             events.append(("response.content_part.done", {**self._place(0), "part": part}))
         else:
             events += self._end_call(item)
-        self._open = None
+            if not sound(self._arguments):
+                status = "incomplete"  # the model broke off, and may have gone on with text
+        item["status"], self._open = status, None
         return [*events, ("response.output_item.done", {"output_index": len(self.items) - 1, "item": item})]
 
     def _place(self, content: int | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import msgspec
 from fastapi import Request
@@ -15,32 +16,24 @@ from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
 from miniserve.api.responses.answers import InputTokens, ItemList, ResponseDeleted, ResponseOut
 from miniserve.api.responses.conversations import Conversations, Limit, Order, page
-from miniserve.api.responses.items import OUTPUT, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
+from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, Stored, continuing, not_found
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.service import Service, with_ignored
-from miniserve.text.dialect import Dialect
-from miniserve.text.tokenizer import Tokenizer
 
 
 class ResponsesRenderer(ChatRenderer):
     """The prompt of a response to `items`. Where `truncation` allows, the oldest are left out of one that would leave
-    no room for an answer in a context of `max_len` tokens."""
+    no room for an answer. Many items take a while, so it is not made on the event loop."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        dialect: Dialect,
-        body: InputTokensRequest,
-        items: Sequence[InputItem],
-        max_len: int,
-    ) -> None:
+    def __init__(self, service: Service, body: InputTokensRequest, items: Sequence[InputItem]) -> None:
         self.chat, self.offered = body.chat(items)
-        super().__init__(tokenizer, dialect, self.chat)
+        super().__init__(service.tokenizer, service.dialect, self.chat)
         self._body = body
         self._items = items
-        self._most = max_len - min(self.chat.output_limit or max_len // 8, max_len // 2)
+        room = service.max_model_len
+        self._most = room - min(self.chat.output_limit or room // 8, room // 2)
 
     def prompts(self) -> list[list[int]]:
         prompts = super().prompts()
@@ -49,8 +42,10 @@ class ResponsesRenderer(ChatRenderer):
         self.relaxed.add("input")
         # A result without its call would say nothing.
         results = CallOutputItem, ToolSearchOutputItem
-        starts = [number for number, item in enumerate(self._items) if number and not isinstance(item, results)]
-        if starts:
+        calls = {item.call_id: number for number, item in enumerate(self._items) if isinstance(item, Call)}
+        needs = [calls.get(item.call_id, n) if isinstance(item, results) else n for n, item in enumerate(self._items)]
+        needed = [*accumulate(reversed(needs), min)][::-1]  # from there on
+        if starts := [number for number, first in enumerate(needed) if 0 < number == first]:
             at = bisect_left(starts, True, key=lambda start: self._length_from(start) <= self._most)
             self._length_from(starts[min(at, len(starts) - 1)])
         return super().prompts()
@@ -89,7 +84,7 @@ class ResponsesRoutes:
         # The id is a key to the stored response, so clients cannot choose it.
         head = self._service.head(f"resp_{uuid.uuid4().hex}", body.model)
         with errors.renamed(RESPONSES_NAMES):
-            renderer = self._renderer(body, items)
+            renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, items)
             writer = ResponsesWriter(head, body, renderer.offered, self._service.tokenizer, keep)
             with continuing(previous) as conversation:
                 known = conversation or body.conversation or ""
@@ -101,7 +96,7 @@ class ResponsesRoutes:
         self._service.check_model(body.model)
         past = self._past(body, self._store.previous(body.previous_response_id))
         with errors.renamed(RESPONSES_NAMES):
-            renderer = self._renderer(body, [*past, *body.items])
+            renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, [*past, *body.items])
             (prompt,) = await asyncio.to_thread(renderer.prompts)
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
@@ -128,10 +123,6 @@ class ResponsesRoutes:
         if body.conversation:
             return self.conversations.items(body.conversation)
         return previous.items if previous else ()
-
-    def _renderer(self, body: InputTokensRequest, items: Sequence[InputItem]) -> ResponsesRenderer:
-        service = self._service
-        return ResponsesRenderer(service.tokenizer, service.dialect, body, items, service.max_model_len)
 
     def _stored(self, id: str) -> Stored[InputItem]:
         if (stored := self._store.get(id)) is None:

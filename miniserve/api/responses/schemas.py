@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_v
 from miniserve.api.fields import Count, Effort, Key, RequestBody, Stops, at_most
 from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.responses.items import InputItem, Items, MessageItem, messages_of
+from miniserve.api.responses.items import InputItem, Items, MessageItem, ToolsItem, messages_of
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
 from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
@@ -87,7 +87,9 @@ class InputTokensRequest(RequestBody):
     def ignored(self) -> list[str]:
         verbosity = ["text.verbosity"] if self.text and self.text.verbosity else []
         summary = self.reasoning and (self.reasoning.summary or self.reasoning.generate_summary)
-        return [*self._ignored, *self._left_out, *verbosity, *(["reasoning.summary"] if summary else [])]
+        brought = [name for item in self.items if isinstance(item, ToolsItem) for name in offered_tools(item.tools)[1]]
+        left_out = [*self._left_out, *(f"input[].{name}" for name in brought)]
+        return [*self._ignored, *left_out, *verbosity, *(["reasoning.summary"] if summary else [])]
 
     @property
     def items(self) -> list[InputItem]:
@@ -118,6 +120,7 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
     refused = {
         **SamplingFields.refused,
         **InputTokensRequest.refused,
+        "response_format": "use `text.format`",
         "background": "answers come while the connection is open: use `stream`",
         "moderation": "nothing is moderated here",
         "image": "this model writes text only",
@@ -136,7 +139,9 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
 
     @property
     def ignored(self) -> list[str]:
-        return super().ignored + (["include"] if set(self.include or []) - {LOGPROBS} else [])
+        unknown, unscored = set(self.include or []) - {LOGPROBS}, LOGPROBS not in (self.include or [])
+        own = {"include": unknown, "top_logprobs": self.top_logprobs and unscored}
+        return [*super().ignored, *(name for name, ignored in own.items() if ignored)]
 
     @property
     def limit_field(self) -> str:

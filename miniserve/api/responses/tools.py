@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from miniserve.api.tools import DEFERRED, Tool
+from miniserve.api.tools import DEFERRED, Tool, check_function
 from miniserve.sampling_params import ParameterError
+from miniserve.text.schemas import spelled
 
 
 class CallKind(StrEnum):
@@ -27,7 +28,7 @@ class Offered(NamedTuple):
     tool: Tool
     kind: CallKind
     name: str
-    namespace: str | None = None
+    namespace: str = ""
 
 
 INPUT = "input"
@@ -46,10 +47,10 @@ def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[
     offered: dict[str, Offered] = {}
     left_out: list[str] = []
 
-    def add(found: Offered, at: str) -> None:
-        name = found.tool["function"]["name"]
-        if name in offered:
-            raise ParameterError(f"{at}.name", f"Two tools are called {str(name)[:128]!r}: rename one.")
+    def add(tool: Mapping[str, Any], at: str, namespace: Any = "") -> None:
+        found = _offered(tool, at, namespace)
+        if (name := found.tool["function"]["name"]) in offered:
+            raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
         offered[name] = found
 
     for number, tool in enumerate(tools):
@@ -58,11 +59,11 @@ def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[
             left_out += ["tools.namespace.description"] if tool.get("description") else []
             for index, one in enumerate(inner):
                 if isinstance(one, dict) and one.get("type") in ("function", "custom"):
-                    add(_offered(one, f"{here}.tools[{index}]", str(tool.get("name"))), f"{here}.tools[{index}]")
+                    add(one, f"{here}.tools[{index}]", tool.get("name"))
                 else:
                     left_out.append(f"tools.{one.get('type') if isinstance(one, dict) else one}")
         elif kind in ("function", "custom") or (kind == SEARCH and tool.get("execution") == "client"):
-            add(_offered(tool, here, None), here)
+            add(tool, here)
         elif isinstance(kind, str):
             left_out.append(f"tools.{kind}")
         else:
@@ -70,20 +71,22 @@ def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[
     return offered, left_out
 
 
-def _offered(tool: Mapping[str, Any], at: str, namespace: str | None) -> Offered:
+def _offered(tool: Mapping[str, Any], at: str, namespace: Any) -> Offered:
     if "function" in tool:
         raise ParameterError(at, f"`{at}`: here `name` and `parameters` stand beside `type`, not in `function`.")
     # Unset options of tools come as null from some clients, which would change the prompt.
     function = {key: value for key, value in tool.items() if key not in ("type", DEFERRED) and value is not None}
-    kind, name = CallKind.FUNCTION, str(tool.get("name"))
+    kind = CallKind.FUNCTION
+    name: Any = tool.get("name") or None
     if tool["type"] == "custom":
         kind, function = CallKind.CUSTOM, _custom_function(tool)
     elif tool["type"] == SEARCH:
         kind, name = CallKind.SEARCH, SEARCH
         known = {"description": tool.get("description"), "parameters": tool.get("parameters") or SEARCH_PARAMETERS}
-        function = {"name": SEARCH, **{key: value for key, value in known.items() if value}}
-    if namespace:
-        function["name"] = flat_name(name, namespace)
+        function = {key: value for key, value in {"name": SEARCH, **known}.items() if value}
+    named = isinstance(name, str) and isinstance(namespace, str)
+    function["name"] = flat_name(name, namespace) if named else None
+    check_function(function, at)
     made = {"type": "function", "function": function, **({DEFERRED: True} if tool.get(DEFERRED) else {})}
     return Offered(made, kind, name, namespace)
 
@@ -107,6 +110,8 @@ def spoken_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] |
     if kind == "allowed_tools" and isinstance(tools, list):
         # What was left out of the tools is left out here, too.
         named = [_named(tool) for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
+        if tools and not named and choice.get("mode", "auto") == "auto":
+            return "none"
         return {"type": kind, "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": named}}
     if kind in ("function", "custom"):
         if not isinstance(choice.get("name"), str):
@@ -129,6 +134,6 @@ def _named(tool: Mapping[str, Any]) -> dict[str, Any]:
 def custom_input(arguments: str) -> str:
     """The free text of a call of a custom tool; of one that was cut off, all there is."""
     try:
-        return str(json.loads(arguments)[INPUT])
-    except (ValueError, KeyError, TypeError):
+        return spelled(json.loads(arguments)[INPUT])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return arguments
