@@ -186,6 +186,8 @@ class _Holder:
             return True if node is None else node
         out: dict[str, Any] = {}
         for key, value in node.items():
+            if key == "$ref" and isinstance(value, str) and self._circles(value):
+                continue  # it says nothing
             if key == "const" or (key in _KEPT | UNHELD and says(key, value)):
                 out[key] = self._parts(key, value, depth + 1)
         for key in [key for key in out if not self._holds(key, out)]:
@@ -199,6 +201,22 @@ class _Holder:
             if known != required and self._relax("required"):
                 out["required"] = known
         return out
+
+    def _circles(self, pointer: str) -> bool:
+        """Whether a reference leads back to itself before it has come to a value's parts."""
+        found = [pointer]
+        for one in islice(found, MAX_WAYS):  # which grow meanwhile
+            node = referred(one, self._root)
+            every = node.get("allOf") if isinstance(node, dict) else None
+            inner = [
+                part.get("$ref")
+                for part in (node, *(every if isinstance(every, list) else ()))
+                if isinstance(part, dict)
+            ]
+            if pointer in inner:
+                return True
+            found += {ref for ref in inner if isinstance(ref, str)} - set(found)
+        return False
 
     def _parts(self, key: str, value: Any, depth: int) -> Any:
         if key == "$ref" and referred(value, self._root) is not None:
