@@ -332,12 +332,13 @@ class WorkerStats(Wire, frozen=True):
 
 class Report(Wire, frozen=True):
     """After a step, or once a second when idle: tokens, finished handoffs, the worker's state, the steps since the last
-    report."""
+    report, and the turns that were stopped since."""
 
     outputs: list[TurnOutput]
     moves: list[Move]
     stats: WorkerStats
     steps: list[StepTime] = []
+    stopped: list[str] = []
 
 
 Message = Peers | Run | Abort | Shutdown | PeerMessage | Loading | Ready | StartFailed | Report

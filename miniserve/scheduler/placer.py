@@ -65,9 +65,9 @@ class Placer:
     def _try_suspect(self, decoders: list[WorkerView], now: float, notes: bool) -> tuple[list[Command], set[str]]:
         """Begin with the next suspected turn, unless one is being tried; and the workers that no other turn may take.
 
-        One is tried at a time, on a decoder where only turns run that were suspected before it and are not any more: so
-        it is this one that the decoder dies of. If there is none, the one with the least others is closed until they
-        have ended. All other workers serve as ever.
+        One is tried at a time, on a decoder that has nothing left to stop, and where only turns run that were suspected
+        before it and are not any more: so it is this one that the decoder dies of. If there is none, the one with the
+        least others is closed until they have ended. All other workers serve as ever.
         """
         tried = self.tried
         if tried is not None and tried.suspected and tried.state in (TurnState.PREFILL, TurnState.DECODE):
@@ -76,8 +76,8 @@ class Placer:
             return [], set()
         turn = self.queue.suspects[0][1]
         others = Counter(other.home for other in self.turns.values() if other.losses < TRIED_AFTER)
-        home = min(decoders, key=lambda d: (others[d.name], not d.fits(turn.pages), d.name != turn.conversation.home))
-        if others[home.name] or not home.fits(turn.pages):
+        home = min(decoders, key=lambda d: (others[d.name], len(d.leaving), not d.fits(turn.pages)))
+        if others[home.name] or home.leaving or not home.fits(turn.pages):
             return [], {home.name}
         self.tried = turn
         self.queue.remove(turn)

@@ -321,6 +321,7 @@ class Scheduler:
     def _abort(self, turn: Turn) -> list[Command]:
         if turn.home is None or turn.run is None or turn.home not in self.workers:
             return []
+        self.workers[turn.home].leaving.add(turn.run)
         return [Send(turn.home, Abort(turn.run))]
 
     def _fail(self, turn: Turn, reason: str, now: float, invalid: bool = False) -> list[Command]:

@@ -37,6 +37,8 @@ class WorkerView:
     reported: float = 0.0
     """When its last report came, or when it came up."""
     stats: WorkerStats | None = None
+    leaving: set[str] = field(default_factory=set)
+    """Runs that it was told to stop and has not said so: it may still die of them."""
     load: TimeAverage = field(init=False)
     prefilling: TimeAverage = field(init=False)
     """The share of its time that it spends on prompts."""
@@ -83,6 +85,7 @@ class WorkerView:
 
     def observe(self, report: Report, now: float) -> None:
         self.stats = report.stats
+        self.leaving.difference_update(report.stopped)
         self.queued_prefill_tokens = report.stats.queued_prefill_tokens
         for step in report.steps:
             self.speed.observe(step)

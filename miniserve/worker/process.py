@@ -80,6 +80,7 @@ class Worker:
         """The inboxes of the workers that live."""
         self._outputs: list[TurnOutput] = []
         self._moves: list[Move] = []
+        self._stopped: list[str] = []
         self._steps: list[StepTime] = []
         self._busy = 0.0
         self._reported = 0.0
@@ -143,6 +144,7 @@ class Worker:
             case Abort(turn):
                 self.handoffs.receiver.abort(turn)
                 self.engine.abort(turn)
+                self._stopped.append(turn)
             case Peers(peers):
                 self._meet(peers)
             case Shutdown():
@@ -179,8 +181,8 @@ class Worker:
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self.outboxes.send(self.frontend, Report(self._outputs, self._moves, self._stats(), self._steps))
-        self._outputs, self._moves, self._steps = [], [], []
+        self.outboxes.send(self.frontend, Report(self._outputs, self._moves, self._stats(), self._steps, self._stopped))
+        self._outputs, self._moves, self._steps, self._stopped = [], [], [], []
         self._reported = now
 
     def _stats(self) -> WorkerStats:

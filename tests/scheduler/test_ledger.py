@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.cluster.messages import Run
+from miniserve.cluster.messages import Report, Run
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import Turn
 from tests.support.scheduling import (
+    STATS,
     delivered,
     end,
     join,
@@ -174,8 +175,15 @@ def test_the_ledger_returns_to_zero(policy: str, seed: int) -> None:
         finish = pick.choice(["stop", None])
         report(made, turn.home, turn.run, turn.delivered, 5, now, finish=finish, cached_tokens=0)
 
+    def stop() -> None:
+        for name, view in made.workers.items():
+            if view.leaving:
+                made.on_report(name, Report([], [], STATS, stopped=[*view.leaving]), now)
+
     for _ in range(120):
         now += pick.choice([0.0, 0.1, 1.0, 20.0])
+        if pick.random() < 0.5:
+            stop()
         what = pick.random()
         if what < 0.4:
             number += 1
@@ -197,6 +205,7 @@ def test_the_ledger_returns_to_zero(policy: str, seed: int) -> None:
         if not made.active:
             break
         now += 1.0
+        stop()
         assert running(), "a turn waits though none runs"
         step(running()[0])
         check_wanted(made, policy)

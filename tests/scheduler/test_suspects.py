@@ -10,7 +10,7 @@ from miniserve.cluster.messages import Abort, Failed, Run
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.scheduler.commands import Command, Deliver
 from miniserve.scheduler.turns import PROOF
-from tests.support.scheduling import delivered, join, report, run_of, scheduler, sent, submit
+from tests.support.scheduling import delivered, join, report, report_stopped, run_of, scheduler, sent, submit
 
 TOKENS = 40
 """Of each answer."""
@@ -42,6 +42,8 @@ class Workers:
             self.runs[home][run.turn] = run
         for home, abort in sent(commands, Abort):
             self.runs[home].pop(abort.turn, None)
+        if sent(commands, Abort):
+            self.carry_out(report_stopped(self.made, commands))
         for command in commands:
             if isinstance(command, Deliver):
                 assert command.turn not in self.ended
@@ -167,7 +169,9 @@ def test_a_suspected_turn_waits_until_a_worker_is_empty_and_that_one_takes_no_ot
     a, b = made.turns
     assert (a.home, b.home) == ("d0", None), "one after the other"
     assert sent(submit(made, "c", [3] * 40), Run) == []
-    assert [run.turn for _, run in sent(made.cancel("a", 0.0), Run)] == ["b.3"]
+    cancelled = made.cancel("a", 0.0)
+    assert sent(cancelled, Run) == [], "it may still run"
+    assert [run.turn for _, run in sent(report_stopped(made, cancelled), Run)] == ["b.3"]
     assert [run.turn for _, run in sent(made.cancel("b", 0.0), Run)] == ["c.1"]
 
 
@@ -181,7 +185,7 @@ def test_a_turn_that_a_prefiller_made_suspected_leaves_its_home() -> None:
     assert (a.losses, a.prefill_at) == (1, "p0")
     commands = made.worker_down("p0", returns=True)
     assert sorted(abort.turn for _, abort in sent(commands, Abort)) == ["a.2", "b.2"]
-    _, run = run_of(commands)
+    _, run = run_of(report_stopped(made, commands))
     assert (run.turn, run.prefill_at) == ("a.3", ""), "alone on one worker"
     assert (made.workers["d0"].turns, b.home) == (1, None)
 

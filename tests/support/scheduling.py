@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from miniserve.cluster.messages import Message, Report, Run, StepTime, WorkerStats
+from miniserve.cluster.messages import Abort, Message, Report, Run, StepTime, WorkerStats
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.scheduler.commands import Command, Deliver, Send
@@ -45,6 +45,15 @@ def report(
 def report_steps(made: Scheduler, worker: str, *steps: StepTime, now: float = 0.0) -> list[Command]:
     """A worker reports how long its steps took, and no output."""
     return made.on_report(worker, Report([], [], STATS, list(steps)), now)
+
+
+def report_stopped(made: Scheduler, commands: list[Command]) -> list[Command]:
+    """Workers report that they have stopped what they were told to stop."""
+    return [
+        command
+        for worker, abort in sent(commands, Abort)
+        for command in made.on_report(worker, Report([], [], STATS, stopped=[abort.turn]), 0.0)
+    ]
 
 
 def end(made: Scheduler, worker: str, run: str, now: float = 0.0) -> list[Command]:
