@@ -72,10 +72,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self,
-        events: AbstractAsyncContextManager[AsyncIterator[bytes]],
-        seconds: float = 0.0,
-        ping: bytes = COMMENT,
+        self, events: AbstractAsyncContextManager[AsyncIterator[bytes]], seconds: float = 0.0, ping: bytes = COMMENT
     ) -> None:
         # The base class would render a body, and announce its length.
         self.status_code = 200

@@ -110,8 +110,7 @@ def check_function(function: dict[str, Any], at: str) -> None:
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ParameterError(
-            f"{at}.name",
-            f"`{at}.name` must be 1 to 128 letters, digits, `_`, `-` or `.`, not {str(name)[:64]!r}.",
+            f"{at}.name", f"`{at}.name` must be 1 to 128 letters, digits, `_`, `-` or `.`, not {str(name)[:64]!r}."
         )
     if not isinstance(function.get("description") or "", str):
         raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")

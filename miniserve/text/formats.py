@@ -146,13 +146,7 @@ _FORMATS = (
         name="mistral_args",
         marks=MISTRAL_MARKS,
         parser=MistralParser,
-        call=(
-            "[TOOL_CALLS]",
-            CallField.NAME,
-            Maybe(("[CALL_ID]", CallField.CALL_ID)),
-            "[ARGS]",
-            CallField.ARGUMENTS,
-        ),
+        call=("[TOOL_CALLS]", CallField.NAME, Maybe(("[CALL_ID]", CallField.CALL_ID)), "[ARGS]", CallField.ARGUMENTS),
         short_ids=True,
     ),
 )

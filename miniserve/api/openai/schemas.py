@@ -90,10 +90,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    refused = {
-        **GenerationRequest.refused,
-        "best_of": "ask for `n` choices and pick one",
-    }
+    refused = {**GenerationRequest.refused, "best_of": "ask for `n` choices and pick one"}
 
     prompt: Prompts
     suffix: Text | None = None
