@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 
 import msgspec
 
-from miniserve.config import GROUPS, ConfigError, Flag, number, parse_positive, parse_seconds, parse_share
+from miniserve.config import ConfigError, number, parse_positive, parse_seconds, parse_share
 
 T = TypeVar("T")
 
@@ -108,38 +108,34 @@ def api_key(args: argparse.Namespace) -> str | None:
 def add_settings(
     parser: argparse.ArgumentParser, config: type[msgspec.Struct], choices: Mapping[str, Collection[str]]
 ) -> None:
-    """Add a flag for each field of `config`, and of the structs in it, that has a `Flag`.
+    """Add the flags of flags.toml for fields of `config` and of the structs in it. A bool becomes a switch, a `Literal`
+    choices; other fields are parsed by the function that their type is annotated with.
 
     `choices` are those of fields whose type does not name them. Each value goes by the name of its field.
     """
-    settings = list(_settings(config))
-    for title in GROUPS:
+    fields = {field.name: field for field in _settings(config)}
+    for title, rows in tomllib.loads((files("miniserve.cli") / "flags.toml").read_text("utf-8")).items():
         group = parser.add_argument_group(title)
-        for field, kind, flag in settings:
-            if flag.group != title:
-                continue
-            names = flag.names or ("--" + field.name.replace("_", "-"),)
+        for name, row in rows.items():
+            flag, field = {"help": row} if isinstance(row, str) else row, fields[name]
+            kind, parse = get_args(field.type) if get_origin(field.type) is Annotated else (field.type, str)
             default = None if field.required else field.default
             if field.default_factory is not msgspec.NODEFAULT:
                 default = field.default_factory()
-            how: dict[str, Any] = {"dest": field.name, "default": default, "help": flag.help or None}
+            how: dict[str, Any] = {"dest": name, "default": default, "help": flag["help"] or None}
             if kind in (bool, bool | None):
                 how["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
             else:
-                named = get_args(kind) if get_origin(kind) is Literal else choices.get(field.name)
-                how |= {"type": checked(flag.parse), "choices": named, "metavar": flag.metavar}
-                how |= {"nargs": "+"} if flag.many else {}
-            group.add_argument(*names, **how)
+                named = get_args(kind) if get_origin(kind) is Literal else choices.get(name)
+                how |= {"type": checked(parse), "choices": named, "metavar": flag.get("metavar")}
+                how |= {"nargs": "+"} if flag.get("many") else {}
+            group.add_argument(*flag.get("names", ["--" + name.replace("_", "-")]), **how)
 
 
-def _settings(config: type[msgspec.Struct]) -> Iterator[tuple[msgspec.structs.FieldInfo, Any, Flag]]:
-    """Each field that has a flag, the type without the flag, and the flag."""
+def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInfo]:
     for field in msgspec.structs.fields(config):
-        if get_origin(field.type) is Annotated:
-            kind, flag = get_args(field.type)
-            yield field, kind, flag
-        elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            yield from _settings(field.type)
+        is_config = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
+        yield from _settings(field.type) if is_config else [field]
 
 
 # --- flags of vLLM that are no settings -----------------------------------------------------------------------------
