@@ -37,6 +37,16 @@ ROUTES = [
     ("POST", "/v1/responses"),
     ("GET", "/v1/responses/{response}"),
     ("DELETE", "/v1/responses/{response}"),
+    ("GET", "/v1/responses/{response}/input_items"),
+    ("POST", "/v1/responses/input_tokens"),
+    ("POST", "/v1/conversations"),
+    ("GET", "/v1/conversations/{conversation}"),
+    ("POST", "/v1/conversations/{conversation}"),
+    ("DELETE", "/v1/conversations/{conversation}"),
+    ("GET", "/v1/conversations/{conversation}/items"),
+    ("POST", "/v1/conversations/{conversation}/items"),
+    ("GET", "/v1/conversations/{conversation}/items/{item}"),
+    ("DELETE", "/v1/conversations/{conversation}/items/{item}"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"),
     ("POST", "/tokenize"),
@@ -79,7 +89,15 @@ def test_answers_are_as_documented(schema: Any, mode: GenerationMode, method: st
                 )
                 case.path_parameters["response"] = stored.json()["id"]
                 case.query.clear()
-            case.path_parameters.update({name: KNOWN[name] for name in case.path_parameters.keys() & KNOWN})
+            known = KNOWN
+            if path.startswith("/v1/conversations/{"):
+                body = {"items": [{"role": "user", "content": "Hi"}]}
+                made = schema["/v1/conversations"]["POST"].Case(body=body, media_type="application/json").call().json()
+                listed = schema["/v1/conversations/{conversation}/items"]["GET"]
+                items = listed.Case(path_parameters={"conversation": made["id"]}).call().json()
+                known = {"conversation": made["id"], "item": items["first_id"]}
+                case.query.clear()
+            case.path_parameters.update({name: known[name] for name in case.path_parameters.keys() & known})
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body.pop("model", None)  # nearly all made-up names are a 404
             if len(statuses) % 2:  # half of the cases without what most made-up combinations are a 400 of

@@ -86,7 +86,11 @@ async def ask(api: openai.AsyncOpenAI, messages: list[Any], stream: bool) -> tup
             assert not choice.delta.content
             calls += choice.delta.tool_calls or []
             finish = choice.finish_reason or finish
-    (call,) = calls
+    call, *more = calls  # its arguments come as the model writes them
+    assert call.function is not None
+    for delta in more:
+        assert (delta.index, delta.id) == (call.index, None)
+        call.function.arguments += delta.function.arguments
     return call, finish, usage
 
 
