@@ -169,20 +169,16 @@ DOCS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("model", ["tiny", "smollm2"])
-def test_lm_eval(
-    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, model: str
-) -> None:
+def test_lm_eval(smollm2_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Multiple choice and perplexity by log-probabilities of prompts: what transformers makes of the same weights."""
-    used = request.getfixturevalue("smollm2_folder") if model == "smollm2" else folder
     for name, task in TASKS.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS[name]))
         files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}}
         # YAML takes JSON.
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test", **files, **task}))
     flags = ["--topology", "1P1D", "--dtype", "float32", "--max-model-len", "256", "--kv-cache-memory", "64M"]
-    with server(used, *flags, runtime=tmp_path_factory.mktemp("run")) as up:
-        given = f"model=m,base_url={up.url}/v1/completions,tokenizer={used},tokenizer_backend=huggingface"
+    with server(smollm2_folder, *flags, runtime=tmp_path_factory.mktemp("run")) as up:
+        given = f"model=m,base_url={up.url}/v1/completions,tokenizer={smollm2_folder},tokenizer_backend=huggingface"
         run(
             tmp_path,
             *["lm_eval", "--model", "local-completions", "--model_args", f"{given},max_length=128,num_concurrent=3"],
@@ -193,10 +189,10 @@ def test_lm_eval(
         assert up.metric("miniserve:kv_pages", state="held") == 0
     (results,) = (tmp_path / "found").rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]
-    tokenizer = Tokenizer.load(used)
+    tokenizer = Tokenizer.load(smollm2_folder)
 
     def likelihood(context: list[int], continuation: list[int]) -> float:
-        logprobs = tiny.reference_logits(used, context + continuation).log_softmax(-1)
+        logprobs = tiny.reference_logits(smollm2_folder, context + continuation).log_softmax(-1)
         rows = range(len(context) - 1, len(context) + len(continuation) - 1)
         return float(logprobs[rows, continuation].sum())
 
@@ -210,7 +206,7 @@ def test_lm_eval(
         assert [float(found) for found, _ in sample["filtered_resps"]] == pytest.approx(each, abs=1e-3)
         right += each.index(max(each)) == doc["answer"]
     assert scores["choices"]["acc,none"] == pytest.approx(right / len(DOCS["choices"]))
-    settings = json.loads((used / "tokenizer_config.json").read_text())
+    settings = json.loads((smollm2_folder / "tokenizer_config.json").read_text())
     total, begin = 0.0, tokenizer.encode(settings["bos_token"])
     for doc in DOCS["pages"]:
         tokens = tokenizer.encode(doc["page"])

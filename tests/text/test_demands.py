@@ -118,7 +118,7 @@ def turns(draw: st.DrawFn) -> list[list[Message]]:
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, *dialects.TEMPLATES])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(turns())
 def test_each_prompt_begins_with_the_one_before(
     models: dict[str, tuple[Tokenizer, Dialect]], name: str, grown: list[list[Message]]
