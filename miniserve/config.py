@@ -111,6 +111,11 @@ def format_bytes(size: int, *, up: bool = False) -> str:
     return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + name
 
 
+def parse_root_path(text: str) -> str:
+    """A prefix of paths from `/llm`, `llm/` and the like; "" for none."""
+    return f"/{text.strip('/')}".rstrip("/")
+
+
 def parse_devices(text: str) -> list[str]:
     """GPUs from `cuda:0,cuda:1` or `0,1`, as torch calls them. Raises `ConfigError`."""
     found = [re.fullmatch(r"(?:cuda:)?(\d+)", name.strip()) for name in text.split(",")]
@@ -216,7 +221,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Annotated[int, parse_port] = 8000
     uds: str | None = None
-    root_path: Annotated[str, lambda text: f"/{text.strip('/')}".rstrip("/")] = ""
+    root_path: Annotated[str, parse_root_path] = ""
     allowed_origins: Annotated[list[str], parse_origins] = []
     api_key: str | None = None
     max_num_queued_reqs: Annotated[int, parse_positive] = 1024

@@ -128,9 +128,8 @@ def check_function(function: dict[str, Any], at: str) -> None:
 
 def with_all_keys(tool: Tool) -> Tool:
     """`tool` with empty values for what its client has left out."""
-    given = {key: value for key, value in tool["function"].items() if value is not None}
     empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
-    return {**tool, "function": given | {key: value for key, value in empty.items() if key not in given}}
+    return {**tool, "function": tool["function"] | {key: empty[key] for key in empty if key not in tool["function"]}}
 
 
 def deferred(tool: Tool) -> bool:

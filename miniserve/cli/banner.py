@@ -41,15 +41,15 @@ class LoadingLines:
             say(f"\r{'':<{self._width}}\r", end="")
 
 
-def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, port: int, seconds: float) -> str:
-    """What runs, how it was sized, how long it took, and how to use it."""
+def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, bound: tuple[str, int], seconds: float) -> str:
+    """What runs, how it was sized, how long it took, and how to use it. It listens at `bound`, address and port."""
     name = config.served_model_names[0]
     first: Ready = next(iter(client.ready.values()))
     room = {worker: ready.pool.num_pages * ready.page_tokens for worker, ready in client.ready.items()}
     least = min(room.values())
     tokens = f"{least:,}" if len(set(room.values())) == 1 else f"{least:,} to {max(room.values()):,}"
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    at, unix = f"{f'[{host}]' if ':' in host else host}:{port}", ""
+    host = "127.0.0.1" if bound[0] in ("0.0.0.0", "::") else config.host
+    at, unix = f"{f'[{host}]' if ':' in host else host}:{bound[1]}", ""
     if config.uds:
         at, unix = "localhost", f" --unix-socket {shlex.quote(config.uds)}"
     url = f"http://{at}/v1"

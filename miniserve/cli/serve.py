@@ -89,7 +89,7 @@ def bind_path(path: str) -> socket.socket:
                 raise ConfigError(f"Another server listens at --uds {path}: give another path.")
             file.unlink()
         listener = _listen(socket.AF_UNIX, path)
-        file.chmod(0o666)  # like a port, it is open to whoever is on this machine
+        file.chmod(0o666)  # like a port, it is open to every user of this machine
     except OSError as error:
         raise ConfigError(f"--uds {path!r} cannot be listened at: {error.strerror or error}.") from error
     return listener
@@ -175,7 +175,8 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
         http = HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
         serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
-            print(banner(config, files, client, listeners[0].getsockname()[1], time.monotonic() - started), flush=True)
+            bound = listeners[0].getsockname()[:2]
+            print(banner(config, files, client, bound, time.monotonic() - started), flush=True)
         try:
             await signals.unless(signals.first, asyncio.shield(serving))
         except Stopped:

@@ -269,7 +269,7 @@ class Ready(Wire, frozen=True):
 
 class StartFailed(Wire, frozen=True):
     """A worker could not start: the reason, and what to do about it, for a person. `trace` says where in the code, if
-    nobody foresaw it."""
+    it is an error that the code does not expect."""
 
     reason: str
     trace: str = ""

@@ -94,7 +94,7 @@ def _own_folder(model: str) -> Path | None:
         if own.is_file() or own.is_symlink():
             what = "a file" if own.is_file() else f"a link to {own.readlink()}, which is not there"
             raise ModelError(f"{own} is {what}: give the folder of a model.")
-    except (OSError, RuntimeError) as error:  # the latter of ~somebody
+    except (OSError, RuntimeError) as error:  # the latter of a ~user who is unknown
         raise ModelError(f"{model:.200} cannot be opened: {error}.") from error
     return None
 

@@ -38,7 +38,7 @@ class WorkerView:
     """When its last report came, or when it came up."""
     stats: WorkerStats | None = None
     leaving: set[str] = field(default_factory=set)
-    """Runs that it was told to stop and has not said so: it may still die of them."""
+    """Runs that the scheduler has asked it to stop, until it reports them stopped: it may still die of them."""
     load: TimeAverage = field(init=False)
     prefilling: TimeAverage = field(init=False)
     """The share of its time that it spends on prompts."""

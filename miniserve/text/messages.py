@@ -94,8 +94,8 @@ UNREADABLE = {
     **dict.fromkeys(["video", "video_url", "input_video"], "video"),
     **dict.fromkeys(["file", "input_file", "document"], "file"),
 }
-"""By the type of a content's part: what a model that reads text only is told instead. An error would end a conversation
-for good, since the part stays in its history."""
+"""By the type of a content's part: what stands in its place for a model that reads text only. An error would end a
+conversation for good, since the part stays in its history."""
 SILENT_PARTS = frozenset({"refusal", "redacted_thinking", "fallback"})
 """Parts that say nothing to the model."""
 

@@ -1,7 +1,7 @@
 """JSON schemas: the one reader of them. What a schema says of a value that is written as text, and what of it a grammar
 can hold.
 
-llguidance knows most of JSON Schema. What it does not know is left out, so that the grammar allows more, and is told.
+llguidance knows most of JSON Schema. What it does not know is left out, so that the grammar allows more, and named.
 """
 
 import json

@@ -82,7 +82,7 @@ class StructuredOutputs(Body):
 
 
 class SamplingFields(RequestBody):
-    """How tokens are sampled and what the output has to match: fields that all APIs take, whoever invented them."""
+    """How tokens are sampled and what the output has to match: fields of several servers, in all APIs."""
 
     refused = {
         "use_beam_search": "tokens are sampled, or taken greedily with `temperature` 0",

@@ -92,7 +92,7 @@ def _offered(tool: Mapping[str, Any], at: str, namespace: Any) -> Offered:
 
 
 def _custom_function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A function of free text. Where that has a format, the model is told; a call that is forced keeps to a regex."""
+    """A function of free text. If that has a format, the description says so; a forced call keeps to a regex."""
     form, text = tool.get("format"), {"type": "string"}
     described = [tool["description"]] if isinstance(tool.get("description"), str) else []
     if isinstance(form, dict) and isinstance(definition := form.get("definition"), str):
