@@ -217,6 +217,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = "auto"
     generation_config: Literal["auto", "vllm"] = "auto"
     normalize_prompts: bool = True
+    conversation_headers: list[str] = []
+    log_prompts: bool = False
     sse_ping: Annotated[float, parse_seconds] = 5.0
     host: str = "127.0.0.1"
     port: Annotated[int, parse_port] = 8000

@@ -18,6 +18,7 @@ from miniserve.kv.transfer.connect import way
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
+from miniserve.scheduler.conversations import UNSAID, Change, Said
 from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 
@@ -32,11 +33,14 @@ class EngineError(RuntimeError):
 
 class TurnStream:
     """The outputs of one turn. Iterating gives them in order, `Ended` or `Failed` last. `conversation` is the key of
-    the conversation that the scheduler found the turn to belong to."""
+    the conversation that the scheduler found it to belong to; it is turn number `number` of that, and `change` is how
+    its prompt differs from what it could have begun with."""
 
     def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
         self.id = id
         self.conversation: str | int = ""
+        self.number = 0
+        self.change: Change | None = None
         self._cancel = cancel
         self._outputs: asyncio.Queue[TurnOutput] = asyncio.Queue()
         self._ended = False
@@ -152,9 +156,11 @@ class Dispatcher:
         salt: str = "",
         request_id: str = "",
         tool: bool = False,
+        said: Said = UNSAID,
     ) -> TurnStream:
         """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end. `tool`
-        is whether the prompt ends in a tool's result. `conversation` is the client's key or a former turn's, if any.
+        is whether the prompt ends in a tool's result. `conversation` is the client's key or a former turn's, if any;
+        `said` is what else the client says of the turn.
 
         Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
         """
@@ -168,12 +174,13 @@ class Dispatcher:
         seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
         try:
             commands = self.scheduler.submit(
-                stream.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool
+                stream.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool, said=said
             )
         except NoDecoder as error:
             raise EngineError(self.unhealthy_reason or str(error)) from error
         self._streams[stream.id] = stream
-        stream.conversation = self.scheduler.conversation_of(stream.id)
+        if (turn := self.scheduler.turn(stream.id)) is not None:
+            stream.conversation, stream.number, stream.change = turn.conversation.key, turn.number, turn.change
         self._carry_out(commands)
         return stream
 

@@ -65,6 +65,8 @@ def create_app(
         compiler,
         normalize=config.normalize_prompts,
         ping=config.sse_ping,
+        conversation_headers=config.conversation_headers,
+        log_prompts=config.log_prompts,
     )
     middleware = [Middleware(Edge, config.root_path, service.metrics)]
     if config.allowed_origins:  # before the key, which preflights do not carry
@@ -86,7 +88,7 @@ def create_app(
     app.post("/tokenize")(service.tokenize)
     app.post("/detokenize")(service.detokenize)
     _add_model_and_health(app, client, service, names, config.engine.model)
-    dashboard.add_views(app, client, feed, service.metrics)
+    dashboard.add_views(app, client, feed, service.metrics, service.doctor)
     dashboard.add_page(app)
     return app
 

@@ -21,6 +21,7 @@ from miniserve.monitor.conversation_views import (
     conversation_detail,
     conversation_list,
 )
+from miniserve.monitor.doctor import Doctor, DoctorReport
 from miniserve.monitor.events import Feed, TooManyListeners
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
 from miniserve.monitor.worker_views import WorkerList, worker_list
@@ -60,7 +61,7 @@ def add_page(app: FastAPI) -> None:
         return Response(contents[name], headers=headers, media_type=TYPES[Path(name).suffix])
 
 
-def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics) -> None:
+def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
     @app.get("/conversations")
     async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> ConversationList:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
@@ -69,7 +70,7 @@ def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics) 
     @app.get("/conversations/{conversation:path}")
     async def conversation(conversation: str) -> ConversationDetail:
         """One of them: what was observed of its last turns, and where their time went."""
-        found = conversation_detail(client.scheduler, conversation, time.monotonic())
+        found = conversation_detail(client.scheduler, doctor, conversation, time.monotonic())
         if found is None:
             raise ApiError(
                 404,
@@ -82,6 +83,11 @@ def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics) 
     async def workers() -> WorkerList:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
         return worker_list(client.scheduler, client.policy_name, time.monotonic())
+
+    @app.get("/v1/doctor")
+    async def examined() -> DoctorReport:
+        """What each client's turns computed that earlier ones had computed already, and why."""
+        return doctor.report(client.scheduler.reuse)
 
     @app.get("/v1/events", response_class=Response, responses={200: {"content": STREAM}})
     async def events() -> Response:

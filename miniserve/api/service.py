@@ -7,19 +7,19 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import Request
-from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
-from miniserve.api.fields import MAX_KEY_CHARS, RequestBody, ignored_header
+from miniserve.api.fields import RequestBody, ignored_header
 from miniserve.api.generation import Generation
+from miniserve.api.identity import speaker
 from miniserve.api.messages.answers import TokenCount
 from miniserve.api.messages.schemas import MESSAGES_NAMES, CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
@@ -32,14 +32,13 @@ from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, whole_answer
 from miniserve.api.structured import GrammarChecks
 from miniserve.dispatcher import Dispatcher, TurnStream
+from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.conversations import Said
 from miniserve.text.dialect import Dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
-
-CONVERSATION_HEADERS = ("X-Conversation-ID", "X-Session-ID", "X-Session-Token")
-"""The headers by which clients name the conversation of a turn. The first one that a request has counts."""
 
 MAX_SCORES = 2**16
 """Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
@@ -62,6 +61,8 @@ class Service:
         *,
         normalize: bool = True,
         ping: float = 0.0,
+        conversation_headers: Sequence[str] = (),
+        log_prompts: bool = False,
     ) -> None:
         self.metrics = Metrics(client, names[0])
         self._client = client
@@ -70,6 +71,9 @@ class Service:
         self._names = names
         self._normalize = normalize
         self._ping = ping
+        self._headers = conversation_headers
+        self.doctor = Doctor(lambda ids: tokenizer.decode(ids, False), consent=log_prompts)
+        self._examining: set[asyncio.Task[None]] = set()
         self._defaults = defaults
         self._grammars = GrammarChecks(tokenizer, compiler)
         self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {names[0]}".encode()).hexdigest()[:10]
@@ -110,10 +114,16 @@ class Service:
         """`body` is what the client has `asked`, as a chat or completion. `conversation` is that of the turn before, if
         the server knows it; the client's own name goes first."""
         arrived = time.perf_counter()
-        conversation = conversation_id(request.headers) or body.prompt_cache_key or conversation
+        named, said = speaker(request.headers, body, self._headers)
+        if not named and conversation:
+            said = msgspec.structs.replace(said, sure=True)
         prompts = await self._prepare(asked, body, renderer)
         # The turns start before a stream's status is sent: with a full queue that is 503.
-        generation = self._start(prompts, body, renderer, writer.head.id, conversation, arrived)
+        generation = self._start(prompts, body, renderer, writer.head.id, named or conversation, said, arrived)
+        for turn in (choice.turn for choice in generation.choices if choice.turn and choice.turn.change):
+            examining = asyncio.create_task(self._examine(turn, said.client, generation.choices[0].prompt, body))
+            self._examining.add(examining)
+            examining.add_done_callback(self._examining.discard)
         ignored = [*asked.ignored, *renderer.relaxed]
         if body.stream:
             return with_ignored(EventStream(answer_events(generation, writer), self._ping, writer.ping), ignored)
@@ -153,6 +163,7 @@ class Service:
         renderer: Renderer,
         id: str,
         conversation: str | int,
+        said: Said,
         arrived: float,
     ) -> Generation:
         """Submit a turn for each prompt. Raises `EngineError`; then nothing runs."""
@@ -166,12 +177,23 @@ class Service:
                 salt=body.cache_salt or "",
                 request_id=f"{id}-{index}",
                 tool=body.ends_in_tool_result,
+                said=said,
             )
 
         self._client.check_room()
         generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader)
         generation.start()
         return generation
+
+    async def _examine(self, turn: TurnStream, client: str, prompt: list[int], body: GenerationRequest) -> None:
+        """Find out why a turn could not begin like the one before."""
+        assert turn.change is not None
+        found = await asyncio.to_thread(
+            self.doctor.examine, turn.number, turn.change, prompt, body.segments, body.tool_names
+        )
+        if found is not None:
+            self.doctor.note(client, turn.conversation, found)
+            self.metrics.missed(found[0]["kind"], found[0]["lost"])
 
     def head(self, id: str, model: str | None) -> AnswerHead:
         return AnswerHead(id, int(time.time()), model or self._names[0], self._fingerprint)
@@ -257,13 +279,3 @@ class Service:
 def with_ignored(response: Response, names: Iterable[str]) -> Response:
     response.headers.update(ignored_header(names))
     return response
-
-
-def conversation_id(headers: Headers) -> str:
-    """The conversation that the client names in a header, or "". Raises `ApiError`."""
-    for name in CONVERSATION_HEADERS:
-        if found := headers.get(name):
-            if len(found) > MAX_KEY_CHARS:
-                raise ApiError(400, f"`{name}` is longer than {MAX_KEY_CHARS} characters: shorten it.", param=name)
-            return found
-    return ""

@@ -1,6 +1,7 @@
 """The chain hash that names a page by all tokens up to its end. It imports no torch: the scheduler uses it too."""
 
 from array import array
+from collections.abc import Sequence
 from hashlib import blake2b
 
 HASH_BYTES = 16
@@ -16,7 +17,7 @@ def extend_hash(parent: bytes, tokens: list[int]) -> bytes:
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=HASH_BYTES).digest()
 
 
-def page_hashes(root: bytes, tokens: list[int], page_tokens: int, known: list[bytes] | None = None) -> list[bytes]:
+def page_hashes(root: bytes, tokens: Sequence[int], page_tokens: int, known: list[bytes] | None = None) -> list[bytes]:
     """Chain hashes of the full pages of `tokens`; `known` are those of the first pages, not computed again."""
     hashes = list(known or ())
     parent = hashes[-1] if hashes else root

@@ -4,6 +4,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
+from miniserve.monitor.doctor import Doctor, Miss
 from miniserve.monitor.worker_views import card
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.forecast import FINISHES, TurnRecord
@@ -14,11 +15,21 @@ MOST_LISTED = 1000
 """Conversations in one answer; the latest come first."""
 
 
+Kind = Literal["main", "sub-agent", "fork", "side"]
+
+
 class ConversationCard(TypedDict):
-    """A conversation in a list. Times are in seconds, lengths in tokens."""
+    """A conversation in a list. Times are in seconds, lengths in tokens. Those that come from the same one are a
+    `group`; `by` is how the `parent` is known: from the client's headers, by a key of both, or guessed from a shared
+    prefix and time. A `side` one holds requests beside the turns of its parent: titles, summaries."""
 
     id: str
     object: Literal["conversation"]
+    kind: Kind
+    client: str
+    group: str
+    parent: str | None
+    by: Literal["", "header", "key", "prefix"]
     state: Literal["running", "queued", "idle"]
     home: str | None
     turns: int
@@ -108,9 +119,10 @@ class LiveTurns(TypedDict):
 
 
 class ConversationDetail(ConversationCard):
-    """One conversation: its last turns, and those that run."""
+    """One conversation: its last turns, what these could not find of their prompts, and those that run."""
 
     history: list[TurnCard]
+    misses: list[Miss]
     running: list[RunningTurn]
 
 
@@ -120,11 +132,11 @@ def conversation_list(scheduler: Scheduler, now: float, limit: int) -> Conversat
     return {
         "object": "list",
         "total": len(scheduler.conversations),
-        "data": [_card(conversation, turns.get(id(conversation), []), now) for conversation in latest],
+        "data": [_card(scheduler, conversation, turns.get(id(conversation), []), now) for conversation in latest],
     }
 
 
-def conversation_detail(scheduler: Scheduler, key: str, now: float) -> ConversationDetail | None:
+def conversation_detail(scheduler: Scheduler, doctor: Doctor, key: str, now: float) -> ConversationDetail | None:
     """One of them; None if it is not known (any more)."""
     number = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else None
     found = scheduler.conversations.get(key) or (None if number is None else scheduler.conversations.get(number))
@@ -132,7 +144,8 @@ def conversation_detail(scheduler: Scheduler, key: str, now: float) -> Conversat
         return None
     turns = _running_turns(scheduler).get(id(found), [])
     return {
-        **_card(found, turns, now),
+        **_card(scheduler, found, turns, now),
+        "misses": doctor.misses(found.key),
         "history": [_turn(record, scheduler.names) for record in found.history],
         "running": [card(RunningTurn, **_current(turn), age=now - turn.arrived) for turn in turns],
     }
@@ -159,18 +172,32 @@ def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
     return turns
 
 
-def _card(conversation: Conversation, turns: list[Turn], now: float) -> ConversationCard:
+def _card(scheduler: Scheduler, conversation: Conversation, turns: list[Turn], now: float) -> ConversationCard:
+    parent, group, by = conversation.parent, conversation.group, conversation.by
+    if by == "prefix" and not _went_on(scheduler.conversations.get(parent or 0), conversation):
+        parent, group, by = None, conversation.key, ""
+    kind: Kind = "main" if parent is None else "fork" if by == "key" else "sub-agent"
     placed = [turn for turn in turns if turn.state is not TurnState.QUEUED]
     return card(
         ConversationCard,
         conversation,
         id=str(conversation.key),
         object="conversation",
+        kind="side" if scheduler.conversations.is_side(conversation) else kind,
+        client=conversation.said.client,
+        group=str(group),
+        parent=None if parent is None else str(parent),
+        by=by,
         state="running" if placed else "queued" if turns else "idle",
         kv_pages=conversation.resident + sum(turn.pages for turn in placed),
         age=now - conversation.began,
         idle=0.0 if conversation.active else now - conversation.last_end,
     )
+
+
+def _went_on(parent: Conversation | None, child: Conversation) -> bool:
+    """Whether the conversation that a new one looked like a part of has had another turn since: it waited for that."""
+    return parent is not None and (parent.active > 0 or parent.last_end > child.began)
 
 
 def _turn(record: TurnRecord, names: list[str]) -> TurnCard:

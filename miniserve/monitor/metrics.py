@@ -54,6 +54,9 @@ class Metrics(Collector):
         text = "Requests that have ended, by reason"
         endings = counter("vllm:request_success", text, "model_name", "finished_reason")
         self._endings = {reason: endings.labels(model, reason) for reason in get_args(Ending)}
+        text = "Turns that could have found more of their prompt, by why it had changed"
+        self._misses = counter("miniserve:prefix_misses", text, "kind")
+        self._missed = counter("miniserve:prefix_missed_tokens", "Prompt tokens computed again for that", "kind")
         self._http = counter("http_requests", "HTTP requests that have ended", "method", "status", "handler")
         self._http_seconds = histogram(
             "http_request_duration_seconds",
@@ -73,6 +76,11 @@ class Metrics(Collector):
         """A request's first token came `seconds` after its arrival."""
         self.observe(time_to_first_token_seconds=seconds)
         self._prompt_tokens.inc(prompt_tokens)
+
+    def missed(self, kind: str, tokens: int) -> None:
+        """A turn's prompt had changed, and `tokens` were computed again."""
+        self._misses.labels(kind).inc()
+        self._missed.labels(kind).inc(tokens)
 
     def generated(self, tokens: int) -> None:
         self._generated.inc(tokens)

@@ -76,7 +76,7 @@ class WorkerList(TypedDict):
     links: list[LinkCard]
 
 
-def card(kind: type[T], *sources: object, **own: Any) -> T:
+def card(kind: type[T], /, *sources: object, **own: Any) -> T:
     """A `kind`: each field that is not among `own` is that of its name in the first of the sources that has it."""
 
     def value(name: str) -> Any:

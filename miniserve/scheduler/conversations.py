@@ -1,12 +1,78 @@
-"""Which conversation a turn belongs to."""
+"""Which conversation a turn belongs to, and which conversations belong together."""
 
+from __future__ import annotations
+
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from itertools import islice
+from typing import Literal, NamedTuple
+
+import msgspec
 
 from miniserve.scheduler.forecast import TURNS, History
-from miniserve.scheduler.prompts import PromptIndex, PromptMark
+from miniserve.scheduler.prompts import FirstPages, LastPrompts, PromptIndex, PromptMark, common_run
+
+SLACK = 4
+"""Tokens that a prompt may lack at its end and still be the beginning of the next one: templates open an answer in
+another way than they show a given one."""
+NEEDLE = 8
+"""Tokens by which the end of a prompt or an answer is found again behind a change."""
+MOST_MEMBERS = 16
+"""Conversations under one key that a prompt is compared with, the latest ones."""
+GROUP_SECONDS = 10.0
+"""How soon after a turn of another conversation a sub-agent begins that no header announces."""
+
+
+class Said(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a client says of a turn beside its prompt: hints, all of them."""
+
+    client: str = ""
+    """The name of the program, by the table of clients."""
+    parent: str = ""
+    """The key of the conversation that has started this one."""
+    side: bool = False
+    """A request beside the turns: a title, a summary."""
+    session: bool = True
+    """Whether the key names a session, not only what shares a cache."""
+    sure: bool = False
+    """Whether the server itself knows that the turn goes on with the conversation of its key."""
+    tools: bool = False
+    """Whether the request offers tools."""
+    priority: int = 0
+    """Turns with a lower one are placed before others that wait."""
+    osl: int | None = None
+    """Tokens that the client expects to be generated."""
+
+
+UNSAID = Said()
+
+
+class Relation(IntEnum):
+    """What a prompt is to a conversation."""
+
+    NEW = 0
+    EDITS = 1
+    CONTINUES = 2
+
+
+class Change(NamedTuple):
+    """Where a prompt stops to be like `before`, what was computed last (4 bytes a token) of its conversation: after
+    `shared` tokens. Of a new conversation (`first`) that is one that began alike."""
+
+    shared: int
+    before: bytes
+    first: bool
+
+
+class Found(NamedTuple):
+    """The conversation of a prompt, how many of its tokens that has seen before, and how it differs from the last."""
+
+    conversation: Conversation
+    known: int
+    change: Change | None
 
 
 @dataclass(slots=True)
@@ -14,7 +80,16 @@ class Conversation:
     """All turns of one agent's context. Times are in seconds of the scheduler's clock."""
 
     key: str | int
-    """The client's id, or a number where it gave none."""
+    """The client's id, or a number where it gave none; of a fork the id and a number."""
+    said: Said = UNSAID
+    """What the client said of its first turn."""
+    group: str | int = ""
+    """The key of the conversation that it, its parent and its siblings come from: its own if it has no parent."""
+    parent: str | int | None = None
+    by: Literal["", "header", "key", "prefix"] = ""
+    """How the parent is known: from the client, by a key of both, or guessed from a shared prefix and time."""
+    family: str | int = ""
+    """The client's id."""
     home: str | None = None
     """The worker that holds its KV between turns; None before the first turn and when that worker has died."""
     turns: int = 0
@@ -44,16 +119,22 @@ class Conversation:
     history: History = field(default_factory=History)
     marks: list[PromptMark] = field(default_factory=list, repr=False)
     """Its first prompt and those of its last turns: what the index finds it by."""
+    places: tuple[bytes, ...] = field(default=(), repr=False)
+    """Where it stands in `FirstPages`."""
 
 
 class Conversations:
-    """Conversations by explicit id, else by the longest earlier prompt that a new prompt begins with.
+    """Conversations by a client's key and by their prompts.
 
     A prompt that begins with the last prompt of a conversation continues it. What the model answered need not match:
-    clients resend it in their own rendering. A prompt that begins with an earlier prompt is an edited history. A prompt
-    that shares only the first prompt is another conversation with the same beginning. While a turn of the found
-    conversation still runs, the new prompt is a fork: a new conversation, which begins at the same home, since its
-    pages are shared.
+    clients resend it in their own rendering. A prompt that begins with an earlier prompt, or that differs before but
+    holds the end of the last prompt or answer and goes on behind it, is an edited history. A prompt that shares only
+    the first prompt is another conversation with the same beginning.
+
+    A key is a hint: it narrows the search to the conversations that came with it. A prompt that continues none of them,
+    or comes while a turn of the one it continues runs, is a fork: a new conversation with its own history, which begins
+    at the same home if its pages are there. The prompt of a session may lose its history, as compaction does, and is
+    still the session's if it shares half of the first prompt, and offers tools as that did.
 
     Lookups hash the prompt once, whatever the number of conversations. `capacity` conversations are kept; beyond it,
     and after `max_idle` seconds, those idle for longest are forgotten, which costs nothing but a placement made anew.
@@ -64,7 +145,10 @@ class Conversations:
         self._max_idle = max_idle
         # Least recently active first.
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
+        self._families: dict[str | int, list[Conversation]] = {}
         self._prompts: PromptIndex[Conversation] = PromptIndex(page_tokens)
+        self._first: FirstPages[Conversation] = FirstPages()
+        self._last = LastPrompts()
         self._made = 0
 
     def __len__(self) -> int:
@@ -80,53 +164,41 @@ class Conversations:
         """The `count` conversations that had a turn last, the latest first."""
         return list(islice(reversed(self._by_key.values()), count))
 
-    def find(self, key: str | int, tokens: list[int], chain: list[bytes], now: float) -> tuple[Conversation, int]:
-        """The conversation of a prompt: that of the explicit `key` ("" for none), one that it continues or edits, or a
-        new one; and how many of the prompt's tokens the conversation has seen before.
+    def is_side(self, conversation: Conversation) -> bool:
+        """Whether it holds requests beside a conversation's turns: the client says so, or others came with its key
+        that offer tools, as it does not."""
+        said, others = conversation.said, self._families.get(conversation.family, ())
+        return said.side or (not said.tools and any(other.said.tools for other in others))
 
-        `chain` is the prompt's `page_chain`.
-        """
-        parent, known = None, 0
-        if not key:
-            conversation, parent, known = self._by_prefix(tokens, chain)
-        elif (conversation := self._by_key.get(key)) is not None and conversation.marks:
-            known = self._seen(conversation, tokens, chain)
-            last = conversation.marks[-1]
-            if self._prompts.mark(tokens, chain) != last and not self._prompts.begins(last, tokens, chain):
-                conversation.edits += 1
-        if conversation is None:
-            self._made += 1
-            conversation = Conversation(key or self._made, began=now, last_end=now)
-            if parent is not None and parent.marks[0].length < len(tokens):
-                conversation.home = parent.home
-                conversation.turns = 1  # Its first turn was the parent's.
-            self._by_key[conversation.key] = conversation
-        self._by_key.move_to_end(conversation.key)
-        self._mark(conversation, tokens, chain)
-        return conversation, min(known, len(tokens))
+    def find(self, key: str | int, prompt: array[int], chain: list[bytes], now: float, said: Said = UNSAID) -> Found:
+        """The conversation of a prompt: one that it continues or edits, or a new one. `key` is the client's, "" for
+        none; `chain` is the prompt's `page_chain`."""
+        tokens, change = prompt.tobytes(), None
+        of, relation, known = (self._among if key else self._of_all)(key, prompt, tokens, chain, said)
+        if of is not None and relation is not Relation.NEW:
+            before = self._last.get(of.key)
+            if before and (shared := common_run(before, tokens)) < min(len(before), len(tokens)) // 4:
+                known, change = shared, Change(shared, before, first=False)
+            of.edits += relation is Relation.EDITS
+        else:
+            alike = of or next(iter(self._first.alike(chain)), None)
+            if alike is not None and not said.side and (before := self._last.get(alike.key)):
+                change = Change(common_run(before, tokens), before, first=True)
+            of = self._begun(key, of, known, len(prompt), now, said)
+            if of.parent is None and not key and alike and change and self._starts(alike, change.shared, of):
+                of.parent, of.group, of.by = alike.key, alike.group, "prefix"
+        self._by_key.move_to_end(of.key)
+        if relation is not Relation.CONTINUES:
+            self._first.remove(of.places, of)
+            of.places = self._first.add(chain, of)
+        self._mark(of, prompt, chain)
+        self._last.put(of.key, tokens)
+        return Found(of, min(known, len(prompt)), change)
 
-    def _by_prefix(self, tokens: list[int], chain: list[bytes]) -> tuple[Conversation | None, Conversation | None, int]:
-        """The conversation that a prompt continues or edits, if any; the one whose prompt is its longest prefix, which
-        may still run or share its first prompt alone; and how many of the prompt's tokens that one has seen."""
-        found = self._prompts.longest(tokens, chain)
-        if found is None:
-            return None, None, 0
-        mark, owners = found
-        parent = max(owners, key=lambda owner: (not owner.active, owner.marks[-1] == mark))
-        if parent.active:
-            return None, parent, mark.length
-        is_first, is_last = mark == parent.marks[0], mark == parent.marks[-1]
-        known = parent.tokens if is_last else mark.length
-        if is_first and not (is_last and mark.length < len(tokens)):
-            return None, parent, known
-        parent.edits += not is_last
-        return parent, parent, known
-
-    def _seen(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> int:
-        for mark in reversed(conversation.marks):
-            if self._prompts.begins(mark, tokens, chain):
-                return conversation.tokens if mark is conversation.marks[-1] else mark.length
-        return 0
+    def answered(self, conversation: Conversation, tokens: list[int]) -> None:
+        """The tokens that were generated behind the last prompt."""
+        if prompt := self._last.get(conversation.key):
+            self._last.put(conversation.key, prompt + array("i", tokens).tobytes())
 
     def expire(self, now: float) -> list[Conversation]:
         gone: list[Conversation] = []
@@ -138,11 +210,126 @@ class Conversations:
                 break  # All others had a turn later.
         for conversation in gone:
             del self._by_key[conversation.key]
+            family = self._families.get(conversation.family, [])
+            family[:] = [member for member in family if member is not conversation]
+            if not family:
+                self._families.pop(conversation.family, None)
+            self._first.remove(conversation.places, conversation)
+            self._last.put(conversation.key, b"")
             for mark in conversation.marks:
                 self._prompts.remove(mark, conversation)
         return gone
 
-    def _mark(self, conversation: Conversation, tokens: list[int], chain: list[bytes]) -> None:
+    # --- by prompts -------------------------------------------------------------------------------------------------
+
+    def _of_all(
+        self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
+    ) -> tuple[Conversation | None, Relation, int]:
+        """The conversation that a prompt without a key continues or edits; else the one whose prompt is its longest
+        prefix, which may still run or share its first prompt alone. And how many of the prompt's tokens that has
+        seen."""
+        parent, known = None, 0
+        if (found := self._prompts.longest(prompt, chain)) is not None:
+            mark, owners = found
+            parent = max(owners, key=lambda owner: (not owner.active, owner.marks[-1] == mark))
+            is_first, is_last = mark == parent.marks[0], mark == parent.marks[-1]
+            known = parent.tokens if is_last and not parent.active else mark.length
+            if not parent.active and (not is_first or (is_last and mark.length < len(prompt))):
+                return parent, Relation.CONTINUES if is_last else Relation.EDITS, known
+        if parent is None or not parent.active:
+            for other in self._first.alike(chain):
+                if not other.active and (seen := self._resumed(other, tokens)):
+                    goes_on = seen >= other.marks[-1].length - SLACK
+                    return other, Relation.CONTINUES if goes_on else Relation.EDITS, seen
+        return parent, Relation.NEW, known
+
+    def _resumed(self, of: Conversation, tokens: bytes) -> int:
+        """How many tokens a prompt shares with the last one of a conversation, if these are more than its first prompt
+        or it holds the end of that prompt or its answer behind them, and goes on; else 0."""
+        before = self._last.get(of.key)
+        if not before or not of.marks:
+            return 0
+        shared, end = common_run(before, tokens), of.marks[-1].length * 4
+        if shared >= of.marks[0].length + 2 * NEEDLE:
+            return shared
+        ends = [before[end - 4 * NEEDLE : end]]
+        if len(before) > end + 4 * NEEDLE:
+            ends.append(before[-4 * NEEDLE - 4 : -4])  # without the token that ended the answer
+        start = max(4 * (shared - NEEDLE), 0)
+        found = [at for needle in ends if len(needle) == 4 * NEEDLE and (at := tokens.find(needle, start)) >= 0]
+        return shared if found and min(found) + 8 * NEEDLE < len(tokens) else 0
+
+    # --- by keys ----------------------------------------------------------------------------------------------------
+
+    def _among(
+        self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
+    ) -> tuple[Conversation | None, Relation, int]:
+        """The same among the conversations of a key."""
+        members = self._families.get(key) or ([of] if (of := self._by_key.get(key)) else [])
+        _, owners = self._prompts.longest(prompt, chain) or (None, ())
+        best: tuple[Conversation | None, Relation, int] = (None, Relation.NEW, 0)
+        for of in (*(o for o in owners if o.family == key), *members[: -MOST_MEMBERS - 1 : -1]):
+            relation, known = self._relation(of, prompt, tokens, chain, said)
+            if best[0] is None or (relation, known) > best[1:]:
+                best = of, relation, known
+            if relation is Relation.CONTINUES:
+                break
+        return best
+
+    def _relation(
+        self, of: Conversation, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
+    ) -> tuple[Relation, int]:
+        """What a prompt with its key is to a conversation, and how many tokens that has seen of it."""
+        if not of.marks:
+            return (Relation.EDITS if said.sure else Relation.NEW), 0
+        first, last = of.marks[0].length, of.marks[-1].length
+        before = self._last.get(of.key)
+        shared = common_run(before, tokens) if before else self._seen(of, prompt, chain)
+        if said.side != of.said.side:
+            return Relation.NEW, shared
+        if shared >= last == len(prompt):  # the same again, or one more choice
+            return Relation.CONTINUES, shared
+        if of.active:
+            return Relation.NEW, shared
+        if shared >= last - min(SLACK, last // 8) and len(prompt) > last:
+            return Relation.CONTINUES, of.tokens
+        lost_history = said.session and not said.side and of.said.tools == said.tools and shared >= first // 2
+        edits = shared >= first or lost_history or said.sure or self._resumed(of, tokens)
+        return (Relation.EDITS if edits else Relation.NEW), shared
+
+    def _seen(self, of: Conversation, prompt: array[int], chain: list[bytes]) -> int:
+        return next((mark.length for mark in reversed(of.marks) if self._prompts.begins(mark, prompt, chain)), 0)
+
+    # --- new ones ---------------------------------------------------------------------------------------------------
+
+    def _begun(
+        self, key: str | int, near: Conversation | None, known: int, length: int, now: float, said: Said
+    ) -> Conversation:
+        """A new conversation, a fork of `near` if that has seen `known` tokens of its prompt, of `length`."""
+        self._made += 1
+        own = (f"{key}~{self._made}" if key in self._by_key or said.side else key) if key else self._made
+        family = near.family if key and near is not None and near.family else key
+        made = Conversation(own, said, group=own, family=family, began=now, last_end=now)
+        if near is not None and near.marks and near.marks[0].length <= known and near.marks[0].length < length:
+            made.home = near.home
+            made.turns = 1  # Its first turn was the parent's.
+        if parent := said.parent or (family if family != own else ""):
+            known_parent = self._by_key.get(parent)
+            made.parent, made.by = parent, "header" if said.parent else "key"
+            made.group = parent if known_parent is None else known_parent.group
+        self._by_key[own] = made
+        if family:
+            self._families.setdefault(family, []).append(made)
+        return made
+
+    def _starts(self, parent: Conversation, shared: int, made: Conversation) -> bool:
+        """Whether a new conversation looks like the sub-agent of another: the same client's, with tools, it begins like
+        that and while that waits for something."""
+        alike = parent.said.client == made.said.client and parent.said.tools and made.said.tools
+        waits = not parent.active and parent.turns and made.began - parent.last_end < GROUP_SECONDS
+        return bool(alike and waits and 2 * shared >= parent.marks[0].length)
+
+    def _mark(self, conversation: Conversation, tokens: array[int], chain: list[bytes]) -> None:
         """Make this the conversation's last prompt, and forget earlier ones that it does not begin with."""
         kept = [mark for mark in conversation.marks if self._prompts.begins(mark, tokens, chain)]
         kept = kept[:1] + kept[1:][-(TURNS - 2) :]

@@ -110,10 +110,12 @@ class Forecast:
         self._outputs.add(record.output)
         self._ended[min(record.turn, TURNS)] += 1
 
-    def output(self, history: History, max_tokens: int | None) -> int:
-        """Tokens a turn should be given room for: a high quantile of its own conversation's outputs, else of all; never
-        more than it may generate."""
+    def output(self, history: History, max_tokens: int | None, said: int | None = None) -> int:
+        """Tokens a turn should be given room for: a high quantile of its own conversation's outputs, else what the
+        client has `said`, else a quantile of all; never more than it may generate."""
         own = history.quantile("output", OUTPUT_QUANTILE)
+        if own is None:
+            own = said
         expected = self._outputs.quantile(OUTPUT_QUANTILE, RESERVED_OUTPUT) if own is None else own
         return max(1, min(int(expected), max_tokens or int(expected)))
 

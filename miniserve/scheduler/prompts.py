@@ -1,6 +1,9 @@
-"""An index of prompts: which conversation had the longest prompt that a new prompt begins with."""
+"""Prompts of conversations: which one had the longest prompt that a new prompt begins with, which ones began alike, and
+where a new prompt differs from the one before."""
 
 from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -8,6 +11,10 @@ from miniserve.kv.hashing import page_hashes, root_hash
 
 ALIKE = 64
 """How many owners of the very same prompt the index keeps."""
+ALIKE_AT_FIRST = 16
+"""How many owners of the same first pages are kept, the latest ones."""
+KEPT_BYTES = 2**28
+"""Of last prompts: those of the latest 3,000 conversations, if they are 20,000 tokens long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +47,10 @@ class PromptIndex(Generic[T]):
     def __len__(self) -> int:
         return len(self._owners)
 
-    def mark(self, tokens: list[int], chain: list[bytes]) -> PromptMark:
+    def mark(self, tokens: Sequence[int], chain: list[bytes]) -> PromptMark:
         return PromptMark(chain[-1], _bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
 
-    def begins(self, mark: PromptMark, tokens: list[int], chain: list[bytes]) -> bool:
+    def begins(self, mark: PromptMark, tokens: Sequence[int], chain: list[bytes]) -> bool:
         """Whether `tokens` begin with the prompt of `mark`, and go on."""
         full = mark.length // self._page_tokens
         if mark.length >= len(tokens) or chain[full] != mark.digest:
@@ -78,7 +85,7 @@ class PromptIndex(Generic[T]):
         elif there is owner:
             del self._owners[mark.digest]
 
-    def longest(self, tokens: list[int], chain: list[bytes]) -> tuple[PromptMark, tuple[T, ...]] | None:
+    def longest(self, tokens: Sequence[int], chain: list[bytes]) -> tuple[PromptMark, tuple[T, ...]] | None:
         """The longest mark that `tokens` begin with or are, and its owners."""
         size = self._page_tokens
         for pages in range(len(chain) - 1, -1, -1):
@@ -97,11 +104,83 @@ class PromptIndex(Generic[T]):
         return None
 
 
-def page_chain(tokens: list[int], salt: str, page_tokens: int) -> list[bytes]:
+class FirstPages(Generic[T]):
+    """Owners by a few pages of their first prompts, each four times as far in as the one before: which prompts share at
+    least a quarter of what they share at most takes a few look-ups, and a kilobyte for each owner."""
+
+    def __init__(self) -> None:
+        self._owners: dict[bytes, list[T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def add(self, chain: list[bytes], owner: T) -> tuple[bytes, ...]:
+        """Where `owner` stands now; `remove` wants that again."""
+        places = tuple(chain[page] for page in _places(len(chain)))
+        for place in places:
+            owners = self._owners.setdefault(place, [])
+            owners.append(owner)
+            del owners[:-ALIKE_AT_FIRST]
+        return places
+
+    def remove(self, places: tuple[bytes, ...], owner: T) -> None:
+        for place in places:
+            left = [other for other in self._owners.get(place, ()) if other is not owner]
+            if left:
+                self._owners[place] = left
+            else:
+                self._owners.pop(place, None)
+
+    def alike(self, chain: list[bytes]) -> list[T]:
+        """The owners that share the most of these pages, the latest first."""
+        for page in reversed(_places(len(chain))):
+            if owners := self._owners.get(chain[page]):
+                return owners[::-1]
+        return []
+
+
+def _places(pages: int) -> list[int]:
+    """1, 4, 16, ... below `pages`."""
+    return [4**n for n in range(12) if 4**n < pages]
+
+
+class LastPrompts:
+    """What was computed last of each conversation, prompt and answer: 4 bytes a token, `most` bytes in all, the latest
+    ones."""
+
+    def __init__(self, most: int = KEPT_BYTES) -> None:
+        self._most = most
+        self._kept: OrderedDict[str | int, bytes] = OrderedDict()
+        self.size = 0
+
+    def get(self, key: str | int) -> bytes:
+        """Empty for one that is not kept (any more)."""
+        return self._kept.get(key, b"")
+
+    def put(self, key: str | int, tokens: bytes) -> None:
+        """Keep `tokens` as the last ones of a conversation; none: forget them."""
+        self.size += len(tokens) - len(self._kept.pop(key, b""))
+        if tokens:
+            self._kept[key] = tokens
+        while self.size > self._most:
+            self.size -= len(self._kept.popitem(last=False)[1])
+
+
+def common_run(before: bytes, tokens: bytes) -> int:
+    """How many tokens two prompts begin with alike."""
+    import numpy as np  # not at the top: see observations.py
+
+    n = min(len(before), len(tokens)) // 4
+    differ = np.frombuffer(before, np.int32, n) != np.frombuffer(tokens, np.int32, n)
+    at = int(differ.argmax()) if n else 0
+    return at if n and differ[at] else n
+
+
+def page_chain(tokens: Sequence[int], salt: str, page_tokens: int) -> list[bytes]:
     """The chain hashes of a prompt's full pages, after the hash that stands for no token at all."""
     root = root_hash("", salt)
     return [root, *page_hashes(root, tokens, page_tokens)]
 
 
-def _bytes(tokens: list[int]) -> bytes:
+def _bytes(tokens: Sequence[int]) -> bytes:
     return array("i", tokens).tobytes()

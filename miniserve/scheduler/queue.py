@@ -19,6 +19,8 @@ from operator import itemgetter
 from miniserve.scheduler.conversations import Conversation
 from miniserve.scheduler.turns import Turn
 
+PRIORITY = 2**48
+"""More turns than will ever wait: those of a lower `priority` have lower numbers, whenever they came."""
 Line = list[tuple[int, Turn]]
 """Turns that wait, with their numbers in the order of all."""
 
@@ -39,7 +41,7 @@ class WaitingQueue:
         return sum(map(len, self._lines.values())) + len(self.newcomers) + len(self.suspects)
 
     def append(self, turn: Turn, now: float) -> None:
-        insort(self._line_of(turn, now), (next(self._numbers), turn))
+        insort(self._line_of(turn, now), (next(self._numbers) + turn.said.priority * PRIORITY, turn))
 
     def appendleft(self, turn: Turn, now: float) -> None:
         """Let a turn that has lost its worker wait before the others."""

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from miniserve.scheduler.conversations import Said
 from miniserve.scheduler.forecast import FINISHES, TurnEnd, TurnRecord
 from miniserve.scheduler.placement import Need, Option, Placement
 from miniserve.scheduler.turns import Turn
@@ -29,6 +30,9 @@ class Decision(msgspec.Struct, frozen=True, tag="decision", tag_field="kind"):
     run: str
     conversation: str | int
     turn: int
+    group: str | int
+    parent: str | int | None
+    said: Said
     policy: str
     tokens: int
     expected_output: int
@@ -86,6 +90,9 @@ def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster:
         run=f"{turn.id}.{turn.runs + 1}",
         conversation=turn.conversation.key,
         turn=turn.number,
+        group=turn.conversation.group,
+        parent=turn.conversation.parent,
+        said=turn.said,
         policy=policy,
         tokens=need.tokens,
         expected_output=need.output,

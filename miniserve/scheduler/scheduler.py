@@ -7,13 +7,15 @@ of its turn, so that nothing is repeated or skipped when a worker dies and anoth
 `observe.py` and `baselines.py`), in the order of `queue.py`; `ledger.py` counts the pages.
 """
 
+from array import array
 from collections import deque
+from dataclasses import dataclass
 
 from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversations import Conversations
+from miniserve.scheduler.conversations import UNSAID, Conversations, Said
 from miniserve.scheduler.forecast import Forecast, TurnEnd
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.observations import Speed
@@ -28,6 +30,10 @@ RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
 
 
+MOST_CLIENTS = 64
+"""Programs whose turns are counted apart; anybody may send any name."""
+
+
 class QueueFull(RuntimeError):
     """Too many turns wait already; try again in `retry_after` seconds."""
 
@@ -38,6 +44,15 @@ class QueueFull(RuntimeError):
 
 class NoDecoder(RuntimeError):
     """No worker is left that could serve a turn."""
+
+
+@dataclass(slots=True)
+class Reuse:
+    """Of one client: turns whose prompts were computed, the tokens of these prompts, those that were found."""
+
+    turns: int = 0
+    prompt: int = 0
+    cached: int = 0
 
 
 class Scheduler:
@@ -61,6 +76,8 @@ class Scheduler:
         """All workers that ever lived, in the order of their numbers in `TurnRecord`."""
         self.links: dict[tuple[str, str], Link] = {}
         """(from, to) -> KV that was moved."""
+        self.reuse: dict[str, Reuse] = {}
+        """By the name of a client; those above `MOST_CLIENTS` are ""."""
         self.notes = notes
         """Whether to make records of decisions and outcomes; may change at any time."""
         self._page_tokens = page_tokens
@@ -200,21 +217,23 @@ class Scheduler:
         now: float,
         *,
         tool: bool = False,
+        said: Said = UNSAID,
     ) -> list[Command]:
         """Accept a turn: place it, or queue it. `conversation` is a key, or "" for none; `tool` is whether the prompt
-        ends in a tool's result.
+        ends in a tool's result; `said` is what else the client says of it.
 
         Raises `NoDecoder`, and then changes nothing.
         """
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
-        chain = page_chain(tokens, salt, self._page_tokens)
-        of, known = self.conversations.find(conversation, tokens, chain, now)
+        prompt = array("i", tokens)
+        chain = page_chain(prompt, salt, self._page_tokens)
+        of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
         self._forecast.arrived(of.turns, gap)
         of.active += 1
         self._ledger.let_go(of)
-        output = self._forecast.output(of.history, params.max_tokens)
+        output = self._forecast.output(of.history, params.max_tokens, said.osl)
         accepted = Turn(
             id=turn,
             tokens=list(tokens),
@@ -224,6 +243,8 @@ class Scheduler:
             conversation=of,
             chain=chain,
             known=known,
+            change=change,
+            said=said,
             arrived=now,
             gap=gap,
             tool=tool,
@@ -236,9 +257,9 @@ class Scheduler:
         self._queue.append(accepted, now)
         return self._place_queued(now)
 
-    def conversation_of(self, turn: str) -> str | int:
-        """The key of the conversation that a turn belongs to; "" when that turn has ended."""
-        return found.conversation.key if (found := self._turns.get(turn)) else ""
+    def turn(self, id: str) -> Turn | None:
+        """One that waits or runs; None when it has ended."""
+        return self._turns.get(id)
 
     def cancel(self, turn: str, now: float) -> list[Command]:
         """The client has left: free everything at once. Unknown turns are ignored."""
@@ -311,6 +332,11 @@ class Scheduler:
         if turn.first_token is None:
             turn.first_token = now
             turn.phases.prefill, turn.phases.cached = first.prefill, first.cached_tokens
+            client = turn.said.client if turn.said.client in self.reuse or len(self.reuse) < MOST_CLIENTS else ""
+            reuse = self.reuse.setdefault(client, Reuse())
+            reuse.turns += 1
+            reuse.prompt += turn.given
+            reuse.cached += first.cached_tokens
         for worker in (turn.prefill_at, turn.home):
             if worker is not None:
                 self._placer.prefixes.add(turn.chain, worker)
@@ -350,6 +376,7 @@ class Scheduler:
             self._ledger.release(turn, now)
             conversation.turns += 1
             conversation.tokens = len(turn.tokens)
+            self.conversations.answered(conversation, turn.tokens[turn.given :])
             if turn.first_token is not None:
                 record = remembered(turn, self.names, finish, now)
                 conversation.history.append(record)

@@ -5,7 +5,7 @@ from enum import Enum
 
 from miniserve.cluster.messages import Ended, FirstToken, Tokens
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.conversations import UNSAID, Change, Conversation, Said
 from miniserve.scheduler.placement import Option
 from miniserve.states import follow
 
@@ -88,6 +88,9 @@ class Turn:
     given: int
     number: int
     """Which turn of its conversation this is, from 1."""
+    said: Said = UNSAID
+    change: Change | None = None
+    """How the prompt differs from what it could have begun with."""
     state: TurnState = TurnState.QUEUED
     runs: int = 0
     losses: int = 0

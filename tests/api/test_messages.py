@@ -342,7 +342,7 @@ async def test_ignored_parameters_are_named(api: MessagesServer) -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
     response = await api.post(metadata={"user_id": "me"}, service_tier="auto", thinking=thinking, tools=tools)
     ignored = response.headers["x-ignored-parameters"]
-    assert ignored == "metadata, service_tier, thinking.budget_tokens, tools.cache_control"
+    assert ignored == "metadata, thinking.budget_tokens, tools.cache_control"
     system = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}]
     counted = await api.http.post(
         "/messages/count_tokens", json={"messages": HI, "system": system, "user_profile_id": "x"}

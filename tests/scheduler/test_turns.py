@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from miniserve.cluster.messages import Abort, Failed, Run, StepTime
 from miniserve.scheduler.commands import Deliver, Note
+from miniserve.scheduler.conversations import Said
 from miniserve.scheduler.prompts import page_chain
 from miniserve.scheduler.scheduler import NoDecoder
 from miniserve.scheduler.turns import TurnState
@@ -114,7 +117,7 @@ def test_turns_wait_for_a_decoder_that_returns() -> None:
 
 def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", [1], page_chain([1], "", PAGE), 0.0)[0]
+    found = made.conversations.find("a", array("i", [1]), page_chain([1], "", PAGE), 0.0).conversation
     found.home = "p0"
     home, run = run_of(submit(made, "t", [1] * 40, key="a"))
     assert home == "p0"
@@ -126,7 +129,7 @@ def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
 
 def test_a_conversation_that_lives_on_a_prefiller_goes_on_while_the_decoder_is_away() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", [1], page_chain([1], "", PAGE), 0.0)[0]
+    found = made.conversations.find("a", array("i", [1]), page_chain([1], "", PAGE), 0.0).conversation
     found.home = "p0"
     _, run = run_of(submit(made, "t", [1] * 40, key="a"))
     end(made, "p0", run.turn)
@@ -149,19 +152,19 @@ def test_a_client_cannot_take_the_name_of_another_conversation() -> None:
 
 
 def test_a_conversation_is_found_by_the_key_that_it_was_given() -> None:
-    """Even with a prompt that does not continue the last one."""
+    """Even with a prompt that does not continue the last one, where the server itself knows."""
     made = scheduler("p0", "d0", "d1")
     home, first = run_of(submit(made, "t", [1] * 40))
-    name = made.conversation_of("t")
+    name = made.turn("t").conversation.key
     assert isinstance(name, int)
     submit(made, "k", [3] * 40, key="mine")
-    assert made.conversation_of("k") == "mine"
+    assert made.turn("k").conversation.key == "mine"
     end(made, home, first.turn)
-    assert made.conversation_of("t") == ""
-    again, _ = run_of(submit(made, "u", [2] * 40, key=name))
-    assert (again, made.conversation_of("u")) == (home, name)
+    assert made.turn("t") is None
+    again, _ = run_of(submit(made, "u", [2] * 40, key=name, said=Said(sure=True)))
+    assert (again, made.turn("u").conversation.key) == (home, name)
     submit(made, "v", [4] * 40)
-    assert made.conversation_of("v") not in (name, "mine")
+    assert made.turn("v").conversation.key not in (name, "mine")
 
 
 def test_choices_of_one_request_move_once() -> None:

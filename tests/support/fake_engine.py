@@ -23,6 +23,7 @@ from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command
+from miniserve.scheduler.conversations import UNSAID, Change, Said
 from miniserve.scheduler.scheduler import Scheduler
 from tests.support.outputs import outputs
 from tests.support.peers import peer
@@ -61,6 +62,9 @@ class FakeTurn:
     params: SamplingParams
     conversation: str | int
     salt: str
+    said: Said = UNSAID
+    number: int = 0
+    change: Change | None = None
     steps: Sequence[list[int]] = ()
     pause: float = 0.0
     finish: str = "stop"
@@ -204,10 +208,11 @@ class FakeClient:
         salt: str = "",
         request_id: str = "",
         tool: bool = False,
+        said: Said = UNSAID,
     ) -> FakeTurn:
         if self.refuse is not None:
             raise self.refuse
-        turn = FakeTurn(request_id, tokens, params, conversation, salt, **self.play(tokens, params))
+        turn = FakeTurn(request_id, tokens, params, conversation, salt, said=said, **self.play(tokens, params))
         self.turns.append(turn)
         return turn
 

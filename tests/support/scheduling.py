@@ -8,6 +8,7 @@ from miniserve.cluster.messages import Abort, Message, Report, Run, StepTime, Wo
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.scheduler.commands import Command, Deliver, Send
+from miniserve.scheduler.conversations import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
 from tests.support.outputs import outputs
 from tests.support.peers import peer
@@ -30,9 +31,11 @@ def join(made: Scheduler, name: str, epoch: int = 1, now: float = 0.0) -> list[C
     return made.worker_up(peer(name, epoch, page_bytes=1), now=now)
 
 
-def submit(made: Scheduler, turn: str, tokens: list[int], key: str | int = "", now: float = 0.0) -> list[Command]:
+def submit(
+    made: Scheduler, turn: str, tokens: list[int], key: str | int = "", now: float = 0.0, said: Said = UNSAID
+) -> list[Command]:
     """A turn that generates 16 tokens at most."""
-    return made.submit(turn, tokens, SamplingParams(max_tokens=16), 0, key, "", now)
+    return made.submit(turn, tokens, SamplingParams(max_tokens=16), 0, key, "", now, said=said)
 
 
 def report(

@@ -183,7 +183,8 @@ class _History:
 
         def flush() -> None:
             if texts:
-                messages.append({"role": message.role, "content": "\n".join(texts)})
+                parts = [{"type": "text", "text": text} for text in texts]
+                messages.append({"role": message.role, "content": parts if len(parts) > 1 else texts[0]})
                 texts.clear()
 
         for number, block in enumerate(content):

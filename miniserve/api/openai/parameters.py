@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from miniserve.api.fields import EMPTY, Biases, Key, RequestBody, Salt, Stops, Temperature, TokenIds, TopK, TopP
+from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
 
@@ -81,6 +82,20 @@ class StructuredOutputs(Body):
         return self
 
 
+Urgency = Annotated[int, Field(ge=-1000, le=1000)]
+
+
+class AgentHints(Body):
+    """What Dynamo's clients say of a turn: a higher `priority` goes first, `osl` is how many tokens they expect."""
+
+    priority: Urgency | None = None
+    osl: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+
+class NvExt(Body):
+    agent_hints: AgentHints | None = None
+
+
 class SamplingFields(RequestBody):
     """How tokens are sampled and what the output has to match: fields of several servers, in all APIs."""
 
@@ -111,6 +126,10 @@ class SamplingFields(RequestBody):
     structured_outputs: StructuredOutputs | None = None
     cache_salt: Salt | None = None
     """Only requests with the same salt share prefixes."""
+    priority: Urgency | None = None
+    """Of requests that wait, those with a lower one go first."""
+    service_tier: Text | None = None
+    nvext: NvExt | None = None
 
     @classmethod
     def translated(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +170,15 @@ class GenerationRequest(SamplingFields, ABC):
         if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
             raise ParameterError("structured_outputs", "Give `response_format` or `structured_outputs`, not both.")
         return self
+
+    @property
+    def tool_names(self) -> list[str]:
+        return []
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The texts that the prompt is made of."""
+        return []
 
     @property
     def ends_in_tool_result(self) -> bool:

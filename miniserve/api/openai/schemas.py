@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from miniserve.api.fields import Amount, Count, Effort, Off, On, Prompts, RequestBody, TokenIds
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_tools
+from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.messages import ChatMessage, Json, Text
 
@@ -45,6 +46,20 @@ class ChatRequest(GenerationRequest):
     """Variables of the chat template: those that it reads, and always `enable_thinking` and the like."""
 
     _allowed_calls: AllowedCalls = PrivateAttr()
+
+    @property
+    def tool_names(self) -> list[str]:
+        return [tool["function"]["name"] for tool in self.tools or []]
+
+    @property
+    def segments(self) -> list[Segment]:
+        segments = []
+        for number, message in enumerate(self.messages):
+            texts = [message.content] if isinstance(message.content, str) else [p.text for p in message.content or []]
+            role = "system" if message.role == "developer" else message.role
+            texts = [message.reasoning_content or message.reasoning or "", *texts]
+            segments += [Segment(f"messages[{number}]", role, text) for text in texts if text]
+        return segments
 
     @property
     def ends_in_tool_result(self) -> bool:

@@ -1,0 +1,219 @@
+"""The prefix doctor: why a turn found less of its prompt than it could have, from where the prompt began to differ."""
+
+import re
+import tomllib
+from array import array
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from importlib.resources import files
+from typing import NamedTuple
+
+from typing_extensions import TypedDict
+
+from miniserve.scheduler.conversations import Change
+from miniserve.scheduler.scheduler import Reuse
+
+KINDS: dict[str, dict[str, str]] = tomllib.loads((files("miniserve.monitor") / "doctor.toml").read_text("utf-8"))
+PATTERNS = {kind: re.compile(row["pattern"]) for kind, row in KINDS.items() if "pattern" in row}
+LEAST_TOKENS = 64
+"""A turn that could have found no more than this is well."""
+AROUND = 24
+"""Tokens on both sides of a change in which its kind is looked for."""
+MOST_CHANGED = 4096
+MOST_CHARS = 600
+"""Of a change inside of one tool's description."""
+NEEDLE = 16
+MOST_CONVERSATIONS = 1000
+MOST_MISSES = 16
+"""Of each conversation, the latest ones."""
+
+
+class Segment(NamedTuple):
+    """A text of a request, in the order of the prompt. `field` is where it stands in the chat that the server makes of
+    the request."""
+
+    field: str
+    role: str
+    text: str
+
+
+class Miss(TypedDict):
+    """A turn that could have found `lost` tokens more, had its prompt not differed at `token`, in `field`. The texts
+    around that are null without consent, and the hashes stand for them."""
+
+    turn: int
+    kind: str
+    field: str
+    token: int
+    lost: int
+    before: str | None
+    after: str | None
+    before_hash: str
+    after_hash: str
+
+
+class Cause(TypedDict):
+    """Turns that lost tokens for the same reason, and the share of all tokens that were computed."""
+
+    kind: str
+    where: str
+    turns: int
+    tokens: int
+    share: float
+    says: str
+    advice: str
+
+
+class ClientReport(TypedDict):
+    """Of one client's turns: their tokens, those that were computed, and why more than needed."""
+
+    client: str
+    turns: int
+    prompt_tokens: int
+    computed_tokens: int
+    causes: list[Cause]
+
+
+class DoctorReport(TypedDict):
+    data: list[ClientReport]
+
+
+class Doctor:
+    """`decode` makes text of tokens. Texts of prompts are kept only with `consent`."""
+
+    def __init__(self, decode: Callable[[list[int]], str], *, consent: bool = False) -> None:
+        self._decode = decode
+        self._consent = consent
+        self._misses: OrderedDict[str | int, deque[Miss]] = OrderedDict()
+        self._turns: Counter[tuple[str, str, str]] = Counter()
+        self._tokens: Counter[tuple[str, str, str]] = Counter()
+
+    def misses(self, conversation: str | int) -> list[Miss]:
+        """Of a conversation, the earliest first."""
+        return list(self._misses.get(conversation, ()))
+
+    def report(self, reuse: dict[str, Reuse]) -> DoctorReport:
+        """Of all clients, those that computed most first."""
+
+        def causes(client: str, computed: int) -> list[Cause]:
+            found = [(key, tokens) for key, tokens in self._tokens.most_common() if key[0] == client]
+            return [
+                {
+                    "kind": kind,
+                    "where": where,
+                    "turns": self._turns[name, kind, where],
+                    "tokens": tokens,
+                    "share": min(tokens / max(computed, 1), 1.0),
+                    "says": KINDS[kind]["says"],
+                    "advice": KINDS[kind]["advice"],
+                }
+                for (name, kind, where), tokens in found
+            ]
+
+        data: list[ClientReport] = [
+            {
+                "client": client or "other clients",
+                "turns": seen.turns,
+                "prompt_tokens": seen.prompt,
+                "computed_tokens": seen.prompt - seen.cached,
+                "causes": causes(client, seen.prompt - seen.cached),
+            }
+            for client, seen in reuse.items()
+        ]
+        return {"data": sorted(data, key=lambda one: -one["computed_tokens"])}
+
+    def note(self, client: str, conversation: str | int, found: tuple[Miss, str]) -> None:
+        """Remember a miss and the role of the message that it is in."""
+        miss, where = found
+        self._misses.setdefault(conversation, deque(maxlen=MOST_MISSES)).append(miss)
+        self._misses.move_to_end(conversation)
+        if len(self._misses) > MOST_CONVERSATIONS:
+            self._misses.popitem(last=False)
+        self._turns[client, miss["kind"], where] += 1
+        self._tokens[client, miss["kind"], where] += miss["lost"]
+
+    def examine(
+        self, turn: int, change: Change, prompt: Sequence[int], segments: Sequence[Segment], tools: Sequence[str]
+    ) -> tuple[Miss, str] | None:
+        """What turn number `turn` lost by a change of its `prompt`, and in a message of which role; None if nothing
+        that counts. `segments` and `tools`, their names, are those of its request. Slow: not for the event loop."""
+        before, at = change.before, change.shared
+        after = array("i", prompt).tobytes()
+        ends = _same_again(before, after, at)
+        lost = min(len(before) // 4 - (ends[0] if ends else at), len(after) // 4 - (ends[1] if ends else at))
+        if lost < LEAST_TOKENS or (change.first and ends is None):
+            return None
+        old_end, new_end = (min(end, at + MOST_CHANGED) for end in ends or (at + AROUND, at + AROUND))
+        start = max(at - AROUND, 0)
+        old = self._text(before, start, old_end + AROUND)
+        new = self._text(after, start, new_end + AROUND)
+        place, leads = self._place(self._text(after, 0, at), segments, tools)
+        reordered = all(b.find(a[4 * at : 4 * (at + 8)], 4 * at) >= 0 for a, b in ((before, after), (after, before)))
+        shorter = not change.first and len(after) < 0.75 * len(before)
+        kind = _kind(old, new, place.role, leads, reordered, shorter)
+        if change.first and (kind == "tools" or (place.role not in ("tools", "system") and not leads)):
+            return None  # a session that begins alike, of other tools or with other words of its user
+        miss: Miss = {
+            "turn": turn,
+            "kind": kind,
+            "field": place.field,
+            "token": at,
+            "lost": lost,
+            "before": old if self._consent else None,
+            "after": new if self._consent else None,
+            "before_hash": _digest(old),
+            "after_hash": _digest(new),
+        }
+        return miss, place.role
+
+    def _text(self, tokens: bytes, start: int, end: int) -> str:
+        return self._decode(array("i", tokens[4 * start : 4 * end]).tolist())
+
+    def _place(self, text: str, segments: Sequence[Segment], tools: Sequence[str]) -> tuple[Segment, bool]:
+        """The segment in which a prompt that begins with `text` goes on, and whether more words of its user follow."""
+        cursor, last = 0, -1
+        for number, segment in enumerate(segments):
+            content = segment.text.strip()
+            if content and (found := text.find(content, cursor)) >= 0:
+                cursor, last = found + len(content), number
+        rest = [segment for segment in segments[last + 1 :] if segment.text.strip()]
+        begun = bool(rest) and rest[0].text.strip()[:16] in text[cursor:]
+        if tools and not begun and (not rest or not all(name in text for name in tools)):
+            return Segment("tools", "tools", ""), False
+        if not rest:
+            return Segment("messages", "", ""), False
+        return rest[0], [segment.role for segment in rest[:2]] == ["user", "user"]
+
+
+def _same_again(before: bytes, after: bytes, at: int) -> tuple[int, int] | None:
+    """Where two prompts that differ from token `at` on are the same again: in one and in the other."""
+    for one, other, turned in ((before, after, False), (after, before, True)):
+        for offset in (1, 4, 16, 64, 256, 1024, MOST_CHANGED):
+            start = 4 * (at + offset)
+            needle = one[start : start + 4 * NEEDLE]
+            found = other.find(needle, 4 * at) if len(needle) == 4 * NEEDLE else -1
+            if found < 0 or found % 4:
+                continue
+            ends = start // 4, found // 4
+            while min(ends) > at and one[4 * ends[0] - 4 : 4 * ends[0]] == other[4 * ends[1] - 4 : 4 * ends[1]]:
+                ends = ends[0] - 1, ends[1] - 1
+            return ends[::-1] if turned else ends
+    return None
+
+
+def _kind(old: str, new: str, role: str, leads: bool, reordered: bool, shorter: bool) -> str:
+    """Of a change of `old` to `new` in a message of `role`; `shorter` is whether the prompt has lost much."""
+    if shorter and role not in ("tools", "system"):
+        return "compaction"
+    whole = role == "tools" and max(len(old), len(new)) > MOST_CHARS
+    for kind, pattern in PATTERNS.items():
+        if not whole and set(pattern.findall(old)) != set(pattern.findall(new)):
+            return kind
+    if role == "tools":
+        return "tools-reordered" if reordered else "tools"
+    return "reminder" if leads else {"system": "system", "assistant": "answer"}.get(role, "edited")
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=6).hexdigest()
