@@ -134,7 +134,7 @@ def _add_top(commands: Any) -> None:
 
 
 def _top(args: argparse.Namespace) -> int:
-    """Watch a running server: its workers, their KV, the latest conversations. Ctrl-C or q leaves."""
+    """Watch a running server: its workers, their KV, the latest conversations. Ctrl-C leaves."""
     from miniserve.cli.top import top
 
     return top(args.url, api_key(args), args.interval, args.once)
