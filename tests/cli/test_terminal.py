@@ -65,10 +65,11 @@ def test_the_terminal_changes_its_size(server: WatchedServer, top: Callable[...,
     terminal.resize(120, 40)
     lines = terminal.see("on host")
     assert (len(lines), len(lines[0])) == (40, 120)
+    while "/conversations?limit=40" not in server.paths:
+        terminal.read(0.1)
     terminal.resize(30, 6)
     lines = terminal.see("worker")
     assert (len(lines), len(lines[0])) == (6, 30)
-    assert "/conversations?limit=40" in server.paths
 
 
 def test_a_server_goes_and_comes_back(port: int, top: Callable[..., Terminal]) -> None:

@@ -39,7 +39,7 @@ _SWE_CORRELATION = 0.13
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig(WorkloadShape):
     """What the user asks for, each by the flag of its name. `trace` is a path or the name of a made-up workload,
-    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` one of `ARRIVALS`."""
+    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` how they come."""
 
     trace: str
     arrivals: str = "poisson"
