@@ -34,7 +34,7 @@ class ApiClient:
             raise ConfigError(f"--url {url!r} is no address: write it like http://127.0.0.1:8000/v1.") from error
         self._http = httpx.Client(
             headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
-            timeout=httpx.Timeout(patience, connect=CONNECT_SECONDS),
+            timeout=httpx.Timeout(patience, connect=patience or CONNECT_SECONDS),
             limits=httpx.Limits(max_keepalive_connections=0),
             verify=ssl.create_default_context(),  # the system's certificates
             trust_env=False,

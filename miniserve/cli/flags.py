@@ -1,24 +1,35 @@
 """Flags: those made from settings, those of several commands, and their values as argparse wants them."""
 
 import argparse
+import math
 import os
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.resources import files
 from inspect import signature
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
 
-from miniserve.config import ConfigError, number, parse_positive, parse_seconds, parse_share
+from miniserve.config import ConfigError, Topology, number, parse_positive, parse_seconds, parse_share
+from miniserve.scheduler.baselines import POLICIES
 
 T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, without a screenful of usage above it; takes `--max_model_len`, as vLLM does."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.register("action", "switch", argparse.BooleanOptionalAction)
+        for name, parse in VALUES.items():
+            self.register("type", name, checked(parse))
+            self.register("type", f"{name}s", checked(_listed(parse)))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else args
@@ -27,22 +38,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def add_command(commands: Any, run: Callable[[argparse.Namespace], int], text: str, **how: Any) -> Parser:
-    """A parser for the command that `run` is named after, with `text` for the list; its docstring describes it."""
-    parser: Parser = commands.add_parser(run.__name__.strip("_"), help=text, description=run.__doc__, **how)
-    parser.set_defaults(run=run)
-    return parser
-
-
-def filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """A configuration: `more`, and each flag fills the field of its name."""
-    given = {name: value for name, value in vars(args).items() if name in signature(kind).parameters}
-    return kind(**given | more)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -60,28 +55,72 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return check
 
 
-positive, seconds, share = checked(parse_positive), checked(parse_seconds), checked(parse_share)
-whole = checked(number(int, lambda n: 0 <= n < 2**63, "a whole number"))
-interval = checked(number(float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"))
-rate = checked(number(float, lambda n: 0 < n < 1e6, "a rate above 0"))
-scale = checked(number(float, lambda n: 0 < n <= 1000, "a factor above 0"))
-
-
 def span(text: str) -> tuple[float, float]:
     """A time span in seconds, like 20..60."""
     low, dots, high = text.partition("..")
-    start, end = seconds(low), seconds(high) if dots else 0.0
+    start, end = parse_seconds(low), parse_seconds(high) if dots else 0.0
     if not start < end:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time span, like 20..60")
+        raise ConfigError(f"{text!r} is not a time span, like 20..60")
     return start, end
 
 
-# --- flags of a running server --------------------------------------------------------------------------------------
+def policy(text: str) -> str:
+    if text not in POLICIES:
+        raise ConfigError(f"{text!r} is not one of {', '.join(POLICIES)}")
+    return text
 
 
-def add_url(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--url", default=default, help="default: %(default)s")
-    parser.add_argument("--api-key", help="what the server asks for; or set MINISERVE_API_KEY (or VLLM_API_KEY)")
+def distribution(text: str) -> Any:
+    from miniserve.bench.replay.distributions import Distribution  # which needs numpy
+
+    return Distribution.parse(text)
+
+
+VALUES: dict[str, Callable[[str], Any]] = {
+    "positive": parse_positive,
+    "whole": number(int, lambda n: 0 <= n < 2**63, "a whole number"),
+    "number": number(float, math.isfinite, "a number"),
+    "share": parse_share,
+    "seconds": parse_seconds,
+    "interval": number(float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"),
+    "span": span,
+    "rate": number(float, lambda n: 0 < n < 1e6, "a rate above 0"),
+    "scale": number(float, lambda n: 0 < n <= 1000, "a factor above 0"),
+    "distribution": distribution,
+    "topology": Topology.parse,
+    "policy": policy,
+    "path": Path,
+    "text": str,
+    "words": shlex.split,
+}
+"""How values are parsed, by their names in commands.toml. With an s after the name: a list, with commas between."""
+
+
+def _listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def add_command(commands: Any, run: Callable[[argparse.Namespace], int], text: str, *groups: str, **how: Any) -> Parser:
+    """A parser for the command that `run` is named after, with `text` for the list and the flags of these `groups` of
+    commands.toml and of its own; its docstring describes it."""
+    name = run.__name__.strip("_")
+    parser: Parser = commands.add_parser(name, help=text, description=run.__doc__, **how)
+    parser.set_defaults(run=run)
+    table = _table("commands.toml")
+    for title in (*groups, name):
+        group = parser if title == name else parser.add_argument_group(title)
+        for flag, row in table.get(title, {}).items():
+            group.add_argument(flag, **({"help": row} if isinstance(row, str) else row))
+    return parser
+
+
+def filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """A configuration: `more`, and each flag fills the field of its name."""
+    given = {name: value for name, value in vars(args).items() if name in signature(kind).parameters}
+    return kind(**given | more)
 
 
 def api_key(args: argparse.Namespace) -> str | None:
@@ -114,7 +153,7 @@ def add_settings(
     `choices` are those of fields whose type does not name them. Each value goes by the name of its field.
     """
     fields = {field.name: field for field in _settings(config)}
-    for title, rows in tomllib.loads((files("miniserve.cli") / "flags.toml").read_text("utf-8")).items():
+    for title, rows in _table("flags.toml").items():
         group = parser.add_argument_group(title)
         for name, row in rows.items():
             flag, field = {"help": row} if isinstance(row, str) else row, fields[name]
@@ -132,6 +171,10 @@ def add_settings(
             group.add_argument(*flag.get("names", ["--" + name.replace("_", "-")]), **how)
 
 
+def _table(name: str) -> dict[str, Any]:
+    return tomllib.loads((files("miniserve.cli") / name).read_text("utf-8"))
+
+
 def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInfo]:
     for field in msgspec.structs.fields(config):
         is_config = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
@@ -144,8 +187,7 @@ def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInf
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     """Let `parser` take the flags of vllm_flags.toml. `taken` has those that were given, and what they mean here."""
     hidden: dict[str, Any] = dict.fromkeys(("dest", "default", "help"), argparse.SUPPRESS)
-    table = tomllib.loads((files("miniserve.cli") / "vllm_flags.toml").read_text("utf-8"))
-    for values, rows in table.items():
+    for values, rows in _table("vllm_flags.toml").items():
         nargs: Any = {"none": 0, "never": "*"}.get(values)
         for names, means in rows.items():
             for name in names.split():

@@ -8,7 +8,7 @@ from typing import Any
 
 from miniserve import __version__
 from miniserve.cli import evaluate, flags
-from miniserve.cli.flags import add_command, add_url, api_key, filled
+from miniserve.cli.flags import add_command, api_key, filled
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.text.formats import FORMATS, REASONING_MARKS
@@ -22,6 +22,9 @@ EXAMPLES = """examples:
   miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
   miniserve simulate swe-agent --topology 1P3D        the same on GPUs that are not here
 """
+COLUMNS = """Of workers: `run` and `wait` are requests in the batch and before it, `backlog` prompt tokens to be
+computed, `prefills` the share of time spent on prompts, `512 tok.` and `step` what a prompt of 512 tokens and a decode
+step take. Of KV: pages `reserved` for turns that run, `resident` for what rests between turns."""
 WITH_EXAMPLES: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
@@ -53,8 +56,10 @@ def make_parser() -> flags.Parser:
     parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.", **WITH_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_chat, _add_top, *evaluate.COMMANDS):
-        add(commands)
+    _add_serve(commands)
+    add_command(commands, _chat, "talk to a running server in the terminal", "server")
+    add_command(commands, _top, "watch a running server in the terminal", "server", epilog=COLUMNS)
+    evaluate.add_commands(commands)
     return parser
 
 
@@ -100,15 +105,6 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     return filled(ServeConfig, args, **made)
 
 
-def _add_chat(commands: Any) -> None:
-    parser = add_command(commands, _chat, "talk to a running server in the terminal")
-    add_url(parser, "http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", help="default: the server's first")
-    parser.add_argument("--system", default="", help="a system message")
-    parser.add_argument("--temperature", type=float, help="default: the model's")
-    parser.add_argument("--max-tokens", type=flags.positive, help="most tokens of an answer")
-
-
 def _chat(args: argparse.Namespace) -> int:
     """Talk to a running server; shows the time to the first token and tokens per second."""
     from miniserve.cli.chat import chat
@@ -118,23 +114,8 @@ def _chat(args: argparse.Namespace) -> int:
     return chat(args.url, api_key(args), args.system, given)
 
 
-def _add_top(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        _top,
-        "watch a running server in the terminal",
-        epilog="Of workers: `run` and `wait` are requests in the batch and before it, `backlog` prompt tokens to be "
-        "computed, `prefills` the share of time spent on prompts, `512 tok.` and `step` what a prompt of 512 tokens "
-        "and a decode step take. Of KV: pages `reserved` for turns that run, `resident` for what rests between turns.",
-    )
-    add_url(parser, "http://127.0.0.1:8000/v1")
-    text = "how often the server is asked; default: %(default)s"
-    parser.add_argument("--interval", type=flags.interval, default=1.0, metavar="SECONDS", help=text)
-    parser.add_argument("--once", action="store_true", help="print what there is now, and end")
-
-
 def _top(args: argparse.Namespace) -> int:
-    """Watch a running server: its workers, their KV, the latest conversations. Ctrl-C or q leaves."""
+    """Watch a running server: its workers, their KV, the latest conversations. Ctrl-C leaves."""
     from miniserve.cli.top import top
 
     return top(args.url, api_key(args), args.interval, args.once)

@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from miniserve.cli.screen import Bar, Snapshot, clean, screen
+from miniserve.cli.screen import Snapshot, bar, clean, screen
 from tests.support.scripted import snapshot
 
 URL = "http://here/v1"
@@ -32,10 +32,10 @@ def many(workers: int, conversations: int) -> Snapshot:
     return seen
 
 
-def draw(seen: Snapshot | None, width: int = 100, height: int = 30, **more: Any) -> list[str]:
+def draw(seen: Snapshot | None, width: int = 100, most: int | None = None, **more: Any) -> list[str]:
     """The lines, without colours."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-    console.print(screen(URL, seen, width, height, **more))
+    console.print(screen(URL, seen, most, **more))
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
@@ -47,16 +47,16 @@ def row(lines: list[str], begins: str) -> list[str]:
 
 
 def test_all_there_is_fits_on_a_usual_terminal() -> None:
-    lines = draw(snapshot())
+    lines = draw(snapshot(), 80)
     assert lines[:3] == [f"miniserve at {URL}, policy conserve", "2 workers, 1 turn queued, 5 conversations known", ""]
-    titles = "worker role epoch turns run wait backlog prefills 512 tok. step preempted heard"
+    titles = "worker epoch turns run wait backlog prefills 512 tok. step preempted heard"
     assert row(lines, "worker") == titles.split()
     workers = lines.index(next(line for line in lines if line.startswith("worker")))
-    assert lines[workers + 2].split()[:8] == ["d0", "decoder", "1", "1", "1", "0", "0", "1%"]
+    assert lines[workers + 2].split()[:7] == ["d0", "1", "1", "1", "0", "0", "1%"]
     assert lines[workers + 2].split()[-3:] == ["3", "1.5", "s"]
     kv = lines.index(next(line for line in lines if line.startswith("KV pages")))
-    assert lines[kv].split()[-5:] == ["held", "cached", "free", "reserved", "resident"]
-    assert lines[kv + 2].split()[2:] == ["25", "15", "60", "4", "14"]
+    assert lines[kv].split()[-7:] == ["held", "cached", "free", "reserved", "resident", "on", "host"]
+    assert lines[kv + 2].split()[1:] == ["####++..........", "25", "15", "60", "4", "14", "0/0"]
     assert row(lines, "KV moved")[2:] == ["moves", "bytes", "GB/s"]
     assert row(lines, "p0 -> d0")[3:] == ["4", "64KiB", "0.00"]
     titles = "conversation state home turns tokens KV pages moves edits idle"
@@ -66,47 +66,23 @@ def test_all_there_is_fits_on_a_usual_terminal() -> None:
     assert row(lines, "c1") == ["c1", "idle", "d0", "2", "86", "6", "0", "0", "1", "min"]
 
 
-@pytest.mark.parametrize("width", [200, 100, 80, 60, 40, 20, 8])
-@pytest.mark.parametrize("height", [40, 30, 24, 20, 12, 8, 4])
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 40, 20])
 @pytest.mark.parametrize("seen", [snapshot(), many(1, 2), many(5, 100)], ids=["usual", "small", "large"])
-def test_nothing_is_wider_or_longer_than_the_terminal(seen: Snapshot, width: int, height: int) -> None:
-    lines = draw(seen, width, height)
+def test_nothing_is_wider_than_the_terminal(seen: Snapshot, width: int) -> None:
+    lines = draw(seen, width)
     assert max(map(cell_len, lines)) <= width
-    if width >= 40:
-        assert len(lines) <= max(height, 3)
-        assert height < 8 or any(line.startswith("conversation ") for line in lines)
-        assert height < 12 or any(line.startswith("worker ") for line in lines)
+    assert width < 80 or not any("…" in line for line in lines if not line.startswith("0000"))
 
 
-def test_what_matters_least_leaves_first() -> None:
-    head = row(draw(snapshot(), 60, 20), "worker")
-    assert head[:2] == ["worker", "turns"]
-    assert not {"preempted", "epoch", "role"} & set(head)
-    lines = draw(snapshot(), 60, 20)
-    assert row(lines, "KV pages")[-2:] == ["free", "reserved"]
-    assert row(lines, "conversation")[:5] == ["conversation", "state", "home", "turns", "tokens"]
-    assert [line.split()[0] for line in draw(snapshot(), 80, 8)][2:] == [
-        "worker",
-        "p0",
-        "d0",
-        *["conversation", "late"],
-        "and",
-    ]
-
-
-def test_what_does_not_fit_is_counted() -> None:
-    lines = draw(many(5, 100), 100, 30)
-    shown = sum(line.startswith("0000") for line in lines)
-    assert shown >= 5
-    assert lines[-1] == f"and {100 - shown} more"
-    assert len(lines) == 30
+def test_what_is_not_shown_is_counted() -> None:
+    lines = draw(many(5, 100), most=2)
+    assert sum(line.startswith("0000") for line in lines) == 100
+    assert lines.count("and 3 more") == 2, "of five workers two are left, in both tables"
     assert "and 18 more" in lines, "of 20 links two are left"
-    assert all(len(draw(many(5, n), 100, 2**31)) == 40 + n for n in (1, 100)), "paper has no end"
+    assert not any("more" in line for line in draw(many(5, 100))), "paper has no end"
     seen = many(2, 20)
     seen.conversations["total"] = 5000
-    for height in (2**31, 40):
-        *_, last, more = draw(seen, 100, height)
-        assert int(last[:8]) + 1 + int(more.split()[1].replace(",", "")) == 5000, "those that were not sent are counted"
+    assert draw(seen)[-1] == "and 4,980 more", "those that were not sent are counted"
 
 
 def test_no_workers_and_no_conversations() -> None:
@@ -121,27 +97,23 @@ def test_host_memory_is_shown_where_there_is_any() -> None:
     seen = snapshot()
     seen.workers["data"][0]["kv"] |= {"host_total": 4000, "host_used": 1200}
     lines = draw(seen)
-    assert row(lines, "KV pages")[-2:] == ["on", "host"]
     assert [line.split()[-1] for line in lines if line.startswith(("p0 ", "d0 "))][2:4] == ["1,200/4,000", "0/0"]
 
 
 @pytest.mark.parametrize(
-    ("held", "cached", "total", "bar"),
+    ("held", "cached", "total", "drawn"),
     [
-        (25, 50, 100, "███▒▒▒▒▒▒···"),
-        (0, 0, 100, "············"),
-        (100, 0, 100, "████████████"),
-        (0, 100, 100, "▒▒▒▒▒▒▒▒▒▒▒▒"),
-        (0, 0, 0, "············"),
-        (300, 300, 100, "████████████"),
+        (25, 50, 100, "####++++++++...."),
+        (0, 0, 100, "................"),
+        (100, 0, 100, "################"),
+        (0, 100, 100, "++++++++++++++++"),
+        (0, 0, 0, "................"),
+        (300, 300, 100, "################"),
     ],
 )
-def test_the_bar_is_to_scale(held: int, cached: int, total: int, bar: str) -> None:
+def test_the_bar_is_to_scale(held: int, cached: int, total: int, drawn: str) -> None:
     kv = snapshot().workers["data"][0]["kv"]
-    console = Console(file=io.StringIO(), width=12, color_system=None)
-    console.print(Bar({**kv, "held": held, "cached": cached, "total": total}))
-    assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == bar + "\n"
+    assert bar({**kv, "held": held, "cached": cached, "total": total}).plain == drawn
 
 
 @pytest.mark.parametrize(
@@ -155,8 +127,8 @@ def test_the_bar_is_to_scale(held: int, cached: int, total: int, bar: str) -> No
         ("\u202eevil\u200b", "\ufffdevil\ufffd"),
         ("e\u0301" + "\u0334" * 3, "é" + "\ufffd" * 3),
         ("日本語😀", "日本語😀"),
-        ("0123456789" * 5, "0123456789012…67890123456789"),
-        ("x" * 250 + "y" * 6, "x" * 13 + "…" + "x" * 8 + "y" * 6),
+        ("0123456789" * 5, "01234567890…890123456789"),
+        ("x" * 250 + "y" * 6, "x" * 11 + "…" + "x" * 6 + "y" * 6),
         (" ", " "),
     ],
 )
@@ -167,13 +139,12 @@ def test_ids_are_only_text(id: str, shown: str) -> None:
         console = Console(
             file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", legacy_windows=False
         )
-        console.print(screen(URL, seen, width, 30))
+        console.print(screen(URL, seen))
         assert isinstance(console.file, io.StringIO)
         plain = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
         assert all(c == "\n" or c.isprintable() for c in plain)
-        (line,) = [line for line in plain.splitlines() if "  running" in line]
-        assert line.startswith(shown[:10])
         if width == 100:
+            (line,) = [line for line in plain.splitlines() if " running" in line]
             assert line.startswith(shown + " ")
 
 
@@ -203,10 +174,9 @@ def test_the_last_answer_stays_when_the_server_has_gone() -> None:
     lines = draw(snapshot(), problem="No server answers.", age=75)
     assert lines[1] == "No server answers. Still trying; what follows is 1 min old."
     assert lines[2:] == draw(snapshot())[2:]
-    narrow = draw(snapshot(), 40, 20, problem="No server answers at http://somewhere/v1 (Connection refused).", age=3)
+    narrow = draw(snapshot(), 40, problem="No server answers at http://somewhere/v1 (Connection refused).", age=3)
     assert narrow[1:4] == [
         "No server answers at http://somewhere/v1",
         "(Connection refused). Still trying; what",
         "follows is 3.0 s old.",
     ]
-    assert len(narrow) <= 20

@@ -1,4 +1,4 @@
-"""`miniserve top` at a terminal: keys, sizes, servers that come and go."""
+"""`miniserve top` at a terminal: sizes, signals, servers that come and go."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def top() -> Iterator[Callable[..., Terminal]]:
         terminal.close()
 
 
-@pytest.mark.parametrize("key", [b"\x03", b"q", b"xyzQ"], ids=["Ctrl-C", "q", "keys"])
-def test_it_leaves_the_terminal_as_it_was(server: WatchedServer, top: Callable[..., Terminal], key: bytes) -> None:
+def test_it_leaves_the_terminal_as_it_was(server: WatchedServer, top: Callable[..., Terminal]) -> None:
     terminal = top(server.port)
     before = termios.tcgetattr(terminal.terminal)
     lines = terminal.see("team/a")
@@ -45,10 +44,9 @@ def test_it_leaves_the_terminal_as_it_was(server: WatchedServer, top: Callable[.
     assert {len(line) for line in lines} == {100}
     assert b"\x1b[?1049h" in terminal.written, "a screen of its own"
     assert b"\x1b[2J" not in terminal.written, "which is never cleared, as that would flicker"
-    terminal.press(key)
+    terminal.press(b"\x03")
     assert terminal.ends() == 0
     assert terminal.written.rstrip().endswith(b"\x1b[?25h\x1b[?1049l"), "the cursor, and the screen from before"
-    assert b"xyz" not in terminal.written
     assert termios.tcgetattr(terminal.terminal) == before
 
 
@@ -65,12 +63,13 @@ def test_the_terminal_changes_its_size(server: WatchedServer, top: Callable[...,
     lines = terminal.see("team/a")
     assert (len(lines), len(lines[0])) == (20, 60)
     terminal.resize(120, 40)
-    lines = terminal.see("epoch")
+    lines = terminal.see("on host")
     assert (len(lines), len(lines[0])) == (40, 120)
+    while "/conversations?limit=40" not in server.paths:
+        terminal.read(0.1)
     terminal.resize(30, 6)
-    lines = terminal.see("and 4 more")
+    lines = terminal.see("worker")
     assert (len(lines), len(lines[0])) == (6, 30)
-    assert "/conversations?limit=40" in server.paths
 
 
 def test_a_server_goes_and_comes_back(port: int, top: Callable[..., Terminal]) -> None:

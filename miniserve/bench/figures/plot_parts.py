@@ -3,10 +3,11 @@
 Needs matplotlib, which is in the extra `bench`. Not by pyplot, which keeps its figures in a global.
 """
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from miniserve.bench.figures.tables import Cell, Spread
 from miniserve.config import ConfigError
@@ -14,10 +15,9 @@ from miniserve.config import ConfigError
 try:
     from matplotlib import style
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 except ModuleNotFoundError as error:
     raise ConfigError("Figures are drawn with matplotlib: pip install 'miniserve[bench]'") from error
 
@@ -25,40 +25,25 @@ DPI = 150
 INK, FAINT, PALE = "#222222", "#d9d9d9", "#f2f2f2"
 FRONT = 3
 """The z-order of lines, above the grid, bands and limits."""
+LOOKS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("looks.toml").read_text("utf-8"))
+MORE_DASHES = [2, 1], [6, 1, 1, 1, 1, 1], [1, 2]
+LEGEND_INCHES = 2.2
+"""About the width of a name in the legend."""
 
-Dash = str | tuple[int, tuple[float, ...]]
-
-
-class Look(NamedTuple):
-    color: str
-    marker: str
-    dash: Dash
-    width: float = 1.6
-    hollow: bool = False
-
-
-# Colours of Okabe and Ito, distinct for the colour-blind too; dashes and markers are distinct without any colour.
-LOOKS = {
-    "colocated": Look("#595959", "s", (0, (5, 2))),
-    "disaggregated": Look("#cc79a7", "v", (0, (1, 1.3))),
-    "ampd": Look("#e69f00", "^", (0, (5, 1.5, 1, 1.5))),
-    "conserve": Look("#009e73", "D", (0, (9, 2))),
-    "observe": Look("#0072b2", "o", "-", 2.6),
-}
-OTHER_LOOKS = Look("#d55e00", "X", (0, (3, 1))), Look("#56b4e9", "P", (0, (2, 1))), Look("#8c6d31", "*", (0, (1, 2)))
-MORE_DASHES: tuple[Dash, ...] = (0, (2, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2))
+Look = Mapping[str, Any]
 
 
 def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
-    """One for each series. A policy keeps its colour whatever else is shown; its second series has hollow markers."""
-    policies = {name: cells[0]["policy"] for name, cells in series.items()}
-    others = sorted(set(policies.values()) - set(LOOKS))
+    """How the line of each series is drawn, as matplotlib has it. A policy keeps its colour whatever else is shown; its
+    second series has hollow markers."""
     found: dict[str, Look] = {}
-    for name, policy in policies.items():
-        look = LOOKS.get(policy) or OTHER_LOOKS[others.index(policy) % len(OTHER_LOOKS)]
-        before = sum(policies[earlier] == policy for earlier in found)
-        dash = look.dash if before == 0 else MORE_DASHES[(before - 1) % len(MORE_DASHES)]
-        found[name] = look._replace(dash=dash, hollow=before % 2 == 1)
+    for name, cells in series.items():
+        policy = cells[0]["policy"]
+        look = LOOKS.get(policy, LOOKS["other"])
+        if before := sum(series[earlier][0]["policy"] == policy for earlier in found):
+            hollow = {"markerfacecolor": "white", "markeredgecolor": look["color"]}
+            look = look | hollow | {"dashes": MORE_DASHES[(before - 1) % len(MORE_DASHES)]}
+        found[name] = look
     return found
 
 
@@ -70,7 +55,6 @@ def drawing() -> AbstractContextManager[None]:
 def sheet(title: str, width: float, height: float) -> Figure:
     """An empty figure of a size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     return figure
 
@@ -88,14 +72,11 @@ def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None
     """Draw means, and the range of seeds: a band, or a bar where there is only one point."""
     x = [at for at, _ in points]
     mean, low, high = ([spread[n] for _, spread in points] for n in range(3))
-    front = FRONT + (look.width > 2)
-    axes.plot(x, mean, zorder=front, **_drawn(look))
-    if low == high:
-        return
+    axes.plot(x, mean, zorder=FRONT, **look)
     if len(points) > 1:
-        axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0, zorder=FRONT - 1)
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0, zorder=FRONT - 1)
     else:
-        axes.vlines(x, low, high, color=look.color, linewidth=1.2, zorder=FRONT - 1)
+        axes.vlines(x, low, high, color=look["color"], linewidth=1.2, zorder=FRONT - 1)
 
 
 def note(axes: Axes, text: str, at: float, gap: float) -> None:
@@ -106,30 +87,13 @@ def note(axes: Axes, text: str, at: float, gap: float) -> None:
 
 def legend(figure: Figure, styles: Mapping[str, Look]) -> None:
     """Put the legend below everything, in as many columns as fit."""
-    lines = [Line2D([], [], label=name, **_drawn(look)) for name, look in styles.items()]
-    wide = [0.9 + 0.08 * len(name) for name in styles]  # inches, about
-    rows = 1
-    while rows < len(wide) and sum(max(wide[n : n + rows]) for n in range(0, len(wide), rows)) > figure.get_figwidth():
-        rows += 1
-    columns = -(-len(wide) // rows)
+    lines = [Line2D([], [], label=name, **look) for name, look in styles.items()]
+    columns = int(figure.get_figwidth() / LEGEND_INCHES)
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, handlelength=3.6)
 
 
-def ticks(axis: Any, places: Sequence[float], labels: Mapping[float, str] | None = None) -> None:
-    """Set ticks at `places` only, with plain numbers or `labels`."""
-    axis.set_major_locator(FixedLocator(places))
+def ticks(axis: Any, places: Sequence[float] | None) -> None:
+    """Set ticks at `places` only (None: at 1, 2 and 5 of each decade), with plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if places is None else FixedLocator(places))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if labels is None else labels.get(value, "")))
-
-
-def _drawn(look: Look) -> dict[str, Any]:
-    return {
-        "color": look.color,
-        "linestyle": look.dash,
-        "linewidth": look.width,
-        "marker": look.marker,
-        "markersize": 6 if look.width < 2 else 7,
-        "markerfacecolor": "white" if look.hollow else look.color,
-        "markeredgecolor": look.color if look.hollow else "white",
-        "markeredgewidth": 1.2 if look.hollow else 0.6,
-    }
+    axis.set_major_formatter("{x:g}")

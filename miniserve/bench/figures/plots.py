@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.bench.figures import tables
-from miniserve.bench.figures.plot_parts import FRONT, INK, PALE, drawing, legend, line, looks, note, save, sheet, ticks
+from miniserve.bench.figures.plot_parts import FRONT, INK, drawing, legend, line, looks, note, save, sheet, ticks
 from miniserve.bench.figures.tables import SLOS, Cell, Spread, by_rate, by_series, measured
 from miniserve.bench.replay.metrics import SLO
 
@@ -19,10 +19,8 @@ Keys = tuple[str, ...]
 
 LOG_FROM = 10.0
 """From this ratio of the highest to the lowest on, ratios are drawn on a logarithmic axis."""
-FINE, COARSE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0)
-"""Ticks of a decade, on an axis of less than one and of more."""
-LANE = 0.19
-"""Shares that are zero lie this far apart, in per cent on an axis, below where zero would be."""
+SHARES = 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0
+"""Ticks of a "symlog" axis, in %."""
 NAMES = {
     "ttfet": "First token of the last turn (TTFET)",
     "last_turn_tbt": "Gap between tokens, last turn (TBT)",
@@ -32,7 +30,7 @@ NAMES = {
 
 class Panel(NamedTuple):
     """One set of axes: the figure at `path`, times `factor`, against the rate. `limit` is a level to mark. `scale` is
-    "linear", "log" or "percent": logarithmic above 1, linear below, with zeros in lanes of their own."""
+    "linear", "log" or "symlog": logarithmic above 1, linear below."""
 
     title: str
     unit: str
@@ -69,7 +67,7 @@ def _latency(cells: Sequence[Cell]) -> Figure | None:
 
 def _violations(cells: Sequence[Cell]) -> Figure | None:
     limit = 100 * tables.GOOD, f"{100 * tables.GOOD:g} %"
-    panels = [Panel(NAMES[s], "conversations, %", ("slo_violation", s), 100, limit, "percent") for s in SLOS]
+    panels = [Panel(NAMES[s], "conversations, %", ("slo_violation", s), 100, limit, "symlog") for s in SLOS]
     title = f"Conversations that missed their SLO of {SLO:g} times standalone (lower is better)"
     return _against_rate(title, cells, panels, 3, (11, 4.2))
 
@@ -110,20 +108,16 @@ def _against_rate(
         axes.set_ylabel(panel.unit if columns < 3 or number % columns == 0 else "")
         axes.set_xlabel("arrivals, conversations/s" if number >= len(panels) - columns else "")
         values: list[float] = []
-        for place, (name, look) in enumerate(styles.items()):
+        for place, (name, look) in enumerate(styles.items(), 1):
             spreads = _points(series[name], "rate", panel.path)
             points = [(at, Spread(*(panel.factor * value for value in spread))) for at, spread in spreads]
             values += [value for _, spread in points for value in spread]
-            lane = place + 1.0
             if len(rates) == 1:  # no lines: points stand side by side
-                points = [(at + lane / (len(styles) + 1) - 0.5, spread) for at, spread in points]
-                lane = (len(styles) + 1) / 2
-            if panel.scale == "percent":
-                points = [(at, Spread(*(value or -LANE * lane for value in spread))) for at, spread in points]
-            if points:
-                line(axes, points, look)
-        _rate_axis(axes, rates, size[0] / columns)
-        _value_axis(axes, panel, values, len(styles))
+                points = [(at + place / (len(styles) + 1) - 0.5, spread) for at, spread in points]
+                axes.set_xlim(rates[0] - 0.5, rates[0] + 0.5)
+            line(axes, points, look)
+        ticks(axes.xaxis, rates)
+        _value_axis(axes, panel, values)
     legend(figure, styles)
     return figure
 
@@ -135,42 +129,22 @@ def _points(cells: Sequence[Cell], key: str, path: Keys) -> Iterator[tuple[float
             yield at, spread
 
 
-def _rate_axis(axes: Axes, rates: Sequence[float], inches: float) -> None:
-    """Ticks at the rates tested, without labels that would run into the next one."""
-    room = 0.5 / inches * (rates[-1] - rates[0])
-    labels: dict[float, str] = {}
-    for rate in reversed(rates):
-        if not labels or min(labels) - rate >= room:
-            labels[rate] = f"{rate:g}"
-    ticks(axes.xaxis, rates, labels)
-    if len(rates) == 1:
-        axes.set_xlim(rates[0] - 0.5, rates[0] + 0.5)
-
-
-def _value_axis(axes: Axes, panel: Panel, values: Sequence[float], lanes: int = 0) -> None:
+def _value_axis(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
     if not values:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
-    seen = [*values, *([panel.limit[0]] if panel.limit else [])]
-    top = max(seen, default=0.0) or 1.0
-    if panel.scale == "linear":
-        axes.set_ylim(0, 1.08 * top)
-    elif panel.scale == "log":
-        low = min(value for value in seen if value > 0) / 1.12
-        axes.set_yscale("log")
-        axes.set_ylim(low, 1.12 * top)
-        digits = FINE if top < 10 * low else COARSE
-        ticks(axes.yaxis, [digit * 10.0**power for power in range(-3, 6) for digit in digits])
-    else:
-        axes.set_yscale("symlog", linthresh=1, linscale=0.5)
-        middle, bottom = -LANE * (lanes + 1) / 2, -LANE * (lanes + 1)
-        axes.axhspan(bottom, 0, color=PALE, linewidth=0, zorder=0)
-        axes.set_ylim(bottom, 130)
-        places = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
-        ticks(axes.yaxis, [middle, *places], {middle: "none", **{place: f"{place:g}" for place in places}})
     if panel.limit:
         limit, name = panel.limit
         axes.axhline(limit, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
         note(axes, name, limit, 4)
+    if panel.scale == "log":
+        axes.set_yscale("log")
+        ticks(axes.yaxis, None)
+    elif panel.scale == "symlog":
+        axes.set_yscale("symlog", linthresh=1, linscale=0.5)
+        axes.set_ylim(0, 130)
+        ticks(axes.yaxis, SHARES)
+    else:
+        axes.set_ylim(bottom=0)
 
 
 def _mispredict(cells: Sequence[Cell]) -> Figure | None:
@@ -183,8 +157,9 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
         return None
     here = [cell for cell in cells if cell["rate"] == rate and measured([cell], *path)]
     others = [cell for cell in here if cell["policy"] != tables.PREDICTS]
-    sweeps = _sweeps([cell for cell in here if tables.predicts(cell)])
-    series = {**by_series(others), **sweeps}
+    swept = [cell for cell in here if tables.predicts(cell)]
+    sweeps = {label: [cell for cell in swept if cell["label"] == label] for label in {c["label"]: 0 for c in swept}}
+    series = by_series(others) | sweeps
     styles = looks(series)
     figure = sheet(f"Wrong predictions at {rate:g} conversations/s (lower is better)", 7.4, 4.8)
     axes = figure.add_subplot()
@@ -194,10 +169,10 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
             points = [(100 * share, spread) for share, spread in _points(mine, "mispredict", path)]
             line(axes, points, styles[name])
             values += [value for _, spread in points for value in spread]
-        elif level_ := measured(mine, *path):
-            look = styles[name] = styles[name]._replace(marker="")
-            axes.axhline(level_.mean, color=look.color, linestyle=look.dash, linewidth=look.width)
-            values.append(level_.mean)
+        elif level := measured(mine, *path):
+            styles[name] = {**styles[name], "marker": ""}
+            axes.axhline(level.mean, **styles[name])
+            values.append(level.mean)
     ticks(axes.xaxis, sorted(100 * share for share in shares[rate]))
     axes.set_xlabel("predictions made wrong, %")
     axes.set_ylabel("TTFET, 95th percentile, × standalone")
@@ -205,14 +180,3 @@ def _mispredict(cells: Sequence[Cell]) -> Figure | None:
     _value_axis(axes, Panel("", "", path, 1, (SLO, "SLO"), scale), values)
     legend(figure, styles)
     return figure
-
-
-def _sweeps(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells by label; by topology where the share of wrong predictions is part of the labels."""
-    by_label: dict[str, list[Cell]] = {}
-    by_topology: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_label.setdefault(cell["label"], []).append(cell)
-        by_topology.setdefault(f"{tables.PREDICTS} {cell['topology']}", []).append(cell)
-    swept = any(len({cell["mispredict"] for cell in mine}) > 1 for mine in by_label.values())
-    return by_label if swept else by_topology

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miniserve.bench.figures.plot_parts import DPI, FAINT, FRONT, PALE, drawing, note, save, sheet, ticks
+from miniserve.bench.figures.plot_parts import FAINT, FRONT, PALE, drawing, note, save, sheet, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,8 +15,6 @@ WIDTH = 11.0
 KINDS = {"decode": "#8ecdf0", "mixed": "#009e73", "prefill": "#e69f00", "transfer": "#222222"}
 """Rarer ones are drawn above the others."""
 KIND_NAMES = {"prefill": "prefill", "decode": "decode", "mixed": "both in one step", "transfer": "KV transfer"}
-WORKERS = "#0072b2", "#d55e00", "#007a5a", "#b5548b", "#595959", "#a06f00", "#3b3b98", "#56b4e9"
-DASHES = "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1))
 TALL, THIN = 0.56, 0.14
 """Heights in a lane: of what a worker computes, and below it of what it moves at the same time."""
 
@@ -27,7 +24,7 @@ Span = Sequence[Any]  # start, end, kind
 def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """Draw a lane for each worker, coloured where it was busy, and below them how full its KV was (times in seconds);
     the files."""
-    workers = sorted({*timeline["spans"], *timeline["kv"]}, key=_place)
+    workers = list(timeline["spans"])
     start, end = timeline["window"]
     lanes_height = 0.5 + 0.42 * max(len(workers), 1)
     with drawing():
@@ -42,31 +39,22 @@ def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[
         return save(figure, folder, name)
 
 
-def _place(worker: str) -> tuple[bool, str, int]:
-    """Prefillers first; d10 after d9."""
-    role, number = re.fullmatch(r"(.*?)(\d*)", worker).groups()  # type: ignore[union-attr]  # this always matches
-    return not worker.startswith("p"), role, int(number or 0)
-
-
 def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[str], start: float, end: float) -> None:
     """Draw bars, the first worker's on top, and at the right the share of the time that each computed."""
     from matplotlib.patches import Patch
 
-    pixel = (end - start) / (WIDTH * DPI)
     for lane, worker in enumerate(workers):
-        mine = sorted(
-            (max(a, start), min(b, end), kind) for a, b, kind in spans.get(worker, ()) if b > start and a < end
-        )
+        mine = [(max(a, start), min(b, end), kind) for a, b, kind in spans[worker] if b > start and a < end]
         axes.axhspan(lane - TALL / 2 - THIN / 2, lane + TALL / 2 + THIN / 2, color=PALE, linewidth=0, zorder=0)
         for kind, color in KINDS.items():
-            bars = [(a, b - a) for a, b in joined(((a, b) for a, b, k in mine if k == kind), pixel / 2)]
+            bars = [(a, b - a) for a, b, k in mine if k == kind]
             place = (lane + TALL / 2 - THIN / 2, THIN) if kind == "transfer" else (lane - TALL / 2 - THIN / 2, TALL)
             # A vector for each of tens of thousands of bars would make an SVG of megabytes.
             axes.broken_barh(bars, place, facecolors=color, linewidth=0, zorder=FRONT, rasterized=True)
-        busy = sum(b - a for a, b in joined(((a, b) for a, b, kind in mine if kind != "transfer"), 0.0))
+        busy = sum(b - a for a, b, kind in mine if kind != "transfer")
         note(axes, f"busy {100 * busy / (end - start):.0f} %" if end > start else "", lane, 6)
     axes.set_ylim(max(len(workers), 1) - 0.5, -0.5)
-    ticks(axes.yaxis, range(len(workers)), dict(enumerate(workers)))
+    axes.set_yticks(range(len(workers)), labels=workers)
     axes.tick_params(axis="y", length=0, labelsize=10)
     axes.tick_params(axis="x", labelbottom=False)
     axes.grid(False)
@@ -75,38 +63,19 @@ def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[st
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
 
 
-def joined(spans: Iterator[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
-    """Spans (start, end) in order of their starts, those joined that overlap or lie less than `gap` apart: a long run
-    has more steps than a picture has pixels."""
-    found: list[tuple[float, float]] = []
-    for start, end in spans:
-        if found and start <= found[-1][1] + gap:
-            found[-1] = found[-1][0], max(found[-1][1], end)
-        else:
-            found.append((start, end))
-    return found
-
-
 def _fill(axes: Axes, kv: Mapping[str, Mapping[str, Any]], workers: Sequence[str]) -> None:
     """Draw shares of each pool: what conversations hold, and lighter, that and what is cached."""
-    from matplotlib.lines import Line2D
-
-    handles = []
     for number, worker in enumerate(workers):
-        if worker not in kv:
-            continue
         pool = kv[worker]
         full = 100 / max(pool["total"], 1)
         held = [full * pages for pages in pool["held"]]
         both = [full * (a + b) for a, b in zip(pool["held"], pool["cached"], strict=True)]
-        look: dict[str, Any] = {"color": WORKERS[number % len(WORKERS)], "drawstyle": "steps-post"}
+        look: dict[str, Any] = {"color": f"C{number}", "drawstyle": "steps-post", "marker": ""}
         axes.plot(pool["time"], both, linewidth=1, alpha=0.4, zorder=FRONT - 1, **look)
-        axes.plot(pool["time"], held, linewidth=1.7, linestyle=DASHES[number // len(WORKERS)], zorder=FRONT, **look)
-        handles.append(Line2D([], [], color=look["color"], linewidth=1.7, label=worker))
+        axes.plot(pool["time"], held, zorder=FRONT, label=worker, **look)
     axes.set_ylim(0, 102)
     ticks(axes.yaxis, range(0, 101, 25))
-    axes.set_ylabel("KV pool in use, %")
+    axes.set_ylabel("KV pool held, %\n(pale: with cached)")
     axes.set_xlabel("time, s")
-    handles.append(Line2D([], [], color="#888888", linewidth=1.7, label="held"))
-    handles.append(Line2D([], [], color="#888888", linewidth=1, alpha=0.6, label="held and cached"))
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
+    if workers:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(workers), borderaxespad=0.2)

@@ -1,8 +1,10 @@
 """From what the user names to a workload: a trace's file, or made-up scripts whose sizes follow a distribution."""
 
 import math
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -17,29 +19,13 @@ from miniserve.config import ConfigError
 COUNT = 255
 """Scripts of a made-up workload by default: as many as in the paper's evaluation."""
 
-_QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
-_SWE_FIRST = (3303, 12240, 15100, 15890, 16450, 16950, 17295, 18650, 24000)
-_SWE_OUTPUTS = (
-    (58, 76, 87, 102, 131, 161, 187, 238, 318),
-    (34, 36, 39, 40, 42, 46, 53, 66, 90),
-    (31, 37, 42, 49, 58, 66, 73, 160, 957),
-    (29, 35, 44, 54, 70, 174, 302, 4156, 9502),
-    (29, 40, 55, 105, 216, 446, 1759, 4807, 9619),
-    (31, 46, 94, 192, 326, 733, 2344, 5184, 9433),
-    (31, 51, 161, 250, 410, 695, 1019, 4270, 9650),
-    (35, 63, 176, 296, 495, 791, 1520, 4323, 9061),
-    (41, 73, 186, 316, 499, 780, 1052, 4246, 9504),
-    (35, 71, 193, 334, 524, 768, 1074, 3522, 10234),
-)
-"""Output tokens at `_QUANTILES`, for each turn."""
-_SWE_CORRELATION = 0.13
-"""Between the outputs of any two turns from the fourth on."""
+_SWE = tomllib.loads((files("miniserve.bench.replay") / "swe_agent.toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig(WorkloadShape):
     """What the user asks for, each by the flag of its name. `trace` is a path or the name of a made-up workload,
-    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` one of `ARRIVALS`."""
+    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` how they come."""
 
     trace: str
     arrivals: str = "poisson"
@@ -112,10 +98,14 @@ def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
     tenth of conversations hold 30% of all output (31%), 48% when cut at five turns (51%); of turns, 55% (54%).
     First prompts: p5 12,270, p50 15,940, p95 17,260 (paper: 12,240, 15,890, 17,295), none above 24,000 (56,635).
     """
-    first = _between(rng.random(), _SWE_FIRST)
-    common = rng.standard_normal() * math.sqrt(_SWE_CORRELATION)
-    own = rng.standard_normal(len(_SWE_OUTPUTS)) * math.sqrt(1 - _SWE_CORRELATION)
-    outputs = (_between(NormalDist().cdf(common + z), row) for z, row in zip(own, _SWE_OUTPUTS, strict=True))
+
+    def between(quantile: float, table: list[int]) -> int:
+        return round(math.exp(np.interp(quantile, _SWE["quantiles"], np.log(table))))
+
+    first = between(rng.random(), _SWE["first"])
+    common = rng.standard_normal() * math.sqrt(_SWE["correlation"])
+    own = rng.standard_normal(len(_SWE["outputs"])) * math.sqrt(1 - _SWE["correlation"])
+    outputs = (between(NormalDist().cdf(common + z), row) for z, row in zip(own, _SWE["outputs"], strict=True))
     return [TurnSize(67 if n else first, output) for n, output in enumerate(outputs)]
 
 
@@ -173,10 +163,6 @@ def _mix(text: str) -> tuple[list[str], list[float]]:
             )
         weights[name] = weight
     return list(weights), [weight / sum(weights.values()) for weight in weights.values()]
-
-
-def _between(quantile: float, table: tuple[int, ...]) -> int:
-    return round(math.exp(np.interp(quantile, _QUANTILES, np.log(table))))
 
 
 def _lognormal(rng: np.random.Generator, median: float, sigma: float, most: int) -> int:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -15,10 +14,8 @@ from miniserve.bench.replay.workload import BLOCK_TOKENS, Script, TurnSize
 from miniserve.config import ConfigError
 
 _LIMIT = 2**31
-_REQUIRED = ("conversation_id", "turn", "new_input_tokens", "output_tokens")
-_KNOWN = (*_REQUIRED, "gap_s", "arrival_s")
-_FLOAT = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _Tokens = Annotated[int, msgspec.Meta(ge=1, lt=_LIMIT)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, lt=_LIMIT)]
 
 
 class TraceError(ConfigError):
@@ -68,56 +65,43 @@ class _Lines:
             yield line
 
 
+class _Row(msgspec.Struct, forbid_unknown_fields=True):
+    """A row of a CSV trace."""
+
+    conversation_id: str
+    turn: Annotated[int, msgspec.Meta(ge=0)]
+    new_input_tokens: _Tokens
+    output_tokens: _Tokens
+    gap_s: _Seconds = 0.0
+    arrival_s: _Seconds | None = None
+
+
 def _rows(lines: _Lines) -> list[Script]:
-    """Scripts of a CSV file. Raises ValueError or csv.Error."""
+    """Scripts of a CSV file. An empty cell is as good as none. Raises ValueError or csv.Error."""
     reader = csv.reader(lines, strict=True)
     header = [name.strip() for name in next(reader, [])]
-    if missing := [name for name in _REQUIRED if name not in header]:
-        raise ValueError(f"no column {', '.join(missing)}; the first line is a header: {','.join(_REQUIRED)}[,gap_s]")
-    for n, name in enumerate(header):
-        if name not in _KNOWN or name in header[:n]:
-            what = "appears twice" if name in _KNOWN else "is unknown"
-            raise ValueError(f"column {name!r} {what}; known are {', '.join(_KNOWN)}")
     turns: dict[str, list[TurnSize]] = {}
-    arrivals: dict[str, float] = {}
-    for cells in reader:
-        if not cells:
-            continue
+    arrivals: dict[str, float | None] = {}
+    for cells in filter(None, reader):
         if len(cells) != len(header):
             raise ValueError(f"{len(cells)} values for the {len(header)} columns of the header")
-        row = dict(zip(header, map(str.strip, cells), strict=True))
-        key, turn = row["conversation_id"], _whole(row, "turn", 0)
-        if not key:
-            raise ValueError("conversation_id is empty; each turn names its conversation")
-        before = turns.setdefault(key, [])
-        if turn != len(before):
+        given = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
+        try:
+            row = msgspec.convert(given, _Row, strict=False)
+        except msgspec.ValidationError as e:
+            raise ValueError(f"{e}; the first line is a header: {','.join(_Row.__struct_fields__)}") from None
+        key, before = row.conversation_id, turns.setdefault(row.conversation_id, [])
+        if row.turn != len(before):
             should = f"should be turn {len(before)}: they count from 0, each once, in order"
-            raise ValueError(f"turn {turn} of conversation {key!r} {should}")
-        gap = _seconds(row, "gap_s") if "gap_s" in row and (turn or row["gap_s"]) else 0.0
-        if turn and row.get("arrival_s"):
-            raise ValueError(f"arrival_s is {row['arrival_s'][:40]!r}; only turn 0 has one, later turns a gap_s")
-        if not turn and gap:
+            raise ValueError(f"turn {row.turn} of conversation {key!r} {should}")
+        if not row.turn and row.gap_s:
             raise ValueError("gap_s of turn 0 should be 0 or empty: nothing comes before it")
-        if not turn and "arrival_s" in row:
-            arrivals[key] = _seconds(row, "arrival_s")
-        before.append(TurnSize(_whole(row, "new_input_tokens", 1), _whole(row, "output_tokens", 1), gap))
-    scripts = [Script(key, tuple(sizes), arrivals.get(key)) for key, sizes in turns.items()]
+        if row.turn and row.arrival_s is not None:
+            raise ValueError("only turn 0 has an arrival_s, later turns have a gap_s")
+        arrivals.setdefault(key, row.arrival_s)
+        before.append(TurnSize(row.new_input_tokens, row.output_tokens, row.gap_s))
+    scripts = [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
     return sorted(scripts, key=lambda script: script.arrival or 0.0)
-
-
-def _whole(row: dict[str, str], name: str, least: int) -> int:
-    text = row[name]
-    # int() would also take 1_000, and digits of other alphabets.
-    if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) < _LIMIT:
-        raise ValueError(f"{name} is {text[:40]!r}; it should be a whole number from {least} to {_LIMIT - 1}")
-    return int(text)
-
-
-def _seconds(row: dict[str, str], name: str) -> float:
-    text = row[name]
-    if not _FLOAT.fullmatch(text) or float(text) >= _LIMIT:
-        raise ValueError(f"{name} is {text[:40]!r}; it should be seconds, from 0 to {_LIMIT - 1}")
-    return float(text)
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,8 +6,6 @@ from typing import NamedTuple
 BLOCK_TOKENS = 512
 """Tokens of a shared block: those that `hash_ids` of Mooncake's traces stand for."""
 
-ARRIVALS = ("poisson", "fixed", "burst")
-
 
 class TurnSize(NamedTuple):
     """One turn: `new` tokens from the user or a tool (in the first turn: the whole prompt), `output` tokens from the
