@@ -69,6 +69,7 @@ def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, bound: tu
         "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",
         "API": f"{url} at {config.uds}" if config.uds else url,
         "dashboard": url.removesuffix("v1"),
+        "prompts": "without Claude Code's billing line" if config.normalize_prompts else "as they come",
     }
     key = ' -H "Authorization: Bearer YOUR_KEY"' if config.api_key else ""
     curl = (

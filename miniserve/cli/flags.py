@@ -167,7 +167,7 @@ def add_settings(
             else:
                 named = get_args(kind) if get_origin(kind) is Literal else choices.get(name)
                 how |= {"type": checked(parse), "choices": named, "metavar": flag.get("metavar")}
-                how |= {"nargs": "+"} if flag.get("many") else {}
+                how |= {"nargs": "+", "action": "extend"} if flag.get("many") else {}
             group.add_argument(*flag.get("names", ["--" + name.replace("_", "-")]), **how)
 
 

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   miniserve serve --topology 1P1D                     a prefiller and a decoder
   miniserve chat                                      talk to the server that runs here
   miniserve top                                       watch it: workers, KV, conversations
+  miniserve doctor                                    why prompts are computed again
   miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
   miniserve simulate swe-agent --topology 1P3D        the same on GPUs that are not here
 """
@@ -59,6 +60,7 @@ def make_parser() -> flags.Parser:
     _add_serve(commands)
     add_command(commands, _chat, "talk to a running server in the terminal", "server")
     add_command(commands, _top, "watch a running server in the terminal", "server", epilog=COLUMNS)
+    add_command(commands, _doctor, "say what agents make a running server compute again, and why", "server")
     evaluate.add_commands(commands)
     return parser
 
@@ -101,6 +103,8 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
     """The settings that flags ask for: each one is the field of its name. Raises `ConfigError`."""
     made: dict[str, Any] = {"engine": filled(EngineConfig, args, model=model), "api_key": api_key(args)}
     made["served_model_names"] = args.served_model_names or [model]
+    if args.log_prompts and not made["api_key"]:
+        raise ConfigError("--log-prompts shows what clients have said: give --api-key too, so that only you see it.")
     made["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
     return filled(ServeConfig, args, **made)
 
@@ -119,3 +123,10 @@ def _top(args: argparse.Namespace) -> int:
     from miniserve.cli.top import top
 
     return top(args.url, api_key(args), args.interval, args.once)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Say what each client's turns have computed that earlier ones had computed already, and what to do about it."""
+    from miniserve.cli.doctor import doctor
+
+    return doctor(args.url, api_key(args))

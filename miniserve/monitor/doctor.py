@@ -18,7 +18,7 @@ KINDS: dict[str, dict[str, str]] = tomllib.loads((files("miniserve.monitor") / "
 PATTERNS = {kind: re.compile(row["pattern"]) for kind, row in KINDS.items() if "pattern" in row}
 LEAST_TOKENS = 64
 """A turn that could have found no more than this is well."""
-AROUND = 24
+AROUND = 48
 """Tokens on both sides of a change in which its kind is looked for."""
 MOST_CHANGED = 4096
 MOST_CHARS = 600

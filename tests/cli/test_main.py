@@ -98,7 +98,8 @@ def test_every_flag_arrives() -> None:
         "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug "
         "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25 "
         "--revision main --no-prompt-lookup --enforce-eager --async-scheduling --step-stretch 2 "
-        "--tool-call-parser hermes --reasoning-parser none --uds /tmp/s --root-path /llm --allowed-origins http://a http://b"
+        "--tool-call-parser hermes --reasoning-parser none --uds /tmp/s --root-path /llm --allowed-origins http://a http://b "
+        "--conversation-header X-One X-Two --conversation-header X-Three --log-prompts"
     ) == ServeConfig(
         engine=EngineConfig(
             model="my/model",
@@ -144,7 +145,14 @@ def test_every_flag_arrives() -> None:
         uds="/tmp/s",
         root_path="/llm",
         allowed_origins=["http://a", "http://b"],
+        conversation_headers=["X-One", "X-Two", "X-Three"],
+        log_prompts=True,
     )
+
+
+def test_prompts_are_shown_behind_a_key_only() -> None:
+    with pytest.raises(ConfigError, match="give --api-key too"):
+        config("--log-prompts")
 
 
 def test_every_setting_has_a_flag_but_these() -> None:

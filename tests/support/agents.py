@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -68,6 +69,8 @@ class AgentApi(Api):
         """A request that must be served; only the wrapped prompt counts."""
         response = await self.http.post(path, json={**body, "stream": False, "model": None}, headers=headers)
         assert response.status_code == 200, response.text
+        # The doctor looks at a prompt beside its turn.
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
 
     async def conversations(self) -> list[dict[str, Any]]:
         """Those of GET /conversations, the earliest first."""
@@ -80,3 +83,31 @@ class AgentApi(Api):
             detail = (await self.http.get(f"/conversations/{conversation['id']}")).json()
             found += [(miss["kind"], miss["field"]) for miss in detail["misses"]]
         return found
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+def tools(*names: str) -> list[dict[str, Any]]:
+    """Tools of a chat, whose descriptions take some room."""
+    words = "Use this one for what its name says, and for nothing else; it works in the folder of the project."
+    parameters = {"type": "object", "properties": {"text": {"type": "string"}}}
+    return [
+        {"type": "function", "function": {"name": name, "description": f"{name}: {words}", "parameters": parameters}}
+        for name in names
+    ]
+
+
+def chat(task: str, turns: int, system: str = "") -> list[dict[str, Any]]:
+    """The messages of turn number `turns` about a task: each turn before it was answered by `WORD`."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for turn in range(1, turns + 1):
+        messages.append({"role": "user", "content": task if turn == 1 else f"Go on with step {turn} of it."})
+        if turn < turns:
+            messages.append({"role": "assistant", "content": WORD})
+    return messages
+
+
+def items(task: str, turns: int) -> list[dict[str, Any]]:
+    """The same as items of /v1/responses."""
+    return [{"type": "message", **message} for message in chat(task, turns)]

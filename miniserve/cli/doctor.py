@@ -1,0 +1,37 @@
+"""`miniserve doctor`: what agents make a running server compute again, in sentences, from GET /v1/doctor."""
+
+from typing import Any
+
+import msgspec
+
+from miniserve.cli.client import ApiClient
+from miniserve.cli.screen import clean
+from miniserve.config import ConfigError
+from miniserve.monitor.doctor import ClientReport, DoctorReport
+
+PATIENCE_SECONDS = 10.0
+MOST_CAUSES = 5
+
+
+def doctor(url: str, api_key: str | None) -> int:
+    """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
+    client = ApiClient(url, api_key, PATIENCE_SECONDS)
+    try:
+        report: Any = msgspec.json.decode(client.get("/doctor"), type=DoctorReport)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{url} is no miniserve of this version: its report is something else ({error}).") from error
+    print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
+    return 0
+
+
+def _lines(one: ClientReport) -> list[str]:
+    share = one["computed_tokens"] / max(one["prompt_tokens"], 1)
+    counts = f"{one['turns']:,} turns, {share:.0%} of {one['prompt_tokens']:,} prompt tokens computed"
+    lines = [f"{clean(one['client'])}: {counts}{'' if one['causes'] else ', all of them new'}"]
+    for cause in one["causes"][:MOST_CAUSES]:
+        where = {"tools": "the tools", "system": "the system prompt"}.get(
+            cause["where"], f"the {cause['where']} messages"
+        )
+        lines.append(f"  {cause['share']:.0%} of that because of {where}: {cause['says']} ({cause['turns']:,} turns)")
+        lines.append(f"    {cause['advice']}")
+    return lines
