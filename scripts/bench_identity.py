@@ -24,7 +24,7 @@ from miniserve.api.identity import speaker
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.hub.resolve import resolve
 from miniserve.monitor.doctor import Doctor, Segment
-from miniserve.scheduler.conversations import Conversations, Said
+from miniserve.scheduler.conversations import Change, Conversations, Said
 from miniserve.scheduler.prompts import page_chain
 from miniserve.text.tokenizer import Tokenizer
 from scripts.harness import flags, write
@@ -72,8 +72,7 @@ def main(argv: list[str]) -> int:
         )
     for _ in range(200):
         fresh = [*head, *own(length - len(head))]
-        changed = find("new session", "", fresh, 2e4).change
-        assert changed is not None
+        assert find("new session", "", fresh, 2e4).change is not None
     for _ in range(200):
         reminded = [*head, *own(80), *own(length - len(head) - 80)]
         of = find("", "", reminded, 3e4).conversation
@@ -88,9 +87,9 @@ def main(argv: list[str]) -> int:
     segments = [Segment("messages[0]", "system", text), Segment("messages[1]", "user", "Hi")]
     line = length // 8
     before = array("i", [*head[:line], *own(5), *head[line:]]).tobytes()
-    after = [*head[:line], *own(5), *head[line:]]
-    change = type(changed)(line, before, True)
-    timed(times, "examine (on a thread)", 50, lambda: doctor.examine(1, change, after, segments, ["run"]))
+    after = array("i", [*head[:line], *own(5), *head[line:]]).tobytes()
+    change = Change(line, before, after, first=True)
+    timed(times, "examine (on a thread)", 50, lambda: doctor.examine(1, change, segments, tools=True))
     result = {
         kind: {"median_ms": 1e3 * median(seen), "p95_ms": 1e3 * sorted(seen)[int(0.95 * len(seen))], "n": len(seen)}
         for kind, seen in times.items()

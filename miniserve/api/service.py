@@ -121,7 +121,7 @@ class Service:
         # The turns start before a stream's status is sent: with a full queue that is 503.
         generation = self._start(prompts, body, renderer, writer.head.id, named or conversation, said, arrived)
         for turn in (choice.turn for choice in generation.choices if choice.turn and choice.turn.change):
-            examining = asyncio.create_task(self._examine(turn, said.client, generation.choices[0].prompt, body))
+            examining = asyncio.create_task(self._examine(turn, said.client, body))
             self._examining.add(examining)
             examining.add_done_callback(self._examining.discard)
         ignored = [*asked.ignored, *renderer.relaxed]
@@ -185,11 +185,11 @@ class Service:
         generation.start()
         return generation
 
-    async def _examine(self, turn: TurnStream, client: str, prompt: list[int], body: GenerationRequest) -> None:
+    async def _examine(self, turn: TurnStream, client: str, body: GenerationRequest) -> None:
         """Find out why a turn could not begin like the one before."""
         assert turn.change is not None
         found = await asyncio.to_thread(
-            self.doctor.examine, turn.number, turn.change, prompt, body.segments, body.tool_names
+            self.doctor.examine, turn.number, turn.change, body.segments, bool(body.tool_names)
         )
         if found is not None:
             self.doctor.note(client, turn.conversation, found)

@@ -24,6 +24,9 @@ MOST_CHANGED = 4096
 MOST_CHARS = 600
 """Of a change inside of one tool's description."""
 NEEDLE = 16
+NEAR = 512
+"""Tokens before a change by which its place is found, and characters by which texts are told apart."""
+TAIL = 40
 MOST_CONVERSATIONS = 1000
 MOST_MISSES = 16
 """Of each conversation, the latest ones."""
@@ -133,13 +136,10 @@ class Doctor:
         self._turns[client, miss["kind"], where] += 1
         self._tokens[client, miss["kind"], where] += miss["lost"]
 
-    def examine(
-        self, turn: int, change: Change, prompt: Sequence[int], segments: Sequence[Segment], tools: Sequence[str]
-    ) -> tuple[Miss, str] | None:
-        """What turn number `turn` lost by a change of its `prompt`, and in a message of which role; None if nothing
-        that counts. `segments` and `tools`, their names, are those of its request. Slow: not for the event loop."""
-        before, at = change.before, change.shared
-        after = array("i", prompt).tobytes()
+    def examine(self, turn: int, change: Change, segments: Sequence[Segment], tools: bool) -> tuple[Miss, str] | None:
+        """What turn number `turn` lost by a change of its prompt, and in a message of which role; None if nothing that
+        counts. `segments` are those of its request; `tools` is whether it offers any. Not for the event loop."""
+        at, before, after, _ = change
         ends = _same_again(before, after, at)
         lost = min(len(before) // 4 - (ends[0] if ends else at), len(after) // 4 - (ends[1] if ends else at))
         if lost < LEAST_TOKENS or (change.first and ends is None):
@@ -148,7 +148,7 @@ class Doctor:
         start = max(at - AROUND, 0)
         old = self._text(before, start, old_end + AROUND)
         new = self._text(after, start, new_end + AROUND)
-        place, leads = self._place(self._text(after, 0, at), segments, tools)
+        place, leads = _place(self._text(after, max(at - NEAR, 0), at), segments, tools)
         reordered = all(b.find(a[4 * at : 4 * (at + 8)], 4 * at) >= 0 for a, b in ((before, after), (after, before)))
         shorter = not change.first and len(after) < 0.75 * len(before)
         kind = _kind(old, new, place.role, leads, reordered, shorter)
@@ -170,20 +170,26 @@ class Doctor:
     def _text(self, tokens: bytes, start: int, end: int) -> str:
         return self._decode(array("i", tokens[4 * start : 4 * end]).tolist())
 
-    def _place(self, text: str, segments: Sequence[Segment], tools: Sequence[str]) -> tuple[Segment, bool]:
-        """The segment in which a prompt that begins with `text` goes on, and whether more words of its user follow."""
-        cursor, last = 0, -1
-        for number, segment in enumerate(segments):
-            content = segment.text.strip()
-            if content and (found := text.find(content, cursor)) >= 0:
-                cursor, last = found + len(content), number
-        rest = [segment for segment in segments[last + 1 :] if segment.text.strip()]
-        begun = bool(rest) and rest[0].text.strip()[:16] in text[cursor:]
-        if tools and not begun and (not rest or not all(name in text for name in tools)):
-            return Segment("tools", "tools", ""), False
-        if not rest:
-            return Segment("messages", "", ""), False
-        return rest[0], [segment.role for segment in rest[:2]] == ["user", "user"]
+
+def _place(text: str, segments: Sequence[Segment], tools: bool) -> tuple[Segment, bool]:
+    """The segment in which a prompt goes on behind `text`, which ends it so far, and whether more words of its user
+    follow. Templates show tools beside the system prompt."""
+    tail, number, ended = text[-TAIL:], -1, 0
+    for n, segment in enumerate(segments):
+        if tail.strip() and tail in segment.text:
+            number, ended = n - 1, -1
+            break
+        content = segment.text.strip()
+        if content and (found := text.rfind(content[-TAIL:])) >= ended:
+            number, ended = n, found
+    rest = [segment for segment in segments[number + 1 :] if segment.text.strip()][:2]
+    begins = rest[0].text.strip()[: 2 * TAIL] if rest else ""
+    begun = any(text.endswith(begins[:n]) for n in range(4, len(begins) + 1))
+    beside_tools = number < 0 or (segments[number].role == "system" and len(text) - ended > 3 * TAIL)
+    if ended >= 0 and tools and beside_tools and not begun:
+        return Segment("tools", "tools", ""), False
+    leads = [segment.role for segment in rest] == ["user", "user"]
+    return (rest[0] if rest else Segment("messages", "", "")), leads
 
 
 def _same_again(before: bytes, after: bytes, at: int) -> tuple[int, int] | None:

@@ -59,11 +59,12 @@ class Relation(IntEnum):
 
 
 class Change(NamedTuple):
-    """Where a prompt stops to be like `before`, what was computed last (4 bytes a token) of its conversation: after
-    `shared` tokens. Of a new conversation (`first`) that is one that began alike."""
+    """Where a prompt, `after`, stops to be like what was computed last of its conversation, `before` (both 4 bytes a
+    token): after `shared` tokens. If the conversation is new (`first`), `before` is of one that began alike."""
 
     shared: int
     before: bytes
+    after: bytes
     first: bool
 
 
@@ -178,12 +179,12 @@ class Conversations:
         if of is not None and relation is not Relation.NEW:
             before = self._last.get(of.key)
             if before and (shared := common_run(before, tokens)) < min(len(before), len(tokens)) // 4:
-                known, change = shared, Change(shared, before, first=False)
+                known, change = shared, Change(shared, before, tokens, first=False)
             of.edits += relation is Relation.EDITS
         else:
             alike = of or next(iter(self._first.alike(chain)), None)
             if alike is not None and not said.side and (before := self._last.get(alike.key)):
-                change = Change(common_run(before, tokens), before, first=True)
+                change = Change(common_run(before, tokens), before, tokens, first=True)
             of = self._begun(key, of, known, len(prompt), now, said)
             if of.parent is None and not key and alike and change and self._starts(alike, change.shared, of):
                 of.parent, of.group, of.by = alike.key, alike.group, "prefix"

@@ -11,7 +11,7 @@ from miniserve.kv.hashing import page_hashes, root_hash
 
 ALIKE = 64
 """How many owners of the very same prompt the index keeps."""
-ALIKE_AT_FIRST = 16
+ALIKE_AT_FIRST = 8
 """How many owners of the same first pages are kept, the latest ones."""
 KEPT_BYTES = 2**28
 """Of last prompts: those of the latest 3,000 conversations, if they are 20,000 tokens long."""
