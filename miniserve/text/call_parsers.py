@@ -1,4 +1,4 @@
-"""Parsers of tool calls, one for each family of formats (`formats.py`).
+"""Parsers of tool calls, one for each family of formats (`formats.toml`).
 
 A `CallParser` is made at each place where a call may begin. It looks at every character once however the text arrives,
 and ends with the calls that stand there, or with the finding that this is no call.
@@ -6,6 +6,7 @@ and ends with the calls that stand there, or with the finding that this is no ca
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from miniserve.text.calls import Begun, Call, Schemas, call_with, json_calls, sound
@@ -295,3 +296,11 @@ class MistralParser(_JsonParser):
         except (ValueError, RecursionError):
             call = None
         return ParsedCalls([call] if call else [], end)
+
+
+PARSERS: dict[str, Callable[[Schemas], CallParser]] = {
+    "tags": TagParser,
+    "llama": LlamaParser,
+    "mistral": MistralParser,
+}
+"""As formats.toml calls them."""

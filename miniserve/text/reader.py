@@ -11,7 +11,7 @@ from enum import Enum, auto
 
 import msgspec
 
-from miniserve.text.call_parsers import CallParser, ParsedCalls
+from miniserve.text.call_parsers import PARSERS, CallParser, ParsedCalls
 from miniserve.text.calls import Begun, Schemas
 from miniserve.text.formats import ReasoningMarks, ToolFormat
 
@@ -130,7 +130,7 @@ class CallScanner:
                 self._held = held[len(kept) :]
                 return False
         self._gap, self._held = held[len(kept) : at], held[at:]
-        self._parser = self._format.parser(self._schemas)
+        self._parser = PARSERS[self._format.parser](self._schemas)
         return True
 
     def _stream(self, begun: list[Begun], parts: list[Part]) -> None:
