@@ -13,6 +13,7 @@ import msgspec
 
 from miniserve.text.call_parsers import PARSERS, CallParser, ParsedCalls
 from miniserve.text.calls import Begun, Schemas
+from miniserve.text.detokenizer import beginning
 from miniserve.text.formats import ReasoningMarks, ToolFormat
 
 
@@ -58,12 +59,6 @@ def merged(parts: list[Part]) -> list[Part]:
         else:
             out.append(part)
     return out
-
-
-def _beginning(text: str, marks: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `marks`."""
-    most = min(len(text), max(map(len, marks)) - 1)
-    return next((n for n in range(most, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)
 
 
 class CallScanner:
@@ -123,7 +118,7 @@ class CallScanner:
             at = passed.end() if held.startswith("{", passed.end()) else -1
         if at < 0:
             marked = self._starts.search(held)
-            at = marked.start() if marked else len(held) - (0 if final else _beginning(held, self._format.starts))
+            at = marked.start() if marked else len(held) - (0 if final else beginning(held, self._format.starts))
             kept = held[:at] if final and not marked else held[:at].rstrip()
             self._give(kept, parts)
             if marked is None:
@@ -258,7 +253,7 @@ class Reader:
             self._phase, self._trim = _Phase.ANSWER, True
         else:
             if not final:
-                text = text[: len(text) - _beginning(text, (self._marks.end,))].rstrip()
+                text = text[: len(text) - beginning(text, (self._marks.end,))].rstrip()
             self._held = self._held[len(text) :]
         if text:
             parts.append(Reasoning(text))
