@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from miniserve.cluster.launch import import_path
 from miniserve.config import cache_dir
 from miniserve.hub.check import ModelError, check_folder
 
@@ -124,11 +125,8 @@ def _make(work: Path, source: dict[str, Any], config: dict[str, Any], progress: 
     progress("Converting it to bf16 safetensors (once)")
     out = work / "model"
     out.mkdir(0o755)
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-m", "miniserve.hub.convert", str(gguf), str(out)], capture_output=True, text=True, env=env
-    )
+    command = [sys.executable, "-m", "miniserve.hub.convert", str(gguf), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | import_path())
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ModelError(f"{source['gguf']} could not be converted: {reason}.")
