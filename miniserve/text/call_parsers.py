@@ -172,9 +172,7 @@ class TagParser(_JsonParser):
         self._broken = ""  # what closes a call with a mark in an argument
 
     def read(self, text: str, final: bool) -> ParsedCalls | None:
-        opened = self._OPEN.match(text)
-        assert opened is not None
-        start = opened.end()
+        start = self._passed_by(self._OPEN, text, 0)
         head = text[start : start + len(self._FUNCTION)]
         if head.startswith(("{", "[")):
             return self._read_json(text, start, final)
@@ -247,9 +245,7 @@ class LlamaParser(_JsonParser):
     _FIRST_KEYS = ("name", "function", "arguments", "parameters", "type", "id")
 
     def read(self, text: str, final: bool) -> ParsedCalls | None:
-        opened = self._OPEN.match(text)
-        assert opened is not None
-        start = opened.end()
+        start = self._passed_by(self._OPEN, text, 0)
         if start == len(text):
             return None
         first = self._FIRST.match(text, start)

@@ -7,7 +7,7 @@ content, and only white space beside the marks of calls and reasoning is dropped
 
 import re
 import secrets
-from enum import Enum, auto
+from typing import Literal
 
 import msgspec
 
@@ -167,13 +167,9 @@ class CallScanner:
             parts.append(text)
 
 
-class _Phase(Enum):
-    """Where a `Reader` is. It goes from the first to the last, and may leave the middle one out."""
-
-    UNDECIDED = auto()
-    """What has come may still be the beginning of reasoning, or of its first mark."""
-    REASONING = auto()
-    ANSWER = auto()
+Phase = Literal["undecided", "reasoning", "answer"]
+"""Where a `Reader` is. It goes from the first to the last, and may leave the middle one out. In the first, what has
+come may still be the beginning of reasoning, or of its first mark."""
 
 
 class Reader:
@@ -196,7 +192,7 @@ class Reader:
         self.ends = ends
         self.has_thought = opened
         self._marks = thinking or ReasoningMarks("", "")
-        self._phase = _Phase.UNDECIDED if thinking else _Phase.ANSWER
+        self._phase: Phase = "undecided" if thinking else "answer"
         self._opened = opened
         self._scanner = scanner
         self._held = ""
@@ -205,7 +201,7 @@ class Reader:
     @property
     def thinking(self) -> bool:
         """Whether the reasoning is not over yet, or it is not known yet if there is any."""
-        return self._phase is not _Phase.ANSWER
+        return self._phase != "answer"
 
     @property
     def called(self) -> bool:
@@ -220,11 +216,11 @@ class Reader:
         """The parts that are certain with `text`, the next piece; all of them if it is the `final` one."""
         parts: list[Part] = []
         self._held += text
-        if self._phase is _Phase.UNDECIDED:
+        if self._phase == "undecided":
             self._decide(final)
-        if self._phase is _Phase.REASONING:
+        if self._phase == "reasoning":
             self._reason(parts, final)
-        if self._phase is _Phase.ANSWER:
+        if self._phase == "answer":
             rest, self._held = self._held, ""
             parts += self._content(rest, final)
         return parts
@@ -238,9 +234,9 @@ class Reader:
         elif self._marks.start.startswith(seen) and not final:
             return
         elif not self._opened:
-            self._phase = _Phase.ANSWER
+            self._phase = "answer"
             return
-        self._phase, self._trim = _Phase.REASONING, True
+        self._phase, self._trim = "reasoning", True
 
     def _reason(self, parts: list[Part], final: bool) -> None:
         """Give out what is certainly reasoning, and go on to the answer where the mark stands that ends it."""
@@ -250,7 +246,7 @@ class Reader:
         text, mark, rest = self._held.partition(self._marks.end)
         if mark:
             text, self._held = text.rstrip(), rest
-            self._phase, self._trim = _Phase.ANSWER, True
+            self._phase, self._trim = "answer", True
         else:
             if not final:
                 text = text[: len(text) - beginning(text, (self._marks.end,))].rstrip()

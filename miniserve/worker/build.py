@@ -23,7 +23,7 @@ from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import Ops, make_ops
-from miniserve.sampling_params import ParameterError
+from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
@@ -135,7 +135,10 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     watch.lap("kernels")
     try:
-        transformer, weights_bytes = _load(choices, ops, show)
+        shown = partial(show, "weights")
+        shown(0, model.layers)
+        weights = load_weights(choices.files.weights, model, ops, choices.dtype, device, progress=shown)
+        transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
         watch.lap("weights")
         if device.type == "cuda":
             most = min(choices.budget, config.max_num_seqs * choices.max_model_len)
@@ -180,14 +183,6 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     )
 
 
-def _load(choices: Choices, ops: Ops, show: Progress) -> tuple[Transformer, int]:
-    """The model, and the bytes of its weights."""
-    model, shown = choices.model, partial(show, "weights")
-    shown(0, model.layers)
-    weights = load_weights(choices.files.weights, model, ops, choices.dtype, choices.device, progress=shown)
-    return Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
-
-
 def _make_engine(
     config: EngineConfig,
     choices: Choices,
@@ -222,8 +217,6 @@ def _make_engine(
 
 def warm_up(engine: Engine, root: bytes) -> None:
     """Run a prompt and a few tokens, so that the first user does not pay for lazy initialisation; leaves no trace."""
-    from miniserve.sampling_params import SamplingParams
-
     length = min(64, engine.max_model_len // 2)
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     engine.add(Sequence("warm-up", [1] * length, params, 0, root))
