@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -53,7 +53,7 @@ class Built:
     threads: int
     weights_bytes: int
     kv_note: str
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,16 @@ class Choices:
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-class Stopwatch:
-    """Seconds of the phases of a start."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    def lap(self, phase: str) -> None:
-        now = time.monotonic()
-        self.phases[phase], self._started = now - self._started, now
-
-
 def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Raises
     `ConfigError` with what to do about it."""
     show = progress or (lambda phase, done, total: None)
-    watch = Stopwatch()
+    phases: dict[str, float] = {}
+    began = time.monotonic()
+
+    def lap(phase: str) -> None:
+        phases[phase] = time.monotonic() - began - sum(phases.values())
+
     choices = Choices.of(config)
     model, device = choices.model, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
@@ -133,20 +126,20 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         progress=lambda line: show(line, 0, 0),
     )
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
-    watch.lap("kernels")
+    lap("kernels")
     try:
         shown = partial(show, "weights")
         shown(0, model.layers)
         weights = load_weights(choices.files.weights, model, ops, choices.dtype, device, progress=shown)
         transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
-        watch.lap("weights")
+        lap("weights")
         if device.type == "cuda":
             most = min(choices.budget, config.max_num_seqs * choices.max_model_len)
             step = sizing.step_bytes(transformer, choices.shape, config.max_num_seqs, most)
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, config.max_num_seqs)
             size = sizing.size_pool(config, choices.shape, choices.max_model_len, weights_bytes, device, step)
-            watch.lap("profile")
+            lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
             f"The GPU's memory does not hold the weights and a step of {choices.budget} tokens ({error}). Use a "
@@ -157,7 +150,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction)) if choices.swap_pages else None
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
-    watch.lap("kv")
+    lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
     graphs = None
     if graph_ops is not None:
@@ -179,7 +172,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         threads=threads,
         weights_bytes=weights_bytes,
         kv_note=kv_note,
-        phases=watch.phases,
+        phases=phases,
     )
 
 
