@@ -1,13 +1,13 @@
 """The engine in this process: no server, no other processes. `LLM("smollm2-135m").generate("Once upon a time")`."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import ValidationError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from miniserve.cluster.messages import Failed, FinishReason, FirstToken, TokenLogprob, TurnOutput
 from miniserve.config import ConfigError, EngineConfig, parse_bytes
@@ -16,6 +16,7 @@ from miniserve.kv.hashing import root_hash
 from miniserve.sampling_params import ParameterError, SamplingParams, mistyped
 from miniserve.text.detokenizer import IncrementalDetokenizer
 from miniserve.text.grammar import GrammarError
+from miniserve.text.messages import ChatMessage
 from miniserve.text.template import Message
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker.build import build
@@ -23,6 +24,10 @@ from miniserve.worker.sequence import Sequence
 
 COMPILING_SECONDS = 0.001
 """How often to look whether a grammar has been compiled, while there is nothing else to do."""
+
+RATE = TextColumn("{task.fields[rate]:.0f} tok/s")
+PROGRESS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RATE
+"""The bar of finished completions."""
 
 
 class CompletionOutput(msgspec.Struct):
@@ -137,7 +142,8 @@ class LLM:
                 open_turns[turn] = _Turn(generation, completion, IncrementalDetokenizer(self.tokenizer, own))
                 self.engine.add(Sequence(turn, tokens, own, seed, root))
         try:
-            with _progress_bar(progress, len(open_turns)) as advance:
+            with Progress(*PROGRESS, disable=not progress) as bar:
+                task, started, count = bar.add_task("Generating", total=len(open_turns), rate=0.0), time.monotonic(), 0
                 while open_turns:
                     self.engine.admit()
                     if self.engine.compiling and not self.engine.has_work:
@@ -147,7 +153,8 @@ class LLM:
                         if ended:
                             del open_turns[output.turn]
                             self.engine.abort(output.turn)  # it knows nothing of stop strings
-                        advance(0 if isinstance(output, Failed) else len(output.tokens), ended)
+                        count += 0 if isinstance(output, Failed) else len(output.tokens)
+                        bar.update(task, advance=int(ended), rate=count / (time.monotonic() - started))
         finally:
             for turn in open_turns:  # Ctrl-C in a notebook leaves the engine usable
                 self.engine.abort(turn)
@@ -231,10 +238,6 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
 
 def _for_template(conversation: Any) -> list[Message]:
     """A conversation as chat templates know it, the same as the server makes of it. Raises `ParameterError`."""
-    from pydantic import ValidationError
-
-    from miniserve.text.messages import ChatMessage
-
     if not isinstance(conversation, list | tuple):
         raise ParameterError(
             "messages",
@@ -249,25 +252,3 @@ def _for_template(conversation: Any) -> list[Message]:
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
         where = f" (at `{path}`)" if path else ""
         raise ParameterError("messages", f"A message is not understood{where}: {reason}.") from error
-
-
-@contextlib.contextmanager
-def _progress_bar(show: bool, total: int) -> Iterator[Callable[[int, bool], None]]:
-    """A bar of finished completions with the rate of tokens; gives a function that takes (new tokens, finished)."""
-    if not show:
-        yield lambda tokens, finished: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    rate = TextColumn("{task.fields[rate]:.0f} tok/s")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
-    started, count = time.monotonic(), 0
-    with Progress(*columns, transient=False) as bar:
-        task = bar.add_task("Generating", total=total, rate=0.0)
-
-        def advance(tokens: int, finished: bool) -> None:
-            nonlocal count
-            count += tokens
-            bar.update(task, advance=int(finished), rate=count / (time.monotonic() - started))
-
-        yield advance

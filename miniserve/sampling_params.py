@@ -125,31 +125,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
         check(self.max_tokens is None or 0 <= self.max_tokens < 2**31, "max_tokens", "at least 0")
         check(0 <= self.min_tokens < 2**31, "min_tokens", "at least 0")
-        check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"at most `max_tokens` ({self.max_tokens})",
-        )
+        most = math.inf if self.max_tokens is None else self.max_tokens
+        check(self.min_tokens <= most, "min_tokens", f"at most `max_tokens` ({most})")
         for name in ("logprobs", "prompt_logprobs"):
             check((getattr(self, name) or 0) in range(MAX_LOGPROBS + 1), name, f"between 0 and {MAX_LOGPROBS}")
         check(len(self.stop) <= MAX_STOPS, "stop", f"a list of at most {MAX_STOPS} strings")
-        check(
-            all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop),
-            "stop",
-            f"made of non-empty strings of at most {MAX_STOP_CHARS} characters",
-        )
-        check(
-            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
-            "stop_token_ids",
-            f"a list of at most {MAX_STOP_TOKEN_IDS} token ids",
-        )
+        texts = f"made of non-empty strings of at most {MAX_STOP_CHARS} characters"
+        check(all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop), "stop", texts)
+        ids = self.stop_token_ids
+        check(len(ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"a list of at most {MAX_STOP_TOKEN_IDS} token ids")
         check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"a map of at most {MAX_LOGIT_BIAS} tokens")
-        check(
-            all(math.isfinite(v) and -100 <= v <= 100 for v in self.logit_bias.values()),
-            "logit_bias",
-            "a map of token ids to numbers between -100 and 100",
-        )
+        biases = "a map of token ids to numbers between -100 and 100"
+        check(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", biases)
         if vocab_size is not None:
-            for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-                check(all(0 <= t < vocab_size for t in ids), name, f"made of token ids from 0 to {vocab_size - 1}")
+            for name in ("logit_bias", "stop_token_ids"):
+                known = all(0 <= token < vocab_size for token in getattr(self, name))
+                check(known, name, f"made of token ids from 0 to {vocab_size - 1}")
         return self

@@ -168,9 +168,8 @@ def install(app: FastAPI) -> None:
             methods = await _methods(request) if error.status_code == 405 else []
             problem = "The wrong method:" if methods else "There is nothing at"
             message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
-            answered = (
-                ApiError(405, message, headers={"Allow": ", ".join(methods)}) if methods else ApiError(404, message)
-            )
+            allow = {"Allow": ", ".join(methods)} if methods else None
+            answered = ApiError(405 if methods else 404, message, headers=allow)
         return answered.response(request.scope)
 
     for kind in (ParameterError, RequestValidationError, QueueFull, EngineError, RoutingError):

@@ -78,7 +78,7 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         # One thread pool of torch's is enough; the others only cost start-up time and memory.
-        ours = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | _import_path()
+        ours = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | import_path()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "miniserve.worker"],
             stdin=subprocess.PIPE,
@@ -114,8 +114,8 @@ class WorkerProcess:
         self._process.wait()
 
 
-def _import_path() -> dict[str, str]:
-    """Workers import the same miniserve as this process, from wherever it was started."""
+def import_path() -> dict[str, str]:
+    """Processes with this environment import the same miniserve as this one, from wherever it was started."""
     here = str(Path(__file__).resolve().parents[2])
     rest = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{here}{os.pathsep}{rest}" if rest else here}

@@ -1,9 +1,9 @@
-"""Turn the default model's pinned GGUF into a Hugging Face folder: `python -m miniserve.hub.convert IN.gguf OUT_DIR`.
+"""Weights and tokenizer of the default model from its pinned GGUF: `python -m miniserve.hub.convert IN.gguf OUT_DIR`.
 
 Run as a process of its own by `miniserve.hub.fetch`, so that the memory it takes goes away with it. It reads GGUF's
-metadata for a byte-level BPE Llama and is no general converter. transformers can do this too, but only with accelerate
-installed, in three times the time, and with a tokenizer that needs mending. Bump `fetch.RECIPE` when what it makes
-changes.
+metadata for a byte-level BPE Llama and is no general converter: the other files stand in the model's preset.
+transformers can do this too, but only with accelerate installed, in three times the time, and with a tokenizer that
+needs mending. Bump `fetch.RECIPE` when what it makes changes.
 """
 
 import json
@@ -31,7 +31,8 @@ NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight":
 
 
 def convert(gguf_file: Path, out: Path) -> None:
-    """Write config, bf16 safetensors, tokenizer and chat template of `gguf_file` into the existing folder `out`.
+    """Write bf16 safetensors, tokenizer and chat template of `gguf_file` into the existing folder `out`. There is no
+    `output.weight`: embeddings are tied.
 
     Raises ValueError where the file is not the kind of model this is made for.
     """
@@ -55,48 +56,8 @@ def convert(gguf_file: Path, out: Path) -> None:
                 weight = weight.view(heads[part], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
         weights[name] = weight.contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-
-    _write(out / "config.json", config(meta))
-    ids = {f"{name}_token_id": meta[f"tokenizer.ggml.{key}_token_id"] for name, key in SPECIAL_IDS.items()}
-    special = {name: ids[name] for name in sorted(ids) if name != "unk_token_id"}
-    _write(out / "generation_config.json", special | SAMPLING)
-    _write(out / "tokenizer.json", tokenizer(meta))
-    _write(out / "tokenizer_config.json", tokenizer_config(meta))
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer(meta), ensure_ascii=False), "utf-8")
     (out / "chat_template.jinja").write_text(meta["tokenizer.chat_template"], "utf-8")
-    for path in out.iterdir():
-        path.chmod(0o644)
-
-
-SAMPLING = {"temperature": 0.2, "top_p": 0.9}
-"""What clients get that ask for nothing: the values of the model card's example. At 1.0 so small a model rambles."""
-SPECIAL_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-
-
-def config(meta: dict[str, Any]) -> dict[str, Any]:
-    """The config.json that GGUF's metadata describes. There is no `output.weight`: embeddings are tied."""
-    hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
-        "dtype": "bfloat16",
-        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
-        "head_dim": hidden // heads,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "max_position_embeddings": meta["llama.context_length"],
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": meta["llama.block_count"],
-        "num_key_value_heads": meta["llama.attention.head_count_kv"],
-        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
-        "rms_norm_eps": meta["llama.attention.layer_norm_rms_epsilon"],
-        "rope_parameters": {"rope_theta": meta["llama.rope.freq_base"], "rope_type": "default"},
-        "tie_word_embeddings": True,
-        "vocab_size": meta["llama.vocab_size"],
-    }
 
 
 def tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
@@ -108,22 +69,6 @@ def tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
         {i: token for i, token in enumerate(tokens) if types[i] == CONTROL},
         before=[{"type": "Digits", "individual_digits": True}],
     )
-
-
-def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer_config.json. The generic class takes tokenizer.json as it is; a named one would rebuild it."""
-    tokens = meta["tokenizer.ggml.tokens"]
-    named = {f"{name}_token": tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for name, key in SPECIAL_IDS.items()}
-    return {
-        **named,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": meta["llama.context_length"],
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

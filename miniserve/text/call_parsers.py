@@ -1,4 +1,4 @@
-"""Parsers of tool calls, one for each family of formats (`formats.py`).
+"""Parsers of tool calls, one for each family of formats (`formats.toml`).
 
 A `CallParser` is made at each place where a call may begin. It looks at every character once however the text arrives,
 and ends with the calls that stand there, or with the finding that this is no call.
@@ -6,6 +6,7 @@ and ends with the calls that stand there, or with the finding that this is no ca
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from miniserve.text.calls import Begun, Call, Schemas, call_with, json_calls, sound
@@ -171,9 +172,7 @@ class TagParser(_JsonParser):
         self._broken = ""  # what closes a call with a mark in an argument
 
     def read(self, text: str, final: bool) -> ParsedCalls | None:
-        opened = self._OPEN.match(text)
-        assert opened is not None
-        start = opened.end()
+        start = self._passed_by(self._OPEN, text, 0)
         head = text[start : start + len(self._FUNCTION)]
         if head.startswith(("{", "[")):
             return self._read_json(text, start, final)
@@ -246,9 +245,7 @@ class LlamaParser(_JsonParser):
     _FIRST_KEYS = ("name", "function", "arguments", "parameters", "type", "id")
 
     def read(self, text: str, final: bool) -> ParsedCalls | None:
-        opened = self._OPEN.match(text)
-        assert opened is not None
-        start = opened.end()
+        start = self._passed_by(self._OPEN, text, 0)
         if start == len(text):
             return None
         first = self._FIRST.match(text, start)
@@ -295,3 +292,11 @@ class MistralParser(_JsonParser):
         except (ValueError, RecursionError):
             call = None
         return ParsedCalls([call] if call else [], end)
+
+
+PARSERS: dict[str, Callable[[Schemas], CallParser]] = {
+    "tags": TagParser,
+    "llama": LlamaParser,
+    "mistral": MistralParser,
+}
+"""As formats.toml calls them."""

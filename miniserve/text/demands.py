@@ -20,11 +20,8 @@ ASK = {"role": "user", "content": "third-probe"}
 MORE = {"role": "user", "content": "fourth-probe"}
 SAID = {"role": "assistant", "content": "fifth-probe"}
 FUNCTION = {"name": "probe", "arguments": {"a": "b"}}
-CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"id": "a1b2c3d4e", "type": "function", "function": FUNCTION}],
-}
+CALLS = [{"id": "a1b2c3d4e", "type": "function", "function": FUNCTION}]
+CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
 RESULT = {"role": "tool", "name": "probe", "tool_call_id": "a1b2c3d4e", "content": "sixth-probe"}
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from miniserve.cluster.messages import Ended, FirstToken, Tokens
@@ -16,40 +16,11 @@ if TYPE_CHECKING:
     from miniserve.text.tokenizer import Tokenizer
 
 
-class StopStringMatcher:
-    """One stop string, matched character by character however the text is cut into tokens (Knuth-Morris-Pratt).
-
-    `matched` is how many of its characters the text so far ends with.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.matched = 0
-        # _back[n]: with n characters matched, the next shorter beginning of `text` that the text also ends with.
-        self._back = [0] * (len(text) + 1)
-        length = 0
-        for i in range(1, len(text)):
-            while length and text[i] != text[length]:
-                length = self._back[length]
-            length += text[i] == text[length]
-            self._back[i + 1] = length
-
-    def feed(self, text: str, may_stop: bool = True) -> int:
-        """How many characters of `text` were taken when the stop string was complete, or 0 if it is not.
-
-        Without `may_stop` it is passed over and the search goes on.
-        """
-        if not self.matched and self.text[0] not in text:
-            return 0
-        for taken, character in enumerate(text, 1):
-            while self.matched and character != self.text[self.matched]:
-                self.matched = self._back[self.matched]
-            self.matched += character == self.text[self.matched]
-            if self.matched == len(self.text):
-                if may_stop:
-                    return taken
-                self.matched = self._back[self.matched]
-        return 0
+def beginning(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `marks`, which goes on."""
+    most = min(len(text), max(map(len, marks)) - 1)
+    ends = ((n, text[-n:]) for n in range(most, 0, -1))
+    return next((n for n, end in ends if any(len(mark) > n and mark.startswith(end) for mark in marks)), 0)
 
 
 class IncrementalDetokenizer:
@@ -72,7 +43,7 @@ class IncrementalDetokenizer:
         self._params = params
         self._token_bytes = tokenizer.token_bytes
         self._skip = tokenizer.special_ids - visible if params.skip_special_tokens else frozenset()
-        self._stops = [StopStringMatcher(text) for text in params.stop]
+        self._stops = [*params.stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
@@ -116,15 +87,15 @@ class IncrementalDetokenizer:
         """What is safe to give out now that `text` has come: all up to a stop string, or to what may become one."""
         if not self._stops:
             return text
-        may_stop = self.tokens_used > self._params.min_tokens
-        ends = [(end, -len(stop.text), stop) for stop in self._stops if (end := stop.feed(text, may_stop))]
-        text = self._held + text
-        if ends:
-            end, _, stop = min(ends, key=lambda found: found[:2])
-            end += len(self._held)
-            self._held = ""
-            self.finish, self.stop_reason = "stop", stop.text
-            return text[: end if self._params.include_stop_str_in_output else end - len(stop.text)]
-        safe = len(text) - max(stop.matched for stop in self._stops)
+        seen, text = len(self._held), self._held + text
+        if self.tokens_used > self._params.min_tokens:
+            places = ((stop, text.find(stop, max(seen - len(stop) + 1, 0))) for stop in self._stops)
+            ends = [(at + len(stop), -len(stop), stop) for stop, at in places if at >= 0]
+            if ends:
+                end, back, stop = min(ends)
+                self._held = ""
+                self.finish, self.stop_reason = "stop", stop
+                return text[: end if self._params.include_stop_str_in_output else end + back]
+        safe = len(text) - beginning(text, self._stops)
         self._held = text[safe:]
         return text[:safe]

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from miniserve.config import ConfigError
 from miniserve.text.demands import Demands
 from miniserve.text.formats import FORMATS, REASONING_MARKS, SIGNS, ReasoningMarks, ToolFormat
 from miniserve.text.reader import CallScanner, Reader
@@ -105,14 +104,7 @@ class Dialect(msgspec.Struct, frozen=True):
 
 def find_dialect(tokenizer: Tokenizer, tool_parser: str = "auto", reasoning_parser: str = "auto") -> Dialect:
     """The dialect of a model, from its chat template, else from its architecture; parsers other than auto are given by
-    name. Raises `ConfigError` for an unknown name.
-    """
-    for flag, name, known in (
-        ("--tool-call-parser", tool_parser, ["auto", *FORMATS]),
-        ("--reasoning-parser", reasoning_parser, ["auto", "none", *REASONING_MARKS]),
-    ):
-        if name not in known:
-            raise ConfigError(f"{flag} {name!r} is not known: use one of {', '.join(known)}.")
+    names in `FORMATS` and `REASONING_MARKS`, or "none"."""
     text = tokenizer.template_text
     knows_tools = re.search(r"\btools\b", text) is not None
     form = FORMATS[_find_format(tokenizer, knows_tools) if tool_parser == "auto" else tool_parser]

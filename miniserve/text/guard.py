@@ -9,8 +9,9 @@ So such content reads as plain text, and content without any gets exactly the to
 import json
 import re
 import secrets
-import threading
 from collections.abc import Iterable, Mapping
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import tokenizers
@@ -97,8 +98,6 @@ class GuardedEncoder:
         self._odd_spellings = backend.normalizer is not None and any(
             token.normalized for i, token in backend.get_added_tokens_decoder().items() if i in control
         )
-        self._plain: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
-        self._lock = threading.Lock()
 
     def hide(self, value: Any, hidden: HiddenTexts) -> Any:
         """A copy of a JSON value in which sentinels stand for all that spells a control token."""
@@ -115,26 +114,20 @@ class GuardedEncoder:
         parts = [(text, literal) for text, literal in parts if text]
         texts = [text for text, literal in parts if not literal]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        found: list[str | int] = []  # runs of plain text and the control tokens between them
-        run: list[str] = []
-
-        def end_run() -> None:
-            if text := "".join(run):
-                found.append(text)
-                run.clear()
-
+        pieces: list[str | int] = []
         for text, literal in parts:
             start = 0
             if not literal:
                 encoding = next(encodings)
                 for i, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
                     if i in self._control:
-                        run.append(text[start:left])
-                        end_run()
-                        found.append(i)
+                        pieces += [text[start:left], i]
                         start = right
-            run.append(text[start:])
-        end_run()
+            pieces.append(text[start:])
+        found: list[str | int] = []  # runs of plain text and the control tokens between them
+        for kind, group in groupby((piece for piece in pieces if piece != ""), type):
+            alike = list(group)
+            found += alike if kind is int else ["".join(map(str, alike))]
         runs = [item for item in found if isinstance(item, str)]
         plain = iter(self._plain_ids(runs, first=runs[:1] == found[:1]))
         return [i for item in found for i in (next(plain) if isinstance(item, str) else (item,))]
@@ -159,7 +152,7 @@ class GuardedEncoder:
 
         `first` says that the first of them begins the whole text.
         """
-        start, inner = self._plain_backends()
+        start, inner = self._plain_backends
         ids = [*encode_all(start, runs[:first]), *encode_all(inner, runs[first:])]
         for number, run in enumerate(runs):
             if not self._control.keys().isdisjoint(ids[number]):
@@ -169,20 +162,19 @@ class GuardedEncoder:
                     raise ParameterError("messages", "The text of a message spells a control token of this model.")
         return ids
 
+    @cached_property
     def _plain_backends(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
         """Tokenizers without control tokens, for the beginning of a text and for its inside.
 
-        They are copies of a vocabulary that may be big, so they are made when they are first needed.
+        They are copies of a vocabulary that may be big, so they are made when they are first needed; threads that need
+        them at the same time may each make some.
         """
-        with self._lock:
-            if self._plain is None:
-                data = json.loads(self._backend.to_str())
-                data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] not in self._control]
-                # Templates of special tokens may name what is no longer there; they are not applied here anyway.
-                data["post_processor"] = None
-                start = json.dumps(data)
-                # A space before the first word belongs to the beginning of a text, not to every run.
-                inner = start.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-                backend = tokenizers.Tokenizer.from_str(start)
-                self._plain = backend, backend if inner == start else tokenizers.Tokenizer.from_str(inner)
-            return self._plain
+        data = json.loads(self._backend.to_str())
+        data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] not in self._control]
+        # Templates of special tokens may name what is no longer there; they are not applied here anyway.
+        data["post_processor"] = None
+        start = json.dumps(data)
+        # A space before the first word belongs to the beginning of a text, not to every run.
+        inner = start.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        backend = tokenizers.Tokenizer.from_str(start)
+        return backend, backend if inner == start else tokenizers.Tokenizer.from_str(inner)

@@ -7,12 +7,13 @@ content, and only white space beside the marks of calls and reasoning is dropped
 
 import re
 import secrets
-from enum import Enum, auto
+from typing import Literal
 
 import msgspec
 
-from miniserve.text.call_parsers import CallParser, ParsedCalls
+from miniserve.text.call_parsers import PARSERS, CallParser, ParsedCalls
 from miniserve.text.calls import Begun, Schemas
+from miniserve.text.detokenizer import beginning
 from miniserve.text.formats import ReasoningMarks, ToolFormat
 
 
@@ -58,12 +59,6 @@ def merged(parts: list[Part]) -> list[Part]:
         else:
             out.append(part)
     return out
-
-
-def _beginning(text: str, marks: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `marks`."""
-    most = min(len(text), max(map(len, marks)) - 1)
-    return next((n for n in range(most, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)
 
 
 class CallScanner:
@@ -123,14 +118,14 @@ class CallScanner:
             at = passed.end() if held.startswith("{", passed.end()) else -1
         if at < 0:
             marked = self._starts.search(held)
-            at = marked.start() if marked else len(held) - (0 if final else _beginning(held, self._format.starts))
+            at = marked.start() if marked else len(held) - (0 if final else beginning(held, self._format.starts))
             kept = held[:at] if final and not marked else held[:at].rstrip()
             self._give(kept, parts)
             if marked is None:
                 self._held = held[len(kept) :]
                 return False
         self._gap, self._held = held[len(kept) : at], held[at:]
-        self._parser = self._format.parser(self._schemas)
+        self._parser = PARSERS[self._format.parser](self._schemas)
         return True
 
     def _stream(self, begun: list[Begun], parts: list[Part]) -> None:
@@ -172,13 +167,9 @@ class CallScanner:
             parts.append(text)
 
 
-class _Phase(Enum):
-    """Where a `Reader` is. It goes from the first to the last, and may leave the middle one out."""
-
-    UNDECIDED = auto()
-    """What has come may still be the beginning of reasoning, or of its first mark."""
-    REASONING = auto()
-    ANSWER = auto()
+Phase = Literal["undecided", "reasoning", "answer"]
+"""Where a `Reader` is. It goes from the first to the last, and may leave the middle one out. In the first, what has
+come may still be the beginning of reasoning, or of its first mark."""
 
 
 class Reader:
@@ -201,7 +192,7 @@ class Reader:
         self.ends = ends
         self.has_thought = opened
         self._marks = thinking or ReasoningMarks("", "")
-        self._phase = _Phase.UNDECIDED if thinking else _Phase.ANSWER
+        self._phase: Phase = "undecided" if thinking else "answer"
         self._opened = opened
         self._scanner = scanner
         self._held = ""
@@ -210,7 +201,7 @@ class Reader:
     @property
     def thinking(self) -> bool:
         """Whether the reasoning is not over yet, or it is not known yet if there is any."""
-        return self._phase is not _Phase.ANSWER
+        return self._phase != "answer"
 
     @property
     def called(self) -> bool:
@@ -225,11 +216,11 @@ class Reader:
         """The parts that are certain with `text`, the next piece; all of them if it is the `final` one."""
         parts: list[Part] = []
         self._held += text
-        if self._phase is _Phase.UNDECIDED:
+        if self._phase == "undecided":
             self._decide(final)
-        if self._phase is _Phase.REASONING:
+        if self._phase == "reasoning":
             self._reason(parts, final)
-        if self._phase is _Phase.ANSWER:
+        if self._phase == "answer":
             rest, self._held = self._held, ""
             parts += self._content(rest, final)
         return parts
@@ -243,9 +234,9 @@ class Reader:
         elif self._marks.start.startswith(seen) and not final:
             return
         elif not self._opened:
-            self._phase = _Phase.ANSWER
+            self._phase = "answer"
             return
-        self._phase, self._trim = _Phase.REASONING, True
+        self._phase, self._trim = "reasoning", True
 
     def _reason(self, parts: list[Part], final: bool) -> None:
         """Give out what is certainly reasoning, and go on to the answer where the mark stands that ends it."""
@@ -255,10 +246,10 @@ class Reader:
         text, mark, rest = self._held.partition(self._marks.end)
         if mark:
             text, self._held = text.rstrip(), rest
-            self._phase, self._trim = _Phase.ANSWER, True
+            self._phase, self._trim = "answer", True
         else:
             if not final:
-                text = text[: len(text) - _beginning(text, (self._marks.end,))].rstrip()
+                text = text[: len(text) - beginning(text, (self._marks.end,))].rstrip()
             self._held = self._held[len(text) :]
         if text:
             parts.append(Reasoning(text))

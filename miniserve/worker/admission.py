@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from miniserve.kv.pages import PagePool
@@ -12,17 +13,16 @@ if TYPE_CHECKING:
     from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
 
 
+@dataclass(eq=False)
 class Admissions:
     """Finds the KV that a sequence can begin with, and reserves the pages it lacks. `host`, if any, keeps what `pool`
-    has evicted."""
+    has evicted. `watermark` pages are kept back for running sequences to grow into: admitting one must not at once
+    preempt another."""
 
-    def __init__(self, pool: PagePool, host: HostPool | None, page_tokens: int, watermark: int) -> None:
-        """`watermark` pages are kept back for running sequences to grow into: admitting one must not at once preempt
-        another."""
-        self._pool = pool
-        self._host = host
-        self._page_tokens = page_tokens
-        self._watermark = watermark
+    pool: PagePool
+    host: HostPool | None
+    page_tokens: int
+    watermark: int
 
     def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters, now: float) -> Admission:
         """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
@@ -31,23 +31,23 @@ class Admissions:
             return deferral.admission
         matched, slots = self._match(sequence)
         found = len(matched) + len(slots)
-        wanted = -(-len(sequence.tokens) // self._page_tokens) - len(matched)
+        wanted = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
         shared = self._is_being_computed(sequence, found, running)
-        if shared or wanted + (self._watermark if running else 0) > self._pool.num_available:
+        if shared or wanted + (self.watermark if running else 0) > self.pool.num_available:
             # Whatever was found is needed as soon as there is room.
-            self._pool.release(matched, sequence.needed_soon, now)
-            if self._host is not None:
-                self._host.release(slots, sequence.needed_soon, now)
+            self.pool.release(matched, sequence.needed_soon, now)
+            if self.host is not None:
+                self.host.release(slots, sequence.needed_soon, now)
             admission = Admission.SHARED if shared else Admission.NO_PAGES
-            sequence.deferral = Deferral(admission, found if shared else len(matched), self._pool.freed, now + 1.0)
+            sequence.deferral = Deferral(admission, found if shared else len(matched), self.pool.freed, now + 1.0)
             return admission
         sequence.deferral = None
-        sequence.pages = matched + self._pool.allocate(wanted, now)
-        sequence.computed = found * self._page_tokens
+        sequence.pages = matched + self.pool.allocate(wanted, now)
+        sequence.computed = found * self.page_tokens
         sequence.registered = len(matched)
-        if self._host is not None and slots:
-            self._host.restore(slots, sequence.pages[len(matched) : found], now)
-            sequence.register(self._pool, self._page_tokens)
+        if self.host is not None and slots:
+            self.host.restore(slots, sequence.pages[len(matched) : found], now)
+            sequence.register(self.pool, self.page_tokens)
         if sequence.cached is None:
             sequence.admitted = now
             sequence.cached = sequence.computed
@@ -64,27 +64,27 @@ class Admissions:
         """Whether a sequence would have to wait once more if it was matched anew, which takes long with a long one."""
         if deferral.admission is Admission.SHARED:
             return self._is_being_computed(sequence, deferral.page, running)
-        hashes = sequence.hashes(self._page_tokens)
-        known = deferral.page < len(hashes) and hashes[deferral.page] in self._pool
-        return bool(running) and not known and self._pool.freed == deferral.freed and now < deferral.until
+        hashes = sequence.hashes(self.page_tokens)
+        known = deferral.page < len(hashes) and hashes[deferral.page] in self.pool
+        return bool(running) and not known and self.pool.freed == deferral.freed and now < deferral.until
 
     def _match(self, sequence: Sequence) -> tuple[list[int], list[int]]:
         """Cached pages for the prefix, and slots of host memory for what follows them.
 
         The last token is always computed: its logits give the next one.
         """
-        hashes = sequence.hashes(self._page_tokens)[: sequence.findable // self._page_tokens]
-        pages = self._pool.match(hashes)
-        return pages, self._host.match(hashes[len(pages) :], sequence.keep) if self._host is not None else []
+        hashes = sequence.hashes(self.page_tokens)[: sequence.findable // self.page_tokens]
+        pages = self.pool.match(hashes)
+        return pages, self.host.match(hashes[len(pages) :], sequence.keep) if self.host is not None else []
 
     def _is_being_computed(self, sequence: Sequence, matched: int, running: list[Sequence]) -> bool:
         """Whether a running prefill will soon register a page after the first `matched` ones, the next of those that it
         has registered itself."""
-        limit = sequence.findable // self._page_tokens if self._pool.caching else 0
-        ours = sequence.hashes(self._page_tokens)
+        limit = sequence.findable // self.page_tokens if self.pool.caching else 0
+        ours = sequence.hashes(self.page_tokens)
         for other in running:
             if other.missing > 1 and (page := max(matched, other.registered)) < limit:
-                hashes = other.hashes(self._page_tokens)
+                hashes = other.hashes(self.page_tokens)
                 if page < len(hashes) and hashes[page] == ours[page]:
                     return True
         return False

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +23,7 @@ from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import Ops, make_ops
-from miniserve.sampling_params import ParameterError
+from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
@@ -53,7 +53,7 @@ class Built:
     threads: int
     weights_bytes: int
     kv_note: str
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,16 @@ class Choices:
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-class Stopwatch:
-    """Seconds of the phases of a start."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    def lap(self, phase: str) -> None:
-        now = time.monotonic()
-        self.phases[phase], self._started = now - self._started, now
-
-
 def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Raises
     `ConfigError` with what to do about it."""
     show = progress or (lambda phase, done, total: None)
-    watch = Stopwatch()
+    phases: dict[str, float] = {}
+    began = time.monotonic()
+
+    def lap(phase: str) -> None:
+        phases[phase] = time.monotonic() - began - sum(phases.values())
+
     choices = Choices.of(config)
     model, device = choices.model, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
@@ -133,17 +126,20 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         progress=lambda line: show(line, 0, 0),
     )
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
-    watch.lap("kernels")
+    lap("kernels")
     try:
-        transformer, weights_bytes = _load(choices, ops, show)
-        watch.lap("weights")
+        shown = partial(show, "weights")
+        shown(0, model.layers)
+        weights = load_weights(choices.files.weights, model, ops, choices.dtype, device, progress=shown)
+        transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
+        lap("weights")
         if device.type == "cuda":
             most = min(choices.budget, config.max_num_seqs * choices.max_model_len)
             step = sizing.step_bytes(transformer, choices.shape, config.max_num_seqs, most)
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, config.max_num_seqs)
             size = sizing.size_pool(config, choices.shape, choices.max_model_len, weights_bytes, device, step)
-            watch.lap("profile")
+            lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
             f"The GPU's memory does not hold the weights and a step of {choices.budget} tokens ({error}). Use a "
@@ -154,7 +150,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction)) if choices.swap_pages else None
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
-    watch.lap("kv")
+    lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
     graphs = None
     if graph_ops is not None:
@@ -176,16 +172,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         threads=threads,
         weights_bytes=weights_bytes,
         kv_note=kv_note,
-        phases=watch.phases,
+        phases=phases,
     )
-
-
-def _load(choices: Choices, ops: Ops, show: Progress) -> tuple[Transformer, int]:
-    """The model, and the bytes of its weights."""
-    model, shown = choices.model, partial(show, "weights")
-    shown(0, model.layers)
-    weights = load_weights(choices.files.weights, model, ops, choices.dtype, choices.device, progress=shown)
-    return Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
 
 
 def _make_engine(
@@ -222,8 +210,6 @@ def _make_engine(
 
 def warm_up(engine: Engine, root: bytes) -> None:
     """Run a prompt and a few tokens, so that the first user does not pay for lazy initialisation; leaves no trace."""
-    from miniserve.sampling_params import SamplingParams
-
     length = min(64, engine.max_model_len // 2)
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     engine.add(Sequence("warm-up", [1] * length, params, 0, root))

@@ -8,25 +8,9 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from miniserve.cluster import messages
 from miniserve.cluster.channels import Inbox
 from miniserve.cluster.launch import WorkerSpec
-from miniserve.cluster.messages import (
-    Abort,
-    Envelope,
-    Failed,
-    Message,
-    Move,
-    Peer,
-    PeerMessage,
-    Peers,
-    Ready,
-    Report,
-    Run,
-    Shutdown,
-    StepTime,
-    TurnOutput,
-    WorkerStats,
-)
 from miniserve.kv.transfer.connect import connect
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
@@ -48,7 +32,7 @@ COPY_SECONDS = 0.001
 class MessageSink(Protocol):
     """Where a worker's messages go: ZeroMQ (`cluster/channels.py`), or the simulator."""
 
-    def send(self, address: str, body: Message) -> None:
+    def send(self, address: str, body: messages.Message) -> None:
         """Send to the inbox at `address`; never blocks, may drop."""
 
     def forget(self, address: str) -> None:
@@ -74,14 +58,14 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.stopping = False
-        self._early: list[Envelope] = []
+        self._early: list[messages.Envelope] = []
         """Messages of peers that have not been announced yet."""
         self._addresses: set[str] = set()
         """The inboxes of the workers that live."""
-        self._outputs: list[TurnOutput] = []
-        self._moves: list[Move] = []
+        self._outputs: list[messages.TurnOutput] = []
+        self._moves: list[messages.Move] = []
         self._stopped: list[str] = []
-        self._steps: list[StepTime] = []
+        self._steps: list[messages.StepTime] = []
         self._busy = 0.0
         self._reported = 0.0
         self._idle = False
@@ -95,7 +79,7 @@ class Worker:
         soon = self.handoffs.receiver.copying or self.engine.compiling
         return COPY_SECONDS if soon else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
 
-    def work(self, heard: list[Envelope]) -> None:
+    def work(self, heard: list[messages.Envelope]) -> None:
         """One round: handle the messages `heard`, admit, step, and report if there is something to report."""
         started = self.clock()
         for envelope in heard:
@@ -130,29 +114,29 @@ class Worker:
             self._steps.append(step.time)
         return step.time is not None
 
-    def _handle(self, envelope: Envelope) -> None:
+    def _handle(self, envelope: messages.Envelope) -> None:
         """Act on one message. Those of peers count only from the incarnation that lives now."""
         match envelope.body:
-            case body if isinstance(body, PeerMessage):  # first, since a `Prefill` is a `Run` too
+            case body if isinstance(body, messages.PeerMessage):  # first, since a `Prefill` is a `Run` too
                 peer = self.handoffs.peers.get(envelope.sender)
                 if peer is not None and peer.epoch == envelope.epoch:
                     self.handoffs.handle(envelope.sender, body)
                 elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
                     self._early.append(envelope)  # this worker was announced to the peer before the peer to this one
-            case Run() as run:
+            case messages.Run() as run:
                 self._start(run)
-            case Abort(turn):
+            case messages.Abort(turn):
                 self.handoffs.receiver.abort(turn)
                 self.engine.abort(turn)
                 self._stopped.append(turn)
-            case Peers(peers):
+            case messages.Peers(peers):
                 self._meet(peers)
-            case Shutdown():
+            case messages.Shutdown():
                 self.stopping = True
             case other:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
-    def _meet(self, peers: list[Peer]) -> None:
+    def _meet(self, peers: list[messages.Peer]) -> None:
         self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
@@ -163,7 +147,7 @@ class Worker:
         for waiting in early:
             self._handle(waiting)
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: messages.Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
         limit, vocab = self.engine.max_model_len, self.vocab_size
         error = ""
@@ -174,20 +158,21 @@ class Worker:
         except ParameterError as wrong:
             error = wrong.message
         if error:
-            self._outputs.append(Failed(run.turn, run.prior, error))
+            self._outputs.append(messages.Failed(run.turn, run.prior, error))
             return
         self.engine.add(Sequence.of(run, self.layout))
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self.outboxes.send(self.frontend, Report(self._outputs, self._moves, self._stats(), self._steps, self._stopped))
+        report = messages.Report(self._outputs, self._moves, self._stats(), self._steps, self._stopped)
+        self.outboxes.send(self.frontend, report)
         self._outputs, self._moves, self._steps, self._stopped = [], [], [], []
         self._reported = now
 
-    def _stats(self) -> WorkerStats:
+    def _stats(self) -> messages.WorkerStats:
         engine, pool, host = self.engine, self.engine.pool, self.engine.host
-        return WorkerStats(
+        return messages.WorkerStats(
             total_pages=pool.num_pages,
             free_pages=pool.num_free,
             cached_pages=pool.num_cached,
@@ -227,10 +212,10 @@ def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -
         worker.work(inbox.receive(int(worker.rest * 1000)))
 
 
-def ready(built: Built) -> Ready:
+def ready(built: Built) -> messages.Ready:
     """What the frontend should know of a worker that is up."""
     same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
-    return Ready(
+    return messages.Ready(
         pool=built.memory.info(built.layout),
         page_tokens=built.memory.shape.page_tokens,
         max_model_len=built.engine.max_model_len,

@@ -120,14 +120,11 @@ class Receiver:
                 if reason := self._misfit(pull.sequence, message):
                     self._give_up(message.turn, reason)
                     return
-                if copy is not None:
-                    failure = self._begin_store(pull, message, copy)
-            if pull.storing is not None:
-                try:
-                    if not pull.storing.stored:
-                        return
-                except TransferError as error:
-                    failure = str(error)
+            try:
+                if copy is not None and not self._stored(pull, message, copy):
+                    return
+            except TransferError as error:
+                failure = str(error)
             pull.arriving.popleft()
             pull.storing = None
             self._take(pull, message, copy, failure)
@@ -143,17 +140,16 @@ class Receiver:
             return "the pages hold other tokens than ours"
         return ""
 
-    def _begin_store(self, pull: Pull, message: Publish, copy: Copy) -> str:
-        """Let `copy` write to the pages of the sequence; why it cannot, empty if it does."""
-        started = self.clock()
-        try:
-            copy.store(pull.sequence.pages[message.first : message.first + len(message.pages)])
-        except TransferError as error:
-            return str(error)
-        finally:
-            pull.seconds += self.clock() - started
-        pull.storing = copy
-        return ""
+    def _stored(self, pull: Pull, message: Publish, copy: Copy) -> bool:
+        """Whether `copy` has written to the pages of the sequence, which it is let do first. Raises `TransferError`."""
+        if pull.storing is None:
+            started = self.clock()
+            try:
+                copy.store(pull.sequence.pages[message.first : message.first + len(message.pages)])
+            finally:
+                pull.seconds += self.clock() - started
+            pull.storing = copy
+        return copy.stored
 
     def _take(self, pull: Pull, message: Publish, copy: Copy | None, failure: str) -> None:
         """The pages of one publication are stored, or there was a failure."""

@@ -6,7 +6,7 @@ So the same request gives the same text whatever shares its batch, after a preem
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import repeat
 
@@ -32,22 +32,19 @@ SCORED_LOGITS = 2**23
 
 @dataclass(frozen=True)
 class LogprobRows:
-    """What the API reports of the tokens in some `rows`: of each row the token's own log-probability and rank from 1,
-    then the likeliest ids and theirs; `counts` says how many are wanted."""
+    """What the API reports of the tokens in some `rows`; `counts` says how many of the likeliest ones are wanted.
+    `found` are of each row the token's own log-probability and rank from 1, then the likeliest ids and theirs."""
 
     rows: list[int]
     counts: list[int]
-    own: torch.Tensor
-    rank: torch.Tensor
-    ids: torch.Tensor
-    top: torch.Tensor
+    found: list[torch.Tensor]
 
     @classmethod
     def of(cls, logprobs: torch.Tensor, tokens: torch.Tensor, rows: list[int], counts: list[int]) -> LogprobRows:
         """From `logprobs` `[len(rows), vocab]` and the `tokens` of these rows."""
         own = logprobs.gather(1, tokens.unsqueeze(1))
         top, ids = logprobs.topk(max(counts))
-        return cls(rows, counts, own.squeeze(1), (logprobs > own).sum(-1) + 1, ids, top)
+        return cls(rows, counts, [own.squeeze(1), (logprobs > own).sum(-1) + 1, ids, top])
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,7 @@ class Samples:
         """The same in pinned memory, where it will be as soon as the device has done all that it was given."""
         rows = self.logprobs
         if rows is not None:
-            host = (pinned(x) for x in (rows.own, rows.rank, rows.ids, rows.top))
-            rows = LogprobRows(rows.rows, rows.counts, *host)
+            rows = replace(rows, found=[pinned(x) for x in rows.found])
         return Samples(pinned(self.tokens), rows)
 
     def read(self) -> Sampled:
@@ -70,7 +66,7 @@ class Samples:
         tokens = self.tokens.tolist()
         found: list[TokenLogprob | None] = [None] * len(tokens)
         if wanted := self.logprobs:
-            own, rank, ids, top = (x.tolist() for x in (wanted.own, wanted.rank, wanted.ids, wanted.top))
+            own, rank, ids, top = (x.tolist() for x in wanted.found)
             for i, (row, count) in enumerate(zip(wanted.rows, wanted.counts, strict=True)):
                 best = list(zip(ids[i][:count], top[i][:count], strict=True))
                 found[row] = TokenLogprob(tokens[row], own[i], rank[i], best)

@@ -80,9 +80,8 @@ class Sender:
         if ready <= lease.published and not first:
             return
         hashes = sequence.given_hashes(self.engine.page_tokens)[lease.published : ready]
-        self._offer(
-            sequence.turn, lease, sequence.pages[lease.published : ready], hashes, last=first is not None, commit=first
-        )
+        pages = sequence.pages[lease.published : ready]
+        self._offer(sequence.turn, lease, pages, hashes, last=first is not None, commit=first)
         if first:
             self.engine.publish(sequence)
 
@@ -101,7 +100,7 @@ class Sender:
         for start in range(0, max(len(pages), 1), PIECE):
             piece = pages[start : start + PIECE]
             hashes = message.hashes[start : start + len(piece)]
-            self._offer(message.turn, lease, piece, hashes, last=start + PIECE >= len(pages), history=True)
+            self._offer(message.turn, lease, piece, hashes, last=start + PIECE >= len(pages))
 
     def _offer(
         self,
@@ -109,16 +108,15 @@ class Sender:
         lease: Lease,
         pages: list[int],
         hashes: list[bytes],
-        *,
         last: bool,
         commit: FirstToken | None = None,
-        history: bool = False,
     ) -> None:
         """Publish the next `pages` of a lease, which have these `hashes`."""
         peer, now = lease.destination, self.clock()
         transfer = self.peers.transfer(peer.name)
         ticket = transfer.offer(pages) if transfer and pages else (0, 0)
         lease.deadline = now + self.patience
+        history = lease.sequence is None
         message = Publish(turn, lease.published, pages, hashes, now, lease.deadline, last, commit, ticket, history)
         self.send(peer.address, message)
         lease.published += len(pages)

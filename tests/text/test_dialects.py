@@ -11,7 +11,6 @@ import pytest
 
 from miniserve.api.openai.chat import chat_tokens
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.config import ConfigError
 from miniserve.sampling_params import ParameterError
 from miniserve.text.dialect import find_dialect
 from miniserve.text.tokenizer import Tokenizer
@@ -43,13 +42,6 @@ def test_formats_of_architectures(tmp_path: Path) -> None:
     assert found("mistral", "{{ messages }}") == "smollm2"
     own = {"fields": {"tool_calls": {"open": "[TOOL_CALLS]", "content": "json"}}}
     assert found("llama", response_template=own) == "mistral"
-
-
-def test_unknown_parsers(tokenizers: dict[str, Tokenizer]) -> None:
-    with pytest.raises(ConfigError, match=r"--tool-call-parser 'x'.*hermes"):
-        find_dialect(tokenizers["hermes"], "x")
-    with pytest.raises(ConfigError, match=r"--reasoning-parser 'x'.*qwen3"):
-        find_dialect(tokenizers["hermes"], "auto", "x")
 
 
 @pytest.mark.parametrize("form", FORMS)

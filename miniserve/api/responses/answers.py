@@ -20,53 +20,48 @@ class ReasoningText(TypedDict):
     text: str
 
 
-class OutputMessage(TypedDict):
-    type: Literal["message"]
+class Item(TypedDict):
     id: str
-    role: Literal["assistant"]
     status: ItemStatus
+
+
+class OutputMessage(Item):
+    type: Literal["message"]
+    role: Literal["assistant"]
     content: list[OutputText]
 
 
-class OutputReasoning(TypedDict):
+class OutputReasoning(Item):
     """The summary is always empty, since the content is the reasoning itself."""
 
     type: Literal["reasoning"]
-    id: str
-    status: ItemStatus
     summary: list[Any]
     content: list[ReasoningText]
 
 
-class OutputFunctionCall(TypedDict):
-    type: Literal["function_call"]
-    id: str
+class NamedCall(Item):
     call_id: str
     name: str
     namespace: NotRequired[str]
+
+
+class OutputFunctionCall(NamedCall):
+    type: Literal["function_call"]
     arguments: str
-    status: ItemStatus
 
 
-class OutputCustomToolCall(TypedDict):
+class OutputCustomToolCall(NamedCall):
     """`input` is free text."""
 
     type: Literal["custom_tool_call"]
-    id: str
-    call_id: str
-    name: str
-    namespace: NotRequired[str]
     input: str
-    status: ItemStatus
 
 
-class OutputToolSearchCall(TypedDict):
+class OutputToolSearchCall(Item):
     type: Literal["tool_search_call"]
-    id: str
     call_id: str
     execution: Literal["client"]
     arguments: Any
-    status: ItemStatus
 
 
 OutputCall = OutputFunctionCall | OutputCustomToolCall | OutputToolSearchCall

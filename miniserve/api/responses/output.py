@@ -84,17 +84,13 @@ class OutputItems:
     def _begin_call(self, call: ToolCall) -> list[NamedEvent]:
         found = self._offered.get(call.name)
         kind, name = (found.kind, found.name) if found else (CallKind.FUNCTION, call.name)
-        base: dict[str, Any] = {"type": kind.value, "id": new_id(kind.value), "call_id": call.id}
-        match kind:
-            case CallKind.SEARCH:
-                base |= {"execution": "client", "arguments": {}}
-            case CallKind.CUSTOM:
-                base |= {"name": name, "input": ""}
-            case CallKind.FUNCTION:
-                base |= {"name": name, "arguments": ""}
+        base = {"type": kind.value, "id": new_id(kind.value), "call_id": call.id, "status": "in_progress"}
+        empty: dict[str, Any] = {"execution": "client", "arguments": {}}
+        if kind is not CallKind.SEARCH:
+            empty = {"name": name, "input" if kind is CallKind.CUSTOM else "arguments": ""}
         if found and found.namespace:
-            base["namespace"] = found.namespace
-        item: Any = {**base, "status": "in_progress"}
+            empty["namespace"] = found.namespace
+        item: Any = {**base, **empty}
         self._arguments = ""
         return [self._add(item)]
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 
 from miniserve.api.errors import ApiError
@@ -18,25 +19,20 @@ from miniserve.text.tokenizer import Tokenizer
 Keep = Callable[[answers.ResponseOut, Choice], None]
 
 
+@dataclass(eq=False)
 class ResponsesWriter:
     """A `ResponseWriter` of the answer to one request, whose calls may be of the `offered` tools. `keep` stores the
     answer when that is complete."""
 
     ping = COMMENT
 
-    def __init__(
-        self,
-        head: AnswerHead,
-        request: ResponsesRequest,
-        offered: Mapping[str, Offered],
-        tokenizer: Tokenizer,
-        keep: Keep,
-    ) -> None:
-        self.head = head
-        self._request = request
-        self._offered = offered
-        self._tokenizer = tokenizer
-        self._keep = keep
+    head: AnswerHead
+    request: ResponsesRequest
+    offered: Mapping[str, Offered]
+    tokenizer: Tokenizer
+    keep: Keep
+
+    def __post_init__(self) -> None:
         self._numbers = count()
         self._begun: answers.ResponseOut | None = None
         self._logprobs: list[TokenLogprob] = []  # of text that is still to come
@@ -62,7 +58,7 @@ class ResponsesWriter:
                 yield self._encoded(events)
 
     def _output(self, choice: Choice) -> OutputItems:
-        return OutputItems(self._offered, None if choice.params.logprobs is None else self._tokenizer)
+        return OutputItems(self.offered, None if choice.params.logprobs is None else self.tokenizer)
 
     def _feed(self, choice: Choice, output: OutputItems) -> list[NamedEvent]:
         """Tell `output` what has come, and the end. Texts have log-probabilities, reasoning has none."""
@@ -90,7 +86,7 @@ class ResponsesWriter:
         return b"".join(named_event(name, {"sequence_number": next(self._numbers), **data}) for name, data in events)
 
     def _in_progress(self, choice: Choice) -> answers.ResponseOut:
-        asked, text = self._request, self._request.text
+        asked, text = self.request, self.request.text
         form = text.format.model_dump(by_alias=True, exclude_none=True) if text and text.format else {"type": "text"}
         functions = {"description": None, "parameters": None, "strict": None}
         tools = [{**(functions if tool["type"] == "function" else {}), **tool} for tool in asked.tools or []]
@@ -150,5 +146,5 @@ class ResponsesWriter:
             },
         }
         # A client may go on as soon as it has read the last event, so the answer is kept before that.
-        self._keep(answer, choice)
+        self.keep(answer, choice)
         return answer
