@@ -91,6 +91,8 @@ class Conversation:
     """How the parent is known: from the client, by a key of both, or guessed from a shared prefix and time."""
     family: str | int = ""
     """The client's id."""
+    root: bytes = b""
+    """Stands for the salt of its prompts."""
     home: str | None = None
     """The worker that holds its KV between turns; None before the first turn and when that worker has died."""
     turns: int = 0
@@ -146,7 +148,8 @@ class Conversations:
         self._max_idle = max_idle
         # Least recently active first.
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
-        self._families: dict[str | int, list[Conversation]] = {}
+        self._families: dict[str | int, dict[str | int, Conversation]] = {}
+        """By the client's id: its conversations, side requests left out, the latest last."""
         self._prompts: PromptIndex[Conversation] = PromptIndex(page_tokens)
         self._first: FirstPages[Conversation] = FirstPages()
         self._last = LastPrompts()
@@ -168,8 +171,12 @@ class Conversations:
     def is_side(self, conversation: Conversation) -> bool:
         """Whether it holds requests beside a conversation's turns: the client says so, or others came with its key
         that offer tools, as it does not."""
-        said, others = conversation.said, self._families.get(conversation.family, ())
+        said, others = conversation.said, self._members(conversation.family)
         return said.side or (not said.tools and any(other.said.tools for other in others))
+
+    def _members(self, family: str | int) -> Iterator[Conversation]:
+        """The latest conversations of a client's id, the latest first."""
+        return islice(reversed(self._families.get(family, {}).values()), MOST_MEMBERS)
 
     def find(self, key: str | int, prompt: array[int], chain: list[bytes], now: float, said: Said = UNSAID) -> Found:
         """The conversation of a prompt: one that it continues or edits, or a new one. `key` is the client's, "" for
@@ -185,7 +192,7 @@ class Conversations:
             alike = of or next(iter(self._first.alike(chain)), None)
             if alike is not None and not said.side and (before := self._last.get(alike.key)):
                 change = Change(common_run(before, tokens), before, tokens, first=True)
-            of = self._begun(key, of, known, len(prompt), now, said)
+            of = self._begun(key, of, known, len(prompt), chain[0], now, said)
             if of.parent is None and not key and alike and change and self._starts(alike, change.shared, of):
                 of.parent, of.group, of.by = alike.key, alike.group, "prefix"
         self._by_key.move_to_end(of.key)
@@ -211,8 +218,8 @@ class Conversations:
                 break  # All others had a turn later.
         for conversation in gone:
             del self._by_key[conversation.key]
-            family = self._families.get(conversation.family, [])
-            family[:] = [member for member in family if member is not conversation]
+            family = self._families.get(conversation.family, {})
+            family.pop(conversation.key, None)
             if not family:
                 self._families.pop(conversation.family, None)
             self._first.remove(conversation.places, conversation)
@@ -266,10 +273,11 @@ class Conversations:
         self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
     ) -> tuple[Conversation | None, Relation, int]:
         """The same among the conversations of a key."""
-        members = self._families.get(key) or ([of] if (of := self._by_key.get(key)) else [])
+        named = self._by_key.get(key)
         _, owners = self._prompts.longest(prompt, chain) or (None, ())
+        members = (*(of for of in owners if of.family == key), *([named] if named else []), *self._members(key))
         best: tuple[Conversation | None, Relation, int] = (None, Relation.NEW, 0)
-        for of in (*(o for o in owners if o.family == key), *members[: -MOST_MEMBERS - 1 : -1]):
+        for of in (of for of in members if of.root == chain[0]):
             relation, known = self._relation(of, prompt, tokens, chain, said)
             if best[0] is None or (relation, known) > best[1:]:
                 best = of, relation, known
@@ -304,13 +312,13 @@ class Conversations:
     # --- new ones ---------------------------------------------------------------------------------------------------
 
     def _begun(
-        self, key: str | int, near: Conversation | None, known: int, length: int, now: float, said: Said
+        self, key: str | int, near: Conversation | None, known: int, length: int, root: bytes, now: float, said: Said
     ) -> Conversation:
         """A new conversation, a fork of `near` if that has seen `known` tokens of its prompt, of `length`."""
         self._made += 1
         own = (f"{key}~{self._made}" if key in self._by_key or said.side else key) if key else self._made
         family = near.family if key and near is not None and near.family else key
-        made = Conversation(own, said, group=own, family=family, began=now, last_end=now)
+        made = Conversation(own, said, own, family=family, root=root, began=now, last_end=now)
         if near is not None and near.marks and near.marks[0].length <= known and near.marks[0].length < length:
             made.home = near.home
             made.turns = 1  # Its first turn was the parent's.
@@ -319,8 +327,8 @@ class Conversations:
             made.parent, made.by = parent, "header" if said.parent else "key"
             made.group = parent if known_parent is None else known_parent.group
         self._by_key[own] = made
-        if family:
-            self._families.setdefault(family, []).append(made)
+        if family and not said.side:
+            self._families.setdefault(family, {})[own] = made
         return made
 
     def _starts(self, parent: Conversation, shared: int, made: Conversation) -> bool:

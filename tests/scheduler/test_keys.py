@@ -86,6 +86,33 @@ def test_what_offers_no_tools_beside_tools_is_aside(book):
     assert (book.all.is_side(title), book.all.is_side(first)) == (True, False)
 
 
+def test_salts_keep_the_conversations_of_a_key_apart(book):
+    first = book.turn(prompt(1), "a", salt="x")
+    other = book.turn(prompt(1, 2), "a", salt="y")
+    assert (other is first, book.known, book.change) == (False, 0, None)
+    assert book.turn(prompt(1, 2), "a", salt="x") is first
+
+
+def test_many_side_requests_hide_no_conversation(book):
+    first = book.turn([*HEAD, *words(1), *ASK], "s", tools=True)
+    for n in range(40):
+        book.turn([*words(n), *HEAD], "s", side=True)
+    assert book.turn([*HEAD, *words(9), *ASK], "s", tools=True) is first
+
+
+def test_a_key_of_thousands(book):
+    """All of them under one key: each is found by its prompt, and forgotten."""
+    for n in range(2000):
+        book.now += 1
+        book.turn([n, *words(n % 7), *ASK], "app", session=False)
+    known = {id(c) for c in book.all}
+    assert len(known) == 2000
+    for n in range(2000):
+        assert id(book.turn([n, *words(n % 7), *ASK, *words(8), *ASK], "app", session=False)) in known
+    book.all.expire(1e9)
+    assert len(book.all) == 0
+
+
 def test_sub_agents_are_of_their_parents_group(book):
     book.turn([*HEAD, *words(1), *ASK], "p", tools=True)
     one = book.turn([*HEAD, *words(5), *ASK], "c1", parent="p", tools=True)

@@ -266,3 +266,28 @@ def test_a_prefiller_that_died_holds_no_prompt_when_it_returns() -> None:
     report(made, "d0", run.turn, 0, 7, cached_tokens=0)
     assert made.conversations.get("a").copy_at is None
     assert made._placer.prefixes.find(page_chain([1] * 400, "", PAGE)) == {"d0": 16}
+
+
+def test_turns_of_a_lower_priority_number_are_placed_first() -> None:
+    """Among those that wait; what runs goes on, and a turn that has lost its worker still goes before its equals."""
+    made = scheduler("d0", max_turns=1)
+    _, run = run_of(submit(made, "runs", [1] * 40))
+    for name, priority in (("a", 0), ("late", 3), ("urgent", -2), ("b", 0), ("more", -2)):
+        submit(made, name, [ord(name[0])] * 40, said=Said(priority=priority))
+    order = []
+    for _ in range(5):
+        _, run = run_of(end(made, "d0", run.turn))
+        order.append(run.turn.split(".")[0])
+    assert order == ["urgent", "more", "a", "b", "late"]
+
+
+def test_an_expected_length_counts_until_outputs_were_seen() -> None:
+    made = scheduler("d0")
+    submit(made, "a", [1] * 40, said=Said(osl=7))
+    submit(made, "b", [2] * 40)
+    assert [turn.output for turn in made.turns] == [7, 16], "the other one may generate 16"
+    for n in range(3):
+        _, run = run_of(submit(made, f"c{n}", [3] * (40 + n * 20), key="c"))
+        end(made, "d0", run.turn)
+    submit(made, "d", [3] * 120, key="c", said=Said(osl=9))
+    assert made.turn("d").output == 1, "as observed"
