@@ -99,7 +99,8 @@ def test_every_flag_arrives() -> None:
         "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25 "
         "--revision main --no-prompt-lookup --enforce-eager --async-scheduling --step-stretch 2 "
         "--tool-call-parser hermes --reasoning-parser none --uds /tmp/s --root-path /llm "
-        "--allowed-origins http://a http://b --conversation-header X-One X-Two --conversation-header X-Three --log-prompts"
+        "--allowed-origins http://a http://b --log-prompts --conversation-header X-One X-Two "
+        "--conversation-header X-Three"
     ) == ServeConfig(
         engine=EngineConfig(
             model="my/model",
