@@ -288,7 +288,7 @@ def test_an_expected_length_counts_until_outputs_were_seen() -> None:
     assert [turn.output for turn in made.turns] == [7, 16], "the other one may generate 16"
     for n in range(3):
         _, run = run_of(submit(made, f"c{n}", [3] * (40 + n * 20), key="c"))
-        report(made, "d0", run.turn, 0, 7)
+        report(made, "d0", run.turn, 0, 7, cached_tokens=0)
         report(made, "d0", run.turn, 1, 8, finish="stop")
     submit(made, "d", [3] * 120, key="c", said=Said(osl=9))
     assert made.turn("d").output == 2, "as observed"
