@@ -122,10 +122,12 @@ class Generation:
         metrics: Metrics,
         arrived: float,
         reader: Callable[[list[int]], Reader | None] = lambda prompt: None,
+        begun: Callable[[Choice], None] = lambda choice: None,
     ) -> None:
         """`prompts` are token ids and parameters, `arrived` is when the request arrived (`time.perf_counter`), `reader`
-        makes a reader of one answer to a prompt."""
+        makes a reader of one answer to a prompt, `begun` gets each choice with its first token."""
         self._submit = submit
+        self._begun = begun
         self._metrics = metrics
         self._arrived = arrived
         self._tasks: list[asyncio.Task[None]] = []
@@ -218,6 +220,7 @@ class Generation:
             if first is None or before is None:
                 first, prefill = now, out.prefill if isinstance(out, FirstToken) else 0.0
                 self._metrics.first_token(now - self._arrived, choice.prompt_tokens)
+                self._begun(choice)
                 for sibling in siblings:
                     sibling.prompt_logprobs = choice.prompt_logprobs
                     self._begin(sibling, [])

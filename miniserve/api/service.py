@@ -18,7 +18,7 @@ from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody, ignored_header
-from miniserve.api.generation import Generation
+from miniserve.api.generation import Choice, Generation
 from miniserve.api.identity import speaker
 from miniserve.api.messages.answers import TokenCount
 from miniserve.api.messages.schemas import MESSAGES_NAMES, CountTokensRequest, MessagesRequest
@@ -120,10 +120,6 @@ class Service:
         prompts = await self._prepare(asked, body, renderer)
         # The turns start before a stream's status is sent: with a full queue that is 503.
         generation = self._start(prompts, body, renderer, writer.head.id, named or conversation, said, arrived)
-        for turn in (choice.turn for choice in generation.choices if choice.turn and choice.turn.change):
-            examining = asyncio.create_task(self._examine(turn, said.client, body))
-            self._examining.add(examining)
-            examining.add_done_callback(self._examining.discard)
         ignored = [*asked.ignored, *renderer.relaxed]
         if body.stream:
             return with_ignored(EventStream(answer_events(generation, writer), self._ping, writer.ping), ignored)
@@ -181,15 +177,22 @@ class Service:
             )
 
         self._client.check_room()
-        generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader)
+
+        def begun(choice: Choice) -> None:
+            if choice.turn is not None and choice.turn.change is not None:
+                examining = asyncio.create_task(self._examine(choice.turn, choice.cached_tokens, said.client, body))
+                self._examining.add(examining)
+                examining.add_done_callback(self._examining.discard)
+
+        generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader, begun)
         generation.start()
         return generation
 
-    async def _examine(self, turn: TurnStream, client: str, body: GenerationRequest) -> None:
-        """Find out why a turn could not begin like the one before."""
+    async def _examine(self, turn: TurnStream, cached: int, client: str, body: GenerationRequest) -> None:
+        """Find out why no more than `cached` tokens of a prompt were found, which differs from the one before."""
         assert turn.change is not None
         found = await asyncio.to_thread(
-            self.doctor.examine, turn.number, turn.change, body.segments, bool(body.tool_names)
+            self.doctor.examine, turn.number, turn.change, cached, body.segments, bool(body.tool_names)
         )
         if found is not None:
             self.doctor.note(client, turn.conversation, found)

@@ -27,7 +27,7 @@ def doctor(url: str, api_key: str | None) -> int:
 def _lines(one: ClientReport) -> list[str]:
     share = one["computed_tokens"] / max(one["prompt_tokens"], 1)
     counts = f"{one['turns']:,} turns, {share:.0%} of {one['prompt_tokens']:,} prompt tokens computed"
-    lines = [f"{clean(one['client'])}: {counts}{'' if one['causes'] else ', all of them new'}"]
+    lines = [f"{clean(one['client'])}: {counts}{'' if one['causes'] else ', and no prompt had changed'}"]
     for cause in one["causes"][:MOST_CAUSES]:
         where = {"tools": "the tools", "system": "the system prompt"}.get(
             cause["where"], f"the {cause['where']} messages"

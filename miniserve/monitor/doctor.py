@@ -136,12 +136,16 @@ class Doctor:
         self._turns[client, miss["kind"], where] += 1
         self._tokens[client, miss["kind"], where] += miss["lost"]
 
-    def examine(self, turn: int, change: Change, segments: Sequence[Segment], tools: bool) -> tuple[Miss, str] | None:
+    def examine(
+        self, turn: int, change: Change, cached: int, segments: Sequence[Segment], tools: bool
+    ) -> tuple[Miss, str] | None:
         """What turn number `turn` lost by a change of its prompt, and in a message of which role; None if nothing that
-        counts. `segments` are those of its request; `tools` is whether it offers any. Not for the event loop."""
+        counts. `cached` tokens were found all the same, `segments` are those of its request, and `tools` is whether it
+        offers any. Not for the event loop."""
         at, before, after, _ = change
         ends = _same_again(before, after, at)
-        lost = min(len(before) // 4 - (ends[0] if ends else at), len(after) // 4 - (ends[1] if ends else at))
+        changed = ends or (at, at)
+        lost = min(len(before) // 4 - changed[0], len(after) // 4 - max(changed[1], cached))
         if lost < LEAST_TOKENS or (change.first and ends is None):
             return None
         old_end, new_end = (min(end, at + MOST_CHANGED) for end in ends or (at + AROUND, at + AROUND))

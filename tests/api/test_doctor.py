@@ -165,4 +165,14 @@ async def test_the_command_says_it_in_sentences(agents_tokenizer, capsys: pytest
     assert "because of the system prompt: the time of day stands in it (2 turns)" in lines[1]
     assert lines[2].strip() == KINDS["timestamp"]["advice"]
     assert lines[3].startswith("well: 3 turns, ")
-    assert lines[3].endswith("all of them new")
+    assert lines[3].endswith("and no prompt had changed")
+
+
+async def test_a_prompt_that_was_found_all_the_same_is_no_miss(agents_tokenizer) -> None:
+    """The session before was another one, and an older one has left its KV."""
+    api = AgentApi(agents_tokenizer)
+    for number, day in enumerate(("29", "30", "29")):
+        prompt = body(f"It is 2026-11-{day}.")
+        api.engine.found = 10_000 if number == 2 else 0
+        await api.send("/v1/chat/completions", prompt, {"X-Session-ID": f"s{number}"})
+    assert len(await api.misses()) == 1

@@ -20,6 +20,8 @@ class AgentEngine(LiveClient):
     """Each turn says `WORD` and has ended when `submit` returns, unless it `holds`."""
 
     holds = False
+    found = 0
+    """Tokens of the next prompts that are found."""
 
     def __init__(self) -> None:
         super().__init__(steps=[*spell(WORD), [EOS]], stop_token=EOS)
@@ -41,6 +43,7 @@ class AgentEngine(LiveClient):
             tokens, params, conversation=conversation, salt=salt, request_id=request_id, tool=tool, said=said
         )
         self.made += 1
+        turn.cached = min(self.found, len(tokens) - 1)
         turn.id = f"t{self.made}"
         self.carry_out(
             self.scheduler.submit(
