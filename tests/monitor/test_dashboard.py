@@ -238,8 +238,10 @@ async def test_which_lanes_there_are(tokenizer: Tokenizer, browser: Any) -> None
     """The latest groups, the last of them cut; parents in a circle, unknown ones, and a guess that is taken back."""
     shown = """async ([rows, order, shown]) => {
       const { arrange } = await import("./dashboard/groups.js");
-      const of = ([id, parent, end, group = parent ?? id], began) => [id, { id, parent, group, began, turns: [{ end }] }];
-      const all = new Map(rows.map(of));
+      const all = new Map();
+      for (const [began, [id, parent, end, group = parent ?? id]] of rows.entries()) {
+        all.set(id, { id, parent, group, began, turns: [{ end }] });
+      }
       const { lanes } = arrange(all, order, new Set(shown.map((id) => all.get(id))), "own", 100);
       return lanes.map(({ conversation, depth, up }) => `${conversation.id} ${depth} ${up}`);
     }"""
