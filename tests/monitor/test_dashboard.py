@@ -15,6 +15,7 @@ import pytest
 from miniserve.api import dashboard
 from miniserve.hub import resolve as hub
 from miniserve.text.tokenizer import Tokenizer
+from tests.support.agents import AgentEngine
 from tests.support.api import Api, make_app, serving
 from tests.support.fake_engine import EOS, spell
 from tests.support.live_engine import LiveClient
@@ -164,6 +165,127 @@ async def test_many_conversations(tokenizer: Tokenizer, browser: Any) -> None:
         assert await tab.locator(".lane").count() == 20
         assert await tab.locator(".turn").count() <= 20
         await says(tab, "figure p", "500 turns")
+
+
+# --- groups and prefixes --------------------------------------------------------------------------------------------
+
+HOSTILE = "<img src=x onerror=document.title='owned'>"
+TOOLS = [{"type": "function", "function": {"name": "read", "parameters": {"type": "object", "properties": {}}}}]
+
+
+async def said_by_opencode(app: Any, session: str, *texts: str, parent: str = "", tools: bool = True) -> None:
+    """A turn of a session; `texts` are its system prompt, and what its user and the model have said in turn."""
+    roles = ["system", *["user", "assistant"] * len(texts)]
+    body = {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
+    named = {"x-session-id": session, "x-parent-session-id": parent}
+    headers = {"user-agent": "opencode"} | {name: value for name, value in named.items() if value}
+    sent = await Api(app, AgentEngine()).http.post(
+        "/v1/chat/completions", json={**body, **({"tools": TOOLS} if tools else {})}, headers=headers
+    )
+    assert sent.status_code == 200, sent.text
+
+
+async def test_a_group_stands_together(hermes: Tokenizer, browser: Any) -> None:
+    app = make_app(hermes, AgentEngine())
+    async with opened(browser, app) as tab:
+        await says(tab, "#status", "live")
+        await said_by_opencode(app, "main", "Be of help.", "Fix it.")
+        await says(tab, ".lane .name", "main")
+        await said_by_opencode(app, "other", "Be brief.", "Hi")
+        await says(tab, ".lane .name", "other")
+        await tab.locator('.turn[aria-label^="other"]').focus()
+        await said_by_opencode(app, "sub-1", "Search for it.", "Where?", parent="main")
+        await said_by_opencode(app, HOSTILE, "Test it.", "How?", parent="main")
+        await said_by_opencode(app, "main", "Write a title.", "Fix it.", tools=False)
+        await says(tab, ".lane .name small", "side request: not counted as a turn")
+        lanes = tab.locator(".lane", has=tab.locator(".name span:not(:empty)"))
+        names = await lanes.locator(".name span").all_text_contents()
+        assert names[:3] + names[4:] == ["main", "sub-1", HOSTILE, "other"]
+        assert names[3].startswith("main~")
+        labels = await lanes.locator(".name small").all_text_contents()
+        assert labels[:3] + labels[4:] == ["opencode", "sub-agent", "sub-agent", "opencode"]
+        box = "(lanes) => lanes.map((lane) => lane.querySelector('.name').getBoundingClientRect().left)"
+        lefts = await lanes.evaluate_all(box)
+        assert lefts[0] == lefts[4] < lefts[1] == lefts[2] == lefts[3]
+        assert await tab.locator(".lane.child").count() == 3
+        assert (await tab.evaluate("document.activeElement.ariaLabel")).startswith("other, turn 1")
+        await tab.keyboard.press("ArrowUp")
+        await tab.keyboard.press("ArrowUp")
+        await says(tab, "#detail p", "opencode, sub-agent, parent main")
+        await says(tab, "#detail h3", HOSTILE)
+        assert await tab.locator("main img").count() == 0
+        assert await tab.title() == "miniserve"
+
+
+async def test_a_guess_comes_and_goes(hermes: Tokenizer, browser: Any) -> None:
+    engine = AgentEngine()
+    app = make_app(hermes, engine)
+    system = "Read the files that matter before you change any of them."
+    async with opened(browser, app) as tab:
+        await says(tab, "#status", "live")
+        await said_by_opencode(app, "", system, "Fix it.")
+        await said_by_opencode(app, "", system, "Search for it.")
+        await said_by_opencode(app, "", system, "Fix it.", "Fine.", "Go on.")
+        await says(tab, ".lane.child .name", "2perhaps a sub-agent")
+        parent = engine.scheduler.conversations.get(1)
+        assert parent is not None
+        parent.last_end = 0.0  # as if it had not gone on
+        await tab.wait_for_function("() => !document.querySelector('.lane.child')")
+        await says(tab, ".lane .name", "2opencode")
+
+
+async def test_which_lanes_there_are(tokenizer: Tokenizer, browser: Any) -> None:
+    """The latest groups, the last of them cut; parents in a circle, unknown ones, and a guess that is taken back."""
+    shown = """async ([rows, order, shown]) => {
+      const { arrange } = await import("./dashboard/groups.js");
+      const all = new Map();
+      for (const [began, [id, parent, end, group = parent ?? id]] of rows.entries()) {
+        all.set(id, { id, parent, group, began, turns: [{ end }] });
+      }
+      const { lanes } = arrange(all, order, new Set(shown.map((id) => all.get(id))), "own", 100);
+      return lanes.map(({ conversation, depth, up }) => `${conversation.id} ${depth} ${up}`);
+    }"""
+    async with opened(browser, make_app(tokenizer, LiveClient())) as tab:
+
+        async def lanes(rows: list[Any], order: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> list[str]:
+            return await tab.evaluate(shown, [rows, order, kept])
+
+        family = [["a", None, 50], ["b", None, 300], ["a1", "a", 200], ["a2", "a", 90], ["a11", "a1", 201]]
+        assert await lanes(family) == ["b 0 0", "a 0 0", "a1 1 1", "a11 2 1"]
+        assert await lanes(family, ("a", "b"), ("a2",)) == ["a 0 0", "a1 1 1", "a11 2 1", "a2 1 3", "b 0 0"]
+        alone = [[id, None if id == "a1" else parent, end] for id, parent, end in family]
+        assert await lanes(alone, ("a", "b")) == ["a1 0 0", "a11 1 1", "b 0 0"]
+        circle = [["x", "y", 200, "y"], ["y", "x", 200, "y"], ["z", "gone", 200]]
+        assert await lanes(circle) == ["x 0 0", "y 1 1", "z 1 0"]
+        assert await lanes([row[:3] for row in circle]) == ["x 1 0", "y 1 0", "z 1 0"]
+        many = [["a", None, 101]] + [[f"a{n}", "a", 102 + n] for n in range(15)]
+        found = await lanes(many + [[f"b{n}", None, 500 + n] for n in range(8)] + [["own", None, 1]])
+        assert len(found) == 20
+        assert found[:2] == ["own 0 0", "b7 0 0"]
+        assert found[9:] == ["a 0 0", *[f"a{n} 1 {n - 4}" for n in range(5, 15)]]
+
+
+@pytest.mark.parametrize("consent", [True, False])
+async def test_a_miss_is_shown(hermes: Tokenizer, browser: Any, consent: bool) -> None:
+    app = make_app(hermes, AgentEngine(), log_prompts=consent)
+    more = "Read the files that matter before you change any of them. " * 3
+    async with opened(browser, app) as tab:
+        await says(tab, "#prefixes-which", "no turn has ended yet")
+        await said_by_opencode(app, "s", f"It is <b>10:00:00</b> now. {more}", "Hi")
+        await says(tab, "#prefixes-which", "all is well")
+        assert await tab.locator(".turn.missed").count() == 0
+        await said_by_opencode(app, "s", f"It is <b>11:30:09</b> now. {more}", "Hi", "Fine.", "And?")
+        await tab.locator(".turn.missed").focus()
+        assert "tokens computed again" in await tab.evaluate("document.activeElement.ariaLabel")
+        await says(tab, "#detail p", "in messages[0]: the time of day stands in it")
+        texts = await tab.locator("#detail pre").all_text_contents()
+        assert len(texts) == 2
+        for text, time in zip(texts, ("10:00:00", "11:30:09"), strict=True):
+            assert (f"<b>{time}</b>" in text) == consent
+            assert text.startswith("hash ") != consent
+        assert await tab.locator("#detail pre b").count() == 0
+        await says(tab, "#prefixes p", "of that because the time of day stands in the system prompt.")
+        await says(tab, "#prefixes p", "opencode: 2 turns, ")
 
 
 async def test_chat(tokenizer: Tokenizer, browser: Any) -> None:

@@ -1,5 +1,8 @@
 // One decision: the ways to serve the turn with their estimated costs, the choice, and what really happened.
 
+import { describe } from "./groups.js";
+import { missOf } from "./model.js";
+import { causeOf } from "./prefixes.js";
 import { byId, color, h, seconds, setText, where, whole } from "./util.js";
 
 const PHASES = ["queue", "prefill", "transfer", "decode", "harm"];
@@ -21,7 +24,8 @@ let shown = [];
 
 export function showDecision(turn, isLatest) {
   setText(byId("detail-which"), isLatest ? "the latest; point at a turn for its own" : "of the turn you point at");
-  const now = turn ? [turn, turn.home, turn.decision, turn.outcome, turn.end] : [null];
+  const notes = turn ? [describe(turn.conversation), causeOf(missOf(turn)?.kind).says] : [];
+  const now = turn ? [turn, turn.home, turn.decision, turn.outcome, turn.end, ...notes] : [null];
   if (now.every((part, i) => part === shown[i])) return;
   shown = now;
   byId("detail").replaceChildren(...(turn ? content(turn) : [h("p", { class: "muted" }, "Nothing was decided yet.")]));
@@ -32,22 +36,49 @@ function content(turn) {
   const elsewhere = prefillAt !== home ? [chip(prefillAt), " prefills, ", chip(home), " decodes"] : [];
   const does = !home ? ["It is queued."] : elsewhere.length ? elsewhere : [chip(home), " does all of it"];
   const title = h("h3", { class: "clip" }, `${turn.conversation.id} · turn ${turn.number}`);
+  const about = describe(turn.conversation);
+  const top = [title, ...(about ? [h("p", { class: "muted clip" }, about)] : [])];
+  const lost = missOf(turn) ? missed(missOf(turn)) : [];
   const moved = turn.moved ? ` ${whole(turn.moved)} pages of KV moved.` : "";
   if (!decision) {
     const why = home ? "Its decision was made before this page listened." : "";
     const first = turn.first ? `, the first after ${seconds(turn.first - turn.arrived)}` : "";
     const facts = `${whole(turn.prompt)} tokens in, ${whole(turn.output ?? 0)} out${first}.${moved} ${why}`;
-    return [title, h("p", {}, ...does), h("p", { class: "muted" }, facts)];
+    return [...top, h("p", {}, ...does), h("p", { class: "muted" }, facts), ...lost];
   }
   const { tokens, expected_output, pages, queued } = decision;
   const needs = `${whole(tokens)} tokens in, ${whole(expected_output)} out expected: ${whole(pages)} pages.`;
   return [
-    title,
+    ...top,
     h("p", {}, ...does, `: ${decision.reason}`),
     h("p", { class: "muted" }, `${needs} Queued for ${seconds(queued)}.${moved}`),
+    ...lost,
     costs(decision, outcome),
     workers(decision),
   ];
+}
+
+// Where the prompt began to differ, and the texts around that if the server gives them.
+function missed({ kind, field, token, lost, before, after, before_hash, after_hash }) {
+  const { says, advice } = causeOf(kind);
+  const change = `the prompt changed at token ${whole(token)}, in ${field}: ${says}. `;
+  const told = h("p", {}, `≠ ${whole(lost)} tokens computed again: ${change}`, h("span", { class: "muted" }, advice));
+  const known = before !== null && after !== null;
+  const text = (name, text) => {
+    const box = h("pre", { tabindex: 0, role: "region", "aria-label": `The prompt ${name}` }, ...text);
+    return h("div", {}, h("small", { class: "muted" }, name), box);
+  };
+  const old = text("before", known ? unlike(before, after) : ["hash ", before_hash]);
+  return [told, h("div", { class: "texts" }, old, text("now", known ? unlike(after, before) : ["hash ", after_hash]))];
+}
+
+// A text with what differs from another one marked.
+function unlike(text, other) {
+  const least = Math.min(text.length, other.length);
+  let [start, end] = [0, 0];
+  while (start < least && text[start] === other[start]) start += 1;
+  while (end < least - start && text.at(-1 - end) === other.at(-1 - end)) end += 1;
+  return [text.slice(0, start), h("mark", {}, text.slice(start, text.length - end)), text.slice(text.length - end)];
 }
 
 // A row for each option and one for what happened; the bars below them have one scale.

@@ -1,9 +1,10 @@
-// Conversations as lanes over time. Each keeps its row until an idle one has to make room, so that nothing jumps. The
-// turns lie on a belt that moves left; only those that still run are laid out again.
+// Conversations as lanes over time. Groups keep their place until an idle one has to make room, so that little jumps.
+// The turns lie on a belt that moves left; only those that still run are laid out again.
 
+import { ROWS, arrange, describe, kindOf } from "./groups.js";
+import { missOf } from "./model.js";
 import { byId, color, h, setText, where } from "./util.js";
 
-const ROWS = 20;
 const PARTS = ["queued", "waited", "prefill", "decode"]; // of a turn, one after the other
 
 export class Lanes {
@@ -13,12 +14,14 @@ export class Lanes {
     this.span = 60;
     this.own = ""; // the chat's conversation
     this.epoch = 0;
+    this.order = []; // of the groups shown
     this.drawn = new Map(); // turn -> its elements and what they show
     this.turnOf = new WeakMap();
     this.rows = Array.from({ length: ROWS }, () => {
-      const [name, belt] = [h("span", { class: "name" }), h("div", { class: "belt" })];
+      const [id, kind, belt] = [h("span"), h("small"), h("div", { class: "belt" })];
+      const name = h("span", { class: "name" }, id, kind);
       const element = h("div", { class: "lane" }, name, h("div", { class: "track" }, belt));
-      return { name, belt, element, conversation: null };
+      return { name, id, kind, belt, element, conversation: null, depth: 0, up: 0 };
     });
     const box = byId("lanes");
     box.append(...this.rows.map((row) => row.element));
@@ -66,7 +69,7 @@ export class Lanes {
         visible.add(turn);
         this.#draw(turn, row, now, perSecond);
       }
-      this.#name(row, now);
+      this.#name(row);
     }
     for (const [turn, { element }] of this.drawn) {
       if (!visible.has(turn) && element !== document.activeElement) this.#remove(turn);
@@ -78,32 +81,42 @@ export class Lanes {
     setText(byId("count"), `${shown} of ${total} shown; ${active} turn${active === 1 ? "" : "s"} under way`);
   }
 
-  // Give rows to the conversations that were active last.
+  // Give rows to the groups that were active last, and order them.
   #assign(now) {
-    const lately = (c) => (c.turns.some((turn) => !turn.end) ? Infinity : Math.max(...c.turns.map((turn) => turn.end)));
+    const shown = new Set(this.rows.map((row) => row.conversation));
+    const { order, lanes } = arrange(this.model.conversations, this.order, shown, this.own, now - this.span);
+    this.order = order;
+    const wanted = new Set(lanes.map((lane) => lane.conversation));
     for (const row of this.rows) {
-      if (row.conversation && !this.model.conversations.has(row.conversation.id)) row.conversation = null;
+      if (!row.conversation || wanted.has(row.conversation)) continue;
+      for (const turn of row.conversation.turns) this.#remove(turn);
+      Object.assign(row, { conversation: null, depth: 0, up: 0 });
     }
-    const have = new Set(this.rows.map((row) => row.conversation));
-    const rest = [...this.model.conversations.values()].filter((c) => !have.has(c) && lately(c) > now - this.span);
-    rest.sort((a, b) => lately(b) - lately(a));
-    for (const conversation of rest.slice(0, ROWS)) {
-      let row = this.rows.find((row) => !row.conversation);
-      if (!row) {
-        const when = (row) => (row.conversation.id === this.own ? Infinity : lately(row.conversation));
-        row = this.rows.reduce((a, b) => (when(b) < when(a) ? b : a));
-        if (when(row) >= Math.min(lately(conversation), now)) return;
-        for (const turn of row.conversation.turns) this.#remove(turn);
-      }
-      row.conversation = conversation;
-    }
+    const spare = this.rows.filter((row) => !row.conversation);
+    const rows = lanes.map((lane) => {
+      const row = this.rows.find((row) => row.conversation === lane.conversation) ?? spare.shift();
+      return Object.assign(row, lane);
+    });
+    rows.push(...spare);
+    if (rows.every((row, i) => row === this.rows[i])) return;
+    this.rows = rows;
+    const elements = rows.map((row) => row.element);
+    const focused = Math.max(elements.findIndex((element) => element.contains(document.activeElement)), 0);
+    // The one with the focus must not be moved: it would lose it.
+    elements[focused].before(...elements.slice(0, focused));
+    elements[focused].after(...elements.slice(focused + 1));
   }
 
-  #name(row, now) {
-    const { conversation, name } = row;
-    setText(name, conversation?.id ?? "");
-    name.title = conversation ? `${conversation.id}: at ${conversation.home || "no worker yet"}` : "";
-    row.element.classList.toggle("own", Boolean(conversation && conversation.id === this.own));
+  #name({ conversation, name, id, kind, element, depth, up }) {
+    setText(id, conversation?.id ?? "");
+    setText(kind, conversation ? kindOf(conversation) || conversation.client : "");
+    const home = `at ${conversation?.home || "no worker yet"}`;
+    name.title = conversation ? `${conversation.id}: ${[describe(conversation), home].filter(Boolean).join(", ")}` : "";
+    element.classList.toggle("own", Boolean(conversation && conversation.id === this.own));
+    element.classList.toggle("child", up > 0);
+    element.classList.toggle("side", conversation?.kind === "side");
+    element.style.setProperty("--depth", depth);
+    element.style.setProperty("--up", up);
     name.style.setProperty("--c", conversation?.home ? color(conversation.home) : "transparent");
   }
 
@@ -129,6 +142,8 @@ export class Lanes {
     element.style.left = `${(turn.arrived - this.epoch) * perSecond}px`;
     element.style.width = `${Math.max((end - turn.arrived) * perSecond, 4)}px`;
     element.classList.toggle("live", !turn.end);
+    const miss = missOf(turn);
+    element.classList.toggle("missed", Boolean(miss));
     for (const [i, kind] of PARTS.entries()) {
       const [from, to] = times.slice(i, i + 2);
       const { style } = parts[kind];
@@ -149,7 +164,8 @@ export class Lanes {
     const state = turn.end ? turn.finish : turn.first ? "decodes" : turn.home ? "prefills" : "is queued";
     const moved = turn.movedFrom ? `, moved from ${turn.movedFrom}` : "";
     const place = turn.home ? where(turn.prefillAt, turn.home) : "no place yet";
-    const label = `${turn.conversation.id}, turn ${turn.number}: ${place}${moved}, ${state}`;
+    const again = miss ? `, ${miss.lost} tokens computed again` : "";
+    const label = `${turn.conversation.id}, turn ${turn.number}: ${place}${moved}, ${state}${again}`;
     if (element.getAttribute("aria-label") !== label) element.setAttribute("aria-label", label);
   }
 

@@ -6,13 +6,15 @@ import { Chat } from "./chat.js";
 import { showDecision } from "./detail.js";
 import { Lanes } from "./lanes.js";
 import { Model } from "./model.js";
+import { showPrefixes } from "./prefixes.js";
 import { byId, setText } from "./util.js";
 import { forgetWorkers, showWorkers } from "./workers.js";
 
 const SILENCE_SECONDS = 10; // the server says something every second
 const LONGEST_WAIT = 10;
 const READING_SECONDS = 3;
-const PAST = 40; // conversations whose past is asked for at the start
+const PAST = 40; // conversations whose past is asked for at the start, and later what they are
+const LOOK_SECONDS = 1.5; // between looks at what they are and at what the doctor found
 
 const model = new Model();
 let policy = "";
@@ -20,6 +22,7 @@ let pointed = null;
 let latest = null;
 let latestSince = 0;
 let lostUntil = 0;
+let [lookAt, misses] = [0, 0];
 const lanes = new Lanes(model, (turn) => {
   pointed = turn;
   showDetail();
@@ -64,7 +67,7 @@ function take(event, data) {
     // Perhaps another server than before: what we knew may not be so any more.
     [model, lanes].forEach((part) => part.clear());
     forgetWorkers();
-    [policy, pointed, latest] = [data.policy, null, null];
+    [policy, pointed, latest, lookAt, misses] = [data.policy, null, null, 0, 0];
     model.setClock(data.time, true);
     lanes.setSpan(lanes.span);
     status("live", "live");
@@ -72,6 +75,7 @@ function take(event, data) {
   } else if (event === "workers") {
     const queued = showWorkers(data);
     if (model.now() > lostUntil) status("live", queued ? `live, ${queued} queued` : "live");
+    if (model.now() > lookAt && !document.hidden) look().catch(() => {});
   } else if (event === "turns") model.liveTurns(data);
   else if (event === "decision") model.decision(data);
   else if (event === "outcome") model.outcome(data);
@@ -86,6 +90,16 @@ async function begin() {
   const { data } = await getJson("/v1/models");
   setText(byId("about"), `${data[0].id}, policy ${policy}`);
   for (const card of (await getJson(`/conversations?limit=${PAST}`)).data) model.stale.add(card.id);
+}
+
+// What conversations are, and what the doctor found. If that is news, those that were active lately may have it.
+async function look() {
+  lookAt = model.now() + LOOK_SECONDS;
+  const { data } = await getJson(`/conversations?limit=${PAST}`);
+  data.forEach((card) => model.identify(card));
+  const found = showPrefixes(await getJson("/v1/doctor"));
+  if (found !== misses) for (const card of data) if (card.idle < 5 * LOOK_SECONDS) model.stale.add(card.id);
+  misses = found;
 }
 
 // One after the other: the past is worth no crowd of requests.

@@ -4,6 +4,9 @@
 export const KEEP_SECONDS = 610;
 const MOST_TURNS = 20000;
 
+// What a turn could have found of its prompt, had that not changed; undefined if nothing.
+export const missOf = ({ conversation, number }) => conversation.misses.find((miss) => miss.turn === number);
+
 export class Model {
   conversations = new Map();
   latest = null; // the turn that was decided last
@@ -31,6 +34,9 @@ export class Model {
 
   decision(d) {
     const conversation = this.#conversation(d.conversation, d.turn);
+    const own = typeof d.conversation === "number"; // without a name its parent is a guess, which its card confirms
+    const said = { ...d, id: conversation.id, client: d.said.client ?? "", kind: "", by: "" };
+    if (!conversation.kind) this.identify(own ? { ...said, parent: null, group: said.id } : said);
     const turn = this.#turn(d.run.slice(0, d.run.lastIndexOf(".")), conversation, d.turn);
     turn.arrived = d.time - d.queued;
     if (!turn.first) turn.placed = d.time;
@@ -80,11 +86,20 @@ export class Model {
     for (const turn of this.#turns.values()) if (!turn.end && !seen.has(turn)) this.#drop(turn);
   }
 
+  // What a conversation is, as GET /conversations tells it: a guess may have been taken back since.
+  identify({ id, kind, client, group, parent, by }) {
+    const known = { kind, client, group: String(group), parent: parent === null ? null : String(parent), by };
+    if (this.conversations.has(id)) Object.assign(this.conversations.get(id), known);
+  }
+
   // The past of a conversation, as GET /conversations/{id} tells it.
   history(detail) {
     const conversation = this.#conversation(detail.id, 1);
-    conversation.began = this.now() - detail.age;
+    this.identify(detail);
+    conversation.began ??= this.now() - detail.age;
     conversation.home ||= detail.home;
+    conversation.misses = detail.misses;
+    for (const turn of conversation.turns) turn.version += 1;
     for (const card of detail.history) {
       const known = conversation.turns.find((turn) => turn.number === card.turn);
       if (known?.home) continue;
@@ -123,7 +138,7 @@ export class Model {
     const id = String(key);
     let found = this.conversations.get(id);
     if (!found) {
-      found = { id, turns: [], home: "", began: null };
+      found = { id, turns: [], home: "", began: null, misses: [], kind: "", client: "", group: id, parent: null };
       this.conversations.set(id, found);
       if (turn > 1) this.stale.add(id); // when it began is not known yet
     }
