@@ -44,6 +44,7 @@ SESSIONS = [
     ("date", body("Today's date: 2026-11-29."), body("Today's date: 2026-11-30."), "messages[0]"),
     ("date", body("Today is Sunday, Nov 29, 2026."), body("Today is Monday, Nov 30, 2026."), "messages[0]"),
     ("timestamp", body("Now: 2026-11-29T14:54:09.123456"), body("Now: 2026-11-29T15:01:44.654321"), "messages[0]"),
+    ("timestamp", body("Now: 2026-11-29 15:37:38"), body("Now: 2026-11-29 15:37:39"), "messages[0]"),
     ("git-status", body("Status:\n M a.py\n?? b.py\n"), body("Status:\n M a.py\n M c.py\n"), "messages[0]"),
     ("git-status", body("Current branch: main"), body("Current branch: fix/parser"), "messages[0]"),
     ("cwd", body("Folder: /home/me/one"), body("Folder: /home/me/another"), "messages[0]"),
