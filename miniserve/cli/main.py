@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from miniserve import __version__
-from miniserve.cli import evaluate, flags
+from miniserve.cli import agent, evaluate, flags
 from miniserve.cli.flags import add_command, add_url, api_key, filled
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.scheduler.baselines import POLICIES
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   miniserve serve llama-3.1-8b --max-model-len 16k    an alias, a folder or a hub id
   miniserve serve --topology 1P1D                     a prefiller and a decoder
   miniserve chat                                      talk to the server that runs here
+  miniserve agent claude                              a coding agent that uses it
   miniserve top                                       watch it: workers, KV, conversations
   miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
   miniserve simulate swe-agent --topology 1P3D        the same on GPUs that are not here
@@ -53,7 +54,7 @@ def make_parser() -> flags.Parser:
     parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.", **WITH_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_chat, _add_top, *evaluate.COMMANDS):
+    for add in (_add_serve, _add_chat, _add_top, agent.add_agent, *evaluate.COMMANDS):
         add(commands)
     return parser
 

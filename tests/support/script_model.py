@@ -55,7 +55,7 @@ def _pieces(script: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
         for piece, following in zip(cut, [*cut[1:], END], strict=True):
             assert follows.setdefault(piece, following) == following, f"two answers have {piece!r}: change one of them"
         starts[mark] = cut[0]
-    return starts, follows
+    return starts, dict.fromkeys(script, END) | follows  # a mark in no answer has a code, too: see below
 
 
 def _write_weights(
