@@ -15,7 +15,7 @@ from aiohttp import web
 
 
 class Request(NamedTuple):
-    """A request and what its answer counted, in tokens: of the prompt, those of them that were cached, of the answer."""
+    """A request, and what its answer counted: tokens of the prompt, those of them that were cached, of the answer."""
 
     path: str
     body: dict[str, Any]
@@ -23,17 +23,6 @@ class Request(NamedTuple):
     prompt: int
     cached: int
     output: int
-
-    @property
-    def messages(self) -> list[Any]:
-        """All of it that becomes messages of a prompt."""
-        start = [self.body.get(name) for name in ("system", "instructions")]
-        return _plain([*filter(None, start), *self.body.get("messages", []), *self.body.get("input", [])])
-
-    def follows(self, earlier: Request) -> bool:
-        """Whether its conversation is that of `earlier`, grown."""
-        count = len(earlier.messages)
-        return len(self.messages) > count and self.messages[:count] == earlier.messages
 
 
 @contextmanager
@@ -92,13 +81,3 @@ def _usage(text: str) -> tuple[int, int, int]:
         return usage["input_tokens"] + read, read, output
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     return usage.get("prompt_tokens", usage.get("input_tokens", 0)), details.get("cached_tokens", 0), output
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value without what says the same in another way: marks for a cache, a text as a list of one part."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items() if name != "cache_control"}
-    if isinstance(value, list):
-        parts = [_plain(item) for item in value]
-        return parts[0]["text"] if len(parts) == 1 and isinstance(parts[0], dict) and "text" in parts[0] else parts
-    return value
