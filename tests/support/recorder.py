@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -54,7 +54,8 @@ async def _start(url: str, requests: list[Request]) -> tuple[web.AppRunner, int]
             text = b""
             async for piece in answer.content.iter_any():
                 text += piece
-                await response.write(piece)
+                with suppress(ConnectionError):  # some clients leave when they have seen all that they want
+                    await response.write(piece)
         if request.method == "POST":
             requests.append(Request(request.path, json.loads(asked), answer.status, *_usage(text.decode())))
         return response
