@@ -23,7 +23,7 @@ test-fast:  ## what tells most in a minute: no servers, no clusters, no lint
 	@scripts/setup.sh test
 	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
-test-clients:  ## openai, litellm, mini-swe-agent, lm-eval, aiperf and guidellm against a real server
+test-clients:  ## openai, litellm, ... and coding agents (claude, codex, ...) against a real server
 	@scripts/setup.sh test
 	@scripts/setup-clients.sh
 	@$(PY) -m pytest tests/clients $(PYTEST_ARGS)
@@ -44,5 +44,5 @@ venv:  ## only create .venv with everything in it
 	@scripts/setup.sh test
 
 clean:  ## remove .venv and what tools leave behind (models stay in ~/.cache/miniserve)
-	rm -rf .venv .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-clients .venv-agents build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without a screenful of usage above it; takes `--max_model_len`, as vLLM does."""
+    """Says in one line what is wrong, without a screenful of usage above it; takes `--max_model_len`, as vLLM does.
+
+    What stands behind `--` is another program's and stays as it is: the `args` of a command that has such.
+    """
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
@@ -32,9 +35,14 @@ class Parser(argparse.ArgumentParser):
             self.register("type", f"{name}s", checked(_listed(parse)))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        given = sys.argv[1:] if args is None else args
-        dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), text) for text in given]
-        return super().parse_known_args(dashed, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        end = given.index("--") if "--" in given else len(given)
+        dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), text) for text in given[:end]]
+        space, unknown = super().parse_known_args(dashed, namespace)
+        if given[end:] and hasattr(space, "args"):
+            space.args = given[end + 1 :]
+            return space, unknown
+        return space, [*unknown, *given[end:]]
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

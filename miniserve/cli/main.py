@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from miniserve import __version__
-from miniserve.cli import evaluate, flags
+from miniserve.cli import agent, evaluate, flags
 from miniserve.cli.flags import add_command, api_key, filled
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.scheduler.baselines import POLICIES
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   miniserve serve llama-3.1-8b --max-model-len 16k    an alias, a folder or a hub id
   miniserve serve --topology 1P1D                     a prefiller and a decoder
   miniserve chat                                      talk to the server that runs here
+  miniserve agent claude                              a coding agent that uses it
   miniserve top                                       watch it: workers, KV, conversations
   miniserve doctor                                    why prompts are computed again
   miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
@@ -61,6 +62,7 @@ def make_parser() -> flags.Parser:
     add_command(commands, _chat, "talk to a running server in the terminal", "server")
     add_command(commands, _top, "watch a running server in the terminal", "server", epilog=COLUMNS)
     add_command(commands, _doctor, "say what agents make a running server compute again, and why", "server")
+    agent.add_agent(commands)
     evaluate.add_commands(commands)
     return parser
 

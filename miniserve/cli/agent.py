@@ -1,0 +1,100 @@
+"""`miniserve agent`: coding agents, started so that they talk to a running server and to no other. agents.toml has what
+each of them wants to be told."""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+from urllib.parse import urlsplit
+
+from miniserve.cli import flags
+from miniserve.config import ConfigError
+
+PATIENCE_SECONDS = 10.0
+MOST_OUTPUT = 32000
+"""Tokens of an answer, at most: agents keep room for as many, and so use that much less of the context."""
+FOLDER = "<folder>"
+"""Stands for the private folder in what is printed; a shell's words with it are always quoted."""
+
+
+def add_agent(commands: Any) -> None:
+    agents = tomllib.loads((files("miniserve.cli") / "agents.toml").read_text("utf-8"))
+    usage = "miniserve agent AGENT [--url URL] [--api-key KEY] [--model NAME] [--print] [-- ARGS...]"
+    parser = flags.add_command(commands, _agent, "start a coding agent that uses a running server", "server", usage=usage)
+    parser.set_defaults(agents=agents, args=[])
+    parser.add_argument("agent", choices=tuple(agents), metavar="AGENT", help=", ".join(agents))
+
+
+def _agent(args: argparse.Namespace) -> int:
+    """Start a coding agent in this folder that uses a running server, and no other: its address, key, model and context
+    length, with telemetry and looking for updates turned off. The agent's own settings are left as they are."""
+    agent = {"env": {}, "args": [], "files": {}} | args.agents[args.agent]
+    values = _values(args.url, flags.api_key(args), args.model)
+    texts = {name: json.dumps(value)[1:-1] for name, value in values.items()}
+    contents = {name: Template(text.lstrip()).substitute(texts) for name, text in agent["files"].items()}
+    if args.print:
+        print(_script(contents, *_filled(agent, values | {"folder": FOLDER}, args.args)))
+        return 0
+    if shutil.which(agent["command"]) is None:
+        raise ConfigError(f"{agent['command']} is not on the PATH. Install it with `{agent['install']}`.")
+    with tempfile.TemporaryDirectory(prefix="miniserve-") as folder:
+        for name, content in contents.items():
+            Path(folder, name).write_text(content, "utf-8")
+        return _run(*_filled(agent, values | {"folder": folder}, args.args))
+
+
+def _values(url: str, key: str | None, model: str | None) -> dict[str, str]:
+    """What stands for the names in agents.toml, as the server at `url` says. Raises `ConfigError`."""
+    from miniserve.cli.client import ApiClient
+
+    root = url.rstrip("/").removesuffix("/v1")
+    said = ApiClient(f"{root}/v1", key, PATIENCE_SECONDS).get("/models")
+    try:
+        lengths = {card["id"]: int(card["max_model_len"]) for card in json.loads(said)["data"]}
+        name = model or next(iter(lengths))
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise ConfigError(f"{url} is no miniserve: what GET /v1/models gives is something else.") from error
+    if name not in lengths:
+        raise ConfigError(f"{url} serves no {name!r}. --model may be {', '.join(lengths)}.")
+    limits = {"context": str(lengths[name]), "output": str(min(MOST_OUTPUT, lengths[name] // 4))}
+    return {"url": f"{root}/v1", "root": root, "key": key or "none", "model": name, **limits}
+
+
+def _filled(agent: dict[str, Any], values: dict[str, str], more: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The environment and the command of an agent. A proxy that is set up here does not get to see the server."""
+    environment = {name: Template(text).substitute(values) for name, text in agent["env"].items()}
+    around = [urlsplit(values["url"]).hostname or "", os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""]
+    environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, around)))
+    return environment, [agent["command"], *(Template(text).substitute(values) for text in agent["args"]), *more]
+
+
+def _script(contents: dict[str, str], environment: dict[str, str], command: list[str]) -> str:
+    """What does the same in a shell."""
+    lines = ["folder=$(mktemp -d)"] if contents else []
+    lines += [f"cat > \"$folder/{name}\" <<'END'\n{content}END" for name, content in contents.items()]
+    words = ["env", *(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)]
+    return "\n".join([*lines, " ".join(words).replace(FOLDER, "'\"$folder\"'")])
+
+
+def _run(environment: dict[str, str], command: list[str]) -> int:
+    """Run a command to its end; its exit code, as a shell gives it. Signals are passed on, but for a Ctrl-C that the
+    terminal has sent to both."""
+    with subprocess.Popen(command, env=os.environ | environment) as process:
+
+        def pass_on(number: int, _: Any) -> None:
+            if number != signal.SIGINT or not os.isatty(0):
+                process.send_signal(number)
+
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, pass_on)
+        code = process.wait()
+    return code if code >= 0 else 128 - code
