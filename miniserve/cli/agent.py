@@ -29,7 +29,8 @@ FOLDER = "<folder>"
 def add_agent(commands: Any) -> None:
     agents = tomllib.loads((files("miniserve.cli") / "agents.toml").read_text("utf-8"))
     usage = "miniserve agent AGENT [--url URL] [--api-key KEY] [--model NAME] [--print] [-- ARGS...]"
-    parser = flags.add_command(commands, _agent, "start a coding agent that uses a running server", "server", usage=usage)
+    text = "start a coding agent that uses a running server"
+    parser = flags.add_command(commands, _agent, text, "server", usage=usage)
     parser.set_defaults(agents=agents, args=[])
     parser.add_argument("agent", choices=tuple(agents), metavar="AGENT", help=", ".join(agents))
 
