@@ -17,7 +17,7 @@ from miniserve.scheduler.scheduler import Reuse
 KINDS: dict[str, dict[str, str]] = tomllib.loads((files("miniserve.monitor") / "doctor.toml").read_text("utf-8"))
 PATTERNS = {kind: re.compile(row["pattern"]) for kind, row in KINDS.items() if "pattern" in row}
 LEAST_TOKENS = 64
-"""A turn that could have found no more than this is well."""
+"""A turn that could have found fewer than these is well; a first turn twice as many."""
 AROUND = 48
 """Tokens on both sides of a change in which its kind is looked for."""
 MOST_CHANGED = 4096
@@ -146,7 +146,7 @@ class Doctor:
         ends = _same_again(before, after, at)
         changed = ends or (at, at)
         lost = min(len(before) // 4 - changed[0], len(after) // 4 - max(changed[1], cached))
-        if lost < LEAST_TOKENS or (change.first and ends is None):
+        if lost < LEAST_TOKENS * (1 + change.first) or (change.first and ends is None):
             return None
         old_end, new_end = (min(end, at + MOST_CHANGED) for end in ends or (at + AROUND, at + AROUND))
         start = max(at - AROUND, 0)
@@ -178,19 +178,19 @@ class Doctor:
 def _place(text: str, segments: Sequence[Segment], tools: bool) -> tuple[Segment, bool]:
     """The segment in which a prompt goes on behind `text`, which ends it so far, and whether more words of its user
     follow. Templates show tools beside the system prompt."""
-    tail, number, ended = text[-TAIL:], -1, 0
+    begun, tail, number, ended = False, text[-TAIL:], -1, -1
     for n, segment in enumerate(segments):
         if tail.strip() and tail in segment.text:
-            number, ended = n - 1, -1
+            number, begun = n - 1, True
             break
         content = segment.text.strip()
-        if content and (found := text.rfind(content[-TAIL:])) >= ended:
+        if content and (found := text.rfind(content[-TAIL:])) > ended:
             number, ended = n, found
     rest = [segment for segment in segments[number + 1 :] if segment.text.strip()][:2]
     begins = rest[0].text.strip()[: 2 * TAIL] if rest else ""
-    begun = any(text.endswith(begins[:n]) for n in range(4, len(begins) + 1))
+    begun = begun or any(text.endswith(begins[:n]) for n in range(4, len(begins) + 1))
     beside_tools = number < 0 or (segments[number].role == "system" and len(text) - ended > 3 * TAIL)
-    if ended >= 0 and tools and beside_tools and not begun:
+    if tools and beside_tools and not begun:
         return Segment("tools", "tools", ""), False
     leads = [segment.role for segment in rest] == ["user", "user"]
     return (rest[0] if rest else Segment("messages", "", "")), leads

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import islice
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from miniserve.scheduler.forecast import TURNS, History
-from miniserve.scheduler.prompts import FirstPages, LastPrompts, PromptIndex, PromptMark, common_run
+from miniserve.scheduler.prompts import KEPT_BYTES, FirstPages, LastPrompts, PromptIndex, PromptMark, common_run
 
 SLACK = 4
 """Tokens that a prompt may lack at its end and still be the beginning of the next one: templates open an answer in
@@ -143,7 +144,14 @@ class Conversations:
     and after `max_idle` seconds, those idle for longest are forgotten, which costs nothing but a placement made anew.
     """
 
-    def __init__(self, page_tokens: int, *, capacity: int = 100_000, max_idle: float = 3600.0) -> None:
+    def __init__(
+        self,
+        page_tokens: int,
+        *,
+        capacity: int = 100_000,
+        max_idle: float = 3600.0,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         self._capacity = capacity
         self._max_idle = max_idle
         # Least recently active first.
@@ -152,7 +160,7 @@ class Conversations:
         """By the client's id: its conversations, side requests left out, the latest last."""
         self._prompts: PromptIndex[Conversation] = PromptIndex(page_tokens)
         self._first: FirstPages[Conversation] = FirstPages()
-        self._last = LastPrompts()
+        self._last = LastPrompts(kept_bytes)
         self._made = 0
 
     def __len__(self) -> int:
@@ -189,12 +197,14 @@ class Conversations:
                 known, change = shared, Change(shared, before, tokens, first=False)
             of.edits += relation is Relation.EDITS
         else:
-            alike = of or next(iter(self._first.alike(chain)), None)
-            if alike is not None and not said.side and (before := self._last.get(alike.key)):
-                change = Change(common_run(before, tokens), before, tokens, first=True)
+            near = [of] if of else [other for other in self._first.alike(chain) if other.said.client == said.client]
+            kept = [(common_run(before, tokens), other.key) for other in near if (before := self._last.get(other.key))]
             of = self._begun(key, of, known, len(prompt), chain[0], now, said)
-            if of.parent is None and not key and alike and change and self._starts(alike, change.shared, of):
-                of.parent, of.group, of.by = alike.key, alike.group, "prefix"
+            if kept and not said.side:
+                shared, nearest = max(kept, key=itemgetter(0))
+                change = Change(shared, self._last.get(nearest), tokens, first=True)
+                if of.parent is None and not key and self._starts(self._by_key[nearest], shared, of):
+                    of.parent, of.group, of.by = nearest, self._by_key[nearest].group, "prefix"
         self._by_key.move_to_end(of.key)
         if relation is not Relation.CONTINUES:
             self._first.remove(of.places, of)
@@ -246,7 +256,8 @@ class Conversations:
                 return parent, Relation.CONTINUES if is_last else Relation.EDITS, known
         if parent is None or not parent.active:
             for other in self._first.alike(chain):
-                if not other.active and (seen := self._resumed(other, tokens)):
+                same = other.said.client == said.client and not other.active
+                if same and 2 * (seen := self._resumed(other, tokens)) > other.marks[0].length:
                     goes_on = seen >= other.marks[-1].length - SLACK
                     return other, Relation.CONTINUES if goes_on else Relation.EDITS, seen
         return parent, Relation.NEW, known
@@ -332,9 +343,9 @@ class Conversations:
         return made
 
     def _starts(self, parent: Conversation, shared: int, made: Conversation) -> bool:
-        """Whether a new conversation looks like the sub-agent of another: the same client's, with tools, it begins like
-        that and while that waits for something."""
-        alike = parent.said.client == made.said.client and parent.said.tools and made.said.tools
+        """Whether a new conversation looks like the sub-agent of another of its client: both have tools, it begins like
+        that, and while that waits for something."""
+        alike = parent.said.tools and made.said.tools
         waits = not parent.active and parent.turns and made.began - parent.last_end < GROUP_SECONDS
         return bool(alike and waits and 2 * shared >= parent.marks[0].length)
 

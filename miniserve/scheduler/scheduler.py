@@ -21,7 +21,7 @@ from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.observations import Speed
 from miniserve.scheduler.placement import Policy
 from miniserve.scheduler.placer import Placer
-from miniserve.scheduler.prompts import page_chain
+from miniserve.scheduler.prompts import KEPT_BYTES, page_chain
 from miniserve.scheduler.records import outcome, remembered
 from miniserve.scheduler.turns import Turn, TurnState
 from miniserve.scheduler.workers import Link, WorkerView
@@ -57,7 +57,8 @@ class Reuse:
 
 class Scheduler:
     """Places conversations on workers. Methods take the time in seconds where they need it, and return commands to be
-    carried out in order. `policy_name` is for records of decisions, which are made only while `notes` is set."""
+    carried out in order. `policy_name` is for records of decisions, which are made only while `notes` is set;
+    `kept_bytes` are for prompts, to compare later ones with."""
 
     def __init__(
         self,
@@ -68,8 +69,9 @@ class Scheduler:
         *,
         policy_name: str = "",
         notes: bool = False,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        self.conversations = Conversations(page_tokens)
+        self.conversations = Conversations(page_tokens, kept_bytes=kept_bytes)
         self.workers: dict[str, WorkerView] = {}
         """Those that live."""
         self.names: list[str] = []

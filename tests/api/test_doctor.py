@@ -49,8 +49,8 @@ SESSIONS = [
     ("git-status", body("Current branch: main"), body("Current branch: fix/parser"), "messages[0]"),
     ("cwd", body("Folder: /home/me/one"), body("Folder: /home/me/another"), "messages[0]"),
     ("system", body("You are kind."), body("You are strict."), "messages[0]"),
-    ("date", body(task=["Today is 2026-11-29.", TASK]), body(task=["Today is 2026-11-30.", TASK]), "messages[1]"),
-    ("reminder", body(task=["You have 3 files.", TASK]), body(task=["You have no file.", TASK]), "messages[1]"),
+    ("date", body(task=["Today is 2026-11-29.", RULES]), body(task=["Today is 2026-11-30.", RULES]), "messages[1]"),
+    ("reminder", body(task=["You have 3 files.", RULES]), body(task=["You have no file.", RULES]), "messages[1]"),
     ("tools-reordered", body(), body(tools=tools("read", "run", "write")), "tools"),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 
 from miniserve.scheduler.conversations import Conversation, Conversations, Said
 from miniserve.scheduler.forecast import TURNS, History, TurnRecord
-from miniserve.scheduler.prompts import ALIKE, LastPrompts, page_chain
+from miniserve.scheduler.prompts import ALIKE, page_chain
 
 PAGE = 4
 
@@ -179,8 +179,7 @@ def test_an_idle_conversation_is_small():
     """Five turns, all of it remembered: under 2.5 KB, the hashes in its marks included, and 4 bytes for each token of
     its last prompt, as long as that is kept."""
     count, pick = 300, random.Random(1)
-    all = Conversations(16)
-    all._last = LastPrompts(0)
+    all = Conversations(16, kept_bytes=0)
     prompts = [[pick.randrange(50_000) for _ in range(250)] for _ in range(count)]
     chains = [[page_chain(p[: 50 * (turn + 1)], "", 16) for turn in range(5)] for p in prompts]
     record = TurnRecord(*[1.5] * len(TurnRecord._fields))

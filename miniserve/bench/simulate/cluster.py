@@ -81,7 +81,7 @@ class Simulation:
         prefiller, decoder = config.hardware
         policy = make_policy(config.policy, config.mispredict)
         self._latency = max(prefiller.message_seconds, decoder.message_seconds)
-        self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31)
+        self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31, kept_bytes=0)
         self.workers = {
             name: SimulatedWorker(
                 name,
