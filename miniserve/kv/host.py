@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from miniserve.cluster.messages import Keep
-from miniserve.kv.eviction import UNKNOWN
+from miniserve.kv.eviction import UNKNOWN, ExpectedNeed
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.pages import Evicted, Order, PagePool
+from miniserve.kv.pages import Evicted, PagePool
 from miniserve.kv.side import Fence, beside, copy_each, pin
 
 RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
@@ -18,7 +18,7 @@ RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
 first; those still here at that time spare a copy."""
 
 
-class HostPool(PagePool[Keep]):
+class HostPool(PagePool):
     """`num_pages` slots for evicted pages of `memory`, found by their hashes.
 
     It is a `PagePool` with an `order` of its own: what is dropped for good is what is needed least. On a CPU copies are
@@ -28,7 +28,7 @@ class HostPool(PagePool[Keep]):
     """
 
     def __init__(
-        self, memory: KVMemory, num_pages: int, order: Order[Keep], *, clock: Callable[[], float] = time.perf_counter
+        self, memory: KVMemory, num_pages: int, order: ExpectedNeed, *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         super().__init__(num_pages, order)
         self.offloaded = self.restored = 0
@@ -50,7 +50,7 @@ class HostPool(PagePool[Keep]):
     def num_used(self) -> int:
         return self.num_pages - self.num_free
 
-    def store(self, evicted: Evicted[Keep], now: float) -> None:
+    def store(self, evicted: Evicted, now: float) -> None:
         """Keep a copy of a page that is about to be evicted, in place of the copy that is needed least."""
         slots = super().match([evicted.digest])
         if not slots:

@@ -30,7 +30,7 @@ class Placer:
     ledger: Ledger
     forecast: Forecast
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
-    placements: dict[tuple[str, str], int] = field(default_factory=dict)
+    placements: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(prefilled at, home) -> turns."""
     tried: Turn | None = None
     """The suspected turn that was begun last."""
@@ -91,11 +91,8 @@ class Placer:
         return need.waited < self.policy.patience(need, cluster)
 
     def _by_role(self) -> tuple[list[WorkerView], list[WorkerView]]:
-        prefillers: list[WorkerView] = []
-        decoders: list[WorkerView] = []
-        for worker in self.workers.values():
-            (prefillers if worker.role is Role.PREFILLER else decoders).append(worker)
-        return prefillers, decoders
+        workers = self.workers.values()
+        return [w for w in workers if w.role is Role.PREFILLER], [w for w in workers if w.role is Role.DECODER]
 
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""
@@ -131,8 +128,7 @@ class Placer:
         self.ledger.reserve(turn, now)
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
-        key = (prefills.name, home.name)
-        self.placements[key] = self.placements.get(key, 0) + 1
+        self.placements[prefills.name, home.name] += 1
         run = Run(
             turn.run,
             turn.tokens,

@@ -28,10 +28,6 @@ class PulledTransfer(ABC):
     def pull(self, theirs: list[int], ours: list[int]) -> Fence:
         """Begin to copy page `theirs[i]` of the peer to our page `ours[i]`."""
 
-    def abandon(self) -> None:
-        if self.side is not None:
-            self.side.lead()
-
     def close(self) -> None:
         """The mapping goes with its last reader, which must not be a kernel that still runs."""
         if self.side is not None:
@@ -50,7 +46,8 @@ class PulledCopy(FencedCopy):
         self.fence = self.transfer.pull(self.pages, ours)
 
     def abandon(self) -> None:
-        self.transfer.abandon()
+        if self.transfer.side is not None:
+            self.transfer.side.lead()
 
 
 class MappedTransfer(PulledTransfer):
@@ -58,9 +55,8 @@ class MappedTransfer(PulledTransfer):
 
     def __init__(self, memory: KVMemory, peer: Peer) -> None:
         """Raises OSError if the peer's process is gone."""
-        assert memory.shared is not None
         pool = peer.pool
-        self._ours = memory.shared.pages(memory.shape.bytes)
+        self._ours = memory.bytes.numpy()
         theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes)
         self._theirs = theirs.reshape(pool.num_pages, pool.page_bytes)
 
