@@ -64,9 +64,6 @@ def _compile(compiler: str, library: Path) -> None:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        kind = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    except OSError:
-        kind = [platform.processor()]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    kind = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     return "\n".join([platform.machine(), *kind])

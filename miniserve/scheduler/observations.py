@@ -59,19 +59,13 @@ class Recent:
 
     def __init__(self, size: int = 256) -> None:
         self._values: deque[float] = deque(maxlen=size)
-        self._sorted: list[float] = []
 
     def add(self, value: float) -> None:
         self._values.append(value)
-        self._sorted = []
 
     def quantile(self, q: float, default: float) -> float:
         """The value that a share `q` of them does not exceed; `default` without any."""
-        if not self._values:
-            return default
-        if not self._sorted:
-            self._sorted = sorted(self._values)
-        return quantile(self._sorted, q)
+        return quantile(sorted(self._values), q) if self._values else default
 
 
 def quantile(ordered: list[float], q: float) -> float:

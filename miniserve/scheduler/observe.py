@@ -164,11 +164,5 @@ class Observe:
         return MARGIN_SHARE * (option.first_token + option.harm) + MARGIN_SECONDS
 
     def _placement(self, option: Option, options: tuple[Option, ...], reason: str) -> Placement:
-        return Placement(
-            option.home,
-            option.prefill_at,
-            option.history_at,
-            share_history=bool(option.prefill_at),
-            reason=reason,
-            options=options,
-        )
+        share_history = bool(option.prefill_at)
+        return Placement(option.home, option.prefill_at, option.history_at, share_history, reason, options)

@@ -129,19 +129,9 @@ class Placer:
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
         self.placements[prefills.name, home.name] += 1
-        run = Run(
-            turn.run,
-            turn.tokens,
-            turn.params,
-            turn.seed,
-            turn.salt,
-            turn.delivered,
-            placement.prefill_at,
-            placement.share_history,
-            placement.history_at,
-            self._keep(turn, home),
-        )
-        return [*commands, Send(home.name, run)]
+        what = turn.tokens, turn.params, turn.seed, turn.salt, turn.delivered
+        where = placement.prefill_at, placement.share_history, placement.history_at
+        return [*commands, Send(home.name, Run(turn.run, *what, *where, self._keep(turn, home)))]
 
     def _keep(self, turn: Turn, home: WorkerView) -> Keep:
         """How soon the home will need this conversation's pages again, for when it runs out of pages between turns."""

@@ -129,7 +129,7 @@ async def test_items_that_are_left_out_keep_their_id(api: ResponsesServer) -> No
 
 
 def test_the_store_is_bounded() -> None:
-    store: ResponseStore[int] = ResponseStore(max_responses=3, max_tokens=100)
+    store = ResponseStore("response", max_responses=3, max_tokens=100)
     for number in range(4):
         store.put(str(number), Stored((number,), 10, ""))
     assert store.get("0") is None

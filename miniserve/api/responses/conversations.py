@@ -53,7 +53,7 @@ class Conversations:
     """The routes of /v1/conversations, and what they know. All methods raise `ApiError` for what is not here."""
 
     def __init__(self) -> None:
-        self._stored: ResponseStore[InputItem] = ResponseStore()
+        self._stored = ResponseStore("conversation")
 
     # --- for /v1/responses ------------------------------------------------------------------------------------------
 
@@ -126,12 +126,8 @@ class Conversations:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _get(self, id: str) -> Stored[InputItem]:
-        if (stored := self._stored.get(id)) is None:
-            kept = "the latest ones are kept, until the server stops"
-            problem = f"There is no conversation {id[:128]!r} here (any more): {kept}."
-            raise ApiError(404, problem, param="conversation", code="conversation_not_found")
-        return stored
+    def _get(self, id: str) -> Stored:
+        return self._stored.find(id, param="conversation", code="conversation_not_found")
 
     def _item(self, conversation: str, id: str) -> InputItem:
         found = next((item for item in self.items(conversation) if item.id == id), None)

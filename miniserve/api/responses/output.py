@@ -70,11 +70,13 @@ class OutputItems:
         item = self._open
         assert item is not None
         assert item["type"] == "message" or item["type"] == "reasoning"
-        item["content"][0]["text"] += text
-        if item["type"] == "reasoning":
-            return [("response.reasoning_text.delta", {**self._place(0), "delta": text})]
-        item["content"][0]["logprobs"] += logprobs
-        return [("response.output_text.delta", {**self._place(0), "delta": text, "logprobs": logprobs})]
+        part: Any = item["content"][0]
+        part["text"] += text
+        delta = {**self._place(0), "delta": text}
+        if item["type"] == "message":
+            part["logprobs"] += logprobs
+            delta["logprobs"] = logprobs
+        return [(f"response.{part['type']}.delta", delta)]
 
     def _shown(self, logprobs: list[TokenLogprob]) -> list[Any]:
         return list(chat_logprobs(self._tokenizer, logprobs)["content"]) if self._tokenizer else []

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -46,13 +45,7 @@ class WorkloadConfig(WorkloadShape):
 
     def flags(self, rate: float, seed: int) -> list[str]:
         """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
-        drawn: dict[str, Any] = {
-            "rate": rate,
-            "arrivals": self.arrivals,
-            "seed": seed,
-            "conversations": self.conversations,
-        }
-        named = drawn | asdict(self)
+        named = {"rate": rate, "seed": seed, **asdict(self)}
         return [named.pop("trace"), *flags(**named)]
 
 

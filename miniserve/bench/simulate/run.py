@@ -84,7 +84,7 @@ def _timeline(config: SimulationConfig, simulation: Simulation, start: float, en
         "rate": config.workload.rate,
         "window": [start, end],
         "spans": {
-            name: [list(span) for span in (*worker.spans, *worker.copies) if span[1] > start and span[0] < end]
+            name: [list(span) for span in worker.spans if span[1] > start and span[0] < end]
             for name, worker in simulation.workers.items()
         },
         "kv": {
