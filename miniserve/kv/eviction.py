@@ -84,12 +84,10 @@ class ExpectedNeed:
         """A turn of the conversation ends: the pages are cached from now on. They join its group as the last to go, and
         what is known now counts for all pages of the group."""
         name = self._name(keep)
-        group = self._groups.get(name)
-        if group is None:
-            if not pages:
-                return
-            group = self._groups[name] = Group(name, keep if name else UNKNOWN, now)
-        elif name:
+        if not pages and name not in self._groups:
+            return
+        group = self._groups.setdefault(name, Group(name, UNKNOWN, now))
+        if name:
             group.keep, group.touched = keep, now
         for page in pages:
             self._move(page, group, now)

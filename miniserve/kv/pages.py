@@ -97,11 +97,10 @@ class PagePool:
             page = self._page_of.get(digest)
             if page is None:
                 break
-            pages.append(page)
-        for page in pages:
             if self._refs[page] == 0:
                 self._order.remove(page)
             self._refs[page] += 1
+            pages.append(page)
         return pages
 
     def register(self, page: int, digest: bytes, parent: bytes | None = None) -> None:

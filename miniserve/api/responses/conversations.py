@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody
-from miniserve.api.responses.answers import ConversationDeleted, ConversationOut, ItemList
+from miniserve.api.responses.answers import ConversationOut, Deleted, ItemList
 from miniserve.api.responses.items import InputItem, Items, item_out, with_ids
 from miniserve.api.responses.schemas import Metadata
 from miniserve.api.responses.store import BYTES_PER_TOKEN, ResponseStore, Stored
@@ -93,7 +93,7 @@ class Conversations:
         self._put(conversation, stored.items, stored.tokens, msgspec.json.encode(made))
         return made
 
-    async def delete(self, conversation: str) -> ConversationDeleted:
+    async def delete(self, conversation: str) -> Deleted:
         """Forget a conversation and its items."""
         self._get(conversation)
         self._stored.delete(conversation)

@@ -14,7 +14,7 @@ from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
-from miniserve.api.responses.answers import InputTokens, ItemList, ResponseDeleted, ResponseOut
+from miniserve.api.responses.answers import Deleted, InputTokens, ItemList, ResponseOut
 from miniserve.api.responses.conversations import Conversations, Limit, Order, page
 from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
@@ -113,7 +113,7 @@ class ResponsesRoutes:
         stored = self._stored(response)
         return page(stored.items[: len(stored.items) - stored.output], limit, order, after)
 
-    async def delete(self, response: str) -> ResponseDeleted:
+    async def delete(self, response: str) -> Deleted:
         """Forget a response; those that have gone on behind it stay as they are."""
         self._stored(response)
         self._store.delete(response)

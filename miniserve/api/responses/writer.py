@@ -16,8 +16,6 @@ from miniserve.api.streaming import COMMENT, NamedEvent, named_event
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
 
-Keep = Callable[[answers.ResponseOut, Choice], None]
-
 
 @dataclass(eq=False)
 class ResponsesWriter:
@@ -30,7 +28,7 @@ class ResponsesWriter:
     request: ResponsesRequest
     offered: Mapping[str, Offered]
     tokenizer: Tokenizer
-    keep: Keep
+    keep: Callable[[answers.ResponseOut, Choice], None]
 
     def __post_init__(self) -> None:
         self._numbers = count()

@@ -35,7 +35,7 @@ def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[
         fill = figure.add_subplot(grid[1], sharex=lanes)
         lanes.set_xlim(start, max(end, start + 1e-9))
         _lanes(lanes, timeline["spans"], workers, start, end)
-        _fill(fill, timeline["kv"], workers)
+        _fill(fill, timeline["kv"], timeline["pages"])
         return save(figure, folder, name)
 
 
@@ -63,19 +63,18 @@ def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[st
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
 
 
-def _fill(axes: Axes, kv: Mapping[str, Mapping[str, Any]], workers: Sequence[str]) -> None:
-    """Draw shares of each pool: what conversations hold, and lighter, that and what is cached."""
-    for number, worker in enumerate(workers):
-        pool = kv[worker]
-        full = 100 / max(pool["total"], 1)
-        held = [full * pages for pages in pool["held"]]
-        both = [full * (a + b) for a, b in zip(pool["held"], pool["cached"], strict=True)]
+def _fill(axes: Axes, kv: Mapping[str, Sequence[tuple[float, int, int]]], pages: Mapping[str, int]) -> None:
+    """Draw shares of each pool: what conversations hold, and lighter, that and what is cached. Rows of `kv` are (time,
+    held, cached pages)."""
+    for number, (worker, rows) in enumerate(kv.items()):
+        full = 100 / max(pages[worker], 1)
+        times = [at for at, _, _ in rows]
         look: dict[str, Any] = {"color": f"C{number}", "drawstyle": "steps-post", "marker": ""}
-        axes.plot(pool["time"], both, linewidth=1, alpha=0.4, zorder=FRONT - 1, **look)
-        axes.plot(pool["time"], held, zorder=FRONT, label=worker, **look)
+        axes.plot(times, [full * (a + b) for _, a, b in rows], linewidth=1, alpha=0.4, zorder=FRONT - 1, **look)
+        axes.plot(times, [full * held for _, held, _ in rows], zorder=FRONT, label=worker, **look)
     axes.set_ylim(0, 102)
     ticks(axes.yaxis, range(0, 101, 25))
     axes.set_ylabel("KV pool held, %\n(pale: with cached)")
     axes.set_xlabel("time, s")
-    if workers:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(workers), borderaxespad=0.2)
+    if kv:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kv), borderaxespad=0.2)

@@ -67,8 +67,7 @@ def replay(config: ReplayConfig) -> dict[str, Any]:
     """
     if not config.workload.scripts:
         raise ConfigError("There is nothing to replay: no conversation was chosen from the trace.")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_replay(config))
+    return uvloop.run(_replay(config))
 
 
 async def _replay(config: ReplayConfig) -> dict[str, Any]:
