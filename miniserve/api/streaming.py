@@ -86,18 +86,17 @@ class EventStream(Response):
     async def _send(self, events: AsyncIterator[bytes], send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._sent = time.monotonic()
-        pings = asyncio.create_task(self._send_pings(send)) if self._seconds else None
+        pings = asyncio.create_task(self._send_pings(send))
         try:
             async for data in events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 self._sent = time.monotonic()
         finally:
-            if pings is not None:
-                pings.cancel()
+            pings.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_pings(self, send: Send) -> None:
-        while True:
+        while self._seconds:
             if (silent := time.monotonic() - self._sent) < self._seconds:
                 await asyncio.sleep(self._seconds - silent)
             else:

@@ -113,17 +113,14 @@ class Plane:
 
     def add(self, x: tuple[float, ...], seconds: float) -> None:
         key = tuple(int(math.log2(value + 1)) for value in x)
-        cell = self._cells.get(key)
+        cell = self._cells.setdefault(key, [0.0] * (3 + len(x)))
         self._count += 1
-        if cell is None:
-            self._cells[key] = [1.0, self._count, seconds, *x]
-        else:
-            cell[0] = min(cell[0] + 1, CELL_MEMORY)
-            cell[1] = self._count
-            if cell[0] > 4:
-                seconds = min(seconds, 4 * cell[2])  # a hiccup of the machine
-            for i, value in enumerate((seconds, *x), 2):
-                cell[i] += (value - cell[i]) / cell[0]
+        cell[0] = min(cell[0] + 1, CELL_MEMORY)
+        cell[1] = self._count
+        if cell[0] > 4:
+            seconds = min(seconds, 4 * cell[2])  # a hiccup of the machine
+        for i, value in enumerate((seconds, *x), 2):
+            cell[i] += (value - cell[i]) / cell[0]
         if self._count % REFIT == 0 or (self._count < REFIT and self._count & (self._count - 1) == 0):
             self._fit()
 

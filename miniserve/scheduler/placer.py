@@ -107,9 +107,7 @@ class Placer:
 
     def _begin(self, turn: Turn, need: Need, placement: Placement, cluster: Cluster, notes: bool) -> list[Command]:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
-        commands: list[Command] = []
-        if notes:
-            commands.append(Note(decision(self.policy_name, turn, need, placement, cluster)))
+        noted = [Note(decision(self.policy_name, turn, need, placement, cluster))] if notes else []
         conversation, home, now = turn.conversation, self.workers[placement.home], need.now
         prefills = self.workers[placement.prefill_at] if placement.prefill_at else home
         turn.move(TurnState.PREFILL)
@@ -118,9 +116,8 @@ class Placer:
         turn.home, turn.prefill_at = home.name, placement.prefill_at or None
         if turn.first_token is None:
             turn.placed, turn.phases = now, Phases()
-        turn.chosen = next(
-            (o for o in placement.options if (o.home, o.prefill_at) == (home.name, placement.prefill_at)), None
-        )
+        way = placement.home, placement.prefill_at
+        turn.chosen = next((o for o in placement.options if (o.home, o.prefill_at) == way), None)
         if conversation.home not in (None, home.name):
             conversation.moves += 1
             conversation.moved_at = conversation.turns + 1
@@ -131,7 +128,7 @@ class Placer:
         self.placements[prefills.name, home.name] += 1
         what = turn.tokens, turn.params, turn.seed, turn.salt, turn.delivered
         where = placement.prefill_at, placement.share_history, placement.history_at
-        return [*commands, Send(home.name, Run(turn.run, *what, *where, self._keep(turn, home)))]
+        return [*noted, Send(home.name, Run(turn.run, *what, *where, self._keep(turn, home)))]
 
     def _keep(self, turn: Turn, home: WorkerView) -> Keep:
         """How soon the home will need this conversation's pages again, for when it runs out of pages between turns."""

@@ -173,8 +173,7 @@ class PrefixIndex:
         """Worker -> pages of this prompt that it has computed, at least."""
         found: dict[str, int] = {}
         for page in _powers(len(chain)):
-            workers = self._workers.get(chain[page])
-            if workers is None:
+            if (workers := self._workers.get(chain[page])) is None:
                 break
             found |= dict.fromkeys(workers, page)
         return found

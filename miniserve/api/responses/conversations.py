@@ -70,13 +70,8 @@ class Conversations:
     async def create(self, body: ConversationRequest, response: Response) -> ConversationOut:
         """Begin a conversation, with items or none."""
         with_ignored(response, body.ignored)
-        id = f"conv_{secrets.token_hex(24)}"
-        made: ConversationOut = {
-            "id": id,
-            "object": "conversation",
-            "created_at": int(time.time()),
-            "metadata": body.metadata or {},
-        }
+        id, now = f"conv_{secrets.token_hex(24)}", int(time.time())
+        made: ConversationOut = {"id": id, "object": "conversation", "created_at": now, "metadata": body.metadata or {}}
         items = with_ids(body.items or [])
         self._put(id, items, _tokens(items), msgspec.json.encode(made))
         return made

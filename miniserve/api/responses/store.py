@@ -45,9 +45,6 @@ class ResponseStore:
         self._tokens = 0
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._stored)
-
     def put(self, id: str, stored: Stored) -> None:
         self.delete(id)
         self._stored[id] = stored

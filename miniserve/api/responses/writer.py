@@ -72,9 +72,8 @@ class ResponsesWriter:
 
     def error_events(self, error: ApiError) -> bytes:
         code = "server_error" if error.status_code >= 500 else "invalid_prompt"
-        events: list[NamedEvent] = [
-            ("error", {"code": error.code or code, "message": error.message, "param": error.param})
-        ]
+        about = {"code": error.code or code, "message": error.message, "param": error.param}
+        events: list[NamedEvent] = [("error", about)]
         if self._begun is not None:
             response = {**self._begun, "status": "failed", "error": {"code": code, "message": error.message}}
             events.append(("response.failed", {"response": response}))

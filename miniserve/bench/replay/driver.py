@@ -76,11 +76,12 @@ async def _replay(config: ReplayConfig) -> dict[str, Any]:
         _check_length(config, server)
         replay = Replay(config, server, http)
         work = asyncio.create_task(replay.work())
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-            # As Ctrl-C, with which the runner cancels this task, and so `work`.
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
+        loop = asyncio.get_running_loop()
+        # As Ctrl-C, at which asyncio cancels this task, and so `work`.
+        loop.add_signal_handler(signal.SIGTERM, work.cancel)
         with contextlib.suppress(asyncio.CancelledError):
             await work
+        loop.remove_signal_handler(signal.SIGTERM)
         return await replay.report(interrupted=work.cancelled())
 
 

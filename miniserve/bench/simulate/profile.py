@@ -79,15 +79,13 @@ def fit(found: list[Measured], name: str) -> Hardware:
 
 
 def quality(hardware: Hardware, found: list[Measured]) -> str:
-    errors = sorted(
+    errors = [
         abs((hardware.step_seconds([(n, c)] if n else [], b, s) - hardware.overhead) / seconds - 1)
         for copy in found
         for n, c, b, s, seconds in copy.steps
-    )
-    return (
-        f"{len(errors)} steps; the profile is off by {errors[len(errors) // 2]:.0%} (median), "
-        f"{errors[int(0.95 * len(errors))]:.0%} (p95)"
-    )
+    ]
+    median, p95 = np.quantile(errors, (0.5, 0.95))
+    return f"{len(errors)} steps; the profile is off by {median:.0%} (median), {p95:.0%} (p95)"
 
 
 # --- one copy -------------------------------------------------------------------------------------------------------
