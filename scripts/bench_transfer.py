@@ -94,8 +94,7 @@ class Bench:
             "collective": CollectiveTransfer(self.memory, ("here", 1), peer, run_dir),
         }
         self.theirs = mapped._theirs
-        assert self.memory.shared is not None
-        self.ours = self.memory.shared.pages(SHAPE.bytes)
+        self.ours = self.memory.bytes.numpy()
 
     def run(self, variant: str, touched: bool) -> float:
         """Move all pages once; seconds."""

@@ -48,10 +48,10 @@ def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
 
 
 def at_most(most: int) -> BeforeValidator:
-    """Refuses an object with more keys before pydantic looks at them: `fail_fast` is for lists only."""
+    """Refuses an object with more keys, or a list of more items, before pydantic looks at them one by one."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > most:
+        if isinstance(value, dict | list) and len(value) > most:
             raise ValueError(f"This should have at most {most} items, not {len(value)}")
         return value
 

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Any, TypeVar
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -15,17 +15,12 @@ from miniserve.api.errors import as_api_error
 from miniserve.api.generation import Generation
 from miniserve.api.protocols import ResponseWriter
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 NamedEvent = tuple[str, dict[str, Any]]
 
 
-class ClientGone(Exception):
-    pass
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. When the client disconnects, `work` is cancelled at once: raises `ClientGone`.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Do `work`, and say whether it came to its end: when the client disconnects, it is cancelled at once.
 
     `receive` is ASGI's, after the body has been read.
     """
@@ -38,8 +33,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
-            return doing.result()
-        raise ClientGone
+            doing.result()  # raises what `work` has raised
+        return doing.done()
     finally:
         doing.cancel()
         watching.cancel()
@@ -85,25 +80,23 @@ class EventStream(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGone):
-            async with self._events as events:
-                await while_connected(receive, self._send(events, send))
+        async with self._events as events:
+            await while_connected(receive, self._send(events, send))
 
     async def _send(self, events: AsyncIterator[bytes], send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._sent = time.monotonic()
-        pings = asyncio.create_task(self._send_pings(send)) if self._seconds else None
+        pings = asyncio.create_task(self._send_pings(send))
         try:
             async for data in events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 self._sent = time.monotonic()
         finally:
-            if pings is not None:
-                pings.cancel()
+            pings.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_pings(self, send: Send) -> None:
-        while True:
+        while self._seconds:
             if (silent := time.monotonic() - self._sent) < self._seconds:
                 await asyncio.sleep(self._seconds - silent)
             else:
@@ -112,11 +105,9 @@ class EventStream(Response):
 
 
 async def whole_answer(generation: Generation, writer: ResponseWriter, receive: Receive) -> Response:
-    try:
-        async with generation:
-            await while_connected(receive, generation.finish())
-    except ClientGone:
-        return Response(status_code=499)  # for the access log
+    async with generation:
+        if not await while_connected(receive, generation.finish()):
+            return Response(status_code=499)  # for the access log
     # One with log-probabilities of prompts takes a while, in which other streams go on.
     scored = any(choice.prompt_logprobs for choice in generation.choices)
     answer = await asyncio.to_thread(writer.response, generation) if scored else writer.response(generation)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag, WithJsonSchema
 
+from miniserve.api.fields import at_most
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Json, JsonList
 
@@ -40,12 +41,8 @@ Tool = dict[str, Any]
 
 
 def few_tools(value: Any) -> Any:
-    """`value`. Raises `ValueError` for too many tools or too long ones, before they are looked at one by one: for a
-    megabyte of them that takes longer than the event loop has."""
-    if not isinstance(value, list):
-        return value
-    if len(value) > MAX_TOOLS:
-        raise ValueError(f"This should have at most {MAX_TOOLS} items, not {len(value)}")
+    """`value`. Raises `ValueError` for tools that are too long, before they are looked at one by one: for a megabyte of
+    them that takes longer than the event loop has."""
     with suppress(RecursionError):  # `sound_json` refuses what is nested too deeply
         if (size := len(json.dumps(value, ensure_ascii=False))) > MAX_TOOLS_CHARS:
             raise ValueError(
@@ -79,7 +76,7 @@ def without_nulls(value: Any) -> Any:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
-FewTools = Annotated[JsonList, BeforeValidator(few_tools)]
+FewTools = Annotated[JsonList, BeforeValidator(few_tools), at_most(MAX_TOOLS)]
 Tools = Annotated[
     FewTools,
     BeforeValidator(in_chat_shape),

@@ -1,6 +1,6 @@
 """Which cached page goes first: by the expected need of its conversation (default), or the least recently used.
 
-Both are a `pages.Order`. Times are seconds on the clock of the engine that calls.
+Times are seconds on the clock of the engine that calls.
 """
 
 from collections import OrderedDict
@@ -10,7 +10,6 @@ from heapq import heapify, heappop, heapreplace
 from typing import Literal
 
 from miniserve.cluster.messages import Keep
-from miniserve.kv.pages import Order
 
 UNKNOWN = Keep()
 RANKING_SECONDS = 1.0
@@ -52,8 +51,8 @@ class Group:
 
 
 class ExpectedNeed:
-    """Groups of pages, one for each conversation, go in the order of least worth: expected `need` times the cost of
-    computing the pages. Three rules keep that cheap and harmless:
+    """The cached pages of one pool. Groups of them, one for each conversation, are evicted in the order of least worth:
+    expected `need` times the cost of computing the pages. Three rules keep that cheap and harmless:
 
     - A page belongs to the conversation that released it last. When its turn to go comes and pages of any conversation
       build on it, it is set aside, and goes with the last of them: a system prompt outlives all conversations that
@@ -82,26 +81,27 @@ class ExpectedNeed:
         return page in self._group_of
 
     def release(self, pages: list[int], keep: Keep, now: float) -> None:
-        """A turn of the conversation ends. The pages join its group as the last to go, and what is known now counts for
-        all pages of the group."""
+        """A turn of the conversation ends: the pages are cached from now on. They join its group as the last to go, and
+        what is known now counts for all pages of the group."""
         name = self._name(keep)
-        group = self._groups.get(name)
-        if group is None:
-            if not pages:
-                return
-            group = self._groups[name] = Group(name, keep if name else UNKNOWN, now)
-        elif name:
+        if not pages and name not in self._groups:
+            return
+        group = self._groups.setdefault(name, Group(name, UNKNOWN, now))
+        if name:
             group.keep, group.touched = keep, now
         for page in pages:
             self._move(page, group, now)
 
     def remove(self, page: int) -> None:
+        """The page is not cached any more."""
         group = self._group_of.pop(page)
         del group.pages[page]
         if not group.pages and group is not self._aside:
             del self._groups[group.name]
 
     def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Keep, float]:
+        """The page to be evicted next, which stays until `remove`; what was said of its conversation, and when its last
+        turn ended. There must be a cached page. A page has children while the pool knows pages that follow on it."""
         while self._groups:
             group = self._least_worth(now)
             page, end = next(iter(group.pages)), group.end
@@ -115,13 +115,15 @@ class ExpectedNeed:
         return page, UNKNOWN, end
 
     def childless(self, page: int, last_child: int) -> None:
-        """`last_child`, just chosen, is about to go: if the page was set aside, it joins that child's group."""
+        """`last_child`, just chosen, is about to go, and no other child of `page`, cached or not, is left: if the page
+        was set aside, it joins that child's group."""
         if page in self._aside.pages:
             self.remove(page)
             group = self._group_of[last_child]
             self.release([page], group.keep, group.end)
 
     def check(self) -> None:
+        """Raise AssertionError if the order contradicts itself (for tests)."""
         groups = [*self._groups.values(), self._aside]
         assert {page: id(group) for group in groups for page in group.pages} == {
             page: id(group) for page, group in self._group_of.items()
@@ -176,7 +178,7 @@ class LeastRecentlyUsed(ExpectedNeed):
         return ""
 
 
-def make_order(name: Literal["expected", "lru"]) -> Order[Keep]:
+def make_order(name: Literal["expected", "lru"]) -> ExpectedNeed:
     return ExpectedNeed() if name == "expected" else LeastRecentlyUsed()
 
 

@@ -8,17 +8,17 @@ from collections.abc import Callable
 import torch
 
 from miniserve.cluster.messages import Keep
-from miniserve.kv.eviction import UNKNOWN
+from miniserve.kv.eviction import UNKNOWN, ExpectedNeed
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.pages import Evicted, Order, PagePool
-from miniserve.kv.side import Fence, beside, copy_each, pin
+from miniserve.kv.pages import Evicted, PagePool
+from miniserve.kv.side import Fence, PassedFence, beside, copy_each, pin
 
 RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
 """Of slots whose content is on the device as well: until it is evicted there again no turn needs them, so they go
 first; those still here at that time spare a copy."""
 
 
-class HostPool(PagePool[Keep]):
+class HostPool(PagePool):
     """`num_pages` slots for evicted pages of `memory`, found by their hashes.
 
     It is a `PagePool` with an `order` of its own: what is dropped for good is what is needed least. On a CPU copies are
@@ -28,7 +28,7 @@ class HostPool(PagePool[Keep]):
     """
 
     def __init__(
-        self, memory: KVMemory, num_pages: int, order: Order[Keep], *, clock: Callable[[], float] = time.perf_counter
+        self, memory: KVMemory, num_pages: int, order: ExpectedNeed, *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         super().__init__(num_pages, order)
         self.offloaded = self.restored = 0
@@ -40,7 +40,7 @@ class HostPool(PagePool[Keep]):
         self._side = beside(self._device.device)
         self._uncounted: deque[tuple[Fence, int]] = deque()
         """Copies on the side stream that `page_seconds` does not contain yet, and of how many pages."""
-        self._restoring: Fence | None = None
+        self._restoring: Fence = PassedFence()
         flat = torch.frombuffer(mmap.mmap(-1, num_pages * memory.shape.bytes, mmap.MAP_PRIVATE), dtype=torch.uint8)
         if self._side is not None:
             pin(flat)
@@ -50,7 +50,7 @@ class HostPool(PagePool[Keep]):
     def num_used(self) -> int:
         return self.num_pages - self.num_free
 
-    def store(self, evicted: Evicted[Keep], now: float) -> None:
+    def store(self, evicted: Evicted, now: float) -> None:
         """Keep a copy of a page that is about to be evicted, in place of the copy that is needed least."""
         slots = super().match([evicted.digest])
         if not slots:
@@ -81,9 +81,7 @@ class HostPool(PagePool[Keep]):
 
     def settle(self) -> None:
         """Block until what was restored is on the device. The engine's steps wait for it there; a peer does not."""
-        if self._restoring is not None:
-            self._restoring.wait()
-            self._restoring = None
+        self._restoring.wait()
 
     def clear(self) -> None:
         """Forget what is here, and the counters. Only while nothing is pinned."""
@@ -95,15 +93,14 @@ class HostPool(PagePool[Keep]):
         super().check()
         assert self.num_held == 0
 
-    def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Fence | None:
-        """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next. None if
-        that is done."""
+    def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Fence:
+        """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next."""
         sources, targets = (source[page] for page in froms), (target[page] for page in tos)
         if self._side is None:
             started = self._clock()
             copy_each(sources, targets)
             self._observe(self._clock() - started, len(froms))
-            return None
+            return PassedFence()
         self._count()
         fence = self._side.run(lambda: copy_each(sources, targets))
         self._side.lead()

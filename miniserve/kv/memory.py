@@ -48,12 +48,7 @@ class SharedMemory:
         self.fd = os.memfd_create("miniserve-kv", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, size)
-        self._map = mmap.mmap(self.fd, size)
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def pages(self, page_bytes: int) -> np.ndarray:
-        """The memory as writable bytes `[page, page_bytes]`."""
-        return np.frombuffer(self._map, dtype=np.uint8).reshape(-1, page_bytes)
+        self.bytes = torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
 
     @staticmethod
     def attach(pid: int, fd: int, size: int) -> np.ndarray:

@@ -2,60 +2,33 @@
 
 Bookkeeping only: page numbers in, page numbers out; the bytes are in `kv/memory.py`, and the caller gives the time in
 seconds on any one clock. Every page is in exactly one of three states: free (it holds nothing), cached (it holds a
-known prefix that no sequence uses), held (referenced at least once). Which cached page goes first is for an `Order` to
+known prefix that no sequence uses), held (referenced at least once). Which cached page goes first is for an order to
 say (`kv/eviction.py`).
 """
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
-Hint = TypeVar("Hint")
-"""What a caller says of the conversation that releases pages. The pool hands it to its order."""
+from miniserve.cluster.messages import Keep
+from miniserve.kv.eviction import ExpectedNeed
 
 
 class OutOfPages(RuntimeError):
     """More pages were asked for than are free or evictable."""
 
 
-class Evicted(NamedTuple, Generic[Hint]):
+class Evicted(NamedTuple):
     """A page about to be given away: the hash of what it holds, that of the page before it, and what was said of its
     conversation when its last turn ended."""
 
     page: int
     digest: bytes
     parent: bytes | None
-    keep: Hint
+    keep: Keep
     end: float
 
 
-class Order(Protocol[Hint]):
-    """The cached pages of one pool, in the order in which they are evicted.
-
-    A page has children while the pool knows pages that follow directly on what it holds.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __contains__(self, page: int) -> bool: ...
-
-    def release(self, pages: list[int], keep: Hint, now: float) -> None:
-        """A turn of the conversation `keep` ends. Its `pages` are cached from now on, the first of them to go first."""
-
-    def remove(self, page: int) -> None:
-        """The page is not cached any more."""
-
-    def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Hint, float]:
-        """The page to be evicted next, which stays until `remove`; what was said of its conversation, and when its last
-        turn ended. There is a cached page."""
-
-    def childless(self, page: int, last_child: int) -> None:
-        """The chosen `last_child` loses its name, and with it `page`, cached or not, its last child."""
-
-    def check(self) -> None:
-        """Raise AssertionError if the order contradicts itself (for tests)."""
-
-
-class PagePool(Generic[Hint]):
+class PagePool:
     """Reference-counted pages with a hash-addressed prefix cache.
 
     A page's content is immutable once it is registered under its hash, so several sequences may hold it at once.
@@ -66,10 +39,10 @@ class PagePool(Generic[Hint]):
     def __init__(
         self,
         num_pages: int,
-        order: Order[Hint],
+        order: ExpectedNeed,
         *,
         caching: bool = True,
-        on_evict: Callable[[Evicted[Hint], float], None] | None = None,
+        on_evict: Callable[[Evicted, float], None] | None = None,
     ) -> None:
         self.num_pages = num_pages
         self.caching = caching
@@ -124,11 +97,10 @@ class PagePool(Generic[Hint]):
             page = self._page_of.get(digest)
             if page is None:
                 break
-            pages.append(page)
-        for page in pages:
             if self._refs[page] == 0:
                 self._order.remove(page)
             self._refs[page] += 1
+            pages.append(page)
         return pages
 
     def register(self, page: int, digest: bytes, parent: bytes | None = None) -> None:
@@ -142,7 +114,7 @@ class PagePool(Generic[Hint]):
                 self._parent_of[page] = parent
                 self._children[parent] = self._children.get(parent, 0) + 1
 
-    def release(self, pages: list[int], keep: Hint, now: float) -> None:
+    def release(self, pages: list[int], keep: Keep, now: float) -> None:
         """Drop one reference of each page. Those without references become cached, or free if they have no name.
 
         Pages are given in the order of the sequence; the end of a prefix is evicted before its beginning, since a

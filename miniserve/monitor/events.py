@@ -50,16 +50,14 @@ class Listener:
     """The events that one listener has not taken yet."""
 
     def __init__(self) -> None:
-        self._waiting: deque[FeedEvent] = deque()
+        self._waiting: deque[FeedEvent] = deque(maxlen=MOST_WAITING)
         self._lost = 0
         self._ended = False
         self._news = asyncio.Event()
 
     def put(self, event: FeedEvent) -> None:
         """Add an event; if too many wait, the oldest one is dropped and counted as lost."""
-        if len(self._waiting) >= MOST_WAITING:
-            self._waiting.popleft()
-            self._lost += 1
+        self._lost += len(self._waiting) == MOST_WAITING
         self._waiting.append(event)
         self._news.set()
 

@@ -58,12 +58,8 @@ class Metrics(Collector):
         self._misses = counter("miniserve:prefix_misses", text, "kind")
         self._missed = counter("miniserve:prefix_missed_tokens", "Prompt tokens computed again for that", "kind")
         self._http = counter("http_requests", "HTTP requests that have ended", "method", "status", "handler")
-        self._http_seconds = histogram(
-            "http_request_duration_seconds",
-            "From a head to the end of its answer",
-            ["method", "handler"],
-            BUCKETS["http"],
-        )
+        text = "From a head to the end of its answer"
+        self._http_seconds = histogram("http_request_duration_seconds", text, ["method", "handler"], BUCKETS["http"])
         dispatcher.watchers.append(self._stepped)
 
     def observe(self, **values: float | None) -> None:

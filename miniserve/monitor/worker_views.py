@@ -116,8 +116,8 @@ def _worker(view: WorkerView, now: float) -> WorkerCard:
         prefilling=view.prefilling.value,
         kv=card(Kv, view, stats, **pages, held=stats.held_pages, host_used=stats.host_pages),
         rates={
-            "prefill_512": speed.prefill(512) if speed.knows_prefill else None,
-            "prefill_2048": speed.prefill(2048) if speed.knows_prefill else None,
-            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.knows_decode else None,
+            "prefill_512": speed.prefill(512) if speed.prefills.measured else None,
+            "prefill_2048": speed.prefill(2048) if speed.prefills.measured else None,
+            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.decodes.measured else None,
         },
     )

@@ -34,7 +34,9 @@ def load(progress: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
         raise NoKernels("no g++ found (Debian and Ubuntu: sudo apt install g++)")
     # Machines of different kinds may share a home directory: what was compiled for one must not run on another.
     sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
-    identity = [*sources, *FLAGS, compiler, str(os.stat(compiler).st_mtime), _cpu()]
+    facts = ("flags", "Features", "model name")
+    cpu = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(facts)}
+    identity = [*sources, *FLAGS, compiler, str(os.stat(compiler).st_mtime), platform.machine(), *sorted(cpu)]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{name}.so"
     try:
@@ -61,12 +63,3 @@ def _compile(compiler: str, library: Path) -> None:
             reason = next((line for line in lines if "error" in line), f"exit code {done.returncode}")
             raise NoKernels(f"{compiler} failed: {reason.strip()}")
         os.replace(out, library)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        kind = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    except OSError:
-        kind = [platform.processor()]
-    return "\n".join([platform.machine(), *kind])

@@ -190,8 +190,7 @@ class TorchOps:
             if min(contexts) < longest:
                 ends = torch.tensor(contexts, device=self._device).unsqueeze(1)
                 beyond = torch.arange(longest, device=self._device) >= ends
-                mask = torch.zeros(beyond.shape, dtype=kv.dtype, device=self._device)
-                mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+                mask = torch.where(beyond, -torch.inf, 0.0).to(kv.dtype)[:, None, None]
             queries = None
             if len(members) < len(batch.lengths) or chunks:
                 queries = torch.tensor([starts[i] for i in members], device=self._device)

@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from operator import mul
+from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import StepTime
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CELL_MEMORY = 16
 """Measurements after which a cell's mean forgets the oldest ones: minutes of a drifting machine, not one hiccup."""
@@ -55,24 +59,38 @@ class Recent:
 
     def __init__(self, size: int = 256) -> None:
         self._values: deque[float] = deque(maxlen=size)
-        self._sorted: list[float] = []
 
     def add(self, value: float) -> None:
         self._values.append(value)
-        self._sorted = []
 
     def quantile(self, q: float, default: float) -> float:
         """The value that a share `q` of them does not exceed; `default` without any."""
-        if not self._values:
-            return default
-        if not self._sorted:
-            self._sorted = sorted(self._values)
-        return quantile(self._sorted, q)
+        return quantile(sorted(self._values), q) if self._values else default
 
 
 def quantile(ordered: list[float], q: float) -> float:
     """The nearest-rank quantile of a sorted list that is not empty."""
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def non_negative_fit(rows: np.ndarray, counts: np.ndarray, ridge: float) -> np.ndarray:
+    """The least squares of `rows @ x = 1` with no x below zero: features whose weight comes out below zero are left
+    out, the lowest one first. A row counts `counts` times; a `ridge` on all but the first feature decides what the rows
+    leave open."""
+    import numpy as np  # Not at the top: `miniserve --help` names the policies, and should not wait for numpy.
+
+    scale = np.maximum(rows.mean(axis=0), 1e-12)
+    rows = rows / scale
+    a = rows.T @ (counts[:, None] * rows) + np.diag([1e-6] + [ridge] * (rows.shape[1] - 1))
+    b = rows.T @ counts
+    weights, used = np.zeros(len(b)), list(range(len(b)))
+    while used:
+        solved = np.linalg.solve(a[np.ix_(used, used)], b[used])
+        if solved.min() >= 0:
+            weights[used] = solved
+            break
+        del used[solved.argmin()]
+    return weights / scale
 
 
 class Plane:
@@ -95,17 +113,14 @@ class Plane:
 
     def add(self, x: tuple[float, ...], seconds: float) -> None:
         key = tuple(int(math.log2(value + 1)) for value in x)
-        cell = self._cells.get(key)
+        cell = self._cells.setdefault(key, [0.0] * (3 + len(x)))
         self._count += 1
-        if cell is None:
-            self._cells[key] = [1.0, self._count, seconds, *x]
-        else:
-            cell[0] = min(cell[0] + 1, CELL_MEMORY)
-            cell[1] = self._count
-            if cell[0] > 4:
-                seconds = min(seconds, 4 * cell[2])  # a hiccup of the machine
-            for i, value in enumerate((seconds, *x), 2):
-                cell[i] += (value - cell[i]) / cell[0]
+        cell[0] = min(cell[0] + 1, CELL_MEMORY)
+        cell[1] = self._count
+        if cell[0] > 4:
+            seconds = min(seconds, 4 * cell[2])  # a hiccup of the machine
+        for i, value in enumerate((seconds, *x), 2):
+            cell[i] += (value - cell[i]) / cell[0]
         if self._count % REFIT == 0 or (self._count < REFIT and self._count & (self._count - 1) == 0):
             self._fit()
 
@@ -113,27 +128,13 @@ class Plane:
         return sum(map(mul, self._weights, x))
 
     def _fit(self) -> None:
-        """Non-negative least squares: features whose weight comes out below zero are left out, the lowest one first."""
-        import numpy as np  # Not at the top: `miniserve --help` names the policies, and should not wait for numpy.
+        import numpy as np
 
         cells = np.array([cell for cell in self._cells.values() if cell[2] > 0])
         if not len(cells):
             return
         counts = cells[:, 0] / (1 + (self._count - cells[:, 1]) / FADE)
-        rows = cells[:, 3:] / cells[:, 2:3]
-        scale = np.maximum(rows.mean(axis=0), 1e-12)
-        rows /= scale
-        ridge = np.diag([1e-6] + [1e-2] * (rows.shape[1] - 1))
-        a, b = rows.T @ (counts[:, None] * rows) + ridge, rows.T @ counts
-        used, solved = list(range(len(b))), np.zeros(0)
-        while used:
-            solved = np.linalg.solve(a[np.ix_(used, used)], b[used])
-            if solved.min() >= 0:
-                break
-            del used[solved.argmin()]
-        weights = np.zeros(len(b))
-        weights[used] = solved[: len(used)]
-        self._weights = (weights / scale).tolist()
+        self._weights = non_negative_fit(cells[:, 3:] / cells[:, 2:3], counts, 1e-2).tolist()
 
 
 class Speed:
@@ -146,46 +147,38 @@ class Speed:
 
     def __init__(self, fleet: Speed | None = None) -> None:
         self._fleet = fleet
-        self._decode = Plane(3)
-        self._prefill = Plane(3)
+        self.decodes = Plane(3)
+        self.prefills = Plane(3)
         self._chunk = 1
-
-    @property
-    def knows_prefill(self) -> bool:
-        return self._prefill.measured
-
-    @property
-    def knows_decode(self) -> bool:
-        return self._decode.measured
 
     def observe(self, step: StepTime) -> None:
         if self._fleet is not None:
             self._fleet.observe(step)
         if not step.prefill:
-            self._decode.add((1.0, step.decodes, step.decode_context), step.seconds)
+            self.decodes.add((1.0, step.decodes, step.decode_context), step.seconds)
             return
         self._chunk = max(self._chunk, step.prefill)
         beside = max(self.decode(step.decodes, step.decode_context) - self.decode(0, 0), 0.0) if step.decodes else 0.0
         seconds = max(step.seconds - beside, 0.1 * step.seconds)
-        self._prefill.add((step.prefill, step.prefill_context, 1.0), seconds)
+        self.prefills.add((step.prefill, step.prefill_context, 1.0), seconds)
 
     def prefill(self, tokens: int, context: int = 0) -> float:
         """Seconds to compute `tokens` of a prompt after `context` others, with nothing beside it."""
         if tokens <= 0:
             return 0.0
-        if not self._prefill.measured:
+        if not self.prefills.measured:
             return self._fleet.prefill(tokens, context) if self._fleet else tokens * GUESS_TOKEN
         pairs = tokens * context + tokens * tokens / 2
-        return self._prefill.at(tokens, pairs, math.ceil(tokens / self._chunk))
+        return self.prefills.at(tokens, pairs, math.ceil(tokens / self._chunk))
 
     def held_up(self, tokens: int, context: int = 0) -> float:
         """By how many seconds such a prefill delays each stream beside it: its steps would have been made anyway, but
         shorter."""
-        steps = math.ceil(tokens / self._chunk) if self._prefill.measured else 1
+        steps = math.ceil(tokens / self._chunk) if self.prefills.measured else 1
         return max(self.prefill(tokens, context) - steps * self.decode(0, 0), 0.0)
 
     def decode(self, batch: int, context: int) -> float:
         """Seconds of a step that decodes `batch` sequences with `context` tokens in all."""
-        if not self._decode.measured:
+        if not self.decodes.measured:
             return self._fleet.decode(batch, context) if self._fleet else GUESS_STEP
-        return self._decode.at(1.0, batch, context)
+        return self.decodes.at(1.0, batch, context)

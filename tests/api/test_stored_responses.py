@@ -129,7 +129,7 @@ async def test_items_that_are_left_out_keep_their_id(api: ResponsesServer) -> No
 
 
 def test_the_store_is_bounded() -> None:
-    store: ResponseStore[int] = ResponseStore(max_responses=3, max_tokens=100)
+    store = ResponseStore("response", max_responses=3, max_tokens=100)
     for number in range(4):
         store.put(str(number), Stored((number,), 10, ""))
     assert store.get("0") is None
@@ -137,13 +137,13 @@ def test_the_store_is_bounded() -> None:
     store.put("4", Stored((), 85, ""))
     assert [store.get(id) is not None for id in "1234"] == [True, False, False, True]
     store.put("5", Stored((), 101, ""))
-    assert len(store) == 0
+    assert len(store._stored) == 0
     store.put("6", Stored((), 100, ""))
-    assert len(store) == 1
+    assert len(store._stored) == 1
     store.put("7", Stored((), 50, "", b"x" * 204))
-    assert len(store) == 0
+    assert len(store._stored) == 0
     assert not store.delete("7")
     store.put("8", Stored((), 50, "", b"x" * 200))
     assert store.delete("8")
     store.put("9", Stored((), 100, ""))
-    assert len(store) == 1
+    assert len(store._stored) == 1

@@ -22,7 +22,9 @@ def test_a_comparison(tmp_path: Path, capsys):
     assert [(c["label"], c["rate"], c["seed"]) for c in cells] == [
         (label, rate, seed) for label in ("conserve 1P1D", "colocated 1D") for rate in (1, 2) for seed in (1, 2)
     ]
-    assert cells[0]["command"].startswith("miniserve simulate chat --rate 1 --arrivals poisson --seed 1")
+    assert cells[0]["command"].startswith(
+        "miniserve simulate chat --rate 1 --seed 1 --scale-tokens 1 --arrivals poisson"
+    )
     assert "conserve 1P1D" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "latency.png").stat().st_size > 10_000
     assert "conserve 1P1D" in capsys.readouterr().out

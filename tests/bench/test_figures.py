@@ -68,7 +68,7 @@ def comparison() -> list[Cell]:
 
 def timeline() -> dict[str, Any]:
     steps = [[n / 10, n / 10 + 0.08, "mixed" if n % 7 == 0 else "decode"] for n in range(1000)]
-    kv = {"time": [0.0, 50.0, 100.0], "held": [0, 500, 400], "cached": [0, 100, 600], "total": 1000}
+    kv = [(0.0, 0, 0), (50.0, 500, 100), (100.0, 400, 600)]
     return {
         "policy": "observe",
         "topology": "1P2D",
@@ -76,6 +76,7 @@ def timeline() -> dict[str, Any]:
         "window": [0.0, 100.0],
         "spans": {"p0": [[1.0, 2.0, "prefill"], [1.5, 2.5, "transfer"]], "d9": steps[::2], "d10": steps},
         "kv": dict.fromkeys(("p0", "d9", "d10"), kv),
+        "pages": dict.fromkeys(("p0", "d9", "d10"), 1000),
     }
 
 
@@ -242,7 +243,7 @@ def test_a_timeline_has_a_lane_for_each_worker(timeline_plot: ModuleType, tmp_pa
 
 
 def test_timelines_of_nothing_and_of_very_much(timeline_plot: ModuleType, tmp_path: Path) -> None:
-    empty = timeline() | {"spans": {"p0": []}, "kv": {"p0": {"time": [], "held": [], "cached": [], "total": 0}}}
+    empty = timeline() | {"spans": {"p0": []}, "kv": {"p0": []}, "pages": {"p0": 0}}
     for path in timeline_plot.draw_timeline(empty, tmp_path, "empty"):
         assert path.stat().st_size > 5_000
     long = copy.deepcopy(timeline())

@@ -107,8 +107,8 @@ def test_flags_name_the_workload() -> None:
         same_prompt=True,
     )
     assert " ".join(config.flags(1.5, 3)) == (
-        "chat --rate 1.5 --arrivals burst --seed 3 --conversations 7 --max-turns 2 --gap 0..3 --append log:5..200 "
-        "--same-prompt --scale-tokens 0.5"
+        "chat --rate 1.5 --seed 3 --max-turns 2 --gap 0..3 --append log:5..200 --same-prompt --scale-tokens 0.5 "
+        "--arrivals burst --conversations 7"
     )
     plain = WorkloadConfig(trace="t.csv")
-    assert " ".join(plain.flags(2.0, 0)) == "t.csv --rate 2 --arrivals poisson --seed 0 --scale-tokens 1"
+    assert " ".join(plain.flags(2.0, 0)) == "t.csv --rate 2 --seed 0 --scale-tokens 1 --arrivals poisson"

@@ -158,7 +158,7 @@ def test_a_timeline_shows_what_workers_did():
         steps = sorted(span for span in spans if span[2] != "transfer")
         assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(steps)), "one step at a time"
         assert all(end > 1.0 and start < 3.0 for start, end, _ in steps)
-    assert all(0 <= h <= kv["total"] for kv in timeline["kv"].values() for h in kv["held"])
+    assert all(0 <= held <= timeline["pages"][name] for name, kv in timeline["kv"].items() for _, held, _ in kv)
 
 
 def test_memory_does_not_grow_with_what_is_over():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from miniserve.bench.replay.traces import TraceError, read_trace
+from miniserve.bench.replay.traces import read_trace
 from miniserve.bench.replay.workload import Script, TurnSize
+from miniserve.config import ConfigError
 
 HEADER = "conversation_id,turn,new_input_tokens,output_tokens"
 
@@ -78,7 +79,7 @@ def test_csv_columns_in_any_order_with_gaps_and_arrivals(tmp_path: Path) -> None
     ],
 )
 def test_csv_that_is_broken(tmp_path: Path, text: str | bytes, line: int, what: str) -> None:
-    with pytest.raises(TraceError, match=rf"t\.csv, line {line}: .*{what}"):
+    with pytest.raises(ConfigError, match=rf"t\.csv, line {line}: .*{what}"):
         read_trace(written(tmp_path, "t.csv", text))
 
 
@@ -159,15 +160,15 @@ def test_many_requests_with_one_prompt_are_read_in_linear_time(tmp_path: Path) -
 def test_requests_that_are_broken(tmp_path: Path, line: str | bytes, what: str) -> None:
     first = (request(1, 5, 5, 0) + "\n\n").encode()
     file = written(tmp_path, "t.jsonl", first + (line if isinstance(line, bytes) else line.encode()))
-    with pytest.raises(TraceError, match=rf"t\.jsonl, line 3: .*({what})"):
+    with pytest.raises(ConfigError, match=rf"t\.jsonl, line 3: .*({what})"):
         read_trace(file)
 
 
 def test_the_content_tells_the_format_where_the_name_does_not(tmp_path: Path) -> None:
     assert len(read_trace(written(tmp_path, "a", "\n" + request(0, 5, 5, 1)))) == 1
-    with pytest.raises(TraceError, match="no turns"):
+    with pytest.raises(ConfigError, match="no turns"):
         read_trace(written(tmp_path, "a.csv", request(0, 5, 5, 1)))
-    with pytest.raises(TraceError, match="no turns"):
+    with pytest.raises(ConfigError, match="no turns"):
         read_trace(written(tmp_path, "a.json", "\n"))
-    with pytest.raises(TraceError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_trace(tmp_path)

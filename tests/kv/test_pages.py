@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.eviction import UNKNOWN, ExpectedNeed, LeastRecentlyUsed
-from miniserve.kv.pages import Order, OutOfPages, PagePool
+from miniserve.kv.pages import OutOfPages, PagePool
 from tests.support.one_token_pages import KEEPS, Turn, cache, hashes
 
 PICK = st.integers(0, 1000)
@@ -207,7 +207,7 @@ def test_nothing_is_matched_behind_a_gap() -> None:
 
 
 @pytest.mark.parametrize(("order", "kept"), [(ExpectedNeed(), 1), (LeastRecentlyUsed(), 0)])
-def test_what_builds_on_a_page_protects_it_but_not_from_lru(order: Order, kept: int) -> None:
+def test_what_builds_on_a_page_protects_it_but_not_from_lru(order: ExpectedNeed, kept: int) -> None:
     """As above, but the pool knows what comes before what."""
     pool = PagePool(4, order)
     one, two = pool.allocate(2, 0.0), pool.allocate(2, 0.0)

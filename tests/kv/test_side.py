@@ -25,10 +25,11 @@ from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import Evicted
-from miniserve.kv.transfer import collective, ipc, staging
+from miniserve.kv.transfer import collective, staging
+from miniserve.kv.transfer import mapped as mapping
 from miniserve.kv.transfer.collective import CollectiveTransfer
 from miniserve.kv.transfer.connect import connect, way
-from miniserve.kv.transfer.ipc import CudaMappedTransfer
+from miniserve.kv.transfer.mapped import CudaMappedTransfer
 from miniserve.kv.transfer.staging import DeviceStaging
 from tests.support.waiting import until
 
@@ -88,7 +89,7 @@ class LazyStream:
 @pytest.fixture(autouse=True)
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[LazyStream]:
     monkeypatch.setattr(LazyStream, "made", [])
-    monkeypatch.setattr(ipc, "SideStream", LazyStream)
+    monkeypatch.setattr(mapping, "SideStream", LazyStream)
     monkeypatch.setattr(staging, "SideStream", LazyStream)
     monkeypatch.setattr(host, "beside", LazyStream)
     monkeypatch.setattr(host, "pin", lambda memory: None)
@@ -121,10 +122,10 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMap
     ours, theirs = device_memory(1), device_memory(2)
 
     def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
-        return ipc.words_of(theirs.pages.untyped_storage(), pool)
+        return mapping.words_of(theirs.pages.untyped_storage(), pool)
 
-    monkeypatch.setattr(ipc, "map_pool", map_pool)
-    monkeypatch.setattr(ipc, "kernel", lambda: copy_words)
+    monkeypatch.setattr(mapping, "map_pool", map_pool)
+    monkeypatch.setattr(mapping, "kernel", lambda: copy_words)
     before = content(ours, *range(PAGES))
     transfer = CudaMappedTransfer(ours, Peer("p0", 1, "", PoolInfo(1, -1, PAGES, SHAPE.bytes, "L")))
     assert content(ours, *range(PAGES)) == before, "the first copy lands on the scratch page"
@@ -223,7 +224,7 @@ def test_a_pool_that_cannot_be_mapped_is_no_way(monkeypatch: pytest.MonkeyPatch)
     def fail(pool: PoolInfo, device: torch.device) -> torch.Tensor:
         raise RuntimeError("CUDA error: invalid device context")
 
-    monkeypatch.setattr(ipc, "map_pool", fail)
+    monkeypatch.setattr(mapping, "map_pool", fail)
     assert connect(memory, "L", ("d0", 1), Peer("p0", 1, "", on_gpu(0, [0])), "", "auto") is None
 
 

@@ -25,7 +25,7 @@ def new_memory(shape: PageShape, seed: int) -> KVMemory:
 
 
 def content(memory: KVMemory, pages: list[int]) -> bytes:
-    return memory.shared.pages(memory.shape.bytes)[pages].tobytes()
+    return memory.bytes.numpy()[pages].tobytes()
 
 
 def peer_of(name: str, epoch: int, memory: KVMemory) -> Peer:

@@ -100,7 +100,7 @@ class SocketCommunicator:
         self.moved: list[list[int]] = []
         self.fences: list[SocketFence] = []
         shape = network.memory.shape
-        self.pool = [*network.memory.shared.pages(shape.bytes), np.zeros(shape.bytes, np.uint8)]  # and a scratch page
+        self.pool = [*network.memory.bytes.numpy(), np.zeros(shape.bytes, np.uint8)]  # and a scratch page
 
     def send(self, pages: list[int]) -> SocketFence:
         def work() -> None:
@@ -154,7 +154,7 @@ class End:
         self.transfer = RemoteTransfer(self.network, self.memory, (us, 1), peer(them), str(run_dir), timeout)
 
     def content(self, *pages: int) -> bytes:
-        return self.memory.shared.pages(SHAPE.bytes)[list(pages)].tobytes()
+        return self.memory.bytes.numpy()[list(pages)].tobytes()
 
     @property
     def threads(self) -> list[threading.Thread]:

@@ -4,6 +4,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from miniserve.api.openai.answers import CompletionTokensDetails, PromptTokensDetails
+
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -68,22 +70,17 @@ OutputCall = OutputFunctionCall | OutputCustomToolCall | OutputToolSearchCall
 OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
-class InputTokensDetails(TypedDict):
+class InputTokensDetails(PromptTokensDetails):
     """`cache_write_tokens` is always 0: other servers charge for them."""
 
-    cached_tokens: int
     cache_write_tokens: int
-
-
-class OutputTokensDetails(TypedDict):
-    reasoning_tokens: int
 
 
 class ResponseUsage(TypedDict):
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
-    output_tokens_details: OutputTokensDetails
+    output_tokens_details: CompletionTokensDetails
     total_tokens: int
 
 
@@ -154,13 +151,7 @@ class ConversationOut(TypedDict):
     metadata: dict[str, str]
 
 
-class ConversationDeleted(TypedDict):
+class Deleted(TypedDict):
     id: str
-    object: Literal["conversation.deleted"]
-    deleted: Literal[True]
-
-
-class ResponseDeleted(TypedDict):
-    id: str
-    object: Literal["response"]
+    object: Literal["response", "conversation.deleted"]
     deleted: Literal[True]

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody
-from miniserve.api.responses.answers import ConversationDeleted, ConversationOut, ItemList
+from miniserve.api.responses.answers import ConversationOut, Deleted, ItemList
 from miniserve.api.responses.items import InputItem, Items, item_out, with_ids
 from miniserve.api.responses.schemas import Metadata
 from miniserve.api.responses.store import BYTES_PER_TOKEN, ResponseStore, Stored
@@ -53,7 +53,7 @@ class Conversations:
     """The routes of /v1/conversations, and what they know. All methods raise `ApiError` for what is not here."""
 
     def __init__(self) -> None:
-        self._stored: ResponseStore[InputItem] = ResponseStore()
+        self._stored = ResponseStore("conversation")
 
     # --- for /v1/responses ------------------------------------------------------------------------------------------
 
@@ -70,13 +70,8 @@ class Conversations:
     async def create(self, body: ConversationRequest, response: Response) -> ConversationOut:
         """Begin a conversation, with items or none."""
         with_ignored(response, body.ignored)
-        id = f"conv_{secrets.token_hex(24)}"
-        made: ConversationOut = {
-            "id": id,
-            "object": "conversation",
-            "created_at": int(time.time()),
-            "metadata": body.metadata or {},
-        }
+        id, now = f"conv_{secrets.token_hex(24)}", int(time.time())
+        made: ConversationOut = {"id": id, "object": "conversation", "created_at": now, "metadata": body.metadata or {}}
         items = with_ids(body.items or [])
         self._put(id, items, _tokens(items), msgspec.json.encode(made))
         return made
@@ -93,7 +88,7 @@ class Conversations:
         self._put(conversation, stored.items, stored.tokens, msgspec.json.encode(made))
         return made
 
-    async def delete(self, conversation: str) -> ConversationDeleted:
+    async def delete(self, conversation: str) -> Deleted:
         """Forget a conversation and its items."""
         self._get(conversation)
         self._stored.delete(conversation)
@@ -126,12 +121,8 @@ class Conversations:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _get(self, id: str) -> Stored[InputItem]:
-        if (stored := self._stored.get(id)) is None:
-            kept = "the latest ones are kept, until the server stops"
-            problem = f"There is no conversation {id[:128]!r} here (any more): {kept}."
-            raise ApiError(404, problem, param="conversation", code="conversation_not_found")
-        return stored
+    def _get(self, id: str) -> Stored:
+        return self._stored.find(id, param="conversation", code="conversation_not_found")
 
     def _item(self, conversation: str, id: str) -> InputItem:
         found = next((item for item in self.items(conversation) if item.id == id), None)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from miniserve.api.openai.answers import chat_logprobs
 from miniserve.api.responses import answers
 from miniserve.api.responses.items import new_id
-from miniserve.api.responses.tools import CallKind, Offered, custom_input
+from miniserve.api.responses.tools import Offered, custom_input
 from miniserve.api.streaming import NamedEvent
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.calls import sound
@@ -38,7 +38,8 @@ class OutputItems:
             case Reasoning():
                 return [*self._opened("reasoning"), *self._say(part.text, [])]
             case _:
-                return [*self._opened("message"), *self._say(part, self._shown(logprobs))]
+                shown = list(chat_logprobs(self._tokenizer, logprobs)["content"]) if self._tokenizer else []
+                return [*self._opened("message"), *self._say(part, shown)]
 
     def end(self, cut_off: bool) -> list[NamedEvent]:
         """End the answer. An answer of nothing at all is an empty message."""
@@ -70,24 +71,23 @@ class OutputItems:
         item = self._open
         assert item is not None
         assert item["type"] == "message" or item["type"] == "reasoning"
-        item["content"][0]["text"] += text
-        if item["type"] == "reasoning":
-            return [("response.reasoning_text.delta", {**self._place(0), "delta": text})]
-        item["content"][0]["logprobs"] += logprobs
-        return [("response.output_text.delta", {**self._place(0), "delta": text, "logprobs": logprobs})]
-
-    def _shown(self, logprobs: list[TokenLogprob]) -> list[Any]:
-        return list(chat_logprobs(self._tokenizer, logprobs)["content"]) if self._tokenizer else []
+        part: Any = item["content"][0]
+        part["text"] += text
+        delta = {**self._place(0), "delta": text}
+        if item["type"] == "message":
+            part["logprobs"] += logprobs
+            delta["logprobs"] = logprobs
+        return [(f"response.{part['type']}.delta", delta)]
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
     def _begin_call(self, call: ToolCall) -> list[NamedEvent]:
         found = self._offered.get(call.name)
-        kind, name = (found.kind, found.name) if found else (CallKind.FUNCTION, call.name)
-        base = {"type": kind.value, "id": new_id(kind.value), "call_id": call.id, "status": "in_progress"}
+        kind, name = (found.kind, found.name) if found else ("function_call", call.name)
+        base = {"type": kind, "id": new_id(kind), "call_id": call.id, "status": "in_progress"}
         empty: dict[str, Any] = {"execution": "client", "arguments": {}}
-        if kind is not CallKind.SEARCH:
-            empty = {"name": name, "input" if kind is CallKind.CUSTOM else "arguments": ""}
+        if kind != "tool_search_call":
+            empty = {"name": name, "input" if kind == "custom_tool_call" else "arguments": ""}
         if found and found.namespace:
             empty["namespace"] = found.namespace
         item: Any = {**base, **empty}

@@ -14,11 +14,11 @@ from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
-from miniserve.api.responses.answers import InputTokens, ItemList, ResponseDeleted, ResponseOut
+from miniserve.api.responses.answers import Deleted, InputTokens, ItemList, ResponseOut
 from miniserve.api.responses.conversations import Conversations, Limit, Order, page
 from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
-from miniserve.api.responses.store import ResponseStore, Stored, continuing, not_found
+from miniserve.api.responses.store import ResponseStore, Stored, continuing
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.service import Service, with_ignored
 
@@ -62,11 +62,11 @@ class ResponsesRoutes:
     def __init__(self, service: Service) -> None:
         self.conversations = Conversations()
         self._service = service
-        self._store: ResponseStore[InputItem] = ResponseStore()
+        self._store = ResponseStore("response")
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
-        previous = self._store.previous(body.previous_response_id)
+        previous = self._previous(body)
         new = with_ids(body.items)
         items = [*self._past(body, previous), *new]
 
@@ -94,7 +94,7 @@ class ResponsesRoutes:
         """How many tokens the prompt of such a request has."""
         with_ignored(response, body.ignored)
         self._service.check_model(body.model)
-        past = self._past(body, self._store.previous(body.previous_response_id))
+        past = self._past(body, self._previous(body))
         with errors.renamed(RESPONSES_NAMES):
             renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, [*past, *body.items])
             (prompt,) = await asyncio.to_thread(renderer.prompts)
@@ -113,18 +113,22 @@ class ResponsesRoutes:
         stored = self._stored(response)
         return page(stored.items[: len(stored.items) - stored.output], limit, order, after)
 
-    async def delete(self, response: str) -> ResponseDeleted:
+    async def delete(self, response: str) -> Deleted:
         """Forget a response; those that have gone on behind it stay as they are."""
-        if not self._store.delete(response):
-            raise not_found(response)
+        self._stored(response)
+        self._store.delete(response)
         return {"id": response, "object": "response", "deleted": True}
 
-    def _past(self, body: InputTokensRequest, previous: Stored[InputItem] | None) -> Sequence[InputItem]:
+    def _past(self, body: InputTokensRequest, previous: Stored | None) -> Sequence[InputItem]:
         if body.conversation:
             return self.conversations.items(body.conversation)
         return previous.items if previous else ()
 
-    def _stored(self, id: str) -> Stored[InputItem]:
-        if (stored := self._store.get(id)) is None:
-            raise not_found(id)
-        return stored
+    def _previous(self, body: InputTokensRequest) -> Stored | None:
+        """The response that a request continues, None if it names none. Raises `ApiError` if it is not here."""
+        param, id = "previous_response_id", body.previous_response_id
+        more = f". Send the whole conversation as `input`, without `{param}`."
+        return None if id is None else self._store.find(id, more, param=param, code="previous_response_not_found")
+
+    def _stored(self, id: str) -> Stored:
+        return self._store.find(id, ", unless `store` is false or they failed.", code="response_not_found")

@@ -4,11 +4,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from miniserve.api.errors import ApiError
-
-T = TypeVar("T")
+from miniserve.api.responses.items import InputItem
 
 MAX_RESPONSES = 10_000
 MAX_TOKENS = 32 * 2**20
@@ -19,11 +17,11 @@ BYTES_PER_TOKEN = 4
 
 
 @dataclass
-class Stored(Generic[T]):
+class Stored:
     """The whole conversation up to a response: `items`, `tokens` long. `conversation` is the scheduler's name of it,
     `answer` is the response itself as JSON, and `output` the number of items that it has added."""
 
-    items: tuple[T, ...]
+    items: tuple[InputItem, ...]
     tokens: int
     conversation: str | int
     answer: bytes = b""
@@ -37,26 +35,24 @@ class Stored(Generic[T]):
         return self.tokens + len(self.answer) // BYTES_PER_TOKEN
 
 
-class ResponseStore(Generic[T]):
-    """The least recently used response goes first."""
+class ResponseStore:
+    """The least recently used response goes first. `what` is stored is for errors."""
 
-    def __init__(self, max_responses: int = MAX_RESPONSES, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, what: str, max_responses: int = MAX_RESPONSES, max_tokens: int = MAX_TOKENS) -> None:
+        self._what = what
         self._max_responses = max_responses
         self._max_tokens = max_tokens
         self._tokens = 0
-        self._stored: OrderedDict[str, Stored[T]] = OrderedDict()
+        self._stored: OrderedDict[str, Stored] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def put(self, id: str, stored: Stored[T]) -> None:
+    def put(self, id: str, stored: Stored) -> None:
         self.delete(id)
         self._stored[id] = stored
         self._tokens += stored.size
         while len(self._stored) > self._max_responses or self._tokens > self._max_tokens:
             self.delete(next(iter(self._stored)))
 
-    def get(self, id: str) -> Stored[T] | None:
+    def get(self, id: str) -> Stored | None:
         if id in self._stored:
             self._stored.move_to_end(id)
         return self._stored.get(id)
@@ -67,27 +63,17 @@ class ResponseStore(Generic[T]):
         self._tokens -= gone.size if gone else 0
         return gone is not None
 
-    def previous(self, id: str | None) -> Stored[T] | None:
-        """The response that a request continues, None if it names none. Raises `ApiError` if it is not here."""
-        if id is None:
-            return None
+    def find(self, id: str, more: str = ".", *, code: str, param: str | None = None) -> Stored:
+        """As `get`. Raises `ApiError` with `code` if it is not here; `more` is the end of its message."""
         if (stored := self.get(id)) is None:
-            more = ". Send the whole conversation as `input`, without `previous_response_id`."
-            raise _missing(id, more, param="previous_response_id", code="previous_response_not_found")
+            kept = "the latest ones are kept, until the server stops"
+            problem = f"There is no {self._what} {id[:128]!r} here (any more): {kept}{more}"
+            raise ApiError(404, problem, param=param, code=code)
         return stored
 
 
-def not_found(id: str) -> ApiError:
-    return _missing(id, ", unless `store` is false or they failed.", code="response_not_found")
-
-
-def _missing(id: str, more: str, *, code: str, param: str | None = None) -> ApiError:
-    kept = "the latest ones are kept, until the server stops"
-    return ApiError(404, f"There is no response {id[:128]!r} here (any more): {kept}{more}", param=param, code=code)
-
-
 @contextmanager
-def continuing(previous: Stored[T] | None) -> Iterator[str | int]:
+def continuing(previous: Stored | None) -> Iterator[str | int]:
     """The conversation of a response that follows `previous`, or "". Only one response continues the conversation,
     unless it fails. All others are forks, and the scheduler finds their conversations by their prompts."""
     if previous is None or previous.continued:

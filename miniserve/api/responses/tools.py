@@ -6,20 +6,14 @@ both names, and what runs on OpenAI's servers is left out.
 
 import json
 from collections.abc import Mapping
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from miniserve.api.tools import DEFERRED, Tool, check_function
 from miniserve.sampling_params import ParameterError
 from miniserve.text.schemas import spelled
 
-
-class CallKind(StrEnum):
-    """The type of the item that a call of a tool is."""
-
-    FUNCTION = "function_call"
-    CUSTOM = "custom_tool_call"
-    SEARCH = "tool_search_call"
+CallKind = Literal["function_call", "custom_tool_call", "tool_search_call"]
+"""The type of the item that a call of a tool is."""
 
 
 class Offered(NamedTuple):
@@ -76,12 +70,12 @@ def _offered(tool: Mapping[str, Any], at: str, namespace: Any) -> Offered:
         raise ParameterError(at, f"`{at}`: here `name` and `parameters` stand beside `type`, not in `function`.")
     # Unset options of tools come as null from some clients, which would change the prompt.
     function = {key: value for key, value in tool.items() if key not in ("type", DEFERRED) and value is not None}
-    kind = CallKind.FUNCTION
+    kind: CallKind = "function_call"
     name: Any = tool.get("name") or None
     if tool["type"] == "custom":
-        kind, function = CallKind.CUSTOM, _custom_function(tool)
+        kind, function = "custom_tool_call", _custom_function(tool)
     elif tool["type"] == SEARCH:
-        kind, name = CallKind.SEARCH, SEARCH
+        kind, name = "tool_search_call", SEARCH
         known = {"description": tool.get("description"), "parameters": tool.get("parameters") or SEARCH_PARAMETERS}
         function = {key: value for key, value in {"name": SEARCH, **known}.items() if value}
     named = isinstance(name, str) and isinstance(namespace, str)

@@ -16,8 +16,6 @@ from miniserve.api.streaming import COMMENT, NamedEvent, named_event
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
 
-Keep = Callable[[answers.ResponseOut, Choice], None]
-
 
 @dataclass(eq=False)
 class ResponsesWriter:
@@ -30,7 +28,7 @@ class ResponsesWriter:
     request: ResponsesRequest
     offered: Mapping[str, Offered]
     tokenizer: Tokenizer
-    keep: Keep
+    keep: Callable[[answers.ResponseOut, Choice], None]
 
     def __post_init__(self) -> None:
         self._numbers = count()
@@ -74,9 +72,8 @@ class ResponsesWriter:
 
     def error_events(self, error: ApiError) -> bytes:
         code = "server_error" if error.status_code >= 500 else "invalid_prompt"
-        events: list[NamedEvent] = [
-            ("error", {"code": error.code or code, "message": error.message, "param": error.param})
-        ]
+        about = {"code": error.code or code, "message": error.message, "param": error.param}
+        events: list[NamedEvent] = [("error", about)]
         if self._begun is not None:
             response = {**self._begun, "status": "failed", "error": {"code": code, "message": error.message}}
             events.append(("response.failed", {"response": response}))

@@ -24,9 +24,8 @@ Span = Sequence[Any]  # start, end, kind
 def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """Draw a lane for each worker, coloured where it was busy, and below them how full its KV was (times in seconds);
     the files."""
-    workers = list(timeline["spans"])
     start, end = timeline["window"]
-    lanes_height = 0.5 + 0.42 * max(len(workers), 1)
+    lanes_height = 0.5 + 0.42 * max(len(timeline["spans"]), 1)
     with drawing():
         title = f"{timeline['policy']} on {timeline['topology']} at {timeline['rate']:g} conversations/s"
         figure = sheet(f"What workers did: {title}", WIDTH, lanes_height + 3.4)
@@ -34,17 +33,17 @@ def draw_timeline(timeline: Mapping[str, Any], folder: Path, name: str) -> list[
         lanes = figure.add_subplot(grid[0])
         fill = figure.add_subplot(grid[1], sharex=lanes)
         lanes.set_xlim(start, max(end, start + 1e-9))
-        _lanes(lanes, timeline["spans"], workers, start, end)
-        _fill(fill, timeline["kv"], workers)
+        _lanes(lanes, timeline["spans"], start, end)
+        _fill(fill, timeline["kv"], timeline["pages"])
         return save(figure, folder, name)
 
 
-def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[str], start: float, end: float) -> None:
+def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], start: float, end: float) -> None:
     """Draw bars, the first worker's on top, and at the right the share of the time that each computed."""
     from matplotlib.patches import Patch
 
-    for lane, worker in enumerate(workers):
-        mine = [(max(a, start), min(b, end), kind) for a, b, kind in spans[worker] if b > start and a < end]
+    for lane, its in enumerate(spans.values()):
+        mine = [(max(a, start), min(b, end), kind) for a, b, kind in its if b > start and a < end]
         axes.axhspan(lane - TALL / 2 - THIN / 2, lane + TALL / 2 + THIN / 2, color=PALE, linewidth=0, zorder=0)
         for kind, color in KINDS.items():
             bars = [(a, b - a) for a, b, k in mine if k == kind]
@@ -53,8 +52,8 @@ def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[st
             axes.broken_barh(bars, place, facecolors=color, linewidth=0, zorder=FRONT, rasterized=True)
         busy = sum(b - a for a, b, kind in mine if kind != "transfer")
         note(axes, f"busy {100 * busy / (end - start):.0f} %" if end > start else "", lane, 6)
-    axes.set_ylim(max(len(workers), 1) - 0.5, -0.5)
-    axes.set_yticks(range(len(workers)), labels=workers)
+    axes.set_ylim(max(len(spans), 1) - 0.5, -0.5)
+    axes.set_yticks(range(len(spans)), labels=list(spans))
     axes.tick_params(axis="y", length=0, labelsize=10)
     axes.tick_params(axis="x", labelbottom=False)
     axes.grid(False)
@@ -63,19 +62,18 @@ def _lanes(axes: Axes, spans: Mapping[str, Sequence[Span]], workers: Sequence[st
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderaxespad=0.2)
 
 
-def _fill(axes: Axes, kv: Mapping[str, Mapping[str, Any]], workers: Sequence[str]) -> None:
-    """Draw shares of each pool: what conversations hold, and lighter, that and what is cached."""
-    for number, worker in enumerate(workers):
-        pool = kv[worker]
-        full = 100 / max(pool["total"], 1)
-        held = [full * pages for pages in pool["held"]]
-        both = [full * (a + b) for a, b in zip(pool["held"], pool["cached"], strict=True)]
+def _fill(axes: Axes, kv: Mapping[str, Sequence[tuple[float, int, int]]], pages: Mapping[str, int]) -> None:
+    """Draw shares of each pool: what conversations hold, and lighter, that and what is cached. Rows of `kv` are (time,
+    held, cached pages)."""
+    for number, (worker, rows) in enumerate(kv.items()):
+        full = 100 / max(pages[worker], 1)
+        times = [at for at, _, _ in rows]
         look: dict[str, Any] = {"color": f"C{number}", "drawstyle": "steps-post", "marker": ""}
-        axes.plot(pool["time"], both, linewidth=1, alpha=0.4, zorder=FRONT - 1, **look)
-        axes.plot(pool["time"], held, zorder=FRONT, label=worker, **look)
+        axes.plot(times, [full * (a + b) for _, a, b in rows], linewidth=1, alpha=0.4, zorder=FRONT - 1, **look)
+        axes.plot(times, [full * held for _, held, _ in rows], zorder=FRONT, label=worker, **look)
     axes.set_ylim(0, 102)
     ticks(axes.yaxis, range(0, 101, 25))
     axes.set_ylabel("KV pool held, %\n(pale: with cached)")
     axes.set_xlabel("time, s")
-    if workers:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(workers), borderaxespad=0.2)
+    if kv:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kv), borderaxespad=0.2)

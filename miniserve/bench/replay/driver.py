@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,8 +67,7 @@ def replay(config: ReplayConfig) -> dict[str, Any]:
     """
     if not config.workload.scripts:
         raise ConfigError("There is nothing to replay: no conversation was chosen from the trace.")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_replay(config))
+    return uvloop.run(_replay(config))
 
 
 async def _replay(config: ReplayConfig) -> dict[str, Any]:
@@ -78,21 +76,13 @@ async def _replay(config: ReplayConfig) -> dict[str, Any]:
         _check_length(config, server)
         replay = Replay(config, server, http)
         work = asyncio.create_task(replay.work())
-        with _stops(work), contextlib.suppress(asyncio.CancelledError):
+        loop = asyncio.get_running_loop()
+        # As Ctrl-C, at which asyncio cancels this task, and so `work`.
+        loop.add_signal_handler(signal.SIGTERM, work.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
             await work
+        loop.remove_signal_handler(signal.SIGTERM)
         return await replay.report(interrupted=work.cancelled())
-
-
-@contextlib.contextmanager
-def _stops(work: asyncio.Task[None]) -> Iterator[None]:
-    """Ctrl-C, or SIGTERM, ends `work`."""
-    loop = asyncio.get_running_loop()
-    with contextlib.ExitStack() as caught:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
-                loop.add_signal_handler(number, work.cancel)
-                caught.callback(loop.remove_signal_handler, number)
-        yield
 
 
 def _check_length(config: ReplayConfig, server: TargetServer) -> None:

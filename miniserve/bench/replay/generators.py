@@ -4,10 +4,8 @@ import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +17,7 @@ from miniserve.config import ConfigError
 COUNT = 255
 """Scripts of a made-up workload by default: as many as in the paper's evaluation."""
 
-_SWE = tomllib.loads((files("miniserve.bench.replay") / "swe_agent.toml").read_text("utf-8"))
+_SWE = tomllib.loads(Path(__file__).with_name("swe_agent.toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +44,7 @@ class WorkloadConfig(WorkloadShape):
 
     def flags(self, rate: float, seed: int) -> list[str]:
         """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
-        drawn: dict[str, Any] = {
-            "rate": rate,
-            "arrivals": self.arrivals,
-            "seed": seed,
-            "conversations": self.conversations,
-        }
-        named = drawn | asdict(self)
+        named = {"rate": rate, "seed": seed, **asdict(self)}
         return [named.pop("trace"), *flags(**named)]
 
 
@@ -68,7 +60,7 @@ def flags(**given: object) -> list[str]:
 
 def load(text: str, count: int | None, seed: int) -> list[Script]:
     """Scripts of a workload by its name, or of the trace at a path (None: all of a trace, `COUNT` of a workload).
-    `./chat` is a file, `chat` a workload. Raises `ConfigError` (`TraceError` is one)."""
+    `./chat` is a file, `chat` a workload. Raises `ConfigError`."""
     if text in _GENERATORS or text.startswith("mix:"):
         return generate(text, COUNT if count is None else count, seed)
     if not (path := Path(text)).exists():

@@ -23,7 +23,6 @@ ASK_SECONDS = 10.0
 class TokenCounts(NamedTuple):
     """The server's own count of a turn's tokens; `cached` is None where it does not report it."""
 
-    prompt: int
     cached: int | None
     output: int
 
@@ -88,7 +87,7 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
         if self.native:
             chunk = _native.decode(data)
             cached = (chunk.timings or {}).get("cache_n")
-            usage = TokenCounts(chunk.tokens_evaluated, cached, chunk.tokens_predicted) if chunk.stop else None
+            usage = TokenCounts(cached, chunk.tokens_predicted) if chunk.stop else None
             return Event(len(chunk.tokens), chunk.tokens, usage, chunk.stop, error_message(chunk.error))
         if data == b"[DONE]":
             return Event(done=True)
@@ -100,7 +99,7 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
         usage = None
         if (said := reply.usage) is not None:
             cached = (said.prompt_tokens_details or {}).get("cached_tokens")
-            usage = TokenCounts(said.prompt_tokens, cached, said.completion_tokens)
+            usage = TokenCounts(cached, said.completion_tokens)
         return Event(tokens, ids, usage, error=error_message(reply.error))
 
 
@@ -195,7 +194,6 @@ def body_message(body: bytes) -> str:
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int
     completion_tokens: int = 0
     prompt_tokens_details: dict[str, int | None] | None = None
 
@@ -214,7 +212,6 @@ class _Chunk(msgspec.Struct):
 class _Native(msgspec.Struct):
     tokens: list[int] = []
     stop: bool = False
-    tokens_evaluated: int = 0
     tokens_predicted: int = 0
     timings: dict[str, Any] | None = None
     error: Any = None

@@ -18,10 +18,6 @@ _Tokens = Annotated[int, msgspec.Meta(ge=1, lt=_LIMIT)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, lt=_LIMIT)]
 
 
-class TraceError(ConfigError):
-    """A trace that cannot be read; the message says where it is wrong, why, and what should be there."""
-
-
 def read_trace(path: Path) -> list[Script]:
     """The conversations of a trace, in order of their first turns, or of their arrivals where it has them.
 
@@ -30,16 +26,16 @@ def read_trace(path: Path) -> list[Script]:
     the turn before, `arrival_s` (turn 0 only) those since the start.
 
     JSONL, as in github.com/kvcache-ai/Mooncake: a request on each line; `_requests` makes conversations of them. A
-    file without one of the known endings is JSONL if it begins with a brace. Raises `TraceError`.
+    file without one of the known endings is JSONL if it begins with a brace. Raises `ConfigError`.
     """
     try:
         data = path.read_bytes()
         text = data.decode().removeprefix("\ufeff")
     except OSError as e:
-        raise TraceError(f"{path}: cannot be read: {e.strerror}.") from None
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}.") from None
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise TraceError(f"{path}, line {line}: not UTF-8; save the trace as UTF-8 text.") from None
+        raise ConfigError(f"{path}, line {line}: not UTF-8; save the trace as UTF-8 text.") from None
     named = {".csv": False, ".jsonl": True, ".ndjson": True, ".json": True}
     lines = _Lines(text)
     try:
@@ -47,7 +43,7 @@ def read_trace(path: Path) -> list[Script]:
         if not scripts:
             raise ValueError("no turns; a trace has at least one")
     except (ValueError, csv.Error, msgspec.DecodeError) as e:
-        raise TraceError(f"{path}, line {lines.number}: {e}.") from None
+        raise ConfigError(f"{path}, line {lines.number}: {e}.") from None
     return scripts
 
 

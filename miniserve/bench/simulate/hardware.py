@@ -1,7 +1,6 @@
 """How long a step takes on other hardware: a few measured constants in the shape of a transformer's cost."""
 
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 
 import msgspec
@@ -70,9 +69,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.transfer_latency + pages * self.page_tokens * token_seconds
 
 
-PRESETS = msgspec.toml.decode(
-    (files("miniserve.bench.simulate") / "hardware.toml").read_bytes(), type=dict[str, Hardware]
-)
+PRESETS = msgspec.toml.decode(Path(__file__).with_name("hardware.toml").read_bytes(), type=dict[str, Hardware])
 """By their names."""
 
 

@@ -21,6 +21,7 @@ from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Report, Run, StepTime
 from miniserve.config import ConfigError, EngineConfig
 from miniserve.sampling_params import SamplingParams
+from miniserve.scheduler.observations import non_negative_fit
 from miniserve.worker.engine import Engine
 
 REPEATS = 7
@@ -66,7 +67,7 @@ def fit(found: list[Measured], name: str) -> Hardware:
     # What the constants are multiplied by in `Hardware`'s formula.
     rows = np.array([(1.0, n, n * (c + n / 2), c if n else 0, b, s) for n, c, b, s, _ in steps])
     seconds = np.array([step[4] for step in steps])
-    weights = _non_negative(rows / seconds[:, None], np.ones(len(steps)))
+    weights = non_negative_fit(rows / seconds[:, None], np.ones(len(steps)), 1e-6)
     return msgspec.structs.replace(
         found[0].device,
         name=name,
@@ -78,29 +79,13 @@ def fit(found: list[Measured], name: str) -> Hardware:
 
 
 def quality(hardware: Hardware, found: list[Measured]) -> str:
-    errors = sorted(
+    errors = [
         abs((hardware.step_seconds([(n, c)] if n else [], b, s) - hardware.overhead) / seconds - 1)
         for copy in found
         for n, c, b, s, seconds in copy.steps
-    )
-    return (
-        f"{len(errors)} steps; the profile is off by {errors[len(errors) // 2]:.0%} (median), "
-        f"{errors[int(0.95 * len(errors))]:.0%} (p95)"
-    )
-
-
-def _non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Least squares of a x = b with no x below zero: the lowest negative one becomes zero, until there is none."""
-    scale = np.abs(a).mean(axis=0) + 1e-30
-    used = list(range(a.shape[1]))
-    while True:
-        x, *_ = np.linalg.lstsq(a[:, used] / scale[used], b, rcond=None)
-        if x.min() >= 0:
-            break
-        del used[int(x.argmin())]
-    whole = np.zeros(a.shape[1])
-    whole[used] = x / scale[used]
-    return whole
+    ]
+    median, p95 = np.quantile(errors, (0.5, 0.95))
+    return f"{len(errors)} steps; the profile is off by {median:.0%} (median), {p95:.0%} (p95)"
 
 
 # --- one copy -------------------------------------------------------------------------------------------------------

@@ -77,23 +77,13 @@ def _energy(
 
 def _timeline(config: SimulationConfig, simulation: Simulation, start: float, end: float) -> dict[str, Any]:
     """What workers did between `start` and `end`, for `figures.timeline_plot`."""
-    kv = {name: [row for row in worker.kv if start <= row[0] <= end] for name, worker in simulation.workers.items()}
+    workers = simulation.workers.items()
     return {
         "policy": config.policy,
         "topology": str(config.topology),
         "rate": config.workload.rate,
         "window": [start, end],
-        "spans": {
-            name: [list(span) for span in (*worker.spans, *worker.copies) if span[1] > start and span[0] < end]
-            for name, worker in simulation.workers.items()
-        },
-        "kv": {
-            name: {
-                "time": [row[0] for row in rows],
-                "held": [row[1] for row in rows],
-                "cached": [row[2] for row in rows],
-                "total": simulation.workers[name].pool.num_pages,
-            }
-            for name, rows in kv.items()
-        },
+        "spans": {name: [span for span in w.spans if span[1] > start and span[0] < end] for name, w in workers},
+        "kv": {name: [row for row in w.kv if start <= row[0] <= end] for name, w in workers},
+        "pages": {name: w.pool.num_pages for name, w in workers},
     }

@@ -130,9 +130,7 @@ class SimulatedWorker:
         self.due = inf
         """The time of its next round; infinite while none is due."""
         self.spans: list[Span] = []
-        """With `record`: what the device did."""
-        self.copies: list[Span] = []
-        """With `record`: when KV was on its way to this worker."""
+        """With `record`: what the device did, and when KV was on its way to this worker."""
         self.kv: list[tuple[float, int, int]] = []
         """With `record`: (time, held, cached pages) after each round."""
         self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order("expected"), caching=caching)
@@ -156,7 +154,7 @@ class SimulatedWorker:
             LAYOUT,
             PATIENCE,
             self.send,
-            lambda peer: SimulatedLink(hardware, self.clock, self.copies if record else None),
+            lambda peer: SimulatedLink(hardware, self.clock, self.spans if record else None),
             self.clock,
         )
         self.worker = Worker(

@@ -57,10 +57,6 @@ class Shipment:
             self.over.set()
 
 
-Posted = tuple[Shipment, GlooGroup, list[Work]]
-"""A publication, the group it travels in, and what has to end for it to be over."""
-
-
 @dataclass(eq=False)
 class CollectiveCopy(FencedCopy):
     """A `Copy` into our pool, whose `staging` this is; `deadline` is a time on the monotonic clock."""
@@ -187,32 +183,28 @@ class CollectiveTransfer:
             self._receives.popleft().lose()
 
     def _pump(self, way: SendRecv, queue: deque[Shipment]) -> None:
-        """Move the publications of one direction in their order, each in its generation."""
-        posted: deque[Posted] = deque()
-        while self._step(way, queue, posted):
-            pass
-
-    def _step(self, way: SendRecv, queue: deque[Shipment], posted: deque[Posted]) -> bool:
-        """Post one publication, or else wait for the oldest that is posted. False at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: posted or self._can_post(queue) or self._closed.is_set())
-            group = self._group if self._can_post(queue) and len(posted) < AHEAD else None
-            if group is not None:
-                new = queue.popleft()
-            elif not posted:
-                return False
-        if group is None:
-            self._await(way, *posted.popleft())
-            return True
-        try:
-            new.whole.wait()
-            posted.append((new, group, group.post(way, new.number, new.data)))
-        except RuntimeError:
-            new.lose()
-        return True
+        """Move the publications of one direction in their order, each in its generation: post the next one, or else
+        wait for the oldest that is posted."""
+        posted: deque[tuple[Shipment, GlooGroup, list[Work]]] = deque()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: posted or self._can_post(queue) or self._closed.is_set())
+                group = self._group if self._can_post(queue) and len(posted) < AHEAD else None
+                if group is not None:
+                    new = queue.popleft()
+                elif not posted:
+                    return
+            if group is None:
+                self._await(way, *posted.popleft())
+                continue
+            try:
+                new.whole.wait()
+                posted.append((new, group, group.post(way, new.number, new.data)))
+            except RuntimeError:
+                new.lose()
 
     def _await(self, way: SendRecv, flight: Shipment, group: GlooGroup, works: list[Work]) -> None:
-        """Wait until a posted publication is over."""
+        """Wait until a posted publication, all of its `works`, is over."""
         try:
             for work in reversed(works):
                 work.wait(self._timeout)  # before that, is_completed() knows nothing

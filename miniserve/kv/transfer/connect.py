@@ -34,13 +34,9 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
             from miniserve.kv.transfer.remote import RemoteTransfer
 
             return RemoteTransfer(Nccl(memory), memory, us, peer, run_dir)
-        if memory.shared is not None:
-            from miniserve.kv.transfer.mapped import MappedTransfer
+        from miniserve.kv.transfer.mapped import CudaMappedTransfer, MappedTransfer
 
-            return MappedTransfer(memory, peer)
-        from miniserve.kv.transfer.ipc import CudaMappedTransfer
-
-        return CudaMappedTransfer(memory, peer)
+        return CudaMappedTransfer(memory, peer) if memory.shared is None else MappedTransfer(memory, peer)
     # Another process may have the number of a dead one by now; a kernel cannot be compiled without a compiler.
     except (OSError, ValueError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         log.warning("no way to the pool of %s: %s", peer.name, error)

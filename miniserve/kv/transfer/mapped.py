@@ -1,11 +1,14 @@
-"""KV pages of a peer whose pool this process can read: on a CPU by shared memory, on a GPU by CUDA IPC (`ipc.py`)."""
+"""KV pages of a peer whose pool this process can read: on a CPU by shared memory, on a GPU by CUDA IPC."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from miniserve.cluster.messages import Peer
+import torch
+
+from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, SharedMemory
 from miniserve.kv.side import Fence, FencedCopy, PassedFence, SideStream
 
@@ -28,10 +31,6 @@ class PulledTransfer(ABC):
     def pull(self, theirs: list[int], ours: list[int]) -> Fence:
         """Begin to copy page `theirs[i]` of the peer to our page `ours[i]`."""
 
-    def abandon(self) -> None:
-        if self.side is not None:
-            self.side.lead()
-
     def close(self) -> None:
         """The mapping goes with its last reader, which must not be a kernel that still runs."""
         if self.side is not None:
@@ -50,7 +49,8 @@ class PulledCopy(FencedCopy):
         self.fence = self.transfer.pull(self.pages, ours)
 
     def abandon(self) -> None:
-        self.transfer.abandon()
+        if self.transfer.side is not None:
+            self.transfer.side.lead()
 
 
 class MappedTransfer(PulledTransfer):
@@ -58,9 +58,8 @@ class MappedTransfer(PulledTransfer):
 
     def __init__(self, memory: KVMemory, peer: Peer) -> None:
         """Raises OSError if the peer's process is gone."""
-        assert memory.shared is not None
         pool = peer.pool
-        self._ours = memory.shared.pages(memory.shape.bytes)
+        self._ours = memory.bytes.numpy()
         theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes)
         self._theirs = theirs.reshape(pool.num_pages, pool.page_bytes)
 
@@ -68,3 +67,52 @@ class MappedTransfer(PulledTransfer):
         for source, destination in zip(theirs, ours, strict=True):
             self._ours[destination] = self._theirs[source]
         return PassedFence()
+
+
+class CudaMappedTransfer(PulledTransfer):
+    """The same for a pool on a GPU, ours or another that ours can read: one kernel beside our steps copies the pages of
+    a publication. Unverified on a GPU (docs/gpu.md)."""
+
+    side: SideStream
+
+    def __init__(self, memory: KVMemory, peer: Peer) -> None:
+        """Raises RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
+        self._ours = memory.bytes.view(torch.int64)
+        self._theirs = map_pool(peer.pool, memory.pages.device)
+        self._copy_pages = kernel()
+        self.side = SideStream(memory.pages.device)
+        # Proves that the way is open and compiles the kernel before a turn needs it. No step reads the scratch page.
+        self.pull([0], [memory.num_pages]).wait()
+
+    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
+        """The copy begins when nothing given to the engine's stream before can still read or write our pages."""
+        self.side.follow()
+        return self.side.run(lambda: self._copy_pages(self._theirs, theirs, self._ours, ours))
+
+
+def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
+    """A peer's pool as int64 `[page, word]` that `device`, ours, can read.
+
+    The handle is opened with our own device current, also for the memory of another GPU: CUDA then maps it there, and
+    lets our device access it. The peer has waited for its own writes before it exported, so there is no event to open.
+    """
+    assert pool.cuda is not None
+    assert device.index is not None
+    peer = pool.cuda
+    storage = torch.UntypedStorage._new_shared_cuda(
+        device.index, peer.handle, peer.size, peer.offset, peer.counter, peer.counter_offset, b"", False
+    )
+    return words_of(storage, pool)
+
+
+def words_of(storage: torch.UntypedStorage, pool: PoolInfo) -> torch.Tensor:
+    """The pages that peers may read as int64 `[page, word]`."""
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return flat[: pool.num_pages * pool.page_bytes].view(torch.int64).view(pool.num_pages, -1)
+
+
+def kernel() -> Callable[[torch.Tensor, list[int], torch.Tensor, list[int]], None]:
+    """The kernel that copies; triton is imported with it."""
+    from miniserve.kv.transfer.page_copy import copy_pages
+
+    return copy_pages

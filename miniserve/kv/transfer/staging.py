@@ -15,8 +15,7 @@ class HostStaging:
     """
 
     def __init__(self, memory: KVMemory) -> None:
-        assert memory.shared is not None
-        self._pool = memory.shared.pages(memory.shape.bytes)
+        self._pool = memory.bytes.numpy()
 
     def room(self, count: int) -> torch.Tensor:
         return torch.from_numpy(np.empty((count, self._pool.shape[1]), np.uint8))
