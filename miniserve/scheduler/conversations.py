@@ -59,6 +59,16 @@ class Relation(IntEnum):
     CONTINUES = 2
 
 
+class Match(NamedTuple):
+    """A conversation that a prompt may be of, what it is to that, how many of its tokens that has seen; and how many it
+    shares with the last prompts of others."""
+
+    conversation: Conversation | None
+    relation: Relation
+    known: int
+    near: Near
+
+
 class Change(NamedTuple):
     """Where a prompt, `after`, stops to be like what was computed last of its conversation, `before` (both 4 bytes a
     token): after `shared` tokens. If the conversation is new (`first`), `before` is of one that began alike."""
@@ -127,6 +137,9 @@ class Conversation:
     """Where it stands in `FirstPages`."""
 
 
+Near = list[tuple[int, Conversation]]
+
+
 class Conversations:
     """Conversations by a client's key and by their prompts.
 
@@ -190,21 +203,21 @@ class Conversations:
         """The conversation of a prompt: one that it continues or edits, or a new one. `key` is the client's, "" for
         none; `chain` is the prompt's `page_chain`."""
         tokens, change = prompt.tobytes(), None
-        of, relation, known = (self._among if key else self._of_all)(key, prompt, tokens, chain, said)
+        of, relation, known, near = (self._among if key else self._of_all)(key, prompt, tokens, chain, said)
         if of is not None and relation is not Relation.NEW:
             before = self._last.get(of.key)
             if before and (shared := common_run(before, tokens)) < min(len(before), len(tokens)) // 4:
                 known, change = shared, Change(shared, before, tokens, first=False)
             of.edits += relation is Relation.EDITS
         else:
-            near = [of] if of else [other for other in self._first.alike(chain) if other.said.client == said.client]
-            kept = [(common_run(before, tokens), other.key) for other in near if (before := self._last.get(other.key))]
             of = self._begun(key, of, known, len(prompt), chain[0], now, said)
-            if kept and not said.side:
-                shared, nearest = max(kept, key=itemgetter(0))
-                change = Change(shared, self._last.get(nearest), tokens, first=True)
-                if of.parent is None and not key and self._starts(self._by_key[nearest], shared, of):
-                    of.parent, of.group, of.by = nearest, self._by_key[nearest].group, "prefix"
+            near = near or self._alike(tokens, chain, said)
+            if near and not said.side:
+                shared, other = max(near, key=itemgetter(0))
+                if before := self._last.get(other.key):
+                    change = Change(shared, before, tokens, first=True)
+                if of.parent is None and not key and self._starts(other, shared, of):
+                    of.parent, of.group, of.by = other.key, other.group, "prefix"
         self._by_key.move_to_end(of.key)
         if relation is not Relation.CONTINUES:
             self._first.remove(of.places, of)
@@ -240,58 +253,55 @@ class Conversations:
 
     # --- by prompts -------------------------------------------------------------------------------------------------
 
-    def _of_all(
-        self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
-    ) -> tuple[Conversation | None, Relation, int]:
+    def _of_all(self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said) -> Match:
         """The conversation that a prompt without a key continues or edits; else the one whose prompt is its longest
-        prefix, which may still run or share its first prompt alone. And how many of the prompt's tokens that has
-        seen."""
+        prefix, which may still run or share its first prompt alone."""
         parent, known = None, 0
+        near: Near = []
         if (found := self._prompts.longest(prompt, chain)) is not None:
             mark, owners = found
             parent = max(owners, key=lambda owner: (not owner.active, owner.marks[-1] == mark))
             is_first, is_last = mark == parent.marks[0], mark == parent.marks[-1]
             known = parent.tokens if is_last and not parent.active else mark.length
             if not parent.active and (not is_first or (is_last and mark.length < len(prompt))):
-                return parent, Relation.CONTINUES if is_last else Relation.EDITS, known
+                return Match(parent, Relation.CONTINUES if is_last else Relation.EDITS, known, near)
         if parent is None or not parent.active:
-            for other in self._first.alike(chain):
-                same = other.said.client == said.client and not other.active
-                if same and 2 * (seen := self._resumed(other, tokens)) > other.marks[0].length:
+            near = self._alike(tokens, chain, said)
+            for seen, other in near:
+                if not other.active and 2 * seen > other.marks[0].length and self._resumed(other, seen, tokens):
                     goes_on = seen >= other.marks[-1].length - SLACK
-                    return other, Relation.CONTINUES if goes_on else Relation.EDITS, seen
-        return parent, Relation.NEW, known
+                    return Match(other, Relation.CONTINUES if goes_on else Relation.EDITS, seen, near)
+        return Match(parent, Relation.NEW, known, near)
 
-    def _resumed(self, of: Conversation, tokens: bytes) -> int:
-        """How many tokens a prompt shares with the last one of a conversation, if these are more than its first prompt
-        or it holds the end of that prompt or its answer behind them, and goes on; else 0."""
-        before = self._last.get(of.key)
-        if not before or not of.marks:
-            return 0
-        shared, end = common_run(before, tokens), of.marks[-1].length * 4
+    def _alike(self, tokens: bytes, chain: list[bytes], said: Said) -> Near:
+        alike = [other for other in self._first.alike(chain) if other.said.client == said.client and other.marks]
+        return [(common_run(before, tokens), other) for other in alike if (before := self._last.get(other.key))]
+
+    def _resumed(self, of: Conversation, shared: int, tokens: bytes) -> bool:
+        """Whether a prompt that shares some tokens with the last one of a conversation shares more than the first one,
+        or holds the end of the last one or its answer behind them, and goes on."""
+        before, end = self._last.get(of.key), of.marks[-1].length * 4
         if shared >= of.marks[0].length + 2 * NEEDLE:
-            return shared
+            return True
         ends = [before[end - 4 * NEEDLE : end]]
         if len(before) > end + 4 * NEEDLE:
             ends.append(before[-4 * NEEDLE - 4 : -4])  # without the token that ended the answer
         start = max(4 * (shared - NEEDLE), 0)
         found = [at for needle in ends if len(needle) == 4 * NEEDLE and (at := tokens.find(needle, start)) >= 0]
-        return shared if found and min(found) + 8 * NEEDLE < len(tokens) else 0
+        return bool(found) and min(found) + 8 * NEEDLE < len(tokens)
 
     # --- by keys ----------------------------------------------------------------------------------------------------
 
-    def _among(
-        self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
-    ) -> tuple[Conversation | None, Relation, int]:
+    def _among(self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said) -> Match:
         """The same among the conversations of a key."""
         named = self._by_key.get(key)
         _, owners = self._prompts.longest(prompt, chain) or (None, ())
         members = (*(of for of in owners if of.family == key), *([named] if named else []), *self._members(key))
-        best: tuple[Conversation | None, Relation, int] = (None, Relation.NEW, 0)
+        best = Match(None, Relation.NEW, 0, [])
         for of in (of for of in members if of.root == chain[0]):
             relation, known = self._relation(of, prompt, tokens, chain, said)
-            if best[0] is None or (relation, known) > best[1:]:
-                best = of, relation, known
+            if best.conversation is None or (relation, known) > best[1:3]:
+                best = Match(of, relation, known, [(known, of)])
             if relation is Relation.CONTINUES:
                 break
         return best
@@ -314,7 +324,7 @@ class Conversations:
         if shared >= last - min(SLACK, last // 8) and len(prompt) > last:
             return Relation.CONTINUES, of.tokens
         lost_history = said.session and not said.side and of.said.tools == said.tools and shared >= first // 2
-        edits = shared >= first or lost_history or said.sure or self._resumed(of, tokens)
+        edits = shared >= first or lost_history or said.sure or self._resumed(of, shared, tokens)
         return (Relation.EDITS if edits else Relation.NEW), shared
 
     def _seen(self, of: Conversation, prompt: array[int], chain: list[bytes]) -> int:

@@ -59,13 +59,19 @@ class Recent:
 
     def __init__(self, size: int = 256) -> None:
         self._values: deque[float] = deque(maxlen=size)
+        self._sorted: list[float] = []
+        """Made when a quantile is asked for: each decision asks for some."""
 
     def add(self, value: float) -> None:
         self._values.append(value)
+        self._sorted = []
 
     def quantile(self, q: float, default: float) -> float:
         """The value that a share `q` of them does not exceed; `default` without any."""
-        return quantile(sorted(self._values), q) if self._values else default
+        if not self._values:
+            return default
+        self._sorted = self._sorted or sorted(self._values)
+        return quantile(self._sorted, q)
 
 
 def quantile(ordered: list[float], q: float) -> float:

@@ -62,8 +62,7 @@ class Observe:
         return self._placement(best, tuple(options), "cheapest for a first turn")
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
-        open = home.name in cluster.open and home.fits(need.pages)
-        if open and not (home.turns and home.room < need.pages):
+        if home.name in cluster.open and home.fits(need.pages) and not (home.turns and home.room < need.pages):
             options = self._options(need, cluster, home)
             here = options[0]
             # This turn may wait a little for a prefiller to spare the streams at home, but not long: its client waits.
@@ -72,18 +71,22 @@ class Observe:
             if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
                 return self._placement(best, tuple(options), "an append beside others")
             return self._placement(here, tuple(options), "at home")
-        stay = Placement(home.name, reason="nowhere better") if open else None
         if need.conversation.active > 1:
-            return stay  # Other turns of this conversation run there.
+            return self._stay(need, cluster, home)  # Other turns of this conversation run there.
         workers = (*cluster.decoders, *cluster.prefillers)
         others = [w for w in workers if w is not home and self._may_take(need, cluster, w)]
         roomy = [d for d in others if need.pages <= self._spare(d)]
         # A conversation that has just moved stays, unless it would have to wait.
         if not roomy or (need.conversation.moved_at == need.conversation.turns and home.fits(need.pages)):
-            return stay
+            return self._stay(need, cluster, home)
         options = [option for d in roomy for option in self._options(need, cluster, d)]
         best = min(options, key=lambda option: option.cost)
         return self._placement(best, tuple(options), "its home is full")
+
+    def _stay(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
+        if home.name in cluster.open and home.fits(need.pages):
+            return Placement(home.name, reason="nowhere better")
+        return None
 
     def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
         if worker.name not in cluster.open or not worker.fits(need.pages):
@@ -151,11 +154,14 @@ class Observe:
 
     def _decode(self, need: Need, home: WorkerView) -> tuple[float, float]:
         """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""
-        step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
-        if home.role is Role.PREFILLER:  # with prompts in it as on average
-            step /= 1 - min(home.prefilling.value, 0.75)
+        step = self._step(need, home)
         more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0
         return need.output * step, need.output * home.turns * max(more, 0.0)
+
+    def _step(self, need: Need, home: WorkerView) -> float:
+        """Seconds of a decode step with this turn in it; at a prefiller, with prompts in it as on average."""
+        step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
+        return step / (1 - min(home.prefilling.value, 0.75)) if home.role is Role.PREFILLER else step
 
     def _streams(self, worker: WorkerView) -> float:
         return max(worker.turns, worker.load.value)
@@ -164,5 +170,11 @@ class Observe:
         return MARGIN_SHARE * (option.first_token + option.harm) + MARGIN_SECONDS
 
     def _placement(self, option: Option, options: tuple[Option, ...], reason: str) -> Placement:
-        share_history = bool(option.prefill_at)
-        return Placement(option.home, option.prefill_at, option.history_at, share_history, reason, options)
+        return Placement(
+            option.home,
+            option.prefill_at,
+            option.history_at,
+            share_history=bool(option.prefill_at),
+            reason=reason,
+            options=options,
+        )

@@ -30,7 +30,7 @@ class Placer:
     ledger: Ledger
     forecast: Forecast
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
-    placements: Counter[tuple[str, str]] = field(default_factory=Counter)
+    placements: dict[tuple[str, str], int] = field(default_factory=dict)
     """(prefilled at, home) -> turns."""
     tried: Turn | None = None
     """The suspected turn that was begun last."""
@@ -91,8 +91,11 @@ class Placer:
         return need.waited < self.policy.patience(need, cluster)
 
     def _by_role(self) -> tuple[list[WorkerView], list[WorkerView]]:
-        workers = self.workers.values()
-        return [w for w in workers if w.role is Role.PREFILLER], [w for w in workers if w.role is Role.DECODER]
+        prefillers: list[WorkerView] = []
+        decoders: list[WorkerView] = []
+        for worker in self.workers.values():
+            (prefillers if worker.role is Role.PREFILLER else decoders).append(worker)
+        return prefillers, decoders
 
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""
@@ -107,7 +110,9 @@ class Placer:
 
     def _begin(self, turn: Turn, need: Need, placement: Placement, cluster: Cluster, notes: bool) -> list[Command]:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
-        noted = [Note(decision(self.policy_name, turn, need, placement, cluster))] if notes else []
+        commands: list[Command] = []
+        if notes:
+            commands.append(Note(decision(self.policy_name, turn, need, placement, cluster)))
         conversation, home, now = turn.conversation, self.workers[placement.home], need.now
         prefills = self.workers[placement.prefill_at] if placement.prefill_at else home
         turn.move(TurnState.PREFILL)
@@ -116,8 +121,9 @@ class Placer:
         turn.home, turn.prefill_at = home.name, placement.prefill_at or None
         if turn.first_token is None:
             turn.placed, turn.phases = now, Phases()
-        way = placement.home, placement.prefill_at
-        turn.chosen = next((o for o in placement.options if (o.home, o.prefill_at) == way), None)
+        turn.chosen = next(
+            (o for o in placement.options if (o.home, o.prefill_at) == (home.name, placement.prefill_at)), None
+        )
         if conversation.home not in (None, home.name):
             conversation.moves += 1
             conversation.moved_at = conversation.turns + 1
@@ -125,10 +131,21 @@ class Placer:
         self.ledger.reserve(turn, now)
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
-        self.placements[prefills.name, home.name] += 1
-        what = turn.tokens, turn.params, turn.seed, turn.salt, turn.delivered
-        where = placement.prefill_at, placement.share_history, placement.history_at
-        return [*noted, Send(home.name, Run(turn.run, *what, *where, self._keep(turn, home)))]
+        key = (prefills.name, home.name)
+        self.placements[key] = self.placements.get(key, 0) + 1
+        run = Run(
+            turn.run,
+            turn.tokens,
+            turn.params,
+            turn.seed,
+            turn.salt,
+            turn.delivered,
+            placement.prefill_at,
+            placement.share_history,
+            placement.history_at,
+            self._keep(turn, home),
+        )
+        return [*commands, Send(home.name, run)]
 
     def _keep(self, turn: Turn, home: WorkerView) -> Keep:
         """How soon the home will need this conversation's pages again, for when it runs out of pages between turns."""

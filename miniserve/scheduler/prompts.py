@@ -11,7 +11,7 @@ from miniserve.kv.hashing import page_hashes, root_hash
 
 ALIKE = 64
 """How many owners of the very same prompt the index keeps."""
-ALIKE_AT_FIRST = 8
+ALIKE_AT_FIRST = 6
 """How many owners of the same first pages are kept, the latest ones."""
 KEPT_BYTES = 2**28
 """Of last prompts: those of the latest 3,000 conversations, if they are 20,000 tokens long."""
@@ -88,10 +88,10 @@ class PromptIndex(Generic[T]):
     def longest(self, tokens: Sequence[int], chain: list[bytes]) -> tuple[PromptMark, tuple[T, ...]] | None:
         """The longest mark that `tokens` begin with or are, and its owners."""
         size = self._page_tokens
-        for pages in range(len(chain) - 1, -1, -1):
-            there = self._owners.get(chain[pages])
+        for behind, there in enumerate(map(self._owners.get, reversed(chain)), 1):
             if there is None:
                 continue
+            pages = len(chain) - behind
             rest = _bytes(tokens[pages * size : (pages + 1) * size])
             if not isinstance(there, dict):
                 mark = next(m for m in there.marks if m.digest == chain[pages])
@@ -170,6 +170,8 @@ def common_run(before: bytes, tokens: bytes) -> int:
     """How many tokens two prompts begin with alike."""
     import numpy as np  # not at the top: see observations.py
 
+    if tokens.startswith(before):
+        return len(before) // 4
     n = min(len(before), len(tokens)) // 4
     differ = np.frombuffer(before, np.int32, n) != np.frombuffer(tokens, np.int32, n)
     at = int(differ.argmax()) if n else 0

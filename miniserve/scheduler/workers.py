@@ -137,11 +137,14 @@ class Cluster:
     def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
         """How long the KV of `tokens` takes between two workers: by this link's bandwidth, else by that of any link
         that was measured, else 0."""
-        links = (self.links.get((source.name, destination.name)), *self.links.values())
-        bandwidth = next((link.bandwidth.value for link in links if link and link.bandwidth.count), None)
-        if tokens <= 0 or not bandwidth:
+        if tokens <= 0:
             return 0.0
-        return tokens / source.page_tokens * source.page_bytes / bandwidth
+        link = self.links.get((source.name, destination.name))
+        if link is None or not link.bandwidth.count:
+            link = next((other for other in self.links.values() if other.bandwidth.count), None)
+        if link is None:
+            return 0.0
+        return tokens / source.page_tokens * source.page_bytes / link.bandwidth.value
 
     def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
         """What a handoff costs beyond the prefill itself; 0 where none was measured."""
@@ -173,9 +176,11 @@ class PrefixIndex:
         """Worker -> pages of this prompt that it has computed, at least."""
         found: dict[str, int] = {}
         for page in _powers(len(chain)):
-            if (workers := self._workers.get(chain[page])) is None:
+            workers = self._workers.get(chain[page])
+            if workers is None:
                 break
-            found |= dict.fromkeys(workers, page)
+            for worker in workers:
+                found[worker] = page
         return found
 
     def drop(self, worker: str) -> None:
