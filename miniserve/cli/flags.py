@@ -23,9 +23,7 @@ T = TypeVar("T")
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, without a screenful of usage above it; takes `--max_model_len`, as vLLM does.
-
-    What stands behind `--` is another program's and stays as it is: the `args` of a command that has such.
-    """
+    What stands behind `--` is for another program: the `args` of a command that has such."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
@@ -39,9 +37,8 @@ class Parser(argparse.ArgumentParser):
         end = given.index("--") if "--" in given else len(given)
         dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), text) for text in given[:end]]
         space, unknown = super().parse_known_args(dashed, namespace)
-        if given[end:] and hasattr(space, "args"):
-            space.args = given[end + 1 :]
-            return space, unknown
+        if hasattr(space, "args"):
+            space.args, end = given[end + 1 :], len(given)
         return space, [*unknown, *given[end:]]
 
     def error(self, message: str) -> NoReturn:
