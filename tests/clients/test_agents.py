@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 
 from tests.support import dialects, script_model
@@ -39,6 +40,7 @@ class Agent(NamedTuple):
     """`script` has its model's answers: 0 to its task, 6 to what it is asked when it is resumed, 8 to that of a second
     session. @3 in an answer, or in what it leads to, gets answer 3. `task` and `resume` are arguments before a prompt.
 
+    `kinds` are the conversations of the three, and `misses` what the prefix doctor says of their prompts.
     `kept` and `resumed` are the least shares of a turn's tokens that are cached for the next one, in a run and across
     two of them; `shared` is the least cached share of the second session's first prompt.
     """
@@ -51,6 +53,8 @@ class Agent(NamedTuple):
     kept: float = 0.95
     resumed: float = 0.95
     shared: float = 0.95
+    kinds: tuple[str, ...] = ("main", "main", "sub-agent")
+    misses: tuple[str, ...] = ()
 
 
 def call(tool: str, **arguments: Any) -> str:
@@ -101,6 +105,7 @@ AGENTS = {
         "-p --allowedTools=Bash,Agent",
         "-p --allowedTools=Bash,Agent --continue",
         shared=0.7,  # the status of git stands before the prompt
+        misses=("git-status",),
     ),
     "codex": Agent(
         CODEX,
@@ -111,12 +116,15 @@ AGENTS = {
         with_tools("bash", call("task", **LOOK, subagent_type="general"), description="Take notes"),
         "run",
         "run --continue",
+        kinds=("main", "main", "side", "side", "sub-agent"),  # it asks for titles
     ),
     "qwen": Agent(
         with_tools("run_shell_command", call("agent", **LOOK, run_in_background=False), is_background=False),
         "--approval-mode yolo",
         "--approval-mode yolo --continue",
-        resumed=0.7,  # it leaves a reminder out of its first message
+        resumed=0.7,  # the status of git stands in its system prompt
+        kinds=("main",) * 4,  # it says nothing of itself, nor of its sub-agent and a request for its memory
+        misses=("git-status",),
     ),
     "pi": Agent(
         with_tools("bash", call("write", path="more.txt", content="@2"))
@@ -125,6 +133,7 @@ AGENTS = {
         "-p --continue",
         spawns=False,
         turns=5,
+        kinds=("main", "main"),
     ),
     # What it says of files moves with each turn.
     "aider": Agent(
@@ -136,6 +145,7 @@ AGENTS = {
         kept=0.5,
         resumed=0.5,
         shared=0.5,
+        kinds=("main",) * 5,
     ),
 }
 
@@ -185,6 +195,11 @@ def start(name: str, url: str, folder: Path, args: str, prompt: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+def conversations(url: str, known: list[str]) -> list[dict[str, Any]]:
+    """Those that are not `known`."""
+    return [card for card in httpx.get(f"{url}/conversations").json()["data"] if card["id"] not in known]
+
+
 def found_again(earlier: Request, later: Request) -> float:
     """The share of an earlier turn's tokens, prompt and answer, that were cached for a later one."""
     return later.cached / (earlier.prompt + earlier.output)
@@ -193,6 +208,7 @@ def found_again(earlier: Request, later: Request) -> float:
 @pytest.mark.parametrize("name", AGENTS)
 def test_agent(recorded: tuple[str, list[Request]], tmp_path: Path, name: str) -> None:
     agent, (url, requests) = AGENTS[name], recorded
+    known = [card["id"] for card in conversations(url, [])]
     folder = tmp_path / "repository"
     folder.mkdir()
     for words in ("init --quiet", "commit --quiet --allow-empty -m first"):
@@ -204,6 +220,11 @@ def test_agent(recorded: tuple[str, list[Request]], tmp_path: Path, name: str) -
         runs.append(requests[before:])
         assert {request.status for request in runs[-1]} == {200}
         assert (folder / f"{name}.txt").read_text() == "one\ntwo\n" + "three\n" * (len(runs) > 1)
+    cards = [httpx.get(f"{url}/conversations/{card['id']}").json() for card in conversations(url, known)]
+    assert tuple(sorted(card["kind"] for card in cards)) == agent.kinds
+    mains = [card["id"] for card in cards if card["kind"] == "main"]
+    assert all(card["group"] in mains for card in cards)
+    assert {miss["kind"] for card in cards for miss in card["misses"]} >= set(agent.misses)
     if agent.spawns:
         bodies = [json.dumps(request.body) for request in runs[0]]
         assert any(f"Look around for {name}." in body and marked(name, "@0") not in body for body in bodies)
