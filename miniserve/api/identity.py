@@ -42,10 +42,10 @@ def speaker(headers: Mapping[str, str], body: GenerationRequest, own_headers: Se
     agent = headers.get("user-agent", "").lower()
     name, row = next((n, row) for n, row in CLIENTS.items() if n == "any" or _is(row, headers, agent))
     key = _first(headers, [*own_headers, OWN_HEADER, *row.session, *CLIENTS["any"].session])
-    session, parent = bool(key), headers.get(row.parent, "")
+    session, parent = bool(key), _first(headers, [row.parent])
     if key and row.agent:  # the agents of a session; the one that has no id is the session's own
         parent = f"{key}/{parent}" if parent else key
-        key, parent = (f"{key}/{one}", parent) if (one := headers.get(row.agent)) else (key, "")
+        key, parent = (f"{key}/{one}", parent) if (one := _first(headers, [row.agent])) else (key, "")
     hints = body.nvext.agent_hints if body.nvext and body.nvext.agent_hints else None
     urgency = (body.priority or 0) - (hints.priority or 0 if hints else 0) + TIERS.get(body.service_tier or "", 0)
     said = Said(

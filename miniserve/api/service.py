@@ -195,7 +195,8 @@ class Service:
             self.doctor.examine, turn.number, turn.change, cached, body.segments, bool(body.tool_names)
         )
         if found is not None:
-            self.doctor.note(client, turn.conversation, found)
+            counted = client if client in self._client.scheduler.reuse else ""
+            self.doctor.note(counted, turn.conversation, found)
             self.metrics.missed(found[0]["kind"], found[0]["lost"])
 
     def head(self, id: str, model: str | None) -> AnswerHead:

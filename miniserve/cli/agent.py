@@ -22,7 +22,7 @@ from miniserve.config import ConfigError
 PATIENCE_SECONDS = 10.0
 MOST_OUTPUT = 32000
 """Tokens of an answer, at most: agents keep room for as many, and so use that much less of the context."""
-FOLDER = "<folder>"
+FOLDER = "<private folder of miniserve>"
 """Stands for the private folder in what is printed; a shell's words with it are always quoted."""
 
 

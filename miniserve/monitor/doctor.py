@@ -1,6 +1,7 @@
 """The prefix doctor: why a turn found less of its prompt than it could have, from where the prompt began to differ."""
 
 import re
+import secrets
 import tomllib
 from array import array
 from collections import Counter, OrderedDict, deque
@@ -88,6 +89,7 @@ class Doctor:
     def __init__(self, decode: Callable[[list[int]], str], *, consent: bool = False) -> None:
         self._decode = decode
         self._consent = consent
+        self._secret = secrets.token_bytes(16)
         self._misses: OrderedDict[str | int, deque[Miss]] = OrderedDict()
         self._turns: Counter[tuple[str, str, str]] = Counter()
         self._tokens: Counter[tuple[str, str, str]] = Counter()
@@ -129,6 +131,8 @@ class Doctor:
     def note(self, client: str, conversation: str | int, found: tuple[Miss, str]) -> None:
         """Remember a miss and the role of the message that it is in."""
         miss, where = found
+        if miss["turn"] == 1:  # an earlier conversation of this name is forgotten
+            self._misses.pop(conversation, None)
         self._misses.setdefault(conversation, deque(maxlen=MOST_MISSES)).append(miss)
         self._misses.move_to_end(conversation)
         if len(self._misses) > MOST_CONVERSATIONS:
@@ -166,10 +170,13 @@ class Doctor:
             "lost": lost,
             "before": old if self._consent else None,
             "after": new if self._consent else None,
-            "before_hash": _digest(old),
-            "after_hash": _digest(new),
+            "before_hash": self._digest(old),
+            "after_hash": self._digest(new),
         }
         return miss, place.role
+
+    def _digest(self, text: str) -> str:
+        return blake2b(text.encode(), digest_size=6, key=self._secret).hexdigest()
 
     def _text(self, tokens: bytes, start: int, end: int) -> str:
         return self._decode(array("i", tokens[4 * start : 4 * end]).tolist())
@@ -223,7 +230,3 @@ def _kind(old: str, new: str, role: str, leads: bool, reordered: bool, shorter: 
     if role == "tools":
         return "tools-reordered" if reordered else "tools"
     return "reminder" if leads else {"system": "system", "assistant": "answer"}.get(role, "edited")
-
-
-def _digest(text: str) -> str:
-    return blake2b(text.encode(), digest_size=6).hexdigest()

@@ -19,8 +19,8 @@ from miniserve.scheduler.prompts import KEPT_BYTES, FirstPages, LastPrompts, Pro
 SLACK = 4
 """Tokens that a prompt may lack at its end and still be the beginning of the next one: templates open an answer in
 another way than they show a given one."""
-NEEDLE = 8
-"""Tokens by which the end of a prompt or an answer is found again behind a change."""
+NEEDLE = 16
+"""Tokens by which the end of a prompt or an answer is found again behind a change: fewer are mostly the template's."""
 MOST_MEMBERS = 16
 """Conversations under one key that a prompt is compared with, the latest ones."""
 GROUP_SECONDS = 10.0
@@ -133,6 +133,10 @@ class Conversation:
     history: History = field(default_factory=History)
     marks: list[PromptMark] = field(default_factory=list, repr=False)
     """Its first prompt and those of its last turns: what the index finds it by."""
+    first: int = 0
+    """Tokens of the earliest of these prompts."""
+    last: int = 0
+    """Tokens of the last one."""
     places: tuple[bytes, ...] = field(default=(), repr=False)
     """Where it stands in `FirstPages`."""
 
@@ -170,7 +174,7 @@ class Conversations:
         # Least recently active first.
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
         self._families: dict[str | int, dict[str | int, Conversation]] = {}
-        """By the client's id: its conversations, side requests left out, the latest last."""
+        """By the client's id: its conversations, side requests left out, the one that had a turn last behind."""
         self._prompts: PromptIndex[Conversation] = PromptIndex(page_tokens)
         self._first: FirstPages[Conversation] = FirstPages()
         self._last = LastPrompts(kept_bytes)
@@ -211,14 +215,18 @@ class Conversations:
             of.edits += relation is Relation.EDITS
         else:
             of = self._begun(key, of, known, len(prompt), chain[0], now, said)
-            near = near or self._alike(tokens, chain, said)
+            near += self._alike(tokens, chain, said) if key else []
             if near and not said.side:
                 shared, other = max(near, key=itemgetter(0))
                 if before := self._last.get(other.key):
                     change = Change(shared, before, tokens, first=True)
+                if other.by == "prefix":  # two sub-agents of the same one
+                    other = self._by_key.get(other.parent or 0, other)
                 if of.parent is None and not key and self._starts(other, shared, of):
                     of.parent, of.group, of.by = other.key, other.group, "prefix"
         self._by_key.move_to_end(of.key)
+        if (family := self._families.get(of.family)) and of.key in family:
+            family[of.key] = family.pop(of.key)
         if relation is not Relation.CONTINUES:
             self._first.remove(of.places, of)
             of.places = self._first.add(chain, of)
@@ -229,6 +237,7 @@ class Conversations:
     def answered(self, conversation: Conversation, tokens: list[int]) -> None:
         """The tokens that were generated behind the last prompt."""
         if prompt := self._last.get(conversation.key):
+            prompt = prompt[: 4 * conversation.last]  # without the answer to another choice of the same request
             self._last.put(conversation.key, prompt + array("i", tokens).tobytes())
 
     def expire(self, now: float) -> list[Conversation]:
@@ -267,28 +276,28 @@ class Conversations:
                 return Match(parent, Relation.CONTINUES if is_last else Relation.EDITS, known, near)
         if parent is None or not parent.active:
             near = self._alike(tokens, chain, said)
-            for seen, other in near:
-                if not other.active and 2 * seen > other.marks[0].length and self._resumed(other, seen, tokens):
-                    goes_on = seen >= other.marks[-1].length - SLACK
+            for seen, other in sorted(near, key=itemgetter(0), reverse=True):
+                if not other.active and 2 * seen > other.first and self._resumed(other, seen, tokens):
+                    goes_on = seen >= other.last - SLACK
                     return Match(other, Relation.CONTINUES if goes_on else Relation.EDITS, seen, near)
         return Match(parent, Relation.NEW, known, near)
 
     def _alike(self, tokens: bytes, chain: list[bytes], said: Said) -> Near:
-        alike = [other for other in self._first.alike(chain) if other.said.client == said.client and other.marks]
+        alike = [other for other in self._first.alike(chain) if other.said.client == said.client]
         return [(common_run(before, tokens), other) for other in alike if (before := self._last.get(other.key))]
 
     def _resumed(self, of: Conversation, shared: int, tokens: bytes) -> bool:
         """Whether a prompt that shares some tokens with the last one of a conversation shares more than the first one,
         or holds the end of the last one or its answer behind them, and goes on."""
-        before, end = self._last.get(of.key), of.marks[-1].length * 4
-        if shared >= of.marks[0].length + 2 * NEEDLE:
+        before, end = self._last.get(of.key), 4 * of.last
+        if shared >= of.first + NEEDLE:
             return True
         ends = [before[end - 4 * NEEDLE : end]]
         if len(before) > end + 4 * NEEDLE:
             ends.append(before[-4 * NEEDLE - 4 : -4])  # without the token that ended the answer
         start = max(4 * (shared - NEEDLE), 0)
         found = [at for needle in ends if len(needle) == 4 * NEEDLE and (at := tokens.find(needle, start)) >= 0]
-        return bool(found) and min(found) + 8 * NEEDLE < len(tokens)
+        return bool(found) and min(found) + 6 * NEEDLE < len(tokens)
 
     # --- by keys ----------------------------------------------------------------------------------------------------
 
@@ -296,7 +305,9 @@ class Conversations:
         """The same among the conversations of a key."""
         named = self._by_key.get(key)
         _, owners = self._prompts.longest(prompt, chain) or (None, ())
-        members = (*(of for of in owners if of.family == key), *([named] if named else []), *self._members(key))
+        family = (named.family if named else "") or key
+        begun_alike = (of for of in (*owners, *self._first.alike(chain)) if of.family == family)
+        members = (*begun_alike, *([named] if named else []), *self._members(family))
         best = Match(None, Relation.NEW, 0, [])
         for of in (of for of in members if of.root == chain[0]):
             relation, known = self._relation(of, prompt, tokens, chain, said)
@@ -310,9 +321,7 @@ class Conversations:
         self, of: Conversation, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
     ) -> tuple[Relation, int]:
         """What a prompt with its key is to a conversation, and how many tokens that has seen of it."""
-        if not of.marks:
-            return (Relation.EDITS if said.sure else Relation.NEW), 0
-        first, last = of.marks[0].length, of.marks[-1].length
+        first, last = of.first, of.last
         before = self._last.get(of.key)
         shared = common_run(before, tokens) if before else self._seen(of, prompt, chain)
         if said.side != of.said.side:
@@ -323,8 +332,10 @@ class Conversations:
             return Relation.NEW, shared
         if shared >= last - min(SLACK, last // 8) and len(prompt) > last:
             return Relation.CONTINUES, of.tokens
-        lost_history = said.session and not said.side and of.said.tools == said.tools and shared >= first // 2
-        edits = shared >= first or lost_history or said.sure or self._resumed(of, shared, tokens)
+        half = 2 * shared >= first
+        lost_history = half and said.session and not said.side and of.said.tools == said.tools
+        resumed = (half or said.session) and bool(before) and self._resumed(of, shared, tokens)
+        edits = shared >= first or lost_history or said.sure or resumed
         return (Relation.EDITS if edits else Relation.NEW), shared
 
     def _seen(self, of: Conversation, prompt: array[int], chain: list[bytes]) -> int:
@@ -337,10 +348,12 @@ class Conversations:
     ) -> Conversation:
         """A new conversation, a fork of `near` if that has seen `known` tokens of its prompt, of `length`."""
         self._made += 1
-        own = (f"{key}~{self._made}" if key in self._by_key or said.side else key) if key else self._made
+        own = key or self._made
+        while own in self._by_key or (said.side and own == key):
+            own, self._made = f"{key}~{self._made}", self._made + 1
         family = near.family if key and near is not None and near.family else key
         made = Conversation(own, said, own, family=family, root=root, began=now, last_end=now)
-        if near is not None and near.marks and near.marks[0].length <= known and near.marks[0].length < length:
+        if near is not None and near.first <= known and near.first < length:
             made.home = near.home
             made.turns = 1  # Its first turn was the parent's.
         if parent := said.parent or (family if family != own else ""):
@@ -357,7 +370,7 @@ class Conversations:
         that, and while that waits for something."""
         alike = parent.said.tools and made.said.tools
         waits = not parent.active and parent.turns and made.began - parent.last_end < GROUP_SECONDS
-        return bool(alike and waits and 2 * shared >= parent.marks[0].length)
+        return bool(alike and waits and 2 * shared >= parent.first)
 
     def _mark(self, conversation: Conversation, tokens: array[int], chain: list[bytes]) -> None:
         """Make this the conversation's last prompt, and forget earlier ones that it does not begin with."""
@@ -368,4 +381,5 @@ class Conversations:
                 self._prompts.remove(mark, conversation)
         newest = self._prompts.mark(tokens, chain)
         conversation.marks = [*kept, newest]
+        conversation.first, conversation.last = conversation.marks[0].length, newest.length
         self._prompts.add(newest, conversation)

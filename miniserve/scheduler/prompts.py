@@ -14,7 +14,7 @@ ALIKE = 64
 ALIKE_AT_FIRST = 6
 """How many owners of the same first pages are kept, the latest ones."""
 KEPT_BYTES = 2**28
-"""Of last prompts: those of the latest 3,000 conversations, if they are 20,000 tokens long."""
+"""Of last prompts: those of the latest 3,300 conversations, if they are 20,000 tokens long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 
 from miniserve.cli import main as cli
 from miniserve.monitor.doctor import KINDS
+from miniserve.scheduler.scheduler import MOST_CLIENTS
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import dialects
 from tests.support.agents import AgentApi, AgentEngine, chat, tools
@@ -126,7 +127,11 @@ async def test_what_is_shown(agents_tokenizer) -> None:
     prompt = shown.engine.turns[-1].tokens
     assert agents_tokenizer.decode(prompt[: seen[1]["token"]], False).endswith("It is 2026-11-")
     assert seen[1]["lost"] == len(prompt) - seen[1]["token"] - 2
-    assert seen[0] | {"before": seen[1]["before"], "after": seen[1]["after"]} == seen[1]
+    texts = ("before", "after", "before_hash", "after_hash")
+    assert [seen[0][key] for key in seen[0] if key not in texts] == [
+        seen[1][key] for key in seen[1] if key not in texts
+    ]
+    assert seen[0]["before_hash"] != seen[1]["before_hash"], "by a secret of each server: nobody can guess the text"
 
 
 async def test_the_report_and_the_metrics(agents_tokenizer) -> None:
@@ -177,3 +182,15 @@ async def test_a_prompt_that_was_found_all_the_same_is_no_miss(agents_tokenizer)
         api.engine.found = 10_000 if number == 2 else 0
         await api.send("/v1/chat/completions", prompt, {"X-Session-ID": f"s{number}"})
     assert len(await api.misses()) == 1
+
+
+async def test_any_number_of_programs_is_counted(agents_tokenizer) -> None:
+    api = AgentApi(agents_tokenizer)
+    for number in range(3 * MOST_CLIENTS):
+        api.http.headers["User-Agent"] = "a" * (number // 26 + 1) + chr(97 + number % 26)
+        await api.send(
+            "/v1/chat/completions", body(f"It is 14:{number % 60:02}:00."), {"X-Session-ID": f"s{number // 2}"}
+        )
+    report = (await api.http.get("/v1/doctor")).json()["data"]
+    assert len(report) == MOST_CLIENTS + 1
+    assert next(one for one in report if one["client"] == "other clients")["causes"]

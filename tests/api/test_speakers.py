@@ -120,6 +120,16 @@ async def test_a_resumed_session_that_has_lost_a_reminder_goes_on_as_edited(api:
     assert shown(await api.conversations(), "turns", "edits") == [(2, 1), (1, 0)]
 
 
+@pytest.mark.parametrize("header", ["X-Session-ID", "x-claude-code-agent-id", "x-claude-code-parent-agent-id"])
+async def test_names_that_are_too_long_are_refused(api: AgentApi, header: str) -> None:
+    headers = {"X-Claude-Code-Session-Id": "S"} if "claude" in header else {}
+    response = await api.http.post(
+        "/v1/chat/completions", json={"messages": chat("Do.", 1)}, headers=headers | {header: "x" * 999}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == header
+
+
 async def test_hints_are_heard_and_logged(api: AgentApi) -> None:
     hints = {"priority": 2, "osl": 77, "speculative_prefill": True}
     response = await api.chat(priority=5, service_tier="flex", nvext={"agent_hints": hints})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from miniserve.scheduler.conversations import GROUP_SECONDS, SLACK
-from miniserve.scheduler.prompts import KEPT_BYTES, LastPrompts, common_run
+from miniserve.scheduler.conversations import GROUP_SECONDS
+from miniserve.scheduler.prompts import ALIKE, KEPT_BYTES, LastPrompts, common_run
 from tests.scheduler.test_conversations import Book, prompt
 
 HEAD = list(range(1000, 1200))
@@ -94,10 +94,11 @@ def test_salts_keep_the_conversations_of_a_key_apart(book):
 
 
 def test_many_side_requests_hide_no_conversation(book):
-    first = book.turn([*HEAD, *words(1), *ASK], "s", tools=True)
+    book.turn([*HEAD, *words(1), *ASK], "s", tools=True)
+    fork = book.turn([*words(50), *HEAD, *words(1), *ASK], "s", tools=True)
     for n in range(40):
         book.turn([*words(n), *HEAD], "s", side=True)
-    assert book.turn([*HEAD, *words(9), *ASK], "s", tools=True) is first
+    assert book.turn([*words(50), *HEAD, *words(9), *ASK], "s", tools=True) is fork
 
 
 def test_a_key_of_thousands(book):
@@ -105,10 +106,10 @@ def test_a_key_of_thousands(book):
     for n in range(2000):
         book.now += 1
         book.turn([n, *words(n % 7), *ASK], "app", session=False)
-    known = {id(c) for c in book.all}
+    known = {c.key: c for c in book.all}
     assert len(known) == 2000
-    for n in range(2000):
-        assert id(book.turn([n, *words(n % 7), *ASK, *words(8), *ASK], "app", session=False)) in known
+    found = [book.turn([n, *words(n % 7), *ASK, *words(8), *ASK], "app", session=False) for n in range(2000)]
+    assert [c.key for c in found] == list(known), "each is its own one, in the order in which they came"
     book.all.expire(1e9)
     assert len(book.all) == 0
 
@@ -154,7 +155,7 @@ def test_another_task_in_the_same_folder_is_another_conversation(book):
 
 def test_a_template_that_opens_answers_in_its_own_way_continues(book):
     """The prompt ends in <think>, the next one does not hold that: two tokens, and no edit."""
-    first = book.turn([*HEAD, *words(1), *ASK, 77, 78][: -SLACK + 4], "a")
+    first = book.turn([*HEAD, *words(1), *ASK, 77, 78], "a")
     assert book.turn([*HEAD, *words(1), *ASK, *words(2), *ASK], "a") is first
     assert first.edits == 0
     unkeyed = book.turn([*words(30), *HEAD, *words(1), *ASK, 77, 78])
@@ -199,3 +200,80 @@ def test_last_prompts_are_bounded():
 def test_common_run():
     one, other = (b"".join(n.to_bytes(4, "little") for n in tokens) for tokens in ([1, 2, 300, 4], [1, 2, 301]))
     assert [common_run(*pair) for pair in ((one, other), (one, one), (one, b""), (one[:8], one))] == [2, 4, 0, 2]
+
+
+def test_a_fork_takes_no_name_that_a_client_has_given(book):
+    book.turn(prompt(1), "a")
+    theirs = [book.turn(prompt(n), f"a~{n}") for n in range(2, 9)]
+    fork = book.turn(prompt(50), "a")
+    assert fork not in theirs
+    assert len(book.all) == 9
+    assert [book.turn(prompt(n, 60), f"a~{n}") is one for n, one in enumerate(theirs, 2)] == [True] * 7
+    book.all.expire(1e9)
+    assert (len(book.all), len(book.all._families), len(book.all._prompts)) == (0, 0, 0)
+
+
+def test_many_sessions_that_begin_with_the_same_prompt_go_on(book):
+    """More than the index keeps of one prompt; the key tells them apart."""
+    sessions = [book.turn([*HEAD, *ASK], f"s{n}") for n in range(ALIKE + 40)]
+    assert [book.turn([*HEAD, *ASK, *words(n), *ASK], f"s{n}") for n in range(ALIKE + 40)] == sessions
+    assert {session.edits for session in sessions} == {0}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_one_that_shares_most_goes_on(book, order):
+    """Sessions without keys that have said the same last, with a template that opens answers in its own way."""
+    sessions = []
+    for n in (1, 2):
+        one = book.turn([*HEAD, *words(n), *ASK, 77, 78])
+        book.all.answered(one, [*words(30), 2])
+        sessions.append(one)
+    for n, one in list(enumerate(sessions, 1))[::order]:
+        assert book.turn([*HEAD, *words(n), *ASK, *words(30), *ASK, *words(40 + n), *ASK, 77, 78]) is one
+        assert one.edits == 0
+
+
+def test_two_sessions_that_end_alike_are_two(book):
+    """Both come with a history, as after a restart; a few tokens of the template stand in both."""
+    first = book.turn([*HEAD, *words(1), *ASK, *words(2), *ASK])
+    other = book.turn([*HEAD, *words(3), *ASK, *words(4), *ASK, *words(5), *ASK])
+    assert other is not first
+
+
+def test_a_cache_key_joins_nothing_that_begins_otherwise(book):
+    """Prompts of a batch that differ from their first token on, and end alike."""
+    batch = [book.turn([n, *HEAD, *words(1), *ASK, *words(n), *ASK], "batch", session=False) for n in range(2, 12)]
+    assert len({id(one) for one in batch}) == 10
+
+
+def test_interleaved_conversations_of_one_cache_key_go_on(book):
+    """More than are compared, and with a template that opens answers in its own way: those that had a turn last."""
+    chats = [book.turn([*HEAD, *words(n), *ASK, 77, 78], "app", session=False) for n in range(16)]
+    for turn in range(1, 4):
+        for n, one in enumerate(chats):
+            history = [token for t in range(turn) for token in (*words(100 + 20 * n + t), *ASK)]
+            assert book.turn([*HEAD, *words(n), *ASK, *history, 77, 78], "app", session=False) is one
+
+
+def test_answers_of_choices_stand_behind_the_prompt_each(book):
+    one = book.turn([*HEAD, *ASK], "a")
+    for n in range(4):
+        book.find([*HEAD, *ASK], "a").active = n + 1
+    for n in range(4):
+        book.all.answered(one, words(n))
+    assert book.all._last.size == 4 * len([*HEAD, *ASK, *words(3)])
+
+
+def test_a_fork_is_found_under_its_own_name(book):
+    book.turn(prompt(1), "a")
+    fork = book.turn(prompt(7), "a")
+    assert book.turn(prompt(7, 8), fork.key) is fork
+    again = book.turn(prompt(9), fork.key)
+    assert (again.parent, again.group) == ("a", "a")
+    assert book.turn(prompt(9, 10), fork.key) is again
+
+
+def test_two_sub_agents_without_headers_have_the_same_parent(book):
+    parent = book.turn([*HEAD, *words(1), *ASK], tools=True)
+    children = [book.turn([*HEAD, *words(n), *ASK], tools=True) for n in (5, 6)]
+    assert [child.parent for child in children] == [parent.key] * 2
