@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
-from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
@@ -41,8 +39,29 @@ class State(Enum):
     __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
-_TABLE = tomllib.loads((files("miniserve.worker") / "states.toml").read_text("utf-8"))
-TRANSITIONS = {before: {State(after): why for after, why in _TABLE.get(before.value, {}).items()} for before in State}
+TRANSITIONS: dict[State, dict[State, str]] = {
+    State.COMPILING: {State.WAITING: "grammar compiled", State.FINISHED: "grammar refused, or aborted"},
+    State.WAITING: {
+        State.COMPILING: "has a grammar",
+        State.FETCHING: "pages reserved, history elsewhere",
+        State.RECEIVING: "pages reserved, prefill elsewhere",
+        State.RUNNING: "pages reserved",
+        State.FINISHED: "aborted, or ended by a step under way",
+    },
+    State.FETCHING: {
+        State.RECEIVING: "history here, prefill elsewhere",
+        State.RUNNING: "history here, or given up",
+        State.FINISHED: "aborted",
+    },
+    State.RECEIVING: {State.RUNNING: "committed, or given up", State.FINISHED: "ended by its first token, or aborted"},
+    State.RUNNING: {
+        State.WAITING: "preempted: a page is missing",
+        State.PUBLISHED: "prefilled for another worker",
+        State.FINISHED: "stop, length, grammar failed, or aborted",
+    },
+    State.PUBLISHED: {State.FINISHED: "lease ended"},
+    State.FINISHED: {},
+}
 """What may follow on each state, and why. docs/architecture.md has the diagram."""
 
 
