@@ -58,6 +58,7 @@ ROUTES = [
     ("GET", "/conversations"),
     ("GET", "/conversations/{conversation}"),
     ("GET", "/v1/workers"),
+    ("GET", "/v1/doctor"),
     ("GET", "/metrics"),
 ]
 
