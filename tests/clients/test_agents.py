@@ -40,7 +40,8 @@ class Agent(NamedTuple):
     """`script` has its model's answers: 0 to its task, 6 to what it is asked when it is resumed, 8 to that of a second
     session. @3 in an answer, or in what it leads to, gets answer 3. `task` and `resume` are arguments before a prompt.
 
-    `kinds` are the conversations of the three, and `misses` what the prefix doctor says of their prompts.
+    `kinds` are the conversations of the three, and `misses` what the prefix doctor says of their prompts,
+    `client` how they are called, if not by the name of the command.
     `kept` and `resumed` are the least shares of a turn's tokens that are cached for the next one, in a run and across
     two of them; `shared` is the least cached share of the second session's first prompt.
     """
@@ -55,6 +56,7 @@ class Agent(NamedTuple):
     shared: float = 0.95
     kinds: tuple[str, ...] = ("main", "main", "sub-agent")
     misses: tuple[str, ...] = ()
+    client: str = ""
 
 
 def call(tool: str, **arguments: Any) -> str:
@@ -106,6 +108,7 @@ AGENTS = {
         "-p --allowedTools=Bash,Agent --continue",
         shared=0.7,  # the status of git stands before the prompt
         misses=("git-status",),
+        client="claude-code",
     ),
     "codex": Agent(
         CODEX,
@@ -125,6 +128,7 @@ AGENTS = {
         resumed=0.7,  # the status of git stands in its system prompt
         kinds=("main",) * 4,  # it says nothing of itself, nor of its sub-agent and a request for its memory
         misses=("git-status",),
+        client="qwen-code",
     ),
     "pi": Agent(
         with_tools("bash", call("write", path="more.txt", content="@2"))
@@ -146,6 +150,7 @@ AGENTS = {
         resumed=0.5,
         shared=0.5,
         kinds=("main",) * 5,
+        client="openai/python",
     ),
 }
 
@@ -224,6 +229,7 @@ def test_agent(recorded: tuple[str, list[Request]], tmp_path: Path, name: str) -
     assert tuple(sorted(card["kind"] for card in cards)) == agent.kinds
     mains = [card["id"] for card in cards if card["kind"] == "main"]
     assert all(card["group"] in mains for card in cards)
+    assert {card["client"] for card in cards} == {agent.client or name}
     assert {miss["kind"] for card in cards for miss in card["misses"]} >= set(agent.misses)
     if agent.spawns:
         bodies = [json.dumps(request.body) for request in runs[0]]
