@@ -17,8 +17,9 @@ from miniserve.scheduler.scheduler import Reuse
 
 KINDS: dict[str, dict[str, str]] = tomllib.loads((files("miniserve.monitor") / "doctor.toml").read_text("utf-8"))
 PATTERNS = {kind: re.compile(row["pattern"]) for kind, row in KINDS.items() if "pattern" in row}
-LEAST_TOKENS = 64
-"""A turn that could have found fewer than these is well; a first turn twice as many."""
+LEAST_TOKENS, LEAST_KNOWN = 64, 16
+"""A turn that could have found fewer than these is well, a first turn twice as many; fewer than those where a pattern
+knows the kind."""
 AROUND = 48
 """Tokens on both sides of a change in which its kind is looked for."""
 MOST_CHANGED = 4096
@@ -150,7 +151,7 @@ class Doctor:
         ends = _same_again(before, after, at)
         changed = ends or (at, at)
         lost = min(len(before) // 4 - changed[0], len(after) // 4 - max(changed[1], cached))
-        if lost < LEAST_TOKENS * (1 + change.first) or (change.first and ends is None):
+        if lost < LEAST_KNOWN or (change.first and ends is None):
             return None
         old_end, new_end = (min(end, at + MOST_CHANGED) for end in ends or (at + AROUND, at + AROUND))
         start = max(at - AROUND, 0)
@@ -159,7 +160,9 @@ class Doctor:
         place, leads = _place(self._text(after, max(at - NEAR, 0), at), segments, tools)
         reordered = all(b.find(a[4 * at : 4 * (at + 8)], 4 * at) >= 0 for a, b in ((before, after), (after, before)))
         shorter = not change.first and len(after) < 0.75 * len(before)
-        kind = _kind(old, new, place.role, leads, reordered, shorter)
+        kind = _kind(old, new, place.role, leads, reordered, shorter, ends is not None)
+        if kind not in PATTERNS and lost < LEAST_TOKENS * (1 + change.first):
+            return None
         if change.first and (kind == "tools" or (place.role not in ("tools", "system") and not leads)):
             return None  # a session that begins alike, of other tools or with other words of its user
         miss: Miss = {
@@ -219,13 +222,15 @@ def _same_again(before: bytes, after: bytes, at: int) -> tuple[int, int] | None:
     return None
 
 
-def _kind(old: str, new: str, role: str, leads: bool, reordered: bool, shorter: bool) -> str:
-    """Of a change of `old` to `new` in a message of `role`; `shorter` is whether the prompt has lost much."""
+def _kind(old: str, new: str, role: str, leads: bool, reordered: bool, shorter: bool, same_again: bool) -> str:
+    """Of a change of `old` to `new` in a message of `role`; `shorter` is whether the prompt has lost much, `same_again`
+    whether both texts end alike."""
     if shorter and role not in ("tools", "system"):
         return "compaction"
     whole = role == "tools" and max(len(old), len(new)) > MOST_CHARS
     for kind, pattern in PATTERNS.items():
-        if not whole and set(pattern.findall(old)) != set(pattern.findall(new)):
+        known = same_again or kind == "reasoning"
+        if known and not whole and set(pattern.findall(old)) != set(pattern.findall(new)):
             return kind
     if role == "tools":
         return "tools-reordered" if reordered else "tools"

@@ -25,10 +25,12 @@ def agents_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return dialects.tokenizer(tmp_path_factory.mktemp("doctor"), "hermes")
 
 
-def body(system: str = "", task: str | list[str] = TASK, turns: int = 1, **more: Any) -> dict[str, Any]:
+def body(
+    system: str = "", task: str | list[str] = TASK, turns: int = 1, rules: str = RULES, **more: Any
+) -> dict[str, Any]:
     """`system` stands in the middle of the rules, a task of several texts is a message of several parts."""
     texts = [task] if isinstance(task, str) else task
-    messages = chat(TASK, turns, f"You are an agent.\n{system}\n{RULES}")
+    messages = chat(TASK, turns, f"You are an agent.\n{system}\n{rules}")
     messages[1]["content"] = [{"type": "text", "text": text} for text in texts]
     return {"tools": tools("read", "write", "run"), "messages": messages, **more}
 
@@ -70,6 +72,7 @@ def with_reasoning(reasoning: str | None) -> dict[str, Any]:
 LONG = [*chat(TASK, 9, f"You are an agent.\n{RULES}"), {"role": "user", "content": RULES * 3}]
 SUMMARY = [LONG[0], {"role": "user", "content": f"So far the parser was mended. {RULES[:300]}"}]
 TURNS = [
+    ("timestamp", body(key="s", rules="It is 14:54:09.12"), body(key="s", rules="It is 15:01:44.65", turns=2)),
     ("reasoning", with_reasoning("The user wants it mended. I should read it first."), with_reasoning(None)),
     ("compaction", body(messages=LONG[:2], key="s"), body(messages=LONG, key="s"), body(messages=SUMMARY, key="s")),
     ("tools", body(key="s"), body(tools=tools("read", "search"), key="s", turns=2)),
