@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     before = array("i", [*head[:line], *own(5), *head[line:]]).tobytes()
     after = array("i", [*head[:line], *own(5), *head[line:]]).tobytes()
     change = Change(line, before, after, first=True)
-    timed(times, "examine (on a thread)", 50, lambda: doctor.examine(1, change, 0, segments, tools=True))
+    timed(times, "examine (on a thread)", 50, lambda: doctor.examine(1, change, 0, segments, ["run"]))
     result = {
         kind: {"median_ms": 1e3 * median(seen), "p95_ms": 1e3 * sorted(seen)[int(0.95 * len(seen))], "n": len(seen)}
         for kind, seen in times.items()

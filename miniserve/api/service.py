@@ -192,7 +192,7 @@ class Service:
         """Find out why no more than `cached` tokens of a prompt were found, which differs from the one before."""
         assert turn.change is not None
         found = await asyncio.to_thread(
-            self.doctor.examine, turn.number, turn.change, cached, body.segments, bool(body.tool_names)
+            self.doctor.examine, turn.number, turn.change, cached, body.segments, body.tool_names
         )
         if found is not None:
             counted = client if client in self._client.scheduler.reuse else ""

@@ -142,11 +142,11 @@ class Doctor:
         self._tokens[client, miss["kind"], where] += miss["lost"]
 
     def examine(
-        self, turn: int, change: Change, cached: int, segments: Sequence[Segment], tools: bool
+        self, turn: int, change: Change, cached: int, segments: Sequence[Segment], tools: Sequence[str]
     ) -> tuple[Miss, str] | None:
         """What turn number `turn` lost by a change of its prompt, and in a message of which role; None if nothing that
-        counts. `cached` tokens were found all the same, `segments` are those of its request, and `tools` is whether it
-        offers any. Not for the event loop."""
+        counts. `cached` tokens were found all the same, `segments` and the names of `tools` are those of its request.
+        Not for the event loop."""
         at, before, after, _ = change
         ends = _same_again(before, after, at)
         changed = ends or (at, at)
@@ -157,7 +157,7 @@ class Doctor:
         start = max(at - AROUND, 0)
         old = self._text(before, start, old_end + AROUND)
         new = self._text(after, start, new_end + AROUND)
-        place, leads = _place(self._text(after, max(at - NEAR, 0), at), segments, tools)
+        place, leads = _place(self._text(after, max(at - NEAR, 0), at), new, segments, tools)
         reordered = all(b.find(a[4 * at : 4 * (at + 8)], 4 * at) >= 0 for a, b in ((before, after), (after, before)))
         shorter = not change.first and len(after) < 0.75 * len(before)
         kind = _kind(old, new, place.role, leads, reordered, shorter, ends is not None)
@@ -185,9 +185,9 @@ class Doctor:
         return self._decode(array("i", tokens[4 * start : 4 * end]).tolist())
 
 
-def _place(text: str, segments: Sequence[Segment], tools: bool) -> tuple[Segment, bool]:
-    """The segment in which a prompt goes on behind `text`, which ends it so far, and whether more words of its user
-    follow. Templates show tools beside the system prompt."""
+def _place(text: str, around: str, segments: Sequence[Segment], tools: Sequence[str]) -> tuple[Segment, bool]:
+    """The segment in which a prompt goes on behind `text`, which ends it so far, with more `around` that place; and
+    whether more words of its user follow. Templates show tools beside the system prompt."""
     begun, tail, number, ended = False, text[-TAIL:], -1, -1
     for n, segment in enumerate(segments):
         if tail.strip() and tail in segment.text:
@@ -199,8 +199,9 @@ def _place(text: str, segments: Sequence[Segment], tools: bool) -> tuple[Segment
     rest = [segment for segment in segments[number + 1 :] if segment.text.strip()][:2]
     begins = rest[0].text.strip()[: 2 * TAIL] if rest else ""
     begun = begun or any(text.endswith(begins[:n]) for n in range(4, len(begins) + 1))
-    beside_tools = number < 0 or (segments[number].role == "system" and len(text) - ended > 3 * TAIL)
-    if tools and beside_tools and not begun:
+    shown = any(f'"{name}"' in around for name in tools) or len(text) - ended > 3 * TAIL
+    leading = all(segment.role == "system" for segment in segments[: number + 1])
+    if tools and leading and (number < 0 or shown) and not begun:
         return Segment("tools", "tools", ""), False
     leads = [segment.role for segment in rest] == ["user", "user"]
     return (rest[0] if rest else Segment("messages", "", "")), leads
