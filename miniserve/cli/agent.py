@@ -1,5 +1,5 @@
 """`miniserve agent`: coding agents, started so that they talk to a running server and to no other. agents.toml has what
-each of them wants to be told."""
+each of them wants to know."""
 
 import argparse
 import json

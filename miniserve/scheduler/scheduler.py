@@ -31,7 +31,7 @@ RECENT_ENDS = 64
 
 
 MOST_CLIENTS = 64
-"""Programs whose turns are counted apart; anybody may send any name."""
+"""Programs whose turns are counted apart; a client may send any name."""
 
 
 class QueueFull(RuntimeError):
