@@ -134,7 +134,9 @@ async def test_what_is_shown(agents_tokenizer) -> None:
     assert [seen[0][key] for key in seen[0] if key not in texts] == [
         seen[1][key] for key in seen[1] if key not in texts
     ]
-    assert seen[0]["before_hash"] != seen[1]["before_hash"], "by a secret of each server, so that no reader can guess the text"
+    assert seen[0]["before_hash"] != seen[1]["before_hash"], (
+        "by a secret of each server, so that no reader can guess the text"
+    )
 
 
 async def test_the_report_and_the_metrics(agents_tokenizer) -> None:
