@@ -26,9 +26,8 @@ MOST_CHANGED = 4096
 MOST_CHARS = 600
 """Of a change inside of one tool's description."""
 NEEDLE = 16
-NEAR = 512
-"""Tokens before a change by which its place is found, and characters by which texts are told apart."""
-TAIL = 40
+NEAR, TAIL = 512, 40
+"""Tokens before a change by which its place is found, and characters by which texts are recognised there."""
 MOST_CONVERSATIONS = 1000
 MOST_MISSES = 16
 """Of each conversation, the latest ones."""
