@@ -5,12 +5,14 @@ import json
 import ssl
 import time
 import urllib.parse
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+import msgspec
 
 from miniserve.config import ConfigError
 
+T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 
 
@@ -81,6 +83,16 @@ class ApiClient:
         except httpx.HTTPError as error:
             raise ConfigError(f"The answer of {self.url} broke off: is the server still running?") from error
         return body
+
+    def read(self, path: str, kind: type[T]) -> T:
+        """What a GET gives, as a `kind`. Raises `ConfigError`."""
+        try:
+            return msgspec.json.decode(self.get(path), type=kind)
+        except msgspec.DecodeError as error:
+            raise ConfigError(
+                f"{self.url} is no miniserve of this version: what GET {path.removeprefix('/..')} gives is something "
+                f"else ({error})."
+            ) from error
 
     def slow(self) -> ConfigError:
         """What to raise when the server has used up the patience."""

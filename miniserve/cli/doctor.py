@@ -1,12 +1,7 @@
 """`miniserve doctor`: what agents make a running server compute again, in sentences, from GET /v1/doctor."""
 
-from typing import Any
-
-import msgspec
-
 from miniserve.cli.client import ApiClient
 from miniserve.cli.screen import clean
-from miniserve.config import ConfigError
 from miniserve.monitor.doctor import ClientReport, DoctorReport
 
 PATIENCE_SECONDS = 10.0
@@ -15,11 +10,7 @@ MOST_CAUSES = 5
 
 def doctor(url: str, api_key: str | None) -> int:
     """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
-    client = ApiClient(url, api_key, PATIENCE_SECONDS)
-    try:
-        report: Any = msgspec.json.decode(client.get("/doctor"), type=DoctorReport)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{url} is no miniserve of this version: its report is something else ({error}).") from error
+    report = ApiClient(url, api_key, PATIENCE_SECONDS).read("/doctor", DoctorReport)
     print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
     return 0
 

@@ -5,9 +5,7 @@ import io
 import signal
 import sys
 import time
-from typing import TypeVar
 
-import msgspec
 from rich.console import Console
 from rich.live import Live
 
@@ -22,8 +20,6 @@ PATIENCE_SECONDS = 5.0
 ROWS = 20
 """Conversations that are asked for where the output is no terminal."""
 MOST_ROWS = 200
-
-T = TypeVar("T")
 
 
 def top(url: str, api_key: str | None, interval: float, once: bool) -> int:
@@ -62,15 +58,5 @@ def _watch(client: ApiClient, interval: float, live: Live) -> None:
 
 def _ask(client: ApiClient, rows: int) -> Snapshot:
     """A snapshot with the `rows` latest conversations."""
-    workers = _get(client, "/workers", WorkerList)
-    return Snapshot(workers, _get(client, f"/../conversations?limit={rows}", ConversationList))  # beside /v1, not in it
-
-
-def _get(client: ApiClient, path: str, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(client.get(path), type=kind)
-    except msgspec.DecodeError as error:
-        raise ConfigError(
-            f"{client.url} is no miniserve of this version: what GET {path.removeprefix('/..')} gives is something "
-            f"else ({error})."
-        ) from error
+    workers = client.read("/workers", WorkerList)
+    return Snapshot(workers, client.read(f"/../conversations?limit={rows}", ConversationList))  # beside /v1, not in it
