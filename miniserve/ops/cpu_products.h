@@ -10,7 +10,7 @@
 //
 //   block of KEYS columns:  | codes: LANES columns x 32 | ... | KEYS scales | KEYS minimums |  next group ...
 //
-// A word of codes belongs to one column: 8 numbers of 4 bits, the even ones in its lower half and the odd ones in its
+// A word of codes belongs to one column: 8 numbers of 4 bits (code + 8 where there are no minimums), the even ones in its lower half and the odd ones in its
 // upper half, so that both numbers of a bf16 word are found with one shift; or 4 numbers of 8 bits in their order.
 
 #pragma once
@@ -101,7 +101,7 @@ void pack(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {
 // The codes [columns, size] of a quantized weight, with scales and perhaps minimums [columns, size / GROUP].
 void pack(const int8_t* codes, const uint16_t* scales, const uint16_t* minimums, int64_t columns, int64_t size,
                 int bits, uint32_t* packed) {
-    const int numbers = 32 / bits;  // in a word
+    const int numbers = 32 / bits, least = bits == 4 && !minimums ? -8 : 0;  // in a word; the code stored as 0
     const int64_t groups = size / GROUP;
 #pragma omp for
     for (int64_t first = 0; first < columns; first += KEYS) {
@@ -112,8 +112,8 @@ void pack(const int8_t* codes, const uint16_t* scales, const uint16_t* minimums,
                 for (int w = 0; w < bits; w++) {
                     uint32_t word = 0;
                     for (int i = 0; i < numbers; i++) {
-                        const uint32_t code = static_cast<uint8_t>(from[w * numbers + i]);
-                        word |= bits == 4 ? (code & 15) << (i % 2 * 16 + i / 2 * 4) : code << i * 8;
+                        const uint32_t code = static_cast<uint8_t>(from[w * numbers + i] - least);
+                        word |= code << (bits == 4 ? i % 2 * 16 + i / 2 * 4 : i * 8);
                     }
                     out[(c / LANES * bits + w) * LANES + c % LANES] = word;
                 }
