@@ -282,7 +282,7 @@ void product_of_codes(const T* x, int rows, int64_t size, const Matrix<T>& weigh
     if (weight.minimums)
         for (int64_t g = 0; g < rows * groups; g++)
             totals[g] = sum_of(x + g * GROUP);
-#pragma omp for
+#pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < finish.columns; first += KEYS) {
         const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
         std::fill(sums, sums + rows * KEYS, 0.0f);
@@ -316,7 +316,7 @@ void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>
     uint32_t* panels = room(scratch, UNPACKED * step * KEYS + slice * KEYS);
     float* sums = reinterpret_cast<float*>(panels + UNPACKED * step * KEYS);  // [slice, KEYS]
     const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
-#pragma omp for collapse(2)
+#pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < finish.columns; first += KEYS)
         for (int64_t top = 0; top < rows; top += UNPACKED_SLICE) {
             const int64_t end = std::min(top + UNPACKED_SLICE, rows);
@@ -333,7 +333,8 @@ void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>
         }
 }
 
-// out = x * weight^T + bias + residual, either of which may be null. Of a weight that is not quantized, and of any in fp32,
+// out = x * weight^T + bias + residual, either of which may be null. Threads take blocks as they get done: a core that a
+// neighbour of this machine slows down takes fewer. Of a weight that is not quantized, and of any in fp32,
 // each row's sums are added up in the same order whatever other rows there are.
 template <typename T, typename Out>
 void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, int64_t columns, const T* residual,
@@ -345,7 +346,7 @@ void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, in
         return product_of_unpacked(x, rows, size, weight, finish, scratch);
     }
     const int words = size * sizeof(T) / 4, panel = words * PANEL;
-#pragma omp for collapse(2)
+#pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < columns; first += KEYS)
         for (int64_t top = 0; top < rows; top += SLICE)
             for (int64_t r = top; r < std::min(top + SLICE, rows); r += TALL) {
@@ -353,13 +354,12 @@ void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, in
                 const int count = std::min<int64_t>(TALL, rows - r);
                 const uint32_t *a = reinterpret_cast<const uint32_t*>(x + r * size), *panels = weight.packed + first * words;
                 multiply_block<T>(count, a, words, panels, words, block, false, [&](int w) {
-                    // Tiles are loaded from panels side by side, which no hardware foresees: the next ones are
-                    // prefetched, at the end of a panel those of the next block.
-                    if (r != top) return;
+                    // No hardware foresees from which panel the next tile is loaded.
                     constexpr int AHEAD = 4 * TILE_WORDS;
-                    const uint32_t* next = panels + (w + AHEAD) * PANEL + (w + AHEAD < words ? 0 : 3 * panel);
+                    if (r != top || w + AHEAD >= words) return;
                     for (int j = 0; j < SUMS; j++)
-                        for (int line = 0; line < TILE_ROWS; line++) __builtin_prefetch(next + j * panel + line * PANEL);
+                        for (int line = 0; line < TILE_ROWS; line++)
+                            __builtin_prefetch(panels + j * panel + (w + AHEAD + line) * PANEL);
                 });
                 finish(block, r, count, first);
             }
