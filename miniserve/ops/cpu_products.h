@@ -246,18 +246,25 @@ struct Finish {
     const T *bias, *residual;
     Out* out;
 
+    // Asks for the lines that will be written while the sums are computed.
+    void prepare(int64_t row, int count, int64_t first) const {
+        for (int i = 0; i < count; i++)
+            for (int c = 0; c < KEYS; c += 64 / sizeof(Out))
+                __builtin_prefetch(out + (row + i) * columns + first + c, 1);
+    }
+
     void operator()(const float* sums, int64_t row, int count, int64_t first) const {
         const int width = std::min<int64_t>(KEYS, columns - first);
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++, sums += KEYS) {
             const int64_t at = (row + i) * columns + first;
-            Out line[KEYS];
+            Out last[KEYS], *to = width == KEYS ? out + at : last;
             for (int c = 0; c < width; c += LANES) {
-                Floats sum = load(sums + i * KEYS + c);
+                Floats sum = load(sums + c);
                 if (bias) sum += load(bias + first + c);
                 if (residual) sum += load(residual + at + c);
-                store(line + c, sum);
+                store(to + c, sum);
             }
-            std::memcpy(out + at, line, width * sizeof(Out));
+            if (to == last) std::memcpy(out + at, last, width * sizeof(Out));
         }
     }
 };
@@ -353,6 +360,7 @@ void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, in
                 float block[TALL * KEYS];
                 const int count = std::min<int64_t>(TALL, rows - r);
                 const uint32_t *a = reinterpret_cast<const uint32_t*>(x + r * size), *panels = weight.packed + first * words;
+                finish.prepare(r, count, first);
                 multiply_block<T>(count, a, words, panels, words, block, false, [&](int w) {
                     // No hardware foresees from which panel the next tile is loaded.
                     constexpr int AHEAD = 4 * TILE_WORDS;
