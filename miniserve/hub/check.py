@@ -35,10 +35,15 @@ class ModelError(ConfigError):
 @dataclass
 class Checked:
     """A folder that can be served. `config` is config.json, with `architectures` and `dtype` filled in; `weights` are
-    the files that hold the model's tensors, and `notes` tell where the folder contradicts itself."""
+    the files that hold the model's tensors, and `notes` tell where the folder contradicts itself.
+
+    `method` is what --quantization calls weights that are quantized, and `bits` what a number takes in the layers'
+    matrices and in the head with its share of the scales; None where it is served in the dtype."""
 
     config: dict[str, Any]
     weights: list[Path] = field(default_factory=list)
+    method: str = ""
+    bits: tuple[float | None, float | None] = (None, None)
     notes: list[str] = field(default_factory=list)
 
 
