@@ -15,6 +15,7 @@ from safetensors import safe_open
 from miniserve.config import ConfigError
 from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Read, Safetensors
 from miniserve.model.config import ModelConfig
+from miniserve.model.gguf import GgufTensors
 from miniserve.ops import Ops
 from miniserve.ops.decoder import Layer, Linear, Weights
 from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
@@ -44,8 +45,11 @@ def load_weights(
     if not files:
         return _build(_random(config), set(), config, ops, how, costs, progress)
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-        source = Safetensors(files[0].parent, opened, costs)
+        if files[0].suffix == ".gguf":
+            source: GgufTensors | Safetensors = GgufTensors(files[0], costs)
+        else:
+            opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+            source = Safetensors(files[0].parent, opened, costs)
         weights = _build(source.read, source.names, config, ops, how, costs, progress)
     if extra := sorted(name for name in source.unread if not name.endswith("rotary_emb.inv_freq")):
         log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
