@@ -1,5 +1,5 @@
-// CPU kernels: matrix products (cpu_matrix.h), paged attention (cpu_attention.h), and here RMS norm, rotary embedding,
-// SiLU gate, and the whole model. Compiled at first use by ops/native.py.
+// CPU kernels: products with weights (cpu_products.h), paged attention (cpu_attention.h), and here RMS norm, rotary
+// embedding, SiLU gate, and the whole model. Compiled at first use by ops/native.py.
 //
 // Plain pointers, no libtorch: any version of torch works. Each kernel exists for float and, where the CPU multiplies
 // bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float.
@@ -68,13 +68,6 @@ void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
 
 // --- the model -------------------------------------------------------------------------------------------------------
 
-// A weight as `pack` leaves it, and its bias or null.
-template <typename T>
-struct Matrix {
-    const uint32_t* packed;
-    const T* bias;
-};
-
 // As `Layer` in ops/decoder.py: q, k and v are one matrix, gate and up another; q_norm and k_norm may be null.
 template <typename T>
 struct Layer {
@@ -90,7 +83,7 @@ struct Model {
     int64_t hidden, inner, heads, layers, vocab;
     float eps, scale;
     const T *embedding, *cos, *sin, *norm;
-    const uint32_t* head;
+    Matrix<T> head;
     const Layer<T>* layer;
 };
 
@@ -108,14 +101,14 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
     T *q = qkv, *k = q + q_width, *v = k + kv_width;
 #pragma omp parallel firstprivate(rows)
     {
-        std::vector<uint32_t> scratch;
+        Scratch scratch;
 #pragma omp for
         for (int64_t row = 0; row < rows; row++)
             std::memcpy(x + row * hidden, model.embedding + tokens[row] * hidden, hidden * sizeof(T));
         for (int64_t l = 0; l < model.layers; l++) {
             const Layer<T>& layer = model.layer[l];
             rms_norm(x, hidden, rows, 1, hidden, layer.input_norm, model.eps, h, hidden);
-            product<T, T>(h, rows, hidden, layer.qkv.packed, width, layer.qkv.bias, nullptr, qkv);
+            product<T, T>(h, rows, hidden, layer.qkv, width, nullptr, qkv, scratch);
             if (layer.q_norm) {
                 rms_norm(q, width, rows, model.heads, dim, layer.q_norm, model.eps, q, width);
                 rms_norm(k, width, rows, batch.kv_heads, dim, layer.k_norm, model.eps, k, width);
@@ -132,14 +125,15 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                 }
                 rows = outputs;
             }
-            product<T, T>(attended, rows, q_width, layer.out.packed, hidden, layer.out.bias, x, x);
+            product<T, T>(attended, rows, q_width, layer.out, hidden, x, x, scratch);
             rms_norm(x, hidden, rows, 1, hidden, layer.post_norm, model.eps, h, hidden);
-            product<T, T>(h, rows, hidden, layer.gate_up.packed, 2 * inner, layer.gate_up.bias, nullptr, gate_up);
+            product<T, T>(h, rows, hidden, layer.gate_up, 2 * inner, nullptr, gate_up, scratch);
             silu_mul(gate_up, rows, inner, gated);
-            product<T, T>(gated, rows, inner, layer.down.packed, hidden, layer.down.bias, x, x);
+            product<T, T>(gated, rows, inner, layer.down, hidden, x, x, scratch);
         }
         rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, h, hidden);
-        product<T, float>(h, rows, hidden, model.head, model.vocab, nullptr, nullptr, logits);
+        product<T, float>(h, rows, hidden, model.head, model.vocab, nullptr, logits, scratch);
+        release_tiles();
     }
 }
 
@@ -155,8 +149,9 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                                      int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,  \
                                      T* out) {                                                                      \
         _Pragma("omp parallel") {                                                                                   \
-            std::vector<uint32_t> scratch;                                                                          \
+            Scratch scratch;                                                                          \
             attention(*batch, layer, heads, scale, q, q_stride, k, k_stride, v, v_stride, out, scratch);            \
+            release_tiles();                                                                                        \
         }                                                                                                           \
     }                                                                                                               \
     extern "C" void rms_norm_##NAME(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size,        \
@@ -175,18 +170,34 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
     extern "C" void pack_##NAME(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {                 \
         _Pragma("omp parallel") pack(weight, columns, size, packed);                                                \
     }                                                                                                               \
-    extern "C" void product_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns, \
-                                   const T* bias, const T* residual, T* out) {                                      \
-        _Pragma("omp parallel") product<T, T>(x, rows, size, packed, columns, bias, residual, out);                 \
+    extern "C" void product_##NAME(const T* x, int64_t rows, int64_t size, const Matrix<T>* weight,                 \
+                                   int64_t columns, const T* residual, T* out) {                                    \
+        _Pragma("omp parallel") {                                                                                   \
+            Scratch scratch;                                                                                        \
+            product<T, T>(x, rows, size, *weight, columns, residual, out, scratch);                                 \
+            release_tiles();                                                                                        \
+        }                                                                                                           \
     }                                                                                                               \
-    extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns,  \
+    extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const Matrix<T>* weight, int64_t columns, \
                                   float* out) {                                                                     \
-        _Pragma("omp parallel") product<T, float>(x, rows, size, packed, columns, nullptr, nullptr, out);           \
+        _Pragma("omp parallel") {                                                                                   \
+            Scratch scratch;                                                                                        \
+            product<T, float>(x, rows, size, *weight, columns, nullptr, out, scratch);                              \
+            release_tiles();                                                                                        \
+        }                                                                                                           \
     }
 
 EXPORT(float, float32)
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(TILES_EMULATED)
 EXPORT(bf16, bfloat16)
 #endif
+
+extern "C" void pack_codes(const int8_t* codes, const uint16_t* scales, const uint16_t* minimums, int64_t columns,
+                           int64_t size, int bits, uint32_t* packed) {
+#pragma omp parallel
+    pack(codes, scales, minimums, columns, size, bits, packed);
+}
+// Whether products of bf16 are made by tiles.
+extern "C" int tiles() { return TILES && tiles_allowed(); }
 // Numbers in a vector: the sizes of norms, heads and gates must be multiples of it.
 extern "C" int lanes() { return LANES; }

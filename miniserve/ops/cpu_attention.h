@@ -8,7 +8,7 @@
 
 #pragma once
 
-#include "cpu_matrix.h"
+#include "cpu_products.h"
 
 // What all layers of a step share; ops/cpu_structs.py has the same struct. Counts are in elements unless said otherwise.
 struct Batch {
@@ -83,19 +83,18 @@ struct Attention {
     }
 
     // Queries `begin` to `end` of a sequence's new tokens, for the query heads that share key/value head `head`.
-    void attend(int sequence, int head, int begin, int end, std::vector<uint32_t>& scratch) const {
+    void attend(int sequence, int head, int begin, int end, Scratch& scratch) const {
         const int dim = batch.dim, group = heads / batch.kv_heads;
         const int words = dim / PER_WORD, key_words = KEYS / PER_WORD, group_words = LANES / PER_WORD;
         const int rows = (end - begin) * group, width = (dim + COLS - 1) / COLS * COLS;
         const int before = batch.contexts[sequence] - batch.lengths[sequence];
 
-        scratch.resize(rows * words + rows * (width + LANES + 1) + ROWS * KEYS * 2);
-        uint32_t* queries = scratch.data();                                     // [rows, words]
+        uint32_t* queries = room(scratch, rows * (words + width + LANES + 1) + TALL * KEYS * 2);  // [rows, words]
         float* sums = reinterpret_cast<float*>(queries + rows * words);         // [rows, width]: weighted values
-        float* largest = sums + rows * width;                                   // [rows]: largest score so far
-        float* total = largest + rows;                                          // [rows, LANES]: sums of weights so far
-        float* scores = total + rows * LANES;                                   // [ROWS, KEYS]
-        uint32_t* weights = reinterpret_cast<uint32_t*>(scores + ROWS * KEYS);  // [ROWS, key_words]
+        float* total = sums + rows * width;                                     // [rows, LANES]: sums of weights so far
+        float* scores = total + rows * LANES;                                   // [TALL, KEYS]
+        uint32_t* weights = reinterpret_cast<uint32_t*>(scores + TALL * KEYS);  // [TALL, key_words]
+        float* largest = reinterpret_cast<float*>(weights + TALL * key_words);  // [rows]: largest score so far
 
         for (int r = 0; r < rows; r++) {
             int64_t token = batch.starts[sequence] + begin + r / group;
@@ -112,19 +111,15 @@ struct Attention {
         for (int first = 0, now = 0; first < visible; first += KEYS, now ^= 1) {
             if (first + KEYS < visible)
                 find_block(sequence, head, first + KEYS, visible, keys[now ^ 1], values[now ^ 1]);
-            for (int r = 0; r < rows; r += ROWS) {
-                const int count = std::min(ROWS, rows - r);
-                for (int c = 0; c < KEYS; c += COLS)
-                    multiply<T>(count, queries + r * words, words, Keys{keys[now] + c / LANES}, 1, words, scores + c,
-                                KEYS, false);
+            for (int r = 0; r < rows; r += TALL) {
+                const int count = std::min(TALL, rows - r);
+                multiply_keys(count, queries + r * words, words, keys[now], scores);
                 for (int i = 0; i < count; i++) {
                     const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see
                     soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES,
                            sums + (r + i) * width, width, reinterpret_cast<T*>(weights + i * key_words));
                 }
-                for (int d = 0; d < width; d += COLS)
-                    multiply<T>(count, weights, key_words, Values{values[now], d, dim}, GROUPS, group_words,
-                                sums + r * width + d, width, true);
+                multiply_values(count, weights, key_words, group_words, values[now], sums + r * width, width);
             }
         }
 
@@ -133,6 +128,27 @@ struct Attention {
             T* to = out + (token * heads + head * group + r % group) * dim;
             const float whole = sum_lanes(load(total + r * LANES));
             for (int d = 0; d < dim; d += LANES) store(to + d, load(sums + r * width + d) / whole);
+        }
+    }
+
+    // scores [rows, KEYS] of queries [rows, words].
+    void multiply_keys(int rows, const uint32_t* queries, int words, const uint32_t* const* keys, float* scores) const {
+        if (std::is_same<T, bf16>::value && tiles_allowed())
+            return multiply_tiles<false>(rows, queries, words, Keys{keys}, 1, words, scores, KEYS, false, [](int, int) {});
+        for (int c = 0; c < KEYS; c += COLS)
+            multiply_all<T>(rows, queries, words, Keys{keys + c / LANES}, 1, words, scores + c, KEYS, false);
+    }
+
+    // sums [rows, width] += weights [rows, KEYS] * values: each group is a part.
+    void multiply_values(int rows, const uint32_t* weights, int key_words, int group_words,
+                         const uint32_t* const* values, float* sums, int width) const {
+        for (int d = 0; d < width; d += COLS) {
+            const Values right{values, d, batch.dim};
+            if (std::is_same<T, bf16>::value && tiles_allowed())
+                multiply_tiles<true>(rows, weights, key_words, right, GROUPS, group_words, sums + d, width, true,
+                                     [](int, int) {});
+            else
+                multiply_all<T>(rows, weights, key_words, right, GROUPS, group_words, sums + d, width, true);
         }
     }
 
@@ -164,7 +180,7 @@ struct Attention {
 // thread has a `scratch` of its own.
 template <typename T>
 void attention(const Batch& batch, int layer, int heads, float scale, const T* q, int64_t q_stride, const T* k,
-               int64_t k_stride, const T* v, int64_t v_stride, T* out, std::vector<uint32_t>& scratch) {
+               int64_t k_stride, const T* v, int64_t v_stride, T* out, Scratch& scratch) {
     Attention<T> it{batch, layer, heads, scale, q, q_stride, out};
     it.store_new(k, k_stride, v, v_stride);
 

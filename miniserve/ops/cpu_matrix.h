@@ -1,10 +1,12 @@
-// Matrix products over packed weights, and the kernel of all matrix products, those of attention too.
+// The kernels of all matrix products, those of attention too: one of vectors, one of tiles.
 
 #pragma once
 
-#include "cpu_vectors.h"
+#include "cpu_tiles.h"
 
 namespace {
+
+constexpr int PANEL = TILES ? LANES : COLS;  // columns of a weight that lie together
 
 // Matrices are seen as 32-bit words: a float, or two bf16 that are neighbours along the inner dimension (a dot product
 // instruction takes both at once). A right-hand matrix is read in vectors, LANES columns of one word of the inner
@@ -16,17 +18,21 @@ Floats multiply_add(Floats sum, uint32_t a, Words b, float) {
     std::memcpy(&x, &a, sizeof x);
     return sum + x * (Floats)b;
 }
-#ifdef __AVX512BF16__
 Floats multiply_add(Floats sum, uint32_t a, Words b, bf16) {
+#ifdef __AVX512BF16__
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-}
+#else
+    sum = multiply_add(sum, a << 16, b << 16, 0.0f);
+    return multiply_add(sum, a >> 16 << 16, b >> 16 << 16, 0.0f);
 #endif
+}
 
-// A weight as `pack` leaves it: for each word COLS columns.
+// KEYS columns of a weight, in panels: for each word PANEL columns.
 struct Packed {
     const uint32_t* words;
-    static constexpr int stride = COLS;
-    const uint32_t* begin(int, int j) const { return words + j * LANES; }
+    int panel_words;  // from one panel to the next
+    static constexpr int stride = PANEL;
+    const uint32_t* begin(int, int j) const { return words + j * LANES / PANEL * panel_words + j * LANES % PANEL; }
 };
 
 // The keys of COLS tokens, from group to group, as the right-hand matrix of their dot products.
@@ -93,96 +99,43 @@ void multiply(int rows, const uint32_t* a, int a_stride, Right b, int parts, int
     }
 }
 
-// --- packing weights -------------------------------------------------------------------------------------------------
-
-// One step of a transpose: in each pair of rows S apart, swap what lies off the diagonal of the 2S x 2S squares they
-// run through. S = 1 turns rows (a b), (c d) into (a c), (b d); with S = 1, 2, 4, ... all of the matrix is transposed.
-template <int S>
-void swap_squares(Words* m) {
-    Words low, high;
-    for (int i = 0; i < LANES; i++) {
-        low[i] = i & S ? LANES + (i ^ S) : i;
-        high[i] = i & S ? LANES + i : i ^ S;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-        if (i & S) continue;
-        Words a = m[i], b = m[i + S];
-        m[i] = __builtin_shuffle(a, b, low);
-        m[i + S] = __builtin_shuffle(a, b, high);
-    }
+// As `multiply`, for any number of rows.
+template <typename T, typename Right>
+void multiply_all(int rows, const uint32_t* a, int a_stride, Right b, int parts, int words, float* c, int c_stride,
+                  bool add) {
+    for (int r = 0; r < rows; r += ROWS)
+        multiply<T>(std::min(ROWS, rows - r), a + r * a_stride, a_stride, b, parts, words, c + r * c_stride, c_stride,
+                    add);
 }
 
-void transpose(Words* m) {
-    swap_squares<1>(m);
-    swap_squares<2>(m);
-    swap_squares<4>(m);
-    if constexpr (LANES == 16) swap_squares<LANES / 2>(m);
+// --- the same with tiles ---------------------------------------------------------------------------------------------
+
+template <typename F>
+void each_sum(F apply) {
+    apply(Tile<SUM0>{}, 0), apply(Tile<SUM1>{}, 1), apply(Tile<SUM2>{}, 2), apply(Tile<SUM3>{}, 3);
 }
 
-// KEYS rows of a weight, `words` words each: packed[row / COLS][word][row % COLS].
-template <typename T>
-void pack_rows(const T* const* rows, int words, uint32_t* packed) {
-    for (int first = 0; first < KEYS; first += LANES) {
-        uint32_t* out = packed + first / COLS * words * COLS + first % COLS;
-        for (int w = 0; w < words; w += LANES) {
-            int count = std::min(LANES, words - w);
-            Words square[LANES];
-            for (int i = 0; i < LANES; i++) {
-                const uint32_t* row = reinterpret_cast<const uint32_t*>(rows[first + i]) + w;
-                if (count == LANES)
-                    square[i] = load_as<Words>(row);
-                else
-                    std::memcpy(&square[i], row, count * 4);
-            }
-            transpose(square);
-            for (int i = 0; i < count; i++) std::memcpy(out + (w + i) * COLS, &square[i], sizeof(Words));
+// c[rows x KEYS] = or += a[rows x parts * words] * b[parts * words x KEYS], for up to TILE_ROWS rows. HALF: a part has half
+// as many words as a tile, else some whole tiles of them. `soon(s, w)` is called before each step, to prefetch.
+template <bool HALF, typename Right, typename Soon>
+void multiply_tiles(int rows, const uint32_t* a, int a_stride, Right b, int parts, int words, float* c, int c_stride,
+                    bool add, Soon soon) {
+    constexpr int STEP = HALF ? TILE_WORDS / 2 : TILE_WORDS;
+    using Left = Tile<HALF ? LEFT_HALF : LEFT>;
+    shape_tiles(rows);
+    each_sum([&](auto sum, int j) {
+        add ? sum.load(c + j * LANES, c_stride * sizeof(float)) : sum.zero();
+    });
+    for (int s = 0; s < parts; s++)
+        for (int w = 0; w < words; w += STEP) {
+            soon(s, w);
+            Left::load(a + s * words + w, a_stride * sizeof *a);
+            each_sum([&](auto sum, int j) {
+                Tile<HALF ? RIGHT_HALF : RIGHT>::load(b.begin(s, j) + w * b.stride, b.stride * sizeof *a);
+                sum.template add_product<HALF ? LEFT_HALF : LEFT, HALF ? RIGHT_HALF : RIGHT>();
+            });
         }
-    }
-}
-
-// --- matrix products -------------------------------------------------------------------------------------------------
-
-// A weight [columns, size] in blocks of KEYS columns of the product, each read from front to end.
-template <typename T>
-void pack(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {
-    const int words = size * sizeof(T) / 4;
-#pragma omp for
-    for (int64_t first = 0; first < columns; first += KEYS) {
-        const T* rows[KEYS];
-        for (int i = 0; i < KEYS; i++) rows[i] = weight + std::min(first + i, columns - 1) * size;
-        pack_rows(rows, words, packed + first * words);
-    }
-}
-
-// out = x * weight^T + bias + residual, either of which may be null. Each row's sums are added up in the same order
-// whatever other rows there are.
-template <typename T, typename Out>
-void product(const T* x, int64_t rows, int64_t size, const uint32_t* packed, int64_t columns, const T* bias,
-             const T* residual, Out* out) {
-    const int words = size * sizeof(T) / 4;
-#pragma omp for collapse(2)
-    for (int64_t first = 0; first < columns; first += KEYS)
-        for (int64_t panel = 0; panel < rows; panel += PANEL)
-            for (int64_t r = panel; r < std::min(panel + PANEL, rows); r += ROWS) {
-                float block[ROWS * KEYS];
-                Out line[KEYS];
-                const int count = std::min<int64_t>(ROWS, rows - r), width = std::min<int64_t>(KEYS, columns - first);
-                const uint32_t* from = reinterpret_cast<const uint32_t*>(x + r * size);
-                for (int c = 0; c < KEYS; c += COLS)
-                    multiply<T>(count, from, words, Packed{packed + (first + c) * words}, 1, words, block + c, KEYS,
-                                false);
-                for (int i = 0; i < count; i++) {
-                    const int64_t at = (r + i) * columns + first;
-                    for (int c = 0; c < width; c += LANES) {
-                        Floats sum = load(block + i * KEYS + c);
-                        if (bias) sum += load(bias + first + c);
-                        if (residual) sum += load(residual + at + c);
-                        store(line + c, sum);
-                    }
-                    std::memcpy(out + at, line, width * sizeof(Out));
-                }
-            }
+    each_sum([&](auto sum, int j) { sum.store(c + j * LANES, c_stride * sizeof(float)); });
 }
 
 }  // namespace

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from miniserve.ops.batch import Batch
-from miniserve.ops.cpu_packed import Arena, FusedForward, PackedHead, PackedLinear
-from miniserve.ops.cpu_structs import ARGUMENTS, ROWS, NativeBatch, NativePlan, Rotary
+from miniserve.ops.cpu_packed import Arena, FusedForward, PackedHead, PackedMatrix, address
+from miniserve.ops.cpu_structs import ARGUMENTS, PACK_CODES, ROWS, NativeBatch, NativeMatrix, NativePlan, Rotary
 from miniserve.ops.decoder import Weights
 from miniserve.ops.native import NoKernels, load
+from miniserve.ops.quantized import Quantized
 from miniserve.ops.torch_ops import filter_sorted, rotary_tables
 
 
@@ -52,13 +53,23 @@ class CpuOps:
         self._rope, self._silu_mul = kernel("rope"), kernel("silu_mul")
         self._pack, self._product, self._logits = kernel("pack"), kernel("product"), kernel("logits")
         self._forward = kernel("forward")
+        self._pack_codes = library.pack_codes
+        self._pack_codes.argtypes, self._pack_codes.restype = PACK_CODES, None
         self._arena = Arena()
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
-        return PackedLinear(self._product, self._arena.pack(self._pack, weight), weight.shape[0], bias)
+    def linear(self, weight: torch.Tensor | Quantized, bias: torch.Tensor | None = None) -> PackedMatrix:
+        native = NativeMatrix(bias=address(bias))
+        if isinstance(weight, Quantized):
+            packed = self._arena.pack_codes(self._pack_codes, weight)
+            native.bits, native.minimums = weight.bits, weight.minimums is not None
+        else:
+            packed = self._arena.pack(self._pack, weight)
+            native.bits = 8 * weight.itemsize
+        native.packed = packed.data_ptr()
+        return PackedMatrix((self._product, self._logits), weight.shape[0], native, packed, bias)
 
-    def head(self, weight: torch.Tensor) -> PackedHead:
-        return PackedHead(self._logits, self._arena.pack(self._pack, weight), weight.shape[0])
+    def head(self, weight: torch.Tensor | Quantized) -> PackedHead:
+        return PackedHead(self.linear(weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)

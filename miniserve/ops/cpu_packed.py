@@ -10,6 +10,7 @@ import torch
 
 from miniserve.ops.cpu_structs import BLOCK, MATRICES, NORMS, NativeLayer, NativeMatrix, NativeModel, NativePlan, Rotary
 from miniserve.ops.decoder import Weights
+from miniserve.ops.quantized import GROUP, Quantized
 
 ARENA_BYTES = 64 * 2**20
 
@@ -24,19 +25,27 @@ class Arena:
     def pack(self, function: Any, weight: torch.Tensor) -> torch.Tensor:
         """`weight` `[columns, size]` in blocks of `BLOCK` columns, by the kernel `function`."""
         columns, size = weight.shape
-        packed = self._take((-(-columns // BLOCK) * BLOCK, size), weight.dtype)
+        packed = self._take(-(-columns // BLOCK) * BLOCK * size * weight.itemsize)
         function(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
         return packed
 
-    def _take(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        size = shape[0] * shape[1] * dtype.itemsize
+    def pack_codes(self, function: Any, weight: Quantized) -> torch.Tensor:
+        """The same for a quantized weight."""
+        columns, size = weight.shape
+        blocks, halves = -(-columns // BLOCK), 2 if weight.minimums is None else 4
+        packed = self._take(blocks * BLOCK * size * weight.bits // 8 + blocks * BLOCK * (size // GROUP) * halves)
+        parts = weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.minimums)
+        function(*parts, columns, size, weight.bits, packed.data_ptr())
+        return packed
+
+    def _take(self, size: int) -> torch.Tensor:
         if size > len(self._rest):
             memory = mmap.mmap(-1, max(size, ARENA_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # this system has none: only slower
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self._rest = torch.frombuffer(memory, dtype=torch.uint8)
         taken, self._rest = self._rest[:size], self._rest[-(-size // 64) * 64 :]
-        return taken.view(dtype).view(shape)
+        return taken
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -45,38 +54,37 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 @dataclass(frozen=True)
-class PackedLinear:
-    """A `Linear` by the kernel `product`."""
+class PackedMatrix:
+    """A weight in the order of the kernels. `kernels` are `product` and `logits`; `packed` and `bias` are what `native`
+    points into."""
 
-    product: Any
-    packed: torch.Tensor
+    kernels: tuple[Any, Any]
     columns: int
+    native: NativeMatrix
+    packed: torch.Tensor
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         out = torch.empty((x.shape[0], self.columns), dtype=x.dtype)
-        weight = self.packed.data_ptr(), self.columns, address(self.bias)
-        self.product(x.data_ptr(), *x.shape, *weight, address(residual), out.data_ptr())
+        weight = ctypes.byref(self.native), self.columns
+        self.kernels[0](x.data_ptr(), *x.shape, *weight, address(residual), out.data_ptr())
         return out
 
-    @property
-    def native(self) -> NativeMatrix:
-        return NativeMatrix(self.packed.data_ptr(), address(self.bias))
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with sums that stay in float32: a bf16 logit of 20 has steps of 0.125, and many ties."""
+        out = torch.empty((x.shape[0], self.columns), dtype=torch.float32)
+        self.kernels[1](x.data_ptr(), *x.shape, ctypes.byref(self.native), self.columns, out.data_ptr())
+        return out
 
 
 @dataclass(frozen=True)
 class PackedHead:
-    """The last matrix, by the kernel `logits`: sums stay in float32. A bf16 logit of 20 has steps of 0.125, and many
-    ties."""
+    """The last matrix."""
 
-    logits: Any
-    packed: torch.Tensor
-    vocab: int
+    matrix: PackedMatrix
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((x.shape[0], self.vocab), dtype=torch.float32)
-        self.logits(x.data_ptr(), *x.shape, self.packed.data_ptr(), self.vocab, out.data_ptr())
-        return out
+        return self.matrix.logits(x)
 
 
 class FusedForward:
@@ -85,9 +93,9 @@ class FusedForward:
     def __init__(self, forward: Any, weights: Weights, rotary: Rotary, heads: int, eps: float, scale: float) -> None:
         head, gate_up = weights.head, weights.layers[0].gate_up
         assert isinstance(head, PackedHead)
-        assert isinstance(gate_up, PackedLinear)
+        assert isinstance(gate_up, PackedMatrix)
         self._forward = forward
-        self._vocab = head.vocab
+        self._vocab = head.matrix.columns
         layers = (NativeLayer * len(weights.layers))()
         for native, layer in zip(layers, weights.layers, strict=True):
             for name in NORMS:
@@ -99,14 +107,14 @@ class FusedForward:
             inner=gate_up.columns // 2,
             heads=heads,
             layers=len(layers),
-            vocab=head.vocab,
+            vocab=self._vocab,
             eps=eps,
             scale=scale,
             embedding=weights.embedding.data_ptr(),
             cos=rotary.cos.data_ptr(),
             sin=rotary.sin.data_ptr(),
             norm=weights.norm.data_ptr(),
-            head=head.packed.data_ptr(),
+            head=head.matrix.native,
             layer=ctypes.addressof(layers),
         )
         self._kept = layers, weights, rotary  # `_model` points into them

@@ -11,7 +11,7 @@ _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, 
 BLOCK = 64
 """Columns of a product whose weights are packed together: KEYS in cpu_vectors.h."""
 ROWS = 6
-"""Rows of a product that are computed at once."""
+"""Rows of a product that vectors compute at once; tiles take 16."""
 
 
 class NativeBatch(ctypes.Structure):
@@ -25,9 +25,9 @@ class NativeBatch(ctypes.Structure):
 
 
 class NativeMatrix(ctypes.Structure):
-    """`Matrix` in cpu.cpp."""
+    """`Matrix` in cpu_products.h."""
 
-    _fields_ = [("packed", _pointer), ("bias", _pointer)]
+    _fields_ = [("packed", _pointer), ("bias", _pointer), ("bits", _int), ("minimums", _int)]
 
 
 NORMS = ("input_norm", "q_norm", "k_norm", "post_norm")
@@ -46,17 +46,21 @@ class NativeModel(ctypes.Structure):
     _fields_ = [
         *((name, _long) for name in ("hidden", "inner", "heads", "layers", "vocab")),
         *((name, _float) for name in ("eps", "scale")),
-        *((name, _pointer) for name in ("embedding", "cos", "sin", "norm", "head", "layer")),
+        *((name, _pointer) for name in ("embedding", "cos", "sin", "norm")),
+        ("head", NativeMatrix),
+        ("layer", _pointer),
     ]
 
 
+PACK_CODES: list[Any] = [_pointer, _pointer, _pointer, _long, _long, _int, _pointer]
+"""Arguments of `pack_codes`, which is the same for all dtypes."""
 ARGUMENTS: dict[str, list[Any]] = {
     "forward": [_pointer, _pointer, _long, _pointer, _pointer, _long, _pointer, _pointer],
     "attention": [_pointer, _int, _int, _float, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
     "rms_norm": [_pointer, _long, _long, _long, _long, _pointer, _float, _pointer],
     "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer, _pointer],
     "pack": [_pointer, _long, _long, _pointer],
-    "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer, _pointer],
+    "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer],
     "logits": [_pointer, _long, _long, _pointer, _long, _pointer],
     "silu_mul": [_pointer, _long, _long, _pointer],
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -15,7 +16,7 @@
 
 namespace {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(TILES_EMULATED)
 constexpr int LANES = 16, VECTORS = 4;  // of the 32 registers 6 x 4 hold sums
 #else
 constexpr int LANES = 8, VECTORS = 2;  // of 16 registers (AVX2) 6 x 2
@@ -25,7 +26,6 @@ constexpr int ROWS = 6;                // and rows
 constexpr int KEYS = 64;               // keys in a block, and columns of a weight: a multiple of COLS
 constexpr int GROUPS = KEYS / LANES;   // of keys in a block
 constexpr int BLOCK_ROWS = 192;        // most rows in a block of queries: what fits beside the keys in the L2 cache
-constexpr int64_t PANEL = 96;          // rows of a product that one thread takes at once: a multiple of ROWS
 constexpr int64_t PARALLEL = 1 << 14;  // numbers below which another thread costs more than it saves
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
@@ -36,6 +36,17 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 struct bf16 {
     uint16_t bits;
 };
+
+// Memory of one thread for numbers in between, in whole cache lines.
+struct alignas(64) Line {
+    uint32_t words[16];
+};
+using Scratch = std::vector<Line>;
+
+uint32_t* room(Scratch& scratch, int64_t words) {
+    if (const size_t lines = words / 16 + 1; scratch.size() < lines) scratch.resize(lines);
+    return scratch.data()->words;
+}
 
 template <typename V>
 V load_as(const void* from) {
@@ -49,13 +60,33 @@ Floats splat(float x) { return x - Floats{}; }
 Floats load(const float* from) { return load_as<Floats>(from); }
 void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
-#ifdef __AVX512BF16__
 Floats load(const bf16* from) { return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16); }
 void store(bf16* to, Floats x) {
+#ifdef __AVX512BF16__
     __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+#else  // to the nearest, ties to even; what is no number stays none
+    Words bits = (Words)x;
+    bits += 0x7fff + (bits >> 16 & 1);
+    Halves rounded = __builtin_convertvector((x == x ? bits : (Words)x) >> 16, Halves);
+#endif
     std::memcpy(to, &rounded, sizeof rounded);
 }
+
+// Words of two bf16: in each lane one number of `even` and one of `odd`.
+Words bf16_pairs(Floats even, Floats odd) {
+#ifdef __AVX512BF16__
+    typedef uint16_t Pairs __attribute__((vector_size(LANES * 4)));
+    Pairs order;
+    for (int i = 0; i < 2 * LANES; i++) order[i] = i / 2 + i % 2 * LANES;
+    return (Words)__builtin_shuffle((Pairs)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even), order);
+#else
+    bf16 halves[2][LANES];
+    store(halves[0], even);
+    store(halves[1], odd);
+    const Halves low = load_as<Halves>(halves[0]), high = load_as<Halves>(halves[1]);
+    return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 #endif
+}
 
 // 2^x to float precision for x up to 127: the nearest power of two, times the Taylor series of the rest.
 Floats exp2(Floats x) {

@@ -13,17 +13,28 @@ from hypothesis import strategies as st
 from miniserve.ops import Ops, make_ops, native
 from miniserve.ops.batch import Batch
 from miniserve.ops.cpu_ops import CpuOps
+from miniserve.ops.quantized import GROUP, Quantized
 from miniserve.ops.torch_ops import native_bf16
 
 CPU = torch.device("cpu")
-DTYPES = [torch.float32, *([torch.bfloat16] if native_bf16() else [])]
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 """Largest error, as a part of the largest value: a few units in the last place of the dtype (2^-23, 2^-8)."""
 
 
+ISAS = [*native.ISAS]
+"""The kernels of this CPU, those of lesser ones as far as it can run them, and tiles in plain C++."""
+fp32, bf16 = torch.float32, torch.bfloat16
+CASES = [("native", fp32), ("avx2", fp32), ("torch", fp32)]
+CASES += [(kind, bf16) for kind in ("native", "avx512", "tiles-emulated", "torch") if native_bf16()]
+"""Kinds of kernels, of which torch are the reference, and dtypes that these compute differently."""
+every_kind = pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
+
+
 def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64, page: int = 16) -> Ops:
-    made, said = make_ops(CPU, dtype, 4, head_dim, (width,), page, native=kind == "native")
-    if kind == "native" and not isinstance(made, CpuOps):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINISERVE_CPU_ISA", kind if kind in ISAS else "")
+        made, said = make_ops(CPU, dtype, 4, head_dim, (width,), page, native=kind in ISAS)
+    if kind in ISAS and not isinstance(made, CpuOps):
         pytest.skip(said)
     return made
 
@@ -38,7 +49,7 @@ def in_order(kernels: Ops, kv: torch.Tensor) -> torch.Tensor:
     if not isinstance(kernels, CpuOps):
         return kv
     pages, layers, _, size, heads, dim = kv.shape
-    lanes, per = native.load().lanes(), 4 // kv.itemsize
+    lanes, per = int(re.findall(r"\d+", kernels.layout)[0]), 4 // kv.itemsize
     keys, values = kv.view(pages, layers, 2, heads, size // lanes, -1).unbind(2)
     keys = keys.view(pages, layers, heads, -1, dim // per, lanes, per).permute(0, 1, 3, 5, 2, 4, 6)
     values = values.view(pages, layers, heads, -1, lanes // per, dim, per).permute(0, 1, 3, 4, 6, 2, 5)
@@ -72,8 +83,7 @@ def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int,
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["native", "torch"])
+@every_kind
 @settings(max_examples=40)
 @given(case=batches())
 def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
@@ -119,7 +129,7 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
         right = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
         # The rounding of a score, a sum of `dim` products, is a relative error of its weight: in fp32 the median case
         # is off by 8e-7, one in 600 by 2e-6. The torch kernels also round scores and weights to bf16.
-        limit = {torch.float32: 5e-6, torch.bfloat16: LIMIT[dtype] if kind == "native" else 5e-2}[dtype]
+        limit = {torch.float32: 5e-6, torch.bfloat16: LIMIT[dtype] if kind in ISAS else 5e-2}[dtype]
         assert_close(out[start : start + new], right, limit)
         start += new
     found = in_order(kernels, kv)
@@ -127,8 +137,7 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
     assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)), "all in its slot, and nothing else has changed"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["native", "torch"])
+@every_kind
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, rows: int) -> None:
     torch.manual_seed(rows)
@@ -162,8 +171,7 @@ def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, ro
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["native", "torch"])
+@every_kind
 @pytest.mark.parametrize(("columns", "size"), [(32, 32), (64, 576), (96, 160), (208, 1536)])
 def test_matrix_products(kind: str, dtype: torch.dtype, columns: int, size: int) -> None:
     torch.manual_seed(columns)
@@ -176,12 +184,45 @@ def test_matrix_products(kind: str, dtype: torch.dtype, columns: int, size: int)
         assert_close(plain(x[:rows]), product[:rows])
         assert_close(plain(x[:rows], residual[:rows]), (product + residual)[:rows])
         assert_close(biased(x[:rows], residual[:rows]), (product + bias + residual)[:rows])
-        if kind == "native":
+        if kind in ISAS:
             assert torch.equal(plain(x[:rows])[-1], plain(x[rows - 1 : rows])[0]), "a row is the same in any company"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["native", "torch"])
+@st.composite
+def quantized(draw: st.DrawFn, bits: int) -> tuple[Quantized, int]:
+    """A weight, and a seed."""
+    columns, groups, seed = draw(st.integers(1, 200)), draw(st.integers(1, 40)), draw(st.integers(0, 2**31))
+    torch.manual_seed(seed)
+    shape, lifted = (columns, groups), bits == 4 and draw(st.booleans())
+    low, high = (0, 16) if lifted else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+    codes = torch.randint(low, high, (columns, groups * GROUP), dtype=torch.int8)
+    scales = torch.randn(shape).exp() * draw(st.sampled_from([1e-6, 1e-2, 30.0]))  # the smallest are subnormal
+    return Quantized(bits, codes, scales.half(), (scales * -8 * torch.rand(shape)).half() if lifted else None), seed
+
+
+@every_kind
+@pytest.mark.parametrize("bits", [4, 8])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_products_of_quantized_weights(kind: str, bits: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    weight, seed = data.draw(quantized(bits))
+    columns, size = weight.shape
+    kernels = ops(kind, dtype, width=size)
+    torch.manual_seed(seed)
+    x, bias = torch.randn(120, size).to(dtype), torch.randn(columns).to(dtype)
+    exact = weight.codes.double().view(columns, -1, GROUP) * weight.scales.double().unsqueeze(-1)
+    if weight.minimums is not None:
+        exact += weight.minimums.double().unsqueeze(-1)
+    wanted = x.double() @ exact.view(columns, size).T
+    linear, head = kernels.linear(weight, bias), kernels.head(weight)
+    for rows in {1, data.draw(st.integers(2, 16)), data.draw(st.integers(17, 120))}:
+        assert_close(linear(x[:rows]), (wanted + bias.double())[:rows], 5e-6 if dtype is torch.float32 else 0)
+        # Codes are multiplied as they are, unless there are many rows: then they are rounded to the dtype first.
+        rounded = dtype is not torch.float32 and (kind == "torch" or rows > 16)
+        assert_close(head(x[:rows]), wanted[:rows], LIMIT[dtype] if rounded else 5e-6)
+
+
+@every_kind
 @pytest.mark.parametrize("vocab", [1, 64, 200])
 def test_logits(kind: str, dtype: torch.dtype, vocab: int) -> None:
     torch.manual_seed(vocab)
@@ -193,7 +234,7 @@ def test_logits(kind: str, dtype: torch.dtype, vocab: int) -> None:
         assert found.shape == (rows, vocab)
         assert found.dtype is torch.float32
         if rows:
-            limit = LIMIT[torch.float32] if kind == "native" else LIMIT[dtype]
+            limit = LIMIT[torch.float32] if kind in ISAS else LIMIT[dtype]
             assert (found.double() - wanted[:rows]).abs().max() / wanted.abs().max() < limit
 
 

@@ -1,0 +1,368 @@
+// Products with weights: how a weight is packed, 4 and 8 bits unpacked, and the loops over columns and rows.
+//
+// A weight [columns, size] lies in blocks of KEYS columns, each read from front to end. Numbers of the model's own type are
+// panels: for each word of the inner dimension PANEL columns (with tiles 16 words of a panel are a tile).
+//
+//   block of KEYS columns:  | panel: word 0: PANEL columns | word 1 | ... |  next panel ...
+//
+// Numbers of 4 and 8 bits are groups: the codes of 32 numbers of all columns, their scales and, where a format has them,
+// their minimums (float16); a number is code * scale + minimum.
+//
+//   block of KEYS columns:  | codes: LANES columns x 32 | ... | KEYS scales | KEYS minimums |  next group ...
+//
+// A word of codes belongs to one column: 8 numbers of 4 bits (code + 8 where there are no minimums), the even ones in its lower half and the odd ones in its
+// upper half, so that both numbers of a bf16 word are found with one shift; or 4 numbers of 8 bits in their order.
+
+#pragma once
+
+#include "cpu_matrix.h"
+
+namespace {
+
+constexpr int GROUP = 32;         // numbers that share a scale: GROUP in ops/quantized.py
+constexpr int FEW = 16;           // rows up to which codes are multiplied as they are and scaled after that
+constexpr int64_t UNPACKED = 16;  // groups that are unpacked at once for many rows: they stay in the L2 cache
+constexpr int TALL = TILES ? TILE_ROWS : ROWS;   // rows of a product that are computed at once
+constexpr int64_t SLICE = TILES ? 128 : 96;      // rows that one thread takes at once: a multiple of TALL
+constexpr int64_t UNPACKED_SLICE = 512;          // and of a weight that has to be unpacked first
+
+// A weight and its bias or null; ops/cpu_structs.py has the same struct.
+template <typename T>
+struct Matrix {
+    const uint32_t* packed;
+    const T* bias;
+    int32_t bits;      // of a number: 4, 8, or those of T
+    int32_t minimums;  // whether groups have them
+
+    bool quantized() const { return bits < 16; }
+    int group_words() const { return KEYS * bits + KEYS / 2 * (1 + minimums); }
+};
+
+// --- packing ---------------------------------------------------------------------------------------------------------
+
+// One step of a transpose: in each pair of rows S apart, swap what lies off the diagonal of the 2S x 2S squares they
+// run through. S = 1 turns rows (a b), (c d) into (a c), (b d); with S = 1, 2, 4, ... all of the matrix is transposed.
+template <int S>
+void swap_squares(Words* m) {
+    Words low, high;
+    for (int i = 0; i < LANES; i++) {
+        low[i] = i & S ? LANES + (i ^ S) : i;
+        high[i] = i & S ? LANES + i : i ^ S;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (i & S) continue;
+        Words a = m[i], b = m[i + S];
+        m[i] = __builtin_shuffle(a, b, low);
+        m[i + S] = __builtin_shuffle(a, b, high);
+    }
+}
+
+void transpose(Words* m) {
+    swap_squares<1>(m);
+    swap_squares<2>(m);
+    swap_squares<4>(m);
+    if constexpr (LANES == 16) swap_squares<LANES / 2>(m);
+}
+
+// KEYS rows of a weight, `words` words each: packed[row / PANEL][word][row % PANEL].
+template <typename T>
+void pack_rows(const T* const* rows, int words, uint32_t* packed) {
+    for (int first = 0; first < KEYS; first += LANES) {
+        uint32_t* out = packed + first / PANEL * words * PANEL + first % PANEL;
+        for (int w = 0; w < words; w += LANES) {
+            int count = std::min(LANES, words - w);
+            Words square[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const uint32_t* row = reinterpret_cast<const uint32_t*>(rows[first + i]) + w;
+                if (count == LANES)
+                    square[i] = load_as<Words>(row);
+                else
+                    std::memcpy(&square[i], row, count * 4);
+            }
+            transpose(square);
+            for (int i = 0; i < count; i++) std::memcpy(out + (w + i) * PANEL, &square[i], sizeof(Words));
+        }
+    }
+}
+
+// A weight [columns, size] of numbers of T.
+template <typename T>
+void pack(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {
+    const int words = size * sizeof(T) / 4;
+#pragma omp for
+    for (int64_t first = 0; first < columns; first += KEYS) {
+        const T* rows[KEYS];
+        for (int i = 0; i < KEYS; i++) rows[i] = weight + std::min(first + i, columns - 1) * size;
+        pack_rows(rows, words, packed + first * words);
+    }
+}
+
+// The codes [columns, size] of a quantized weight, with scales and perhaps minimums [columns, size / GROUP].
+void pack(const int8_t* codes, const uint16_t* scales, const uint16_t* minimums, int64_t columns, int64_t size,
+                int bits, uint32_t* packed) {
+    const int numbers = 32 / bits, least = bits == 4 && !minimums ? -8 : 0;  // in a word; the code stored as 0
+    const int64_t groups = size / GROUP;
+#pragma omp for
+    for (int64_t first = 0; first < columns; first += KEYS) {
+        uint32_t* out = packed + first / KEYS * groups * (KEYS * bits + KEYS / 2 * (minimums ? 2 : 1));
+        for (int64_t g = 0; g < groups; g++) {
+            for (int c = 0; c < KEYS; c++) {
+                const int8_t* from = codes + std::min(first + c, columns - 1) * size + g * GROUP;
+                for (int w = 0; w < bits; w++) {
+                    uint32_t word = 0;
+                    for (int i = 0; i < numbers; i++) {
+                        const uint32_t code = static_cast<uint8_t>(from[w * numbers + i] - least);
+                        word |= code << (bits == 4 ? i % 2 * 16 + i / 2 * 4 : i * 8);
+                    }
+                    out[(c / LANES * bits + w) * LANES + c % LANES] = word;
+                }
+            }
+            out += KEYS * bits;
+            for (const uint16_t* halves : {scales, minimums}) {
+                if (!halves) continue;
+                uint16_t* to = reinterpret_cast<uint16_t*>(out);
+                for (int c = 0; c < KEYS; c++) to[c] = halves[std::min(first + c, columns - 1) * groups + g];
+                out += KEYS / 2;
+            }
+        }
+    }
+}
+
+// --- unpacking -------------------------------------------------------------------------------------------------------
+
+// float16 as float32, for finite numbers: the exponent's bias differs by 112.
+Floats load_half(const uint16_t* from) {
+    const Words bits = __builtin_convertvector(load_as<Halves>(from), Words);
+    return (Floats)((Words)((Floats)((bits & 0x7fff) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
+}
+
+// Number `i` of a word of codes of each column: 0..15 of 4 bits, -128..127 of 8.
+template <int BITS>
+Floats code(Words words, int i) {
+    if constexpr (BITS == 8) return __builtin_convertvector((Ints)(words << (24 - i * 8)) >> 24, Floats);
+    const Words shifted = words >> (i % 2 * 16 + i / 2 * 4);
+#ifdef __AVX512F__
+    Floats numbers;
+    for (int n = 0; n < LANES; n++) numbers[n] = n;
+    return __builtin_shuffle(numbers, (Ints)shifted);  // looks at the last 4 bits only
+#else
+    return __builtin_convertvector((Ints)(shifted & 15), Floats);
+#endif
+}
+
+void store_numbers(float* out, Floats even, Floats odd) {
+    store(out, even);
+    store(out + PANEL, odd);
+}
+void store_numbers(bf16* out, Floats even, Floats odd) {
+    const Words both = bf16_pairs(even, odd);
+    std::memcpy(out, &both, sizeof both);
+}
+
+// A vector of columns of a group, as numbers.
+template <int BITS, typename T>
+void unpack_numbers(const uint32_t* codes, Floats scale, Floats minimum, T* out) {
+#pragma GCC unroll 8
+    for (int w = 0; w < BITS; w++) {
+        const Words words = load_as<Words>(codes + w * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < 32 / BITS; i += 2, out += 2 * PANEL)
+            store_numbers(out, code<BITS>(words, i) * scale + minimum, code<BITS>(words, i + 1) * scale + minimum);
+    }
+}
+
+// A vector of columns of a group, as its codes: small whole numbers, which bf16 holds exactly.
+template <int BITS>
+void unpack_codes(const uint32_t* codes, bool centered, bf16* out) {
+    if constexpr (BITS == 8) return unpack_numbers<8>(codes, splat(1.0f), Floats{}, out);
+    typedef uint16_t Table __attribute__((vector_size(LANES * 4)));
+    Table table;
+    for (int n = 0; n < 2 * LANES; n++) {
+        const float number = n % 16 - (centered ? 8 : 0);
+        uint32_t bits;
+        std::memcpy(&bits, &number, sizeof bits);
+        table[n] = bits >> 16;
+    }
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; w++) {
+        const Words words = load_as<Words>(codes + w * LANES);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++, out += 2 * PANEL) {
+            const Table both = __builtin_shuffle(table, (Table)(words >> 4 * i));
+            std::memcpy(out, &both, sizeof both);
+        }
+    }
+}
+
+// Groups of a block of KEYS columns into panels, as a weight of T would lie there. With `SCALED` they are numbers, else
+// codes.
+template <typename T, bool SCALED, int BITS>
+void unpack(const Matrix<T>& weight, const uint32_t* group, int groups, uint32_t* out) {
+    constexpr int PER_WORD = 4 / sizeof(T), WORDS = GROUP / PER_WORD;
+    for (int g = 0; g < groups; g++, group += weight.group_words()) {
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + KEYS * BITS);
+        for (int c = 0; c < KEYS; c += LANES) {
+            const uint32_t* codes = group + c * BITS;
+            T* to = reinterpret_cast<T*>(out + (c / PANEL * groups + g) * WORDS * PANEL + c % PANEL);
+            if constexpr (SCALED) {
+                const Floats scale = load_half(scales + c);
+                Floats minimum{};
+                if (weight.minimums)
+                    minimum = load_half(scales + KEYS + c);
+                else if (BITS == 4)
+                    minimum = scale * -8.0f;
+                unpack_numbers<BITS>(codes, scale, minimum, to);
+            } else {
+                unpack_codes<BITS>(codes, !weight.minimums, to);
+            }
+        }
+    }
+}
+
+template <typename T, bool SCALED>
+void unpack(const Matrix<T>& weight, const uint32_t* group, int groups, uint32_t* out) {
+    weight.bits == 4 ? unpack<T, SCALED, 4>(weight, group, groups, out)
+                     : unpack<T, SCALED, 8>(weight, group, groups, out);
+}
+
+// --- products --------------------------------------------------------------------------------------------------------
+
+// c[rows x KEYS] = or += a[rows x words] * panels, for up to TALL rows. `soon(w)` may prefetch.
+template <typename T, typename Soon>
+void multiply_block(int rows, const uint32_t* a, int a_stride, const uint32_t* panels, int words, float* c, bool add,
+                    Soon soon) {
+    if (std::is_same<T, bf16>::value && words % TILE_WORDS == 0 && tiles_allowed())
+        return multiply_tiles<false>(rows, a, a_stride, Packed{panels, words * PANEL}, 1, words, c, KEYS, add,
+                                     [&](int, int w) { soon(w); });
+    for (int j = 0; j < KEYS; j += COLS)
+        multiply_all<T>(rows, a, a_stride, Packed{panels + j * words, words * PANEL}, 1, words, c + j, KEYS, add);
+}
+
+// What follows on the sums of a block: bias, residual, and into its place.
+template <typename T, typename Out>
+struct Finish {
+    int64_t columns;
+    const T *bias, *residual;
+    Out* out;
+
+    void operator()(const float* sums, int64_t row, int count, int64_t first) const {
+        const int width = std::min<int64_t>(KEYS, columns - first);
+        for (int i = 0; i < count; i++) {
+            const int64_t at = (row + i) * columns + first;
+            Out line[KEYS];
+            for (int c = 0; c < width; c += LANES) {
+                Floats sum = load(sums + i * KEYS + c);
+                if (bias) sum += load(bias + first + c);
+                if (residual) sum += load(residual + at + c);
+                store(line + c, sum);
+            }
+            std::memcpy(out + at, line, width * sizeof(Out));
+        }
+    }
+};
+
+template <typename T>
+float sum_of(const T* group) {
+    Floats sum{};
+    for (int i = 0; i < GROUP; i += LANES) sum += load(group + i);
+    return sum_lanes(sum);
+}
+
+// Few rows of bf16: codes are multiplied exactly, group by group, and scaled after that. A decode step then reads 4 or 8
+// bits and does little else.
+template <typename T, typename Out>
+void product_of_codes(const T* x, int rows, int64_t size, const Matrix<T>& weight, const Finish<T, Out>& finish,
+                      Scratch& scratch) {
+    const int words = size * sizeof(T) / 4, groups = size / GROUP, step = words / groups;
+    uint32_t* panels = room(scratch, step * KEYS + 2 * FEW * KEYS + rows * groups);
+    float* sums = reinterpret_cast<float*>(panels + step * KEYS);         // [rows, KEYS]
+    float *part = sums + FEW * KEYS, *totals = part + FEW * KEYS;         // the same of one group; [rows, groups]
+    const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
+    if (weight.minimums)
+        for (int64_t g = 0; g < rows * groups; g++)
+            totals[g] = sum_of(x + g * GROUP);
+#pragma omp for
+    for (int64_t first = 0; first < finish.columns; first += KEYS) {
+        const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
+        std::fill(sums, sums + rows * KEYS, 0.0f);
+        for (int g = 0; g < groups; g++, group += weight.group_words()) {
+            for (int w = 0; w < weight.group_words(); w += 16) __builtin_prefetch(group + 2 * weight.group_words() + w);
+            unpack<T, false>(weight, group, 1, panels);
+            for (int r = 0; r < rows; r += TALL)
+                multiply_block<T>(std::min(TALL, rows - r), a + r * words + g * step, words, panels, step,
+                                  part + r * KEYS, false, [](int) {});
+            const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + KEYS * weight.bits);
+            for (int c = 0; c < KEYS; c += LANES) {
+                const Floats scale = load_half(scales + c);
+                const Floats minimum = weight.minimums ? load_half(scales + KEYS + c) : Floats{};
+                for (int r = 0; r < rows; r++) {
+                    Floats sum = load(sums + r * KEYS + c) + load(part + r * KEYS + c) * scale;
+                    if (weight.minimums) sum += minimum * totals[r * groups + g];
+                    store(sums + r * KEYS + c, sum);
+                }
+            }
+        }
+        for (int r = 0; r < rows; r += TALL) finish(sums + r * KEYS, r, std::min(TALL, rows - r), first);
+    }
+}
+
+// Many rows: some groups are unpacked to numbers and multiplied with all rows of a slice.
+template <typename T, typename Out>
+void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight,
+                         const Finish<T, Out>& finish, Scratch& scratch) {
+    const int words = size * sizeof(T) / 4, groups = size / GROUP, step = words / groups;
+    const int64_t slice = std::min(rows, UNPACKED_SLICE);
+    uint32_t* panels = room(scratch, UNPACKED * step * KEYS + slice * KEYS);
+    float* sums = reinterpret_cast<float*>(panels + UNPACKED * step * KEYS);  // [slice, KEYS]
+    const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
+#pragma omp for collapse(2)
+    for (int64_t first = 0; first < finish.columns; first += KEYS)
+        for (int64_t top = 0; top < rows; top += UNPACKED_SLICE) {
+            const int64_t end = std::min(top + UNPACKED_SLICE, rows);
+            const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
+            for (int g = 0; g < groups; g += UNPACKED) {
+                const int count = std::min<int>(UNPACKED, groups - g);
+                unpack<T, true>(weight, group + g * weight.group_words(), count, panels);
+                for (int64_t r = top; r < end; r += TALL)
+                    multiply_block<T>(std::min<int>(TALL, end - r), a + r * words + g * step, words, panels,
+                                      count * step, sums + (r - top) * KEYS, g > 0, [](int) {});
+            }
+            for (int64_t r = top; r < end; r += TALL)
+                finish(sums + (r - top) * KEYS, r, std::min<int>(TALL, end - r), first);
+        }
+}
+
+// out = x * weight^T + bias + residual, either of which may be null. Of a weight that is not quantized, and of any in fp32,
+// each row's sums are added up in the same order whatever other rows there are.
+template <typename T, typename Out>
+void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, int64_t columns, const T* residual,
+             Out* out, Scratch& scratch) {
+    const Finish<T, Out> finish{columns, weight.bias, residual, out};
+    if (weight.quantized()) {
+        if constexpr (std::is_same<T, bf16>::value)
+            if (rows <= FEW) return product_of_codes(x, rows, size, weight, finish, scratch);
+        return product_of_unpacked(x, rows, size, weight, finish, scratch);
+    }
+    const int words = size * sizeof(T) / 4, panel = words * PANEL;
+#pragma omp for collapse(2)
+    for (int64_t first = 0; first < columns; first += KEYS)
+        for (int64_t top = 0; top < rows; top += SLICE)
+            for (int64_t r = top; r < std::min(top + SLICE, rows); r += TALL) {
+                float block[TALL * KEYS];
+                const int count = std::min<int64_t>(TALL, rows - r);
+                const uint32_t *a = reinterpret_cast<const uint32_t*>(x + r * size), *panels = weight.packed + first * words;
+                multiply_block<T>(count, a, words, panels, words, block, false, [&](int w) {
+                    // Tiles are loaded from panels side by side, which no hardware foresees: the next ones are
+                    // prefetched, at the end of a panel those of the next block.
+                    if (r != top) return;
+                    constexpr int AHEAD = 4 * TILE_WORDS;
+                    const uint32_t* next = panels + (w + AHEAD) * PANEL + (w + AHEAD < words ? 0 : 3 * panel);
+                    for (int j = 0; j < SUMS; j++)
+                        for (int line = 0; line < TILE_ROWS; line++) __builtin_prefetch(next + j * panel + line * PANEL);
+                });
+                finish(block, r, count, first);
+            }
+}
+
+}  // namespace
