@@ -7,7 +7,7 @@ import random
 from miniserve.llm import LLM
 from miniserve.sampling_params import SamplingParams
 
-KERNELS = ("torch",)
+KERNELS = ("torch", "auto")
 """Values of --cpu-kernels with which weights of 4 and 8 bits are tested."""
 
 
