@@ -2,7 +2,8 @@
 
 A vocabulary takes seconds to read from a GGUF, so this is done once, in a process of its own, whose memory goes away
 with it. Workers read the tensors by `GGUF_INDEX`. Byte-level vocabularies become a tokenizer.json here, since some of
-transformers' readers leave out how text is split first; sentencepiece ones become one by transformers.
+transformers' readers leave out how text is split first; sentencepiece ones become one by transformers. The names of
+things are in `gguf.toml`.
 """
 
 import contextlib
@@ -13,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +31,7 @@ BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 """Files in a folder with one GGUF that count before what the GGUF says."""
 CONTROL, USER_DEFINED = 3, 4
 """Types of tokens that stand for themselves in a text: special ones, and others."""
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""By GGUF's name; a Mistral is called llama."""
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace("{1,3}", "")
-SPLITS = {
-    "gpt-2": "",
-    "smollm": "",
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "smaug-bpe": LLAMA3,
-    "tekken": TEKKEN,
-    "qwen2": QWEN2,
-    "deepseek-r1-qwen": QWEN2,
-}
-"""How text is split before it is merged, by the name in `tokenizer.ggml.pre`, as the models' own tokenizer.json has it;
-"" as GPT-2 does."""
+TABLES = tomllib.loads((files("miniserve.hub") / "gguf.toml").read_text("utf-8"))
 
 
 def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
@@ -128,32 +93,31 @@ def _describe(file: Path, out: Path) -> None:
         meta = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the library raises nothing more precise for a file that was cut short
         raise ValueError(f"it is damaged or cut short, download it again ({' '.join(str(error).split())})") from error
-    arch = meta.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"it is a {arch}; miniserve serves {', '.join(ARCHITECTURES)}")
+    arch, known = meta.get("general.architecture", ""), TABLES["architectures"]
+    if arch not in known:
+        raise ValueError(f"it is a {arch}; miniserve serves {', '.join(known)}")
     if meta.get("split.count", 0) > 1:
         raise ValueError("it is one of several pieces: join them with `llama-gguf-split --merge`")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    frequencies = tensors.pop("rope_freqs.weight", None)
-    made = _config(arch, meta, {name: [*map(int, reversed(tensor.shape))] for name, tensor in tensors.items()})
+    shapes = {tensor.name: [*map(int, reversed(tensor.shape))] for tensor in reader.tensors}
+    made = _config(arch, meta, shapes)
     # What lies there may be a stub; what the tensors are, the GGUF knows.
     config = made | read_object(out / "config.json") | {"tie_word_embeddings": made["tie_word_embeddings"]}
     config.pop("quantization_config", None)
-    if frequencies is not None and not config["rope_scaling"] and "rope_parameters" not in config:
-        config["rope_scaling"] = _llama3_scaling(config, frequencies.data.tolist())
-    heads = (
-        {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]} if arch == "llama" else {}
-    )
-    index = {}
-    for name, tensor in tensors.items():
-        part, suffix = name.removeprefix("blk.").rsplit(".", 1)
-        layer, _, inner = part.partition(".")
-        known = f"model.layers.{layer}.{LAYER_NAMES.get(inner)}" if inner in LAYER_NAMES else NAMES.get(part)
-        if known is None:
-            raise ValueError(f"it has the tensor {name}, which no {arch} of miniserve has")
-        shape = [*map(int, reversed(tensor.shape))]
-        where = int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type.name
-        index[f"{known}.{suffix}"] = [*where, shape, heads.get(inner, 0)]
+    # llama.cpp turns other pairs of a Llama's numbers with rope than Hugging Face does.
+    heads = {"attn_q": made["num_attention_heads"], "attn_k": made["num_key_value_heads"]} if arch == "llama" else {}
+    index: dict[str, list[Any]] = {}
+    for tensor in reader.tensors:
+        *block, part, suffix = tensor.name.split(".")  # blk, its number
+        ours = TABLES["tensors"][block[0] if block else "model"].get(part)
+        if tensor.name == "rope_freqs.weight":
+            if not config["rope_scaling"] and "rope_parameters" not in config:
+                config["rope_scaling"] = _llama3_scaling(made, tensor.data.tolist())
+        elif ours is None:
+            raise ValueError(f"it has the tensor {tensor.name}, which no {arch} of miniserve has")
+        else:
+            name = f"model.layers.{block[1]}.{ours}.{suffix}" if block else f"{ours}.{suffix}"
+            where = int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type.name
+            index[name] = [*where, shapes[tensor.name], heads.get(part, 0) if block else 0]
     if "torch_dtype" not in config:
         (kind, *others) = sorted({kind for _, _, kind, shape, _ in index.values() if len(shape) > 1})
         plain = {"F16": "float16", "F32": "float32"} if not others else {}
@@ -180,24 +144,18 @@ def _config(arch: str, meta: dict[str, Any], shapes: dict[str, list[int]]) -> di
             raise ValueError(f"it has no {arch}.{key}")
         return meta.get(f"{arch}.{key}", *default)
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", hidden // heads)
+    made = {name: get(key) for name, key in TABLES["config"].items()}
+    head_dim = get("attention.key_length", made["hidden_size"] // made["num_attention_heads"])
     if get("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(f"it rotates {get('rope.dimension_count')} of {head_dim} numbers of a head; miniserve all")
     scaling = get("rope.scaling.type", "none")
     ends = [meta[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta]
-    return {
-        "architectures": [ARCHITECTURES[arch]],
+    return made | {
+        "architectures": [TABLES["architectures"][arch]],
         "model_type": arch,
         "vocab_size": shapes["token_embd.weight"][0],
-        "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": get("attention.head_count_kv", made["num_attention_heads"]),
         "head_dim": head_dim,
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": get("context_length"),
         "rope_theta": get("rope.freq_base", 10000.0),
         "rope_scaling": None
         if scaling == "none"
@@ -226,9 +184,8 @@ def _llama3_scaling(config: dict[str, Any], factors: list[float]) -> dict[str, A
 def _special(meta: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json: the special tokens by what they are for."""
     tokens = meta["tokenizer.ggml.tokens"]
-    keys = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
-    ids = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-    texts = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
+    ids = {name: meta.get(f"tokenizer.ggml.{key}", len(tokens)) for name, key in TABLES["special"].items()}
+    texts = {name: tokens[i] for name, i in ids.items() if i < len(tokens)}
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **texts}
 
 
@@ -240,37 +197,34 @@ def _tokenizer(file: Path, meta: dict[str, Any]) -> str:
 
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).backend_tokenizer.to_str()
     pre = meta.get("tokenizer.ggml.pre", "")
-    if kind != "gpt2" or pre not in SPLITS:
+    split = next((split for split in TABLES["splits"] if pre in split["names"]), None)
+    if kind != "gpt2" or split is None:
         raise ValueError(
             f"its tokenizer is {kind!r} {pre!r}, which miniserve does not know: put it into a folder with the model's "
             "tokenizer.json, and give that folder"
         )
-    types = meta["tokenizer.ggml.token_type"]
-    before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if pre == "smollm" else []
-    if split := SPLITS[pre]:
-        before = [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}]
+    types, regex, whole = meta["tokenizer.ggml.token_type"], split["regex"], split.get("whole", False)
+    before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if "digits" in split else []
+    if regex:
+        before = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}]
     made = byte_level_bpe(
         {token: i for i, token in enumerate(tokens)},
         [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
         {i: token for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)},
-        use_regex=not split,
+        use_regex=not regex,
         before=before,
     )
+    made["model"]["ignore_merges"] = whole
     for added in made["added_tokens"]:
         added["special"] = types[added["id"]] == CONTROL
-    if split == QWEN2:
-        made["normalizer"] = {"type": "NFC"}
-    whole = split in (LLAMA3, TEKKEN)
-    made["model"]["ignore_merges"] = whole  # a word that is a token is that token
+    if "normalizer" in split:
+        made["normalizer"] = {"type": split["normalizer"]}
     bos = meta.get("tokenizer.ggml.bos_token_id")
     if bos is not None and meta.get("tokenizer.ggml.add_bos_token", whole):
-        first = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
-        made["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
-        }
+        first, text = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        known = {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}
+        pieces = {"single": [first, text], "pair": [first, text, first, {"Sequence": {"id": "B", "type_id": 1}}]}
+        made["post_processor"] = {"type": "TemplateProcessing", **pieces, "special_tokens": known}
     return json.dumps(made, ensure_ascii=False)
 
 
