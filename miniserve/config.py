@@ -17,6 +17,8 @@ Number = TypeVar("Number", int, float)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
+METHODS = ("gguf", "compressed-tensors", "awq", "gptq", "fp8")
+"""The kinds of quantized checkpoints that are served, as vLLM calls them."""
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for a large one in a clone without Git LFS."""
 
@@ -111,6 +113,15 @@ def format_bytes(size: int, *, up: bool = False) -> str:
     return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".") + name
 
 
+def parse_quantization(text: str) -> str | None:
+    """`int8` and `int4` are made at load; a checkpoint's own method may be named, too, as vLLM calls it. None for
+    `none`. Raises `ConfigError`."""
+    method = text.lower().removesuffix("_marlin")
+    if method not in ("none", "int8", "int4", *METHODS):
+        raise ConfigError(f"{text!r} is not int8, int4 or a checkpoint's own method ({', '.join(METHODS)})")
+    return None if method == "none" else method
+
+
 def parse_root_path(text: str) -> str:
     """A prefix of paths from `/llm`, `llm/` and the like; "" for none."""
     return f"/{text.strip('/')}".rstrip("/")
@@ -174,6 +185,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """In a worker: the folder with config.json (and safetensors unless `load_format` is dummy)."""
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32", "half", "float"] = "auto"
+    quantization: Annotated[str | None, parse_quantization] = None
     max_model_len: Annotated[int | None, parse_tokens] = None
     device: str = "auto"
     threads: Annotated[int, parse_positive] = 0

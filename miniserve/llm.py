@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from miniserve.cluster.messages import Failed, FinishReason, FirstToken, TokenLogprob, TurnOutput
-from miniserve.config import ConfigError, EngineConfig, parse_bytes
+from miniserve.config import ConfigError, EngineConfig, parse_bytes, parse_quantization
 from miniserve.hub.resolve import resolve
 from miniserve.kv.hashing import root_hash
 from miniserve.sampling_params import ParameterError, SamplingParams, mistyped
@@ -24,6 +24,9 @@ from miniserve.worker.sequence import Sequence
 
 COMPILING_SECONDS = 0.001
 """How often to look whether a grammar has been compiled, while there is nothing else to do."""
+
+WRITTEN = {"kv_cache_memory": parse_bytes, "swap_space": parse_bytes, "quantization": parse_quantization}
+"""Settings that may be given as on the command line."""
 
 RATE = TextColumn("{task.fields[rate]:.0f} tok/s")
 PROGRESS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RATE
@@ -227,9 +230,9 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     for name in settings:
         if name not in names:
             raise ConfigError(f"LLM has no setting {name!r}. Its settings are {', '.join(names)}.")
-    for name in ("kv_cache_memory", "swap_space"):
-        if isinstance(size := settings.get(name), str):
-            settings = {**settings, name: parse_bytes(size)}
+    for name, parse in WRITTEN.items():
+        if isinstance(text := settings.get(name), str):
+            settings = {**settings, name: parse(text)}
     config = EngineConfig(model=model, **settings)
     if problem := mistyped(config):
         raise ConfigError(problem[1])

@@ -104,3 +104,11 @@ def smollm2_folder() -> Path:
             return resolve("smollm2-135m").folder
         except ModelError as error:
             pytest.skip(f"needs the default model: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_plain(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The numbers of the default model in fp32, which transformers reads."""
+    from tests.support.gguf_files import plain_copy
+
+    return plain_copy(smollm2_folder, tmp_path_factory.mktemp("plain") / "smollm2")

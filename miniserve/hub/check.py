@@ -1,10 +1,13 @@
 """What is in a model's folder: whether miniserve can serve it, and which of its files count (docs/models.md).
 
-Weights are safetensors only, and code that comes with a model is never run. Of weights only headers are read, so that
-what is wrong is said before a worker starts. Where a folder says a thing twice, transformers' choice is ours.
+Weights are safetensors, or a GGUF that `gguf.py` has indexed, and code that comes with a model is never run. Of weights
+only headers are read, so that what is wrong is said before a worker starts. Where a folder says a thing twice,
+transformers' choice is ours.
 """
 
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,17 @@ ARCHITECTURES = {
 }
 """By config.json's `model_type`."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF, GGUF_INDEX = "model.gguf", "model.json"
+"""A GGUF, and where each tensor is in it: {name: [offset, bytes, kind, shape, heads whose rows have GGUF's order]}."""
+GGUF_BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}
+"""Bits of a number, with its share of the scales, in the kinds of GGUF tensors that are served as they are."""
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 """What config.json calls the dtypes of safetensors (nothing is computed in fp64)."""
 PACKED = {"qweight": "GPTQ or AWQ", "scales": "MLX", "weight_scale": "FP8", "weight_scale_inv": "FP8", "absmax": "NF4"}
 """How names of tensors end that only quantized checkpoints have."""
 MATHS = re.compile("rotary|multiplier|softcap|^logits?_scal|^scale_|^query_pre|qk_norm|no_rope|experts$")
 """Keys of config.json that other models compute with, but none of ours."""
-OTHERS = ("*.gguf", "*.bin", "*.pt", "*.pth", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.npz")
+OTHERS = ("*.bin", "*.pt", "*.pth", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.npz")
 
 
 class ModelError(ConfigError):
@@ -35,10 +42,17 @@ class ModelError(ConfigError):
 @dataclass
 class Checked:
     """A folder that can be served. `config` is config.json, with `architectures` and `dtype` filled in; `weights` are
-    the files that hold the model's tensors, and `notes` tell where the folder contradicts itself."""
+    the files that hold the model's tensors, and `notes` tell where the folder contradicts itself.
+
+    `method` is what --quantization calls weights that are quantized, and `format` says it to people. `bits` is what a
+    number takes in the layers' matrices and in the head with its share of the scales; None: as much as in the dtype.
+    """
 
     config: dict[str, Any]
     weights: list[Path] = field(default_factory=list)
+    method: str = ""
+    format: str = ""
+    bits: tuple[float | None, float | None] = (None, None)
     notes: list[str] = field(default_factory=list)
 
 
@@ -107,6 +121,9 @@ def _check_weights(folder: Path, found: Checked) -> None:
     """Find the safetensors files that count: model.safetensors, else those that its index names. Look whether they are
     whole and not quantized, and which dtype the tensors have."""
     read = {SINGLE}
+    if (folder / GGUF_INDEX).is_file() and not (folder / SINGLE).is_file():
+        _check_gguf(folder, found)
+        return
     if not (folder / SINGLE).is_file():
         if not (folder / INDEX).is_file():
             raise ModelError(_instead(folder, SINGLE))
@@ -132,6 +149,25 @@ def _check_weights(folder: Path, found: Checked) -> None:
         found.notes.append(f"config.json has the dtype {said}, the tensors are {dtype}: a known one there counts.")
     if said not in DTYPES.values():
         found.config["dtype"] = dtype
+
+
+def _check_gguf(folder: Path, found: Checked) -> None:
+    found.weights = [folder / GGUF]
+    index = read_object(folder / GGUF_INDEX)
+    if found.weights[0].stat().st_size < max(offset + size for offset, size, *_ in index.values()):
+        raise ModelError(f"{found.weights[0].resolve()} has changed since it was indexed: start the server again.")
+    matrices = {name: (kind, math.prod(shape)) for name, (_, _, kind, shape, _) in index.items() if len(shape) > 1}
+    head = matrices.get("lm_head.weight", matrices["model.embed_tokens.weight"])
+    layers = Counter[str]()
+    for name, (kind, numbers) in matrices.items():
+        layers[kind] += numbers if name.startswith("model.layers.") else 0
+    usual = layers.most_common(1)[0][0]
+    if {usual, head[0]} - {"F32", "F16", "BF16"}:
+        found.method = "gguf"
+        found.format = f"{usual[1]}-bit ({usual})" if usual in GGUF_BITS else f"{usual}, dequantized"
+        # Other kinds become bf16, or fp32 at the most.
+        bits = sum(numbers * GGUF_BITS.get(kind, 32) for kind, numbers in layers.items()) / layers.total()
+        found.bits = bits, GGUF_BITS.get(head[0])
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -184,9 +220,7 @@ def _instead(folder: Path, lacks: str) -> str:
 def not_safetensors(folder: Path, names: list[str]) -> str:
     """That there is nothing but `names`, and how they become safetensors."""
     convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-    if names[0].endswith(".gguf"):
-        convert = convert.replace("(FOLDER)", f"(FOLDER, gguf_file={names[0]!r})")
     return (
-        f"{folder} has only {', '.join(names[:3])}: miniserve reads safetensors only, since other formats can carry "
-        f"code or packed weights. Use the model's safetensors version, or convert it with transformers: {convert}."
+        f"{folder} has only {', '.join(names[:3])}: miniserve reads safetensors and GGUF, since other formats can "
+        f"carry code. Use the model's safetensors version, or convert it with transformers: {convert}."
     )

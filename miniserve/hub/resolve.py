@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from miniserve.config import cache_dir
-from miniserve.hub.check import ModelError, check_folder, not_safetensors
+from miniserve.hub.check import GGUF_INDEX, ModelError, check_folder, not_safetensors
 from miniserve.hub.dummy import make_folder
 from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
+from miniserve.hub.gguf import gguf_folder
 
 log = logging.getLogger("miniserve.hub")
 
@@ -56,9 +57,11 @@ def resolve(
         found = check_folder(folder, dummy)
         for note in found.notes:
             log.warning("%s: %s", folder, note)
-        return ModelFiles(name, folder, found.config, source)
+        return ModelFiles(name, folder, found.config, f"{source}, {found.format}" if found.format else source)
 
     if own := _own_folder(model):
+        if own.is_file() or _is_gguf(own):
+            return files(model, gguf_folder(own, progress), str(own))
         return files(model, own, f"folder {own}")
     known = presets()
     if (alias := model.strip().lower()) in known:
@@ -68,7 +71,7 @@ def resolve(
             return files(alias, folder, f"random weights in the shape of {preset['hub']}")
         if "source" in preset and revision is None:
             folder = fetch_source(alias, preset["source"], preset["config"], progress)
-            return files(alias, folder, f"{pin(preset['source'])} from PyPI, as bf16")
+            return files(alias, folder, f"{pin(preset['source'])} from PyPI")
         name, hub_id = alias, preset["hub"]
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(_unknown(model, known))
@@ -83,11 +86,17 @@ def resolve(
     return files(name, folder, f"{hub_id} from the Hugging Face hub, in {folder}")
 
 
+def _is_gguf(folder: Path) -> bool:
+    """Whether the only weights in it are GGUF."""
+    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")) and not (folder / GGUF_INDEX).is_file()
+
+
 def _own_folder(model: str) -> Path | None:
-    """The folder of this machine that is called so. Raises `ModelError` for something else of that name."""
+    """The folder, or the GGUF file, of this machine that is called so. Raises `ModelError` for something else of that
+    name."""
     try:
         own = Path(model).expanduser()
-        if own.is_dir():
+        if own.is_dir() or (own.is_file() and own.suffix == ".gguf"):
             return own
         if own.is_file() and own.suffix not in (".safetensors", ".json"):
             raise ModelError(not_safetensors(own.parent, [own.name]))

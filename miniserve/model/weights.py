@@ -1,4 +1,4 @@
-"""Weights from safetensors (one file or shards), or random ones of the same shape.
+"""The weights of a model from its files, or random ones of the same shape.
 
 Tensors are read layer by layer and handed to `ops.linear` at once, so loading never holds the model twice.
 """
@@ -8,21 +8,24 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from miniserve.config import ConfigError
+from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Read, Safetensors
 from miniserve.model.config import ModelConfig
+from miniserve.model.gguf import GgufTensors
 from miniserve.ops import Ops
 from miniserve.ops.decoder import Layer, Linear, Weights
+from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 
 log = logging.getLogger("miniserve.model")
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-Read = Callable[[str, tuple[int, ...]], torch.Tensor]
 Progress = Callable[[int, int], None]
+QUANTIZATIONS = {"int8": 8, "int4": 4}
+"""Bits of what is made at load from plain weights. The head is in 8 bits with both, as 4 cost it the most; the rows of
+the embedding are looked up, and stay as they are."""
 
 
 def load_weights(
@@ -32,43 +35,79 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    quantization: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Weights:
-    """All weights in `dtype` on `device`, from `files`, or random ones where there are none; `progress` gets the number
-    of layers done and of all. Raises `ConfigError` when a tensor is missing or not as config.json says."""
+    """All weights on `device`, from `files`, or random ones where there are none: in `dtype`, in their own 4 or 8 bits
+    where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `progress` gets the number of
+    layers done and of all. Raises `ConfigError` when a tensor is missing or not as config.json says."""
+    costs, how = Costs(), (dtype, device, QUANTIZATIONS.get(quantization or ""))
     if not files:
-        return _build(_random(config), set(), config, ops, (dtype, device), progress)
+        return _build(_random(config), set(), config, ops, how, costs, progress)
     with ExitStack() as stack:
-        where = _tensors([stack.enter_context(safe_open(path, framework="pt")) for path in files])
-        unread = set(where)
-        read = _reader(files[0].parent, where, unread)
-        weights = _build(read, set(where), config, ops, (dtype, device), progress)
-    if extra := sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq")):
+        if files[0].suffix == ".gguf":
+            source: GgufTensors | Safetensors = GgufTensors(files[0], costs)
+        else:
+            opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+            source = Safetensors(files[0].parent, opened, costs)
+        weights = _build(source.read, source.names, config, ops, how, costs, progress)
+    if extra := sorted(name for name in source.unread if not name.endswith("rotary_emb.inv_freq")):
         log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
+    for line in costs.lines(dtype):
+        log.warning(line)
     return weights
 
 
 def _build(
-    read: Read, names: set[str], config: ModelConfig, ops: Ops, place: tuple[torch.dtype, torch.device], show: Progress
+    read: Read,
+    names: set[str],
+    config: ModelConfig,
+    ops: Ops,
+    how: tuple[torch.dtype, torch.device, int | None],
+    costs: Costs,
+    show: Progress,
 ) -> Weights:
-    """`names` are those of all tensors there are."""
-    dtype, device = place
+    """`names` are those of all tensors there are; `how` is the dtype, the device, and the bits of plain matrices."""
+    dtype, device, bits = how
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.heads * dim, config.kv_heads * dim
+    if bits and any(size % GROUP for size in (hidden, inner, q)):
+        raise ConfigError(
+            f"--quantization takes {GROUP} numbers of a row together, and rows of this model have {hidden}, {inner} "
+            f"and {q}: leave it out."
+        )
     total = 0
+
+    def plain(weight: Weight) -> torch.Tensor:
+        # A copy always: what was read may be a view of the mapped file.
+        return dense(weight.to(device), dtype).to(dtype, copy=isinstance(weight, torch.Tensor))
 
     def get(name: str, *shape: int) -> torch.Tensor:
         nonlocal total
-        # A copy always: what was read may be a view of the mapped file.
-        tensor = read(name, shape).to(device=device, dtype=dtype, copy=True)
+        tensor = plain(read(name, shape))
         total += tensor.nbytes
         return tensor
 
+    def counted(weight: Weight) -> Weight:
+        """A GPU computes with plain numbers."""
+        nonlocal total
+        total += weight.nbytes if device.type == "cpu" else weight.shape.numel() * dtype.itemsize
+        return weight
+
     def linear(parts: dict[str, int], width: int, bias: bool) -> Linear:
         """One matrix of several, from their names and rows."""
-        weight = torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts.items()])
+        weights = [read(f"{name}.weight", (rows, width)).to(device) for name, rows in parts.items()]
+        if bits:
+            weights = [Quantized.of(weight, bits) if isinstance(weight, torch.Tensor) else weight for weight in weights]
+        packed = [weight for weight in weights if isinstance(weight, Quantized)]
+        if len(packed) == len(weights) and len({weight.bits for weight in packed}) == 1:
+            whole: Weight = Quantized.cat(packed)
+        else:
+            whole = torch.cat([dense(weight, dtype).to(dtype) for weight in weights])
+            for weight in packed:
+                costs.add("parts of a matrix whose others are in another format", weight.codes.numel(), weight.nbytes)
         biases = [get(f"{name}.bias", rows) for name, rows in parts.items()] if bias else None
-        return ops.linear(weight, torch.cat(biases) if biases else None)
+        return ops.linear(counted(whole), torch.cat(biases) if biases else None)
 
     def layer(index: int) -> Layer:
         at = f"model.layers.{index}."
@@ -86,50 +125,27 @@ def _build(
 
     # A tied checkpoint may hold its one matrix under the name of the head.
     only_head = config.tie_embeddings and HEAD in names and EMBEDDING not in names
-    embedding = get(HEAD if only_head else EMBEDDING, config.vocab_size, hidden)
+    matrix = read(HEAD if only_head else EMBEDDING, (config.vocab_size, hidden))
+    embedding = plain(matrix)
+    total += embedding.nbytes
     layers = []
     for index in range(config.layers):
         layers.append(layer(index))
         show(index + 1, config.layers)
     norm = get("model.norm.weight", hidden)
     tied = config.tie_embeddings and not names.issuperset((EMBEDDING, HEAD))
-    head = embedding if tied else get(HEAD, config.vocab_size, hidden)
-    if config.tie_embeddings and not tied:
-        if torch.equal(head, embedding):
-            total, head = total - head.nbytes, embedding
-        else:
+    if not tied:
+        matrix = read(HEAD, (config.vocab_size, hidden))
+        tied = config.tie_embeddings and torch.equal(plain(matrix), embedding)
+        if config.tie_embeddings and not tied:
             log.warning("config.json says tie_word_embeddings, but the files have another %s: it is used.", HEAD)
+    if bits and isinstance(matrix, torch.Tensor):
+        matrix = Quantized.of(matrix.to(device), 8)
+    if tied and (isinstance(matrix, torch.Tensor) or device.type != "cpu"):
+        head: Weight = embedding
+    else:
+        head = counted(matrix if isinstance(matrix, Quantized) else plain(matrix))
     return Weights(embedding, layers, norm, ops.head(head), total)
-
-
-def _tensors(files: list[Any]) -> dict[str, tuple[Any, str]]:
-    """Name -> the open file it is in, the last of those that hold it, and its name there. Files are mapped, not read
-    at once."""
-    found = {name: (file, name) for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-    # Of a model that was saved without its head, as some are, names lack the first part.
-    return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": at for name, at in found.items()}
-
-
-def _reader(folder: Path, where: dict[str, tuple[Any, str]], unread: set[str]) -> Read:
-    """Reads tensors by name, and takes them out of `unread`."""
-
-    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in where:
-            tied = "; if its matrix is also the head, set tie_word_embeddings in config.json" if name == HEAD else ""
-            raise ConfigError(f"{folder} has no tensor {name!r}: not complete, or another architecture{tied}.")
-        unread.discard(name)
-        file, stored = where[name]
-        tensor = file.get_tensor(stored)
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(
-                f"{name} in {folder} has the shape {tuple(tensor.shape)}, but config.json says {shape}: the files do "
-                "not belong together."
-            )
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise ConfigError(f"{name} in {folder} is {tensor.dtype}: miniserve serves bf16, fp16 and fp32 weights.")
-        return tensor
-
-    return read
 
 
 def _random(config: ModelConfig) -> Read:

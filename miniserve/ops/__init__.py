@@ -8,6 +8,7 @@ import torch
 from miniserve.ops.batch import Batch
 from miniserve.ops.decoder import Linear, Weights
 from miniserve.ops.native import NoKernels
+from miniserve.ops.quantized import Weight
 from miniserve.ops.torch_ops import TorchOps
 
 Compute = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,10 +25,11 @@ class Ops(Protocol):
     """Up to so many rows a step takes little longer than with one row, since all weights are read anyway: as many as a
     sequence and its draft may fill."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout."""
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+        """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout. One of 4 or 8 bits is
+        computed with as it is (`CpuOps`), or dequantized to the dtype that these `Ops` are for."""
 
-    def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
         """Prepare the last matrix, `[vocab, hidden]`: the result makes float32 logits of `[rows, hidden]`."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -89,7 +91,7 @@ def make_ops(
     compiled kernels where a compiler is installed; `progress` gets a line if they have to be compiled first.
     """
     if not native:
-        return TorchOps(device), "torch"
+        return TorchOps(device, dtype), "torch"
     try:
         if device.type == "cuda":
             from miniserve.ops.cuda_ops import CudaOps
@@ -99,4 +101,4 @@ def make_ops(
 
         return CpuOps(dtype, head_dim, widths, page_tokens, progress), "native"
     except NoKernels as reason:
-        return TorchOps(device), f"torch, slower than native ones: {reason}"
+        return TorchOps(device, dtype), f"torch, slower than native ones: {reason}"

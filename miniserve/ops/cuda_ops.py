@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
 from miniserve.ops.decoder import Linear, Weights
 from miniserve.ops.native import NoKernels
+from miniserve.ops.quantized import Weight, dense
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -32,21 +33,23 @@ class CudaOps(CudaPlanner):
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
         super().__init__(kernels or _flashinfer(device, dtype, head_dim), device, dtype, heads, head_dim)
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
         """cuBLAS, which adds the residual where it is: that is the add of a fused add and norm."""
-        turned = weight.t()
+        plain = dense(weight, self._dtype)
+        turned = plain.t()
 
         def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             if residual is None:
-                return F.linear(x, weight, bias)
+                return F.linear(x, plain, bias)
             out = residual.addmm_(x, turned)
             return out if bias is None else out.add_(bias)
 
         return product
 
-    def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
         """The logits are rounded to 16 bits before they become float32."""
-        return lambda x: F.linear(x, weight).float()
+        plain = dense(weight, self._dtype)
+        return lambda x: F.linear(x, plain).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

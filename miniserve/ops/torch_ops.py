@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from miniserve.ops.batch import Batch
 from miniserve.ops.decoder import Linear, Weights
+from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
@@ -107,7 +108,7 @@ def filter_sorted(
 
 
 class TorchOps:
-    """`Ops` of any dtype on any device."""
+    """`Ops` of any dtype on any device. Weights of 4 and 8 bits are dequantized to `dtype`."""
 
     layout = "slot, kv_head, head_dim"
     draft_rows = 12
@@ -115,16 +116,18 @@ class TorchOps:
 
     filter = staticmethod(filter_sorted)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._device = device
+        self._dtype = dtype
         # Adding this to the last keys of a block of queries hides what comes after each query.
         self._causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=device).triu_(1)
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+        weight = dense(weight, self._dtype)
         packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
         return onednn_linear(weight, bias) if packed else dense_linear(weight, bias)
 
-    def head(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
         """In 16 bits the logits are rounded before they become float32."""
         product = self.linear(weight)
         return lambda x: product(x).float()

@@ -21,7 +21,7 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
 from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
-from miniserve.model.weights import load_weights
+from miniserve.model.weights import QUANTIZATIONS, load_weights
 from miniserve.ops import Ops, make_ops
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
@@ -35,6 +35,8 @@ from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
 
 Progress = Callable[[str, int, int], None]
+SIZES = {"int8": (8.5, 8.5), "int4": (4.5, 8.5)}
+"""Bits that a number takes in the layers' matrices and in the head, with its share of a scale."""
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Choices:
         """Raises `ConfigError`."""
         folder = Path(config.model)
         files = check_folder(folder, config.load_format == "dummy")
+        check_quantization(config.quantization, files.method)
         model = ModelConfig.from_hf(files.config)
         device = sizing.choose_device(config.device)
         dtype = sizing.choose_dtype(config.dtype, model, device)
@@ -88,8 +91,22 @@ class Choices:
     def layout(self, config: EngineConfig, ops: Ops) -> str:
         """A fingerprint of all that pages of two workers must have in common."""
         folder, dtype = str(self.folder.resolve()), str(self.dtype)
-        identity = [folder, self.files.config, dtype, config.block_size, ops.layout, config.load_format]
+        made = config.load_format, config.quantization in QUANTIZATIONS and config.quantization
+        identity = [folder, self.files.config, dtype, config.block_size, ops.layout, *made]
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def check_quantization(asked: str | None, method: str) -> None:
+    """Raises `ConfigError` where --quantization asks for something else than the files are, or may become. `method` is
+    that of the files."""
+    if method and asked not in (None, method):
+        raise ConfigError(
+            f"The model is quantized already ({method}), so it cannot be {asked}: leave --quantization out."
+        )
+    if not method and asked is not None and asked not in QUANTIZATIONS:
+        raise ConfigError(
+            f"--quantization {asked}: the model's files are not quantized. Give such a model, or int8 or int4."
+        )
 
 
 def build(config: EngineConfig, progress: Progress | None = None) -> Built:
@@ -113,7 +130,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     else:
         threads = sizing.prepare_cpu(config)
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
-        estimate = model.num_parameters * choices.dtype.itemsize
+        bits = SIZES.get(config.quantization or "", choices.files.bits)
+        estimate = sizing.weight_bytes(model, choices.dtype, *(bits if config.cpu_kernels == "auto" else (None, None)))
         size = sizing.size_pool(config, choices.shape, choices.max_model_len, estimate, device)
     ops, kernels = make_ops(
         device,
@@ -130,7 +148,15 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     try:
         shown = partial(show, "weights")
         shown(0, model.layers)
-        weights = load_weights(choices.files.weights, model, ops, choices.dtype, device, progress=shown)
+        weights = load_weights(
+            choices.files.weights,
+            model,
+            ops,
+            choices.dtype,
+            device,
+            quantization=config.quantization,
+            progress=shown,
+        )
         transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
         lap("weights")
         if device.type == "cuda":

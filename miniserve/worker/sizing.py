@@ -66,6 +66,16 @@ def choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
     return asked
 
 
+def weight_bytes(model: ModelConfig, dtype: torch.dtype, bits: float | None, head_bits: float | None) -> int:
+    """Bytes of all weights, where a number of the layers' matrices takes `bits` with its share of the scales, one of
+    the head `head_bits`. With None they have the `dtype`, as the embedding has, which then also is a tied head."""
+    plain = 8 * dtype.itemsize
+    rows = model.vocab_size * model.hidden_size
+    layers = model.num_parameters - rows * (1 if model.tie_embeddings else 2)
+    head = 0 if model.tie_embeddings and head_bits is None else rows * (head_bits or plain)
+    return int(layers * (bits or plain) + rows * plain + head) // 8
+
+
 def prepare_cpu(config: EngineConfig) -> int:
     """Set this process's threads and allocator for the CPU; returns the number of threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

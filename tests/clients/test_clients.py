@@ -169,7 +169,9 @@ DOCS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def test_lm_eval(smollm2_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_lm_eval(
+    smollm2_folder: Path, smollm2_plain: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Multiple choice and perplexity by log-probabilities of prompts: what transformers makes of the same weights."""
     for name, task in TASKS.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS[name]))
@@ -192,7 +194,7 @@ def test_lm_eval(smollm2_folder: Path, tmp_path: Path, tmp_path_factory: pytest.
     tokenizer = Tokenizer.load(smollm2_folder)
 
     def likelihood(context: list[int], continuation: list[int]) -> float:
-        logprobs = tiny.reference_logits(smollm2_folder, context + continuation).log_softmax(-1)
+        logprobs = tiny.reference_logits(smollm2_plain, context + continuation).log_softmax(-1)
         rows = range(len(context) - 1, len(context) + len(continuation) - 1)
         return float(logprobs[rows, continuation].sum())
 

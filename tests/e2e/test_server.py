@@ -48,13 +48,13 @@ def smollm2(smollm2_folder, tmp_path_factory):
         yield running
 
 
-def test_five_turns_move_once_and_equal_transformers(smollm2, smollm2_folder):
+def test_five_turns_move_once_and_equal_transformers(smollm2, smollm2_plain):
     """The stock client, streaming, resending its history: the KV moves once, later turns find theirs, and the text is
     what transformers says."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_plain, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_plain)
     messages: list[dict] = []
     prompt_tokens = pages = 0
     for number, question in enumerate(QUESTIONS):

@@ -149,10 +149,10 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "integers": (edit_tensors(to(torch.int8, "q_proj")), ["int8", "q_proj"]),
     "a method without a name": (config(quantization_config={"bits": 4}), ["quantized (quantization_config)"]),
     "AWQ": (config(quantization_config={"quant_method": "awq"}), ["quantized (awq)"]),
-    "GGUF alone": (both(without(WEIGHTS), write("m.Q4_0.gguf")), ["only m.Q4_0.gguf", "gguf_file='m.Q4_0.gguf'"]),
-    "GGUF alone, no config": (
-        both(without(WEIGHTS, "config.json"), write("m.Q4_0.gguf")),
-        ["only m.Q4_0.gguf", "gguf_file='m.Q4_0.gguf'"],
+    "an empty GGUF": (both(without(WEIGHTS), write("m.Q4_0.gguf")), ["m.Q4_0.gguf is no GGUF file"]),
+    "a GGUF that is a pointer": (
+        both(without(WEIGHTS, "config.json"), write("m.Q4_0.gguf", POINTER)),
+        ["m.Q4_0.gguf is no GGUF file", "git lfs pull"],
     ),
     "pickled": (both(without(WEIGHTS), write("pytorch_model.bin")), ["only pytorch_model.bin", "convert"]),
     "pickled by its maker": (both(without(WEIGHTS), write("consolidated.00.pth")), ["only consolidated.00.pth"]),
@@ -249,7 +249,7 @@ def test_shards(sharded: Path) -> None:
         ("model.safetensors", ["is a file: give the folder"]),
         ("config.json", ["is a file: give the folder"]),
         ("x" * 300, ["cannot be opened", "File name too long"]),
-        ("m.gguf", ["only m.gguf", "gguf_file='m.gguf'"]),
+        ("m.gguf", ["m.gguf is no GGUF file"]),
         ("gone", ["a link to", "which is not there"]),
     ],
 )

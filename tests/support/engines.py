@@ -7,6 +7,9 @@ import random
 from miniserve.llm import LLM
 from miniserve.sampling_params import SamplingParams
 
+KERNELS = ("torch", "auto")
+"""Values of --cpu-kernels with which weights of 4 and 8 bits are tested."""
+
 
 def prompts(count: int, longest: int = 150, seed: int = 0) -> list[list[int]]:
     """Random prompts of mixed lengths, the first of one token."""

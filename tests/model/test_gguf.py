@@ -1,0 +1,178 @@
+"""GGUF files served as they are: the same numbers as the gguf library reads, the same text as transformers makes of
+them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miniserve.hub.check import ModelError, check_folder
+from miniserve.hub.resolve import resolve
+from miniserve.model.checkpoints import Costs
+from miniserve.model.config import ModelConfig, RopeConfig
+from miniserve.model.gguf import GgufTensors
+from miniserve.model.rope import inverse_frequencies
+from miniserve.ops.quantized import Quantized, dense
+from miniserve.text.tokenizer import Tokenizer
+from tests.support import tiny
+from tests.support.engines import KERNELS, greedy, small
+from tests.support.gguf_files import write_gguf
+
+KINDS = ["Q4_0", "Q4_1", "Q8_0", "F32", "F16", "BF16", "Q5_0", "Q6_K"]
+
+
+@given(st.integers(0, 1000), st.sampled_from(KINDS), st.sampled_from([0, 1, 2]), st.integers(1, 3))
+def test_tensors_have_the_numbers_that_the_library_reads(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, kind: str, heads: int, groups: int
+) -> None:
+    rows, width = 8, (256 if kind == "Q6_K" else 32) * groups
+    numbers = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+    known = gguf.GGMLQuantizationType[kind]
+    if kind == "Q6_K":  # which the library only reads: any bits, with scales that are small numbers
+        block = np.random.default_rng(seed).integers(0, 256, (rows, 210 * groups), dtype=np.uint8)
+        block.reshape(rows, groups, 210)[..., 209] &= 0x3F
+        data = block
+    else:
+        data = gguf.quantize(numbers, known)
+    folder = tmp_path_factory.mktemp("gguf")
+    raw = data.tobytes()
+    (folder / "model.gguf").write_bytes(bytes(64) + raw)
+    (folder / "model.json").write_text(json.dumps({"a": [64, len(raw), kind, [rows, width], heads]}))
+    costs = Costs()
+    weight = GgufTensors(folder / "model.gguf", costs).read("a", (rows, width))
+    want = torch.from_numpy(gguf.dequantize(data, known)).view(rows, width)
+    if heads:
+        want = torch.cat([head[i::2] for head in want.chunk(heads) for i in (0, 1)])
+    torch.testing.assert_close(dense(weight, torch.float32).float(), want, rtol=0, atol=0)
+    if isinstance(weight, Quantized):
+        assert kind in ("Q4_0", "Q4_1", "Q8_0")
+        assert weight.nbytes == len(raw)
+        assert all(p is None or p.is_contiguous() for p in (weight.codes, weight.scales, weight.minimums))
+    assert bool(costs.lines(torch.bfloat16)) == (kind in ("Q5_0", "Q6_K"))
+
+
+MIXED = {"v_proj": "Q8_0", "q_proj": "Q4_1", "o_proj": "Q4_1", "gate": "Q4_1", "lm_head": "Q8_0", "embed": "Q8_0"}
+"""As files have them: parts of one matrix differ."""
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [("llama", kind) for kind in ("Q4_0", "Q4_1", "Q8_0", "F16", "Q5_0")]
+    + [(arch, "mixed") for arch in ("llama", "qwen2", "qwen3", "mistral")],
+)
+def test_greedy_text_is_that_of_the_dequantized_weights(
+    tiny_models: dict[str, Path], tmp_path: Path, arch: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def kinds(name: str) -> str:
+        return next((own for part, own in MIXED.items() if part in name), "Q4_0") if kind == "mixed" else kind
+
+    file = write_gguf(tiny_models[arch], tmp_path / "m.gguf", kinds, tmp_path / "plain")
+    prompts = tiny.prompts(3)
+    truth = tiny.reference(tmp_path / "plain", prompts, 24)
+    for kernels in KERNELS:
+        assert greedy(small(file, dtype="float32", cpu_kernels=kernels), prompts, 24) == truth
+    said = [record.getMessage() for record in caplog.records if "are served as float32" in record.getMessage()]
+    assert len(said) == len(KERNELS) * (kind in ("Q5_0", "mixed")), said
+
+
+def test_the_folder_is_made_once_and_again_when_the_file_changes(tiny_folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(tiny_folder, tmp_path / "m.gguf")
+    lines: list[str] = []
+    found = resolve(str(file), progress=lines.append)
+    assert resolve(str(file), progress=lines.append).folder == found.folder
+    assert lines == ["Reading the vocabulary of m.gguf (once)"]
+    assert found.source == f"{file}, 4-bit (Q4_0)"
+    write_gguf(tiny_folder, file, lambda name: "Q8_0")
+    assert resolve(str(file)).folder != found.folder
+    assert resolve(str(file)).source.endswith("8-bit (Q8_0)")
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="start the server again"):
+        check_folder(found.folder, dummy=False)
+
+
+def test_what_lies_beside_the_file_counts_first(tiny_folder: Path, tmp_path: Path) -> None:
+    write_gguf(tiny_folder, tmp_path / "m.gguf", tokenizer__ggml__pre="of another model")
+    (tmp_path / "tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 99}))
+    found = resolve(str(tmp_path))
+    assert found.config["max_position_embeddings"] == 99
+    assert found.config["hidden_size"] == 128
+    assert Tokenizer.load(found.folder).encode("hello") == Tokenizer.load(tiny_folder).encode("hello")
+
+
+def test_tokenizer_template_and_ends_come_from_the_file(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = resolve(str(write_gguf(tiny_folder, tmp_path / "m.gguf"))).folder
+    ours, theirs = Tokenizer.load(folder), Tokenizer.load(tiny_folder)
+    said = [{"role": "user", "content": "hello, the wéird 123 ß😀"}]
+    assert ours.chat(said) == theirs.chat(said)
+    assert ours.eos_token_ids == {319}
+    assert ours.special_ids == theirs.special_ids
+
+
+def test_llama_3_scaling_is_told_by_its_factors(tiny_folder: Path, tmp_path: Path) -> None:
+    said = dict(tiny.LLAMA3, original_max_position_embeddings=8192)
+    model = replace(ModelConfig.from_hf(json.loads((tiny_folder / "config.json").read_text())), rope=RopeConfig(1e4))
+    scaled = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 8192)
+    factors = inverse_frequencies(model.rope, 32) / inverse_frequencies(scaled, 32)
+    file = write_gguf(tiny_folder, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})
+    assert resolve(str(file)).config["rope_scaling"] == said
+    write_gguf(tiny_folder, file, extra={"rope_freqs.weight": factors + torch.arange(16)})
+    with pytest.raises(ModelError, match=r"rope_freqs.weight other than Llama 3's"):
+        resolve(str(file))
+    write_gguf(tiny_folder, file, extra={"blk.0.ffn_gate_inp.weight": factors})
+    with pytest.raises(ModelError, match=r"has the tensor blk.0.ffn_gate_inp.weight, which no llama"):
+        resolve(str(file))
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ({"general__architecture": "gemma3"}, "is a gemma3; miniserve serves llama"),
+        ({"split__count": 3}, "llama-gguf-split --merge"),
+        ({"tokenizer__ggml__pre": "new-bpe"}, "'gpt2' 'new-bpe', which miniserve does not know: .*tokenizer.json"),
+        ({"llama__embedding_length": None}, "has no llama.embedding_length"),
+        ({"llama__rope__dimension_count": 8}, "rotates 8 of 32"),
+    ],
+)
+def test_another_model_is_refused(tiny_folder: Path, tmp_path: Path, meta: dict[str, object], says: str) -> None:
+    file = write_gguf(tiny_folder, tmp_path / "m.gguf", **meta)
+    with pytest.raises(ModelError, match=says) as refused:
+        resolve(str(file))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_file_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(tiny_folder, tmp_path / "m.gguf")
+    whole = file.read_bytes()
+    for size in (0, 3, 30, 5000, len(whole) - 1000):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match=r"download it again") as refused:
+            resolve(str(file))
+        assert "\n" not in str(refused.value)
+    (tmp_path / "n.gguf").touch()
+    with pytest.raises(ModelError, match=r"several models \(m.gguf, n.gguf\): give one"):
+        resolve(str(tmp_path))
+
+
+def test_the_default_model_is_its_4_bits(
+    smollm2_folder: Path, smollm2_plain: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Q4_1 in the layers, and a tied matrix of 8 bits that is the head as it is and the embedding dequantized."""
+    assert check_folder(smollm2_folder, dummy=False).format == "4-bit (Q4_1)"
+    prompts = [Tokenizer.load(smollm2_folder).encode("The history of bread begins")]
+    with caplog.at_level(logging.WARNING, "miniserve"):
+        llm = small(smollm2_folder, dtype="float32", cpu_kernels=KERNELS[-1], kv_cache_memory=2**26, max_model_len=256)
+    assert greedy(llm, prompts, 16) == tiny.reference(smollm2_plain, prompts, 16)
+    rows = 49152 * 576
+    head, layers = rows * 8.5 / 8, 30 * (4 * 576 * 576 * 2 // 3 + 3 * 576 * 1536) * 5 / 8
+    assert llm._built.weights_bytes == pytest.approx(rows * 4 + head + layers, rel=0.01)
+    assert not [record for record in caplog.records if record.name.startswith("miniserve")]
