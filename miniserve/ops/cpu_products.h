@@ -133,8 +133,12 @@ void pack(const int8_t* codes, const uint16_t* scales, const uint16_t* minimums,
 
 // float16 as float32, for finite numbers: the exponent's bias differs by 112.
 Floats load_half(const uint16_t* from) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
+#else
     const Words bits = __builtin_convertvector(load_as<Halves>(from), Words);
     return (Floats)((Words)((Floats)((bits & 0x7fff) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
+#endif
 }
 
 // Number `i` of a word of codes of each column: 0..15 of 4 bits, -128..127 of 8.
@@ -160,6 +164,16 @@ void store_numbers(bf16* out, Floats even, Floats odd) {
     std::memcpy(out, &both, sizeof both);
 }
 
+typedef uint16_t Table __attribute__((vector_size(LANES * 4)));
+
+Words look_up(Table table, Words numbers) {
+#ifdef __AVX512BW__
+    return (Words)_mm512_permutexvar_epi16((__m512i)numbers, (__m512i)table);
+#else
+    return (Words)__builtin_shuffle(table, (Table)numbers);
+#endif
+}
+
 // A vector of columns of a group, as numbers.
 template <int BITS, typename T>
 void unpack_numbers(const uint32_t* codes, Floats scale, Floats minimum, T* out) {
@@ -172,11 +186,9 @@ void unpack_numbers(const uint32_t* codes, Floats scale, Floats minimum, T* out)
     }
 }
 
-// A vector of columns of a group, as its codes: small whole numbers, which bf16 holds exactly.
+// A vector of columns of a group, as its codes: small whole numbers, of which bf16 is the upper half of a float.
 template <int BITS>
 void unpack_codes(const uint32_t* codes, bool centered, bf16* out) {
-    if constexpr (BITS == 8) return unpack_numbers<8>(codes, splat(1.0f), Floats{}, out);
-    typedef uint16_t Table __attribute__((vector_size(LANES * 4)));
     Table table;
     for (int n = 0; n < 2 * LANES; n++) {
         const float number = n % 16 - (centered ? 8 : 0);
@@ -184,12 +196,16 @@ void unpack_codes(const uint32_t* codes, bool centered, bf16* out) {
         std::memcpy(&bits, &number, sizeof bits);
         table[n] = bits >> 16;
     }
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; w++) {
+#pragma GCC unroll 8
+    for (int w = 0; w < BITS; w++) {
         const Words words = load_as<Words>(codes + w * LANES);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++, out += 2 * PANEL) {
-            const Table both = __builtin_shuffle(table, (Table)(words >> 4 * i));
+        for (int i = 0; i < 32 / BITS; i += 2, out += 2 * PANEL) {
+            Words both;
+            if constexpr (BITS == 8)
+                both = (Words)code<8>(words, i) >> 16 | ((Words)code<8>(words, i + 1) & 0xffff0000);
+            else  // both halves of a word are looked up, each by its last 4 bits (the table is there twice, for 5)
+                both = look_up(table, words >> 2 * i);
             std::memcpy(out, &both, sizeof both);
         }
     }
