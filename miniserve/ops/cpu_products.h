@@ -293,38 +293,48 @@ float sum_of(const T* group) {
 }
 
 // Few rows of bf16: codes are multiplied exactly, group by group, and scaled after that. A decode step then reads 4 or 8
-// bits and does little else.
+// bits and does little else. While a group is unpacked, the one before it is multiplied and the one before that is scaled:
+// none waits for what was only just stored.
 template <typename T, typename Out>
 void product_of_codes(const T* x, int rows, int64_t size, const Matrix<T>& weight, const Finish<T, Out>& finish,
                       Scratch& scratch) {
     const int words = size * sizeof(T) / 4, groups = size / GROUP, step = words / groups;
-    uint32_t* panels = room(scratch, step * KEYS + 2 * FEW * KEYS + rows * groups);
-    float* sums = reinterpret_cast<float*>(panels + step * KEYS);         // [rows, KEYS]
-    float *part = sums + FEW * KEYS, *totals = part + FEW * KEYS;         // the same of one group; [rows, groups]
+    const int group_words = weight.group_words();
+    uint32_t* panels = room(scratch, 2 * step * KEYS + 3 * FEW * KEYS + rows * groups);  // of two groups
+    float* sums = reinterpret_cast<float*>(panels + 2 * step * KEYS);                   // [rows, KEYS]
+    float *parts = sums + FEW * KEYS, *totals = parts + 2 * FEW * KEYS;  // the same of two groups; [rows, groups]
     const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
     if (weight.minimums)
-        for (int64_t g = 0; g < rows * groups; g++)
-            totals[g] = sum_of(x + g * GROUP);
+        for (int64_t g = 0; g < rows * groups; g++) totals[g] = sum_of(x + g * GROUP);
+
+    const auto multiply = [&](int g) {
+        for (int r = 0; r < rows; r += TALL)
+            multiply_block<T>(std::min(TALL, rows - r), a + r * words + g * step, words, panels + g % 2 * step * KEYS,
+                              step, parts + (g % 2 * FEW + r) * KEYS, false, [](int) {});
+    };
+    const auto scale = [&](const uint32_t* group, int g) {
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + KEYS * weight.bits);
+        for (int c = 0; c < KEYS; c += LANES) {
+            const Floats scale = load_half(scales + c);
+            const Floats minimum = weight.minimums ? load_half(scales + KEYS + c) : Floats{};
+            for (int r = 0; r < rows; r++) {
+                float* sum = sums + r * KEYS + c;
+                Floats added = load(parts + (g % 2 * FEW + r) * KEYS + c) * scale;
+                if (weight.minimums) added += minimum * totals[r * groups + g];
+                store(sum, g ? load(sum) + added : added);
+            }
+        }
+    };
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < finish.columns; first += KEYS) {
-        const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
-        std::fill(sums, sums + rows * KEYS, 0.0f);
-        for (int g = 0; g < groups; g++, group += weight.group_words()) {
-            for (int w = 0; w < weight.group_words(); w += 16) __builtin_prefetch(group + 2 * weight.group_words() + w);
-            unpack<T, false>(weight, group, 1, panels);
-            for (int r = 0; r < rows; r += TALL)
-                multiply_block<T>(std::min(TALL, rows - r), a + r * words + g * step, words, panels, step,
-                                  part + r * KEYS, false, [](int) {});
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + KEYS * weight.bits);
-            for (int c = 0; c < KEYS; c += LANES) {
-                const Floats scale = load_half(scales + c);
-                const Floats minimum = weight.minimums ? load_half(scales + KEYS + c) : Floats{};
-                for (int r = 0; r < rows; r++) {
-                    Floats sum = load(sums + r * KEYS + c) + load(part + r * KEYS + c) * scale;
-                    if (weight.minimums) sum += minimum * totals[r * groups + g];
-                    store(sums + r * KEYS + c, sum);
-                }
+        const uint32_t* group = weight.packed + first / KEYS * groups * group_words;
+        for (int g = 0; g < groups + 2; g++, group += group_words) {
+            if (g < groups) {
+                for (int w = 0; w < group_words; w += 16) __builtin_prefetch(group + 2 * group_words + w);
+                unpack<T, false>(weight, group, 1, panels + g % 2 * step * KEYS);
             }
+            if (g > 0 && g <= groups) multiply(g - 1);
+            if (g > 1) scale(group - 2 * group_words, g - 2);
         }
         for (int r = 0; r < rows; r += TALL) finish(sums + r * KEYS, r, std::min(TALL, rows - r), first);
     }
