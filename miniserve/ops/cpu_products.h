@@ -21,7 +21,7 @@ namespace {
 
 constexpr int GROUP = 32;         // numbers that share a scale: GROUP in ops/quantized.py
 constexpr int FEW = 16;           // rows up to which codes are multiplied as they are and scaled after that
-constexpr int64_t UNPACKED = 16;  // groups that are unpacked at once for many rows: they stay in the L2 cache
+constexpr int64_t UNPACKED = 24;  // groups that are unpacked at once for many rows: they stay in the L2 cache
 constexpr int TALL = TILES ? TILE_ROWS : ROWS;   // rows of a product that are computed at once
 constexpr int64_t SLICE = TILES ? 128 : 96;      // rows that one thread takes at once: a multiple of TALL
 constexpr int64_t UNPACKED_SLICE = 512;          // and of a weight that has to be unpacked first
@@ -356,13 +356,17 @@ void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>
             const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
             for (int g = 0; g < groups; g += UNPACKED) {
                 const int count = std::min<int>(UNPACKED, groups - g);
+                const bool last = g + count == groups;
                 unpack<T, true>(weight, group + g * weight.group_words(), count, panels);
-                for (int64_t r = top; r < end; r += TALL)
-                    multiply_block<T>(std::min<int>(TALL, end - r), a + r * words + g * step, words, panels,
-                                      count * step, sums + (r - top) * KEYS, g > 0, [](int) {});
+                for (int64_t r = top; r < end; r += TALL) {
+                    const int tall = std::min<int>(TALL, end - r);
+                    float* block = sums + (r - top) * KEYS;
+                    if (last) finish.prepare(r, tall, first);
+                    multiply_block<T>(tall, a + r * words + g * step, words, panels, count * step, block, g > 0,
+                                      [](int) {});
+                    if (last) finish(block, r, tall, first);
+                }
             }
-            for (int64_t r = top; r < end; r += TALL)
-                finish(sums + (r - top) * KEYS, r, std::min<int>(TALL, end - r), first);
         }
 }
 
