@@ -6,7 +6,8 @@
 
 All servers have the same model, whose tokenizer makes the prompts. Prints medians, and the ratio of the first server to
 each other one. All servers stay loaded throughout; none may spin when idle. A run during which other processes took
-more than a little of the machine is repeated (PID is the server's process).
+more than a little of the machine is repeated (PID is the server's process). Memory is that of all its processes, before
+the first scenario and after the last.
 """
 
 from __future__ import annotations
@@ -68,12 +69,22 @@ class ComparedServer(NamedTuple):
         return name, cls(url, model, int(pid))
 
 
+def processes(pid: int) -> list[psutil.Process]:
+    """A server's process and those it has started."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def memory(pid: int) -> float:
+    """MB that a server's processes take, what they share counted once (PSS). A decoder maps the KV pools of prefillers:
+    the sum of resident sizes would count what it has read there twice."""
+    return sum(process.memory_full_info().pss for process in processes(pid)) / 1e6
+
+
 class Meter:
     """CPU time of this machine that neither the server (with its children) nor this process takes."""
 
     def __init__(self, pid: int) -> None:
-        self._mine = [psutil.Process(), psutil.Process(pid)]
-        self._mine += self._mine[1].children(recursive=True)
+        self._mine = [psutil.Process(), *processes(pid)]
         self._begun = time.monotonic()
         self._before = self._seconds()
 
@@ -116,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     peers: dict[str, ComparedServer] = dict(args.servers)
     prompts = RandomPrompts(args.tokenizer, seed=time.time_ns())
     first, table = next(iter(peers)), {}
+    taken = {name: [memory(server.pid)] for name, server in peers.items()}
     for scenario in (scenario for scenario in SCENARIOS if args.only in scenario.name):
         run = partial(measure, scenario=scenario, prompts=prompts)
         runs = in_turns(peers, args.rounds, lambda name, run=run: asyncio.run(run(peers[name])))
@@ -125,7 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in median.items())
         beside = "  ".join(f"{value:.2f}x {name}" for name, value in ratio.items() if name != first)
         print(f"{scenario.name:<28}{figures}   {first} is {beside}", flush=True)
-    write(args.json, table)
+    for name, server in peers.items():
+        taken[name].append(memory(server.pid))
+        print(f"memory of {name}: {taken[name][0]:.0f} MB before, {taken[name][1]:.0f} MB after", flush=True)
+    write(args.json, {**table, "memory, MB": taken})
     return 0
 
 

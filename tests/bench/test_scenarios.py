@@ -144,7 +144,9 @@ def test_the_script_compares_servers_in_turns(
         servers = [f"fast={one}/v1,tiny,{os.getpid()}", f"slow={other},tiny,{os.getpid()}"]
         flags = ["--tokenizer", str(folder), "--rounds", "2", "--only", "prefill 512", "--json", str(out)]
         assert bench_peers.main([*flags, *servers]) == 0
-    table = json.loads(out.read_text())["prefill 512, tok/s"]
+    written = json.loads(out.read_text())
+    table = written["prefill 512, tok/s"]
+    assert all(before > 1 and after > 1 for before, after in written["memory, MB"].values())
     assert [len(runs) for runs in table["runs"].values()] == [2, 2]
     assert table["median"]["fast"] > table["median"]["slow"] < 512 / 0.4
     assert table["ratio"]["slow"] == table["median"]["fast"] / table["median"]["slow"]
