@@ -7,7 +7,8 @@
 All servers have the same model, whose tokenizer makes the prompts; its weights may be in another format on each. Prints
 medians, and the ratio of the first server to each other one. All servers stay loaded throughout; none may spin when
 idle. A run during which other processes took more than a little of the machine is repeated (PID is the server's
-process). A median that rests on a round without enough undisturbed runs has a `!` behind it.
+process). Memory is that of all of a
+server's processes, before the first scenario and after the last. A median that rests on a round without enough undisturbed runs has a `!` behind it.
 
 --json holds what each server reports of itself and, after each scenario, every run with its other figures, such as the
 tokens that a prefix cache had, and `others_cpu`, the share of the machine that other processes took.
@@ -73,12 +74,22 @@ class ComparedServer(NamedTuple):
         return name, cls(url, model, int(pid))
 
 
+def processes(pid: int) -> list[psutil.Process]:
+    """A server's process and those it has started."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def memory(pid: int) -> float:
+    """MB that a server's processes take, what they share counted once (PSS). A decoder maps the KV pools of prefillers:
+    the sum of resident sizes would count what it has read there twice."""
+    return sum(process.memory_full_info().pss for process in processes(pid)) / 1e6
+
+
 class Meter:
     """CPU time of this machine that neither the server (with its children) nor this process takes."""
 
     def __init__(self, pid: int) -> None:
-        self._mine = [psutil.Process(), psutil.Process(pid)]
-        self._mine += self._mine[1].children(recursive=True)
+        self._mine = [psutil.Process(), *processes(pid)]
         self._begun = time.monotonic()
         self._before = self._seconds()
 
@@ -166,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, server in servers.items():
         print(f"{name}: {server.kind} {server.version}, {server.model}, {server.max_model_len} tokens", flush=True)
     table: dict[str, dict[str, Any]] = {}
+    taken = {name: [memory(server.pid)] for name, server in peers.items()}
     for scenario in (scenario for scenario in SCENARIOS if args.only in scenario.name):
         run = partial(measure, scenario=scenario, prompts=prompts)
         rounds = in_turns(peers, args.rounds, lambda name, run=run: asyncio.run(run(peers[name])))
@@ -173,7 +185,12 @@ def main(argv: list[str] | None = None) -> int:
         figures = "  ".join(f"{n} {value:.4g}{'!' * (n in row['disturbed'])}" for n, value in row["median"].items())
         beside = "  ".join(f"{value:.2f}x {name}" for name, value in row["ratio"].items() if name != first)
         print(f"{scenario.name:<28}{figures}   {first} is {beside}", flush=True)
-        write(args.json, {"servers": {n: msgspec.to_builtins(s) for n, s in servers.items()}, "scenarios": table})
+        told = {name: msgspec.to_builtins(server) for name, server in servers.items()}
+        write(args.json, {"servers": told, "scenarios": table, "memory, MB": taken})
+    for name, server in peers.items():
+        taken[name].append(memory(server.pid))
+        print(f"memory of {name}: {taken[name][0]:.0f} MB before, {taken[name][1]:.0f} MB after", flush=True)
+    write(args.json, {"servers": told, "scenarios": table, "memory, MB": taken})
     return 0
 
 

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 import uvicorn
 import uvloop
 
-from miniserve.api.app import create_app
-from miniserve.api.middleware import Connection
 from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig
@@ -25,8 +23,6 @@ from miniserve.hub.resolve import ModelFiles
 from miniserve.monitor.decision_log import DecisionLog
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import ParameterError
-from miniserve.text.grammar import Compiler
-from miniserve.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 FLUSH_SECONDS = 2.0
@@ -157,10 +153,8 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
     started = time.monotonic()
     try:
         try:
-            defaults = generation_defaults(files.folder, config.generation_config)
-            (tokenizer, compiler), _ = await signals.unless(
-                signals.first, asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start())
-            )
+            making = asyncio.to_thread(_http_server, config, files, client, feed)
+            _, http = await signals.unless(signals.first, asyncio.gather(client.start(), making))
         except Stopped:
             return 130
         except Exception as error:
@@ -170,9 +164,6 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
-        app = create_app(config, client, feed, tokenizer, defaults, compiler)
-        level, shown = config.log_level, config.log_level in ("debug", "info")
-        http = HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
         serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
             bound = listeners[0].getsockname()[:2]
@@ -198,10 +189,19 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             log.close()
 
 
-def _tokenizer(config: ServeConfig, files: ModelFiles) -> tuple[Tokenizer, Compiler]:
-    """The tokenizer and the compiler of grammars, made while the workers load. Raises `ParameterError`."""
+def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:
+    """The server and all it needs, made while the workers load: imports alone take half a second. Raises `ConfigError`
+    and `ParameterError`."""
+    from miniserve.api.app import create_app
+    from miniserve.api.middleware import Connection
+    from miniserve.text.grammar import Compiler
+    from miniserve.text.tokenizer import Tokenizer
+
+    defaults = generation_defaults(files.folder, config.generation_config)
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    return tokenizer, Compiler(tokenizer)
+    app = create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+    level, shown = config.log_level, config.log_level in ("debug", "info")
+    return HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
 
 
 async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, signals: Signals) -> None:

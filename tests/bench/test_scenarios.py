@@ -149,6 +149,7 @@ def test_the_script_compares_servers_in_turns(
         ("fast", "slow"), "miniserve"
     )
     table = found["scenarios"]["prefill 512, tok/s"]
+    assert all(before > 1 and after > 1 for before, after in found["memory, MB"].values())
     assert [len(runs) for runs in table["runs"].values()] == [2, 2]
     assert table["disturbed"] == []
     for runs in table["figures"].values():
