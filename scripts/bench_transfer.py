@@ -26,9 +26,9 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer.collective import CollectiveTransfer
 from miniserve.kv.transfer.interface import Copy, Transfer
 from miniserve.kv.transfer.mapped import MappedTransfer
+from miniserve.kv.transfer.sockets import SocketTransfer
 from miniserve.worker.sizing import keep_freed_memory
 from scripts.harness import flags, in_turns, write
 
@@ -56,7 +56,7 @@ def source(control: Connection, run_dir: str, peer: Peer, num_pages: int) -> Non
     memory.pages.view(torch.int16).random_()
     transfers: dict[str, Transfer] = {
         "mapped": MappedTransfer(memory, peer),
-        "collective": CollectiveTransfer(memory, ("source", 1), peer, run_dir),
+        "collective": SocketTransfer(memory, ("source", 1), peer, run_dir),
     }
     control.send(peer_of("source", memory))
     wire = socket.create_connection(("127.0.0.1", control.recv()))
@@ -91,7 +91,7 @@ class Bench:
         mapped = MappedTransfer(self.memory, peer)
         self.transfers: dict[str, Transfer] = {
             "mapped": mapped,
-            "collective": CollectiveTransfer(self.memory, ("here", 1), peer, run_dir),
+            "collective": SocketTransfer(self.memory, ("here", 1), peer, run_dir),
         }
         self.theirs = mapped._theirs
         self.ours = self.memory.bytes.numpy()

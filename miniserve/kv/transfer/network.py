@@ -1,8 +1,8 @@
-"""What `remote.py` needs of a network: communicators of two (`nccl.py`), and the socket on which a pair meets."""
+"""What `remote.py` needs of a network: communicators of two (`nccl.py`), and how long pages may be on their way."""
 
-import contextlib
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -44,18 +44,18 @@ class Network(Protocol):
 
 
 class Connection:
-    """One meeting of a pair: a socket, until either side leaves."""
+    """One meeting of a pair: a socket, until either side leaves; ours does when `closed` is set."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, closed: threading.Event) -> None:
         self.channel = channel
-        self.closed = False
+        self._closed = closed
         self._deadline = 0.0
         self._hangup = select.poll()
         self._hangup.register(channel, select.POLLRDHUP)
 
     def check(self) -> None:
         """Raise `TransferError` if a side has left."""
-        if self.closed or self._hangup.poll(0):
+        if self._closed.is_set() or self._hangup.poll(0):
             raise TransferError("the peer has left")
 
     def allow(self, seconds: float, at_most: bool = False) -> None:
@@ -70,9 +70,3 @@ class Connection:
             if time.monotonic() > self._deadline:
                 raise TransferError("the peer is stuck")
             time.sleep(POLL_SECONDS)
-
-    def close(self) -> None:
-        """Leave, from another thread."""
-        self.closed = True
-        with contextlib.suppress(OSError):
-            self.channel.shutdown(socket.SHUT_RDWR)

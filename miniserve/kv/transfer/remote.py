@@ -1,22 +1,14 @@
 """KV pages between GPUs that cannot map each other's memory: the receiver asks, and a `Communicator` carries the pages
 from pool to pool, each straight to its place.
 
-As with `mapped`, the publisher does nothing more for its pages; the lease keeps them whole. Each direction of a pair is
-by itself: a socket on which the receiver asks, and a communicator of these two. So a send never waits for a receive,
-and a peer that dies breaks only its own pair. The receiver posts its receive when the sender has said that it sends, so
-no kernel waits on a GPU for a peer that is slow to begin. A connection that breaks takes along what was under way on
-it; then both sides meet again.
+Each direction of a pair has a communicator of its own beside its socket, so a send never waits for a receive. The
+receiver posts its receive when the sender has said that it sends, so no kernel waits on a GPU for a peer that is slow
+to begin.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import socket
-import threading
-from abc import ABC, abstractmethod
-from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -25,64 +17,12 @@ from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import FencedCopy, SideStream
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.network import RECEIVER, SENDER, Communicator, Connection, Network
-
-log = logging.getLogger("miniserve.transfer")
+from miniserve.kv.transfer.pair import Direction, paths, request, requested
 
 ABANDONED_SECONDS = 0.5
 """How long abandoned pages may still be on their way: the engine's next step waits for their end."""
-RETRY_SECONDS = 0.1
-"""From the end of one connection to the next attempt."""
 COMING = b"!"
 """What the sender says before it sends."""
-
-
-class Direction(ABC):
-    """One direction of a pair. Its thread meets the peer, again and again until `close`."""
-
-    def __init__(self, network: Network, side: SideStream, path: str, timeout: float) -> None:
-        """The owner of the pages listens at `path`. A peer that has begun and does not end within `timeout` seconds is
-        taken for hung."""
-        self.network = network
-        self.side = side
-        self.path = path
-        self.timeout = timeout
-        self.closed = threading.Event()
-        self.lock = threading.Lock()
-        self.connection: Connection | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def close(self) -> None:
-        """The thread ends soon. What it has begun to write is complete or dropped by then."""
-        self.closed.set()
-        with self.lock:
-            if self.connection is not None:
-                self.connection.close()
-
-    def _run(self) -> None:
-        self.network.enter_thread()
-        while not self.closed.is_set():
-            with contextlib.suppress(OSError), self._meet() as channel:
-                connection = Connection(channel)
-                with self.lock:
-                    self.connection = connection
-                    connection.closed = self.closed.is_set()
-                try:
-                    self._converse(connection)
-                except RuntimeError as error:  # a `TransferError`, or what CUDA says
-                    if not self.closed.is_set():
-                        log.warning("the connection %s broke: %s", os.path.basename(self.path), error)
-                finally:
-                    with self.lock:
-                        self.connection = None
-            self.closed.wait(RETRY_SECONDS)
-
-    @abstractmethod
-    def _meet(self) -> socket.socket:
-        """Raises OSError if the peer is not there."""
-
-    @abstractmethod
-    def _converse(self, connection: Connection) -> None:
-        """Use the connection until it breaks."""
 
 
 class Receiving(Direction):
@@ -90,8 +30,11 @@ class Receiving(Direction):
 
     def __init__(self, network: Network, side: SideStream, scratch: int, path: str, timeout: float) -> None:
         """What is abandoned before it comes is written to our page `scratch`."""
-        super().__init__(network, side, path, timeout)
+        super().__init__(path, timeout, owner=False)
+        self._network = network
+        self._side = side
         self._scratch = scratch
+        self._connection: Connection | None = None
         self._communicator: Communicator | None = None
         self._early: deque[RemoteCopy] = deque()  # to be asked for as soon as there is a communicator
         self._asked: deque[RemoteCopy] = deque()
@@ -103,16 +46,16 @@ class Receiving(Direction):
             if self.closed.is_set():
                 raise TransferError("the peer is gone")
             # Here, in the thread whose stream is the engine's: the pages come when that is done with ours.
-            self.side.follow()
+            self._side.follow()
             if self._communicator is None:
                 self._early.append(copy)
             else:
                 self._ask(copy)
 
     def _ask(self, copy: RemoteCopy) -> None:
-        assert self.connection is not None
+        assert self._connection is not None
         try:
-            self.connection.channel.send(array("i", copy.theirs).tobytes(), socket.MSG_DONTWAIT)
+            self._connection.channel.send(request(copy.theirs), socket.MSG_DONTWAIT)
         except OSError as error:
             raise TransferError(f"the peer does not answer ({error.strerror})") from error
         self._asked.append(copy)
@@ -124,33 +67,26 @@ class Receiving(Direction):
             elif copy.fence is None:
                 copy.ours = [self._scratch] * len(copy.theirs)
             elif copy in self._asked:
-                assert self.connection is not None
-                self.connection.allow(ABANDONED_SECONDS, at_most=True)
-                self.side.lead()
+                assert self._connection is not None
+                self._connection.allow(ABANDONED_SECONDS, at_most=True)
+                self._side.lead()
 
-    def _meet(self) -> socket.socket:
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            channel.connect(self.path)
-        except OSError:
-            channel.close()
-            raise
-        return channel
-
-    def _converse(self, connection: Connection) -> None:
-        if not (identity := connection.channel.recv(1024)):
+    def _converse(self, channel: socket.socket) -> None:
+        self._network.enter_thread()
+        if not (identity := channel.recv(1024)):
             return
-        communicator = self.network.join(identity, RECEIVER, self.side, connection.check)
+        connection = Connection(channel, self.closed)
+        communicator = self._network.join(identity, RECEIVER, self._side, connection.check)
         try:
             # Proves that the way is open, and sets it up before a turn needs it. No step reads the scratch page.
             connection.allow(self.timeout)
             connection.finish(communicator.receive([self._scratch]))
             with self.lock:
-                self._communicator = communicator
+                self._communicator, self._connection = communicator, connection
                 while self._early:
                     self._ask(self._early[0])
                     self._early.popleft()
-            while connection.channel.recv(len(COMING)):
+            while channel.recv(len(COMING)):
                 with self.lock:
                     copy = self._asked[0]
                     connection.allow(self.timeout)
@@ -178,43 +114,28 @@ class Sending(Direction):
 
     def __init__(self, network: Network, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
         """Pages below `num_pages` can be had. Raises OSError."""
-        super().__init__(network, side, path, timeout)
+        super().__init__(path, timeout, owner=True)
+        self._network = network
+        self._side = side
         self._num_pages = num_pages
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # of a pair that was parted and meets again
-        self._listener.bind(path)
-        self._listener.listen()
         self.thread.start()
 
-    def close(self) -> None:
-        super().close()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
-
-    def _meet(self) -> socket.socket:
-        return self._listener.accept()[0]
-
-    def _converse(self, connection: Connection) -> None:
-        identity = self.network.identity()
-        connection.channel.send(identity)
-        communicator = self.network.join(identity, SENDER, self.side, connection.check)
+    def _converse(self, channel: socket.socket) -> None:
+        self._network.enter_thread()
+        identity = self._network.identity()
+        channel.send(identity)
+        connection = Connection(channel, self.closed)
+        communicator = self._network.join(identity, SENDER, self._side, connection.check)
         try:
             connection.allow(self.timeout)
             connection.finish(communicator.send([0]))
-            while asked := connection.channel.recv(4 * self._num_pages):
-                pages = array("i", asked).tolist()
-                if not 0 <= min(pages) <= max(pages) < self._num_pages:
-                    raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {self._num_pages}")
-                connection.channel.send(COMING)
+            while asked := channel.recv(4 * self._num_pages):
+                pages = requested(asked, self._num_pages)
+                channel.send(COMING)
                 connection.allow(self.timeout)
                 connection.finish(communicator.send(pages))
         finally:
             communicator.abort()
-
-    def _run(self) -> None:
-        with self._listener:
-            super()._run()
 
 
 @dataclass(eq=False)
@@ -251,14 +172,10 @@ class RemoteTransfer:
         self, network: Network, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0
     ) -> None:
         """`us` is our name and epoch; the sockets are in `run_dir`. Raises OSError if there can be none."""
-
-        def path(owner: tuple[str, int], asks: tuple[str, int]) -> str:
-            return f"{run_dir}/pages-{owner[0]}.{owner[1]}-{asks[0]}.{asks[1]}"
-
-        them = (peer.name, peer.epoch)
+        here, there = paths(us, peer, run_dir)
         device = memory.pages.device
-        self._sending = Sending(network, SideStream(device), memory.num_pages, path(us, them), timeout)
-        self._receiving = Receiving(network, SideStream(device), memory.num_pages, path(them, us), timeout)
+        self._sending = Sending(network, SideStream(device), memory.num_pages, here, timeout)
+        self._receiving = Receiving(network, SideStream(device), memory.num_pages, there, timeout)
 
     def offer(self, pages: list[int]) -> tuple[int, int]:
         """What is published is complete on the device: the peer may have it at once."""
