@@ -53,9 +53,8 @@ def test_both_directions_at_once(ends: tuple[End, End]) -> None:
     chunks, landing = [[3, 1], [0, 2, 4], [5]], [[7, 6], [8, 11, 9], [10]]
     copies = []
     for chunk, ours in zip(chunks, landing, strict=True):
-        for here, there in ((left, right), (right, left)):
-            ticket = there.transfer.offer(chunk)
-            copies.append(here.transfer.fetch(ticket, chunk))
+        for here in (left, right):
+            copies.append(here.transfer.fetch(chunk))
             assert copies[-1].ready
             copies[-1].store(ours)
     until(lambda: all(copy.stored for copy in copies))
@@ -68,7 +67,7 @@ def test_both_directions_at_once(ends: tuple[End, End]) -> None:
 def test_pages_that_nobody_stores_are_not_asked_for(ends: tuple[End, End]) -> None:
     left, right = ends
     for number in range(9):
-        copy = right.transfer.fetch(left.transfer.offer([number]), [number])
+        copy = right.transfer.fetch([number])
         if number % 3 == 0:
             store(copy, [11])
             assert right.content(11) == left.content(number)
@@ -77,15 +76,15 @@ def test_pages_that_nobody_stores_are_not_asked_for(ends: tuple[End, End]) -> No
 
 def test_what_is_stored_follows_the_engine(ends: tuple[End, End], sides: list[QuietSide]) -> None:
     _, right = ends
-    store(right.transfer.fetch((0, 0), [1]), [7])
+    store(right.transfer.fetch([1]), [7])
     assert sides[3].calls == ["follow"], "the side stream of what comes to the second end"
 
 
 def test_what_is_abandoned_goes_elsewhere_or_is_waited_for(ends: tuple[End, End], sides: list[QuietSide]) -> None:
     left, right = ends
-    store(right.transfer.fetch((0, 0), [0]), [11])
+    store(right.transfer.fetch([0]), [11])
     left.go.clear()
-    coming, asked = right.transfer.fetch((0, 0), [1, 2]), right.transfer.fetch((0, 0), [3, 4])
+    coming, asked = right.transfer.fetch([1, 2]), right.transfer.fetch([3, 4])
     before = right.content(8, 9)
     coming.store([6, 7])
     asked.store([8, 9])
@@ -110,22 +109,22 @@ def test_what_is_abandoned_and_stuck_is_not_waited_for_long(
     """The engine waits on the GPU for the end of what is being written: then a stuck peer must not hold it."""
     monkeypatch.setattr(remote, "ABANDONED_SECONDS", 0.1)
     left, right = ends
-    store(right.transfer.fetch((0, 0), [0]), [11])
+    store(right.transfer.fetch([0]), [11])
     left.go.clear()
-    copy = right.transfer.fetch((0, 0), [1])
+    copy = right.transfer.fetch([1])
     copy.store([7])
     until(lambda: copy.fence)
     copy.abandon()
     assert sides[3].calls == ["follow", "follow", "lead"]
     until(lambda: copy.lost, PROMPT)
     left.go.set()
-    store(right.transfer.fetch((0, 0), [2]), [8])
+    store(right.transfer.fetch([2]), [8])
     assert right.content(8) == left.content(2)
 
 
 def test_what_the_device_says_breaks_the_connection_too(ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = ends
-    store(right.transfer.fetch((0, 0), [0]), [11])
+    store(right.transfer.fetch([0]), [11])
     receive = SocketCommunicator.receive
 
     def fail(communicator: SocketCommunicator, pages: list[int]) -> SocketFence:
@@ -133,16 +132,16 @@ def test_what_the_device_says_breaks_the_connection_too(ends: tuple[End, End], m
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(SocketCommunicator, "receive", fail)
-    copy = right.transfer.fetch((0, 0), [1])
+    copy = right.transfer.fetch([1])
     copy.store([7])
     until(lambda: copy.lost, PROMPT)
-    store(right.transfer.fetch((0, 0), [1]), [7])
+    store(right.transfer.fetch([1]), [7])
     assert right.content(7) == left.content(1)
 
 
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     early = End("d0", "p0", tmp_path, 1)
-    wanted, unwanted = early.transfer.fetch((0, 0), [1, 2]), early.transfer.fetch((0, 0), [3])
+    wanted, unwanted = early.transfer.fetch([1, 2]), early.transfer.fetch([3])
     unwanted.store([5])
     wanted.store([3, 4])
     unwanted.abandon()
@@ -158,9 +157,9 @@ def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
 
 def test_close_is_prompt_and_loses_what_is_under_way(ends: tuple[End, End]) -> None:
     left, right = ends
-    store(right.transfer.fetch((0, 0), [0]), [11])
+    store(right.transfer.fetch([0]), [11])
     left.go.clear()
-    copies = [right.transfer.fetch((0, 0), [page]) for page in range(3)]
+    copies = [right.transfer.fetch([page]) for page in range(3)]
     for copy in copies:
         copy.store([6])
     until(lambda: copies[0].fence)
@@ -172,7 +171,7 @@ def test_close_is_prompt_and_loses_what_is_under_way(ends: tuple[End, End]) -> N
         with pytest.raises(TransferError, match="broke"):
             _ = copy.stored
     with pytest.raises(TransferError, match="gone"):
-        right.transfer.fetch((0, 0), [1]).store([6])
+        right.transfer.fetch([1]).store([6])
     for thread in right.threads:
         thread.join(PROMPT)
         assert not thread.is_alive()
@@ -180,7 +179,7 @@ def test_close_is_prompt_and_loses_what_is_under_way(ends: tuple[End, End]) -> N
 
 def test_close_before_the_peer_has_come(tmp_path: Path) -> None:
     alone = End("d0", "p0", tmp_path, 1)
-    copy = alone.transfer.fetch((0, 0), [1])
+    copy = alone.transfer.fetch([1])
     copy.store([2])
     alone.transfer.close()
     until(lambda: copy.lost, PROMPT)
@@ -191,12 +190,12 @@ def test_close_before_the_peer_has_come(tmp_path: Path) -> None:
 
 def test_a_pair_that_was_parted_meets_again(ends: tuple[End, End], tmp_path: Path) -> None:
     left, right = ends
-    store(right.transfer.fetch((0, 0), [0]), [11])
+    store(right.transfer.fetch([0]), [11])
     right.transfer.close()
     again = End("d0", "p0", tmp_path, 3)
-    store(again.transfer.fetch((0, 0), [1]), [10])
+    store(again.transfer.fetch([1]), [10])
     assert again.content(10) == left.content(1)
-    store(left.transfer.fetch((0, 0), [2]), [9])
+    store(left.transfer.fetch([2]), [9])
     assert left.content(9) == again.content(2)
     again.transfer.close()
 
@@ -206,26 +205,26 @@ def test_pages_that_are_not_the_peers_are_refused(
     ends: tuple[End, End], pages: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     left, right = ends
-    copy = right.transfer.fetch((0, 0), pages)
+    copy = right.transfer.fetch(pages)
     copy.store([7] * len(pages))
     until(lambda: copy.lost)
     assert f"of {PAGES}" in caplog.text
-    store(right.transfer.fetch((0, 0), [1]), [7])  # over the next connection
+    store(right.transfer.fetch([1]), [7])  # over the next connection
     assert right.content(7) == left.content(1)
 
 
 def test_a_peer_that_is_stuck_in_the_middle_breaks_the_connection(tmp_path: Path) -> None:
     stuck, waits = End("p0", "d0", tmp_path, 1, timeout=0.4), End("d0", "p0", tmp_path, 2)
-    store(waits.transfer.fetch((0, 0), [0]), [11])
+    store(waits.transfer.fetch([0]), [11])
     stuck.go.clear()
-    copies = [waits.transfer.fetch((0, 0), [1, 2]), waits.transfer.fetch((0, 0), [3])]
+    copies = [waits.transfer.fetch([1, 2]), waits.transfer.fetch([3])]
     started = time.monotonic()
     for copy in copies:
         copy.store([6, 7][: len(copy.theirs)])
     until(lambda: all(copy.lost for copy in copies), 0.4 + PROMPT)
     assert time.monotonic() - started > 0.3
     stuck.go.set()
-    store(waits.transfer.fetch((0, 0), [3]), [7])
+    store(waits.transfer.fetch([3]), [7])
     assert waits.content(7) == stuck.content(3)
     for end in (stuck, waits):
         end.transfer.close()
@@ -285,9 +284,9 @@ def child(tmp_path: Path) -> Iterator[tuple[multiprocessing.process.BaseProcess,
 def test_a_killed_peer_fails_its_copies_at_once(child, midway: bool, tmp_path: Path) -> None:
     process, control, content = child
     end = End("d0", "p0", tmp_path, 2)
-    store(end.transfer.fetch((0, 0), [3]), [7])
+    store(end.transfer.fetch([3]), [7])
     assert end.content(7) == content[3 * SHAPE.bytes : 4 * SHAPE.bytes]
-    copies = [end.transfer.fetch((0, 0), [1, 2]), end.transfer.fetch((0, 0), [3])]
+    copies = [end.transfer.fetch([1, 2]), end.transfer.fetch([3])]
     if midway:
         control.send(None)
         control.recv()
@@ -307,13 +306,13 @@ def test_a_killed_peer_fails_its_copies_at_once(child, midway: bool, tmp_path: P
 def test_a_stopped_peer_blocks_no_call_and_goes_on(child, tmp_path: Path) -> None:
     process, _, content = child
     end = End("d0", "p0", tmp_path, 2)
-    store(end.transfer.fetch((0, 0), [3]), [7])
+    store(end.transfer.fetch([3]), [7])
     stop(process.pid)
     started, copies = time.monotonic(), []
 
     def ask_for_ever() -> None:
         while len(copies) < 5000:
-            copies.append(end.transfer.fetch((0, 0), [len(copies) % PAGES]))
+            copies.append(end.transfer.fetch([len(copies) % PAGES]))
             copies[-1].store([8])
 
     with pytest.raises(TransferError, match="does not answer"):

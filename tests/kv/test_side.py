@@ -121,7 +121,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMap
 
 def test_a_mapped_copy_is_stored_when_the_gpu_says_so(mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer]) -> None:
     ours, theirs, transfer = mapped
-    copy = transfer.fetch((0, 0), [3, 1])
+    copy = transfer.fetch([3, 1])
     assert copy.ready
     assert not copy.stored
     copy.store([6, 0])
@@ -137,7 +137,7 @@ def test_a_mapped_copy_that_is_abandoned_overwrites_nothing(
     mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
 ) -> None:
     ours, _, transfer = mapped
-    copy = transfer.fetch((0, 0), [3])
+    copy = transfer.fetch([3])
     copy.store([6])
     copy.abandon()
     ours.bytes[6] = 77  # the engine computes the page, or another copy writes it
@@ -149,9 +149,8 @@ def test_close_waits_for_readers(
     mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
 ) -> None:
     _, _, transfer = mapped
-    assert transfer.offer([1]) == (0, 0)
     assert transfer.side.calls == [], "what is published is complete"
-    copy = transfer.fetch((0, 0), [3])
+    copy = transfer.fetch([3])
     copy.store([6])
     transfer.close()
     assert copy.stored

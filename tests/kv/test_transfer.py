@@ -77,8 +77,7 @@ def test_both_directions_at_once(sides: tuple[Side, Side]) -> None:
     rest = {side: side.content([17, 18, 21, 22, 23]) for side in sides}
     copies = []
     for chunk in chunks:
-        tickets = [side.transfer.offer(chunk) for side in sides]
-        copies.append([right.transfer.fetch(tickets[0], chunk), left.transfer.fetch(tickets[1], chunk)])
+        copies.append([right.transfer.fetch(chunk), left.transfer.fetch(chunk)])
     for to_right, to_left in copies:
         until(lambda one=to_right, other=to_left: one.ready and other.ready)
     for (to_right, to_left), ours in zip(copies, landing, strict=True):
@@ -97,7 +96,7 @@ def test_many_publications_arrive_in_order_and_unwanted_ones_do_not_disturb(side
     for number in range(60):
         chunk = [(number + i) % 12 for i in range(1 + number % 5)]
         ours = [12 + page for page in chunk]
-        copy = right.transfer.fetch(left.transfer.offer(chunk), chunk)
+        copy = right.transfer.fetch(chunk)
         if number % 3 == 0:
             continue  # the turn has ended, and it may still be on its way
         copy.store(ours)
@@ -106,8 +105,7 @@ def test_many_publications_arrive_in_order_and_unwanted_ones_do_not_disturb(side
 
 def test_a_queue_of_publications(sides: tuple[Side, Side]) -> None:
     left, right = sides
-    tickets = [left.transfer.offer([page]) for page in range(12)]
-    copies = [right.transfer.fetch(ticket, [page]) for page, ticket in enumerate(tickets)]
+    copies = [right.transfer.fetch([page]) for page in range(12)]
     for page in reversed(range(12)):
         copies[page].store([12 + page])
     assert right.content(list(range(12, 24))) == left.content(list(range(12)))
@@ -131,7 +129,7 @@ def threads(transfer: SocketTransfer) -> list[threading.Thread]:
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
     early = SocketTransfer(right, ("d0", 1), peer_of("p0", 1, left), str(tmp_path))
-    copy = early.fetch((0, 0), [1, 2])
+    copy = early.fetch([1, 2])
     time.sleep(0.3)
     assert not copy.ready
     late = SocketTransfer(left, ("p0", 1), peer_of("d0", 1, right), str(tmp_path))
@@ -144,14 +142,14 @@ def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
 def test_what_does_not_come_in_time_is_given_up_and_not_asked_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
     early = SocketTransfer(right, ("d0", 1), peer_of("p0", 1, left), str(tmp_path), timeout=1.0)
-    given_up = early.fetch((0, 0), [0])
+    given_up = early.fetch([0])
     assert not given_up.ready
     until(lambda: given_up.ready, 1.0 + PROMPT)
     before = content(right, [3])
     with pytest.raises(TransferError, match="does not answer"):
         given_up.store([3])
     late = SocketTransfer(left, ("p0", 1), peer_of("d0", 1, right), str(tmp_path))
-    early.fetch((0, 0), [1, 2]).store([4, 5])
+    early.fetch([1, 2]).store([4, 5])
     assert content(right, [3, 4, 5]) == before + content(left, [1, 2])
     assert given_up.data is None
     early.close()
@@ -164,24 +162,24 @@ def test_pages_that_are_not_the_peers_are_refused(
 ) -> None:
     left, right = pair
     with pytest.raises(TransferError, match="broke"):
-        right.transfer.fetch((0, 0), pages).store([12] * len(pages))
+        right.transfer.fetch(pages).store([12] * len(pages))
     assert f"of {PAGES}" in caplog.text
-    right.transfer.fetch((0, 0), [1]).store([14])  # over the next connection
+    right.transfer.fetch([1]).store([14])  # over the next connection
     assert right.content([14]) == left.content([1])
-    left.transfer.fetch((0, 0), [2]).store([16])
+    left.transfer.fetch([2]).store([16])
     assert left.content([16]) == right.content([2])
 
 
 def test_close_is_prompt(pair: tuple[Side, Side], tmp_path: Path) -> None:
     left, right = pair
-    right.transfer.fetch((0, 0), [0]).store([12])
+    right.transfer.fetch([0]).store([12])
     alone = SocketTransfer(right.memory, ("d1", 1), peer_of("p1", 1, left.memory), str(tmp_path))
-    waiting = alone.fetch((0, 0), [1]), alone.fetch((0, 0), [2])
+    waiting = alone.fetch([1]), alone.fetch([2])
     started = time.monotonic()
     for transfer in (right.transfer, alone):
         transfer.close()
     assert time.monotonic() - started < 0.25
-    for copy in (*waiting, right.transfer.fetch((0, 0), [1])):
+    for copy in (*waiting, right.transfer.fetch([1])):
         until(lambda copy=copy: copy.ready, PROMPT)
         with pytest.raises(TransferError):
             copy.store([13])
@@ -191,15 +189,15 @@ def test_close_is_prompt(pair: tuple[Side, Side], tmp_path: Path) -> None:
 
 def test_a_pair_that_was_parted_meets_again(pair: tuple[Side, Side], tmp_path: Path) -> None:
     left, right = pair
-    right.transfer.fetch((0, 0), [0]).store([12])
-    left.transfer.fetch((0, 0), [0]).store([12])
+    right.transfer.fetch([0]).store([12])
+    left.transfer.fetch([0]).store([12])
     right.transfer.close()
     again = SocketTransfer(right.memory, ("d0", 7), peer_of("p0", 7, left.memory), str(tmp_path))
-    again.fetch((0, 0), [1]).store([13])
+    again.fetch([1]).store([13])
     assert right.content([13]) == left.content([1])
     with pytest.raises(TransferError, match="broke"):
-        left.transfer.fetch((0, 0), [2]).store([14])  # over the old connection
-    left.transfer.fetch((0, 0), [2]).store([14])
+        left.transfer.fetch([2]).store([14])  # over the old connection
+    left.transfer.fetch([2]).store([14])
     assert left.content([14]) == right.content([2])
     again.close()
 
@@ -211,7 +209,7 @@ def test_pages_of_a_gpu_come_by_way_of_host_memory(tmp_path: Path) -> None:
         us: SocketTransfer(memories[us], (us, 1), Peer(them, 1, "", PoolInfo(1, -1, 8, 512, "")), str(tmp_path))
         for us, them in (("p0", "d0"), ("d0", "p0"))
     }
-    copy = ends["d0"].fetch((0, 0), [1, 4])
+    copy = ends["d0"].fetch([1, 4])
     copy.store([7, 3])
     assert memories["d0"].bytes[[7, 3]].equal(memories["p0"].bytes[[1, 4]])
     for end in ends.values():
@@ -232,7 +230,7 @@ def be_a_peer(control: Connection, shape: str, us: tuple[str, int], peer: Peer, 
             case ("show", pages):
                 control.send(content(memory, pages))
             case ("fetch", pages):
-                transfer.fetch((0, 0), pages).store(pages)
+                transfer.fetch(pages).store(pages)
                 control.send(content(memory, pages))
 
 
@@ -257,7 +255,7 @@ class Child:
 
     def check(self) -> None:
         """Pages get through in both directions."""
-        self.transfer.fetch((0, 0), [1, 2]).store([3, 4])
+        self.transfer.fetch([1, 2]).store([3, 4])
         assert content(self.memory, [3, 4]) == self.ask("show", [1, 2])
         assert self.ask("fetch", [5]) == content(self.memory, [5])
 
@@ -271,7 +269,7 @@ class Child:
 
         with monkeypatch.context() as patch:
             patch.setattr(sockets.np, "empty", empty)
-            copy, end = self.transfer.fetch((0, 0), list(range(PAGES))), time.monotonic() + 20
+            copy, end = self.transfer.fetch(list(range(PAGES))), time.monotonic() + 20
             while not (room and room[0][0].any()):  # without a pause, in which all might come
                 assert time.monotonic() < end
         return copy
@@ -309,11 +307,11 @@ def test_a_killed_peer_fails_its_copies_at_once_and_no_others(
     before.process.join()
     killed = time.monotonic()
     with pytest.raises(TransferError):
-        before.transfer.fetch((0, 0), [1]).store([7])
+        before.transfer.fetch([1]).store([7])
     assert time.monotonic() - killed < PROMPT
     # One dies while it is waited for.
     stop(waiting.process.pid)
-    copies = [waiting.transfer.fetch((0, 0), [1]), waiting.transfer.fetch((0, 0), [2])]
+    copies = [waiting.transfer.fetch([1]), waiting.transfer.fetch([2])]
     time.sleep(0.1)
     assert not any(copy.ready for copy in copies)
     waiting.kill()
@@ -338,7 +336,7 @@ def test_a_stopped_peer_times_out_and_comes_back(
     stop(peer.process.pid)
     started = time.monotonic()
     copies = [copy] if midway else []
-    copies += [peer.transfer.fetch((0, 0), [1]) for _ in range(20)]
+    copies += [peer.transfer.fetch([1]) for _ in range(20)]
     assert time.monotonic() - started < 0.5  # no call waits for the peer
     assert not copies[0].ready
     for copy in copies:
@@ -365,11 +363,11 @@ if child == 0:
     there = SocketTransfer(theirs, ("p0", 1), peer_of("d0", 1, ours), sys.argv[1])
     time.sleep(60)
 connected = SocketTransfer(ours, ("d0", 1), peer_of("p0", 1, theirs), sys.argv[1])
-connected.fetch((0, 0), [0]).store([1])
+connected.fetch([0]).store([1])
 os.kill(child, signal.SIGSTOP)
-waiting = connected.fetch((0, 1), [0])
+waiting = connected.fetch([0])
 alone = SocketTransfer(ours, ("d0", 1), peer_of("p1", 1, theirs), sys.argv[1])
-alone.fetch((0, 0), [0])
+alone.fetch([0])
 
 class Last:
     def __del__(self):  # while the interpreter is torn down, a thread finds out that its peer is gone

@@ -14,17 +14,13 @@ from miniserve.kv.side import Fence, FencedCopy, PassedFence, SideStream
 
 
 class PulledTransfer(ABC):
-    """A `Transfer` in which the receiver copies the pages itself; the sender does nothing, and its lease keeps the
-    pages as they are. Copies are made on `side`; without one they are complete when `pull` returns."""
+    """A `Transfer` in which the receiver copies the pages itself, on `side`; without one the copies are complete when
+    `pull` returns."""
 
     name = "mapped"
     side: SideStream | None = None
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """What is published is complete on the device: the peer may read it at once."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> PulledCopy:
+    def fetch(self, pages: list[int]) -> PulledCopy:
         return PulledCopy(self, pages)
 
     @abstractmethod

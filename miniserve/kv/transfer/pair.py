@@ -1,8 +1,7 @@
 """How two workers meet whose pools cannot be mapped: each direction is a socket of its own, on which the receiver asks.
 
-As with `mapped`, the publisher does nothing more for its pages; the lease keeps them whole. What is asked for is the
-numbers of pages of the owner's pool. A peer that dies breaks only its own pair: a connection that breaks takes along
-what was under way on it, then both sides meet again.
+What is asked for is the numbers of pages of the owner's pool. A peer that dies breaks only its own pair: a connection
+that breaks takes along what was under way on it, then both sides meet again.
 """
 
 import contextlib

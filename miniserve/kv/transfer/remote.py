@@ -177,11 +177,7 @@ class RemoteTransfer:
         self._sending = Sending(network, SideStream(device), memory.num_pages, here, timeout)
         self._receiving = Receiving(network, SideStream(device), memory.num_pages, there, timeout)
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """What is published is complete on the device: the peer may have it at once."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> RemoteCopy:
+    def fetch(self, pages: list[int]) -> RemoteCopy:
         """Pages that are never stored are never asked for."""
         return RemoteCopy(self._receiving, pages)
 

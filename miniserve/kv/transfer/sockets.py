@@ -142,11 +142,7 @@ class SocketTransfer:
         self._sending = Sending(memory, here, timeout)
         self._receiving = Receiving(memory.shape.bytes, there, timeout)
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """What is published is complete: the peer may ask for it at once."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> SocketCopy:
+    def fetch(self, pages: list[int]) -> SocketCopy:
         copy = SocketCopy(self._memory, pages, time.monotonic() + self._receiving.timeout)
         self._receiving.ask(copy)
         return copy
