@@ -6,12 +6,8 @@ overwritten or read too early shows in its bytes. What the CPU does at once stan
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import msgspec
 import pytest
@@ -97,11 +93,6 @@ def content(memory: KVMemory, *pages: int) -> bytes:
 # --- mapped ---------------------------------------------------------------------------------------------------------
 
 
-def copy_words(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> None:
-    """As `page_copy.copy_pages`."""
-    target[tos] = source[froms]
-
-
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMappedTransfer]:
     ours, theirs = device_memory(1), device_memory(2)
@@ -110,7 +101,6 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMap
         return mapping.words_of(theirs.pages.untyped_storage(), pool)
 
     monkeypatch.setattr(mapping, "map_pool", map_pool)
-    monkeypatch.setattr(mapping, "kernel", lambda: copy_words)
     before = content(ours, *range(PAGES))
     transfer = CudaMappedTransfer(ours, Peer("p0", 1, "", PoolInfo(1, -1, PAGES, SHAPE.bytes, "L")))
     assert content(ours, *range(PAGES)) == before, "the first copy lands on the scratch page"
@@ -154,24 +144,6 @@ def test_close_waits_for_readers(
     copy.store([6])
     transfer.close()
     assert copy.stored
-
-
-KERNEL = """
-import torch
-from miniserve.kv.transfer.page_copy import copy_pages
-for words in (8, 2048, 5000):
-    source, target = (torch.randint(-(2**62), 2**62, (6, words)) for _ in range(2))
-    expected = target.clone()
-    expected[[5, 0, 3]] = source[[0, 4, 3]]
-    copy_pages(source, [0, 4, 3], target, [5, 0, 3])
-    assert torch.equal(target, expected), words
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch for CUDA")
-def test_the_kernel_copies_pages() -> None:
-    """By triton's interpreter: what it computes, not that it compiles."""
-    subprocess.run([sys.executable, "-c", KERNEL], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
 
 
 # --- which way ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from typing import TYPE_CHECKING, Literal
 
 from miniserve.cluster.messages import Peer, PoolInfo
@@ -37,8 +36,8 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
         from miniserve.kv.transfer.mapped import CudaMappedTransfer, MappedTransfer
 
         return CudaMappedTransfer(memory, peer) if memory.shared is None else MappedTransfer(memory, peer)
-    # Another process may have the number of a dead one by now; a kernel cannot be compiled without a compiler.
-    except (OSError, ValueError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+    # Another process may have the number of a dead one by now.
+    except (OSError, ValueError, RuntimeError) as error:
         log.warning("no way to the pool of %s: %s", peer.name, error)
         return None
 
