@@ -11,6 +11,9 @@ import socket
 import threading
 from abc import ABC, abstractmethod
 from array import array
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.transfer.interface import TransferError
@@ -85,9 +88,65 @@ class Direction(ABC):
         """Use the connection until it breaks, or the peer leaves. Raises OSError or RuntimeError."""
 
 
-def request(pages: list[int]) -> bytes:
-    """What asks for pages of the peer's pool."""
-    return array("i", pages).tobytes()
+@dataclass(eq=False)
+class Asked:
+    """Pages of the peer's pool. When they are `over`, they `came`, or are lost."""
+
+    theirs: list[int]
+    over: threading.Event = field(default_factory=threading.Event, kw_only=True)
+    came: bool = field(default=False, kw_only=True)
+
+
+T = TypeVar("T", bound=Asked)
+
+
+class Receiving(Direction, Generic[T]):
+    """The direction in which we receive: pages of one `ask` after the other."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__(path, timeout, owner=False)
+        self._queue: SimpleQueue[T | None] = SimpleQueue()
+
+    def ask(self, copy: T) -> None:
+        """Get pages when it is their turn. Belongs to the thread that calls `close`."""
+        if self.closed.is_set():
+            copy.over.set()
+        else:
+            self._queue.put(copy)
+
+    def close(self) -> None:
+        super().close()
+        self._queue.put(None)
+
+    def _converse(self, channel: socket.socket) -> None:
+        channel.settimeout(self.timeout)
+        try:
+            while (copy := self._queue.get()) is not None:
+                try:
+                    self._receive(channel, copy)
+                    copy.came = True
+                finally:
+                    copy.over.set()
+        finally:
+            self._lose_all()
+
+    @abstractmethod
+    def _receive(self, channel: socket.socket, copy: T) -> None:
+        """Ask for the pages, and return when they are here. Raises OSError or RuntimeError."""
+
+    def _lose_all(self) -> None:
+        while not self._queue.empty():
+            if (copy := self._queue.get()) is not None:
+                copy.over.set()
+
+    def _run(self) -> None:
+        super()._run()
+        self._lose_all()
+
+
+def request(channel: socket.socket, pages: list[int]) -> None:
+    """Ask for pages of the peer's pool."""
+    channel.send(array("i", pages).tobytes())
 
 
 def requested(asked: bytes, num_pages: int) -> list[int]:

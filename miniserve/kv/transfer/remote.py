@@ -9,15 +9,14 @@ to begin.
 from __future__ import annotations
 
 import socket
-from collections import deque
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import FencedCopy, SideStream
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.network import RECEIVER, SENDER, Communicator, Connection, Network
-from miniserve.kv.transfer.pair import Direction, paths, request, requested
+from miniserve.kv.transfer.network import RECEIVER, SENDER, Connection, Network
+from miniserve.kv.transfer.pair import Asked, Direction, Receiving, paths, request, requested
 
 ABANDONED_SECONDS = 0.5
 """How long abandoned pages may still be on their way: the engine's next step waits for their end."""
@@ -25,49 +24,25 @@ COMING = b"!"
 """What the sender says before it sends."""
 
 
-class Receiving(Direction):
-    """The direction in which we receive: what was asked for comes in that order."""
+class RemoteReceiving(Receiving["RemoteCopy"]):
+    """What is given up while the peer is asked for it is written to our page `scratch`."""
 
     def __init__(self, network: Network, side: SideStream, scratch: int, path: str, timeout: float) -> None:
-        """What is abandoned before it comes is written to our page `scratch`."""
-        super().__init__(path, timeout, owner=False)
+        super().__init__(path, timeout)
         self._network = network
         self._side = side
         self._scratch = scratch
-        self._connection: Connection | None = None
-        self._communicator: Communicator | None = None
-        self._early: deque[RemoteCopy] = deque()  # to be asked for as soon as there is a communicator
-        self._asked: deque[RemoteCopy] = deque()
         self.thread.start()
 
     def ask(self, copy: RemoteCopy) -> None:
-        """Ask for the pages of `copy`. Raises `TransferError` if the peer is gone, or leaves too much unanswered."""
-        with self.lock:
-            if self.closed.is_set():
-                raise TransferError("the peer is gone")
-            # Here, in the thread whose stream is the engine's: the pages come when that is done with ours.
-            self._side.follow()
-            if self._communicator is None:
-                self._early.append(copy)
-            else:
-                self._ask(copy)
-
-    def _ask(self, copy: RemoteCopy) -> None:
-        assert self._connection is not None
-        try:
-            self._connection.channel.send(request(copy.theirs), socket.MSG_DONTWAIT)
-        except OSError as error:
-            raise TransferError(f"the peer does not answer ({error.strerror})") from error
-        self._asked.append(copy)
+        # Here, in the thread whose stream is the engine's: the pages come when that is done with ours.
+        self._side.follow()
+        super().ask(copy)
 
     def abandon(self, copy: RemoteCopy) -> None:
         with self.lock:
-            if copy in self._early:
-                self._early.remove(copy)
-            elif copy.fence is None:
-                copy.ours = [self._scratch] * len(copy.theirs)
-            elif copy in self._asked:
-                assert self._connection is not None
+            copy.ours = []
+            if copy.fence is not None and not copy.over.is_set():
                 self._connection.allow(ABANDONED_SECONDS, at_most=True)
                 self._side.lead()
 
@@ -75,41 +50,29 @@ class Receiving(Direction):
         self._network.enter_thread()
         if not (identity := channel.recv(1024)):
             return
-        connection = Connection(channel, self.closed)
-        communicator = self._network.join(identity, RECEIVER, self._side, connection.check)
+        self._connection = Connection(channel, self.closed)
+        self._communicator = self._network.join(identity, RECEIVER, self._side, self._connection.check)
         try:
             # Proves that the way is open, and sets it up before a turn needs it. No step reads the scratch page.
-            connection.allow(self.timeout)
-            connection.finish(communicator.receive([self._scratch]))
-            with self.lock:
-                self._communicator, self._connection = communicator, connection
-                while self._early:
-                    self._ask(self._early[0])
-                    self._early.popleft()
-            while channel.recv(len(COMING)):
-                with self.lock:
-                    copy = self._asked[0]
-                    connection.allow(self.timeout)
-                    copy.fence = communicator.receive(copy.ours)
-                connection.finish(copy.fence)
-                with self.lock:
-                    copy.over = True
-                    self._asked.popleft()
+            self._connection.allow(self.timeout)
+            self._connection.finish(self._communicator.receive([self._scratch]))
+            super()._converse(channel)
         finally:
-            communicator.abort()
-            with self.lock:
-                self._communicator = None
-                while self._asked:
-                    self._asked.popleft().lost = True
+            self._communicator.abort()
 
-    def _run(self) -> None:
-        super()._run()
+    def _receive(self, channel: socket.socket, copy: RemoteCopy) -> None:
+        if not copy.ours:
+            return
+        request(channel, copy.theirs)
+        if not channel.recv(len(COMING)):
+            raise TransferError("the peer has left")
         with self.lock:
-            while self._early:
-                self._early.popleft().lost = True
+            self._connection.allow(self.timeout)
+            copy.fence = self._communicator.receive(copy.ours or [self._scratch] * len(copy.theirs))
+        self._connection.finish(copy.fence)
 
 
-class Sending(Direction):
+class RemoteSending(Direction):
     """The direction in which we send what we are asked for."""
 
     def __init__(self, network: Network, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
@@ -139,14 +102,11 @@ class Sending(Direction):
 
 
 @dataclass(eq=False)
-class RemoteCopy(FencedCopy):
-    """A `Copy`. All but `theirs` is guarded by the lock of the direction."""
+class RemoteCopy(FencedCopy, Asked):
+    """A `Copy`. `ours`, empty when it is given up, and `fence` are guarded by the lock of the direction."""
 
-    receiving: Receiving
-    theirs: list[int]
+    receiving: RemoteReceiving
     ours: list[int] = field(default_factory=list)
-    over: bool = False
-    lost: bool = False
     ready = True
 
     def store(self, ours: list[int]) -> None:
@@ -155,9 +115,9 @@ class RemoteCopy(FencedCopy):
 
     @property
     def stored(self) -> bool:
-        if self.lost:
+        if self.over.is_set() and not self.came:
             raise TransferError("the connection to the peer broke")
-        return self.over
+        return self.came
 
     def abandon(self) -> None:
         self.receiving.abandon(self)
@@ -174,12 +134,12 @@ class RemoteTransfer:
         """`us` is our name and epoch; the sockets are in `run_dir`. Raises OSError if there can be none."""
         here, there = paths(us, peer, run_dir)
         device = memory.pages.device
-        self._sending = Sending(network, SideStream(device), memory.num_pages, here, timeout)
-        self._receiving = Receiving(network, SideStream(device), memory.num_pages, there, timeout)
+        self._sending = RemoteSending(network, SideStream(device), memory.num_pages, here, timeout)
+        self._receiving = RemoteReceiving(network, SideStream(device), memory.num_pages, there, timeout)
 
     def fetch(self, pages: list[int]) -> RemoteCopy:
         """Pages that are never stored are never asked for."""
-        return RemoteCopy(self._receiving, pages)
+        return RemoteCopy(pages, self._receiving)
 
     def close(self) -> None:
         """Nothing waits for the threads: a copy under way is lost when its communicator has been aborted."""

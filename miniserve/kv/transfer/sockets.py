@@ -7,10 +7,8 @@ Unverified on a GPU (docs/gpu.md).
 """
 
 import socket
-import threading
 import time
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,22 +16,20 @@ import torch
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.pair import Direction, paths, request, requested
+from miniserve.kv.transfer.pair import Asked, Direction, Receiving, paths, request, requested
 
 PACKET_BYTES = 2**16
 """What is sent at a time. A socket's buffer has room for three of them."""
 
 
 @dataclass(eq=False)
-class SocketCopy:
-    """A `Copy`. `data` is `[page, byte]` once its bytes have come; `over` is set then, and when they are lost."""
+class SocketCopy(Asked):
+    """A `Copy`. `data` is `[page, byte]` once its bytes have come."""
 
     memory: KVMemory
-    theirs: list[int]
     deadline: float
     data: np.ndarray | None = None
     seconds: float = 0.0
-    over: threading.Event = field(default_factory=threading.Event)
     stored = True
 
     @property
@@ -53,41 +49,13 @@ class SocketCopy:
         """What was stored is written."""
 
 
-class Receiving(Direction):
-    """The direction in which we receive: one publication after the other, in the order of `ask`."""
-
-    def __init__(self, page_bytes: int, path: str, timeout: float) -> None:
-        super().__init__(path, timeout, owner=False)
-        self._page_bytes = page_bytes
-        self._asked: SimpleQueue[SocketCopy | None] = SimpleQueue()
-        self.thread.start()
-
-    def ask(self, copy: SocketCopy) -> None:
-        if self.closed.is_set():
-            copy.over.set()
-        else:
-            self._asked.put(copy)
-
-    def close(self) -> None:
-        super().close()
-        self._asked.put(None)
-
-    def _converse(self, channel: socket.socket) -> None:
-        channel.settimeout(self.timeout)
-        try:
-            while (copy := self._asked.get()) is not None:
-                try:
-                    if not copy.ready:  # else it was given up before the peer had come
-                        self._receive(channel, copy)
-                finally:
-                    copy.over.set()
-        finally:
-            self._lose_all()
-
+class SocketReceiving(Receiving[SocketCopy]):
     def _receive(self, channel: socket.socket, copy: SocketCopy) -> None:
         begun = time.monotonic()
-        channel.send(request(copy.theirs))
-        data = np.empty((len(copy.theirs), self._page_bytes), np.uint8)  # the kernel gives huge pages for it
+        if begun > copy.deadline:
+            return  # it was given up before the peer had come
+        request(channel, copy.theirs)
+        data = np.empty((len(copy.theirs), copy.memory.shape.bytes), np.uint8)  # the kernel gives huge pages for it
         missing = data.reshape(-1).data
         while missing:
             if not (got := channel.recv_into(missing)):
@@ -95,17 +63,8 @@ class Receiving(Direction):
             missing = missing[got:]
         copy.data, copy.seconds = data, time.monotonic() - begun
 
-    def _lose_all(self) -> None:
-        while not self._asked.empty():
-            if (copy := self._asked.get()) is not None:
-                copy.over.set()
 
-    def _run(self) -> None:
-        super()._run()
-        self._lose_all()
-
-
-class Sending(Direction):
+class SocketSending(Direction):
     """The direction in which we send what we are asked for."""
 
     def __init__(self, memory: KVMemory, path: str, timeout: float) -> None:
@@ -139,11 +98,12 @@ class SocketTransfer:
         OSError if there can be no socket in `run_dir`."""
         here, there = paths(us, peer, run_dir)
         self._memory = memory
-        self._sending = Sending(memory, here, timeout)
-        self._receiving = Receiving(memory.shape.bytes, there, timeout)
+        self._sending = SocketSending(memory, here, timeout)
+        self._receiving = SocketReceiving(there, timeout)
+        self._receiving.thread.start()
 
     def fetch(self, pages: list[int]) -> SocketCopy:
-        copy = SocketCopy(self._memory, pages, time.monotonic() + self._receiving.timeout)
+        copy = SocketCopy(pages, self._memory, time.monotonic() + self._receiving.timeout)
         self._receiving.ask(copy)
         return copy
 
