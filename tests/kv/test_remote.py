@@ -195,11 +195,15 @@ def test_close_before_the_peer_has_come(tmp_path: Path) -> None:
 
 def test_a_pair_that_was_parted_meets_again(ends: tuple[End, End], tmp_path: Path) -> None:
     left, right = ends
-    store(right.transfer.fetch([0]), [11])
+    for end in ends:
+        store(end.transfer.fetch([0]), [11])
     right.transfer.close()
     again = End("d0", "p0", tmp_path, 3)
     store(again.transfer.fetch([1]), [10])
     assert again.content(10) == left.content(1)
+    over_the_old = left.transfer.fetch([2])
+    over_the_old.store([9])
+    until(lambda: lost(over_the_old))
     store(left.transfer.fetch([2]), [9])
     assert left.content(9) == again.content(2)
     again.transfer.close()

@@ -1,7 +1,7 @@
 """How two workers meet whose pools cannot be mapped: each direction is a socket of its own, on which the receiver asks.
 
 What is asked for is the numbers of pages of the owner's pool. A peer that dies breaks only its own pair: a connection
-that breaks takes along what was under way on it, then both sides meet again.
+that breaks takes along what was asked for on it, then both sides meet again. The receiver notices that when it asks.
 """
 
 import contextlib
@@ -120,15 +120,14 @@ class Receiving(Direction, Generic[T]):
 
     def _converse(self, channel: socket.socket) -> None:
         channel.settimeout(self.timeout)
-        try:
-            while (copy := self._queue.get()) is not None:
-                try:
-                    self._receive(channel, copy)
-                    copy.came = True
-                finally:
-                    copy.over.set()
-        finally:
-            self._lose_all()
+        while (copy := self._queue.get()) is not None:
+            try:
+                self._receive(channel, copy)
+                copy.came = True
+            finally:
+                if not copy.came:
+                    self._lose_all()  # before it shows that the connection broke: what is asked for then is not lost
+                copy.over.set()
 
     @abstractmethod
     def _receive(self, channel: socket.socket, copy: T) -> None:

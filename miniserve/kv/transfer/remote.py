@@ -1,5 +1,5 @@
-"""KV pages between GPUs that cannot map each other's memory: the receiver asks, and a `Communicator` carries the pages
-from pool to pool, each straight to its place.
+"""KV pages between GPUs that cannot map each other's memory: the receiver asks, and NCCL carries the pages from
+pool to pool, each straight to its place.
 
 Each direction of a pair has a communicator of its own beside its socket, so a send never waits for a receive. The
 receiver posts its receive when the sender has said that it sends, so no kernel waits on a GPU for a peer that is slow
@@ -8,14 +8,17 @@ to begin.
 
 from __future__ import annotations
 
+import select
 import socket
+import threading
+import time
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import FencedCopy, SideStream
+from miniserve.kv.side import Fence, FencedCopy, SideStream
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.network import RECEIVER, SENDER, Connection, Network
+from miniserve.kv.transfer.nccl import POLL_SECONDS, RECEIVER, SENDER, Nccl
 from miniserve.kv.transfer.pair import Asked, Direction, Receiving, paths, request, requested
 
 ABANDONED_SECONDS = 0.5
@@ -24,10 +27,39 @@ COMING = b"!"
 """What the sender says before it sends."""
 
 
+class Connection:
+    """One meeting of a pair: a socket, until either side leaves; ours does when `closed` is set."""
+
+    def __init__(self, channel: socket.socket, closed: threading.Event) -> None:
+        self.channel = channel
+        self._closed = closed
+        self._deadline = 0.0
+        self._hangup = select.poll()
+        self._hangup.register(channel, select.POLLRDHUP)
+
+    def check(self) -> None:
+        """Raise `TransferError` if a side has left."""
+        if self._closed.is_set() or self._hangup.poll(0):
+            raise TransferError("the peer has left")
+
+    def allow(self, seconds: float, at_most: bool = False) -> None:
+        """How long pages may be on their way from now on; with `at_most`, if they were allowed longer before."""
+        end = time.monotonic() + seconds
+        self._deadline = min(self._deadline, end) if at_most else end
+
+    def finish(self, fence: Fence) -> None:
+        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or they take longer than allowed."""
+        while not fence.done:
+            self.check()
+            if time.monotonic() > self._deadline:
+                raise TransferError("the peer is stuck")
+            time.sleep(POLL_SECONDS)
+
+
 class RemoteReceiving(Receiving["RemoteCopy"]):
     """What is given up while the peer is asked for it is written to our page `scratch`."""
 
-    def __init__(self, network: Network, side: SideStream, scratch: int, path: str, timeout: float) -> None:
+    def __init__(self, network: Nccl, side: SideStream, scratch: int, path: str, timeout: float) -> None:
         super().__init__(path, timeout)
         self._network = network
         self._side = side
@@ -75,7 +107,7 @@ class RemoteReceiving(Receiving["RemoteCopy"]):
 class RemoteSending(Direction):
     """The direction in which we send what we are asked for."""
 
-    def __init__(self, network: Network, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
+    def __init__(self, network: Nccl, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
         """Pages below `num_pages` can be had. Raises OSError."""
         super().__init__(path, timeout, owner=True)
         self._network = network
@@ -129,7 +161,7 @@ class RemoteTransfer:
     name = "collective"
 
     def __init__(
-        self, network: Network, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0
+        self, network: Nccl, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0
     ) -> None:
         """`us` is our name and epoch; the sockets are in `run_dir`. Raises OSError if there can be none."""
         here, there = paths(us, peer, run_dir)
