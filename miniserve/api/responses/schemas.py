@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
 
-from miniserve.api.fields import Count, Effort, Key, RequestBody, Stops, at_most
-from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
+from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
+from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import InputItem, Items, MessageItem, ToolsItem, messages_of
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
@@ -14,14 +14,7 @@ from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.messages import Body, Json, Text, TextOr, kind_of
 
-RESPONSES_NAMES = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-    r"tools\[(\d+)\]\.function": r"tools[\1]",
-}
+RESPONSES_NAMES: Mapping[str, str] = TABLES["names"]["responses"]
 """Patterns of a chat's parameters, and this API's names of them."""
 SAME_NAMES = {*SAMPLING_NAMES, "stop", "parallel_tool_calls", "prompt_cache_key"}
 MAX_METADATA = 16
@@ -56,7 +49,7 @@ class ReasoningSettings(Body):
 class InputTokensRequest(RequestBody):
     """The fields of a request that its prompt is made of."""
 
-    refused = {"prompt": "there are no stored prompts here: use `instructions` and `input`"}
+    refused = TABLES["refused"]["responses_input"]
 
     input: (
         Annotated[TextOr[Items], Discriminator(kind_of, "input", "Input must be a string or a list of items")] | None
@@ -117,15 +110,7 @@ class InputTokensRequest(RequestBody):
 
 
 class ResponsesRequest(InputTokensRequest, SamplingFields):
-    refused = {
-        **SamplingFields.refused,
-        **InputTokensRequest.refused,
-        "response_format": "use `text.format`",
-        "background": "answers come while the connection is open: use `stream`",
-        "moderation": "nothing is moderated here",
-        "image": "this model writes text only",
-        "prompt_logprobs": SCORES,
-    }
+    refused = {**SamplingFields.refused, **TABLES["refused"]["responses_input"], **TABLES["refused"]["responses"]}
 
     stop: Stops | None = None
     max_output_tokens: Count | None = None
