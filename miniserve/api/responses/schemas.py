@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_v
 from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
 from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.responses.items import InputItem, Items, MessageItem, ToolsItem, messages_of
+from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
 from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
@@ -85,10 +85,10 @@ class InputTokensRequest(RequestBody):
         return [*self._ignored, *left_out, *verbosity, *(["reasoning.summary"] if summary else [])]
 
     @property
-    def items(self) -> list[InputItem]:
+    def items(self) -> list[Item]:
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
 
-    def chat(self, items: Sequence[InputItem]) -> tuple[ChatRequest, Mapping[str, Offered]]:
+    def chat(self, items: Sequence[Item]) -> tuple[ChatRequest, Mapping[str, Offered]]:
         """As a chat about `items`, the whole conversation, and the tools that calls may be of, by their names there.
         Raises `ParameterError`, `ValidationError`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
