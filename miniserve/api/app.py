@@ -45,13 +45,13 @@ def create_app(
     feed: Feed,
     tokenizer: Tokenizer,
     generation_defaults: dict[str, Any],
-    compiler: Compiler | None = None,
+    compiler: Compiler,
 ) -> FastAPI:
     """The API as an ASGI app.
 
     `client` need not have started yet; `feed` gives the events of its scheduler. `generation_defaults` is the model's
-    generation_config.json, or empty for neutral sampling. `compiler` checks grammars; without one it is made for the
-    first request that has one. Raises `ConfigError` for the name of a parser that does not exist.
+    generation_config.json, or empty for neutral sampling. `compiler` checks grammars. Raises `ConfigError` for the name
+    of a parser that does not exist.
     """
     service = Service(config, client, tokenizer, generation_defaults, compiler)
     middleware = [Middleware(Edge, config.root_path, service.metrics)]

@@ -57,7 +57,7 @@ class Service:
         client: Dispatcher,
         tokenizer: Tokenizer,
         defaults: Mapping[str, Any],
-        compiler: Compiler | None = None,
+        compiler: Compiler,
     ) -> None:
         self.names = config.served_model_names or [config.engine.model]
         self.tokenizer = tokenizer
@@ -68,7 +68,7 @@ class Service:
         self._client = client
         self._defaults = defaults
         self._examining: set[asyncio.Task[None]] = set()
-        self._grammars = GrammarChecks(tokenizer, compiler)
+        self._grammars = GrammarChecks(compiler)
         self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {self.names[0]}".encode()).hexdigest()[:10]
 
     # --- routes that generate ---------------------------------------------------------------------------------------
