@@ -14,10 +14,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from miniserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS, ParameterError
-from miniserve.text.messages import Body, Text, TextOr, kind_of
+from miniserve.text.messages import Body, Text, TextOr, text_or
 
 TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "parameters.toml").read_text("utf-8"))
 MAX_PROMPTS = 128
@@ -73,9 +73,7 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
-Prompt = Annotated[
-    TextOr[TokenIds], Discriminator(kind_of, "prompt", "A prompt must be a string or a list of token ids")
-]
+Prompt = Annotated[TextOr[TokenIds], text_or("A prompt must be a string or a list of token ids")]
 PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]
 Bias = Annotated[float, Field(ge=-100, le=100)]

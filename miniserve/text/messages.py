@@ -57,10 +57,15 @@ def kind_of(value: Any) -> str | None:
     return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
 
 
+def text_or(problem: str) -> Discriminator:
+    """For a union of text and a list (`TextOr`) or typed objects; `problem` is the error for what is neither."""
+    return Discriminator(kind_of, "kind", problem)
+
+
 T = TypeVar("T")
 Text = Annotated[str, AfterValidator(valid_unicode)]
 TextOr = Annotated[Text, Tag("<text>")] | Annotated[T, Tag("<list>")]
-"""Text or a list; `kind_of` discriminates between them."""
+"""Text or a list; `text_or` discriminates between them."""
 Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
 """An object of the client's own making, for the chat template."""
 JsonList = Annotated[list[Json], Field(fail_fast=True)]
@@ -132,10 +137,8 @@ class ContentPart(Body):
         return part
 
 
-Content = Annotated[
-    TextOr[Annotated[list[ContentPart], Field(fail_fast=True)]],
-    Discriminator(kind_of, "content", "Content must be a string or a list of text parts"),
-]
+ContentParts = Annotated[list[ContentPart], Field(fail_fast=True)]
+Content = Annotated[TextOr[ContentParts], text_or("Content must be a string or a list of text parts")]
 
 
 def joined(content: str | list[Any]) -> str:

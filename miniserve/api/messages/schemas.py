@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field
+from pydantic import Field
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts, one_of
@@ -20,7 +20,7 @@ from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, kind_of
+from miniserve.text.messages import Body, Json, Text, TextOr, text_or
 
 MESSAGES_NAMES: Mapping[str, str] = TABLES["names"]["messages"]
 """Patterns of a chat's parameters, and this API's names of them."""
@@ -32,17 +32,13 @@ BILLING = "x-anthropic-billing-header:"
 """Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
 else in a prompt, it would leave no prefix to find again."""
 SystemBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
-SystemText = Annotated[
-    TextOr[SystemBlocks], Discriminator(kind_of, "content", "This must be a string or a list of text blocks")
-]
+SystemText = Annotated[TextOr[SystemBlocks], text_or("This must be a string or a list of text blocks")]
+TextOrBlocks = Annotated[TextOr[Blocks], text_or("Content must be a string or a list of blocks")]
 
 
 class MessageParam(Body):
     role: Literal["user", "assistant", "system"]
-    content: (
-        Annotated[TextOr[Blocks], Discriminator(kind_of, "content", "Content must be a string or a list of blocks")]
-        | None
-    )
+    content: TextOrBlocks | None
 
 
 class ThinkingSettings(Body):

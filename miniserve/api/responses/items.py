@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from miniserve.api.fields import one_of
 from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
 from miniserve.api.tools import DEFERRED, FewTools
-from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of, readable
+from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of, readable, text_or
 
 ITEMS = (
     *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"),
@@ -31,9 +31,7 @@ class TextPart(Body):
 
 Part = Annotated[TextPart, one_of("Content parts", get_args(TextKind)), BeforeValidator(readable)]
 TextParts = Annotated[list[Part], Field(fail_fast=True)]
-TextOrParts = Annotated[
-    TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
-]
+TextOrParts = Annotated[TextOr[TextParts], text_or("This must be a string or a list of text parts")]
 CallId = Annotated[Text, Field(min_length=1)]
 
 

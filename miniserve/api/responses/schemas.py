@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
 from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
@@ -12,7 +12,7 @@ from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, m
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
 from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, kind_of
+from miniserve.text.messages import Body, Json, Text, TextOr, text_or
 
 RESPONSES_NAMES: Mapping[str, str] = TABLES["names"]["responses"]
 """Patterns of a chat's parameters, and this API's names of them."""
@@ -51,9 +51,7 @@ class InputTokensRequest(RequestBody):
 
     refused = TABLES["refused"]["responses_input"]
 
-    input: (
-        Annotated[TextOr[Items], Discriminator(kind_of, "input", "Input must be a string or a list of items")] | None
-    ) = None
+    input: Annotated[TextOr[Items], text_or("Input must be a string or a list of items")] | None = None
     model: Text | None = None
     instructions: Text | None = None
     previous_response_id: Key | None = None
