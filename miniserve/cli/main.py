@@ -40,11 +40,11 @@ def _flush() -> None:
 def make_parser() -> flags.Parser:
     """The parser of all commands; `run` of what it parses is the command."""
     rows = flags.table("commands.toml")
-    with_examples: dict[str, Any] = {"epilog": rows["examples"], "formatter_class": RawDescriptionHelpFormatter}
-    parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.", **with_examples)
+    parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.")
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
     commands = flags.add_commands(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"), rows)
-    vars(commands["serve"]).update(with_examples)
+    for one in (parser, commands["serve"]):
+        one.epilog, one.formatter_class = rows["examples"], RawDescriptionHelpFormatter
     _add_settings(commands["serve"])
     agents = flags.table("agents.toml")
     commands["agent"].set_defaults(agents=agents, args=[])
