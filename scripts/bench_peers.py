@@ -7,8 +7,8 @@
 All servers have the same model, whose tokenizer makes the prompts; its weights may be in another format on each. Prints
 medians, and the ratio of the first server to each other one. All servers stay loaded throughout; none may spin when
 idle. A run during which other processes took more than a little of the machine is repeated (PID is the server's
-process). Memory is that of all of a
-server's processes, before the first scenario and after the last. A median that rests on a round without enough undisturbed runs has a `!` behind it.
+process). Memory is that of all of a server's processes, before the first scenario and after the last. A median that
+rests on a round without enough undisturbed runs has a `!` behind it.
 
 --json holds what each server reports of itself and, after each scenario, every run with its other figures, such as the
 tokens that a prefix cache had, and `others_cpu`, the share of the machine that other processes took.
