@@ -61,7 +61,7 @@ void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
             Floats x = load(gate + i);
             Floats power = x * -1.4426950408889634f;
             power = power > 126.0f ? splat(126.0f) : power;
-            store(out + row * size + i, x / (1.0f + exp2(power)) * load(up + i));
+            store(out + row * size + i, x * reciprocal<T>(1.0f + exp2<T>(power)) * load(up + i));
         }
     }
 }

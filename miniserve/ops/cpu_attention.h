@@ -49,19 +49,44 @@ struct Attention {
 #pragma omp for collapse(2) schedule(dynamic)
         for (int s = 0; s < batch.sequences; s++)
             for (int head = 0; head < batch.kv_heads; head++)
-                for (int i = 0; i < batch.lengths[s]; i++) {
+                for (int i = 0; i < batch.lengths[s];) {
                     const int at = batch.contexts[s] - batch.lengths[s] + i, lane = at % LANES;
                     const int64_t row = batch.starts[s] + i;
-                    const uint32_t* key = reinterpret_cast<const uint32_t*>(k + row * k_stride + head * dim);
-                    const T* value = v + row * v_stride + head * dim;
+                    const T *key = k + row * k_stride + head * dim, *value = v + row * v_stride + head * dim;
                     uint32_t *keys = group(s, head, at, 0), *values = group(s, head, at, 1);
+                    if (lane == 0 && i + LANES <= batch.lengths[s]) {
+                        store_group(key, k_stride, value, v_stride, keys, values);
+                        i += LANES;
+                        continue;
+                    }
                     // What an earlier sequence has left could be NaN, which no weight of 0 makes harmless.
-                    if (lane == 0 && at + LANES > batch.contexts[s])
-                        std::memset(values, 0, LANES * words * sizeof *values);
+                    if (lane == 0) std::memset(values, 0, LANES * words * sizeof *values);
                     T* to = reinterpret_cast<T*>(values) + lane / PER_WORD * dim * PER_WORD + lane % PER_WORD;
-                    for (int w = 0; w < words; w++) keys[w * LANES + lane] = key[w];
+                    for (int w = 0; w < words; w++) std::memcpy(keys + w * LANES + lane, key + w * PER_WORD, 4);
                     for (int d = 0; d < dim; d++) to[d * PER_WORD] = value[d];
+                    i++;
                 }
+    }
+
+    // The same for all tokens of a group.
+    void store_group(const T* key, int64_t k_stride, const T* value, int64_t v_stride, uint32_t* keys,
+                     uint32_t* values) const {
+        for (int w = 0; w < batch.dim / PER_WORD; w += LANES) {
+            Words square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = load_as<Words>(key + i * k_stride + w * PER_WORD);
+            transpose(square);
+            std::memcpy(keys + w * LANES, square, sizeof square);
+        }
+        for (int i = 0; i < LANES; i += PER_WORD, value += PER_WORD * v_stride)
+            for (int d = 0; d < batch.dim; d += LANES, values += LANES) {
+                Words both;
+                if constexpr (PER_WORD == 1)
+                    both = load_as<Words>(value + d);
+                else
+                    both = __builtin_convertvector(load_as<Halves>(value + d), Words) |
+                           __builtin_convertvector(load_as<Halves>(value + v_stride + d), Words) << 16;
+                std::memcpy(values, &both, sizeof both);
+            }
     }
 
     // Where the keys and values of KEYS tokens lie, from token `first` on. Past the last visible one any group will do:
@@ -126,8 +151,8 @@ struct Attention {
         for (int r = 0; r < rows; r++) {
             int64_t token = batch.starts[sequence] + begin + r / group;
             T* to = out + (token * heads + head * group + r % group) * dim;
-            const float whole = sum_lanes(load(total + r * LANES));
-            for (int d = 0; d < dim; d += LANES) store(to + d, load(sums + r * width + d) / whole);
+            const float share = 1 / sum_lanes(load(total + r * LANES));
+            for (int d = 0; d < dim; d += LANES) store(to + d, load(sums + r * width + d) * share);
         }
     }
 
@@ -152,23 +177,28 @@ struct Attention {
         }
     }
 
-    // A row of KEYS scores as weights 2^(score * sharpness - largest), where `largest` is the largest product so far
-    // and only the first `seen` keys count. When it grows from a to b, what was summed up before shrinks by 2^(a - b).
+    // A row of KEYS scores as weights 2^(score * sharpness - largest), of which only the first `seen` keys count.
+    // `largest` is the largest product so far, or up to SLACK less: when it grows from a to b, what was summed up before
+    // has to shrink by 2^(a - b), and that rarely.
     static void soften(float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width,
                        T* weights) {
-        for (int i = std::max(seen, 0); i < KEYS; i++) scores[i] = -INFINITY;
-        Floats top = load(scores);
-        for (int i = LANES; i < KEYS; i += LANES) top = larger(top, load(scores + i));
-        const float most = std::max(largest, largest_lane(top) * sharpness);
+        constexpr float SLACK = 8;
+        Floats lane, top = splat(-INFINITY);
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        for (int i = 0; i < KEYS; i += LANES) {
+            if (i + LANES > seen) store(scores + i, lane < float(seen - i) ? load(scores + i) : splat(-INFINITY));
+            top = larger(top, load(scores + i));
+        }
+        const float most = largest_lane(top) * sharpness;
         Floats added = load(total);
-        if (most > largest) {
-            const float shrink = exp2(splat(largest - most))[0];
+        if (most > largest + SLACK) {
+            const float shrink = exp2<T>(splat(largest - most))[0];
             added *= shrink;
             for (int d = 0; d < width; d += LANES) store(sums + d, load(sums + d) * shrink);
             largest = most;
         }
         for (int i = 0; i < KEYS; i += LANES) {
-            Floats weight = exp2(load(scores + i) * sharpness - most);
+            Floats weight = exp2<T>(load(scores + i) * sharpness - largest);
             added += weight;
             store(weights + i, weight);
         }

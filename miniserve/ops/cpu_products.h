@@ -133,8 +133,12 @@ void pack(const int8_t* codes, const uint16_t* scales, const uint16_t* minimums,
 
 // float16 as float32, for finite numbers: the exponent's bias differs by 112.
 Floats load_half(const uint16_t* from) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
+#else
     const Words bits = __builtin_convertvector(load_as<Halves>(from), Words);
     return (Floats)((Words)((Floats)((bits & 0x7fff) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
+#endif
 }
 
 // Number `i` of a word of codes of each column: 0..15 of 4 bits, -128..127 of 8.
@@ -160,6 +164,16 @@ void store_numbers(bf16* out, Floats even, Floats odd) {
     std::memcpy(out, &both, sizeof both);
 }
 
+typedef uint16_t Table __attribute__((vector_size(LANES * 4)));
+
+Words look_up(Table table, Words numbers) {
+#ifdef __AVX512BW__
+    return (Words)_mm512_permutexvar_epi16((__m512i)numbers, (__m512i)table);
+#else
+    return (Words)__builtin_shuffle(table, (Table)numbers);
+#endif
+}
+
 // A vector of columns of a group, as numbers.
 template <int BITS, typename T>
 void unpack_numbers(const uint32_t* codes, Floats scale, Floats minimum, T* out) {
@@ -172,11 +186,9 @@ void unpack_numbers(const uint32_t* codes, Floats scale, Floats minimum, T* out)
     }
 }
 
-// A vector of columns of a group, as its codes: small whole numbers, which bf16 holds exactly.
+// A vector of columns of a group, as its codes: small whole numbers, of which bf16 is the upper half of a float.
 template <int BITS>
 void unpack_codes(const uint32_t* codes, bool centered, bf16* out) {
-    if constexpr (BITS == 8) return unpack_numbers<8>(codes, splat(1.0f), Floats{}, out);
-    typedef uint16_t Table __attribute__((vector_size(LANES * 4)));
     Table table;
     for (int n = 0; n < 2 * LANES; n++) {
         const float number = n % 16 - (centered ? 8 : 0);
@@ -184,12 +196,16 @@ void unpack_codes(const uint32_t* codes, bool centered, bf16* out) {
         std::memcpy(&bits, &number, sizeof bits);
         table[n] = bits >> 16;
     }
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; w++) {
+#pragma GCC unroll 8
+    for (int w = 0; w < BITS; w++) {
         const Words words = load_as<Words>(codes + w * LANES);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++, out += 2 * PANEL) {
-            const Table both = __builtin_shuffle(table, (Table)(words >> 4 * i));
+        for (int i = 0; i < 32 / BITS; i += 2, out += 2 * PANEL) {
+            Words both;
+            if constexpr (BITS == 8)
+                both = (Words)code<8>(words, i) >> 16 | ((Words)code<8>(words, i + 1) & 0xffff0000);
+            else  // both halves of a word are looked up, each by its last 4 bits (the table is there twice, for 5)
+                both = look_up(table, words >> 2 * i);
             std::memcpy(out, &both, sizeof both);
         }
     }
@@ -246,18 +262,25 @@ struct Finish {
     const T *bias, *residual;
     Out* out;
 
+    // Asks for the lines that will be written while the sums are computed.
+    void prepare(int64_t row, int count, int64_t first) const {
+        for (int i = 0; i < count; i++)
+            for (int c = 0; c < KEYS; c += 64 / sizeof(Out))
+                __builtin_prefetch(out + (row + i) * columns + first + c, 1);
+    }
+
     void operator()(const float* sums, int64_t row, int count, int64_t first) const {
         const int width = std::min<int64_t>(KEYS, columns - first);
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++, sums += KEYS) {
             const int64_t at = (row + i) * columns + first;
-            Out line[KEYS];
+            Out last[KEYS], *to = width == KEYS ? out + at : last;
             for (int c = 0; c < width; c += LANES) {
-                Floats sum = load(sums + i * KEYS + c);
+                Floats sum = load(sums + c);
                 if (bias) sum += load(bias + first + c);
                 if (residual) sum += load(residual + at + c);
-                store(line + c, sum);
+                store(to + c, sum);
             }
-            std::memcpy(out + at, line, width * sizeof(Out));
+            if (to == last) std::memcpy(out + at, last, width * sizeof(Out));
         }
     }
 };
@@ -282,7 +305,7 @@ void product_of_codes(const T* x, int rows, int64_t size, const Matrix<T>& weigh
     if (weight.minimums)
         for (int64_t g = 0; g < rows * groups; g++)
             totals[g] = sum_of(x + g * GROUP);
-#pragma omp for
+#pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < finish.columns; first += KEYS) {
         const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
         std::fill(sums, sums + rows * KEYS, 0.0f);
@@ -316,7 +339,7 @@ void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>
     uint32_t* panels = room(scratch, UNPACKED * step * KEYS + slice * KEYS);
     float* sums = reinterpret_cast<float*>(panels + UNPACKED * step * KEYS);  // [slice, KEYS]
     const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
-#pragma omp for collapse(2)
+#pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < finish.columns; first += KEYS)
         for (int64_t top = 0; top < rows; top += UNPACKED_SLICE) {
             const int64_t end = std::min(top + UNPACKED_SLICE, rows);
@@ -333,7 +356,8 @@ void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>
         }
 }
 
-// out = x * weight^T + bias + residual, either of which may be null. Of a weight that is not quantized, and of any in fp32,
+// out = x * weight^T + bias + residual, either of which may be null. Threads take blocks as they get done: a core that a
+// neighbour of this machine slows down takes fewer. Of a weight that is not quantized, and of any in fp32,
 // each row's sums are added up in the same order whatever other rows there are.
 template <typename T, typename Out>
 void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, int64_t columns, const T* residual,
@@ -345,21 +369,21 @@ void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, in
         return product_of_unpacked(x, rows, size, weight, finish, scratch);
     }
     const int words = size * sizeof(T) / 4, panel = words * PANEL;
-#pragma omp for collapse(2)
+#pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < columns; first += KEYS)
         for (int64_t top = 0; top < rows; top += SLICE)
             for (int64_t r = top; r < std::min(top + SLICE, rows); r += TALL) {
                 float block[TALL * KEYS];
                 const int count = std::min<int64_t>(TALL, rows - r);
                 const uint32_t *a = reinterpret_cast<const uint32_t*>(x + r * size), *panels = weight.packed + first * words;
+                finish.prepare(r, count, first);
                 multiply_block<T>(count, a, words, panels, words, block, false, [&](int w) {
-                    // Tiles are loaded from panels side by side, which no hardware foresees: the next ones are
-                    // prefetched, at the end of a panel those of the next block.
-                    if (r != top) return;
+                    // No hardware foresees from which panel the next tile is loaded.
                     constexpr int AHEAD = 4 * TILE_WORDS;
-                    const uint32_t* next = panels + (w + AHEAD) * PANEL + (w + AHEAD < words ? 0 : 3 * panel);
+                    if (r != top || w + AHEAD >= words) return;
                     for (int j = 0; j < SUMS; j++)
-                        for (int line = 0; line < TILE_ROWS; line++) __builtin_prefetch(next + j * panel + line * PANEL);
+                        for (int line = 0; line < TILE_ROWS; line++)
+                            __builtin_prefetch(panels + j * panel + (w + AHEAD + line) * PANEL);
                 });
                 finish(block, r, count, first);
             }

@@ -1,5 +1,5 @@
-// Vectors of floats for cpu.cpp. They are GCC's own, which it lowers to whatever the CPU has, so the only intrinsics are
-// those of bf16. All headers of cpu.cpp are parts of that one file.
+// Vectors of floats for cpu.cpp. They are GCC's own, which it lowers to whatever the CPU has, so there are few
+// intrinsics, most of them for bf16. All headers of cpu.cpp are parts of that one file.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 #include <memory>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -88,15 +88,25 @@ Words bf16_pairs(Floats even, Floats odd) {
 #endif
 }
 
-// 2^x to float precision for x up to 127: the nearest power of two, times the Taylor series of the rest.
+// 2^x for x up to 127: the nearest power of two, times the Taylor series of the rest, to the precision of T. What is below
+// 2^-126 is 0.
+template <typename T>
 Floats exp2(Floats x) {
-    const float round =
-        12582912.0f;  // 1.5 * 2^23: a sum with it has no room for a fraction, its last bits are the number
-    Floats shifted = x + round;
-    Floats t = (x - (shifted - round)) * 0.6931471805599453f;
-    Floats series =
-        1.0f + t * (1.0f + t * (1 / 2.f + t * (1 / 6.f + t * (1 / 24.f + t * (1 / 120.f + t * (1 / 720.f))))));
-    return x < -126.0f ? Floats{} : (Floats)((Words)series + ((Words)shifted << 23));
+    constexpr float LN2 = 0.6931471805599453f, ROUND = 12582912.0f;  // 1.5 * 2^23: a sum with it has no room for a
+    x = x < -127.0f ? splat(-127.0f) : x;                            // fraction, its last bits are the number
+    const Floats shifted = x + ROUND, t = (x - (shifted - ROUND)) * LN2;
+    Floats series = 1 / 24.f + (std::is_same<T, float>::value ? t * (1 / 120.f + t * (1 / 720.f)) : Floats{});
+    series = 1.0f + t * (1.0f + t * (1 / 2.f + t * (1 / 6.f + t * series)));
+    return (Floats)((Words)series + ((Words)shifted << 23));
+}
+
+// 1 / x to the precision of T: a division takes longer than all the rest of a softmax or a gate.
+template <typename T>
+Floats reciprocal(Floats x) {
+#ifdef __AVX512F__
+    if (std::is_same<T, bf16>::value) return (Floats)_mm512_rcp14_ps((__m512)x);
+#endif
+    return 1.0f / x;
 }
 
 template <int S>
