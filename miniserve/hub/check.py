@@ -26,10 +26,12 @@ GGUF, GGUF_INDEX = "model.gguf", "model.json"
 """A GGUF, and where each tensor is in it: {name: [offset, bytes, kind, shape, heads whose rows have GGUF's order]}."""
 GGUF_BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}
 """Bits of a number, with its share of the scales, in the kinds of GGUF tensors that are served as they are."""
+FORMS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
+"""Those of compressed-tensors that are served where activations are not rounded to integers."""
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 """What config.json calls the dtypes of safetensors (nothing is computed in fp64)."""
 PACKED = {"qweight": "GPTQ or AWQ", "scales": "MLX", "weight_scale": "FP8", "weight_scale_inv": "FP8", "absmax": "NF4"}
-"""How names of tensors end that only quantized checkpoints have."""
+"""How names of tensors end that only quantized checkpoints have, which say so in config.json."""
 MATHS = re.compile("rotary|multiplier|softcap|^logits?_scal|^scale_|^query_pre|qk_norm|no_rope|experts$")
 """Keys of config.json that other models compute with, but none of ours."""
 OTHERS = ("*.bin", "*.pt", "*.pth", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.npz")
@@ -100,10 +102,11 @@ def _check_config(folder: Path, found: Checked) -> None:
             raise ModelError(f"{folder}/config.json contradicts itself: the architecture is {arch}, the type {kind!r}.")
         notes.append(f"config.json has the architecture {arch} and the type {kind!r}: it is taken for a {by_type}.")
     config["architectures"] = [by_type or arch, *named[1:]]
-    for key in ("quantization", "quantization_config", "compression_config"):
-        if said := config.get(key):
-            method = "MLX" if key == "quantization" else isinstance(said, dict) and said.get("quant_method")
-            raise _quantized(folder, str(method or key))
+    for key in ("quantization", "compression_config"):
+        if config.get(key):
+            raise _quantized(folder, "MLX" if key == "quantization" else key)
+    if said := config.get("quantization_config"):
+        _check_packing(folder, said if isinstance(said, dict) else {}, found)
     for first, second in (("dtype", "torch_dtype"), ("rope_scaling", "rope_parameters")):
         if config.get(first) and config.get(second) and config[first] != config[second]:
             notes.append(f"config.json has {first} {config[first]} and {second} {config[second]}: the first counts.")
@@ -112,9 +115,40 @@ def _check_config(folder: Path, found: Checked) -> None:
             notes.append(f"config.json has {key} {value!r:.60}, which a {arch} knows nothing of: it is ignored.")
 
 
+def _check_packing(folder: Path, said: dict[str, Any], found: Checked) -> None:
+    """Take from config.json's `quantization_config` how the weights are packed. Raises `ModelError`."""
+    kind = found.method = str(said.get("quant_method") or "quantization_config")
+    bits, symmetric, served = said.get("bits"), said.get("sym", True), False
+    match found.method:
+        case "awq":
+            kind, symmetric = f"awq {said.get('version') or 'gemm'}".lower(), False
+            served = kind == "awq gemm" and bits == 4
+        case "gptq":
+            kind = str(said.get("checkpoint_format") or "gptq")
+            served = kind in ("gptq", "gptq_v2") and bits in (4, 8)
+        case "fp8":
+            bits, served = "fp8", said.get("weight_block_size") in (None, [128, 128])
+        case "compressed-tensors":
+            groups = (said.get("config_groups") or {}).values()
+            weights = [group.get("weights") or {} for group in groups]
+            kinds = [f"{w.get('type')}{w.get('num_bits')}" for w in weights]
+            bits = {kind.replace("float8", "fp8").removeprefix("int") for kind in kinds}
+            bits = int(bits.pop()) if bits in ({"4"}, {"8"}) else ", ".join(sorted(bits))
+            symmetric = all(w.get("symmetric", True) for w in weights)
+            forms = {group.get("format") or said.get("format") for group in groups}
+            rounded = bits != "fp8" and any(group.get("input_activations") for group in groups)
+            kind = ", ".join([kind, *map(str, forms), *["integer activations"] * rounded])
+            served = bits in (4, 8, "fp8") and forms <= FORMS and not rounded
+    if not served:
+        raise _quantized(folder, f"{kind}, {bits} bits" if isinstance(bits, int) else kind)
+    found.format = "FP8, dequantized" if bits == "fp8" else f"{bits}-bit ({found.method})"
+    if bits == 4 or (bits == 8 and symmetric):
+        found.bits = 5.0 if bits == 4 else 8.5, None
+
+
 def _quantized(folder: Path, method: str) -> ModelError:
-    serves = "miniserve serves bf16, fp16 and fp32 weights only. Use the model's unquantized version."
-    return ModelError(f"{folder} is quantized ({method}): {serves}")
+    serves = "miniserve serves int4 and int8 weights of AWQ (gemm), GPTQ and compressed-tensors, FP8, and GGUF"
+    return ModelError(f"{folder} is quantized ({method}), which is not served: {serves}. Or use the plain version.")
 
 
 def _check_weights(folder: Path, found: Checked) -> None:
@@ -141,7 +175,7 @@ def _check_weights(folder: Path, found: Checked) -> None:
         found.notes.append(f"Not a part of the model, and not read: {', '.join(sorted(strays)[:4])}.")
     headers = [_header(path) for path in found.weights]
     for ending, method in PACKED.items():
-        if any(name.endswith(f".{ending}") for header in headers for name in header):
+        if not found.method and any(name.endswith(f".{ending}") for header in headers for name in header):
             raise _quantized(folder, f"{method}: it has tensors named *.{ending}")
     dtype = next((DTYPES[kind] for kind in headers[0].values() if kind in DTYPES), None)
     said = found.config.get("dtype") or found.config.get("torch_dtype")

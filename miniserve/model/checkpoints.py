@@ -1,5 +1,7 @@
-"""The tensors of a checkpoint by the names that Hugging Face's unquantized models give them, from safetensors."""
+"""The tensors of safetensors by the names that Hugging Face's plain models give them: plain ones, and those that AWQ,
+GPTQ and compressed-tensors have packed."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +10,10 @@ from typing import Any
 import torch
 
 from miniserve.config import ConfigError, format_bytes
-from miniserve.ops.quantized import Weight
+from miniserve.ops.quantized import GROUP, Quantized, Weight
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FP8_BLOCK = 128
 Read = Callable[[str, tuple[int, ...]], Weight]
 """The tensor of a name, which must have that shape. Raises `ConfigError`."""
 
@@ -34,29 +37,124 @@ class Costs:
 
 
 class Safetensors:
-    """The tensors of open `files`. `names` are those of all weights; `unread` of tensors that nobody has asked for."""
+    """The tensors of open `files`; `packing` is the `quantization_config` of config.json. `names` are those of all
+    weights, as plain ones are called; `unread` of tensors that nobody has asked for."""
 
-    def __init__(self, folder: Path, files: list[Any], costs: Costs) -> None:
+    def __init__(self, folder: Path, files: list[Any], packing: dict[str, Any], costs: Costs) -> None:
         self._folder, self._costs = folder, costs
+        self._zeros_are_one_less = packing.get("checkpoint_format") != "gptq_v2"
         # Each in the last of the files that hold it. Files are mapped, not read at once.
         found = {name: (file, name) for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
         # Of a model that was saved without its head, as some are, names lack the first part.
         self._where = {n if n.startswith(("model.", "lm_head.")) else f"model.{n}": at for n, at in found.items()}
-        self.names = set(self._where)
+        self.names = {re.sub(r"\.(qweight|weight_packed)$", ".weight", name) for name in self._where}
         self.unread = set(self._where)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Weight:
-        if name not in self._where:
+        """What there is decides, whatever lists of modules config.json has."""
+        module = name.removesuffix("weight")
+        if (tensor := self._get(name)) is not None:
+            plain = tensor.is_floating_point() and tensor.itemsize > 1
+            weight: Weight = tensor if plain else self._scaled(module, tensor)
+        elif (words := self._get(f"{module}qweight")) is not None:
+            weight = self._awq(module, words) if len(words) == shape[1] else self._gptq(module, words, shape[1])
+        elif (words := self._get(f"{module}weight_packed")) is not None:
+            weight = self._packed(module, words, shape)
+        else:
             raise missing(self._folder, name)
-        tensor = self._tensor(name)
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise ConfigError(f"{name} in {self._folder} is {tensor.dtype}: miniserve knows no such weights.")
-        return checked(self._folder, name, tensor, shape)
+        return checked(self._folder, name, weight, shape)
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _get(self, name: str) -> torch.Tensor | None:
         self.unread.discard(name)
+        if name not in self._where:
+            return None
         file, stored = self._where[name]
         return file.get_tensor(stored)
+
+    def _scaled(self, module: str, weight: torch.Tensor) -> Weight:
+        """FP8, dequantized: one scale for all numbers, for each row, or for blocks of 128 x 128. int8 with scales."""
+        inverse = self._get(f"{module}weight_scale_inv")
+        scales = self._get(f"{module}weight_scale") if inverse is None else inverse
+        if scales is None:
+            raise ConfigError(
+                f"{module}weight in {self._folder} is {weight.dtype} without scales: miniserve serves bf16, fp16 and "
+                "fp32 weights, and quantized ones with what is needed to read them."
+            )
+        if weight.dtype is torch.int8:
+            return self._grouped(module, 8, weight.view(torch.uint8) + 128, scales, None)
+        scales = scales.float().view(-1, scales.shape[-1] if scales.dim() > 1 else 1)
+        for axis, (size, count) in enumerate(zip(weight.shape, scales.shape, strict=True)):
+            each = 1 if count == size else size if count == 1 else FP8_BLOCK
+            scales = scales.repeat_interleave(each, axis).narrow(axis, 0, size)
+        self._costs.add("FP8", weight.numel(), weight.nbytes)
+        return weight.float() * scales
+
+    def _awq(self, module: str, words: torch.Tensor) -> Weight:
+        """AutoAWQ's layout "gemm": `[in, out / 8]`, in each word first the even columns, then the odd ones."""
+
+        def columns(packed: torch.Tensor) -> torch.Tensor:
+            return _unpacked(packed, 4).view(len(packed), -1, 2, 4).transpose(2, 3).reshape(len(packed), -1).t()
+
+        zeros, scales = self._get(f"{module}qzeros"), self._get(f"{module}scales")
+        assert scales is not None
+        return self._grouped(module, 4, columns(words), scales.t(), None if zeros is None else columns(zeros))
+
+    def _gptq(self, module: str, words: torch.Tensor, size: int) -> Weight:
+        """AutoGPTQ's layout: `[in * bits / 32, out]`. Its first version stores zero points less one."""
+        bits = 32 * len(words) // size
+        zeros, scales = self._get(f"{module}qzeros"), self._get(f"{module}scales")
+        assert scales is not None
+        if zeros is not None:
+            zeros = ((_unpacked(zeros, bits) + self._zeros_are_one_less) & (2**bits - 1)).t()
+        self._ordered(f"{module}g_idx", size, len(scales))
+        return self._grouped(module, bits, _unpacked(words.t(), bits), scales.t(), zeros)
+
+    def _packed(self, module: str, words: torch.Tensor, shape: tuple[int, ...]) -> Weight:
+        """compressed-tensors' pack-quantized: `[out, in * bits / 32]`, zero points `[out * bits / 32, groups]`."""
+        bits = 32 * words.shape[1] // shape[1]
+        zeros, scales = self._get(f"{module}weight_zero_point"), self._get(f"{module}weight_scale")
+        assert scales is not None
+        self._get(f"{module}weight_shape")
+        self._ordered(f"{module}weight_g_idx", shape[1], scales.shape[1])
+        if zeros is not None:
+            zeros = _unpacked(zeros.t(), bits)[:, : shape[0]].t()
+        return self._grouped(module, bits, _unpacked(words, bits), scales, zeros)
+
+    def _ordered(self, name: str, size: int, groups: int) -> None:
+        order = self._get(name)
+        if order is not None and not torch.equal(order.long(), torch.arange(size) // (size // groups)):
+            raise ConfigError(
+                f"{name} in {self._folder} puts the numbers of a row into groups in another order (act-order, "
+                "desc_act), which miniserve does not serve: use a version without."
+            )
+
+    def _grouped(
+        self, module: str, bits: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+    ) -> Weight:
+        """(code - zero) * scale, of codes `[out, in]` and zeros `[out, groups]`, both uint8; without zeros it is the
+        middle. Dequantized where `Quantized` has no such thing."""
+        middle = 2 ** (bits - 1)
+        each = codes.shape[1] // scales.shape[1]
+        symmetric = zeros is None or bool((zeros == middle).all())
+        if each % GROUP or not (symmetric or bits == 4):
+            zeros = torch.full_like(scales, middle) if zeros is None else zeros
+            plain = (codes.float() - zeros.repeat_interleave(each, 1)) * scales.float().repeat_interleave(each, 1)
+            self._costs.add(f"{bits} bits in groups of {each}", codes.numel(), codes.numel() * bits // 8)
+            return plain
+        halves = scales.half()
+        if not halves.isfinite().all():
+            raise ConfigError(f"The scales of {module}weight in {self._folder} are not finite in fp16.")
+        minimums = None if symmetric or zeros is None else (halves.float() * -zeros.float()).half()
+        if minimums is not None:
+            minimums = minimums.repeat_interleave(each // GROUP, 1)
+        codes = (codes - middle if symmetric else codes).contiguous().view(torch.int8)
+        return Quantized(bits, codes, halves.repeat_interleave(each // GROUP, 1), minimums)
+
+
+def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The numbers in int32 `[rows, n]`, those in the lowest bits first: uint8 `[rows, n * 32 / bits]`."""
+    bytes_ = words.contiguous().view(torch.uint8)
+    return bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(1)
 
 
 def missing(folder: Path, name: str) -> ConfigError:

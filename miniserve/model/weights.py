@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,8 @@ from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 
 log = logging.getLogger("miniserve.model")
 
+NEEDLESS = ("rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale")
+"""How names of tensors end that nothing is computed with here."""
 Progress = Callable[[int, int], None]
 QUANTIZATIONS = {"int8": 8, "int4": 4}
 """Bits of what is made at load from plain weights. The head is in 8 bits with both, as 4 cost it the most; the rows of
@@ -35,12 +38,14 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    packing: dict[str, Any],
     quantization: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Weights:
     """All weights on `device`, from `files`, or random ones where there are none: in `dtype`, in their own 4 or 8 bits
-    where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `progress` gets the number of
-    layers done and of all. Raises `ConfigError` when a tensor is missing or not as config.json says."""
+    where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `packing` is what config.json
+    says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when a tensor is
+    missing or not as config.json says."""
     costs, how = Costs(), (dtype, device, QUANTIZATIONS.get(quantization or ""))
     if not files:
         return _build(_random(config), set(), config, ops, how, costs, progress)
@@ -49,9 +54,9 @@ def load_weights(
             source: GgufTensors | Safetensors = GgufTensors(files[0], costs)
         else:
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-            source = Safetensors(files[0].parent, opened, costs)
+            source = Safetensors(files[0].parent, opened, packing, costs)
         weights = _build(source.read, source.names, config, ops, how, costs, progress)
-    if extra := sorted(name for name in source.unread if not name.endswith("rotary_emb.inv_freq")):
+    if extra := sorted(name for name in source.unread if not name.endswith(NEEDLESS)):
         log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
     for line in costs.lines(dtype):
         log.warning(line)

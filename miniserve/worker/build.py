@@ -154,6 +154,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             ops,
             choices.dtype,
             device,
+            packing=choices.files.config.get("quantization_config") or {},
             quantization=config.quantization,
             progress=shown,
         )

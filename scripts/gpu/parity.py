@@ -160,7 +160,9 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     files = check_folder(folder, dummy=False)
     device, config = torch.device(run.device), ModelConfig.from_hf(files.config)
     ops, _ = make_ops(device, dtype, config.heads, config.head_dim, (config.hidden_size, config.intermediate_size))
-    transformer = Transformer(config, load_weights(files.weights, config, ops, dtype, device), ops, config.max_len)
+    transformer = Transformer(
+        config, load_weights(files.weights, config, ops, dtype, device, packing={}), ops, config.max_len
+    )
     pages = list(range(-(-len(tokens) // 16) + 1))
     random.Random(0).shuffle(pages)
     memory = KVMemory(PageShape(config.layers, 16, config.kv_heads, config.head_dim, dtype), len(pages), device)

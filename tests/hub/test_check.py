@@ -49,9 +49,9 @@ def test_another_architecture_is_refused(folder: Path) -> None:
     assert "Qwen3ForCausalLM" in message
 
 
-def test_quantized_weights_are_refused(folder: Path) -> None:
-    tiny.edit_json(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
-    assert "quantized (awq)" in refusal(folder)
+def test_weights_that_are_quantized_in_another_way_are_refused(folder: Path) -> None:
+    tiny.edit_json(folder / "config.json", quantization_config={"quant_method": "hqq", "bits": 4})
+    assert "quantized (hqq, 4 bits)" in refusal(folder)
 
 
 def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:

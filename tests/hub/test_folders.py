@@ -143,12 +143,15 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
         ["quantized (MLX)"],
     ),
     "MLX, only told by tensors": (edit_tensors(lambda t: t.update({"model.x.scales": torch.ones(2)})), ["MLX"]),
-    "GPTQ, only told by tensors": (edit_tensors(rename(weight="qweight")), ["quantized (GPTQ or AWQ", "unquantized"]),
+    "GPTQ, only told by tensors": (edit_tensors(rename(weight="qweight")), ["quantized (GPTQ or AWQ", "plain version"]),
     "FP8, with scales": (edit_tensors(lambda t: t.update({"model.x.weight_scale_inv": torch.ones(2)})), ["FP8"]),
     "FP8, without": (edit_tensors(to(torch.float8_e4m3fn, "proj")), ["float8_e4m3fn", "bf16, fp16 and fp32"]),
     "integers": (edit_tensors(to(torch.int8, "q_proj")), ["int8", "q_proj"]),
-    "a method without a name": (config(quantization_config={"bits": 4}), ["quantized (quantization_config)"]),
-    "AWQ": (config(quantization_config={"quant_method": "awq"}), ["quantized (awq)"]),
+    "a method without a name": (config(quantization_config={"bits": 4}), ["quantized (quantization_config, 4 bits)"]),
+    "AWQ in name only": (
+        config(quantization_config={"quant_method": "awq", "bits": 4, "version": "exllama"}),
+        ["quantized (awq exllama, 4 bits)"],
+    ),
     "an empty GGUF": (both(without(WEIGHTS), write("m.Q4_0.gguf")), ["m.Q4_0.gguf is no GGUF file"]),
     "a GGUF that is a pointer": (
         both(without(WEIGHTS, "config.json"), write("m.Q4_0.gguf", POINTER)),
