@@ -22,7 +22,7 @@ namespace {
 constexpr int GROUP = 32;         // numbers that share a scale: GROUP in ops/quantized.py
 constexpr int FEW = 16;           // rows up to which codes are multiplied as they are and scaled after that
 constexpr int64_t UNPACKED = 24;  // groups that are unpacked at once for many rows: they stay in the L2 cache
-constexpr int TALL = TILES ? TILE_ROWS : ROWS;   // rows of a product that are computed at once
+constexpr int TALL = TILES ? 2 * TILE_ROWS : ROWS;  // rows of a product that are computed at once
 constexpr int64_t SLICE = TILES ? 128 : 96;      // rows that one thread takes at once: a multiple of TALL
 constexpr int64_t UNPACKED_SLICE = 512;          // and of a weight that has to be unpacked first
 
@@ -136,7 +136,7 @@ Floats load_half(const uint16_t* from) {
 #ifdef __AVX512F__
     return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
 #else
-    const Words bits = __builtin_convertvector(load_as<Halves>(from), Words);
+    const Words bits = widened(from);
     return (Floats)((Words)((Floats)((bits & 0x7fff) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
 #endif
 }
@@ -248,9 +248,14 @@ void unpack(const Matrix<T>& weight, const uint32_t* group, int groups, uint32_t
 template <typename T, typename Soon>
 void multiply_block(int rows, const uint32_t* a, int a_stride, const uint32_t* panels, int words, float* c, bool add,
                     Soon soon) {
-    if (std::is_same<T, bf16>::value && words % TILE_WORDS == 0 && tiles_allowed())
-        return multiply_tiles<false>(rows, a, a_stride, Packed{panels, words * PANEL}, 1, words, c, KEYS, add,
-                                     [&](int, int w) { soon(w); });
+    if (std::is_same<T, bf16>::value && words % TILE_WORDS == 0 && tiles_allowed()) {
+        const Packed right{panels, words * PANEL};
+        if (rows == 2 * TILE_ROWS) return multiply_square(a, a_stride, right, words, c, add);
+        for (int r = 0; r < rows; r += TILE_ROWS)
+            multiply_tiles<false>(std::min(TILE_ROWS, rows - r), a + r * a_stride, a_stride, right, 1, words,
+                                  c + r * KEYS, KEYS, add, [&](int, int w) { soon(w); });
+        return;
+    }
     for (int j = 0; j < KEYS; j += COLS)
         multiply_all<T>(rows, a, a_stride, Packed{panels + j * words, words * PANEL}, 1, words, c + j, KEYS, add);
 }
@@ -387,7 +392,7 @@ void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, in
     for (int64_t first = 0; first < columns; first += KEYS)
         for (int64_t top = 0; top < rows; top += SLICE)
             for (int64_t r = top; r < std::min(top + SLICE, rows); r += TALL) {
-                float block[TALL * KEYS];
+                alignas(64) float block[TALL * KEYS];
                 const int count = std::min<int64_t>(TALL, rows - r);
                 const uint32_t *a = reinterpret_cast<const uint32_t*>(x + r * size), *panels = weight.packed + first * words;
                 finish.prepare(r, count, first);
