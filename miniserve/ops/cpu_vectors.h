@@ -124,7 +124,7 @@ Floats swap_lanes(Floats x) {
 
 Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-float largest_lane(Floats x) {
+__attribute__((always_inline)) inline float largest_lane(Floats x) {
     if constexpr (LANES == 16) x = larger(x, swap_lanes<LANES / 2>(x));
     x = larger(x, swap_lanes<4>(x));
     x = larger(x, swap_lanes<2>(x));
