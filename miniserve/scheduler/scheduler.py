@@ -15,7 +15,8 @@ from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, P
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversations import UNSAID, Conversations, Said
+from miniserve.scheduler.conversation import UNSAID, Said
+from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.forecast import Forecast, TurnEnd
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.observations import Speed
