@@ -29,8 +29,6 @@ from miniserve.scheduler.workers import Link, WorkerView
 
 RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
-
-
 MOST_CLIENTS = 64
 """Programs whose turns are counted apart; a client may send any name."""
 
