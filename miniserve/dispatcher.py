@@ -18,7 +18,7 @@ from miniserve.kv.transfer.connect import way
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversations import UNSAID, Change, Said
+from miniserve.scheduler.conversation import UNSAID, Change, Said
 from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 

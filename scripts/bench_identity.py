@@ -24,7 +24,8 @@ from miniserve.api.identity import speaker
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.hub.resolve import resolve
 from miniserve.monitor.doctor import Doctor, Segment
-from miniserve.scheduler.conversations import Change, Conversations, Said
+from miniserve.scheduler.conversation import Change, Said
+from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.prompts import page_chain
 from miniserve.text.tokenizer import Tokenizer
 from scripts.harness import flags, write

@@ -10,7 +10,7 @@ import msgspec
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import MAX_KEY_CHARS
 from miniserve.api.openai.parameters import GenerationRequest
-from miniserve.scheduler.conversations import Said
+from miniserve.scheduler.conversation import Said
 
 OWN_HEADER = "X-Conversation-ID"
 TIERS = {"priority": -1, "flex": 1}

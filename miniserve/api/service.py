@@ -36,7 +36,7 @@ from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.conversations import Said
+from miniserve.scheduler.conversation import Said
 from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from typing_extensions import TypedDict
 
 from miniserve.monitor.doctor import Doctor, Miss
 from miniserve.monitor.worker_views import card
-from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.forecast import FINISHES, TurnRecord
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import Turn, TurnState

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from typing_extensions import TypedDict
 
-from miniserve.scheduler.conversations import Change
+from miniserve.scheduler.conversation import Change
 from miniserve.scheduler.scheduler import Reuse
 
 KINDS: dict[str, dict[str, str]] = tomllib.loads((files("miniserve.monitor") / "doctor.toml").read_text("utf-8"))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from heapq import heappop, heappush
 from itertools import count
 
-from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.forecast import Forecast
 from miniserve.scheduler.turns import Turn
 from miniserve.scheduler.workers import WorkerView

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.workers import Cluster
 
 

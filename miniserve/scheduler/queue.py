@@ -16,7 +16,7 @@ from heapq import merge
 from itertools import count
 from operator import itemgetter
 
-from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.turns import Turn
 
 PRIORITY = 2**48

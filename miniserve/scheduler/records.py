@@ -2,7 +2,7 @@
 
 import msgspec
 
-from miniserve.scheduler.conversations import Said
+from miniserve.scheduler.conversation import Said
 from miniserve.scheduler.forecast import FINISHES, TurnEnd, TurnRecord
 from miniserve.scheduler.placement import Need, Option, Placement
 from miniserve.scheduler.turns import Turn

@@ -15,7 +15,8 @@ from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, P
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversations import UNSAID, Conversations, Said
+from miniserve.scheduler.conversation import UNSAID, Said
+from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.forecast import Forecast, TurnEnd
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.observations import Speed
@@ -28,8 +29,6 @@ from miniserve.scheduler.workers import Link, WorkerView
 
 RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
-
-
 MOST_CLIENTS = 64
 """Programs whose turns are counted apart; a client may send any name."""
 

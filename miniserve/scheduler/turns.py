@@ -5,7 +5,7 @@ from enum import Enum
 
 from miniserve.cluster.messages import Ended, FirstToken, Tokens
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.conversations import UNSAID, Change, Conversation, Said
+from miniserve.scheduler.conversation import UNSAID, Change, Conversation, Said
 from miniserve.scheduler.placement import Option
 from miniserve.states import follow
 

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution, Text, WorkloadShape, arrivals, choose, generator
+from miniserve.bench.replay.distributions import Distribution, Text, arrivals, choose, generator
+from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.workload import Script, TurnSize
 
 
@@ -43,12 +44,12 @@ def test_spread_draws_what_it_says() -> None:
 
 def test_shape_cuts_scales_and_replaces() -> None:
     script = Script("a", (TurnSize(1000, 10), TurnSize(67, 4, 1.5), TurnSize(67, 4, 2.5), TurnSize(9, 9, 9)), 3.0, (1,))
-    assert WorkloadShape().apply(script, 0) == script
+    assert WorkloadConfig(trace="t").apply(script, 0) == script
     assert script.tokens == 1170
-    assert WorkloadShape(max_turns=2, scale_tokens=0.1).apply(script, 0) == Script(
+    assert WorkloadConfig(trace="t", max_turns=2, scale_tokens=0.1).apply(script, 0) == Script(
         "a", (TurnSize(100, 1), TurnSize(7, 1, 1.5)), 3.0, (1,), block=51
     )
-    shape = WorkloadShape(gap=Distribution.parse("1..9"), append=Distribution.parse("100..200"))
+    shape = WorkloadConfig(trace="t", gap=Distribution.parse("1..9"), append=Distribution.parse("100..200"))
     shaped = shape.apply(script, 0)
     assert shaped.turns[0] == script.turns[0]
     assert all(100 <= turn.new <= 200 and 1 <= turn.gap <= 9 for turn in shaped.turns[1:])

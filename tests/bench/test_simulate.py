@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution, WorkloadShape
+from miniserve.bench.replay.distributions import Distribution
+from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.metrics import latency
 from miniserve.bench.replay.workload import Script, TurnSize
 from miniserve.bench.simulate.cluster import Simulation
@@ -94,7 +95,7 @@ def test_without_prefix_caching_nothing_is_found():
 
 
 def test_the_same_prompt_is_computed_once():
-    work = [WorkloadShape(same_prompt=True).apply(script, 0) for script in scripts(8, turns=1, first=1536)]
+    work = [WorkloadConfig(trace="t", same_prompt=True).apply(script, 0) for script in scripts(8, turns=1, first=1536)]
     room = msgspec.structs.replace(PLAIN, kv_tokens=65536)
     cached = [script.turns[0].cached for script in simulation(work, "1D", "colocated", room, rate=0.1).times]
     assert cached[0] == 0
@@ -108,7 +109,7 @@ def test_the_same_prompt_is_computed_once():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_token_of_the_trace_is_served_once(policy: str, topology: str):
     """On pools that are far too small, with gaps and appends; afterwards nothing is held, reserved or expected."""
-    shape = WorkloadShape(gap=Distribution.parse("0..3"), append=Distribution.parse("log:5..200"))
+    shape = WorkloadConfig(trace="t", gap=Distribution.parse("0..3"), append=Distribution.parse("log:5..200"))
     work = [shape.apply(script, 3) for script in scripts(25, turns=4, first=500)]
     small = msgspec.structs.replace(PLAIN, kv_tokens=2048)
     made = simulation(work, topology, policy, small)

@@ -96,8 +96,6 @@ class Slow:
     """A transfer whose pages take their time, and now and then do not come: as `collective`, but in our hands. They are
     written at any time after `store`, as by a GPU beside its steps."""
 
-    name = "slow"
-
     def __init__(self, world: World, memory: KVMemory, wire: tuple[str, str]) -> None:
         self.world, self.memory, self.wire = world, memory, wire
         self.writing: list[SlowCopy] = []

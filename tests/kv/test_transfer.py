@@ -63,7 +63,6 @@ def two_sides(backend: str, run_dir: Path, shape: PageShape = SHAPES["bf16"], **
 def sides(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Side, Side]]:
     backend, shape = request.param
     both = two_sides(backend, tmp_path, SHAPES[shape])
-    assert [side.transfer.name for side in both] == [backend] * 2
     yield both
     for side in both:
         side.transfer.close()

@@ -8,7 +8,8 @@ from array import array
 
 import pytest
 
-from miniserve.scheduler.conversations import Conversation, Conversations, Said
+from miniserve.scheduler.conversation import Conversation, Said
+from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.forecast import TURNS, History, TurnRecord
 from miniserve.scheduler.prompts import ALIKE, page_chain
 

@@ -7,7 +7,7 @@ import pytest
 from miniserve.cluster.messages import Move, StepTime
 from miniserve.config import Role
 from miniserve.scheduler.baselines import POLICIES, Ampd, make_policy
-from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.observe import Observe
 from miniserve.scheduler.placement import Need, Placement
 from miniserve.scheduler.workers import Cluster, Link, WorkerView

@@ -9,7 +9,7 @@ import pytest
 from miniserve.cluster.messages import Run, StepTime
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.scheduler.conversations import Conversation
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.queue import WaitingQueue
 from miniserve.scheduler.scheduler import QueueFull
 from miniserve.scheduler.turns import Turn

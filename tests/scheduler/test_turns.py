@@ -8,7 +8,7 @@ import pytest
 
 from miniserve.cluster.messages import Abort, Failed, Run, StepTime
 from miniserve.scheduler.commands import Deliver, Note
-from miniserve.scheduler.conversations import Said
+from miniserve.scheduler.conversation import Said
 from miniserve.scheduler.prompts import page_chain
 from miniserve.scheduler.scheduler import NoDecoder
 from miniserve.scheduler.turns import TurnState

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.conversations import UNSAID, Said
+from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import Api, make_app
 from tests.support.fake_engine import EOS, FakeTurn, spell

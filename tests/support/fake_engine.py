@@ -23,7 +23,7 @@ from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command
-from miniserve.scheduler.conversations import UNSAID, Change, Said
+from miniserve.scheduler.conversation import UNSAID, Change, Said
 from miniserve.scheduler.scheduler import Scheduler
 from tests.support.outputs import outputs
 from tests.support.peers import peer

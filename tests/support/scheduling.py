@@ -8,7 +8,7 @@ from miniserve.cluster.messages import Abort, Message, Report, Run, StepTime, Wo
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.scheduler.commands import Command, Deliver, Send
-from miniserve.scheduler.conversations import UNSAID, Said
+from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
 from tests.support.outputs import outputs
 from tests.support.peers import peer

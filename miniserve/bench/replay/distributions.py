@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
-from miniserve.bench.replay.workload import Script, TurnSize
+from miniserve.bench.replay.workload import Script
 from miniserve.config import ConfigError
 
 BURST = 8
@@ -56,32 +56,6 @@ class Distribution(NamedTuple):
         if self.kind == "log":
             return float(np.exp(rng.uniform(np.log(self.low), np.log(self.high))))
         return float(rng.uniform(self.low, self.high)) if self.high > self.low else self.low
-
-
-@dataclass(frozen=True, slots=True)
-class WorkloadShape:
-    """What is changed of a trace's scripts: at most `max_turns` of each, token counts times `scale_tokens`, and instead
-    of the trace's, `gap` seconds between turns and `append` new tokens in later ones. With `same_prompt` all first
-    prompts are beginnings of one, so that their KV is computed once for all, as in the paper's artifact."""
-
-    max_turns: int | None = None
-    gap: Distribution | None = None
-    append: Distribution | None = None
-    same_prompt: bool = False
-    scale_tokens: float = 1.0
-
-    def apply(self, script: Script, seed: int) -> Script:
-        def scaled(count: int) -> int:
-            return max(1, round(count * self.scale_tokens))
-
-        gaps, appends = generator(seed, "gap", script.key), generator(seed, "append", script.key)
-        turns = []
-        for n, turn in enumerate(script.turns[: self.max_turns]):
-            gap = self.gap.draw(gaps) if self.gap and n else turn.gap
-            new = max(1, round(self.append.draw(appends))) if self.append and n else turn.new
-            turns.append(TurnSize(scaled(new), scaled(turn.output), gap))
-        shared = tuple(range(script.turns[0].new // script.block)) if self.same_prompt else script.shared
-        return replace(script, turns=tuple(turns), shared=shared, block=scaled(script.block))
 
 
 def generator(seed: int, *names: str) -> np.random.Generator:

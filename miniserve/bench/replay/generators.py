@@ -3,13 +3,13 @@
 import math
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
-from miniserve.bench.replay.distributions import Distribution, WorkloadShape, arrivals, choose, generator
+from miniserve.bench.replay.distributions import Distribution, arrivals, choose, generator
 from miniserve.bench.replay.traces import read_trace
 from miniserve.bench.replay.workload import Script, TurnSize, Workload
 from miniserve.config import ConfigError
@@ -21,11 +21,21 @@ _SWE = tomllib.loads(Path(__file__).with_name("swe_agent.toml").read_text("utf-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkloadConfig(WorkloadShape):
+class WorkloadConfig:
     """What the user asks for, each by the flag of its name. `trace` is a path or the name of a made-up workload,
-    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` how they come."""
+    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` how they come.
+
+    The scripts are changed: at most `max_turns` of each, token counts times `scale_tokens`, and instead of the trace's,
+    `gap` seconds between turns and `append` new tokens in later ones. With `same_prompt` all first prompts are
+    beginnings of one, so that their KV is computed once for all, as in the paper's artifact.
+    """
 
     trace: str
+    max_turns: int | None = None
+    gap: Distribution | None = None
+    append: Distribution | None = None
+    same_prompt: bool = False
+    scale_tokens: float = 1.0
     arrivals: str = "poisson"
     conversations: int | None = None
 
@@ -41,6 +51,19 @@ class WorkloadConfig(WorkloadShape):
             rate = rate or 1.0
             starts = arrivals(self.arrivals, rate, len(scripts), seed)
         return Workload(scripts=scripts, starts=starts, rate=rate, seed=seed)
+
+    def apply(self, script: Script, seed: int) -> Script:
+        def scaled(count: int) -> int:
+            return max(1, round(count * self.scale_tokens))
+
+        gaps, appends = generator(seed, "gap", script.key), generator(seed, "append", script.key)
+        turns = []
+        for n, turn in enumerate(script.turns[: self.max_turns]):
+            gap = self.gap.draw(gaps) if self.gap and n else turn.gap
+            new = max(1, round(self.append.draw(appends))) if self.append and n else turn.new
+            turns.append(TurnSize(scaled(new), scaled(turn.output), gap))
+        shared = tuple(range(script.turns[0].new // script.block)) if self.same_prompt else script.shared
+        return replace(script, turns=tuple(turns), shared=shared, block=scaled(script.block))
 
     def flags(self, rate: float, seed: int) -> list[str]:
         """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""

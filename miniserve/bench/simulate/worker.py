@@ -91,7 +91,6 @@ class SimulatedLink:
     clock: Clock
     spans: list[Span] | None
     free: float = 0.0
-    name: str = "simulated"
 
     def fetch(self, pages: list[int]) -> SimulatedCopy:
         begin, seconds = max(self.free, self.clock.now), self.hardware.transfer_seconds(len(pages))

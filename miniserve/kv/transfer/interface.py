@@ -38,8 +38,6 @@ class Copy(Protocol):
 class Transfer(Protocol):
     """The way between one peer's pool and our own, both directions."""
 
-    name: str
-
     def fetch(self, pages: list[int]) -> Copy:
         """Begin to get `pages` of the peer's pool, which are complete on its device."""
 

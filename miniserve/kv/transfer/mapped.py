@@ -16,7 +16,6 @@ class PulledTransfer(ABC):
     """A `Transfer` in which the receiver copies the pages itself, on `side`; without one the copies are complete when
     `pull` returns."""
 
-    name = "mapped"
     side: SideStream | None = None
 
     def fetch(self, pages: list[int]) -> PulledCopy:

@@ -158,8 +158,6 @@ class RemoteCopy(FencedCopy, Asked):
 class RemoteTransfer:
     """A `Transfer` between pools on GPUs, made once for each pair of incarnations."""
 
-    name = "collective"
-
     def __init__(
         self, network: Nccl, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0
     ) -> None:

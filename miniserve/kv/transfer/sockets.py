@@ -91,8 +91,6 @@ class SocketSending(Direction):
 class SocketTransfer:
     """A `Transfer`, made once for each pair of incarnations."""
 
-    name = "collective"
-
     def __init__(self, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0) -> None:
         """`us` is our name and epoch; a peer that does not answer for `timeout` seconds is taken for hung. Raises
         OSError if there can be no socket in `run_dir`."""
