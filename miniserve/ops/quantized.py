@@ -43,12 +43,13 @@ class Quantized:
         return Quantized(self.bits, self.codes.to(device), self.scales.to(device), minimums)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[out, in]`, each number computed in float32 and rounded once; a megabyte of codes at a time."""
+        """`[out, in]`, each number computed in float32 and rounded once; what stays in the cache at a time."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        step = max(1, 2**20 // self.shape[1])
+        step = max(1, 2**19 // self.shape[1])
         for start in range(0, len(out), step):
             rows = slice(start, start + step)
-            groups = self.codes[rows].float().unflatten(1, (-1, GROUP)) * self.scales[rows].float().unsqueeze(-1)
+            groups = self.codes[rows].float().unflatten(1, (-1, GROUP))
+            groups *= self.scales[rows].float().unsqueeze(-1)
             if self.minimums is not None:
                 groups += self.minimums[rows].float().unsqueeze(-1)
             out[rows] = groups.flatten(1)
