@@ -231,7 +231,7 @@ class Dispatcher:
             if kind is None:
                 return "none (prefills at home)"
             why = ", their GPUs cannot read each other" if self._kv_transfer == "auto" else ""
-            return "mapped" if kind == "mapped" else f"collective ({'NCCL' if kind == 'nccl' else 'Gloo'}{why})"
+            return "mapped" if kind == "mapped" else f"collective ({'NCCL' if kind == 'nccl' else 'sockets'}{why})"
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
 

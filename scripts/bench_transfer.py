@@ -26,9 +26,9 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer.collective import CollectiveTransfer
 from miniserve.kv.transfer.interface import Copy, Transfer
 from miniserve.kv.transfer.mapped import MappedTransfer
+from miniserve.kv.transfer.sockets import SocketTransfer
 from miniserve.worker.sizing import keep_freed_memory
 from scripts.harness import flags, in_turns, write
 
@@ -54,10 +54,7 @@ def source(control: Connection, run_dir: str, peer: Peer, num_pages: int) -> Non
     prepare()
     memory = KVMemory(SHAPE, num_pages, torch.device("cpu"))
     memory.pages.view(torch.int16).random_()
-    transfers: dict[str, Transfer] = {
-        "mapped": MappedTransfer(memory, peer),
-        "collective": CollectiveTransfer(memory, ("source", 1), peer, run_dir),
-    }
+    asked = SocketTransfer(memory, ("source", 1), peer, run_dir)
     control.send(peer_of("source", memory))
     wire = socket.create_connection(("127.0.0.1", control.recv()))
     assert memory.shared is not None
@@ -68,7 +65,8 @@ def source(control: Connection, run_dir: str, peer: Peer, num_pages: int) -> Non
             wire.sendall(everything)
             continue
         for chunk in chunks:
-            control.send((transfers[variant].offer(chunk), chunk))
+            control.send(chunk)
+    asked.close()
 
 
 class Bench:
@@ -91,7 +89,7 @@ class Bench:
         mapped = MappedTransfer(self.memory, peer)
         self.transfers: dict[str, Transfer] = {
             "mapped": mapped,
-            "collective": CollectiveTransfer(self.memory, ("here", 1), peer, run_dir),
+            "collective": SocketTransfer(self.memory, ("here", 1), peer, run_dir),
         }
         self.theirs = mapped._theirs
         self.ours = self.memory.bytes.numpy()
@@ -124,8 +122,8 @@ class Bench:
         """As an engine does it, except that it has nothing else to do."""
         copies: deque[tuple[Copy, list[int]]] = deque()
         for _ in range(publications):
-            ticket, pages = self.control.recv()
-            copies.append((transfer.fetch(ticket, pages), [first + page for page in pages]))
+            pages = self.control.recv()
+            copies.append((transfer.fetch(pages), [first + page for page in pages]))
             while copies and copies[0][0].ready and not self.control.poll():
                 copy, ours = copies.popleft()
                 copy.store(ours)

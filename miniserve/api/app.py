@@ -21,7 +21,6 @@ from miniserve.api.streaming import event_stream
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import Dispatcher, EngineError
 from miniserve.monitor.events import Feed
-from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
@@ -46,28 +45,15 @@ def create_app(
     feed: Feed,
     tokenizer: Tokenizer,
     generation_defaults: dict[str, Any],
-    compiler: Compiler | None = None,
+    compiler: Compiler,
 ) -> FastAPI:
     """The API as an ASGI app.
 
     `client` need not have started yet; `feed` gives the events of its scheduler. `generation_defaults` is the model's
-    generation_config.json, or empty for neutral sampling. `compiler` checks grammars; without one it is made for the
-    first request that has one. Raises `ConfigError` for the name of a parser that does not exist.
+    generation_config.json, or empty for neutral sampling. `compiler` checks grammars. Raises `ConfigError` for the name
+    of a parser that does not exist.
     """
-    names = config.served_model_names or [config.engine.model]
-    dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
-    service = Service(
-        client,
-        tokenizer,
-        dialect,
-        names,
-        generation_defaults,
-        compiler,
-        normalize=config.normalize_prompts,
-        ping=config.sse_ping,
-        conversation_headers=config.conversation_headers,
-        log_prompts=config.log_prompts,
-    )
+    service = Service(config, client, tokenizer, generation_defaults, compiler)
     middleware = [Middleware(Edge, config.root_path, service.metrics)]
     if config.allowed_origins:  # before the key, which preflights do not carry
         middleware.append(Middleware(CORSMiddleware, config.allowed_origins, ["*"], ["*"], expose_headers=EXPOSED))
@@ -87,7 +73,7 @@ def create_app(
     app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)(service.count_tokens)
     app.post("/tokenize")(service.tokenize)
     app.post("/detokenize")(service.detokenize)
-    _add_model_and_health(app, client, service, names, config.engine.model)
+    _add_model_and_health(app, client, service, config.engine.model)
     dashboard.add_views(app, client, feed, service.metrics, service.doctor)
     dashboard.add_page(app)
     return app
@@ -115,8 +101,8 @@ def _ok(answer: Any, stream: dict[str, Any] | None = None) -> Responses:
     return {200: {"model": answer, **({"content": stream} if stream else {})}}
 
 
-def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, names: list[str], root: str) -> None:
-    created = int(time.time())
+def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, root: str) -> None:
+    created, names = int(time.time()), service.names
 
     def card(name: str) -> answers.Model:
         return {

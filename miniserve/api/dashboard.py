@@ -22,7 +22,7 @@ from miniserve.monitor.conversation_views import (
     conversation_list,
 )
 from miniserve.monitor.doctor import Doctor, DoctorReport
-from miniserve.monitor.events import Feed, TooManyListeners
+from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
 from miniserve.monitor.worker_views import WorkerList, worker_list
 
@@ -103,16 +103,11 @@ def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics, 
 
 @asynccontextmanager
 async def _live_events(feed: Feed) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The events of `feed` until the server ends. Raises `ApiError` if too many clients listen already."""
-    try:
-        with feed.listener() as listener:
+    """The events of `feed` until the server ends. Raises `TooManyListeners`."""
+    with feed.listener() as listener:
 
-            async def data() -> AsyncIterator[bytes]:
-                while events := await listener.take():
-                    yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)
+        async def data() -> AsyncIterator[bytes]:
+            while events := await listener.take():
+                yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)
 
-            yield data()
-    except TooManyListeners as error:
-        raise ApiError(
-            503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"}
-        ) from error
+        yield data()

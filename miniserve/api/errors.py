@@ -22,6 +22,7 @@ from starlette.types import Message
 from typing_extensions import TypedDict
 
 from miniserve.dispatcher import EngineError
+from miniserve.monitor.events import TooManyListeners
 from miniserve.sampling_params import ParameterError
 from miniserve.scheduler.scheduler import QueueFull
 
@@ -130,6 +131,8 @@ def as_api_error(error: Exception) -> ApiError:
         case QueueFull():
             after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             return ApiError(503, str(error), code="queue_full", headers=after)
+        case TooManyListeners():
+            return ApiError(503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"})
         case EngineError():
             return ApiError(503, str(error), code="engine_unavailable", headers=RETRY_SOON)
         case RoutingError(__cause__=ValueError() | RecursionError() as cause):
@@ -172,7 +175,7 @@ def install(app: FastAPI) -> None:
             answered = ApiError(405 if methods else 404, message, headers=allow)
         return answered.response(request.scope)
 
-    for kind in (ParameterError, RequestValidationError, QueueFull, EngineError, RoutingError):
+    for kind in (ParameterError, RequestValidationError, QueueFull, TooManyListeners, EngineError, RoutingError):
         app.add_exception_handler(kind, answer)
 
 

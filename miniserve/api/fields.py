@@ -8,23 +8,18 @@ gigabyte.
 """
 
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from importlib.resources import files
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from miniserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS, ParameterError
-from miniserve.text.messages import Body, Text, TextOr, kind_of
+from miniserve.text.messages import Body, Text, TextOr, text_or
 
+TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "parameters.toml").read_text("utf-8"))
 MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
 IGNORED_HEADER = "X-Ignored-Parameters"
@@ -78,20 +73,12 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
-Prompt = Annotated[
-    TextOr[TokenIds], Discriminator(kind_of, "prompt", "A prompt must be a string or a list of token ids")
-]
+Prompt = Annotated[TextOr[TokenIds], text_or("A prompt must be a string or a list of token ids")]
 PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS), at_most(MAX_LOGIT_BIAS)]
-Temperature = Annotated[float, Field(ge=0, le=100)]
-LEAST_TOP_P = 1e-6
-"""`top_p` 0 means the most likely token alone."""
-TopP = Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(share, LEAST_TOP_P))]
-TopK = Annotated[int, Field(ge=-1, lt=2**31)]
 Key = Annotated[Text, Field(max_length=MAX_KEY_CHARS)]
-Salt = Annotated[Key, Field(min_length=1)]
 Effort = Annotated[Text, Field(max_length=32)]
 
 

@@ -66,11 +66,6 @@ class Choice:
         self._parts, self._logprobs = [], []
         return merged(parts), logprobs
 
-    def take_text(self) -> tuple[str, list[TokenLogprob]]:
-        """The same for an API that has nothing but content."""
-        parts, logprobs = self.take()
-        return "".join(part for part in parts if isinstance(part, str)), logprobs
-
     def take_tokens(self) -> list[int]:
         tokens, self.tokens = self.tokens, []
         return tokens

@@ -7,7 +7,7 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -31,12 +31,13 @@ from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, Detoken
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, whole_answer
 from miniserve.api.structured import GrammarChecks
+from miniserve.config import ServeConfig
 from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.conversations import Said
-from miniserve.text.dialect import Dialect
+from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
@@ -47,36 +48,28 @@ Prompts = list[tuple[list[int], SamplingParams]]
 
 
 class Service:
-    """`names` are the served names of the model, `defaults` is its generation_config.json. `normalize` keeps out of
-    prompts what changes with each request and means nothing; a stream that is silent for `ping` seconds says so."""
+    """`defaults` is the model's generation_config.json. Raises `ConfigError` for the name of a parser that does not
+    exist."""
 
     def __init__(
         self,
+        config: ServeConfig,
         client: Dispatcher,
         tokenizer: Tokenizer,
-        dialect: Dialect,
-        names: list[str],
         defaults: Mapping[str, Any],
-        compiler: Compiler | None = None,
-        *,
-        normalize: bool = True,
-        ping: float = 0.0,
-        conversation_headers: Sequence[str] = (),
-        log_prompts: bool = False,
+        compiler: Compiler,
     ) -> None:
-        self.metrics = Metrics(client, names[0])
-        self._client = client
+        self.names = config.served_model_names or [config.engine.model]
         self.tokenizer = tokenizer
-        self.dialect = dialect
-        self._names = names
-        self._normalize = normalize
-        self._ping = ping
-        self._headers = conversation_headers
-        self.doctor = Doctor(lambda ids: tokenizer.decode(ids, False), consent=log_prompts)
-        self._examining: set[asyncio.Task[None]] = set()
+        self.dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
+        self.metrics = Metrics(client, self.names[0])
+        self.doctor = Doctor(lambda ids: tokenizer.decode(ids, False), consent=config.log_prompts)
+        self._config = config
+        self._client = client
         self._defaults = defaults
-        self._grammars = GrammarChecks(tokenizer, compiler)
-        self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {names[0]}".encode()).hexdigest()[:10]
+        self._examining: set[asyncio.Task[None]] = set()
+        self._grammars = GrammarChecks(compiler)
+        self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {self.names[0]}".encode()).hexdigest()[:10]
 
     # --- routes that generate ---------------------------------------------------------------------------------------
 
@@ -96,7 +89,7 @@ class Service:
         """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
         head = self.head(f"msg_{request.state.request_id}", body.model)
         with errors.renamed(MESSAGES_NAMES):
-            chat = await asyncio.to_thread(body.chat, self._normalize)
+            chat = await asyncio.to_thread(body.chat, self._config.normalize_prompts)
             renderer = ChatRenderer(self.tokenizer, self.dialect, chat)
             return await self.generate(request, body, chat, renderer, MessagesWriter(head))
 
@@ -114,7 +107,7 @@ class Service:
         """`body` is what the client has `asked`, as a chat or completion. `conversation` is that of the turn before, if
         the server knows it; the client's own name goes first."""
         arrived = time.perf_counter()
-        named, said = speaker(request.headers, body, self._headers)
+        named, said = speaker(request.headers, body, self._config.conversation_headers)
         if not named and conversation:
             said = msgspec.structs.replace(said, sure=True)
         prompts = await self._prepare(asked, body, renderer)
@@ -122,7 +115,9 @@ class Service:
         generation = self._start(prompts, body, renderer, writer.head.id, named or conversation, said, arrived)
         ignored = [*asked.ignored, *renderer.relaxed]
         if body.stream:
-            return with_ignored(EventStream(answer_events(generation, writer), self._ping, writer.ping), ignored)
+            return with_ignored(
+                EventStream(answer_events(generation, writer), self._config.sse_ping, writer.ping), ignored
+            )
         return with_ignored(await whole_answer(generation, writer, request.receive), ignored)
 
     async def _prepare(self, asked: RequestBody, body: GenerationRequest, renderer: Renderer) -> Prompts:
@@ -200,7 +195,7 @@ class Service:
             self.metrics.missed(found[0]["kind"], found[0]["lost"])
 
     def head(self, id: str, model: str | None) -> AnswerHead:
-        return AnswerHead(id, int(time.time()), model or self._names[0], self._fingerprint)
+        return AnswerHead(id, int(time.time()), model or self.names[0], self._fingerprint)
 
     def _fitted(
         self, prompt: list[int], params: SamplingParams, default_limit: int | None, field: str
@@ -240,10 +235,10 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` for a name that is none of the model's."""
-        if name is not None and name not in self._names:
+        if name is not None and name not in self.names:
             raise ApiError(
                 404,
-                f"There is no model {name[:128]!r} here: this server has {', '.join(self._names)}.",
+                f"There is no model {name[:128]!r} here: this server has {', '.join(self.names)}.",
                 param="model",
                 code="model_not_found",
             )
@@ -253,7 +248,7 @@ class Service:
         with_ignored(response, body.ignored)
         self.check_model(body.model)
         with errors.renamed(MESSAGES_NAMES):
-            chat = await asyncio.to_thread(body.chat, self._normalize)
+            chat = await asyncio.to_thread(body.chat, self._config.normalize_prompts)
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, chat)
         return {"input_tokens": len(tokens)}
 

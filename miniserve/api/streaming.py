@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -14,31 +14,16 @@ from starlette.types import Receive, Scope, Send
 from miniserve.api.errors import as_api_error
 from miniserve.api.generation import Generation
 from miniserve.api.protocols import ResponseWriter
+from miniserve.api.race import Stopped, unless
 
 logger = logging.getLogger(__name__)
 NamedEvent = tuple[str, dict[str, Any]]
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
-    """Do `work`, and say whether it came to its end: when the client disconnects, it is cancelled at once.
-
-    `receive` is ASGI's, after the body has been read.
-    """
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = doing, watching = asyncio.create_task(work), asyncio.create_task(watch())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            doing.result()  # raises what `work` has raised
-        return doing.done()
-    finally:
-        doing.cancel()
-        watching.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has gone. `receive` is ASGI's, after the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def data_event(data: Mapping[str, Any]) -> bytes:
@@ -81,7 +66,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._events as events:
-            await while_connected(receive, self._send(events, send))
+            with suppress(Stopped):
+                await unless(disconnected(receive), self._send(events, send))
 
     async def _send(self, events: AsyncIterator[bytes], send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -106,7 +92,9 @@ class EventStream(Response):
 
 async def whole_answer(generation: Generation, writer: ResponseWriter, receive: Receive) -> Response:
     async with generation:
-        if not await while_connected(receive, generation.finish()):
+        try:
+            await unless(disconnected(receive), generation.finish())
+        except Stopped:
             return Response(status_code=499)  # for the access log
     # One with log-probabilities of prompts takes a while, in which other streams go on.
     scored = any(choice.prompt_logprobs for choice in generation.choices)

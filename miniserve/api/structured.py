@@ -5,7 +5,6 @@ Compiling happens in a few threads that let the event loop run, and no request w
 
 import asyncio
 import json
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +12,6 @@ from miniserve.api.errors import RETRY_SOON, ApiError
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
-from miniserve.text.tokenizer import Tokenizer
 
 THREADS = 2
 MAX_CHECKING = 64
@@ -24,15 +22,10 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 class GrammarChecks:
-    """Compiles grammars over the vocabulary of `tokenizer`, so that a client learns what is wrong before anything runs.
+    """Compiles grammars, so that a client learns what is wrong before anything runs."""
 
-    Without a `compiler` one is made when it is first needed.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, compiler: Compiler | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
-        self._making = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, "grammar-check")
         self._checking = 0
 
@@ -49,7 +42,7 @@ class GrammarChecks:
         if self._checking >= MAX_CHECKING:
             raise _busy()
         self._checking += 1
-        job = self._pool.submit(self._compile, grammar)
+        job = self._pool.submit(self._compiler.compile, grammar)
         try:
             await asyncio.wait_for(asyncio.wrap_future(job), SECONDS)
         except GrammarError as error:
@@ -63,11 +56,6 @@ class GrammarChecks:
         finally:
             self._checking -= 1
         return grammar
-
-    def _compile(self, grammar: Grammar) -> None:
-        with self._making:
-            self._compiler = self._compiler or Compiler(self._tokenizer)
-        self._compiler.compile(grammar)
 
 
 def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:

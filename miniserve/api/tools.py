@@ -8,33 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag, WithJsonSchema
 
-from miniserve.api.fields import at_most
+from miniserve.api.fields import TABLES, at_most
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Json, JsonList
 
 MAX_TOOLS = 256
 MAX_TOOLS_CHARS = 256 * 1024
 """Of all tools as JSON; a model reads all of it before it answers."""
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 TOOL_EXAMPLE = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
-TOOL_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"const": "function"},
-        "function": {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
-                "description": {"type": "string"},
-                "parameters": {"type": "object", "properties": {"type": {"const": "object"}}},
-                "strict": {"type": "boolean"},
-            },
-            "required": ["name"],
-        },
-    },
-    "required": ["type", "function"],
-}
+TOOL_SCHEMA: dict[str, Any] = TABLES["tool"]
 """A tool for OpenAPI. Tools stay as they came: a template renders the keys in the client's order."""
+NAME = re.compile(TOOL_SCHEMA["properties"]["function"]["properties"]["name"]["pattern"])
 
 DEFERRED = "defer_loading"
 Tool = dict[str, Any]

@@ -1,7 +1,6 @@
 """`miniserve agent`: coding agents, started so that they talk to a running server and to no other. agents.toml has what
 each of them wants to know."""
 
-import argparse
 import json
 import os
 import shlex
@@ -9,14 +8,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import tomllib
-from importlib.resources import files
+from argparse import Namespace
 from pathlib import Path
 from string import Template
 from typing import Any
 from urllib.parse import urlsplit
 
-from miniserve.cli import flags
+from miniserve.cli.client import ApiClient
+from miniserve.cli.flags import api_key
 from miniserve.config import ConfigError
 
 PATIENCE_SECONDS = 10.0
@@ -26,20 +25,10 @@ FOLDER = "<private folder of miniserve>"
 """Stands for the private folder in what is printed; a shell's words with it are always quoted."""
 
 
-def add_agent(commands: Any) -> None:
-    agents = tomllib.loads((files("miniserve.cli") / "agents.toml").read_text("utf-8"))
-    usage = "miniserve agent AGENT [--url URL] [--api-key KEY] [--model NAME] [--print] [-- ARGS...]"
-    text = "start a coding agent that uses a running server"
-    parser = flags.add_command(commands, _agent, text, "server", usage=usage)
-    parser.set_defaults(agents=agents, args=[])
-    parser.add_argument("agent", choices=tuple(agents), metavar="AGENT", help=", ".join(agents))
-
-
-def _agent(args: argparse.Namespace) -> int:
-    """Start a coding agent in this folder that uses a running server, and no other: its address, key, model and context
-    length, with telemetry and looking for updates turned off. The agent's own settings are left as they are."""
+def agent(args: Namespace) -> int:
+    """Write the files of an agent, and run it with its environment; its exit code. Raises `ConfigError`."""
     agent = {"env": {}, "args": [], "files": {}} | args.agents[args.agent]
-    values = _values(args.url, flags.api_key(args), args.model)
+    values = _values(args.url, api_key(args), args.model)
     texts = {name: json.dumps(value)[1:-1] for name, value in values.items()}
     contents = {name: Template(text.lstrip()).substitute(texts) for name, text in agent["files"].items()}
     if args.print:
@@ -55,8 +44,6 @@ def _agent(args: argparse.Namespace) -> int:
 
 def _values(url: str, key: str | None, model: str | None) -> dict[str, str]:
     """What stands for the names in agents.toml, as the server at `url` says. Raises `ConfigError`."""
-    from miniserve.cli.client import ApiClient
-
     root = url.rstrip("/").removesuffix("/v1")
     said = ApiClient(f"{root}/v1", key, PATIENCE_SECONDS).get("/models")
     try:

@@ -5,12 +5,14 @@ import json
 import sys
 import time
 import uuid
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
 from miniserve.cli.client import ApiClient, message
+from miniserve.cli.flags import api_key
 from miniserve.config import ConfigError
 
 HELP = "/reset begins anew, /system TEXT sets a system message, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
@@ -24,20 +26,18 @@ class Transcript:
         self.messages = [{"role": "system", "content": system}] if system else []
 
 
-def chat(url: str, api_key: str | None, system: str, options: dict[str, Any]) -> int:
-    """Read lines, print answers, until the input ends. Raises `ConfigError` if there is no server.
-
-    `options` go into each request; without a "model" it is the server's first.
-    """
-    client = ApiClient(url, api_key)
-    if "model" not in options:
-        options = {"model": _first_model(client), **options}
+def chat(args: Namespace) -> int:
+    """Read lines, print answers, until the input ends. Raises `ConfigError` if there is no server."""
+    client = ApiClient(args.url, api_key(args))
+    given = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options["model"] = args.model or _first_model(client)
     person = sys.stdin.isatty()
     if person:
         import readline  # noqa: F401 (line editing and history for input())
 
-        print(f"{options['model']} at {url}. {HELP}")
-    transcript = Transcript(system)
+        print(f"{options['model']} at {args.url}. {HELP}")
+    transcript = Transcript(args.system)
     while True:
         try:
             line = input("\n> " if person else "").strip()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import ssl
 import time
 import urllib.parse
@@ -60,8 +61,9 @@ class ApiClient:
         except httpx.ReadTimeout as error:
             raise self.slow() from error
         except httpx.HTTPError as error:
+            cause = re.sub(r"^\[[^]]*\] ", "", str(error))  # without the number, of errors of the operating system
             raise ConfigError(
-                f"No server answers at {self.url} ({_cause(error)}). Start one with `miniserve serve`, or name another "
+                f"No server answers at {self.url} ({cause}). Start one with `miniserve serve`, or name another "
                 "with --url."
             ) from error
         if response.status_code == 404 and not self._base.endswith("/v1"):
@@ -105,13 +107,3 @@ def message(data: bytes) -> str:
         return str(json.loads(data)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return data.decode("utf-8", "replace")[:300]
-
-
-def _cause(error: BaseException) -> str:
-    """What the operating system said, where that is among the causes."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error)

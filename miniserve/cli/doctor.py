@@ -1,6 +1,9 @@
 """`miniserve doctor`: what agents make a running server compute again, in sentences, from GET /v1/doctor."""
 
+from argparse import Namespace
+
 from miniserve.cli.client import ApiClient
+from miniserve.cli.flags import api_key
 from miniserve.cli.screen import clean
 from miniserve.monitor.doctor import ClientReport, DoctorReport
 
@@ -8,9 +11,9 @@ PATIENCE_SECONDS = 10.0
 MOST_CAUSES = 5
 
 
-def doctor(url: str, api_key: str | None) -> int:
+def doctor(args: Namespace) -> int:
     """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
-    report = ApiClient(url, api_key, PATIENCE_SECONDS).read("/doctor", DoctorReport)
+    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).read("/doctor", DoctorReport)
     print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
     return 0
 

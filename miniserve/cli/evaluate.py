@@ -1,81 +1,56 @@
 """The commands of the evaluation: `miniserve replay`, `simulate`, `compare` and `profile`."""
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from miniserve.cli.flags import add_command, api_key, filled
+from miniserve.bench.replay.generators import WorkloadConfig
+from miniserve.cli.flags import api_key, filled
 from miniserve.config import ConfigError, EngineConfig
 from miniserve.scheduler.baselines import POLICIES
 
-if TYPE_CHECKING:
-    from miniserve.bench.replay.generators import WorkloadConfig
 
-
-def add_commands(commands: Any) -> None:
-    """Add the four to the parser of all."""
-    add_command(commands, _replay, "replay agents against a running server", "workload", "run", "server")
-    add_command(commands, _simulate, "simulate a cluster under the same scheduler", "workload", "run", "cluster")
-    add_command(commands, _compare, "compare policies over rates, with tables and figures", "workload", "cluster")
-    add_command(commands, _profile, "measure this machine's step times for `simulate`")
-
-
-def _replay(args: argparse.Namespace) -> int:
-    """Replay agents against an OpenAI-compatible server (miniserve, vLLM, llama.cpp): each waits for its answer, runs
-    its tool, sends the grown conversation. Prompts are made-up token ids."""
+def replay(args: Namespace) -> int:
     try:
-        from miniserve.bench.replay.driver import ReplayConfig, replay
+        from miniserve.bench.replay import driver
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'miniserve[bench]'.") from error
 
-    workload = _workload(args).load(args.rate, args.seed)
+    workload = filled(WorkloadConfig, args).load(args.rate, args.seed)
     alone = len(workload.scripts) if args.standalone is None else args.standalone
-    config = filled(ReplayConfig, args, workload=workload, api_key=api_key(args), standalone=alone)
-    return _write(replay(config), args.json)
+    config = filled(driver.ReplayConfig, args, workload=workload, api_key=api_key(args), standalone=alone)
+    return _write(driver.replay(config), args.json)
 
 
-def _simulate(args: argparse.Namespace) -> int:
-    """Simulate a cluster on a virtual clock: the server's scheduler, its workers' batching, paging and handoffs, with
-    the step times of a hardware profile."""
+def simulate(args: Namespace) -> int:
     from miniserve.bench.replay.progress import counting
+    from miniserve.bench.simulate import run
     from miniserve.bench.simulate.cluster import SimulationConfig
     from miniserve.bench.simulate.hardware import load_roles
-    from miniserve.bench.simulate.run import simulate
 
-    workload, hardware = _workload(args).load(args.rate, args.seed), load_roles(args.hardware)
+    workload, hardware = filled(WorkloadConfig, args).load(args.rate, args.seed), load_roles(args.hardware)
     config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
     with counting("conversations", len(config.workload.scripts)) as progress:
-        result = simulate(config, progress)
+        result = run.simulate(config, progress)
     return _write(result, args.json)
 
 
-def _compare(args: argparse.Namespace) -> int:
-    """Run a grid of policies, rates and seeds, simulated or (with --serve) on real workers of this machine; print
-    tables, draw figures."""
-    from miniserve.bench.compare import CompareConfig, compare
+def compare(args: Namespace) -> int:
+    from miniserve.bench import compare
 
     chosen = {"policies": args.policies or list(POLICIES), "jobs": args.jobs or os.cpu_count() or 1}
-    return compare(filled(CompareConfig, args, workload=_workload(args), **chosen))
+    return compare.compare(filled(compare.CompareConfig, args, workload=filled(WorkloadConfig, args), **chosen))
 
 
-def _profile(args: argparse.Namespace) -> int:
-    """Measure how long steps of a model take here, and write a hardware profile for `simulate`."""
-    from miniserve.bench.simulate.profile import profile
+def profile(args: Namespace) -> int:
+    from miniserve.bench.simulate import profile
     from miniserve.hub.fetch import DEFAULT_MODEL
 
-    profile(filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
+    profile.profile(filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
     return 0
-
-
-def _workload(args: argparse.Namespace) -> WorkloadConfig:
-    from miniserve.bench.replay.generators import WorkloadConfig
-
-    return filled(WorkloadConfig, args)
 
 
 def _write(result: dict[str, Any], path: Path | None) -> int:

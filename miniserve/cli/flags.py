@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
@@ -19,6 +20,11 @@ from miniserve.config import ConfigError, Topology, number, parse_positive, pars
 from miniserve.scheduler.baselines import POLICIES
 
 T = TypeVar("T")
+
+
+def table(name: str) -> dict[str, Any]:
+    """What one of the TOML files beside this module holds."""
+    return tomllib.loads((files("miniserve.cli") / name).read_text("utf-8"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,18 +114,18 @@ def _listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def add_command(commands: Any, run: Callable[[argparse.Namespace], int], text: str, *groups: str, **how: Any) -> Parser:
-    """A parser for the command that `run` is named after, with `text` for the list and the flags of these `groups` of
-    commands.toml and of its own; its docstring describes it."""
-    name = run.__name__.strip("_")
-    parser: Parser = commands.add_parser(name, help=text, description=run.__doc__, **how)
-    parser.set_defaults(run=run)
-    table = _table("commands.toml")
-    for title in (*groups, name):
-        group = parser if title == name else parser.add_argument_group(title)
-        for flag, row in table.get(title, {}).items():
-            group.add_argument(flag, **({"help": row} if isinstance(row, str) else row))
-    return parser
+def add_commands(parsers: Any, rows: dict[str, Any]) -> dict[str, Parser]:
+    """The commands of commands.toml, by name, with their flags. What does the work of one is imported for it only."""
+    made: dict[str, Parser] = {}
+    for name, row in rows["commands"].items():
+        how = {key: row[key] for key in row.keys() - {"run", "groups"}}
+        parser = made[name] = parsers.add_parser(name, **how)
+        parser.set_defaults(run=lambda args, run=row["run"]: resolve_name(run)(args))
+        for title in (*row.get("groups", ()), name):
+            group = parser if title == name else parser.add_argument_group(title)
+            for flag, what in rows["flags"].get(title, {}).items():
+                group.add_argument(flag, **({"help": what} if isinstance(what, str) else what))
+    return made
 
 
 def filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
@@ -158,7 +164,7 @@ def add_settings(
     `choices` are those of fields whose type does not name them. Each value goes by the name of its field.
     """
     fields = {field.name: field for field in _settings(config)}
-    for title, rows in _table("flags.toml").items():
+    for title, rows in table("flags.toml").items():
         group = parser.add_argument_group(title)
         for name, row in rows.items():
             flag, field = {"help": row} if isinstance(row, str) else row, fields[name]
@@ -176,10 +182,6 @@ def add_settings(
             group.add_argument(*flag.get("names", ["--" + name.replace("_", "-")]), **how)
 
 
-def _table(name: str) -> dict[str, Any]:
-    return tomllib.loads((files("miniserve.cli") / name).read_text("utf-8"))
-
-
 def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInfo]:
     for field in msgspec.structs.fields(config):
         is_config = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
@@ -192,7 +194,7 @@ def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInf
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     """Let `parser` take the flags of vllm_flags.toml. `taken` has those that were given, and what they mean here."""
     hidden: dict[str, Any] = dict.fromkeys(("dest", "default", "help"), argparse.SUPPRESS)
-    for values, rows in _table("vllm_flags.toml").items():
+    for values, rows in table("vllm_flags.toml").items():
         nargs: Any = {"none": 0, "never": "*"}.get(values)
         for names, means in rows.items():
             for name in names.split():

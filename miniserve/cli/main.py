@@ -1,33 +1,17 @@
 """The commands and their dispatch. Flags are vLLM's wherever vLLM has one; help imports nothing heavy."""
 
-import argparse
 import logging
 import os
 import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
 from miniserve import __version__
-from miniserve.cli import agent, evaluate, flags
-from miniserve.cli.flags import add_command, api_key, filled
+from miniserve.cli import flags
+from miniserve.cli.flags import api_key, filled
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.text.formats import FORMATS, REASONING_MARKS
-
-EXAMPLES = """examples:
-  miniserve serve                                     the default model, one worker
-  miniserve serve llama-3.1-8b --max-model-len 16k    an alias, a folder or a hub id
-  miniserve serve --topology 1P1D                     a prefiller and a decoder
-  miniserve chat                                      talk to the server that runs here
-  miniserve agent claude                              a coding agent that uses it
-  miniserve top                                       watch it: workers, KV, conversations
-  miniserve doctor                                    why prompts are computed again
-  miniserve replay swe-agent --scale-tokens 0.05      send it agents, and measure
-  miniserve simulate swe-agent --topology 1P3D        the same on GPUs that are not here
-"""
-COLUMNS = """Of workers: `run` and `wait` are requests in the batch and before it, `backlog` prompt tokens to be
-computed, `prefills` the share of time spent on prompts, `512 tok.` and `step` what a prompt of 512 tokens and a decode
-step take. Of KV: pages `reserved` for turns that run, `resident` for what rests between turns."""
-WITH_EXAMPLES: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,20 +39,20 @@ def _flush() -> None:
 
 def make_parser() -> flags.Parser:
     """The parser of all commands; `run` of what it parses is the command."""
-    parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.", **WITH_EXAMPLES)
+    rows = flags.table("commands.toml")
+    parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.")
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_serve(commands)
-    add_command(commands, _chat, "talk to a running server in the terminal", "server")
-    add_command(commands, _top, "watch a running server in the terminal", "server", epilog=COLUMNS)
-    add_command(commands, _doctor, "say what agents make a running server compute again, and why", "server")
-    agent.add_agent(commands)
-    evaluate.add_commands(commands)
+    commands = flags.add_commands(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"), rows)
+    for one in (parser, commands["serve"]):
+        one.epilog, one.formatter_class = rows["examples"], RawDescriptionHelpFormatter
+    _add_settings(commands["serve"])
+    agents = flags.table("agents.toml")
+    commands["agent"].set_defaults(agents=agents, args=[])
+    commands["agent"].add_argument("agent", choices=tuple(agents), metavar="AGENT", help=", ".join(agents))
     return parser
 
 
-def _add_serve(commands: Any) -> None:
-    parser = add_command(commands, _serve, "serve a model over the OpenAI API", **WITH_EXAMPLES)
+def _add_settings(parser: flags.Parser) -> None:
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     choices = {
         "policy": tuple(POLICIES),
@@ -79,8 +63,8 @@ def _add_serve(commands: Any) -> None:
     flags.add_vllm_flags(parser)
 
 
-def _serve(args: argparse.Namespace) -> int:
-    """Serve a model over the OpenAI API. Ready when GET /health answers 200."""
+def serve(args: Namespace) -> int:
+    """Find the model, and serve it with the settings that the flags ask for. The exit code; raises `ConfigError`."""
     from miniserve.hub.fetch import DEFAULT_MODEL
     from miniserve.hub.resolve import resolve
 
@@ -101,7 +85,7 @@ def _serve(args: argparse.Namespace) -> int:
     return serve(config, files)
 
 
-def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
+def serve_config(args: Namespace, model: str) -> ServeConfig:
     """The settings that flags ask for: each one is the field of its name. Raises `ConfigError`."""
     made: dict[str, Any] = {"engine": filled(EngineConfig, args, model=model), "api_key": api_key(args)}
     made["served_model_names"] = args.served_model_names or [model]
@@ -109,26 +93,3 @@ def serve_config(args: argparse.Namespace, model: str) -> ServeConfig:
         raise ConfigError("--log-prompts shows what clients have said: give --api-key too, so that only you see it.")
     made["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
     return filled(ServeConfig, args, **made)
-
-
-def _chat(args: argparse.Namespace) -> int:
-    """Talk to a running server; shows the time to the first token and tokens per second."""
-    from miniserve.cli.chat import chat
-
-    options = {name: getattr(args, name) for name in ("model", "temperature", "max_tokens")}
-    given = {name: value for name, value in options.items() if value is not None}
-    return chat(args.url, api_key(args), args.system, given)
-
-
-def _top(args: argparse.Namespace) -> int:
-    """Watch a running server: its workers, their KV, the latest conversations. Ctrl-C leaves."""
-    from miniserve.cli.top import top
-
-    return top(args.url, api_key(args), args.interval, args.once)
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    """Say what each client's turns have computed that earlier ones had computed already, and what to do about it."""
-    from miniserve.cli.doctor import doctor
-
-    return doctor(args.url, api_key(args))

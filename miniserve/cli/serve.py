@@ -7,15 +7,14 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 import uvloop
 
-from miniserve.api.app import create_app
-from miniserve.api.middleware import Connection
+from miniserve.api.race import Stopped, unless
 from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.supervisor import StartupError
 from miniserve.config import ConfigError, ServeConfig
@@ -25,16 +24,9 @@ from miniserve.hub.resolve import ModelFiles
 from miniserve.monitor.decision_log import DecisionLog
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import ParameterError
-from miniserve.text.grammar import Compiler
-from miniserve.text.tokenizer import Tokenizer
 
-T = TypeVar("T")
 FLUSH_SECONDS = 2.0
 """How long clients have to take what is still on its way to them when the server ends."""
-
-
-class Stopped(Exception):
-    """A signal asked to stop before the server was ready, or for the second time."""
 
 
 def serve(config: ServeConfig, files: ModelFiles) -> int:
@@ -124,20 +116,6 @@ class Signals:
     def _caught(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
 
-    async def unless(self, event: asyncio.Event, work: Awaitable[T]) -> T:
-        """The result of `work`. Raises `Stopped` if `event` comes first; `work` is cancelled then."""
-        doing = asyncio.ensure_future(work)
-        waiting = asyncio.create_task(event.wait())
-        try:
-            await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
-            if not doing.done():
-                raise Stopped
-            return doing.result()
-        finally:
-            doing.cancel()
-            waiting.cancel()
-            await asyncio.gather(doing, waiting, return_exceptions=True)
-
 
 class HttpServer(uvicorn.Server):
     """uvicorn, which leaves signals to us."""
@@ -157,10 +135,8 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
     started = time.monotonic()
     try:
         try:
-            defaults = generation_defaults(files.folder, config.generation_config)
-            (tokenizer, compiler), _ = await signals.unless(
-                signals.first, asyncio.gather(asyncio.to_thread(_tokenizer, config, files), client.start())
-            )
+            making = asyncio.to_thread(_http_server, config, files, client, feed)
+            _, http = await unless(signals.first.wait(), asyncio.gather(client.start(), making))
         except Stopped:
             return 130
         except Exception as error:
@@ -170,15 +146,12 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
-        app = create_app(config, client, feed, tokenizer, defaults, compiler)
-        level, shown = config.log_level, config.log_level in ("debug", "info")
-        http = HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
         serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
             bound = listeners[0].getsockname()[:2]
             print(banner(config, files, client, bound, time.monotonic() - started), flush=True)
         try:
-            await signals.unless(signals.first, asyncio.shield(serving))
+            await unless(signals.first.wait(), asyncio.shield(serving))
         except Stopped:
             await _drain(config, client, feed, http, signals)
         http.should_exit = True
@@ -198,10 +171,19 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             log.close()
 
 
-def _tokenizer(config: ServeConfig, files: ModelFiles) -> tuple[Tokenizer, Compiler]:
-    """The tokenizer and the compiler of grammars, made while the workers load. Raises `ParameterError`."""
+def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:
+    """The server and all it needs, made while the workers load: imports alone take half a second. Raises `ConfigError`
+    and `ParameterError`."""
+    from miniserve.api.app import create_app
+    from miniserve.api.middleware import Connection
+    from miniserve.text.grammar import Compiler
+    from miniserve.text.tokenizer import Tokenizer
+
+    defaults = generation_defaults(files.folder, config.generation_config)
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    return tokenizer, Compiler(tokenizer)
+    app = create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+    level, shown = config.log_level, config.log_level in ("debug", "info")
+    return HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
 
 
 async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, signals: Signals) -> None:
@@ -220,7 +202,7 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
         await _flushed(http)
 
     try:
-        await signals.unless(signals.second, asyncio.wait_for(ended(), config.shutdown_timeout))
+        await unless(signals.second.wait(), asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
         if client.scheduler.active:
             say(f"Ending {client.scheduler.active} requests that still run.")

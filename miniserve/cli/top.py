@@ -5,11 +5,13 @@ import io
 import signal
 import sys
 import time
+from argparse import Namespace
 
 from rich.console import Console
 from rich.live import Live
 
 from miniserve.cli.client import ApiClient
+from miniserve.cli.flags import api_key
 from miniserve.cli.screen import Snapshot, screen
 from miniserve.config import ConfigError
 from miniserve.monitor.conversation_views import ConversationList
@@ -22,19 +24,19 @@ ROWS = 20
 MOST_ROWS = 200
 
 
-def top(url: str, api_key: str | None, interval: float, once: bool) -> int:
+def top(args: Namespace) -> int:
     """Show the server at `url`, asked every `interval` seconds, until Ctrl-C; `once`, or where the output is no
     terminal, print what it says now. The exit code. Raises `ConfigError` if that cannot be done."""
-    client = ApiClient(url, api_key, PATIENCE_SECONDS)
+    client = ApiClient(args.url, api_key(args), PATIENCE_SECONDS)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # ids may be in any script, terminals not
     console = Console(highlight=False)
-    if once or not (sys.stdout.isatty() and console.is_terminal) or console.is_dumb_terminal:
-        console.print(screen(url, _ask(client, ROWS)))
+    if args.once or not (sys.stdout.isatty() and console.is_terminal) or console.is_dumb_terminal:
+        console.print(screen(client.url, _ask(client, ROWS)))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the `with` below, which restores the terminal
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True) as live:
-        _watch(client, interval, live)
+        _watch(client, args.interval, live)
     return 0
 
 

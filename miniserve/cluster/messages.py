@@ -206,7 +206,7 @@ class Publish(Wire, frozen=True):
     untouched until the `Release`, but not past `deadline`: what is copied later does not count. The sender had finished
     them at `finished_at`. Both are seconds on the host's monotonic clock. `last` ends the handoff. A prefill ends with
     `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it too, since P may die
-    before its own report is read. `ticket` is the transfer's own.
+    before its own report is read.
     """
 
     turn: str
@@ -217,7 +217,6 @@ class Publish(Wire, frozen=True):
     deadline: float
     last: bool = False
     commit: FirstToken | None = None
-    ticket: tuple[int, int] = (0, 0)
     history: bool = False
     """Whether this answers a `Fetch`, not a `Prefill`."""
 

@@ -11,7 +11,7 @@ from miniserve.cluster.messages import Keep
 from miniserve.kv.eviction import UNKNOWN, ExpectedNeed
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted, PagePool
-from miniserve.kv.side import Fence, PassedFence, beside, copy_each, pin
+from miniserve.kv.side import Fence, PassedFence, beside, copy_pages, pin
 
 RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
 """Of slots whose content is on the device as well: until it is evicted there again no turn needs them, so they go
@@ -95,14 +95,13 @@ class HostPool(PagePool):
 
     def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Fence:
         """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next."""
-        sources, targets = (source[page] for page in froms), (target[page] for page in tos)
         if self._side is None:
             started = self._clock()
-            copy_each(sources, targets)
+            copy_pages(source, froms, target, tos)
             self._observe(self._clock() - started, len(froms))
             return PassedFence()
         self._count()
-        fence = self._side.run(lambda: copy_each(sources, targets))
+        fence = self._side.run(lambda: copy_pages(source, froms, target, tos))
         self._side.lead()
         self._uncounted.append((fence, len(froms)))
         return fence

@@ -6,7 +6,7 @@ overwritten from now on comes before the work that the engine's stream is given 
 person reads is complete (`Fence`). This file calls `torch.cuda` alone, so tests replace the stream with their own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -93,10 +93,10 @@ def beside(device: torch.device) -> SideStream | None:
     return SideStream(device) if device.type == "cuda" else None
 
 
-def copy_each(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> None:
-    """Give the current stream one copy for each pair of tensors."""
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source, non_blocking=True)
+def copy_pages(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> None:
+    """Give the current stream the copies of `source[froms[i]]` to `target[tos[i]]`, at least one. On one GPU these are
+    a few kernels for all pages, which load four elements at a time."""
+    torch._foreach_copy_([target[page] for page in tos], [source[page] for page in froms], non_blocking=True)
 
 
 def pin(memory: torch.Tensor) -> None:

@@ -83,27 +83,19 @@ class TurnCard(TypedDict):
     phases: TurnPhases
 
 
-class CurrentTurn(TypedDict):
+class RunningTurn(TypedDict):
+    """A turn that waits or runs now, for `age` seconds. Its other times are by the clock of decisions, null for what
+    has not happened yet."""
+
     request: str
     state: Literal["queued", "prefill", "decode"]
+    conversation: str
+    turn: int
     prompt_tokens: int
     output_tokens: int
     home: str | None
     prefill_at: str | None
-
-
-class RunningTurn(CurrentTurn):
-    """A turn of the conversation that waits or runs now."""
-
     age: float
-
-
-class LiveTurn(CurrentTurn):
-    """A turn that waits or runs now, among all of them. Its times are by the clock of decisions, null for what has not
-    happened yet."""
-
-    conversation: str
-    turn: int
     arrived: float
     placed: float | None
     first_token: float | None
@@ -115,7 +107,7 @@ class LiveTurns(TypedDict):
     time: float
     total: int
     conversations: int
-    data: list[LiveTurn]
+    data: list[RunningTurn]
 
 
 class ConversationDetail(ConversationCard):
@@ -147,7 +139,7 @@ def conversation_detail(scheduler: Scheduler, doctor: Doctor, key: str, now: flo
         **_card(scheduler, found, turns, now),
         "misses": doctor.misses(found.key),
         "history": [_turn(record, scheduler.names) for record in found.history],
-        "running": [card(RunningTurn, **_current(turn), age=now - turn.arrived) for turn in turns],
+        "running": [_running(turn, now) for turn in turns],
     }
 
 
@@ -157,10 +149,7 @@ def live_turns(scheduler: Scheduler, now: float) -> LiveTurns:
         "time": now,
         "total": scheduler.active,
         "conversations": len(scheduler.conversations),
-        "data": [
-            card(LiveTurn, turn, **_current(turn), conversation=str(turn.conversation.key), turn=turn.number)
-            for turn in scheduler.turns[:MOST_LISTED]
-        ],
+        "data": [_running(turn, now) for turn in scheduler.turns[:MOST_LISTED]],
     }
 
 
@@ -214,8 +203,9 @@ def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
     )
 
 
-def _current(turn: Turn) -> CurrentTurn:
+def _running(turn: Turn, now: float) -> RunningTurn:
     # A turn that runs again decodes, as its client sees it.
     state = "queued" if turn.state is TurnState.QUEUED else "decode" if turn.delivered else "prefill"
-    tokens = {"prompt_tokens": turn.given, "output_tokens": turn.delivered}
-    return card(CurrentTurn, turn, request=turn.id, state=state, **tokens, prefill_at=turn.prefill_at or turn.home)
+    own = {"request": turn.id, "state": state, "conversation": str(turn.conversation.key), "turn": turn.number}
+    own |= {"prompt_tokens": turn.given, "output_tokens": turn.delivered, "age": now - turn.arrived}
+    return card(RunningTurn, turn, **own, prefill_at=turn.prefill_at or turn.home)

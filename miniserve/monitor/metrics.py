@@ -36,30 +36,20 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-        def histogram(name: str, text: str, labels: list[str], buckets: list[float]) -> Histogram:
-            return Histogram(name, f"{text}.", labels, buckets=buckets, registry=self._registry)
+        def made(name: str, row: dict[str, Any]) -> Any:
+            about = name, f"{row['text']}.", row["labels"]
+            if "buckets" not in row:
+                return Counter(*about, registry=self._registry)
+            return Histogram(*about, buckets=BUCKETS[row["buckets"]], registry=self._registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, f"{text}.", labels, registry=self._registry)
-
+        self._own = {name: made(name, row) for name, row in TABLES["own"].items()}
         self._histograms = {
-            name: histogram(f"vllm:{name}", row["text"], ["model_name"], BUCKETS[row["buckets"]]).labels(model)
+            name: made(f"vllm:{name}", {**row, "labels": ["model_name"]}).labels(model)
             for name, row in TABLES["requests"].items()
         }
-        text = "Tokens computed in a step, of prompts and of answers"
-        self._steps = histogram("vllm:iteration_tokens_total", text, ["model_name", "engine"], BUCKETS["tokens"])
-        text = "Prompt tokens of requests that have begun to answer"
-        self._prompt_tokens = counter("vllm:prompt_tokens", text, "model_name").labels(model)
-        self._generated = counter("vllm:generation_tokens", "Tokens generated", "model_name").labels(model)
-        text = "Requests that have ended, by reason"
-        endings = counter("vllm:request_success", text, "model_name", "finished_reason")
-        self._endings = {reason: endings.labels(model, reason) for reason in get_args(Ending)}
-        text = "Turns that could have found more of their prompt, by why it had changed"
-        self._misses = counter("miniserve:prefix_misses", text, "kind")
-        self._missed = counter("miniserve:prefix_missed_tokens", "Prompt tokens computed again for that", "kind")
-        self._http = counter("http_requests", "HTTP requests that have ended", "method", "status", "handler")
-        text = "From a head to the end of its answer"
-        self._http_seconds = histogram("http_request_duration_seconds", text, ["method", "handler"], BUCKETS["http"])
+        self._prompt_tokens = self._own["vllm:prompt_tokens"].labels(model)
+        self._generated = self._own["vllm:generation_tokens"].labels(model)
+        self._endings = {reason: self._own["vllm:request_success"].labels(model, reason) for reason in get_args(Ending)}
         dispatcher.watchers.append(self._stepped)
 
     def observe(self, **values: float | None) -> None:
@@ -75,8 +65,8 @@ class Metrics(Collector):
 
     def missed(self, kind: str, tokens: int) -> None:
         """A turn's prompt had changed, and `tokens` were computed again."""
-        self._misses.labels(kind).inc()
-        self._missed.labels(kind).inc(tokens)
+        self._own["miniserve:prefix_misses"].labels(kind).inc()
+        self._own["miniserve:prefix_missed_tokens"].labels(kind).inc(tokens)
 
     def generated(self, tokens: int) -> None:
         self._generated.inc(tokens)
@@ -90,12 +80,12 @@ class Metrics(Collector):
     def requested(self, method: str, status: int, handler: str, seconds: float) -> None:
         """An HTTP request has ended. `handler` is its route's template, or "none"; uvicorn knows some 30 methods."""
         if handler not in PROBED:
-            self._http.labels(method, f"{status // 100}xx", handler).inc()
-            self._http_seconds.labels(method, handler).observe(seconds)
+            self._own["http_requests"].labels(method, f"{status // 100}xx", handler).inc()
+            self._own["http_request_duration_seconds"].labels(method, handler).observe(seconds)
 
     def _stepped(self, worker: str, report: Report) -> None:
         for step in report.steps:
-            self._steps.labels(self._model, worker).observe(step.prefill + step.decodes)
+            self._own["vllm:iteration_tokens_total"].labels(self._model, worker).observe(step.prefill + step.decodes)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

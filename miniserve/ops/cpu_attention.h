@@ -22,6 +22,8 @@ struct Batch {
 
 namespace {
 
+constexpr int BAND = TILES ? TILE_ROWS : ROWS;  // rows of scores that are computed at once
+
 // LANES tokens of a page are a group. A head's keys of one are [word, token], two neighbouring numbers of a bf16 key in
 // a word; its values are [word, dim], those of two neighbouring tokens in a word.
 template <typename T>
@@ -83,8 +85,7 @@ struct Attention {
                 if constexpr (PER_WORD == 1)
                     both = load_as<Words>(value + d);
                 else
-                    both = __builtin_convertvector(load_as<Halves>(value + d), Words) |
-                           __builtin_convertvector(load_as<Halves>(value + v_stride + d), Words) << 16;
+                    both = widened(value + d) | widened(value + v_stride + d) << 16;
                 std::memcpy(values, &both, sizeof both);
             }
     }
@@ -114,12 +115,12 @@ struct Attention {
         const int rows = (end - begin) * group, width = (dim + COLS - 1) / COLS * COLS;
         const int before = batch.contexts[sequence] - batch.lengths[sequence];
 
-        uint32_t* queries = room(scratch, rows * (words + width + LANES + 1) + TALL * KEYS * 2);  // [rows, words]
+        uint32_t* queries = room(scratch, rows * (words + width + LANES + 1) + BAND * KEYS * 2);  // [rows, words]
         float* sums = reinterpret_cast<float*>(queries + rows * words);         // [rows, width]: weighted values
         float* total = sums + rows * width;                                     // [rows, LANES]: sums of weights so far
-        float* scores = total + rows * LANES;                                   // [TALL, KEYS]
-        uint32_t* weights = reinterpret_cast<uint32_t*>(scores + TALL * KEYS);  // [TALL, key_words]
-        float* largest = reinterpret_cast<float*>(weights + TALL * key_words);  // [rows]: largest score so far
+        float* scores = total + rows * LANES;                                   // [BAND, KEYS]
+        uint32_t* weights = reinterpret_cast<uint32_t*>(scores + BAND * KEYS);  // [BAND, key_words]
+        float* largest = reinterpret_cast<float*>(weights + BAND * key_words);  // [rows]: largest score so far
 
         for (int r = 0; r < rows; r++) {
             int64_t token = batch.starts[sequence] + begin + r / group;
@@ -136,8 +137,8 @@ struct Attention {
         for (int first = 0, now = 0; first < visible; first += KEYS, now ^= 1) {
             if (first + KEYS < visible)
                 find_block(sequence, head, first + KEYS, visible, keys[now ^ 1], values[now ^ 1]);
-            for (int r = 0; r < rows; r += TALL) {
-                const int count = std::min(TALL, rows - r);
+            for (int r = 0; r < rows; r += BAND) {
+                const int count = std::min(BAND, rows - r);
                 multiply_keys(count, queries + r * words, words, keys[now], scores);
                 for (int i = 0; i < count; i++) {
                     const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see

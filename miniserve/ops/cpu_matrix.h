@@ -121,8 +121,8 @@ template <bool HALF, typename Right, typename Soon>
 void multiply_tiles(int rows, const uint32_t* a, int a_stride, Right b, int parts, int words, float* c, int c_stride,
                     bool add, Soon soon) {
     constexpr int STEP = HALF ? TILE_WORDS / 2 : TILE_WORDS;
-    using Left = Tile<HALF ? LEFT_HALF : LEFT>;
-    shape_tiles(rows);
+    using Left = Tile<HALF ? LEFT_OTHER : LEFT>;
+    shape_tiles({rows, true});
     each_sum([&](auto sum, int j) {
         add ? sum.load(c + j * LANES, c_stride * sizeof(float)) : sum.zero();
     });
@@ -131,11 +131,36 @@ void multiply_tiles(int rows, const uint32_t* a, int a_stride, Right b, int part
             soon(s, w);
             Left::load(a + s * words + w, a_stride * sizeof *a);
             each_sum([&](auto sum, int j) {
-                Tile<HALF ? RIGHT_HALF : RIGHT>::load(b.begin(s, j) + w * b.stride, b.stride * sizeof *a);
-                sum.template add_product<HALF ? LEFT_HALF : LEFT, HALF ? RIGHT_HALF : RIGHT>();
+                Tile<HALF ? RIGHT_OTHER : RIGHT>::load(b.begin(s, j) + w * b.stride, b.stride * sizeof *a);
+                sum.template add_product<HALF ? LEFT_OTHER : LEFT, HALF ? RIGHT_OTHER : RIGHT>();
             });
         }
     each_sum([&](auto sum, int j) { sum.store(c + j * LANES, c_stride * sizeof(float)); });
+}
+
+// The same for two tiles of rows, whole parts only. Two tiles of columns at a time: each tile that is loaded is used twice.
+template <typename Right>
+void multiply_square(const uint32_t* a, int a_stride, Right b, int words, float* c, bool add) {
+    shape_tiles({TILE_ROWS, false});
+    for (int j = 0; j < SUMS; j += 2, c += 2 * LANES) {
+        each_sum([&](auto sum, int i) {
+            float* at = c + i / 2 * TILE_ROWS * KEYS + i % 2 * LANES;
+            add ? sum.load(at, KEYS * sizeof(float)) : sum.zero();
+        });
+        for (int w = 0; w < words; w += TILE_WORDS) {
+            Tile<LEFT>::load(a + w, a_stride * sizeof *a);
+            Tile<RIGHT>::load(b.begin(0, j) + w * b.stride, b.stride * sizeof *a);
+            Tile<RIGHT_OTHER>::load(b.begin(0, j + 1) + w * b.stride, b.stride * sizeof *a);
+            Tile<LEFT_OTHER>::load(a + TILE_ROWS * a_stride + w, a_stride * sizeof *a);
+            Tile<SUM0>::add_product<LEFT, RIGHT>();
+            Tile<SUM1>::add_product<LEFT, RIGHT_OTHER>();
+            Tile<SUM2>::add_product<LEFT_OTHER, RIGHT>();
+            Tile<SUM3>::add_product<LEFT_OTHER, RIGHT_OTHER>();
+        }
+        each_sum([&](auto sum, int i) {
+            sum.store(c + i / 2 * TILE_ROWS * KEYS + i % 2 * LANES, KEYS * sizeof(float));
+        });
+    }
 }
 
 }  // namespace

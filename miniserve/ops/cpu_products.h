@@ -21,8 +21,8 @@ namespace {
 
 constexpr int GROUP = 32;         // numbers that share a scale: GROUP in ops/quantized.py
 constexpr int FEW = 16;           // rows up to which codes are multiplied as they are and scaled after that
-constexpr int64_t UNPACKED = 16;  // groups that are unpacked at once for many rows: they stay in the L2 cache
-constexpr int TALL = TILES ? TILE_ROWS : ROWS;   // rows of a product that are computed at once
+constexpr int64_t UNPACKED = 24;  // groups that are unpacked at once for many rows: they stay in the L2 cache
+constexpr int TALL = TILES ? 2 * TILE_ROWS : ROWS;  // rows of a product that are computed at once
 constexpr int64_t SLICE = TILES ? 128 : 96;      // rows that one thread takes at once: a multiple of TALL
 constexpr int64_t UNPACKED_SLICE = 512;          // and of a weight that has to be unpacked first
 
@@ -136,7 +136,7 @@ Floats load_half(const uint16_t* from) {
 #ifdef __AVX512F__
     return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
 #else
-    const Words bits = __builtin_convertvector(load_as<Halves>(from), Words);
+    const Words bits = widened(from);
     return (Floats)((Words)((Floats)((bits & 0x7fff) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
 #endif
 }
@@ -248,9 +248,14 @@ void unpack(const Matrix<T>& weight, const uint32_t* group, int groups, uint32_t
 template <typename T, typename Soon>
 void multiply_block(int rows, const uint32_t* a, int a_stride, const uint32_t* panels, int words, float* c, bool add,
                     Soon soon) {
-    if (std::is_same<T, bf16>::value && words % TILE_WORDS == 0 && tiles_allowed())
-        return multiply_tiles<false>(rows, a, a_stride, Packed{panels, words * PANEL}, 1, words, c, KEYS, add,
-                                     [&](int, int w) { soon(w); });
+    if (std::is_same<T, bf16>::value && words % TILE_WORDS == 0 && tiles_allowed()) {
+        const Packed right{panels, words * PANEL};
+        if (rows == 2 * TILE_ROWS) return multiply_square(a, a_stride, right, words, c, add);
+        for (int r = 0; r < rows; r += TILE_ROWS)
+            multiply_tiles<false>(std::min(TILE_ROWS, rows - r), a + r * a_stride, a_stride, right, 1, words,
+                                  c + r * KEYS, KEYS, add, [&](int, int w) { soon(w); });
+        return;
+    }
     for (int j = 0; j < KEYS; j += COLS)
         multiply_all<T>(rows, a, a_stride, Packed{panels + j * words, words * PANEL}, 1, words, c + j, KEYS, add);
 }
@@ -293,38 +298,48 @@ float sum_of(const T* group) {
 }
 
 // Few rows of bf16: codes are multiplied exactly, group by group, and scaled after that. A decode step then reads 4 or 8
-// bits and does little else.
+// bits and does little else. While a group is unpacked, the one before it is multiplied and the one before that is scaled:
+// none waits for what was only just stored.
 template <typename T, typename Out>
 void product_of_codes(const T* x, int rows, int64_t size, const Matrix<T>& weight, const Finish<T, Out>& finish,
                       Scratch& scratch) {
     const int words = size * sizeof(T) / 4, groups = size / GROUP, step = words / groups;
-    uint32_t* panels = room(scratch, step * KEYS + 2 * FEW * KEYS + rows * groups);
-    float* sums = reinterpret_cast<float*>(panels + step * KEYS);         // [rows, KEYS]
-    float *part = sums + FEW * KEYS, *totals = part + FEW * KEYS;         // the same of one group; [rows, groups]
+    const int group_words = weight.group_words();
+    uint32_t* panels = room(scratch, 2 * step * KEYS + 3 * FEW * KEYS + rows * groups);  // of two groups
+    float* sums = reinterpret_cast<float*>(panels + 2 * step * KEYS);                   // [rows, KEYS]
+    float *parts = sums + FEW * KEYS, *totals = parts + 2 * FEW * KEYS;  // the same of two groups; [rows, groups]
     const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
     if (weight.minimums)
-        for (int64_t g = 0; g < rows * groups; g++)
-            totals[g] = sum_of(x + g * GROUP);
+        for (int64_t g = 0; g < rows * groups; g++) totals[g] = sum_of(x + g * GROUP);
+
+    const auto multiply = [&](int g) {
+        for (int r = 0; r < rows; r += TALL)
+            multiply_block<T>(std::min(TALL, rows - r), a + r * words + g * step, words, panels + g % 2 * step * KEYS,
+                              step, parts + (g % 2 * FEW + r) * KEYS, false, [](int) {});
+    };
+    const auto scale = [&](const uint32_t* group, int g) {
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + KEYS * weight.bits);
+        for (int c = 0; c < KEYS; c += LANES) {
+            const Floats scale = load_half(scales + c);
+            const Floats minimum = weight.minimums ? load_half(scales + KEYS + c) : Floats{};
+            for (int r = 0; r < rows; r++) {
+                float* sum = sums + r * KEYS + c;
+                Floats added = load(parts + (g % 2 * FEW + r) * KEYS + c) * scale;
+                if (weight.minimums) added += minimum * totals[r * groups + g];
+                store(sum, g ? load(sum) + added : added);
+            }
+        }
+    };
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < finish.columns; first += KEYS) {
-        const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
-        std::fill(sums, sums + rows * KEYS, 0.0f);
-        for (int g = 0; g < groups; g++, group += weight.group_words()) {
-            for (int w = 0; w < weight.group_words(); w += 16) __builtin_prefetch(group + 2 * weight.group_words() + w);
-            unpack<T, false>(weight, group, 1, panels);
-            for (int r = 0; r < rows; r += TALL)
-                multiply_block<T>(std::min(TALL, rows - r), a + r * words + g * step, words, panels, step,
-                                  part + r * KEYS, false, [](int) {});
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + KEYS * weight.bits);
-            for (int c = 0; c < KEYS; c += LANES) {
-                const Floats scale = load_half(scales + c);
-                const Floats minimum = weight.minimums ? load_half(scales + KEYS + c) : Floats{};
-                for (int r = 0; r < rows; r++) {
-                    Floats sum = load(sums + r * KEYS + c) + load(part + r * KEYS + c) * scale;
-                    if (weight.minimums) sum += minimum * totals[r * groups + g];
-                    store(sums + r * KEYS + c, sum);
-                }
+        const uint32_t* group = weight.packed + first / KEYS * groups * group_words;
+        for (int g = 0; g < groups + 2; g++, group += group_words) {
+            if (g < groups) {
+                for (int w = 0; w < group_words; w += 16) __builtin_prefetch(group + 2 * group_words + w);
+                unpack<T, false>(weight, group, 1, panels + g % 2 * step * KEYS);
             }
+            if (g > 0 && g <= groups) multiply(g - 1);
+            if (g > 1) scale(group - 2 * group_words, g - 2);
         }
         for (int r = 0; r < rows; r += TALL) finish(sums + r * KEYS, r, std::min(TALL, rows - r), first);
     }
@@ -346,13 +361,17 @@ void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>
             const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
             for (int g = 0; g < groups; g += UNPACKED) {
                 const int count = std::min<int>(UNPACKED, groups - g);
+                const bool last = g + count == groups;
                 unpack<T, true>(weight, group + g * weight.group_words(), count, panels);
-                for (int64_t r = top; r < end; r += TALL)
-                    multiply_block<T>(std::min<int>(TALL, end - r), a + r * words + g * step, words, panels,
-                                      count * step, sums + (r - top) * KEYS, g > 0, [](int) {});
+                for (int64_t r = top; r < end; r += TALL) {
+                    const int tall = std::min<int>(TALL, end - r);
+                    float* block = sums + (r - top) * KEYS;
+                    if (last) finish.prepare(r, tall, first);
+                    multiply_block<T>(tall, a + r * words + g * step, words, panels, count * step, block, g > 0,
+                                      [](int) {});
+                    if (last) finish(block, r, tall, first);
+                }
             }
-            for (int64_t r = top; r < end; r += TALL)
-                finish(sums + (r - top) * KEYS, r, std::min<int>(TALL, end - r), first);
         }
 }
 
@@ -373,7 +392,7 @@ void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, in
     for (int64_t first = 0; first < columns; first += KEYS)
         for (int64_t top = 0; top < rows; top += SLICE)
             for (int64_t r = top; r < std::min(top + SLICE, rows); r += TALL) {
-                float block[TALL * KEYS];
+                alignas(64) float block[TALL * KEYS];
                 const int count = std::min<int64_t>(TALL, rows - r);
                 const uint32_t *a = reinterpret_cast<const uint32_t*>(x + r * size), *panels = weight.packed + first * words;
                 finish.prepare(r, count, first);

@@ -24,13 +24,23 @@ namespace {
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64;
 constexpr int TILE_WORDS = TILE_BYTES / 4;
 
-// What the eight registers hold: four sums, and a left and a right tile of full and of half the inner dimension (values lie
-// in their pages in groups of 16 tokens). Only the number of rows on the left, and so of sums, changes.
-enum Register { SUM0, SUM1, SUM2, SUM3, LEFT, RIGHT, LEFT_HALF, RIGHT_HALF };
+// What the eight registers hold: four sums, and tiles of the left and the right matrix. Attention needs one of each with
+// half the inner dimension (values lie in their pages in groups of 16 tokens), products of many rows two whole ones. Only
+// the number of rows on the left, and so of sums, changes.
+enum Register { SUM0, SUM1, SUM2, SUM3, LEFT, RIGHT, LEFT_OTHER, RIGHT_OTHER };
 constexpr int SUMS = 4;
 
-int tile_rows(int name, int rows) { return name == RIGHT ? TILE_ROWS : name == RIGHT_HALF ? TILE_ROWS / 2 : rows; }
-int tile_bytes(int name) { return name == LEFT_HALF ? TILE_BYTES / 2 : TILE_BYTES; }
+// Which registers there are: HALVES says what the others are.
+struct Shape {
+    int rows;
+    bool halves;
+
+    int rows_of(int name) const {
+        return name == RIGHT || (name == RIGHT_OTHER && !halves) ? TILE_ROWS : name == RIGHT_OTHER ? TILE_ROWS / 2 : rows;
+    }
+    int bytes_of(int name) const { return name == LEFT_OTHER && halves ? TILE_BYTES / 2 : TILE_BYTES; }
+    bool operator==(const Shape& other) const { return rows == other.rows && halves == other.halves; }
+};
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && !defined(TILES_EMULATED)
 
@@ -43,27 +53,27 @@ bool tiles_allowed() {
     return allowed;
 }
 
-thread_local int shaped_rows = 0;
+thread_local Shape shaped{0, false};
 
 // Each thread says what its registers hold before it uses them, and lets go of them at the end: the kernel then has less to
 // save when it switches threads.
-void shape_tiles(int rows) {
-    if (shaped_rows == rows) return;
+void shape_tiles(Shape wanted) {
+    if (shaped == wanted) return;
     struct alignas(64) {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
     } shape;
     for (int name = 0; name < 8; name++) {
-        shape.bytes[name] = tile_bytes(name);
-        shape.rows[name] = tile_rows(name, rows);
+        shape.bytes[name] = wanted.bytes_of(name);
+        shape.rows[name] = wanted.rows_of(name);
     }
     asm volatile("ldtilecfg %0" ::"m"(shape));
-    shaped_rows = rows;
+    shaped = wanted;
 }
 void release_tiles() {
-    if (shaped_rows) asm volatile("tilerelease");
-    shaped_rows = 0;
+    if (shaped.rows) asm volatile("tilerelease");
+    shaped.rows = 0;
 }
 
 template <int NAME>
@@ -91,36 +101,36 @@ constexpr bool TILES = false;
 bool tiles_allowed() { return TILES; }
 
 struct Registers {
-    int rows;
+    Shape shape;
     alignas(64) uint8_t bytes[8][TILE_ROWS * TILE_BYTES];
 };
 thread_local Registers registers;
 
-void shape_tiles(int rows) {
-    if (registers.rows != rows) std::memset(&registers, 0, sizeof registers);
-    registers.rows = rows;
+void shape_tiles(Shape wanted) {
+    if (!(registers.shape == wanted)) std::memset(&registers, 0, sizeof registers);
+    registers.shape = wanted;
 }
-void release_tiles() { registers.rows = 0; }
+void release_tiles() { registers.shape.rows = 0; }
 
 template <int NAME>
 struct Tile {
     static uint8_t* row(int r) { return registers.bytes[NAME] + r * TILE_BYTES; }
     static void zero() { std::memset(row(0), 0, TILE_ROWS * TILE_BYTES); }
     static void load(const void* from, int64_t stride) {
-        for (int r = 0; r < tile_rows(NAME, registers.rows); r++)
-            std::memcpy(row(r), static_cast<const uint8_t*>(from) + r * stride, tile_bytes(NAME));
+        for (int r = 0; r < registers.shape.rows_of(NAME); r++)
+            std::memcpy(row(r), static_cast<const uint8_t*>(from) + r * stride, registers.shape.bytes_of(NAME));
     }
     static void store(void* to, int64_t stride) {
-        for (int r = 0; r < tile_rows(NAME, registers.rows); r++)
-            std::memcpy(static_cast<uint8_t*>(to) + r * stride, row(r), tile_bytes(NAME));
+        for (int r = 0; r < registers.shape.rows_of(NAME); r++)
+            std::memcpy(static_cast<uint8_t*>(to) + r * stride, row(r), registers.shape.bytes_of(NAME));
     }
     template <int A, int B>
     static void add_product() {
-        for (int r = 0; r < registers.rows; r++)
+        for (int r = 0; r < registers.shape.rows; r++)
             for (int column = 0; column < TILE_WORDS; column++) {
                 float sum;
                 std::memcpy(&sum, row(r) + column * 4, sizeof sum);
-                for (int word = 0; word < tile_bytes(A) / 4; word++)
+                for (int word = 0; word < registers.shape.bytes_of(A) / 4; word++)
                     for (int half = 0; half < 4; half += 2)
                         sum += number(Tile<A>::row(r) + word * 4 + half) * number(Tile<B>::row(word) + column * 4 + half);
                 std::memcpy(row(r) + column * 4, &sum, sizeof sum);

@@ -60,7 +60,14 @@ Floats splat(float x) { return x - Floats{}; }
 Floats load(const float* from) { return load_as<Floats>(from); }
 void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
-Floats load(const bf16* from) { return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16); }
+Words widened(const void* halves) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32(load_as<__m256i>(halves));  // GCC 12 makes four instructions of it
+#else
+    return __builtin_convertvector(load_as<Halves>(halves), Words);
+#endif
+}
+Floats load(const bf16* from) { return (Floats)(widened(from) << 16); }
 void store(bf16* to, Floats x) {
 #ifdef __AVX512BF16__
     __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
@@ -83,8 +90,7 @@ Words bf16_pairs(Floats even, Floats odd) {
     bf16 halves[2][LANES];
     store(halves[0], even);
     store(halves[1], odd);
-    const Halves low = load_as<Halves>(halves[0]), high = load_as<Halves>(halves[1]);
-    return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+    return widened(halves[0]) | widened(halves[1]) << 16;
 #endif
 }
 

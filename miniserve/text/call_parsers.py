@@ -6,8 +6,7 @@ and ends with the calls that stand there, or with the finding that this is no ca
 
 import json
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from miniserve.text.calls import Begun, Call, Schemas, call_with, json_calls, sound
 from miniserve.text.schemas import argument, typed
@@ -20,18 +19,12 @@ class ParsedCalls(NamedTuple):
     end: int
 
 
-class CallParser(Protocol):
-    def read(self, text: str, final: bool) -> ParsedCalls | None:
-        """`text` begins there, and is longer each time; None until more of it is needed. `final`: no more will come."""
+class CallParser:
+    """What parsers share: they look for the end of a JSON object or list, and for the arguments of calls in it. These
+    are certain as long as all was valid JSON, token by token; behind that only brackets and quotes count.
 
-    @property
-    def begun(self) -> list[Begun]:
-        """The calls whose arguments have begun in `text`; the last may get longer. Empty where calls come whole."""
-
-
-class _JsonParser:
-    """What the parsers below share: they look for the end of a JSON object or list, and for the arguments of calls in
-    it. These are certain as long as all was valid JSON, token by token; behind that only brackets and quotes count."""
+    `begun` are the calls whose arguments have begun; the last may get longer. Empty where calls come whole.
+    """
 
     _SPACE = re.compile(r"[ \t\n\r]*")
     _ATOM = re.compile(r"[\w.+-]*")
@@ -56,6 +49,10 @@ class _JsonParser:
         self._strict = True  # it was valid so far
         self._key = self._name = ""  # in the object of a call
         self._depth = 0  # of arguments that have not ended
+
+    def read(self, text: str, final: bool) -> ParsedCalls | None:
+        """`text` begins where a call may, and is longer each time; None until it needs more. `final`: no more comes."""
+        raise NotImplementedError
 
     def _json_end(self, text: str, start: int, name: str = "") -> int | ParsedCalls | None:
         """Where the JSON ends that begins with a bracket at `start`: the arguments of `name`, or else one call or a
@@ -148,7 +145,7 @@ TAG_MARKS = ("<parameter=", "</parameter>", "<function=", "</function>")
 """Around the arguments of Qwen3-Coder's calls, and their names."""
 
 
-class TagParser(_JsonParser):
+class TagParser(CallParser):
     """Hermes, Qwen and SmolLM2: JSON, an object or a list, in <tool_call>; Qwen3-Coder: <function=...> in it, or alone.
 
     Inside of a JSON string the closing tag is a part of the string. Qwen3-Coder's arguments are not quoted: a mark in
@@ -236,7 +233,7 @@ class TagParser(_JsonParser):
         return [Call(head[1], json.dumps(arguments, ensure_ascii=False))]
 
 
-class LlamaParser(_JsonParser):
+class LlamaParser(CallParser):
     """Llama 3.x: a JSON object, after <|python_tag|> or by itself; its first key separates it from other JSON early. By
     itself it is a call if it has arguments or names a tool: other objects have names, too."""
 
@@ -266,7 +263,7 @@ class LlamaParser(_JsonParser):
         return ParsedCalls(calls if sure else [], end)
 
 
-class MistralParser(_JsonParser):
+class MistralParser(CallParser):
     """Mistral: [TOOL_CALLS] and a list of objects, or in newer models a name, [ARGS] and the arguments."""
 
     _MARK = "[TOOL_CALLS]"
@@ -294,9 +291,5 @@ class MistralParser(_JsonParser):
         return ParsedCalls([call] if call else [], end)
 
 
-PARSERS: dict[str, Callable[[Schemas], CallParser]] = {
-    "tags": TagParser,
-    "llama": LlamaParser,
-    "mistral": MistralParser,
-}
+PARSERS: dict[str, type[CallParser]] = {"tags": TagParser, "llama": LlamaParser, "mistral": MistralParser}
 """As formats.toml calls them."""

@@ -10,7 +10,6 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -19,6 +18,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from miniserve.sampling_params import Grammar
+from miniserve.text.messages import levels
 from miniserve.text.schemas import held
 from miniserve.text.tokenizer import Tokenizer
 
@@ -187,7 +187,7 @@ def _check_schema(schema: Any) -> None:
     properties, named_by_pattern, multiple = 0, 0, 1
     different: set[str] = set()
     combined = False
-    for depth, value in _walk(schema):
+    for depth, value in levels(schema):
         if depth > MAX_DEPTH:
             raise GrammarError(f"the schema is nested more than {MAX_DEPTH} levels deep.")
         if not isinstance(value, dict):
@@ -220,14 +220,3 @@ def _check_schema(schema: Any) -> None:
         )
     if properties > MAX_PROPERTIES:
         raise GrammarError(f"the schema has {properties} properties, and at most {MAX_PROPERTIES} are allowed.")
-
-
-def _walk(value: Any) -> Iterator[tuple[int, Any]]:
-    """All objects and lists in a JSON value with how deep they are, level by level."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        level = [item for item in level if isinstance(item, dict | list)]
-        for item in level:
-            yield depth, item
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]

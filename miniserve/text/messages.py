@@ -4,6 +4,7 @@ them. The types of fields here are those of all requests."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,20 +27,25 @@ def valid_unicode(text: str) -> str:
     return text
 
 
+def levels(value: Any) -> Iterator[tuple[int, Any]]:
+    """All objects and lists in a JSON value with how deep they are, level by level."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        for item in level:
+            yield depth, item
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+
+
 def sound_json(value: dict[str, Any]) -> dict[str, Any]:
-    """`value`. Raises `ValueError` if it is nested too deeply for templates, or holds text that is no Unicode. It goes
-    level by level, and stops at the first that is too deep."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        items = [item for outer in level for item in outer]
-        items += [item for outer in level if isinstance(outer, dict) for item in outer.values()]
-        for item in items:
+    """`value`. Raises `ValueError` if it is nested too deeply for templates, or holds text that is no Unicode."""
+    for depth, outer in levels(value):
+        if depth > MAX_DEPTH:
+            raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
+        for item in (*outer, *outer.values()) if isinstance(outer, dict) else outer:
             if isinstance(item, str):
                 valid_unicode(item)
-        level = [item for item in items if isinstance(item, dict | list)]
-        if not level:
-            return value
-    raise ValueError(f"This is nested too deeply: use at most {MAX_DEPTH} levels of objects and lists")
+    return value
 
 
 def kind_of(value: Any) -> str | None:
@@ -51,10 +57,15 @@ def kind_of(value: Any) -> str | None:
     return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
 
 
+def text_or(problem: str) -> Discriminator:
+    """For a union of text and a list (`TextOr`) or typed objects; `problem` is the error for what is neither."""
+    return Discriminator(kind_of, "kind", problem)
+
+
 T = TypeVar("T")
 Text = Annotated[str, AfterValidator(valid_unicode)]
 TextOr = Annotated[Text, Tag("<text>")] | Annotated[T, Tag("<list>")]
-"""Text or a list; `kind_of` discriminates between them."""
+"""Text or a list; `text_or` discriminates between them."""
 Json = Annotated[dict[str, Any], AfterValidator(sound_json)]
 """An object of the client's own making, for the chat template."""
 JsonList = Annotated[list[Json], Field(fail_fast=True)]
@@ -126,10 +137,8 @@ class ContentPart(Body):
         return part
 
 
-Content = Annotated[
-    TextOr[Annotated[list[ContentPart], Field(fail_fast=True)]],
-    Discriminator(kind_of, "content", "Content must be a string or a list of text parts"),
-]
+ContentParts = Annotated[list[ContentPart], Field(fail_fast=True)]
+Content = Annotated[TextOr[ContentParts], text_or("Content must be a string or a list of text parts")]
 
 
 def joined(content: str | list[Any]) -> str:

@@ -64,7 +64,7 @@ class ChatTemplates:
                 f"{', '.join(sorted(self.settable))}.",
             )
         if end:
-            _append_to_content(messages[-1], end + " ")
+            messages[-1]["content"] += end + " "
         scope = {**self._variables, "documents": None, **variables, "tools": tools, "messages": messages}
         try:
             text = template.render(scope, add_generation_prompt=add_generation_prompt)
@@ -135,15 +135,3 @@ def _environment() -> jinja2.Environment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
-
-
-def _append_to_content(message: Message, text: str) -> None:
-    """Put `text` at the end of a message's content: a string, or the last text among its parts."""
-    content = message.get("content")
-    if isinstance(content, str):
-        message["content"] = content + text
-        return
-    parts = [part for part in content or [] if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    if not parts:
-        raise ParameterError("continue_final_message", "The final message has no text content to go on from.")
-    parts[-1]["text"] += text

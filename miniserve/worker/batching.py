@@ -4,16 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from miniserve.kv.pages import OutOfPages, PagePool
-from miniserve.worker.pace import Pace
+from miniserve.worker.pace import LEAST_SHARE, Pace
 from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.step import Work
+
+SHORT_SHARE = 0.75
+"""The part of a step's tokens of prompts that goes to short ones, if there are any: those that half a full step could
+take."""
 
 
 @dataclass(kw_only=True)
 class Batching:
-    """Composes batches: every decode, and tokens of prompts (at least one) up to `max_num_batched_tokens` in all.
-    Beside streams these are no more than `pace` allows, if there is one. Drafts come on top: a batch with drafts has at
-    most `draft_rows` rows.
+    """Composes batches: every decode, and tokens of prompts (at least one) up to `max_num_batched_tokens` in all, but
+    no more than `pace` allows, if there is one. Drafts come on top: a batch with drafts has at most `draft_rows` rows.
 
     A decode that needs a page takes it from the youngest sequences: `preempt` gives up the KV of one.
     """
@@ -37,8 +40,8 @@ class Batching:
         batch = self._draft([s for s in grown if s.state is State.RUNNING], now)
         # At least one token, so that even a budget smaller than the decodes starves no prompt.
         budget = max(self.max_num_batched_tokens - len(batch), 1)
-        if batch and self.pace is not None:
-            budget = min(budget, self.pace.tokens)
+        if self.pace is not None:
+            budget = min(budget, self.pace.allowed(bool(batch)))
         return batch + self._share(budget, running)
 
     def _grow(self, sequence: Sequence, running: list[Sequence], now: float) -> bool:
@@ -76,15 +79,22 @@ class Batching:
         return batch
 
     def _share(self, budget: int, running: list[Sequence]) -> list[Work]:
-        """Divide `budget` tokens of a step among prompts, oldest first. Up to half goes to short ones first: what
-        follows in a conversation need not wait for all of another one's long prompt."""
+        """Divide at most `budget` tokens of a step among prompts, oldest first. Up to `SHORT_SHARE` of them goes to
+        short prompts first. Beside these long ones get no more than the rest of that share, and at least a little: so
+        what follows in a conversation waits for a step not much longer than its own, whoever has a long prompt."""
         prompts = [s for s in running if s.state is State.RUNNING and s.to_launch > 1]
         counts = [0] * len(prompts)
-        for longest, share in ((self.max_num_batched_tokens // 2, budget // 2), (self.max_model_len, budget)):
-            share -= sum(counts)
+
+        def give(tokens: int, longest: int) -> None:
             for i, sequence in enumerate(prompts):
                 if sequence.to_launch <= longest:
-                    more = min(share, sequence.to_launch - counts[i])
+                    more = min(tokens, sequence.to_launch - counts[i])
                     counts[i] += more
-                    share -= more
+                    tokens -= more
+
+        give(int(budget * SHORT_SHARE), self.max_num_batched_tokens // 2)
+        if short := sum(counts):
+            least = max(1, self.max_num_batched_tokens // LEAST_SHARE)
+            budget = min(budget, max(int(short / SHORT_SHARE), short + least))
+        give(budget - short, self.max_model_len)
         return [Work.next(sequence, count) for sequence, count in zip(prompts, counts, strict=True) if count]

@@ -33,21 +33,28 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles for one worker. `make` is called at once, beside the caller: it may raise `ParameterError`, which then
-    is the fate of every grammar."""
+    """Compiles for one worker. `make` is called once, beside the caller: it may raise `ParameterError`, which then is
+    the fate of every grammar."""
 
     def __init__(self, make: Callable[[], Compiler]) -> None:
         self._pool = ThreadPoolExecutor(THREADS, "grammar")
-        self._compiler = self._pool.submit(make)
+        self._make_compiler = make
+        self._compiler: Future[Compiler] | None = None
+
+    def prepare(self) -> Future[Compiler]:
+        """The compiler, whose making begins with the first call. Little else of the process runs meanwhile."""
+        if self._compiler is None:
+            self._compiler = self._pool.submit(self._make_compiler)
+        return self._compiler
 
     def start(self, grammar: Grammar, outputs: list[int]) -> Future[Matcher]:
         """Begin to make what follows `grammar`, from behind the `outputs` that a turn has already. The future raises
         `GrammarError`."""
-        return self._pool.submit(self._make, grammar, outputs)
+        return self._pool.submit(self._make, self.prepare(), grammar, outputs)
 
-    def _make(self, grammar: Grammar, outputs: list[int]) -> Matcher:
+    def _make(self, making: Future[Compiler], grammar: Grammar, outputs: list[int]) -> Matcher:
         try:
-            compiler = self._compiler.result()
+            compiler = making.result()
         except ParameterError as error:  # no tokenizer
             raise GrammarError(error.message) from error
         made = Matcher(compiler.compile(grammar), compiler.vocab_size)

@@ -208,6 +208,7 @@ def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -
     """Report that the worker is ready, and serve until a `Shutdown` comes."""
     worker = make_worker(spec, built, outboxes)
     outboxes.send(spec.frontend, ready(built))
+    built.grammars.prepare()  # not before: it would hold up the start, and the first turn seldom has one
     while not worker.stopping:
         worker.work(inbox.receive(int(worker.rest * 1000)))
 

@@ -91,12 +91,10 @@ class Receiver:
 
     def on_publish(self, message: Publish, sender: str) -> None:
         """Begin to copy what the sender has finished; with the last publication the sequence is ours."""
-        transfer = self.peers.transfer(sender)
-        # Wanted or not: what was offered has to be taken, or the next pages would be mistaken for these.
-        copy = transfer.fetch(message.ticket, message.pages) if transfer and message.pages else None
         pull = self.pulls.get(message.turn)
         if pull is None or pull.source.name != sender or pull.history != message.history:
             return
+        copy = pull.transfer.fetch(message.pages) if message.pages else None
         pull.deadline = self.clock() + self.patience
         pull.arriving.append((message, copy))
         self._store(pull)

@@ -113,11 +113,9 @@ class Sender:
     ) -> None:
         """Publish the next `pages` of a lease, which have these `hashes`."""
         peer, now = lease.destination, self.clock()
-        transfer = self.peers.transfer(peer.name)
-        ticket = transfer.offer(pages) if transfer and pages else (0, 0)
         lease.deadline = now + self.patience
         history = lease.sequence is None
-        message = Publish(turn, lease.published, pages, hashes, now, lease.deadline, last, commit, ticket, history)
+        message = Publish(turn, lease.published, pages, hashes, now, lease.deadline, last, commit, history)
         self.send(peer.address, message)
         lease.published += len(pages)
 

@@ -61,9 +61,9 @@ def way(memory: KVMemory, us: str, peer: Peer, run_dir: str, nccl: bool) -> Tran
     return transfer
 
 
-def fetch(transfer: Transfer, publications: list[Any], ours: list[int]) -> None:
-    """Get (ticket, pages) of each publication into `ours`, in order; all of it is there afterwards."""
-    copies = [(transfer.fetch(ticket, pages), len(pages)) for ticket, pages in publications]
+def fetch(transfer: Transfer, publications: list[list[int]], ours: list[int]) -> None:
+    """Get the pages of each publication into `ours`, in order; all of it is there afterwards."""
+    copies = [(transfer.fetch(pages), len(pages)) for pages in publications]
     at, end = 0, time.monotonic() + PATIENCE
 
     def until(done: Callable[[], bool]) -> None:
@@ -80,7 +80,7 @@ def fetch(transfer: Transfer, publications: list[Any], ours: list[int]) -> None:
 
 
 def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str, nccl: bool) -> None:
-    """The second process: offers, fetches and sends hashes when asked to."""
+    """The second process: fetches and sends hashes when asked to."""
     if device != "cpu":
         torch.cuda.set_device(torch.device(device).index or 0)
     memory = new_memory(device, shape, num_pages, seed=2)
@@ -88,9 +88,7 @@ def other(control: Connection, device: str, shape: PageShape, num_pages: int, ru
     transfer = way(memory, "other", control.recv(), run_dir, nccl)
     while job := control.recv():
         what, *rest = job
-        if what == "offer":
-            control.send(transfer.offer(*rest))
-        elif what == "fetch":
+        if what == "fetch":
             fetch(transfer, *rest)
             control.send(None)
         else:
@@ -159,10 +157,8 @@ def same_bytes(run: Setting, nccl: bool = False) -> Figures:
         before_here, before_there = hashes(memory, everything), command("hash", everything)
         third = len(sent) // 3
         chunks = [(sent[:third], back[:third]), (sent[third:], back[third:])]
-        from_there = [(command("offer", coming), coming) for _, coming in chunks]
-        from_here = [(transfer.offer(going), going) for going, _ in chunks]
-        fetch(transfer, from_there, landing)
-        command("fetch", from_here, theirs)
+        fetch(transfer, [coming for _, coming in chunks], landing)
+        command("fetch", [going for going, _ in chunks], theirs)
         after_here, after_there = hashes(memory, everything), command("hash", everything)
         wrong_here = sum(after_here[a] != before_there[b] for a, b in zip(landing, back, strict=True))
         wrong_there = sum(after_there[a] != before_here[b] for a, b in zip(theirs, sent, strict=True))
@@ -185,8 +181,7 @@ def speed(run: Setting, preset: str) -> Figures:
         times = []
         for repeat in range(6):
             order = random.Random(repeat).sample(range(count), count)
-            parts = [order[i : i + chunk] for i in range(0, count, chunk)]
-            publications = [(command("offer", part), part) for part in parts]
+            publications = [order[i : i + chunk] for i in range(0, count, chunk)]
             ours = random.Random(-repeat).sample(range(count, 2 * count), count)
             begun = time.perf_counter()
             fetch(transfer, publications, ours)

@@ -144,10 +144,30 @@ def test_the_script_compares_servers_in_turns(
         servers = [f"fast={one}/v1,tiny,{os.getpid()}", f"slow={other},tiny,{os.getpid()}"]
         flags = ["--tokenizer", str(folder), "--rounds", "2", "--only", "prefill 512", "--json", str(out)]
         assert bench_peers.main([*flags, *servers]) == 0
-    table = json.loads(out.read_text())["prefill 512, tok/s"]
+    found = json.loads(out.read_text())
+    assert {name: server["kind"] for name, server in found["servers"].items()} == dict.fromkeys(
+        ("fast", "slow"), "miniserve"
+    )
+    table = found["scenarios"]["prefill 512, tok/s"]
+    assert all(before > 1 and after > 1 for before, after in found["memory, MB"].values())
     assert [len(runs) for runs in table["runs"].values()] == [2, 2]
+    assert table["disturbed"] == []
+    for runs in table["figures"].values():
+        assert [(run["prompt_tokens"], run["cached_tokens"]) for run in runs] == [(512, 0)] * 4
+        assert all("others_cpu" in run for run in runs)
     assert table["median"]["fast"] > table["median"]["slow"] < 512 / 0.4
     assert table["ratio"]["slow"] == table["median"]["fast"] / table["median"]["slow"]
     # A round is a warm-up and two runs on each server; the second round goes backwards.
     order = sorted([(at, "fast") for at in fast.times] + [(at, "slow") for at in slow.times])
     assert [name for _, name in order] == ["fast"] * 3 + ["slow"] * 6 + ["fast"] * 3
+
+
+def test_the_script_ends_at_a_stream_that_fails(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_peers, "MOST_DISTURBED", 100.0)
+    engine = SpokenEngine(0.0)
+    engine.trouble = lambda tokens: {"finish": "error", "error": "out of luck"} if len(engine.turns) == 3 else {}
+    flags = ["--tokenizer", str(folder), "--rounds", "1", "--only", "8 streams"]
+    with serving(engine, tokenizer) as url, pytest.raises(TurnError, match="1 of 8 streams failed"):
+        bench_peers.main([*flags, f"one={url},tiny,{os.getpid()}"])

@@ -7,12 +7,15 @@ import shlex
 import socket
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import get_args
 
 import pytest
 
 from miniserve import __version__
+from miniserve.cli import flags
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError, EngineConfig, KvTransfer, ServeConfig, Topology
 from miniserve.scheduler.baselines import POLICIES
@@ -52,6 +55,11 @@ def test_help_needs_no_heavy_import(command: list[str], says: str) -> None:
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert says in done.stdout
+
+
+def test_every_command_of_the_table_is_a_function_that_is_there() -> None:
+    for name, row in flags.table("commands.toml")["commands"].items():
+        assert list(signature(resolve_name(row["run"])).parameters) == ["args"], name
 
 
 def test_a_wrong_flag_is_one_line_and_exit_code_2() -> None:
@@ -157,9 +165,9 @@ def test_prompts_are_shown_behind_a_key_only() -> None:
 
 
 def test_every_setting_has_a_flag_but_these() -> None:
-    flags = vars(cli.make_parser().parse_args(["serve"])).keys() - {"run", "positional_model"}
+    known = vars(cli.make_parser().parse_args(["serve"])).keys() - {"run", "positional_model"}
     without = {"engine", "role", "workers", "sharing", "max_body_bytes"}
-    assert flags == {*ServeConfig.__struct_fields__, *EngineConfig.__struct_fields__} - without
+    assert known == {*ServeConfig.__struct_fields__, *EngineConfig.__struct_fields__} - without
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ MESSAGES: list[m.Message] = [
     m.Shutdown(),
     m.Prefill("t1", [1, 2, 3], PARAMS, seed=1, salt="", prior=0, have=16),
     m.Publish("t1", 0, [4, 5], [b"\x00" * 16, b"\xff" * 16], finished_at=12340.5, deadline=12345.5),
-    m.Publish("t1", 2, [], [], finished_at=0.0, deadline=0.0, last=True, commit=FIRST, ticket=(2, 7)),
+    m.Publish("t1", 2, [], [], finished_at=0.0, deadline=0.0, last=True, commit=FIRST),
     m.Fetch("t1", 3, [b"\x00" * 16]),
     m.Release("t1"),
     m.PrefillRefused("t1", "no pages"),

@@ -21,6 +21,7 @@ from miniserve.api.app import create_app
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.dispatcher import Dispatcher
 from miniserve.monitor.events import Feed
+from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from tests.e2e.test_cluster import cluster, settled
 from tests.support import dialects, tiny
@@ -55,7 +56,8 @@ RESULTS = [
 async def api(client: Dispatcher, tokenizer: Tokenizer) -> AsyncIterator[openai.AsyncOpenAI]:
     """The stock client of a server around `client`."""
     config = ServeConfig(engine=EngineConfig(model="m"), served_model_names=["m"])
-    app = create_app(config, client, Feed(client.scheduler, client.policy_name), tokenizer, {})
+    feed = Feed(client.scheduler, client.policy_name)
+    app = create_app(config, client, feed, tokenizer, {}, Compiler(tokenizer))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=120) as http:
         yield openai.AsyncOpenAI(base_url="http://m/v1", api_key="none", max_retries=0, http_client=http)
 

@@ -103,12 +103,8 @@ class Slow:
         self.writing: list[SlowCopy] = []
         world.slow_ways[wire[0]].append(self)
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        self.world.offered.append(self.memory.pages[pages].clone())
-        return (0, len(self.world.offered) - 1)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:
-        return SlowCopy(self, self.world.offered[ticket[1]])
+    def fetch(self, pages: list[int]) -> Copy:
+        return SlowCopy(self, self.world.memories[self.wire[1]].pages[pages].clone())
 
     def close(self) -> None:
         pass
@@ -183,7 +179,6 @@ class World:
         self.got: dict[str, list[int]] = defaultdict(list)
         self.prompts: dict[str, list[int]] = {}
         self.ends: dict[str, str] = {}
-        self.offered: list[torch.Tensor] = []
         self.stored = self.moved = 0
         self.slow = self.pick.random() < 0.5
         self.slow_ways: dict[str, list[Slow]] = defaultdict(list)

@@ -417,7 +417,10 @@ def test_the_command_ends_with_that_line_alone(model: Path, case: str) -> None:
 
 @pytest.mark.parametrize(
     ("where", "module", "function"),
-    [("miniserve.worker", "miniserve.worker.sizing", "choose_device"), ("serve", "miniserve.cli.serve", "_tokenizer")],
+    [
+        ("miniserve.worker", "miniserve.worker.sizing", "choose_device"),
+        ("serve", "miniserve.cli.serve", "_http_server"),
+    ],
 )
 def test_an_error_that_nobody_foresaw_is_a_line_too(
     model: Path, tmp_path: Path, where: str, module: str, function: str

@@ -12,8 +12,7 @@ import torch
 from miniserve.kv.transfer import connect as transfer
 from miniserve.kv.transfer import nccl
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.nccl import Nccl
-from miniserve.kv.transfer.network import RECEIVER, SENDER
+from miniserve.kv.transfer.nccl import RECEIVER, SENDER, Nccl
 from tests.support.socket_network import SHAPE, QuietSide, new_memory, peer
 
 

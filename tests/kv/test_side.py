@@ -6,13 +6,8 @@ overwritten or read too early shows in its bytes. What the CPU does at once stan
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -23,19 +18,15 @@ from miniserve.cluster.messages import CudaHandle, Envelope, Keep, Peer, Peers, 
 from miniserve.kv import host
 from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.host import HostPool
-from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted
-from miniserve.kv.transfer import collective, staging
 from miniserve.kv.transfer import mapped as mapping
-from miniserve.kv.transfer.collective import CollectiveTransfer
 from miniserve.kv.transfer.connect import connect, way
 from miniserve.kv.transfer.mapped import CudaMappedTransfer
-from miniserve.kv.transfer.staging import DeviceStaging
-from tests.support.waiting import until
+from tests.support.kv_pools import DEVICE_PAGES, DEVICE_SHAPE, device_memory
 
 CPU = torch.device("cpu")
-SHAPE = PageShape(layers=2, page_tokens=4, kv_heads=1, head_dim=8, dtype=torch.bfloat16)
-PAGES = 8
+SHAPE, PAGES = DEVICE_SHAPE, DEVICE_PAGES
 
 
 class LazyFence:
@@ -90,19 +81,9 @@ class LazyStream:
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[LazyStream]:
     monkeypatch.setattr(LazyStream, "made", [])
     monkeypatch.setattr(mapping, "SideStream", LazyStream)
-    monkeypatch.setattr(staging, "SideStream", LazyStream)
     monkeypatch.setattr(host, "beside", LazyStream)
     monkeypatch.setattr(host, "pin", lambda memory: None)
     return LazyStream.made
-
-
-def device_memory(seed: int) -> KVMemory:
-    """A pool that is laid out as on a GPU: with a scratch page."""
-    memory = KVMemory(SHAPE, PAGES, CPU)
-    memory.shared = None
-    memory.pages = SHAPE.view(torch.zeros((PAGES + 1) * SHAPE.bytes, dtype=torch.uint8))
-    memory.bytes.random_(0, 256, generator=torch.Generator().manual_seed(seed))
-    return memory
 
 
 def content(memory: KVMemory, *pages: int) -> bytes:
@@ -110,11 +91,6 @@ def content(memory: KVMemory, *pages: int) -> bytes:
 
 
 # --- mapped ---------------------------------------------------------------------------------------------------------
-
-
-def copy_words(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> None:
-    """As `page_copy.copy_pages`."""
-    target[tos] = source[froms]
 
 
 @pytest.fixture
@@ -125,7 +101,6 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMap
         return mapping.words_of(theirs.pages.untyped_storage(), pool)
 
     monkeypatch.setattr(mapping, "map_pool", map_pool)
-    monkeypatch.setattr(mapping, "kernel", lambda: copy_words)
     before = content(ours, *range(PAGES))
     transfer = CudaMappedTransfer(ours, Peer("p0", 1, "", PoolInfo(1, -1, PAGES, SHAPE.bytes, "L")))
     assert content(ours, *range(PAGES)) == before, "the first copy lands on the scratch page"
@@ -136,7 +111,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMap
 
 def test_a_mapped_copy_is_stored_when_the_gpu_says_so(mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer]) -> None:
     ours, theirs, transfer = mapped
-    copy = transfer.fetch((0, 0), [3, 1])
+    copy = transfer.fetch([3, 1])
     assert copy.ready
     assert not copy.stored
     copy.store([6, 0])
@@ -152,7 +127,7 @@ def test_a_mapped_copy_that_is_abandoned_overwrites_nothing(
     mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
 ) -> None:
     ours, _, transfer = mapped
-    copy = transfer.fetch((0, 0), [3])
+    copy = transfer.fetch([3])
     copy.store([6])
     copy.abandon()
     ours.bytes[6] = 77  # the engine computes the page, or another copy writes it
@@ -164,30 +139,11 @@ def test_close_waits_for_readers(
     mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
 ) -> None:
     _, _, transfer = mapped
-    assert transfer.offer([1]) == (0, 0)
     assert transfer.side.calls == [], "what is published is complete"
-    copy = transfer.fetch((0, 0), [3])
+    copy = transfer.fetch([3])
     copy.store([6])
     transfer.close()
     assert copy.stored
-
-
-KERNEL = """
-import torch
-from miniserve.kv.transfer.page_copy import copy_pages
-for words in (8, 2048, 5000):
-    source, target = (torch.randint(-(2**62), 2**62, (6, words)) for _ in range(2))
-    expected = target.clone()
-    expected[[5, 0, 3]] = source[[0, 4, 3]]
-    copy_pages(source, [0, 4, 3], target, [5, 0, 3])
-    assert torch.equal(target, expected), words
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch for CUDA")
-def test_the_kernel_copies_pages() -> None:
-    """By triton's interpreter: what it computes, not that it compiles."""
-    subprocess.run([sys.executable, "-c", KERNEL], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
 
 
 # --- which way ------------------------------------------------------------------------------------------------------
@@ -203,14 +159,14 @@ def test_the_way_between_two_pools() -> None:
     same, near, far = on_gpu(0, [0, 1]), on_gpu(1, [1, 0]), on_gpu(2, [2])
     deaf = on_gpu(3, [3, 0])  # sees GPU 0, which does not see it
     expected = [
-        (cpu, cpu, ("mapped", "gloo", "mapped")),
-        (same, same, ("mapped", "gloo", "mapped")),
+        (cpu, cpu, ("mapped", "sockets", "mapped")),
+        (same, same, ("mapped", "sockets", "mapped")),
         (same, near, ("mapped", "nccl", "mapped")),
         (same, far, ("nccl", "nccl", None)),
         (same, deaf, ("nccl", "nccl", None)),
         (same, on_gpu(0, [0], "other"), (None, None, None)),
-        (cpu, nowhere, (None, "gloo", None)),
-        (cpu, same, (None, "gloo", None)),
+        (cpu, nowhere, (None, "sockets", None)),
+        (cpu, same, (None, "sockets", None)),
     ]
     for one, other, ways in expected:
         assert tuple(way(one, other, how) for how in ("auto", "collective", "mapped")) == ways
@@ -231,47 +187,6 @@ def test_a_pool_that_cannot_be_mapped_is_no_way(monkeypatch: pytest.MonkeyPatch)
 def test_a_handle_travels() -> None:
     peers = Peers([Peer("p0", 1, "a", on_gpu(1, [1, 0]))])
     assert decode(msgspec.msgpack.encode(Envelope("frontend", 0, peers))).body == peers
-
-
-# --- collective, staged ---------------------------------------------------------------------------------------------
-
-
-def test_staged_pages_are_those_of_the_offer(streams: list[LazyStream]) -> None:
-    memory = device_memory(1)
-    offered = content(memory, 5, 2)
-    stage = DeviceStaging(memory)
-    data, whole = stage.read([5, 2])
-    memory.bytes.zero_()  # the lease has ended, and the engine goes on
-    whole.wait()
-    assert data.numpy().tobytes() == offered
-    mark = stage.write(data, [0, 1])
-    assert not mark.done
-    stage.abandon()
-    assert content(memory, 0, 1) == offered
-    assert streams[0].calls == ["run", "lead", "follow", "run", "lead"]
-
-
-def test_staged_pages_through_gloo(tmp_path: Path, streams: list[LazyStream]) -> None:
-    memories = {"p0": device_memory(1), "d0": device_memory(2)}
-    ends = {
-        us: CollectiveTransfer(memories[us], (us, 1), Peer(them, 1, "", on_gpu(0, [0])), str(tmp_path))
-        for us, them in (("p0", "d0"), ("d0", "p0"))
-    }
-    try:
-        copy = ends["d0"].fetch(ends["p0"].offer([1, 4]), [1, 4])
-        until(lambda: copy.ready)
-        before = content(memories["d0"], 7, 3)
-        copy.store([7, 3])
-        assert not copy.stored
-        assert content(memories["d0"], 7, 3) == before
-        copy.fence.wait()
-        assert copy.stored
-        assert copy.seconds >= 3.0
-        assert content(memories["d0"], 7, 3) == content(memories["p0"], 1, 4)
-    finally:
-        for end in ends.values():
-            end.close()
-    assert collective.AHEAD == 2
 
 
 # --- host memory ----------------------------------------------------------------------------------------------------

@@ -30,3 +30,16 @@ def content(memory: KVMemory, pages: list[int]) -> bytes:
 
 def peer_of(name: str, epoch: int, memory: KVMemory) -> Peer:
     return Peer(name, epoch, "", PoolInfo(os.getpid(), memory.shared.fd, PAGES, memory.shape.bytes, ""))
+
+
+DEVICE_PAGES = 8
+DEVICE_SHAPE = PageShape(layers=2, page_tokens=4, kv_heads=1, head_dim=8, dtype=torch.bfloat16)
+
+
+def device_memory(seed: int) -> KVMemory:
+    """A pool that is laid out as on a GPU: with a scratch page."""
+    memory = KVMemory(DEVICE_SHAPE, DEVICE_PAGES, torch.device("cpu"))
+    memory.shared = None
+    memory.pages = DEVICE_SHAPE.view(torch.zeros((DEVICE_PAGES + 1) * DEVICE_SHAPE.bytes, dtype=torch.uint8))
+    memory.bytes.random_(0, 256, generator=torch.Generator().manual_seed(seed))
+    return memory

@@ -16,7 +16,7 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer.network import RECEIVER
+from miniserve.kv.transfer.nccl import RECEIVER
 from miniserve.kv.transfer.remote import RemoteTransfer
 
 PAGES = 12
@@ -56,7 +56,7 @@ class SocketFence:
 
 
 class SocketNetwork:
-    """A `Network` of sockets, which is as late as NCCL may be. `brake` is waited for before each page that is sent."""
+    """Stands for `Nccl`: sockets that are as late as NCCL may be. `brake` is waited for before each page is sent."""
 
     def __init__(self, memory: KVMemory, brake: Callable[[], object] = lambda: None) -> None:
         self.memory = memory
@@ -92,7 +92,7 @@ class SocketNetwork:
 
 
 class SocketCommunicator:
-    """A `Communicator` of one socket."""
+    """Stands for `NcclCommunicator` by one socket."""
 
     def __init__(self, network: SocketNetwork, channel: socket.socket) -> None:
         self.network = network

@@ -17,6 +17,7 @@ from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.workload import Script, TurnSize
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.sampling_params import SamplingParams
+from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeClient, FakeTurn
 
@@ -65,7 +66,7 @@ def listening() -> Iterator[socket.socket]:
 def serving(engine: FakeClient, tokenizer: Tokenizer) -> Iterator[str]:
     """miniserve's app over `engine` in a thread: its URL."""
     config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"])
-    app = create_app(config, engine, engine.feed, tokenizer, {})  # type: ignore[arg-type]
+    app = create_app(config, engine, engine.feed, tokenizer, {}, Compiler(tokenizer))  # type: ignore[arg-type]
     http = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     with listening() as listener:
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[listener])))

@@ -1,30 +1,12 @@
 """The answers of /v1/messages, as types: mypy checks the code that builds them, and OpenAPI documents them."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import TypedDict
 
+from miniserve.api.messages.blocks import TextBlock, ThinkingBlock, ToolUseBlock
+
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
-
-
-class TextOut(TypedDict):
-    type: Literal["text"]
-    text: str
-
-
-class ThinkingOut(TypedDict):
-    """The signature, with which other servers prove that a thought is their own, is empty."""
-
-    type: Literal["thinking"]
-    thinking: str
-    signature: Literal[""]
-
-
-class ToolUseOut(TypedDict):
-    type: Literal["tool_use"]
-    id: str
-    name: str
-    input: dict[str, Any]
 
 
 class ThinkingTokens(TypedDict):
@@ -46,7 +28,7 @@ class MessageOut(TypedDict):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextOut | ThinkingOut | ToolUseOut]
+    content: list[TextBlock | ThinkingBlock | ToolUseBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from miniserve.api.fields import one_of
-from miniserve.text.messages import Body, Json, Text, TextOr, kind_of, readable
+from miniserve.text.messages import Body, Json, Text, TextOr, readable, text_or
 
 SERVER_BLOCKS = re.compile(
     "server_tool_use|mcp_(tool_use|tool_result|tool_listing)|container_upload|"
@@ -73,12 +73,7 @@ ResultBlocks = Annotated[list[ResultBlock], Field(fail_fast=True)]
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: Annotated[Text, Field(min_length=1)]
-    content: (
-        Annotated[
-            TextOr[ResultBlocks], Discriminator(kind_of, "content", "This must be a string or a list of text blocks")
-        ]
-        | None
-    ) = None
+    content: Annotated[TextOr[ResultBlocks], text_or("This must be a string or a list of text blocks")] | None = None
     is_error: bool | None = None
 
 

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field
+from pydantic import Field
 
 from miniserve.api.errors import ApiError
-from miniserve.api.fields import Amount, Effort, RequestBody, StopTexts, one_of
+from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts, one_of
 from miniserve.api.messages.blocks import (
     Blocks,
     TextBlock,
@@ -16,19 +16,13 @@ from miniserve.api.messages.blocks import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
+from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, kind_of
+from miniserve.text.messages import Body, Json, Text, TextOr, text_or
 
-MESSAGES_NAMES = {
-    "stop": "stop_sequences",
-    "response_format": "output_config.format",
-    "reasoning_effort": "output_config.effort",
-    r"tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema",
-    r"tools\[(\d+)\]\.function": r"tools[\1]",
-}
+MESSAGES_NAMES: Mapping[str, str] = TABLES["names"]["messages"]
 """Patterns of a chat's parameters, and this API's names of them."""
 SAME_NAMES = {*SAMPLING_NAMES, "max_tokens"}
 TOOL_KEYS = ("name", "description", "input_schema", "strict")
@@ -38,17 +32,13 @@ BILLING = "x-anthropic-billing-header:"
 """Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
 else in a prompt, it would leave no prefix to find again."""
 SystemBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
-SystemText = Annotated[
-    TextOr[SystemBlocks], Discriminator(kind_of, "content", "This must be a string or a list of text blocks")
-]
+SystemText = Annotated[TextOr[SystemBlocks], text_or("This must be a string or a list of text blocks")]
+TextOrBlocks = Annotated[TextOr[Blocks], text_or("Content must be a string or a list of blocks")]
 
 
 class MessageParam(Body):
     role: Literal["user", "assistant", "system"]
-    content: (
-        Annotated[TextOr[Blocks], Discriminator(kind_of, "content", "Content must be a string or a list of blocks")]
-        | None
-    )
+    content: TextOrBlocks | None
 
 
 class ThinkingSettings(Body):
@@ -139,12 +129,7 @@ class CountTokensRequest(RequestBody):
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
-    refused = {
-        **SamplingFields.refused,
-        "prompt_logprobs": SCORES,
-        "stop": "use `stop_sequences`",
-        **dict.fromkeys(["response_format", "output_format"], "use `output_config.format`"),
-    }
+    refused = {**SamplingFields.refused, **TABLES["refused"]["messages"]}
 
     max_tokens: Amount
     stop_sequences: StopTexts | None = None

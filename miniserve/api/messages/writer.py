@@ -28,6 +28,7 @@ class ContentBlocks:
             case MoreArguments():
                 return self._argue(part.text)
             case Reasoning():
+                # Other servers prove by the signature that a thought is their own.
                 return self._say("thinking", part.text, {"signature": ""})
             case _:
                 return self._say("text", part, {})

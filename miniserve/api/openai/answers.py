@@ -89,14 +89,17 @@ class PromptLogprob(TypedDict):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
-class ChatCompletion(TypedDict):
+class Answer(TypedDict):
     id: str
-    object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+
+
+class ChatCompletion(Answer):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
@@ -121,14 +124,9 @@ class CompletionChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-class Completion(TypedDict):
-    id: str
+class Completion(Answer):
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage
-    system_fingerprint: str
 
 
 class Model(TypedDict):

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import Choice
 from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import ChatRequest, TokenizeRequest
@@ -100,63 +100,42 @@ class ChatRenderer:
 class ChatWriter(ChunkWriter):
     """Choices as chat completions, whole and in chunks."""
 
-    chunk_object = "chat.completion.chunk"
+    objects = "chat.completion", "chat.completion.chunk"
 
-    def response(self, generation: Generation) -> answers.ChatCompletion:
-        choices = []
-        for choice in generation.choices:
-            parts, logprobs = choice.take()
-            choices.append(self._ended(choice, {"message": _message(parts)}, self._logprobs(choice, logprobs)))
-        answer: answers.ChatCompletion = {
-            "id": self.head.id,
-            "object": "chat.completion",
-            "created": self.head.created,
-            "model": self.head.model,
-            "choices": choices,
-            "usage": answers.usage(generation, generation.output_tokens),
-            "system_fingerprint": self.head.system_fingerprint,
-        }
-        if (count := self.prompt_logprobs) is not None:
-            answer["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, generation.choices[0], count)
-        if self.token_ids:
-            answer["prompt_token_ids"] = generation.choices[0].prompt
-        return answer
+    def whole(self, choice: Choice) -> Mapping[str, Any]:
+        parts, logprobs = choice.take()
+        return self._choice(choice, {"message": _message(parts)}, logprobs, ended=True)
 
     def opening(self, choice: Choice) -> Mapping[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def beside_opening(self, choice: Choice) -> Mapping[str, Any]:
-        return {"prompt_token_ids": choice.prompt} if self.token_ids else {}
+    def beside(self, choice: Choice) -> Mapping[str, Any]:
+        more: dict[str, Any] = {"prompt_token_ids": choice.prompt} if self.token_ids else {}
+        if self.prompt_logprobs is not None:
+            more["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
+        return more
 
     def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
-        return {
-            "index": choice.index,
-            "delta": _delta(part),
-            "logprobs": self._logprobs(choice, logprobs),
-            "finish_reason": None,
-            **self._token_ids(choice),
-        }
+        return self._choice(choice, {"delta": _delta(part)}, logprobs)
 
     def closing(self, choice: Choice) -> Mapping[str, Any]:
-        return self._ended(choice, {"delta": {}}, None)
+        return self._choice(choice, {"delta": {}}, None, ended=True)
 
-    def _ended(self, choice: Choice, said: dict[str, Any], logprobs: answers.ChatLogprobs | None) -> Any:
-        """A choice that has ended, as it is in a whole answer or in the last chunk."""
+    def _choice(
+        self, choice: Choice, said: dict[str, Any], logprobs: list[TokenLogprob] | None, ended: bool = False
+    ) -> Mapping[str, Any]:
+        shown = None
+        if logprobs is not None and choice.params.logprobs is not None:
+            shown = answers.chat_logprobs(self._tokenizer, logprobs)
         return {
             "index": choice.index,
             **said,
-            "logprobs": logprobs,
-            "finish_reason": choice.finish,
-            "stop_reason": choice.stop_reason,
-            **self._token_ids(choice),
+            "logprobs": shown,
+            "finish_reason": choice.finish if ended else None,
+            **({"stop_reason": choice.stop_reason} if ended else {}),
+            **({"token_ids": choice.take_tokens()} if self.token_ids else {}),
         }
-
-    def _token_ids(self, choice: Choice) -> dict[str, list[int]]:
-        return {"token_ids": choice.take_tokens()} if self.token_ids else {}
-
-    def _logprobs(self, choice: Choice, logprobs: list[TokenLogprob]) -> answers.ChatLogprobs | None:
-        return None if choice.params.logprobs is None else answers.chat_logprobs(self._tokenizer, logprobs)
 
 
 def _delta(part: Part) -> dict[str, Any]:

@@ -21,10 +21,11 @@ DONE = b"data: [DONE]\n\n"
 
 class ChunkWriter(ABC):
     """The part of a `ResponseWriter` that chat and text completions share. If the request asks for token ids, chunks
-    hold them, and each token has a chunk even if it has no text (yet)."""
+    hold them, and each token has a chunk even if it has no text (yet). `objects` is what a whole answer and a chunk are
+    called."""
 
     ping = COMMENT
-    chunk_object: ClassVar[str]
+    objects: ClassVar[tuple[str, str]]
 
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: GenerationRequest) -> None:
         self.head = head
@@ -34,11 +35,15 @@ class ChunkWriter(ABC):
         self._options = request.stream_options or StreamOptions()
 
     @abstractmethod
+    def whole(self, choice: Choice) -> Mapping[str, Any]:
+        """The choice when it has ended, all of it."""
+
+    @abstractmethod
     def opening(self, choice: Choice) -> Mapping[str, Any] | None:
         """The choice before anything was generated; None if no chunk is needed then."""
 
-    def beside_opening(self, choice: Choice) -> Mapping[str, Any]:
-        """Further fields of the opening's chunk, beside its choice."""
+    def beside(self, choice: Choice) -> Mapping[str, Any]:
+        """Further fields beside the choices of a whole answer, or beside the opening of this one."""
         return {}
 
     @abstractmethod
@@ -49,8 +54,17 @@ class ChunkWriter(ABC):
     def closing(self, choice: Choice) -> Mapping[str, Any]:
         """The choice in its last chunk."""
 
+    def response(self, generation: Generation) -> Mapping[str, Any]:
+        return {
+            "object": self.objects[0],
+            **self.head._asdict(),
+            "choices": [self.whole(choice) for choice in generation.choices],
+            "usage": usage(generation, generation.output_tokens),
+            **self.beside(generation.choices[0]),
+        }
+
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
-        head = {"object": self.chunk_object, **self.head._asdict()}
+        head = {"object": self.objects[1], **self.head._asdict()}
         with_usage = bool(self._options.include_usage)
         continuous = with_usage and bool(self._options.continuous_usage_stats)
         # Only the choice is encoded for each chunk; everything around it is the same bytes.
@@ -64,7 +78,7 @@ class ChunkWriter(ABC):
             return before + msgspec.json.encode(chunk) + after
 
         yield b"".join(
-            event(choice, opening, 0, _before_choice({**head, **self.beside_opening(choice)}))
+            event(choice, opening, 0, _before_choice({**head, **self.beside(choice)}))
             for choice in generation.choices
             if (opening := self.opening(choice)) is not None
         )

@@ -2,22 +2,16 @@
 
 import msgspec
 
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import Choice
 from miniserve.api.openai import answers
 from miniserve.api.openai.chunks import ChunkWriter
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.sampling_params import ParameterError, SamplingParams
+from miniserve.text.formats import FILL_IN_THE_MIDDLE
 from miniserve.text.reader import Part
 from miniserve.text.tokenizer import Tokenizer
-
-FILL_IN_THE_MIDDLE = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
-    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek-Coder
-)
-"""The tokens before the text, at the gap, and after the suffix: what comes then fills the gap."""
 
 
 class CompletionRenderer:
@@ -40,7 +34,7 @@ class CompletionRenderer:
             for prompt in self._request.prompt
         ]
 
-    def _marks(self) -> tuple[str, str, str]:
+    def _marks(self) -> list[str]:
         for marks in FILL_IN_THE_MIDDLE:
             if all(self._tokenizer.control_id(mark) is not None for mark in marks):
                 return marks
@@ -61,7 +55,7 @@ class CompletionWriter(ChunkWriter):
     """Choices as text completions, whole and in chunks. With `echo` the text of a choice begins with its prompt, unless
     the answer holds the prompt's ids (as with vLLM)."""
 
-    chunk_object = "text_completion"
+    objects = "text_completion", "text_completion"
 
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: CompletionRequest) -> None:
         super().__init__(head, tokenizer, request)
@@ -69,17 +63,9 @@ class CompletionWriter(ChunkWriter):
         self._logprob_writers: dict[int, answers.CompletionLogprobWriter] = {}
         self._opened: set[int] = set()
 
-    def response(self, generation: Generation) -> answers.Completion:
-        taken = [(choice, *choice.take_text()) for choice in generation.choices]
-        return {
-            "id": self.head.id,
-            "object": "text_completion",
-            "created": self.head.created,
-            "model": self.head.model,
-            "choices": [self._choice(c, text, logprobs, ended=True) for c, text, logprobs in taken],
-            "usage": answers.usage(generation, generation.output_tokens),
-            "system_fingerprint": self.head.system_fingerprint,
-        }
+    def whole(self, choice: Choice) -> answers.CompletionChoice:
+        parts, logprobs = choice.take()
+        return self._choice(choice, "".join(map(str, parts)), logprobs, ended=True)
 
     def opening(self, choice: Choice) -> answers.CompletionChoice | None:
         # The prompt's log-probabilities come with the first output.

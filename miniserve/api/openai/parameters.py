@@ -6,23 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from miniserve.api.fields import EMPTY, Biases, Key, RequestBody, Salt, Stops, Temperature, TokenIds, TopK, TopP
+from miniserve.api.fields import EMPTY, TABLES, Biases, Key, RequestBody, Stops, TokenIds
 from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
 
+LEAST_TOP_P = 1e-6
+"""`top_p` 0 means the most likely token alone."""
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384
-CONSTRAINTS = {
-    **{f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")},
-    "json_schema": "json",
-    "grammar": "grammar",
-    "regex": "regex",
-    "ebnf": "grammar",
-}
-"""What other servers (vLLM until 0.10, llama.cpp, SGLang) call a form of `structured_outputs`."""
+CONSTRAINTS: Mapping[str, str] = TABLES["constraints"]
+"""What other servers call a form of `structured_outputs`."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 
@@ -99,23 +95,18 @@ class NvExt(Body):
 class SamplingFields(RequestBody):
     """How tokens are sampled and what the output has to match: fields of several servers, in all APIs."""
 
-    refused = {
-        "use_beam_search": "tokens are sampled, or taken greedily with `temperature` 0",
-        "truncate_prompt_tokens": "cut the input yourself",
-        "bad_words": "use `logit_bias`",
-        **dict.fromkeys(["allowed_token_ids", "logits_processors", "structural_tag"], "use `structured_outputs`"),
-    }
+    refused = TABLES["refused"]["sampling"]
 
     model: Text | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1), AfterValidator(lambda share: max(share, LEAST_TOP_P))] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Biases | None = None
     stream: bool | None = None
 
-    top_k: TopK | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -124,7 +115,7 @@ class SamplingFields(RequestBody):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: Salt | None = None
+    cache_salt: Annotated[Key, Field(min_length=1)] | None = None
     """Only requests with the same salt share prefixes."""
     priority: Urgency | None = None
     """Of requests that wait, those with a lower one go first."""
@@ -144,8 +135,6 @@ class SamplingFields(RequestBody):
 
 
 SAMPLING_NAMES = frozenset(SamplingFields.model_fields)
-SCORES = "use /v1/completions or /v1/chat/completions to score prompts"
-"""Instead of `prompt_logprobs` in other APIs."""
 
 
 class GenerationRequest(SamplingFields, ABC):

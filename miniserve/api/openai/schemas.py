@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from miniserve.api.fields import Amount, Count, Effort, Off, On, Prompts, RequestBody, TokenIds
-from miniserve.api.openai.parameters import GenerationRequest
+from miniserve.api.fields import TABLES, Amount, Count, Effort, Off, On, Prompts, RequestBody, TokenIds
+from miniserve.api.openai.parameters import GenerationRequest, SamplingFields
 from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_tools
 from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
@@ -17,17 +17,7 @@ Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
 
 
 class ChatRequest(GenerationRequest):
-    refused = {
-        **GenerationRequest.refused,
-        "functions": "use `tools`",
-        "function_call": "use `tool_choice`",
-        "audio": "this model writes text only",
-        "modalities": "this model writes text only",
-        "moderation": "nothing is moderated here",
-        "echo": "use /v1/completions",
-        "chat_template": "start the server with --chat-template",
-        "documents": "put them into `messages`",
-    }
+    refused = {**SamplingFields.refused, **TABLES["refused"]["chat"]}
 
     messages: Messages
     max_completion_tokens: Count | None = None
@@ -105,7 +95,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    refused = {**GenerationRequest.refused, "best_of": "ask for `n` choices and pick one"}
+    refused = {**SamplingFields.refused, **TABLES["refused"]["completion"]}
 
     prompt: Prompts
     suffix: Text | None = None

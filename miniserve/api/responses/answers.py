@@ -1,73 +1,13 @@
-"""The answers of /v1/responses, as types: mypy checks the code that builds them, and OpenAPI documents them."""
+"""The answers of /v1/responses, as types, for mypy and OpenAPI. What they put out, a later request may take in."""
 
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
 from miniserve.api.openai.answers import CompletionTokensDetails, PromptTokensDetails
+from miniserve.api.responses.items import Item
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
-
-
-class OutputText(TypedDict):
-    type: Literal["output_text"]
-    text: str
-    annotations: list[Any]
-    logprobs: list[Any]
-
-
-class ReasoningText(TypedDict):
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class Item(TypedDict):
-    id: str
-    status: ItemStatus
-
-
-class OutputMessage(Item):
-    type: Literal["message"]
-    role: Literal["assistant"]
-    content: list[OutputText]
-
-
-class OutputReasoning(Item):
-    """The summary is always empty, since the content is the reasoning itself."""
-
-    type: Literal["reasoning"]
-    summary: list[Any]
-    content: list[ReasoningText]
-
-
-class NamedCall(Item):
-    call_id: str
-    name: str
-    namespace: NotRequired[str]
-
-
-class OutputFunctionCall(NamedCall):
-    type: Literal["function_call"]
-    arguments: str
-
-
-class OutputCustomToolCall(NamedCall):
-    """`input` is free text."""
-
-    type: Literal["custom_tool_call"]
-    input: str
-
-
-class OutputToolSearchCall(Item):
-    type: Literal["tool_search_call"]
-    call_id: str
-    execution: Literal["client"]
-    arguments: Any
-
-
-OutputCall = OutputFunctionCall | OutputCustomToolCall | OutputToolSearchCall
-OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
 class InputTokensDetails(PromptTokensDetails):
@@ -104,7 +44,7 @@ class ResponseOut(TypedDict):
     error: ResponseFailure | None
     incomplete_details: IncompleteDetails | None
     model: str
-    output: list[OutputItem]
+    output: list[Item]
     usage: ResponseUsage | None
     background: Literal[False]
     conversation: NotRequired[dict[str, str]]

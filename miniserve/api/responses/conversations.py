@@ -15,7 +15,7 @@ from starlette.responses import Response
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody
 from miniserve.api.responses.answers import ConversationOut, Deleted, ItemList
-from miniserve.api.responses.items import InputItem, Items, item_out, with_ids
+from miniserve.api.responses.items import Item, Items, item_out, with_ids
 from miniserve.api.responses.schemas import Metadata
 from miniserve.api.responses.store import BYTES_PER_TOKEN, ResponseStore, Stored
 from miniserve.api.service import with_ignored
@@ -36,7 +36,7 @@ class ItemsRequest(RequestBody):
     items: Items
 
 
-def page(items: Sequence[InputItem], limit: int, order: Order, after: str | None) -> ItemList:
+def page(items: Sequence[Item], limit: int, order: Order, after: str | None) -> ItemList:
     """Up to `limit` of `items`, behind the one with the id `after` in this `order`. Raises `ApiError`."""
     ordered = list(items if order == "asc" else reversed(items))
     if after is not None:
@@ -57,10 +57,10 @@ class Conversations:
 
     # --- for /v1/responses ------------------------------------------------------------------------------------------
 
-    def items(self, id: str) -> Sequence[InputItem]:
+    def items(self, id: str) -> Sequence[Item]:
         return self._get(id).items
 
-    def extend(self, id: str, items: Sequence[InputItem]) -> None:
+    def extend(self, id: str, items: Sequence[Item]) -> None:
         """Add what a turn has brought, unless the conversation has been deleted meanwhile."""
         if (stored := self._stored.get(id)) is not None:
             self._put(id, (*stored.items, *items), stored.tokens + _tokens(items), stored.answer)
@@ -124,16 +124,16 @@ class Conversations:
     def _get(self, id: str) -> Stored:
         return self._stored.find(id, param="conversation", code="conversation_not_found")
 
-    def _item(self, conversation: str, id: str) -> InputItem:
+    def _item(self, conversation: str, id: str) -> Item:
         found = next((item for item in self.items(conversation) if item.id == id), None)
         if found is None:
             raise ApiError(404, f"This conversation has no item {id[:128]!r}.", param="item", code="item_not_found")
         return found
 
-    def _put(self, id: str, items: Sequence[InputItem], tokens: int, answer: bytes) -> None:
+    def _put(self, id: str, items: Sequence[Item], tokens: int, answer: bytes) -> None:
         self._stored.put(id, Stored(tuple(items), tokens, id, answer))
 
 
-def _tokens(items: Sequence[InputItem]) -> int:
+def _tokens(items: Sequence[Item]) -> int:
     """About how many tokens items hold."""
     return sum(len(item.model_dump_json()) for item in items) // BYTES_PER_TOKEN

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from miniserve.api.fields import one_of
 from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
 from miniserve.api.tools import DEFERRED, FewTools
-from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of, readable
+from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of, readable, text_or
 
 ITEMS = (
     *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"),
@@ -31,9 +31,7 @@ class TextPart(Body):
 
 Part = Annotated[TextPart, one_of("Content parts", get_args(TextKind)), BeforeValidator(readable)]
 TextParts = Annotated[list[Part], Field(fail_fast=True)]
-TextOrParts = Annotated[
-    TextOr[TextParts], Discriminator(kind_of, "content", "This must be a string or a list of text parts")
-]
+TextOrParts = Annotated[TextOr[TextParts], text_or("This must be a string or a list of text parts")]
 CallId = Annotated[Text, Field(min_length=1)]
 
 
@@ -141,10 +139,7 @@ Item = Annotated[
 ]
 Items = Annotated[list[Item], Field(fail_fast=True)]
 Call = FunctionCallItem | CustomToolCallItem | ToolSearchCallItem
-InputItem = (
-    MessageItem | Call | CallOutputItem | ToolSearchOutputItem | AdditionalToolsItem | ReasoningItem | LeftOutItem
-)
-OUTPUT: TypeAdapter[list[InputItem]] = TypeAdapter(list[Item])
+OUTPUT: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 """Reads the items of an answer as input of the next one."""
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
 
@@ -153,14 +148,14 @@ def new_id(kind: str) -> str:
     return f"{PREFIXES.get(kind, 'item')}_{secrets.token_hex(16)}"
 
 
-def with_ids(items: Sequence[InputItem]) -> list[InputItem]:
+def with_ids(items: Sequence[Item]) -> list[Item]:
     """`items`, each with an id now, the client's own where there is one."""
     for item in items:
         item.id = item.id or new_id(item.type)
     return [*items]
 
 
-def item_out(item: InputItem) -> dict[str, Any]:
+def item_out(item: Item) -> dict[str, Any]:
     """An item as it is shown: a message's text as a part."""
     shown = {**item.model_dump(exclude_none=True), "status": item.status or "completed"}
     if isinstance(item, LeftOutItem):
@@ -171,7 +166,7 @@ def item_out(item: InputItem) -> dict[str, Any]:
     return shown
 
 
-def messages_of(items: Sequence[InputItem]) -> tuple[list[dict[str, Any]], dict[str, Offered]]:
+def messages_of(items: Sequence[Item]) -> tuple[list[dict[str, Any]], dict[str, Offered]]:
     """The same as messages of a chat, and the tools that the conversation has brought up, by flat name. The reasoning,
     text and calls of one answer of the model are one message, so that the prompt is that of a client of chats."""
     messages: list[dict[str, Any]] = []
@@ -212,13 +207,13 @@ def _described(tools: list[dict[str, Any]], found: dict[str, Offered]) -> str:
     return json.dumps([one.tool["function"] for one in offered.values()], ensure_ascii=False)
 
 
-def _begins_another(answer: dict[str, Any], item: InputItem) -> bool:
+def _begins_another(answer: dict[str, Any], item: Item) -> bool:
     if isinstance(item, ReasoningItem):
         return len(answer) > 1
     return isinstance(item, MessageItem) and "content" in answer and "tool_calls" not in answer
 
 
-def _add(answer: dict[str, Any], item: InputItem) -> None:
+def _add(answer: dict[str, Any], item: Item) -> None:
     match item:
         case ReasoningItem():
             answer["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or [])

@@ -6,7 +6,6 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from miniserve.api.openai.answers import chat_logprobs
-from miniserve.api.responses import answers
 from miniserve.api.responses.items import new_id
 from miniserve.api.responses.tools import Offered, custom_input
 from miniserve.api.streaming import NamedEvent
@@ -22,10 +21,10 @@ class OutputItems:
     log-probabilities."""
 
     def __init__(self, offered: Mapping[str, Offered], tokenizer: Tokenizer | None = None) -> None:
-        self.items: list[answers.OutputItem] = []
+        self.items: list[Any] = []
         self._offered = offered
         self._tokenizer = tokenizer
-        self._open: answers.OutputItem | None = None
+        self._open: dict[str, Any] | None = None
         self._arguments = ""  # of the call that is open
 
     def feed(self, part: Part, logprobs: list[TokenLogprob]) -> list[NamedEvent]:
@@ -54,27 +53,20 @@ class OutputItems:
         return [*self._close("completed"), *self._begin(kind)]
 
     def _begin(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
-        part: dict[str, Any]
-        item: answers.OutputMessage | answers.OutputReasoning
         if kind == "message":
-            item = {"type": "message", "id": new_id(kind), "role": "assistant", "status": "in_progress", "content": []}
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        else:
-            item = {"type": "reasoning", "id": new_id(kind), "status": "in_progress", "summary": [], "content": []}
-            part = {"type": "reasoning_text", "text": ""}
-        added = self._add(item)
-        content: list[Any] = item["content"]
-        content.append(part)
+            own: dict[str, Any] = {"role": "assistant"}
+            part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        else:  # the content is the reasoning itself, so there is no summary
+            own, part = {"summary": []}, {"type": "reasoning_text", "text": ""}
+        added = self._add({"type": kind, "id": new_id(kind), "status": "in_progress", **own, "content": []})
+        self.items[-1]["content"].append(part)
         return [added, ("response.content_part.added", {**self._place(0), "part": {**part}})]
 
     def _say(self, text: str, logprobs: list[Any]) -> list[NamedEvent]:
-        item = self._open
-        assert item is not None
-        assert item["type"] == "message" or item["type"] == "reasoning"
-        part: Any = item["content"][0]
+        part = self.items[-1]["content"][0]
         part["text"] += text
         delta = {**self._place(0), "delta": text}
-        if item["type"] == "message":
+        if "logprobs" in part:
             part["logprobs"] += logprobs
             delta["logprobs"] = logprobs
         return [(f"response.{part['type']}.delta", delta)]
@@ -90,9 +82,8 @@ class OutputItems:
             empty = {"name": name, "input" if kind == "custom_tool_call" else "arguments": ""}
         if found and found.namespace:
             empty["namespace"] = found.namespace
-        item: Any = {**base, **empty}
         self._arguments = ""
-        return [self._add(item)]
+        return [self._add({**base, **empty})]
 
     def _argue(self, text: str) -> list[NamedEvent]:
         """Further arguments: of functions they are shown as they come, the others' are not what the model writes."""
@@ -101,7 +92,7 @@ class OutputItems:
             return []
         return [("response.function_call_arguments.delta", {**self._place(), "delta": text})]
 
-    def _end_call(self, item: answers.OutputCall) -> list[NamedEvent]:
+    def _end_call(self, item: dict[str, Any]) -> list[NamedEvent]:
         match item["type"]:
             case "function_call":
                 item["arguments"] = self._arguments
@@ -113,28 +104,27 @@ class OutputItems:
                     ("response.custom_tool_call_input.delta", {**self._place(), "delta": text}),
                     ("response.custom_tool_call_input.done", {**self._place(), "input": text}),
                 ]
-            case "tool_search_call":
+            case _:
                 with suppress(ValueError, RecursionError):  # it was cut off, or is too deep to be sent back
                     item["arguments"] = sound_json(json.loads(self._arguments))
                 return []
 
     # --- any item ---------------------------------------------------------------------------------------------------
 
-    def _add(self, item: answers.OutputItem) -> NamedEvent:
+    def _add(self, item: dict[str, Any]) -> NamedEvent:
         self._open = item
         self.items.append(item)
         added = {**item, "content": []} if "content" in item else {**item}
         return "response.output_item.added", {"output_index": len(self.items) - 1, "item": added}
 
-    def _close(self, status: answers.ItemStatus) -> list[NamedEvent]:
+    def _close(self, status: str) -> list[NamedEvent]:
         if (item := self._open) is None:
             return []
         events: list[NamedEvent] = []
-        if item["type"] == "message" or item["type"] == "reasoning":
-            part: Any = item["content"][0]
-            more = {"text": part["text"], **({"logprobs": part["logprobs"]} if item["type"] == "message" else {})}
-            kind = part["type"]
-            events.append((f"response.{kind}.done", {**self._place(0), **more}))
+        if "content" in item:
+            (part,) = item["content"]
+            more = {key: part[key] for key in ("text", "logprobs") if key in part}
+            events.append((f"response.{part['type']}.done", {**self._place(0), **more}))
             events.append(("response.content_part.done", {**self._place(0), "part": part}))
         else:
             events += self._end_call(item)

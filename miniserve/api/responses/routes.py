@@ -16,7 +16,7 @@ from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
 from miniserve.api.responses.answers import Deleted, InputTokens, ItemList, ResponseOut
 from miniserve.api.responses.conversations import Conversations, Limit, Order, page
-from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, InputItem, ToolSearchOutputItem, with_ids
+from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, Stored, continuing
 from miniserve.api.responses.writer import ResponsesWriter
@@ -27,7 +27,7 @@ class ResponsesRenderer(ChatRenderer):
     """The prompt of a response to `items`. Where `truncation` allows, the oldest are left out of one that would leave
     no room for an answer. Many items take a while, so it is not made on the event loop."""
 
-    def __init__(self, service: Service, body: InputTokensRequest, items: Sequence[InputItem]) -> None:
+    def __init__(self, service: Service, body: InputTokensRequest, items: Sequence[Item]) -> None:
         self.chat, self.offered = body.chat(items)
         super().__init__(service.tokenizer, service.dialect, self.chat)
         self._body = body
@@ -119,7 +119,7 @@ class ResponsesRoutes:
         self._store.delete(response)
         return {"id": response, "object": "response", "deleted": True}
 
-    def _past(self, body: InputTokensRequest, previous: Stored | None) -> Sequence[InputItem]:
+    def _past(self, body: InputTokensRequest, previous: Stored | None) -> Sequence[Item]:
         if body.conversation:
             return self.conversations.items(body.conversation)
         return previous.items if previous else ()

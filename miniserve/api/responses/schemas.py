@@ -3,25 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from miniserve.api.fields import Count, Effort, Key, RequestBody, Stops, at_most
-from miniserve.api.openai.parameters import SAMPLING_NAMES, SCORES, SamplingFields
+from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
+from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.responses.items import InputItem, Items, MessageItem, ToolsItem, messages_of
+from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
 from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, kind_of
+from miniserve.text.messages import Body, Json, Text, TextOr, text_or
 
-RESPONSES_NAMES = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-    r"tools\[(\d+)\]\.function": r"tools[\1]",
-}
+RESPONSES_NAMES: Mapping[str, str] = TABLES["names"]["responses"]
 """Patterns of a chat's parameters, and this API's names of them."""
 SAME_NAMES = {*SAMPLING_NAMES, "stop", "parallel_tool_calls", "prompt_cache_key"}
 MAX_METADATA = 16
@@ -56,11 +49,9 @@ class ReasoningSettings(Body):
 class InputTokensRequest(RequestBody):
     """The fields of a request that its prompt is made of."""
 
-    refused = {"prompt": "there are no stored prompts here: use `instructions` and `input`"}
+    refused = TABLES["refused"]["responses_input"]
 
-    input: (
-        Annotated[TextOr[Items], Discriminator(kind_of, "input", "Input must be a string or a list of items")] | None
-    ) = None
+    input: Annotated[TextOr[Items], text_or("Input must be a string or a list of items")] | None = None
     model: Text | None = None
     instructions: Text | None = None
     previous_response_id: Key | None = None
@@ -92,10 +83,10 @@ class InputTokensRequest(RequestBody):
         return [*self._ignored, *left_out, *verbosity, *(["reasoning.summary"] if summary else [])]
 
     @property
-    def items(self) -> list[InputItem]:
+    def items(self) -> list[Item]:
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
 
-    def chat(self, items: Sequence[InputItem]) -> tuple[ChatRequest, Mapping[str, Offered]]:
+    def chat(self, items: Sequence[Item]) -> tuple[ChatRequest, Mapping[str, Offered]]:
         """As a chat about `items`, the whole conversation, and the tools that calls may be of, by their names there.
         Raises `ParameterError`, `ValidationError`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
@@ -117,15 +108,7 @@ class InputTokensRequest(RequestBody):
 
 
 class ResponsesRequest(InputTokensRequest, SamplingFields):
-    refused = {
-        **SamplingFields.refused,
-        **InputTokensRequest.refused,
-        "response_format": "use `text.format`",
-        "background": "answers come while the connection is open: use `stream`",
-        "moderation": "nothing is moderated here",
-        "image": "this model writes text only",
-        "prompt_logprobs": SCORES,
-    }
+    refused = {**SamplingFields.refused, **TABLES["refused"]["responses_input"], **TABLES["refused"]["responses"]}
 
     stop: Stops | None = None
     max_output_tokens: Count | None = None

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from miniserve.api.errors import ApiError
-from miniserve.api.responses.items import InputItem
+from miniserve.api.responses.items import Item
 
 MAX_RESPONSES = 10_000
 MAX_TOKENS = 32 * 2**20
@@ -21,7 +21,7 @@ class Stored:
     """The whole conversation up to a response: `items`, `tokens` long. `conversation` is the scheduler's name of it,
     `answer` is the response itself as JSON, and `output` the number of items that it has added."""
 
-    items: tuple[InputItem, ...]
+    items: tuple[Item, ...]
     tokens: int
     conversation: str | int
     answer: bytes = b""

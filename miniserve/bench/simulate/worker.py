@@ -93,10 +93,7 @@ class SimulatedLink:
     free: float = 0.0
     name: str = "simulated"
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> SimulatedCopy:
+    def fetch(self, pages: list[int]) -> SimulatedCopy:
         begin, seconds = max(self.free, self.clock.now), self.hardware.transfer_seconds(len(pages))
         self.free = begin + seconds
         if self.spans is not None:

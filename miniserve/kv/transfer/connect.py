@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from typing import TYPE_CHECKING, Literal
 
 from miniserve.cluster.messages import Peer, PoolInfo
@@ -21,14 +20,14 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
     `us` is our name and epoch. `how` is `EngineConfig.kv_transfer`; `run_dir` has the sockets of `collective`.
     """
     kind = way(memory.info(layout), peer.pool, how)
-    # Each backend is imported when it is needed: torch.distributed takes a while, and the simulator needs no torch.
-    if kind == "gloo":
-        from miniserve.kv.transfer.collective import CollectiveTransfer
-
-        return CollectiveTransfer(memory, us, peer, run_dir)
+    # Each backend is imported when it is needed: the frontend, which asks for the `way`, needs no torch.
     if kind is None:
         return None
     try:
+        if kind == "sockets":
+            from miniserve.kv.transfer.sockets import SocketTransfer
+
+            return SocketTransfer(memory, us, peer, run_dir)
         if kind == "nccl":
             from miniserve.kv.transfer.nccl import Nccl
             from miniserve.kv.transfer.remote import RemoteTransfer
@@ -37,15 +36,15 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
         from miniserve.kv.transfer.mapped import CudaMappedTransfer, MappedTransfer
 
         return CudaMappedTransfer(memory, peer) if memory.shared is None else MappedTransfer(memory, peer)
-    # Another process may have the number of a dead one by now; a kernel cannot be compiled without a compiler.
-    except (OSError, ValueError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+    # Another process may have the number of a dead one by now.
+    except (OSError, ValueError, RuntimeError) as error:
         log.warning("no way to the pool of %s: %s", peer.name, error)
         return None
 
 
-def way(one: PoolInfo, other: PoolInfo, how: str) -> Literal["mapped", "nccl", "gloo"] | None:
+def way(one: PoolInfo, other: PoolInfo, how: str) -> Literal["mapped", "nccl", "sockets"] | None:
     """How pages travel between two pools if `how` (`EngineConfig.kv_transfer`) is asked for; None if they cannot.
-    NCCL and Gloo are the ways that are called `collective`.
+    NCCL and sockets are the ways that are called `collective`.
 
     The order of the two makes no difference: both workers of a pair choose by it, and the frontend shows what they
     chose. NCCL has no way between two ranks on one GPU.
@@ -58,4 +57,4 @@ def way(one: PoolInfo, other: PoolInfo, how: str) -> Literal["mapped", "nccl", "
         return "mapped"
     if how == "mapped" or (how == "auto" and gpus is None):
         return None
-    return "nccl" if gpus is not None and gpus[0].device != gpus[1].device else "gloo"
+    return "nccl" if gpus is not None and gpus[0].device != gpus[1].device else "sockets"

@@ -1,7 +1,7 @@
 """What every way between two pools does: `Transfer`, and the `Copy` of one publication.
 
-Both sides of a pair hold a `Transfer`. The sender offers pages and puts the ticket into its publication; the receiver
-of the publication fetches with that ticket. No call here blocks the engine.
+Both sides of a pair hold a `Transfer`. The receiver of a publication fetches its pages; the sender does nothing for
+them, its lease keeps them as they are. No call here blocks the engine.
 """
 
 from typing import Protocol
@@ -40,13 +40,8 @@ class Transfer(Protocol):
 
     name: str
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """Our side: `pages` of our pool, complete on the device, are about to be published. Returns the ticket that
-        goes along with the publication."""
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> Copy:
-        """Begin to get `pages` of the peer's pool. The receiver calls this once for each publication with pages, in
-        their order, even if the turn has ended meanwhile."""
+    def fetch(self, pages: list[int]) -> Copy:
+        """Begin to get `pages` of the peer's pool, which are complete on its device."""
 
     def close(self) -> None:
         """The peer is gone."""

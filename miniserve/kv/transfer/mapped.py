@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, SharedMemory
-from miniserve.kv.side import Fence, FencedCopy, PassedFence, SideStream
+from miniserve.kv.side import Fence, FencedCopy, PassedFence, SideStream, copy_pages
 
 
 class PulledTransfer(ABC):
-    """A `Transfer` in which the receiver copies the pages itself; the sender does nothing, and its lease keeps the
-    pages as they are. Copies are made on `side`; without one they are complete when `pull` returns."""
+    """A `Transfer` in which the receiver copies the pages itself, on `side`; without one the copies are complete when
+    `pull` returns."""
 
     name = "mapped"
     side: SideStream | None = None
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """What is published is complete on the device: the peer may read it at once."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> PulledCopy:
+    def fetch(self, pages: list[int]) -> PulledCopy:
         return PulledCopy(self, pages)
 
     @abstractmethod
@@ -70,8 +65,8 @@ class MappedTransfer(PulledTransfer):
 
 
 class CudaMappedTransfer(PulledTransfer):
-    """The same for a pool on a GPU, ours or another that ours can read: one kernel beside our steps copies the pages of
-    a publication. Unverified on a GPU (docs/gpu.md)."""
+    """The same for a pool on a GPU, ours or another that ours can read: pages are copied beside our steps. Unverified
+    on a GPU (docs/gpu.md)."""
 
     side: SideStream
 
@@ -79,15 +74,14 @@ class CudaMappedTransfer(PulledTransfer):
         """Raises RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
         self._ours = memory.bytes.view(torch.int64)
         self._theirs = map_pool(peer.pool, memory.pages.device)
-        self._copy_pages = kernel()
         self.side = SideStream(memory.pages.device)
-        # Proves that the way is open and compiles the kernel before a turn needs it. No step reads the scratch page.
+        # Proves that the way is open before a turn needs it. No step reads the scratch page.
         self.pull([0], [memory.num_pages]).wait()
 
     def pull(self, theirs: list[int], ours: list[int]) -> Fence:
         """The copy begins when nothing given to the engine's stream before can still read or write our pages."""
         self.side.follow()
-        return self.side.run(lambda: self._copy_pages(self._theirs, theirs, self._ours, ours))
+        return self.side.run(lambda: copy_pages(self._theirs, theirs, self._ours, ours))
 
 
 def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
@@ -109,10 +103,3 @@ def words_of(storage: torch.UntypedStorage, pool: PoolInfo) -> torch.Tensor:
     """The pages that peers may read as int64 `[page, word]`."""
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return flat[: pool.num_pages * pool.page_bytes].view(torch.int64).view(pool.num_pages, -1)
-
-
-def kernel() -> Callable[[torch.Tensor, list[int], torch.Tensor, list[int]], None]:
-    """The kernel that copies; triton is imported with it."""
-    from miniserve.kv.transfer.page_copy import copy_pages
-
-    return copy_pages

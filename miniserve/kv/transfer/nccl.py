@@ -17,8 +17,11 @@ import torch
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, SideStream
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.network import POLL_SECONDS
 
+POLL_SECONDS = 100e-6
+"""How often a thread looks whether pages have come: a small part of the milliseconds that a publication takes."""
+RECEIVER, SENDER = 0, 1
+"""Ranks in a communicator."""
 SUCCESS, IN_PROGRESS = 0, 7  # ncclResult_t
 UINT8 = 1  # ncclDataType_t
 ID_BYTES = 128
@@ -69,7 +72,7 @@ def load() -> ctypes.CDLL:
 
 
 class Nccl:
-    """A `Network`."""
+    """Makes communicators over our pool."""
 
     def __init__(self, memory: KVMemory) -> None:
         """Raises OSError if there is no NCCL."""
@@ -77,22 +80,28 @@ class Nccl:
         self.memory = memory
 
     def enter_thread(self) -> None:
-        """A thread begins with GPU 0 as its current one, and would take memory there."""
+        """The calling thread will make communicators and use them. It begins with GPU 0 as its current one, and would
+        take memory there."""
         torch.cuda.set_device(self.memory.pages.device)
 
     def identity(self) -> bytes:
-        """Where the other side finds a thread of NCCL's in this process."""
+        """What both sides of a new communicator need to find each other: the place of a thread of NCCL's here."""
         identity = UniqueId()
         call(self.library, "ncclGetUniqueId", ctypes.byref(identity))
         return bytes(identity)
 
     def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclCommunicator:
+        """Our end of a communicator that works on `side`, once both ends are there; raises `TransferError`. Whenever it
+        has to wait for the peer, also later, `check` is called; what that raises ends the wait."""
         return NcclCommunicator(self, identity, rank, side, check)
 
 
 class NcclCommunicator:
-    """A `Communicator`. Its calls do not block: one that has to wait for the peer returns at once, and `_settle` waits,
-    so that a peer that leaves can end it."""
+    """One direction of a pair, beside the engine's steps. Both sides name as many pages, in the same order.
+
+    Its calls do not block: one that has to wait for the peer returns at once, and `_settle` waits, so that a peer that
+    leaves can end it.
+    """
 
     def __init__(self, network: Nccl, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> None:
         self._library = network.library
@@ -114,12 +123,15 @@ class NcclCommunicator:
             raise
 
     def send(self, pages: list[int]) -> Fence:
+        """Begin to send pages of our pool, which are complete."""
         return self._side.run(lambda: self._move("ncclSend", pages))
 
     def receive(self, pages: list[int]) -> Fence:
+        """Begin to write what the peer sends to pages of our pool."""
         return self._side.run(lambda: self._move("ncclRecv", pages))
 
     def abort(self) -> None:
+        """Nothing more is read or written when this returns, whatever was under way."""
         if self._communicator:
             self._library.ncclCommAbort(self._communicator)
             self._communicator = _pointer()

@@ -1,231 +1,144 @@
-"""KV pages between GPUs that cannot map each other's memory: the receiver asks, and a `Communicator` carries the pages
-from pool to pool, each straight to its place.
+"""KV pages between GPUs that cannot map each other's memory: the receiver asks, and NCCL carries the pages from
+pool to pool, each straight to its place.
 
-As with `mapped`, the publisher does nothing more for its pages; the lease keeps them whole. Each direction of a pair is
-by itself: a socket on which the receiver asks, and a communicator of these two. So a send never waits for a receive,
-and a peer that dies breaks only its own pair. The receiver posts its receive when the sender has said that it sends, so
-no kernel waits on a GPU for a peer that is slow to begin. A connection that breaks takes along what was under way on
-it; then both sides meet again.
+Each direction of a pair has a communicator of its own beside its socket, so a send never waits for a receive. The
+receiver posts its receive when the sender has said that it sends, so no kernel waits on a GPU for a peer that is slow
+to begin.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
+import select
 import socket
 import threading
-from abc import ABC, abstractmethod
-from array import array
-from collections import deque
+import time
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import FencedCopy, SideStream
+from miniserve.kv.side import Fence, FencedCopy, SideStream
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.network import RECEIVER, SENDER, Communicator, Connection, Network
-
-log = logging.getLogger("miniserve.transfer")
+from miniserve.kv.transfer.nccl import POLL_SECONDS, RECEIVER, SENDER, Nccl
+from miniserve.kv.transfer.pair import Asked, Direction, Receiving, paths, request, requested
 
 ABANDONED_SECONDS = 0.5
 """How long abandoned pages may still be on their way: the engine's next step waits for their end."""
-RETRY_SECONDS = 0.1
-"""From the end of one connection to the next attempt."""
 COMING = b"!"
 """What the sender says before it sends."""
 
 
-class Direction(ABC):
-    """One direction of a pair. Its thread meets the peer, again and again until `close`."""
+class Connection:
+    """One meeting of a pair: a socket, until either side leaves; ours does when `closed` is set."""
 
-    def __init__(self, network: Network, side: SideStream, path: str, timeout: float) -> None:
-        """The owner of the pages listens at `path`. A peer that has begun and does not end within `timeout` seconds is
-        taken for hung."""
-        self.network = network
-        self.side = side
-        self.path = path
-        self.timeout = timeout
-        self.closed = threading.Event()
-        self.lock = threading.Lock()
-        self.connection: Connection | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
+    def __init__(self, channel: socket.socket, closed: threading.Event) -> None:
+        self.channel = channel
+        self._closed = closed
+        self._deadline = 0.0
+        self._hangup = select.poll()
+        self._hangup.register(channel, select.POLLRDHUP)
 
-    def close(self) -> None:
-        """The thread ends soon. What it has begun to write is complete or dropped by then."""
-        self.closed.set()
-        with self.lock:
-            if self.connection is not None:
-                self.connection.close()
+    def check(self) -> None:
+        """Raise `TransferError` if a side has left."""
+        if self._closed.is_set() or self._hangup.poll(0):
+            raise TransferError("the peer has left")
 
-    def _run(self) -> None:
-        self.network.enter_thread()
-        while not self.closed.is_set():
-            with contextlib.suppress(OSError), self._meet() as channel:
-                connection = Connection(channel)
-                with self.lock:
-                    self.connection = connection
-                    connection.closed = self.closed.is_set()
-                try:
-                    self._converse(connection)
-                except RuntimeError as error:  # a `TransferError`, or what CUDA says
-                    if not self.closed.is_set():
-                        log.warning("the connection %s broke: %s", os.path.basename(self.path), error)
-                finally:
-                    with self.lock:
-                        self.connection = None
-            self.closed.wait(RETRY_SECONDS)
+    def allow(self, seconds: float, at_most: bool = False) -> None:
+        """How long pages may be on their way from now on; with `at_most`, if they were allowed longer before."""
+        end = time.monotonic() + seconds
+        self._deadline = min(self._deadline, end) if at_most else end
 
-    @abstractmethod
-    def _meet(self) -> socket.socket:
-        """Raises OSError if the peer is not there."""
-
-    @abstractmethod
-    def _converse(self, connection: Connection) -> None:
-        """Use the connection until it breaks."""
+    def finish(self, fence: Fence) -> None:
+        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or they take longer than allowed."""
+        while not fence.done:
+            self.check()
+            if time.monotonic() > self._deadline:
+                raise TransferError("the peer is stuck")
+            time.sleep(POLL_SECONDS)
 
 
-class Receiving(Direction):
-    """The direction in which we receive: what was asked for comes in that order."""
+class RemoteReceiving(Receiving["RemoteCopy"]):
+    """What is given up while the peer is asked for it is written to our page `scratch`."""
 
-    def __init__(self, network: Network, side: SideStream, scratch: int, path: str, timeout: float) -> None:
-        """What is abandoned before it comes is written to our page `scratch`."""
-        super().__init__(network, side, path, timeout)
+    def __init__(self, network: Nccl, side: SideStream, scratch: int, path: str, timeout: float) -> None:
+        super().__init__(path, timeout)
+        self._network = network
+        self._side = side
         self._scratch = scratch
-        self._communicator: Communicator | None = None
-        self._early: deque[RemoteCopy] = deque()  # to be asked for as soon as there is a communicator
-        self._asked: deque[RemoteCopy] = deque()
         self.thread.start()
 
     def ask(self, copy: RemoteCopy) -> None:
-        """Ask for the pages of `copy`. Raises `TransferError` if the peer is gone, or leaves too much unanswered."""
-        with self.lock:
-            if self.closed.is_set():
-                raise TransferError("the peer is gone")
-            # Here, in the thread whose stream is the engine's: the pages come when that is done with ours.
-            self.side.follow()
-            if self._communicator is None:
-                self._early.append(copy)
-            else:
-                self._ask(copy)
-
-    def _ask(self, copy: RemoteCopy) -> None:
-        assert self.connection is not None
-        try:
-            self.connection.channel.send(array("i", copy.theirs).tobytes(), socket.MSG_DONTWAIT)
-        except OSError as error:
-            raise TransferError(f"the peer does not answer ({error.strerror})") from error
-        self._asked.append(copy)
+        # Here, in the thread whose stream is the engine's: the pages come when that is done with ours.
+        self._side.follow()
+        super().ask(copy)
 
     def abandon(self, copy: RemoteCopy) -> None:
         with self.lock:
-            if copy in self._early:
-                self._early.remove(copy)
-            elif copy.fence is None:
-                copy.ours = [self._scratch] * len(copy.theirs)
-            elif copy in self._asked:
-                assert self.connection is not None
-                self.connection.allow(ABANDONED_SECONDS, at_most=True)
-                self.side.lead()
+            copy.ours = []
+            if copy.fence is not None and not copy.over.is_set():
+                self._connection.allow(ABANDONED_SECONDS, at_most=True)
+                self._side.lead()
 
-    def _meet(self) -> socket.socket:
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            channel.connect(self.path)
-        except OSError:
-            channel.close()
-            raise
-        return channel
-
-    def _converse(self, connection: Connection) -> None:
-        if not (identity := connection.channel.recv(1024)):
+    def _converse(self, channel: socket.socket) -> None:
+        self._network.enter_thread()
+        if not (identity := channel.recv(1024)):
             return
-        communicator = self.network.join(identity, RECEIVER, self.side, connection.check)
+        self._connection = Connection(channel, self.closed)
+        self._communicator = self._network.join(identity, RECEIVER, self._side, self._connection.check)
         try:
             # Proves that the way is open, and sets it up before a turn needs it. No step reads the scratch page.
-            connection.allow(self.timeout)
-            connection.finish(communicator.receive([self._scratch]))
-            with self.lock:
-                self._communicator = communicator
-                while self._early:
-                    self._ask(self._early[0])
-                    self._early.popleft()
-            while connection.channel.recv(len(COMING)):
-                with self.lock:
-                    copy = self._asked[0]
-                    connection.allow(self.timeout)
-                    copy.fence = communicator.receive(copy.ours)
-                connection.finish(copy.fence)
-                with self.lock:
-                    copy.over = True
-                    self._asked.popleft()
+            self._connection.allow(self.timeout)
+            self._connection.finish(self._communicator.receive([self._scratch]))
+            super()._converse(channel)
         finally:
-            communicator.abort()
-            with self.lock:
-                self._communicator = None
-                while self._asked:
-                    self._asked.popleft().lost = True
+            self._communicator.abort()
 
-    def _run(self) -> None:
-        super()._run()
+    def _receive(self, channel: socket.socket, copy: RemoteCopy) -> None:
+        if not copy.ours:
+            return
+        request(channel, copy.theirs)
+        if not channel.recv(len(COMING)):
+            raise TransferError("the peer has left")
         with self.lock:
-            while self._early:
-                self._early.popleft().lost = True
+            self._connection.allow(self.timeout)
+            copy.fence = self._communicator.receive(copy.ours or [self._scratch] * len(copy.theirs))
+        self._connection.finish(copy.fence)
 
 
-class Sending(Direction):
+class RemoteSending(Direction):
     """The direction in which we send what we are asked for."""
 
-    def __init__(self, network: Network, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
+    def __init__(self, network: Nccl, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
         """Pages below `num_pages` can be had. Raises OSError."""
-        super().__init__(network, side, path, timeout)
+        super().__init__(path, timeout, owner=True)
+        self._network = network
+        self._side = side
         self._num_pages = num_pages
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # of a pair that was parted and meets again
-        self._listener.bind(path)
-        self._listener.listen()
         self.thread.start()
 
-    def close(self) -> None:
-        super().close()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
-
-    def _meet(self) -> socket.socket:
-        return self._listener.accept()[0]
-
-    def _converse(self, connection: Connection) -> None:
-        identity = self.network.identity()
-        connection.channel.send(identity)
-        communicator = self.network.join(identity, SENDER, self.side, connection.check)
+    def _converse(self, channel: socket.socket) -> None:
+        self._network.enter_thread()
+        identity = self._network.identity()
+        channel.send(identity)
+        connection = Connection(channel, self.closed)
+        communicator = self._network.join(identity, SENDER, self._side, connection.check)
         try:
             connection.allow(self.timeout)
             connection.finish(communicator.send([0]))
-            while asked := connection.channel.recv(4 * self._num_pages):
-                pages = array("i", asked).tolist()
-                if not 0 <= min(pages) <= max(pages) < self._num_pages:
-                    raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {self._num_pages}")
-                connection.channel.send(COMING)
+            while asked := channel.recv(4 * self._num_pages):
+                pages = requested(asked, self._num_pages)
+                channel.send(COMING)
                 connection.allow(self.timeout)
                 connection.finish(communicator.send(pages))
         finally:
             communicator.abort()
 
-    def _run(self) -> None:
-        with self._listener:
-            super()._run()
-
 
 @dataclass(eq=False)
-class RemoteCopy(FencedCopy):
-    """A `Copy`. All but `theirs` is guarded by the lock of the direction."""
+class RemoteCopy(FencedCopy, Asked):
+    """A `Copy`. `ours`, empty when it is given up, and `fence` are guarded by the lock of the direction."""
 
-    receiving: Receiving
-    theirs: list[int]
+    receiving: RemoteReceiving
     ours: list[int] = field(default_factory=list)
-    over: bool = False
-    lost: bool = False
     ready = True
 
     def store(self, ours: list[int]) -> None:
@@ -234,9 +147,9 @@ class RemoteCopy(FencedCopy):
 
     @property
     def stored(self) -> bool:
-        if self.lost:
+        if self.over.is_set() and not self.came:
             raise TransferError("the connection to the peer broke")
-        return self.over
+        return self.came
 
     def abandon(self) -> None:
         self.receiving.abandon(self)
@@ -248,25 +161,17 @@ class RemoteTransfer:
     name = "collective"
 
     def __init__(
-        self, network: Network, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0
+        self, network: Nccl, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0
     ) -> None:
         """`us` is our name and epoch; the sockets are in `run_dir`. Raises OSError if there can be none."""
-
-        def path(owner: tuple[str, int], asks: tuple[str, int]) -> str:
-            return f"{run_dir}/pages-{owner[0]}.{owner[1]}-{asks[0]}.{asks[1]}"
-
-        them = (peer.name, peer.epoch)
+        here, there = paths(us, peer, run_dir)
         device = memory.pages.device
-        self._sending = Sending(network, SideStream(device), memory.num_pages, path(us, them), timeout)
-        self._receiving = Receiving(network, SideStream(device), memory.num_pages, path(them, us), timeout)
+        self._sending = RemoteSending(network, SideStream(device), memory.num_pages, here, timeout)
+        self._receiving = RemoteReceiving(network, SideStream(device), memory.num_pages, there, timeout)
 
-    def offer(self, pages: list[int]) -> tuple[int, int]:
-        """What is published is complete on the device: the peer may have it at once."""
-        return (0, 0)
-
-    def fetch(self, ticket: tuple[int, int], pages: list[int]) -> RemoteCopy:
+    def fetch(self, pages: list[int]) -> RemoteCopy:
         """Pages that are never stored are never asked for."""
-        return RemoteCopy(self._receiving, pages)
+        return RemoteCopy(pages, self._receiving)
 
     def close(self) -> None:
         """Nothing waits for the threads: a copy under way is lost when its communicator has been aborted."""
