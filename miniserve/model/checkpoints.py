@@ -61,13 +61,16 @@ class Safetensors:
         elif (words := self._get(f"{module}weight_packed")) is not None:
             weight = self._packed(module, words, shape)
         else:
-            raise missing(self._folder, name)
+            weight = self._need(name)
         return checked(self._folder, name, weight, shape)
 
     def _get(self, name: str) -> torch.Tensor | None:
-        self.unread.discard(name)
+        return self._need(name) if name in self._where else None
+
+    def _need(self, name: str) -> torch.Tensor:
         if name not in self._where:
-            return None
+            raise missing(self._folder, name)
+        self.unread.discard(name)
         file, stored = self._where[name]
         return file.get_tensor(stored)
 
@@ -95,15 +98,13 @@ class Safetensors:
         def columns(packed: torch.Tensor) -> torch.Tensor:
             return _unpacked(packed, 4).view(len(packed), -1, 2, 4).transpose(2, 3).reshape(len(packed), -1).t()
 
-        zeros, scales = self._get(f"{module}qzeros"), self._get(f"{module}scales")
-        assert scales is not None
+        zeros, scales = self._get(f"{module}qzeros"), self._need(f"{module}scales")
         return self._grouped(module, 4, columns(words), scales.t(), None if zeros is None else columns(zeros))
 
     def _gptq(self, module: str, words: torch.Tensor, size: int) -> Weight:
         """AutoGPTQ's layout: `[in * bits / 32, out]`. Its first version stores zero points less one."""
         bits = 32 * len(words) // size
-        zeros, scales = self._get(f"{module}qzeros"), self._get(f"{module}scales")
-        assert scales is not None
+        zeros, scales = self._get(f"{module}qzeros"), self._need(f"{module}scales")
         if zeros is not None:
             zeros = ((_unpacked(zeros, bits) + self._zeros_are_one_less) & (2**bits - 1)).t()
         self._ordered(f"{module}g_idx", size, len(scales))
@@ -112,8 +113,7 @@ class Safetensors:
     def _packed(self, module: str, words: torch.Tensor, shape: tuple[int, ...]) -> Weight:
         """compressed-tensors' pack-quantized: `[out, in * bits / 32]`, zero points `[out * bits / 32, groups]`."""
         bits = 32 * words.shape[1] // shape[1]
-        zeros, scales = self._get(f"{module}weight_zero_point"), self._get(f"{module}weight_scale")
-        assert scales is not None
+        zeros, scales = self._get(f"{module}weight_zero_point"), self._need(f"{module}weight_scale")
         self._get(f"{module}weight_shape")
         self._ordered(f"{module}weight_g_idx", shape[1], scales.shape[1])
         if zeros is not None:
@@ -141,14 +141,14 @@ class Safetensors:
             plain = (codes.float() - zeros.repeat_interleave(each, 1)) * scales.float().repeat_interleave(each, 1)
             self._costs.add(f"{bits} bits in groups of {each}", codes.numel(), codes.numel() * bits // 8)
             return plain
-        halves = scales.half()
+        halves = scales.half().repeat_interleave(each // GROUP, 1)
         if not halves.isfinite().all():
             raise ConfigError(f"The scales of {module}weight in {self._folder} are not finite in fp16.")
-        minimums = None if symmetric or zeros is None else (halves.float() * -zeros.float()).half()
-        if minimums is not None:
-            minimums = minimums.repeat_interleave(each // GROUP, 1)
+        minimums = None
+        if zeros is not None and not symmetric:
+            minimums = (halves.float() * -zeros.float().repeat_interleave(each // GROUP, 1)).half()
         codes = (codes - middle if symmetric else codes).contiguous().view(torch.int8)
-        return Quantized(bits, codes, halves.repeat_interleave(each // GROUP, 1), minimums)
+        return Quantized(bits, codes, halves, minimums)
 
 
 def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ code * d + m, Q8_0 code * d.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from miniserve.config import read_object
@@ -24,7 +25,7 @@ class GgufTensors:
     def __init__(self, file: Path, costs: Costs) -> None:
         self._folder, self._costs = file.parent, costs
         self._index = read_object(file.with_suffix(".json"))
-        self._bytes = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)  # mapped
+        self._bytes = torch.from_numpy(np.memmap(file, mode="c"))
         self.names = set(self._index)
         self.unread = set(self._index)
 

@@ -43,11 +43,17 @@ class Quantized:
         return Quantized(self.bits, self.codes.to(device), self.scales.to(device), minimums)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[out, in]`, each number computed in float32 and rounded once."""
-        groups = self.codes.view(len(self.codes), -1, GROUP).float() * self.scales.float().unsqueeze(-1)
-        if self.minimums is not None:
-            groups += self.minimums.float().unsqueeze(-1)
-        return groups.view(self.shape).to(dtype)
+        """`[out, in]`, each number computed in float32 and rounded once; what stays in the cache at a time."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        step = max(1, 2**19 // self.shape[1])
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            groups = self.codes[rows].float().unflatten(1, (-1, GROUP))
+            groups *= self.scales[rows].float().unsqueeze(-1)
+            if self.minimums is not None:
+                groups += self.minimums[rows].float().unsqueeze(-1)
+            out[rows] = groups.flatten(1)
+        return out
 
     @classmethod
     def of(cls, weight: torch.Tensor, bits: int) -> Quantized:

@@ -176,3 +176,32 @@ def test_the_default_model_is_its_4_bits(
     head, layers = rows * 8.5 / 8, 30 * (4 * 576 * 576 * 2 // 3 + 3 * 576 * 1536) * 5 / 8
     assert llm._built.weights_bytes == pytest.approx(rows * 4 + head + layers, rel=0.01)
     assert not [record for record in caplog.records if record.name.startswith("miniserve")]
+
+
+def test_a_sentencepiece_vocabulary_becomes_a_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:
+    """Its merges follow from the scores; what has no token is spelled in bytes."""
+    words = ["\u2581", "t", "h", "e", "\u2581t", "he", "\u2581the", "l", "o", "ll", "hell", "hello", "\u2581hello"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), 320)]
+    meta = {
+        "tokenizer__ggml__model": "llama",
+        "tokenizer__ggml__pre": "default",
+        "tokenizer__ggml__tokens": tokens,
+        "tokenizer__ggml__scores": [0.0] * 259
+        + [-float(len(words) - i) for i in range(len(words))]
+        + [-1e4] * (61 - len(words)),
+        "tokenizer__ggml__token_type": [2, 3, 3] + [6] * 256 + [1] * 61,
+        "tokenizer__ggml__merges": None,
+        "tokenizer__ggml__bos_token_id": 1,
+        "tokenizer__ggml__eos_token_id": 2,
+        "tokenizer__ggml__unknown_token_id": 0,
+        "tokenizer__ggml__padding_token_id": None,
+        "tokenizer__ggml__add_bos_token": True,
+    }
+    found = Tokenizer.load(resolve(str(write_gguf(tiny_folder, tmp_path / "m.gguf", **meta))).folder)
+    ids = found.encode("hello the 1", add_special_tokens=False)
+    assert [found.token_str(token) for token in ids] == ["\u2581hello", "\u2581the", "\u2581", "<0x31>"]
+    assert found.decode(ids) == "hello the 1"
+    assert found.encode("hello")[0] == 1
+    assert found.eos_token_ids == {2}
+    assert found.encode("</s>", add_special_tokens=False) == [2]
