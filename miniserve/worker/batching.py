@@ -40,8 +40,8 @@ class Batching:
         batch = self._draft([s for s in grown if s.state is State.RUNNING], now)
         # At least one token, so that even a budget smaller than the decodes starves no prompt.
         budget = max(self.max_num_batched_tokens - len(batch), 1)
-        if self.pace is not None:
-            budget = min(budget, self.pace.allowed(bool(batch)))
+        if batch and self.pace is not None:
+            budget = min(budget, self.pace.tokens)
         return batch + self._share(budget, running)
 
     def _grow(self, sequence: Sequence, running: list[Sequence], now: float) -> bool:
