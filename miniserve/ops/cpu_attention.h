@@ -181,15 +181,20 @@ struct Attention {
     // A row of KEYS scores as weights 2^(score * sharpness - largest), of which only the first `seen` keys count.
     // `largest` is the largest product so far, or up to SLACK less: when it grows from a to b, what was summed up before
     // has to shrink by 2^(a - b), and that rarely.
-    static void soften(float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width,
+    static void soften(const float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width,
                        T* weights) {
         constexpr float SLACK = 8;
-        Floats lane, top = splat(-INFINITY);
-        for (int i = 0; i < LANES; i++) lane[i] = i;
-        for (int i = 0; i < KEYS; i += LANES) {
-            if (i + LANES > seen) store(scores + i, lane < float(seen - i) ? load(scores + i) : splat(-INFINITY));
-            top = larger(top, load(scores + i));
+        Floats row[GROUPS], top = splat(-INFINITY);
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) row[g] = load(scores + g * LANES);
+        if (seen < KEYS) {
+            Floats lane;
+            for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 8
+            for (int g = 0; g < GROUPS; g++) row[g] = lane < float(seen - g * LANES) ? row[g] : splat(-INFINITY);
         }
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) top = larger(top, row[g]);
         const float most = largest_lane(top) * sharpness;
         Floats added = load(total);
         if (most > largest + SLACK) {
@@ -198,10 +203,11 @@ struct Attention {
             for (int d = 0; d < width; d += LANES) store(sums + d, load(sums + d) * shrink);
             largest = most;
         }
-        for (int i = 0; i < KEYS; i += LANES) {
-            Floats weight = exp2<T>(load(scores + i) * sharpness - largest);
+#pragma GCC unroll 8
+        for (int g = 0; g < GROUPS; g++) {
+            const Floats weight = exp2<T>(row[g] * sharpness - largest);
             added += weight;
-            store(weights + i, weight);
+            store(weights + g * LANES, weight);
         }
         store(total, added);
     }

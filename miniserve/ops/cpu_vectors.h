@@ -94,16 +94,22 @@ Words bf16_pairs(Floats even, Floats odd) {
 #endif
 }
 
-// 2^x for x up to 127: the nearest power of two, times the Taylor series of the rest, to the precision of T. What is below
-// 2^-126 is 0.
+// 2^x for x up to 127: the nearest power of two, times a polynomial of the rest. What is below 2^-126 is 0. To float
+// precision that is the Taylor series; for bf16 one of third degree that is off by a ten-thousandth at most does.
 template <typename T>
 Floats exp2(Floats x) {
+#ifdef __AVX512F__
+    if constexpr (std::is_same<T, bf16>::value) {
+        const Floats power = (Floats)_mm512_roundscale_ps((__m512)x, 0), t = x - power;
+        const Floats series = 0.99992807f + t * (0.693261f + t * (0.24261112f + t * 0.0551716f));
+        return (Floats)_mm512_scalef_ps((__m512)series, (__m512)power);
+    }
+#endif
     constexpr float LN2 = 0.6931471805599453f, ROUND = 12582912.0f;  // 1.5 * 2^23: a sum with it has no room for a
     x = x < -127.0f ? splat(-127.0f) : x;                            // fraction, its last bits are the number
     const Floats shifted = x + ROUND, t = (x - (shifted - ROUND)) * LN2;
-    Floats series = 1 / 24.f + (std::is_same<T, float>::value ? t * (1 / 120.f + t * (1 / 720.f)) : Floats{});
-    series = 1.0f + t * (1.0f + t * (1 / 2.f + t * (1 / 6.f + t * series)));
-    return (Floats)((Words)series + ((Words)shifted << 23));
+    const Floats series = 1 / 6.f + t * (1 / 24.f + t * (1 / 120.f + t * (1 / 720.f)));
+    return (Floats)((Words)(1.0f + t * (1.0f + t * (1 / 2.f + t * series))) + ((Words)shifted << 23));
 }
 
 // 1 / x to the precision of T: a division takes longer than all the rest of a softmax or a gate.
