@@ -28,6 +28,7 @@ from miniserve import ops
 from miniserve.config import EngineConfig
 from miniserve.hub import resolve as hub
 from miniserve.kv.hashing import root_hash
+from miniserve.ops.quantized import Weight
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import build as building
 from miniserve.worker.engine import Engine
@@ -36,7 +37,7 @@ from scripts.harness import flags, medians, write
 
 READ_BYTES = 1 << 28
 """Much more than a cache holds, as the weights of most models are."""
-NAMES = ("rms_norm", "rope", "attention", "silu_mul", "plan")
+NAMES = ("rms_norm", "rope", "attention", "plan")
 
 
 class Timed:
@@ -54,12 +55,15 @@ class Timed:
     def fuse(self, *arguments: Any) -> None:
         """Not in one call: its parts could not be timed."""
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-        name = ("qkv", "out", "gate and up", "down")[self._made % 4]
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Any:
+        name = ("qkv", "out", "down")[self._made % 3]
         self._made += 1
         return self._timed(f"matrix: {name}", self._inner.linear(weight, bias))
 
-    def head(self, weight: torch.Tensor) -> Any:
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Any:
+        return self._timed("matrix: gate and up", self._inner.gated(weight, bias))
+
+    def head(self, weight: Weight) -> Any:
         return self._timed("matrix: head", self._inner.head(weight))
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,6 +71,5 @@ class Transformer:
                 attended, x = attended[outputs], x[outputs]  # [outputs, heads * dim], [outputs, hidden]
             x = layer.out(attended, x)  # [T, hidden]
             h = ops.rms_norm(x, layer.post_norm, config.norm_eps)  # [T, hidden]
-            gate_up = layer.gate_up(h)  # [T, 2 * intermediate]
-            x = layer.down(ops.silu_mul(gate_up), x)  # [T, hidden]
+            x = layer.down(layer.gate_up(h), x)  # [T, intermediate] -> [T, hidden]
         return (head or self.head)(ops.rms_norm(x, weights.norm, config.norm_eps))  # [T, vocab]

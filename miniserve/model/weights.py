@@ -99,7 +99,7 @@ def _build(
         total += weight.nbytes if device.type == "cpu" else weight.shape.numel() * dtype.itemsize
         return weight
 
-    def linear(parts: dict[str, int], width: int, bias: bool) -> Linear:
+    def linear(parts: dict[str, int], width: int, bias: bool, prepare: Any = ops.linear) -> Linear:
         """One matrix of several, from their names and rows."""
         weights = [read(f"{name}.weight", (rows, width)).to(device) for name, rows in parts.items()]
         if bits:
@@ -112,7 +112,7 @@ def _build(
             for weight in packed:
                 costs.add("parts of a matrix whose others are in another format", weight.codes.numel(), weight.nbytes)
         biases = [get(f"{name}.bias", rows) for name, rows in parts.items()] if bias else None
-        return ops.linear(counted(whole), torch.cat(biases) if biases else None)
+        return prepare(counted(whole), torch.cat(biases) if biases else None)
 
     def layer(index: int) -> Layer:
         at = f"model.layers.{index}."
@@ -124,7 +124,7 @@ def _build(
             k_norm=get(f"{attn}k_norm.weight", dim) if config.qk_norm else None,
             out=linear({f"{attn}o_proj": hidden}, q, config.output_bias),
             post_norm=get(f"{at}post_attention_layernorm.weight", hidden),
-            gate_up=linear({f"{mlp}gate_proj": inner, f"{mlp}up_proj": inner}, hidden, config.mlp_bias),
+            gate_up=linear({f"{mlp}gate_proj": inner, f"{mlp}up_proj": inner}, hidden, config.mlp_bias, ops.gated),
             down=linear({f"{mlp}down_proj": hidden}, inner, config.mlp_bias),
         )
 

@@ -42,8 +42,8 @@ class Ops(Protocol):
     def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: each number with the one half a head away."""
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """`[T, 2 * I]` -> silu(first half) * second half, `[T, I]`."""
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+        """Prepare `[2 * I, in]`, of which the first half are gates: the result makes silu(gate) * up, `[T, I]`."""
 
     def filter(
         self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor

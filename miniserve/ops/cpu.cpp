@@ -1,5 +1,5 @@
 // CPU kernels: products with weights (cpu_products.h), paged attention (cpu_attention.h), and here RMS norm, rotary
-// embedding, SiLU gate, and the whole model. Compiled at first use by ops/native.py.
+// embedding and the whole model. Compiled at first use by ops/native.py.
 //
 // Plain pointers, no libtorch: any version of torch works. Each kernel exists for float and, where the CPU multiplies
 // bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float.
@@ -51,21 +51,6 @@ void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, cons
         }
 }
 
-// out[rows, size] = silu(gate) * up of gate_up[rows, 2 * size].
-template <typename T>
-void silu_mul(const T* gate_up, int64_t rows, int64_t size, T* out) {
-#pragma omp for
-    for (int64_t row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * 2 * size, *up = gate + size;
-        for (int64_t i = 0; i < size; i += LANES) {
-            Floats x = load(gate + i);
-            Floats power = x * -1.4426950408889634f;
-            power = power > 126.0f ? splat(126.0f) : power;
-            store(out + row * size + i, x * reciprocal<T>(1.0f + exp2<T>(power)) * load(up + i));
-        }
-    }
-}
-
 // --- the model -------------------------------------------------------------------------------------------------------
 
 // As `Layer` in ops/decoder.py: q, k and v are one matrix, gate and up another; q_norm and k_norm may be null.
@@ -95,9 +80,9 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
              int64_t outputs, const int64_t* wanted, float* logits) {
     const int64_t hidden = model.hidden, inner = model.inner, dim = batch.dim;
     const int64_t q_width = model.heads * dim, kv_width = batch.kv_heads * dim, width = q_width + 2 * kv_width;
-    std::unique_ptr<T[]> memory(new T[rows * (2 * hidden + width + q_width + 3 * inner)]);  // as it is, not zeros
+    std::unique_ptr<T[]> memory(new T[rows * (2 * hidden + width + q_width + inner)]);  // as it is, not zeros
     T *x = memory.get(), *h = x + rows * hidden, *qkv = h + rows * hidden, *attended = qkv + rows * width;
-    T *gate_up = attended + rows * q_width, *gated = gate_up + rows * 2 * inner;
+    T* gated = attended + rows * q_width;
     T *q = qkv, *k = q + q_width, *v = k + kv_width;
 #pragma omp parallel firstprivate(rows)
     {
@@ -127,8 +112,7 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
             }
             product<T, T>(attended, rows, q_width, layer.out, hidden, x, x, scratch);
             rms_norm(x, hidden, rows, 1, hidden, layer.post_norm, model.eps, h, hidden);
-            product<T, T>(h, rows, hidden, layer.gate_up, 2 * inner, nullptr, gate_up, scratch);
-            silu_mul(gate_up, rows, inner, gated);
+            product<T, T>(h, rows, hidden, layer.gate_up, 2 * inner, nullptr, gated, scratch);
             product<T, T>(gated, rows, inner, layer.down, hidden, x, x, scratch);
         }
         rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, h, hidden);
@@ -163,9 +147,6 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                                 const int64_t* positions, const T* cos, const T* sin) {                             \
         _Pragma("omp parallel if (rows * heads * dim > PARALLEL)")                                                  \
             rope(x, x_stride, rows, heads, dim, positions, cos, sin);                                               \
-    }                                                                                                               \
-    extern "C" void silu_mul_##NAME(const T* gate_up, int64_t rows, int64_t size, T* out) {                         \
-        _Pragma("omp parallel if (rows * size > PARALLEL)") silu_mul(gate_up, rows, size, out);                     \
     }                                                                                                               \
     extern "C" void pack_##NAME(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {                 \
         _Pragma("omp parallel") pack(weight, columns, size, packed);                                                \

@@ -9,10 +9,10 @@ import torch
 
 from miniserve.ops.batch import Batch
 from miniserve.ops.cpu_packed import Arena, FusedForward, PackedHead, PackedMatrix, address
-from miniserve.ops.cpu_structs import ARGUMENTS, PACK_CODES, ROWS, NativeBatch, NativeMatrix, NativePlan, Rotary
+from miniserve.ops.cpu_structs import ARGUMENTS, BLOCK, PACK_CODES, ROWS, NativeBatch, NativeMatrix, NativePlan, Rotary
 from miniserve.ops.decoder import Weights
 from miniserve.ops.native import NoKernels, load
-from miniserve.ops.quantized import Quantized
+from miniserve.ops.quantized import Quantized, Weight
 from miniserve.ops.torch_ops import filter_sorted, rotary_tables
 
 
@@ -38,8 +38,10 @@ class CpuOps:
         if not hasattr(library, f"attention_{name}"):
             raise NoKernels(f"this CPU has no kernels for {name}")
         lanes = library.lanes()
-        if head_dim % (2 * lanes) or any(width % lanes for width in widths):
-            raise NoKernels(f"heads of {head_dim} or rows of {widths} numbers do not fill vectors of {lanes}")
+        if head_dim % (2 * lanes) or any(width % (BLOCK // 2) for width in widths):
+            raise NoKernels(
+                f"heads of {head_dim} or rows of {widths} numbers do not fill vectors of {lanes} or {BLOCK // 2}"
+            )
         if page_tokens % lanes:
             raise NoKernels(f"pages of {page_tokens} tokens do not fill vectors of {lanes} (--block-size)")
         self.layout = f"kv_head, vectors of {lanes} tokens"
@@ -50,14 +52,14 @@ class CpuOps:
             return function
 
         self._attention, self._rms_norm = kernel("attention"), kernel("rms_norm")
-        self._rope, self._silu_mul = kernel("rope"), kernel("silu_mul")
+        self._rope = kernel("rope")
         self._pack, self._product, self._logits = kernel("pack"), kernel("product"), kernel("logits")
         self._forward = kernel("forward")
         self._pack_codes = library.pack_codes
         self._pack_codes.argtypes, self._pack_codes.restype = PACK_CODES, None
         self._arena = Arena()
 
-    def linear(self, weight: torch.Tensor | Quantized, bias: torch.Tensor | None = None) -> PackedMatrix:
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> PackedMatrix:
         native = NativeMatrix(bias=address(bias))
         if isinstance(weight, Quantized):
             packed = self._arena.pack_codes(self._pack_codes, weight)
@@ -68,7 +70,14 @@ class CpuOps:
         native.packed = packed.data_ptr()
         return PackedMatrix((self._product, self._logits), weight.shape[0], native, packed, bias)
 
-    def head(self, weight: torch.Tensor | Quantized) -> PackedHead:
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> PackedMatrix:
+        """A block of columns is half gates, half their ups, so that a product has both at hand."""
+        order = torch.arange(weight.shape[0]).view(2, -1, BLOCK // 2).transpose(0, 1).flatten()
+        made = self.linear(weight[order], None if bias is None else bias[order])
+        made.native.gated = 1
+        return made
+
+    def head(self, weight: Weight) -> PackedHead:
         return PackedHead(self.linear(weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -87,12 +96,6 @@ class CpuOps:
         for x in (q, k):
             self._rope(x.data_ptr(), x.stride(0), *x.shape, *tables)
         return q, k
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty((rows, size), dtype=gate_up.dtype)
-        self._silu_mul(gate_up.data_ptr(), rows, size, out.data_ptr())
-        return out
 
     def fuse(self, weights: Weights, rotary: Rotary, heads: int, eps: float, scale: float) -> FusedForward:
         return FusedForward(self._forward, weights, rotary, heads, eps, scale)

@@ -65,7 +65,7 @@ class PackedMatrix:
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.empty((x.shape[0], self.columns), dtype=x.dtype)
+        out = torch.empty((x.shape[0], self.columns // 2 if self.native.gated else self.columns), dtype=x.dtype)
         weight = ctypes.byref(self.native), self.columns
         self.kernels[0](x.data_ptr(), *x.shape, *weight, address(residual), out.data_ptr())
         return out

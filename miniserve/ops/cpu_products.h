@@ -33,6 +33,7 @@ struct Matrix {
     const T* bias;
     int32_t bits;      // of a number: 4, 8, or those of T
     int32_t minimums;  // whether groups have them
+    int32_t gated;     // whether a block is KEYS / 2 gates and as many ups
 
     bool quantized() const { return bits < 16; }
     int group_words() const { return KEYS * bits + KEYS / 2 * (1 + minimums); }
@@ -260,32 +261,37 @@ void multiply_block(int rows, const uint32_t* a, int a_stride, const uint32_t* p
         multiply_all<T>(rows, a, a_stride, Packed{panels + j * words, words * PANEL}, 1, words, c + j, KEYS, add);
 }
 
-// What follows on the sums of a block: bias, residual, and into its place.
+// What follows on the sums of a block: bias, residual or gate, and into its place.
 template <typename T, typename Out>
 struct Finish {
     int64_t columns;
     const T *bias, *residual;
     Out* out;
+    bool gated;  // out is [rows, columns / 2]: silu(gate) * up
+
+    Out* place(int64_t row, int64_t first) const { return out + (row * columns + first) / (gated ? 2 : 1); }
 
     // Asks for the lines that will be written while the sums are computed.
     void prepare(int64_t row, int count, int64_t first) const {
         for (int i = 0; i < count; i++)
-            for (int c = 0; c < KEYS; c += 64 / sizeof(Out))
-                __builtin_prefetch(out + (row + i) * columns + first + c, 1);
+            for (int c = 0; c < (gated ? KEYS / 2 : KEYS); c += 64 / sizeof(Out))
+                __builtin_prefetch(place(row + i, first) + c, 1);
     }
 
     void operator()(const float* sums, int64_t row, int count, int64_t first) const {
         const int width = std::min<int64_t>(KEYS, columns - first);
         for (int i = 0; i < count; i++, sums += KEYS) {
-            const int64_t at = (row + i) * columns + first;
-            Out last[KEYS], *to = width == KEYS ? out + at : last;
+            Out line[KEYS], *to = place(row + i, first), *at = gated || width < KEYS ? line : to;
             for (int c = 0; c < width; c += LANES) {
                 Floats sum = load(sums + c);
                 if (bias) sum += load(bias + first + c);
-                if (residual) sum += load(residual + at + c);
-                store(to + c, sum);
+                if (residual) sum += load(residual + (row + i) * columns + first + c);
+                store(at + c, sum);
             }
-            if (to == last) std::memcpy(out + at, last, width * sizeof(Out));
+            if (gated)
+                for (int c = 0; c < KEYS / 2; c += LANES) store(to + c, silu<T>(load(at + c)) * load(at + KEYS / 2 + c));
+            else if (at == line)
+                std::memcpy(to, line, width * sizeof(Out));
         }
     }
 };
@@ -375,13 +381,13 @@ void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>
         }
 }
 
-// out = x * weight^T + bias + residual, either of which may be null. Threads take blocks as they get done: a core that a
+// out = x * weight^T + bias + residual, either of which may be null, or the gated halves of that. Threads take blocks as they get done: a core that a
 // neighbour of this machine slows down takes fewer. Of a weight that is not quantized, and of any in fp32,
 // each row's sums are added up in the same order whatever other rows there are.
 template <typename T, typename Out>
 void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, int64_t columns, const T* residual,
              Out* out, Scratch& scratch) {
-    const Finish<T, Out> finish{columns, weight.bias, residual, out};
+    const Finish<T, Out> finish{columns, weight.bias, residual, out, weight.gated != 0};
     if (weight.quantized()) {
         if constexpr (std::is_same<T, bf16>::value)
             if (rows <= FEW) return product_of_codes(x, rows, size, weight, finish, scratch);

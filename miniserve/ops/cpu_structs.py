@@ -9,7 +9,7 @@ import torch
 _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 BLOCK = 64
-"""Columns of a product whose weights are packed together: KEYS in cpu_vectors.h."""
+"""Columns of a product whose weights are packed together: KEYS in cpu_vectors.h. Of gates and ups half are either."""
 ROWS = 6
 """Rows of a product that vectors compute at once; tiles take 16."""
 
@@ -27,7 +27,7 @@ class NativeBatch(ctypes.Structure):
 class NativeMatrix(ctypes.Structure):
     """`Matrix` in cpu_products.h."""
 
-    _fields_ = [("packed", _pointer), ("bias", _pointer), ("bits", _int), ("minimums", _int)]
+    _fields_ = [("packed", _pointer), ("bias", _pointer), *((name, _int) for name in ("bits", "minimums", "gated"))]
 
 
 NORMS = ("input_norm", "q_norm", "k_norm", "post_norm")
@@ -62,7 +62,6 @@ ARGUMENTS: dict[str, list[Any]] = {
     "pack": [_pointer, _long, _long, _pointer],
     "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer],
     "logits": [_pointer, _long, _long, _pointer, _long, _pointer],
-    "silu_mul": [_pointer, _long, _long, _pointer],
 }
 
 

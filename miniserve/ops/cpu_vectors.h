@@ -121,6 +121,13 @@ Floats reciprocal(Floats x) {
     return 1.0f / x;
 }
 
+template <typename T>
+Floats silu(Floats x) {
+    Floats power = x * -1.4426950408889634f;
+    power = power > 126.0f ? splat(126.0f) : power;
+    return x * reciprocal<T>(1.0f + exp2<T>(power));
+}
+
 template <int S>
 Floats swap_lanes(Floats x) {
     Ints from;

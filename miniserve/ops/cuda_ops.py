@@ -72,8 +72,9 @@ class CudaOps(CudaPlanner):
         )
         return q, k
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._fi.activation.silu_and_mul(input=gate_up)
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+        product = self.linear(weight, bias)
+        return lambda x, residual=None: self._fi.activation.silu_and_mul(input=product(x))
 
     def filter(
         self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor

@@ -16,7 +16,7 @@ class Linear(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one layer. q, k and v are one matrix, gate and up another."""
+    """The weights of one layer. q, k and v are one matrix, gate and up another, with the gate's activation."""
 
     input_norm: torch.Tensor
     qkv: Linear

@@ -55,6 +55,10 @@ class Quantized:
             out[rows] = groups.flatten(1)
         return out
 
+    def __getitem__(self, rows: torch.Tensor) -> Quantized:
+        minimums = None if self.minimums is None else self.minimums[rows]
+        return Quantized(self.bits, self.codes[rows], self.scales[rows], minimums)
+
     @classmethod
     def of(cls, weight: torch.Tensor, bits: int) -> Quantized:
         """The nearest to a weight `[out, in]` of any float dtype, symmetric. `in` must be a multiple of `GROUP`.

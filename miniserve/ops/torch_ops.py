@@ -148,9 +148,14 @@ class TorchOps:
         half = q.shape[-1] // 2
         return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+        product = self.linear(weight, bias)
+
+        def activated(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            gate, up = product(x).chunk(2, -1)
+            return F.silu(gate).mul_(up)
+
+        return activated
 
     def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> None:
         """There is no such kernel."""

@@ -141,10 +141,11 @@ def _between(run: Setting, device: torch.device, dtype: torch.dtype, dim: int, r
     wanted = norm(heads, scale)
     found.append(("rms_norm of heads", relative(ops.rms_norm(heads, scale, 1e-5), wanted)))
     # Gates far out on both sides: silu is 0 there, or the gate itself.
-    gate_up = torch.cat((torch.linspace(-300, 300, width, device=device).expand(rows, -1), normal(rows, width)), -1)
-    gate, up = gate_up.to(dtype).double().chunk(2, -1)
+    far = torch.linspace(-30, 30, 96, device=device, dtype=dtype).unsqueeze(1)
+    gates = torch.cat((normal(96, width) * far, normal(96, width))) / width**0.5
+    gate, up = (x.double() @ gates.double().T).to(dtype).double().chunk(2, -1)
     wanted = torch.nn.functional.silu(gate) * up
-    found.append(("silu_mul", relative(ops.silu_mul(gate_up.to(dtype)), wanted)))
+    found.append(("gated", relative(ops.gated(gates)(x), wanted)))
     for config in (RopeConfig(10000.0), RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 64)):
         angles = rope.angles(config, dim, 4096)
         positions = torch.randint(4096, (rows,), generator=numbers, device=device)

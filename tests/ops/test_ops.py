@@ -153,9 +153,13 @@ def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, ro
     assert_close(kernels.rms_norm(qkv[:, 1:5], weight[:64], 1e-5), norm(qkv[:, 1:5], weight[:64]))
 
     # Gates far out on both sides: silu is 0 there, or the gate itself.
-    gate_up = torch.cat((torch.linspace(-300, 300, 576).expand(rows, -1), torch.randn(rows, 576)), -1).to(dtype)
-    gate, up = gate_up.double().chunk(2, -1)
-    assert_close(kernels.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+    far = torch.linspace(-30, 30, 96).unsqueeze(1)
+    weight, bias = (
+        torch.cat((torch.randn(96, 576) * far / 24, torch.randn(96, 576) / 24)).to(dtype),
+        torch.randn(192).to(dtype),
+    )
+    gate, up = (x.double() @ weight.double().T + bias.double()).to(dtype).double().chunk(2, -1)
+    assert_close(kernels.gated(weight, bias)(x), torch.nn.functional.silu(gate) * up)
 
     angles = torch.rand(rows + 9, 32) * 6
     positions = torch.randint(rows + 9, (rows,))
