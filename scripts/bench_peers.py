@@ -26,10 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import msgspec
 import psutil
 
-from miniserve.bench.replay.answer import TurnError, session
+from miniserve.bench.replay.answer import TurnError
 from miniserve.bench.replay.server import TargetServer, describe
 from scripts.harness import flags, in_turns, write
 from scripts.scenarios import Figures, RandomPrompts, Scenarios
@@ -103,6 +104,14 @@ class Meter:
         return sum(total[:8]) - total.idle - total.iowait - mine
 
 
+def fresh_connections() -> aiohttp.ClientSession:
+    """One connection a request, for all servers alike: llama-server says keep-alive, yet closes when a stream ends, and
+    a request that goes out at that moment is lost."""
+    return aiohttp.ClientSession(
+        headers={"Content-Type": "application/json"}, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    )
+
+
 class Round(NamedTuple):
     """A scenario's runs on one server, one after the other: `value` is the median of the undisturbed ones, of all if
     none is; `clean` says whether there were enough undisturbed ones."""
@@ -117,7 +126,7 @@ async def measure(peer: ComparedServer, scenario: Scenario, prompts: RandomPromp
 
     Raises `TurnError` if a stream fails: what the others do without it is no figure of the scenario.
     """
-    async with session(None) as http:
+    async with fresh_connections() as http:
         scenarios = Scenarios(http, await describe(http, peer.url, peer.model), prompts)
         await scenarios.warm_up()
         runs: list[Figures] = []
@@ -143,7 +152,7 @@ async def measure(peer: ComparedServer, scenario: Scenario, prompts: RandomPromp
 async def introduce(peers: dict[str, ComparedServer]) -> dict[str, TargetServer]:
     """What each server reports of itself. Raises `ConfigError` for one that does not answer or has no such model, and
     `psutil.NoSuchProcess` for one whose process does not exist."""
-    async with session(None) as http:
+    async with fresh_connections() as http:
         found = {name: await describe(http, peer.url, peer.model) for name, peer in peers.items()}
     for peer in peers.values():
         psutil.Process(peer.pid)
