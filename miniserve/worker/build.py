@@ -83,8 +83,8 @@ class Choices:
         device = sizing.choose_device(config.device)
         dtype = sizing.choose_dtype(config.dtype, model, device)
         shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
-        default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
-        budget, swap_pages = config.max_num_batched_tokens or default_budget, sizing.swap_pages(config, shape)
+        budget = config.max_num_batched_tokens or sizing.batched_tokens(device)
+        swap_pages = sizing.swap_pages(config, shape)
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
         return cls(folder, files, model, device, dtype, max_model_len, shape, budget, swap_pages)
 
@@ -148,16 +148,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     try:
         shown = partial(show, "weights")
         shown(0, model.layers)
-        weights = load_weights(
-            choices.files.weights,
-            model,
-            ops,
-            choices.dtype,
-            device,
-            packing=choices.files.config.get("quantization_config") or {},
-            quantization=config.quantization,
-            progress=shown,
-        )
+        files, as_asked = choices.files.weights, config.quantization
+        weights = load_weights(files, model, ops, choices.dtype, device, quantization=as_asked, progress=shown)
         transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
         lap("weights")
         if device.type == "cuda":
