@@ -148,8 +148,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     try:
         shown = partial(show, "weights")
         shown(0, model.layers)
-        files, as_asked = choices.files.weights, config.quantization
-        weights = load_weights(files, model, ops, choices.dtype, device, quantization=as_asked, progress=shown)
+        how = {"packing": choices.files.config.get("quantization_config") or {}, "quantization": config.quantization}
+        weights = load_weights(choices.files.weights, model, ops, choices.dtype, device, **how, progress=shown)
         transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
         lap("weights")
         if device.type == "cuda":
