@@ -148,8 +148,17 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     try:
         shown = partial(show, "weights")
         shown(0, model.layers)
-        how = {"packing": choices.files.config.get("quantization_config") or {}, "quantization": config.quantization}
-        weights = load_weights(choices.files.weights, model, ops, choices.dtype, device, **how, progress=shown)
+        packing, asked = choices.files.config.get("quantization_config") or {}, config.quantization
+        weights = load_weights(
+            choices.files.weights,
+            model,
+            ops,
+            choices.dtype,
+            device,
+            packing=packing,
+            quantization=asked,
+            progress=shown,
+        )
         transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
         lap("weights")
         if device.type == "cuda":
