@@ -160,10 +160,10 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
         }                                                                                                           \
     }                                                                                                               \
     extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const Matrix<T>* weight, int64_t columns, \
-                                  float* out) {                                                                     \
+                                  const T* residual, float* out) {                                                  \
         _Pragma("omp parallel") {                                                                                   \
             Scratch scratch;                                                                                        \
-            product<T, float>(x, rows, size, *weight, columns, nullptr, out, scratch);                              \
+            product<T, float>(x, rows, size, *weight, columns, residual, out, scratch);                             \
             release_tiles();                                                                                        \
         }                                                                                                           \
     }

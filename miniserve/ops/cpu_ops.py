@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from miniserve.ops.batch import Batch
-from miniserve.ops.cpu_packed import Arena, FusedForward, PackedHead, PackedMatrix, address
+from miniserve.ops.cpu_packed import Arena, FusedForward, PackedMatrix, address
 from miniserve.ops.cpu_structs import ARGUMENTS, BLOCK, PACK_CODES, ROWS, NativeBatch, NativeMatrix, NativePlan, Rotary
 from miniserve.ops.decoder import Weights
 from miniserve.ops.native import NoKernels, load
@@ -57,9 +57,15 @@ class CpuOps:
         self._forward = kernel("forward")
         self._pack_codes = library.pack_codes
         self._pack_codes.argtypes, self._pack_codes.restype = PACK_CODES, None
-        self._arena = Arena()
+        self._arena, self._dtype = Arena(), dtype
 
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> PackedMatrix:
+        return self._packed(self._product, self._dtype, weight, bias)
+
+    def head(self, weight: Weight) -> PackedMatrix:
+        return self._packed(self._logits, torch.float32, weight, None)
+
+    def _packed(self, kernel: Any, out: torch.dtype, weight: Weight, bias: torch.Tensor | None) -> PackedMatrix:
         native = NativeMatrix(bias=address(bias))
         if isinstance(weight, Quantized):
             packed = self._arena.pack_codes(self._pack_codes, weight)
@@ -68,7 +74,7 @@ class CpuOps:
             packed = self._arena.pack(self._pack, weight)
             native.bits = 8 * weight.itemsize
         native.packed = packed.data_ptr()
-        return PackedMatrix((self._product, self._logits), weight.shape[0], native, packed, bias)
+        return PackedMatrix(kernel, out, weight.shape[0], native, packed, bias)
 
     def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> PackedMatrix:
         """A block of columns is half gates, half their ups, so that a product has both at hand."""
@@ -76,9 +82,6 @@ class CpuOps:
         made = self.linear(weight[order], None if bias is None else bias[order])
         made.native.gated = 1
         return made
-
-    def head(self, weight: Weight) -> PackedHead:
-        return PackedHead(self.linear(weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)

@@ -55,36 +55,21 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight in the order of the kernels. `kernels` are `product` and `logits`; `packed` and `bias` are what `native`
-    points into."""
+    """A `Linear` by the kernel `product`, or by `logits` with sums that stay in float32: a bf16 logit of 20 has steps of
+    0.125, and many ties. `packed` and `bias` are what `native` points into."""
 
-    kernels: tuple[Any, Any]
+    kernel: Any
+    dtype: torch.dtype
     columns: int
     native: NativeMatrix
     packed: torch.Tensor
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.empty((x.shape[0], self.columns // 2 if self.native.gated else self.columns), dtype=x.dtype)
+        out = torch.empty((x.shape[0], self.columns // 2 if self.native.gated else self.columns), dtype=self.dtype)
         weight = ctypes.byref(self.native), self.columns
-        self.kernels[0](x.data_ptr(), *x.shape, *weight, address(residual), out.data_ptr())
+        self.kernel(x.data_ptr(), *x.shape, *weight, address(residual), out.data_ptr())
         return out
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The same with sums that stay in float32: a bf16 logit of 20 has steps of 0.125, and many ties."""
-        out = torch.empty((x.shape[0], self.columns), dtype=torch.float32)
-        self.kernels[1](x.data_ptr(), *x.shape, ctypes.byref(self.native), self.columns, out.data_ptr())
-        return out
-
-
-@dataclass(frozen=True)
-class PackedHead:
-    """The last matrix."""
-
-    matrix: PackedMatrix
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.matrix.logits(x)
 
 
 class FusedForward:
@@ -92,10 +77,10 @@ class FusedForward:
 
     def __init__(self, forward: Any, weights: Weights, rotary: Rotary, heads: int, eps: float, scale: float) -> None:
         head, gate_up = weights.head, weights.layers[0].gate_up
-        assert isinstance(head, PackedHead)
+        assert isinstance(head, PackedMatrix)
         assert isinstance(gate_up, PackedMatrix)
         self._forward = forward
-        self._vocab = head.matrix.columns
+        self._vocab = head.columns
         layers = (NativeLayer * len(weights.layers))()
         for native, layer in zip(layers, weights.layers, strict=True):
             for name in NORMS:
@@ -114,7 +99,7 @@ class FusedForward:
             cos=rotary.cos.data_ptr(),
             sin=rotary.sin.data_ptr(),
             norm=weights.norm.data_ptr(),
-            head=head.matrix.native,
+            head=head.native,
             layer=ctypes.addressof(layers),
         )
         self._kept = layers, weights, rotary  # `_model` points into them

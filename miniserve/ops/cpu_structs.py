@@ -61,7 +61,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer, _pointer],
     "pack": [_pointer, _long, _long, _pointer],
     "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer],
-    "logits": [_pointer, _long, _long, _pointer, _long, _pointer],
+    "logits": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer],
 }
 
 
