@@ -10,8 +10,8 @@
 //
 //   block of KEYS columns:  | codes: LANES columns x 32 | ... | KEYS scales | KEYS minimums |  next group ...
 //
-// A word of codes belongs to one column: 8 numbers of 4 bits (code + 8 where there are no minimums), the even ones in its lower half and the odd ones in its
-// upper half, so that both numbers of a bf16 word are found with one shift; or 4 numbers of 8 bits in their order.
+// A word of codes belongs to one column: 8 numbers of 4 bits (code + 8 where there are no minimums) or 4 of 8 bits, the
+// even ones in its lower half and the odd ones in its upper half, so that one shift finds both numbers of a bf16 word.
 
 #pragma once
 
@@ -20,11 +20,11 @@
 namespace {
 
 constexpr int GROUP = 32;         // numbers that share a scale: GROUP in ops/quantized.py
-constexpr int FEW = 16;           // rows up to which codes are multiplied as they are and scaled after that
+constexpr int FEW = 16;           // rows up to which codes of 4 bits are multiplied as they are and scaled after that
 constexpr int64_t UNPACKED = 24;  // groups that are unpacked at once for many rows: they stay in the L2 cache
 constexpr int TALL = TILES ? 2 * TILE_ROWS : ROWS;  // rows of a product that are computed at once
 constexpr int64_t SLICE = TILES ? 128 : 96;      // rows that one thread takes at once: a multiple of TALL
-constexpr int64_t UNPACKED_SLICE = 512;          // and of a weight that has to be unpacked first
+constexpr int64_t UNPACKED_SLICE = 512;          // and of a weight that has to be unpacked first (half where it is narrow)
 
 // A weight and its bias or null; ops/cpu_structs.py has the same struct.
 template <typename T>
@@ -114,7 +114,7 @@ void pack(const int8_t* codes, const uint16_t* scales, const uint16_t* minimums,
                     uint32_t word = 0;
                     for (int i = 0; i < numbers; i++) {
                         const uint32_t code = static_cast<uint8_t>(from[w * numbers + i] - least);
-                        word |= code << (bits == 4 ? i % 2 * 16 + i / 2 * 4 : i * 8);
+                        word |= code << (i % 2 * 16 + i / 2 * bits);
                     }
                     out[(c / LANES * bits + w) * LANES + c % LANES] = word;
                 }
@@ -145,14 +145,14 @@ Floats load_half(const uint16_t* from) {
 // Number `i` of a word of codes of each column: 0..15 of 4 bits, -128..127 of 8.
 template <int BITS>
 Floats code(Words words, int i) {
-    if constexpr (BITS == 8) return __builtin_convertvector((Ints)(words << (24 - i * 8)) >> 24, Floats);
-    const Words shifted = words >> (i % 2 * 16 + i / 2 * 4);
+    const int place = i % 2 * 16 + i / 2 * BITS;
+    if constexpr (BITS == 8) return __builtin_convertvector((Ints)(words << (24 - place)) >> 24, Floats);
 #ifdef __AVX512F__
     Floats numbers;
     for (int n = 0; n < LANES; n++) numbers[n] = n;
-    return __builtin_shuffle(numbers, (Ints)shifted);  // looks at the last 4 bits only
+    return __builtin_shuffle(numbers, (Ints)(words >> place));  // looks at the last 4 bits only
 #else
-    return __builtin_convertvector((Ints)(shifted & 15), Floats);
+    return __builtin_convertvector((Ints)(words >> place & 15), Floats);
 #endif
 }
 
@@ -187,27 +187,27 @@ void unpack_numbers(const uint32_t* codes, Floats scale, Floats minimum, T* out)
     }
 }
 
-// A vector of columns of a group, as its codes: small whole numbers, of which bf16 is the upper half of a float.
+// A vector of columns of a group, as its codes: small whole numbers, which bf16 holds exactly, 4 bits at a time. Of 8 bits
+// the lower ones are a plane of numbers, 0..15, and the upper ones another, -128..112; each is multiplied with all of x.
 template <int BITS>
 void unpack_codes(const uint32_t* codes, bool centered, bf16* out) {
-    Table table;
-    for (int n = 0; n < 2 * LANES; n++) {
-        const float number = n % 16 - (centered ? 8 : 0);
-        uint32_t bits;
-        std::memcpy(&bits, &number, sizeof bits);
-        table[n] = bits >> 16;
-    }
+    for (int plane = 0; plane < BITS / 4; plane++) {
+        Table table;
+        for (int n = 0; n < 2 * LANES; n++) {  // twice, since a number is looked up by 5 bits, of which the first is another's
+            const int low = n % 16, high = (low ^ 8) - 8;
+            const float number = plane ? 16 * high : BITS == 4 && centered ? low - 8 : low;
+            uint32_t bits;
+            std::memcpy(&bits, &number, sizeof bits);
+            table[n] = bits >> 16;
+        }
 #pragma GCC unroll 8
-    for (int w = 0; w < BITS; w++) {
-        const Words words = load_as<Words>(codes + w * LANES);
+        for (int w = 0; w < BITS; w++) {
+            const Words words = load_as<Words>(codes + w * LANES);
 #pragma GCC unroll 4
-        for (int i = 0; i < 32 / BITS; i += 2, out += 2 * PANEL) {
-            Words both;
-            if constexpr (BITS == 8)
-                both = (Words)code<8>(words, i) >> 16 | ((Words)code<8>(words, i + 1) & 0xffff0000);
-            else  // both halves of a word are looked up, each by its last 4 bits (the table is there twice, for 5)
-                both = look_up(table, words >> 2 * i);
-            std::memcpy(out, &both, sizeof both);
+            for (int i = 0; i < 16 / BITS; i++, out += 2 * PANEL) {
+                const Words both = look_up(table, words >> (i * BITS + plane * 4));
+                std::memcpy(out, &both, sizeof both);
+            }
         }
     }
 }
@@ -216,7 +216,7 @@ void unpack_codes(const uint32_t* codes, bool centered, bf16* out) {
 // codes.
 template <typename T, bool SCALED, int BITS>
 void unpack(const Matrix<T>& weight, const uint32_t* group, int groups, uint32_t* out) {
-    constexpr int PER_WORD = 4 / sizeof(T), WORDS = GROUP / PER_WORD;
+    constexpr int PER_WORD = 4 / sizeof(T), WORDS = GROUP / PER_WORD * (SCALED ? 1 : BITS / 4);
     for (int g = 0; g < groups; g++, group += weight.group_words()) {
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(group + KEYS * BITS);
         for (int c = 0; c < KEYS; c += LANES) {
@@ -309,14 +309,18 @@ float sum_of(const T* group) {
 template <typename T, typename Out>
 void product_of_codes(const T* x, int rows, int64_t size, const Matrix<T>& weight, const Finish<T, Out>& finish,
                       Scratch& scratch) {
-    const int words = size * sizeof(T) / 4, groups = size / GROUP, step = words / groups;
+    const int planes = weight.bits / 4, groups = size / GROUP, step = GROUP / 2 * planes, words = step * groups;
     const int group_words = weight.group_words();
-    uint32_t* panels = room(scratch, 2 * step * KEYS + 3 * FEW * KEYS + rows * groups);  // of two groups
-    float* sums = reinterpret_cast<float*>(panels + 2 * step * KEYS);                   // [rows, KEYS]
-    float *parts = sums + FEW * KEYS, *totals = parts + 2 * FEW * KEYS;  // the same of two groups; [rows, groups]
-    const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
-    if (weight.minimums)
-        for (int64_t g = 0; g < rows * groups; g++) totals[g] = sum_of(x + g * GROUP);
+    uint32_t* panels = room(scratch, 2 * step * KEYS + 3 * FEW * KEYS + rows * (words + groups));  // of two groups
+    float* sums = reinterpret_cast<float*>(panels + 2 * step * KEYS);                             // [rows, KEYS]
+    float* parts = sums + FEW * KEYS;                                      // the same of two groups
+    uint32_t* a = reinterpret_cast<uint32_t*>(parts + 2 * FEW * KEYS);     // [rows, groups, step]: x for each plane
+    float* totals = reinterpret_cast<float*>(a + rows * words);            // [rows, groups]: sums of x
+    for (int64_t g = 0; g < rows * groups; g++) {
+        for (int plane = 0; plane < planes; plane++)
+            std::memcpy(a + g * step + plane * GROUP / 2, x + g * GROUP, GROUP * sizeof(T));
+        if (weight.minimums) totals[g] = sum_of(x + g * GROUP);
+    }
 
     const auto multiply = [&](int g) {
         for (int r = 0; r < rows; r += TALL)
@@ -356,14 +360,14 @@ template <typename T, typename Out>
 void product_of_unpacked(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight,
                          const Finish<T, Out>& finish, Scratch& scratch) {
     const int words = size * sizeof(T) / 4, groups = size / GROUP, step = words / groups;
-    const int64_t slice = std::min(rows, UNPACKED_SLICE);
+    const int64_t slice = finish.columns < 16 * KEYS ? UNPACKED_SLICE / 2 : UNPACKED_SLICE;
     uint32_t* panels = room(scratch, UNPACKED * step * KEYS + slice * KEYS);
     float* sums = reinterpret_cast<float*>(panels + UNPACKED * step * KEYS);  // [slice, KEYS]
     const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < finish.columns; first += KEYS)
-        for (int64_t top = 0; top < rows; top += UNPACKED_SLICE) {
-            const int64_t end = std::min(top + UNPACKED_SLICE, rows);
+        for (int64_t top = 0; top < rows; top += slice) {
+            const int64_t end = std::min(top + slice, rows);
             const uint32_t* group = weight.packed + first / KEYS * groups * weight.group_words();
             for (int g = 0; g < groups; g += UNPACKED) {
                 const int count = std::min<int>(UNPACKED, groups - g);
@@ -390,7 +394,7 @@ void product(const T* x, int64_t rows, int64_t size, const Matrix<T>& weight, in
     const Finish<T, Out> finish{columns, weight.bias, residual, out, weight.gated != 0};
     if (weight.quantized()) {
         if constexpr (std::is_same<T, bf16>::value)
-            if (rows <= FEW) return product_of_codes(x, rows, size, weight, finish, scratch);
+            if (rows * weight.bits <= 4 * FEW) return product_of_codes(x, rows, size, weight, finish, scratch);
         return product_of_unpacked(x, rows, size, weight, finish, scratch);
     }
     const int words = size * sizeof(T) / 4, panel = words * PANEL;
