@@ -83,8 +83,8 @@ class Choices:
         device = sizing.choose_device(config.device)
         dtype = sizing.choose_dtype(config.dtype, model, device)
         shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
-        budget = config.max_num_batched_tokens or sizing.batched_tokens(device)
-        swap_pages = sizing.swap_pages(config, shape)
+        default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
+        budget, swap_pages = config.max_num_batched_tokens or default_budget, sizing.swap_pages(config, shape)
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
         return cls(folder, files, model, device, dtype, max_model_len, shape, budget, swap_pages)
 

@@ -19,8 +19,6 @@ CPU_RUNTIME_BYTES = 700 * 2**20
 """What a worker process takes beside weights and KV: libraries and the activations of a step (measured, 512 tokens)."""
 CPU_POOL_TOKENS = 65536
 CPU_BATCHED_TOKENS = 512
-AMX_BATCHED_TOKENS = 1024
-"""Tiles take a step of so many tokens in as short a time, and the more rows there are the better they are filled."""
 CUDA_BATCHED_TOKENS = 8192
 CUDA_RUNTIME_BYTES = 1200 * 2**20
 """What a process takes on a GPU beside weights, KV and the activations of a step: CUDA's context, graphs, workspaces. A
@@ -55,13 +53,6 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.d
             return torch.bfloat16 if half and native_bf16() else torch.float32
         return torch.bfloat16 if model.dtype is torch.float32 else model.dtype
     return DTYPES[{"half": "float16", "float": "float32"}.get(name, name)]
-
-
-def batched_tokens(device: torch.device) -> int:
-    """Tokens of a step where the settings leave it open."""
-    if device.type == "cuda":
-        return CUDA_BATCHED_TOKENS
-    return AMX_BATCHED_TOKENS if torch.cpu.get_capabilities().get("amx_bf16") else CPU_BATCHED_TOKENS
 
 
 def choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
