@@ -115,7 +115,9 @@ struct Attention {
         const int rows = (end - begin) * group, width = (dim + COLS - 1) / COLS * COLS;
         const int before = batch.contexts[sequence] - batch.lengths[sequence];
 
-        uint32_t* queries = room(scratch, rows * (words + width + LANES + 1) + BAND * KEYS * 2);  // [rows, words]
+        const bool tiles = std::is_same<T, bf16>::value && tiles_allowed();
+        uint32_t* gathered = room(scratch, key_words * dim + rows * (words + width + LANES + 1) + BAND * KEYS * 2);
+        uint32_t* queries = gathered + key_words * dim;                         // [rows, words]
         float* sums = reinterpret_cast<float*>(queries + rows * words);         // [rows, width]: weighted values
         float* total = sums + rows * width;                                     // [rows, LANES]: sums of weights so far
         float* scores = total + rows * LANES;                                   // [BAND, KEYS]
@@ -137,15 +139,30 @@ struct Attention {
         for (int first = 0, now = 0; first < visible; first += KEYS, now ^= 1) {
             if (first + KEYS < visible)
                 find_block(sequence, head, first + KEYS, visible, keys[now ^ 1], values[now ^ 1]);
+            // A tile of values is those of two groups, which lie in two pages.
+            for (int g = 0; tiles && g < GROUPS; g++)
+                std::memcpy(gathered + g * group_words * dim, values[now][g], group_words * dim * sizeof *gathered);
             for (int r = 0; r < rows; r += BAND) {
                 const int count = std::min(BAND, rows - r);
-                multiply_keys(count, queries + r * words, words, keys[now], scores);
+                if (tiles)
+                    multiply_tiles(count, queries + r * words, words, Keys{keys[now]}, 1, words, scores, KEYS, false,
+                                      [](int) {});
+                else
+                    for (int c = 0; c < KEYS; c += COLS)
+                        multiply_all<T>(count, queries + r * words, words, Keys{keys[now] + c / LANES}, 1, words,
+                                        scores + c, KEYS, false);
                 for (int i = 0; i < count; i++) {
                     const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see
                     soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES,
                            sums + (r + i) * width, width, reinterpret_cast<T*>(weights + i * key_words));
                 }
-                multiply_values(count, weights, key_words, group_words, values[now], sums + r * width, width);
+                for (int d = 0; d < width; d += COLS)
+                    if (tiles)
+                        multiply_tiles(count, weights, key_words, GatheredValues{gathered, d, dim}, GROUPS / 2,
+                                          TILE_WORDS, sums + r * width + d, width, true, [](int) {});
+                    else
+                        multiply_all<T>(count, weights, key_words, Values{values[now], d, dim}, GROUPS, group_words,
+                                        sums + r * width + d, width, true);
             }
         }
 
@@ -154,27 +171,6 @@ struct Attention {
             T* to = out + (token * heads + head * group + r % group) * dim;
             const float share = 1 / sum_lanes(load(total + r * LANES));
             for (int d = 0; d < dim; d += LANES) store(to + d, load(sums + r * width + d) * share);
-        }
-    }
-
-    // scores [rows, KEYS] of queries [rows, words].
-    void multiply_keys(int rows, const uint32_t* queries, int words, const uint32_t* const* keys, float* scores) const {
-        if (std::is_same<T, bf16>::value && tiles_allowed())
-            return multiply_tiles<false>(rows, queries, words, Keys{keys}, 1, words, scores, KEYS, false, [](int, int) {});
-        for (int c = 0; c < KEYS; c += COLS)
-            multiply_all<T>(rows, queries, words, Keys{keys + c / LANES}, 1, words, scores + c, KEYS, false);
-    }
-
-    // sums [rows, width] += weights [rows, KEYS] * values: each group is a part.
-    void multiply_values(int rows, const uint32_t* weights, int key_words, int group_words,
-                         const uint32_t* const* values, float* sums, int width) const {
-        for (int d = 0; d < width; d += COLS) {
-            const Values right{values, d, batch.dim};
-            if (std::is_same<T, bf16>::value && tiles_allowed())
-                multiply_tiles<true>(rows, weights, key_words, right, GROUPS, group_words, sums + d, width, true,
-                                     [](int, int) {});
-            else
-                multiply_all<T>(rows, weights, key_words, right, GROUPS, group_words, sums + d, width, true);
         }
     }
 

@@ -50,6 +50,15 @@ struct Values {
     const uint32_t* begin(int s, int j) const { return groups[s] + std::min(first + j * LANES, stride - LANES); }
 };
 
+// The same of values that lie together: those of TILE_WORDS words are a part.
+struct GatheredValues {
+    const uint32_t* words;
+    int first, stride;
+    const uint32_t* begin(int s, int j) const {
+        return words + s * TILE_WORDS * stride + std::min(first + j * LANES, stride - LANES);
+    }
+};
+
 // c[R x COLS] = or += a[R x parts * words] * b[parts * words x COLS]
 template <typename T, int R, typename Right>
 __attribute__((noinline)) void multiply_rows(const uint32_t* a, int a_stride, Right b, int parts, int words, float* c,
@@ -110,57 +119,67 @@ void multiply_all(int rows, const uint32_t* a, int a_stride, Right b, int parts,
 
 // --- the same with tiles ---------------------------------------------------------------------------------------------
 
+// Four sums, each with the register of a right tile.
 template <typename F>
 void each_sum(F apply) {
-    apply(Tile<SUM0>{}, 0), apply(Tile<SUM1>{}, 1), apply(Tile<SUM2>{}, 2), apply(Tile<SUM3>{}, 3);
+    apply(Tile<SUM0>{}, Tile<RIGHT>{}, 0), apply(Tile<SUM1>{}, Tile<RIGHT_OTHER>{}, 1);
+    apply(Tile<SUM2>{}, Tile<RIGHT>{}, 2), apply(Tile<SUM3>{}, Tile<RIGHT_OTHER>{}, 3);
 }
 
-// c[rows x KEYS] = or += a[rows x parts * words] * b[parts * words x KEYS], for up to TILE_ROWS rows. HALF: a part has half
-// as many words as a tile, else some whole tiles of them. `soon(s, w)` is called before each step, to prefetch.
-template <bool HALF, typename Right, typename Soon>
+// c[rows x KEYS] = or += a[rows x parts * words] * b[parts * words x KEYS], for up to TILE_ROWS rows; a part is some whole
+// tiles of words. `soon(w)` is called before each step of a part, to prefetch.
+template <typename Right, typename Soon>
 void multiply_tiles(int rows, const uint32_t* a, int a_stride, Right b, int parts, int words, float* c, int c_stride,
                     bool add, Soon soon) {
-    constexpr int STEP = HALF ? TILE_WORDS / 2 : TILE_WORDS;
-    using Left = Tile<HALF ? LEFT_OTHER : LEFT>;
-    shape_tiles({rows, true});
-    each_sum([&](auto sum, int j) {
-        add ? sum.load(c + j * LANES, c_stride * sizeof(float)) : sum.zero();
-    });
+    const int64_t a_bytes = a_stride * sizeof *a, b_bytes = b.stride * sizeof *a, c_bytes = c_stride * sizeof *c;
+    shape_tiles(rows);
+    each_sum([&](auto sum, auto, int j) { add ? sum.load(c + j * LANES, c_bytes) : sum.zero(); });
     for (int s = 0; s < parts; s++)
-        for (int w = 0; w < words; w += STEP) {
-            soon(s, w);
-            Left::load(a + s * words + w, a_stride * sizeof *a);
-            each_sum([&](auto sum, int j) {
-                Tile<HALF ? RIGHT_OTHER : RIGHT>::load(b.begin(s, j) + w * b.stride, b.stride * sizeof *a);
-                sum.template add_product<HALF ? LEFT_OTHER : LEFT, HALF ? RIGHT_OTHER : RIGHT>();
+        for (int w = 0; w < words; w += TILE_WORDS) {
+            soon(w);
+            Tile<LEFT>::load(a + s * words + w, a_bytes);
+            each_sum([&](auto sum, auto right, int j) {
+                right.load(b.begin(s, j) + w * b.stride, b_bytes);
+                sum.add_product(Tile<LEFT>{}, right);
             });
         }
-    each_sum([&](auto sum, int j) { sum.store(c + j * LANES, c_stride * sizeof(float)); });
+    each_sum([&](auto sum, auto, int j) { sum.store(c + j * LANES, c_bytes); });
 }
 
-// The same for two tiles of rows, whole parts only. Two tiles of columns at a time: each tile that is loaded is used twice.
+// The same for two tiles of rows. Two tiles of columns at a time: each tile that is loaded is used twice.
 template <typename Right>
-void multiply_square(const uint32_t* a, int a_stride, Right b, int words, float* c, bool add) {
-    shape_tiles({TILE_ROWS, false});
+void multiply_square(const uint32_t* a, int a_stride, Right b, int parts, int words, float* c, int c_stride, bool add) {
+    const int64_t a_bytes = a_stride * sizeof *a, b_bytes = b.stride * sizeof *a, c_bytes = c_stride * sizeof *c;
+    shape_tiles(TILE_ROWS);
     for (int j = 0; j < SUMS; j += 2, c += 2 * LANES) {
-        each_sum([&](auto sum, int i) {
-            float* at = c + i / 2 * TILE_ROWS * KEYS + i % 2 * LANES;
-            add ? sum.load(at, KEYS * sizeof(float)) : sum.zero();
-        });
-        for (int w = 0; w < words; w += TILE_WORDS) {
-            Tile<LEFT>::load(a + w, a_stride * sizeof *a);
-            Tile<RIGHT>::load(b.begin(0, j) + w * b.stride, b.stride * sizeof *a);
-            Tile<RIGHT_OTHER>::load(b.begin(0, j + 1) + w * b.stride, b.stride * sizeof *a);
-            Tile<LEFT_OTHER>::load(a + TILE_ROWS * a_stride + w, a_stride * sizeof *a);
-            Tile<SUM0>::add_product<LEFT, RIGHT>();
-            Tile<SUM1>::add_product<LEFT, RIGHT_OTHER>();
-            Tile<SUM2>::add_product<LEFT_OTHER, RIGHT>();
-            Tile<SUM3>::add_product<LEFT_OTHER, RIGHT_OTHER>();
-        }
-        each_sum([&](auto sum, int i) {
-            sum.store(c + i / 2 * TILE_ROWS * KEYS + i % 2 * LANES, KEYS * sizeof(float));
-        });
+        const auto at = [&](int i) { return c + i / 2 * TILE_ROWS * c_stride + i % 2 * LANES; };
+        each_sum([&](auto sum, auto, int i) { add ? sum.load(at(i), c_bytes) : sum.zero(); });
+        for (int s = 0; s < parts; s++)
+            for (int w = 0; w < words; w += TILE_WORDS) {
+                const uint32_t* left = a + s * words + w;
+                Tile<LEFT>::load(left, a_bytes);
+                Tile<RIGHT>::load(b.begin(s, j) + w * b.stride, b_bytes);
+                Tile<RIGHT_OTHER>::load(b.begin(s, j + 1) + w * b.stride, b_bytes);
+                Tile<LEFT_OTHER>::load(left + TILE_ROWS * a_stride, a_bytes);
+                Tile<SUM0>::add_product(Tile<LEFT>{}, Tile<RIGHT>{});
+                Tile<SUM1>::add_product(Tile<LEFT>{}, Tile<RIGHT_OTHER>{});
+                Tile<SUM2>::add_product(Tile<LEFT_OTHER>{}, Tile<RIGHT>{});
+                Tile<SUM3>::add_product(Tile<LEFT_OTHER>{}, Tile<RIGHT_OTHER>{});
+            }
+        each_sum([&](auto sum, auto, int i) { sum.store(at(i), c_bytes); });
     }
+}
+
+// Any number of rows: squares as far as they go.
+template <typename Right, typename Soon>
+void multiply_by_tiles(int rows, const uint32_t* a, int a_stride, Right b, int parts, int words, float* c, int c_stride,
+                       bool add, Soon soon) {
+    int r = 0;
+    for (; r + 2 * TILE_ROWS <= rows; r += 2 * TILE_ROWS)
+        multiply_square(a + r * a_stride, a_stride, b, parts, words, c + r * c_stride, c_stride, add);
+    for (; r < rows; r += TILE_ROWS)
+        multiply_tiles(std::min(TILE_ROWS, rows - r), a + r * a_stride, a_stride, b, parts, words, c + r * c_stride,
+                       c_stride, add, soon);
 }
 
 }  // namespace

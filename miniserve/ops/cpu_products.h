@@ -249,14 +249,8 @@ void unpack(const Matrix<T>& weight, const uint32_t* group, int groups, uint32_t
 template <typename T, typename Soon>
 void multiply_block(int rows, const uint32_t* a, int a_stride, const uint32_t* panels, int words, float* c, bool add,
                     Soon soon) {
-    if (std::is_same<T, bf16>::value && words % TILE_WORDS == 0 && tiles_allowed()) {
-        const Packed right{panels, words * PANEL};
-        if (rows == 2 * TILE_ROWS) return multiply_square(a, a_stride, right, words, c, add);
-        for (int r = 0; r < rows; r += TILE_ROWS)
-            multiply_tiles<false>(std::min(TILE_ROWS, rows - r), a + r * a_stride, a_stride, right, 1, words,
-                                  c + r * KEYS, KEYS, add, [&](int, int w) { soon(w); });
-        return;
-    }
+    if (std::is_same<T, bf16>::value && words % TILE_WORDS == 0 && tiles_allowed())
+        return multiply_by_tiles(rows, a, a_stride, Packed{panels, words * PANEL}, 1, words, c, KEYS, add, soon);
     for (int j = 0; j < KEYS; j += COLS)
         multiply_all<T>(rows, a, a_stride, Packed{panels + j * words, words * PANEL}, 1, words, c + j, KEYS, add);
 }

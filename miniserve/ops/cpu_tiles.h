@@ -24,23 +24,12 @@ namespace {
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64;
 constexpr int TILE_WORDS = TILE_BYTES / 4;
 
-// What the eight registers hold: four sums, and tiles of the left and the right matrix. Attention needs one of each with
-// half the inner dimension (values lie in their pages in groups of 16 tokens), products of many rows two whole ones. Only
-// the number of rows on the left, and so of sums, changes.
-enum Register { SUM0, SUM1, SUM2, SUM3, LEFT, RIGHT, LEFT_OTHER, RIGHT_OTHER };
+// What the eight registers hold: four sums, and two tiles each of the left and the right matrix. Only the number of rows on
+// the left, and so of sums, changes.
+enum Register { SUM0, SUM1, SUM2, SUM3, LEFT, LEFT_OTHER, RIGHT, RIGHT_OTHER };
 constexpr int SUMS = 4;
 
-// Which registers there are: HALVES says what the others are.
-struct Shape {
-    int rows;
-    bool halves;
-
-    int rows_of(int name) const {
-        return name == RIGHT || (name == RIGHT_OTHER && !halves) ? TILE_ROWS : name == RIGHT_OTHER ? TILE_ROWS / 2 : rows;
-    }
-    int bytes_of(int name) const { return name == LEFT_OTHER && halves ? TILE_BYTES / 2 : TILE_BYTES; }
-    bool operator==(const Shape& other) const { return rows == other.rows && halves == other.halves; }
-};
+constexpr int tile_rows(int name, int rows) { return name < RIGHT ? rows : TILE_ROWS; }
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && !defined(TILES_EMULATED)
 
@@ -53,27 +42,27 @@ bool tiles_allowed() {
     return allowed;
 }
 
-thread_local Shape shaped{0, false};
+thread_local int shaped_rows = 0;
 
 // Each thread says what its registers hold before it uses them, and lets go of them at the end: the kernel then has less to
 // save when it switches threads.
-void shape_tiles(Shape wanted) {
-    if (shaped == wanted) return;
+void shape_tiles(int rows) {
+    if (shaped_rows == rows) return;
     struct alignas(64) {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
     } shape;
     for (int name = 0; name < 8; name++) {
-        shape.bytes[name] = wanted.bytes_of(name);
-        shape.rows[name] = wanted.rows_of(name);
+        shape.bytes[name] = TILE_BYTES;
+        shape.rows[name] = tile_rows(name, rows);
     }
     asm volatile("ldtilecfg %0" ::"m"(shape));
-    shaped = wanted;
+    shaped_rows = rows;
 }
 void release_tiles() {
-    if (shaped.rows) asm volatile("tilerelease");
-    shaped.rows = 0;
+    if (shaped_rows) asm volatile("tilerelease");
+    shaped_rows = 0;
 }
 
 template <int NAME>
@@ -86,7 +75,7 @@ struct Tile {
         asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(NAME) : "memory");
     }
     template <int A, int B>
-    static void add_product() {
+    static void add_product(Tile<A>, Tile<B>) {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(NAME), "i"(A), "i"(B));
     }
 };
@@ -101,36 +90,36 @@ constexpr bool TILES = false;
 bool tiles_allowed() { return TILES; }
 
 struct Registers {
-    Shape shape;
+    int rows;
     alignas(64) uint8_t bytes[8][TILE_ROWS * TILE_BYTES];
 };
 thread_local Registers registers;
 
-void shape_tiles(Shape wanted) {
-    if (!(registers.shape == wanted)) std::memset(&registers, 0, sizeof registers);
-    registers.shape = wanted;
+void shape_tiles(int rows) {
+    if (registers.rows != rows) std::memset(&registers, 0, sizeof registers);
+    registers.rows = rows;
 }
-void release_tiles() { registers.shape.rows = 0; }
+void release_tiles() { registers.rows = 0; }
 
 template <int NAME>
 struct Tile {
     static uint8_t* row(int r) { return registers.bytes[NAME] + r * TILE_BYTES; }
     static void zero() { std::memset(row(0), 0, TILE_ROWS * TILE_BYTES); }
     static void load(const void* from, int64_t stride) {
-        for (int r = 0; r < registers.shape.rows_of(NAME); r++)
-            std::memcpy(row(r), static_cast<const uint8_t*>(from) + r * stride, registers.shape.bytes_of(NAME));
+        for (int r = 0; r < tile_rows(NAME, registers.rows); r++)
+            std::memcpy(row(r), static_cast<const uint8_t*>(from) + r * stride, TILE_BYTES);
     }
     static void store(void* to, int64_t stride) {
-        for (int r = 0; r < registers.shape.rows_of(NAME); r++)
-            std::memcpy(static_cast<uint8_t*>(to) + r * stride, row(r), registers.shape.bytes_of(NAME));
+        for (int r = 0; r < tile_rows(NAME, registers.rows); r++)
+            std::memcpy(static_cast<uint8_t*>(to) + r * stride, row(r), TILE_BYTES);
     }
     template <int A, int B>
-    static void add_product() {
-        for (int r = 0; r < registers.shape.rows; r++)
+    static void add_product(Tile<A>, Tile<B>) {
+        for (int r = 0; r < registers.rows; r++)
             for (int column = 0; column < TILE_WORDS; column++) {
                 float sum;
                 std::memcpy(&sum, row(r) + column * 4, sizeof sum);
-                for (int word = 0; word < registers.shape.bytes_of(A) / 4; word++)
+                for (int word = 0; word < TILE_WORDS; word++)
                     for (int half = 0; half < 4; half += 2)
                         sum += number(Tile<A>::row(r) + word * 4 + half) * number(Tile<B>::row(word) + column * 4 + half);
                 std::memcpy(row(r) + column * 4, &sum, sizeof sum);
