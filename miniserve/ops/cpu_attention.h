@@ -25,7 +25,13 @@ namespace {
 constexpr int BAND = TILES ? TILE_ROWS : ROWS;  // rows of scores that are computed at once
 
 // LANES tokens of a page are a group. A head's keys of one are [word, token], two neighbouring numbers of a bf16 key in
-// a word; its values are [word, dim], those of two neighbouring tokens in a word.
+// a word; its values are [word, dim], those of two neighbouring tokens in a word:
+//
+//   keys     token 0        1            15       values   dim 0          1           ...
+//   word 0 | k0  k1  | k0  k1  | ... | k0  k1  |   word 0 | t0  t1  | t0  t1  | ... |
+//        1 | k2  k3  | k2  k3  | ... | k2  k3  |        1 | t2  t3  | t2  t3  | ... |
+//
+// 16 words of keys are a tile as they lie; so are 16 of values, of which a group has 8.
 template <typename T>
 struct Attention {
     const Batch& batch;

@@ -55,8 +55,8 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A `Linear` by the kernel `product`, or by `logits` with sums that stay in float32: a bf16 logit of 20 has steps of
-    0.125, and many ties. `packed` and `bias` are what `native` points into."""
+    """A `Linear` by the kernel `product`, or by `logits` with sums that stay in float32: a bf16 logit of 20 has steps
+    of 0.125, and many ties. `packed` and `bias` are what `native` points into."""
 
     kernel: Any
     dtype: torch.dtype
