@@ -24,6 +24,8 @@ ARCHITECTURES = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GGUF, GGUF_INDEX = "model.gguf", "model.json"
 """A GGUF, and where each tensor is in it: {name: [offset, bytes, kind, shape, heads whose rows have GGUF's order]}."""
+GGUF_SEEN = "seen.json"
+"""The size of a GGUF outside its folder, and the time of its last change, when it was indexed."""
 GGUF_BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}
 """Bits of a number, with its share of the scales, in the kinds of GGUF tensors that are served as they are."""
 FORMS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
@@ -188,7 +190,9 @@ def _check_weights(folder: Path, found: Checked) -> None:
 def _check_gguf(folder: Path, found: Checked) -> None:
     found.weights = [folder / GGUF]
     index = read_object(folder / GGUF_INDEX)
-    if found.weights[0].stat().st_size < max(offset + size for offset, size, *_ in index.values()):
+    file, seen = found.weights[0].stat(), read_object(folder / GGUF_SEEN)
+    now = {"size": file.st_size, "time": file.st_mtime_ns}
+    if (seen or now) != now or file.st_size < max(offset + size for offset, size, *_ in index.values()):
         raise ModelError(f"{found.weights[0].resolve()} has changed since it was indexed: start the server again.")
     matrices = {name: (kind, math.prod(shape)) for name, (_, _, kind, shape, _) in index.items() if len(shape) > 1}
     head = matrices.get("lm_head.weight", matrices["model.embed_tokens.weight"])

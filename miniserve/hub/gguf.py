@@ -22,10 +22,10 @@ from typing import Any
 
 from miniserve.cluster.launch import import_path
 from miniserve.config import cache_dir, read_object
-from miniserve.hub.check import GGUF, GGUF_INDEX, ModelError
+from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN, ModelError
 from miniserve.text.tokenizer import byte_level_bpe
 
-RECIPE = 1
+RECIPE = 2
 """Number of the way a GGUF is turned into a folder; one made by another recipe is made again."""
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Files in a folder with one GGUF that count before what the GGUF says."""
@@ -58,6 +58,7 @@ def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
             progress(f"Reading the vocabulary of {file.name} (once)")
             describe(file, out)
             (out / GGUF).symlink_to(file)
+            (out / GGUF_SEEN).write_text(json.dumps({"size": stats[0][1], "time": stats[0][2]}), "utf-8")
             with contextlib.suppress(OSError):  # another process was first
                 os.replace(out, folder)
     except OSError as error:
@@ -76,7 +77,7 @@ def describe(file: Path, out: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | import_path())
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ModelError(f"{file} cannot be served: {reason.removeprefix('ValueError: ').rstrip('.')}.")
+        raise ModelError(f"{file} cannot be served: {reason.replace('KeyError:', 'it has no').rstrip('.')}.")
 
 
 # --- in a process of its own ----------------------------------------------------------------------------------------

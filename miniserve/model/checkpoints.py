@@ -62,7 +62,7 @@ class Safetensors:
             weight = self._packed(module, words, shape)
         else:
             weight = self._need(name)
-        return checked(self._folder, name, weight, shape)
+        return weight
 
     def _get(self, name: str) -> torch.Tensor | None:
         return self._need(name) if name in self._where else None
@@ -87,6 +87,8 @@ class Safetensors:
             return self._grouped(module, 8, weight.view(torch.uint8) + 128, scales, None)
         scales = scales.float().view(-1, scales.shape[-1] if scales.dim() > 1 else 1)
         for axis, (size, count) in enumerate(zip(weight.shape, scales.shape, strict=True)):
+            if count not in (1, size, -(-size // FP8_BLOCK)):
+                raise IndexError(f"{count} scales for {size} rows or columns")
             each = 1 if count == size else size if count == 1 else FP8_BLOCK
             scales = scales.repeat_interleave(each, axis).narrow(axis, 0, size)
         self._costs.add("FP8", weight.numel(), weight.nbytes)
@@ -142,8 +144,6 @@ class Safetensors:
             self._costs.add(f"{bits} bits in groups of {each}", codes.numel(), codes.numel() * bits // 8)
             return plain
         halves = scales.half().repeat_interleave(each // GROUP, 1)
-        if not halves.isfinite().all():
-            raise ConfigError(f"The scales of {module}weight in {self._folder} are not finite in fp16.")
         minimums = None
         if zeros is not None and not symmetric:
             minimums = (halves.float() * -zeros.float().repeat_interleave(each // GROUP, 1)).half()
@@ -162,11 +162,19 @@ def missing(folder: Path, name: str) -> ConfigError:
     return ConfigError(f"{folder} has no tensor {name!r}: not complete, or another architecture{tied}.")
 
 
-def checked(folder: Path, name: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
-    """`weight`, if it has the `shape` that the model's sizes ask for. Raises `ConfigError`."""
+def checked(read: Read, folder: Path, name: str, shape: tuple[int, ...]) -> Weight:
+    """What `read` makes of the files in `folder`, if it is whole and has the `shape` that the model's sizes ask for."""
+    try:
+        weight = read(name, shape)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError) as error:
+        what = f"{name} in {folder} cannot be read ({' '.join(str(error).split())})"
+        raise ConfigError(f"{what}: the file is damaged, or of a kind that miniserve does not serve.") from error
     if tuple(weight.shape) != shape:
         raise ConfigError(
             f"{name} in {folder} has the shape {tuple(weight.shape)}, but config.json says {shape}: the files do "
             "not belong together."
         )
+    for part in (weight.scales, weight.minimums) if isinstance(weight, Quantized) else ():
+        if part is not None and (part.shape != (shape[0], shape[1] // GROUP) or not part.isfinite().all()):
+            raise ConfigError(f"The scales of {name} in {folder} are too few, too many, or not finite in fp16.")
     return weight

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from miniserve.config import read_object
-from miniserve.model.checkpoints import Costs, checked, missing
-from miniserve.ops.quantized import GROUP, Quantized, Weight
+from miniserve.model.checkpoints import Costs, missing
+from miniserve.ops.quantized import Quantized, Weight
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -46,7 +46,7 @@ class GgufTensors:
             plain = gguf.dequantize(rows, gguf.GGMLQuantizationType[kind])
             weight = _turned(torch.from_numpy(plain).view(stored), heads)
             self._costs.add(kind, weight.numel(), size)
-        return checked(self._folder, name, weight, shape)
+        return weight
 
 
 def _blocks(data: torch.Tensor, kind: str, shape: list[int], heads: int) -> Quantized:
@@ -63,7 +63,6 @@ def _blocks(data: torch.Tensor, kind: str, shape: list[int], heads: int) -> Quan
         return _turned(column.view(shape[0], -1), heads)
 
     codes = _turned(codes.reshape(shape), heads)
-    assert shape[1] % GROUP == 0
     return Quantized(8 if kind == "Q8_0" else 4, codes, halves(0), halves(2) if kind == "Q4_1" else None)
 
 

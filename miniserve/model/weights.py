@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from miniserve.config import ConfigError
-from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Read, Safetensors
+from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Read, Safetensors, checked
 from miniserve.model.config import ModelConfig
 from miniserve.model.gguf import GgufTensors
 from miniserve.ops import Ops
@@ -51,12 +52,12 @@ def load_weights(
         return _build(_random(config), set(), config, ops, how, costs, progress)
     with ExitStack() as stack:
         if files[0].suffix == ".gguf":
-            source: GgufTensors | Safetensors = GgufTensors(files[0], costs)
+            store: GgufTensors | Safetensors = GgufTensors(files[0], costs)
         else:
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-            source = Safetensors(files[0].parent, opened, packing, costs)
-        weights = _build(source.read, source.names, config, ops, how, costs, progress)
-    if extra := sorted(name for name in source.unread if not name.endswith(NEEDLESS)):
+            store = Safetensors(files[0].parent, opened, packing, costs)
+        weights = _build(partial(checked, store.read, files[0].parent), store.names, config, ops, how, costs, progress)
+    if extra := sorted(name for name in store.unread if not name.endswith(NEEDLESS)):
         log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
     for line in costs.lines(dtype):
         log.warning(line)

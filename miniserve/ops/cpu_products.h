@@ -274,12 +274,19 @@ struct Finish {
 
     void operator()(const float* sums, int64_t row, int count, int64_t first) const {
         const int width = std::min<int64_t>(KEYS, columns - first);
+        // Nothing past the last column is read: it may lie behind the memory, or be written by another thread.
+        const auto read = [&](const T* from, int c) {
+            if (c + LANES <= width) return load(from + c);
+            T some[LANES] = {};
+            std::memcpy(some, from + c, (width - c) * sizeof(T));
+            return load(some);
+        };
         for (int i = 0; i < count; i++, sums += KEYS) {
             Out line[KEYS], *to = place(row + i, first), *at = gated || width < KEYS ? line : to;
             for (int c = 0; c < width; c += LANES) {
                 Floats sum = load(sums + c);
-                if (bias) sum += load(bias + first + c);
-                if (residual) sum += load(residual + (row + i) * columns + first + c);
+                if (bias) sum += read(bias + first, c);
+                if (residual) sum += read(residual + (row + i) * columns + first, c);
                 store(at + c, sum);
             }
             if (gated)

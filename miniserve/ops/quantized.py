@@ -109,5 +109,5 @@ def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 def _rounded(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes nearest to `groups` for these scales, as floats."""
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    inverse = (1 / scales).nan_to_num(posinf=0.0, neginf=0.0)  # 1 / 1e-39 is infinite, and such a scale is 0 in float16
     return (groups * inverse).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from miniserve.config import ConfigError
 from miniserve.hub.check import ModelError, check_folder
 from miniserve.hub.resolve import resolve
-from miniserve.model.checkpoints import Costs, Safetensors
+from miniserve.model.checkpoints import Costs, Safetensors, checked
 from miniserve.ops.quantized import Quantized, dense
 from tests.support import tiny
 from tests.support.engines import KERNELS, greedy, small
@@ -43,7 +43,7 @@ def read(parts: dict[str, torch.Tensor], shape: tuple[int, ...], **says: Any) ->
     costs = Costs()
     source = Safetensors(Path(), [Open({f"model.x.{end}": tensor for end, tensor in parts.items()})], says, costs)
     assert source.names == {"model.x.weight"} | {f"model.x.{end}" for end in parts if end not in CHANGED}
-    return source.read("model.x.weight", shape), costs, source
+    return checked(source.read, Path(), "model.x.weight", shape), costs, source
 
 
 CHANGED = ("weight", "qweight", "weight_packed")
@@ -110,6 +110,20 @@ def test_what_is_no_such_weight_is_refused() -> None:
         read(parts | {"g_idx": parts["g_idx"].flip(0)}, (8, 64))
     with pytest.raises(ConfigError, match=r"scales .* not finite in fp16"):
         read({"weight": weight.to(torch.int8), "weight_scale": torch.full((8, 1), 1e6)}, (8, 64))
+    for changed in (parts["scales"][:, :-1], parts["scales"] * torch.inf):  # the first are too few for the kernel
+        with pytest.raises(ConfigError, match=r"scales .* too few, too many, or not finite in fp16"):
+            read(parts | {"scales": changed}, (8, 64))
+    parts, _ = awq(weight)
+    with pytest.raises(ConfigError, match="not finite in fp16"):  # of a scale, but not of its product with a zero point
+        read(parts | {"scales": parts["scales"] * 0 + 6e4}, (8, 64))
+    flat = [("scales", parts["scales"].flatten())]
+    for end, changed in [*flat, *((end, parts[end][:0]) for end in parts)]:
+        with pytest.raises(ConfigError, match=r"cannot be read \(.*: the file is damaged|the shape"):
+            read(parts | {end: changed}, (8, 64))
+    packed, _ = fp8(weight)
+    for scales in (torch.ones(2), torch.ones(0)):
+        with pytest.raises(ConfigError, match=r"cannot be read \(\d scales for 8 rows"):
+            read(packed | {"weight_scale": scales}, (8, 64))
     for wrong in (weight.to(torch.float8_e4m3fn), weight.to(torch.int8), weight.int()):
         with pytest.raises(ConfigError, match=r"is torch.* without scales"):
             read({"weight": wrong}, (8, 64))

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miniserve.config import ConfigError
 from miniserve.hub.check import ModelError, check_folder
 from miniserve.hub.resolve import resolve
 from miniserve.model.checkpoints import Costs
@@ -94,9 +95,11 @@ def test_the_folder_is_made_once_and_again_when_the_file_changes(tiny_folder: Pa
     write_gguf(tiny_folder, file, lambda name: "Q8_0")
     assert resolve(str(file)).folder != found.folder
     assert resolve(str(file)).source.endswith("8-bit (Q8_0)")
-    file.write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="start the server again"):
-        check_folder(found.folder, dummy=False)
+    # Larger or smaller: a worker that starts once more must not read it by the index of the old one.
+    for content in (file.read_bytes(), b"GGUF"):
+        file.write_bytes(content)
+        with pytest.raises(ModelError, match="start the server again"):
+            check_folder(found.folder, dummy=False)
 
 
 def test_what_lies_beside_the_file_counts_first(tiny_folder: Path, tmp_path: Path) -> None:
@@ -141,6 +144,7 @@ def test_llama_3_scaling_is_told_by_its_factors(tiny_folder: Path, tmp_path: Pat
         ({"tokenizer__ggml__pre": "new-bpe"}, "'gpt2' 'new-bpe', which miniserve does not know: .*tokenizer.json"),
         ({"llama__embedding_length": None}, "has no llama.embedding_length"),
         ({"llama__rope__dimension_count": 8}, "rotates 8 of 32"),
+        ({"tokenizer__ggml__merges": None}, "has no 'tokenizer.ggml.merges'"),
     ],
 )
 def test_another_model_is_refused(tiny_folder: Path, tmp_path: Path, meta: dict[str, object], says: str) -> None:
@@ -161,6 +165,17 @@ def test_a_damaged_file_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "n.gguf").touch()
     with pytest.raises(ModelError, match=r"several models \(m.gguf, n.gguf\): give one"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_scales_that_are_no_numbers_are_refused(tiny_folder: Path, tmp_path: Path, scale: float) -> None:
+    file = write_gguf(tiny_folder, tmp_path / "m.gguf")
+    content = bytearray(file.read_bytes())
+    tensor = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.0.attn_q.weight")
+    content[tensor.data_offset : tensor.data_offset + 2] = np.float16(scale).tobytes()
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"scales of model.layers.0.self_attn.q_proj.weight .* not finite"):
+        small(file)
 
 
 def test_the_default_model_is_its_4_bits(

@@ -52,6 +52,15 @@ def test_4_bits_are_no_worse_than_with_the_peak_at_minus_8(seed: int, rows: int,
     assert (errors[0] <= errors[1] * 1.001 + 1e-12).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("peak", [1e-37, 1e-38, 1e-40])
+def test_numbers_near_the_least_of_all_become_zero(bits: int, peak: float) -> None:
+    """The inverse of their scale is infinite, and times zero no number."""
+    weight = torch.zeros(1, GROUP, dtype=torch.bfloat16)
+    weight[0, 3] = peak
+    assert torch.equal(Quantized.of(weight, bits).dequantized(torch.float32), torch.zeros(1, GROUP))
+
+
 @given(st.integers(0, 1000), st.sampled_from([4, 8]))
 def test_numbers_that_are_whole_steps_stay_as_they_are(seed: int, bits: int) -> None:
     generator = torch.Generator().manual_seed(seed)
