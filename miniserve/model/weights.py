@@ -27,6 +27,8 @@ log = logging.getLogger("miniserve.model")
 NEEDLESS = ("rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale")
 """How names of tensors end that nothing is computed with here."""
 Progress = Callable[[int, int], None]
+Target = tuple[torch.dtype, torch.device, int | None]
+"""The dtype and the device of what is made, and the bits of plain matrices."""
 QUANTIZATIONS = {"int8": 8, "int4": 4}
 """Bits of what is made at load from plain weights. The head is in 8 bits with both, as 4 cost it the most; the rows of
 the embedding are looked up, and stay as they are."""
@@ -65,15 +67,9 @@ def load_weights(
 
 
 def _build(
-    read: Read,
-    names: set[str],
-    config: ModelConfig,
-    ops: Ops,
-    how: tuple[torch.dtype, torch.device, int | None],
-    costs: Costs,
-    show: Progress,
+    read: Read, names: set[str], config: ModelConfig, ops: Ops, how: Target, costs: Costs, show: Progress
 ) -> Weights:
-    """`names` are those of all tensors there are; `how` is the dtype, the device, and the bits of plain matrices."""
+    """`names` are those of all tensors there are."""
     dtype, device, bits = how
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.heads * dim, config.kv_heads * dim
