@@ -112,8 +112,8 @@ def test_the_same_tokens_give_what_the_server_gives(llm: LLM, said: list[TurnOut
             output = msgspec.structs.replace(output, logprobs=logprobs)
         choice.feed(output)
         assert turn.take(output) is (choice.finish is not None)
-    text, logprobs = choice.take_text()
-    assert (completion.text, completion.logprobs or []) == (text, logprobs)
+    parts, logprobs = choice.take()
+    assert (completion.text, completion.logprobs or []) == ("".join(map(str, parts)), logprobs)
     assert (completion.finish_reason, completion.stop_reason) == (choice.finish, choice.stop_reason)
     assert len(completion.token_ids) == choice.output_tokens
 
