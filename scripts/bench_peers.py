@@ -194,12 +194,12 @@ def main(argv: list[str] | None = None) -> int:
         figures = "  ".join(f"{n} {value:.4g}{'!' * (n in row['disturbed'])}" for n, value in row["median"].items())
         beside = "  ".join(f"{value:.2f}x {name}" for name, value in row["ratio"].items() if name != first)
         print(f"{scenario.name:<28}{figures}   {first} is {beside}", flush=True)
-        told = {name: msgspec.to_builtins(server) for name, server in servers.items()}
-        write(args.json, {"servers": told, "scenarios": table, "memory, MB": taken})
+        reported = {name: msgspec.to_builtins(server) for name, server in servers.items()}
+        write(args.json, {"servers": reported, "scenarios": table, "memory, MB": taken})
     for name, server in peers.items():
         taken[name].append(memory(server.pid))
         print(f"memory of {name}: {taken[name][0]:.0f} MB before, {taken[name][1]:.0f} MB after", flush=True)
-    write(args.json, {"servers": told, "scenarios": table, "memory, MB": taken})
+    write(args.json, {"servers": reported, "scenarios": table, "memory, MB": taken})
     return 0
 
 

@@ -38,7 +38,7 @@ class Costs:
 
 class Safetensors:
     """The tensors of open `files`; `packing` is the `quantization_config` of config.json. `names` are those of all
-    weights, as plain ones are called; `unread` of tensors that nobody has asked for."""
+    weights, as plain ones are called; `unread` of tensors that the model has not asked for."""
 
     def __init__(self, folder: Path, files: list[Any], packing: dict[str, Any], costs: Costs) -> None:
         self._folder, self._costs = folder, costs

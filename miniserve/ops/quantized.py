@@ -64,7 +64,7 @@ class Quantized:
         """The nearest to a weight `[out, in]` of any float dtype, symmetric. `in` must be a multiple of `GROUP`.
 
         8 bits: the largest number of a group becomes 127. 4 bits: it becomes that of `PEAKS` with the least squared
-        error over the group, each with the scale that is best for its codes (7% less error than with -8 alone).
+        error over the group, each with the scale that is best for its codes.
         """
         groups = weight.float().view(len(weight), -1, GROUP)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)

@@ -81,7 +81,7 @@ class Batching:
     def _share(self, budget: int, running: list[Sequence]) -> list[Work]:
         """Divide at most `budget` tokens of a step among prompts, oldest first. Up to `SHORT_SHARE` of them goes to
         short prompts first. Beside these long ones get no more than the rest of that share, and at least a little: so
-        what follows in a conversation waits for a step not much longer than its own, whoever has a long prompt."""
+        what follows in a conversation waits for a step not much longer than its own, beside any long prompt."""
         prompts = [s for s in running if s.state is State.RUNNING and s.to_launch > 1]
         counts = [0] * len(prompts)
 

@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
         ["quantized (MLX)"],
     ),
     "MLX, only told by tensors": (edit_tensors(lambda t: t.update({"model.x.scales": torch.ones(2)})), ["MLX"]),
-    "GPTQ, only told by tensors": (edit_tensors(rename(weight="qweight")), ["quantized (GPTQ or AWQ", "plain version"]),
+    "GPTQ by its tensors alone": (edit_tensors(rename(weight="qweight")), ["quantized (GPTQ or AWQ", "plain version"]),
     "FP8, with scales": (edit_tensors(lambda t: t.update({"model.x.weight_scale_inv": torch.ones(2)})), ["FP8"]),
     "FP8, without": (edit_tensors(to(torch.float8_e4m3fn, "proj")), ["float8_e4m3fn", "bf16, fp16 and fp32"]),
     "integers": (edit_tensors(to(torch.int8, "q_proj")), ["int8", "q_proj"]),
