@@ -206,7 +206,8 @@ class Publish(Wire, frozen=True):
     untouched until the `Release`, but not past `deadline`: what is copied later does not count. The sender had finished
     them at `finished_at`. Both are seconds on the host's monotonic clock. `last` ends the handoff. A prefill ends with
     `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it too, since P may die
-    before its own report is read.
+    before its own report is read. `state` are pages with the recurrent state after the last of `pages`, of a model that
+    has one; their names follow from the last hash.
     """
 
     turn: str
@@ -219,6 +220,7 @@ class Publish(Wire, frozen=True):
     commit: FirstToken | None = None
     history: bool = False
     """Whether this answers a `Fetch`, not a `Prefill`."""
+    state: list[int] = []
 
 
 class Release(Wire, frozen=True):

@@ -15,12 +15,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from miniserve.config import LFS_POINTER, ConfigError, read_object
+from miniserve.families import FAMILIES, text_model
 
-ARCHITECTURES = {
-    kind: f"{name}ForCausalLM"
-    for kind, name in {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}.items()
-}
+ARCHITECTURES = {kind: arch for arch, family in FAMILIES.items() for kind in family.types}
 """By config.json's `model_type`."""
+TEXT_MODELS = {other: arch for arch, family in FAMILIES.items() for other in (arch, *family.also)}
+"""The architecture of the text model, by that of the whole."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GGUF, GGUF_INDEX = "model.gguf", "model.json"
 """A GGUF, and where each tensor is in it: {name: [offset, bytes, kind, shape, heads whose rows have GGUF's order]}."""
@@ -65,7 +65,7 @@ def check_folder(folder: Path, dummy: bool) -> Checked:
     try:
         if not (folder / "config.json").is_file():
             raise ModelError(_instead(folder, "config.json"))
-        found = Checked(read_object(folder / "config.json"))
+        found = Checked(text_model(read_object(folder / "config.json")))
         _check_config(folder, found)
         if not dummy:
             _check_weights(folder, found)
@@ -94,7 +94,7 @@ def _check_config(folder: Path, found: Checked) -> None:
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ModelError(f"{folder}/config.json: `architectures` must be a list of names, not {named!r:.60}.")
     by_type = ARCHITECTURES.get(str(kind))
-    arch = named[0] if named else by_type or f"model of type {kind!r}"
+    arch = str(TEXT_MODELS.get(named[0], named[0]) if named else by_type or f"model of type {kind!r}")
     # A model that also names remote code (`auto_map`) is served by our own model or not at all.
     if arch not in ARCHITECTURES.values():
         about = " (it makes embeddings, not text)" if (folder / "modules.json").is_file() else ""
@@ -103,7 +103,8 @@ def _check_config(folder: Path, found: Checked) -> None:
         if by_type is None:
             raise ModelError(f"{folder}/config.json contradicts itself: the architecture is {arch}, the type {kind!r}.")
         notes.append(f"config.json has the architecture {arch} and the type {kind!r}: it is taken for a {by_type}.")
-    config["architectures"] = [by_type or arch, *named[1:]]
+    arch = by_type or arch
+    config["architectures"] = [arch, *named[1:]]
     for key in ("quantization", "compression_config"):
         if config.get(key):
             raise _quantized(folder, "MLX" if key == "quantization" else key)
@@ -112,8 +113,9 @@ def _check_config(folder: Path, found: Checked) -> None:
     for first, second in (("dtype", "torch_dtype"), ("rope_scaling", "rope_parameters")):
         if config.get(first) and config.get(second) and config[first] != config[second]:
             notes.append(f"config.json has {first} {config[first]} and {second} {config[second]}: the first counts.")
+    known = {*FAMILIES[arch].defaults, "num_local_experts"}
     for key, value in config.items():
-        if MATHS.search(key) and value not in (None, False, 0, 1):
+        if MATHS.search(key) and key not in known and value not in (None, False, 0, 1):
             notes.append(f"config.json has {key} {value!r:.60}, which a {arch} knows nothing of: it is ignored.")
 
 

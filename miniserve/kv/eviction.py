@@ -114,6 +114,16 @@ class ExpectedNeed:
         page, end = next(iter(self._aside.pages.items()))
         return page, UNKNOWN, end
 
+    def owner(self, page: int) -> str | None:
+        """The conversation that a cached page belongs to, "" for unknown ones; None for a page that is not cached."""
+        group = self._group_of.get(page)
+        return None if group is None else group.name
+
+    def pages_of(self, conversation: str) -> list[int]:
+        """The cached pages that belong to a conversation."""
+        group = self._groups.get(conversation) if conversation else None
+        return [*group.pages] if group else []
+
     def childless(self, page: int, last_child: int) -> None:
         """`last_child`, just chosen, is about to go, and no other child of `page`, cached or not, is left: if the page
         was set aside, it joins that child's group."""

@@ -17,6 +17,16 @@ def extend_hash(parent: bytes, tokens: list[int]) -> bytes:
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=HASH_BYTES).digest()
 
 
+def snapshot_names(digest: bytes, pages: int) -> list[bytes]:
+    """Names of the `pages` that hold the recurrent state after all tokens that `digest` stands for."""
+    return [digest + part.to_bytes(2) for part in range(pages)]
+
+
+def is_snapshot(name: bytes) -> bool:
+    """Whether a page of that name holds recurrent state."""
+    return len(name) > HASH_BYTES
+
+
 def page_hashes(root: bytes, tokens: Sequence[int], page_tokens: int, known: list[bytes] | None = None) -> list[bytes]:
     """Chain hashes of the full pages of `tokens`; `known` are those of the first pages, not computed again."""
     hashes = list(known or ())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.eviction import ExpectedNeed
+from miniserve.kv.hashing import is_snapshot
 
 
 class OutOfPages(RuntimeError):
@@ -55,6 +56,8 @@ class PagePool:
         self._children: dict[bytes, int] = {}
         """How many named pages follow directly on what a hash stands for; those with none are missing."""
         self._free = list(range(num_pages - 1, -1, -1))
+        self.snapshot_pages = 0
+        """Named pages that hold recurrent state, not keys and values."""
         self.freed = 0
         """Pages whose last reference was dropped so far."""
 
@@ -110,6 +113,7 @@ class PagePool:
         if self.caching and digest not in self._page_of and self._hash_of[page] is None:
             self._page_of[digest] = page
             self._hash_of[page] = digest
+            self.snapshot_pages += is_snapshot(digest)
             if parent is not None:
                 self._parent_of[page] = parent
                 self._children[parent] = self._children.get(parent, 0) + 1
@@ -132,7 +136,20 @@ class PagePool:
 
     def clear(self) -> None:
         """Forget all cached prefixes; held pages stay and keep their names."""
-        for page in [page for page in self._page_of.values() if not self._refs[page]]:
+        self._drop([page for page in self._page_of.values() if not self._refs[page]])
+
+    def owner(self, digest: bytes) -> str | None:
+        """The conversation that released the page of that name last ("": an unknown one); None while it is held, or if
+        there is none."""
+        page = self._page_of.get(digest)
+        return None if page is None else self._order.owner(page)
+
+    def drop_snapshots(self, conversation: str) -> None:
+        """Free the cached snapshots that the conversation released last."""
+        self._drop([page for page in self._order.pages_of(conversation) if is_snapshot(self._hash_of[page] or b"")])
+
+    def _drop(self, cached: list[int]) -> None:
+        for page in cached:
             self._order.remove(page)
             self._forget(page)
             self._free.append(page)
@@ -168,6 +185,7 @@ class PagePool:
         digest, parent = self._hash_of[page], self._parent_of[page]
         assert digest is not None
         del self._page_of[digest]
+        self.snapshot_pages -= is_snapshot(digest)
         self._hash_of[page] = self._parent_of[page] = None
         if parent is not None:
             self._children[parent] -= 1

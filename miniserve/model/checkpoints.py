@@ -46,7 +46,9 @@ class Safetensors:
         # Each in the last of the files that hold it. Files are mapped, not read at once.
         found = {name: (file, name) for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
         # Of a model that was saved without its head, as some are, names lack the first part.
-        self._where = {n if n.startswith(("model.", "lm_head.")) else f"model.{n}": at for n, at in found.items()}
+        # Of one with a tower for images, they say which part is the text model.
+        plain = {name.replace("language_model.", "", 1): at for name, at in found.items()}
+        self._where = {n if n.startswith(("model.", "lm_head.")) else f"model.{n}": at for n, at in plain.items()}
         self.names = {re.sub(r"\.(qweight|weight_packed)$", ".weight", name) for name in self._where}
         self.unread = set(self._where)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from miniserve.config import ConfigError
+from miniserve.families import FAMILIES, Family
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -28,69 +30,169 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class DeltaConfig:
+    """The sizes of a gated delta net (`ops.decoder.DeltaNet`); `taps` are those of its convolution."""
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """Numbers of q, k and v of a token."""
+        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Of `count` experts of `inner` numbers `chosen` work on a token, and one of `shared_inner` numbers if that is not
+    0. `renormed`: the weights of the chosen add up to 1."""
+
+    count: int
+    chosen: int
+    inner: int
+    shared_inner: int
+    renormed: bool
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What tells one layer from another: `attends` to tokens it stores, the last `window` of them (0: all) with the
+    rotary table `rope`, or has a recurrent state; with `experts` or a plain MLP."""
+
+    attends: bool = True
+    window: int = 0
+    rope: int = 0
+    experts: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The sizes and variants that the decoder needs. Sizes count numbers, `max_len` counts tokens."""
 
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    layers: int
+    layers: tuple[LayerConfig, ...]
     heads: int
     kv_heads: int
     head_dim: int
+    rotary_dim: int
     norm_eps: float
-    rope: RopeConfig
+    ropes: tuple[RopeConfig, ...]
+    attention_scale: float
     max_len: int
     tie_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    activation: str
+    delta: DeltaConfig | None
+    experts: ExpertsConfig | None
     dtype: torch.dtype
+
+    @property
+    def plain(self) -> bool:
+        return (
+            self.delta is None
+            and self.experts is None
+            and not self.family.after_norms
+            and self.layers == (LayerConfig(),) * len(self.layers)
+        )
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that store keys and values."""
+        return sum(layer.attends for layer in self.layers)
+
+    @property
+    def state_layers(self) -> int:
+        """Layers with a recurrent state."""
+        return len(self.layers) - self.kv_layers
+
+    @property
+    def widths(self) -> list[int]:
+        """Sizes of the rows that matrices are multiplied with."""
+        rows = [self.hidden_size, self.heads * self.head_dim]
+        rows += [self.intermediate_size] if any(not layer.experts for layer in self.layers) else []
+        if self.experts:
+            rows += [self.experts.inner] + [self.experts.shared_inner] * bool(self.experts.shared_inner)
+        return rows + ([self.delta.v_heads * self.delta.v_dim] if self.delta else [])
 
     @property
     def num_parameters(self) -> int:
         """How many numbers all matrices have (norms and biases are too small to matter)."""
-        heads = 2 * (self.heads + self.kv_heads) * self.head_dim
-        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
-        return self.layers * layer + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        q, kv, total = self.heads * self.head_dim, self.kv_heads * self.head_dim, 0
+        for layer in self.layers:
+            if layer.attends:
+                total += self.hidden_size * ((2 + self.family.gated) * q + 2 * kv)
+            elif self.delta:
+                total += self.hidden_size * (self.delta.channels + 2 * self.delta.v_heads * (self.delta.v_dim + 1))
+            if layer.experts and self.experts:
+                inner = self.experts.count * self.experts.inner + self.experts.shared_inner
+                total += self.hidden_size * (3 * inner + self.experts.count)
+            else:
+                total += 3 * self.hidden_size * self.intermediate_size
+        return total + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
         """Read the content of config.json, with transformers' defaults for what it leaves out. Raises `ConfigError` for
         what this decoder cannot do."""
         arch = config["architectures"][0]
-        mistral, qwen2, qwen3 = (arch == f"{name}ForCausalLM" for name in ("Mistral", "Qwen2", "Qwen3"))
-        heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
-        # Qwen2 has these biases always, Mistral never; Llama and Qwen3 have one key for all four.
-        attention_bias = _flag(config, "attention_bias") and not (qwen2 or mistral)
+        family = FAMILIES[arch]
         # Old files leave the heads of K and V out. With null each head has its own, in all of them.
-        kv_heads = heads if "num_key_value_heads" in config else 8 if mistral else 32 if qwen2 or qwen3 else heads
+        null_heads = "num_key_value_heads" in config and config["num_key_value_heads"] is None
+        given = {key: value for key, value in config.items() if value is not None or key == WINDOW}
+        if "num_local_experts" in given:  # one name or the other
+            given.setdefault("num_experts", given["num_local_experts"])
+        config = family.defaults | given
+        heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
+        head_dim = _whole(config, "head_dim", hidden // heads)
+        attention_bias = _flag(config, "attention_bias") and not family.bias
+        activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
+        if activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"The model uses the activation {activation!r}; miniserve knows {', '.join(ACTIVATIONS)}."
+            )
+        experts, layers = _experts(config), _layers(config, family)
+        if experts is None and any(layer.experts for layer in layers):
+            raise ConfigError("config.json has layers of experts, but says nothing of these.")
+        needed = any(not layer.experts for layer in layers)
         model = cls(
+            family=family,
             vocab_size=_whole(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_whole(config, "intermediate_size"),
-            layers=_whole(config, "num_hidden_layers"),
+            intermediate_size=_whole(config, "intermediate_size", None if needed else 1),
+            layers=layers,
             heads=heads,
-            kv_heads=_whole(config, "num_key_value_heads", kv_heads),
-            head_dim=_whole(config, "head_dim", 128 if qwen3 else hidden // heads),
+            kv_heads=heads if null_heads else _whole(config, "num_key_value_heads", heads),
+            head_dim=head_dim,
+            rotary_dim=int(head_dim * _partial(config)) if PARTIAL in family.defaults else head_dim,
             norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            rope=_rope(config),
+            ropes=_ropes(config),
+            attention_scale=_number(config, "query_pre_attn_scalar", head_dim) ** -0.5,
             max_len=_whole(config, "max_position_embeddings"),
             tie_embeddings=_flag(config, "tie_word_embeddings"),
-            qkv_bias=attention_bias or qwen2,
+            qkv_bias=attention_bias or family.bias == "always",
             output_bias=attention_bias,
             mlp_bias=_flag(config, "mlp_bias") and arch == "LlamaForCausalLM",
-            qk_norm=qwen3,
+            activation=ACTIVATIONS[activation],
+            delta=None if all(layer.attends for layer in layers) else _delta(config),
+            experts=experts,
             dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16),
         )
         if heads % model.kv_heads or model.head_dim % 2:
             shape = f"{heads} heads of {model.head_dim} numbers, {model.kv_heads} of K and V"
             raise ConfigError(f"config.json has {shape}: the second must be even, the third must divide the first.")
-        if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise ConfigError(f"The model uses the activation {act!r}; miniserve knows silu.")
-        # Up to the window the model was trained with full attention; past it the text would differ.
-        return replace(model, max_len=min(model.max_len, _window(config, arch, model.layers) or model.max_len))
+        if family.scaled and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
+            raise ConfigError("config.json caps logits (softcapping), which miniserve does not.")
+        if not model.kv_layers:
+            raise ConfigError("config.json has no layer with attention: miniserve serves models with some.")
+        return model
 
 
 def _number(config: dict[str, Any], name: str, default: float | None = None, kind: type = float) -> Any:
@@ -114,21 +216,80 @@ def _flag(config: dict[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _window(config: dict[str, Any], arch: str, layers: int) -> int | None:
-    """How many tokens a layer sees, if one of them does not see all. Only Qwen's has a switch for it."""
-    kinds, qwen = set(map(str, config.get("layer_types") or ())), arch.startswith("Qwen")
-    if other := kinds - {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"The model has layers of the type {min(other)!r}; miniserve knows full_attention.")
-    some = "sliding_attention" in kinds if kinds else not qwen or config.get("max_window_layers", 28) < layers
-    if (qwen and not _flag(config, "use_sliding_window")) or not (some or arch == "MistralForCausalLM"):
+WINDOW, PARTIAL = "sliding_window", "partial_rotary_factor"
+KINDS = ("full_attention", "sliding_attention", "linear_attention")
+
+
+def _layers(config: dict[str, Any], family: Family) -> tuple[LayerConfig, ...]:
+    """Of each layer whether it attends, how far it looks, and whether it has experts."""
+    count, kinds = _whole(config, "num_hidden_layers"), config.get("layer_types")
+    window = _whole(config, WINDOW) if family.windows and config.get(WINDOW) is not None else 0
+    step, dense = _whole(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if family.windows == "all":
+        kinds = [KINDS[1]] * count
+    elif family.windows == "typed" and "max_window_layers" in family.defaults:  # Qwen's has a switch
+        window = window if _flag(config, "use_sliding_window") else 0
+        kinds = kinds or [KINDS[i >= config["max_window_layers"]] for i in range(count)]
+    elif kinds is None and (every := config.get("sliding_window_pattern") or config.get("full_attention_interval")):
+        kinds = [KINDS[0] if (i + 1) % every == 0 else KINDS[1 if family.windows else 2] for i in range(count)]
+    kinds = [KINDS[0]] * count if kinds is None else kinds
+    known = KINDS if "linear_num_key_heads" in family.defaults else KINDS[:2]
+    if not isinstance(kinds, list) or len(kinds) != count or (other := {*map(str, kinds)} - {*known}):
+        what = min(other) if len(kinds) == count else f"{len(kinds)} layer_types for {count} layers"
+        raise ConfigError(f"The model has layers of the type {what!r}; miniserve knows {', '.join(known)}.")
+    return tuple(
+        LayerConfig(
+            attends=kind != KINDS[2],
+            window=window if kind == KINDS[1] else 0,
+            rope=int(kind == KINDS[1] and "rope_local_base_freq" in family.defaults),
+            experts=bool(family.experts) and (i + 1) % step == 0 and i not in dense,
+        )
+        for i, kind in enumerate(kinds)
+    )
+
+
+def _experts(config: dict[str, Any]) -> ExpertsConfig | None:
+    """Mixtral's experts are as large as an MLP."""
+    if not config.get("num_experts"):
         return None
-    window = config.get("sliding_window", None if arch == "LlamaForCausalLM" else 4096)
-    return None if window is None else _whole(config, "sliding_window", window)
+    return ExpertsConfig(
+        count=_whole(config, "num_experts"),
+        chosen=_whole(config, "num_experts_per_tok"),
+        inner=_whole(config, "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"),
+        shared_inner=config.get("shared_expert_intermediate_size") or 0,
+        renormed=_flag(config, "norm_topk_prob"),
+    )
 
 
-def _rope(config: dict[str, Any]) -> RopeConfig:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+def _delta(config: dict[str, Any]) -> DeltaConfig:
+    names = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
+    sizes = DeltaConfig(*(_whole(config, f"linear_{name}") for name in names))
+    if sizes.v_heads % sizes.k_heads:
+        raise ConfigError(f"config.json has {sizes.v_heads} heads of values for {sizes.k_heads} of keys.")
+    return sizes
+
+
+def _partial(config: dict[str, Any]) -> float:
+    """The part of a head that rotates."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return float(found.get(PARTIAL) or config.get(PARTIAL) or 1.0)
+
+
+def _ropes(config: dict[str, Any]) -> tuple[RopeConfig, ...]:
+    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before): one for all layers, or a
+    second one for those with windows."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"The model's rope parameters {found!r:.100} are not supported: one set for all layers is.")
+    local = config.get("rope_local_base_freq")
+    if local is None:
+        return (_rope(config, found),)
+    if KINDS[0] in found:
+        return _rope(config, found[KINDS[0]]), _rope(config, found.get(KINDS[1]) or {"rope_theta": local})
+    return _rope(config, found), RopeConfig(_number(config, "rope_local_base_freq"))
+
+
+def _rope(config: dict[str, Any], found: dict[str, Any]) -> RopeConfig:
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise ConfigError(f"The model's rope parameters {found!r:.100} are not supported: one set for all layers is.")
     theta = _number(found, "rope_theta", _number(config, "rope_theta", 10000.0))
@@ -138,7 +299,7 @@ def _rope(config: dict[str, Any]) -> RopeConfig:
     if kind not in ("linear", "llama3"):
         known = "miniserve knows default, dynamic, linear, llama3. If it was added for longer contexts, take it out"
         raise ConfigError(f"The model's rope scaling {kind!r} is not supported; {known} of config.json.")
-    if (part := found.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
+    if (part := _partial(config)) != 1:
         raise ConfigError(f"The model's partial_rotary_factor {part!r} is not supported beside rope scaling {kind!r}.")
     factor = _number(found, "factor")
     if kind == "linear":

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for Llama 2/3, Qwen2, Qwen3 and Mistral: they differ in biases and norms only."""
+"""One decoder-only transformer for all families: which parts its layers have, their configuration says."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from miniserve.model import rope
+from miniserve.model import attention, delta_net, mlp, rope
 from miniserve.model.config import ModelConfig
+from miniserve.model.passes import Pass
 from miniserve.ops import Ops
-from miniserve.ops.batch import Batch
-from miniserve.ops.decoder import Weights
+from miniserve.ops.batch import Batch, State
+from miniserve.ops.decoder import Attention, Weights
 
 Head = Callable[[torch.Tensor], torch.Tensor] | None
 
@@ -23,22 +24,23 @@ class Transformer:
         self.ops = ops
         self.head = weights.head
         self._weights = weights
-        self._scale = config.head_dim**-0.5
-        self._rotary = ops.rotary(rope.angles(config.rope, config.head_dim, max_len), weights.embedding.dtype)
-        self._fused = ops.fuse(weights, self._rotary, config.heads, config.norm_eps, self._scale)
+        tables = [rope.angles(kind, config.rotary_dim, max_len) for kind in config.ropes]
+        self._rotary = [ops.rotary(table, weights.embedding.dtype) for table in tables]
+        self._fused = ops.fuse(weights, self._rotary)
 
     @property
     def device(self) -> torch.device:
         return self._weights.embedding.device
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: torch.Tensor, head: Head = None) -> torch.Tensor:
-        """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV.
+    def forward(self, batch: Batch, kv: torch.Tensor, state: State | None = None, head: Head = None) -> torch.Tensor:
+        """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV,
+        and over the recurrent `state`, which goes on by them, where the model has one.
 
         Returns float32 logits `[len(batch.outputs), vocab]`, or what a `head` makes of the hidden states
         `[len(batch.outputs), hidden]` instead.
         """
-        new = self.ops.plan(batch, kv), batch.tokens, batch.positions, batch.outputs
+        new = self.ops.plan(batch, kv, state), batch.tokens, batch.positions, batch.outputs
         return self._fused(*new) if head is None and self._fused is not None else self.compute(*new, head)
 
     @torch.inference_mode()
@@ -48,28 +50,31 @@ class Transformer:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
         graph. Without `outputs` the logits of all rows are wanted.
 
-        In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows; qkv_heads is
-        heads + 2 * kv_heads.
+        In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows.
         """
-        config, ops, weights = self.config, self.ops, self._weights
-        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        cos_sin = self._rotary(positions)
+        ops, weights = self.ops, self._weights
+        now = Pass(ops, plan, [table(positions) for table in self._rotary], weights.eps)
         x = F.embedding(tokens, weights.embedding)  # [T, hidden]
-        for index, layer in enumerate(weights.layers):
-            h = ops.rms_norm(x, layer.input_norm, config.norm_eps)  # [T, hidden]
-            qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)  # [T, qkv_heads, dim]
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)  # [T, heads, dim], 2 x [T, kv_heads, dim]
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q = ops.rms_norm(q, layer.q_norm, config.norm_eps)
-                k = ops.rms_norm(k, layer.k_norm, config.norm_eps)
-            q, k = ops.rope(q, k, cos_sin)
-            attended = ops.attention(plan, index, q, k, v, self._scale).flatten(1)  # [T, heads * dim]
-            if index == config.layers - 1 and outputs is not None:
+        if weights.scale != 1:
+            x *= weights.scale
+        for layer in weights.layers:
+            h = ops.rms_norm(x, layer.input_norm, weights.eps)  # [T, hidden]
+            if isinstance(layer.mixer, Attention):
+                mixed = attention.attend(layer.mixer, h, now)  # [T, width]
+            else:
+                mixed = delta_net.recur(layer.mixer, h, now)  # [T, width]
+            if layer is weights.layers[-1] and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
                 if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
-                    return torch.empty((0, config.vocab_size), device=x.device)
-                attended, x = attended[outputs], x[outputs]  # [outputs, heads * dim], [outputs, hidden]
-            x = layer.out(attended, x)  # [T, hidden]
-            h = ops.rms_norm(x, layer.post_norm, config.norm_eps)  # [T, hidden]
-            x = layer.down(layer.gate_up(h), x)  # [T, intermediate] -> [T, hidden]
-        return (head or self.head)(ops.rms_norm(x, weights.norm, config.norm_eps))  # [T, vocab]
+                    return torch.empty((0, self.config.vocab_size), device=x.device)
+                mixed, x = mixed[outputs], x[outputs]  # [outputs, width], [outputs, hidden]
+            if layer.mixer_norm is None:
+                x = layer.mixer.out(mixed, x)  # [T, hidden]
+            else:
+                x = x + ops.rms_norm(layer.mixer.out(mixed), layer.mixer_norm, weights.eps)
+            h = ops.rms_norm(x, layer.post_norm, weights.eps)  # [T, hidden]
+            if layer.mlp_norm is None:
+                x = mlp.think(layer.mlp, h, x, now)  # [T, hidden]
+            else:
+                x = x + ops.rms_norm(mlp.think(layer.mlp, h, None, now), layer.mlp_norm, weights.eps)
+        return (head or self.head)(ops.rms_norm(x, weights.norm, weights.eps))  # [T, vocab]

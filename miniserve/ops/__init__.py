@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import torch
 
-from miniserve.ops.batch import Batch
-from miniserve.ops.decoder import Linear, Weights
+from miniserve.ops.batch import Batch, State
+from miniserve.ops.decoder import DeltaNet, Experts, Linear, Weights
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
 from miniserve.ops.torch_ops import TorchOps
@@ -29,6 +29,9 @@ class Ops(Protocol):
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout. One of 4 or 8 bits is
         computed with as it is (`CpuOps`), or dequantized to the dtype that these `Ops` are for."""
 
+    def plain(self, weight: torch.Tensor) -> Linear:
+        """Prepare a small matrix whose rows are few or odd in number."""
+
     def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
         """Prepare the last matrix, `[vocab, hidden]`: the result makes float32 logits of `[rows, hidden]`."""
 
@@ -40,10 +43,20 @@ class Ops(Protocol):
         makes `cos_sin` for the positions `[T]` of a batch."""
 
     def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: each number with the one half a head away."""
+        """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: of the first R numbers of a head, as many as
+        there are angles for twice, each with the one R / 2 away."""
 
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
-        """Prepare `[2 * I, in]`, of which the first half are gates: the result makes silu(gate) * up, `[T, I]`."""
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
+        """Prepare `[2 * I, in]`, of which the first half are gates: the result makes activation(gate) * up, `[T, I]`.
+        The `activation` is `silu` or `gelu_tanh`."""
+
+    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the experts `ids` make of each row of `x` `[T, hidden]`, added up with their `weights`, both
+        `[T, chosen]`; the shared expert is not among them."""
+
+    def delta(self, plan: Any, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        """The convolution of `qkv` `[T, channels]`, and the delta rule with `ba` `[T, 2 * v_heads]`: what is read from
+        the state, `[T, v_heads, v_dim]`. The state goes on by the new tokens (`ops/delta.py`)."""
 
     def filter(
         self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
@@ -55,12 +68,11 @@ class Ops(Protocol):
         leave; the likeliest always stays.
         """
 
-    def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> Compute | None:
+    def fuse(self, weights: Weights, rotary: list[Any]) -> Compute | None:
         """A whole model in one call, where a backend has one: the same as `model.Transformer.compute`, which makes one
-        call for each operation. These `Ops` have prepared `weights` and `rotary`; `eps` is that of the norms, `scale`
-        is what attention scores are multiplied with."""
+        call for each operation. These `Ops` have prepared `weights` and `rotary`."""
 
-    def plan(self, batch: Batch, kv: torch.Tensor) -> Any:
+    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Any:
         """What attention needs to know of a batch, worked out once for all layers.
 
         `kv` is the pool `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of
@@ -68,9 +80,10 @@ class Ops(Protocol):
         """
 
     def attention(
-        self, plan: Any, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self, plan: Any, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0
     ) -> torch.Tensor:
-        """Store the new tokens' `k`, `v` `[T, Hkv, D]` in the pool, then attend causally: `q` -> `[T, H, D]`."""
+        """Store the new tokens' `k`, `v` `[T, Hkv, D]` in the pool, then attend causally, to the last `window` tokens
+        if that is not 0: `q` -> `[T, H, D]`."""
 
 
 def make_ops(
@@ -78,7 +91,7 @@ def make_ops(
     dtype: torch.dtype,
     heads: int,
     head_dim: int,
-    widths: tuple[int, ...],
+    widths: list[int],
     page_tokens: int = 16,
     *,
     native: bool = True,
@@ -87,8 +100,9 @@ def make_ops(
     """The implementation for `device`, and its name or why it is a slower one.
 
     `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
-    states, MLP activations; `page_tokens` is the size of a page. Without `native` it is plain torch. A CPU gets
-    compiled kernels where a compiler is installed; `progress` gets a line if they have to be compiled first.
+    states, MLP activations and others that matrices are multiplied with; `page_tokens` is the size of a page. Without
+    `native` it is plain torch. A CPU gets compiled kernels where a compiler is installed; `progress` gets a line if
+    they have to be compiled first.
     """
     if not native:
         return TorchOps(device, dtype), "torch"

@@ -1,6 +1,6 @@
 """What one forward pass works on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -8,7 +8,8 @@ import torch
 @dataclass(frozen=True)
 class Batch:
     """New tokens of several sequences, one after the other. Sequence `i` brings `lengths[i]` tokens, the last of its
-    `contexts[i]` tokens so far; its KV lies in `pages[i]`, in order, with room for the new tokens.
+    `contexts[i]` tokens so far; its KV lies in `pages[i]`, in order, with room for the new tokens, and its recurrent
+    state, if the model has one, in slot `slots[i]`.
 
     `tokens` and `positions` are int64 `[T]` with T = sum(lengths); `outputs` (int64) are the rows whose logits are
     wanted. All are on the model's device.
@@ -20,3 +21,14 @@ class Batch:
     lengths: list[int]
     contexts: list[int]
     pages: list[list[int]]
+    slots: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class State:
+    """The recurrent state of all sequences, by slot and layer: `conv` `[slot, layer, taps - 1, channels]` are the last
+    inputs of the convolution, the newest last; `delta` float32 `[slot, layer, v_head, k_dim, v_dim]` is what the delta
+    rule has learned."""
+
+    conv: torch.Tensor
+    delta: torch.Tensor

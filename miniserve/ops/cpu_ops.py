@@ -2,18 +2,18 @@
 
 import ctypes
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, State
 from miniserve.ops.cpu_packed import Arena, FusedForward, PackedMatrix, address
 from miniserve.ops.cpu_structs import ARGUMENTS, BLOCK, PACK_CODES, ROWS, NativeBatch, NativeMatrix, NativePlan, Rotary
-from miniserve.ops.decoder import Weights
+from miniserve.ops.decoder import DeltaNet, Linear, Weights
 from miniserve.ops.native import NoKernels, load
 from miniserve.ops.quantized import Quantized, Weight
-from miniserve.ops.torch_ops import filter_sorted, rotary_tables
+from miniserve.ops.torch_ops import delta, dense_linear, filter_sorted, mixture, rotary_tables
 
 
 class CpuOps:
@@ -28,7 +28,7 @@ class CpuOps:
         self,
         dtype: torch.dtype,
         head_dim: int,
-        widths: tuple[int, ...],
+        widths: list[int],
         page_tokens: int,
         progress: Callable[[str], None],
     ) -> None:
@@ -76,7 +76,7 @@ class CpuOps:
         native.packed = packed.data_ptr()
         return PackedMatrix(kernel, out, weight.shape[0], native, packed, bias)
 
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> PackedMatrix:
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> PackedMatrix:
         """A block of columns is half gates, half their ups, so that a product has both at hand."""
         order = torch.arange(weight.shape[0]).view(2, -1, BLOCK // 2).transpose(0, 1).flatten()
         made = self.linear(weight[order], None if bias is None else bias[order])
@@ -100,10 +100,19 @@ class CpuOps:
             self._rope(x.data_ptr(), x.stride(0), *x.shape, *tables)
         return q, k
 
-    def fuse(self, weights: Weights, rotary: Rotary, heads: int, eps: float, scale: float) -> FusedForward:
-        return FusedForward(self._forward, weights, rotary, heads, eps, scale)
+    def plain(self, weight: torch.Tensor) -> Linear:
+        return dense_linear(weight, None)
 
-    def plan(self, batch: Batch, kv: torch.Tensor) -> NativePlan:
+    mixture = staticmethod(mixture)
+
+    def delta(self, plan: NativePlan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        assert plan.state is not None
+        return delta(plan.state, plan.pieces, part, qkv, ba)
+
+    def fuse(self, weights: Weights, rotary: list[Rotary]) -> FusedForward:
+        return FusedForward(self._forward, weights, rotary)
+
+    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> NativePlan:
         """The batch's page tables, one after the other, and where each begins."""
         count = len(batch.lengths)
         starts = [0, *accumulate(batch.lengths)]
@@ -113,10 +122,18 @@ class CpuOps:
         at = range(numbers.data_ptr(), numbers.data_ptr() + 4 * numbers.numel() + 1, 4 * count)
         _, layers, _, page_tokens, kv_heads, dim = kv.shape
         native = NativeBatch(count, *at[:5], kv.data_ptr(), layers, page_tokens, kv_heads, dim)
-        return NativePlan(native, numbers)
+        pieces = [(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(starts), strict=False)]
+        return NativePlan(native, numbers, state, pieces)
 
     def attention(
-        self, plan: NativePlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self,
+        plan: NativePlan,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int = 0,
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype)
         inputs = [number for x in (q, k, v) for number in (x.data_ptr(), x.stride(0))]

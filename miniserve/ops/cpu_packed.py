@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from miniserve.ops.cpu_structs import BLOCK, MATRICES, NORMS, NativeLayer, NativeMatrix, NativeModel, NativePlan, Rotary
-from miniserve.ops.decoder import Weights
+from miniserve.ops.decoder import Attention, Mlp, Weights
 from miniserve.ops.quantized import GROUP, Quantized
 
 ARENA_BYTES = 64 * 2**20
@@ -75,29 +75,33 @@ class PackedMatrix:
 class FusedForward:
     """A `Compute` by the kernel `forward`: a step of a hundred and more kernels whose threads never go to sleep."""
 
-    def __init__(self, forward: Any, weights: Weights, rotary: Rotary, heads: int, eps: float, scale: float) -> None:
-        head, gate_up = weights.head, weights.layers[0].gate_up
+    def __init__(self, forward: Any, weights: Weights, rotary: list[Rotary]) -> None:
+        head, first = weights.head, weights.layers[0]
+        assert isinstance(first.mixer, Attention)
+        assert isinstance(first.mlp, Mlp)
+        gate_up = first.mlp.gate_up
         assert isinstance(head, PackedMatrix)
         assert isinstance(gate_up, PackedMatrix)
         self._forward = forward
         self._vocab = head.columns
         layers = (NativeLayer * len(weights.layers))()
         for native, layer in zip(layers, weights.layers, strict=True):
+            parts = {**vars(layer), **vars(layer.mixer), **vars(layer.mlp)}
             for name in NORMS:
-                setattr(native, name, address(getattr(layer, name)))
+                setattr(native, name, address(parts[name]))
             for name in MATRICES:
-                setattr(native, name, getattr(layer, name).native)
+                setattr(native, name, parts[name].native)
         self._model = NativeModel(
             hidden=weights.embedding.shape[1],
             inner=gate_up.columns // 2,
-            heads=heads,
+            heads=first.mixer.heads,
             layers=len(layers),
             vocab=self._vocab,
-            eps=eps,
-            scale=scale,
+            eps=weights.eps,
+            scale=first.mixer.scale,
             embedding=weights.embedding.data_ptr(),
-            cos=rotary.cos.data_ptr(),
-            sin=rotary.sin.data_ptr(),
+            cos=rotary[0].cos.data_ptr(),
+            sin=rotary[0].sin.data_ptr(),
             norm=weights.norm.data_ptr(),
             head=head.native,
             layer=ctypes.addressof(layers),

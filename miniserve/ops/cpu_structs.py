@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from miniserve.ops.batch import State
+
 _int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 BLOCK = 64
@@ -67,10 +69,13 @@ ARGUMENTS: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class NativePlan:
-    """A batch as the kernels read it. `numbers` is the memory that `native` points into."""
+    """A batch as the kernels read it. `numbers` is the memory that `native` points into. `pieces` has the slot and the
+    rows of each sequence, if the model has a recurrent `state`."""
 
     native: NativeBatch
     numbers: torch.Tensor
+    state: State | None
+    pieces: list[tuple[int, slice]]
 
 
 @dataclass(frozen=True)

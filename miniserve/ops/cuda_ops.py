@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
-from miniserve.ops.decoder import Linear, Weights
+from miniserve.ops.decoder import DeltaNet, Linear, Weights
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight, dense
+from miniserve.ops.torch_ops import delta, mixture
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -72,9 +73,19 @@ class CudaOps(CudaPlanner):
         )
         return q, k
 
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+    def plain(self, weight: torch.Tensor) -> Linear:
+        return self.linear(weight)
+
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
         product = self.linear(weight, bias)
-        return lambda x, residual=None: self._fi.activation.silu_and_mul(input=product(x))
+        act = self._fi.activation.silu_and_mul if activation == "silu" else self._fi.activation.gelu_tanh_and_mul
+        return lambda x, residual=None: act(input=product(x))
+
+    mixture = staticmethod(mixture)
+
+    def delta(self, plan: CudaPlan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        assert plan.state is not None
+        return delta(plan.state, plan.pieces, part, qkv, ba)
 
     def filter(
         self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
@@ -86,13 +97,20 @@ class CudaOps(CudaPlanner):
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
 
-    def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> None:
+    def fuse(self, weights: Weights, rotary: list[Any]) -> None:
         """There is no such kernel; CUDA graphs spare the host its calls."""
 
     def attention(
-        self, plan: CudaPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self,
+        plan: CudaPlan,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int = 0,
     ) -> torch.Tensor:
-        assert scale == self.scale, "what was planned for"
+        assert (scale, window) == (self.scale, 0), "what was planned for"
         pages = plan.layers[layer]
         self._fi.page.append_paged_kv_cache(
             append_key=k,

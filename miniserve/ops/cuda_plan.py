@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, State
 
 WORKSPACE_BYTES = 384 * 2**20
 """For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""
@@ -36,6 +36,9 @@ class CudaPlan:
     indices: torch.Tensor
     indptr: torch.Tensor
     last: torch.Tensor
+    state: State | None = None
+    pieces: list[tuple[int, slice]] = field(default_factory=list)
+    """The slot and the rows of each sequence, if the model has a recurrent `state`."""
 
 
 def page_tables(
@@ -66,7 +69,7 @@ class CudaPlanner:
         self._decode: Any = None
         self._planned: torch.cuda.Event | None = None
 
-    def plan(self, batch: Batch, kv: torch.Tensor) -> CudaPlan:
+    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> CudaPlan:
         """Page tables on the device, and what FlashInfer plans of them on the host."""
         size, count = kv.shape[3], len(batch.lengths)
         decodes = next((i for i, length in enumerate(batch.lengths) if length > 1), count)
@@ -74,6 +77,7 @@ class CudaPlanner:
         split = begins[decodes]
         starts = [0, *accumulate(batch.lengths[decodes:])]
         later = [at - split for at in begins[decodes:]]
+        rows = [0, *accumulate(batch.lengths)]
         row_of = [i for i, length in enumerate(batch.lengths) for _ in range(length)]
         parts = (begins, last_lengths, starts, later, row_of, numbers)
         host = self._host(list(chain(*parts)))
@@ -106,6 +110,8 @@ class CudaPlanner:
             indices=indices,
             indptr=on_device[0],
             last=on_device[1],
+            state=state,
+            pieces=[(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(rows), strict=False)],
         )
 
     # --- plans of CUDA graphs ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The weights of a dense decoder-only model, prepared by some `Ops` for their device."""
+"""The weights of a decoder-only model part by part, prepared by some `Ops` for their device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,25 +15,101 @@ class Linear(Protocol):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The weights of one layer. q, k and v are one matrix, gate and up another, with the gate's activation."""
+class Attention:
+    """Attention of `heads` queries on `kv_heads` keys and values of `dim` numbers. q, k and v are one matrix; if the
+    layer is `gated`, gates of as many heads as q has follow there.
 
-    input_norm: torch.Tensor
+    `index` is its place among the layers with KV in the pool. A query sees the last `window` tokens, itself included;
+    0: all. `rope` is its number among the model's rotary tables. Scores are multiplied with `scale`.
+    """
+
+    index: int
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    window: int
+    rope: int
+    gated: bool
     qkv: Linear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     out: Linear
-    post_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta net of `k_heads` queries and keys of `k_dim` numbers, and `v_heads` values of `v_dim`; as many
+    values in turn share a key. `index` is its place among the layers with a state.
+
+    `qkvz` makes queries, keys, values and the gates of the output; `ba` makes, for each head of values, how much is
+    learned and how much forgotten. `conv` is `[taps, channels]`, the newest tap last, over q, k and v. `rate`
+    (-exp(A_log)) and `bias` are float32 `[v_heads]`.
+    """
+
+    index: int
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    qkvz: Linear
+    ba: Linear
+    conv: torch.Tensor
+    rate: torch.Tensor
+    bias: torch.Tensor
+    norm: torch.Tensor
+    out: Linear
+
+    @property
+    def channels(self) -> int:
+        """Numbers of q, k and v of a token."""
+        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Gate and up are one matrix, with the gate's activation."""
+
     gate_up: Linear
     down: Linear
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture: `router` makes a logit for each of `experts`. The `chosen` best of a token are weighed by their
+    softmax, `renormed` to a sum of 1 or not. The `shared` one is for all tokens, weighed by the sigmoid of what
+    `shared_gate` makes."""
+
+    chosen: int
+    renormed: bool
+    router: Linear
+    experts: list[Mlp]
+    shared: Mlp | None
+    shared_gate: Linear | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: `mixer` looks at other tokens, `mlp` at each alone. What either adds to the residual is normed by
+    `mixer_norm` and `mlp_norm`, where the model has these."""
+
+    input_norm: torch.Tensor
+    mixer: Attention | DeltaNet
+    mixer_norm: torch.Tensor | None
+    post_norm: torch.Tensor
+    mlp: Mlp | Experts
+    mlp_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Weights:
-    """All weights. `embedding` is `[vocab, hidden]`; `head` makes float32 logits of hidden states."""
+    """All weights. `embedding` is `[vocab, hidden]`, its rows are multiplied with `scale`; `head` makes float32 logits
+    of hidden states; `eps` is that of all norms."""
 
     embedding: torch.Tensor
+    scale: float
     layers: list[Layer]
     norm: torch.Tensor
+    eps: float
     head: Callable[[torch.Tensor], torch.Tensor]
     num_bytes: int

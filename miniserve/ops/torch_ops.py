@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from miniserve.ops.batch import Batch
-from miniserve.ops.decoder import Linear, Weights
+from miniserve.ops.batch import Batch, State
+from miniserve.ops.decoder import DeltaNet, Experts, Linear, Weights
+from miniserve.ops.delta import delta_rule, short_convolution
 from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
@@ -60,8 +62,19 @@ class Decodes:
     """Per layer, the pool's rows of all keys' pages and then all values' pages, int64 `[layer, 2 * B * pages]`."""
     keys: int
     """Keys that are looked at: the longest context."""
-    mask: torch.Tensor | None
-    """Added to the scores `[B, 1, 1, keys]`: 0, or -inf past a sequence's end; None where all are equally long."""
+    ends: torch.Tensor
+    """The contexts, int64 `[B, 1]`."""
+    equal: bool
+    """Whether all contexts are equally long."""
+
+    def mask(self, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Added to the scores `[B, 1, 1, keys]`: 0, or -inf outside of a sequence or, if that is not 0, of its last
+        `window` tokens; None where all keys are seen."""
+        if self.equal and not 0 < window < self.keys:
+            return None
+        at = torch.arange(self.keys, device=self.ends.device)
+        hidden = (at >= self.ends) | (at < self.ends - (window or self.keys))
+        return torch.where(hidden, -torch.inf, 0.0).to(dtype)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,9 @@ class Plan:
     by_slot: torch.Tensor
     decodes: list[Decodes]
     chunks: list[Chunk]
+    state: State | None
+    pieces: list[tuple[int, slice]]
+    """The slot of each sequence, if it has one, and its rows in the batch."""
 
 
 def filter_sorted(
@@ -144,23 +160,40 @@ class TorchOps:
 
     def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: CosSin) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate pairs of numbers half a head apart: a roll brings each to its partner."""
-        cos, sin = cos_sin  # each [T, 1, D]
-        half = q.shape[-1] // 2
-        return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)
+        cos, sin = cos_sin  # each [T, 1, R]
+        size = cos.shape[-1]
 
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+        def turned(x: torch.Tensor) -> torch.Tensor:
+            part = x[..., :size]
+            part = torch.addcmul(part * cos, part.roll(size // 2, -1), sin)
+            return part if size == x.shape[-1] else torch.cat((part, x[..., size:]), -1)
+
+        return turned(q), turned(k)
+
+    def plain(self, weight: torch.Tensor) -> Linear:
+        return dense_linear(weight, None)
+
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
         product = self.linear(weight, bias)
+        act = F.silu if activation == "silu" else partial(F.gelu, approximate="tanh")
 
         def activated(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
             gate, up = product(x).chunk(2, -1)
-            return F.silu(gate).mul_(up)
+            return act(gate).mul_(up)
 
         return activated
 
-    def fuse(self, weights: Weights, rotary: Any, heads: int, eps: float, scale: float) -> None:
+    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return mixture(part, x, ids, weights)
+
+    def delta(self, plan: Plan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        assert plan.state is not None
+        return delta(plan.state, plan.pieces, part, qkv, ba)
+
+    def fuse(self, weights: Weights, rotary: list[Any]) -> None:
         """There is no such kernel."""
 
-    def plan(self, batch: Batch, kv: torch.Tensor) -> Plan:
+    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Plan:
         """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
         padded to its longest."""
         layers, size = kv.shape[1], kv.shape[3]
@@ -188,25 +221,23 @@ class TorchOps:
         first = layer_rows * size + torch.tensor(slots, device=self._device)
         slot_rows = torch.cat((first, first + size), 1)
         opened_rows = rows(opened) if opened else None
-        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], chunks)
+        pieces = [(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(starts), strict=False)]
+        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], chunks, state, pieces)
         for members in groups.values():
             contexts = [batch.contexts[i] for i in members]
             longest = max(contexts)
             width = -(-longest // size)
             padded = [(batch.pages[i] + [batch.pages[i][0]] * width)[:width] for i in members]
-            mask = None
-            if min(contexts) < longest:
-                ends = torch.tensor(contexts, device=self._device).unsqueeze(1)
-                beyond = torch.arange(longest, device=self._device) >= ends
-                mask = torch.where(beyond, -torch.inf, 0.0).to(kv.dtype)[:, None, None]
+            ends = torch.tensor(contexts, device=self._device).unsqueeze(1)
             queries = None
             if len(members) < len(batch.lengths) or chunks:
                 queries = torch.tensor([starts[i] for i in members], device=self._device)
-            plan.decodes.append(Decodes(queries, rows([p for pages in padded for p in pages]), longest, mask))
+            every = rows([p for pages in padded for p in pages])
+            plan.decodes.append(Decodes(queries, every, longest, ends, min(contexts) == longest))
         return plan
 
     def attention(
-        self, plan: Plan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self, plan: Plan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0
     ) -> torch.Tensor:
         """Store, gather, attend. Query heads that share a key head are handled as more queries of that head: in the
         shapes, group is the number of query heads per key head."""
@@ -228,7 +259,8 @@ class TorchOps:
                 for x in gathered.view(2, size, -1, kv_heads, dim)
             )
             folded = asking.view(size, kv_heads, group, dim)
-            attended = F.scaled_dot_product_attention(folded, keys, values, decodes.mask, scale=scale)
+            mask = decodes.mask(window, q.dtype)
+            attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)
             attended = attended.reshape(size, -1, dim)  # [B, heads, dim]
             if decodes.queries is None:
                 return attended
@@ -246,6 +278,10 @@ class TorchOps:
                 queries = folded[:, :, start:end].reshape(kv_heads, -1, dim)  # [kv_heads, group * block, dim]
                 scores = torch.bmm(queries, keys[:, :, : before + end])  # [kv_heads, group * block, before + end]
                 scores.view(kv_heads, group, block, -1)[..., -block:] += self._causal[:block, :block]
+                if window:
+                    at = torch.arange(before + end, device=q.device)
+                    beyond = at[-block:, None] - at >= window  # [block, before + end]
+                    scores.view(kv_heads, group, block, -1).masked_fill_(beyond, -torch.inf)
                 weights = scores.softmax(-1)
                 attended = torch.bmm(weights, values[:, : before + end])  # [kv_heads, group * block, dim]
                 attended = attended.view(kv_heads, group, block, dim)
@@ -254,7 +290,35 @@ class TorchOps:
 
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin for each token of a batch, `[T, 1, D]`."""
+"""cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
+
+
+def delta(
+    state: State, pieces: list[tuple[int, slice]], part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor
+) -> torch.Tensor:
+    """`Ops.delta`, sequence by sequence, each in blocks of tokens: `pieces` has the slot and the rows of each."""
+    learned, rates = ba.float().chunk(2, -1)  # 2 x [T, v_heads]
+    log_decay = part.rate * F.softplus(rates + part.bias)
+    out = torch.empty((len(qkv), part.v_heads, part.v_dim), dtype=qkv.dtype, device=qkv.device)
+    for slot, rows in pieces:
+        mixed = F.silu(short_convolution(qkv[rows], part.conv, state.conv[slot, part.index]))
+        q, k, v = mixed.float().split((part.k_heads * part.k_dim,) * 2 + (part.v_heads * part.v_dim,), -1)
+        q, k = (x.view(len(x), part.k_heads, part.k_dim) for x in (q, k))
+        v = v.view(len(v), part.v_heads, part.v_dim)
+        memory = state.delta[slot, part.index]
+        out[rows] = delta_rule(q, k, v, log_decay[rows], learned[rows].sigmoid(), memory).to(out.dtype)
+    return out
+
+
+def mixture(part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`Ops.mixture`: the tokens of one expert after the other's. What experts add to a token is rounded each time."""
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        rows, place = torch.where(ids == expert)
+        mlp = part.experts[expert]
+        made = mlp.down(mlp.gate_up(x[rows])) * weights[rows, place, None]
+        out.index_add_(0, rows, made.to(x.dtype))
+    return out
 
 
 def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

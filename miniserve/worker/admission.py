@@ -11,16 +11,18 @@ from miniserve.worker.step import Counters
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
+    from miniserve.worker.snapshots import Snapshots
 
 
 @dataclass(eq=False)
 class Admissions:
     """Finds the KV that a sequence can begin with, and reserves the pages it lacks. `host`, if any, keeps what `pool`
-    has evicted. `watermark` pages are kept back for running sequences to grow into: admitting one must not at once
-    preempt another."""
+    has evicted; with `snapshots` what is found ends at one of these. `watermark` pages are kept back for running
+    sequences to grow into: admitting one must not at once preempt another."""
 
     pool: PagePool
     host: HostPool | None
+    snapshots: Snapshots | None
     page_tokens: int
     watermark: int
 
@@ -29,25 +31,36 @@ class Admissions:
         prompt is computed, here or elsewhere."""
         if (deferral := sequence.deferral) is not None and self._holds(deferral, sequence, running, now):
             return deferral.admission
-        matched, slots = self._match(sequence)
+        matched, slots, known = self._match(sequence)
+        state: tuple[list[int], list[int]] = [], []
+        if self.snapshots is not None:
+            matched, slots, state = self._cut(sequence, matched, slots, now)
         found = len(matched) + len(slots)
         wanted = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
+        if self.snapshots is not None:
+            elsewhere = sequence.prefill_at is not None or sequence.history_at is not None
+            wanted += len(state[1]) + elsewhere * self.snapshots.slots.pages
         shared = self._is_being_computed(sequence, found, running)
         if shared or wanted + (self.watermark if running else 0) > self.pool.num_available:
             # Whatever was found is needed as soon as there is room.
-            self.pool.release(matched, sequence.needed_soon, now)
-            if self.host is not None:
-                self.host.release(slots, sequence.needed_soon, now)
+            self._release(sequence, matched, slots, now)
+            if self.snapshots is not None:
+                self.snapshots.release(sequence, *state, now)
             admission = Admission.SHARED if shared else Admission.NO_PAGES
-            sequence.deferral = Deferral(admission, found if shared else len(matched), self.pool.freed, now + 1.0)
+            page = found if shared else known if self.snapshots is not None else len(matched)
+            sequence.deferral = Deferral(admission, page, self.pool.freed, now + 1.0)
             return admission
         sequence.deferral = None
-        sequence.pages = matched + self.pool.allocate(wanted, now)
+        pages = self.pool.allocate(wanted, now)
+        missing = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
+        sequence.pages, sequence.arriving = matched + pages[:missing], pages[missing:]
         sequence.computed = found * self.page_tokens
         sequence.registered = len(matched)
         if self.host is not None and slots:
             self.host.restore(slots, sequence.pages[len(matched) : found], now)
             sequence.register(self.pool, self.page_tokens)
+        if self.snapshots is not None:
+            self._begin(self.snapshots, sequence, state, known * self.page_tokens, now)
         if sequence.cached is None:
             sequence.admitted = now
             sequence.cached = sequence.computed
@@ -68,14 +81,41 @@ class Admissions:
         known = deferral.page < len(hashes) and hashes[deferral.page] in self.pool
         return bool(running) and not known and self.pool.freed == deferral.freed and now < deferral.until
 
-    def _match(self, sequence: Sequence) -> tuple[list[int], list[int]]:
-        """Cached pages for the prefix, and slots of host memory for what follows them.
+    def _match(self, sequence: Sequence) -> tuple[list[int], list[int], int]:
+        """Cached pages for the prefix, slots of host memory for what follows them, and how many pages that are.
 
         The last token is always computed: its logits give the next one.
         """
         hashes = sequence.hashes(self.page_tokens)[: sequence.findable // self.page_tokens]
         pages = self.pool.match(hashes)
-        return pages, self.host.match(hashes[len(pages) :], sequence.keep) if self.host is not None else []
+        slots = self.host.match(hashes[len(pages) :], sequence.keep) if self.host is not None else []
+        return pages, slots, len(pages) + len(slots)
+
+    def _cut(
+        self, sequence: Sequence, pages: list[int], slots: list[int], now: float
+    ) -> tuple[list[int], list[int], tuple[list[int], list[int]]]:
+        """What was found, up to the last snapshot; and where that is."""
+        assert self.snapshots is not None
+        count, *state = self.snapshots.find(sequence, len(pages) + len(slots), now)
+        from_host = max(count - len(pages), 0)
+        self._release(sequence, pages[count:], slots[from_host:], now)
+        return pages[:count], slots[:from_host], (state[0], state[1])
+
+    def _begin(
+        self, snapshots: Snapshots, sequence: Sequence, state: tuple[list[int], list[int]], known: int, now: float
+    ) -> None:
+        """Bring back what of the snapshot is in host memory, and begin with it. `known` tokens were found in pages."""
+        pages, slots = state
+        if self.host is not None and slots:
+            back, sequence.arriving = sequence.arriving[: len(slots)], sequence.arriving[len(slots) :]
+            self.host.restore(slots, back, now)
+            pages = pages + back
+        snapshots.begin(sequence, pages, known, now)
+
+    def _release(self, sequence: Sequence, pages: list[int], slots: list[int], now: float) -> None:
+        self.pool.release(pages, sequence.needed_soon, now)
+        if self.host is not None:
+            self.host.release(slots, sequence.needed_soon, now)
 
     def _is_being_computed(self, sequence: Sequence, matched: int, running: list[Sequence]) -> bool:
         """Whether a running prefill will soon register a page after the first `matched` ones, the next of those that it
@@ -83,7 +123,10 @@ class Admissions:
         limit = sequence.findable // self.page_tokens if self.pool.caching else 0
         ours = sequence.hashes(self.page_tokens)
         for other in running:
-            if other.missing > 1 and (page := max(matched, other.registered)) < limit:
+            if self.snapshots is not None:
+                if self.pool.caching and other.missing > 1 and self.snapshots.awaits(sequence, matched, other):
+                    return True
+            elif other.missing > 1 and (page := max(matched, other.registered)) < limit:
                 hashes = other.hashes(self.page_tokens)
                 if page < len(hashes) and hashes[page] == ours[page]:
                     return True

@@ -88,7 +88,7 @@ class Batching:
         def give(tokens: int, longest: int) -> None:
             for i, sequence in enumerate(prompts):
                 if sequence.to_launch <= longest:
-                    more = min(tokens, sequence.to_launch - counts[i])
+                    more = min(tokens, sequence.next_piece - counts[i])
                     counts[i] += more
                     tokens -= more
 

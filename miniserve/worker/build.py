@@ -19,10 +19,12 @@ from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
+from miniserve.kv.states import StateMemory, StateShape
 from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import QUANTIZATIONS, load_weights
 from miniserve.ops import Ops, make_ops
+from miniserve.ops.batch import State
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -33,6 +35,7 @@ from miniserve.worker.graphs import DecodeGraphs, GraphOps
 from miniserve.worker.pace import Pace
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.snapshots import Snapshots
 
 Progress = Callable[[str, int, int], None]
 SIZES = {"int8": (8.5, 8.5), "int4": (4.5, 8.5)}
@@ -70,6 +73,7 @@ class Choices:
     dtype: torch.dtype
     max_model_len: int
     shape: PageShape
+    state: StateShape | None
     budget: int
     swap_pages: int
 
@@ -82,11 +86,20 @@ class Choices:
         model = ModelConfig.from_hf(files.config)
         device = sizing.choose_device(config.device)
         dtype = sizing.choose_dtype(config.dtype, model, device)
-        shape = PageShape(model.layers, config.block_size, model.kv_heads, model.head_dim, dtype)
+        shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
+        state = None
+        if (delta := model.delta) is not None:
+            sizes = delta.taps, delta.channels, delta.v_heads, delta.k_dim, delta.v_dim
+            state = StateShape(model.state_layers, *sizes, dtype)
         default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
         budget, swap_pages = config.max_num_batched_tokens or default_budget, sizing.swap_pages(config, shape)
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
-        return cls(folder, files, model, device, dtype, max_model_len, shape, budget, swap_pages)
+        return cls(folder, files, model, device, dtype, max_model_len, shape, state, budget, swap_pages)
+
+    @property
+    def snapshot(self) -> int:
+        """Pages of a snapshot of recurrent state."""
+        return self.state.pages(self.shape.bytes) if self.state else 0
 
     def layout(self, config: EngineConfig, ops: Ops) -> str:
         """A fingerprint of all that pages of two workers must have in common."""
@@ -124,7 +137,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     # Beside all that follows: reading a large vocabulary takes a second.
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
-    threads = 1
+    threads, slots = 1, config.max_num_seqs * choices.snapshot * choices.shape.bytes
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
     else:
@@ -132,22 +145,23 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         bits = SIZES.get(config.quantization or "", choices.files.bits)
         estimate = sizing.weight_bytes(model, choices.dtype, *(bits if config.cpu_kernels == "auto" else (None, None)))
-        size = sizing.size_pool(config, choices.shape, choices.max_model_len, estimate, device)
+        sized = choices.shape, choices.max_model_len, estimate + slots, device
+        size = sizing.size_pool(config, *sized, snapshot=choices.snapshot)
     ops, kernels = make_ops(
         device,
         choices.dtype,
         model.heads,
         model.head_dim,
-        (model.hidden_size, model.intermediate_size),
+        model.widths,
         config.block_size,
-        native=config.cpu_kernels != "torch",
+        native=config.cpu_kernels != "torch" and model.plain,
         progress=lambda line: show(line, 0, 0),
     )
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     lap("kernels")
     try:
         shown = partial(show, "weights")
-        shown(0, model.layers)
+        shown(0, len(model.layers))
         packing, asked = choices.files.config.get("quantization_config") or {}, config.quantization
         weights = load_weights(
             choices.files.weights,
@@ -166,7 +180,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             step = sizing.step_bytes(transformer, choices.shape, config.max_num_seqs, most)
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, config.max_num_seqs)
-            size = sizing.size_pool(config, choices.shape, choices.max_model_len, weights_bytes, device, step)
+            sized = choices.shape, choices.max_model_len, weights_bytes, device
+            size = sizing.size_pool(config, *sized, step + slots, choices.snapshot)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
@@ -187,9 +202,10 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:
         raise ConfigError(error.message) from error
-    runner = ModelRunner(transformer, memory, eos, device, graphs)
+    states = StateMemory(choices.state, config.max_num_seqs, memory) if choices.state else None
+    runner = ModelRunner(transformer, memory, eos, device, graphs, State(states.conv, states.delta) if states else None)
     return Built(
-        engine=_make_engine(config, choices, runner, host, grammars, ops.draft_rows),
+        engine=_make_engine(config, choices, runner, host, states, grammars, ops.draft_rows),
         grammars=grammars,
         memory=memory,
         model=model,
@@ -209,18 +225,24 @@ def _make_engine(
     choices: Choices,
     runner: ModelRunner,
     host: HostPool | None,
+    states: StateMemory | None,
     grammars: Grammars,
     draft_rows: int,
 ) -> Engine:
     """The engine over the runner's memory. What the settings leave open, the kind of device decides."""
     on_gpu = choices.device.type == "cuda"
-    drafts = not on_gpu if config.prompt_lookup is None else config.prompt_lookup
+    # A recurrent state that has taken in a wrong draft could not be put back.
+    drafts = (not on_gpu if config.prompt_lookup is None else config.prompt_lookup) and states is None
     pool = PagePool(
         runner.memory.num_pages,
         make_order(config.kv_eviction),
         caching=config.enable_prefix_caching,
         on_evict=host.store if host is not None else None,
     )
+    snapshots = None
+    if states is not None:
+        watermark = max(1, pool.num_pages // 100)
+        snapshots = Snapshots(states, pool, host, page_tokens=config.block_size, watermark=watermark)
     return Engine(
         runner,
         pool,
@@ -229,6 +251,7 @@ def _make_engine(
         max_num_seqs=config.max_num_seqs,
         max_model_len=choices.max_model_len,
         host=host,
+        snapshots=snapshots,
         grammars=grammars,
         pace=Pace(choices.budget, config.step_stretch) if config.step_stretch else None,
         overlap=on_gpu if config.async_scheduling is None else config.async_scheduling,

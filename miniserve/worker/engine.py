@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from miniserve.cluster.messages import Ended, Failed, FirstToken, Tokens, TurnOutput
+from miniserve.cluster.messages import Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
 from miniserve.kv.pages import PagePool
 from miniserve.worker.admission import Admissions
 from miniserve.worker.batching import Batching
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     # They need torch or llguidance, which the simulator does not.
     from miniserve.kv.host import HostPool
     from miniserve.worker.grammar import Grammars
+    from miniserve.worker.snapshots import Snapshots
 
 
 @dataclass(eq=False)
 class Engine:
     """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool. `host`, if
-    any, keeps what `pool` evicts; `grammars` compiles those of turns that have one.
+    any, keeps what `pool` evicts; `snapshots` has the recurrent state of a model that has one; `grammars` compiles
+    those of turns that have one.
 
     Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for
     all the tokens it was admitted with, so a prefill never runs out in the middle.
@@ -54,6 +56,7 @@ class Engine:
     max_num_seqs: int
     max_model_len: int
     host: HostPool | None = None
+    snapshots: Snapshots | None = None
     grammars: Grammars | None = None
     pace: Pace | None = None
     overlap: bool = False
@@ -71,7 +74,7 @@ class Engine:
         self._ended = 0.0
         """When the last step ended."""
         watermark = max(1, self.pool.num_pages // 100)
-        self._admissions = Admissions(self.pool, self.host, self.page_tokens, watermark)
+        self._admissions = Admissions(self.pool, self.host, self.snapshots, self.page_tokens, watermark)
         self._batching = Batching(
             pool=self.pool,
             page_tokens=self.page_tokens,
@@ -140,12 +143,21 @@ class Engine:
         del self._turns[sequence.turn]
         self.running.remove(sequence)
         sequence.move(State.PUBLISHED)
+        if self.snapshots is not None:
+            self.snapshots.leave(sequence)
 
     def unpublish(self, sequence: Sequence) -> None:
         """It is over, and the pages become ordinary prefix cache: another worker that they were published for has them,
         or does not want them."""
         sequence.move(State.FINISHED)
-        self.pool.release(sequence.pages, sequence.keep, self.clock())
+        self._give_back(sequence, sequence.keep)
+
+    def _give_back(self, sequence: Sequence, keep: Keep) -> None:
+        """Its pages become prefix cache, of a conversation of which `keep` is known."""
+        now = self.clock()
+        if self.snapshots is not None:
+            self.snapshots.end(sequence, keep, now)
+        self.pool.release(sequence.pages, keep, now)
         sequence.pages = []
 
     def reset(self) -> None:
@@ -202,8 +214,7 @@ class Engine:
         """Give up the KV; it is recomputed, or found in the prefix cache, when there is room again."""
         self.counters.preemptions += 1
         self.running.remove(sequence)
-        self.pool.release(sequence.pages, sequence.needed_soon, self.clock())
-        sequence.pages = []
+        self._give_back(sequence, sequence.needed_soon)
         sequence.computed = sequence.under_way = sequence.registered = 0
         sequence.move(State.WAITING)
         self.waiting.appendleft(sequence)
@@ -237,6 +248,8 @@ class Engine:
         for work in batch:
             work.sequence.under_way += work.count
             work.sequence.sampling = work.samples
+            if self.snapshots is not None:
+                self.snapshots.launched(work, started)
         return InFlight(batch, timed, started, launched)
 
     def _collect(self, step: InFlight) -> StepResult:
@@ -272,7 +285,7 @@ class Engine:
         if sequence.state is State.RUNNING:
             sequence.under_way -= work.count
             sequence.computed += work.count
-            sequence.register(self.pool, self.page_tokens)
+            self.register(sequence)
         if work.samples:
             # If its next step is launched already, that one samples too, and its token is not known yet.
             sequence.sampling = sequence.under_way > 0
@@ -315,7 +328,17 @@ class Engine:
         if sequence.finish is not None and sequence.prefill_for is None:
             self.finish(sequence)
 
+    def register(self, sequence: Sequence) -> None:
+        """Make known what is computed of it, or came from elsewhere."""
+        sequence.register(self.pool, self.page_tokens)
+        if self.snapshots is not None:
+            self.snapshots.register(sequence)
+
     # --- KV that comes from elsewhere -------------------------------------------------------------------------------
+
+    def handed(self, sequence: Sequence) -> int:
+        """How many of its given tokens a prefiller hands over."""
+        return sequence.given if self.snapshots is None else self.snapshots.handed(sequence)
 
     def commit(self, sequence: Sequence, first: FirstToken) -> list[TurnOutput]:
         """Go on from the first token that a prefiller sampled; what to report of it."""

@@ -16,14 +16,15 @@ log = logging.getLogger("miniserve.handoff")
 
 @dataclass
 class Pull:
-    """A handoff under way: `sequence` is filled from `source`, at most until `deadline`. The first of `arriving` may be
-    `storing`: being written to the pages of `sequence`."""
+    """A handoff under way: `sequence` is filled from `source`, at most until `deadline`. Its first `reached` tokens
+    have their pages. The first of `arriving` may be `storing`: being written to the pages of `sequence`."""
 
     sequence: Sequence
     source: Peer
     transfer: Transfer
     history: bool
     deadline: float
+    reached: int
     pages: int = 0
     seconds: float = 0.0
     arriving: deque[tuple[Publish, Copy | None]] = field(default_factory=deque)
@@ -85,7 +86,7 @@ class Receiver:
         if peer is None or transfer is None:
             log.warning("turn %s: no way to pages of %s, computing them here", sequence.turn, source)
             return None
-        pull = Pull(sequence, peer, transfer, history, self.clock() + self.patience)
+        pull = Pull(sequence, peer, transfer, history, self.clock() + self.patience, sequence.computed)
         self.pulls[sequence.turn] = pull
         return pull
 
@@ -94,7 +95,8 @@ class Receiver:
         pull = self.pulls.get(message.turn)
         if pull is None or pull.source.name != sender or pull.history != message.history:
             return
-        copy = pull.transfer.fetch(message.pages) if message.pages else None
+        pages = message.pages + message.state
+        copy = pull.transfer.fetch(pages) if pages else None
         pull.deadline = self.clock() + self.patience
         pull.arriving.append((message, copy))
         self._store(pull)
@@ -115,7 +117,7 @@ class Receiver:
             if pull.storing is None:
                 if copy is not None and not copy.ready:
                     return
-                if reason := self._misfit(pull.sequence, message):
+                if reason := self._misfit(pull, message):
                     self._give_up(message.turn, reason)
                     return
             try:
@@ -127,13 +129,15 @@ class Receiver:
             pull.storing = None
             self._take(pull, message, copy, failure)
 
-    def _misfit(self, sequence: Sequence, message: Publish) -> str:
-        """Why the pages of a publication are not what `sequence` needs next; empty if they are."""
-        size, end = self.engine.page_tokens, message.first + len(message.pages)
+    def _misfit(self, pull: Pull, message: Publish) -> str:
+        """Why the pages of a publication are not what the sequence needs next; empty if they are."""
+        sequence, size, end = pull.sequence, self.engine.page_tokens, message.first + len(message.pages)
         if not message.pages and not message.last:
             return ""  # a sign of life
-        if message.first * size != sequence.computed or end > len(sequence.pages):
-            return f"pages {message.first} to {end} do not follow {sequence.computed} tokens"
+        if message.first * size != pull.reached or end > len(sequence.pages):
+            return f"pages {message.first} to {end} do not follow {pull.reached} tokens"
+        if message.state and len(message.state) != len(sequence.arriving):
+            return f"a state of {len(message.state)} pages came where one of {len(sequence.arriving)} was expected"
         if message.hashes != sequence.given_hashes(size)[message.first : end]:
             return "the pages hold other tokens than ours"
         return ""
@@ -143,7 +147,8 @@ class Receiver:
         if pull.storing is None:
             started = self.clock()
             try:
-                copy.store(pull.sequence.pages[message.first : message.first + len(message.pages)])
+                ours = pull.sequence.pages[message.first : message.first + len(message.pages)]
+                copy.store(ours + pull.sequence.arriving[: len(message.state)])
             finally:
                 pull.seconds += self.clock() - started
             pull.storing = copy
@@ -152,16 +157,21 @@ class Receiver:
     def _take(self, pull: Pull, message: Publish, copy: Copy | None, failure: str) -> None:
         """The pages of one publication are stored, or there was a failure."""
         sequence, size = pull.sequence, self.engine.page_tokens
-        end = message.first + len(message.pages)
+        end, snapshots = message.first + len(message.pages), self.engine.snapshots
         if copy is not None:
             pull.seconds += copy.seconds
             if self.clock() > message.deadline:
                 failure = "the lease ended before the pages were copied"  # the sender may have reused one by then
             if not failure:
-                pull.pages += len(message.pages)
-                sequence.computed = min(end * size, sequence.given)
-                sequence.register(self.engine.pool, size)
-        if message.commit is not None and end == len(sequence.pages):
+                pull.pages += len(message.pages) + len(message.state)
+                pull.reached = min(end * size, sequence.given)
+            # Without the state after them, pages are of no use, and will be computed once more.
+            if not failure and (snapshots is None or message.state):
+                sequence.computed = pull.reached
+                if snapshots is not None:
+                    snapshots.arrive(sequence, sequence.computed)
+                self.engine.register(sequence)
+        if message.commit is not None and end * size >= self.engine.handed(sequence):
             # The client may have this token already: we go on from it even if we have to compute the pages.
             self.outputs += self.engine.commit(sequence, message.commit)
         if failure:
@@ -171,8 +181,8 @@ class Receiver:
 
     def _complete(self, pull: Pull, exposed: float) -> None:
         sequence = pull.sequence
-        if not pull.history and sequence.computed != sequence.given:
-            self._give_up(sequence.turn, f"the commit came at {sequence.computed} of {sequence.given} tokens")
+        if not pull.history and sequence.computed != (handed := self.engine.handed(sequence)):
+            self._give_up(sequence.turn, f"the commit came at {sequence.computed} of {handed} tokens")
             return
         del self.pulls[sequence.turn]
         self.send(pull.source.address, Release(sequence.turn))

@@ -6,7 +6,7 @@ import torch
 
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, State
 from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.sampler import SCORED_LOGITS, Sampler, Samples, put, score
 from miniserve.worker.sequence import Sequence
@@ -33,14 +33,15 @@ class DeviceStep:
 
 @dataclass(eq=False)
 class ModelRunner:
-    """The model, the bytes of the KV pool and the sampler of one device. `eos` are the ids that end a turn; with
-    `graphs` batches of decodes are replayed."""
+    """The model, the bytes of the KV pool and of the recurrent `state`, and the sampler of one device. `eos` are the
+    ids that end a turn; with `graphs` batches of decodes are replayed."""
 
     transformer: Transformer
     memory: KVMemory
     eos: frozenset[int]
     device: torch.device
     graphs: DecodeGraphs | None = None
+    state: State | None = None
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.eos, self.transformer.ops)
@@ -80,6 +81,7 @@ class ModelRunner:
             lengths=[work.count + len(work.draft) for work in batch],
             contexts=[work.start + work.count + len(work.draft) for work in batch],
             pages=[work.sequence.pages for work in batch],
+            slots=[work.sequence.slot for work in batch if work.sequence.slot is not None],
         )
         if fed:
             assert self._latest is not None
@@ -98,7 +100,7 @@ class ModelRunner:
 
         logits = self.graphs.logits(model_batch) if self.graphs is not None and not scored else None
         if logits is None:
-            logits = model.forward(model_batch, self.memory.pages, head if scored else None)
+            logits = model.forward(model_batch, self.memory.pages, self.state, head if scored else None)
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None

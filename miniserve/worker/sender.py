@@ -76,12 +76,14 @@ class Sender:
         lease = self.leases.get(sequence.turn)
         if lease is None:
             return
-        ready = len(sequence.pages) if first else sequence.computed // self.engine.page_tokens
+        size, handed = self.engine.page_tokens, self.engine.handed(sequence)
+        ready = -(-handed // size) if first else min(sequence.computed, handed) // size
         if ready <= lease.published and not first:
             return
-        hashes = sequence.given_hashes(self.engine.page_tokens)[lease.published : ready]
+        hashes = sequence.given_hashes(size)[lease.published : ready]
         pages = sequence.pages[lease.published : ready]
-        self._offer(sequence.turn, lease, pages, hashes, last=first is not None, commit=first)
+        state = [page for at in sequence.snapshots if first and at.tokens == handed for page in at.pages]
+        self._offer(sequence.turn, lease, pages, hashes, last=first is not None, commit=first, state=state)
         if first:
             self.engine.publish(sequence)
 
@@ -95,12 +97,18 @@ class Sender:
         pages = self.engine.pool.match(message.hashes)
         if self.engine.host is not None:
             self.engine.host.settle()  # a page may be known that is only on its way back from there
-        lease = Lease(self.peers[destination], pages, message.first, 0.0)
+        count, state = len(pages), list[int]()
+        if (snapshots := self.engine.snapshots) is not None:
+            # As far as there is a snapshot.
+            while count and not (state := snapshots.match(message.hashes[count - 1])):
+                count -= 1
+        lease = Lease(self.peers[destination], pages + state, message.first, 0.0)
         self.leases[message.turn] = lease
-        for start in range(0, max(len(pages), 1), PIECE):
-            piece = pages[start : start + PIECE]
-            hashes = message.hashes[start : start + len(piece)]
-            self._offer(message.turn, lease, piece, hashes, last=start + PIECE >= len(pages))
+        for start in range(0, max(count, 1), PIECE):
+            end = min(start + PIECE, count)
+            last = end == count
+            what = pages[start:end], message.hashes[start:end]
+            self._offer(message.turn, lease, *what, last=last, state=state if last else [])
 
     def _offer(
         self,
@@ -110,12 +118,13 @@ class Sender:
         hashes: list[bytes],
         last: bool,
         commit: FirstToken | None = None,
+        state: list[int] | None = None,
     ) -> None:
-        """Publish the next `pages` of a lease, which have these `hashes`."""
+        """Publish the next `pages` of a lease, which have these `hashes`, and perhaps the `state` after them."""
         peer, now = lease.destination, self.clock()
         lease.deadline = now + self.patience
         history = lease.sequence is None
-        message = Publish(turn, lease.published, pages, hashes, now, lease.deadline, last, commit, history)
+        message = Publish(turn, lease.published, pages, hashes, now, lease.deadline, last, commit, history, state or [])
         self.send(peer.address, message)
         lease.published += len(pages)
 

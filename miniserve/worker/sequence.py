@@ -85,6 +85,17 @@ class Deferral(NamedTuple):
     until: float
 
 
+@dataclass(eq=False)
+class Snapshot:
+    """The recurrent state after the first `tokens`, in `pages`. One that `rolls` is that of the last page end, written
+    anew at each; it is `named` when no step can change it any more."""
+
+    tokens: int
+    pages: list[int]
+    rolls: bool = False
+    named: bool = False
+
+
 @dataclass(eq=False, repr=False)
 class Sequence:
     """`tokens` grows from the prompt by what is sampled; the KV of the first `computed` of them lies in `pages`.
@@ -130,6 +141,15 @@ class Sequence:
     """Tokens whose KV was found when the turn was first admitted; None before that."""
     admitted: float = 0.0
     """When it first got its pages (seconds of the engine's clock)."""
+    slot: int | None = None
+    """Where its recurrent state is, if the model has one, from its admission until nothing more is computed of it."""
+    stops: list[int] = field(default_factory=list)
+    """After how many tokens a step has to end, so that the state can be saved there."""
+    snapshots: list[Snapshot] = field(default_factory=list)
+    arriving: list[int] = field(default_factory=list)
+    """Pages for the state that comes from another worker."""
+    owns_snapshot: bool = False
+    """Whether the snapshot that was found for it is of its own conversation."""
     compiling: Future[Matcher] | None = None
     """The grammar's compilation, in the state COMPILING."""
     matcher: Matcher | None = None
@@ -180,6 +200,12 @@ class Sequence:
     def to_launch(self) -> int:
         """Tokens whose KV is neither there nor under way: 1 means that the next step is a decode."""
         return self.length - self.computed - self.under_way
+
+    @property
+    def next_piece(self) -> int:
+        """Tokens that a step may compute: all that are to be launched, but none past the next stop."""
+        at = self.computed + self.under_way
+        return min([self.to_launch, *(stop - at for stop in self.stops if stop > at)])
 
     @property
     def scoring(self) -> bool:

@@ -18,6 +18,8 @@ from miniserve.worker.step import Work
 CPU_RUNTIME_BYTES = 700 * 2**20
 """What a worker process takes beside weights and KV: libraries and the activations of a step (measured, 512 tokens)."""
 CPU_POOL_TOKENS = 65536
+CPU_SNAPSHOTS = 32
+"""For so many the pool has room beside these tokens, by default."""
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
 CUDA_RUNTIME_BYTES = 1200 * 2**20
@@ -121,10 +123,17 @@ def memory_available() -> int:
 
 
 def size_pool(
-    config: EngineConfig, shape: PageShape, max_model_len: int, weights: int, device: torch.device, activations: int = 0
+    config: EngineConfig,
+    shape: PageShape,
+    max_model_len: int,
+    weights: int,
+    device: torch.device,
+    activations: int = 0,
+    snapshot: int = 0,
 ) -> tuple[int, str]:
     """Pages in the pool, and the arithmetic in words. `weights` is their size in bytes, loaded already on a GPU, where
-    a step takes up to `activations` bytes on top.
+    a step takes up to `activations` bytes on top; slots for recurrent state are among the former on a CPU, among the
+    latter on a GPU. A `snapshot` of such a state takes so many pages.
 
     Raises `ConfigError` if not even one sequence of `max_model_len` tokens fits.
     """
@@ -151,7 +160,7 @@ def size_pool(
         available = memory_available()
         room = int(available * config.gpu_memory_utilization / config.workers) - weights - CPU_RUNTIME_BYTES
         room -= config.swap_space  # it comes out of the same memory
-        want = max(4 * max_model_len, CPU_POOL_TOKENS) * shape.token_bytes
+        want = max(4 * max_model_len, CPU_POOL_TOKENS) * shape.token_bytes + CPU_SNAPSHOTS * snapshot * shape.bytes
         size = min(want, room)
         how = (
             f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
@@ -161,9 +170,9 @@ def size_pool(
             f"{format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is taken"
         )
     pages = max(size, 0) // shape.bytes
-    needed = -(-max_model_len // shape.page_tokens)
+    needed = -(-max_model_len // shape.page_tokens) + snapshot
     if pages < needed:
-        fitting = pages * shape.page_tokens
+        fitting = (pages - snapshot) * shape.page_tokens
         ways = [f"--max-model-len {fitting}"] if fitting >= 256 else []
         ways.append(f"--kv-cache-memory {format_bytes(needed * shape.bytes, up=True)}")
         if config.kv_cache_memory is None:

@@ -175,7 +175,7 @@ def speed(run: Setting, preset: str) -> Figures:
     """All pages of 16k tokens, in publications of a step, as a share of what a copy of as many bytes takes."""
     drop_engine(run)
     config = ModelConfig.from_hf(read_json(model_folder(run, preset) / "config.json"))
-    shape = PageShape(config.layers, 16, config.kv_heads, config.head_dim, torch.bfloat16)
+    shape = PageShape(config.kv_layers, 16, config.kv_heads, config.head_dim, torch.bfloat16)
     count, chunk = (TOKENS // 16, CHUNK // 16) if not run.small else (64, 32)
     ceiling = ceilings.measured(run)
     with pair(run, shape, 2 * count) as (memory, transfer, command):

@@ -165,7 +165,7 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     )
     pages = list(range(-(-len(tokens) // 16) + 1))
     random.Random(0).shuffle(pages)
-    memory = KVMemory(PageShape(config.layers, 16, config.kv_heads, config.head_dim, dtype), len(pages), device)
+    memory = KVMemory(PageShape(config.kv_layers, 16, config.kv_heads, config.head_dim, dtype), len(pages), device)
     found = []
     for start, end in ((0, len(tokens) // 3), (len(tokens) // 3, len(tokens))):
         rows = torch.arange(end - start, device=device)

@@ -168,7 +168,7 @@ def prefill(run: Setting, preset: str) -> Figures:
             times.append(first_token(engine, f"prefill {length} {repeat}", prompt)[0])
         taken = sorted(times[1:])[1]
         pairs = length * length / 2
-        operations = 2 * layers * length + 4 * model.layers * model.heads * model.head_dim * pairs + 2 * ends
+        operations = 2 * layers * length + 4 * model.kv_layers * model.heads * model.head_dim * pairs + 2 * ends
         limit = MATMUL.get(length) if preset == LLAMA else None
         yield Figure(f"{length} tokens", taken * 1e3, "ms")
         yield Figure(f"{length} tokens: rate", length / taken, "tokens/s")

@@ -42,7 +42,7 @@ def test_both_shapes_say_the_same(tmp_path: Path, arch: str, rope_scaling: str |
         assert ("rope_parameters" in text, "torch_dtype" in text) == (not old, old)
         found.append(ModelConfig.from_hf(json.loads(text)))
     assert found[0] == found[1]
-    assert found[0].rope.kind == (rope_scaling or "default")
+    assert found[0].ropes[0].kind == (rope_scaling or "default")
     assert found[0].dtype == torch.float32
 
 
@@ -58,8 +58,8 @@ def test_parameters_are_counted(tiny_models: dict[str, Path], name: str) -> None
 def test_what_is_not_said_has_a_default() -> None:
     model = read()
     assert (model.kv_heads, model.head_dim, model.norm_eps) == (4, 16, 1e-6)
-    assert (model.rope, model.dtype) == (RopeConfig(10000.0), torch.bfloat16)
-    flags = (model.tie_embeddings, model.qkv_bias, model.output_bias, model.mlp_bias, model.qk_norm)
+    assert (model.ropes[0], model.dtype) == (RopeConfig(10000.0), torch.bfloat16)
+    flags = (model.tie_embeddings, model.qkv_bias, model.output_bias, model.mlp_bias, model.family.qk_norm)
     assert not any(flags)
 
 
@@ -103,11 +103,11 @@ def test_what_is_left_out_or_said_twice_is_as_in_transformers(arch: str, said: d
     theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))  # it changes what it is given
     assert model.kv_heads == theirs.num_key_value_heads
     assert model.norm_eps == theirs.rms_norm_eps
-    assert model.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert model.rope.kind == theirs.rope_parameters["rope_type"]
-    if model.rope.kind != "default":
-        frequencies, _ = ROPE_INIT_FUNCTIONS[model.rope.kind](theirs, torch.device("cpu"))
-        torch.testing.assert_close(inverse_frequencies(model.rope, model.head_dim), frequencies)
+    assert model.ropes[0].theta == theirs.rope_parameters["rope_theta"]
+    assert model.ropes[0].kind == theirs.rope_parameters["rope_type"]
+    if model.ropes[0].kind != "default":
+        frequencies, _ = ROPE_INIT_FUNCTIONS[model.ropes[0].kind](theirs, torch.device("cpu"))
+        torch.testing.assert_close(inverse_frequencies(model.ropes[0], model.head_dim), frequencies)
     with torch.device("meta"):
         layer = transformers.AutoModelForCausalLM.from_config(theirs).model.layers[0]
     attention = layer.self_attn
@@ -118,29 +118,35 @@ def test_what_is_left_out_or_said_twice_is_as_in_transformers(arch: str, said: d
 
 def test_llama3_scaling() -> None:
     model = read(rope_theta=5e5, rope_scaling=tiny.LLAMA3)
-    assert model.rope == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64)
+    assert model.ropes[0] == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64)
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @pytest.mark.parametrize(
-    ("values", "max_len"),
+    ("values", "windows"),
     [
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 128}, 128),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, 512),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, 512),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 128, "use_sliding_window": False}, 128),
-        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}, 4096),
-        ({"sliding_window": 128}, 128),
-        ({"sliding_window": 128, "layer_types": ["full_attention"] * 2}, 512),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128, "use_sliding_window": False}, 512),
-        (QWEN, 512),  # its windows begin above layer 28
-        (QWEN | {"max_window_layers": 1}, 128),
-        (QWEN | {"max_window_layers": 2}, 512),
-        (QWEN | {"layer_types": ["full_attention", "sliding_attention"]}, 128),
-        (QWEN | {"layer_types": ["full_attention"] * 2, "max_window_layers": 0}, 512),
+        (MISTRAL | {"sliding_window": 128}, [128, 128]),
+        (MISTRAL | {"sliding_window": None}, [0, 0]),
+        (MISTRAL | {"sliding_window": 128, "use_sliding_window": False}, [128, 128]),
+        (MISTRAL, [4096, 4096]),
+        ({"sliding_window": 128}, [0, 0]),
+        ({"sliding_window": 128, "layer_types": [FULL] * 2}, [0, 0]),
+        (QWEN | {"use_sliding_window": False}, [0, 0]),
+        (QWEN, [0, 0]),  # its windows begin above layer 28
+        (QWEN | {"max_window_layers": 1}, [0, 128]),
+        (QWEN | {"max_window_layers": 2}, [0, 0]),
+        (QWEN | {"layer_types": [FULL, SLIDING]}, [0, 128]),
+        (QWEN | {"layer_types": [FULL] * 2, "max_window_layers": 0}, [0, 0]),
     ],
 )
-def test_a_sliding_window_ends_the_context(values: dict[str, Any], max_len: int) -> None:
-    assert read(**values).max_len == max_len
+def test_windows_of_layers(values: dict[str, Any], windows: list[int]) -> None:
+    """As in transformers, where Llama has none whatever its file says."""
+    model = read(**values)
+    assert [layer.window for layer in model.layers] == windows
+    assert model.max_len == LLAMA["max_position_embeddings"]
 
 
 @pytest.mark.parametrize("key", sorted(LLAMA.keys() - {"architectures"}))

@@ -123,9 +123,11 @@ def test_tokenizer_template_and_ends_come_from_the_file(tiny_folder: Path, tmp_p
 
 def test_llama_3_scaling_is_told_by_its_factors(tiny_folder: Path, tmp_path: Path) -> None:
     said = dict(tiny.LLAMA3, original_max_position_embeddings=8192)
-    model = replace(ModelConfig.from_hf(json.loads((tiny_folder / "config.json").read_text())), rope=RopeConfig(1e4))
+    model = replace(
+        ModelConfig.from_hf(json.loads((tiny_folder / "config.json").read_text())), ropes=(RopeConfig(1e4),)
+    )
     scaled = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 8192)
-    factors = inverse_frequencies(model.rope, 32) / inverse_frequencies(scaled, 32)
+    factors = inverse_frequencies(model.ropes[0], 32) / inverse_frequencies(scaled, 32)
     file = write_gguf(tiny_folder, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})
     assert resolve(str(file)).config["rope_scaling"] == said
     write_gguf(tiny_folder, file, extra={"rope_freqs.weight": factors + torch.arange(16)})

@@ -220,13 +220,14 @@ def test_products_of_quantized_weights(kind: str, bits: int, dtype: torch.dtype,
     wanted = x.double() @ exact.view(columns, size).T
     linear, head = kernels.linear(weight, bias), kernels.head(weight)
     for rows in {1, data.draw(st.integers(2, 16)), data.draw(st.integers(17, 120))}:
-        assert_close(linear(x[:rows]), (wanted + bias.double())[:rows], 5e-6 if dtype is torch.float32 else 0)
+        limit = 5e-6 if dtype is torch.float32 else 3e-2 if kind == "torch" else 0  # there weights are rounded too
+        assert_close(linear(x[:rows]), (wanted + bias.double())[:rows], limit)
         # Codes are multiplied as they are, unless there are many rows: then they are rounded to the dtype first.
         few = rows <= 64 // bits
         rounded = dtype is not torch.float32 and (kind == "torch" or not few)
         if kind in ISAS and (dtype is torch.float32 or few):
             assert torch.equal(linear(x[:rows])[-1], linear(x[rows - 1 : rows])[0]), "the same in any such company"
-        assert_close(head(x[:rows]), wanted[:rows], LIMIT[dtype] if rounded else 5e-6)
+        assert_close(head(x[:rows]), wanted[:rows], max(LIMIT[dtype], limit) if rounded else 5e-6)
 
 
 @every_kind

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from miniserve.families import FAMILIES
 from miniserve.text.tokenizer import byte_alphabet, byte_level_bpe
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -38,7 +39,39 @@ LLAMA3: dict[str, Any] = {
 }
 LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 4.0}
 ROPE: dict[str | None, dict[str, Any]] = {None: {"rope_type": "default"}, "llama3": LLAMA3, "linear": LINEAR}
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+DENSE = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+NEWER = {
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
+    "qwen3_5": "Qwen3_5",
+    "qwen3_5_moe": "Qwen3_5Moe",
+    "gemma3": "Gemma3",
+}
+KINDS = DENSE | NEWER
+ARCHITECTURES = tuple(DENSE)
+EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 64, "num_experts": 4}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40},
+    "qwen3_moe": EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [0]},
+    "qwen3_next": EXPERTS | DELTA | {"shared_expert_intermediate_size": 32},
+    "qwen3_5": DELTA,
+    "qwen3_5_moe": EXPERTS | DELTA | {"shared_expert_intermediate_size": 32},
+    "gemma3": {
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 24,
+    },
+}
+"""What each architecture has beside what all have; windows are shorter than the tests' prompts."""
 
 
 def make_model(
@@ -59,7 +92,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     old_config_shape: bool = False,
 ) -> Path:
-    """Write a random model of `arch` (llama, qwen2, qwen3, mistral) with a byte-level tokenizer; returns `folder`.
+    """Write a random model of `arch` (of `KINDS`) with a byte-level tokenizer; returns `folder`.
 
     Weights are drawn wide enough that greedy text wanders, norms and biases too, so that leaving one out changes the
     text. `rope_scaling` is None, `llama3` or `linear`; `shards` is the least number of safetensors files.
@@ -67,13 +100,20 @@ def make_model(
     """
     import transformers
 
-    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[arch]
-    options: dict[str, Any] = {"sliding_window": None} if arch == "mistral" else {}
+    kind, options = KINDS[arch], dict(OPTIONS.get(arch, {}))
+    layers = len(options.get("layer_types", range(layers)))
     if head_dim is not None:
         options["head_dim"] = head_dim
-    elif arch == "qwen3":  # whose own default is 128
-        options["head_dim"] = hidden // heads
-    config = getattr(transformers, f"{kind}Config")(
+    elif arch in NEWER or arch == "qwen3":  # whose own default is larger
+        options["head_dim"] = 64 if "linear_num_key_heads" in options else hidden // heads
+    rope: dict[str, Any] = {"rope_theta": 10000.0, **ROPE[rope_scaling]}
+    if arch == "gemma3":
+        rope = {
+            "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        }
+    text = "Text" if arch in ("qwen3_5", "qwen3_5_moe", "gemma3") else ""
+    config = getattr(transformers, f"{kind}{text}Config")(
         architectures=[f"{kind}ForCausalLM"],
         vocab_size=vocab,
         hidden_size=hidden,
@@ -82,7 +122,7 @@ def make_model(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=max_len,
-        rope_parameters={"rope_theta": 10000.0, **ROPE[rope_scaling]},
+        rope_parameters=rope,
         tie_word_embeddings=tie,
         bos_token_id=vocab - 3,
         eos_token_id=vocab - 1,
@@ -177,14 +217,20 @@ def edit_json(path: Path, **values: Any) -> None:
 @torch.no_grad()
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    zero_norms = FAMILIES[type(model).__name__].zero_norms
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5, generator=generator)
+            if zero_norms and "linear_attn" not in name:
+                parameter -= 1
+        elif name.endswith("A_log"):
+            # So that much of a prompt is remembered.
+            parameter.uniform_(-6, -1, generator=generator)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.5, generator=generator)
         else:
             # Keeps the size of what goes through, and doubles it: attention then looks at something, not everything.
-            parameter.normal_(0, 2 / math.sqrt(parameter.shape[1]), generator=generator)
+            parameter.normal_(0, 2 / math.sqrt(parameter.shape[-1]), generator=generator)
 
 
 def _write_old_config(path: Path) -> None:

@@ -1,0 +1,39 @@
+"""The families of models that are served, and what tells one from another (`families.toml`)."""
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """A table of `families.toml`, which says what each key means."""
+
+    types: list[str]
+    also: list[str] = field(default_factory=list)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    bias: str = ""
+    qk_norm: bool = False
+    zero_norms: bool = False
+    after_norms: bool = False
+    windows: str = ""
+    gated: bool = False
+    scaled: bool = False
+    experts: list[str] = field(default_factory=list)
+
+
+FAMILIES = {
+    name: Family(**table)
+    for name, table in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items()
+}
+"""By the architecture that config.json names."""
+
+
+def text_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the text model alone, if there is one of it in `config` beside a tower for images."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    outer = {key: value for key, value in config.items() if not key.endswith("_config") or key.startswith("quant")}
+    return outer | {key: value for key, value in text.items() if key != "architectures" and value is not None}

@@ -1,0 +1,67 @@
+"""The bytes of recurrent state: a slot for each running sequence, and snapshots of slots in pages of the pool."""
+
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.kv.memory import KVMemory
+from miniserve.kv.side import copy_pages
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """What is kept of a sequence in `layers` layers: the last `taps - 1` inputs of `channels` numbers of a convolution
+    in `dtype`, and in float32 what `v_heads` heads have learned, `[k_dim, v_dim]` each."""
+
+    layers: int
+    taps: int
+    channels: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+
+    @property
+    def delta_bytes(self) -> int:
+        return 4 * self.layers * self.v_heads * self.k_dim * self.v_dim
+
+    @property
+    def bytes(self) -> int:
+        return self.delta_bytes + self.layers * (self.taps - 1) * self.channels * self.dtype.itemsize
+
+    def pages(self, page_bytes: int) -> int:
+        """How many pages of a pool a snapshot takes."""
+        return -(-self.bytes // page_bytes)
+
+
+class StateMemory:
+    """`slots` slots beside the pool `memory`. `delta` is float32 `[slot, layer, v_head, k_dim, v_dim]`, `conv` is
+    `[slot, layer, taps - 1, channels]`. A slot fills `pages` pages, all but the last one wholly.
+
+    Copies are given to the device in the order of the calls, among its steps: what a step has made is saved after it.
+    """
+
+    def __init__(self, shape: StateShape, slots: int, memory: KVMemory) -> None:
+        self.slots = slots
+        self.pages = shape.pages(memory.shape.bytes)
+        self._pool = memory.bytes
+        self._parts = torch.zeros((slots * self.pages, memory.shape.bytes), dtype=torch.uint8, device=self._pool.device)
+        rows, heads = self._parts.view(slots, -1), (shape.v_heads, shape.k_dim, shape.v_dim)
+        self.delta = rows[:, : shape.delta_bytes].view(torch.float32).view(slots, shape.layers, *heads)
+        past = rows[:, shape.delta_bytes : shape.bytes].view(shape.dtype)
+        self.conv = past.view(slots, shape.layers, shape.taps - 1, shape.channels)
+
+    def clear(self, slot: int) -> None:
+        """The state before the first token."""
+        self._parts[slot * self.pages : (slot + 1) * self.pages].zero_()
+
+    def save(self, slot: int, pages: list[int]) -> None:
+        """Copy a slot to pages of the pool."""
+        copy_pages(self._parts, self._of(slot), self._pool, pages)
+
+    def load(self, slot: int, pages: list[int]) -> None:
+        """Copy a snapshot from pages of the pool to a slot."""
+        copy_pages(self._pool, pages, self._parts, self._of(slot))
+
+    def _of(self, slot: int) -> list[int]:
+        return list(range(slot * self.pages, (slot + 1) * self.pages))

@@ -1,0 +1,122 @@
+"""Reads the tensors that a part of a model asks for, and has some `Ops` prepare them for their device."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from miniserve.config import ConfigError
+from miniserve.model.checkpoints import Costs, Read
+from miniserve.model.config import ModelConfig
+from miniserve.ops import Ops
+from miniserve.ops.decoder import Linear
+from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
+
+
+@dataclass
+class Loader:
+    """`read` gets a tensor of a name and a shape, `names` are those of all there are. Plain matrices become quantized
+    ones of so many `bits`, if any. `num_bytes` counts what was made."""
+
+    read_tensor: Read
+    names: set[str]
+    config: ModelConfig
+    ops: Ops
+    dtype: torch.dtype
+    device: torch.device
+    bits: int | None
+    costs: Costs
+    num_bytes: int = field(default=0)
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold the tensor, or the weight of a module, of that name."""
+        return name in self.names or f"{name}.weight" in self.names
+
+    def read(self, name: str, *shape: int) -> Weight:
+        """The tensor, as it is stored, on the device. Raises `ConfigError`."""
+        return self.read_tensor(name, shape).to(self.device)
+
+    def get(self, name: str, *shape: int, exact: bool = False) -> torch.Tensor:
+        """A plain tensor in the model's dtype, or in float32 if it is to be `exact`."""
+        tensor = self.dense(self.read(name, *shape), torch.float32 if exact else self.dtype)
+        self.num_bytes += tensor.nbytes
+        return tensor
+
+    def norm(self, name: str, size: int) -> torch.Tensor:
+        """The weights of a norm."""
+        if not self.config.family.zero_norms:
+            return self.get(name, size)
+        return (self.get(name, size, exact=True) + 1).to(self.dtype)
+
+    def dense(self, weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy always: what was read may be a view of the mapped file."""
+        made = dense(weight, dtype or self.dtype)
+        return made.to(dtype or self.dtype, copy=isinstance(weight, torch.Tensor))
+
+    def linear(
+        self,
+        parts: dict[str, int],
+        width: int,
+        bias: bool = False,
+        *,
+        gated: str = "",
+        order: torch.Tensor | None = None,
+    ) -> Linear:
+        """One matrix of several, from their names and rows, the rows perhaps in another `order`. With `gated` the first
+        half makes gates with that activation."""
+        weights = [self.read(f"{name}.weight", rows, width) for name, rows in parts.items()]
+        biases = [self.get(f"{name}.bias", rows) for name, rows in parts.items()] if bias else None
+        return self.prepared(weights, torch.cat(biases) if biases else None, gated=gated, order=order)
+
+    def plain(self, parts: dict[str, int], width: int) -> Linear:
+        """A small matrix, which is never quantized."""
+        weights = [self.get(f"{name}.weight", rows, width) for name, rows in parts.items()]
+        return self.ops.plain(torch.cat(weights))
+
+    def prepared(
+        self,
+        weights: list[Weight],
+        bias: torch.Tensor | None,
+        *,
+        gated: str = "",
+        order: torch.Tensor | None = None,
+    ) -> Linear:
+        """One matrix of the rows of several, as `linear` makes it of what was read."""
+        if self.bits:
+            weights = [Quantized.of(w, self.bits) if isinstance(w, torch.Tensor) else w for w in weights]
+        packed = [weight for weight in weights if isinstance(weight, Quantized)]
+        if len(packed) == len(weights) and len({weight.bits for weight in packed}) == 1:
+            whole: Weight = Quantized.cat(packed)
+        else:
+            whole = torch.cat([dense(weight, self.dtype).to(self.dtype) for weight in weights])
+            for weight in packed:
+                kind = "parts of a matrix whose others are in another format"
+                self.costs.add(kind, weight.codes.numel(), weight.nbytes)
+        if order is not None:
+            whole, bias = whole[order], None if bias is None else bias[order]
+        # A GPU computes with plain numbers.
+        self.num_bytes += whole.nbytes if self.device.type == "cpu" else math.prod(whole.shape) * self.dtype.itemsize
+        return self.ops.gated(whole, bias, gated) if gated else self.ops.linear(whole, bias)
+
+
+def check_groups(config: ModelConfig) -> None:
+    """Raises `ConfigError` where rows cannot be quantized."""
+    if wrong := [width for width in config.widths if width % GROUP]:
+        rows = f"rows of this model have {', '.join(map(str, wrong))}"
+        raise ConfigError(f"--quantization takes {GROUP} numbers of a row together, and {rows}: leave it out.")
+
+
+def random(config: ModelConfig) -> Read:
+    """Random tensors, the same in each process for the same shape. Norms are ones, so that numbers stay in range."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2**20, generator=generator) * 0.02
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if "norm" in name:
+            return torch.ones(shape, dtype=config.dtype)
+        # Repeating a megabyte of noise at a random offset is as good for timing as fresh noise and 20x faster.
+        count = math.prod(shape)
+        block = noise.roll(int(torch.randint(2**20, (1,), generator=generator))).to(config.dtype)
+        return block.repeat(-(-count // block.numel()))[:count].view(shape)
+
+    return read

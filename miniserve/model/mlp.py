@@ -1,0 +1,63 @@
+"""What a layer does with each token by itself: an MLP, or a mixture of experts of which a few work on a token."""
+
+import torch
+
+from miniserve.model.config import LayerConfig, ModelConfig
+from miniserve.model.loader import Loader
+from miniserve.model.passes import Pass
+from miniserve.ops.decoder import Experts, Mlp
+
+
+def load(loader: Loader, at: str, config: ModelConfig, layer: LayerConfig) -> Mlp | Experts:
+    """The MLP or the experts of the layer whose tensors are named `at`."""
+    sizes = config.experts if layer.experts else None
+    if sizes is None:
+        names = [f"{at}mlp.{name}_proj" for name in ("gate", "up", "down")]
+        return _mlp(loader, names, config.intermediate_size, config, bias=config.mlp_bias)
+    router, where, *parts = config.family.experts
+    # transformers and newer files have all experts in one tensor, older files each by itself.
+    together = f"{at}mlp.experts.gate_up_proj", f"{at}mlp.experts.down_proj"
+    if loader.has(together[0]):
+        gate_up = loader.get(together[0], sizes.count, 2 * sizes.inner, config.hidden_size)
+        down = loader.get(together[1], sizes.count, config.hidden_size, sizes.inner)
+        experts = [
+            Mlp(loader.prepared([up], None, gated=config.activation), loader.prepared([back], None))
+            for up, back in zip(gate_up, down, strict=True)
+        ]
+    else:
+        experts = [
+            _mlp(loader, [f"{at}{where}.{i}.{part}" for part in parts], sizes.inner, config) for i in range(sizes.count)
+        ]
+    shared = [f"{at}mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    return Experts(
+        chosen=sizes.chosen,
+        renormed=sizes.renormed,
+        router=loader.plain({at + router: sizes.count}, config.hidden_size),
+        experts=experts,
+        shared=_mlp(loader, shared, sizes.shared_inner, config) if sizes.shared_inner else None,
+        shared_gate=loader.plain({f"{at}mlp.shared_expert_gate": 1}, config.hidden_size)
+        if sizes.shared_inner
+        else None,
+    )
+
+
+def _mlp(loader: Loader, names: list[str], inner: int, config: ModelConfig, bias: bool = False) -> Mlp:
+    gate, up, down = names
+    return Mlp(
+        loader.linear({gate: inner, up: inner}, config.hidden_size, bias, gated=config.activation),
+        loader.linear({down: config.hidden_size}, inner, bias),
+    )
+
+
+def think(part: Mlp | Experts, h: torch.Tensor, residual: torch.Tensor | None, now: Pass) -> torch.Tensor:
+    """`h` `[T, hidden]` -> `[T, hidden]`, with the `residual` added, perhaps in its place."""
+    if isinstance(part, Mlp):
+        return part.down(part.gate_up(h), residual)
+    odds = part.router(h).float().softmax(-1)  # [T, experts]
+    weights, ids = odds.topk(part.chosen, -1)  # 2 x [T, chosen]
+    if part.renormed:
+        weights /= weights.sum(-1, keepdim=True)
+    out = now.ops.mixture(part, h, ids, weights)
+    if part.shared is not None and part.shared_gate is not None:
+        out += part.shared.down(part.shared.gate_up(h)) * part.shared_gate(h).sigmoid()
+    return out if residual is None else out.add_(residual)

@@ -1,0 +1,49 @@
+"""The gated delta rule and its short convolution in plain torch: the reference for `model/delta_net.py`."""
+
+import torch
+
+BLOCK = 64
+"""Tokens that are computed together: within a block by matrix products, from block to block through the state."""
+
+
+def short_convolution(x: torch.Tensor, taps: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+    """Each channel of `x` `[T, channels]` is weighed with its last values by `taps` `[taps, channels]`. `past`
+    `[taps - 1, channels]` are the values before, and goes on by T tokens."""
+    every = torch.cat((past, x))
+    past.copy_(every[len(x) :])
+    weighed = [tap * every[i : i + len(x)].float() for i, tap in enumerate(taps.float())]
+    return sum(weighed[1:], weighed[0]).to(x.dtype)
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    learned: torch.Tensor,
+    state: torch.Tensor,
+) -> torch.Tensor:
+    """What `q` reads, `[T, v_heads, v_dim]`, after each token was learned; `state` `[v_heads, k_dim, v_dim]` goes on.
+
+    `q` and `k` are `[T, k_heads, k_dim]` before their norm, `v` `[T, v_heads, v_dim]`; `log_decay` (0 and below) and
+    `learned` (0 to 1) are `[T, v_heads]`. All float32. In a block what each token has to learn depends on those before
+    it: a triangular system (arXiv 2406.06484, with decay 2412.06464).
+    """
+    shared = v.shape[1] // k.shape[1]
+    q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q * q.shape[-1] ** -0.5
+    q, k = (x.repeat_interleave(shared, 1).transpose(0, 1) for x in (q, k))  # [v_heads, T, k_dim]
+    v, log_decay, learned = v.transpose(0, 1), log_decay.t(), learned.t().unsqueeze(-1)
+    found = []
+    for block in torch.arange(q.shape[1]).split(BLOCK):
+        at = slice(int(block[0]), int(block[-1]) + 1)
+        qs, ks, lr = q[:, at], k[:, at], learned[:, at]
+        total = log_decay[:, at].cumsum(-1).unsqueeze(-1)  # [v_heads, B, 1]
+        between = (total - total.mT).exp().tril()  # decay from token j to token i, [v_heads, B, B]
+        system = (ks @ ks.mT * between * lr).tril(-1)
+        new = lr * (v[:, at] - total.exp() * (ks @ state))
+        new = torch.linalg.solve_triangular(system, new, upper=False, unitriangular=True)  # [v_heads, B, v_dim]
+        found.append(total.exp() * (qs @ state) + (qs @ ks.mT * between) @ new)
+        last = total[:, -1:]
+        state.copy_(last.exp() * state + (ks * (last - total).exp()).mT @ new)
+    return torch.cat(found, 1).transpose(0, 1)

@@ -1,0 +1,195 @@
+"""Recurrent state of an engine's sequences, and the snapshots from which a later turn goes on.
+
+Keys and values can be cut after any page; a recurrent state holds all tokens before it, and no fewer. So a copy of it
+is kept where a later prompt is likely to leave an earlier one: at the last page end of each turn's prompt (templates
+drop reasoning, so the next prompt often leaves there), at the last page end of the turn, and where a prompt's pages
+were found to end, which is the end of a prefix that conversations share. What is found of a prompt reaches as far as
+pages and a snapshot do.
+
+A snapshot lies in pages of the pool, named by the hash of the tokens before it. So it is counted, evicted by expected
+need, kept in host memory, handed over and checked as pages are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from miniserve.cluster.messages import Keep
+from miniserve.kv.hashing import snapshot_names
+from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.worker.sequence import Sequence, Snapshot, State
+from miniserve.worker.step import Work
+
+if TYPE_CHECKING:
+    from miniserve.kv.host import HostPool
+
+
+class Slots(Protocol):
+    """Where the bytes are (`kv/states.py`): `slots` of them, each of which fills `pages` pages of the pool."""
+
+    slots: int
+    pages: int
+
+    def clear(self, slot: int) -> None:
+        """The state before the first token."""
+
+    def save(self, slot: int, pages: list[int]) -> None:
+        """Copy a slot to pages, after all that was launched."""
+
+    def load(self, slot: int, pages: list[int]) -> None:
+        """Copy pages to a slot."""
+
+
+@dataclass(eq=False)
+class Snapshots:
+    """Gives slots to sequences, and saves, finds and drops snapshots. Saving never takes a page that a running sequence
+    may need soon: `watermark` stay free, and a turn without a snapshot only costs its successor more."""
+
+    slots: Slots
+    pool: PagePool
+    host: HostPool | None
+    _: KW_ONLY
+    page_tokens: int
+    watermark: int
+    saved: int = 0
+    """Snapshots that were given a name."""
+    used: int = 0
+    """Sequences that began from one."""
+    _free: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.slots.slots))
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    def find(self, sequence: Sequence, most: int, now: float) -> tuple[int, list[int], list[int]]:
+        """After how many of its first `most` pages there is a snapshot, the pages of that in the pool and the slots of
+        host memory for what follows them, all with a reference more."""
+        hashes = sequence.hashes(self.page_tokens)
+        for count in range(most, 0, -1):
+            names = snapshot_names(hashes[count - 1], self.slots.pages)
+            if names[0] not in self.pool and (self.host is None or names[0] not in self.host):
+                continue
+            owner = (self.pool if names[0] in self.pool or self.host is None else self.host).owner(names[0])
+            sequence.owns_snapshot = bool(owner) and owner == sequence.keep.conversation
+            pages = self.pool.match(names)
+            slots = self.host.match(names[len(pages) :]) if self.host is not None else []
+            if len(pages) + len(slots) == self.slots.pages:
+                return count, pages, slots
+            self.release(sequence, pages, slots, now)
+        return 0, [], []
+
+    def release(self, sequence: Sequence, pages: list[int], slots: list[int], now: float) -> None:
+        """Give back what was found. It stays its own conversation's, or belongs to none, as several may share it."""
+        keep = sequence.needed_soon if sequence.owns_snapshot else Keep()
+        self.pool.release(pages, keep, now)
+        if self.host is not None:
+            self.host.release(slots, keep, now)
+
+    def match(self, digest: bytes) -> list[int]:
+        """The pages of the snapshot after what `digest` stands for, with a reference more; none if it is not whole."""
+        pages = self.pool.match(snapshot_names(digest, self.slots.pages))
+        if len(pages) < self.slots.pages:
+            self.pool.release(pages, Keep(), 0.0)
+            return []
+        return pages
+
+    def awaits(self, sequence: Sequence, found: int, other: Sequence) -> bool:
+        """Whether `other`, which is prefilled here, will leave a snapshot that takes `sequence` further than the
+        `found` pages: it is told to, if it has not come to the end of what both share."""
+        ours, theirs = sequence.hashes(self.page_tokens), other.hashes(self.page_tokens)
+        shared, most = 0, min(len(ours), len(theirs), sequence.findable // self.page_tokens)
+        while shared < most:  # equal up to some page, and different from there on
+            middle = (shared + most + 1) // 2
+            shared, most = (middle, most) if ours[middle - 1] == theirs[middle - 1] else (shared, middle - 1)
+        end = shared * self.page_tokens
+        if shared <= found or other.state is not State.RUNNING:
+            return False
+        if end <= other.computed + other.under_way:
+            return any(snapshot.tokens == end and not snapshot.named for snapshot in other.snapshots)
+        other.stops = sorted({*other.stops, end})
+        return True
+
+    # --- the life of a sequence -------------------------------------------------------------------------------------
+
+    def begin(self, sequence: Sequence, pages: list[int], known: int, now: float) -> None:
+        """Give an admitted sequence a slot with the state after its computed tokens: that in `pages`, if there are any.
+        `known` tokens of the prompt were found in pages."""
+        sequence.slot = self._free.pop()
+        if not pages:
+            self.slots.clear(sequence.slot)
+        else:
+            self.used += 1
+            self.slots.load(sequence.slot, pages)
+            if sequence.prefill_for and sequence.computed == self.handed(sequence):
+                sequence.snapshots.append(Snapshot(sequence.computed, pages, named=True))  # to be handed over
+            else:
+                self.release(sequence, pages, [], now)
+        ends = {self.handed(sequence), known} if self.pool.caching or sequence.prefill_for else set()
+        sequence.stops = sorted(end for end in ends if end > sequence.computed)
+
+    def handed(self, sequence: Sequence) -> int:
+        """How many of its given tokens another worker can be given: up to the last snapshot."""
+        return sequence.given // self.page_tokens * self.page_tokens
+
+    def launched(self, work: Work, now: float) -> None:
+        """A step goes as far as `work` says: save the state there, if it is a place for that."""
+        sequence, end = work.sequence, work.start + work.count
+        stop = end in sequence.stops
+        rolling = work.is_decode and end % self.page_tokens == 0 and self.pool.caching
+        if sequence.slot is None or not (stop or rolling):
+            return
+        pages = (
+            sequence.snapshots.pop().pages if rolling and sequence.snapshots and sequence.snapshots[-1].rolls else []
+        )
+        try:
+            if not pages and self.pool.num_available >= self.slots.pages + self.watermark:
+                pages = self.pool.allocate(self.slots.pages, now)
+        except OutOfPages:
+            pages = []
+        if pages:
+            self.slots.save(sequence.slot, pages)
+            sequence.snapshots.append(Snapshot(end, pages, rolls=rolling and not stop))
+
+    def register(self, sequence: Sequence) -> None:
+        """Name the snapshots of a prompt that the steps done so far have made."""
+        for snapshot in sequence.snapshots:
+            if not snapshot.named and not snapshot.rolls and snapshot.tokens <= sequence.computed:
+                self._name(sequence, snapshot)
+
+    def _name(self, sequence: Sequence, snapshot: Snapshot) -> None:
+        snapshot.named = True
+        self.saved += 1
+        parent = sequence.hashes(self.page_tokens)[snapshot.tokens // self.page_tokens - 1]
+        for page, name in zip(snapshot.pages, snapshot_names(parent, self.slots.pages), strict=True):
+            self.pool.register(page, name, parent)
+            parent = name
+
+    def arrive(self, sequence: Sequence, tokens: int) -> None:
+        """The state after `tokens` came from another worker, in the pages that the sequence has for it."""
+        assert sequence.slot is not None
+        self.slots.load(sequence.slot, sequence.arriving)
+        sequence.snapshots.append(Snapshot(tokens, sequence.arriving))
+        sequence.arriving = []
+        self.register(sequence)
+
+    def end(self, sequence: Sequence, keep: Keep, now: float) -> None:
+        """The sequence is over here, or preempted: its snapshots take the place of those that its conversation left
+        before, and its slot is free."""
+        for snapshot in sequence.snapshots:
+            if snapshot.rolls and snapshot.tokens <= sequence.computed:
+                self._name(sequence, snapshot)
+        if any(snapshot.named for snapshot in sequence.snapshots):
+            self.pool.drop_snapshots(keep.conversation)
+        for snapshot in sequence.snapshots:
+            self.pool.release(snapshot.pages, keep, now)
+        self.pool.release(sequence.arriving, keep, now)
+        sequence.snapshots, sequence.arriving, sequence.stops = [], [], []
+        self.leave(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Nothing more is computed of the sequence: its slot is free."""
+        if sequence.slot is not None:
+            self._free.append(sequence.slot)
+            sequence.slot = None
