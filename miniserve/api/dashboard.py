@@ -12,7 +12,8 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
-from miniserve.api.streaming import EventStream, event_stream
+from miniserve.api.openapi import event_stream
+from miniserve.api.streaming import EventStream
 from miniserve.dispatcher import Dispatcher
 from miniserve.monitor.conversation_views import (
     MOST_LISTED,

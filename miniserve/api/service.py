@@ -7,7 +7,7 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -20,16 +20,14 @@ from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody, ignored_header
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.identity import speaker
-from miniserve.api.messages.answers import TokenCount
 from miniserve.api.messages.schemas import MESSAGES_NAMES, CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
-from miniserve.api.openai.answers import Detokenized, Tokenized
 from miniserve.api.openai.chat import ChatRenderer, ChatWriter, chat_tokens
 from miniserve.api.openai.completions import CompletionRenderer, CompletionWriter
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
-from miniserve.api.streaming import EventStream, answer_events, whole_answer
+from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
 from miniserve.api.structured import GrammarChecks
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import Dispatcher, TurnStream
@@ -113,12 +111,12 @@ class Service:
         prompts = await self._prepare(asked, body, renderer)
         # The turns start before a stream's status is sent: with a full queue that is 503.
         generation = self._start(prompts, body, renderer, writer.head.id, named or conversation, said, arrived)
-        ignored = [*asked.ignored, *renderer.relaxed]
         if body.stream:
-            return with_ignored(
-                EventStream(answer_events(generation, writer), self._config.sse_ping, writer.ping), ignored
-            )
-        return with_ignored(await whole_answer(generation, writer, request.receive), ignored)
+            answer: Response = EventStream(answer_events(generation, writer), self._config.sse_ping, writer.ping)
+        else:
+            answer = await whole_answer(generation, writer, request.receive)
+        answer.headers.update(ignored_header([*asked.ignored, *renderer.relaxed]))
+        return answer
 
     async def _prepare(self, asked: RequestBody, body: GenerationRequest, renderer: Renderer) -> Prompts:
         """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
@@ -243,38 +241,32 @@ class Service:
                 code="model_not_found",
             )
 
-    async def count_tokens(self, body: CountTokensRequest, response: Response) -> TokenCount:
+    async def count_tokens(self, body: CountTokensRequest) -> Response:
         """How many tokens the prompt of such a request has."""
-        with_ignored(response, body.ignored)
         self.check_model(body.model)
         with errors.renamed(MESSAGES_NAMES):
             chat = await asyncio.to_thread(body.chat, self._config.normalize_prompts)
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, chat)
-        return {"input_tokens": len(tokens)}
+        return json_answer({"input_tokens": len(tokens)}, body.ignored)
 
-    async def tokenize(self, body: TokenizeRequest, response: Response) -> Tokenized:
+    async def tokenize(self, body: TokenizeRequest) -> Response:
         """The tokens of a prompt, or of messages as the chat template renders them."""
-        with_ignored(response, body.ignored)
         self.check_model(body.model)
         if body.prompt is not None:
             tokens = await asyncio.to_thread(self.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body)
-        return {
+        answer = {
             "count": len(tokens),
             "max_model_len": self.max_model_len,
             "tokens": tokens,
             "token_strs": [self.tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
         }
+        return json_answer(answer, body.ignored)
 
-    async def detokenize(self, body: DetokenizeRequest, response: Response) -> Detokenized:
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
         """The text of tokens."""
-        with_ignored(response, body.ignored)
         self.check_model(body.model)
         self._check_vocabulary(body.tokens, "tokens")
-        return {"prompt": await asyncio.to_thread(self.tokenizer.decode, body.tokens, False)}
-
-
-def with_ignored(response: Response, names: Iterable[str]) -> Response:
-    response.headers.update(ignored_header(names))
-    return response
+        text = await asyncio.to_thread(self.tokenizer.decode, body.tokens, False)
+        return json_answer({"prompt": text}, body.ignored)

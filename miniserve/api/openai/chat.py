@@ -148,11 +148,11 @@ def _delta(part: Part) -> dict[str, Any]:
     return {"tool_calls": [{"index": part.index, **_call(part)}]}
 
 
-def _message(parts: list[Part]) -> answers.ChatMessageOut:
+def _message(parts: list[Part]) -> dict[str, Any]:
     content = "".join(part for part in parts if isinstance(part, str))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
     calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
-    message: answers.ChatMessageOut = {
+    message: dict[str, Any] = {
         "role": "assistant",
         "content": None if not content and (reasoning or calls) else content,
         "refusal": None,
@@ -164,5 +164,5 @@ def _message(parts: list[Part]) -> answers.ChatMessageOut:
     return message
 
 
-def _call(call: ToolCall) -> answers.ToolCallOut:
+def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -1,5 +1,7 @@
 """/v1/completions: its prompts, and its choices."""
 
+from typing import Any
+
 import msgspec
 
 from miniserve.api.generation import Choice
@@ -63,28 +65,26 @@ class CompletionWriter(ChunkWriter):
         self._logprob_writers: dict[int, answers.CompletionLogprobWriter] = {}
         self._opened: set[int] = set()
 
-    def whole(self, choice: Choice) -> answers.CompletionChoice:
+    def whole(self, choice: Choice) -> dict[str, Any]:
         parts, logprobs = choice.take()
         return self._choice(choice, "".join(map(str, parts)), logprobs, ended=True)
 
-    def opening(self, choice: Choice) -> answers.CompletionChoice | None:
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
         # The prompt's log-probabilities come with the first output.
         return self._choice(choice, "", []) if self._request.echo and choice.params.logprobs is None else None
 
-    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> answers.CompletionChoice:
+    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         assert isinstance(part, str)  # without a reader there are no other parts
         return self._choice(choice, part, logprobs)
 
-    def closing(self, choice: Choice) -> answers.CompletionChoice:
+    def closing(self, choice: Choice) -> dict[str, Any]:
         return self._choice(choice, "", [], ended=True)
 
-    def _choice(
-        self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False
-    ) -> answers.CompletionChoice:
+    def _choice(self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False) -> dict[str, Any]:
         opens = choice.index not in self._opened
         self._opened.add(choice.index)
         echo = self._echo(choice) if opens and self._request.echo else None
-        answer: answers.CompletionChoice = {
+        answer: dict[str, Any] = {
             "index": choice.index,
             "text": (echo or "") + text,
             "logprobs": self._logprobs(choice, logprobs, echo),
@@ -104,7 +104,7 @@ class CompletionWriter(ChunkWriter):
         prompt = self._request.prompt[choice.index // choice.params.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> answers.CompletionLogprobs | None:
+    def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> dict[str, list[Any]] | None:
         params = choice.params
         if params.logprobs is None:
             return None

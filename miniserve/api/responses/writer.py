@@ -4,11 +4,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.protocols import AnswerHead
-from miniserve.api.responses import answers
 from miniserve.api.responses.output import OutputItems
 from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.tools import Offered
@@ -28,15 +28,15 @@ class ResponsesWriter:
     request: ResponsesRequest
     offered: Mapping[str, Offered]
     tokenizer: Tokenizer
-    keep: Callable[[answers.ResponseOut, Choice], None]
+    keep: Callable[[dict[str, Any], Choice], None]
 
     def __post_init__(self) -> None:
         self._numbers = count()
-        self._begun: answers.ResponseOut | None = None
+        self._begun: dict[str, Any] | None = None
         self._logprobs: list[TokenLogprob] = []  # of text that is still to come
         self._reasoned = 0  # tokens whose log-probabilities were passed over
 
-    def response(self, generation: Generation) -> answers.ResponseOut:
+    def response(self, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
         output = self._output(choice)
         self._feed(choice, output)
@@ -82,12 +82,12 @@ class ResponsesWriter:
     def _encoded(self, events: Sequence[NamedEvent]) -> bytes:
         return b"".join(named_event(name, {"sequence_number": next(self._numbers), **data}) for name, data in events)
 
-    def _in_progress(self, choice: Choice) -> answers.ResponseOut:
+    def _in_progress(self, choice: Choice) -> dict[str, Any]:
         asked, text = self.request, self.request.text
         form = text.format.model_dump(by_alias=True, exclude_none=True) if text and text.format else {"type": "text"}
         functions = {"description": None, "parameters": None, "strict": None}
         tools = [{**(functions if tool["type"] == "function" else {}), **tool} for tool in asked.tools or []]
-        begun: answers.ResponseOut = {
+        begun: dict[str, Any] = {
             "id": self.head.id,
             "object": "response",
             "created_at": self.head.created,
@@ -125,10 +125,10 @@ class ResponsesWriter:
             begun["conversation"] = {"id": asked.conversation}
         return begun
 
-    def _ended(self, begun: answers.ResponseOut, output: OutputItems, generation: Generation) -> answers.ResponseOut:
+    def _ended(self, begun: dict[str, Any], output: OutputItems, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
         cut_off = choice.finish == "length"
-        answer: answers.ResponseOut = {
+        answer: dict[str, Any] = {
             **begun,
             "completed_at": None if cut_off else int(time.time()),
             "status": "incomplete" if cut_off else "completed",
