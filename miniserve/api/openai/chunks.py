@@ -4,8 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, ClassVar
 
-import msgspec
-
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai.answers import usage
@@ -67,18 +65,13 @@ class ChunkWriter(ABC):
         head = {"object": self.objects[1], **self.head._asdict()}
         with_usage = bool(self._options.include_usage)
         continuous = with_usage and bool(self._options.continuous_usage_stats)
-        # Only the choice is encoded for each chunk; everything around it is the same bytes.
-        before_choice = _before_choice(head)
-        after_choice = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
 
-        def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, before: bytes = before_choice) -> bytes:
-            after = after_choice
-            if continuous:
-                after = b'],"usage":' + msgspec.json.encode(usage(choice, output_tokens)) + b"}\n\n"
-            return before + msgspec.json.encode(chunk) + after
+        def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, **beside: Any) -> bytes:
+            used = {"usage": usage(choice, output_tokens) if continuous else None} if with_usage else {}
+            return data_event({**head, **beside, "choices": [chunk], **used})
 
         yield b"".join(
-            event(choice, opening, 0, _before_choice({**head, **self.beside(choice)}))
+            event(choice, opening, 0, **self.beside(choice))
             for choice in generation.choices
             if (opening := self.opening(choice)) is not None
         )
@@ -103,7 +96,3 @@ class ChunkWriter(ABC):
 
     def error_events(self, error: ApiError) -> bytes:
         return data_event(error.body) + DONE
-
-
-def _before_choice(fields: Mapping[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['

@@ -16,6 +16,13 @@ from miniserve.api.streaming import COMMENT, NamedEvent, named_event
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
 
+REPEATED = {"instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"}
+"""Parameters that an answer repeats as they came."""
+SAMPLED = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
+"""Those that it repeats as they were used."""
+NOTHING_YET = ("completed_at", "error", "incomplete_details", "usage", "max_tool_calls", "safety_identifier", "user")
+"""Fields that are null, most of them until the end."""
+
 
 @dataclass(eq=False)
 class ResponsesWriter:
@@ -91,35 +98,23 @@ class ResponsesWriter:
             "id": self.head.id,
             "object": "response",
             "created_at": self.head.created,
-            "completed_at": None,
             "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
             "model": self.head.model,
             "output": [],
-            "usage": None,
+            **asked.model_dump(include=REPEATED),
+            **{name: getattr(choice.params, name) for name in SAMPLED},
             "background": False,
-            "frequency_penalty": choice.params.frequency_penalty,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "max_tool_calls": None,
             "metadata": asked.metadata or {},
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
-            "presence_penalty": choice.params.presence_penalty,
-            "previous_response_id": asked.previous_response_id,
-            "prompt_cache_key": asked.prompt_cache_key,
             "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
-            "safety_identifier": None,
             "service_tier": "default",
             "store": asked.store is not False,
-            "temperature": choice.params.temperature,
             "text": {"format": form},
             "tool_choice": asked.tool_choice or "auto",
             "tools": tools,
             "top_logprobs": asked.top_logprobs or 0,
-            "top_p": choice.params.top_p,
             "truncation": asked.truncation or "disabled",
-            "user": None,
+            **dict.fromkeys(NOTHING_YET),
         }
         if asked.conversation:
             begun["conversation"] = {"id": asked.conversation}
