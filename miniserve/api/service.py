@@ -34,7 +34,6 @@ from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.conversation import Said
 from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -109,8 +108,30 @@ class Service:
         if not named and conversation:
             said = msgspec.structs.replace(said, sure=True)
         prompts = await self._prepare(asked, body, renderer)
+        id, conversation = writer.head.id, named or conversation
+
+        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
+            return self._client.submit(
+                prompt,
+                params,
+                # Choices share a prompt: they belong where its KV is.
+                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
+                salt=body.cache_salt or "",
+                request_id=f"{id}-{index}",
+                tool=body.ends_in_tool_result,
+                said=said,
+            )
+
+        def begun(choice: Choice) -> None:
+            if choice.turn is not None and choice.turn.change is not None:
+                examining = asyncio.create_task(self._examine(choice.turn, choice.cached_tokens, said.client, body))
+                self._examining.add(examining)
+                examining.add_done_callback(self._examining.discard)
+
         # The turns start before a stream's status is sent: with a full queue that is 503.
-        generation = self._start(prompts, body, renderer, writer.head.id, named or conversation, said, arrived)
+        self._client.check_room()
+        generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader, begun)
+        generation.start()
         if body.stream:
             answer: Response = EventStream(answer_events(generation, writer), self._config.sse_ping, writer.ping)
         else:
@@ -144,42 +165,6 @@ class Service:
             if own.grammar is not None and own.grammar is not wanted:
                 await self._grammars.check(own.grammar, body.grammar_field)
         return prompts
-
-    def _start(
-        self,
-        prompts: Prompts,
-        body: GenerationRequest,
-        renderer: Renderer,
-        id: str,
-        conversation: str | int,
-        said: Said,
-        arrived: float,
-    ) -> Generation:
-        """Submit a turn for each prompt. Raises `EngineError`; then nothing runs."""
-
-        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
-            return self._client.submit(
-                prompt,
-                params,
-                # Choices share a prompt: they belong where its KV is.
-                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
-                salt=body.cache_salt or "",
-                request_id=f"{id}-{index}",
-                tool=body.ends_in_tool_result,
-                said=said,
-            )
-
-        self._client.check_room()
-
-        def begun(choice: Choice) -> None:
-            if choice.turn is not None and choice.turn.change is not None:
-                examining = asyncio.create_task(self._examine(choice.turn, choice.cached_tokens, said.client, body))
-                self._examining.add(examining)
-                examining.add_done_callback(self._examining.discard)
-
-        generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader, begun)
-        generation.start()
-        return generation
 
     async def _examine(self, turn: TurnStream, cached: int, client: str, body: GenerationRequest) -> None:
         """Find out why no more than `cached` tokens of a prompt were found, which differs from the one before."""
