@@ -33,8 +33,11 @@ class ChunkWriter(ABC):
         self._options = request.stream_options or StreamOptions()
 
     @abstractmethod
-    def whole(self, choice: Choice) -> Mapping[str, Any]:
-        """The choice when it has ended, all of it."""
+    def shown(
+        self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
+    ) -> Mapping[str, Any]:
+        """The choice with these parts of its text: all of them, or in a `chunk` the next one, or none when it has
+        `ended`."""
 
     @abstractmethod
     def opening(self, choice: Choice) -> Mapping[str, Any] | None:
@@ -44,19 +47,11 @@ class ChunkWriter(ABC):
         """Further fields beside the choices of a whole answer, or beside the opening of this one."""
         return {}
 
-    @abstractmethod
-    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
-        """The choice with a further part of its text."""
-
-    @abstractmethod
-    def closing(self, choice: Choice) -> Mapping[str, Any]:
-        """The choice in its last chunk."""
-
     def response(self, generation: Generation) -> Mapping[str, Any]:
         return {
             "object": self.objects[0],
             **self.head._asdict(),
-            "choices": [self.whole(choice) for choice in generation.choices],
+            "choices": [self.shown(one, *one.take(), chunk=False, ended=True) for one in generation.choices],
             "usage": usage(generation, generation.output_tokens),
             **self.beside(generation.choices[0]),
         }
@@ -84,10 +79,12 @@ class ChunkWriter(ABC):
                 parts, logprobs = choice.take()
                 for part in parts or ([""] if logprobs or by_token else []):
                     # The first part that tokens have made carries what belongs to these tokens.
-                    chunks.append(event(choice, self.piece(choice, part, logprobs), choice.output_tokens))
+                    shown = self.shown(choice, [part], logprobs, chunk=True, ended=False)
+                    chunks.append(event(choice, shown, choice.output_tokens))
                     logprobs = []
                 if choice.finish is not None:
-                    chunks.append(event(choice, self.closing(choice), choice.output_tokens))
+                    shown = self.shown(choice, [], [], chunk=True, ended=True)
+                    chunks.append(event(choice, shown, choice.output_tokens))
             if chunks:
                 yield b"".join(chunks)
         if with_usage:
