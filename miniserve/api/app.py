@@ -13,7 +13,7 @@ from starlette.responses import Response
 from miniserve import __version__
 from miniserve.api import dashboard, errors
 from miniserve.api.middleware import ApiKey, BodyLimit, Edge
-from miniserve.api.openapi import App, event_stream, problems
+from miniserve.api.openapi import App, problems
 from miniserve.api.responses.routes import ResponsesRoutes
 from miniserve.api.service import Service
 from miniserve.api.streaming import json_answer
@@ -25,8 +25,6 @@ from miniserve.text.tokenizer import Tokenizer
 
 EXPOSED = ["X-Request-Id", "X-Ignored-Parameters", "Retry-After"]
 """Headers of answers that a browser shows to scripts of other origins."""
-STREAM = event_stream(data={"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."})
-NAMED_STREAM = event_stream(event={"type": "string"}, data={"type": "string", "description": "As JSON, with a `type`."})
 
 
 def create_app(
@@ -60,8 +58,8 @@ def create_app(
         redirect_slashes=False,
     )
     errors.install(app)
-    app.endpoint("POST", "/v1/chat/completions", service.chat_completions, "ChatCompletion", stream=STREAM)
-    app.endpoint("POST", "/v1/completions", service.completions, "Completion", stream=STREAM)
+    app.endpoint("POST", "/v1/chat/completions", service.chat_completions, "ChatCompletion", stream="ChunkEvent")
+    app.endpoint("POST", "/v1/completions", service.completions, "Completion", stream="ChunkEvent")
     _add_responses(app, ResponsesRoutes(service))
     _add_messages(app, service)
     app.endpoint("POST", "/tokenize", service.tokenize, "Tokenized")
@@ -74,7 +72,7 @@ def create_app(
 
 def _add_responses(app: App, routes: ResponsesRoutes) -> None:
     path = "/v1/responses"
-    app.endpoint("POST", path, routes.create, "ResponseOut", stream=NAMED_STREAM)
+    app.endpoint("POST", path, routes.create, "ResponseOut", stream="NamedEvent")
     app.endpoint("POST", f"{path}/input_tokens", routes.count_input, "InputTokens")
     app.endpoint("GET", f"{path}/{{response}}", routes.retrieve, "ResponseOut")
     app.endpoint("DELETE", f"{path}/{{response}}", routes.delete, "Deleted")
@@ -95,7 +93,7 @@ def _add_responses(app: App, routes: ResponsesRoutes) -> None:
 
 def _add_messages(app: App, service: Service) -> None:
     path, error = "/v1/messages", "AnthropicErrorBody"
-    app.endpoint("POST", path, service.messages, "MessageOut", stream=NAMED_STREAM, error=error)
+    app.endpoint("POST", path, service.messages, "MessageOut", stream="NamedEvent", error=error)
     app.endpoint("POST", f"{path}/count_tokens", service.count_tokens, "TokenCount", error=error)
 
 

@@ -1,16 +1,19 @@
-"""What OpenAPI says of answers: endpoints build these themselves, and `answers.toml` has a JSON schema of each.
+"""What OpenAPI says of answers: endpoints build these themselves, and `answers.toml` has a JSON schema of each, and of
+the events of streams.
 
 Tests hold all answers against these schemas.
 """
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.responses import Response
 
 TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "answers.toml").read_text("utf-8"))
+Handler = Callable[..., Awaitable[Response]]
 PROBLEMS = {
     "4XX": "The request is at fault; the message says what to change.",
     "500": "The server failed.",
@@ -31,17 +34,14 @@ class App(FastAPI):
         return document
 
     def endpoint(
-        self,
-        method: str,
-        path: str,
-        handler: Callable[..., Any],
-        *answers: str,
-        stream: dict[str, Any] | None = None,
-        error: str = "ErrorBody",
+        self, method: str, path: str, handler: Handler, *answers: str, stream: str = "", error: str = "ErrorBody"
     ) -> None:
-        """Add a route that answers with one of `answers`, with a `stream` of events, or with an `error`."""
-        responses = {200: {"content": _json(*answers) | (stream or {})}, **problems(error)}
-        self.add_api_route(path, handler, methods=[method], responses=responses)
+        """Add a route that answers with one of `answers`, with a stream of events like `stream`, or with an `error`."""
+        content = _json(*answers) if answers else {}
+        if stream:
+            content["text/event-stream"] = {"itemSchema": _schema(stream)}
+        responses = {200: {"content": content}, **problems(error)}
+        self.add_api_route(path, handler, methods=[method], responses=responses, response_class=Response)
 
 
 def problems(error: str) -> dict[int | str, dict[str, Any]]:
@@ -49,12 +49,10 @@ def problems(error: str) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": why, "content": _json(error)} for status, why in PROBLEMS.items()}
 
 
-def event_stream(**event: Any) -> dict[str, Any]:
-    """A stream whose events have these fields, given as JSON schemas."""
-    schema = {"type": "object", "properties": event, "required": list(event)}
-    return {"text/event-stream": {"itemSchema": schema}}
-
-
 def _json(*names: str) -> dict[str, Any]:
+    return {"application/json": {"schema": _schema(*names)}}
+
+
+def _schema(*names: str) -> dict[str, Any]:
     schemas = [{"$ref": f"#/components/schemas/{name}"} for name in names]
-    return {"application/json": {"schema": {"anyOf": schemas} if len(schemas) > 1 else schemas[0]}}
+    return {"anyOf": schemas} if len(schemas) > 1 else schemas[0]
