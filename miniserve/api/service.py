@@ -161,9 +161,11 @@ class Service:
         if scores > MAX_SCORES:
             fix = f"an answer holds {MAX_SCORES} at most. Shorten the input, or ask for fewer alternatives"
             raise ApiError(400, f"The prompts have {scores} log-probabilities, but {fix}.", param=renderer.prompt_field)
+        # Where the format itself compiles, but the grammar of the whole answer does not, the tools are at fault.
+        at_fault = "tools" if body.tool_names else body.format_field or ""
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not wanted:
-                await self._grammars.check(own.grammar, body.grammar_field)
+                await self._grammars.check(own.grammar, at_fault)
         return prompts
 
     async def _examine(self, turn: TurnStream, cached: int, client: str, body: GenerationRequest) -> None:

@@ -77,10 +77,6 @@ class ChatRequest(TemplateFields, GenerationRequest):
         return self._allowed_calls
 
     @property
-    def grammar_field(self) -> str:
-        return "tools" if self.allowed_calls.callable else super().grammar_field
-
-    @property
     def template_variables(self) -> dict[str, Any]:
         own: dict[str, Any] = {}
         if self.reasoning_effort is not None:
