@@ -71,30 +71,26 @@ def create_app(
 
 
 def _add_responses(app: App, routes: ResponsesRoutes) -> None:
-    path = "/v1/responses"
-    app.endpoint("POST", path, routes.create, "ResponseOut", stream="NamedEvent")
-    app.endpoint("POST", f"{path}/input_tokens", routes.count_input, "InputTokens")
-    app.endpoint("GET", f"{path}/{{response}}", routes.retrieve, "ResponseOut")
-    app.endpoint("DELETE", f"{path}/{{response}}", routes.delete, "Deleted")
-    app.endpoint("GET", f"{path}/{{response}}/input_items", routes.list_input, "ItemList")
-    conversations, path = routes.conversations, "/v1/conversations"
-    app.endpoint("POST", path, conversations.create, "ConversationOut")
-    path += "/{conversation}"
-    app.endpoint("GET", path, conversations.retrieve, "ConversationOut")
-    app.endpoint("POST", path, conversations.update, "ConversationOut")
-    app.endpoint("DELETE", path, conversations.delete, "Deleted")
-    path += "/items"
-    app.endpoint("GET", path, conversations.list_items, "ItemList")
-    app.endpoint("POST", path, conversations.add_items, "ItemList")
-    path += "/{item}"
-    app.endpoint("GET", path, conversations.retrieve_item, "Item")
-    app.endpoint("DELETE", path, conversations.delete_item, "ConversationOut")
+    app.endpoint("POST", "/v1/responses", routes.create, "ResponseOut", stream="NamedEvent")
+    app.endpoint("POST", "/v1/responses/input_tokens", routes.count_input, "InputTokens")
+    app.endpoint("GET", "/v1/responses/{response}", routes.retrieve, "ResponseOut")
+    app.endpoint("DELETE", "/v1/responses/{response}", routes.delete, "Deleted")
+    app.endpoint("GET", "/v1/responses/{response}/input_items", routes.list_input, "ItemList")
+    kept = routes.conversations
+    app.endpoint("POST", "/v1/conversations", kept.create, "ConversationOut")
+    app.endpoint("GET", "/v1/conversations/{conversation}", kept.retrieve, "ConversationOut")
+    app.endpoint("POST", "/v1/conversations/{conversation}", kept.update, "ConversationOut")
+    app.endpoint("DELETE", "/v1/conversations/{conversation}", kept.delete, "Deleted")
+    app.endpoint("GET", "/v1/conversations/{conversation}/items", kept.list_items, "ItemList")
+    app.endpoint("POST", "/v1/conversations/{conversation}/items", kept.add_items, "ItemList")
+    app.endpoint("GET", "/v1/conversations/{conversation}/items/{item}", kept.retrieve_item, "Item")
+    app.endpoint("DELETE", "/v1/conversations/{conversation}/items/{item}", kept.delete_item, "ConversationOut")
 
 
 def _add_messages(app: App, service: Service) -> None:
-    path, error = "/v1/messages", "AnthropicErrorBody"
-    app.endpoint("POST", path, service.messages, "MessageOut", stream="NamedEvent", error=error)
-    app.endpoint("POST", f"{path}/count_tokens", service.count_tokens, "TokenCount", error=error)
+    error = "AnthropicErrorBody"
+    app.endpoint("POST", "/v1/messages", service.messages, "MessageOut", stream="NamedEvent", error=error)
+    app.endpoint("POST", "/v1/messages/count_tokens", service.count_tokens, "TokenCount", error=error)
 
 
 def _add_model_and_health(app: App, client: Dispatcher, service: Service, root: str) -> None:
