@@ -8,16 +8,15 @@ from fastapi import FastAPI, Request
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.responses import Response
 
 from miniserve import __version__
 from miniserve.api import dashboard, errors
-from miniserve.api.messages.answers import MessageOut, ModelCard, ModelCards
 from miniserve.api.middleware import ApiKey, BodyLimit, Edge
-from miniserve.api.openai import answers
-from miniserve.api.responses.answers import ResponseOut
+from miniserve.api.openapi import App, problems
 from miniserve.api.responses.routes import ResponsesRoutes
 from miniserve.api.service import Service
-from miniserve.api.streaming import event_stream
+from miniserve.api.streaming import json_answer
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import Dispatcher, EngineError
 from miniserve.monitor.events import Feed
@@ -26,17 +25,6 @@ from miniserve.text.tokenizer import Tokenizer
 
 EXPOSED = ["X-Request-Id", "X-Ignored-Parameters", "Retry-After"]
 """Headers of answers that a browser shows to scripts of other origins."""
-Responses = dict[int | str, dict[str, Any]]
-ERRORS: Responses = {
-    "4XX": {"model": errors.ErrorBody, "description": "The request is at fault; the message says what to change."},
-    "500": {"model": errors.ErrorBody, "description": "The server failed."},
-    "503": {"model": errors.ErrorBody, "description": "The server is full or not well: try again after Retry-After."},
-}
-ANTHROPIC_ERRORS: Responses = {
-    status: {**documented, "model": errors.AnthropicErrorBody} for status, documented in ERRORS.items()
-}
-STREAM = event_stream(data={"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]."})
-NAMED_STREAM = event_stream(event={"type": "string"}, data={"type": "string", "description": "As JSON, with a `type`."})
 
 
 def create_app(
@@ -62,49 +50,53 @@ def create_app(
     middleware.append(Middleware(BodyLimit, config.max_body_bytes))
     # Starlette has one of these outside of all others, where answers get neither an id nor what browsers want.
     middleware.append(Middleware(ServerErrorMiddleware, handler=errors.answer_unexpected))
-    app = FastAPI(
-        title="miniserve", version=__version__, middleware=middleware, responses=ERRORS, redirect_slashes=False
+    app = App(
+        title="miniserve",
+        version=__version__,
+        middleware=middleware,
+        responses=problems("ErrorBody"),
+        redirect_slashes=False,
     )
     errors.install(app)
-    app.post("/v1/chat/completions", responses=_ok(answers.ChatCompletion, STREAM))(service.chat_completions)
-    app.post("/v1/completions", responses=_ok(answers.Completion, STREAM))(service.completions)
+    app.endpoint("POST", "/v1/chat/completions", service.chat_completions, "ChatCompletion", stream="ChunkEvent")
+    app.endpoint("POST", "/v1/completions", service.completions, "Completion", stream="ChunkEvent")
     _add_responses(app, ResponsesRoutes(service))
-    app.post("/v1/messages", responses=ANTHROPIC_ERRORS | _ok(MessageOut, NAMED_STREAM))(service.messages)
-    app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)(service.count_tokens)
-    app.post("/tokenize")(service.tokenize)
-    app.post("/detokenize")(service.detokenize)
+    _add_messages(app, service)
+    app.endpoint("POST", "/tokenize", service.tokenize, "Tokenized")
+    app.endpoint("POST", "/detokenize", service.detokenize, "Detokenized")
     _add_model_and_health(app, client, service, config.engine.model)
     dashboard.add_views(app, client, feed, service.metrics, service.doctor)
     dashboard.add_page(app)
     return app
 
 
-def _add_responses(app: FastAPI, routes: ResponsesRoutes) -> None:
-    app.post("/v1/responses", responses=_ok(ResponseOut, NAMED_STREAM))(routes.create)
-    app.post("/v1/responses/input_tokens")(routes.count_input)
-    app.get("/v1/responses/{response}", responses=_ok(ResponseOut))(routes.retrieve)
-    app.delete("/v1/responses/{response}")(routes.delete)
-    app.get("/v1/responses/{response}/input_items")(routes.list_input)
-    conversations = routes.conversations
-    app.post("/v1/conversations")(conversations.create)
-    app.get("/v1/conversations/{conversation}")(conversations.retrieve)
-    app.post("/v1/conversations/{conversation}")(conversations.update)
-    app.delete("/v1/conversations/{conversation}")(conversations.delete)
-    app.get("/v1/conversations/{conversation}/items")(conversations.list_items)
-    app.post("/v1/conversations/{conversation}/items")(conversations.add_items)
-    app.get("/v1/conversations/{conversation}/items/{item}")(conversations.retrieve_item)
-    app.delete("/v1/conversations/{conversation}/items/{item}")(conversations.delete_item)
+def _add_responses(app: App, routes: ResponsesRoutes) -> None:
+    app.endpoint("POST", "/v1/responses", routes.create, "ResponseOut", stream="NamedEvent")
+    app.endpoint("POST", "/v1/responses/input_tokens", routes.count_input, "InputTokens")
+    app.endpoint("GET", "/v1/responses/{response}", routes.retrieve, "ResponseOut")
+    app.endpoint("DELETE", "/v1/responses/{response}", routes.delete, "Deleted")
+    app.endpoint("GET", "/v1/responses/{response}/input_items", routes.list_input, "ItemList")
+    kept = routes.conversations
+    app.endpoint("POST", "/v1/conversations", kept.create, "ConversationOut")
+    app.endpoint("GET", "/v1/conversations/{conversation}", kept.retrieve, "ConversationOut")
+    app.endpoint("POST", "/v1/conversations/{conversation}", kept.update, "ConversationOut")
+    app.endpoint("DELETE", "/v1/conversations/{conversation}", kept.delete, "Deleted")
+    app.endpoint("GET", "/v1/conversations/{conversation}/items", kept.list_items, "ItemList")
+    app.endpoint("POST", "/v1/conversations/{conversation}/items", kept.add_items, "ItemList")
+    app.endpoint("GET", "/v1/conversations/{conversation}/items/{item}", kept.retrieve_item, "Item")
+    app.endpoint("DELETE", "/v1/conversations/{conversation}/items/{item}", kept.delete_item, "ConversationOut")
 
 
-def _ok(answer: Any, stream: dict[str, Any] | None = None) -> Responses:
-    """OpenAPI's account of an endpoint that builds its answers itself."""
-    return {200: {"model": answer, **({"content": stream} if stream else {})}}
+def _add_messages(app: App, service: Service) -> None:
+    error = "AnthropicErrorBody"
+    app.endpoint("POST", "/v1/messages", service.messages, "MessageOut", stream="NamedEvent", error=error)
+    app.endpoint("POST", "/v1/messages/count_tokens", service.count_tokens, "TokenCount", error=error)
 
 
-def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, root: str) -> None:
+def _add_model_and_health(app: App, client: Dispatcher, service: Service, root: str) -> None:
     created, names = int(time.time()), service.names
 
-    def card(name: str) -> answers.Model:
+    def card(name: str) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
@@ -115,33 +107,35 @@ def _add_model_and_health(app: FastAPI, client: Dispatcher, service: Service, ro
             "vocab_size": client.vocab_size,
         }
 
-    def anthropic_card(name: str) -> ModelCard:
+    def anthropic_card(name: str) -> dict[str, Any]:
         day = datetime.fromtimestamp(created, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         return {"type": "model", "id": name, "display_name": name, "created_at": day}
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> answers.ModelList | ModelCards:
+    async def models(request: Request) -> Response:
         """The names of the one model that is served; in the Anthropic API's shape for a request with the header
         `anthropic-version`."""
         if errors.is_anthropic(request.scope, request.scope["path"]):
             data = [anthropic_card(name) for name in names]
-            return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
-        return {"object": "list", "data": [card(name) for name in names]}
+            return json_answer({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
+        return json_answer({"object": "list", "data": [card(name) for name in names]})
 
-    @app.get("/v1/models/{model:path}")  # names may hold slashes
-    async def retrieve_model(request: Request, model: str) -> answers.Model | ModelCard:
+    async def retrieve_model(request: Request, model: str) -> Response:
         """One of these names."""
         service.check_model(model)
-        return anthropic_card(model) if errors.is_anthropic(request.scope, request.scope["path"]) else card(model)
+        anthropic = errors.is_anthropic(request.scope, request.scope["path"])
+        return json_answer(anthropic_card(model) if anthropic else card(model))
 
-    @app.get("/health")
-    async def health() -> answers.HealthStatus:
+    async def health() -> Response:
         """Whether the engine can serve; needs no API key."""
         if not client.healthy:
             raise EngineError(client.unhealthy_reason)
-        return {"status": "ok"}
+        return json_answer({"status": "ok"})
 
-    @app.get("/version")
-    async def version() -> answers.Version:
+    async def version() -> Response:
         """The version of miniserve."""
-        return {"version": __version__}
+        return json_answer({"version": __version__})
+
+    app.endpoint("GET", "/v1/models", models, "ModelList", "ModelCards")
+    app.endpoint("GET", "/v1/models/{model:path}", retrieve_model, "Model", "ModelCard")  # names may hold slashes
+    app.endpoint("GET", "/health", health, "HealthStatus")
+    app.endpoint("GET", "/version", version, "Version")

@@ -12,7 +12,8 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
-from miniserve.api.streaming import EventStream, event_stream
+from miniserve.api.openapi import App
+from miniserve.api.streaming import EventStream
 from miniserve.dispatcher import Dispatcher
 from miniserve.monitor.conversation_views import (
     MOST_LISTED,
@@ -39,10 +40,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # browsers keep a file and ask again each time: the answer is then 304, without a body
 }
-STREAM = event_stream(
-    event={"enum": ["start", "workers", "turns", "decision", "outcome", "lost"]},
-    data={"type": "string", "description": "As JSON; of a decision or outcome, the line of the decision log."},
-)
 
 
 def add_page(app: FastAPI) -> None:
@@ -61,7 +58,7 @@ def add_page(app: FastAPI) -> None:
         return Response(contents[name], headers=headers, media_type=TYPES[Path(name).suffix])
 
 
-def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
+def add_views(app: App, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
     @app.get("/conversations")
     async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> ConversationList:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
@@ -89,11 +86,12 @@ def add_views(app: FastAPI, client: Dispatcher, feed: Feed, collected: Metrics, 
         """What each client's turns computed that earlier ones had computed already, and why."""
         return doctor.report(client.scheduler.reuse)
 
-    @app.get("/v1/events", response_class=Response, responses={200: {"content": STREAM}})
     async def events() -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. A client that does not keep up loses the oldest events, and an event says how many."""
         return EventStream(_live_events(feed))
+
+    app.endpoint("GET", "/v1/events", events, stream="LiveEvent")
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

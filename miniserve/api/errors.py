@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NotRequired
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Message
-from typing_extensions import TypedDict
 
 from miniserve.dispatcher import EngineError
 from miniserve.monitor.events import TooManyListeners
@@ -39,29 +38,6 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 """By status; every other error is an `invalid_request_error`."""
-
-
-class ErrorInfo(TypedDict):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(TypedDict):
-    error: ErrorInfo
-
-
-class AnthropicErrorInfo(TypedDict):
-    type: str
-    message: str
-    details: NotRequired[Mapping[str, Any]]
-
-
-class AnthropicErrorBody(TypedDict):
-    type: Literal["error"]
-    error: AnthropicErrorInfo
-    request_id: NotRequired[str]
 
 
 def is_anthropic(scope: Mapping[str, Any], path: str) -> bool:
@@ -99,21 +75,21 @@ class ApiError(HTTPException):
         super().__init__(status, self.message, dict(headers or {}))
 
     @property
-    def body(self) -> ErrorBody:
+    def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
-    def anthropic_body(self) -> AnthropicErrorBody:
+    def anthropic_body(self) -> dict[str, Any]:
         kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
-        error: AnthropicErrorInfo = {"type": kind, "message": self.anthropic or self.message}
+        error: dict[str, Any] = {"type": kind, "message": self.anthropic or self.message}
         if self.details:
             error["details"] = self.details
         return {"type": "error", "error": error}
 
     def response(self, scope: Mapping[str, Any]) -> Response:
         """The whole answer to a request, in the shape that its client expects."""
-        body: Mapping[str, Any] = self.body
+        body = self.body
         if is_anthropic(scope, scope["path"]):
             body = {**self.anthropic_body, "request_id": scope["state"]["request_id"]}
         return Response(msgspec.json.encode(body), self.status_code, self.headers, "application/json")

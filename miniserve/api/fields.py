@@ -9,7 +9,7 @@ gigabyte.
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, ClassVar, Self
@@ -29,17 +29,6 @@ EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 """Values of a parameter that are as good as leaving it out."""
 HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,)}
 """Further values that are, by parameter."""
-
-
-def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in kinds:
-            given = f"of type {kind[:32]!r}" if isinstance(kind, str) else "without a `type`"
-            raise ValueError(f"{what} {given} are not supported: use {', '.join(kinds)}")
-        return value
-
-    return BeforeValidator(check)
 
 
 def at_most(most: int) -> BeforeValidator:

@@ -7,7 +7,7 @@ Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiE
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -20,23 +20,20 @@ from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody, ignored_header
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.identity import speaker
-from miniserve.api.messages.answers import TokenCount
 from miniserve.api.messages.schemas import MESSAGES_NAMES, CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
-from miniserve.api.openai.answers import Detokenized, Tokenized
 from miniserve.api.openai.chat import ChatRenderer, ChatWriter, chat_tokens
 from miniserve.api.openai.completions import CompletionRenderer, CompletionWriter
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
-from miniserve.api.streaming import EventStream, answer_events, whole_answer
+from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
 from miniserve.api.structured import GrammarChecks
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.conversation import Said
 from miniserve.text.dialect import find_dialect
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -111,14 +108,36 @@ class Service:
         if not named and conversation:
             said = msgspec.structs.replace(said, sure=True)
         prompts = await self._prepare(asked, body, renderer)
-        # The turns start before a stream's status is sent: with a full queue that is 503.
-        generation = self._start(prompts, body, renderer, writer.head.id, named or conversation, said, arrived)
-        ignored = [*asked.ignored, *renderer.relaxed]
-        if body.stream:
-            return with_ignored(
-                EventStream(answer_events(generation, writer), self._config.sse_ping, writer.ping), ignored
+        id, conversation = writer.head.id, named or conversation
+
+        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
+            return self._client.submit(
+                prompt,
+                params,
+                # Choices share a prompt: they belong where its KV is.
+                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
+                salt=body.cache_salt or "",
+                request_id=f"{id}-{index}",
+                tool=body.ends_in_tool_result,
+                said=said,
             )
-        return with_ignored(await whole_answer(generation, writer, request.receive), ignored)
+
+        def begun(choice: Choice) -> None:
+            if choice.turn is not None and choice.turn.change is not None:
+                examining = asyncio.create_task(self._examine(choice.turn, choice.cached_tokens, said.client, body))
+                self._examining.add(examining)
+                examining.add_done_callback(self._examining.discard)
+
+        # The turns start before a stream's status is sent: with a full queue that is 503.
+        self._client.check_room()
+        generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader, begun)
+        generation.start()
+        if body.stream:
+            answer: Response = EventStream(answer_events(generation, writer), self._config.sse_ping, writer.ping)
+        else:
+            answer = await whole_answer(generation, writer, request.receive)
+        answer.headers.update(ignored_header([*asked.ignored, *renderer.relaxed]))
+        return answer
 
     async def _prepare(self, asked: RequestBody, body: GenerationRequest, renderer: Renderer) -> Prompts:
         """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
@@ -142,46 +161,12 @@ class Service:
         if scores > MAX_SCORES:
             fix = f"an answer holds {MAX_SCORES} at most. Shorten the input, or ask for fewer alternatives"
             raise ApiError(400, f"The prompts have {scores} log-probabilities, but {fix}.", param=renderer.prompt_field)
+        # Where the format itself compiles, but the grammar of the whole answer does not, the tools are at fault.
+        at_fault = "tools" if body.tool_names else body.format_field or ""
         for _, own in prompts:
             if own.grammar is not None and own.grammar is not wanted:
-                await self._grammars.check(own.grammar, body.grammar_field)
+                await self._grammars.check(own.grammar, at_fault)
         return prompts
-
-    def _start(
-        self,
-        prompts: Prompts,
-        body: GenerationRequest,
-        renderer: Renderer,
-        id: str,
-        conversation: str | int,
-        said: Said,
-        arrived: float,
-    ) -> Generation:
-        """Submit a turn for each prompt. Raises `EngineError`; then nothing runs."""
-
-        def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
-            return self._client.submit(
-                prompt,
-                params,
-                # Choices share a prompt: they belong where its KV is.
-                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
-                salt=body.cache_salt or "",
-                request_id=f"{id}-{index}",
-                tool=body.ends_in_tool_result,
-                said=said,
-            )
-
-        self._client.check_room()
-
-        def begun(choice: Choice) -> None:
-            if choice.turn is not None and choice.turn.change is not None:
-                examining = asyncio.create_task(self._examine(choice.turn, choice.cached_tokens, said.client, body))
-                self._examining.add(examining)
-                examining.add_done_callback(self._examining.discard)
-
-        generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader, begun)
-        generation.start()
-        return generation
 
     async def _examine(self, turn: TurnStream, cached: int, client: str, body: GenerationRequest) -> None:
         """Find out why no more than `cached` tokens of a prompt were found, which differs from the one before."""
@@ -243,38 +228,32 @@ class Service:
                 code="model_not_found",
             )
 
-    async def count_tokens(self, body: CountTokensRequest, response: Response) -> TokenCount:
+    async def count_tokens(self, body: CountTokensRequest) -> Response:
         """How many tokens the prompt of such a request has."""
-        with_ignored(response, body.ignored)
         self.check_model(body.model)
         with errors.renamed(MESSAGES_NAMES):
             chat = await asyncio.to_thread(body.chat, self._config.normalize_prompts)
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, chat)
-        return {"input_tokens": len(tokens)}
+        return json_answer({"input_tokens": len(tokens)}, body.ignored)
 
-    async def tokenize(self, body: TokenizeRequest, response: Response) -> Tokenized:
+    async def tokenize(self, body: TokenizeRequest) -> Response:
         """The tokens of a prompt, or of messages as the chat template renders them."""
-        with_ignored(response, body.ignored)
         self.check_model(body.model)
         if body.prompt is not None:
             tokens = await asyncio.to_thread(self.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body)
-        return {
+        answer = {
             "count": len(tokens),
             "max_model_len": self.max_model_len,
             "tokens": tokens,
             "token_strs": [self.tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
         }
+        return json_answer(answer, body.ignored)
 
-    async def detokenize(self, body: DetokenizeRequest, response: Response) -> Detokenized:
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
         """The text of tokens."""
-        with_ignored(response, body.ignored)
         self.check_model(body.model)
         self._check_vocabulary(body.tokens, "tokens")
-        return {"prompt": await asyncio.to_thread(self.tokenizer.decode, body.tokens, False)}
-
-
-def with_ignored(response: Response, names: Iterable[str]) -> Response:
-    response.headers.update(ignored_header(names))
-    return response
+        text = await asyncio.to_thread(self.tokenizer.decode, body.tokens, False)
+        return json_answer({"prompt": text}, body.ignored)

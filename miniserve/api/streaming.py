@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
 
@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from miniserve.api.errors import as_api_error
+from miniserve.api.fields import ignored_header
 from miniserve.api.generation import Generation
 from miniserve.api.protocols import ResponseWriter
 from miniserve.api.race import Stopped, unless
@@ -33,12 +34,6 @@ def data_event(data: Mapping[str, Any]) -> bytes:
 def named_event(name: str, data: Mapping[str, Any]) -> bytes:
     """An event with a name, which its data hold too, as `type`."""
     return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode({"type": name, **data}) + b"\n\n"
-
-
-def event_stream(**event: Any) -> dict[str, Any]:
-    """OpenAPI's account of a stream whose events have these fields, given as JSON schemas."""
-    schema = {"type": "object", "properties": event, "required": list(event)}
-    return {"text/event-stream": {"itemSchema": schema}}
 
 
 COMMENT = b": ping\n\n"
@@ -99,7 +94,12 @@ async def whole_answer(generation: Generation, writer: ResponseWriter, receive: 
     # One with log-probabilities of prompts takes a while, in which other streams go on.
     scored = any(choice.prompt_logprobs for choice in generation.choices)
     answer = await asyncio.to_thread(writer.response, generation) if scored else writer.response(generation)
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    return json_answer(answer)
+
+
+def json_answer(data: Any, ignored: Iterable[str] = ()) -> Response:
+    """`data` in one piece; a header names what of the request was `ignored`."""
+    return Response(msgspec.json.encode(data), headers=ignored_header(ignored), media_type="application/json")
 
 
 @asynccontextmanager

@@ -209,14 +209,11 @@ def _check_schema(schema: Any) -> None:
             multiple = math.lcm(multiple, int("".join(map(str, digits))))
             if multiple > MAX_MULTIPLE:
                 raise GrammarError(f"the least common multiple of all `multipleOf` is above {MAX_MULTIPLE}.")
-    if combined and len(different) > MAX_COMBINED_PATTERNS:
-        raise GrammarError(
-            f"it combines patterns, as `allOf` does, and has {len(different)} of them: at most {MAX_COMBINED_PATTERNS} "
-            "are allowed then."
-        )
-    if named_by_pattern > MAX_PATTERN_PROPERTIES:
-        raise GrammarError(
-            f"the schema has {named_by_pattern} `patternProperties`, and at most {MAX_PATTERN_PROPERTIES} are allowed."
-        )
-    if properties > MAX_PROPERTIES:
-        raise GrammarError(f"the schema has {properties} properties, and at most {MAX_PROPERTIES} are allowed.")
+    together = "different patterns, and it combines patterns as `allOf` does"
+    for count, most, what in (
+        (len(different) if combined else 0, MAX_COMBINED_PATTERNS, together),
+        (named_by_pattern, MAX_PATTERN_PROPERTIES, "`patternProperties`"),
+        (properties, MAX_PROPERTIES, "properties"),
+    ):
+        if count > most:
+            raise GrammarError(f"the schema has {count} {what}: at most {most} are allowed.")

@@ -4,9 +4,9 @@ them. The types of fields here are those of all requests."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -121,23 +121,33 @@ def readable(part: Any) -> Any:
     return {"type": "text", "text": ""} if kind in SILENT_PARTS else part
 
 
+def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
+    """Refuses objects whose `type` is none of `kinds`."""
+
+    def check(value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind not in kinds:
+            given = f"of type {kind[:32]!r}" if isinstance(kind, str) else "without a `type`"
+            raise ValueError(f"{what} {given} are not supported: use {', '.join(kinds)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+PartKind = Literal["text", "input_text", "output_text", "summary_text", "reasoning_text"]
+
+
 class ContentPart(Body):
-    type: Literal["text", "input_text", "output_text"]
+    type: PartKind
     text: Text
 
-    @model_validator(mode="before")
-    @classmethod
-    def _text_only(cls, part: Any) -> Any:
-        part = readable(part)
-        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and not kind.endswith("text"):
-            raise ValueError(
-                f"Content parts of type {kind[:32]!r} are not supported: this model takes text only, in "
-                'parts like {"type": "text", "text": "..."}'
-            )
-        return part
 
-
-ContentParts = Annotated[list[ContentPart], Field(fail_fast=True)]
+Part = Annotated[
+    ContentPart,
+    one_of("This model reads text only: content parts", get_args(PartKind)),
+    BeforeValidator(readable),
+]
+ContentParts = Annotated[list[Part], Field(fail_fast=True)]
 Content = Annotated[TextOr[ContentParts], text_or("Content must be a string or a list of text parts")]
 
 

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from miniserve.api.fields import one_of
-from miniserve.text.messages import Body, Json, Text, TextOr, readable, text_or
+from miniserve.text.messages import Body, Json, Text, TextOr, one_of, readable, text_or
 
 SERVER_BLOCKS = re.compile(
     "server_tool_use|mcp_(tool_use|tool_result|tool_listing)|container_upload|"

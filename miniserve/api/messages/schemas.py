@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from miniserve.api.errors import ApiError
-from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts, one_of
+from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts
 from miniserve.api.messages.blocks import (
     Blocks,
     TextBlock,
@@ -20,7 +20,7 @@ from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, text_or
+from miniserve.text.messages import Body, Json, Text, TextOr, one_of, text_or
 
 MESSAGES_NAMES: Mapping[str, str] = TABLES["names"]["messages"]
 """Patterns of a chat's parameters, and this API's names of them."""

@@ -7,7 +7,6 @@ import msgspec
 
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
-from miniserve.api.messages.answers import MessageOut, MessageUsage, StopReason
 from miniserve.api.protocols import AnswerHead
 from miniserve.api.streaming import NamedEvent, named_event
 from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
@@ -76,7 +75,7 @@ class MessagesWriter:
     def __init__(self, head: AnswerHead) -> None:
         self.head = head
 
-    def response(self, generation: Generation) -> MessageOut:
+    def response(self, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
         content = ContentBlocks()
         for part in choice.take()[0]:
@@ -102,7 +101,7 @@ class MessagesWriter:
     def error_events(self, error: ApiError) -> bytes:
         return named_event("error", {"error": error.anthropic_body["error"]})
 
-    def _message(self, choice: Choice, blocks: list[Any]) -> MessageOut:
+    def _message(self, choice: Choice, blocks: list[Any]) -> dict[str, Any]:
         reason, sequence = _stop(choice)
         return {
             "id": self.head.id,
@@ -116,7 +115,7 @@ class MessagesWriter:
         }
 
 
-def _stop(choice: Choice) -> tuple[StopReason, str | None]:
+def _stop(choice: Choice) -> tuple[str, str | None]:
     if choice.finish == "tool_calls":
         return "tool_use", None
     if choice.finish == "length":
@@ -126,7 +125,7 @@ def _stop(choice: Choice) -> tuple[StopReason, str | None]:
     return "end_turn", None
 
 
-def _usage(choice: Choice) -> MessageUsage:
+def _usage(choice: Choice) -> dict[str, Any]:
     return {
         "input_tokens": len(choice.prompt) - choice.cached_tokens,
         "cache_creation_input_tokens": 0,

@@ -102,10 +102,6 @@ class ChatWriter(ChunkWriter):
 
     objects = "chat.completion", "chat.completion.chunk"
 
-    def whole(self, choice: Choice) -> Mapping[str, Any]:
-        parts, logprobs = choice.take()
-        return self._choice(choice, {"message": _message(parts)}, logprobs, ended=True)
-
     def opening(self, choice: Choice) -> Mapping[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -116,29 +112,23 @@ class ChatWriter(ChunkWriter):
             more["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
         return more
 
-    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
-        return self._choice(choice, {"delta": _delta(part)}, logprobs)
-
-    def closing(self, choice: Choice) -> Mapping[str, Any]:
-        return self._choice(choice, {"delta": {}}, None, ended=True)
-
-    def _choice(
-        self, choice: Choice, said: dict[str, Any], logprobs: list[TokenLogprob] | None, ended: bool = False
+    def shown(
+        self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
     ) -> Mapping[str, Any]:
-        shown = None
-        if logprobs is not None and choice.params.logprobs is not None:
-            shown = answers.chat_logprobs(self._tokenizer, logprobs)
+        scored = choice.params.logprobs is not None and not (chunk and ended)
         return {
             "index": choice.index,
-            **said,
-            "logprobs": shown,
+            **({"delta": _delta(*parts)} if chunk else {"message": _message(parts)}),
+            "logprobs": answers.chat_logprobs(self._tokenizer, logprobs) if scored else None,
             "finish_reason": choice.finish if ended else None,
             **({"stop_reason": choice.stop_reason} if ended else {}),
             **({"token_ids": choice.take_tokens()} if self.token_ids else {}),
         }
 
 
-def _delta(part: Part) -> dict[str, Any]:
+def _delta(part: Part | None = None) -> dict[str, Any]:
+    if part is None:
+        return {}
     if isinstance(part, str):
         return {"content": part}
     if isinstance(part, Reasoning):
@@ -148,11 +138,11 @@ def _delta(part: Part) -> dict[str, Any]:
     return {"tool_calls": [{"index": part.index, **_call(part)}]}
 
 
-def _message(parts: list[Part]) -> answers.ChatMessageOut:
+def _message(parts: list[Part]) -> dict[str, Any]:
     content = "".join(part for part in parts if isinstance(part, str))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
     calls = [_call(part) for part in parts if isinstance(part, ToolCall)]
-    message: answers.ChatMessageOut = {
+    message: dict[str, Any] = {
         "role": "assistant",
         "content": None if not content and (reasoning or calls) else content,
         "refusal": None,
@@ -164,5 +154,5 @@ def _message(parts: list[Part]) -> answers.ChatMessageOut:
     return message
 
 
-def _call(call: ToolCall) -> answers.ToolCallOut:
+def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

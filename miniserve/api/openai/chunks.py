@@ -4,8 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, ClassVar
 
-import msgspec
-
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.openai.answers import usage
@@ -35,8 +33,11 @@ class ChunkWriter(ABC):
         self._options = request.stream_options or StreamOptions()
 
     @abstractmethod
-    def whole(self, choice: Choice) -> Mapping[str, Any]:
-        """The choice when it has ended, all of it."""
+    def shown(
+        self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
+    ) -> Mapping[str, Any]:
+        """The choice with these parts of its text: all of them, or in a `chunk` the next one, or none when it has
+        `ended`."""
 
     @abstractmethod
     def opening(self, choice: Choice) -> Mapping[str, Any] | None:
@@ -46,19 +47,11 @@ class ChunkWriter(ABC):
         """Further fields beside the choices of a whole answer, or beside the opening of this one."""
         return {}
 
-    @abstractmethod
-    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> Mapping[str, Any]:
-        """The choice with a further part of its text."""
-
-    @abstractmethod
-    def closing(self, choice: Choice) -> Mapping[str, Any]:
-        """The choice in its last chunk."""
-
     def response(self, generation: Generation) -> Mapping[str, Any]:
         return {
             "object": self.objects[0],
             **self.head._asdict(),
-            "choices": [self.whole(choice) for choice in generation.choices],
+            "choices": [self.shown(one, *one.take(), chunk=False, ended=True) for one in generation.choices],
             "usage": usage(generation, generation.output_tokens),
             **self.beside(generation.choices[0]),
         }
@@ -67,18 +60,13 @@ class ChunkWriter(ABC):
         head = {"object": self.objects[1], **self.head._asdict()}
         with_usage = bool(self._options.include_usage)
         continuous = with_usage and bool(self._options.continuous_usage_stats)
-        # Only the choice is encoded for each chunk; everything around it is the same bytes.
-        before_choice = _before_choice(head)
-        after_choice = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
 
-        def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, before: bytes = before_choice) -> bytes:
-            after = after_choice
-            if continuous:
-                after = b'],"usage":' + msgspec.json.encode(usage(choice, output_tokens)) + b"}\n\n"
-            return before + msgspec.json.encode(chunk) + after
+        def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, **beside: Any) -> bytes:
+            used = {"usage": usage(choice, output_tokens) if continuous else None} if with_usage else {}
+            return data_event({**head, **beside, "choices": [chunk], **used})
 
         yield b"".join(
-            event(choice, opening, 0, _before_choice({**head, **self.beside(choice)}))
+            event(choice, opening, 0, **self.beside(choice))
             for choice in generation.choices
             if (opening := self.opening(choice)) is not None
         )
@@ -91,10 +79,12 @@ class ChunkWriter(ABC):
                 parts, logprobs = choice.take()
                 for part in parts or ([""] if logprobs or by_token else []):
                     # The first part that tokens have made carries what belongs to these tokens.
-                    chunks.append(event(choice, self.piece(choice, part, logprobs), choice.output_tokens))
+                    shown = self.shown(choice, [part], logprobs, chunk=True, ended=False)
+                    chunks.append(event(choice, shown, choice.output_tokens))
                     logprobs = []
                 if choice.finish is not None:
-                    chunks.append(event(choice, self.closing(choice), choice.output_tokens))
+                    shown = self.shown(choice, [], [], chunk=True, ended=True)
+                    chunks.append(event(choice, shown, choice.output_tokens))
             if chunks:
                 yield b"".join(chunks)
         if with_usage:
@@ -103,7 +93,3 @@ class ChunkWriter(ABC):
 
     def error_events(self, error: ApiError) -> bytes:
         return data_event(error.body) + DONE
-
-
-def _before_choice(fields: Mapping[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['

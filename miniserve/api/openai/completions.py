@@ -1,5 +1,7 @@
 """/v1/completions: its prompts, and its choices."""
 
+from typing import Any
+
 import msgspec
 
 from miniserve.api.generation import Choice
@@ -63,30 +65,20 @@ class CompletionWriter(ChunkWriter):
         self._logprob_writers: dict[int, answers.CompletionLogprobWriter] = {}
         self._opened: set[int] = set()
 
-    def whole(self, choice: Choice) -> answers.CompletionChoice:
-        parts, logprobs = choice.take()
-        return self._choice(choice, "".join(map(str, parts)), logprobs, ended=True)
-
-    def opening(self, choice: Choice) -> answers.CompletionChoice | None:
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
         # The prompt's log-probabilities come with the first output.
-        return self._choice(choice, "", []) if self._request.echo and choice.params.logprobs is None else None
+        echoed = self._request.echo and choice.params.logprobs is None
+        return self.shown(choice, [], [], chunk=True, ended=False) if echoed else None
 
-    def piece(self, choice: Choice, part: Part, logprobs: list[TokenLogprob]) -> answers.CompletionChoice:
-        assert isinstance(part, str)  # without a reader there are no other parts
-        return self._choice(choice, part, logprobs)
-
-    def closing(self, choice: Choice) -> answers.CompletionChoice:
-        return self._choice(choice, "", [], ended=True)
-
-    def _choice(
-        self, choice: Choice, text: str, logprobs: list[TokenLogprob], ended: bool = False
-    ) -> answers.CompletionChoice:
+    def shown(
+        self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
+    ) -> dict[str, Any]:
         opens = choice.index not in self._opened
         self._opened.add(choice.index)
         echo = self._echo(choice) if opens and self._request.echo else None
-        answer: answers.CompletionChoice = {
+        answer: dict[str, Any] = {
             "index": choice.index,
-            "text": (echo or "") + text,
+            "text": (echo or "") + "".join(map(str, parts)),  # without a reader all parts are text
             "logprobs": self._logprobs(choice, logprobs, echo),
             "finish_reason": choice.finish if ended else None,
             "stop_reason": choice.stop_reason if ended else None,
@@ -104,7 +96,7 @@ class CompletionWriter(ChunkWriter):
         prompt = self._request.prompt[choice.index // choice.params.n]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> answers.CompletionLogprobs | None:
+    def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> dict[str, list[Any]] | None:
         params = choice.params
         if params.logprobs is None:
             return None

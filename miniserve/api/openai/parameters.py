@@ -182,11 +182,6 @@ class GenerationRequest(SamplingFields, ABC):
         return "response_format" if self.response_format and self.response_format.type != "text" else None
 
     @property
-    def grammar_field(self) -> str:
-        """The field at fault if the grammar of the whole answer does not compile, though that of the format does."""
-        return self.format_field or ""
-
-    @property
     @abstractmethod
     def output_limit(self) -> int | None:
         """Most tokens to generate for each choice; None if the request sets no limit."""

@@ -16,7 +16,21 @@ from miniserve.text.messages import ChatMessage, Json, Text
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
 
 
-class ChatRequest(GenerationRequest):
+class TemplateFields(RequestBody):
+    """Of what a chat template renders a prompt, beside the messages."""
+
+    tools: Tools | None = None
+    add_generation_prompt: On = True
+    continue_final_message: Off = False
+    chat_template_kwargs: Json | None = None
+    """Variables of the chat template: those that it reads, and always `enable_thinking` and the like."""
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        return self.chat_template_kwargs or {}
+
+
+class ChatRequest(TemplateFields, GenerationRequest):
     refused = {**SamplingFields.refused, **TABLES["refused"]["chat"]}
 
     messages: Messages
@@ -24,16 +38,11 @@ class ChatRequest(GenerationRequest):
     max_tokens: Amount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     """Whether an answer may call more than one tool; yes, unless it is false."""
     reasoning_effort: Effort | None = None
     """A variable of the chat template; "none" also sets the variables that switch thinking off."""
-    add_generation_prompt: On = True
-    continue_final_message: Off = False
-    chat_template_kwargs: Json | None = None
-    """Variables of the chat template: those that it reads, and always `enable_thinking` and the like."""
 
     _allowed_calls: AllowedCalls = PrivateAttr()
 
@@ -68,18 +77,13 @@ class ChatRequest(GenerationRequest):
         return self._allowed_calls
 
     @property
-    def grammar_field(self) -> str:
-        return "tools" if self.allowed_calls.callable else super().grammar_field
-
-    @property
     def template_variables(self) -> dict[str, Any]:
-        """Variables of the chat template beside the conversation."""
         own: dict[str, Any] = {}
         if self.reasoning_effort is not None:
             own["reasoning_effort"] = self.reasoning_effort
         if self.reasoning_effort == "none":
             own |= {"enable_thinking": False, "thinking": False}
-        return own | (self.chat_template_kwargs or {})
+        return own | super().template_variables
 
     @property
     def limit_field(self) -> str:
@@ -124,17 +128,13 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(TemplateFields):
     """A `prompt` or `messages`."""
 
     model: Text | None = None
     prompt: Text | None = None
     messages: Messages | None = None
-    tools: Tools | None = None
     add_special_tokens: On = True
-    add_generation_prompt: On = True
-    continue_final_message: Off = False
-    chat_template_kwargs: Json | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -143,10 +143,6 @@ class TokenizeRequest(RequestBody):
             raise ParameterError("prompt", "Give either `prompt` or `messages`.")
         check_tools(self.tools or [])
         return self
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        return self.chat_template_kwargs or {}
 
 
 class DetokenizeRequest(RequestBody):

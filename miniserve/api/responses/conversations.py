@@ -5,8 +5,8 @@ They are kept as responses are: in memory, within the same bounds, and the least
 
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import Query
@@ -14,11 +14,10 @@ from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody
-from miniserve.api.responses.answers import ConversationOut, Deleted, ItemList
 from miniserve.api.responses.items import Item, Items, item_out, with_ids
 from miniserve.api.responses.schemas import Metadata
 from miniserve.api.responses.store import BYTES_PER_TOKEN, ResponseStore, Stored
-from miniserve.api.service import with_ignored
+from miniserve.api.streaming import json_answer
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
@@ -36,7 +35,7 @@ class ItemsRequest(RequestBody):
     items: Items
 
 
-def page(items: Sequence[Item], limit: int, order: Order, after: str | None) -> ItemList:
+def page(items: Sequence[Item], limit: int, order: Order, after: str | None, ignored: Iterable[str] = ()) -> Response:
     """Up to `limit` of `items`, behind the one with the id `after` in this `order`. Raises `ApiError`."""
     ordered = list(items if order == "asc" else reversed(items))
     if after is not None:
@@ -46,7 +45,8 @@ def page(items: Sequence[Item], limit: int, order: Order, after: str | None) -> 
         ordered = ordered[place + 1 :]
     shown = [item_out(item) for item in ordered[:limit]]
     first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
-    return {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": len(ordered) > limit}
+    listed = {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": len(ordered) > limit}
+    return json_answer(listed, ignored)
 
 
 class Conversations:
@@ -67,52 +67,49 @@ class Conversations:
 
     # --- routes -----------------------------------------------------------------------------------------------------
 
-    async def create(self, body: ConversationRequest, response: Response) -> ConversationOut:
+    async def create(self, body: ConversationRequest) -> Response:
         """Begin a conversation, with items or none."""
-        with_ignored(response, body.ignored)
         id, now = f"conv_{secrets.token_hex(24)}", int(time.time())
-        made: ConversationOut = {"id": id, "object": "conversation", "created_at": now, "metadata": body.metadata or {}}
+        made = {"id": id, "object": "conversation", "created_at": now, "metadata": body.metadata or {}}
         items = with_ids(body.items or [])
         self._put(id, items, _tokens(items), msgspec.json.encode(made))
-        return made
+        return json_answer(made, body.ignored)
 
-    async def retrieve(self, conversation: str) -> ConversationOut:
+    async def retrieve(self, conversation: str) -> Response:
         """What is known of a conversation beside its items."""
-        return msgspec.json.decode(self._get(conversation).answer, type=ConversationOut)
+        return json_answer(msgspec.Raw(self._get(conversation).answer))
 
-    async def update(self, conversation: str, body: MetadataRequest, response: Response) -> ConversationOut:
+    async def update(self, conversation: str, body: MetadataRequest) -> Response:
         """Give a conversation other metadata."""
-        with_ignored(response, body.ignored)
         stored = self._get(conversation)
-        made: ConversationOut = {**(await self.retrieve(conversation)), "metadata": body.metadata or {}}
+        made = {**msgspec.json.decode(stored.answer), "metadata": body.metadata or {}}
         self._put(conversation, stored.items, stored.tokens, msgspec.json.encode(made))
-        return made
+        return json_answer(made, body.ignored)
 
-    async def delete(self, conversation: str) -> Deleted:
+    async def delete(self, conversation: str) -> Response:
         """Forget a conversation and its items."""
         self._get(conversation)
         self._stored.delete(conversation)
-        return {"id": conversation, "object": "conversation.deleted", "deleted": True}
+        return json_answer({"id": conversation, "object": "conversation.deleted", "deleted": True})
 
     async def list_items(
         self, conversation: str, limit: Limit = 20, order: Order = "desc", after: str | None = None
-    ) -> ItemList:
+    ) -> Response:
         """The items of a conversation, the latest first."""
         return page(self.items(conversation), limit, order, after)
 
-    async def add_items(self, conversation: str, body: ItemsRequest, response: Response) -> ItemList:
+    async def add_items(self, conversation: str, body: ItemsRequest) -> Response:
         """Add items at the end of a conversation."""
-        with_ignored(response, body.ignored)
         self._get(conversation)
         added = with_ids(body.items)
         self.extend(conversation, added)
-        return page(added, len(added), "asc", None)
+        return page(added, len(added), "asc", None, body.ignored)
 
-    async def retrieve_item(self, conversation: str, item: str) -> dict[str, Any]:
+    async def retrieve_item(self, conversation: str, item: str) -> Response:
         """One item of a conversation."""
-        return item_out(self._item(conversation, item))
+        return json_answer(item_out(self._item(conversation, item)))
 
-    async def delete_item(self, conversation: str, item: str) -> ConversationOut:
+    async def delete_item(self, conversation: str, item: str) -> Response:
         """Take an item out of a conversation."""
         stored, gone = self._get(conversation), self._item(conversation, item)
         left = [one for one in stored.items if one is not gone]

@@ -4,14 +4,13 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 
-from miniserve.api.fields import one_of
 from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
 from miniserve.api.tools import DEFERRED, FewTools
-from miniserve.text.messages import Body, Json, Text, TextOr, joined, kind_of, readable, text_or
+from miniserve.text.messages import Body, Content, ContentParts, Json, Text, joined, kind_of, one_of
 
 ITEMS = (
     *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"),
@@ -21,17 +20,6 @@ LEFT_OUT = re.compile(
     r"\w+_call(_output)?|mcp_\w+|\w*compaction\w*|program(_output)?|configuration_update|ghost_snapshot"
 )
 """Other types of items: what servers' tools did, and what only OpenAI's can read."""
-TextKind = Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
-
-
-class TextPart(Body):
-    type: TextKind
-    text: Text
-
-
-Part = Annotated[TextPart, one_of("Content parts", get_args(TextKind)), BeforeValidator(readable)]
-TextParts = Annotated[list[Part], Field(fail_fast=True)]
-TextOrParts = Annotated[TextOr[TextParts], text_or("This must be a string or a list of text parts")]
 CallId = Annotated[Text, Field(min_length=1)]
 
 
@@ -43,7 +31,7 @@ class ItemBody(Body):
 class MessageItem(ItemBody):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: TextOrParts
+    content: Content
 
 
 class NamedCallItem(ItemBody):
@@ -65,7 +53,7 @@ class CustomToolCallItem(NamedCallItem):
 class CallOutputItem(ItemBody):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: CallId
-    output: TextOrParts
+    output: Content
 
 
 class ToolSearchCallItem(ItemBody):
@@ -94,8 +82,8 @@ class ReasoningItem(ItemBody):
     """`content` goes before `summary`. What another server has encrypted cannot be read, and is ignored."""
 
     type: Literal["reasoning"]
-    content: TextParts | None = None
-    summary: TextParts | None = None
+    content: ContentParts | None = None
+    summary: ContentParts | None = None
 
 
 class LeftOutItem(ItemBody):

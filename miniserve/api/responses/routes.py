@@ -5,6 +5,7 @@ import uuid
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import msgspec
 from fastapi import Request
@@ -14,13 +15,13 @@ from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
-from miniserve.api.responses.answers import Deleted, InputTokens, ItemList, ResponseOut
 from miniserve.api.responses.conversations import Conversations, Limit, Order, page
 from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
 from miniserve.api.responses.store import ResponseStore, Stored, continuing
 from miniserve.api.responses.writer import ResponsesWriter
-from miniserve.api.service import Service, with_ignored
+from miniserve.api.service import Service
+from miniserve.api.streaming import json_answer
 
 
 class ResponsesRenderer(ChatRenderer):
@@ -70,7 +71,7 @@ class ResponsesRoutes:
         new = with_ids(body.items)
         items = [*self._past(body, previous), *new]
 
-        def keep(answer: ResponseOut, choice: Choice) -> None:
+        def keep(answer: dict[str, Any], choice: Choice) -> None:
             output = OUTPUT.validate_python(answer["output"])
             if body.conversation:
                 self.conversations.extend(body.conversation, [*new, *output])
@@ -90,34 +91,33 @@ class ResponsesRoutes:
                 known = conversation or body.conversation or ""
                 return await self._service.generate(request, body, renderer.chat, renderer, writer, known)
 
-    async def count_input(self, body: InputTokensRequest, response: Response) -> InputTokens:
+    async def count_input(self, body: InputTokensRequest) -> Response:
         """How many tokens the prompt of such a request has."""
-        with_ignored(response, body.ignored)
         self._service.check_model(body.model)
         past = self._past(body, self._previous(body))
         with errors.renamed(RESPONSES_NAMES):
             renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, [*past, *body.items])
             (prompt,) = await asyncio.to_thread(renderer.prompts)
-        return {"object": "response.input_tokens", "input_tokens": len(prompt)}
+        return json_answer({"object": "response.input_tokens", "input_tokens": len(prompt)}, body.ignored)
 
     async def retrieve(self, response: str, stream: bool = False) -> Response:
         """A response that is stored, as it was answered."""
         if stream:
             raise ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
-        return Response(self._stored(response).answer, media_type="application/json")
+        return json_answer(msgspec.Raw(self._stored(response).answer))
 
     async def list_input(
         self, response: str, limit: Limit = 20, order: Order = "desc", after: str | None = None
-    ) -> ItemList:
+    ) -> Response:
         """The items that a response was made from, those of earlier turns, too; the latest first."""
         stored = self._stored(response)
         return page(stored.items[: len(stored.items) - stored.output], limit, order, after)
 
-    async def delete(self, response: str) -> Deleted:
+    async def delete(self, response: str) -> Response:
         """Forget a response; those that have gone on behind it stay as they are."""
         self._stored(response)
         self._store.delete(response)
-        return {"id": response, "object": "response", "deleted": True}
+        return json_answer({"id": response, "object": "response", "deleted": True})
 
     def _past(self, body: InputTokensRequest, previous: Stored | None) -> Sequence[Item]:
         if body.conversation:

@@ -104,18 +104,15 @@ def spoken_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] |
     if kind == "allowed_tools" and isinstance(tools, list):
         # What was left out of the tools is left out here, too.
         named = [_named(tool) for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
-        if tools and not named and choice.get("mode", "auto") == "auto":
-            return "none"
-        return {"type": kind, "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": named}}
-    if kind in ("function", "custom"):
-        if not isinstance(choice.get("name"), str):
-            problem = f'`tool_choice`: `name` stands beside `type` here, like {{"type": "{kind}", "name": ...}}.'
-            raise ParameterError("tool_choice", problem)
+        none_left = tools and not named and choice.get("mode", "auto") == "auto"
+        return "none" if none_left else {**choice, "tools": named}
+    if kind in ("function", "custom") and isinstance(choice.get("name"), str):
         return _named(choice)
     raise ParameterError(
         "tool_choice",
         '`tool_choice` must be "none", "auto", "required", {"type": "function", "name": ...} or {"type": '
-        f'"allowed_tools", "mode": "auto", "tools": [...]}}; the type {str(kind)[:64]!r} is not supported.',
+        f'"allowed_tools", "mode": "auto", "tools": [...]}}, where `name` stands beside `type`; it has the type '
+        f"{str(kind)[:64]!r}.",
     )
 
 

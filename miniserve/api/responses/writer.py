@@ -4,17 +4,24 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
 from miniserve.api.protocols import AnswerHead
-from miniserve.api.responses import answers
 from miniserve.api.responses.output import OutputItems
 from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.tools import Offered
 from miniserve.api.streaming import COMMENT, NamedEvent, named_event
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
+
+REPEATED = {"instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"}
+"""Parameters that an answer repeats as they came."""
+SAMPLED = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
+"""Those that it repeats as they were used."""
+NOTHING_YET = ("completed_at", "error", "incomplete_details", "usage", "max_tool_calls", "safety_identifier", "user")
+"""Fields that are null, most of them until the end."""
 
 
 @dataclass(eq=False)
@@ -28,15 +35,15 @@ class ResponsesWriter:
     request: ResponsesRequest
     offered: Mapping[str, Offered]
     tokenizer: Tokenizer
-    keep: Callable[[answers.ResponseOut, Choice], None]
+    keep: Callable[[dict[str, Any], Choice], None]
 
     def __post_init__(self) -> None:
         self._numbers = count()
-        self._begun: answers.ResponseOut | None = None
+        self._begun: dict[str, Any] | None = None
         self._logprobs: list[TokenLogprob] = []  # of text that is still to come
         self._reasoned = 0  # tokens whose log-probabilities were passed over
 
-    def response(self, generation: Generation) -> answers.ResponseOut:
+    def response(self, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
         output = self._output(choice)
         self._feed(choice, output)
@@ -82,53 +89,41 @@ class ResponsesWriter:
     def _encoded(self, events: Sequence[NamedEvent]) -> bytes:
         return b"".join(named_event(name, {"sequence_number": next(self._numbers), **data}) for name, data in events)
 
-    def _in_progress(self, choice: Choice) -> answers.ResponseOut:
+    def _in_progress(self, choice: Choice) -> dict[str, Any]:
         asked, text = self.request, self.request.text
         form = text.format.model_dump(by_alias=True, exclude_none=True) if text and text.format else {"type": "text"}
         functions = {"description": None, "parameters": None, "strict": None}
         tools = [{**(functions if tool["type"] == "function" else {}), **tool} for tool in asked.tools or []]
-        begun: answers.ResponseOut = {
+        begun: dict[str, Any] = {
             "id": self.head.id,
             "object": "response",
             "created_at": self.head.created,
-            "completed_at": None,
             "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
             "model": self.head.model,
             "output": [],
-            "usage": None,
+            **asked.model_dump(include=REPEATED),
+            **{name: getattr(choice.params, name) for name in SAMPLED},
             "background": False,
-            "frequency_penalty": choice.params.frequency_penalty,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "max_tool_calls": None,
             "metadata": asked.metadata or {},
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
-            "presence_penalty": choice.params.presence_penalty,
-            "previous_response_id": asked.previous_response_id,
-            "prompt_cache_key": asked.prompt_cache_key,
             "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
-            "safety_identifier": None,
             "service_tier": "default",
             "store": asked.store is not False,
-            "temperature": choice.params.temperature,
             "text": {"format": form},
             "tool_choice": asked.tool_choice or "auto",
             "tools": tools,
             "top_logprobs": asked.top_logprobs or 0,
-            "top_p": choice.params.top_p,
             "truncation": asked.truncation or "disabled",
-            "user": None,
+            **dict.fromkeys(NOTHING_YET),
         }
         if asked.conversation:
             begun["conversation"] = {"id": asked.conversation}
         return begun
 
-    def _ended(self, begun: answers.ResponseOut, output: OutputItems, generation: Generation) -> answers.ResponseOut:
+    def _ended(self, begun: dict[str, Any], output: OutputItems, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
         cut_off = choice.finish == "length"
-        answer: answers.ResponseOut = {
+        answer: dict[str, Any] = {
             **begun,
             "completed_at": None if cut_off else int(time.time()),
             "status": "incomplete" if cut_off else "completed",
