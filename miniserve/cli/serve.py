@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 import uvloop
@@ -25,6 +24,8 @@ from miniserve.monitor.decision_log import DecisionLog
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import ParameterError
 
+BACKLOG = 2048
+"""Clients that come while workers load wait for an answer instead of being refused."""
 FLUSH_SECONDS = 2.0
 """How long clients have to take what is still on its way to them when the server ends."""
 
@@ -51,7 +52,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
             same = listeners[0].getsockname()[1] if listeners else port
             try:
                 family, _, _, _, address = socket.getaddrinfo(name, same, type=socket.SOCK_STREAM)[0]
-                listeners.append(_listen(family, address))
+                both = address[0] == "::"  # every address of both kinds
+                listeners.append(socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both))
             except OSError as error:
                 if not listeners or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
@@ -72,7 +74,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 def bind_path(path: str) -> socket.socket:
     """A Unix socket that listens at `path` for all users. One that was left behind makes way. Raises `ConfigError`."""
-    file = Path(path)
+    file, listener = Path(path), socket.socket(socket.AF_UNIX)
     try:
         if file.is_socket() and not file.is_symlink():
             with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
@@ -80,26 +82,12 @@ def bind_path(path: str) -> socket.socket:
                 probe.connect(path)
                 raise ConfigError(f"Another server listens at --uds {path}: give another path.")
             file.unlink()
-        listener = _listen(socket.AF_UNIX, path)
+        listener.bind(path)
+        listener.listen(BACKLOG)
         file.chmod(0o666)  # like a port, it is open to every user of this machine
     except OSError as error:
-        raise ConfigError(f"--uds {path!r} cannot be listened at: {error.strerror or error}.") from error
-    return listener
-
-
-def _listen(family: int, address: Any) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # :: is every address of both kinds
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
-        listener.bind(address)
-        # Clients that come while workers load wait for an answer instead of being refused.
-        listener.listen(2048)
-    except OSError:
         listener.close()
-        raise
-    listener.setblocking(False)
+        raise ConfigError(f"--uds {path!r} cannot be listened at: {error.strerror or error}.") from error
     return listener
 
 
