@@ -97,9 +97,7 @@ def generate(name: str, count: int, seed: int) -> list[Script]:
 
     Each is drawn by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`.
     """
-    if name in _GENERATORS:
-        return [_script(name, n, seed) for n in range(count)]
-    names, shares = _mix(name)
+    names, shares = _mix(f"{name}=1" if name in _GENERATORS else name)
     return [_script(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
 
 
