@@ -91,18 +91,12 @@ def bind_path(path: str) -> socket.socket:
     return listener
 
 
-class Signals:
-    """SIGTERM and SIGINT: the first asks to drain, the second to stop."""
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._caught)
-
-    def _caught(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+def signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events for SIGTERM and SIGINT: the first one asks to drain, the second to stop."""
+    first, second = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
+    return first, second
 
 
 class HttpServer(uvicorn.Server):
@@ -114,7 +108,7 @@ class HttpServer(uvicorn.Server):
 
 
 async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.socket]) -> int:
-    signals = Signals()
+    drain, stop = signals()
     progress = LoadingLines()
     log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
     client = Dispatcher(config, files, progress.show, [log.write] if log else [])
@@ -124,7 +118,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
     try:
         try:
             making = asyncio.to_thread(_http_server, config, files, client, feed)
-            _, http = await unless(signals.first.wait(), asyncio.gather(client.start(), making))
+            _, http = await unless(drain.wait(), asyncio.gather(client.start(), making))
         except Stopped:
             return 130
         except Exception as error:
@@ -139,9 +133,9 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             bound = listeners[0].getsockname()[:2]
             print(banner(config, files, client, bound, time.monotonic() - started), flush=True)
         try:
-            await unless(signals.first.wait(), asyncio.shield(serving))
+            await unless(drain.wait(), asyncio.shield(serving))
         except Stopped:
-            await _drain(config, client, feed, http, signals)
+            await _drain(config, client, feed, http, stop)
         http.should_exit = True
         http.force_exit = True
         await serving
@@ -174,8 +168,8 @@ def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, fee
     return HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
 
 
-async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, signals: Signals) -> None:
-    """Let running requests end, for a while."""
+async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, stop: asyncio.Event) -> None:
+    """Let running requests end, for a while, or until `stop`."""
     client.drain()
     if client.scheduler.active:
         say(
@@ -190,7 +184,7 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
         await _flushed(http)
 
     try:
-        await unless(signals.second.wait(), asyncio.wait_for(ended(), config.shutdown_timeout))
+        await unless(stop.wait(), asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
         if client.scheduler.active:
             say(f"Ending {client.scheduler.active} requests that still run.")
