@@ -115,26 +115,19 @@ def _first_model(client: ApiClient) -> str:
 
 def _events(response: httpx.Response) -> Iterator[Any]:
     """Server-sent events until [DONE]. Raises `ConfigError` for an error in the stream, or a stream without end."""
-    with contextlib.suppress(httpx.HTTPError):  # a stream that breaks off has no [DONE]
-        for line in _lines(response):
-            if not line.startswith(b"data:"):
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                return
-            event = json.loads(data)
-            if "error" in event:
-                raise ConfigError(f"The server says: {message(data)}")
-            yield event
-    raise ConfigError("The answer broke off: the server has gone. Is it still running?")
-
-
-def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Whole lines. Unlike those of `iter_lines` they end at newlines alone, not at U+2028 within a text."""
     rest = b""
-    for piece in response.iter_bytes():
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
+    with contextlib.suppress(httpx.HTTPError):  # a stream that breaks off has no [DONE]
+        for piece in response.iter_bytes():
+            # Not `iter_lines`, whose lines end at U+2028 within a text too.
+            *lines, rest = (rest + piece).split(b"\n")
+            for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
+                if data == b"[DONE]":
+                    return
+                event = json.loads(data)
+                if "error" in event:
+                    raise ConfigError(f"The server says: {message(data)}")
+                yield event
+    raise ConfigError("The answer broke off: the server has gone. Is it still running?")
 
 
 def _summary(times: list[float], usage: dict[str, Any]) -> str:

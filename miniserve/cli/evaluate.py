@@ -1,7 +1,6 @@
 """The commands of the evaluation: `miniserve replay`, `simulate`, `compare` and `profile`."""
 
 import json
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.cli.flags import api_key, filled
 from miniserve.config import ConfigError, EngineConfig
-from miniserve.scheduler.baselines import POLICIES
 
 
 def replay(args: Namespace) -> int:
@@ -41,8 +39,7 @@ def simulate(args: Namespace) -> int:
 def compare(args: Namespace) -> int:
     from miniserve.bench import compare
 
-    chosen = {"policies": args.policies or list(POLICIES), "jobs": args.jobs or os.cpu_count() or 1}
-    return compare.compare(filled(compare.CompareConfig, args, workload=filled(WorkloadConfig, args), **chosen))
+    return compare.compare(args, filled(WorkloadConfig, args))
 
 
 def profile(args: Namespace) -> int:

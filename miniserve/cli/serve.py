@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 import uvloop
@@ -25,6 +24,8 @@ from miniserve.monitor.decision_log import DecisionLog
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import ParameterError
 
+BACKLOG = 2048
+"""Clients that come while workers load wait for an answer instead of being refused."""
 FLUSH_SECONDS = 2.0
 """How long clients have to take what is still on its way to them when the server ends."""
 
@@ -51,7 +52,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
             same = listeners[0].getsockname()[1] if listeners else port
             try:
                 family, _, _, _, address = socket.getaddrinfo(name, same, type=socket.SOCK_STREAM)[0]
-                listeners.append(_listen(family, address))
+                both = address[0] == "::"  # every address of both kinds
+                listeners.append(socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both))
             except OSError as error:
                 if not listeners or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
@@ -72,7 +74,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 def bind_path(path: str) -> socket.socket:
     """A Unix socket that listens at `path` for all users. One that was left behind makes way. Raises `ConfigError`."""
-    file = Path(path)
+    file, listener = Path(path), socket.socket(socket.AF_UNIX)
     try:
         if file.is_socket() and not file.is_symlink():
             with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
@@ -80,41 +82,21 @@ def bind_path(path: str) -> socket.socket:
                 probe.connect(path)
                 raise ConfigError(f"Another server listens at --uds {path}: give another path.")
             file.unlink()
-        listener = _listen(socket.AF_UNIX, path)
+        listener.bind(path)
+        listener.listen(BACKLOG)
         file.chmod(0o666)  # like a port, it is open to every user of this machine
     except OSError as error:
+        listener.close()
         raise ConfigError(f"--uds {path!r} cannot be listened at: {error.strerror or error}.") from error
     return listener
 
 
-def _listen(family: int, address: Any) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # :: is every address of both kinds
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
-        listener.bind(address)
-        # Clients that come while workers load wait for an answer instead of being refused.
-        listener.listen(2048)
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
-
-
-class Signals:
-    """SIGTERM and SIGINT: the first asks to drain, the second to stop."""
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._caught)
-
-    def _caught(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+def signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events for SIGTERM and SIGINT: the first one asks to drain, the second to stop."""
+    first, second = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
+    return first, second
 
 
 class HttpServer(uvicorn.Server):
@@ -126,7 +108,7 @@ class HttpServer(uvicorn.Server):
 
 
 async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.socket]) -> int:
-    signals = Signals()
+    drain, stop = signals()
     progress = LoadingLines()
     log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
     client = Dispatcher(config, files, progress.show, [log.write] if log else [])
@@ -136,7 +118,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
     try:
         try:
             making = asyncio.to_thread(_http_server, config, files, client, feed)
-            _, http = await unless(signals.first.wait(), asyncio.gather(client.start(), making))
+            _, http = await unless(drain.wait(), asyncio.gather(client.start(), making))
         except Stopped:
             return 130
         except Exception as error:
@@ -151,9 +133,9 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             bound = listeners[0].getsockname()[:2]
             print(banner(config, files, client, bound, time.monotonic() - started), flush=True)
         try:
-            await unless(signals.first.wait(), asyncio.shield(serving))
+            await unless(drain.wait(), asyncio.shield(serving))
         except Stopped:
-            await _drain(config, client, feed, http, signals)
+            await _drain(config, client, feed, http, stop)
         http.should_exit = True
         http.force_exit = True
         await serving
@@ -186,8 +168,8 @@ def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, fee
     return HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
 
 
-async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, signals: Signals) -> None:
-    """Let running requests end, for a while."""
+async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, stop: asyncio.Event) -> None:
+    """Let running requests end, for a while, or until `stop`."""
     client.drain()
     if client.scheduler.active:
         say(
@@ -202,7 +184,7 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
         await _flushed(http)
 
     try:
-        await unless(signals.second.wait(), asyncio.wait_for(ended(), config.shutdown_timeout))
+        await unless(stop.wait(), asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
         if client.scheduler.active:
             say(f"Ending {client.scheduler.active} requests that still run.")

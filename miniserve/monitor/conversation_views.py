@@ -121,11 +121,8 @@ class ConversationDetail(ConversationCard):
 def conversation_list(scheduler: Scheduler, now: float, limit: int) -> ConversationList:
     turns = _running_turns(scheduler)
     latest = scheduler.conversations.latest(min(limit, MOST_LISTED))
-    return {
-        "object": "list",
-        "total": len(scheduler.conversations),
-        "data": [_card(scheduler, conversation, turns.get(id(conversation), []), now) for conversation in latest],
-    }
+    data = [_card(scheduler, conversation, turns.get(id(conversation), []), now) for conversation in latest]
+    return {"object": "list", "total": len(scheduler.conversations), "data": data}
 
 
 def conversation_detail(scheduler: Scheduler, doctor: Doctor, key: str, now: float) -> ConversationDetail | None:
@@ -145,12 +142,8 @@ def conversation_detail(scheduler: Scheduler, doctor: Doctor, key: str, now: flo
 
 def live_turns(scheduler: Scheduler, now: float) -> LiveTurns:
     """The turns that wait or run, those that came first of them first."""
-    return {
-        "time": now,
-        "total": scheduler.active,
-        "conversations": len(scheduler.conversations),
-        "data": [_running(turn, now) for turn in scheduler.turns[:MOST_LISTED]],
-    }
+    data = [_running(turn, now) for turn in scheduler.turns[:MOST_LISTED]]
+    return {"time": now, "total": scheduler.active, "conversations": len(scheduler.conversations), "data": data}
 
 
 def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from typing_extensions import TypedDict
 
+from miniserve.monitor.worker_views import card
 from miniserve.scheduler.conversation import Change
 from miniserve.scheduler.scheduler import Reuse
 
@@ -100,33 +101,19 @@ class Doctor:
 
     def report(self, reuse: dict[str, Reuse]) -> DoctorReport:
         """Of all clients, those that computed most first."""
-
-        def causes(client: str, computed: int) -> list[Cause]:
-            found = [(key, tokens) for key, tokens in self._tokens.most_common() if key[0] == client]
-            return [
-                {
-                    "kind": kind,
-                    "where": where,
-                    "turns": self._turns[name, kind, where],
-                    "tokens": tokens,
-                    "share": min(tokens / max(computed, 1), 1.0),
-                    "says": KINDS[kind]["says"],
-                    "advice": KINDS[kind]["advice"],
-                }
-                for (name, kind, where), tokens in found
-            ]
-
-        data: list[ClientReport] = [
-            {
-                "client": client or "other clients",
-                "turns": seen.turns,
-                "prompt_tokens": seen.prompt,
-                "computed_tokens": seen.prompt - seen.cached,
-                "causes": causes(client, seen.prompt - seen.cached),
-            }
-            for client, seen in reuse.items()
-        ]
+        data = [self._client(client, seen) for client, seen in reuse.items()]
         return {"data": sorted(data, key=lambda one: -one["computed_tokens"])}
+
+    def _client(self, client: str, seen: Reuse) -> ClientReport:
+        computed = seen.prompt - seen.cached
+        causes: list[Cause] = []
+        for (name, kind, where), tokens in self._tokens.most_common():
+            if name == client:
+                lost = {"turns": self._turns[name, kind, where], "tokens": tokens}
+                share = min(tokens / max(computed, 1), 1.0)
+                causes.append(card(Cause, kind=kind, where=where, share=share, **lost, **KINDS[kind]))
+        counts = {"prompt_tokens": seen.prompt, "computed_tokens": computed}
+        return card(ClientReport, seen, client=client or "other clients", causes=causes, **counts)
 
     def note(self, client: str, conversation: str | int, found: tuple[Miss, str]) -> None:
         """Remember a miss and the role of the message that it is in."""

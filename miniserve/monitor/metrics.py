@@ -4,13 +4,14 @@ import time
 import tomllib
 from collections.abc import Iterable
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from miniserve.cluster.messages import Report
+from miniserve.cluster.messages import Report, WorkerStats
 from miniserve.dispatcher import Dispatcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -20,7 +21,7 @@ PROBED = {"/metrics", "/health", "/version"}
 """Routes that are not counted, as with vLLM: a share of errors is one of real requests."""
 
 Family = CounterMetricFamily | GaugeMetricFamily
-COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
+KINDS: dict[str, type[Family]] = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 Ending = Literal["stop", "length", "abort", "error"]
 
 
@@ -96,44 +97,35 @@ class Metrics(Collector):
         workers = scheduler.stats.items()
         total = sum(stats.total_pages for _, stats in workers)
         usage = sum(stats.held_pages for _, stats in workers) / total if total else 0.0
-        for name, text, number in (
-            ("num_requests_running", "Requests on workers", scheduler.active - scheduler.queued),
-            ("num_requests_waiting", "Requests that wait", scheduler.queued),
-            ("kv_cache_usage_perc", "Part of the KV in use, 0 to 1", usage),
-        ):
-            yield _family(GAUGE, f"vllm:{name}", text, ["model_name"], [((model,), number)])
-        # By worker, so that the counters of one that was started again do not pull down a sum over all.
-        for name, row in TABLES["cache"].items():
-            samples = [((model, worker), getattr(stats, row["field"])) for worker, stats in workers]
-            yield _family(COUNTER, f"vllm:{name}", row["text"], ["model_name", "engine"], samples)
-        labels = ["model_name", "engine", "cache_dtype", "block_size", "num_gpu_blocks", "num_cpu_blocks"]
-        pools = [
-            ((model, name, ready.dtype, *map(str, (ready.page_tokens, stats.total_pages, stats.host_total))), 1)
-            for name, stats in workers
-            if (ready := self._dispatcher.ready.get(name)) is not None
-        ]
-        yield _family(GAUGE, "vllm:cache_config_info", "Each worker's pools of KV, in pages", labels, pools)
-        labels, awake = ["model_name", "engine", "sleep_state"], [((model, name, "awake"), 1) for name, _ in workers]
-        yield _family(GAUGE, "vllm:engine_sleep_state", "1: awake, as every worker that lives is", labels, awake)
-        for kind, rows in ((COUNTER, TABLES["worker"]["counter"]), (GAUGE, TABLES["worker"]["gauge"])):
-            for name, row in rows.items():
-                by_worker = [((worker,), getattr(stats, row["field"])) for worker, stats in workers]
-                yield _family(kind, f"miniserve:{name}", row["text"], ["worker"], by_worker)
+        waiting = scheduler.queued
+        server = SimpleNamespace(running=scheduler.active - waiting, waiting=waiting, usage=usage)
         states = ("free", "cached", "held")
-        pages = [((worker, state), getattr(stats, f"{state}_pages")) for worker, stats in workers for state in states]
-        yield _family(GAUGE, "miniserve:kv_pages", "KV pages by state", ["worker", "state"], pages)
-        for name, row in TABLES["handoff"].items():
-            moved = [(pair, getattr(totals, row["field"])) for pair, totals in scheduler.links.items()]
-            yield _family(COUNTER, f"miniserve:{name}", row["text"], ["source", "destination"], moved)
-        placed = [((*pair, self._dispatcher.policy_name), count) for pair, count in scheduler.placements.items()]
-        labels = ["prefill_worker", "home", "policy"]
-        yield _family(COUNTER, "miniserve:placements", "Turns by where they are prefilled and live", labels, placed)
+        pool = ["model_name", "engine", "cache_dtype", "block_size", "num_gpu_blocks", "num_cpu_blocks"]
+        # By table of metrics.toml: the labels, and for the values of these a number or what has it as a field.
+        sources: dict[str, tuple[list[str], Iterable[tuple[tuple[str, ...], Any]]]] = {
+            "server": (["model_name"], [((model,), server)]),
+            "engine": (["model_name", "engine"], [((model, name), stats) for name, stats in workers]),
+            "pool": (pool, [(self._pool(name, stats), 1) for name, stats in workers if name in self._dispatcher.ready]),
+            "sleep": (["model_name", "engine", "sleep_state"], [((model, name, "awake"), 1) for name, _ in workers]),
+            "worker": (["worker"], [((name,), stats) for name, stats in workers]),
+            "pages": (
+                ["worker", "state"],
+                [((name, state), getattr(stats, f"{state}_pages")) for name, stats in workers for state in states],
+            ),
+            "pair": (["source", "destination"], scheduler.links.items()),
+            "placement": (
+                ["prefill_worker", "home", "policy"],
+                [((*pair, self._dispatcher.policy_name), count) for pair, count in scheduler.placements.items()],
+            ),
+        }
+        for source, (labels, found) in sources.items():
+            for name, row in TABLES[source].items():
+                family = KINDS[row["kind"]](name, f"{row['text']}.", labels=labels)
+                for values, of in found:
+                    family.add_metric(values, getattr(of, row["field"]) if "field" in row else of)
+                yield family
 
-
-def _family(
-    kind: type[Family], name: str, text: str, labels: list[str], samples: Iterable[tuple[tuple[str, ...], float]]
-) -> Metric:
-    family = kind(name, f"{text}.", labels=labels)
-    for values, number in samples:
-        family.add_metric(values, number)
-    return family
+    def _pool(self, worker: str, stats: WorkerStats) -> tuple[str, ...]:
+        ready = self._dispatcher.ready[worker]
+        sizes = ready.page_tokens, stats.total_pages, stats.host_total
+        return self._model, worker, ready.dtype, *map(str, sizes)

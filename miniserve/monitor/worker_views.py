@@ -86,13 +86,9 @@ def card(kind: type[T], /, *sources: object, **own: Any) -> T:
 
 
 def worker_list(scheduler: Scheduler, policy: str, now: float) -> WorkerList:
-    return {
-        "object": "list",
-        "policy": policy,
-        "queued": scheduler.queued,
-        "data": [_worker(view, now) for view in scheduler.workers.values()],
-        "links": [_link(source, destination, link) for (source, destination), link in scheduler.links.items()],
-    }
+    workers = [_worker(view, now) for view in scheduler.workers.values()]
+    links = [_link(source, destination, link) for (source, destination), link in scheduler.links.items()]
+    return card(WorkerList, scheduler, object="list", policy=policy, data=workers, links=links)
 
 
 def _link(source: str, destination: str, link: Link) -> LinkCard:

@@ -187,7 +187,7 @@ def test_a_single_point_is_drawn(plots: ModuleType, tmp_path: Path) -> None:
 def test_points_are_means_and_bands_reach_to_the_extremes(plots: ModuleType) -> None:
     cells = [cell(rate=rate, seed=seed, ratio=rate * (1 + seed)) for rate in (1.0, 2.0) for seed in (0, 2)]
     with plots.drawing():
-        axes = plots._latency(cells).axes[0]
+        axes = plots.against(plots.SHEETS["latency"], "rate", cells).axes[0]
     mean, slo = axes.get_lines()[:2]
     assert list(zip(*mean.get_data(), strict=True)) == [(1.0, 2.0), (2.0, 4.0)]
     assert list(slo.get_ydata()) == [5.0, 5.0]
@@ -197,23 +197,21 @@ def test_points_are_means_and_bands_reach_to_the_extremes(plots: ModuleType) -> 
 
 def test_wrong_predictions_are_drawn_against_their_share(plots: ModuleType) -> None:
     with plots.drawing():
-        axes = plots._mispredict(comparison()).axes[0]
-        assert plots._mispredict([cell(), cell("ampd")]) is None
+        axes = plots.wrong_predictions(comparison()).axes[0]
+        assert plots.wrong_predictions([cell(), cell("ampd")]) is None
     xs = [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() not in ("", "None")]
     assert xs == [[0.0, 10.0, 30.0]]
     assert len(axes.get_lines()) == 1 + 4 + 1  # the policy, the four that predict nothing, the SLO
 
 
 def test_a_policy_looks_the_same_whatever_else_is_shown_and_like_no_other(plots: ModuleType) -> None:
-    from miniserve.bench.figures.plot_parts import looks
-
     series = {policy: [cell(policy)] for policy in (*SHOWN, "another")}
-    found = looks(series)
+    found = plots.looks(series)
     for trait in ("color", "marker", "dashes"):
         assert len({str(look[trait]) for look in found.values()}) == len(series), trait
     for policy in SHOWN:
-        assert looks({policy: [cell(policy)]})[policy] == found[policy]
-    twice = looks({"conserve 1P3D": [cell("conserve")], "conserve 2P2D": [cell("conserve")]})
+        assert plots.looks({policy: [cell(policy)]})[policy] == found[policy]
+    twice = plots.looks({"conserve 1P3D": [cell("conserve")], "conserve 2P2D": [cell("conserve")]})
     assert twice["conserve 1P3D"]["color"] == twice["conserve 2P2D"]["color"]
     assert twice["conserve 1P3D"]["dashes"] != twice["conserve 2P2D"]["dashes"]
 

@@ -1,145 +1,141 @@
-"""The cells of a comparison as figures. Needs matplotlib, which is in the extra `bench`."""
+"""The cells of a comparison as figures, of which `figures.toml` has what is shown, and `looks.toml` how.
 
-from __future__ import annotations
+Needs matplotlib, which is in the extra `bench`. Not by pyplot, which keeps its figures in a global.
+"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, Literal
+
+import msgspec
 
 from miniserve.bench.figures import tables
-from miniserve.bench.figures.plot_parts import FRONT, INK, drawing, legend, line, looks, note, save, sheet, ticks
-from miniserve.bench.figures.tables import SLOS, Cell, Spread, by_rate, by_series, measured
+from miniserve.bench.figures.tables import Cell, Spread, by_rate, by_series, measured
 from miniserve.bench.replay.metrics import SLO
+from miniserve.config import ConfigError
 
-if TYPE_CHECKING:
+try:
+    from matplotlib import style
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+except ModuleNotFoundError as error:
+    raise ConfigError("Figures are drawn with matplotlib: pip install 'miniserve[bench]'") from error
 
-Keys = tuple[str, ...]
-
+DPI = 150
+INK, FAINT, PALE = "#222222", "#d9d9d9", "#f2f2f2"
+FRONT = 3
+"""The z-order of lines, above the grid, bands and limits."""
+MORE_DASHES = [2, 1], [6, 1, 1, 1, 1, 1], [1, 2]
+LEGEND_INCHES = 2.2
+"""About the width of a name in the legend."""
 LOG_FROM = 10.0
 """From this ratio of the highest to the lowest on, ratios are drawn on a logarithmic axis."""
 SHARES = 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0
 """Ticks of a "symlog" axis, in %."""
-NAMES = {
-    "ttfet": "First token of the last turn (TTFET)",
-    "last_turn_tbt": "Gap between tokens, last turn (TBT)",
-    "e2e": "Whole conversation (E2E)",
-}
+LIMITS = {"SLO": SLO, f"{100 * tables.GOOD:g} %": 100 * tables.GOOD}
 
 
-class Panel(NamedTuple):
-    """One set of axes: the figure at `path`, times `factor`, against the rate. `limit` is a level to mark. `scale` is
-    "linear", "log" or "symlog": logarithmic above 1, linear below."""
+class Panel(msgspec.Struct, frozen=True):
+    """One set of axes: the figure at `path`."""
+
+    path: tuple[str, ...]
+    title: str = ""
+    unit: str = ""
+
+
+class Sheet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A figure, as `figures.toml` says it."""
 
     title: str
-    unit: str
-    path: Keys
+    x: str
+    size: tuple[float, float]
+    panels: list[Panel]
+    columns: int = 1
     factor: float = 1.0
-    limit: tuple[float, str] | None = None
-    scale: str = "linear"
+    scale: Literal["linear", "symlog", "ratio"] = "linear"
+    limit: str = ""
+
+
+Look = Mapping[str, Any]
+HERE = Path(__file__).parent
+LOOKS = msgspec.toml.decode((HERE / "looks.toml").read_bytes(), type=dict[str, dict[str, Any]])
+SHEETS = msgspec.toml.decode((HERE / "figures.toml").read_bytes(), type=dict[str, Sheet])
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Write all figures that the cells have values for into `folder`; the files."""
-    plain = tables.usual(cells)
+    plain, paths = tables.usual(cells), []
     with drawing():
-        figures = {
-            "latency": _latency(plain),
-            "violations": _violations(plain),
-            "energy": _energy(plain),
-            "mispredict": _mispredict(cells),
-            "throughput": _throughput(plain),
-        }
-        return [path for stem, figure in figures.items() if figure is not None for path in save(figure, folder, stem)]
+        for stem, one in SHEETS.items():
+            figure = wrong_predictions(cells) if stem == "mispredict" else against(one, "rate", plain)
+            paths += save(figure, folder, stem) if figure else []
+    return paths
 
 
-def _latency(cells: Sequence[Cell]) -> Figure | None:
-    paths = [(f"{slo}_norm", q) for q in ("gmean", "p95") for slo in SLOS]
-    scale = "log" if any(_wide(cells, path) for path in paths) else "linear"
-    units = {"gmean": "geometric mean", "p95": "95th percentile"}
-    panels = [
-        Panel(title, f"{units[path[1]]}, × standalone", path, 1, (SLO, "SLO"), scale)
-        for title, path in zip([*NAMES.values(), "", "", ""], paths, strict=True)
-    ]
-    return _against_rate("Latency, in times standalone (lower is better)", cells, panels, 3, (11, 6.6))
-
-
-def _violations(cells: Sequence[Cell]) -> Figure | None:
-    limit = 100 * tables.GOOD, f"{100 * tables.GOOD:g} %"
-    panels = [Panel(NAMES[s], "conversations, %", ("slo_violation", s), 100, limit, "symlog") for s in SLOS]
-    title = f"Conversations that missed their SLO of {SLO:g} times standalone (lower is better)"
-    return _against_rate(title, cells, panels, 3, (11, 4.2))
-
-
-def _energy(cells: Sequence[Cell]) -> Figure | None:
-    panels = [Panel("", "output tokens per joule", ("energy", "tokens_per_joule"))]
-    return _against_rate("Output tokens per joule (higher is better)", cells, panels, 1, (7, 4.6))
-
-
-def _throughput(cells: Sequence[Cell]) -> Figure | None:
-    panels = [
-        Panel("Output tokens", "tokens/s", ("throughput", "output_tokens_per_s")),
-        Panel("Completed conversations", "conversations/s", ("throughput", "conversations_per_s")),
-    ]
-    return _against_rate("Throughput (higher is better)", cells, panels, 2, (9, 4.2))
-
-
-def _wide(cells: Sequence[Cell], path: Keys) -> bool:
-    values = [found.mean for cell in cells if (found := measured([cell], *path)) and found.mean > 0]
-    return bool(values) and max(values) >= LOG_FROM * min(values)
-
-
-def _against_rate(
-    title: str, cells: Sequence[Cell], panels: Sequence[Panel], columns: int, size: tuple[float, float]
-) -> Figure | None:
-    """Panels of lines, one for each series; None where there is nothing to draw."""
+def against(one: Sheet, key: str, cells: Sequence[Cell]) -> Figure | None:
+    """Panels of lines against the value of `key`, a line for each series; None where there is nothing to draw."""
     series = by_series(cells)
     styles = {
-        name: look for name, look in looks(series).items() if any(measured(series[name], *p.path) for p in panels)
+        name: look for name, look in looks(series).items() if any(measured(series[name], *p.path) for p in one.panels)
     }
     if not styles:
         return None
-    figure, rates = sheet(title, *size), list(by_rate(cells))
-    for number, panel in enumerate(panels):
-        axes = figure.add_subplot(-(-len(panels) // columns), columns, number + 1)
+    figure, places = sheet(one.title, *one.size), sorted({cell[key] for cell in cells})
+    log = one.scale == "ratio" and any(_wide(cells, panel.path) for panel in one.panels)
+    for number, panel in enumerate(one.panels):
+        axes = figure.add_subplot(-(-len(one.panels) // one.columns), one.columns, number + 1)
         axes.set_title(panel.title)
-        # The panels of a row of three have the same unit, those of a column the same rates.
-        axes.set_ylabel(panel.unit if columns < 3 or number % columns == 0 else "")
-        axes.set_xlabel("arrivals, conversations/s" if number >= len(panels) - columns else "")
-        values: list[float] = []
+        axes.set_ylabel(panel.unit)
+        axes.set_xlabel(one.x if number >= len(one.panels) - one.columns else "")
         for place, (name, look) in enumerate(styles.items(), 1):
-            spreads = _points(series[name], "rate", panel.path)
-            points = [(at, Spread(*(panel.factor * value for value in spread))) for at, spread in spreads]
-            values += [value for _, spread in points for value in spread]
-            if len(rates) == 1:  # no lines: points stand side by side
+            those = {at: [cell for cell in series[name] if cell[key] == at] for at in places}
+            found = [(at, measured(mine, *panel.path)) for at, mine in those.items()]
+            points = [(at, Spread(*(one.factor * value for value in spread))) for at, spread in found if spread]
+            if len(places) == 1:  # no lines: points stand side by side
                 points = [(at + place / (len(styles) + 1) - 0.5, spread) for at, spread in points]
-                axes.set_xlim(rates[0] - 0.5, rates[0] + 0.5)
+                axes.set_xlim(places[0] - 0.5, places[0] + 0.5)
             line(axes, points, look)
-        ticks(axes.xaxis, rates)
-        _value_axis(axes, panel, values)
+        if not measured(cells, *panel.path):
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
+        ticks(axes.xaxis, places)
+        _value_axis(axes, "log" if log else one.scale, one.limit)
     legend(figure, styles)
     return figure
 
 
-def _points(cells: Sequence[Cell], key: str, path: Keys) -> Iterator[tuple[float, Spread]]:
-    """The figure at `path` for each value of `key`, where it was measured."""
-    for at in sorted({cell[key] for cell in cells}):
-        if spread := measured([cell for cell in cells if cell[key] == at], *path):
-            yield at, spread
+def wrong_predictions(cells: Sequence[Cell]) -> Figure | None:
+    """The policy that predicts against its share of wrong predictions, at the rate with the most shares. The others,
+    for which the share does not matter, are level."""
+    one = SHEETS["mispredict"]
+    known = [cell for cell in cells if measured([cell], *one.panels[0].path)]
+    found = by_rate([cell for cell in known if tables.predicts(cell)])
+    shares = {rate: {cell["mispredict"] for cell in those} for rate, those in found.items()}
+    rate = max(shares, key=lambda rate: (len(shares[rate]), rate), default=None)
+    if rate is None or len(shares[rate]) < 2:
+        return None
+    # One series whatever its share, which is the place of a cell here.
+    swept = [cell | {"wrong": 100 * cell["mispredict"], "mispredict": None} for cell in found[rate]]
+    others = [cell for cell in known if cell["rate"] == rate and cell["policy"] != tables.PREDICTS]
+    level = [cell | {"wrong": 100 * share, "level": True} for cell in others for share in shares[rate]]
+    return against(msgspec.structs.replace(one, title=one.title.format(rate=rate)), "wrong", swept + level)
 
 
-def _value_axis(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
-    if not values:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
-    if panel.limit:
-        limit, name = panel.limit
-        axes.axhline(limit, color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
-        note(axes, name, limit, 4)
-    if panel.scale == "log":
+def _wide(cells: Sequence[Cell], path: tuple[str, ...]) -> bool:
+    values = [found.mean for cell in cells if (found := measured([cell], *path)) and found.mean > 0]
+    return bool(values) and max(values) >= LOG_FROM * min(values)
+
+
+def _value_axis(axes: Axes, scale: str, limit: str) -> None:
+    if limit:
+        axes.axhline(LIMITS[limit], color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=FRONT - 1)
+        note(axes, limit, LIMITS[limit], 4)
+    if scale == "log":
         axes.set_yscale("log")
         ticks(axes.yaxis, None)
-    elif panel.scale == "symlog":
+    elif scale == "symlog":
         axes.set_yscale("symlog", linthresh=1, linscale=0.5)
         axes.set_ylim(0, 130)
         ticks(axes.yaxis, SHARES)
@@ -147,36 +143,70 @@ def _value_axis(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _mispredict(cells: Sequence[Cell]) -> Figure | None:
-    """The policy that predicts against its share of wrong predictions, at the rate with the most shares."""
-    path = "ttfet_norm", "p95"
-    found = [cell for cell in cells if tables.predicts(cell) and measured([cell], *path)]
-    shares = {rate: {cell["mispredict"] for cell in those} for rate, those in by_rate(found).items()}
-    rate = max(shares, key=lambda rate: (len(shares[rate]), rate), default=None)
-    if rate is None or len(shares[rate]) < 2:
-        return None
-    here = [cell for cell in cells if cell["rate"] == rate and measured([cell], *path)]
-    others = [cell for cell in here if cell["policy"] != tables.PREDICTS]
-    swept = [cell for cell in here if tables.predicts(cell)]
-    sweeps = {label: [cell for cell in swept if cell["label"] == label] for label in {c["label"]: 0 for c in swept}}
-    series = by_series(others) | sweeps
-    styles = looks(series)
-    figure = sheet(f"Wrong predictions at {rate:g} conversations/s (lower is better)", 7.4, 4.8)
-    axes = figure.add_subplot()
-    values: list[float] = []
-    for name, mine in series.items():
-        if name in sweeps:
-            points = [(100 * share, spread) for share, spread in _points(mine, "mispredict", path)]
-            line(axes, points, styles[name])
-            values += [value for _, spread in points for value in spread]
-        elif level := measured(mine, *path):
-            styles[name] = {**styles[name], "marker": ""}
-            axes.axhline(level.mean, **styles[name])
-            values.append(level.mean)
-    ticks(axes.xaxis, sorted(100 * share for share in shares[rate]))
-    axes.set_xlabel("predictions made wrong, %")
-    axes.set_ylabel("TTFET, 95th percentile, × standalone")
-    scale = "log" if max(values) >= LOG_FROM * min(values) else "linear"
-    _value_axis(axes, Panel("", "", path, 1, (SLO, "SLO"), scale), values)
-    legend(figure, styles)
+# --- what all figures share -----------------------------------------------------------------------------------------
+
+
+def looks(series: Mapping[str, Sequence[Cell]]) -> dict[str, Look]:
+    """How the line of each series is drawn, as matplotlib has it. A policy keeps its colour whatever else is shown; its
+    second series has hollow markers. One that is `level` has none."""
+    found: dict[str, Look] = {}
+    for name, cells in series.items():
+        policy = cells[0]["policy"]
+        look = LOOKS.get(policy, LOOKS["other"])
+        if before := sum(series[earlier][0]["policy"] == policy for earlier in found):
+            hollow = {"markerfacecolor": "white", "markeredgecolor": look["color"]}
+            look = look | hollow | {"dashes": MORE_DASHES[(before - 1) % len(MORE_DASHES)]}
+        found[name] = look | {"marker": ""} if cells[0].get("level") else look
+    return found
+
+
+def drawing() -> AbstractContextManager[None]:
+    """A context with this style; the user's own settings do not matter in it and are back after it."""
+    return style.context(["default", HERE / "figures.mplstyle"])
+
+
+def sheet(title: str, width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
     return figure
+
+
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """Write PNG and SVG: the same bytes for the same figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
+    figure.savefig(paths[0], dpi=DPI, metadata={"Software": None})
+    figure.savefig(paths[1], dpi=DPI, metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Look) -> None:
+    """Draw means, and the range of seeds: a band, or a bar where there is only one point."""
+    x = [at for at, _ in points]
+    mean, low, high = ([spread[n] for _, spread in points] for n in range(3))
+    axes.plot(x, mean, zorder=FRONT, **look)
+    if len(points) > 1:
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0, zorder=FRONT - 1)
+    else:
+        axes.vlines(x, low, high, color=look["color"], linewidth=1.2, zorder=FRONT - 1)
+
+
+def note(axes: Axes, text: str, at: float, gap: float) -> None:
+    """Write `gap` points beside the right end of the axes, at a value of theirs."""
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, (1, at), (gap, 0), **place, va="center", fontsize=9)
+
+
+def legend(figure: Figure, styles: Mapping[str, Look]) -> None:
+    """Put the legend below everything, in as many columns as fit."""
+    lines = [Line2D([], [], label=name, **look) for name, look in styles.items()]
+    columns = int(figure.get_figwidth() / LEGEND_INCHES)
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, handlelength=3.6)
+
+
+def ticks(axis: Any, places: Sequence[float] | None) -> None:
+    """Set ticks at `places` only (None: at 1, 2 and 5 of each decade), with plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if places is None else FixedLocator(places))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")

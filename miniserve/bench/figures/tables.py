@@ -5,7 +5,9 @@ the per-turn policy's predictions that were made wrong. Cells that differ only i
 """
 
 import math
+import tomllib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -27,6 +29,7 @@ GOOD = 0.01
 """A rate is sustained where less than this share of conversations breaks each SLO."""
 SLOS = "ttfet", "last_turn_tbt", "e2e"
 NONE = "-"
+COLUMNS: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("columns.toml").read_text("utf-8"))["columns"]
 
 
 class Spread(NamedTuple):
@@ -114,8 +117,7 @@ def _line(row: Sequence[str]) -> str:
 
 def _tables(cells: Sequence[Cell]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     series = by_series(cells)
-    ratios = [f"{name}\ngmean / p95" for name in ("TTFET", "TBT", "E2E")]
-    head = ["Policy", *ratios, "Violations, %\nTTFET / TBT / E2E", "tok/s", "tok/J", "Errors"]
+    head = ["Policy", *(column["head"] for column in COLUMNS), "Errors"]
     for rate, those in by_rate(cells).items():
         seeds = len({cell.get("seed") for cell in those})
         title = f"At {rate:g} conversations/s, times standalone" + (f" (means of {seeds} seeds)" if seeds > 1 else "")
@@ -130,12 +132,9 @@ def _tables(cells: Sequence[Cell]) -> Iterator[tuple[str, list[str], list[list[s
 
 
 def _row(cells: Sequence[Cell]) -> Iterator[str]:
-    for slo in SLOS:
-        yield _many(*(_mean(cells, f"{slo}_norm", q) for q in ("gmean", "p95")))
-    shares = [_mean(cells, "slo_violation", slo) for slo in SLOS]
-    yield _many(*(None if share is None else 100 * share for share in shares))
-    yield _number(_mean(cells, "throughput", "output_tokens_per_s"))
-    yield _number(_mean(cells, "energy", "tokens_per_joule"))
+    for column in COLUMNS:
+        found = [_mean(cells, *path) for path in column["paths"]]
+        yield " / ".join(_number(mean and mean * column.get("factor", 1)) for mean in found)
     # Not a mean: one error in any seed is worth a look.
     yield str(sum(cell.get("errors") or 0 for cell in cells))
 
@@ -143,10 +142,6 @@ def _row(cells: Sequence[Cell]) -> Iterator[str]:
 def _mean(cells: Sequence[Cell], *path: str) -> float | None:
     found = measured(cells, *path)
     return found.mean if found else None
-
-
-def _many(*values: float | None) -> str:
-    return " / ".join(map(_number, values))
 
 
 def _number(value: float | None, spec: str = "") -> str:

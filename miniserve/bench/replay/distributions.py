@@ -71,14 +71,10 @@ def choose(scripts: Sequence[Script], count: int | None, seed: int) -> list[Scri
     """
     if count is None or (count <= len(scripts) and all(script.arrival is not None for script in scripts)):
         return list(scripts[:count])
-    chosen: list[Script] = []
     rng = generator(seed, "choose")
-    while len(chosen) < count:
-        again = len(chosen) // len(scripts)
-        for n in rng.permutation(len(scripts))[: count - len(chosen)]:
-            script = scripts[int(n)]
-            chosen.append(replace(script, key=f"{script.key}+{again}" if again else script.key, arrival=None))
-    return chosen
+    rounds = range(-(-count // len(scripts)))
+    order = [(scripts[n], f"+{again}" if again else "") for again in rounds for n in rng.permutation(len(scripts))]
+    return [replace(script, key=f"{script.key}{again}", arrival=None) for script, again in order[:count]]
 
 
 def arrivals(kind: str, rate: float, count: int, seed: int) -> list[float]:

@@ -113,7 +113,6 @@ class Replay:
         self._before: Totals | None = None
         self._began = self._over = 0.0
         # For the progress line.
-        self._phase = "alone"
         self._running = 0
         self._answers: set[Answer] = set()
         self._tokens = 0  # of answers that have ended
@@ -125,7 +124,7 @@ class Replay:
         try:
             if self.config.standalone:
                 await self._measure_alone()
-            self._phase, self._ttfts = "replay", []
+            self._ttfts = []
             self._before = await totals(self._http, self.server)
             if self._energy:
                 self._energy.start()
@@ -152,8 +151,8 @@ class Replay:
             "topology": self.server.topology,
             "rate": self._workload.rate,
             "seed": self._workload.seed,
-            "kv_transfer": {"bytes": moved.bytes if moved else None, "seconds": moved.seconds if moved else None},
-            "placements": dict(moved.placements) if moved else None,
+            "kv_transfer": {"bytes": moved and moved.bytes, "seconds": moved and moved.seconds},
+            "placements": moved and dict(moved.placements),
             "energy": energy(joules, self.ended) | {"source": self._energy.source if self._energy else None},
             "server": msgspec.to_builtins(self.server) | {"url": self.config.url},
             "output_ids": "made up" if self._made_up else "returned",
@@ -241,8 +240,8 @@ class Replay:
     def _line(self, speed: float) -> str:
         ttfts = self._ttfts
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
-        done = len(self.standalone or ()) if self._phase == "alone" else len(self.ended)
+        phase, done = ("replay", len(self.ended)) if self._began else ("alone", len(self.standalone or ()))
         return (
-            f"{self._phase}: {done} of {len(self._workload.scripts)} conversations done, {self._running} running"
+            f"{phase}: {done} of {len(self._workload.scripts)} conversations done, {self._running} running"
             f", {len(ttfts)} turns, {speed:.0f} tokens/s, {first}{sum(times.failed for times in self.ended)} errors"
         )

@@ -97,22 +97,14 @@ def generate(name: str, count: int, seed: int) -> list[Script]:
 
     Each is drawn by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`.
     """
-    if name in _GENERATORS:
-        return [_script(name, n, seed) for n in range(count)]
-    names, shares = _mix(name)
+    names, shares = _mix(f"{name}=1" if name in _GENERATORS else name)
     return [_script(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
 
 
 def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
-    """Ten turns of a coding agent without gaps, 67 tokens appended at each, as mini-swe-agent has on SWE-bench.
-
-    Sizes are drawn from quantiles of the trace in arXiv 2606.01839's artifact (1,500 conversations), linear in the
-    logarithm between them; those of first prompts are moved to the paper's own (all 2,294). Outputs of a conversation
-    correlate through a normal variable they have in common. Of 4,000 scripts (in the trace): median outputs 101, 40,
-    49, 54, 103, 192, 248, 288, 314, 340 (102, 40, 49, 54, 105, 192, 250, 296, 316, 334), 313 on average (306); the top
-    tenth of conversations hold 30% of all output (31%), 48% when cut at five turns (51%); of turns, 55% (54%).
-    First prompts: p5 12,270, p50 15,940, p95 17,260 (paper: 12,240, 15,890, 17,295), none above 24,000 (56,635).
-    """
+    """Ten turns of a coding agent without gaps, 67 tokens appended at each, as mini-swe-agent has on SWE-bench. Sizes
+    are drawn from the quantiles in swe_agent.toml, which says how well they fit. Outputs of a conversation correlate
+    through a normal variable they have in common."""
 
     def between(quantile: float, table: list[int]) -> int:
         return round(math.exp(np.interp(quantile, _SWE["quantiles"], np.log(table))))

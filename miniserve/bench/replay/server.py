@@ -6,6 +6,7 @@ Any server with OpenAI's /v1/completions will do. miniserve and vLLM return the 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from itertools import chain
 from typing import Any, NamedTuple
@@ -84,23 +85,21 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
 
     def event(self, data: bytes) -> Event:
         """From the data of a server-sent event. Raises `msgspec.DecodeError` if it is not one of this server's."""
-        if self.native:
-            chunk = _native.decode(data)
-            cached = (chunk.timings or {}).get("cache_n")
-            usage = TokenCounts(cached, chunk.tokens_predicted) if chunk.stop else None
-            return Event(len(chunk.tokens), chunk.tokens, usage, chunk.stop, error_message(chunk.error))
         if data == b"[DONE]":
             return Event(done=True)
-        reply = _chunk.decode(data)
+        chunk = _chunk.decode(data)
+        error, usage = error_message(chunk.error), None
+        if self.native:
+            if chunk.stop:
+                usage = TokenCounts((chunk.timings or {}).get("cache_n"), chunk.tokens_predicted)
+            return Event(len(chunk.tokens), chunk.tokens, usage, chunk.stop, error)
         tokens, ids = 0, None
-        for choice in reply.choices:
+        for choice in chunk.choices:
             ids = choice.token_ids
             tokens = len(ids) if ids is not None else int(bool(choice.text))
-        usage = None
-        if (said := reply.usage) is not None:
-            cached = (said.prompt_tokens_details or {}).get("cached_tokens")
-            usage = TokenCounts(cached, said.completion_tokens)
-        return Event(tokens, ids, usage, error=error_message(reply.error))
+        if said := chunk.usage:
+            usage = TokenCounts((said.prompt_tokens_details or {}).get("cached_tokens"), said.completion_tokens)
+        return Event(tokens, ids, usage, error=error)
 
 
 async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> TargetServer:
@@ -145,7 +144,7 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
 
 async def totals(http: aiohttp.ClientSession, server: TargetServer) -> Totals | None:
     """What the server has counted so far; None where it is no miniserve, or does not answer."""
-    if server.kind != "miniserve" or (answer := await _maybe(http, f"{server.root}/metrics")) is None:
+    if server.kind != "miniserve" or not (answer := await _maybe(http, f"{server.root}/metrics")):
         return None
     placements: Counter[str] = Counter()
     sums: defaultdict[str, float] = defaultdict(float)
@@ -162,19 +161,18 @@ async def _get(http: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
         return reply.status, await reply.read()
 
 
-async def _maybe(http: aiohttp.ClientSession, url: str) -> bytes | None:
-    """What is at `url`; None where there is nothing."""
-    try:
+async def _maybe(http: aiohttp.ClientSession, url: str) -> bytes:
+    """What is at `url`; empty where there is nothing."""
+    with contextlib.suppress(aiohttp.ClientError, OSError):
         status, answer = await _get(http, url)
-    except (aiohttp.ClientError, OSError):
-        return None
-    return answer if status == 200 else None
+        return answer if status == 200 else b""
+    return b""
 
 
 async def _object(http: aiohttp.ClientSession, url: str) -> dict[str, Any]:
     """The JSON object at `url`; empty where there is none."""
     try:
-        return msgspec.json.decode(await _maybe(http, url) or b"", type=dict[str, Any])
+        return msgspec.json.decode(await _maybe(http, url), type=dict[str, Any])
     except msgspec.DecodeError:
         return {}
 
@@ -204,17 +202,15 @@ class _Choice(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
+    """An event of any server's: those after `usage` are llama-server's own."""
+
+    error: Any = None
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: Any = None
-
-
-class _Native(msgspec.Struct):
     tokens: list[int] = []
     stop: bool = False
     tokens_predicted: int = 0
     timings: dict[str, Any] | None = None
-    error: Any = None
 
 
 class _Card(msgspec.Struct):
@@ -230,4 +226,3 @@ class _Models(msgspec.Struct):
 
 
 _chunk = msgspec.json.Decoder(_Chunk)
-_native = msgspec.json.Decoder(_Native)

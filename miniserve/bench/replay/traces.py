@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -37,28 +37,21 @@ def read_trace(path: Path) -> list[Script]:
         line = data.count(b"\n", 0, e.start) + 1
         raise ConfigError(f"{path}, line {line}: not UTF-8; save the trace as UTF-8 text.") from None
     named = {".csv": False, ".jsonl": True, ".ndjson": True, ".json": True}
-    lines = _Lines(text)
+    number = 1
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        # Not splitlines: it also splits at characters that a quoted name may hold.
+        for number, line in enumerate(io.StringIO(text, newline="\n"), 1):  # noqa: B007
+            yield line
+
     try:
-        scripts = (_requests if named.get(path.suffix.lower(), text.lstrip()[:1] == "{") else _rows)(lines)
+        scripts = (_requests if named.get(path.suffix.lower(), text.lstrip()[:1] == "{") else _rows)(lines())
         if not scripts:
             raise ValueError("no turns; a trace has at least one")
     except (ValueError, csv.Error, msgspec.DecodeError) as e:
-        raise ConfigError(f"{path}, line {lines.number}: {e}.") from None
+        raise ConfigError(f"{path}, line {number}: {e}.") from None
     return scripts
-
-
-@dataclass
-class _Lines:
-    """The lines of a text; `number` is that of the latest one, from 1."""
-
-    text: str
-    number: int = 1
-
-    def __iter__(self) -> Iterator[str]:
-        # Not splitlines: it also splits at characters that a quoted name may hold.
-        for number, line in enumerate(io.StringIO(self.text, newline="\n"), 1):
-            self.number = number
-            yield line
 
 
 class _Row(msgspec.Struct, forbid_unknown_fields=True):
@@ -72,7 +65,7 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
     arrival_s: _Seconds | None = None
 
 
-def _rows(lines: _Lines) -> list[Script]:
+def _rows(lines: Iterable[str]) -> list[Script]:
     """Scripts of a CSV file. An empty cell is as good as none. Raises ValueError or csv.Error."""
     reader = csv.reader(lines, strict=True)
     header = [name.strip() for name in next(reader, [])]
@@ -124,7 +117,7 @@ class _Chain:
     turns: list[TurnSize] = field(default_factory=list)
 
 
-def _requests(lines: _Lines) -> list[Script]:
+def _requests(lines: Iterable[str]) -> list[Script]:
     """Conversations of a trace that has only requests: `{"timestamp": ms, "input_length": tokens, "output_length":
     tokens, "hash_ids": [...]}` on each line, in order of time. An id stands for a block of 512 tokens and all before.
 
@@ -141,14 +134,14 @@ def _requests(lines: _Lines) -> list[Script]:
     common: set[tuple[int, int]] = set()
     chains: list[_Chain] = []
     start = now = 0.0
-    for request in _decoded(lines):
+    for number, request in _decoded(lines):
         if request.timestamp < now:
             raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
         now = request.timestamp
         start = start if chains else now
         chain = _continued(request, owners)
         if chain is None:
-            chain = _Chain(f"line-{lines.number}", (now - start) / 1000, request, request)
+            chain = _Chain(f"line-{number}", (now - start) / 1000, request, request)
             chains.append(chain)
             turn = TurnSize(request.input_length, request.output_length)
         else:
@@ -175,9 +168,10 @@ def _continued(request: _Request, owners: dict[tuple[int, int], _Chain]) -> _Cha
     return None
 
 
-def _decoded(lines: _Lines) -> Iterator[_Request]:
+def _decoded(lines: Iterable[str]) -> Iterator[tuple[int, _Request]]:
+    """Requests, and the numbers of their lines."""
     decoder = msgspec.json.Decoder(_Request)
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -188,4 +182,4 @@ def _decoded(lines: _Lines) -> Iterator[_Request]:
         ids, blocks = len(request.hash_ids), -(-request.input_length // BLOCK_TOKENS)
         if ids != blocks:
             raise ValueError(f"{ids} hash_ids; {request.input_length} tokens have {blocks} (512 each)")
-        yield request
+        yield number, request

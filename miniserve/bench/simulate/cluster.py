@@ -132,7 +132,7 @@ class Simulation:
     def _receive(self, worker: SimulatedWorker, envelope: Envelope) -> None:
         """A worker reads a message now or after its step."""
         worker.inbox.append(envelope)
-        self._schedule(worker, max(self.now, worker.clock.now))
+        self._schedule(worker, max(self.now, worker.now))
 
     def _schedule(self, worker: SimulatedWorker, due: float) -> None:
         if worker.due > due or worker.due <= self.now:

@@ -90,10 +90,8 @@ def load_hardware(text: str) -> Hardware:
 
 def load_roles(text: str) -> tuple[Hardware, Hardware]:
     """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`. Raises `ConfigError`."""
-    if "=" not in text:
-        one = load_hardware(text)
-        return one, one
-    roles = dict(part.partition("=")[::2] for part in text.split(","))
+    pairs = [part.partition("=")[::2] for part in text.split(",")] if "=" in text else [("P", text), ("D", text)]
+    roles = dict(pairs)
     if set(roles) != {"P", "D"}:
         raise ConfigError(f"--hardware {text!r} is not understood: write one profile, or P=...,D=... for the roles.")
     prefiller, decoder = load_hardware(roles["P"]), load_hardware(roles["D"])

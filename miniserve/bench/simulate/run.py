@@ -32,7 +32,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "placements": {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
-        "busy": {name: worker.runner.busy / duration for name, worker in workers.items()},
+        "busy": {name: worker.busy / duration for name, worker in workers.items()},
         "energy": _energy(workers.values(), duration, simulation.times),
     }
     if config.window is not None:
@@ -68,10 +68,10 @@ def _energy(
 ) -> dict[str, float | None]:
     joules = 0.0
     for worker in workers:
-        hardware, busy = worker.hardware, worker.runner.busy
-        if hardware.busy_watts is None or hardware.idle_watts is None:
+        busy, idle = worker.hardware.busy_watts, worker.hardware.idle_watts
+        if busy is None or idle is None:
             return energy(None, times)
-        joules += busy * hardware.busy_watts + max(duration - busy, 0.0) * hardware.idle_watts
+        joules += worker.busy * busy + max(duration - worker.busy, 0.0) * idle
     return energy(joules, times)
 
 
