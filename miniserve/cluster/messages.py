@@ -40,7 +40,8 @@ class PoolInfo(Wire, frozen=True):
 
     On a CPU it is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`; `fd` is -1 where it is not. On a GPU
     it is what `cuda` names. Its first `num_pages` pages are those that the worker gives out. `layout` fingerprints
-    model, dtype and page shape; workers with different layouts never exchange pages.
+    model, dtype and page shape; workers with different layouts never exchange pages. A snapshot of recurrent state, if
+    the model has one, takes `snapshot_pages`.
     """
 
     pid: int
@@ -49,6 +50,7 @@ class PoolInfo(Wire, frozen=True):
     page_bytes: int
     layout: str
     cuda: CudaHandle | None = None
+    snapshot_pages: int = 0
 
 
 class Peer(Wire, frozen=True):

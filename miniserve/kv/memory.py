@@ -63,15 +63,16 @@ class SharedMemory:
 class KVMemory:
     """One worker's pool of `num_pages` pages on `device`.
 
-    `pages` is `[page, layer, k/v, slot, kv_head, head_dim]`. On a CPU it lies in `shared`, memory that is only taken
-    when it is first written; else `shared` is None.
+    `pages` is `[page, layer, k/v, slot, kv_head, head_dim]`; a snapshot of recurrent state takes `snapshot_pages`. On a
+    CPU it lies in `shared`, memory that is only taken when it is first written; else `shared` is None.
 
     On a GPU `pages` has one page more, number `num_pages`: a scratch page for rows that have to write somewhere, like
     those that fill up the batch of a CUDA graph. No page table and no peer ever names it, so it is never read.
     """
 
-    def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
+    def __init__(self, shape: PageShape, num_pages: int, device: torch.device, snapshot_pages: int = 0) -> None:
         self.shape = shape
+        self.snapshot_pages = snapshot_pages
         self.num_pages = num_pages
         self.shared = SharedMemory(num_pages * shape.bytes) if device.type == "cpu" else None
         if self.shared is not None:
@@ -89,7 +90,7 @@ class KVMemory:
     def info(self, layout: str) -> PoolInfo:
         """What other workers have to know of this pool; `layout` fingerprints model, dtype and page shape."""
         fd = self.shared.fd if self.shared is not None else -1
-        return PoolInfo(os.getpid(), fd, self.num_pages, self.shape.bytes, layout, self._handle)
+        return PoolInfo(os.getpid(), fd, self.num_pages, self.shape.bytes, layout, self._handle, self.snapshot_pages)
 
     @cached_property
     def _handle(self) -> CudaHandle | None:

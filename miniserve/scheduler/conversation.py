@@ -66,6 +66,9 @@ class Conversation:
     """Turns that have ended, those of a fork's parent included."""
     tokens: int = 0
     """Length of the last turn, with its output."""
+    ends: tuple[int, int] = 0, 0
+    """Tokens of the last turn's prompt, and of the turn as far as it was computed: after the last full page of either
+    there is a snapshot of its recurrent state, if the model has one."""
     active: int = 0
     """Turns that run or wait now."""
     resident: int = 0

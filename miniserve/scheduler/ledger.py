@@ -21,12 +21,14 @@ class Ledger:
         self._workers = workers
         self._forecast = forecast
         self._page_tokens = page_tokens
+        self.snapshot_pages = 0
+        """Of a snapshot of recurrent state, of which a turn leaves two."""
         self.late: list[tuple[float, int, Conversation]] = []
         """A heap of (time, number of the expectation, conversation): after that time it is not expected any more."""
         self._numbers = count(1)
 
     def pages(self, tokens: int) -> int:
-        return -(-tokens // self._page_tokens)
+        return -(-tokens // self._page_tokens) + 2 * self.snapshot_pages
 
     # --- turns that run ---------------------------------------------------------------------------------------------
 

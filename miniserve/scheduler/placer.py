@@ -102,11 +102,19 @@ class Placer:
         conversation = turn.conversation
         known = {name: pages * self.page_tokens for name, pages in self.prefixes.find(turn.chain).items()}
         if conversation.copy_at:
-            copied = min(conversation.copy_tokens, turn.known)
+            copied = self._reusable(turn, min(conversation.copy_tokens, turn.known))
             known[conversation.copy_at] = max(known.get(conversation.copy_at, 0), copied)
         if conversation.home:
-            known[conversation.home] = max(known.get(conversation.home, 0), turn.known)
+            known[conversation.home] = max(known.get(conversation.home, 0), self._reusable(turn, turn.known))
         return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
+
+    def _reusable(self, turn: Turn, known: int) -> int:
+        """Of so many tokens that the turn's conversation has seen, those that a worker need not compute: where the
+        model has a recurrent state, up to the last snapshot."""
+        if not self.ledger.snapshot_pages:
+            return known
+        size = self.page_tokens
+        return max([end // size * size for end in turn.conversation.ends if end // size * size <= known], default=0)
 
     def _begin(self, turn: Turn, need: Need, placement: Placement, cluster: Cluster, notes: bool) -> list[Command]:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
@@ -140,9 +148,9 @@ class Placer:
             turn.seed,
             turn.salt,
             turn.delivered,
-            placement.prefill_at,
+            turn.prefill_at,
             placement.share_history,
-            placement.history_at,
+            placement.history_at or None,
             self._keep(turn, home),
         )
         return [*commands, Send(home.name, run)]

@@ -138,9 +138,11 @@ class Scheduler:
             page_tokens=self._page_tokens,
             epoch=peer.epoch,
             page_bytes=peer.pool.page_bytes,
+            snapshot_pages=peer.pool.snapshot_pages,
             speed=Speed(self._speed),
             reported=now,
         )
+        self._ledger.snapshot_pages = peer.pool.snapshot_pages
         if peer.name not in self.names:
             self.names.append(peer.name)
         self._peers[peer.name] = peer
@@ -338,9 +340,12 @@ class Scheduler:
             reuse.turns += 1
             reuse.prompt += turn.given
             reuse.cached += first.cached_tokens
+        # Of a prefix that others share only what was found once has a snapshot for sure.
+        whole = not self._ledger.snapshot_pages
+        prefix = turn.chain if whole else turn.chain[: first.cached_tokens // self._page_tokens + 1]
         for worker in (turn.prefill_at, turn.home):
             if worker is not None:
-                self._placer.prefixes.add(turn.chain, worker)
+                self._placer.prefixes.add(prefix, worker)
         if turn.prefill_at is not None:
             turn.conversation.copy_at, turn.conversation.copy_tokens = turn.prefill_at, turn.given
         turn.chain = []
@@ -377,6 +382,7 @@ class Scheduler:
             self._ledger.release(turn, now)
             conversation.turns += 1
             conversation.tokens = len(turn.tokens)
+            conversation.ends = turn.given, len(turn.tokens) - 1
             self.conversations.answered(conversation, turn.tokens[turn.given :])
             if turn.first_token is not None:
                 record = remembered(turn, self.names, finish, now)

@@ -24,6 +24,8 @@ class WorkerView:
     page_tokens: int
     epoch: int = 1
     page_bytes: int = 0
+    snapshot_pages: int = 0
+    """Of a snapshot of recurrent state, which goes with KV wherever that goes."""
     speed: Speed = field(default_factory=Speed)
     reserved: int = 0
     resident: int = 0
@@ -144,7 +146,7 @@ class Cluster:
             link = next((other for other in self.links.values() if other.bandwidth.count), None)
         if link is None:
             return 0.0
-        return tokens / source.page_tokens * source.page_bytes / link.bandwidth.value
+        return (tokens / source.page_tokens + source.snapshot_pages) * source.page_bytes / link.bandwidth.value
 
     def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
         """What a handoff costs beyond the prefill itself; 0 where none was measured."""

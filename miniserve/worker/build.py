@@ -189,7 +189,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             "smaller model, a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
         ) from error
     num_pages, kv_note = size
-    memory = KVMemory(choices.shape, num_pages, device)
+    memory = KVMemory(choices.shape, num_pages, device, choices.snapshot)
     host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction)) if choices.swap_pages else None
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"

@@ -111,6 +111,8 @@ async def test_parity(tiny_models, topology, policy, transfer):
             turns = {"colocated": 0, "conserve": len(items) + 1, "disaggregated": 2 * len(items) + 1}
             assert moved == turns[policy]
         await settled(client)
+        found = sum(stats.prefix_hits for stats in client.scheduler.stats.values())
+        assert found >= sum(len(item) // 16 * 16 for item in items), "second turns find the first ones, and that counts"
 
 
 async def test_conversation_moves_once(tiny_models):

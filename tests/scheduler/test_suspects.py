@@ -186,7 +186,7 @@ def test_a_turn_that_a_prefiller_made_suspected_leaves_its_home() -> None:
     commands = made.worker_down("p0", returns=True)
     assert sorted(abort.turn for _, abort in sent(commands, Abort)) == ["a.2", "b.2"]
     _, run = run_of(report_stopped(made, commands))
-    assert (run.turn, run.prefill_at) == ("a.3", ""), "alone on one worker"
+    assert (run.turn, run.prefill_at) == ("a.3", None), "alone on one worker"
     assert (made.workers["d0"].turns, b.home) == (1, None)
 
 

@@ -171,7 +171,7 @@ def test_choices_of_one_request_move_once() -> None:
     """Turns beside a first one find its KV on the way to their home: the prompt is prefilled by P once."""
     made = scheduler("p0", "d0")
     places = [run_of(submit(made, f"t{i}", [1] * 40, key="c"))[1].prefill_at for i in range(3)]
-    assert places == ["p0", "", ""]
+    assert places == ["p0", None, None]
 
 
 def test_a_placement_elsewhere_is_a_move_and_the_new_home_fetches_the_history() -> None:
@@ -198,17 +198,17 @@ def test_a_conversation_lives_on_a_prefiller_as_on_any_worker() -> None:
     for _ in range(16):
         made.workers["d0"].add_turn(1, 0.0)
     home, run = run_of(submit(made, "a1", [1] * 40, key="a"))
-    assert (home, run.prefill_at, run.history_at) == ("p0", "", "")
+    assert (home, run.prefill_at, run.history_at) == ("p0", None, None)
     view = made.workers["p0"]
     assert (view.turns, view.reserved) == (1, 4)
     end(made, home, run.turn, 1.0)
     assert (view.turns, view.reserved, view.resident) == (0, 0, 3)
     assert view.wanted == pytest.approx(2)
     home, run = run_of(submit(made, "a2", [1] * 60, key="a", now=1.5))
-    assert (home, run.prefill_at, run.history_at) == ("p0", "", "")
+    assert (home, run.prefill_at, run.history_at) == ("p0", None, None)
     assert view.wanted == 0, "it has come back"
     ((home, run),) = sent(made.worker_down("p0", returns=True, now=2.0), Run)
-    assert (home, run.turn, run.history_at) == ("d0", "a2.2", "")
+    assert (home, run.turn, run.history_at) == ("d0", "a2.2", None)
 
 
 def test_the_home_gets_the_forecast_of_a_conversation() -> None:
