@@ -95,15 +95,6 @@ class ModelConfig:
     dtype: torch.dtype
 
     @property
-    def plain(self) -> bool:
-        return (
-            self.delta is None
-            and self.experts is None
-            and not self.family.after_norms
-            and self.layers == (LayerConfig(),) * len(self.layers)
-        )
-
-    @property
     def kv_layers(self) -> int:
         """Layers that store keys and values."""
         return sum(layer.attends for layer in self.layers)

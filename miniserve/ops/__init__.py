@@ -1,6 +1,6 @@
 """The few kernels a model needs, behind one small interface. `make_ops` picks the implementation for a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -93,6 +93,7 @@ def make_ops(
     head_dim: int,
     widths: list[int],
     page_tokens: int = 16,
+    state_dims: Sequence[int] = (),
     *,
     native: bool = True,
     progress: Callable[[str], None] = lambda line: None,
@@ -100,9 +101,9 @@ def make_ops(
     """The implementation for `device`, and its name or why it is a slower one.
 
     `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
-    states, MLP activations and others that matrices are multiplied with; `page_tokens` is the size of a page. Without
-    `native` it is plain torch. A CPU gets compiled kernels where a compiler is installed; `progress` gets a line if
-    they have to be compiled first.
+    states, MLP activations and others that matrices are multiplied with; `page_tokens` is the size of a page,
+    `state_dims` are those of keys and values in a recurrent state. Without `native` it is plain torch. A CPU gets
+    compiled kernels where a compiler is installed; `progress` gets a line if they have to be compiled first.
     """
     if not native:
         return TorchOps(device, dtype), "torch"
@@ -113,6 +114,6 @@ def make_ops(
             return CudaOps(device, dtype, heads, head_dim), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
-        return CpuOps(dtype, head_dim, widths, page_tokens, progress), "native"
+        return CpuOps(dtype, head_dim, widths, page_tokens, state_dims, progress), "native"
     except NoKernels as reason:
         return TorchOps(device, dtype), f"torch, slower than native ones: {reason}"

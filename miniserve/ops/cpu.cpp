@@ -1,5 +1,6 @@
-// CPU kernels: products with weights (cpu_products.h), paged attention (cpu_attention.h), and here RMS norm, rotary
-// embedding and the whole model. Compiled at first use by ops/native.py.
+// CPU kernels: products with weights (cpu_products.h), mixtures of experts (cpu_experts.h), paged attention
+// (cpu_attention.h), the delta net (cpu_delta.h), and here RMS norm, rotary embedding and the whole model. Compiled at first
+// use by ops/native.py.
 //
 // Plain pointers, no libtorch: any version of torch works. Each kernel exists for float and, where the CPU multiplies
 // bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float.
@@ -8,15 +9,16 @@
 // by itself from Python; `forward` at the end is the whole model, so that a step of a hundred and more kernels is one call
 // and its threads never go to sleep between two of them.
 
-#include "cpu_attention.h"
+#include "cpu_delta.h"
+#include "cpu_experts.h"
 
 namespace {
 
 // x is [rows, group, size] with rows `x_stride` apart: one vector of `size` for a hidden state, `group` heads for q and
-// k. out is the same with rows `out_stride` apart, and may be x.
+// k. out is the same with rows `out_stride` apart, and may be x. A residual, which is not null, lies as out does.
 template <typename T>
 void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size, const T* weight, float eps,
-              T* out, int64_t out_stride) {
+              T* out, int64_t out_stride, const T* residual = nullptr) {
 #pragma omp for
     for (int64_t row = 0; row < rows * group; row++) {
         const T* from = x + row / group * x_stride + row % group * size;
@@ -27,101 +29,182 @@ void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t
             squares += v * v;
         }
         const float scale = 1.0f / std::sqrt(sum_lanes(squares) / size + eps);
-        for (int64_t i = 0; i < size; i += LANES)
-            store(to + i, load(from + i) * scale * load(weight + i));
+        for (int64_t i = 0; i < size; i += LANES) {
+            const Floats normed = load(from + i) * scale * load(weight + i);
+            if (residual) {
+                T rounded[LANES];
+                store(rounded, normed);
+                store(to + i, load(residual + (to - out) + i) + load(rounded));
+            } else {
+                store(to + i, normed);
+            }
+        }
     }
 }
 
-// In place: x is [rows, heads, dim] with rows `x_stride` apart, cos and sin are [positions, dim], where row r is at
-// `positions[r]`. A number rotates with the one half a head away; the first half of sin is negated.
+// In place: x is [rows, heads, dim] with rows `x_stride` apart, cos and sin are [positions, size], where row r is at
+// `positions[r]`. The first `size` numbers of a head rotate, each with the one half of `size` away; the first half of sin is
+// negated.
 template <typename T>
-void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, const int64_t* positions, const T* cos,
-          const T* sin) {
-    const int64_t half = dim / 2;
+void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, int64_t size, const int64_t* positions,
+          const T* cos, const T* sin) {
+    const int64_t half = size / 2;
+    const auto turn = [&](T* low, const T* c, const T* s, auto load, auto store) {
+        const Floats a = load(low), b = load(low + half);
+        store(low, a * load(c) + b * load(s));
+        store(low + half, b * load(c + half) + a * load(s + half));
+    };
 #pragma omp for
     for (int64_t row = 0; row < rows; row++)
         for (int64_t head = 0; head < heads; head++) {
-            T *low = x + row * x_stride + head * dim, *high = low + half;
-            const T *c = cos + positions[row] * dim, *s = sin + positions[row] * dim;
-            for (int64_t i = 0; i < half; i += LANES) {
-                Floats a = load(low + i), b = load(high + i);
-                store(low + i, a * load(c + i) + b * load(s + i));
-                store(high + i, b * load(c + half + i) + a * load(s + half + i));
-            }
+            T* low = x + row * x_stride + head * dim;
+            const T *c = cos + positions[row] * size, *s = sin + positions[row] * size;
+            int64_t i = 0;
+            for (; i + LANES <= half; i += LANES)
+                turn(low + i, c + i, s + i, [](const T* p) { return load(p); }, [](T* p, Floats v) { store(p, v); });
+            const int rest = half - i;
+            if (rest)
+                turn(low + i, c + i, s + i, [=](const T* p) { return load_some(p, rest); },
+                     [=](T* p, Floats v) { store_some(p, v, rest); });
         }
 }
 
 // --- the model -------------------------------------------------------------------------------------------------------
 
-// As `Layer` in ops/decoder.py: q, k and v are one matrix, gate and up another; q_norm and k_norm may be null.
+// The parts of a layer as in ops/decoder.py, of which ops/cpu_structs.py has the same structs. q, k, v and gates are one
+// matrix; the norms may be null. cos and sin are [positions, rotary] as in `rope`.
+template <typename T>
+struct Attention {
+    int32_t index, heads, window, gated, rotary;
+    float scale;
+    const T *cos, *sin, *q_norm, *k_norm;
+    Matrix<T> qkv, out;
+};
+
+// Either `attention` or `delta` is not null, and either `mlp` or `experts`; mixer_norm and mlp_norm may be.
 template <typename T>
 struct Layer {
-    const T *input_norm, *q_norm, *k_norm, *post_norm;
-    Matrix<T> qkv, out, gate_up, down;
+    const T *input_norm, *mixer_norm, *post_norm, *mlp_norm;
+    const Attention<T>* attention;
+    const DeltaNet<T>* delta;
+    const Mlp<T>* mlp;
+    const Experts<T>* experts;
+
+    const Matrix<T>& in() const { return attention ? attention->qkv : delta->qkvz; }
+    const Matrix<T>& out() const { return attention ? attention->out : delta->out; }
 };
 
 }  // namespace
 
-// ops/cpu_structs.py has the same struct. cos and sin are [positions, dim] as in `rope`.
 template <typename T>
 struct Model {
-    int64_t hidden, inner, heads, layers, vocab;
+    int64_t hidden, layers;
     float eps, scale;
-    const T *embedding, *cos, *sin, *norm;
+    const T *embedding, *norm;
     Matrix<T> head;
     const Layer<T>* layer;
 };
 
 namespace {
 
+// qkv is what attention's matrix has made of `rows` rows: -> what the heads found, [rows, heads * dim].
+template <typename T>
+void attend(const Attention<T>& part, const Batch& batch, int64_t rows, const int64_t* positions, float eps, T* qkv,
+            T* found, Scratch& scratch) {
+    const int64_t dim = batch.dim, q_width = part.heads * dim, kv_width = batch.kv_heads * dim, width = part.qkv.columns;
+    T *k = qkv + q_width, *v = k + kv_width, *gates = v + kv_width;
+    if (part.q_norm) {
+        rms_norm(qkv, width, rows, part.heads, dim, part.q_norm, eps, qkv, width);
+        rms_norm(k, width, rows, batch.kv_heads, dim, part.k_norm, eps, k, width);
+    }
+    // Keys come right after queries, and are rotated alike.
+    rope(qkv, width, rows, part.heads + batch.kv_heads, dim, part.rotary, positions, part.cos, part.sin);
+    attention(batch, part.index, part.heads, part.scale, part.window, qkv, width, k, width, v, width,
+              part.gated ? gates : nullptr, found, scratch);
+}
+
 // The same as `Transformer.compute`: float logits [outputs, vocab] of the rows `wanted`, in rising order.
 template <typename T>
 void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int64_t* tokens, const int64_t* positions,
              int64_t outputs, const int64_t* wanted, float* logits) {
-    const int64_t hidden = model.hidden, inner = model.inner, dim = batch.dim;
-    const int64_t q_width = model.heads * dim, kv_width = batch.kv_heads * dim, width = q_width + 2 * kv_width;
-    std::unique_ptr<T[]> memory(new T[rows * (2 * hidden + width + q_width + inner)]);  // as it is, not zeros
-    T *x = memory.get(), *h = x + rows * hidden, *qkv = h + rows * hidden, *attended = qkv + rows * width;
-    T* gated = attended + rows * q_width;
-    T *q = qkv, *k = q + q_width, *v = k + kv_width;
+    const int64_t hidden = model.hidden;
+    int64_t in = 0, mixed = 0, inner = 0;  // numbers of a row, in the layer where they are most
+    Mixing<T> mixing;
+    Deltas deltas;
+    for (const Layer<T>* layer = model.layer; layer < model.layer + model.layers; layer++) {
+        in = std::max<int64_t>(in, layer->in().columns), mixed = std::max<int64_t>(mixed, layer->out().size);
+        if (layer->mlp) inner = std::max<int64_t>(inner, layer->mlp->down.size);
+        if (layer->experts && !mixing.each) mixing.fit(*layer->experts, rows, layer->experts->each());
+        if (layer->delta && !deltas.ba) deltas.fit(*layer->delta, rows);
+    }
+    std::unique_ptr<T[]> memory(new T[rows * (2 * hidden + in + mixed + inner)]);  // as it is, not zeros
+    T *x = memory.get(), *h = x + rows * hidden, *made = h + rows * hidden, *found = made + rows * in;
+    T* gated = found + rows * mixed;
 #pragma omp parallel firstprivate(rows)
     {
         Scratch scratch;
 #pragma omp for
-        for (int64_t row = 0; row < rows; row++)
-            std::memcpy(x + row * hidden, model.embedding + tokens[row] * hidden, hidden * sizeof(T));
+        for (int64_t row = 0; row < rows; row++) {
+            const T* from = model.embedding + tokens[row] * hidden;
+            if (model.scale == 1)
+                std::memcpy(x + row * hidden, from, hidden * sizeof(T));
+            else
+                for (int64_t i = 0; i < hidden; i += LANES) store(x + row * hidden + i, load(from + i) * model.scale);
+        }
         for (int64_t l = 0; l < model.layers; l++) {
             const Layer<T>& layer = model.layer[l];
             rms_norm(x, hidden, rows, 1, hidden, layer.input_norm, model.eps, h, hidden);
-            product<T, T>(h, rows, hidden, layer.qkv, width, nullptr, qkv, scratch);
-            if (layer.q_norm) {
-                rms_norm(q, width, rows, model.heads, dim, layer.q_norm, model.eps, q, width);
-                rms_norm(k, width, rows, batch.kv_heads, dim, layer.k_norm, model.eps, k, width);
+            product<T, T>(h, rows, layer.in(), nullptr, made, scratch);
+            if (layer.attention) {
+                attend(*layer.attention, batch, rows, positions, model.eps, made, found, scratch);
+            } else {
+                const DeltaNet<T>& part = *layer.delta;
+                product<T, float>(h, rows, part.ba, nullptr, deltas.ba.get(), scratch);
+                delta(part, batch, rows, made, part.qkvz.columns, deltas.ba.get(), deltas, scratch);
+                gated_norm(part, rows, deltas, made + part.channels(), part.qkvz.columns, model.eps, found);
             }
-            // Keys come right after queries, and are rotated alike.
-            rope(q, width, rows, model.heads + batch.kv_heads, dim, positions, model.cos, model.sin);
-            attention(batch, l, model.heads, model.scale, q, width, k, width, v, width, attended, scratch);
             if (l == model.layers - 1) {
                 // No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
+                const int64_t width = layer.out().size;
 #pragma omp single
                 for (int64_t i = 0; i < outputs; i++) {
-                    std::memmove(attended + i * q_width, attended + wanted[i] * q_width, q_width * sizeof(T));
+                    std::memmove(found + i * width, found + wanted[i] * width, width * sizeof(T));
                     std::memmove(x + i * hidden, x + wanted[i] * hidden, hidden * sizeof(T));
                 }
                 rows = outputs;
             }
-            product<T, T>(attended, rows, q_width, layer.out, hidden, x, x, scratch);
+            // What is normed before it is added is made in h.
+            const auto add = [&](const T* norm) {
+                if (norm) rms_norm(h, hidden, rows, 1, hidden, norm, model.eps, x, hidden, x);
+            };
+            product<T, T>(found, rows, layer.out(), layer.mixer_norm ? nullptr : x, layer.mixer_norm ? h : x, scratch);
+            add(layer.mixer_norm);
             rms_norm(x, hidden, rows, 1, hidden, layer.post_norm, model.eps, h, hidden);
-            product<T, T>(h, rows, hidden, layer.gate_up, 2 * inner, nullptr, gated, scratch);
-            product<T, T>(gated, rows, inner, layer.down, hidden, x, x, scratch);
+            T *residual = layer.mlp_norm ? nullptr : x, *out = layer.mlp_norm ? h : x;
+            if (layer.mlp) {
+                product<T, T>(h, rows, layer.mlp->gate_up, nullptr, gated, scratch);
+                product<T, T>(gated, rows, layer.mlp->down, residual, out, scratch);
+            } else {
+                route(*layer.experts, h, rows, mixing, scratch);
+                mixture(*layer.experts, h, rows, mixing, residual, out, scratch);
+            }
+            add(layer.mlp_norm);
         }
         rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, h, hidden);
-        product<T, float>(h, rows, hidden, model.head, model.vocab, nullptr, logits, scratch);
+        product<T, float>(h, rows, model.head, nullptr, logits, scratch);
         release_tiles();
     }
 }
 
 }  // namespace
+
+// A kernel by itself, by a team of its own.
+#define TEAM(...)              \
+    _Pragma("omp parallel") {  \
+        Scratch scratch;       \
+        __VA_ARGS__;           \
+        release_tiles();       \
+    }
 
 #define EXPORT(T, NAME)                                                                                             \
     extern "C" void forward_##NAME(const Model<T>* model, const Batch* batch, int64_t rows, const int64_t* tokens,  \
@@ -129,43 +212,49 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                                    float* logits) {                                                                 \
         forward(*model, *batch, rows, tokens, positions, outputs, wanted, logits);                                  \
     }                                                                                                               \
-    extern "C" void attention_##NAME(const Batch* batch, int layer, int heads, float scale, const T* q,             \
+    extern "C" void attention_##NAME(const Batch* batch, int layer, int heads, float scale, int window, const T* q, \
                                      int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,  \
                                      T* out) {                                                                      \
-        _Pragma("omp parallel") {                                                                                   \
-            Scratch scratch;                                                                          \
-            attention(*batch, layer, heads, scale, q, q_stride, k, k_stride, v, v_stride, out, scratch);            \
-            release_tiles();                                                                                        \
-        }                                                                                                           \
+        TEAM(attention<T>(*batch, layer, heads, scale, window, q, q_stride, k, k_stride, v, v_stride, nullptr, out, \
+                          scratch))                                                                                 \
+    }                                                                                                               \
+    extern "C" void delta_##NAME(const DeltaNet<T>* part, const Batch* batch, int64_t rows, const T* qkv,           \
+                                 int64_t stride, const float* ba, T* out) {                                         \
+        Deltas at;                                                                                                  \
+        at.fit(*part, rows);                                                                                        \
+        TEAM(delta(*part, *batch, rows, qkv, stride, ba, at, scratch))                                              \
+        const int64_t values = part->values();                                                                      \
+        for (int64_t row = 0; row < rows; row++)                                                                    \
+            for (int64_t c = 0; c < values; c += LANES)                                                             \
+                store(out + row * values + c, load(at.mixed.get() + row * part->channels() + 2 * part->keys() + c));\
+    }                                                                                                               \
+    extern "C" void mixture_##NAME(const Experts<T>* part, const T* x, int64_t rows, const int32_t* ids,            \
+                                   const float* weights, T* out) {                                                  \
+        Mixing<T> at;                                                                                               \
+        at.fit(*part, rows, part->chosen);                                                                          \
+        std::copy(ids, ids + rows * at.each, at.ids.data());                                                        \
+        std::copy(weights, weights + rows * at.each, at.weights.data());                                            \
+        TEAM(mixture<T>(*part, x, rows, at, nullptr, out, scratch))                                                 \
     }                                                                                                               \
     extern "C" void rms_norm_##NAME(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size,        \
                                     const T* weight, float eps, T* out) {                                           \
         _Pragma("omp parallel if (rows * group * size > PARALLEL)")                                                 \
             rms_norm(x, x_stride, rows, group, size, weight, eps, out, group * size);                               \
     }                                                                                                               \
-    extern "C" void rope_##NAME(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim,                   \
+    extern "C" void rope_##NAME(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, int64_t size,     \
                                 const int64_t* positions, const T* cos, const T* sin) {                             \
         _Pragma("omp parallel if (rows * heads * dim > PARALLEL)")                                                  \
-            rope(x, x_stride, rows, heads, dim, positions, cos, sin);                                               \
+            rope(x, x_stride, rows, heads, dim, size, positions, cos, sin);                                         \
     }                                                                                                               \
     extern "C" void pack_##NAME(const T* weight, int64_t columns, int64_t size, uint32_t* packed) {                 \
         _Pragma("omp parallel") pack(weight, columns, size, packed);                                                \
     }                                                                                                               \
-    extern "C" void product_##NAME(const T* x, int64_t rows, int64_t size, const Matrix<T>* weight,                 \
-                                   int64_t columns, const T* residual, T* out) {                                    \
-        _Pragma("omp parallel") {                                                                                   \
-            Scratch scratch;                                                                                        \
-            product<T, T>(x, rows, size, *weight, columns, residual, out, scratch);                                 \
-            release_tiles();                                                                                        \
-        }                                                                                                           \
+    extern "C" void product_##NAME(const T* x, int64_t rows, const Matrix<T>* weight, const T* residual, T* out) {  \
+        TEAM(product<T, T>(x, rows, *weight, residual, out, scratch))                                               \
     }                                                                                                               \
-    extern "C" void logits_##NAME(const T* x, int64_t rows, int64_t size, const Matrix<T>* weight, int64_t columns, \
-                                  const T* residual, float* out) {                                                  \
-        _Pragma("omp parallel") {                                                                                   \
-            Scratch scratch;                                                                                        \
-            product<T, float>(x, rows, size, *weight, columns, residual, out, scratch);                             \
-            release_tiles();                                                                                        \
-        }                                                                                                           \
+    extern "C" void logits_##NAME(const T* x, int64_t rows, const Matrix<T>* weight, const T* residual,             \
+                                  float* out) {                                                                     \
+        TEAM(product<T, float>(x, rows, *weight, residual, out, scratch))                                           \
     }
 
 EXPORT(float, float32)

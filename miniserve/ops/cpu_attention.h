@@ -15,9 +15,13 @@ struct Batch {
     int32_t sequences;
     const int32_t *starts, *lengths, *contexts;  // [sequences]: first row, new tokens, tokens with these
     const int32_t* tables;                       // [sequences]: where its pages begin in `pages`
+    const int32_t* slots;                        // [sequences]: of its recurrent state, if the model has one
     const int32_t* pages;                        // page numbers
-    void* pool;                                  // [page, layer, k/v, kv_head, group], see `Attention`
-    int32_t layers, page_tokens, kv_heads, dim;
+    void* pool;                                  // [page, layer, k/v, kv_head, group], see `PagedAttention`
+    int32_t layers, page_tokens, kv_heads, dim;  // of the pool
+    void* conv;                                  // [slot, layer, taps - 1, channels], slots `conv_slot` apart
+    float* delta;                                // [slot, layer, v_head, k_dim, v_dim], slots `delta_slot` apart
+    int64_t conv_slot, delta_slot;
 };
 
 namespace {
@@ -33,11 +37,12 @@ constexpr int BAND = TILES ? TILE_ROWS : ROWS;  // rows of scores that are compu
 //
 // 16 words of keys are a tile as they lie; so are 16 of values, of which a group has 8.
 template <typename T>
-struct Attention {
+struct PagedAttention {
     const Batch& batch;
     int layer, heads;
     float scale;
-    const T* q;
+    int window;  // of the last so many tokens a query sees, itself included; 0: all
+    const T *q, *gates;
     int64_t q_stride;
     T* out;
 
@@ -114,7 +119,12 @@ struct Attention {
         }
     }
 
-    // Queries `begin` to `end` of a sequence's new tokens, for the query heads that share key/value head `head`.
+    // Queries `begin` to `end` of a sequence's new tokens, for the query heads that share key/value head `head`. Blocks of
+    // keys that no query of the block sees are not looked at; nor are those that none of a band sees.
+    //
+    //   keys     first          first + KEYS
+    //   query 0 | . x x x x x x x | x . . . . . . . |     x: seen, the last `window` of each query
+    //         1 | . . x x x x x x | x x . . . . . . |
     void attend(int sequence, int head, int begin, int end, Scratch& scratch) const {
         const int dim = batch.dim, group = heads / batch.kv_heads;
         const int words = dim / PER_WORD, key_words = KEYS / PER_WORD, group_words = LANES / PER_WORD;
@@ -140,9 +150,11 @@ struct Attention {
 
         const float sharpness = scale * 1.4426950408889634f;  // weights are 2^x instead of e^x
         const int visible = before + end;                     // keys that the last query sees
+        const auto oldest = [&](int query) { return window ? std::max(before + query + 1 - window, 0) : 0; };
+        const int start = oldest(begin) / KEYS * KEYS;
         const uint32_t *keys[2][GROUPS], *values[2][GROUPS];  // of this block and the next
-        find_block(sequence, head, 0, visible, keys[0], values[0]);
-        for (int first = 0, now = 0; first < visible; first += KEYS, now ^= 1) {
+        find_block(sequence, head, start, visible, keys[0], values[0]);
+        for (int first = start, now = 0; first < visible; first += KEYS, now ^= 1) {
             if (first + KEYS < visible)
                 find_block(sequence, head, first + KEYS, visible, keys[now ^ 1], values[now ^ 1]);
             // A tile of values is those of two groups, which lie in two pages.
@@ -150,6 +162,8 @@ struct Attention {
                 std::memcpy(gathered + g * group_words * dim, values[now][g], group_words * dim * sizeof *gathered);
             for (int r = 0; r < rows; r += BAND) {
                 const int count = std::min(BAND, rows - r);
+                const int earliest = begin + r / group, latest = begin + (r + count - 1) / group;
+                if (before + latest < first || oldest(earliest) >= first + KEYS) continue;
                 if (tiles)
                     multiply_tiles(count, queries + r * words, words, Keys{keys[now]}, 1, words, scores, KEYS, false,
                                       [](int) {});
@@ -158,8 +172,9 @@ struct Attention {
                         multiply_all<T>(count, queries + r * words, words, Keys{keys[now] + c / LANES}, 1, words,
                                         scores + c, KEYS, false);
                 for (int i = 0; i < count; i++) {
-                    const int seen = before + begin + (r + i) / group + 1 - first;  // keys of this block it may see
-                    soften(scores + i * KEYS, seen, sharpness, largest[r + i], total + (r + i) * LANES,
+                    const int query = begin + (r + i) / group;  // sees keys of this block from `hidden` to `seen`
+                    const int hidden = oldest(query) - first, seen = before + query + 1 - first;
+                    soften(scores + i * KEYS, hidden, seen, sharpness, largest[r + i], total + (r + i) * LANES,
                            sums + (r + i) * width, width, reinterpret_cast<T*>(weights + i * key_words));
                 }
                 for (int d = 0; d < width; d += COLS)
@@ -173,28 +188,37 @@ struct Attention {
         }
 
         for (int r = 0; r < rows; r++) {
-            int64_t token = batch.starts[sequence] + begin + r / group;
-            T* to = out + (token * heads + head * group + r % group) * dim;
+            const int64_t token = batch.starts[sequence] + begin + r / group, at = (head * group + r % group) * dim;
+            T* to = out + token * heads * dim + at;
             const float share = 1 / sum_lanes(load(total + r * LANES));
-            for (int d = 0; d < dim; d += LANES) store(to + d, load(sums + r * width + d) * share);
+            for (int d = 0; d < dim; d += LANES) {
+                const Floats found = load(sums + r * width + d) * share;
+                store(to + d, gates ? found * sigmoid<T>(load(gates + token * q_stride + at + d)) : found);
+            }
         }
     }
 
-    // A row of KEYS scores as weights 2^(score * sharpness - largest), of which only the first `seen` keys count.
+    // A row of KEYS scores as weights 2^(score * sharpness - largest), of which only the keys from `hidden` to `seen` count.
     // `largest` is the largest product so far, or up to SLACK less: when it grows from a to b, what was summed up before
     // has to shrink by 2^(a - b), and that rarely.
-    static void soften(const float* scores, int seen, float sharpness, float& largest, float* total, float* sums, int width,
-                       T* weights) {
+    static void soften(const float* scores, int hidden, int seen, float sharpness, float& largest, float* total,
+                       float* sums, int width, T* weights) {
         constexpr float SLACK = 8;
+        if (seen <= 0 || hidden >= KEYS) {
+            std::memset(weights, 0, KEYS * sizeof *weights);
+            return;
+        }
         Floats row[GROUPS], top = splat(-INFINITY);
 #pragma GCC unroll 8
         for (int g = 0; g < GROUPS; g++) row[g] = load(scores + g * LANES);
-        if (seen < KEYS) {
-            Floats lane;
-            for (int i = 0; i < LANES; i++) lane[i] = i;
+        Floats lane;
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        if (seen < KEYS)
 #pragma GCC unroll 8
             for (int g = 0; g < GROUPS; g++) row[g] = lane < float(seen - g * LANES) ? row[g] : splat(-INFINITY);
-        }
+        if (hidden > 0)
+#pragma GCC unroll 8
+            for (int g = 0; g < GROUPS; g++) row[g] = lane < float(hidden - g * LANES) ? splat(-INFINITY) : row[g];
 #pragma GCC unroll 8
         for (int g = 0; g < GROUPS; g++) top = larger(top, row[g]);
         const float most = largest_lane(top) * sharpness;
@@ -215,12 +239,12 @@ struct Attention {
     }
 };
 
-// q is [T, heads, dim] with rows `q_stride` apart, out the same without gaps; T is the sum of the batch's lengths. Each
-// thread has a `scratch` of its own.
+// q is [T, heads, dim] with rows `q_stride` apart, out the same without gaps; T is the sum of the batch's lengths. What is
+// found is multiplied with the sigmoid of `gates`, which are null or lie as q does. Each thread has a `scratch` of its own.
 template <typename T>
-void attention(const Batch& batch, int layer, int heads, float scale, const T* q, int64_t q_stride, const T* k,
-               int64_t k_stride, const T* v, int64_t v_stride, T* out, Scratch& scratch) {
-    Attention<T> it{batch, layer, heads, scale, q, q_stride, out};
+void attention(const Batch& batch, int layer, int heads, float scale, int window, const T* q, int64_t q_stride, const T* k,
+               int64_t k_stride, const T* v, int64_t v_stride, const T* gates, T* out, Scratch& scratch) {
+    PagedAttention<T> it{batch, layer, heads, scale, window, q, gates, q_stride, out};
     it.store_new(k, k_stride, v, v_stride);
 
     struct Item {

@@ -1,19 +1,29 @@
 """The native CPU kernels of `cpu.cpp` behind the `Ops` interface."""
 
 import ctypes
-from collections.abc import Callable
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from miniserve.ops.batch import Batch, State
-from miniserve.ops.cpu_packed import Arena, FusedForward, PackedMatrix, address
-from miniserve.ops.cpu_structs import ARGUMENTS, BLOCK, PACK_CODES, ROWS, NativeBatch, NativeMatrix, NativePlan, Rotary
-from miniserve.ops.decoder import DeltaNet, Linear, Weights
+from miniserve.ops.cpu_packed import Arena, FusedForward, PackedMatrix, Structs, address
+from miniserve.ops.cpu_structs import (
+    ARGUMENTS,
+    BLOCK,
+    GATES,
+    PACK_CODES,
+    ROWS,
+    NativeBatch,
+    NativeMatrix,
+    NativePlan,
+    Rotary,
+)
+from miniserve.ops.decoder import DeltaNet, Experts, Weights
 from miniserve.ops.native import NoKernels, load
 from miniserve.ops.quantized import Quantized, Weight
-from miniserve.ops.torch_ops import delta, dense_linear, filter_sorted, mixture, rotary_tables
+from miniserve.ops.torch_ops import filter_sorted, rotary_tables
 
 
 class CpuOps:
@@ -30,6 +40,7 @@ class CpuOps:
         head_dim: int,
         widths: list[int],
         page_tokens: int,
+        state_dims: Sequence[int],
         progress: Callable[[str], None],
     ) -> None:
         """Raises `NoKernels` where they cannot be compiled, or are not made for this dtype or these sizes."""
@@ -42,6 +53,9 @@ class CpuOps:
             raise NoKernels(
                 f"heads of {head_dim} or rows of {widths} numbers do not fill vectors of {lanes} or {BLOCK // 2}"
             )
+        if any(size % lanes for size in state_dims):
+            sizes = " and ".join(map(str, state_dims))
+            raise NoKernels(f"heads of a recurrent state of {sizes} numbers do not fill vectors of {lanes}")
         if page_tokens % lanes:
             raise NoKernels(f"pages of {page_tokens} tokens do not fill vectors of {lanes} (--block-size)")
         self.layout = f"kv_head, vectors of {lanes} tokens"
@@ -52,7 +66,7 @@ class CpuOps:
             return function
 
         self._attention, self._rms_norm = kernel("attention"), kernel("rms_norm")
-        self._rope = kernel("rope")
+        self._rope, self._delta, self._mixture = kernel("rope"), kernel("delta"), kernel("mixture")
         self._pack, self._product, self._logits = kernel("pack"), kernel("product"), kernel("logits")
         self._forward = kernel("forward")
         self._pack_codes = library.pack_codes
@@ -66,7 +80,7 @@ class CpuOps:
         return self._packed(self._logits, torch.float32, weight, None)
 
     def _packed(self, kernel: Any, out: torch.dtype, weight: Weight, bias: torch.Tensor | None) -> PackedMatrix:
-        native = NativeMatrix(bias=address(bias))
+        native = NativeMatrix(bias=address(bias), columns=weight.shape[0], size=weight.shape[1])
         if isinstance(weight, Quantized):
             packed = self._arena.pack_codes(self._pack_codes, weight)
             native.bits, native.minimums = weight.bits, weight.minimums is not None
@@ -74,13 +88,13 @@ class CpuOps:
             packed = self._arena.pack(self._pack, weight)
             native.bits = 8 * weight.itemsize
         native.packed = packed.data_ptr()
-        return PackedMatrix(kernel, out, weight.shape[0], native, packed, bias)
+        return PackedMatrix(kernel, out, native, packed, bias)
 
     def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> PackedMatrix:
         """A block of columns is half gates, half their ups, so that a product has both at hand."""
         order = torch.arange(weight.shape[0]).view(2, -1, BLOCK // 2).transpose(0, 1).flatten()
         made = self.linear(weight[order], None if bias is None else bias[order])
-        made.native.gated = 1
+        made.native.gate = GATES[activation]
         return made
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -97,33 +111,45 @@ class CpuOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tables = [table.data_ptr() for table in cos_sin]
         for x in (q, k):
-            self._rope(x.data_ptr(), x.stride(0), *x.shape, *tables)
+            self._rope(x.data_ptr(), x.stride(0), *x.shape, cos_sin[1].shape[1], *tables)
         return q, k
 
-    def plain(self, weight: torch.Tensor) -> Linear:
-        return dense_linear(weight, None)
+    def plain(self, weight: torch.Tensor) -> PackedMatrix:
+        """What it makes is not rounded: float32."""
+        return self.head(weight)
 
-    mixture = staticmethod(mixture)
+    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        structs, out = Structs(), torch.empty_like(x)
+        ids, weights = ids.int(), weights.float().contiguous()
+        of = structs.experts(part), x.data_ptr(), len(x)
+        self._mixture(*of, ids.data_ptr(), weights.data_ptr(), out.data_ptr())
+        return out
 
     def delta(self, plan: NativePlan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
-        assert plan.state is not None
-        return delta(plan.state, plan.pieces, part, qkv, ba)
+        structs, ba = Structs(), ba.float()
+        out = torch.empty((len(qkv), part.v_heads, part.v_dim), dtype=qkv.dtype)
+        of = structs.delta(part), ctypes.byref(plan.native), len(qkv)
+        self._delta(*of, qkv.data_ptr(), qkv.stride(0), ba.data_ptr(), out.data_ptr())
+        return out
 
     def fuse(self, weights: Weights, rotary: list[Rotary]) -> FusedForward:
         return FusedForward(self._forward, weights, rotary)
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> NativePlan:
-        """The batch's page tables, one after the other, and where each begins."""
+        """The batch's page tables, one after the other, and where each begins; and where the recurrent state is."""
         count = len(batch.lengths)
         starts = [0, *accumulate(batch.lengths)]
         tables = [0, *accumulate(map(len, batch.pages))]
         pages = [page for table in batch.pages for page in table]
-        numbers = torch.tensor([*starts[:-1], *batch.lengths, *batch.contexts, *tables[:-1], *pages], dtype=torch.int32)
+        by_sequence = *starts[:-1], *batch.lengths, *batch.contexts, *tables[:-1], *(batch.slots or [0] * count)
+        numbers = torch.tensor([*by_sequence, *pages], dtype=torch.int32)
         at = range(numbers.data_ptr(), numbers.data_ptr() + 4 * numbers.numel() + 1, 4 * count)
         _, layers, _, page_tokens, kv_heads, dim = kv.shape
-        native = NativeBatch(count, *at[:5], kv.data_ptr(), layers, page_tokens, kv_heads, dim)
-        pieces = [(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(starts), strict=False)]
-        return NativePlan(native, numbers, state, pieces)
+        native = NativeBatch(count, *at[:6], kv.data_ptr(), layers, page_tokens, kv_heads, dim)
+        if state is not None:
+            native.conv, native.delta = state.conv.data_ptr(), state.delta.data_ptr()
+            native.conv_slot, native.delta_slot = state.conv.stride(0), state.delta.stride(0)
+        return NativePlan(native, numbers, state)
 
     def attention(
         self,
@@ -137,5 +163,5 @@ class CpuOps:
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype)
         inputs = [number for x in (q, k, v) for number in (x.data_ptr(), x.stride(0))]
-        self._attention(ctypes.byref(plan.native), layer, q.shape[1], scale, *inputs, out.data_ptr())
+        self._attention(ctypes.byref(plan.native), layer, q.shape[1], scale, window, *inputs, out.data_ptr())
         return out

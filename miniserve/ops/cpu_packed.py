@@ -8,8 +8,19 @@ from typing import Any
 
 import torch
 
-from miniserve.ops.cpu_structs import BLOCK, MATRICES, NORMS, NativeLayer, NativeMatrix, NativeModel, NativePlan, Rotary
-from miniserve.ops.decoder import Attention, Mlp, Weights
+from miniserve.ops.cpu_structs import (
+    BLOCK,
+    NativeAttention,
+    NativeDeltaNet,
+    NativeExperts,
+    NativeLayer,
+    NativeMatrix,
+    NativeMlp,
+    NativeModel,
+    NativePlan,
+    Rotary,
+)
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Layer, Mlp, Weights
 from miniserve.ops.quantized import GROUP, Quantized
 
 ARENA_BYTES = 64 * 2**20
@@ -60,53 +71,78 @@ class PackedMatrix:
 
     kernel: Any
     dtype: torch.dtype
-    columns: int
     native: NativeMatrix
     packed: torch.Tensor
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.empty((x.shape[0], self.columns // 2 if self.native.gated else self.columns), dtype=self.dtype)
-        weight = ctypes.byref(self.native), self.columns
-        self.kernel(x.data_ptr(), *x.shape, *weight, address(residual), out.data_ptr())
+        columns = self.native.columns // 2 if self.native.gate else self.native.columns
+        out = torch.empty((x.shape[0], columns), dtype=self.dtype)
+        self.kernel(x.data_ptr(), x.shape[0], ctypes.byref(self.native), address(residual), out.data_ptr())
         return out
+
+
+class Structs:
+    """Parts of a model as structs, which live as long as this."""
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    def delta(self, part: DeltaNet) -> int:
+        """Where the struct of a part is."""
+        return self._at(NativeDeltaNet, part, taps=part.conv.shape[0])
+
+    def experts(self, part: Experts) -> int:
+        """The shared expert is the last in the array of all."""
+        every = part.experts if part.shared is None else [*part.experts, part.shared]
+        mlps = (NativeMlp * len(every))(*(_struct(NativeMlp, mlp) for mlp in every))
+        shared = part.shared is not None
+        return self._at(NativeExperts, part, experts=self._keep(mlps), count=len(part.experts), shared=shared)
+
+    def layers(self, layers: list[Layer], rotary: list[Rotary]) -> int:
+        return self._keep((NativeLayer * len(layers))(*(self._layer(layer, rotary) for layer in layers)))
+
+    def _layer(self, layer: Layer, rotary: list[Rotary]) -> Any:
+        mixer, mlp = layer.mixer, layer.mlp
+        made = (
+            {"mlp": self._at(NativeMlp, mlp)} if isinstance(mlp, Mlp) else {"mlp": None, "experts": self.experts(mlp)}
+        )
+        if isinstance(mixer, Attention):
+            cos, sin = rotary[mixer.rope].cos, rotary[mixer.rope].sin
+            made["attention"] = self._at(NativeAttention, mixer, cos=cos, sin=sin, rotary=cos.shape[1])
+        else:
+            made["delta"] = self.delta(mixer)
+        return _struct(NativeLayer, layer, **made)
+
+    def _at(self, kind: Any, part: Any, **more: Any) -> int:
+        return self._keep(_struct(kind, part, **more))
+
+    def _keep(self, made: Any) -> int:
+        self._kept.append(made)
+        return ctypes.addressof(made)
+
+
+def _struct(kind: Any, part: Any, **more: Any) -> Any:
+    """A struct of what is found under the names of its fields in `more` or else in `part`: numbers, tensors, matrices;
+    zeros where there is nothing."""
+    found = {name: more.get(name, getattr(part, name, None)) for name, *_ in kind._fields_}
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor | PackedMatrix):
+            found[name] = address(value) if isinstance(value, torch.Tensor) else value.native
+    return kind(**{name: value for name, value in found.items() if value is not None})
 
 
 class FusedForward:
     """A `Compute` by the kernel `forward`: a step of a hundred and more kernels whose threads never go to sleep."""
 
     def __init__(self, forward: Any, weights: Weights, rotary: list[Rotary]) -> None:
-        head, first = weights.head, weights.layers[0]
-        assert isinstance(first.mixer, Attention)
-        assert isinstance(first.mlp, Mlp)
-        gate_up = first.mlp.gate_up
-        assert isinstance(head, PackedMatrix)
-        assert isinstance(gate_up, PackedMatrix)
+        assert isinstance(weights.head, PackedMatrix)
         self._forward = forward
-        self._vocab = head.columns
-        layers = (NativeLayer * len(weights.layers))()
-        for native, layer in zip(layers, weights.layers, strict=True):
-            parts = {**vars(layer), **vars(layer.mixer), **vars(layer.mlp)}
-            for name in NORMS:
-                setattr(native, name, address(parts[name]))
-            for name in MATRICES:
-                setattr(native, name, parts[name].native)
-        self._model = NativeModel(
-            hidden=weights.embedding.shape[1],
-            inner=gate_up.columns // 2,
-            heads=first.mixer.heads,
-            layers=len(layers),
-            vocab=self._vocab,
-            eps=weights.eps,
-            scale=first.mixer.scale,
-            embedding=weights.embedding.data_ptr(),
-            cos=rotary[0].cos.data_ptr(),
-            sin=rotary[0].sin.data_ptr(),
-            norm=weights.norm.data_ptr(),
-            head=head.native,
-            layer=ctypes.addressof(layers),
-        )
-        self._kept = layers, weights, rotary  # `_model` points into them
+        self._vocab = weights.head.native.columns
+        structs, layers = Structs(), len(weights.layers)
+        layer = structs.layers(weights.layers, rotary)
+        self._model = _struct(NativeModel, weights, hidden=weights.embedding.shape[1], layers=layers, layer=layer)
+        self._kept = structs, weights, rotary  # `_model` points into them
 
     def __call__(
         self, plan: NativePlan, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor

@@ -14,6 +14,12 @@ BLOCK = 64
 """Columns of a product whose weights are packed together: KEYS in cpu_vectors.h. Of gates and ups half are either."""
 ROWS = 6
 """Rows of a product that vectors compute at once; tiles take 16."""
+GATES = {"silu": 1, "gelu_tanh": 2}
+"""`Gate` in cpu_packing.h."""
+
+
+def _each(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
 
 
 class NativeBatch(ctypes.Structure):
@@ -21,34 +27,69 @@ class NativeBatch(ctypes.Structure):
 
     _fields_ = [
         ("sequences", _int),
-        *((name, _pointer) for name in ("starts", "lengths", "contexts", "tables", "pages", "pool")),
-        *((name, _int) for name in ("layers", "page_tokens", "kv_heads", "dim")),
+        *_each(_pointer, "starts lengths contexts tables slots pages pool"),
+        *_each(_int, "layers page_tokens kv_heads dim"),
+        *_each(_pointer, "conv delta"),
+        *_each(_long, "conv_slot delta_slot"),
     ]
 
 
 class NativeMatrix(ctypes.Structure):
-    """`Matrix` in cpu_products.h."""
+    """`Matrix` in cpu_packing.h."""
 
-    _fields_ = [("packed", _pointer), ("bias", _pointer), *((name, _int) for name in ("bits", "minimums", "gated"))]
+    _fields_ = [*_each(_pointer, "packed bias"), *_each(_int, "columns size bits minimums gate")]
 
 
-NORMS = ("input_norm", "q_norm", "k_norm", "post_norm")
-MATRICES = ("qkv", "out", "gate_up", "down")
+class NativeAttention(ctypes.Structure):
+    """`Attention` in cpu.cpp."""
+
+    _fields_ = [
+        *_each(_int, "index heads window gated rotary"),
+        ("scale", _float),
+        *_each(_pointer, "cos sin q_norm k_norm"),
+        *_each(NativeMatrix, "qkv out"),
+    ]
+
+
+class NativeDeltaNet(ctypes.Structure):
+    """`DeltaNet` in cpu_delta.h."""
+
+    _fields_ = [
+        *_each(_int, "index k_heads v_heads k_dim v_dim taps"),
+        *_each(_pointer, "conv rate bias norm"),
+        *_each(NativeMatrix, "qkvz ba out"),
+    ]
+
+
+class NativeMlp(ctypes.Structure):
+    """`Mlp` in cpu_experts.h."""
+
+    _fields_ = [*_each(NativeMatrix, "gate_up down")]
+
+
+class NativeExperts(ctypes.Structure):
+    """`Experts` in cpu_experts.h."""
+
+    _fields_ = [
+        *_each(_int, "count chosen renormed shared"),
+        *_each(NativeMatrix, "router shared_gate"),
+        ("experts", _pointer),
+    ]
 
 
 class NativeLayer(ctypes.Structure):
     """`Layer` in cpu.cpp."""
 
-    _fields_ = [*((name, _pointer) for name in NORMS), *((name, NativeMatrix) for name in MATRICES)]
+    _fields_ = [*_each(_pointer, "input_norm mixer_norm post_norm mlp_norm attention delta mlp experts")]
 
 
 class NativeModel(ctypes.Structure):
     """`Model` in cpu.cpp."""
 
     _fields_ = [
-        *((name, _long) for name in ("hidden", "inner", "heads", "layers", "vocab")),
-        *((name, _float) for name in ("eps", "scale")),
-        *((name, _pointer) for name in ("embedding", "cos", "sin", "norm")),
+        *_each(_long, "hidden layers"),
+        *_each(_float, "eps scale"),
+        *_each(_pointer, "embedding norm"),
         ("head", NativeMatrix),
         ("layer", _pointer),
     ]
@@ -58,29 +99,29 @@ PACK_CODES: list[Any] = [_pointer, _pointer, _pointer, _long, _long, _int, _poin
 """Arguments of `pack_codes`, which is the same for all dtypes."""
 ARGUMENTS: dict[str, list[Any]] = {
     "forward": [_pointer, _pointer, _long, _pointer, _pointer, _long, _pointer, _pointer],
-    "attention": [_pointer, _int, _int, _float, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
+    "attention": [_pointer, _int, _int, _float, _int, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
+    "delta": [_pointer, _pointer, _long, _pointer, _long, _pointer, _pointer],
+    "mixture": [_pointer, _pointer, _long, _pointer, _pointer, _pointer],
     "rms_norm": [_pointer, _long, _long, _long, _long, _pointer, _float, _pointer],
-    "rope": [_pointer, _long, _long, _long, _long, _pointer, _pointer, _pointer],
+    "rope": [_pointer, _long, _long, _long, _long, _long, _pointer, _pointer, _pointer],
     "pack": [_pointer, _long, _long, _pointer],
-    "product": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer],
-    "logits": [_pointer, _long, _long, _pointer, _long, _pointer, _pointer],
+    "product": [_pointer, _long, _pointer, _pointer, _pointer],
+    "logits": [_pointer, _long, _pointer, _pointer, _pointer],
 }
 
 
 @dataclass(frozen=True)
 class NativePlan:
-    """A batch as the kernels read it. `numbers` is the memory that `native` points into. `pieces` has the slot and the
-    rows of each sequence, if the model has a recurrent `state`."""
+    """A batch as the kernels read it. `numbers` and `state` are the memory that `native` points into."""
 
     native: NativeBatch
     numbers: torch.Tensor
     state: State | None
-    pieces: list[tuple[int, slice]]
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """The tables of `torch_ops.rotary_tables`, `[positions, D]`."""
+    """The tables of `torch_ops.rotary_tables`, `[positions, R]`."""
 
     cos: torch.Tensor
     sin: torch.Tensor

@@ -79,6 +79,20 @@ void store(bf16* to, Floats x) {
     std::memcpy(to, &rounded, sizeof rounded);
 }
 
+// The first `count` lanes only, where no more may be read or written.
+template <typename T>
+Floats load_some(const T* from, int count) {
+    T some[LANES] = {};
+    std::memcpy(some, from, count * sizeof(T));
+    return load(some);
+}
+template <typename T>
+void store_some(T* to, Floats x, int count) {
+    T some[LANES];
+    store(some, x);
+    std::memcpy(to, some, count * sizeof(T));
+}
+
 // Words of two bf16: in each lane one number of `even` and one of `odd`.
 Words bf16_pairs(Floats even, Floats odd) {
 #ifdef __AVX512BF16__
@@ -122,10 +136,21 @@ Floats reciprocal(Floats x) {
 }
 
 template <typename T>
-Floats silu(Floats x) {
+Floats sigmoid(Floats x) {
     Floats power = x * -1.4426950408889634f;
     power = power > 126.0f ? splat(126.0f) : power;
-    return x * reciprocal<T>(1.0f + exp2<T>(power));
+    return reciprocal<T>(1.0f + exp2<T>(power));
+}
+
+template <typename T>
+Floats silu(Floats x) {
+    return x * sigmoid<T>(x);
+}
+
+// x (1 + tanh y) / 2 with y = sqrt(2 / pi) (x + 0.044715 x^3), in another form: (1 + tanh y) / 2 is sigmoid(2 y).
+template <typename T>
+Floats gelu_tanh(Floats x) {
+    return x * sigmoid<T>(x * (1.5957691216057308f + 0.07135481282553494f * x * x));
 }
 
 template <int S>

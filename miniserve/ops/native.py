@@ -14,7 +14,8 @@ from pathlib import Path
 from miniserve.config import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in ("vectors", "tiles", "matrix", "products", "attention")]
+PARTS = "vectors", "tiles", "matrix", "packing", "products", "experts", "attention", "delta"
+HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in PARTS]
 COMPILERS = ("g++", "c++")
 """`cpu.cpp` needs GCC for its vectors; $CXX comes first where it is set."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")

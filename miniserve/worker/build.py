@@ -154,7 +154,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         model.head_dim,
         model.widths,
         config.block_size,
-        native=config.cpu_kernels != "torch" and model.plain,
+        (model.delta.k_dim, model.delta.v_dim) if model.delta else (),
+        native=config.cpu_kernels != "torch",
         progress=lambda line: show(line, 0, 0),
     )
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
