@@ -36,7 +36,8 @@ class StateShape:
 
 class StateMemory:
     """`slots` slots beside the pool `memory`. `delta` is float32 `[slot, layer, v_head, k_dim, v_dim]`, `conv` is
-    `[slot, layer, taps - 1, channels]`. A slot fills `pages` pages, all but the last one wholly.
+    `[slot, layer, taps - 1, channels]`. A slot fills `pages` pages, all but the last one wholly. Where the pool has a
+    scratch page, on a GPU, both have a scratch slot as well, number `slots`.
 
     Copies are given to the device in the order of the calls, among its steps: what a step has made is saved after it.
     """
@@ -45,6 +46,7 @@ class StateMemory:
         self.slots = slots
         self.pages = shape.pages(memory.shape.bytes)
         self._pool = memory.bytes
+        slots += len(self._pool) - memory.num_pages
         self._parts = torch.zeros((slots * self.pages, memory.shape.bytes), dtype=torch.uint8, device=self._pool.device)
         rows, heads = self._parts.view(slots, -1), (shape.v_heads, shape.k_dim, shape.v_dim)
         self.delta = rows[:, : shape.delta_bytes].view(torch.float32).view(slots, shape.layers, *heads)

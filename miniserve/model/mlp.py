@@ -5,6 +5,7 @@ import torch
 from miniserve.model.config import LayerConfig, ModelConfig
 from miniserve.model.loader import Loader
 from miniserve.model.passes import Pass
+from miniserve.ops import StackingOps
 from miniserve.ops.decoder import Experts, Mlp
 
 
@@ -28,12 +29,14 @@ def load(loader: Loader, at: str, config: ModelConfig, layer: LayerConfig) -> Ml
         experts = [
             _mlp(loader, [f"{at}{where}.{i}.{part}" for part in parts], sizes.inner, config) for i in range(sizes.count)
         ]
+    stacked = loader.ops.stack(experts) if isinstance(loader.ops, StackingOps) else None
     shared = [f"{at}mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
     return Experts(
         chosen=sizes.chosen,
         renormed=sizes.renormed,
         router=loader.plain({at + router: sizes.count}, config.hidden_size),
-        experts=experts,
+        experts=experts if stacked is None else [],
+        stacked=stacked,
         shared=_mlp(loader, shared, sizes.shared_inner, config) if sizes.shared_inner else None,
         shared_gate=loader.plain({f"{at}mlp.shared_expert_gate": 1}, config.hidden_size)
         if sizes.shared_inner

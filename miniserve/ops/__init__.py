@@ -1,12 +1,12 @@
 """The few kernels a model needs, behind one small interface. `make_ops` picks the implementation for a device."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import DeltaNet, Experts, Linear, Weights
+from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
 from miniserve.ops.torch_ops import TorchOps
@@ -86,6 +86,14 @@ class Ops(Protocol):
         if that is not 0: `q` -> `[T, H, D]`."""
 
 
+@runtime_checkable
+class StackingOps(Protocol):
+    """`Ops` whose `mixture` wants all experts of a layer together."""
+
+    def stack(self, experts: list[Mlp]) -> Any:
+        """What becomes `Experts.stacked`, in place of the list."""
+
+
 def make_ops(
     device: torch.device,
     dtype: torch.dtype,
@@ -95,6 +103,8 @@ def make_ops(
     page_tokens: int = 16,
     state_dims: Sequence[int] = (),
     *,
+    scale: float | None = None,
+    windows: Iterable[int] = (0,),
     native: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Ops, str]:
@@ -102,8 +112,9 @@ def make_ops(
 
     `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
     states, MLP activations and others that matrices are multiplied with; `page_tokens` is the size of a page,
-    `state_dims` are those of keys and values in a recurrent state. Without `native` it is plain torch. A CPU gets
-    compiled kernels where a compiler is installed; `progress` gets a line if they have to be compiled first.
+    `state_dims` are those of keys and values in a recurrent state. Scores are multiplied with `scale`, else with that
+    of `head_dim`; `windows` are those of the layers. Without `native` it is plain torch. A CPU gets compiled kernels
+    where a compiler is installed; `progress` gets a line if they have to be compiled first.
     """
     if not native:
         return TorchOps(device, dtype), "torch"
@@ -111,7 +122,7 @@ def make_ops(
         if device.type == "cuda":
             from miniserve.ops.cuda_ops import CudaOps
 
-            return CudaOps(device, dtype, heads, head_dim), "flashinfer"
+            return CudaOps(device, dtype, heads, head_dim, scale or head_dim**-0.5, windows), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
         return CpuOps(dtype, head_dim, widths, page_tokens, state_dims, progress), "native"

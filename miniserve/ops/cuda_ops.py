@@ -5,47 +5,87 @@ The pool stays page-major: a layer of it is a strided view, whose strides these 
 
 import importlib
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
-from miniserve.ops.decoder import DeltaNet, Linear, Weights
+from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight, dense
-from miniserve.ops.torch_ops import delta, mixture
 
 HEAD_DIMS = (64, 128, 256)
 
 
+@dataclass(frozen=True)
+class Product:
+    """cuBLAS, which adds the residual where it is: that is the add of a fused add and norm."""
+
+    weight: torch.Tensor
+    turned: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is None:
+            return F.linear(x, self.weight, self.bias)
+        out = residual.addmm_(x, self.turned)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A product of gates and what they let through."""
+
+    product: Product
+    act: Callable[..., torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return self.act(input=self.product(x))
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The experts `ids` of a layer: `gate_up` `[experts, hidden, 2 * I]`, `down` `[experts, I, hidden]`, both with the
+    columns contiguous."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    act: Callable[..., torch.Tensor]
+    ids: torch.Tensor
+
+
 class CudaOps(CudaPlanner):
     """`Ops` of one GPU, with plans for CUDA graphs besides. `kernels` is the module flashinfer; tests put reference
-    math there."""
+    math there, as they do for the kernel `delta`."""
 
     layout = "slot, kv_head, head_dim"
     draft_rows = 12
     """A decode is bound by memory up to far more rows; so many are what a draft is likely to hold."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, kernels: Any = None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        heads: int,
+        head_dim: int,
+        scale: float,
+        windows: Iterable[int] = (0,),
+        kernels: Any = None,
+        delta: Any = None,
     ) -> None:
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
-        super().__init__(kernels or _flashinfer(device, dtype, head_dim), device, dtype, heads, head_dim)
+        kernels = kernels or _flashinfer(device, dtype, head_dim)
+        super().__init__(kernels, device, dtype, heads, head_dim, scale, windows)
+        self._delta = delta
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+        self.records_mixtures = device.type != "cuda" or (hopper and dtype is torch.bfloat16)
 
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
-        """cuBLAS, which adds the residual where it is: that is the add of a fused add and norm."""
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Product:
         plain = dense(weight, self._dtype)
-        turned = plain.t()
-
-        def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            if residual is None:
-                return F.linear(x, plain, bias)
-            out = residual.addmm_(x, turned)
-            return out if bias is None else out.add_(bias)
-
-        return product
+        return Product(plain, plain.t(), bias)
 
     def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
         """The logits are rounded to 16 bits before they become float32."""
@@ -57,7 +97,7 @@ class CudaOps(CudaPlanner):
         return self._fi.norm.rmsnorm(input=x, weight=weight, eps=eps, out=out)
 
     def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
-        """The kernel looks the positions up itself: cosines, then sines, in float32 `[positions, D]`."""
+        """The kernel looks the positions up itself: cosines, then sines, in float32 `[positions, R]`."""
         table = torch.cat((angles.cos(), angles.sin()), -1).to(self._device)
         return lambda positions: (positions, table)
 
@@ -77,15 +117,32 @@ class CudaOps(CudaPlanner):
         return self.linear(weight)
 
     def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
-        product = self.linear(weight, bias)
         act = self._fi.activation.silu_and_mul if activation == "silu" else self._fi.activation.gelu_tanh_and_mul
-        return lambda x, residual=None: act(input=product(x))
+        return Gated(self.linear(weight, bias), act)
 
-    mixture = staticmethod(mixture)
+    def stack(self, experts: list[Mlp]) -> Stacked:
+        gates = [cast(Gated, expert.gate_up) for expert in experts]
+        gate_up = torch.stack([gate.product.weight for gate in gates])
+        down = torch.stack([cast(Product, expert.down).weight for expert in experts])
+        ids = torch.arange(len(experts), device=self._device)
+        return Stacked(gate_up.mT, down.mT, gates[0].act, ids)
+
+    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Two products over the rows of all experts, in the order of these. How many each has the device alone knows,
+        so that the host need not wait, and a graph can be recorded."""
+        stacked: Stacked = part.stacked
+        chosen, order = ids.flatten().sort(stable=True)  # 2 x [T * chosen]
+        ends = torch.searchsorted(chosen, stacked.ids, right=True, out_int32=True)  # [experts]
+        made = F.grouped_mm(x[order // part.chosen], stacked.gate_up, offs=ends)
+        made = F.grouped_mm(stacked.act(input=made), stacked.down, offs=ends)  # [T * chosen, hidden]
+        found = torch.empty_like(made).index_copy_(0, order, made).view(*ids.shape, -1)
+        return torch.bmm(weights.to(x.dtype).unsqueeze(1), found).squeeze(1)
 
     def delta(self, plan: CudaPlan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
         assert plan.state is not None
-        return delta(plan.state, plan.pieces, part, qkv, ba)
+        if self._delta is None:
+            self._delta = importlib.import_module("miniserve.ops.cuda_delta").delta
+        return self._delta(plan.state, plan.slots, plan.starts, part, qkv, ba)
 
     def filter(
         self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
@@ -110,7 +167,7 @@ class CudaOps(CudaPlanner):
         scale: float,
         window: int = 0,
     ) -> torch.Tensor:
-        assert (scale, window) == (self.scale, 0), "what was planned for"
+        assert scale == self.scale, "what was planned for"
         pages = plan.layers[layer]
         self._fi.page.append_paged_kv_cache(
             append_key=k,
@@ -124,10 +181,10 @@ class CudaOps(CudaPlanner):
             kv_layout="NHD",
         )
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if plan.decode is not None:
-            plan.decode.run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])
-        if plan.prefill is not None:
-            plan.prefill.run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
+        if plan.decode:
+            plan.decode[window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])
+        if plan.prefill:
+            plan.prefill[window].run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
         return out
 
 

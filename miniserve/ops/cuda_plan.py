@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -21,24 +22,26 @@ TENSOR_CORE_GROUP = 4
 @dataclass(frozen=True)
 class CudaPlan:
     """A batch as the kernels read it: its first `decodes` rows are one token each of as many sequences, and `decode`
-    attends them; `prefill` attends the others. All tensors are int32 on the device.
+    attends them; `prefill` attends the others. Both have a wrapper for each window, or none. All tensors are int32 on
+    the device.
 
-    Sequence i has pages `indices[indptr[i] : indptr[i + 1]]`, with `last[i]` tokens in the last one. Row r is of
-    sequence `sequence[r]`, at `position[r]`.
+    Sequence i has rows `starts[i]` to `starts[i + 1]`, and pages `indices[indptr[i] : indptr[i + 1]]`, with `last[i]`
+    tokens in the last one. Row r is of sequence `sequence[r]`, at `position[r]`. If the model has a recurrent `state`,
+    that of sequence i is in slot `slots[i]`.
     """
 
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     decodes: int
-    decode: Any
-    prefill: Any
+    decode: dict[int, Any]
+    prefill: dict[int, Any]
+    starts: torch.Tensor
     sequence: torch.Tensor
     position: torch.Tensor
     indices: torch.Tensor
     indptr: torch.Tensor
     last: torch.Tensor
-    state: State | None = None
-    pieces: list[tuple[int, slice]] = field(default_factory=list)
-    """The slot and the rows of each sequence, if the model has a recurrent `state`."""
+    state: State | None
+    slots: torch.Tensor
 
 
 def page_tables(
@@ -52,11 +55,20 @@ def page_tables(
 
 
 class CudaPlanner:
-    """Plans attention with FlashInfer's wrappers over pools of `dtype`. `kernels` is the module flashinfer."""
+    """Plans attention with FlashInfer's wrappers over pools of `dtype`: one for each of the model's `windows`, where 0
+    is that of layers which see all tokens. Scores are multiplied with `scale`. `kernels` is the module flashinfer."""
 
-    def __init__(self, kernels: Any, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> None:
-        self.scale = head_dim**-0.5
-        """What scores are multiplied with, in every plan."""
+    def __init__(
+        self,
+        kernels: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        heads: int,
+        head_dim: int,
+        scale: float,
+        windows: Iterable[int],
+    ) -> None:
+        self.scale = scale
         self._fi = kernels
         self._device = device
         self._dtype = dtype
@@ -65,8 +77,9 @@ class CudaPlanner:
         self._pinned = device.type == "cuda"
         # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
         self._workspace = torch.zeros(WORKSPACE_BYTES if self._pinned else 2**10, dtype=torch.uint8, device=device)
-        self._prefill = kernels.BatchPrefillWithPagedKVCacheWrapper(self._workspace, kv_layout="NHD", backend="fa2")
-        self._decode: Any = None
+        wrapper = partial(kernels.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
+        self._prefill = {window: wrapper() for window in sorted(windows)}
+        self._decode: dict[int, Any] = {}
         self._planned: torch.cuda.Event | None = None
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> CudaPlan:
@@ -75,75 +88,80 @@ class CudaPlanner:
         decodes = next((i for i, length in enumerate(batch.lengths) if length > 1), count)
         begins, last_lengths, numbers = page_tables(batch.contexts, batch.pages, size)
         split = begins[decodes]
-        starts = [0, *accumulate(batch.lengths[decodes:])]
+        prefills = [0, *accumulate(batch.lengths[decodes:])]
         later = [at - split for at in begins[decodes:]]
-        rows = [0, *accumulate(batch.lengths)]
         row_of = [i for i, length in enumerate(batch.lengths) for _ in range(length)]
-        parts = (begins, last_lengths, starts, later, row_of, numbers)
+        parts = begins, last_lengths, prefills, later, row_of, numbers, [0, *accumulate(batch.lengths)], batch.slots
         host = self._host(list(chain(*parts)))
         sizes = [len(part) for part in parts]
-        indptr, last, starts_host, later_host, _, _ = host.split(sizes)
+        indptr, last, prefills_host, later_host = host.split(sizes)[:4]
         on_device = host.to(self._device, non_blocking=True).split(sizes)
         indices = on_device[5]
         self._begin_planning()
         if decodes:
-            self._decode = self._decode or self._decode_wrapper(kv)
+            self._decode = self._decode or self._decode_wrappers(kv)
             self._plan_decode(self._decode, kv, indptr[: decodes + 1], indices[:split], last[:decodes])
-        if decodes < count:
-            self._prefill.plan(
-                qo_indptr=starts_host,
+        for window, wrapper in self._prefill.items() if decodes < count else ():
+            wrapper.plan(
+                qo_indptr=prefills_host,
                 paged_kv_indptr=later_host,
                 paged_kv_indices=indices[split:],
                 paged_kv_last_page_len=last[decodes:],
                 **self._shape(kv),
                 head_dim_qk=self._dim,
                 causal=True,
+                window_left=window - 1,
             )
         self._end_planning()
         return CudaPlan(
             layers=_views(kv),
             decodes=decodes,
-            decode=self._decode if decodes else None,
-            prefill=self._prefill if decodes < count else None,
+            decode=self._decode if decodes else {},
+            prefill=self._prefill if decodes < count else {},
+            starts=on_device[6],
             sequence=on_device[4],
             position=batch.positions.int(),
             indices=indices,
             indptr=on_device[0],
             last=on_device[1],
             state=state,
-            pieces=[(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(rows), strict=False)],
+            slots=on_device[7],
         )
 
     # --- plans of CUDA graphs ---------------------------------------------------------------------------------------
 
-    def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> CudaPlan:
+    def fixed_plan(self, size: int, kv: torch.Tensor, state: State | None, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
         `tables` page numbers."""
         numbers = partial(torch.zeros, dtype=torch.int32, device=self._device)
         indptr, last, indices = numbers(size + 1), numbers(size), numbers(tables)
+        starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
         plan = CudaPlan(
             layers=_views(kv),
             decodes=size,
-            decode=self._decode_wrapper(
+            decode=self._decode_wrappers(
                 kv,
                 use_cuda_graph=True,
                 paged_kv_indptr_buffer=indptr,
                 paged_kv_indices_buffer=indices,
                 paged_kv_last_page_len_buffer=last,
             ),
-            prefill=None,
-            sequence=torch.arange(size, dtype=torch.int32, device=self._device),
+            prefill={},
+            starts=starts,
+            sequence=starts[:size],
             position=numbers(size),
             indices=indices,
             indptr=indptr,
             last=last,
+            state=state,
+            slots=numbers(size),
         )
         nothing = numbers(0)
         self.fill(plan, Batch(nothing, nothing, nothing, [], [], []), kv)
         return plan
 
     def fill(self, plan: CudaPlan, batch: Batch, kv: torch.Tensor) -> None:
-        """Set a fixed plan to `batch`, of as many decodes or fewer."""
+        """Set a fixed plan to `batch`, of as many decodes or fewer. Rows that are left over have the last slot."""
         count = len(batch.contexts)
         scratch = kv.shape[0] - 1
         more = plan.decodes - count
@@ -151,6 +169,9 @@ class CudaPlanner:
         indptr, last, indices = self._host(list(chain(*tables))).split([len(table) for table in tables])
         plan.position[:count].copy_(batch.positions)
         plan.position[count:].zero_()
+        if plan.state is not None:
+            slots = self._host([*batch.slots, *[len(plan.state.delta) - 1] * more])
+            plan.slots.copy_(slots, non_blocking=True)
         self._begin_planning()
         # It copies them into the tensors that it was made with.
         self._plan_decode(plan.decode, kv, indptr, indices.to(self._device, non_blocking=True), last)
@@ -158,19 +179,22 @@ class CudaPlanner:
 
     # --- what both kinds take ---------------------------------------------------------------------------------------
 
-    def _decode_wrapper(self, kv: torch.Tensor, **fixed: Any) -> Any:
-        return self._fi.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace,
-            kv_layout="NHD",
-            use_tensor_cores=self._heads // kv.shape[4] >= TENSOR_CORE_GROUP,
-            backend="fa2",
-            **fixed,
-        )
+    def _decode_wrappers(self, kv: torch.Tensor, **fixed: Any) -> dict[int, Any]:
+        tensor_cores = self._heads // kv.shape[4] >= TENSOR_CORE_GROUP
+        made = partial(self._fi.BatchDecodeWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
+        return {window: made(use_tensor_cores=tensor_cores, **fixed) for window in self._prefill}
 
     def _plan_decode(
-        self, wrapper: Any, kv: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, last: torch.Tensor
+        self,
+        wrappers: dict[int, Any],
+        kv: torch.Tensor,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last: torch.Tensor,
     ) -> None:
-        wrapper.plan(indptr=indptr, indices=indices, last_page_len=last, **self._shape(kv), head_dim=self._dim)
+        shape = self._shape(kv) | {"head_dim": self._dim}
+        for window, wrapper in wrappers.items():
+            wrapper.plan(indptr=indptr, indices=indices, last_page_len=last, **shape, window_left=window - 1)
 
     def _shape(self, kv: torch.Tensor) -> dict[str, Any]:
         return {

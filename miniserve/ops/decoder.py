@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -78,12 +78,13 @@ class Mlp:
 class Experts:
     """A mixture: `router` makes a logit for each of `experts`. The `chosen` best of a token are weighed by their
     softmax, `renormed` to a sum of 1 or not. The `shared` one is for all tokens, weighed by the sigmoid of what
-    `shared_gate` makes."""
+    `shared_gate` makes. `stacked` is what `StackingOps` make of the experts; the list is empty then."""
 
     chosen: int
     renormed: bool
     router: Linear
     experts: list[Mlp]
+    stacked: Any
     shared: Mlp | None
     shared_gate: Linear | None
 

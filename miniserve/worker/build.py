@@ -139,6 +139,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
     threads, slots = 1, config.max_num_seqs * choices.snapshot * choices.shape.bytes
     if device.type == "cuda":
+        slots += choices.snapshot * choices.shape.bytes
         torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
     else:
         threads = sizing.prepare_cpu(config)
@@ -155,10 +156,14 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         model.widths,
         config.block_size,
         (model.delta.k_dim, model.delta.v_dim) if model.delta else (),
+        scale=model.attention_scale,
+        windows={layer.window for layer in model.layers if layer.attends},
         native=config.cpu_kernels != "torch",
         progress=lambda line: show(line, 0, 0),
     )
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
+    if graph_ops is not None and model.experts is not None and not graph_ops.records_mixtures:
+        graph_ops = None
     lap("kernels")
     try:
         shown = partial(show, "weights")
@@ -178,7 +183,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         lap("weights")
         if device.type == "cuda":
             most = min(choices.budget, config.max_num_seqs * choices.max_model_len)
-            step = sizing.step_bytes(transformer, choices.shape, config.max_num_seqs, most)
+            step = sizing.step_bytes(transformer, choices.shape, choices.state, config.max_num_seqs, most)
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, config.max_num_seqs)
             sized = choices.shape, choices.max_model_len, weights_bytes, device
@@ -196,15 +201,16 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
+    states = StateMemory(choices.state, config.max_num_seqs, memory) if choices.state else None
+    state = State(states.conv, states.delta) if states else None
     graphs = None
     if graph_ops is not None:
-        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, config.max_num_seqs, longest)
+        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, config.max_num_seqs, longest)
     try:  # some models name an end token that they have no row for; it can never be sampled
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:
         raise ConfigError(error.message) from error
-    states = StateMemory(choices.state, config.max_num_seqs, memory) if choices.state else None
-    runner = ModelRunner(transformer, memory, eos, device, graphs, State(states.conv, states.delta) if states else None)
+    runner = ModelRunner(transformer, memory, eos, device, graphs, state)
     return Built(
         engine=_make_engine(config, choices, runner, host, states, grammars, ops.draft_rows),
         grammars=grammars,

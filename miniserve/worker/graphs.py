@@ -1,7 +1,8 @@
 """CUDA graphs of decode steps: a few hundred kernels launched by one call.
 
 A graph is recorded for a batch size and replayed with other numbers in the same tensors, so a batch is padded to the
-next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page.
+next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page, on the scratch
+slot of recurrent state.
 """
 
 import logging
@@ -14,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from miniserve.model.transformer import Transformer
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, State
 
 log = logging.getLogger("miniserve.graphs")
 
@@ -28,7 +29,10 @@ Replay = Callable[[], None]
 class GraphOps(Protocol):
     """What a graph needs of `Ops` besides: a plan whose tensors stay where they are."""
 
-    def fixed_plan(self, size: int, kv: torch.Tensor, tables: int) -> Any:
+    records_mixtures: bool
+    """Whether the products of experts can be recorded: where torch has no kernel for them the host waits for counts."""
+
+    def fixed_plan(self, size: int, kv: torch.Tensor, state: State | None, tables: int) -> Any:
         """A plan for decodes of `size` sequences, with `tables` page numbers at most."""
 
     def fill(self, plan: Any, batch: Batch, kv: torch.Tensor) -> None:
@@ -76,6 +80,7 @@ class DecodeGraphs:
     transformer: Transformer
     ops: GraphOps
     kv: torch.Tensor
+    state: State | None
     most: int
     max_pages: int
     """Batches of up to `most` sequences with up to so many pages each are replayed, as far as the ladder goes."""
@@ -111,7 +116,7 @@ class DecodeGraphs:
 
     def _make(self, size: int) -> Recorded:
         started = time.monotonic()
-        plan = self.ops.fixed_plan(size, self.kv, size * self.max_pages)
+        plan = self.ops.fixed_plan(size, self.kv, self.state, size * self.max_pages)
         tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self.kv.device)
         replay = self.record(lambda: self._logits[:size].copy_(self.transformer.compute(plan, tokens, positions, None)))
         recorded = self._recorded[size] = Recorded(plan, tokens, positions, replay)

@@ -7,8 +7,10 @@ import torch
 
 from miniserve.config import ConfigError, EngineConfig, format_bytes
 from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.states import StateMemory, StateShape
 from miniserve.model.config import DTYPES, ModelConfig
 from miniserve.model.transformer import Transformer
+from miniserve.ops.batch import State
 from miniserve.ops.torch_ops import native_bf16
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.runner import ModelRunner
@@ -188,7 +190,9 @@ def size_pool(
     return pages, note
 
 
-def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, budget: int) -> int:
+def step_bytes(
+    transformer: Transformer, shape: PageShape, state: StateShape | None, max_num_seqs: int, budget: int
+) -> int:
     """Bytes that the largest step takes on a GPU beside weights and KV, measured: `budget` tokens, shared by as many
     sequences as may run, each of which samples with all filters. One sequence must be able to have so many."""
     device = transformer.device
@@ -198,13 +202,16 @@ def step_bytes(transformer: Transformer, shape: PageShape, max_num_seqs: int, bu
     for i in range(count):
         sequence = Sequence(str(i), [0] * (budget // count), params, 0, b"")
         sequence.pages = list(range(i * pages, (i + 1) * pages))
+        sequence.slot = 0 if state else None  # all write there: only the bytes matter
         batch.append(Work.next(sequence, budget // count))
     memory = KVMemory(shape, count * pages, device)
+    states = StateMemory(state, 1, memory) if state else None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    ModelRunner(transformer, memory, frozenset(), device).launch(batch).wait()
+    made = State(states.conv, states.delta) if states else None
+    ModelRunner(transformer, memory, frozenset(), device, state=made).launch(batch).wait()
     taken = torch.cuda.max_memory_allocated(device) - before
-    del memory
+    del memory, states, made
     torch.cuda.empty_cache()
     return taken
 

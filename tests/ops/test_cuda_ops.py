@@ -19,6 +19,7 @@ from miniserve.llm import LLM
 from miniserve.ops.batch import Batch
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.ops.cuda_plan import page_tables
+from miniserve.ops.decoder import Experts, Mlp
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
 from miniserve.sampling_params import SamplingParams
@@ -28,15 +29,16 @@ from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 from tests.support import tiny
 from tests.support.engines import clean, greedy, prompts
-from tests.support.reference_flashinfer import reference
+from tests.support.reference_flashinfer import delta, reference
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 PAGE = 4
+WINDOWS = (0, 3)
 
 
 def ops(heads: int = 4, head_dim: int = 64) -> CudaOps:
-    return CudaOps(CPU, BF16, heads, head_dim, kernels=reference())
+    return CudaOps(CPU, BF16, heads, head_dim, head_dim**-0.5, WINDOWS, reference(), delta)
 
 
 def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> Batch:
@@ -68,7 +70,7 @@ def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> B
     ],
 )
 def test_attention_equals_the_reference_path(lengths: list[int], contexts: list[int], kv_heads: int) -> None:
-    """Decodes, chunks and both in one step, in any order, over a strided pool."""
+    """Decodes, chunks and both in one step, in any order, over a strided pool, with windows in a layer."""
     torch.manual_seed(len(lengths))
     kv = torch.randn(40, 3, 2, PAGE, kv_heads, 64).to(BF16)
     batch = batch_of(lengths, contexts, 39, sum(contexts))
@@ -79,7 +81,8 @@ def test_attention_equals_the_reference_path(lengths: list[int], contexts: list[
     for made in (ops(), TorchOps(CPU)):
         pool = kv.clone()
         plan = made.plan(batch, pool)
-        found.append((torch.stack([made.attention(plan, layer, q, k, v, 64**-0.5) for layer in range(3)]), pool))
+        layers = [made.attention(plan, layer, q, k, v, 64**-0.5, WINDOWS[layer % 2]) for layer in range(3)]
+        found.append((torch.stack(layers), pool))
     pools = found[0][1], found[1][1]
     for context, pages in zip(contexts, batch.pages, strict=True):
         for pool in pools if context % PAGE else ():  # the torch kernels clear what comes after the last token
@@ -98,18 +101,39 @@ def test_the_other_kernels() -> None:
         made.rms_norm(qkv[:, :4], weight, 1e-5), plain.rms_norm(qkv[:, :4], weight, 1e-5), **close
     )
     h, gate_up = torch.randn(9, 64).to(BF16), torch.randn(256, 64).to(BF16)
-    torch.testing.assert_close(made.gated(gate_up)(h), plain.gated(gate_up)(h), **close)
-    angles, positions = torch.rand(50, 32) * 6, torch.randint(50, (9,))
-    q, k = qkv[:, :4], qkv[:, 4:]
-    wanted = plain.rope(q, k, plain.rotary(angles, BF16)(positions))
-    got = made.rope(q, k, made.rotary(angles, BF16)(positions))
-    for x, y in zip(got, wanted, strict=True):
-        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
+    for activation in ("silu", "gelu_tanh"):
+        wanted = plain.gated(gate_up, None, activation)(h)
+        torch.testing.assert_close(made.gated(gate_up, None, activation)(h), wanted, **close)
+    positions = torch.randint(50, (9,))
+    for rotating in (64, 16):
+        angles = torch.rand(50, rotating // 2) * 6
+        q, k = qkv.clone().split((4, 2), 1)
+        wanted = plain.rope(q, k, plain.rotary(angles, BF16)(positions))
+        got = made.rope(q, k, made.rotary(angles, BF16)(positions))
+        for x, y in zip(got, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
     x, w, bias, residual = (torch.randn(*s).to(BF16) for s in ((9, 64), (32, 64), (32,), (9, 32)))
     for b in (None, bias):
         torch.testing.assert_close(made.linear(w, b)(x), plain.linear(w, b)(x), **close)
         wanted = plain.linear(w, b)(x, residual)
         torch.testing.assert_close(made.linear(w, b)(x, residual.clone()), wanted, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_experts_together_are_those_one_by_one(rows: int) -> None:
+    """Of 6 experts 2 work on a row, and none on some."""
+    torch.manual_seed(rows)
+    made, plain = ops(), TorchOps(CPU)
+    matrices = [(torch.randn(64, 48) / 7, torch.randn(48, 32) / 6) for _ in range(6)]
+    together, single = (
+        [Mlp(some.gated(up.to(BF16)), some.linear(down.to(BF16))) for up, down in matrices] for some in (made, plain)
+    )
+    x, ids = torch.randn(rows, 48).to(BF16), torch.randn(rows, 5).topk(2).indices  # never the last one
+    weights = torch.rand(rows, 2)
+    router = plain.plain(x)
+    wanted = plain.mixture(Experts(2, True, router, single, None, None, None), x, ids, weights)
+    got = made.mixture(Experts(2, True, router, [], made.stack(together), None, None), x, ids, weights)
+    torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)
 
 
 def test_tables() -> None:
@@ -120,7 +144,7 @@ def test_tables() -> None:
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])
 def test_other_dtypes_and_sizes_have_no_kernels(dtype: torch.dtype, dim: int) -> None:
     with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
-        CudaOps(CPU, dtype, 4, dim)
+        CudaOps(CPU, dtype, 4, dim, dim**-0.5)
 
 
 def test_nothing_imports_flashinfer_on_a_cpu() -> None:
@@ -155,8 +179,10 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
     def make(folder: Path, *, eager: bool = False, **engine: Any) -> tuple[LLM, Recorder]:
         recorder = Recorder()
 
-        def cuda_ops(device: Any, dtype: Any, heads: int, dim: int, *rest: Any, **more: Any) -> tuple[CudaOps, str]:
-            return CudaOps(CPU, dtype, heads, dim, kernels=reference()), "flashinfer"
+        def cuda_ops(
+            device: Any, dtype: Any, heads: int, dim: int, *rest: Any, scale: float, windows: set[int], **more: Any
+        ) -> tuple[CudaOps, str]:
+            return CudaOps(CPU, dtype, heads, dim, scale, windows, reference(), delta), "flashinfer"
 
         def memory(shape: PageShape, num_pages: int, device: torch.device) -> KVMemory:
             made = KVMemory(shape, num_pages + 1, device)
@@ -172,14 +198,21 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
     return make
 
 
+@pytest.fixture(scope="module")
+def models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of random models, the newer families among them."""
+    root = tmp_path_factory.mktemp("newer")
+    return tiny_models | {arch: tiny.make_model(root / arch, arch, seed=7) for arch in tiny.NEWER}
+
+
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-@pytest.mark.parametrize("arch", ["llama", "llama3", "qwen2", "qwen3", "mistral"])
-def test_greedy_text(tiny_models, as_on_a_gpu, arch: str, eager: bool, overlap: bool) -> None:
+@pytest.mark.parametrize("arch", ["llama", "llama3", "qwen2", "qwen3", "mistral", *tiny.NEWER])
+def test_greedy_text(models, as_on_a_gpu, arch: str, eager: bool, overlap: bool) -> None:
     """Mixed steps, padded decodes, steps ahead: the text is transformers'."""
     items = prompts(7, seed=11)
-    llm, recorder = as_on_a_gpu(tiny_models[arch], eager=eager, async_scheduling=overlap, max_num_batched_tokens=40)
-    assert greedy(llm, items, 12) == tiny.reference(tiny_models[arch], items, 12)
+    llm, recorder = as_on_a_gpu(models[arch], eager=eager, async_scheduling=overlap, max_num_batched_tokens=40)
+    assert greedy(llm, items, 12) == tiny.reference(models[arch], items, 12)
     assert (recorder.replays == 0) == eager
     assert clean(llm)
 

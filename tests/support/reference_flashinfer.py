@@ -9,11 +9,16 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from miniserve.ops import torch_ops
+from miniserve.ops.batch import State
+from miniserve.ops.decoder import DeltaNet
 
 
 def real() -> Any:
@@ -86,6 +91,8 @@ class Wrapper:
             scores = torch.einsum("qhd,khd->hqk", mine, k) * self.planned["sm_scale"]
             position = torch.arange(tokens - len(mine), tokens)
             scores.masked_fill_(torch.arange(tokens) > position[:, None], -torch.inf)
+            if (left := self.planned.get("window_left", -1)) >= 0:  # so many before the query are seen
+                scores.masked_fill_(torch.arange(tokens) < position[:, None] - left, -torch.inf)
             out[starts[i] : starts[i + 1]] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)
         return out
 
@@ -108,7 +115,7 @@ def rope(
     assert is_neox
     cos, sin = cos_sin_cache[positions.long(), None].double().chunk(2, -1)
     for x in (query, key):
-        heads = x.view(x.shape[0], -1, head_size)
+        heads = x.view(x.shape[0], -1, head_size)[..., : cos_sin_cache.shape[1]]  # the others stay as they are
         low, high = heads.double().chunk(2, -1)
         heads.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), -1))
 
@@ -117,6 +124,12 @@ def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
     assert len(input), "a grid of no rows is an error of CUDA's"
     gate, up = input.double().chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up).to(input.dtype)
+
+
+def gelu_tanh_and_mul(input: torch.Tensor) -> torch.Tensor:
+    assert len(input), "a grid of no rows is an error of CUDA's"
+    gate, up = input.double().chunk(2, -1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(input.dtype)
 
 
 def append(
@@ -158,6 +171,16 @@ def top_p_renorm(probs: torch.Tensor, top_p: torch.Tensor, is_deterministic: boo
     return kept / kept.sum(-1, keepdim=True)
 
 
+def delta(
+    state: State, slots: torch.Tensor, starts: torch.Tensor, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor
+) -> torch.Tensor:
+    """What `CudaOps` takes for the kernel of `ops/cuda_delta.py`."""
+    assert slots.dtype == starts.dtype == torch.int32
+    assert len(slots) == len(starts) - 1
+    rows = [slice(*ends) for ends in pairwise(starts.tolist())]
+    return torch_ops.delta(state, list(zip(slots.tolist(), rows, strict=True)), part, qkv, ba)
+
+
 def reference() -> Any:
     """What `CudaOps` takes for the module flashinfer."""
     fi = real()
@@ -168,7 +191,10 @@ def reference() -> Any:
         rope=SimpleNamespace(
             apply_rope_with_cos_sin_cache_inplace=checked(rope, fi.rope.apply_rope_with_cos_sin_cache_inplace)
         ),
-        activation=SimpleNamespace(silu_and_mul=checked(silu_and_mul, fi.activation.silu_and_mul)),
+        activation=SimpleNamespace(
+            silu_and_mul=checked(silu_and_mul, fi.activation.silu_and_mul),
+            gelu_tanh_and_mul=checked(gelu_tanh_and_mul, fi.activation.gelu_tanh_and_mul),
+        ),
         page=SimpleNamespace(append_paged_kv_cache=checked(append, fi.page.append_paged_kv_cache)),
         sampling=SimpleNamespace(
             top_k_renorm_probs=checked(top_k_renorm, fi.sampling.top_k_renorm_probs),
