@@ -12,7 +12,7 @@ recovery: eight streams on 1P1D. The prefiller is killed, then the decoder: long
 worker serves again, and whether every text is what it is without deaths.
 
 Configurations run one after the other in one process, in rounds, so that what else the machine does hits all alike.
-`miniserve compare --serve` compares policies under load.
+`scripts/compare.py --serve` compares policies under load.
 """
 
 from __future__ import annotations

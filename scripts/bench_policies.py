@@ -23,8 +23,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from miniserve.bench.figures.tables import goodput
 from miniserve.bench.replay.generators import load
+from scripts.figures.tables import goodput
 
 DESIGN_SEEDS = (1, 101, 102, 103)
 """With these the rule of `observe` and its constants were chosen."""
@@ -65,9 +65,9 @@ def held_out(trace: Path, out: Path) -> Path:
 
 def compare(trace: Path, folder: Path, *flags: str) -> None:
     folder.mkdir(exist_ok=True, parents=True)
-    command = [sys.executable, "-m", "miniserve", "compare", str(trace), *PAPER, "--seeds", SEEDS, *flags]
-    command += ["--out", str(folder)]
-    print(shlex.join(command[2:]), flush=True)
+    command = [sys.executable, str(Path(__file__).with_name("compare.py")), str(trace), *PAPER]
+    command += ["--seeds", SEEDS, *flags, "--out", str(folder)]
+    print(shlex.join(command[1:]), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

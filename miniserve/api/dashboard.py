@@ -13,19 +13,13 @@ from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
 from miniserve.api.openapi import App
-from miniserve.api.streaming import EventStream
+from miniserve.api.streaming import EventStream, json_answer
 from miniserve.dispatcher import Dispatcher
-from miniserve.monitor.conversation_views import (
-    MOST_LISTED,
-    ConversationDetail,
-    ConversationList,
-    conversation_detail,
-    conversation_list,
-)
-from miniserve.monitor.doctor import Doctor, DoctorReport
+from miniserve.monitor.conversation_views import MOST_LISTED, conversation_detail, conversation_list
+from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
-from miniserve.monitor.worker_views import WorkerList, worker_list
+from miniserve.monitor.worker_views import worker_list
 
 FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -59,13 +53,11 @@ def add_page(app: FastAPI) -> None:
 
 
 def add_views(app: App, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
-    @app.get("/conversations")
-    async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> ConversationList:
+    async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> Response:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
-        return conversation_list(client.scheduler, time.monotonic(), limit)
+        return json_answer(conversation_list(client.scheduler, time.monotonic(), limit))
 
-    @app.get("/conversations/{conversation:path}")
-    async def conversation(conversation: str) -> ConversationDetail:
+    async def conversation(conversation: str) -> Response:
         """One of them: what was observed of its last turns, and where their time went."""
         found = conversation_detail(client.scheduler, doctor, conversation, time.monotonic())
         if found is None:
@@ -74,23 +66,25 @@ def add_views(app: App, client: Dispatcher, feed: Feed, collected: Metrics, doct
                 f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations.",
                 code="conversation_not_found",
             )
-        return found
+        return json_answer(found)
 
-    @app.get("/v1/workers")
-    async def workers() -> WorkerList:
+    async def workers() -> Response:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
-        return worker_list(client.scheduler, client.policy_name, time.monotonic())
+        return json_answer(worker_list(client.scheduler, client.policy_name, time.monotonic()))
 
-    @app.get("/v1/doctor")
-    async def examined() -> DoctorReport:
+    async def examined() -> Response:
         """What each client's turns computed that earlier ones had computed already, and why."""
-        return doctor.report(client.scheduler.reuse)
+        return json_answer(doctor.report(client.scheduler.reuse))
 
     async def events() -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. A client that does not keep up loses the oldest events, and an event says how many."""
         return EventStream(_live_events(feed))
 
+    app.endpoint("GET", "/conversations", conversations, "ConversationList")
+    app.endpoint("GET", "/conversations/{conversation:path}", conversation, "ConversationDetail")
+    app.endpoint("GET", "/v1/workers", workers, "WorkerList")
+    app.endpoint("GET", "/v1/doctor", examined, "DoctorReport")
     app.endpoint("GET", "/v1/events", events, stream="LiveEvent")
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

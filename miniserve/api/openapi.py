@@ -1,5 +1,5 @@
 """What OpenAPI says of answers: endpoints build these themselves, and `answers.toml` has a JSON schema of each, and of
-the events of streams.
+the events of streams; `monitor/views.toml` has those of views.
 
 Tests hold all answers against these schemas.
 """
@@ -12,7 +12,9 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import Response
 
-TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "answers.toml").read_text("utf-8"))
+from miniserve.monitor.views import SCHEMAS
+
+TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "answers.toml").read_text("utf-8")) | SCHEMAS
 Handler = Callable[..., Awaitable[Response]]
 PROBLEMS = {
     "4XX": "The request is at fault; the message says what to change.",
@@ -22,7 +24,7 @@ PROBLEMS = {
 
 
 class App(FastAPI):
-    """An app whose OpenAPI document holds the schemas of `answers.toml`."""
+    """An app whose OpenAPI document holds the schemas of all answers."""
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()

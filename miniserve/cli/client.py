@@ -6,14 +6,16 @@ import re
 import ssl
 import time
 import urllib.parse
-from typing import Any, TypeVar
+from types import GenericAlias
+from typing import Any, Literal, TypedDict, Union
 
 import httpx
 import msgspec
 
 from miniserve.config import ConfigError
+from miniserve.monitor.views import SCHEMAS, Card
 
-T = TypeVar("T")
+JSON_TYPES = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
 CONNECT_SECONDS = 10.0
 
 
@@ -86,10 +88,10 @@ class ApiClient:
             raise ConfigError(f"The answer of {self.url} broke off: is the server still running?") from error
         return body
 
-    def read(self, path: str, kind: type[T]) -> T:
-        """What a GET gives, as a `kind`. Raises `ConfigError`."""
+    def read(self, path: str, kind: str) -> Card:
+        """What a GET gives, a `kind` of monitor/views.toml. Raises `ConfigError`."""
         try:
-            return msgspec.json.decode(self.get(path), type=kind)
+            return msgspec.json.decode(self.get(path), type=_type({"$ref": kind}))
         except msgspec.DecodeError as error:
             raise ConfigError(
                 f"{self.url} is no miniserve of this version: what GET {path.removeprefix('/..')} gives is something "
@@ -107,3 +109,16 @@ def message(data: bytes) -> str:
         return str(json.loads(data)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return data.decode("utf-8", "replace")[:300]
+
+
+def _type(schema: Card) -> Any:
+    """What a JSON value must be to fit a schema of monitor/views.toml."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return TypedDict(name, {key: _type(one) for key, one in SCHEMAS[name]["properties"].items()})  # type: ignore
+    if "type" not in schema:
+        return Literal[tuple(schema.get("enum", [schema.get("const")]))]
+    if schema["type"] == "array":
+        return GenericAlias(list, _type(schema["items"]))
+    names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    return Union[tuple(JSON_TYPES[name] for name in names)]  # noqa: UP007

@@ -5,7 +5,7 @@ from argparse import Namespace
 from miniserve.cli.client import ApiClient
 from miniserve.cli.flags import api_key
 from miniserve.cli.screen import clean
-from miniserve.monitor.doctor import ClientReport, DoctorReport
+from miniserve.monitor.views import Card
 
 PATIENCE_SECONDS = 10.0
 MOST_CAUSES = 5
@@ -13,12 +13,12 @@ MOST_CAUSES = 5
 
 def doctor(args: Namespace) -> int:
     """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
-    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).read("/doctor", DoctorReport)
+    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).read("/doctor", "DoctorReport")
     print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
     return 0
 
 
-def _lines(one: ClientReport) -> list[str]:
+def _lines(one: Card) -> list[str]:
     share = one["computed_tokens"] / max(one["prompt_tokens"], 1)
     counts = f"{one['turns']:,} turns, {share:.0%} of {one['prompt_tokens']:,} prompt tokens computed"
     lines = [f"{clean(one['client'])}: {counts}{'' if one['causes'] else ', and no prompt had changed'}"]

@@ -1,4 +1,4 @@
-"""The commands of the evaluation: `miniserve replay`, `simulate`, `compare` and `profile`."""
+"""The commands of the evaluation: `miniserve replay`, `simulate` and `profile`."""
 
 import json
 import sys
@@ -34,12 +34,6 @@ def simulate(args: Namespace) -> int:
     with counting("conversations", len(config.workload.scripts)) as progress:
         result = run.simulate(config, progress)
     return _write(result, args.json)
-
-
-def compare(args: Namespace) -> int:
-    from miniserve.bench import compare
-
-    return compare.compare(args, filled(WorkloadConfig, args))
 
 
 def profile(args: Namespace) -> int:

@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import re
-import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -36,7 +35,6 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "switch", argparse.BooleanOptionalAction)
         for name, parse in VALUES.items():
             self.register("type", name, checked(parse))
-            self.register("type", f"{name}s", checked(_listed(parse)))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else list(args)
@@ -101,14 +99,8 @@ VALUES: dict[str, Callable[[str], Any]] = {
     "topology": Topology.parse,
     "policy": policy,
     "path": Path,
-    "text": str,
-    "words": shlex.split,
 }
-"""How values are parsed, by their names in commands.toml. With an s after the name: a list, with commas between."""
-
-
-def _listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [parse(part) for part in text.split(",")]
+"""How values are parsed, by their names in commands.toml."""
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -121,11 +113,16 @@ def add_commands(parsers: Any, rows: dict[str, Any]) -> dict[str, Parser]:
         how = {key: row[key] for key in row.keys() - {"run", "groups"}}
         parser = made[name] = parsers.add_parser(name, **how)
         parser.set_defaults(run=lambda args, run=row["run"]: resolve_name(run)(args))
-        for title in (*row.get("groups", ()), name):
-            group = parser if title == name else parser.add_argument_group(title)
-            for flag, what in rows["flags"].get(title, {}).items():
-                group.add_argument(flag, **({"help": what} if isinstance(what, str) else what))
+        for title in row.get("groups", ()):
+            add_flags(parser.add_argument_group(title), rows["flags"][title])
+        add_flags(parser, rows["flags"].get(name, {}))
     return made
+
+
+def add_flags(group: Any, rows: dict[str, Any]) -> None:
+    """Add flags to a parser or a group of it: what argparse knows of each, or its help alone."""
+    for flag, what in rows.items():
+        group.add_argument(flag, **({"help": what} if isinstance(what, str) else what))
 
 
 def filled(kind: type[T], args: argparse.Namespace, **more: Any) -> T:

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miniserve.config import format_bytes
-from miniserve.monitor.conversation_views import ConversationCard, ConversationList
-from miniserve.monitor.worker_views import Kv, LinkCard, WorkerCard, WorkerList
+from miniserve.monitor.views import Card
 
 ID_CHARS = 24
 BAR_CELLS = 16
@@ -31,8 +30,8 @@ Row = Sequence[str | Text]
 class Snapshot:
     """What a server answered to GET /v1/workers and GET /conversations."""
 
-    workers: WorkerList
-    conversations: ConversationList
+    workers: Card
+    conversations: Card
 
 
 def screen(
@@ -77,7 +76,7 @@ def _table(head: Sequence[str], rows: Iterable[Row], total: int) -> list[Rendera
     return [Text(), table, *more]
 
 
-def _worker(worker: WorkerCard) -> Row:
+def _worker(worker: Card) -> Row:
     return (
         clean(worker["name"]),
         Text(f"{worker['epoch']}", "yellow" if worker["epoch"] > 1 else ""),
@@ -93,13 +92,13 @@ def _worker(worker: WorkerCard) -> Row:
     )
 
 
-def _kv(worker: WorkerCard) -> Row:
+def _kv(worker: Card) -> Row:
     kv = worker["kv"]
     counts = [f"{pages:,}" for pages in (kv["held"], kv["cached"], kv["free"], kv["reserved"], kv["resident"])]
     return (clean(worker["name"]), bar(kv), *counts, f"{kv['host_used']:,}/{kv['host_total']:,}")
 
 
-def bar(kv: Kv) -> Text:
+def bar(kv: Card) -> Text:
     """KV pages of a worker: those that are held, those that are cached, those that are free."""
     total = max(kv["total"], 1)
     held = min(BAR_CELLS * kv["held"] // total, BAR_CELLS)
@@ -107,13 +106,13 @@ def bar(kv: Kv) -> Text:
     return Text.assemble(("#" * held, "cyan"), ("+" * cached, "blue"), ("." * (BAR_CELLS - held - cached), "dim"))
 
 
-def _link(link: LinkCard) -> Row:
+def _link(link: Card) -> Row:
     ends = f"{clean(link['source'])} -> {clean(link['destination'])}"
     rate = "" if link["bandwidth"] is None else f"{link['bandwidth'] / 1e9:.2f}"
     return ends, f"{link['moves']:,}", format_bytes(link["bytes"]), rate
 
 
-def _conversation(card: ConversationCard) -> Row:
+def _conversation(card: Card) -> Row:
     counts = [f"{card[key]:,}" for key in ("turns", "tokens", "kv_pages", "moves", "edits")]
     idle = _span(card["idle"]) if card["state"] == "idle" else ""
     return (

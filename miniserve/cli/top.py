@@ -14,8 +14,6 @@ from miniserve.cli.client import ApiClient
 from miniserve.cli.flags import api_key
 from miniserve.cli.screen import Snapshot, screen
 from miniserve.config import ConfigError
-from miniserve.monitor.conversation_views import ConversationList
-from miniserve.monitor.worker_views import WorkerList
 
 PATIENCE_SECONDS = 5.0
 """How long an answer may take."""
@@ -60,5 +58,5 @@ def _watch(client: ApiClient, interval: float, live: Live) -> None:
 
 def _ask(client: ApiClient, rows: int) -> Snapshot:
     """A snapshot with the `rows` latest conversations."""
-    workers = client.read("/workers", WorkerList)
-    return Snapshot(workers, client.read(f"/../conversations?limit={rows}", ConversationList))  # beside /v1, not in it
+    latest = f"/../conversations?limit={rows}"  # beside /v1, not in it
+    return Snapshot(client.read("/workers", "WorkerList"), client.read(latest, "ConversationList"))

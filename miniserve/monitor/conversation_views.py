@@ -1,11 +1,7 @@
 """What GET /conversations shows, and events about turns: the scheduler's own records, in words."""
 
-from typing import Literal
-
-from typing_extensions import TypedDict
-
-from miniserve.monitor.doctor import Doctor, Miss
-from miniserve.monitor.worker_views import card
+from miniserve.monitor.doctor import Doctor
+from miniserve.monitor.views import Card, card
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.forecast import FINISHES, TurnRecord
 from miniserve.scheduler.scheduler import Scheduler
@@ -15,117 +11,14 @@ MOST_LISTED = 1000
 """Conversations in one answer; the latest come first."""
 
 
-Kind = Literal["main", "sub-agent", "fork", "side"]
-
-
-class ConversationCard(TypedDict):
-    """A conversation in a list. Times are in seconds, lengths in tokens. Those that come from the same one are a
-    `group`; `by` is how the `parent` is known: from the client's headers, by a key of both, or guessed from a shared
-    prefix and time. A `side` one holds requests beside the turns of its parent: titles, summaries."""
-
-    id: str
-    object: Literal["conversation"]
-    kind: Kind
-    client: str
-    group: str
-    parent: str | None
-    by: Literal["", "header", "key", "prefix"]
-    state: Literal["running", "queued", "idle"]
-    home: str | None
-    turns: int
-    tokens: int
-    kv_pages: int
-    moves: int
-    edits: int
-    age: float
-    idle: float
-
-
-class ConversationList(TypedDict):
-    """`data` are the latest of the `total` conversations that are known."""
-
-    object: Literal["list"]
-    total: int
-    data: list[ConversationCard]
-
-
-class TurnPhases(TypedDict):
-    """Where a turn's time went, in seconds: `queued` for a placement, `waited` at its workers, `prefill`, which make up
-    the time to the `first_token`, and `decode`. Beside these, `transfer` is the copying of KV, of which `exposed` was
-    not hidden behind the prefill."""
-
-    queued: float
-    waited: float
-    prefill: float
-    transfer: float
-    exposed: float
-    first_token: float
-    decode: float
-
-
-class TurnCard(TypedDict):
-    """A turn that has ended. `gap` is the time since the turn before, null for the first one; `after_tool` is whether
-    it brought a tool's result; `runs` is above 1 if workers died under it."""
-
-    turn: int
-    arrived: float
-    gap: float | None
-    after_tool: bool
-    prompt_tokens: int
-    new_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    home: str
-    prefill_at: str
-    moved_pages: int
-    runs: int
-    finish: str
-    phases: TurnPhases
-
-
-class RunningTurn(TypedDict):
-    """A turn that waits or runs now, for `age` seconds. Its other times are by the clock of decisions, null for what
-    has not happened yet."""
-
-    request: str
-    state: Literal["queued", "prefill", "decode"]
-    conversation: str
-    turn: int
-    prompt_tokens: int
-    output_tokens: int
-    home: str | None
-    prefill_at: str | None
-    age: float
-    arrived: float
-    placed: float | None
-    first_token: float | None
-
-
-class LiveTurns(TypedDict):
-    """`total` wait or run at `time`; `data` are the first of them. `conversations` are known."""
-
-    time: float
-    total: int
-    conversations: int
-    data: list[RunningTurn]
-
-
-class ConversationDetail(ConversationCard):
-    """One conversation: its last turns, what these could not find of their prompts, and those that run."""
-
-    history: list[TurnCard]
-    misses: list[Miss]
-    running: list[RunningTurn]
-
-
-def conversation_list(scheduler: Scheduler, now: float, limit: int) -> ConversationList:
+def conversation_list(scheduler: Scheduler, now: float, limit: int) -> Card:
     turns = _running_turns(scheduler)
     latest = scheduler.conversations.latest(min(limit, MOST_LISTED))
     data = [_card(scheduler, conversation, turns.get(id(conversation), []), now) for conversation in latest]
     return {"object": "list", "total": len(scheduler.conversations), "data": data}
 
 
-def conversation_detail(scheduler: Scheduler, doctor: Doctor, key: str, now: float) -> ConversationDetail | None:
+def conversation_detail(scheduler: Scheduler, doctor: Doctor, key: str, now: float) -> Card | None:
     """One of them; None if it is not known (any more)."""
     number = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else None
     found = scheduler.conversations.get(key) or (None if number is None else scheduler.conversations.get(number))
@@ -140,7 +33,7 @@ def conversation_detail(scheduler: Scheduler, doctor: Doctor, key: str, now: flo
     }
 
 
-def live_turns(scheduler: Scheduler, now: float) -> LiveTurns:
+def live_turns(scheduler: Scheduler, now: float) -> Card:
     """The turns that wait or run, those that came first of them first."""
     data = [_running(turn, now) for turn in scheduler.turns[:MOST_LISTED]]
     return {"time": now, "total": scheduler.active, "conversations": len(scheduler.conversations), "data": data}
@@ -154,14 +47,14 @@ def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
     return turns
 
 
-def _card(scheduler: Scheduler, conversation: Conversation, turns: list[Turn], now: float) -> ConversationCard:
+def _card(scheduler: Scheduler, conversation: Conversation, turns: list[Turn], now: float) -> Card:
     parent, group, by = conversation.parent, conversation.group, conversation.by
     if by == "prefix" and not _went_on(scheduler.conversations.get(parent or 0), conversation):
         parent, group, by = None, conversation.key, ""
-    kind: Kind = "main" if parent is None else "fork" if by == "key" else "sub-agent"
+    kind = "main" if parent is None else "fork" if by == "key" else "sub-agent"
     placed = [turn for turn in turns if turn.state is not TurnState.QUEUED]
     return card(
-        ConversationCard,
+        "ConversationCard",
         conversation,
         id=str(conversation.key),
         object="conversation",
@@ -182,23 +75,23 @@ def _went_on(parent: Conversation | None, child: Conversation) -> bool:
     return parent is not None and (parent.active > 0 or parent.last_end > child.began)
 
 
-def _turn(record: TurnRecord, names: list[str]) -> TurnCard:
+def _turn(record: TurnRecord, names: list[str]) -> Card:
     tokens = {f"{name}_tokens": getattr(record, name) for name in ("prompt", "new", "cached", "output")}
     return card(
-        TurnCard,
+        "TurnCard",
         record,
         **tokens,
         after_tool=bool(record.tool),
         home=names[record.home],
         prefill_at=names[record.home if record.prefill_at is None else record.prefill_at],
         finish=FINISHES[record.finish],
-        phases=card(TurnPhases, record),
+        phases=card("TurnPhases", record),
     )
 
 
-def _running(turn: Turn, now: float) -> RunningTurn:
+def _running(turn: Turn, now: float) -> Card:
     # A turn that runs again decodes, as its client sees it.
     state = "queued" if turn.state is TurnState.QUEUED else "decode" if turn.delivered else "prefill"
     own = {"request": turn.id, "state": state, "conversation": str(turn.conversation.key), "turn": turn.number}
     own |= {"prompt_tokens": turn.given, "output_tokens": turn.delivered, "age": now - turn.arrived}
-    return card(RunningTurn, turn, **own, prefill_at=turn.prefill_at or turn.home)
+    return card("RunningTurn", turn, **own, prefill_at=turn.prefill_at or turn.home)

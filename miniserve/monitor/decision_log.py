@@ -32,7 +32,7 @@ class DecisionLog:
         """No more lines; safe to call twice."""
         self._file.close()
 
-    def write(self, record: Record | dict[str, str | float]) -> None:
+    def write(self, record: Record) -> None:
         if self._broken:
             return
         try:

@@ -10,9 +10,7 @@ from hashlib import blake2b
 from importlib.resources import files
 from typing import NamedTuple
 
-from typing_extensions import TypedDict
-
-from miniserve.monitor.worker_views import card
+from miniserve.monitor.views import Card, card
 from miniserve.scheduler.conversation import Change
 from miniserve.scheduler.scheduler import Reuse
 
@@ -43,47 +41,6 @@ class Segment(NamedTuple):
     text: str
 
 
-class Miss(TypedDict):
-    """A turn that could have found `lost` tokens more, had its prompt not differed at `token`, in `field`. The texts
-    around that are null without consent, and the hashes stand for them."""
-
-    turn: int
-    kind: str
-    field: str
-    token: int
-    lost: int
-    before: str | None
-    after: str | None
-    before_hash: str
-    after_hash: str
-
-
-class Cause(TypedDict):
-    """Turns that lost tokens for the same reason, and the share of all tokens that were computed."""
-
-    kind: str
-    where: str
-    turns: int
-    tokens: int
-    share: float
-    says: str
-    advice: str
-
-
-class ClientReport(TypedDict):
-    """Of one client's turns: their tokens, those that were computed, and why more than needed."""
-
-    client: str
-    turns: int
-    prompt_tokens: int
-    computed_tokens: int
-    causes: list[Cause]
-
-
-class DoctorReport(TypedDict):
-    data: list[ClientReport]
-
-
 class Doctor:
     """`decode` makes text of tokens. Texts of prompts are kept only with `consent`."""
 
@@ -91,31 +48,31 @@ class Doctor:
         self._decode = decode
         self._consent = consent
         self._secret = secrets.token_bytes(16)
-        self._misses: OrderedDict[str | int, deque[Miss]] = OrderedDict()
+        self._misses: OrderedDict[str | int, deque[Card]] = OrderedDict()
         self._turns: Counter[tuple[str, str, str]] = Counter()
         self._tokens: Counter[tuple[str, str, str]] = Counter()
 
-    def misses(self, conversation: str | int) -> list[Miss]:
+    def misses(self, conversation: str | int) -> list[Card]:
         """Of a conversation, the earliest first."""
         return list(self._misses.get(conversation, ()))
 
-    def report(self, reuse: dict[str, Reuse]) -> DoctorReport:
+    def report(self, reuse: dict[str, Reuse]) -> Card:
         """Of all clients, those that computed most first."""
         data = [self._client(client, seen) for client, seen in reuse.items()]
         return {"data": sorted(data, key=lambda one: -one["computed_tokens"])}
 
-    def _client(self, client: str, seen: Reuse) -> ClientReport:
+    def _client(self, client: str, seen: Reuse) -> Card:
         computed = seen.prompt - seen.cached
-        causes: list[Cause] = []
+        causes: list[Card] = []
         for (name, kind, where), tokens in self._tokens.most_common():
             if name == client:
                 lost = {"turns": self._turns[name, kind, where], "tokens": tokens}
                 share = min(tokens / max(computed, 1), 1.0)
-                causes.append(card(Cause, kind=kind, where=where, share=share, **lost, **KINDS[kind]))
+                causes.append(card("Cause", kind=kind, where=where, share=share, **lost, **KINDS[kind]))
         counts = {"prompt_tokens": seen.prompt, "computed_tokens": computed}
-        return card(ClientReport, seen, client=client or "other clients", causes=causes, **counts)
+        return card("ClientReport", seen, client=client or "other clients", causes=causes, **counts)
 
-    def note(self, client: str, conversation: str | int, found: tuple[Miss, str]) -> None:
+    def note(self, client: str, conversation: str | int, found: tuple[Card, str]) -> None:
         """Remember a miss and the role of the message that it is in."""
         miss, where = found
         if miss["turn"] == 1:  # an earlier conversation of this name is forgotten
@@ -129,7 +86,7 @@ class Doctor:
 
     def examine(
         self, turn: int, change: Change, cached: int, segments: Sequence[Segment], tools: Sequence[str]
-    ) -> tuple[Miss, str] | None:
+    ) -> tuple[Card, str] | None:
         """What turn number `turn` lost by a change of its prompt, and in a message of which role; None if nothing that
         counts. `cached` tokens were found all the same, `segments` and the names of `tools` are those of its request.
         Not for the event loop."""
@@ -151,7 +108,7 @@ class Doctor:
             return None
         if change.first and (kind == "tools" or (place.role not in ("tools", "system") and not leads)):
             return None  # a session that begins alike, of other tools or with other words of its user
-        miss: Miss = {
+        miss = {
             "turn": turn,
             "kind": kind,
             "field": place.field,

@@ -118,7 +118,7 @@ class Feed:
     def note(self, record: Record) -> None:
         """Pass on a decision or an outcome; costs nothing without a listener."""
         if self._listeners:
-            self._put(FeedEvent.of(str(record.__struct_config__.tag), record))
+            self._put(FeedEvent.of(record["kind"], record))
 
     def close(self) -> None:
         """The server ends: all streams end after the events that wait. Safe to call twice."""

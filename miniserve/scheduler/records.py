@@ -1,130 +1,67 @@
 """Records of a turn: what was decided and on what grounds, what came of it, and what its conversation remembers."""
 
-import msgspec
+from typing import Any
 
-from miniserve.scheduler.conversation import Said
 from miniserve.scheduler.forecast import FINISHES, TurnEnd, TurnRecord
-from miniserve.scheduler.placement import Need, Option, Placement
+from miniserve.scheduler.placement import Need, Placement
 from miniserve.scheduler.turns import Turn
 from miniserve.scheduler.workers import Cluster
 
-
-class WorkerRead(msgspec.Struct, frozen=True):
-    """What a decision read of one worker, in pages of KV, tokens and seconds."""
-
-    free: int
-    reserved: int
-    turns: int
-    load: float
-    queued_prefill_tokens: int
-    prefilling: float
-    known: int
-    """Tokens of the prompt that it is thought to hold."""
+Record = dict[str, Any]
+"""A `Decision` or an `Outcome` of monitor/views.toml, which says what is in it: a line of the decision log."""
+READ = "free", "reserved", "turns", "queued_prefill_tokens"
+"""What of a worker's view is in a decision as it is."""
 
 
-class Decision(msgspec.Struct, frozen=True, tag="decision", tag_field="kind"):
-    """A turn was placed. `time` is in seconds of the scheduler's clock; `run` names this run of the turn. The names of
-    workers are "" as in `Placement`."""
-
-    time: float
-    run: str
-    conversation: str | int
-    turn: int
-    group: str | int
-    parent: str | int | None
-    said: Said
-    policy: str
-    tokens: int
-    expected_output: int
-    pages: int
-    queued: float
-    workers: dict[str, WorkerRead]
-    options: tuple[Option, ...]
-    home: str
-    prefill_at: str
-    history_at: str
-    reason: str
-
-
-class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="kind"):
-    """A turn has ended (`finish`: stop, length, abort, error). `expected_first_token` is that of the chosen option,
-    None where the policy estimates nothing; `first_token` is the time from the decision on."""
-
-    time: float
-    run: str
-    conversation: str | int
-    turn: int
-    finish: str
-    runs: int
-    tokens: int
-    cached: int
-    output: int
-    expected_first_token: float | None
-    first_token: float
-    waited: float
-    prefill: float
-    transfer: float
-    exposed: float
-    decode: float
-    moved_pages: int
-
-
-Record = Decision | Outcome
-
-
-def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster: Cluster) -> Decision:
+def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster: Cluster) -> Record:
+    """Of a turn that was placed."""
     workers = {
-        w.name: WorkerRead(
-            free=w.free,
-            reserved=w.reserved,
-            turns=w.turns,
-            load=w.load.value,
-            queued_prefill_tokens=w.queued_prefill_tokens,
-            prefilling=w.prefilling.value,
-            known=need.known.get(w.name, 0),
-        )
+        w.name: {name: getattr(w, name) for name in READ}
+        | {"load": w.load.value, "prefilling": w.prefilling.value, "known": need.known.get(w.name, 0)}
         for w in (*cluster.prefillers, *cluster.decoders)
     }
-    return Decision(
-        time=need.now,
-        run=f"{turn.id}.{turn.runs + 1}",
-        conversation=turn.conversation.key,
-        turn=turn.number,
-        group=turn.conversation.group,
-        parent=turn.conversation.parent,
-        said=turn.said,
-        policy=policy,
-        tokens=need.tokens,
-        expected_output=need.output,
-        pages=need.pages,
-        queued=need.now - turn.arrived,
-        workers=workers,
-        options=placement.options,
-        home=placement.home,
-        prefill_at=placement.prefill_at,
-        history_at=placement.history_at,
-        reason=placement.reason,
-    )
+    return {
+        "kind": "decision",
+        "time": need.now,
+        "run": f"{turn.id}.{turn.runs + 1}",
+        "conversation": turn.conversation.key,
+        "turn": turn.number,
+        "group": turn.conversation.group,
+        "parent": turn.conversation.parent,
+        "said": turn.said,
+        "policy": policy,
+        "tokens": need.tokens,
+        "expected_output": need.output,
+        "pages": need.pages,
+        "queued": need.now - turn.arrived,
+        "workers": workers,
+        "options": placement.options,
+        "home": placement.home,
+        "prefill_at": placement.prefill_at,
+        "history_at": placement.history_at,
+        "reason": placement.reason,
+    }
 
 
-def outcome(turn: Turn, finish: TurnEnd, now: float) -> Outcome:
+def outcome(turn: Turn, finish: TurnEnd, now: float) -> Record:
     """Of a turn that has ended and was placed at least once."""
     placed, first, waited = _times(turn, now)
-    return Outcome(
-        time=now,
-        run=f"{turn.id}.{turn.runs}",
-        conversation=turn.conversation.key,
-        turn=turn.number,
-        finish=finish,
-        runs=turn.runs,
-        tokens=turn.given,
-        output=turn.delivered,
-        expected_first_token=turn.chosen.first_token if turn.chosen else None,
-        first_token=first - placed,
-        waited=waited,
-        decode=now - first,
+    return {
+        "kind": "outcome",
+        "time": now,
+        "run": f"{turn.id}.{turn.runs}",
+        "conversation": turn.conversation.key,
+        "turn": turn.number,
+        "finish": finish,
+        "runs": turn.runs,
+        "tokens": turn.given,
+        "output": turn.delivered,
+        "expected_first_token": turn.chosen.first_token if turn.chosen else None,
+        "first_token": first - placed,
+        "waited": waited,
+        "decode": now - first,
         **vars(turn.phases),
-    )
+    }
 
 
 def remembered(turn: Turn, names: list[str], finish: TurnEnd, now: float) -> TurnRecord:

@@ -49,7 +49,7 @@ TRANSITIONS: dict[TurnState, dict[TurnState, str]] = {
 
 @dataclass
 class Phases:
-    """Of the run that gave the first token: seconds, tokens found and pages moved, as in `TurnRecord` and `Outcome`."""
+    """Of the run that gave the first token: seconds, tokens found and pages moved, as in `TurnRecord`."""
 
     prefill: float = 0.0
     transfer: float = 0.0

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from miniserve.bench.figures import tables
-from miniserve.bench.figures.tables import SHOWN, Cell, goodput, markdown, measured, print_tables
+from scripts.figures import tables
+from scripts.figures.tables import SHOWN, Cell, goodput, markdown, measured, print_tables
 
 FIGURES = "latency", "violations", "energy", "throughput"
 
@@ -22,7 +22,7 @@ FIGURES = "latency", "violations", "energy", "throughput"
 @pytest.fixture
 def plots() -> ModuleType:
     pytest.importorskip("matplotlib")
-    from miniserve.bench.figures import plots
+    from scripts.figures import plots
 
     return plots
 
@@ -30,7 +30,7 @@ def plots() -> ModuleType:
 @pytest.fixture
 def timeline_plot() -> ModuleType:
     pytest.importorskip("matplotlib")
-    from miniserve.bench.figures import timeline_plot
+    from scripts.figures import timeline_plot
 
     return timeline_plot
 
@@ -258,11 +258,11 @@ def test_without_matplotlib_a_message_says_what_to_install_and_tables_work() -> 
     code = """
 import sys
 sys.modules["matplotlib"] = None
-import miniserve.bench.figures.tables
+import scripts.figures.tables
 from miniserve.config import ConfigError
 for name in ("plots", "timeline_plot"):
     try:
-        __import__(f"miniserve.bench.figures.{name}")
+        __import__(f"scripts.figures.{name}")
     except ConfigError as error:
         print(error)
 """

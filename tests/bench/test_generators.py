@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution, choose
+from miniserve.bench.replay.distributions import choose
 from miniserve.bench.replay.generators import COUNT, WorkloadConfig, generate, load
 from miniserve.bench.replay.traces import read_trace
 from miniserve.config import ConfigError
@@ -93,22 +93,3 @@ def test_a_workload_arrives_as_the_trace_says_or_at_a_rate(tmp_path: Path) -> No
     assert (config.load(4.0, seed=3).starts, config.load(4.0, seed=3).rate) == ([0.0, 0.25], 4.0)
     made_up = WorkloadConfig(trace="chat", arrivals="fixed", conversations=3).load(None, seed=0)
     assert (made_up.starts, made_up.rate) == ([0.0, 1.0, 2.0], 1.0)
-
-
-def test_flags_name_the_workload() -> None:
-    config = WorkloadConfig(
-        trace="chat",
-        arrivals="burst",
-        conversations=7,
-        max_turns=2,
-        scale_tokens=0.5,
-        gap=Distribution.parse("0..3"),
-        append=Distribution.parse("log:5..200"),
-        same_prompt=True,
-    )
-    assert " ".join(config.flags(1.5, 3)) == (
-        "chat --rate 1.5 --seed 3 --max-turns 2 --gap 0..3 --append log:5..200 --same-prompt --scale-tokens 0.5 "
-        "--arrivals burst --conversations 7"
-    )
-    plain = WorkloadConfig(trace="t.csv")
-    assert " ".join(plain.flags(2.0, 0)) == "t.csv --rate 2 --seed 0 --scale-tokens 1 --arrivals poisson"

@@ -33,7 +33,6 @@ from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.commands import Command, Note, Send
-from miniserve.scheduler.records import Decision
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import TRIED_AFTER
 from miniserve.worker.engine import Engine
@@ -335,7 +334,7 @@ class World:
     def carry_out(self, commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, Note):
-                self.moved += isinstance(command.record, Decision) and bool(command.record.history_at)
+                self.moved += bool(command.record.get("history_at"))
                 continue
             if isinstance(command, Send):
                 for address in self.alive:

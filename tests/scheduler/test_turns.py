@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from types import SimpleNamespace
 
 import pytest
 
@@ -227,14 +228,14 @@ def test_records_are_made_only_while_notes_are_on() -> None:
     assert not [c for c in submit(made, "t", [1] * 40) if isinstance(c, Note)]
     made = scheduler("p0", "d0", policy="observe", policy_name="observe", notes=True)
     commands = submit(made, "t", [1] * 40)
-    (decision,) = (c.record for c in commands if isinstance(c, Note))
+    (decision,) = (SimpleNamespace(**c.record) for c in commands if isinstance(c, Note))
     assert (decision.policy, decision.home, decision.tokens, decision.turn) == ("observe", "d0", 40, 1)
     assert set(decision.workers) == {"p0", "d0"}
     assert [(o.home, o.prefill_at) for o in decision.options] == [("d0", ""), ("d0", "p0"), ("p0", "")]
     assert decision.options[0].cost > 0
     _, run = run_of(commands)
     commands = report(made, "d0", run.turn, 0, 5, 2.0, finish="stop", cached_tokens=16, prefill=0.5)
-    (outcome,) = (c.record for c in commands if isinstance(c, Note))
+    (outcome,) = (SimpleNamespace(**c.record) for c in commands if isinstance(c, Note))
     assert outcome.run == decision.run == run.turn
     assert (outcome.cached, outcome.waited, outcome.prefill, outcome.finish) == (16, 1.5, 0.5, "stop")
     assert outcome.expected_first_token == decision.options[0].first_token

@@ -3,7 +3,7 @@
 import math
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -64,21 +64,6 @@ class WorkloadConfig:
             turns.append(TurnSize(scaled(new), scaled(turn.output), gap))
         shared = tuple(range(script.turns[0].new // script.block)) if self.same_prompt else script.shared
         return replace(script, turns=tuple(turns), shared=shared, block=scaled(script.block))
-
-    def flags(self, rate: float, seed: int) -> list[str]:
-        """The flags of `miniserve replay` and `simulate` that name the workload that `load` returns."""
-        named = {"rate": rate, "seed": seed, **asdict(self)}
-        return [named.pop("trace"), *flags(**named)]
-
-
-def flags(**given: object) -> list[str]:
-    """Flags by their names: a switch for True, nothing for False and None."""
-    found = []
-    for name, value in given.items():
-        if value is not None and value is not False:
-            found.append("--" + name.replace("_", "-"))
-            found += [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
-    return found
 
 
 def load(text: str, count: int | None, seed: int) -> list[Script]:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from miniserve.bench.figures import tables
-from miniserve.bench.figures.tables import Cell, Spread, by_rate, by_series, measured
 from miniserve.bench.replay.metrics import SLO
 from miniserve.config import ConfigError
+from scripts.figures import tables
+from scripts.figures.tables import Cell, Spread, by_rate, by_series, measured
 
 try:
     from matplotlib import style

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miniserve.bench.figures.plots import FAINT, FRONT, PALE, drawing, note, save, sheet, ticks
+from scripts.figures.plots import FAINT, FRONT, PALE, drawing, note, save, sheet, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

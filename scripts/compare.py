@@ -1,4 +1,10 @@
-"""`miniserve compare`: a grid of runs, each a command of its own that can be repeated, with tables and figures."""
+"""Compare policies over rates and seeds, simulated or on real workers of this machine; print tables, draw figures.
+
+    .venv/bin/python scripts/compare.py swe-agent --policies colocated,conserve,observe --rates 0.5,1 --out FOLDER
+
+Each run of the grid is a `miniserve simulate` or `replay` of its own, with its command in the result: it can be
+repeated alone. Figures need matplotlib, and --serve aiohttp: both are in the extra `bench`.
+"""
 
 import asyncio
 import json
@@ -6,18 +12,20 @@ import os
 import shlex
 import signal
 import sys
-from argparse import Namespace
-from collections.abc import Iterator
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import product
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from miniserve.bench.figures.tables import markdown, print_tables
-from miniserve.bench.replay.generators import WorkloadConfig, flags
+from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.progress import counting
+from miniserve.cli.flags import VALUES, Parser, add_flags, checked, filled, table
 from miniserve.config import ConfigError, Topology
 from miniserve.scheduler.baselines import POLICIES
+from scripts.figures.tables import markdown, print_tables
 
 
 class GridCell(NamedTuple):
@@ -40,8 +48,8 @@ def compare(args: Namespace, workload: WorkloadConfig) -> int:
     if args.window is not None and (args.serve or args.out is None):
         raise ConfigError("--window draws simulated workers: use it with --out and without --serve.")
     if args.out is not None:
-        from miniserve.bench.figures.plots import draw  # before the runs: matplotlib may be missing
-        from miniserve.bench.figures.timeline_plot import draw_timeline
+        from scripts.figures.plots import draw  # before the runs: matplotlib may be missing
+        from scripts.figures.timeline_plot import draw_timeline
     grid = list(_grid(args))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives this process
     try:
@@ -59,6 +67,22 @@ def compare(args: Namespace, workload: WorkloadConfig) -> int:
         for path in paths:
             print(path)
     return 1 if any(result["errors"] for result in results) else 0
+
+
+def workload_flags(workload: WorkloadConfig, rate: float, seed: int) -> list[str]:
+    """The flags of `miniserve replay` and `simulate` that name the workload that its `load` returns."""
+    named = {"rate": rate, "seed": seed, **asdict(workload)}
+    return [named.pop("trace"), *flags(**named)]
+
+
+def flags(**given: object) -> list[str]:
+    """Flags by their names: a switch for True, nothing for False and None."""
+    found = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            found.append("--" + name.replace("_", "-"))
+            found += [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
+    return found
 
 
 def _grid(args: Namespace) -> Iterator[GridCell]:
@@ -80,7 +104,7 @@ async def _run_all(args: Namespace, workload: WorkloadConfig, grid: list[GridCel
     with counting("runs" if args.serve else "simulations", len(grid)) as progress:
 
         async def one(cell: GridCell) -> dict[str, Any]:
-            named = workload.flags(cell.rate, cell.seed)
+            named = workload_flags(workload, cell.rate, cell.seed)
             how: dict[str, Any] = {"policy": cell.policy, "topology": cell.topology}
             async with room:
                 if args.serve:
@@ -139,3 +163,74 @@ async def _on_server(serve: list[str], command: list[str]) -> dict[str, Any]:
             await process.wait()
     await draining
     return {"server_command": f"miniserve {shlex.join(serve)}", **result}
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def _listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return checked(lambda text: [parse(part) for part in text.split(",")])
+
+
+FLAGS: dict[str, Any] = {
+    "--policies": {
+        "type": _listed(str),
+        "help": "which, each perhaps with a topology of its own, like colocated@4D,conserve; default: all",
+    },
+    "--topology": {
+        "type": "topology",
+        "default": "1P3D",
+        "help": "of those that have none of their own; colocated has as many decoders instead; default: %(default)s",
+    },
+    "--rates": {
+        "type": _listed(VALUES["rate"]),
+        "default": "1",
+        "help": "conversations a second, like 0.5,1,1.5; default: %(default)s",
+    },
+    "--seeds": {"type": _listed(VALUES["whole"]), "default": "0", "help": "like 1,2,3; default: %(default)s"},
+    "--mispredict": {
+        "type": _listed(VALUES["share"]),
+        "default": "0.1",
+        "help": "shares of ampd's wrong predictions; default: %(default)s",
+    },
+    "--serve": {"metavar": "MODEL", "help": "run real servers of this model here instead of simulating"},
+    "--serve-args": {
+        "type": shlex.split,
+        "default": "",
+        "metavar": "ARGS",
+        "help": "more flags for `miniserve serve`",
+    },
+    "--window": {
+        "type": "span",
+        "metavar": "START..END",
+        "help": "draw what workers did in these seconds, simulated, at the highest rate; with --out",
+    },
+    "--jobs": {"type": "positive", "help": "simulations at once; default: one on each core"},
+    "--out": {"type": "path", "metavar": "FOLDER", "help": "write cells.json, tables.md and the figures there"},
+}
+
+
+def make_parser() -> Parser:
+    """Those of a workload and of a simulated cluster are the flags of `miniserve simulate`."""
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    given = table("commands.toml")["flags"]
+    for title in ("workload", "cluster"):
+        add_flags(parser.add_argument_group(title), given[title])
+    add_flags(parser, FLAGS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code. 1: a run failed, or what was asked for cannot be done."""
+    args = make_parser().parse_args(argv)
+    try:
+        return compare(args, filled(WorkloadConfig, args))
+    except ConfigError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

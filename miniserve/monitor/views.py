@@ -1,0 +1,18 @@
+"""Cards: what views show as JSON. `views.toml` has a schema of each, which OpenAPI shows too."""
+
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+SCHEMAS: dict[str, Any] = tomllib.loads((files("miniserve.monitor") / "views.toml").read_text("utf-8"))
+Card = dict[str, Any]
+
+
+def card(kind: str, /, *sources: object, **own: Any) -> Card:
+    """A `kind` of views.toml: each property that is not among `own` is that of its name in the first of the sources
+    that has it."""
+
+    def value(name: str) -> Any:
+        return own[name] if name in own else next(getattr(source, name) for source in sources if hasattr(source, name))
+
+    return {name: value(name) for name in SCHEMAS[kind]["properties"]}
