@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.eviction import ExpectedNeed
-from miniserve.kv.hashing import is_snapshot
+from miniserve.kv.hashing import HASH_BYTES, is_snapshot
 
 
 class OutOfPages(RuntimeError):
@@ -144,9 +144,11 @@ class PagePool:
         page = self._page_of.get(digest)
         return None if page is None else self._order.owner(page)
 
-    def drop_snapshots(self, conversation: str) -> None:
-        """Free the cached snapshots that the conversation released last."""
-        self._drop([page for page in self._order.pages_of(conversation) if is_snapshot(self._hash_of[page] or b"")])
+    def drop_snapshots(self, conversation: str, but: set[bytes]) -> None:
+        """Free the cached snapshots that the conversation released last, but for those after what the hashes `but`
+        stand for."""
+        named = [(page, self._hash_of[page] or b"") for page in self._order.pages_of(conversation)]
+        self._drop([page for page, name in named if is_snapshot(name) and name[:HASH_BYTES] not in but])
 
     def _drop(self, cached: list[int]) -> None:
         for page in cached:

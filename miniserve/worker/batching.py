@@ -1,12 +1,18 @@
 """The batch of the next step: a token for every decoding sequence, then pieces of prompts as far as tokens go."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from miniserve.kv.pages import OutOfPages, PagePool
 from miniserve.worker.pace import LEAST_SHARE, Pace
 from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.step import Work
+
+if TYPE_CHECKING:
+    from miniserve.worker.snapshots import Snapshots
 
 SHORT_SHARE = 0.75
 """The part of a step's tokens of prompts that goes to short ones, if there are any: those that half a full step could
@@ -30,6 +36,7 @@ class Batching:
     pace: Pace | None
     draft_rows: int
     preempt: Callable[[Sequence], None]
+    snapshots: Snapshots | None = None
 
     def compose(self, running: list[Sequence], now: float) -> list[Work]:
         """The batch of the next step: decodes first, then prompts."""
@@ -53,6 +60,8 @@ class Batching:
                 sequence.pages += self.pool.allocate(1, now)
                 return True
             except OutOfPages:
+                if self.snapshots is not None and self.snapshots.shed(running, now):
+                    continue
                 # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
                 victim = next(s for s in reversed(running) if s.state is State.RUNNING and s.prefill_for is None)
                 self.preempt(victim)

@@ -84,6 +84,7 @@ class Engine:
             pace=self.pace,
             draft_rows=self.draft_rows,
             preempt=self._preempt,
+            snapshots=self.snapshots,
         )
         self._turns: dict[str, Sequence] = {}
 
@@ -332,7 +333,7 @@ class Engine:
         """Make known what is computed of it, or came from elsewhere."""
         sequence.register(self.pool, self.page_tokens)
         if self.snapshots is not None:
-            self.snapshots.register(sequence)
+            self.snapshots.register(sequence, self.clock())
 
     # --- KV that comes from elsewhere -------------------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ class Receiver:
             if not failure and (snapshots is None or message.state):
                 sequence.computed = pull.reached
                 if snapshots is not None:
-                    snapshots.arrive(sequence, sequence.computed)
+                    snapshots.arrive(sequence, sequence.computed, self.clock())
                 self.engine.register(sequence)
         if message.commit is not None and end * size >= self.engine.handed(sequence):
             # The client may have this token already: we go on from it even if we have to compute the pages.

@@ -152,11 +152,24 @@ class Snapshots:
             self.slots.save(sequence.slot, pages)
             sequence.snapshots.append(Snapshot(end, pages, rolls=rolling and not stop))
 
-    def register(self, sequence: Sequence) -> None:
-        """Name the snapshots of a prompt that the steps done so far have made."""
+    def register(self, sequence: Sequence, now: float) -> None:
+        """Name the snapshots of a prompt that the steps done so far have made. They are cached at once, so that running
+        sequences may have their pages, but for one that is to be handed over."""
         for snapshot in sequence.snapshots:
             if not snapshot.named and not snapshot.rolls and snapshot.tokens <= sequence.computed:
                 self._name(sequence, snapshot)
+                if sequence.prefill_for is None:
+                    self.pool.release(snapshot.pages, sequence.needed_soon, now)
+                    snapshot.pages = []
+
+    def shed(self, running: list[Sequence], now: float) -> bool:
+        """Give up the unfinished snapshots of sequences that run, since one of them needs a page; whether there were
+        any."""
+        rolling = [(s, snapshot) for s in running for snapshot in s.snapshots if snapshot.rolls]
+        for sequence, snapshot in rolling:
+            sequence.snapshots.remove(snapshot)
+            self.pool.release(snapshot.pages, Keep(), now)
+        return bool(rolling)
 
     def _name(self, sequence: Sequence, snapshot: Snapshot) -> None:
         snapshot.named = True
@@ -166,13 +179,13 @@ class Snapshots:
             self.pool.register(page, name, parent)
             parent = name
 
-    def arrive(self, sequence: Sequence, tokens: int) -> None:
+    def arrive(self, sequence: Sequence, tokens: int, now: float) -> None:
         """The state after `tokens` came from another worker, in the pages that the sequence has for it."""
         assert sequence.slot is not None
         self.slots.load(sequence.slot, sequence.arriving)
         sequence.snapshots.append(Snapshot(tokens, sequence.arriving))
         sequence.arriving = []
-        self.register(sequence)
+        self.register(sequence, now)
 
     def end(self, sequence: Sequence, keep: Keep, now: float) -> None:
         """The sequence is over here, or preempted: its snapshots take the place of those that its conversation left
@@ -180,8 +193,9 @@ class Snapshots:
         for snapshot in sequence.snapshots:
             if snapshot.rolls and snapshot.tokens <= sequence.computed:
                 self._name(sequence, snapshot)
-        if any(snapshot.named for snapshot in sequence.snapshots):
-            self.pool.drop_snapshots(keep.conversation)
+        hashes = sequence.hashes(self.page_tokens)
+        if new := {hashes[at.tokens // self.page_tokens - 1] for at in sequence.snapshots if at.named}:
+            self.pool.drop_snapshots(keep.conversation, new)
         for snapshot in sequence.snapshots:
             self.pool.release(snapshot.pages, keep, now)
         self.pool.release(sequence.arriving, keep, now)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 from collections import defaultdict, deque
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from miniserve.cluster.channels import decode
-from miniserve.cluster.messages import Ended, Envelope, Failed, Peer, PoolInfo, Report, StepTime
+from miniserve.cluster.messages import Ended, Envelope, Failed, Peer, Report, StepTime
 from miniserve.config import Role
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
@@ -40,6 +39,7 @@ from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence, State
+from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Done, Work
 from tests.support.anywhere import Anywhere
 
@@ -58,13 +58,37 @@ def next_token(tokens: list[int], seed: int) -> int:
     return whole // 6 % 200 if whole % 6 == 0 else 30 + digest([seed % 3, tokens[-1]]) % 12
 
 
+class Slots:
+    """Recurrent states: a hash of all tokens so far, which a snapshot has in each of its pages."""
+
+    slots, pages = 6, 2
+
+    def __init__(self, memory: KVMemory) -> None:
+        self.states = [0] * self.slots
+        self._pages = memory.pages
+
+    def clear(self, slot: int) -> None:
+        self.states[slot] = digest([])
+
+    def save(self, slot: int, pages: list[int]) -> None:
+        for part, page in enumerate(pages):
+            self._pages[page] = self.states[slot] + part
+
+    def load(self, slot: int, pages: list[int]) -> None:
+        self.states[slot] = int(self._pages[pages[0]].flatten()[0])
+        for part, page in enumerate(pages):
+            assert (self._pages[page] == self.states[slot] + part).all(), "half of a snapshot is another one's"
+
+
 class Model:
-    """Stands in for `Runner`: writes a hash where KV would go, and reads what lies before it. All is done at launch."""
+    """Stands in for `Runner`: writes a hash where KV would go, and reads what lies before it; and makes a hash of the
+    tokens before in a state, if there is one, that of those after. All is done at launch."""
 
     eos = EOS
 
-    def __init__(self, memory: KVMemory) -> None:
+    def __init__(self, memory: KVMemory, slots: Slots | None) -> None:
         self._pages = memory.pages
+        self._slots = slots
         self._latest: dict[Sequence, int] = {}
 
     def launch(self, batch: list[Work]) -> Done:
@@ -78,6 +102,12 @@ class Model:
             assert work.samples or not work.draft
             tokens += work.draft
             end = start + count + len(work.draft)
+            if self._slots is not None:
+                found = self._slots.states[sequence.slot]
+                assert found == digest(tokens[:start]), (
+                    f"{sequence.turn}: the state after {start} tokens is another one's"
+                )
+                self._slots.states[sequence.slot] = digest(tokens[:end])
             for position in range(end):
                 slot = self._pages[sequence.pages[position // PAGE], 0, 0, position % PAGE, 0]
                 kv = digest(tokens[: position + 1])
@@ -178,6 +208,9 @@ class World:
         self.ends: dict[str, str] = {}
         self.stored = self.moved = 0
         self.slow = self.pick.random() < 0.5
+        self.recurrent = random.Random(seed).random() < 0.5
+        self.begun_from = 0
+        """Turns that began from a snapshot."""
         self.slow_ways: dict[str, list[Slow]] = defaultdict(list)
         self.now = 100.0
         chosen = Anywhere(self.pick) if policy == "anywhere" else make_policy(policy, 0.3)
@@ -190,20 +223,23 @@ class World:
         address = f"{name}.{epoch}"
         self.alive[address] = self.worker(name, epoch)
         memory = self.memories[address]
-        pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, "L")
+        pool = memory.info("L")
         role = Role.PREFILLER if name.startswith("p") else Role.DECODER
         peer = Peer(name, epoch, address, pool, role)
         self.carry_out(self.scheduler.worker_up(peer, now=self.now))
 
     def worker(self, name: str, epoch: int) -> Worker:
         pages, address = self.pages, f"{name}.{epoch}"
-        memory = KVMemory(PageShape(1, PAGE, 1, 1, torch.int64), pages, torch.device("cpu"))
+        snapshot = Slots.pages if self.recurrent else 0
+        memory = KVMemory(PageShape(1, PAGE, 1, 1, torch.int64), pages, torch.device("cpu"), snapshot)
         order = self.pick.choice(["expected", "lru"])
         host = HostPool(memory, self.pick.choice([6, 60]), make_order(order)) if self.pick.random() < 0.5 else None
+        pool, slots = PagePool(pages, make_order(order), on_evict=host and host.store), Slots(memory)
         engine = Engine(
-            Model(memory),
-            PagePool(pages, make_order(order), on_evict=host and host.store),
+            Model(memory, slots if self.recurrent else None),
+            pool,
             host=host,
+            snapshots=Snapshots(slots, pool, host, page_tokens=PAGE, watermark=1) if self.recurrent else None,
             page_tokens=PAGE,
             max_num_batched_tokens=self.pick.choice([3, 7, 12]),
             max_num_seqs=6,
@@ -211,7 +247,7 @@ class World:
             pace=Whim(self.pick) if self.pick.random() < 0.5 else None,
             overlap=self.pick.random() < 0.5,
             clock=lambda: self.now,
-            draft_rows=12 if self.pick.random() < 0.5 else 0,
+            draft_rows=12 if self.pick.random() < 0.5 and not self.recurrent else 0,
         )
         outboxes = SimpleNamespace(
             send=lambda to, body: self.send(address, to, Envelope(name, epoch, body)), forget=lambda address: None
@@ -407,6 +443,9 @@ class World:
                 assert self.got[turn] == wanted
         for name, worker in self.alive.items():
             engine, handoffs = worker.engine, worker.handoffs
+            if engine.snapshots is not None:
+                assert sorted(engine.snapshots._free) == list(range(Slots.slots))
+                self.begun_from += engine.snapshots.used
             assert (engine.pool.num_held, engine.running, list(engine.waiting)) == (0, [], []), name
             assert (handoffs.sender.leases, handoffs.receiver.pulls, worker._early) == ({}, {}, []), name
         for view in self.scheduler.workers.values():
