@@ -31,9 +31,11 @@ FAMILIES = {
 
 
 def text_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of the text model alone, if there is one of it in `config` beside a tower for images."""
+    """The config.json of the text model alone, if there is one of it in `config` beside a tower for images. What it
+    has as null, the whole one may say."""
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
     outer = {key: value for key, value in config.items() if not key.endswith("_config") or key.startswith("quant")}
-    return outer | {key: value for key, value in text.items() if key != "architectures" and value is not None}
+    text = {key: value for key, value in text.items() if key != "architectures"}
+    return text | outer | {key: value for key, value in text.items() if value is not None}

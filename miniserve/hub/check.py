@@ -98,7 +98,8 @@ def _check_config(folder: Path, found: Checked) -> None:
     # A model that also names remote code (`auto_map`) is served by our own model or not at all.
     if arch not in ARCHITECTURES.values():
         about = " (it makes embeddings, not text)" if (folder / "modules.json").is_file() else ""
-        raise ModelError(f"{folder} is a {arch}{about}; miniserve serves {', '.join(ARCHITECTURES.values())}.")
+        served = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
+        raise ModelError(f"{folder} is a {arch}{about}; miniserve serves {served} (ForCausalLM).")
     if by_type != arch and kind is not None:
         if by_type is None:
             raise ModelError(f"{folder}/config.json contradicts itself: the architecture is {arch}, the type {kind!r}.")

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from miniserve.families import text_model
 from miniserve.text.tokenizer import byte_alphabet, byte_level_bpe
 
 TEMPLATE = (
@@ -22,12 +23,11 @@ TEMPLATE = (
 
 def make_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
     """A folder under `root` made from the preset's `config` and `generation_config`, or the one made before."""
-    config = preset["config"]
-    generation = preset.get("generation_config", {})
-    named = {"bos_token": config["bos_token_id"], "eos_token": generation.get("eos_token_id", config["eos_token_id"])}
-    firsts = {name: ids[0] if isinstance(ids, list) else ids for name, ids in named.items()}
+    config, generation = text_model(preset["config"]), preset.get("generation_config", {})
+    named = {"bos_token": config.get("bos_token_id"), "eos_token": generation["eos_token_id"]}
+    firsts = {name: ids[0] if isinstance(ids, list) else ids for name, ids in named.items() if ids is not None}
     files = {
-        "config.json": config,
+        "config.json": preset["config"],
         "generation_config.json": generation,
         "tokenizer.json": tokenizer(config["vocab_size"], {i: f"<|{name}|>" for name, i in firsts.items()}),
         "tokenizer_config.json": {

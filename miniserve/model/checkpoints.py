@@ -57,7 +57,7 @@ class Safetensors:
         module = name.removesuffix("weight")
         if (tensor := self._get(name)) is not None:
             plain = tensor.is_floating_point() and tensor.itemsize > 1
-            weight: Weight = tensor if plain else self._scaled(module, tensor)
+            weight: Weight = tensor if plain else self._scaled(name, module, tensor)
         elif (words := self._get(f"{module}qweight")) is not None:
             weight = self._awq(module, words) if len(words) == shape[1] else self._gptq(module, words, shape[1])
         elif (words := self._get(f"{module}weight_packed")) is not None:
@@ -76,13 +76,13 @@ class Safetensors:
         file, stored = self._where[name]
         return file.get_tensor(stored)
 
-    def _scaled(self, module: str, weight: torch.Tensor) -> Weight:
+    def _scaled(self, name: str, module: str, weight: torch.Tensor) -> Weight:
         """FP8, dequantized: one scale for all numbers, for each row, or for blocks of 128 x 128. int8 with scales."""
         inverse = self._get(f"{module}weight_scale_inv")
         scales = self._get(f"{module}weight_scale") if inverse is None else inverse
         if scales is None:
             raise ConfigError(
-                f"{module}weight in {self._folder} is {weight.dtype} without scales: miniserve serves bf16, fp16 and "
+                f"{name} in {self._folder} is {weight.dtype} without scales: miniserve serves bf16, fp16 and "
                 "fp32 weights, and quantized ones with what is needed to read them."
             )
         if weight.dtype is torch.int8:

@@ -144,14 +144,12 @@ class ModelConfig:
         heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
         head_dim = _whole(config, "head_dim", hidden // heads)
         attention_bias = _flag(config, "attention_bias") and not family.bias
-        activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
+        activation = str(config.get("hidden_activation") or config.get("hidden_act", "silu"))
         if activation not in ACTIVATIONS:
             raise ConfigError(
                 f"The model uses the activation {activation!r}; miniserve knows {', '.join(ACTIVATIONS)}."
             )
-        experts, layers = _experts(config), _layers(config, family)
-        if experts is None and any(layer.experts for layer in layers):
-            raise ConfigError("config.json has layers of experts, but says nothing of these.")
+        layers, found = _layers(config, family), _rope_parameters(config)
         needed = any(not layer.experts for layer in layers)
         model = cls(
             family=family,
@@ -162,10 +160,10 @@ class ModelConfig:
             heads=heads,
             kv_heads=heads if null_heads else _whole(config, "num_key_value_heads", heads),
             head_dim=head_dim,
-            rotary_dim=int(head_dim * _partial(config)) if PARTIAL in family.defaults else head_dim,
+            rotary_dim=int(head_dim * _partial(config, found)) if PARTIAL in family.defaults else head_dim,
             norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            ropes=_ropes(config),
-            attention_scale=_number(config, "query_pre_attn_scalar", head_dim) ** -0.5,
+            ropes=_ropes(config, found),
+            attention_scale=_number(config if SCALAR in family.defaults else {}, SCALAR, head_dim) ** -0.5,
             max_len=_whole(config, "max_position_embeddings"),
             tie_embeddings=_flag(config, "tie_word_embeddings"),
             qkv_bias=attention_bias or family.bias == "always",
@@ -173,12 +171,15 @@ class ModelConfig:
             mlp_bias=_flag(config, "mlp_bias") and arch == "LlamaForCausalLM",
             activation=ACTIVATIONS[activation],
             delta=None if all(layer.attends for layer in layers) else _delta(config),
-            experts=experts,
+            experts=_experts(config, family) if any(layer.experts for layer in layers) else None,
             dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16),
         )
         if heads % model.kv_heads or model.head_dim % 2:
             shape = f"{heads} heads of {model.head_dim} numbers, {model.kv_heads} of K and V"
             raise ConfigError(f"config.json has {shape}: the second must be even, the third must divide the first.")
+        if model.rotary_dim % 2 or not 0 < model.rotary_dim <= head_dim:
+            part = f"{PARTIAL} {_partial(config, found)} of heads of {head_dim} numbers"
+            raise ConfigError(f"config.json has {part}: so many must be even, and no more than all.")
         if family.scaled and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
             raise ConfigError("config.json caps logits (softcapping), which miniserve does not.")
         if not model.kv_layers:
@@ -207,7 +208,8 @@ def _flag(config: dict[str, Any], name: str) -> bool:
     return bool(value)
 
 
-WINDOW, PARTIAL = "sliding_window", "partial_rotary_factor"
+WINDOW, PARTIAL, SCALAR = "sliding_window", "partial_rotary_factor", "query_pre_attn_scalar"
+INNER = "moe_intermediate_size"
 KINDS = ("full_attention", "sliding_attention", "linear_attention")
 
 
@@ -216,40 +218,49 @@ def _layers(config: dict[str, Any], family: Family) -> tuple[LayerConfig, ...]:
     count, kinds = _whole(config, "num_hidden_layers"), config.get("layer_types")
     window = _whole(config, WINDOW) if family.windows and config.get(WINDOW) is not None else 0
     step, dense = _whole(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    every = next((name for name in ("sliding_window_pattern", "full_attention_interval") if config.get(name)), None)
     if family.windows == "all":
         kinds = [KINDS[1]] * count
     elif family.windows == "typed" and "max_window_layers" in family.defaults:  # Qwen's has a switch
         window = window if _flag(config, "use_sliding_window") else 0
-        kinds = kinds or [KINDS[i >= config["max_window_layers"]] for i in range(count)]
-    elif kinds is None and (every := config.get("sliding_window_pattern") or config.get("full_attention_interval")):
-        kinds = [KINDS[0] if (i + 1) % every == 0 else KINDS[1 if family.windows else 2] for i in range(count)]
+        first = _whole(config, "max_window_layers") if config["max_window_layers"] != 0 else 0
+        kinds = kinds or [KINDS[i >= first] for i in range(count)]
+    elif kinds is None and every:
+        full, other = _whole(config, every), KINDS[1 if family.windows else 2]
+        kinds = [KINDS[0] if (i + 1) % full == 0 else other for i in range(count)]
     kinds = [KINDS[0]] * count if kinds is None else kinds
+    for name, listed in (("layer_types", kinds), ("mlp_only_layers", dense)):
+        if not isinstance(listed, list):
+            raise ConfigError(f"The model's config.json has {name!r}: {listed!r:.60}, which must be a list.")
+    if len(kinds) != count:
+        raise ConfigError(f"config.json has {len(kinds)} layer_types for {count} layers.")
     known = KINDS if "linear_num_key_heads" in family.defaults else KINDS[:2]
-    if not isinstance(kinds, list) or len(kinds) != count or (other := {*map(str, kinds)} - {*known}):
-        what = min(other) if len(kinds) == count else f"{len(kinds)} layer_types for {count} layers"
-        raise ConfigError(f"The model has layers of the type {what!r}; miniserve knows {', '.join(known)}.")
+    if other_kinds := {*map(str, kinds)} - {*known}:
+        raise ConfigError(f"The model has layers of the type {min(other_kinds)!r}; miniserve knows {', '.join(known)}.")
     return tuple(
         LayerConfig(
             attends=kind != KINDS[2],
             window=window if kind == KINDS[1] else 0,
             rope=int(kind == KINDS[1] and "rope_local_base_freq" in family.defaults),
-            experts=bool(family.experts) and (i + 1) % step == 0 and i not in dense,
+            experts=bool(family.experts and config["num_experts"]) and (i + 1) % step == 0 and i not in dense,
         )
         for i, kind in enumerate(kinds)
     )
 
 
-def _experts(config: dict[str, Any]) -> ExpertsConfig | None:
+def _experts(config: dict[str, Any], family: Family) -> ExpertsConfig:
     """Mixtral's experts are as large as an MLP."""
-    if not config.get("num_experts"):
-        return None
-    return ExpertsConfig(
+    shared = "shared_expert_intermediate_size"
+    sizes = ExpertsConfig(
         count=_whole(config, "num_experts"),
         chosen=_whole(config, "num_experts_per_tok"),
-        inner=_whole(config, "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"),
-        shared_inner=config.get("shared_expert_intermediate_size") or 0,
+        inner=_whole(config, INNER if INNER in family.defaults else "intermediate_size"),
+        shared_inner=_whole(config, shared) if shared in family.defaults and config[shared] else 0,
         renormed=_flag(config, "norm_topk_prob"),
     )
+    if sizes.chosen > sizes.count:
+        raise ConfigError(f"config.json has {sizes.chosen} experts for each token, of {sizes.count}.")
+    return sizes
 
 
 def _delta(config: dict[str, Any]) -> DeltaConfig:
@@ -260,24 +271,27 @@ def _delta(config: dict[str, Any]) -> DeltaConfig:
     return sizes
 
 
-def _partial(config: dict[str, Any]) -> float:
-    """The part of a head that rotates."""
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return float(found.get(PARTIAL) or config.get(PARTIAL) or 1.0)
-
-
-def _ropes(config: dict[str, Any]) -> tuple[RopeConfig, ...]:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before): one for all layers, or a
-    second one for those with windows."""
+def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, dict):
         raise ConfigError(f"The model's rope parameters {found!r:.100} are not supported: one set for all layers is.")
-    local = config.get("rope_local_base_freq")
-    if local is None:
+    return found
+
+
+def _partial(config: dict[str, Any], found: dict[str, Any]) -> float:
+    """The part of a head that rotates."""
+    return float(_number(found, PARTIAL, _number(config, PARTIAL, 1.0)))
+
+
+def _ropes(config: dict[str, Any], found: dict[str, Any]) -> tuple[RopeConfig, ...]:
+    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before): one for all layers, or a
+    second one for those with windows."""
+    if config.get("rope_local_base_freq") is None:
         return (_rope(config, found),)
+    local = config | {"rope_theta": _number(config, "rope_local_base_freq")}
     if KINDS[0] in found:
-        return _rope(config, found[KINDS[0]]), _rope(config, found.get(KINDS[1]) or {"rope_theta": local})
-    return _rope(config, found), RopeConfig(_number(config, "rope_local_base_freq"))
+        return _rope(config, found[KINDS[0]]), _rope(local, found.get(KINDS[1]) or {})
+    return _rope(config, found), _rope(local, {})
 
 
 def _rope(config: dict[str, Any], found: dict[str, Any]) -> RopeConfig:
@@ -290,7 +304,7 @@ def _rope(config: dict[str, Any], found: dict[str, Any]) -> RopeConfig:
     if kind not in ("linear", "llama3"):
         known = "miniserve knows default, dynamic, linear, llama3. If it was added for longer contexts, take it out"
         raise ConfigError(f"The model's rope scaling {kind!r} is not supported; {known} of config.json.")
-    if (part := _partial(config)) != 1:
+    if (part := _partial(config, found)) != 1:
         raise ConfigError(f"The model's partial_rotary_factor {part!r} is not supported beside rope scaling {kind!r}.")
     factor = _number(found, "factor")
     if kind == "linear":

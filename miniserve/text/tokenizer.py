@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from miniserve.config import read_object
+from miniserve.families import text_model
 from miniserve.sampling_params import ParameterError
 from miniserve.text.guard import GuardedEncoder, HiddenTexts, encode_all, is_control
 from miniserve.text.template import ChatTemplates, Message, find_templates
@@ -115,7 +116,7 @@ class Tokenizer:
             backend, settings = _from_transformers(folder, settings)
         special = read_object(folder / "special_tokens_map.json") | settings
         texts = {name: text for name, value in special.items() if (text := _token_text(value)) and "_token" in name}
-        config = read_object(folder / "config.json")
+        config = text_model(read_object(folder / "config.json"))
         found = cls(
             backend,
             eos_token_ids=_end_tokens(folder, config, texts, backend),

@@ -18,7 +18,24 @@ from miniserve.hub.resolve import presets, resolve
 from miniserve.model.config import ModelConfig
 from miniserve.text.tokenizer import Tokenizer
 
-ALIASES = {"llama-3-8b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "smollm2-135m"}
+ALIASES = {
+    "gemma-3-1b": 1.000,
+    "gemma-3-4b": 3.880,
+    "llama-3-8b": 8.030,
+    "llama-3.1-8b": 8.030,
+    "mistral-7b": 7.248,
+    "mixtral-8x7b": 46.703,
+    "qwen2.5-7b": 7.616,
+    "qwen3-0.6b": 0.596,
+    "qwen3-30b-a3b": 30.532,
+    "qwen3-8b": 8.191,
+    "qwen3-coder-30b-a3b": 30.532,
+    "qwen3-next-80b-a3b": 79.674,
+    "qwen3.5-0.8b": 0.752,
+    "qwen3.5-35b-a3b": 34.661,
+    "smollm2-135m": 0.135,
+}
+"""The parameters of the text model, in billions, as transformers counts them."""
 
 
 @pytest.fixture
@@ -61,20 +78,23 @@ def test_what_cannot_be_a_hub_id_is_an_unknown_name(model: str) -> None:
 
 
 def test_the_presets() -> None:
-    assert presets().keys() == ALIASES
+    assert presets().keys() == ALIASES.keys()
     assert DEFAULT_MODEL in ALIASES
 
 
 @pytest.mark.parametrize("alias", sorted(ALIASES))
-def test_a_preset_is_a_model_that_can_be_served(alias: str) -> None:
+def test_a_preset_is_a_model_that_can_be_served(alias: str, own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     preset = presets()[alias]
     assert preset["hub"].count("/") == 1
     assert preset["notes"]
-    model = ModelConfig.from_hf(preset["config"])
-    named = float(alias.rsplit("-", 1)[1].rstrip("bm")) * (1e6 if alias.endswith("m") else 1e9)
-    assert model.num_parameters == pytest.approx(named, rel=0.1)
+    found = resolve(alias, load_format="dummy")
+    assert not caplog.records
+    model = ModelConfig.from_hf(found.config)
+    assert model.num_parameters == pytest.approx(ALIASES[alias] * 1e9, rel=0.002 if alias != "smollm2-135m" else 0.005)
     eos = preset["generation_config"]["eos_token_id"]
-    assert all(0 <= i < model.vocab_size for i in (eos if isinstance(eos, list) else [eos]))
+    ends = set(eos if isinstance(eos, list) else [eos])
+    assert all(0 <= i < model.vocab_size for i in ends)
+    assert Tokenizer.load(found.folder).eos_token_ids >= ends
 
 
 def test_an_alias_with_dummy_weights_needs_nothing(own_cache: Path) -> None:

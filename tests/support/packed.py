@@ -104,7 +104,7 @@ def write_packed(
     pack: Callable[[torch.Tensor], Packed],
     says: dict[str, Any],
     plain: Path,
-    only: str = "_proj.weight",
+    only: str | tuple[str, ...] = "_proj.weight",
 ) -> Path:
     """The model in `folder` with packed matrices (those whose names end in `only`), `says` being its
     `quantization_config`; the same numbers in fp32 become a model in `plain`. Returns `out`."""
