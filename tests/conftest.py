@@ -60,6 +60,26 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def newer_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same of the families with experts, recurrent layers or windows shorter than the tests' prompts."""
+    import torch
+    import transformers
+
+    from tests.support import tiny
+
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    root = tmp_path_factory.mktemp("newer")
+    return {arch: tiny.make_model(root / arch, arch, seed=7) for arch in tiny.NEWER}
+
+
+@pytest.fixture(scope="session")
+def hybrid_folder(newer_models: dict[str, Path]) -> Path:
+    """A tiny model with recurrent layers and attention."""
+    return newer_models["qwen3_5"]
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tiny_models: dict[str, Path]) -> Path:
     """One of the tiny models, for tests that do not care which."""
     return tiny_models["llama"]

@@ -193,9 +193,10 @@ class Snapshots:
         for snapshot in sequence.snapshots:
             if snapshot.rolls and snapshot.tokens <= sequence.computed:
                 self._name(sequence, snapshot)
-        hashes = sequence.hashes(self.page_tokens)
-        if new := {hashes[at.tokens // self.page_tokens - 1] for at in sequence.snapshots if at.named}:
-            self.pool.drop_snapshots(keep.conversation, new)
+        if ends := [snapshot.tokens for snapshot in sequence.snapshots if snapshot.named]:
+            # That after the prompt may have been there before.
+            hashes, ends = sequence.hashes(self.page_tokens), [*ends, self.handed(sequence)]
+            self.pool.drop_snapshots(keep.conversation, {hashes[end // self.page_tokens - 1] for end in ends if end})
         for snapshot in sequence.snapshots:
             self.pool.release(snapshot.pages, keep, now)
         self.pool.release(sequence.arriving, keep, now)

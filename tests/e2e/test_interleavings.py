@@ -215,7 +215,7 @@ class World:
         self.now = 100.0
         chosen = Anywhere(self.pick) if policy == "anywhere" else make_policy(policy, 0.3)
         self.scheduler = Scheduler(chosen, PAGE, 6, 100, notes=True)
-        self.pages = self.pick.choice([17, 24, 40])
+        self.pages = self.pick.choice([17, 24, 40]) + self.recurrent * Slots.pages
         for name in self.pick.choice(TOPOLOGIES):
             self.start(name, 1)
 

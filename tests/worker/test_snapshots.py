@@ -1,0 +1,235 @@
+"""Snapshots of recurrent state: how much a turn computes, what is kept, and that nothing is kept for ever."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from miniserve.cluster.messages import FirstToken, Keep, Publish, Release
+from miniserve.config import EngineConfig
+from miniserve.kv.hashing import snapshot_names
+from miniserve.sampling_params import SamplingParams
+from miniserve.worker.build import build
+from miniserve.worker.engine import Engine
+from miniserve.worker.sequence import Sequence
+from tests.support.handoff_pair import Pair
+from tests.support.tiny import reference
+
+PAGE = 16
+SIZE = 3
+"""Pages of a snapshot of the tiny model."""
+PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+
+def make(folder: Path, **engine) -> Engine:
+    settings = {"kv_cache_memory": 2**22, "threads": 1, "dtype": "float32"}
+    return build(EngineConfig(model=str(folder), **settings | engine)).engine
+
+
+def run(engine: Engine, *sequences: Sequence) -> list[list[int]]:
+    """The answers of turns that come together."""
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.waiting or engine.running:
+        engine.admit()
+        engine.step()
+    engine.pool.check()
+    assert engine.pool.num_held == 0
+    assert engine.snapshots is not None
+    assert len(engine.snapshots._free) == engine.snapshots.slots.slots
+    if engine.host is not None:
+        engine.host.check()
+    return [sequence.tokens[sequence.given :] for sequence in sequences]
+
+
+def turn(name: str, tokens: list[int], conversation: str = "c", **more) -> Sequence:
+    return Sequence(name, tokens, PARAMS, 0, b"root", keep=Keep(conversation, gap=5.0), **more)
+
+
+def some(count: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(300), k=count)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("reasons", [False, True], ids=["", "reasons"])
+def test_ten_turns_compute_what_is_new_and_less_than_a_page(hybrid_folder: Path, reasons: bool, overlap: bool) -> None:
+    """With a template that drops `reasons`, the next prompt leaves the turn before at the end of its prompt."""
+    engine = make(hybrid_folder, async_scheduling=overlap, max_num_batched_tokens=40)
+    prompt, answers, prompts = some(50, 0), [], []
+    for number in range(10):
+        prompts.append(prompt)
+        made = turn(f"t{number}", prompt)
+        answers += run(engine, made)
+        if number:
+            new = len(prompt) - (len(prompts[-2]) if reasons else len(prompts[-2]) + 19)
+            assert made.cached is not None
+            assert 0 <= len(prompt) - made.cached - new < PAGE
+        kept = engine.pool.snapshot_pages / SIZE
+        assert 1 <= kept <= 2, "of the last turn only"
+        prompt = prompt + ([] if reasons else answers[-1]) + some(13, number)
+    assert answers == reference(hybrid_folder, prompts, 20)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["", "together"])
+def test_a_prefix_that_conversations_share_is_computed_twice_at_most(hybrid_folder: Path, together: bool) -> None:
+    """The first one passes its end unaware. One beside it asks it to leave a snapshot there; a later one leaves it
+    itself, for those to come."""
+    engine, shared = make(hybrid_folder), some(100, 1)
+    prompts = [shared + some(30, 2 + i) for i in range(4)]
+    turns = [turn(f"t{i}", prompt, f"c{i}") for i, prompt in enumerate(prompts)]
+    if together:
+        answers = run(engine, *turns)
+    else:
+        answers = [answer for each in turns for answer in run(engine, each)]
+    assert answers == reference(hybrid_folder, prompts, 20)
+    found = [sequence.cached for sequence in turns]
+    assert found == ([0, 96, 96, 96] if together else [0, 0, 96, 96])
+    again = turn("t9", shared + some(5, 9), "c9")
+    run(engine, again)
+    assert again.cached == 96, "what one conversation has left, another one's end does not take away"
+
+
+def test_a_snapshot_goes_to_host_memory_and_comes_back(hybrid_folder: Path) -> None:
+    one, other = some(100, 1), some(100, 2)
+    engine = make(hybrid_folder, swap_space=2**21, max_model_len=200)
+    (answer,) = run(engine, turn("t0", one, "a"))
+    taken = engine.pool.allocate(engine.pool.num_available, 1.0)  # everything goes
+    engine.pool.release(taken, Keep(), 1.0)
+    assert engine.pool.num_cached == 0
+    assert engine.host.num_used == 119 // PAGE + 2 * SIZE
+    after = turn("t1", one + answer + other[:20], "a")
+    assert run(engine, after) == reference(hybrid_folder, [one + answer + other[:20]], 20)
+    assert after.cached == 119 // PAGE * PAGE
+    assert engine.host.restored == 119 // PAGE + SIZE
+
+
+def test_a_snapshot_that_is_not_whole_is_not_used(hybrid_folder: Path) -> None:
+    engine, prompt = make(hybrid_folder), some(100, 1)
+    first = turn("t0", prompt)
+    run(engine, first)
+    name = snapshot_names(first.hashes(PAGE)[5], SIZE)[-1]
+    engine.pool._drop([engine.pool._page_of[name]])
+    again = turn("t1", [*prompt, 7, 8, 9])
+    assert run(engine, again) == reference(hybrid_folder, [[*prompt, 7, 8, 9]], 20)
+    assert again.cached == 0
+    assert run(engine, turn("t2", [*prompt, 7, 8, 9, 10])) == reference(hybrid_folder, [[*prompt, 7, 8, 9, 10]], 20)
+
+
+@pytest.mark.parametrize("pages", [16, 20, 30])
+def test_too_little_room_for_snapshots(hybrid_folder: Path, pages: int) -> None:
+    """They give way to tokens; turns that do not fit together take turns."""
+    page_bytes = make(hybrid_folder).snapshots.slots._pool.shape[1]
+    engine = make(hybrid_folder, kv_cache_memory=(pages + SIZE) * page_bytes, max_model_len=pages * PAGE)
+    prompts = [some(60 + 7 * i, i) for i in range(6)]
+    turns = [turn(f"t{i}", prompt, f"c{i}") for i, prompt in enumerate(prompts)]
+    assert run(engine, *turns) == reference(hybrid_folder, prompts, 20)
+
+
+def test_without_a_prefix_cache_there_are_none(hybrid_folder: Path) -> None:
+    engine, prompt = make(hybrid_folder, enable_prefix_caching=False), some(100, 1)
+    assert run(engine, turn("t0", prompt)) == run(engine, turn("t1", prompt)) == reference(hybrid_folder, [prompt], 20)
+    assert engine.pool.snapshot_pages == engine.snapshots.saved == 0
+
+
+# --- handoffs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(hybrid_folder: Path) -> Pair:
+    return Pair(hybrid_folder)
+
+
+def test_the_state_comes_with_the_commit(pair: Pair) -> None:
+    """Of 100 tokens 96 and the state after them are handed over, and the first token; D computes the other four."""
+    pair.ask()
+    messages = pair.publications()
+    assert [len(message.pages) for message in messages] == [2, 2, 2, 0]
+    assert [len(message.state) for message in messages] == [0, 0, 0, SIZE]
+    for message in messages:
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    assert pair.d.take(Release)
+    steps = pair.d.engine.counters.prompt_tokens
+    assert pair.finish() == pair.text
+    assert pair.d.engine.counters.prompt_tokens - steps == 100 - 96 + 1
+    pair.p.handoffs.sender.on_release("t")
+    pair.check()
+    for side in (pair.p, pair.d):
+        assert side.engine.pool.snapshot_pages == SIZE, "both can go on from there"
+
+
+@pytest.mark.parametrize("published", range(5))
+@pytest.mark.parametrize("how", ["death", "abort"])
+def test_losing_p_or_d_at_any_moment(pair: Pair, published: int, how: str) -> None:
+    pair.ask()
+    messages = pair.publications()
+    for message in messages[:published]:
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    if how == "death":
+        pair.d.handoffs.set_peers([])
+        assert pair.finish() == pair.text
+    else:
+        pair.d.handoffs.receiver.abort("t")
+        pair.d.engine.abort("t")
+    pair.p.handoffs.sender.on_release("t")
+    pair.check()
+
+
+@pytest.mark.parametrize("bad", ["hashes", "no state", "half a state", "late"])
+def test_what_does_not_fit_is_computed(pair: Pair, bad: str) -> None:
+    import msgspec
+
+    pair.ask()
+    *pages, commit = pair.publications()
+    changes = {
+        "hashes": {},
+        "no state": {"state": []},
+        "half a state": {"state": commit.state[:1]},
+        "late": {"deadline": pair.now - 1},
+    }
+    if bad == "hashes":
+        pages[1] = msgspec.structs.replace(pages[1], hashes=[b"x" * 16] * 2)
+    for message in (*pages, msgspec.structs.replace(commit, **changes[bad])):
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    assert pair.finish() == pair.text
+    pair.p.handoffs.sender.on_release("t")
+    pair.check()
+
+
+def test_a_prefiller_that_finds_the_whole_prompt_hands_its_snapshot_over(pair: Pair) -> None:
+    for _ in range(2):
+        pair.ask()
+        messages = pair.publications()
+        for message in messages:
+            pair.d.handoffs.receiver.on_publish(message, "p0")
+        assert pair.finish() == pair.text
+        pair.p.handoffs.sender.on_release("t")
+        pair.d.engine.reset()
+        pair.d.out.clear()
+        pair.p.out.clear()
+    assert [len(message.state) for message in messages] == [SIZE]
+    assert isinstance(messages[0].commit, FirstToken)
+    pair.check()
+
+
+def test_history_comes_with_its_snapshot(pair: Pair) -> None:
+    """A new home asks the old one for what it holds."""
+    prompt, old = pair.d.prompt, pair.p
+    old.engine.add(Sequence("old", prompt[:80], PARAMS, 0, old.sequence().root))
+    while old.engine.find("old"):
+        old.step()
+    old.out.clear()
+    sequence = pair.d.sequence(history_at="p0")
+    pair.d.engine.add(sequence)
+    pair.d.step()
+    (fetch,) = pair.d.sent
+    pair.d.sent.clear()
+    old.handoffs.sender.on_fetch(fetch, "d0")
+    (answer,) = old.take(Publish)
+    assert (len(answer.pages), len(answer.state)) == (5, SIZE)
+    pair.d.handoffs.receiver.on_publish(answer, "p0")
+    assert sequence.computed == sequence.cached == 80
+    assert pair.finish() == pair.text
+    old.handoffs.sender.on_release("t")
+    pair.check()
