@@ -308,7 +308,8 @@ class WorkerStats(Wire, frozen=True):
     """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages.
 
     `host_pages` of `host_total` pages of host memory hold evicted KV; `offloaded` and `restored` count pages copied
-    there and back, `held_tokens` of the `drafted_tokens` that were sampled as drafted."""
+    there and back, `held_tokens` of the `drafted_tokens` that were sampled as drafted. Of snapshots of recurrent state
+    there are `snapshots` in the pool; `snapshots_saved` and `snapshots_used` count."""
 
     total_pages: int
     free_pages: int
@@ -331,6 +332,9 @@ class WorkerStats(Wire, frozen=True):
     restored: int = 0
     drafted_tokens: int = 0
     held_tokens: int = 0
+    snapshots: int = 0
+    snapshots_saved: int = 0
+    snapshots_used: int = 0
 
 
 class Report(Wire, frozen=True):

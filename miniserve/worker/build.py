@@ -199,6 +199,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction)) if choices.swap_pages else None
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
+    if choices.state:
+        size_each = format_bytes(choices.snapshot * choices.shape.bytes)
+        kv_note += f"; a snapshot of recurrent state takes {choices.snapshot} pages = {size_each}"
     lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
     states = StateMemory(choices.state, config.max_num_seqs, memory) if choices.state else None

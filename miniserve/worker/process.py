@@ -171,7 +171,7 @@ class Worker:
         self._reported = now
 
     def _stats(self) -> messages.WorkerStats:
-        engine, pool, host = self.engine, self.engine.pool, self.engine.host
+        engine, pool, host, kept = self.engine, self.engine.pool, self.engine.host, self.engine.snapshots
         return messages.WorkerStats(
             total_pages=pool.num_pages,
             free_pages=pool.num_free,
@@ -187,6 +187,9 @@ class Worker:
             host_pages=host.num_used if host else 0,
             offloaded=host.offloaded if host else 0,
             restored=host.restored if host else 0,
+            snapshots=pool.snapshot_pages // kept.slots.pages if kept else 0,
+            snapshots_saved=kept.saved if kept else 0,
+            snapshots_used=kept.used if kept else 0,
         )
 
 

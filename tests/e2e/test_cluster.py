@@ -83,29 +83,40 @@ async def settled(client: Dispatcher) -> None:
     assert all(w.reserved == 0 and w.turns == 0 for w in client.scheduler.workers.values())
 
 
+@pytest.fixture(scope="session")
+def models(tiny_models, newer_models):
+    return tiny_models | newer_models
+
+
 @pytest.mark.parametrize(
-    ("topology", "policy", "transfer"),
+    ("arch", "topology", "policy", "transfer"),
     [
-        ("1D", "colocated", "mapped"),
-        ("2D", "observe", "mapped"),
-        ("1P1D", "disaggregated", "collective"),
-        ("1P2D", "observe", "collective"),
-        ("1P2D", "conserve", "collective"),
-        ("2P2D", "ampd", "mapped"),
+        ("qwen2", "1D", "colocated", "mapped"),
+        ("llama3", "2D", "observe", "mapped"),
+        ("qwen3", "1P1D", "disaggregated", "collective"),
+        ("mistral", "1P2D", "observe", "collective"),
+        ("mistral", "1P2D", "conserve", "collective"),
+        ("llama", "2P2D", "ampd", "mapped"),
+        ("qwen3_5", "1D", "colocated", "mapped"),
+        ("qwen3_5_moe", "1P1D", "disaggregated", "collective"),
+        ("qwen3_next", "1P2D", "conserve", "mapped"),
+        ("qwen3_5", "2P2D", "ampd", "mapped"),
+        ("qwen3_moe", "2D", "observe", "mapped"),
+        ("gemma3", "1P2D", "conserve", "collective"),
+        ("mixtral", "1P1D", "observe", "mapped"),
     ],
 )
-async def test_parity(tiny_models, topology, policy, transfer):
-    arch = {"1D": "qwen2", "2D": "llama3", "1P1D": "qwen3", "1P2D": "mistral", "2P2D": "llama"}[topology]
+async def test_parity(models, arch, topology, policy, transfer):
     items = prompts(12, seed=1, longest=200)
-    texts = reference(tiny_models[arch], items, TOKENS)
-    async with cluster(tiny_models[arch], topology, policy, kv_transfer=transfer) as client:
+    texts = reference(models[arch], items, TOKENS)
+    async with cluster(models[arch], topology, policy, kv_transfer=transfer) as client:
         assert await collect(client, items[0], greedy()) == texts[0]
         together = await asyncio.gather(*(collect(client, item, greedy()) for item in items))
         assert together == texts
         # Second turns: prompt, answer, more; from the home's KV.
         longer = [item + text + [5, 6, 7] for item, text in zip(items, texts, strict=True)]
         again = await asyncio.gather(*(collect(client, item, greedy(16)) for item in longer))
-        assert again == reference(tiny_models[arch], longer, 16)
+        assert again == reference(models[arch], longer, 16)
         moved = sum(h.count for h in client.scheduler.links.values())
         if policy in ("colocated", "conserve", "disaggregated"):
             turns = {"colocated": 0, "conserve": len(items) + 1, "disaggregated": 2 * len(items) + 1}
@@ -166,14 +177,15 @@ async def test_many_streams_a_third_aborted(tiny_models, topology):
         await settled(client)
 
 
-async def test_losing_the_prefiller_in_mid_flight(tiny_models):
+@pytest.mark.parametrize(("arch", "seconds"), [("llama3", 0.25), *(("qwen3_5", n / 20) for n in (1, 3, 6, 12))])
+async def test_losing_the_prefiller_in_mid_flight(models, arch, seconds):
     """D prefills itself; no token is repeated or skipped."""
-    folder = tiny_models["llama3"]
+    folder = models[arch]
     items = prompts(10, seed=5, shortest=150, longest=300)
     texts = reference(folder, items, 32)
     async with cluster(folder, "1P1D", max_num_batched_tokens=16) as client:
         tasks = [asyncio.create_task(collect(client, item, greedy(32))) for item in items]
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(seconds)
         os.kill(client.workers.processes["p0"].pid, signal.SIGKILL)
         assert await asyncio.gather(*tasks) == texts
         assert client.healthy
@@ -181,14 +193,15 @@ async def test_losing_the_prefiller_in_mid_flight(tiny_models):
         await settled(client)
 
 
-async def test_losing_a_decoder_in_mid_flight(tiny_models):
+@pytest.mark.parametrize(("arch", "seconds"), [("qwen2", 0.3), ("qwen3_5_moe", 0.1), ("qwen3_5_moe", 0.5)])
+async def test_losing_a_decoder_in_mid_flight(models, arch, seconds):
     """Its conversations go on at the other one, from their tokens."""
-    folder = tiny_models["qwen2"]
+    folder = models[arch]
     items = prompts(12, seed=6, longest=200)
     texts = reference(folder, items, TOKENS)
     async with cluster(folder, "1P2D") as client:
         tasks = [asyncio.create_task(collect(client, item, greedy())) for item in items]
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(seconds)
         os.kill(client.workers.processes["d1"].pid, signal.SIGKILL)
         assert await asyncio.gather(*tasks) == texts
         assert client.healthy

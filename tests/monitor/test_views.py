@@ -176,6 +176,8 @@ async def test_workers(api: Api) -> None:
         "page_bytes": 4096,
         "host_total": 0,
         "host_used": 0,
+        "snapshots": 0,
+        "snapshot_pages": 0,
     }
     assert p0["kv"]["reserved"] == p0["kv"]["resident"] == 0
     assert (d0["running"], d0["waiting"], d0["preemptions"], d0["leases"]) == (1, 0, 3, 0)

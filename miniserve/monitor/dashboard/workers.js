@@ -38,7 +38,8 @@ export function showWorkers(list) {
       host.setAttribute("aria-label", `host memory: ${whole(kv.host_used)} of ${whole(kv.host_total)} pages`);
     }
     const hosted = kv.host_total ? `; host ${whole(kv.host_used)} of ${whole(kv.host_total)}` : "";
-    setText(lines[0], `${pages} of ${bytes(kv.total * kv.page_bytes)}${hosted}`);
+    const state = kv.snapshot_pages ? `; ${whole(kv.snapshots)} snapshots of ${bytes(kv.snapshot_pages * kv.page_bytes)}` : "";
+    setText(lines[0], `${pages} of ${bytes(kv.total * kv.page_bytes)}${hosted}${state}`);
     const queue = worker.queued_prefill_tokens ? `, ${whole(worker.queued_prefill_tokens)} prompt tokens to do` : "";
     setText(lines[1], `${worker.running} running, ${worker.waiting} waiting${queue}`);
     const prompt = rates.prefill_512 ? `512 tokens in ${seconds(rates.prefill_512)}` : "no prompt measured yet";
