@@ -34,11 +34,11 @@ from tests.support.reference_flashinfer import delta, reference
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 PAGE = 4
-WINDOWS = (0, 3)
+WINDOWS = [0, 3]
 
 
 def ops(heads: int = 4, head_dim: int = 64) -> CudaOps:
-    return CudaOps(CPU, BF16, heads, head_dim, head_dim**-0.5, WINDOWS, reference(), delta)
+    return CudaOps(CPU, BF16, heads, head_dim, head_dim**-0.5, set(WINDOWS), reference(), delta)
 
 
 def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> Batch:
@@ -144,7 +144,7 @@ def test_tables() -> None:
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])
 def test_other_dtypes_and_sizes_have_no_kernels(dtype: torch.dtype, dim: int) -> None:
     with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
-        CudaOps(CPU, dtype, 4, dim, dim**-0.5)
+        CudaOps(CPU, dtype, 4, dim, dim**-0.5, {0})
 
 
 def test_nothing_imports_flashinfer_on_a_cpu() -> None:
