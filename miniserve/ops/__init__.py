@@ -1,6 +1,6 @@
 """The few kernels a model needs, behind one small interface. `make_ops` picks the implementation for a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -103,7 +103,7 @@ def make_ops(
     page_tokens: int = 16,
     *,
     scale: float | None = None,
-    windows: set[int] | None = None,
+    windows: Iterable[int] = (0,),
     native: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Ops, str]:
@@ -121,7 +121,7 @@ def make_ops(
         if device.type == "cuda":
             from miniserve.ops.cuda_ops import CudaOps
 
-            return CudaOps(device, dtype, heads, head_dim, scale or head_dim**-0.5, windows or {0}), "flashinfer"
+            return CudaOps(device, dtype, heads, head_dim, scale or head_dim**-0.5, windows), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
         return CpuOps(dtype, head_dim, widths, page_tokens, progress), "native"

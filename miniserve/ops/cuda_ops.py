@@ -5,7 +5,7 @@ The pool stays page-major: a layer of it is a strided view, whose strides these 
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -71,7 +71,7 @@ class CudaOps(CudaPlanner):
         heads: int,
         head_dim: int,
         scale: float,
-        windows: set[int],
+        windows: Iterable[int],
         kernels: Any = None,
         delta: Any = None,
     ) -> None:

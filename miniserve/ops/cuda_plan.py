@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
@@ -58,7 +59,7 @@ class CudaPlanner:
     is that of layers which see all tokens. Scores are multiplied with `scale`. `fi` is the module flashinfer."""
 
     def __init__(
-        self, fi: Any, device: torch.device, dtype: torch.dtype, heads: int, dim: int, scale: float, windows: set[int]
+        self, fi: Any, device: torch.device, dtype: torch.dtype, heads: int, dim: int, scale: float, windows: Iterable
     ) -> None:
         self.scale = scale
         self._fi = fi
