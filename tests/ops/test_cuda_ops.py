@@ -184,8 +184,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
         ) -> tuple[CudaOps, str]:
             return CudaOps(CPU, dtype, heads, dim, scale, windows, reference(), delta), "flashinfer"
 
-        def memory(shape: PageShape, num_pages: int, device: torch.device) -> KVMemory:
-            made = KVMemory(shape, num_pages + 1, device)
+        def memory(shape: PageShape, num_pages: int, device: torch.device, *more: int) -> KVMemory:
+            made = KVMemory(shape, num_pages + 1, device, *more)
             made.num_pages = num_pages  # the last one is the scratch page
             return made
 
