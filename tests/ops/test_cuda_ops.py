@@ -231,6 +231,27 @@ def test_graphs_are_recorded_once_for_a_size(tiny_models, as_on_a_gpu) -> None:
     assert list(graphs.seconds) == [4, 1]
 
 
+def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(
+        CudaOps, "records_mixtures", property(lambda ops: False, lambda ops, value: None), raising=False
+    )
+    for arch in ("mixtral", "llama"):
+        llm, recorder = as_on_a_gpu(models[arch])
+        greedy(llm, prompts(2), 4)
+        assert (recorder.replays == 0) == (arch == "mixtral")
+
+
+def test_padding_takes_the_scratch_slot(models, as_on_a_gpu) -> None:
+    """No sequence has it, and a slot without a sequence stays as it is."""
+    llm, _ = as_on_a_gpu(models["qwen3_next"], max_num_seqs=6)
+    state = llm.engine.runner.state
+    greedy(llm, prompts(5, seed=2), 8)
+    used = state.delta.flatten(1).any(1).tolist()
+    assert len(used) == 7
+    assert used[6]
+    assert sum(used[:6]) == 5
+
+
 def test_padding_writes_to_the_scratch_page_alone(tiny_models, as_on_a_gpu) -> None:
     """The rows that are added write to the scratch page alone, which no sequence ever gets."""
     llm, _ = as_on_a_gpu(tiny_models["llama"])
