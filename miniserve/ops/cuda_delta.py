@@ -11,9 +11,9 @@ import triton.language as tl
 from miniserve.ops.batch import State
 from miniserve.ops.decoder import DeltaNet
 
-ROWS, CHANNELS = 8, 128
+ROWS, CHANNELS = tl.constexpr(8), tl.constexpr(128)
 """Of the convolution, what a program computes at a time."""
-COLUMNS = 16
+COLUMNS = tl.constexpr(16)
 """Columns of a head's state that a program keeps in registers, of all rows: in those of one warp, which need not wait
 for others when it adds up a column."""
 
@@ -23,40 +23,26 @@ def delta(
 ) -> torch.Tensor:
     """`Ops.delta` for sequences with rows `starts[i]` to `starts[i + 1]` and their state in slot `slots[i]`, both int32
     on the device."""
-    count, past, memory = len(slots), state.conv[:, part.index], state.delta[:, part.index]
+    past, memory = state.conv[:, part.index], state.delta[:, part.index]
     mixed = torch.empty((len(qkv), part.channels), dtype=qkv.dtype, device=qkv.device)
     out = torch.empty((len(qkv), part.v_heads, part.v_dim), dtype=qkv.dtype, device=qkv.device)
-    strides = qkv.stride(0), past.stride(0)
-    _convolve[(count, triton.cdiv(part.channels, CHANNELS))](
-        slots, starts, qkv, part.conv, past, mixed, *strides, part.channels, len(part.conv), ROWS, CHANNELS
+    strides, sizes = (qkv.stride(0), past.stride(0)), (part.channels, len(part.conv))
+    _convolve[(len(slots), triton.cdiv(part.channels, CHANNELS.value))](
+        slots, starts, qkv, part.conv, past, mixed, *strides, *sizes
     )
-    sizes = part.k_heads, part.v_heads, part.k_dim, part.v_dim, triton.next_power_of_2(part.k_dim), COLUMNS
-    strides = ba.stride(0), memory.stride(0)
-    _learn[(count, part.v_heads, triton.cdiv(part.v_dim, COLUMNS))](
-        slots, starts, mixed, ba, part.rate, part.bias, memory, out, *strides, *sizes, num_warps=1
+    numbers, sizes = (memory.stride(0), part.k_heads), (part.k_dim, part.v_dim)
+    _learn[(len(slots), part.v_heads, triton.cdiv(part.v_dim, COLUMNS.value))](
+        slots, starts, mixed, ba, part.rate, part.bias, memory, out, *numbers, *sizes, num_warps=1
     )
     return out
 
 
 # Views into the numbers of a plan begin anywhere: kernels would be compiled anew for each alignment.
 @triton.jit(do_not_specialize_on_alignment=["slots", "starts"])
-def _convolve(
-    slots,
-    starts,
-    x,
-    taps,
-    past,
-    out,
-    x_stride,
-    past_stride,
-    channels: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """A program for `COLS` channels of a sequence: silu of the convolution, then the past goes on."""
+def _convolve(slots, starts, x, taps, past, out, x_stride, past_stride, channels: tl.constexpr, TAPS: tl.constexpr):
+    """A program for `CHANNELS` channels of a sequence: silu of the convolution, then the past goes on."""
     sequence = tl.program_id(0)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    cols = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = cols < channels
     first = tl.load(starts + sequence).to(tl.int64)
     count = (tl.load(starts + sequence + 1) - first).to(tl.int32)
@@ -65,7 +51,7 @@ def _convolve(
     past += tl.load(slots + sequence).to(tl.int64) * past_stride + cols
     for begin in range(0, count, ROWS):
         rows = begin + tl.arange(0, ROWS).to(tl.int64)
-        total = tl.zeros((ROWS, COLS), tl.float32)
+        total = tl.zeros((ROWS, CHANNELS), tl.float32)
         for tap in tl.static_range(TAPS):
             at = (rows + (tap - TAPS + 1))[:, None]  # below 0 it is in the past
             new = tl.load(x + at * x_stride, (at >= 0) & (at < count) & inside, 0.0)
@@ -84,26 +70,11 @@ def _convolve(
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "starts"])
 def _learn(
-    slots,
-    starts,
-    qkv,
-    ba,
-    rate,
-    bias,
-    state,
-    out,
-    ba_stride,
-    state_stride,
-    k_heads: tl.constexpr,
-    v_heads: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    KEYS: tl.constexpr,
-    COLS: tl.constexpr,
+    slots, starts, qkv, ba, rate, bias, state, out, state_stride, k_heads, K_DIM: tl.constexpr, V_DIM: tl.constexpr
 ):
-    """A program for `COLS` numbers of a value in a head of a sequence."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    keys, cols = tl.arange(0, KEYS), tl.program_id(2) * COLS + tl.arange(0, COLS)
+    """A program for `COLUMNS` numbers of a value in a head of a sequence."""
+    sequence, head, v_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    keys, cols = tl.arange(0, triton.next_power_of_2(K_DIM)), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     known, inside = keys < K_DIM, cols < V_DIM
     both = known[:, None] & inside
     first = tl.load(starts + sequence).to(tl.int64)
@@ -111,7 +82,7 @@ def _learn(
     channels = 2 * k_heads * K_DIM + v_heads * V_DIM
     q = qkv + first * channels + head // (v_heads // k_heads) * K_DIM + keys
     v = qkv + first * channels + 2 * k_heads * K_DIM + head * V_DIM + cols
-    ba += first * ba_stride + head
+    ba += first * 2 * v_heads + head
     out += (first * v_heads + head) * V_DIM + cols
     state += tl.load(slots + sequence).to(tl.int64) * state_stride + head * K_DIM * V_DIM
     state += keys[:, None] * V_DIM + cols
@@ -129,5 +100,5 @@ def _learn(
         change = learned * (tl.load(v, inside, 0.0).to(tl.float32) - tl.sum(memory * key[:, None], 0))
         memory += key[:, None] * change
         tl.store(out, tl.sum(memory * query[:, None], 0), inside)
-        q, v, ba, out = q + channels, v + channels, ba + ba_stride, out + v_heads * V_DIM
+        q, v, ba, out = q + channels, v + channels, ba + 2 * v_heads, out + v_heads * V_DIM
     tl.store(state, memory, both)

@@ -48,8 +48,7 @@ class Gated:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The experts `ids` of a layer: `gate_up` `[experts, hidden, 2 * I]`, `down` `[experts, I, hidden]`, both with the
-    columns contiguous."""
+    """The experts `ids`: `gate_up` `[experts, hidden, 2 * I]`, `down` `[experts, I, hidden]`, by columns."""
 
     gate_up: torch.Tensor
     down: torch.Tensor
@@ -72,13 +71,14 @@ class CudaOps(CudaPlanner):
         heads: int,
         head_dim: int,
         scale: float,
-        windows: Iterable[int] = (0,),
+        windows: Iterable[int],
         kernels: Any = None,
         delta: Any = None,
     ) -> None:
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
-        kernels = kernels or _flashinfer(device, dtype, head_dim)
-        super().__init__(kernels, device, dtype, heads, head_dim, scale, windows)
+        super().__init__(
+            kernels or _flashinfer(device, dtype, head_dim), device, dtype, heads, head_dim, scale, windows
+        )
         self._delta = delta
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
         self.records_mixtures = device.type != "cuda" or (hopper and dtype is torch.bfloat16)

@@ -56,28 +56,21 @@ def page_tables(
 
 class CudaPlanner:
     """Plans attention with FlashInfer's wrappers over pools of `dtype`: one for each of the model's `windows`, where 0
-    is that of layers which see all tokens. Scores are multiplied with `scale`. `kernels` is the module flashinfer."""
+    is that of layers which see all tokens. Scores are multiplied with `scale`. `fi` is the module flashinfer."""
 
     def __init__(
-        self,
-        kernels: Any,
-        device: torch.device,
-        dtype: torch.dtype,
-        heads: int,
-        head_dim: int,
-        scale: float,
-        windows: Iterable[int],
+        self, fi: Any, device: torch.device, dtype: torch.dtype, heads: int, dim: int, scale: float, windows: Iterable
     ) -> None:
         self.scale = scale
-        self._fi = kernels
+        self._fi = fi
         self._device = device
         self._dtype = dtype
         self._heads = heads
-        self._dim = head_dim
+        self._dim = dim
         self._pinned = device.type == "cuda"
         # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
         self._workspace = torch.zeros(WORKSPACE_BYTES if self._pinned else 2**10, dtype=torch.uint8, device=device)
-        wrapper = partial(kernels.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
+        wrapper = partial(fi.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
         self._prefill = {window: wrapper() for window in sorted(windows)}
         self._decode: dict[int, Any] = {}
         self._planned: torch.cuda.Event | None = None
@@ -100,7 +93,8 @@ class CudaPlanner:
         self._begin_planning()
         if decodes:
             self._decode = self._decode or self._decode_wrappers(kv)
-            self._plan_decode(self._decode, kv, indptr[: decodes + 1], indices[:split], last[:decodes])
+            tables = {"indptr": indptr[: decodes + 1], "indices": indices[:split], "last_page_len": last[:decodes]}
+            self._plan_decode(self._decode, kv, **tables)
         for window, wrapper in self._prefill.items() if decodes < count else ():
             wrapper.plan(
                 qo_indptr=prefills_host,
@@ -170,11 +164,11 @@ class CudaPlanner:
         plan.position[:count].copy_(batch.positions)
         plan.position[count:].zero_()
         if plan.state is not None:
-            slots = self._host([*batch.slots, *[len(plan.state.delta) - 1] * more])
-            plan.slots.copy_(slots, non_blocking=True)
+            plan.slots.copy_(self._host([*batch.slots, *[len(plan.state.delta) - 1] * more]), non_blocking=True)
         self._begin_planning()
         # It copies them into the tensors that it was made with.
-        self._plan_decode(plan.decode, kv, indptr, indices.to(self._device, non_blocking=True), last)
+        indices = indices.to(self._device, non_blocking=True)
+        self._plan_decode(plan.decode, kv, indptr=indptr, indices=indices, last_page_len=last)
         self._end_planning()
 
     # --- what both kinds take ---------------------------------------------------------------------------------------
@@ -184,17 +178,9 @@ class CudaPlanner:
         made = partial(self._fi.BatchDecodeWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
         return {window: made(use_tensor_cores=tensor_cores, **fixed) for window in self._prefill}
 
-    def _plan_decode(
-        self,
-        wrappers: dict[int, Any],
-        kv: torch.Tensor,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        last: torch.Tensor,
-    ) -> None:
-        shape = self._shape(kv) | {"head_dim": self._dim}
+    def _plan_decode(self, wrappers: dict[int, Any], kv: torch.Tensor, **tables: torch.Tensor) -> None:
         for window, wrapper in wrappers.items():
-            wrapper.plan(indptr=indptr, indices=indices, last_page_len=last, **shape, window_left=window - 1)
+            wrapper.plan(**tables, **self._shape(kv), head_dim=self._dim, window_left=window - 1)
 
     def _shape(self, kv: torch.Tensor) -> dict[str, Any]:
         return {

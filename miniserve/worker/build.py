@@ -137,9 +137,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     # Beside all that follows: reading a large vocabulary takes a second.
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
-    threads, slots = 1, config.max_num_seqs * choices.snapshot * choices.shape.bytes
+    # With a scratch slot on a GPU.
+    threads, slots = 1, (config.max_num_seqs + (device.type == "cuda")) * choices.snapshot * choices.shape.bytes
     if device.type == "cuda":
-        slots += choices.snapshot * choices.shape.bytes
         torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
     else:
         threads = sizing.prepare_cpu(config)

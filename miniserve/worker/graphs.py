@@ -1,8 +1,7 @@
 """CUDA graphs of decode steps: a few hundred kernels launched by one call.
 
 A graph is recorded for a batch size and replayed with other numbers in the same tensors, so a batch is padded to the
-next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page, on the scratch
-slot of recurrent state.
+next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page and slot.
 """
 
 import logging

@@ -190,13 +190,11 @@ def size_pool(
     return pages, note
 
 
-def step_bytes(
-    transformer: Transformer, shape: PageShape, state: StateShape | None, max_num_seqs: int, budget: int
-) -> int:
-    """Bytes that the largest step takes on a GPU beside weights and KV, measured: `budget` tokens, shared by as many
-    sequences as may run, each of which samples with all filters. One sequence must be able to have so many."""
+def step_bytes(transformer: Transformer, shape: PageShape, state: StateShape | None, seqs: int, budget: int) -> int:
+    """Bytes that the largest step takes on a GPU beside weights and KV, measured: `budget` tokens, shared by `seqs`
+    sequences, each of which samples with all filters. One sequence must be able to have so many."""
     device = transformer.device
-    count = min(max_num_seqs, budget)
+    count = min(seqs, budget)
     params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, logprobs=20, prompt_logprobs=20)
     batch, pages = [], -(-budget // count // shape.page_tokens) + 1
     for i in range(count):

@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
-from scripts.gpu import ceilings, handoff, kernels, parity, servers, speed
+from scripts.gpu import ceilings, handoff, kernels, parity, parts, servers, speed
 from scripts.gpu.common import Figures, Setting
 from scripts.gpu.parity import ARCHITECTURES
+from tests.support.tiny import DENSE
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,16 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 CORRECTNESS = [
     *(Check(f"kernels {kind}", "correctness", partial(kernels.attention, kind=kind)) for kind in kernels.BATCHES),
+    Check("kernels windows", "correctness", partial(kernels.attention, kind="mixed", window=30)),
+    Check("kernels experts", "correctness", parts.experts),
+    Check("kernels state", "correctness", parts.state),
     Check("kernels between", "correctness", kernels.between),
     Check("kernels products", "correctness", kernels.products),
     *(
         Check(f"parity {arch} {kernels.short(dtype)}", "correctness", partial(parity.parity, arch=arch, dtype=dtype))
         for arch in ARCHITECTURES
         for dtype in (FP32, BF16)
+        if dtype is BF16 or arch in DENSE  # fp32 runs on the torch kernels, which tests know
     ),
     *(Check(f"modes {kernels.short(d)}", "correctness", partial(parity.modes, dtype=d)) for d in (FP32, BF16)),
     Check("sampling", "correctness", parity.sampling),

@@ -51,28 +51,30 @@ def generator(run: Setting, seed: int) -> torch.Generator:
     return torch.Generator(run.device).manual_seed(seed)
 
 
-def attention(run: Setting, kind: str) -> Figures:
+def attention(run: Setting, kind: str, window: int = 0) -> Figures:
     """Paged attention over a page-major pool seen at one layer, so that pages lie far apart; and what it stores."""
     for dtype in dtypes(run):
         for dim in DIMS:
             worst, spoilt, kernels = 0.0, 0, ""
             for group in GROUPS:
-                error, untouched, kernels = _attend(run, BATCHES[kind], dtype, dim, group)
+                error, untouched, kernels = _attend(run, BATCHES[kind], dtype, dim, group, window)
                 worst, spoilt = max(worst, error), spoilt + (not untouched)
             limit = ROUNDED if dtype is torch.bfloat16 and kernels.startswith("torch") else LIMIT[dtype]
-            name = f"{kind} attention, {short(dtype)}, head_dim {dim}, groups {', '.join(map(str, GROUPS))} ({kernels})"
+            what = f"{kind} attention" + f" to the last {window} tokens" * bool(window)
+            name = f"{what}, {short(dtype)}, head_dim {dim}, groups {', '.join(map(str, GROUPS))} ({kernels})"
             yield Figure(name, worst, "relative error", "<=", limit)
             yield Figure(f"{name}: pools with other bytes than the new keys and values changed", spoilt, "", "==", 0)
 
 
 def _attend(
-    run: Setting, sequences: list[tuple[int, int]], dtype: torch.dtype, dim: int, group: int
+    run: Setting, sequences: list[tuple[int, int]], dtype: torch.dtype, dim: int, group: int, window: int
 ) -> tuple[float, bool, str]:
     """The error of attention, whether the pool holds what it should, and which kernels these are."""
     kv_heads = 2
     heads, device, numbers = kv_heads * group, torch.device(run.device), generator(run, group)
     # The CPU's own kernels keep a pool in another order; tests/test_ops.py knows it.
-    ops, kernels = make_ops(device, dtype, heads, dim, (heads * dim,), native=device.type == "cuda")
+    native, windows = device.type == "cuda", {0, window}
+    ops, kernels = make_ops(device, dtype, heads, dim, [heads * dim], windows=windows, native=native)
     counts = [-(-context // PAGE) for _, context in sequences]
     order = list(range(sum(counts) + 2))
     random.Random(group).shuffle(order)
@@ -98,11 +100,12 @@ def _attend(
         keys, values = expected[table][:, layer].transpose(0, 1).reshape(2, -1, kv_heads, dim)[:, :context].double()
         queries = q[rows].double().view(new, kv_heads, group, dim)
         scores = torch.einsum("nhgd,mhd->hgnm", queries, keys) * dim**-0.5
-        later = torch.arange(context, device=device) > at.unsqueeze(1)
-        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+        past = at.unsqueeze(1) - torch.arange(context, device=device)
+        hidden = (past < 0) | (past >= (window or context))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         wanted[rows] = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
         start += new
-    out = ops.attention(ops.plan(batch, kv), layer, q, k, v, dim**-0.5)
+    out = ops.attention(ops.plan(batch, kv), layer, q, k, v, dim**-0.5, window)
     run.sync()
     for (_, context), table in zip(sequences, pages, strict=True):
         if after := context % PAGE:  # what comes after the last token may have been cleared

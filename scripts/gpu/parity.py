@@ -12,12 +12,13 @@ import torch
 
 from miniserve.hub.check import check_folder
 from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.states import StateMemory, StateShape
 from miniserve.llm import LLM
 from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, State
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
@@ -26,7 +27,7 @@ from scripts.gpu.kernels import short
 from tests.support import tiny
 from tests.support.engines import prompts
 
-ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128}
+ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128} | dict.fromkeys(tiny.NEWER, 64)
 """Each with a size of heads that FlashInfer's kernels are compiled for."""
 TOKENS = 48
 SHORT = 12
@@ -159,18 +160,30 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     """Ours of all positions, computed in two chunks over shuffled pages."""
     files = check_folder(folder, dummy=False)
     device, config = torch.device(run.device), ModelConfig.from_hf(files.config)
-    ops, _ = make_ops(device, dtype, config.heads, config.head_dim, (config.hidden_size, config.intermediate_size))
+    windows = {layer.window for layer in config.layers if layer.attends}
+    sizes = config.heads, config.head_dim, config.widths
+    more: dict[str, Any] = {"scale": config.attention_scale, "windows": windows}
+    ops, _ = make_ops(device, dtype, *sizes, **more, native=device.type == "cuda")
     transformer = Transformer(
         config, load_weights(files.weights, config, ops, dtype, device, packing={}), ops, config.max_len
     )
     pages = list(range(-(-len(tokens) // 16) + 1))
     random.Random(0).shuffle(pages)
     memory = KVMemory(PageShape(config.kv_layers, 16, config.kv_heads, config.head_dim, dtype), len(pages), device)
+    state = None
+    if (delta := config.delta) is not None:
+        shape = StateShape(
+            config.state_layers, delta.taps, delta.channels, delta.v_heads, delta.k_dim, delta.v_dim, dtype
+        )
+        slots = StateMemory(shape, 1, memory)
+        state = State(slots.conv, slots.delta)
     found = []
     for start, end in ((0, len(tokens) // 3), (len(tokens) // 3, len(tokens))):
         rows = torch.arange(end - start, device=device)
-        batch = Batch(torch.tensor(tokens[start:end], device=device), rows + start, rows, [end - start], [end], [pages])
-        found.append(transformer.forward(batch, memory.pages))
+        batch = Batch(
+            torch.tensor(tokens[start:end], device=device), rows + start, rows, [end - start], [end], [pages], [0]
+        )
+        found.append(transformer.forward(batch, memory.pages, state))
     return torch.cat(found)
 
 

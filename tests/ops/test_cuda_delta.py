@@ -25,7 +25,9 @@ def kernels() -> Iterator[ModuleType]:
         pytest.skip("scripts/gpu_check.py runs the kernels themselves")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, those of Triton too
-        pytest.importorskip("triton", reason="triton is not installed: it comes with torch for CUDA, or by pip")
+        pytest.importorskip(
+            "triton", "3.7", "triton is not installed (it comes with torch for CUDA), or not new enough"
+        )
         from miniserve.ops import cuda_delta
 
         yield cuda_delta

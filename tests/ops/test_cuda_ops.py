@@ -34,11 +34,11 @@ from tests.support.reference_flashinfer import delta, reference
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 PAGE = 4
-WINDOWS = (0, 3)
+WINDOWS = [0, 3]
 
 
 def ops(heads: int = 4, head_dim: int = 64) -> CudaOps:
-    return CudaOps(CPU, BF16, heads, head_dim, head_dim**-0.5, WINDOWS, reference(), delta)
+    return CudaOps(CPU, BF16, heads, head_dim, head_dim**-0.5, set(WINDOWS), reference(), delta)
 
 
 def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> Batch:
@@ -144,7 +144,7 @@ def test_tables() -> None:
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])
 def test_other_dtypes_and_sizes_have_no_kernels(dtype: torch.dtype, dim: int) -> None:
     with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
-        CudaOps(CPU, dtype, 4, dim, dim**-0.5)
+        CudaOps(CPU, dtype, 4, dim, dim**-0.5, {0})
 
 
 def test_nothing_imports_flashinfer_on_a_cpu() -> None:
@@ -184,8 +184,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
         ) -> tuple[CudaOps, str]:
             return CudaOps(CPU, dtype, heads, dim, scale, windows, reference(), delta), "flashinfer"
 
-        def memory(shape: PageShape, num_pages: int, device: torch.device) -> KVMemory:
-            made = KVMemory(shape, num_pages + 1, device)
+        def memory(shape: PageShape, num_pages: int, device: torch.device, *more: int) -> KVMemory:
+            made = KVMemory(shape, num_pages + 1, device, *more)
             made.num_pages = num_pages  # the last one is the scratch page
             return made
 
@@ -229,6 +229,27 @@ def test_graphs_are_recorded_once_for_a_size(tiny_models, as_on_a_gpu) -> None:
     assert recorder.replays == before + 5
     llm.generate([[1, 2]], params, progress=False)
     assert list(graphs.seconds) == [4, 1]
+
+
+def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(
+        CudaOps, "records_mixtures", property(lambda ops: False, lambda ops, value: None), raising=False
+    )
+    for arch in ("mixtral", "llama"):
+        llm, recorder = as_on_a_gpu(models[arch])
+        greedy(llm, prompts(2), 4)
+        assert (recorder.replays == 0) == (arch == "mixtral")
+
+
+def test_padding_takes_the_scratch_slot(models, as_on_a_gpu) -> None:
+    """No sequence has it, and a slot without a sequence stays as it is."""
+    llm, _ = as_on_a_gpu(models["qwen3_next"], max_num_seqs=6)
+    state = llm.engine.runner.state
+    greedy(llm, prompts(5, seed=2), 8)
+    used = state.delta.flatten(1).any(1).tolist()
+    assert len(used) == 7
+    assert used[6]
+    assert sum(used[:6]) == 5
 
 
 def test_padding_writes_to_the_scratch_page_alone(tiny_models, as_on_a_gpu) -> None:

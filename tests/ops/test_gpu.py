@@ -15,7 +15,16 @@ from scripts.gpu.checks import CORRECTNESS, Check
 from scripts.gpu.common import Setting
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
-HERE = ("kernels mixed", "kernels between", "parity qwen3 fp32", "sampling", "ipc")
+HERE = (
+    "kernels mixed",
+    "kernels windows",
+    "kernels experts",
+    "kernels state",
+    "kernels between",
+    "parity qwen3 fp32",
+    "sampling",
+    "ipc",
+)
 """Quick ones, each of another file or kind."""
 
 
