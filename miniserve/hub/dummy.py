@@ -23,7 +23,7 @@ TEMPLATE = (
 
 def make_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
     """A folder under `root` made from the preset's `config` and `generation_config`, or the one made before."""
-    config, generation = text_model(preset["config"]), preset.get("generation_config", {})
+    config, generation = text_model(preset["config"]), preset["generation_config"]
     named = {"bos_token": config.get("bos_token_id"), "eos_token": generation["eos_token_id"]}
     firsts = {name: ids[0] if isinstance(ids, list) else ids for name, ids in named.items() if ids is not None}
     files = {

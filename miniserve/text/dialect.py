@@ -120,7 +120,7 @@ def _find_format(tokenizer: Tokenizer, knows_tools: bool) -> str:
         return "smollm2"
     if tokenizer.control_id("<|start_header_id|>") is not None:
         return "llama3_json"
-    return "mistral" if tokenizer.model_type == "mistral" else "hermes"
+    return "mistral" if tokenizer.model_type in ("mistral", "mixtral") else "hermes"
 
 
 def _find_reasoning(tokenizer: Tokenizer) -> ReasoningMarks | None:

@@ -62,10 +62,12 @@ SPECIAL_MARKS = {
     "llama3_json": ["<|python_tag|>"],
     "mistral": ["[TOOL_CALLS]"],
     "mistral_args": ["[TOOL_CALLS]", "[ARGS]"],
+    "gemma3": ["<start_of_turn>", "<end_of_turn>"],
 }
 PLAIN_MARKS = {
     "hermes": ["<tool_call>", "</tool_call>", "<think>", "</think>"],
     "qwen3_coder": ["<tool_call>", "</tool_call>"],
+    "qwen3_5": ["<tool_call>", "</tool_call>", "<think>", "</think>"],
 }
 """Tokens of their own that are no special ones, as with Qwen."""
 
