@@ -60,8 +60,8 @@ class Timed:
         self._made += 1
         return self._timed(f"matrix: {name}", self._inner.linear(weight, bias))
 
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None) -> Any:
-        return self._timed("matrix: gate and up", self._inner.gated(weight, bias))
+    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Any:
+        return self._timed("matrix: gate and up", self._inner.gated(weight, bias, activation))
 
     def head(self, weight: Weight) -> Any:
         return self._timed("matrix: head", self._inner.head(weight))

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from miniserve.config import ConfigError
 from miniserve.families import FAMILIES, Family
+from miniserve.model import rope
+from miniserve.model.values import flag, number, whole
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions: `theta` and, for Llama 3.1 and later, how low frequencies are stretched."""
-
-    theta: float
-    kind: str = "default"
-    """`default`, `linear` or `llama3`."""
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_len: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ class ModelConfig:
     head_dim: int
     rotary_dim: int
     norm_eps: float
-    ropes: tuple[RopeConfig, ...]
+    ropes: tuple[rope.RopeConfig, ...]
     attention_scale: float
     max_len: int
     tie_embeddings: bool
@@ -141,34 +128,34 @@ class ModelConfig:
         if "num_local_experts" in given:  # one name or the other
             given.setdefault("num_experts", given["num_local_experts"])
         config = family.defaults | given
-        heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
-        head_dim = _whole(config, "head_dim", hidden // heads)
-        attention_bias = _flag(config, "attention_bias") and not family.bias
+        heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
+        head_dim = whole(config, "head_dim", hidden // heads)
+        attention_bias = flag(config, "attention_bias") and not family.bias
         activation = str(config.get("hidden_activation") or config.get("hidden_act", "silu"))
         if activation not in ACTIVATIONS:
             raise ConfigError(
                 f"The model uses the activation {activation!r}; miniserve knows {', '.join(ACTIVATIONS)}."
             )
-        layers, found = _layers(config, family), _rope_parameters(config)
+        layers, found = _layers(config, family), rope.parameters(config)
         needed = any(not layer.experts for layer in layers)
         model = cls(
             family=family,
-            vocab_size=_whole(config, "vocab_size"),
+            vocab_size=whole(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_whole(config, "intermediate_size", None if needed else 1),
+            intermediate_size=whole(config, "intermediate_size", None if needed else 1),
             layers=layers,
             heads=heads,
-            kv_heads=heads if null_heads else _whole(config, "num_key_value_heads", heads),
+            kv_heads=heads if null_heads else whole(config, "num_key_value_heads", heads),
             head_dim=head_dim,
-            rotary_dim=int(head_dim * _partial(config, found)) if PARTIAL in family.defaults else head_dim,
-            norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            ropes=_ropes(config, found),
-            attention_scale=_number(config if SCALAR in family.defaults else {}, SCALAR, head_dim) ** -0.5,
-            max_len=_whole(config, "max_position_embeddings"),
-            tie_embeddings=_flag(config, "tie_word_embeddings"),
+            rotary_dim=int(head_dim * rope.rotating(config, found)) if rope.PARTIAL in family.defaults else head_dim,
+            norm_eps=number(config, "rms_norm_eps", 1e-6),
+            ropes=rope.read(config, found),
+            attention_scale=number(config if SCALAR in family.defaults else {}, SCALAR, head_dim) ** -0.5,
+            max_len=whole(config, "max_position_embeddings"),
+            tie_embeddings=flag(config, "tie_word_embeddings"),
             qkv_bias=attention_bias or family.bias == "always",
             output_bias=attention_bias,
-            mlp_bias=_flag(config, "mlp_bias") and arch == "LlamaForCausalLM",
+            mlp_bias=flag(config, "mlp_bias") and arch == "LlamaForCausalLM",
             activation=ACTIVATIONS[activation],
             delta=None if all(layer.attends for layer in layers) else _delta(config),
             experts=_experts(config, family) if any(layer.experts for layer in layers) else None,
@@ -178,7 +165,7 @@ class ModelConfig:
             shape = f"{heads} heads of {model.head_dim} numbers, {model.kv_heads} of K and V"
             raise ConfigError(f"config.json has {shape}: the second must be even, the third must divide the first.")
         if model.rotary_dim % 2 or not 0 < model.rotary_dim <= head_dim:
-            part = f"{PARTIAL} {_partial(config, found)} of heads of {head_dim} numbers"
+            part = f"{rope.PARTIAL} {rope.rotating(config, found)} of heads of {head_dim} numbers"
             raise ConfigError(f"config.json has {part}: so many must be even, and no more than all.")
         if family.scaled and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
             raise ConfigError("config.json caps logits (softcapping), which miniserve does not.")
@@ -187,46 +174,25 @@ class ModelConfig:
         return model
 
 
-def _number(config: dict[str, Any], name: str, default: float | None = None, kind: type = float) -> Any:
-    """A number above zero, of the type `kind`. Raises `ConfigError`."""
-    value = default if config.get(name) is None else config[name]
-    if value is None:
-        raise ConfigError(f"The model's config.json has no {name!r}.")
-    if type(value) not in (int, kind) or not 0 < value < math.inf:
-        number = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"The model's config.json has {name!r}: {value!r:.60}, which must be {number} above zero.")
-    return value
-
-
-_whole = partial(_number, kind=int)
-
-
-def _flag(config: dict[str, Any], name: str) -> bool:
-    value = config.get(name)
-    if not isinstance(value, bool | None):
-        raise ConfigError(f"The model's config.json has {name!r}: {value!r:.60}, which must be true or false.")
-    return bool(value)
-
-
-WINDOW, PARTIAL, SCALAR = "sliding_window", "partial_rotary_factor", "query_pre_attn_scalar"
+WINDOW, SCALAR = "sliding_window", "query_pre_attn_scalar"
 INNER = "moe_intermediate_size"
-KINDS = ("full_attention", "sliding_attention", "linear_attention")
+KINDS = (*rope.ATTENTIONS, "linear_attention")
 
 
 def _layers(config: dict[str, Any], family: Family) -> tuple[LayerConfig, ...]:
     """Of each layer whether it attends, how far it looks, and whether it has experts."""
-    count, kinds = _whole(config, "num_hidden_layers"), config.get("layer_types")
-    window = _whole(config, WINDOW) if family.windows and config.get(WINDOW) is not None else 0
-    step, dense = _whole(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    count, kinds = whole(config, "num_hidden_layers"), config.get("layer_types")
+    window = whole(config, WINDOW) if family.windows and config.get(WINDOW) is not None else 0
+    step, dense = whole(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     every = next((name for name in ("sliding_window_pattern", "full_attention_interval") if config.get(name)), None)
     if family.windows == "all":
         kinds = [KINDS[1]] * count
     elif family.windows == "typed" and "max_window_layers" in family.defaults:  # Qwen's has a switch
-        window = window if _flag(config, "use_sliding_window") else 0
-        first = _whole(config, "max_window_layers") if config["max_window_layers"] != 0 else 0
+        window = window if flag(config, "use_sliding_window") else 0
+        first = whole(config, "max_window_layers") if config["max_window_layers"] != 0 else 0
         kinds = kinds or [KINDS[i >= first] for i in range(count)]
     elif kinds is None and every:
-        full, other = _whole(config, every), KINDS[1 if family.windows else 2]
+        full, other = whole(config, every), KINDS[1 if family.windows else 2]
         kinds = [KINDS[0] if (i + 1) % full == 0 else other for i in range(count)]
     kinds = [KINDS[0]] * count if kinds is None else kinds
     for name, listed in (("layer_types", kinds), ("mlp_only_layers", dense)):
@@ -252,11 +218,11 @@ def _experts(config: dict[str, Any], family: Family) -> ExpertsConfig:
     """Mixtral's experts are as large as an MLP."""
     shared = "shared_expert_intermediate_size"
     sizes = ExpertsConfig(
-        count=_whole(config, "num_experts"),
-        chosen=_whole(config, "num_experts_per_tok"),
-        inner=_whole(config, INNER if INNER in family.defaults else "intermediate_size"),
-        shared_inner=_whole(config, shared) if shared in family.defaults and config[shared] else 0,
-        renormed=_flag(config, "norm_topk_prob"),
+        count=whole(config, "num_experts"),
+        chosen=whole(config, "num_experts_per_tok"),
+        inner=whole(config, INNER if INNER in family.defaults else "intermediate_size"),
+        shared_inner=whole(config, shared) if shared in family.defaults and config[shared] else 0,
+        renormed=flag(config, "norm_topk_prob"),
     )
     if sizes.chosen > sizes.count:
         raise ConfigError(f"config.json has {sizes.chosen} experts for each token, of {sizes.count}.")
@@ -265,51 +231,7 @@ def _experts(config: dict[str, Any], family: Family) -> ExpertsConfig:
 
 def _delta(config: dict[str, Any]) -> DeltaConfig:
     names = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
-    sizes = DeltaConfig(*(_whole(config, f"linear_{name}") for name in names))
+    sizes = DeltaConfig(*(whole(config, f"linear_{name}") for name in names))
     if sizes.v_heads % sizes.k_heads:
         raise ConfigError(f"config.json has {sizes.v_heads} heads of values for {sizes.k_heads} of keys.")
     return sizes
-
-
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"The model's rope parameters {found!r:.100} are not supported: one set for all layers is.")
-    return found
-
-
-def _partial(config: dict[str, Any], found: dict[str, Any]) -> float:
-    """The part of a head that rotates."""
-    return float(_number(found, PARTIAL, _number(config, PARTIAL, 1.0)))
-
-
-def _ropes(config: dict[str, Any], found: dict[str, Any]) -> tuple[RopeConfig, ...]:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before): one for all layers, or a
-    second one for those with windows."""
-    if config.get("rope_local_base_freq") is None:
-        return (_rope(config, found),)
-    local = config | {"rope_theta": _number(config, "rope_local_base_freq")}
-    if KINDS[0] in found:
-        return _rope(config, found[KINDS[0]]), _rope(local, found.get(KINDS[1]) or {})
-    return _rope(config, found), _rope(local, {})
-
-
-def _rope(config: dict[str, Any], found: dict[str, Any]) -> RopeConfig:
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise ConfigError(f"The model's rope parameters {found!r:.100} are not supported: one set for all layers is.")
-    theta = _number(found, "rope_theta", _number(config, "rope_theta", 10000.0))
-    kind = str(found.get("rope_type") or found.get("type") or "default")
-    if kind in ("default", "dynamic"):  # the latter differs only past the length that the model was made for
-        return RopeConfig(theta)
-    if kind not in ("linear", "llama3"):
-        known = "miniserve knows default, dynamic, linear, llama3. If it was added for longer contexts, take it out"
-        raise ConfigError(f"The model's rope scaling {kind!r} is not supported; {known} of config.json.")
-    if (part := _partial(config, found)) != 1:
-        raise ConfigError(f"The model's partial_rotary_factor {part!r} is not supported beside rope scaling {kind!r}.")
-    factor = _number(found, "factor")
-    if kind == "linear":
-        return RopeConfig(theta, kind, factor)
-    low, high = (_number(found, name) for name in ("low_freq_factor", "high_freq_factor"))
-    of_old = config if config.get("original_max_position_embeddings") else found
-    original = _whole(of_old, "original_max_position_embeddings", _whole(config, "max_position_embeddings"))
-    return RopeConfig(theta, kind, factor, low, high, original)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from miniserve.model import rope
-from miniserve.model.config import RopeConfig
+from miniserve.model.rope import RopeConfig
 from miniserve.ops import make_ops
 from miniserve.ops.batch import Batch
 from scripts.gpu.common import Figure, Figures, Setting

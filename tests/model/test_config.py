@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from miniserve.config import ConfigError
-from miniserve.model.config import ModelConfig, RopeConfig
-from miniserve.model.rope import inverse_frequencies
+from miniserve.model.config import ModelConfig
+from miniserve.model.rope import RopeConfig, inverse_frequencies
 from tests.support import tiny
 
 LLAMA: dict[str, Any] = {

@@ -12,7 +12,8 @@ from miniserve.config import ConfigError
 from miniserve.families import FAMILIES, text_model
 from miniserve.hub.check import TEXT_MODELS
 from miniserve.hub.resolve import presets, resolve
-from miniserve.model.config import LayerConfig, ModelConfig, RopeConfig
+from miniserve.model.config import LayerConfig, ModelConfig
+from miniserve.model.rope import RopeConfig
 
 MIXTURES = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-coder-30b-a3b", "qwen3-next-80b-a3b", "qwen3.5-35b-a3b")
 NEWER = (*MIXTURES, "qwen3.5-0.8b", "gemma-3-1b", "gemma-3-4b")

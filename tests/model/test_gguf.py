@@ -19,9 +19,9 @@ from miniserve.config import ConfigError
 from miniserve.hub.check import ModelError, check_folder
 from miniserve.hub.resolve import resolve
 from miniserve.model.checkpoints import Costs
-from miniserve.model.config import ModelConfig, RopeConfig
+from miniserve.model.config import ModelConfig
 from miniserve.model.gguf import GgufTensors
-from miniserve.model.rope import inverse_frequencies
+from miniserve.model.rope import RopeConfig, inverse_frequencies
 from miniserve.ops.quantized import Quantized, dense
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import tiny
