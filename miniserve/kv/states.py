@@ -6,19 +6,15 @@ import torch
 
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import copy_pages
+from miniserve.ops.decoder import DeltaSizes
 
 
 @dataclass(frozen=True)
-class StateShape:
+class StateShape(DeltaSizes):
     """What is kept of a sequence in `layers` layers: the last `taps - 1` inputs of `channels` numbers of a convolution
     in `dtype`, and in float32 what `v_heads` heads have learned, `[k_dim, v_dim]` each."""
 
     layers: int
-    taps: int
-    channels: int
-    v_heads: int
-    k_dim: int
-    v_dim: int
     dtype: torch.dtype
 
     @property

@@ -11,25 +11,10 @@ from miniserve.config import ConfigError
 from miniserve.families import FAMILIES, Family
 from miniserve.model import rope
 from miniserve.model.values import flag, number, whole
+from miniserve.ops.decoder import DeltaSizes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-@dataclass(frozen=True)
-class DeltaConfig:
-    """The sizes of a gated delta net (`ops.decoder.DeltaNet`); `taps` are those of its convolution."""
-
-    k_heads: int
-    v_heads: int
-    k_dim: int
-    v_dim: int
-    taps: int
-
-    @property
-    def channels(self) -> int:
-        """Numbers of q, k and v of a token."""
-        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,7 @@ class ModelConfig:
     output_bias: bool
     mlp_bias: bool
     activation: str
-    delta: DeltaConfig | None
+    delta: DeltaSizes | None
     experts: ExpertsConfig | None
     dtype: torch.dtype
 
@@ -229,9 +214,9 @@ def _experts(config: dict[str, Any], family: Family) -> ExpertsConfig:
     return sizes
 
 
-def _delta(config: dict[str, Any]) -> DeltaConfig:
+def _delta(config: dict[str, Any]) -> DeltaSizes:
     names = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
-    sizes = DeltaConfig(*(whole(config, f"linear_{name}") for name in names))
+    sizes = DeltaSizes(*(whole(config, f"linear_{name}") for name in names))
     if sizes.v_heads % sizes.k_heads:
         raise ConfigError(f"config.json has {sizes.v_heads} heads of values for {sizes.k_heads} of keys.")
     return sizes

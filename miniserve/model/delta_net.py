@@ -33,11 +33,8 @@ def load(loader: Loader, at: str, config: ModelConfig, index: int) -> DeltaNet:
         ba = loader.linear({f"{at}in_proj_b": sizes.v_heads, f"{at}in_proj_a": sizes.v_heads}, hidden)
     conv = loader.get(f"{at}conv1d.weight", sizes.channels, 1, sizes.taps)
     return DeltaNet(
+        **vars(sizes),
         index=index,
-        k_heads=sizes.k_heads,
-        v_heads=sizes.v_heads,
-        k_dim=sizes.k_dim,
-        v_dim=sizes.v_dim,
         qkvz=qkvz,
         ba=ba,
         conv=conv.squeeze(1).t().contiguous(),

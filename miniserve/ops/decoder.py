@@ -38,9 +38,25 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class DeltaNet:
-    """A gated delta net of `k_heads` queries and keys of `k_dim` numbers, and `v_heads` values of `v_dim`; as many
-    values in turn share a key. `index` is its place among the layers with a state.
+class DeltaSizes:
+    """Of a gated delta net: `k_heads` queries and keys of `k_dim` numbers, `v_heads` values of `v_dim`, as many of
+    which in turn share a key; `taps` of the convolution."""
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """Numbers of q, k and v of a token."""
+        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+
+
+@dataclass(frozen=True)
+class DeltaNet(DeltaSizes):
+    """A gated delta net. `index` is its place among the layers with a state.
 
     `qkvz` makes queries, keys, values and the gates of the output; `ba` makes, for each head of values, how much is
     learned and how much forgotten. `conv` is `[taps, channels]`, the newest tap last, over q, k and v. `rate`
@@ -48,10 +64,6 @@ class DeltaNet:
     """
 
     index: int
-    k_heads: int
-    v_heads: int
-    k_dim: int
-    v_dim: int
     qkvz: Linear
     ba: Linear
     conv: torch.Tensor
@@ -59,11 +71,6 @@ class DeltaNet:
     bias: torch.Tensor
     norm: torch.Tensor
     out: Linear
-
-    @property
-    def channels(self) -> int:
-        """Numbers of q, k and v of a token."""
-        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,7 @@ class Choices:
         device = sizing.choose_device(config.device)
         dtype = sizing.choose_dtype(config.dtype, model, device)
         shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
-        state = None
-        if (delta := model.delta) is not None:
-            sizes = delta.taps, delta.channels, delta.v_heads, delta.k_dim, delta.v_dim
-            state = StateShape(model.state_layers, *sizes, dtype)
+        state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None
         default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
         budget, swap_pages = config.max_num_batched_tokens or default_budget, sizing.swap_pages(config, shape)
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)

@@ -172,9 +172,7 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     memory = KVMemory(PageShape(config.kv_layers, 16, config.kv_heads, config.head_dim, dtype), len(pages), device)
     state = None
     if (delta := config.delta) is not None:
-        shape = StateShape(
-            config.state_layers, delta.taps, delta.channels, delta.v_heads, delta.k_dim, delta.v_dim, dtype
-        )
+        shape = StateShape(**vars(delta), layers=config.state_layers, dtype=dtype)
         slots = StateMemory(shape, 1, memory)
         state = State(slots.conv, slots.delta)
     found = []

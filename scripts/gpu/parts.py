@@ -58,9 +58,8 @@ def state(run: Setting) -> Figures:
             return torch.randn(shape, generator=by, device=device)
 
         conv, rate, bias = normal(taps, channels).to(dtype), -normal(v_heads).exp(), normal(v_heads)
-        part = DeltaNet(
-            1, k_heads, v_heads, k_dim, v_dim, nothing, nothing, conv, rate, bias, normal(v_dim).to(dtype), nothing
-        )
+        norm = normal(v_dim).to(dtype)
+        part = DeltaNet(k_heads, v_heads, k_dim, v_dim, taps, 1, nothing, nothing, conv, rate, bias, norm, nothing)
         for lengths in LENGTHS:
             slots, rows = torch.randperm(len(lengths) + 1).tolist()[1:], sum(lengths)
             before = State(

@@ -47,6 +47,7 @@ def test_kernels_equal_the_reference(kernels, lengths: list[int], sizes: tuple[i
         v_heads=v_heads,
         k_dim=k_dim,
         v_dim=v_dim,
+        taps=taps,
         qkvz=PLAIN,
         ba=PLAIN,
         conv=torch.randn(taps, channels).to(dtype),
