@@ -215,9 +215,10 @@ def test_sampling_is_reproducible_in_any_batch(tiny_models, overlap):
     assert [g.outputs[0].token_ids for g in llm.generate(items, other, progress=False)] != alone
 
 
-def test_bf16_text_is_the_same_in_any_batch(tmp_path):
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"])
+def test_bf16_text_is_the_same_in_any_batch(tmp_path, arch):
     """Native kernels compute each row alike whatever shares its batch, so even rounding does not tell."""
-    folder = tiny.make_model(tmp_path / "m", "llama", hidden=576, heads=9, kv_heads=3, dtype=torch.bfloat16, seed=6)
+    folder = tiny.make_model(tmp_path / "m", arch, hidden=576, heads=9, kv_heads=3, dtype=torch.bfloat16, seed=6)
     llm = small(folder, dtype="bfloat16")
     if llm._built.kernels != "native":
         pytest.skip(f"kernels: {llm._built.kernels}")
