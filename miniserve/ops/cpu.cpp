@@ -15,10 +15,10 @@
 namespace {
 
 // x is [rows, group, size] with rows `x_stride` apart: one vector of `size` for a hidden state, `group` heads for q and
-// k. out is the same with rows `out_stride` apart, and may be x. A residual, which is not null, lies as out does.
+// k. out is the same with rows `out_stride` apart, and may be x.
 template <typename T>
 void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t size, const T* weight, float eps,
-              T* out, int64_t out_stride, const T* residual = nullptr) {
+              T* out, int64_t out_stride) {
 #pragma omp for
     for (int64_t row = 0; row < rows * group; row++) {
         const T* from = x + row / group * x_stride + row % group * size;
@@ -29,17 +29,17 @@ void rms_norm(const T* x, int64_t x_stride, int64_t rows, int64_t group, int64_t
             squares += v * v;
         }
         const float scale = 1.0f / std::sqrt(sum_lanes(squares) / size + eps);
-        for (int64_t i = 0; i < size; i += LANES) {
-            const Floats normed = load(from + i) * scale * load(weight + i);
-            if (residual) {
-                T rounded[LANES];
-                store(rounded, normed);
-                store(to + i, load(residual + (to - out) + i) + load(rounded));
-            } else {
-                store(to + i, normed);
-            }
-        }
+        for (int64_t i = 0; i < size; i += LANES)
+            store(to + i, load(from + i) * scale * load(weight + i));
     }
+}
+
+// out += x, both [rows, size].
+template <typename T>
+void add(const T* x, int64_t rows, int64_t size, T* out) {
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * size; i < (row + 1) * size; i += LANES) store(out + i, load(out + i) + load(x + i));
 }
 
 // In place: x is [rows, heads, dim] with rows `x_stride` apart, cos and sin are [positions, size], where row r is at
@@ -174,11 +174,13 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                 rows = outputs;
             }
             // What is normed before it is added is made in h.
-            const auto add = [&](const T* norm) {
-                if (norm) rms_norm(h, hidden, rows, 1, hidden, norm, model.eps, x, hidden, x);
+            const auto add_normed = [&](const T* norm) {
+                if (!norm) return;
+                rms_norm(h, hidden, rows, 1, hidden, norm, model.eps, h, hidden);
+                add(h, rows, hidden, x);
             };
             product<T, T>(found, rows, layer.out(), layer.mixer_norm ? nullptr : x, layer.mixer_norm ? h : x, scratch);
-            add(layer.mixer_norm);
+            add_normed(layer.mixer_norm);
             rms_norm(x, hidden, rows, 1, hidden, layer.post_norm, model.eps, h, hidden);
             T *residual = layer.mlp_norm ? nullptr : x, *out = layer.mlp_norm ? h : x;
             if (layer.mlp) {
@@ -188,7 +190,7 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                 route(*layer.experts, h, rows, mixing, scratch);
                 mixture(*layer.experts, h, rows, mixing, residual, out, scratch);
             }
-            add(layer.mlp_norm);
+            add_normed(layer.mlp_norm);
         }
         rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, h, hidden);
         product<T, float>(h, rows, model.head, nullptr, logits, scratch);

@@ -158,11 +158,13 @@ struct Product {
     // Few rows of bf16: codes are multiplied exactly, group by group, and scaled after that. A decode step then reads 4 or
     // 8 bits and does little else. While a group is unpacked, the one before it is multiplied and the one before that is
     // scaled: none waits for what was only just stored.
-    void block_of_codes(int64_t first, const Codes& at) const {
-        const int groups = at.groups, step = at.step, group_words = weight.group_words();
+    void block_of_codes(int64_t first, const Codes at) const {
+        // Copies, which no store to memory can change.
+        const Matrix<T> weight = this->weight;
+        const int rows = this->rows, groups = at.groups, step = at.step, group_words = weight.group_words();
         const auto multiply = [&](int g) {
             for (int r = 0; r < rows; r += TALL)
-                multiply_block<T>(std::min<int>(TALL, rows - r), at.a + r * at.words + g * step, at.words,
+                multiply_block<T>(std::min(TALL, rows - r), at.a + r * at.words + g * step, at.words,
                                   at.panels + g % 2 * step * KEYS, step, at.parts + (g % 2 * FEW + r) * KEYS, false,
                                   [](int) {});
         };
@@ -188,7 +190,7 @@ struct Product {
             if (g > 0 && g <= groups) multiply(g - 1);
             if (g > 1) scale(group - 2 * group_words, g - 2);
         }
-        for (int r = 0; r < rows; r += TALL) finish(at.sums + r * KEYS, r, std::min<int>(TALL, rows - r), first);
+        for (int r = 0; r < rows; r += TALL) finish(at.sums + r * KEYS, r, std::min(TALL, rows - r), first);
     }
 
     // Many rows: some groups are unpacked to numbers and multiplied with all rows of a slice.

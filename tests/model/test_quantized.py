@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,9 @@ def test_rows_of_several_weights_are_one(seed: int, with_minimums: list[bool]) -
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
+MATRICES = re.compile(r"(_proj|\.w\d|\.in_proj_[a-z]+)\.weight$")
+
+
 def dequantized(folder: Path, to: Path, bits: int) -> Path:
     """The model whose plain weights are those that --quantization makes, with a head of its own."""
     to.mkdir()
@@ -94,7 +98,7 @@ def dequantized(folder: Path, to: Path, bits: int) -> Path:
     tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     made = {
-        name: Quantized.of(tensor, bits).dequantized(torch.float32) if name.endswith("_proj.weight") else tensor
+        name: Quantized.of(tensor, bits).dequantized(torch.float32) if MATRICES.search(name) else tensor
         for name, tensor in tensors.items()
     }
     made["lm_head.weight"] = Quantized.of(head, 8).dequantized(torch.float32)
@@ -104,14 +108,14 @@ def dequantized(folder: Path, to: Path, bits: int) -> Path:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("arch", tiny.KINDS)
 def test_greedy_text_is_that_of_the_dequantized_weights(
-    tiny_models: dict[str, Path], tmp_path: Path, arch: str, bits: int
+    tiny_models: dict[str, Path], newer_models: dict[str, Path], tmp_path: Path, arch: str, bits: int
 ) -> None:
-    prompts = tiny.prompts(3)
-    truth = tiny.reference(dequantized(tiny_models[arch], tmp_path / "plain", bits), prompts, 24)
+    prompts, folder = tiny.prompts(3), (tiny_models | newer_models)[arch]
+    truth = tiny.reference(dequantized(folder, tmp_path / "plain", bits), prompts, 24)
     for kernels in KERNELS:
-        llm = small(tiny_models[arch], quantization=f"int{bits}", dtype="float32", cpu_kernels=kernels)
+        llm = small(folder, quantization=f"int{bits}", dtype="float32", cpu_kernels=kernels)
         assert greedy(llm, prompts, 24) == truth
 
 

@@ -67,8 +67,8 @@ def put(kv: torch.Tensor, layer: int, tables: list, lengths: list, contexts: lis
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int, int]:
-    """(new tokens, tokens with these) of each sequence; heads, kv heads, head size, page size, seed."""
+def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int, int, int]:
+    """(new tokens, tokens with these) of each sequence; heads, kv heads, head size, page size, window, seed."""
     pairs = draw(st.lists(st.tuples(st.integers(1, 140), st.integers(0, 200)), min_size=1, max_size=5))
     decodes = draw(st.lists(st.integers(1, 300), max_size=3))
     sequences = [(new, new + before) for new, before in pairs] + [(1, context) for context in decodes]
@@ -79,6 +79,7 @@ def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int,
         kv_heads,
         draw(st.sampled_from([32, 64, 96, 128])),
         draw(st.sampled_from([16, 32, 48])),
+        draw(st.sampled_from([0, 0, 1, 17, 64, 100])),
         draw(st.integers(0, 2**31)),
     )
 
@@ -87,7 +88,7 @@ def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int,
 @settings(max_examples=40)
 @given(case=batches())
 def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
-    sequences, heads, kv_heads, dim, size, seed = case
+    sequences, heads, kv_heads, dim, size, window, seed = case
     if kind == "torch":
         size //= 16  # any will do there
     torch.manual_seed(seed)
@@ -107,7 +108,7 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
         rows = torch.zeros(total, dtype=torch.int64)
         batch = Batch(rows, rows, rows[:1], lengths, contexts, tables)
-        return q, k, v, kernels.attention(kernels.plan(batch, kv), layer, q, k, v, dim**-0.5)
+        return q, k, v, kernels.attention(kernels.plan(batch, kv), layer, q, k, v, dim**-0.5, window)
 
     old = [(context - new, table) for (new, context), table in zip(sequences, pages, strict=True) if context > new]
     wanted = in_order(kernels, kv).clone()
@@ -124,8 +125,8 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
         keys, values = wanted[table][:, layer].transpose(0, 1).reshape(2, -1, kv_heads, dim)[:, :context].double()
         queries = q[start : start + new].double().view(new, kv_heads, -1, dim)
         scores = torch.einsum("nhgd,mhd->hgnm", queries, keys) * dim**-0.5
-        later = torch.arange(context) > torch.arange(context - new, context).unsqueeze(1)
-        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+        back = torch.arange(context - new, context).unsqueeze(1) - torch.arange(context)
+        weights = scores.masked_fill((back < 0) | (back >= (window or context)), -torch.inf).softmax(-1)
         right = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
         # The rounding of a score, a sum of `dim` products, is a relative error of its weight: in fp32 the median case
         # is off by 8e-7, one in 600 by 2e-6. The torch kernels also round scores and weights to bf16.
@@ -160,14 +161,24 @@ def test_what_lies_between_the_matrix_products(kind: str, dtype: torch.dtype, ro
     )
     gate, up = (x.double() @ weight.double().T + bias.double()).to(dtype).double().chunk(2, -1)
     assert_close(kernels.gated(weight, bias)(x), torch.nn.functional.silu(gate) * up)
+    wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    assert_close(kernels.gated(weight, bias, "gelu_tanh")(x), wanted)
 
-    angles = torch.rand(rows + 9, 32) * 6
+
+@every_kind
+@pytest.mark.parametrize("size", [64, 32, 20, 2])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_rotary_positions(kind: str, dtype: torch.dtype, size: int, rows: int) -> None:
+    """Of the first numbers of each head, how few they may be."""
+    torch.manual_seed(rows)
+    kernels, qkv = ops(kind, dtype), torch.randn(rows, 7, 64).to(dtype)
+    angles = torch.rand(rows + 9, size // 2) * 6
     positions = torch.randint(rows + 9, (rows,))
     c, s = (x.to(dtype).double()[positions, None] for x in (angles.cos(), angles.sin()))
 
     def turned(x: torch.Tensor) -> torch.Tensor:
-        low, high = x.double().chunk(2, -1)
-        return torch.cat((low * c - high * s, high * c + low * s), -1)
+        low, high, rest = x.double().split((size // 2, size // 2, 64 - size), -1)
+        return torch.cat((low * c - high * s, high * c + low * s, rest), -1)
 
     q, k = qkv[:, :5], qkv[:, 5:]
     wanted = turned(q), turned(k)
@@ -286,3 +297,6 @@ def test_sizes_that_do_not_fill_vectors_are_left_to_torch() -> None:
     assert not isinstance(make_ops(CPU, torch.float32, 4, 40, (64,))[0], CpuOps)
     assert not isinstance(make_ops(CPU, torch.float16, 4, 64, (64,))[0], CpuOps)
     assert not isinstance(make_ops(CPU, torch.float32, 4, 64, (64,), 12)[0], CpuOps)
+    made, said = make_ops(CPU, torch.float32, 4, 64, (64,), 16, (32, 36))
+    assert not isinstance(made, CpuOps)
+    assert "g++" in said or "recurrent state of 32 and 36 numbers do not fill vectors" in said
