@@ -49,15 +49,15 @@ def create_app(
         middleware.append(Middleware(ApiKey, config.api_key))
     middleware.append(Middleware(BodyLimit, config.max_body_bytes))
     # Starlette has one of these outside of all others, where answers get neither an id nor what browsers want.
-    middleware.append(Middleware(ServerErrorMiddleware, handler=errors.answer_unexpected))
+    middleware.append(Middleware(ServerErrorMiddleware, handler=errors.answer))
     app = App(
         title="miniserve",
         version=__version__,
         middleware=middleware,
+        exception_handlers=dict.fromkeys(errors.FORESEEN, errors.answer),
         responses=problems("ErrorBody"),
         redirect_slashes=False,
     )
-    errors.install(app)
     app.endpoint("POST", "/v1/chat/completions", service.chat_completions, "ChatCompletion", stream="ChunkEvent")
     app.endpoint("POST", "/v1/completions", service.completions, "Completion", stream="ChunkEvent")
     _add_responses(app, ResponsesRoutes(service))

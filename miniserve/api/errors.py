@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import HTTPException, RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as RoutingError
@@ -138,21 +138,20 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         raise about_chat from error
 
 
-def install(app: FastAPI) -> None:
-    """Make `app` answer every exception with an `ApiError`."""
+async def answer(request: Request, error: Exception) -> Response:
+    """The answer for any exception, in a running app."""
+    answered = as_api_error(error)
+    if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
+        methods = await _methods(request) if error.status_code == 405 else []
+        problem = "The wrong method:" if methods else "There is nothing at"
+        message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
+        allow = {"Allow": ", ".join(methods)} if methods else None
+        answered = ApiError(405 if methods else 404, message, headers=allow)
+    return answered.response(request.scope)
 
-    async def answer(request: Request, error: Exception) -> Response:
-        answered = as_api_error(error)
-        if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
-            methods = await _methods(request) if error.status_code == 405 else []
-            problem = "The wrong method:" if methods else "There is nothing at"
-            message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
-            allow = {"Allow": ", ".join(methods)} if methods else None
-            answered = ApiError(405 if methods else 404, message, headers=allow)
-        return answered.response(request.scope)
 
-    for kind in (ParameterError, RequestValidationError, QueueFull, TooManyListeners, EngineError, RoutingError):
-        app.add_exception_handler(kind, answer)
+FORESEEN = ParameterError, RequestValidationError, QueueFull, TooManyListeners, EngineError, RoutingError
+"""What routes raise. All else goes on to uvicorn behind its answer, which logs the traceback."""
 
 
 async def _methods(request: Request) -> list[str]:
@@ -171,11 +170,6 @@ async def _methods(request: Request) -> list[str]:
         if statuses[0] != 200:
             return []
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
-
-
-async def answer_unexpected(request: Request, error: Exception) -> Response:
-    """The answer for what no handler knows, before it goes on to uvicorn, which logs the traceback."""
-    return as_api_error(error).response(request.scope)
 
 
 def _unreadable(cause: Exception) -> ApiError:
