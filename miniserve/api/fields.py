@@ -8,18 +8,17 @@ gigabyte.
 """
 
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
+from miniserve.config import tables
 from miniserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS, ParameterError
 from miniserve.text.messages import Body, Text, TextOr, text_or
 
-TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "parameters.toml").read_text("utf-8"))
+TABLES = tables("api/parameters.toml")
 MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
 IGNORED_HEADER = "X-Ignored-Parameters"

@@ -4,17 +4,16 @@ the events of streams; `monitor/views.toml` has those of views.
 Tests hold all answers against these schemas.
 """
 
-import tomllib
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import Response
 
+from miniserve.config import tables
 from miniserve.monitor.views import SCHEMAS
 
-TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "answers.toml").read_text("utf-8")) | SCHEMAS
+TABLES = tables("api/answers.toml") | SCHEMAS
 Handler = Callable[..., Awaitable[Response]]
 PROBLEMS = {
     "4XX": "The request is at fault; the message says what to change.",
