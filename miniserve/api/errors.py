@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Message
 
+from miniserve.config import tables
 from miniserve.dispatcher import EngineError
 from miniserve.monitor.events import TooManyListeners
 from miniserve.sampling_params import ParameterError
@@ -28,16 +29,7 @@ from miniserve.scheduler.scheduler import QueueFull
 RETRY_SOON = {"Retry-After": "5"}
 GZIP = b"\x1f\x8b"
 ANTHROPIC_PATH = "/v1/messages"
-ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    503: "overloaded_error",
-}
-"""By status; every other error is an `invalid_request_error`."""
+TABLES = tables("api/errors.toml")
 
 
 def is_anthropic(scope: Mapping[str, Any], path: str) -> bool:
@@ -81,7 +73,7 @@ class ApiError(HTTPException):
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
-        kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
+        kind = TABLES["anthropic_types"].get(str(self.status_code), "invalid_request_error")
         error: dict[str, Any] = {"type": kind, "message": self.anthropic or self.message}
         if self.details:
             error["details"] = self.details
