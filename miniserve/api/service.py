@@ -28,7 +28,7 @@ from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
-from miniserve.api.structured import GrammarChecks
+from miniserve.api.structured import GrammarChecks, requested
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.doctor import Doctor
@@ -144,7 +144,10 @@ class Service:
         `ParameterError`."""
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
-        if wanted := await self._grammars.wanted(body, renderer.relaxed):
+        wanted = None
+        if body.format_field is not None:
+            wanted = await asyncio.to_thread(requested, body, renderer.relaxed)
+            await self._grammars.check(wanted, body.format_field)
             params = msgspec.structs.replace(params, grammar=wanted)
         default_limit = body.default_limit or self._defaults.get("max_new_tokens")
 

@@ -181,20 +181,14 @@ class GenerationRequest(SamplingFields, ABC):
             return "structured_outputs"
         return "response_format" if self.response_format and self.response_format.type != "text" else None
 
-    @property
     @abstractmethod
-    def output_limit(self) -> int | None:
-        """Most tokens to generate for each choice; None if the request sets no limit."""
+    def output_params(self) -> dict[str, int | None]:
+        """`max_tokens` and `logprobs` of the parameters: None without a limit, and for no log-probabilities at all."""
 
     @property
     def default_limit(self) -> int | None:
         """The limit of a request that sets none; None for as many tokens as the context allows."""
         return None
-
-    @property
-    @abstractmethod
-    def alternatives(self) -> int | None:
-        """How many alternatives to report beside each sampled token; None for no log-probabilities at all."""
 
     def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
         """The parameters of one choice; `defaults` is a generation_config.json. Raises `ParameterError`."""
@@ -202,6 +196,4 @@ class GenerationRequest(SamplingFields, ABC):
         for name in SamplingParams.__struct_fields__:
             if (value := getattr(self, name, None)) is not None:
                 values[name] = value
-        values["max_tokens"] = self.output_limit
-        values["logprobs"] = self.alternatives
-        return SamplingParams(**values).validate(vocab_size)
+        return SamplingParams(**values | self.output_params()).validate(vocab_size)

@@ -89,13 +89,9 @@ class ChatRequest(TemplateFields, GenerationRequest):
     def limit_field(self) -> str:
         return "max_completion_tokens" if self.max_completion_tokens else super().limit_field
 
-    @property
-    def output_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def alternatives(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def output_params(self) -> dict[str, int | None]:
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return {"max_tokens": self.max_completion_tokens or self.max_tokens, "logprobs": logprobs}
 
 
 class CompletionRequest(GenerationRequest):
@@ -115,17 +111,13 @@ class CompletionRequest(GenerationRequest):
             raise ParameterError("suffix", "`suffix` needs a `prompt` of text, not of token ids, and no `echo`.")
         return self
 
-    @property
-    def output_limit(self) -> int | None:
-        return self.max_tokens if "max_tokens" in self.model_fields_set else None
+    def output_params(self) -> dict[str, int | None]:
+        limit = self.max_tokens if "max_tokens" in self.model_fields_set else None
+        return {"max_tokens": limit, "logprobs": self.logprobs}
 
     @property
     def default_limit(self) -> int | None:
         return self.max_tokens
-
-    @property
-    def alternatives(self) -> int | None:
-        return self.logprobs
 
 
 class TokenizeRequest(TemplateFields):
