@@ -28,15 +28,14 @@ from miniserve.scheduler.scheduler import QueueFull
 
 RETRY_SOON = {"Retry-After": "5"}
 GZIP = b"\x1f\x8b"
-ANTHROPIC_PATH = "/v1/messages"
 TABLES = tables("api/errors.toml")
 
 
-def is_anthropic(scope: Mapping[str, Any], path: str) -> bool:
-    """Whether the client of a request at `path` speaks the Anthropic API. Models are at the same place in both."""
-    if re.match("/v1/models(/|$)", path):
+def is_anthropic(scope: Mapping[str, Any]) -> bool:
+    """Whether the client of a request speaks the Anthropic API. Models are at the same place in both."""
+    if re.match("/v1/models(/|$)", scope["path"]):
         return any(name == b"anthropic-version" for name, _ in scope["headers"])
-    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    return re.match("/v1/messages(/|$)", scope["path"]) is not None
 
 
 class ApiError(HTTPException):
@@ -82,7 +81,7 @@ class ApiError(HTTPException):
     def response(self, scope: Mapping[str, Any]) -> Response:
         """The whole answer to a request, in the shape that its client expects."""
         body = self.body
-        if is_anthropic(scope, scope["path"]):
+        if is_anthropic(scope):
             body = {**self.anthropic_body, "request_id": scope["state"]["request_id"]}
         return Response(msgspec.json.encode(body), self.status_code, self.headers, "application/json")
 

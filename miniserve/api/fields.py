@@ -106,11 +106,6 @@ class RequestBody(Body):
     def ignored(self) -> list[str]:
         return self._ignored
 
-    @property
-    def limit_field(self) -> str:
-        """The field that bounds the output."""
-        return "max_tokens"
-
 
 @cache
 def _field_names(kind: type[Body]) -> Mapping[str, str]:

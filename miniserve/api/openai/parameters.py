@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from miniserve.api.fields import EMPTY, TABLES, Biases, Key, RequestBody, Stops, TokenIds
+from miniserve.api.fields import EMPTY, TABLES, Amount, Biases, Key, RequestBody, Stops, TokenIds
 from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
@@ -141,6 +141,7 @@ class GenerationRequest(SamplingFields, ABC):
     """The fields that chat and text completions share: OpenAI's first, then vLLM's."""
 
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    max_tokens: Amount | None = None
     stop: Stops | None = None
     stream_options: StreamOptions | None = None
     prompt_cache_key: Key | None = None
@@ -184,11 +185,6 @@ class GenerationRequest(SamplingFields, ABC):
     @abstractmethod
     def output_params(self) -> dict[str, int | None]:
         """`max_tokens` and `logprobs` of the parameters: None without a limit, and for no log-probabilities at all."""
-
-    @property
-    def default_limit(self) -> int | None:
-        """The limit of a request that sets none; None for as many tokens as the context allows."""
-        return None
 
     def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
         """The parameters of one choice; `defaults` is a generation_config.json. Raises `ParameterError`."""

@@ -35,7 +35,6 @@ class ChatRequest(TemplateFields, GenerationRequest):
 
     messages: Messages
     max_completion_tokens: Count | None = None
-    max_tokens: Amount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: ToolChoice | None = None
@@ -85,10 +84,6 @@ class ChatRequest(TemplateFields, GenerationRequest):
             own |= {"enable_thinking": False, "thinking": False}
         return own | super().template_variables
 
-    @property
-    def limit_field(self) -> str:
-        return "max_completion_tokens" if self.max_completion_tokens else super().limit_field
-
     def output_params(self) -> dict[str, int | None]:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return {"max_tokens": self.max_completion_tokens or self.max_tokens, "logprobs": logprobs}
@@ -114,10 +109,6 @@ class CompletionRequest(GenerationRequest):
     def output_params(self) -> dict[str, int | None]:
         limit = self.max_tokens if "max_tokens" in self.model_fields_set else None
         return {"max_tokens": limit, "logprobs": self.logprobs}
-
-    @property
-    def default_limit(self) -> int | None:
-        return self.max_tokens
 
 
 class TokenizeRequest(TemplateFields):
