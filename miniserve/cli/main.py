@@ -45,22 +45,14 @@ def make_parser() -> flags.Parser:
     commands = flags.add_commands(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"), rows)
     for one in (parser, commands["serve"]):
         one.epilog, one.formatter_class = rows["examples"], RawDescriptionHelpFormatter
-    _add_settings(commands["serve"])
+    commands["serve"].add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    parsers = {"tool_call_parser": ("auto", *FORMATS), "reasoning_parser": ("auto", "none", *REASONING_MARKS)}
+    flags.add_settings(commands["serve"], ServeConfig, {"policy": tuple(POLICIES), **parsers})
+    flags.add_vllm_flags(commands["serve"])
     agents = tables("cli/agents.toml")
     commands["agent"].set_defaults(agents=agents, args=[])
     commands["agent"].add_argument("agent", choices=tuple(agents), metavar="AGENT", help=", ".join(agents))
     return parser
-
-
-def _add_settings(parser: flags.Parser) -> None:
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    choices = {
-        "policy": tuple(POLICIES),
-        "tool_call_parser": ("auto", *FORMATS),
-        "reasoning_parser": ("auto", "none", *REASONING_MARKS),
-    }
-    flags.add_settings(parser, ServeConfig, choices)
-    flags.add_vllm_flags(parser)
 
 
 def serve(args: Namespace) -> int:
