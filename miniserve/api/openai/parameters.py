@@ -1,10 +1,8 @@
 """What requests for chats and for completions share: how to sample, when to stop, which format the output has."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -46,7 +44,7 @@ class ResponseFormat(Body):
     schema_: Annotated[Json | None, Field(alias="schema")] = None
 
     @model_validator(mode="after")
-    def _one_schema(self) -> ResponseFormat:
+    def _one_schema(self) -> Self:
         forms = (self.json_schema is not None) + (self.schema_ is not None)
         if forms > 1 or (forms and self.type == "text") or (not forms and self.type == "json_schema"):
             raise ValueError('The type "json_schema" needs a schema in `json_schema`, and the type "text" has none')
@@ -71,7 +69,7 @@ class StructuredOutputs(Body):
     json_object: Literal[True] | None = None
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> StructuredOutputs:
+    def _exactly_one(self) -> Self:
         forms = (self.json_, self.regex, self.choice, self.grammar, self.json_object)
         if sum(form is not None for form in forms) != 1:
             raise ValueError("Give exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`")
@@ -152,7 +150,7 @@ class GenerationRequest(SamplingFields, ABC):
     """The answer holds its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> GenerationRequest:
+    def _fields_agree(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
         if self.prompt_logprobs is not None and self.stream:

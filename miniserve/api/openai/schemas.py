@@ -1,8 +1,6 @@
 """Requests for chats, completions and tokens: OpenAI's fields, then vLLM's."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -64,7 +62,7 @@ class ChatRequest(TemplateFields, GenerationRequest):
         return self.messages[-1].role == "tool"
 
     @model_validator(mode="after")
-    def _only_what_is_supported(self) -> ChatRequest:
+    def _only_what_is_supported(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "`top_logprobs` needs `logprobs` true.")
         check_tools(self.tools or [])
@@ -101,7 +99,7 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: On = True
 
     @model_validator(mode="after")
-    def _only_what_is_supported(self) -> CompletionRequest:
+    def _only_what_is_supported(self) -> Self:
         if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompt)):
             raise ParameterError("suffix", "`suffix` needs a `prompt` of text, not of token ids, and no `echo`.")
         return self
@@ -121,7 +119,7 @@ class TokenizeRequest(TemplateFields):
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
+    def _one_of_both(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ParameterError("prompt", "Give either `prompt` or `messages`.")
         check_tools(self.tools or [])
