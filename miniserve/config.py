@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import tomllib
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -41,6 +42,11 @@ def read_object(path: Path) -> dict[str, Any]:
         if data.startswith(LFS_POINTER):
             raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.") from error
         raise ConfigError(f"{path} cannot be read: {error}. Mend it or download it again.") from error
+
+
+def tables(name: str) -> dict[str, Any]:
+    """What a TOML file of the package holds; `name` is its path from here."""
+    return tomllib.loads(Path(__file__).parent.joinpath(name).read_text("utf-8"))
 
 
 def cache_dir() -> Path:

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.progress import counting
-from miniserve.cli.flags import VALUES, Parser, add_flags, checked, filled, table
-from miniserve.config import ConfigError, Topology
+from miniserve.cli.flags import VALUES, Parser, add_flags, checked, filled
+from miniserve.config import ConfigError, Topology, tables
 from miniserve.scheduler.baselines import POLICIES
 from scripts.figures.tables import markdown, print_tables
 
@@ -213,7 +213,7 @@ FLAGS: dict[str, Any] = {
 def make_parser() -> Parser:
     """Those of a workload and of a simulated cluster are the flags of `miniserve simulate`."""
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    given = table("commands.toml")["flags"]
+    given = tables("cli/commands.toml")["flags"]
     for title in ("workload", "cluster"):
         add_flags(parser.add_argument_group(title), given[title])
     add_flags(parser, FLAGS)

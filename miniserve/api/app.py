@@ -49,19 +49,21 @@ def create_app(
         middleware.append(Middleware(ApiKey, config.api_key))
     middleware.append(Middleware(BodyLimit, config.max_body_bytes))
     # Starlette has one of these outside of all others, where answers get neither an id nor what browsers want.
-    middleware.append(Middleware(ServerErrorMiddleware, handler=errors.answer_unexpected))
+    middleware.append(Middleware(ServerErrorMiddleware, handler=errors.answer))
     app = App(
         title="miniserve",
         version=__version__,
         middleware=middleware,
+        exception_handlers=dict.fromkeys(errors.FORESEEN, errors.answer),
         responses=problems("ErrorBody"),
         redirect_slashes=False,
     )
-    errors.install(app)
     app.endpoint("POST", "/v1/chat/completions", service.chat_completions, "ChatCompletion", stream="ChunkEvent")
     app.endpoint("POST", "/v1/completions", service.completions, "Completion", stream="ChunkEvent")
     _add_responses(app, ResponsesRoutes(service))
-    _add_messages(app, service)
+    error = "AnthropicErrorBody"
+    app.endpoint("POST", "/v1/messages", service.messages, "MessageOut", stream="NamedEvent", error=error)
+    app.endpoint("POST", "/v1/messages/count_tokens", service.count_tokens, "TokenCount", error=error)
     app.endpoint("POST", "/tokenize", service.tokenize, "Tokenized")
     app.endpoint("POST", "/detokenize", service.detokenize, "Detokenized")
     _add_model_and_health(app, client, service, config.engine.model)
@@ -87,12 +89,6 @@ def _add_responses(app: App, routes: ResponsesRoutes) -> None:
     app.endpoint("DELETE", "/v1/conversations/{conversation}/items/{item}", kept.delete_item, "ConversationOut")
 
 
-def _add_messages(app: App, service: Service) -> None:
-    error = "AnthropicErrorBody"
-    app.endpoint("POST", "/v1/messages", service.messages, "MessageOut", stream="NamedEvent", error=error)
-    app.endpoint("POST", "/v1/messages/count_tokens", service.count_tokens, "TokenCount", error=error)
-
-
 def _add_model_and_health(app: App, client: Dispatcher, service: Service, root: str) -> None:
     created, names = int(time.time()), service.names
 
@@ -114,7 +110,7 @@ def _add_model_and_health(app: App, client: Dispatcher, service: Service, root: 
     async def models(request: Request) -> Response:
         """The names of the one model that is served; in the Anthropic API's shape for a request with the header
         `anthropic-version`."""
-        if errors.is_anthropic(request.scope, request.scope["path"]):
+        if errors.is_anthropic(request.scope):
             data = [anthropic_card(name) for name in names]
             return json_answer({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
         return json_answer({"object": "list", "data": [card(name) for name in names]})
@@ -122,8 +118,7 @@ def _add_model_and_health(app: App, client: Dispatcher, service: Service, root: 
     async def retrieve_model(request: Request, model: str) -> Response:
         """One of these names."""
         service.check_model(model)
-        anthropic = errors.is_anthropic(request.scope, request.scope["path"])
-        return json_answer(anthropic_card(model) if anthropic else card(model))
+        return json_answer(anthropic_card(model) if errors.is_anthropic(request.scope) else card(model))
 
     async def health() -> Response:
         """Whether the engine can serve; needs no API key."""

@@ -1,6 +1,5 @@
 """What there is to see of a running server: the dashboard's page, live events, conversations, workers, metrics."""
 
-import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +9,7 @@ from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
 
 from miniserve.api.errors import ApiError
 from miniserve.api.openapi import App
@@ -22,7 +22,6 @@ from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
 from miniserve.monitor.worker_views import worker_list
 
 FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # The page asks only this server, runs only our files, and no other page can frame it or send its forms elsewhere.
 # Should the name of a conversation ever be taken for HTML, nothing in it would run.
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " + "; ".join(
@@ -37,19 +36,15 @@ HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page at / and its files below /dashboard/. They are read once: all of them are small."""
-    contents = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
-    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:32]}"' for name, data in contents.items()}
+    """Serve the page at / and its files below /dashboard/."""
+    served = StaticFiles(directory=FOLDER)
 
     @app.get("/", include_in_schema=False)
     @app.get("/dashboard/{name}", include_in_schema=False)
     async def page(request: Request, name: str = "index.html") -> Response:
-        if name not in contents:
-            raise ApiError(404, f"The dashboard has no file {name[:128]!r}: it is at /.")
-        headers = {**HEADERS, "ETag": tags[name]}
-        if tags[name] in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(contents[name], headers=headers, media_type=TYPES[Path(name).suffix])
+        answer = await served.get_response(name, request.scope)
+        answer.headers.update(HEADERS)
+        return answer
 
 
 def add_views(app: App, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:

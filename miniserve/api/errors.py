@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import HTTPException, RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as RoutingError
@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Message
 
+from miniserve.config import tables
 from miniserve.dispatcher import EngineError
 from miniserve.monitor.events import TooManyListeners
 from miniserve.sampling_params import ParameterError
@@ -27,24 +28,14 @@ from miniserve.scheduler.scheduler import QueueFull
 
 RETRY_SOON = {"Retry-After": "5"}
 GZIP = b"\x1f\x8b"
-ANTHROPIC_PATH = "/v1/messages"
-ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    503: "overloaded_error",
-}
-"""By status; every other error is an `invalid_request_error`."""
+TABLES = tables("api/errors.toml")
 
 
-def is_anthropic(scope: Mapping[str, Any], path: str) -> bool:
-    """Whether the client of a request at `path` speaks the Anthropic API. Models are at the same place in both."""
-    if re.match("/v1/models(/|$)", path):
+def is_anthropic(scope: Mapping[str, Any]) -> bool:
+    """Whether the client of a request speaks the Anthropic API. Models are at the same place in both."""
+    if re.match("/v1/models(/|$)", scope["path"]):
         return any(name == b"anthropic-version" for name, _ in scope["headers"])
-    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    return re.match("/v1/messages(/|$)", scope["path"]) is not None
 
 
 class ApiError(HTTPException):
@@ -81,7 +72,7 @@ class ApiError(HTTPException):
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
-        kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
+        kind = TABLES["anthropic_types"].get(str(self.status_code), "invalid_request_error")
         error: dict[str, Any] = {"type": kind, "message": self.anthropic or self.message}
         if self.details:
             error["details"] = self.details
@@ -90,7 +81,7 @@ class ApiError(HTTPException):
     def response(self, scope: Mapping[str, Any]) -> Response:
         """The whole answer to a request, in the shape that its client expects."""
         body = self.body
-        if is_anthropic(scope, scope["path"]):
+        if is_anthropic(scope):
             body = {**self.anthropic_body, "request_id": scope["state"]["request_id"]}
         return Response(msgspec.json.encode(body), self.status_code, self.headers, "application/json")
 
@@ -138,21 +129,20 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         raise about_chat from error
 
 
-def install(app: FastAPI) -> None:
-    """Make `app` answer every exception with an `ApiError`."""
+async def answer(request: Request, error: Exception) -> Response:
+    """The answer for any exception, in a running app."""
+    answered = as_api_error(error)
+    if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
+        methods = await _methods(request) if error.status_code == 405 else []
+        problem = "The wrong method:" if methods else "There is nothing at"
+        message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
+        allow = {"Allow": ", ".join(methods)} if methods else None
+        answered = ApiError(405 if methods else 404, message, headers=allow)
+    return answered.response(request.scope)
 
-    async def answer(request: Request, error: Exception) -> Response:
-        answered = as_api_error(error)
-        if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
-            methods = await _methods(request) if error.status_code == 405 else []
-            problem = "The wrong method:" if methods else "There is nothing at"
-            message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
-            allow = {"Allow": ", ".join(methods)} if methods else None
-            answered = ApiError(405 if methods else 404, message, headers=allow)
-        return answered.response(request.scope)
 
-    for kind in (ParameterError, RequestValidationError, QueueFull, TooManyListeners, EngineError, RoutingError):
-        app.add_exception_handler(kind, answer)
+FORESEEN = ParameterError, RequestValidationError, QueueFull, TooManyListeners, EngineError, RoutingError
+"""What routes raise. All else goes on to uvicorn behind its answer, which logs the traceback."""
 
 
 async def _methods(request: Request) -> list[str]:
@@ -171,11 +161,6 @@ async def _methods(request: Request) -> list[str]:
         if statuses[0] != 200:
             return []
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
-
-
-async def answer_unexpected(request: Request, error: Exception) -> Response:
-    """The answer for what no handler knows, before it goes on to uvicorn, which logs the traceback."""
-    return as_api_error(error).response(request.scope)
 
 
 def _unreadable(cause: Exception) -> ApiError:

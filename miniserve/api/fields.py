@@ -8,18 +8,17 @@ gigabyte.
 """
 
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
+from miniserve.config import tables
 from miniserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS, ParameterError
 from miniserve.text.messages import Body, Text, TextOr, text_or
 
-TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "parameters.toml").read_text("utf-8"))
+TABLES = tables("api/parameters.toml")
 MAX_PROMPTS = 128
 MAX_KEY_CHARS = 256
 IGNORED_HEADER = "X-Ignored-Parameters"
@@ -42,10 +41,6 @@ def at_most(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _stop_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _prompt_list(value: Any) -> Any:
     """One prompt, as text or token ids, is a list of one."""
     one = isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int | float))
@@ -57,16 +52,18 @@ Amount = Annotated[int, Field(ge=0, lt=2**31)]
 """Where 0 means none at all."""
 On = Annotated[bool, BeforeValidator(lambda value: True if value is None else value)]
 Off = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+TokenIds = Annotated[list[Amount], Field(fail_fast=True)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
-Stops = Annotated[StopTexts, BeforeValidator(_stop_list, json_schema_input_type=StopText | StopTexts)]
+Stops = Annotated[
+    StopTexts,
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given, StopText | StopTexts),
+]
 Prompt = Annotated[TextOr[TokenIds], text_or("A prompt must be a string or a list of token ids")]
 PromptList = Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompt_list, json_schema_input_type=Text | TokenIds | PromptList)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_LOGIT_BIAS), at_most(MAX_LOGIT_BIAS)]
+Biases = Annotated[dict[Amount, Bias], Field(max_length=MAX_LOGIT_BIAS), at_most(MAX_LOGIT_BIAS)]
 Key = Annotated[Text, Field(max_length=MAX_KEY_CHARS)]
 Effort = Annotated[Text, Field(max_length=32)]
 
@@ -108,11 +105,6 @@ class RequestBody(Body):
     @property
     def ignored(self) -> list[str]:
         return self._ignored
-
-    @property
-    def limit_field(self) -> str:
-        """The field that bounds the output."""
-        return "max_tokens"
 
 
 @cache

@@ -169,27 +169,6 @@ class Generation:
         async for _ in self.updates():
             pass
 
-    @property
-    def prompt_tokens(self) -> int:
-        """A prompt counts once, however many choices it has."""
-        return sum(group[0].prompt_tokens for group in self._groups)
-
-    @property
-    def cached_tokens(self) -> int:
-        return sum(group[0].cached_tokens for group in self._groups)
-
-    @property
-    def output_tokens(self) -> int:
-        return sum(choice.output_tokens for choice in self.choices)
-
-    @property
-    def reasoning_tokens(self) -> int:
-        return sum(choice.reasoning_tokens for choice in self.choices)
-
-    @property
-    def thinks(self) -> bool:
-        return any(choice.thinks for choice in self.choices)
-
     def _begin(self, choice: Choice, siblings: list[Choice]) -> None:
         choice.began = time.perf_counter()
         choice.turn = self._submit(choice.prompt, choice.params, choice.index)

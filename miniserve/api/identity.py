@@ -1,15 +1,14 @@
 """Who is speaking: what the headers and fields of a request say of its conversation, its group and its urgency."""
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 
 import msgspec
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import MAX_KEY_CHARS
 from miniserve.api.openai.parameters import GenerationRequest
+from miniserve.config import tables
 from miniserve.scheduler.conversation import Said
 
 OWN_HEADER = "X-Conversation-ID"
@@ -30,9 +29,7 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     always_tools: bool = False
 
 
-CLIENTS = msgspec.convert(
-    tomllib.loads((files("miniserve.api") / "clients.toml").read_text("utf-8")), dict[str, Client]
-)
+CLIENTS = msgspec.convert(tables("api/clients.toml"), dict[str, Client])
 
 
 def speaker(headers: Mapping[str, str], body: GenerationRequest, own_headers: Sequence[str] = ()) -> tuple[str, Said]:

@@ -56,11 +56,10 @@ class Edge:
             path = path[len(self._root) :]
         given = _header(scope, b"x-request-id")
         request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
-        ids = [
-            (name, request_id) for name in (b"x-request-id", *([b"request-id"] if is_anthropic(scope, path) else []))
-        ]
         inner = {**scope, "path": path, "root_path": self._root, "method": "GET" if method == "HEAD" else method}
         inner["state"] = {**scope.get("state", {}), "request_id": request_id.decode()}
+        names = (b"x-request-id", b"request-id") if is_anthropic(inner) else (b"x-request-id",)
+        ids = [(name, request_id) for name in names]
         began, status = time.perf_counter(), 499
 
         async def send_on(message: Message) -> None:

@@ -4,23 +4,18 @@ the events of streams; `monitor/views.toml` has those of views.
 Tests hold all answers against these schemas.
 """
 
-import tomllib
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import Response
 
+from miniserve.api import errors
+from miniserve.config import tables
 from miniserve.monitor.views import SCHEMAS
 
-TABLES: dict[str, Any] = tomllib.loads((files("miniserve.api") / "answers.toml").read_text("utf-8")) | SCHEMAS
+TABLES = tables("api/answers.toml") | SCHEMAS
 Handler = Callable[..., Awaitable[Response]]
-PROBLEMS = {
-    "4XX": "The request is at fault; the message says what to change.",
-    "500": "The server failed.",
-    "503": "The server is full or not well: try again after Retry-After.",
-}
 
 
 class App(FastAPI):
@@ -48,7 +43,7 @@ class App(FastAPI):
 
 def problems(error: str) -> dict[int | str, dict[str, Any]]:
     """The answers to requests that fail, in the shape `error`."""
-    return {status: {"description": why, "content": _json(error)} for status, why in PROBLEMS.items()}
+    return {status: {"description": why, "content": _json(error)} for status, why in errors.TABLES["problems"].items()}
 
 
 def _json(*names: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
-from miniserve.api.structured import GrammarChecks
+from miniserve.api.structured import GrammarChecks, requested
 from miniserve.config import ServeConfig
 from miniserve.dispatcher import Dispatcher, TurnStream
 from miniserve.monitor.doctor import Doctor
@@ -40,6 +40,8 @@ from miniserve.text.tokenizer import Tokenizer
 
 MAX_SCORES = 2**16
 """Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
+LIMITS = "max_output_tokens", "max_completion_tokens", "max_tokens"
+"""The fields that bound an output; of several the first counts."""
 
 Prompts = list[tuple[list[int], SamplingParams]]
 
@@ -144,15 +146,19 @@ class Service:
         `ParameterError`."""
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
-        if wanted := await self._grammars.wanted(body, renderer.relaxed):
+        wanted = None
+        if body.format_field is not None:
+            wanted = await asyncio.to_thread(requested, body, renderer.relaxed)
+            await self._grammars.check(wanted, body.format_field)
             params = msgspec.structs.replace(params, grammar=wanted)
-        default_limit = body.default_limit or self._defaults.get("max_new_tokens")
+        # That of a completion is set even where the request has none, and `params` do not have it.
+        default_limit = body.max_tokens or self._defaults.get("max_new_tokens")
 
         def render() -> Prompts:
             prompts = renderer.prompts()
             fitted = [self._fitted(prompt, params, default_limit, renderer.prompt_field) for prompt in prompts]
             if params.max_tokens and any(own.max_tokens != params.max_tokens for own in fitted):
-                renderer.relaxed.add(asked.limit_field)
+                renderer.relaxed.add(next(name for name in LIMITS if getattr(asked, name, None)))
             return [(prompt, renderer.params(own, prompt)) for prompt, own in zip(prompts, fitted, strict=True)]
 
         # A long prompt takes a while, in which other streams go on.

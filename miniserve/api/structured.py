@@ -29,16 +29,9 @@ class GrammarChecks:
         self._pool = ThreadPoolExecutor(THREADS, "grammar-check")
         self._checking = 0
 
-    async def wanted(self, body: GenerationRequest, relaxed: set[str]) -> Grammar | None:
-        """What the output of a request must match, checked; `relaxed` as with `requested`. Raises `ParameterError`,
-        `ApiError`."""
-        if body.format_field is None:
-            return None
-        return await self.check(await asyncio.to_thread(requested, body, relaxed), body.format_field)
-
-    async def check(self, grammar: Grammar, param: str) -> Grammar:
-        """Return `grammar` if it compiles. Raises `ParameterError` about `param` if it does not, and `ApiError` 503
-        where too many others are being checked."""
+    async def check(self, grammar: Grammar, param: str) -> None:
+        """Raises `ParameterError` about `param` if `grammar` does not compile, and `ApiError` 503 where too many others
+        are being checked."""
         if self._checking >= MAX_CHECKING:
             raise _busy()
         self._checking += 1
@@ -55,7 +48,6 @@ class GrammarChecks:
             ) from error
         finally:
             self._checking -= 1
-        return grammar
 
 
 def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:

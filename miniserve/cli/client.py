@@ -6,6 +6,7 @@ import re
 import ssl
 import time
 import urllib.parse
+from collections.abc import Iterator
 from types import GenericAlias
 from typing import Any, Literal, TypedDict, Union
 
@@ -45,24 +46,26 @@ class ApiClient:
             trust_env=False,
         )
 
+    @contextlib.contextmanager
     def open(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
-    ) -> contextlib.closing[httpx.Response]:
-        """Send a request; the response, whose body is still to be read. Closing it ends the request on the server too.
+    ) -> Iterator[httpx.Response]:
+        """Send a request; the response, whose body is still to be read. Leaving it ends the request on the server too.
 
-        Raises `ConfigError` if no server answers, or with the server's words.
+        Raises `ConfigError` if no server answers, with the server's words, or where the answer breaks off.
         """
-        content = None if body is None else json.dumps(body)
-        request = self._http.build_request(method, self._base + path, content=content, headers=headers)
+        content, answered = None if body is None else json.dumps(body), False
         try:
-            response = self._http.send(request, stream=True)
-            if response.status_code == 200:
-                return contextlib.closing(response)
-            with contextlib.closing(response):
+            with self._http.stream(method, self._base + path, content=content, headers=headers) as response:
+                if answered := response.status_code == 200:
+                    yield response
+                    return
                 said = message(response.read()) or response.reason_phrase
         except httpx.ReadTimeout as error:
-            raise self.slow() from error
+            raise ConfigError(f"The server at {self.url} has not answered for {self._patience:g} s.") from error
         except httpx.HTTPError as error:
+            if answered:
+                raise ConfigError(f"The answer of {self.url} broke off: is the server still running?") from error
             cause = re.sub(r"^\[[^]]*\] ", "", str(error))  # without the number, of errors of the operating system
             raise ConfigError(
                 f"No server answers at {self.url} ({cause}). Start one with `miniserve serve`, or name another "
@@ -76,16 +79,11 @@ class ApiClient:
         """The body of the answer to a GET. Raises `ConfigError`."""
         ends = time.monotonic() + (self._patience or float("inf"))
         body = b""
-        try:
-            with self.open("GET", path) as response:
-                for piece in response.iter_bytes():
-                    body += piece
-                    if time.monotonic() > ends:
-                        raise self.slow()
-        except httpx.ReadTimeout as error:
-            raise self.slow() from error
-        except httpx.HTTPError as error:
-            raise ConfigError(f"The answer of {self.url} broke off: is the server still running?") from error
+        with self.open("GET", path) as response:
+            for piece in response.iter_bytes():
+                body += piece
+                if time.monotonic() > ends:
+                    raise httpx.ReadTimeout("It comes too slowly.")
         return body
 
     def read(self, path: str, kind: str) -> Card:
@@ -97,10 +95,6 @@ class ApiClient:
                 f"{self.url} is no miniserve of this version: what GET {path.removeprefix('/..')} gives is something "
                 f"else ({error})."
             ) from error
-
-    def slow(self) -> ConfigError:
-        """What to raise when the server has used up the patience."""
-        return ConfigError(f"The server at {self.url} has not answered for {self._patience:g} s.")
 
 
 def message(data: bytes) -> str:

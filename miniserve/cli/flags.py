@@ -5,9 +5,7 @@ import math
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from importlib.resources import files
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,15 +13,10 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 
 import msgspec
 
-from miniserve.config import ConfigError, Topology, number, parse_positive, parse_seconds, parse_share
+from miniserve.config import ConfigError, Topology, number, parse_positive, parse_seconds, parse_share, tables
 from miniserve.scheduler.baselines import POLICIES
 
 T = TypeVar("T")
-
-
-def table(name: str) -> dict[str, Any]:
-    """What one of the TOML files beside this module holds."""
-    return tomllib.loads((files("miniserve.cli") / name).read_text("utf-8"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,7 +154,7 @@ def add_settings(
     `choices` are those of fields whose type does not name them. Each value goes by the name of its field.
     """
     fields = {field.name: field for field in _settings(config)}
-    for title, rows in table("flags.toml").items():
+    for title, rows in tables("cli/flags.toml").items():
         group = parser.add_argument_group(title)
         for name, row in rows.items():
             flag, field = {"help": row} if isinstance(row, str) else row, fields[name]
@@ -191,7 +184,7 @@ def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInf
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     """Let `parser` take the flags of vllm_flags.toml. `taken` has those that were given, and what they mean here."""
     hidden: dict[str, Any] = dict.fromkeys(("dest", "default", "help"), argparse.SUPPRESS)
-    for values, rows in table("vllm_flags.toml").items():
+    for values, rows in tables("cli/vllm_flags.toml").items():
         nargs: Any = {"none": 0, "never": "*"}.get(values)
         for names, means in rows.items():
             for name in names.split():

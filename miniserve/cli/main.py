@@ -9,7 +9,7 @@ from typing import Any
 from miniserve import __version__
 from miniserve.cli import flags
 from miniserve.cli.flags import api_key, filled
-from miniserve.config import ConfigError, EngineConfig, ServeConfig
+from miniserve.config import ConfigError, EngineConfig, ServeConfig, tables
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.text.formats import FORMATS, REASONING_MARKS
 
@@ -39,28 +39,20 @@ def _flush() -> None:
 
 def make_parser() -> flags.Parser:
     """The parser of all commands; `run` of what it parses is the command."""
-    rows = flags.table("commands.toml")
+    rows = tables("cli/commands.toml")
     parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.")
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
     commands = flags.add_commands(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"), rows)
     for one in (parser, commands["serve"]):
         one.epilog, one.formatter_class = rows["examples"], RawDescriptionHelpFormatter
-    _add_settings(commands["serve"])
-    agents = flags.table("agents.toml")
+    commands["serve"].add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    parsers = {"tool_call_parser": ("auto", *FORMATS), "reasoning_parser": ("auto", "none", *REASONING_MARKS)}
+    flags.add_settings(commands["serve"], ServeConfig, {"policy": tuple(POLICIES), **parsers})
+    flags.add_vllm_flags(commands["serve"])
+    agents = tables("cli/agents.toml")
     commands["agent"].set_defaults(agents=agents, args=[])
     commands["agent"].add_argument("agent", choices=tuple(agents), metavar="AGENT", help=", ".join(agents))
     return parser
-
-
-def _add_settings(parser: flags.Parser) -> None:
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    choices = {
-        "policy": tuple(POLICIES),
-        "tool_call_parser": ("auto", *FORMATS),
-        "reasoning_parser": ("auto", "none", *REASONING_MARKS),
-    }
-    flags.add_settings(parser, ServeConfig, choices)
-    flags.add_vllm_flags(parser)
 
 
 def serve(args: Namespace) -> int:

@@ -14,14 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from miniserve.cluster.launch import import_path
-from miniserve.config import cache_dir, read_object
+from miniserve.config import cache_dir, read_object, tables
 from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN, ModelError
 from miniserve.text.tokenizer import byte_level_bpe
 
@@ -31,7 +29,7 @@ BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 """Files in a folder with one GGUF that count before what the GGUF says."""
 CONTROL, USER_DEFINED = 3, 4
 """Types of tokens that stand for themselves in a text: special ones, and others."""
-TABLES = tomllib.loads((files("miniserve.hub") / "gguf.toml").read_text("utf-8"))
+TABLES = tables("hub/gguf.toml")
 
 
 def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:

@@ -2,19 +2,18 @@
 
 import re
 import secrets
-import tomllib
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from importlib.resources import files
 from typing import NamedTuple
 
+from miniserve.config import tables
 from miniserve.monitor.views import Card, card
 from miniserve.scheduler.conversation import Change
 from miniserve.scheduler.scheduler import Reuse
 
-KINDS: dict[str, dict[str, str]] = tomllib.loads((files("miniserve.monitor") / "doctor.toml").read_text("utf-8"))
+KINDS: dict[str, dict[str, str]] = tables("monitor/doctor.toml")
 PATTERNS = {kind: re.compile(row["pattern"]) for kind, row in KINDS.items() if "pattern" in row}
 LEAST_TOKENS, LEAST_KNOWN = 64, 16
 """A turn that could have found fewer than these is well, a first turn twice as many; fewer than those where a pattern

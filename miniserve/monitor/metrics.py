@@ -1,9 +1,7 @@
 """/metrics: vLLM's names where dashboards and gateways know them, `miniserve:` for what only miniserve has."""
 
 import time
-import tomllib
 from collections.abc import Iterable
-from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -12,10 +10,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from miniserve.cluster.messages import Report, WorkerStats
+from miniserve.config import tables
 from miniserve.dispatcher import Dispatcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-TABLES: dict[str, Any] = tomllib.loads((files("miniserve.monitor") / "metrics.toml").read_text("utf-8"))
+TABLES = tables("monitor/metrics.toml")
 BUCKETS: dict[str, list[float]] = TABLES["buckets"]
 PROBED = {"/metrics", "/health", "/version"}
 """Routes that are not counted, as with vLLM: a share of errors is one of real requests."""

@@ -1,10 +1,10 @@
 """Cards: what views show as JSON. `views.toml` has a schema of each, which OpenAPI shows too."""
 
-import tomllib
-from importlib.resources import files
 from typing import Any
 
-SCHEMAS: dict[str, Any] = tomllib.loads((files("miniserve.monitor") / "views.toml").read_text("utf-8"))
+from miniserve.config import tables
+
+SCHEMAS = tables("monitor/views.toml")
 Card = dict[str, Any]
 
 

@@ -3,17 +3,13 @@
 `IncrementalDetokenizer._cut_at_stop` is where a stop string ends the text.
 """
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from miniserve.cluster.messages import Ended, FirstToken, Tokens
 from miniserve.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from miniserve.text.tokenizer import Tokenizer
+from miniserve.text.tokenizer import Tokenizer
 
 
 def beginning(text: str, marks: Sequence[str]) -> int:

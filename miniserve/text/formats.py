@@ -7,12 +7,11 @@ is written; how calls of the history are spelled (`ToolFormat.write`) and what a
 
 import json
 import re
-import tomllib
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import msgspec
 
+from miniserve.config import tables
 from miniserve.text.schemas import spelled
 
 PIECES = re.compile(r"(\$[A-Z_]+|<<.*?>>)")
@@ -71,7 +70,7 @@ class ReasoningMarks(NamedTuple):
     always: bool = False
 
 
-_TABLES = tomllib.loads((files("miniserve.text") / "formats.toml").read_text("utf-8"))
+_TABLES = tables("text/formats.toml")
 FORMATS = {form["name"]: msgspec.convert(form, ToolFormat) for form in _TABLES["formats"]}
 SIGNS: dict[str, str] = _TABLES["signs"]
 REASONING_MARKS = {name: ReasoningMarks(**marks) for name, marks in _TABLES["reasoning"].items()}

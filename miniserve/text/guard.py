@@ -135,17 +135,15 @@ class GuardedEncoder:
     def _hidden(self, value: Any, guard: Guard, hidden: HiddenTexts) -> Any:
         if isinstance(value, str):
             marked = guard.mark(value, hidden)
-            if self._odd_spellings and marked == value and self._spells_control(value, guard):
-                return hidden.new(value)
+            if self._odd_spellings and marked == value:
+                ids = encode_all(self._backend, [value])[0]
+                return hidden.new(value) if any(self._control.get(i) in guard.tokens for i in ids) else value
             return marked
         if isinstance(value, dict):
             return {self._hidden(k, guard, hidden): self._hidden(v, guard, hidden) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._hidden(item, guard, hidden) for item in value]
         return value
-
-    def _spells_control(self, text: str, guard: Guard) -> bool:
-        return any(self._control.get(i) in guard.tokens for i in encode_all(self._backend, [text])[0])
 
     def _plain_ids(self, runs: list[str], first: bool) -> list[list[int]]:
         """Token ids of texts that hold no control tokens, whatever they spell.

@@ -1,12 +1,10 @@
 """Messages of a conversation as clients write them, for the server and the library alike, and as chat templates read
 them. The types of fields here are those of all requests."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -173,7 +171,7 @@ class ChatMessage(Body):
     function_call: Annotated[None, BeforeValidator(_no_function_call)] = None
 
     @model_validator(mode="after")
-    def _is_whole(self) -> ChatMessage:
+    def _is_whole(self) -> Self:
         if "content" not in self.model_fields_set and self.role != "assistant":
             raise ValueError(f"A message of the role {self.role!r} needs `content`")
         for call in self.tool_calls or []:

@@ -221,8 +221,12 @@ class Reader:
         if self._phase == "reasoning":
             self._reason(parts, final)
         if self._phase == "answer":
-            rest, self._held = self._held, ""
-            parts += self._content(rest, final)
+            text = self._held.lstrip() if self._trim else self._held
+            self._trim, self._held = self._trim and not text, ""
+            if self._scanner is not None:
+                parts += self._scanner.read(text, final)
+            elif text:
+                parts.append(text)
         return parts
 
     def _decide(self, final: bool) -> None:
@@ -253,11 +257,3 @@ class Reader:
             self._held = self._held[len(text) :]
         if text:
             parts.append(Reasoning(text))
-
-    def _content(self, text: str, final: bool) -> list[Part]:
-        if self._trim:
-            text = text.lstrip()
-            self._trim = not text
-        if self._scanner is not None:
-            return self._scanner.read(text, final)
-        return [text] if text else []

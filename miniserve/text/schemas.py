@@ -19,7 +19,8 @@ MAX_WAYS = 64
 MAX_DEPTH = 64
 """So far references and parts of parts are followed; they may go round in circles."""
 
-TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
+TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+TYPES = frozenset(("null", *TYPE_NAMES.values()))
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 BOUNDS |= {"minLength", "maxLength", "pattern", "format", "minItems", "maxItems", "minProperties", "maxProperties"}
 PARTS = {"items", "prefixItems", "additionalItems", "properties", "patternProperties", "additionalProperties"}
@@ -87,8 +88,7 @@ def _choices(part: dict[str, Any], root: Any) -> Iterator[list[Any]]:
 
 
 def type_of(value: Any) -> str:
-    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    return names.get(type(value), "null")
+    return TYPE_NAMES.get(type(value), "null")
 
 
 def types(way: Way) -> frozenset[str]:

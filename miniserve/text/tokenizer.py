@@ -5,13 +5,11 @@ tokenizer.json says all that is needed; transformers is only asked for a model t
 messages cannot forge control tokens (`guard.py`).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -98,7 +96,7 @@ class Tokenizer:
             self.template_text += "\n" + json.dumps(response_template, ensure_ascii=False)
 
     @classmethod
-    def load(cls, folder: str | Path, chat_template: str | None = None) -> Tokenizer:
+    def load(cls, folder: str | Path, chat_template: str | None = None) -> Self:
         """From a model's folder. `chat_template`: a file or the text of a template to use instead of the model's own.
 
         Raises `ParameterError` where there is no usable tokenizer or the template is not jinja, and `ConfigError` for a

@@ -15,9 +15,8 @@ from typing import get_args
 import pytest
 
 from miniserve import __version__
-from miniserve.cli import flags
 from miniserve.cli import main as cli
-from miniserve.config import ConfigError, EngineConfig, KvTransfer, ServeConfig, Topology
+from miniserve.config import ConfigError, EngineConfig, KvTransfer, ServeConfig, Topology, tables
 from miniserve.scheduler.baselines import POLICIES
 
 
@@ -58,7 +57,7 @@ def test_help_needs_no_heavy_import(command: list[str], says: str) -> None:
 
 
 def test_every_command_of_the_table_is_a_function_that_is_there() -> None:
-    for name, row in flags.table("commands.toml")["commands"].items():
+    for name, row in tables("cli/commands.toml")["commands"].items():
         assert list(signature(resolve_name(row["run"])).parameters) == ["args"], name
 
 

@@ -20,6 +20,7 @@ from tests.support.api import Api, make_app, serving
 from tests.support.fake_engine import EOS, spell
 from tests.support.live_engine import LiveClient
 
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 FILES = sorted(path.name for path in dashboard.FOLDER.iterdir())
 SECRET = "sécret"
 
@@ -40,7 +41,7 @@ async def test_files_of_the_page(tokenizer: Tokenizer, path: str) -> None:
     assert response.status_code == 200
     name = path.rpartition("/")[2] or "index.html"
     assert response.content == (dashboard.FOLDER / name).read_bytes()
-    assert response.headers["content-type"] == dashboard.TYPES[Path(name).suffix] + (
+    assert response.headers["content-type"] == TYPES[Path(name).suffix] + (
         "" if name.endswith(".svg") else "; charset=utf-8"
     )
     assert response.headers["cache-control"] == "no-cache"

@@ -4,21 +4,25 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import Choice
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
 
 
-def usage(of: Choice | Generation, output_tokens: int) -> dict[str, Any]:
-    """What a choice or all of a generation has used so far, with `output_tokens`."""
+def usage(choices: Sequence[Choice], opening: bool = False) -> dict[str, Any]:
+    """What one or all choices of a request have used so far; an `opening` has no output yet. A prompt counts once,
+    however many choices it has."""
+    prompts = choices[:: choices[0].params.n]
+    prompt_tokens = sum(choice.prompt_tokens for choice in prompts)
+    output_tokens = 0 if opening else sum(choice.output_tokens for choice in choices)
     used: dict[str, Any] = {
-        "prompt_tokens": of.prompt_tokens,
+        "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
-        "total_tokens": of.prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": of.cached_tokens},
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in prompts)},
     }
-    if of.thinks:
-        used["completion_tokens_details"] = {"reasoning_tokens": of.reasoning_tokens}
+    if any(choice.thinks for choice in choices):
+        used["completion_tokens_details"] = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
     return used
 
 

@@ -52,7 +52,7 @@ class ChunkWriter(ABC):
             "object": self.objects[0],
             **self.head._asdict(),
             "choices": [self.shown(one, *one.take(), chunk=False, ended=True) for one in generation.choices],
-            "usage": usage(generation, generation.output_tokens),
+            "usage": usage(generation.choices),
             **self.beside(generation.choices[0]),
         }
 
@@ -61,12 +61,12 @@ class ChunkWriter(ABC):
         with_usage = bool(self._options.include_usage)
         continuous = with_usage and bool(self._options.continuous_usage_stats)
 
-        def event(choice: Choice, chunk: Mapping[str, Any], output_tokens: int, **beside: Any) -> bytes:
-            used = {"usage": usage(choice, output_tokens) if continuous else None} if with_usage else {}
+        def event(choice: Choice, chunk: Mapping[str, Any], opening: bool = False, **beside: Any) -> bytes:
+            used = {"usage": usage([choice], opening) if continuous else None} if with_usage else {}
             return data_event({**head, **beside, "choices": [chunk], **used})
 
         yield b"".join(
-            event(choice, opening, 0, **self.beside(choice))
+            event(choice, opening, True, **self.beside(choice))
             for choice in generation.choices
             if (opening := self.opening(choice)) is not None
         )
@@ -79,16 +79,14 @@ class ChunkWriter(ABC):
                 parts, logprobs = choice.take()
                 for part in parts or ([""] if logprobs or by_token else []):
                     # The first part that tokens have made carries what belongs to these tokens.
-                    shown = self.shown(choice, [part], logprobs, chunk=True, ended=False)
-                    chunks.append(event(choice, shown, choice.output_tokens))
+                    chunks.append(event(choice, self.shown(choice, [part], logprobs, chunk=True, ended=False)))
                     logprobs = []
                 if choice.finish is not None:
-                    shown = self.shown(choice, [], [], chunk=True, ended=True)
-                    chunks.append(event(choice, shown, choice.output_tokens))
+                    chunks.append(event(choice, self.shown(choice, [], [], chunk=True, ended=True)))
             if chunks:
                 yield b"".join(chunks)
         if with_usage:
-            yield data_event({**head, "choices": [], "usage": usage(generation, generation.output_tokens)})
+            yield data_event({**head, "choices": [], "usage": usage(generation.choices)})
         yield DONE
 
     def error_events(self, error: ApiError) -> bytes:

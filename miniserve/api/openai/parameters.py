@@ -1,14 +1,12 @@
 """What requests for chats and for completions share: how to sample, when to stop, which format the output has."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from miniserve.api.fields import EMPTY, TABLES, Biases, Key, RequestBody, Stops, TokenIds
+from miniserve.api.fields import EMPTY, TABLES, Amount, Biases, Key, RequestBody, Stops, TokenIds
 from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
@@ -46,7 +44,7 @@ class ResponseFormat(Body):
     schema_: Annotated[Json | None, Field(alias="schema")] = None
 
     @model_validator(mode="after")
-    def _one_schema(self) -> ResponseFormat:
+    def _one_schema(self) -> Self:
         forms = (self.json_schema is not None) + (self.schema_ is not None)
         if forms > 1 or (forms and self.type == "text") or (not forms and self.type == "json_schema"):
             raise ValueError('The type "json_schema" needs a schema in `json_schema`, and the type "text" has none')
@@ -71,7 +69,7 @@ class StructuredOutputs(Body):
     json_object: Literal[True] | None = None
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> StructuredOutputs:
+    def _exactly_one(self) -> Self:
         forms = (self.json_, self.regex, self.choice, self.grammar, self.json_object)
         if sum(form is not None for form in forms) != 1:
             raise ValueError("Give exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`")
@@ -141,6 +139,7 @@ class GenerationRequest(SamplingFields, ABC):
     """The fields that chat and text completions share: OpenAI's first, then vLLM's."""
 
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    max_tokens: Amount | None = None
     stop: Stops | None = None
     stream_options: StreamOptions | None = None
     prompt_cache_key: Key | None = None
@@ -151,7 +150,7 @@ class GenerationRequest(SamplingFields, ABC):
     """The answer holds its tokens and those of its prompt; a stream has a chunk for every token, with text or not."""
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> GenerationRequest:
+    def _fields_agree(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "`stream_options` can only be given with `stream` true.")
         if self.prompt_logprobs is not None and self.stream:
@@ -181,20 +180,9 @@ class GenerationRequest(SamplingFields, ABC):
             return "structured_outputs"
         return "response_format" if self.response_format and self.response_format.type != "text" else None
 
-    @property
     @abstractmethod
-    def output_limit(self) -> int | None:
-        """Most tokens to generate for each choice; None if the request sets no limit."""
-
-    @property
-    def default_limit(self) -> int | None:
-        """The limit of a request that sets none; None for as many tokens as the context allows."""
-        return None
-
-    @property
-    @abstractmethod
-    def alternatives(self) -> int | None:
-        """How many alternatives to report beside each sampled token; None for no log-probabilities at all."""
+    def output_params(self) -> dict[str, int | None]:
+        """`max_tokens` and `logprobs` of the parameters: None without a limit, and for no log-probabilities at all."""
 
     def sampling(self, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
         """The parameters of one choice; `defaults` is a generation_config.json. Raises `ParameterError`."""
@@ -202,6 +190,4 @@ class GenerationRequest(SamplingFields, ABC):
         for name in SamplingParams.__struct_fields__:
             if (value := getattr(self, name, None)) is not None:
                 values[name] = value
-        values["max_tokens"] = self.output_limit
-        values["logprobs"] = self.alternatives
-        return SamplingParams(**values).validate(vocab_size)
+        return SamplingParams(**values | self.output_params()).validate(vocab_size)

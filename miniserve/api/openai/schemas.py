@@ -1,8 +1,6 @@
 """Requests for chats, completions and tokens: OpenAI's fields, then vLLM's."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -35,7 +33,6 @@ class ChatRequest(TemplateFields, GenerationRequest):
 
     messages: Messages
     max_completion_tokens: Count | None = None
-    max_tokens: Amount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: ToolChoice | None = None
@@ -65,7 +62,7 @@ class ChatRequest(TemplateFields, GenerationRequest):
         return self.messages[-1].role == "tool"
 
     @model_validator(mode="after")
-    def _only_what_is_supported(self) -> ChatRequest:
+    def _only_what_is_supported(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "`top_logprobs` needs `logprobs` true.")
         check_tools(self.tools or [])
@@ -85,17 +82,9 @@ class ChatRequest(TemplateFields, GenerationRequest):
             own |= {"enable_thinking": False, "thinking": False}
         return own | super().template_variables
 
-    @property
-    def limit_field(self) -> str:
-        return "max_completion_tokens" if self.max_completion_tokens else super().limit_field
-
-    @property
-    def output_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def alternatives(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def output_params(self) -> dict[str, int | None]:
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return {"max_tokens": self.max_completion_tokens or self.max_tokens, "logprobs": logprobs}
 
 
 class CompletionRequest(GenerationRequest):
@@ -110,22 +99,14 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: On = True
 
     @model_validator(mode="after")
-    def _only_what_is_supported(self) -> CompletionRequest:
+    def _only_what_is_supported(self) -> Self:
         if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompt)):
             raise ParameterError("suffix", "`suffix` needs a `prompt` of text, not of token ids, and no `echo`.")
         return self
 
-    @property
-    def output_limit(self) -> int | None:
-        return self.max_tokens if "max_tokens" in self.model_fields_set else None
-
-    @property
-    def default_limit(self) -> int | None:
-        return self.max_tokens
-
-    @property
-    def alternatives(self) -> int | None:
-        return self.logprobs
+    def output_params(self) -> dict[str, int | None]:
+        limit = self.max_tokens if "max_tokens" in self.model_fields_set else None
+        return {"max_tokens": limit, "logprobs": self.logprobs}
 
 
 class TokenizeRequest(TemplateFields):
@@ -138,7 +119,7 @@ class TokenizeRequest(TemplateFields):
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
+    def _one_of_both(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ParameterError("prompt", "Give either `prompt` or `messages`.")
         check_tools(self.tools or [])

@@ -177,7 +177,9 @@ def messages_of(items: Sequence[Item]) -> tuple[list[dict[str, Any]], dict[str, 
             case MessageItem() if item.role != "assistant":
                 messages.append({"role": item.role, "content": joined(item.content)})
             case _:
-                if answer is None or _begins_another(answer, item):
+                thought = isinstance(item, ReasoningItem) and answer and len(answer) > 1
+                said = isinstance(item, MessageItem) and answer and "content" in answer and "tool_calls" not in answer
+                if answer is None or thought or said:  # another answer begins
                     answer = {"role": "assistant"}
                     messages.append(answer)
                 _add(answer, item)
@@ -193,12 +195,6 @@ def _described(tools: list[dict[str, Any]], found: dict[str, Offered]) -> str:
     for name, one in offered.items():
         found[name] = one._replace(tool={**one.tool, DEFERRED: True})
     return json.dumps([one.tool["function"] for one in offered.values()], ensure_ascii=False)
-
-
-def _begins_another(answer: dict[str, Any], item: Item) -> bool:
-    if isinstance(item, ReasoningItem):
-        return len(answer) > 1
-    return isinstance(item, MessageItem) and "content" in answer and "tool_calls" not in answer
 
 
 def _add(answer: dict[str, Any], item: Item) -> None:

@@ -34,7 +34,7 @@ class ResponsesRenderer(ChatRenderer):
         self._body = body
         self._items = items
         room = service.max_model_len
-        self._most = room - min(self.chat.output_limit or room // 8, room // 2)
+        self._most = room - min(self.chat.max_completion_tokens or room // 8, room // 2)
 
     def prompts(self) -> list[list[int]]:
         prompts = super().prompts()

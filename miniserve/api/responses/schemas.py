@@ -126,10 +126,6 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
         own = {"include": unknown, "top_logprobs": self.top_logprobs and unscored}
         return [*super().ignored, *(name for name, ignored in own.items() if ignored)]
 
-    @property
-    def limit_field(self) -> str:
-        return "max_output_tokens"
-
     def _same_fields(self) -> dict[str, Any]:
         wanted = {"logprobs": True, "top_logprobs": self.top_logprobs} if LOGPROBS in (self.include or []) else {}
         return {

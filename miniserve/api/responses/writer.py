@@ -47,7 +47,7 @@ class ResponsesWriter:
         (choice,) = generation.choices
         output = self._output(choice)
         self._feed(choice, output)
-        return self._ended(self._in_progress(choice), output, generation)
+        return self._ended(self._in_progress(choice), output, choice)
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         (choice,) = generation.choices
@@ -57,7 +57,7 @@ class ResponsesWriter:
         async for _ in generation.updates():
             events = self._feed(choice, output)
             if choice.finish is not None:
-                response = self._ended(begun, output, generation)
+                response = self._ended(begun, output, choice)
                 events.append((f"response.{response['status']}", {"response": response}))
             if events:
                 yield self._encoded(events)
@@ -120,8 +120,7 @@ class ResponsesWriter:
             begun["conversation"] = {"id": asked.conversation}
         return begun
 
-    def _ended(self, begun: dict[str, Any], output: OutputItems, generation: Generation) -> dict[str, Any]:
-        (choice,) = generation.choices
+    def _ended(self, begun: dict[str, Any], output: OutputItems, choice: Choice) -> dict[str, Any]:
         cut_off = choice.finish == "length"
         answer: dict[str, Any] = {
             **begun,
@@ -130,11 +129,11 @@ class ResponsesWriter:
             "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
             "output": output.items,
             "usage": {
-                "input_tokens": generation.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
-                "output_tokens": generation.output_tokens,
-                "output_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
-                "total_tokens": generation.prompt_tokens + generation.output_tokens,
+                "input_tokens": choice.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": choice.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": choice.output_tokens,
+                "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
+                "total_tokens": choice.prompt_tokens + choice.output_tokens,
             },
         }
         # A client may go on as soon as it has read the last event, so the answer is kept before that.

@@ -4,13 +4,11 @@ Everything is drawn from a seed: the same command replays the same workload. Tok
 scripts share a prefix unless the trace says so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -30,7 +28,7 @@ class Distribution(NamedTuple):
     high: float
 
     @classmethod
-    def parse(cls, text: str) -> Distribution:
+    def parse(cls, text: str) -> Self:
         """From `5`, `0..30`, `log:67..8000` or `exp:10`. Raises `ConfigError`."""
         kind, _, rest = text.rpartition(":")
         low, dots, high = rest.partition("..")

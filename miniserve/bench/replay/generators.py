@@ -1,7 +1,6 @@
 """From what the user names to a workload: a trace's file, or made-up scripts whose sizes follow a distribution."""
 
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +11,12 @@ import numpy as np
 from miniserve.bench.replay.distributions import Distribution, arrivals, choose, generator
 from miniserve.bench.replay.traces import read_trace
 from miniserve.bench.replay.workload import Script, TurnSize, Workload
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, tables
 
 COUNT = 255
 """Scripts of a made-up workload by default: as many as in the paper's evaluation."""
 
-_SWE = tomllib.loads(Path(__file__).with_name("swe_agent.toml").read_text("utf-8"))
+_SWE = tables("bench/replay/swe_agent.toml")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,6 @@ Any server with OpenAI's /v1/completions will do. miniserve and vLLM return the 
 (`return_token_ids`); of llama.cpp's llama-server only its own /completion does, so that is used there.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter, defaultdict
 from itertools import chain
@@ -47,7 +45,7 @@ class Totals(NamedTuple):
     bytes: int
     seconds: float
 
-    def since(self, before: Totals) -> Totals:
+    def since(self, before: "Totals") -> "Totals":
         return Totals(self.placements - before.placements, self.bytes - before.bytes, self.seconds - before.seconds)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import msgspec
 
 from miniserve.config import ConfigError
-from miniserve.worker.step import Work
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,12 +55,6 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             work += self.per_token * count + self.per_pair * count * (context + count / 2) + self.per_context * context
             some = self.chunk_overhead
         return self.overhead + max(self.floor, work + some)
-
-    def batch_seconds(self, batch: list[Work]) -> float:
-        chunks = [(work.count, work.start) for work in batch if not work.is_decode]
-        decodes = len(batch) - len(chunks)
-        kv = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
-        return self.step_seconds(chunks, decodes, kv)
 
     def transfer_seconds(self, pages: int) -> float:
         """The time of `pages` to another device, with nothing else on the way."""

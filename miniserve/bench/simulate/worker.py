@@ -96,12 +96,13 @@ class SimulatedWorker:
     def launch(self, batch: list[Work]) -> Done:
         """Make a step that takes as long as on the hardware."""
         started = self.now
-        seconds = self.hardware.batch_seconds(batch)
+        chunks = [(work.count, work.start) for work in batch if not work.is_decode]
+        kv_tokens = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
+        seconds = self.hardware.step_seconds(chunks, len(batch) - len(chunks), kv_tokens)
         self.now += seconds
         self.busy += seconds
         if self.record:
-            prompts = sum(not work.is_decode for work in batch)
-            kind = "decode" if not prompts else "prefill" if prompts == len(batch) else "mixed"
+            kind = "decode" if not chunks else "prefill" if len(chunks) == len(batch) else "mixed"
             self.spans.append((started, self.now, kind))
         return Done([(self._speak(work.sequence), None) for work in batch if work.samples])
 
