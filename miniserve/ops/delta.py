@@ -1,9 +1,30 @@
 """The gated delta rule and its short convolution in plain torch: the reference for `model/delta_net.py`."""
 
 import torch
+import torch.nn.functional as F
+
+from miniserve.ops.batch import State
+from miniserve.ops.decoder import DeltaNet
 
 BLOCK = 64
 """Tokens that are computed together: within a block by matrix products, from block to block through the state."""
+
+
+def delta(
+    state: State, pieces: list[tuple[int, slice]], part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor
+) -> torch.Tensor:
+    """`Ops.delta`, sequence by sequence, each in blocks of tokens: `pieces` has the slot and the rows of each."""
+    learned, rates = ba.float().chunk(2, -1)  # 2 x [T, v_heads]
+    log_decay = part.rate * F.softplus(rates + part.bias)
+    out = torch.empty((len(qkv), part.v_heads, part.v_dim), dtype=qkv.dtype, device=qkv.device)
+    for slot, rows in pieces:
+        mixed = F.silu(short_convolution(qkv[rows], part.conv, state.conv[slot, part.index]))
+        q, k, v = mixed.float().split((part.k_heads * part.k_dim,) * 2 + (part.v_heads * part.v_dim,), -1)
+        q, k = (x.view(len(x), part.k_heads, part.k_dim) for x in (q, k))
+        v = v.view(len(v), part.v_heads, part.v_dim)
+        memory = state.delta[slot, part.index]
+        out[rows] = delta_rule(q, k, v, log_decay[rows], learned[rows].sigmoid(), memory).to(out.dtype)
+    return out
 
 
 def short_convolution(x: torch.Tensor, taps: torch.Tensor, past: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from miniserve.ops.batch import Batch, State
 from miniserve.ops.decoder import DeltaNet, Experts, Linear, Weights
-from miniserve.ops.delta import delta_rule, short_convolution
+from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
@@ -291,23 +291,6 @@ class TorchOps:
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 """cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
-
-
-def delta(
-    state: State, pieces: list[tuple[int, slice]], part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor
-) -> torch.Tensor:
-    """`Ops.delta`, sequence by sequence, each in blocks of tokens: `pieces` has the slot and the rows of each."""
-    learned, rates = ba.float().chunk(2, -1)  # 2 x [T, v_heads]
-    log_decay = part.rate * F.softplus(rates + part.bias)
-    out = torch.empty((len(qkv), part.v_heads, part.v_dim), dtype=qkv.dtype, device=qkv.device)
-    for slot, rows in pieces:
-        mixed = F.silu(short_convolution(qkv[rows], part.conv, state.conv[slot, part.index]))
-        q, k, v = mixed.float().split((part.k_heads * part.k_dim,) * 2 + (part.v_heads * part.v_dim,), -1)
-        q, k = (x.view(len(x), part.k_heads, part.k_dim) for x in (q, k))
-        v = v.view(len(v), part.v_heads, part.v_dim)
-        memory = state.delta[slot, part.index]
-        out[rows] = delta_rule(q, k, v, log_decay[rows], learned[rows].sigmoid(), memory).to(out.dtype)
-    return out
 
 
 def mixture(part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from miniserve.ops import StackingOps, make_ops
 from miniserve.ops.batch import Batch, State
 from miniserve.ops.decoder import DeltaNet, Experts, Mlp
-from miniserve.ops.torch_ops import TorchOps, delta
+from miniserve.ops.delta import delta
+from miniserve.ops.torch_ops import TorchOps
 from scripts.gpu.common import Figure, Figures, Setting
 from scripts.gpu.kernels import LIMIT, dtypes, generator, relative, short
 
