@@ -64,7 +64,7 @@ class Built:
 @dataclass(frozen=True)
 class Choices:
     """What follows from the settings, the model's files and the machine, before anything large is read. `budget` is the
-    tokens of a step, `swap_pages` the size of the swap space."""
+    tokens of a step, `swap_pages` the size of the swap space; so many `sequences` may run at once."""
 
     folder: Path
     files: Checked
@@ -74,6 +74,7 @@ class Choices:
     max_model_len: int
     shape: PageShape
     state: StateShape | None
+    sequences: int
     budget: int
     swap_pages: int
 
@@ -91,7 +92,9 @@ class Choices:
         default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
         budget, swap_pages = config.max_num_batched_tokens or default_budget, sizing.swap_pages(config, shape)
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
-        return cls(folder, files, model, device, dtype, max_model_len, shape, state, budget, swap_pages)
+        slot = state.pages(shape.bytes) * shape.bytes if state else 0
+        sequences = sizing.choose_sequences(config, slot, device)
+        return cls(folder, files, model, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages)
 
     @property
     def snapshot(self) -> int:
@@ -135,7 +138,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
     # With a scratch slot on a GPU.
-    threads, slots = 1, (config.max_num_seqs + (device.type == "cuda")) * choices.snapshot * choices.shape.bytes
+    threads, slots = 1, (choices.sequences + (device.type == "cuda")) * choices.snapshot * choices.shape.bytes
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
     else:
@@ -179,10 +182,10 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
         lap("weights")
         if device.type == "cuda":
-            most = min(choices.budget, config.max_num_seqs * choices.max_model_len)
-            step = sizing.step_bytes(transformer, choices.shape, choices.state, config.max_num_seqs, most)
+            most = min(choices.budget, choices.sequences * choices.max_model_len)
+            step = sizing.step_bytes(transformer, choices.shape, choices.state, choices.sequences, most)
             if graph_ops is not None:
-                step += DecodeGraphs.logits_bytes(model.vocab_size, config.max_num_seqs)
+                step += DecodeGraphs.logits_bytes(model.vocab_size, choices.sequences)
             sized = choices.shape, choices.max_model_len, weights_bytes, device
             size = sizing.size_pool(config, *sized, step + slots, choices.snapshot)
             lap("profile")
@@ -197,15 +200,17 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     if choices.state:
-        size_each = format_bytes(choices.snapshot * choices.shape.bytes)
-        kv_note += f"; a snapshot of recurrent state takes {choices.snapshot} pages = {size_each}"
+        kv_note += (
+            f"; a snapshot of recurrent state takes {choices.snapshot} pages = "
+            f"{format_bytes(choices.snapshot * choices.shape.bytes)}, as does each of {choices.sequences} slots"
+        )
     lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
-    states = StateMemory(choices.state, config.max_num_seqs, memory) if choices.state else None
+    states = StateMemory(choices.state, choices.sequences, memory) if choices.state else None
     state = State(states.conv, states.delta) if states else None
     graphs = None
     if graph_ops is not None:
-        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, config.max_num_seqs, longest)
+        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, choices.sequences, longest)
     try:  # some models name an end token that they have no row for; it can never be sampled
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:
@@ -255,7 +260,7 @@ def _make_engine(
         pool,
         page_tokens=config.block_size,
         max_num_batched_tokens=choices.budget,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=choices.sequences,
         max_model_len=choices.max_model_len,
         host=host,
         snapshots=snapshots,

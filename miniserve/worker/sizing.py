@@ -70,6 +70,16 @@ def choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
     return asked
 
 
+def choose_sequences(config: EngineConfig, slot: int, device: torch.device) -> int:
+    """Sequences that run at once: no more than there are slots for a recurrent state, of so many bytes each, in an
+    eighth of the memory; 0 bytes: the model has no such state."""
+    if not slot:
+        return config.max_num_seqs
+    total = memory_available() if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
+    share = total * config.gpu_memory_utilization / (config.workers if device.type == "cpu" else config.sharing) / 8
+    return max(1, min(config.max_num_seqs, int(share) // slot))
+
+
 def weight_bytes(model: ModelConfig, dtype: torch.dtype, bits: float | None, head_bits: float | None) -> int:
     """Bytes of all weights, where a number of the layers' matrices takes `bits` with its share of the scales, one of
     the head `head_bits`. With None they have the `dtype`, as the embedding has, which then also is a tied head."""

@@ -11,6 +11,7 @@ from miniserve.cluster.messages import FirstToken, Keep, Publish, Release
 from miniserve.config import EngineConfig
 from miniserve.kv.hashing import snapshot_names
 from miniserve.sampling_params import SamplingParams
+from miniserve.worker import sizing
 from miniserve.worker.build import build
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
@@ -123,6 +124,20 @@ def test_too_little_room_for_snapshots(hybrid_folder: Path, pages: int) -> None:
     page_bytes = make(hybrid_folder).snapshots.slots._pool.shape[1]
     engine = make(hybrid_folder, kv_cache_memory=(pages + SIZE) * page_bytes, max_model_len=pages * PAGE)
     prompts = [some(60 + 7 * i, i) for i in range(6)]
+    turns = [turn(f"t{i}", prompt, f"c{i}") for i, prompt in enumerate(prompts)]
+    assert run(engine, *turns) == reference(hybrid_folder, prompts, 20)
+
+
+def test_no_more_sequences_run_than_slots_fit(hybrid_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page_bytes = make(hybrid_folder).snapshots.slots._pool.shape[1]
+    monkeypatch.setattr(sizing, "memory_available", lambda: 8 * 3 * SIZE * page_bytes + 2**31)
+    monkeypatch.setattr(sizing, "CPU_RUNTIME_BYTES", 0)
+    engine = make(hybrid_folder, gpu_memory_utilization=1.0, max_num_seqs=2)
+    assert (engine.max_num_seqs, engine.snapshots.slots.slots) == (2, 2)
+    monkeypatch.setattr(sizing, "memory_available", lambda: 8 * 3 * SIZE * page_bytes)
+    engine = make(hybrid_folder, gpu_memory_utilization=1.0)
+    assert (engine.max_num_seqs, engine.snapshots.slots.slots) == (3, 3)
+    prompts = [some(20 + 7 * i, i) for i in range(6)]
     turns = [turn(f"t{i}", prompt, f"c{i}") for i, prompt in enumerate(prompts)]
     assert run(engine, *turns) == reference(hybrid_folder, prompts, 20)
 
