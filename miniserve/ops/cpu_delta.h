@@ -92,7 +92,8 @@ struct DeltaRule {
         const int64_t channels = part.channels(), length = batch.lengths[sequence];
         for (int64_t i = 0; i < part.taps - 1; i++) {
             const int64_t row = length - (part.taps - 1) + i;
-            const T* from = row >= 0 ? qkv + (batch.starts[sequence] + row) * stride : past(sequence) + (i + length) * channels;
+            const T* from = row >= 0 ? qkv + (batch.starts[sequence] + row) * stride
+                                     : past(sequence) + (i + length) * channels;
             std::memmove(past(sequence) + i * channels, from, channels * sizeof(T));
         }
     }

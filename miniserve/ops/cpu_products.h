@@ -11,7 +11,7 @@ constexpr int FEW = 16;           // rows up to which codes of 4 bits are multip
 constexpr int64_t UNPACKED = 24;  // groups that are unpacked at once for many rows: they stay in the L2 cache
 constexpr int TALL = TILES ? 2 * TILE_ROWS : ROWS;  // rows of a product that are computed at once
 constexpr int64_t SLICE = TILES ? 128 : 96;         // rows that one thread takes at once: a multiple of TALL
-constexpr int64_t UNPACKED_SLICE = 512;             // and of a weight that has to be unpacked first (half where it is narrow)
+constexpr int64_t UNPACKED_SLICE = 512;             // and of a weight that is unpacked first (half where it is narrow)
 
 // c[rows x KEYS] = or += a[rows x words] * panels, for up to TALL rows. `soon(w)` may prefetch.
 template <typename T, typename Soon>
