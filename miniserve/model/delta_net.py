@@ -25,12 +25,11 @@ def load(loader: Loader, at: str, config: ModelConfig, index: int) -> DeltaNet:
         qkvz = loader.linear(
             {f"{at}in_proj_qkvz": sizes.channels + values}, hidden, order=_by_kind(sizes.k_heads, *parts)
         )
-        ba = loader.linear(
-            {f"{at}in_proj_ba": 2 * sizes.v_heads}, hidden, order=_by_kind(sizes.k_heads, shared, shared)
-        )
+        order = _by_kind(sizes.k_heads, shared, shared)
+        ba = loader.plain({f"{at}in_proj_ba": 2 * sizes.v_heads}, hidden, order)
     else:
         qkvz = loader.linear({f"{at}in_proj_qkv": sizes.channels, f"{at}in_proj_z": values}, hidden)
-        ba = loader.linear({f"{at}in_proj_b": sizes.v_heads, f"{at}in_proj_a": sizes.v_heads}, hidden)
+        ba = loader.plain({f"{at}in_proj_b": sizes.v_heads, f"{at}in_proj_a": sizes.v_heads}, hidden)
     conv = loader.get(f"{at}conv1d.weight", sizes.channels, 1, sizes.taps)
     return DeltaNet(
         **vars(sizes),

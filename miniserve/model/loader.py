@@ -68,10 +68,10 @@ class Loader:
         biases = [self.get(f"{name}.bias", rows) for name, rows in parts.items()] if bias else None
         return self.prepared(weights, torch.cat(biases) if biases else None, gated=gated, order=order)
 
-    def plain(self, parts: dict[str, int], width: int) -> Linear:
+    def plain(self, parts: dict[str, int], width: int, order: torch.Tensor | None = None) -> Linear:
         """A small matrix, which is never quantized."""
-        weights = [self.get(f"{name}.weight", rows, width) for name, rows in parts.items()]
-        return self.ops.plain(torch.cat(weights))
+        whole = torch.cat([self.get(f"{name}.weight", rows, width) for name, rows in parts.items()])
+        return self.ops.plain(whole if order is None else whole[order])
 
     def prepared(
         self,

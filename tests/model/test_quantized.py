@@ -86,7 +86,7 @@ def test_rows_of_several_weights_are_one(seed: int, with_minimums: list[bool]) -
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-MATRICES = re.compile(r"(_proj|\.w\d|\.in_proj_[a-z]+)\.weight$")
+MATRICES = re.compile(r"(_proj|\.w\d|\.in_proj_(qkvz?|z))\.weight$")
 
 
 def dequantized(folder: Path, to: Path, bits: int) -> Path:
