@@ -152,7 +152,6 @@ class PagePool:
 
     def _drop(self, cached: list[int]) -> None:
         for page in cached:
-            self._order.remove(page)
             self._forget(page)
             self._free.append(page)
 
@@ -178,12 +177,10 @@ class PagePool:
         if self._on_evict is not None:
             self._on_evict(Evicted(page, digest, parent, keep, end), now)
         self._forget(page)
-        if parent is not None and parent not in self._children and parent in self._page_of:
-            self._order.childless(self._page_of[parent], page)
-        self._order.remove(page)
         return page
 
     def _forget(self, page: int) -> None:
+        """A cached page holds nothing any more."""
         digest, parent = self._hash_of[page], self._parent_of[page]
         assert digest is not None
         del self._page_of[digest]
@@ -193,3 +190,6 @@ class PagePool:
             self._children[parent] -= 1
             if not self._children[parent]:
                 del self._children[parent]
+                if parent in self._page_of:
+                    self._order.childless(self._page_of[parent], page)
+        self._order.remove(page)

@@ -19,8 +19,8 @@ def load(loader: Loader, at: str, config: ModelConfig, layer: LayerConfig) -> Ml
     # transformers and newer files have all experts in one tensor, older files each by itself.
     together = f"{at}mlp.experts.gate_up_proj", f"{at}mlp.experts.down_proj"
     if loader.has(together[0]):
-        gate_up = loader.get(together[0], sizes.count, 2 * sizes.inner, config.hidden_size)
-        down = loader.get(together[1], sizes.count, config.hidden_size, sizes.inner)
+        gate_up = loader.dense(loader.read(together[0], sizes.count, 2 * sizes.inner, config.hidden_size))
+        down = loader.dense(loader.read(together[1], sizes.count, config.hidden_size, sizes.inner))
         experts = [
             Mlp(loader.prepared([up], None, gated=config.activation), loader.prepared([back], None))
             for up, back in zip(gate_up, down, strict=True)

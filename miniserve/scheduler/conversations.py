@@ -265,7 +265,7 @@ class Conversations:
         made = Conversation(own, said, own, family=family, root=root, began=now, last_end=now)
         if near is not None and near.first <= known and near.first < length:
             made.home = near.home
-            made.turns = 1  # Its first turn was the parent's.
+            made.turns, made.ends = 1, near.ends  # Its first turn was the parent's.
         if parent := said.parent or (family if family != own else ""):
             known_parent = self._by_key.get(parent)
             made.parent, made.by = parent, "header" if said.parent else "key"

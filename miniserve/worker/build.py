@@ -146,8 +146,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         bits = SIZES.get(config.quantization or "", choices.files.bits)
         estimate = sizing.weight_bytes(model, choices.dtype, *(bits if config.cpu_kernels == "auto" else (None, None)))
-        sized = choices.shape, choices.max_model_len, estimate + slots, device
-        size = sizing.size_pool(config, *sized, snapshot=choices.snapshot)
+        sized = choices.shape, choices.max_model_len, estimate, device
+        size = sizing.size_pool(config, *sized, state=slots, snapshot=choices.snapshot)
     ops, kernels = make_ops(
         device,
         choices.dtype,
@@ -187,7 +187,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, choices.sequences)
             sized = choices.shape, choices.max_model_len, weights_bytes, device
-            size = sizing.size_pool(config, *sized, step + slots, choices.snapshot)
+            size = sizing.size_pool(config, *sized, step, state=slots, snapshot=choices.snapshot)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(

@@ -141,11 +141,13 @@ def size_pool(
     weights: int,
     device: torch.device,
     activations: int = 0,
+    *,
+    state: int = 0,
     snapshot: int = 0,
 ) -> tuple[int, str]:
     """Pages in the pool, and the arithmetic in words. `weights` is their size in bytes, loaded already on a GPU, where
-    a step takes up to `activations` bytes on top; slots for recurrent state are among the former on a CPU, among the
-    latter on a GPU. A `snapshot` of such a state takes so many pages.
+    a step takes up to `activations` bytes on top. The recurrent `state` of all sequences takes so many bytes, and a
+    `snapshot` of one so many pages.
 
     Raises `ConfigError` if not even one sequence of `max_model_len` tokens fits.
     """
@@ -155,7 +157,7 @@ def size_pool(
         # What is free now says little: the other workers load at the same time.
         free, total = torch.cuda.mem_get_info(device)
         share = int(config.gpu_memory_utilization * total / config.sharing)
-        used = torch.cuda.memory_reserved(device) + activations + CUDA_RUNTIME_BYTES
+        used = torch.cuda.memory_reserved(device) + activations + state + CUDA_RUNTIME_BYTES
         size = min(share - used, free)
         how = (
             f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)} / {config.sharing} workers on {device}, "
@@ -163,23 +165,26 @@ def size_pool(
         )
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        size = int(free - (1 - config.gpu_memory_utilization) * total) - activations
+        size = int(free - (1 - config.gpu_memory_utilization) * total) - activations - state
         how = (
             f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)}, less what is in use and "
             f"{format_bytes(activations, up=True)} for a step"
+            + (f" and {format_bytes(state, up=True)} for recurrent state" if state else "")
         )
     else:
         available = memory_available()
         room = int(available * config.gpu_memory_utilization / config.workers) - weights - CPU_RUNTIME_BYTES
-        room -= config.swap_space  # it comes out of the same memory
+        room -= config.swap_space + state  # they come out of the same memory
         want = max(4 * max_model_len, CPU_POOL_TOKENS) * shape.token_bytes + CPU_SNAPSHOTS * snapshot * shape.bytes
         size = min(want, room)
         how = (
             f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
             f"- {format_bytes(weights)} weights - {format_bytes(CPU_RUNTIME_BYTES)} runtime "
             + (f"- {format_bytes(config.swap_space)} swap space " if config.swap_space else "")
+            + (f"- {format_bytes(state)} recurrent state " if state else "")
             + "= "
             f"{format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is taken"
+            + (f", and {CPU_SNAPSHOTS} snapshots" if snapshot else "")
         )
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens) + snapshot
@@ -188,6 +193,7 @@ def size_pool(
         ways = [f"--max-model-len {fitting}"] if fitting >= 256 else []
         ways.append(f"--kv-cache-memory {format_bytes(needed * shape.bytes, up=True)}")
         if config.kv_cache_memory is None:
+            ways += ["a smaller --max-num-seqs"] if state else []
             ways.append("a smaller model, or fewer workers")
         raise ConfigError(
             f"One sequence of {max_model_len} tokens takes {format_bytes(needed * shape.bytes)} of KV cache, but there "

@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.eviction import UNKNOWN, ExpectedNeed, LeastRecentlyUsed
+from miniserve.kv.hashing import snapshot_names
 from miniserve.kv.pages import OutOfPages, PagePool
-from tests.support.one_token_pages import KEEPS, Turn, cache, hashes
+from tests.support.one_token_pages import KEEPS, LATER, SOON, Turn, cache, cached, hashes
 
 PICK = st.integers(0, 1000)
 
@@ -217,6 +218,24 @@ def test_what_builds_on_a_page_protects_it_but_not_from_lru(order: ExpectedNeed,
     pool.release(two, UNKNOWN, 0.0)
     pool.allocate(3, 0.0)
     assert len(pool.match(hashes(1, 2))) == kept
+
+
+def test_a_page_whose_snapshot_was_dropped_goes_in_its_turn() -> None:
+    """It was set aside, since something built on it that was needed sooner, and that was evicted by nobody."""
+    pool = PagePool(4, ExpectedNeed())
+    cache(pool, 1, keep=LATER)
+    (base,) = hashes(1)
+    snapshot = pool.allocate(1, 0.0)
+    pool.register(snapshot[0], *snapshot_names(base, 1), base)
+    pool.release(snapshot, SOON, 0.0)
+    cache(pool, 2, keep=Keep("between", gap=50.0, page_seconds=0.1))
+    cache(pool, 3, keep=Keep("as soon", gap=5.0, page_seconds=0.1))
+    pool.allocate(1, 0.0)
+    assert [cached(pool, token) for token in (1, 2, 3)] == [1, 0, 1], "the first one is set aside"
+    pool.drop_snapshots("soon", set())
+    pool.allocate(2, 0.0)
+    assert [cached(pool, token) for token in (1, 3)] == [0, 1]
+    pool.check()
 
 
 def test_misuse_is_noticed() -> None:

@@ -112,8 +112,10 @@ def test_every_layout_is_the_same_model(
     folder = laid(models[arch], tmp_path / "model", changes, shards)
     prompts = tiny.prompts(3)
     with caplog.at_level(logging.WARNING, "miniserve"):
-        found = greedy(small(folder), prompts, 12)
+        llm = small(folder)
+        found = greedy(llm, prompts, 12)
     assert found == tiny.reference(models[arch], prompts, 12)
+    assert llm._built.weights_bytes == small(models[arch])._built.weights_bytes
     assert not [record for record in caplog.records if record.name.startswith("miniserve")]
 
 

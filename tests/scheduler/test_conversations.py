@@ -100,11 +100,12 @@ def test_the_same_first_prompt_is_another_conversation(book):
 
 def test_a_fork_of_a_running_turn_begins_at_the_same_home(book):
     first = book.turn(prompt(1))
-    first.home = "d1"
+    first.home, first.ends = "d1", (10, 14)
     book.find(prompt(1, 2)).active = 1
     fork = book.find(prompt(1, 2, 3))
     assert fork is not first
     assert (fork.home, fork.turns, book.known) == ("d1", 1, 20)
+    assert fork.ends == (10, 14), "snapshots that it may find there"
 
 
 def test_a_prompt_that_shares_only_the_system_prompt_is_new(book):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from miniserve.cluster.messages import FirstToken, Keep, Publish, Release
-from miniserve.config import EngineConfig
+from miniserve.config import ConfigError, EngineConfig
 from miniserve.kv.hashing import snapshot_names
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import sizing
@@ -146,6 +146,12 @@ def test_without_a_prefix_cache_there_are_none(hybrid_folder: Path) -> None:
     engine, prompt = make(hybrid_folder, enable_prefix_caching=False), some(100, 1)
     assert run(engine, turn("t0", prompt)) == run(engine, turn("t1", prompt)) == reference(hybrid_folder, [prompt], 20)
     assert engine.pool.snapshot_pages == engine.snapshots.saved == 0
+
+
+def test_what_the_states_of_all_sequences_take_is_said(hybrid_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "memory_available", lambda: 2**31)
+    with pytest.raises(ConfigError, match=r"- 1.37GiB recurrent state = .* or a smaller --max-num-seqs or"):
+        make(hybrid_folder, kv_cache_memory=None, max_num_seqs=30_000)
 
 
 # --- handoffs -------------------------------------------------------------------------------------------------------
