@@ -149,9 +149,9 @@ def test_without_a_prefix_cache_there_are_none(hybrid_folder: Path) -> None:
 
 
 def test_what_the_states_of_all_sequences_take_is_said(hybrid_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "memory_available", lambda: 2**31)
-    with pytest.raises(ConfigError, match=r"- 1.37GiB recurrent state = .* or a smaller --max-num-seqs or"):
-        make(hybrid_folder, kv_cache_memory=None, max_num_seqs=30_000)
+    monkeypatch.setattr(sizing, "memory_available", lambda: 2**29)
+    with pytest.raises(ConfigError, match=r"MiB recurrent state = .* or a smaller --max-num-seqs or"):
+        make(hybrid_folder, kv_cache_memory=None)
 
 
 # --- handoffs -------------------------------------------------------------------------------------------------------
