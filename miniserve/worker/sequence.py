@@ -147,7 +147,7 @@ class Sequence:
     """After how many tokens a step has to end, so that the state can be saved there."""
     snapshots: list[Snapshot] = field(default_factory=list)
     arriving: list[int] = field(default_factory=list)
-    """Pages for the state that comes from another worker."""
+    """Pages for the state that comes from another worker, or is to be handed over."""
     owns_snapshot: bool = False
     """Whether the snapshot that was found for it is of its own conversation."""
     compiling: Future[Matcher] | None = None

@@ -68,10 +68,11 @@ class Snapshots:
         host memory for what follows them, all with a reference more."""
         hashes = sequence.hashes(self.page_tokens)
         for count in range(most, 0, -1):
-            names = snapshot_names(hashes[count - 1], self.slots.pages)
-            if names[0] not in self.pool and (self.host is None or names[0] not in self.host):
+            (first,) = snapshot_names(hashes[count - 1], 1)
+            if first not in self.pool and (self.host is None or first not in self.host):
                 continue
-            owner = (self.pool if names[0] in self.pool or self.host is None else self.host).owner(names[0])
+            names = snapshot_names(hashes[count - 1], self.slots.pages)
+            owner = (self.pool if first in self.pool or self.host is None else self.host).owner(first)
             sequence.owns_snapshot = bool(owner) and owner == sequence.keep.conversation
             pages = self.pool.match(names)
             slots = self.host.match(names[len(pages) :]) if self.host is not None else []
@@ -113,6 +114,12 @@ class Snapshots:
 
     # --- the life of a sequence -------------------------------------------------------------------------------------
 
+    def reserved(self, sequence: Sequence) -> int:
+        """Pages that a sequence gets with those of its tokens: for a state that comes from another worker, or that is
+        handed over."""
+        moves = sequence.prefill_at or sequence.prefill_for or sequence.history_at
+        return self.slots.pages if moves and self.handed(sequence) else 0
+
     def begin(self, sequence: Sequence, pages: list[int], known: int, now: float) -> None:
         """Give an admitted sequence a slot with the state after its computed tokens: that in `pages`, if there are any.
         `known` tokens of the prompt were found in pages."""
@@ -124,6 +131,8 @@ class Snapshots:
             self.slots.load(sequence.slot, pages)
             if sequence.prefill_for and sequence.computed == self.handed(sequence):
                 sequence.snapshots.append(Snapshot(sequence.computed, pages, named=True))  # to be handed over
+                self.pool.release(sequence.arriving, Keep(), now)
+                sequence.arriving = []
             else:
                 self.release(sequence, pages, [], now)
         ends = {self.handed(sequence), known} if self.pool.caching or sequence.prefill_for else set()
@@ -140,9 +149,11 @@ class Snapshots:
         rolling = work.is_decode and end % self.page_tokens == 0 and self.pool.caching
         if sequence.slot is None or not (stop or rolling):
             return
-        pages = (
-            sequence.snapshots.pop().pages if rolling and sequence.snapshots and sequence.snapshots[-1].rolls else []
-        )
+        pages: list[int] = []
+        if rolling and sequence.snapshots and sequence.snapshots[-1].rolls:
+            pages = sequence.snapshots.pop().pages
+        if sequence.prefill_for is not None and end == self.handed(sequence):
+            pages, sequence.arriving = sequence.arriving, []
         try:
             if not pages and self.pool.num_available >= self.slots.pages + self.watermark:
                 pages = self.pool.allocate(self.slots.pages, now)
@@ -183,6 +194,9 @@ class Snapshots:
         """The state after `tokens` came from another worker, in the pages that the sequence has for it."""
         assert sequence.slot is not None
         self.slots.load(sequence.slot, sequence.arriving)
+        history = sequence.state is State.FETCHING
+        if history and (sequence.prefill_at or (sequence.prefill_for and tokens < self.handed(sequence))):
+            return  # the pages are kept for the state after the whole prompt
         sequence.snapshots.append(Snapshot(tokens, sequence.arriving))
         sequence.arriving = []
         self.register(sequence, now)

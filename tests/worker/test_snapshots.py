@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from miniserve.cluster.messages import FirstToken, Keep, Publish, Release
+from miniserve.cluster.messages import Fetch, FirstToken, Keep, Prefill, Publish, Release
 from miniserve.config import ConfigError, EngineConfig
 from miniserve.kv.hashing import snapshot_names
 from miniserve.sampling_params import SamplingParams
@@ -15,7 +15,7 @@ from miniserve.worker import sizing
 from miniserve.worker.build import build
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
-from tests.support.handoff_pair import Pair
+from tests.support.handoff_pair import Pair, Side
 from tests.support.tiny import reference
 
 PAGE = 16
@@ -237,6 +237,72 @@ def test_history_comes_with_its_snapshot(pair: Pair) -> None:
     assert (len(answer.pages), len(answer.state)) == (5, SIZE)
     pair.d.handoffs.receiver.on_publish(answer, "p0")
     assert sequence.computed == sequence.cached == 80
+    assert pair.finish() == pair.text
+    old.handoffs.sender.on_release("t")
+    pair.check()
+
+
+def side(folder: Path, name: str, pages: int, **engine) -> Side:
+    """A worker whose pool has so many pages."""
+    page_bytes = make(folder).snapshots.slots._pool.shape[1]
+    return Side(name, folder, lambda: 100.0, kv_cache_memory=pages * page_bytes, max_model_len=112, **engine)
+
+
+def test_a_pool_that_holds_one_snapshot_less_is_no_reason_to_wait_for_ever(hybrid_folder: Path) -> None:
+    """Seven pages of tokens, the snapshot that was found and the one that is to come are more than the pool has."""
+    d, p = side(hybrid_folder, "d0", 7 + SIZE), side(hybrid_folder, "p0", 7 + SIZE)
+    d.handoffs.set_peers([p.peer])
+    d.engine.add(Sequence("old", d.prompt[:80], SamplingParams(max_tokens=2), 0, d.sequence().root))
+    while d.engine.find("old"):
+        d.step()
+    sequence = d.sequence(prefill_at="p0")
+    d.engine.add(sequence)
+    d.step()
+    assert d.take(Prefill)
+    assert sequence.computed == 0, "what was found was given up"
+
+
+def test_a_prefiller_keeps_room_for_the_states_that_it_hands_over(hybrid_folder: Path) -> None:
+    """Two prompts fill the pool up to two pages: the second one waits until the first has been fetched."""
+    p, d = side(hybrid_folder, "p0", 16), side(hybrid_folder, "d0", 16)
+    p.handoffs.set_peers([d.peer])
+    for turn, prompt in (("a", some(100, 1)), ("b", some(100, 2))):
+        p.handoffs.sender.on_prefill(Prefill(turn, prompt, PARAMS, 0), "d0")
+    commits = []
+    for _ in range(30):
+        p.step()
+        done = [message for message in p.take(Publish) if message.commit]
+        for message in done:
+            p.handoffs.sender.on_release(message.turn)
+        commits += done
+    assert [len(message.state) for message in commits] == [SIZE, SIZE]
+    p.engine.pool.check()
+    assert p.engine.pool.num_held == 0
+
+
+def test_history_comes_first_and_then_the_state_of_the_whole_prompt(pair: Pair) -> None:
+    """A new home that asks for both has one place for a state."""
+    old = pair.p
+    old.engine.add(Sequence("old", pair.d.prompt[:80], PARAMS, 0, old.sequence().root))
+    while old.engine.find("old"):
+        old.step()
+    old.out.clear()
+    sequence = pair.d.sequence(history_at="p0", prefill_at="p0")
+    pair.d.engine.add(sequence)
+    pair.d.step()
+    (fetch,) = pair.d.take(Fetch)
+    old.handoffs.sender.on_fetch(fetch, "d0")
+    (answer,) = old.take(Publish)
+    pair.d.handoffs.receiver.on_publish(answer, "p0")
+    assert sequence.computed == 80
+    old.handoffs.sender.on_release("t")
+    (prefill,) = pair.d.take(Prefill)
+    assert prefill.have == 80
+    old.handoffs.sender.on_prefill(prefill, "d0")
+    for message in pair.publications():
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    assert sequence.computed == 96
+    assert pair.d.take(Release)
     assert pair.finish() == pair.text
     old.handoffs.sender.on_release("t")
     pair.check()
