@@ -150,7 +150,9 @@ class Snapshots:
         if sequence.slot is None or not (stop or rolling):
             return
         pages: list[int] = []
-        if rolling and sequence.snapshots and sequence.snapshots[-1].rolls:
+        # Where a step before this one may still end the sequence, the snapshot before stays until that is known.
+        certain = sequence.under_way == work.count
+        if rolling and certain and sequence.snapshots and sequence.snapshots[-1].rolls:
             pages = sequence.snapshots.pop().pages
         if sequence.prefill_for is not None and end == self.handed(sequence):
             pages, sequence.arriving = sequence.arriving, []
@@ -165,7 +167,11 @@ class Snapshots:
 
     def register(self, sequence: Sequence, now: float) -> None:
         """Name the snapshots of a prompt that the steps done so far have made. They are cached at once, so that running
-        sequences may have their pages, but for one that is to be handed over."""
+        sequences may have their pages, but for one that is to be handed over. Of those that roll the last one stays."""
+        rolling = [made for made in sequence.snapshots if made.rolls and made.tokens <= sequence.computed]
+        for snapshot in rolling[:-1]:
+            sequence.snapshots.remove(snapshot)
+            self.pool.release(snapshot.pages, Keep(), now)
         for snapshot in sequence.snapshots:
             if not snapshot.named and not snapshot.rolls and snapshot.tokens <= sequence.computed:
                 self._name(sequence, snapshot)

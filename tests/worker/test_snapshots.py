@@ -306,3 +306,18 @@ def test_history_comes_first_and_then_the_state_of_the_whole_prompt(pair: Pair) 
     assert pair.finish() == pair.text
     old.handoffs.sender.on_release("t")
     pair.check()
+
+
+def test_a_turn_that_ends_just_before_a_step_too_many_keeps_its_last_snapshot(hybrid_folder: Path) -> None:
+    """With overlap the token behind a stop token is computed too: that state is not the turn's."""
+    engine = make(hybrid_folder, async_scheduling=True)
+    for seed in range(100):
+        prompt = some(50, seed)
+        (answer,) = run(engine, Sequence("t", prompt, SamplingParams(temperature=0, max_tokens=30), 0, b"other"))
+        if len(answer) == 30 and answer.index(answer[-1]) == 29:
+            break
+    params = SamplingParams(temperature=0, max_tokens=40, stop_token_ids=[answer[-1]])
+    assert run(engine, Sequence("t0", prompt, params, 0, b"root", keep=Keep("c", gap=5.0))) == [answer]
+    after = turn("t1", [*prompt, *answer, 5, 6, 7], "c")
+    run(engine, after)
+    assert after.cached == 64
