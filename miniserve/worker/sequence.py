@@ -15,7 +15,9 @@ from miniserve.states import follow
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
-    from miniserve.worker.grammar import Matcher  # needs numpy and llguidance, which the simulator does not
+    # They need torch or llguidance, which the simulator does not.
+    from miniserve.kv.side import Fence
+    from miniserve.worker.grammar import Matcher
 
 
 class State(Enum):
@@ -87,11 +89,12 @@ class Deferral(NamedTuple):
 
 @dataclass(eq=False)
 class Snapshot:
-    """The recurrent state after the first `tokens`, in `pages`. One that `rolls` is that of the last page end, written
-    anew at each; it is `named` when no step can change it any more."""
+    """The recurrent state after the first `tokens`, in `pages`, which are complete when `saved` is passed. One that
+    `rolls` is that of the last page end, written anew at each; it is `named` when no step can change it any more."""
 
     tokens: int
     pages: list[int]
+    saved: Fence | None = None
     rolls: bool = False
     named: bool = False
 

@@ -23,6 +23,7 @@ from miniserve.worker.step import Work
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool
+    from miniserve.kv.side import Fence
 
 
 class Slots(Protocol):
@@ -34,8 +35,8 @@ class Slots(Protocol):
     def clear(self, slot: int) -> None:
         """The state before the first token."""
 
-    def save(self, slot: int, pages: list[int]) -> None:
-        """Copy a slot to pages, after all that was launched."""
+    def save(self, slot: int, pages: list[int]) -> Fence:
+        """Copy a slot to pages, after all that was launched. The pages are complete when the fence is passed."""
 
     def load(self, slot: int, pages: list[int]) -> None:
         """Copy pages to a slot."""
@@ -162,8 +163,8 @@ class Snapshots:
         except OutOfPages:
             pages = []
         if pages:
-            self.slots.save(sequence.slot, pages)
-            sequence.snapshots.append(Snapshot(end, pages, rolls=rolling and not stop))
+            saved = self.slots.save(sequence.slot, pages)
+            sequence.snapshots.append(Snapshot(end, pages, saved, rolls=rolling and not stop))
 
     def register(self, sequence: Sequence, now: float) -> None:
         """Name the snapshots of a prompt that the steps done so far have made. They are cached at once, so that running
@@ -191,6 +192,8 @@ class Snapshots:
     def _name(self, sequence: Sequence, snapshot: Snapshot) -> None:
         snapshot.named = True
         self.saved += 1
+        if snapshot.saved is not None:
+            snapshot.saved.wait()  # others may read the pages from now on
         parent = sequence.hashes(self.page_tokens)[snapshot.tokens // self.page_tokens - 1]
         for page, name in zip(snapshot.pages, snapshot_names(parent, self.slots.pages), strict=True):
             self.pool.register(page, name, parent)

@@ -9,12 +9,16 @@ import pytest
 
 from miniserve.cluster.messages import Fetch, FirstToken, Keep, Prefill, Publish, Release
 from miniserve.config import ConfigError, EngineConfig
+from miniserve.kv.eviction import make_order
 from miniserve.kv.hashing import snapshot_names
+from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import sizing
 from miniserve.worker.build import build
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
+from miniserve.worker.snapshots import Snapshots
+from miniserve.worker.step import Work
 from tests.support.handoff_pair import Pair, Side
 from tests.support.tiny import reference
 
@@ -321,3 +325,35 @@ def test_a_turn_that_ends_just_before_a_step_too_many_keeps_its_last_snapshot(hy
     after = turn("t1", [*prompt, *answer, 5, 6, 7], "c")
     run(engine, after)
     assert after.cached == 64
+
+
+class Late:
+    """Slots of a device whose copies are complete when they are waited for."""
+
+    slots, pages = 1, 2
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def clear(self, slot: int) -> None: ...
+
+    def save(self, slot: int, pages: list[int]) -> Late:
+        return self
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+def test_a_snapshot_has_a_name_when_its_copy_is_complete() -> None:
+    """The step is over, but the copy was launched behind it: others must not read the pages before it is made."""
+    slots, pool = Late(), PagePool(10, make_order("expected"))
+    snapshots = Snapshots(slots, pool, None, page_tokens=4, watermark=0)
+    sequence = Sequence("t", [1] * 6, PARAMS, 0, b"root")
+    sequence.pages = pool.allocate(2, 0.0)
+    snapshots.begin(sequence, [], 0, 0.0)
+    snapshots.launched(Work.next(sequence, sequence.next_piece), 0.0)
+    assert not slots.waited
+    sequence.computed = 4
+    snapshots.register(sequence, 0.0)
+    assert slots.waited
+    assert pool.snapshot_pages == 2
