@@ -45,6 +45,16 @@ class PassedFence:
 Fence = CudaFence | PassedFence
 
 
+def passing(device: torch.device) -> Fence:
+    """The end of all that the engine's stream of the device was given so far."""
+    if device.type != "cuda":
+        return PassedFence()
+    fence = CudaFence()
+    fence.begin.record()
+    fence.end.record()
+    return fence
+
+
 class FencedCopy:
     """What those a `transfer.interface.Copy` have in common whose pages are here at a `fence`, None until they come."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.side import copy_pages
+from miniserve.kv.side import Fence, copy_pages, passing
 from miniserve.ops.decoder import DeltaSizes
 
 
@@ -53,9 +53,10 @@ class StateMemory:
         """The state before the first token."""
         self._parts[slot * self.pages : (slot + 1) * self.pages].zero_()
 
-    def save(self, slot: int, pages: list[int]) -> None:
-        """Copy a slot to pages of the pool."""
+    def save(self, slot: int, pages: list[int]) -> Fence:
+        """Copy a slot to pages of the pool, which are complete when the fence is passed."""
         copy_pages(self._parts, self._of(slot), self._pool, pages)
+        return passing(self._pool.device)
 
     def load(self, slot: int, pages: list[int]) -> None:
         """Copy a snapshot from pages of the pool to a slot."""

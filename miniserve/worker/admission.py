@@ -38,8 +38,7 @@ class Admissions:
         found = len(matched) + len(slots)
         wanted = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
         if self.snapshots is not None:
-            elsewhere = sequence.prefill_at is not None or sequence.history_at is not None
-            wanted += len(state[1]) + elsewhere * self.snapshots.slots.pages
+            wanted += len(state[1]) + self.snapshots.reserved(sequence)
         shared = self._is_being_computed(sequence, found, running)
         if shared or wanted + (self.watermark if running else 0) > self.pool.num_available:
             # Whatever was found is needed as soon as there is room.
@@ -97,6 +96,10 @@ class Admissions:
         """What was found, up to the last snapshot; and where that is."""
         assert self.snapshots is not None
         count, *state = self.snapshots.find(sequence, len(pages) + len(slots), now)
+        states = len(state[0]) + len(state[1]) + self.snapshots.reserved(sequence)
+        if -(-len(sequence.tokens) // self.page_tokens) + states > self.pool.num_pages:  # it would wait for ever
+            self.snapshots.release(sequence, state[0], state[1], now)
+            count, state = 0, [[], []]
         from_host = max(count - len(pages), 0)
         self._release(sequence, pages[count:], slots[from_host:], now)
         return pages[:count], slots[:from_host], (state[0], state[1])

@@ -354,8 +354,9 @@ class Engine:
             return
         sequence.move(State.RUNNING)
         sequence.prefill_at = sequence.history_at = None
-        self.pool.release(sequence.arriving, Keep(), self.clock())
-        sequence.arriving = []
+        if sequence.prefill_for is None:
+            self.pool.release(sequence.arriving, Keep(), self.clock())
+            sequence.arriving = []
         short = sequence.missing > 1 and len(sequence.pages) * self.page_tokens < len(sequence.tokens)
         if short or sequence.computed > sequence.findable:
             # It has its first token but not all of its KV, or KV but no scores: more than planned is to be computed.

@@ -15,7 +15,9 @@ from miniserve.states import follow
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
-    from miniserve.worker.grammar import Matcher  # needs numpy and llguidance, which the simulator does not
+    # They need torch or llguidance, which the simulator does not.
+    from miniserve.kv.side import Fence
+    from miniserve.worker.grammar import Matcher
 
 
 class State(Enum):
@@ -87,11 +89,12 @@ class Deferral(NamedTuple):
 
 @dataclass(eq=False)
 class Snapshot:
-    """The recurrent state after the first `tokens`, in `pages`. One that `rolls` is that of the last page end, written
-    anew at each; it is `named` when no step can change it any more."""
+    """The recurrent state after the first `tokens`, in `pages`, which are complete when `saved` is passed. One that
+    `rolls` is that of the last page end, written anew at each; it is `named` when no step can change it any more."""
 
     tokens: int
     pages: list[int]
+    saved: Fence | None = None
     rolls: bool = False
     named: bool = False
 
@@ -147,7 +150,7 @@ class Sequence:
     """After how many tokens a step has to end, so that the state can be saved there."""
     snapshots: list[Snapshot] = field(default_factory=list)
     arriving: list[int] = field(default_factory=list)
-    """Pages for the state that comes from another worker."""
+    """Pages for the state that comes from another worker, or is to be handed over."""
     owns_snapshot: bool = False
     """Whether the snapshot that was found for it is of its own conversation."""
     compiling: Future[Matcher] | None = None

@@ -23,6 +23,7 @@ from miniserve.worker.step import Work
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool
+    from miniserve.kv.side import Fence
 
 
 class Slots(Protocol):
@@ -34,8 +35,8 @@ class Slots(Protocol):
     def clear(self, slot: int) -> None:
         """The state before the first token."""
 
-    def save(self, slot: int, pages: list[int]) -> None:
-        """Copy a slot to pages, after all that was launched."""
+    def save(self, slot: int, pages: list[int]) -> Fence:
+        """Copy a slot to pages, after all that was launched. The pages are complete when the fence is passed."""
 
     def load(self, slot: int, pages: list[int]) -> None:
         """Copy pages to a slot."""
@@ -68,10 +69,11 @@ class Snapshots:
         host memory for what follows them, all with a reference more."""
         hashes = sequence.hashes(self.page_tokens)
         for count in range(most, 0, -1):
-            names = snapshot_names(hashes[count - 1], self.slots.pages)
-            if names[0] not in self.pool and (self.host is None or names[0] not in self.host):
+            (first,) = snapshot_names(hashes[count - 1], 1)
+            if first not in self.pool and (self.host is None or first not in self.host):
                 continue
-            owner = (self.pool if names[0] in self.pool or self.host is None else self.host).owner(names[0])
+            names = snapshot_names(hashes[count - 1], self.slots.pages)
+            owner = (self.pool if first in self.pool or self.host is None else self.host).owner(first)
             sequence.owns_snapshot = bool(owner) and owner == sequence.keep.conversation
             pages = self.pool.match(names)
             slots = self.host.match(names[len(pages) :]) if self.host is not None else []
@@ -113,6 +115,12 @@ class Snapshots:
 
     # --- the life of a sequence -------------------------------------------------------------------------------------
 
+    def reserved(self, sequence: Sequence) -> int:
+        """Pages that a sequence gets with those of its tokens: for a state that comes from another worker, or that is
+        handed over."""
+        moves = sequence.prefill_at or sequence.prefill_for or sequence.history_at
+        return self.slots.pages if moves and self.handed(sequence) else 0
+
     def begin(self, sequence: Sequence, pages: list[int], known: int, now: float) -> None:
         """Give an admitted sequence a slot with the state after its computed tokens: that in `pages`, if there are any.
         `known` tokens of the prompt were found in pages."""
@@ -124,6 +132,8 @@ class Snapshots:
             self.slots.load(sequence.slot, pages)
             if sequence.prefill_for and sequence.computed == self.handed(sequence):
                 sequence.snapshots.append(Snapshot(sequence.computed, pages, named=True))  # to be handed over
+                self.pool.release(sequence.arriving, Keep(), now)
+                sequence.arriving = []
             else:
                 self.release(sequence, pages, [], now)
         ends = {self.handed(sequence), known} if self.pool.caching or sequence.prefill_for else set()
@@ -140,21 +150,29 @@ class Snapshots:
         rolling = work.is_decode and end % self.page_tokens == 0 and self.pool.caching
         if sequence.slot is None or not (stop or rolling):
             return
-        pages = (
-            sequence.snapshots.pop().pages if rolling and sequence.snapshots and sequence.snapshots[-1].rolls else []
-        )
+        pages: list[int] = []
+        # Where a step before this one may still end the sequence, the snapshot before stays until that is known.
+        certain = sequence.under_way == work.count
+        if rolling and certain and sequence.snapshots and sequence.snapshots[-1].rolls:
+            pages = sequence.snapshots.pop().pages
+        if sequence.prefill_for is not None and end == self.handed(sequence):
+            pages, sequence.arriving = sequence.arriving, []
         try:
             if not pages and self.pool.num_available >= self.slots.pages + self.watermark:
                 pages = self.pool.allocate(self.slots.pages, now)
         except OutOfPages:
             pages = []
         if pages:
-            self.slots.save(sequence.slot, pages)
-            sequence.snapshots.append(Snapshot(end, pages, rolls=rolling and not stop))
+            saved = self.slots.save(sequence.slot, pages)
+            sequence.snapshots.append(Snapshot(end, pages, saved, rolls=rolling and not stop))
 
     def register(self, sequence: Sequence, now: float) -> None:
         """Name the snapshots of a prompt that the steps done so far have made. They are cached at once, so that running
-        sequences may have their pages, but for one that is to be handed over."""
+        sequences may have their pages, but for one that is to be handed over. Of those that roll the last one stays."""
+        rolling = [made for made in sequence.snapshots if made.rolls and made.tokens <= sequence.computed]
+        for snapshot in rolling[:-1]:
+            sequence.snapshots.remove(snapshot)
+            self.pool.release(snapshot.pages, Keep(), now)
         for snapshot in sequence.snapshots:
             if not snapshot.named and not snapshot.rolls and snapshot.tokens <= sequence.computed:
                 self._name(sequence, snapshot)
@@ -174,6 +192,8 @@ class Snapshots:
     def _name(self, sequence: Sequence, snapshot: Snapshot) -> None:
         snapshot.named = True
         self.saved += 1
+        if snapshot.saved is not None:
+            snapshot.saved.wait()  # others may read the pages from now on
         parent = sequence.hashes(self.page_tokens)[snapshot.tokens // self.page_tokens - 1]
         for page, name in zip(snapshot.pages, snapshot_names(parent, self.slots.pages), strict=True):
             self.pool.register(page, name, parent)
@@ -183,6 +203,9 @@ class Snapshots:
         """The state after `tokens` came from another worker, in the pages that the sequence has for it."""
         assert sequence.slot is not None
         self.slots.load(sequence.slot, sequence.arriving)
+        history = sequence.state is State.FETCHING
+        if history and (sequence.prefill_at or (sequence.prefill_for and tokens < self.handed(sequence))):
+            return  # the pages are kept for the state after the whole prompt
         sequence.snapshots.append(Snapshot(tokens, sequence.arriving))
         sequence.arriving = []
         self.register(sequence, now)

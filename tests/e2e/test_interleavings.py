@@ -275,7 +275,7 @@ class World:
         fresh = [pick.randrange(30, VOCAB) for _ in range(pick.randint(1, 25))]
         if self.prompts and pick.random() < 0.4:
             before = pick.choice(list(self.prompts))
-            tokens = (self.prompts[before] + self.got[before])[:50] + fresh[:4]
+            tokens = (self.prompts[before] + self.got[before])[: LONGEST - 5] + fresh[:4]
         else:
             tokens = [100] * pick.choice([0, 0, 8, 16]) + fresh
         seed = len(self.wanted)

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from miniserve.cluster.messages import FirstToken, Keep, Publish, Release
+from miniserve.cluster.messages import Fetch, FirstToken, Keep, Prefill, Publish, Release
 from miniserve.config import ConfigError, EngineConfig
+from miniserve.kv.eviction import make_order
 from miniserve.kv.hashing import snapshot_names
+from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import sizing
 from miniserve.worker.build import build
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
-from tests.support.handoff_pair import Pair
+from miniserve.worker.snapshots import Snapshots
+from miniserve.worker.step import Work
+from tests.support.handoff_pair import Pair, Side
 from tests.support.tiny import reference
 
 PAGE = 16
@@ -254,3 +258,116 @@ def test_history_comes_with_its_snapshot(pair: Pair) -> None:
     assert pair.finish() == pair.text
     old.handoffs.sender.on_release("t")
     pair.check()
+
+
+def side(folder: Path, name: str, pages: int, **engine) -> Side:
+    """A worker whose pool has so many pages."""
+    page_bytes = make(folder).snapshots.slots._pool.shape[1]
+    return Side(name, folder, lambda: 100.0, kv_cache_memory=pages * page_bytes, max_model_len=112, **engine)
+
+
+def test_a_pool_that_holds_one_snapshot_less_is_no_reason_to_wait_for_ever(hybrid_folder: Path) -> None:
+    """Seven pages of tokens, the snapshot that was found and the one that is to come are more than the pool has."""
+    d, p = side(hybrid_folder, "d0", 7 + SIZE), side(hybrid_folder, "p0", 7 + SIZE)
+    d.handoffs.set_peers([p.peer])
+    d.engine.add(Sequence("old", d.prompt[:80], SamplingParams(max_tokens=2), 0, d.sequence().root))
+    while d.engine.find("old"):
+        d.step()
+    sequence = d.sequence(prefill_at="p0")
+    d.engine.add(sequence)
+    d.step()
+    assert d.take(Prefill)
+    assert sequence.computed == 0, "what was found was given up"
+
+
+def test_a_prefiller_keeps_room_for_the_states_that_it_hands_over(hybrid_folder: Path) -> None:
+    """Two prompts fill the pool up to two pages: the second one waits until the first has been fetched."""
+    p, d = side(hybrid_folder, "p0", 16), side(hybrid_folder, "d0", 16)
+    p.handoffs.set_peers([d.peer])
+    for turn, prompt in (("a", some(100, 1)), ("b", some(100, 2))):
+        p.handoffs.sender.on_prefill(Prefill(turn, prompt, PARAMS, 0), "d0")
+    commits = []
+    for _ in range(30):
+        p.step()
+        done = [message for message in p.take(Publish) if message.commit]
+        for message in done:
+            p.handoffs.sender.on_release(message.turn)
+        commits += done
+    assert [len(message.state) for message in commits] == [SIZE, SIZE]
+    p.engine.pool.check()
+    assert p.engine.pool.num_held == 0
+
+
+def test_history_comes_first_and_then_the_state_of_the_whole_prompt(pair: Pair) -> None:
+    """A new home that asks for both has one place for a state."""
+    old = pair.p
+    old.engine.add(Sequence("old", pair.d.prompt[:80], PARAMS, 0, old.sequence().root))
+    while old.engine.find("old"):
+        old.step()
+    old.out.clear()
+    sequence = pair.d.sequence(history_at="p0", prefill_at="p0")
+    pair.d.engine.add(sequence)
+    pair.d.step()
+    (fetch,) = pair.d.take(Fetch)
+    old.handoffs.sender.on_fetch(fetch, "d0")
+    (answer,) = old.take(Publish)
+    pair.d.handoffs.receiver.on_publish(answer, "p0")
+    assert sequence.computed == 80
+    old.handoffs.sender.on_release("t")
+    (prefill,) = pair.d.take(Prefill)
+    assert prefill.have == 80
+    old.handoffs.sender.on_prefill(prefill, "d0")
+    for message in pair.publications():
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    assert sequence.computed == 96
+    assert pair.d.take(Release)
+    assert pair.finish() == pair.text
+    old.handoffs.sender.on_release("t")
+    pair.check()
+
+
+def test_a_turn_that_ends_just_before_a_step_too_many_keeps_its_last_snapshot(hybrid_folder: Path) -> None:
+    """With overlap the token behind a stop token is computed too: that state is not the turn's."""
+    engine = make(hybrid_folder, async_scheduling=True)
+    for seed in range(100):
+        prompt = some(50, seed)
+        (answer,) = run(engine, Sequence("t", prompt, SamplingParams(temperature=0, max_tokens=30), 0, b"other"))
+        if len(answer) == 30 and answer.index(answer[-1]) == 29:
+            break
+    params = SamplingParams(temperature=0, max_tokens=40, stop_token_ids=[answer[-1]])
+    assert run(engine, Sequence("t0", prompt, params, 0, b"root", keep=Keep("c", gap=5.0))) == [answer]
+    after = turn("t1", [*prompt, *answer, 5, 6, 7], "c")
+    run(engine, after)
+    assert after.cached == 64
+
+
+class Late:
+    """Slots of a device whose copies are complete when they are waited for."""
+
+    slots, pages = 1, 2
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def clear(self, slot: int) -> None: ...
+
+    def save(self, slot: int, pages: list[int]) -> Late:
+        return self
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+def test_a_snapshot_has_a_name_when_its_copy_is_complete() -> None:
+    """The step is over, but the copy was launched behind it: others must not read the pages before it is made."""
+    slots, pool = Late(), PagePool(10, make_order("expected"))
+    snapshots = Snapshots(slots, pool, None, page_tokens=4, watermark=0)
+    sequence = Sequence("t", [1] * 6, PARAMS, 0, b"root")
+    sequence.pages = pool.allocate(2, 0.0)
+    snapshots.begin(sequence, [], 0, 0.0)
+    snapshots.launched(Work.next(sequence, sequence.next_piece), 0.0)
+    assert not slots.waited
+    sequence.computed = 4
+    snapshots.register(sequence, 0.0)
+    assert slots.waited
+    assert pool.snapshot_pages == 2
