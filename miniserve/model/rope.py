@@ -1,8 +1,6 @@
 """Rotary position embedding: what config.json says of it, and the angles. RoFormer (arXiv 2104.09864); scaling as
 published with Llama 3.1."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

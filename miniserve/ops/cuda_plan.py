@@ -1,7 +1,5 @@
 """Page tables on a GPU and FlashInfer's plans over them: for all layers of a step, or to stay for a CUDA graph."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass

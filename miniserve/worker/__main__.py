@@ -1,7 +1,5 @@
 """`python -m miniserve.worker`: reads its specification from stdin, builds the engine, serves."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -36,7 +36,7 @@ class Admissions:
         if self.snapshots is not None:
             matched, slots, state = self._cut(sequence, matched, slots, now)
         found = len(matched) + len(slots)
-        wanted = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
+        wanted = missing = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
         if self.snapshots is not None:
             wanted += len(state[1]) + self.snapshots.reserved(sequence)
         shared = self._is_being_computed(sequence, found, running)
@@ -51,7 +51,6 @@ class Admissions:
             return admission
         sequence.deferral = None
         pages = self.pool.allocate(wanted, now)
-        missing = -(-len(sequence.tokens) // self.page_tokens) - len(matched)
         sequence.pages, sequence.arriving = matched + pages[:missing], pages[missing:]
         sequence.computed = found * self.page_tokens
         sequence.registered = len(matched)

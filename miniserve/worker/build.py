@@ -251,10 +251,7 @@ def _make_engine(
         caching=config.enable_prefix_caching,
         on_evict=host.store if host is not None else None,
     )
-    snapshots = None
-    if states is not None:
-        watermark = max(1, pool.num_pages // 100)
-        snapshots = Snapshots(states, pool, host, page_tokens=config.block_size, watermark=watermark)
+    snapshots = Snapshots(states, pool, host, config.block_size) if states else None
     return Engine(
         runner,
         pool,

@@ -12,12 +12,12 @@ need, kept in host memory, handed over and checked as pages are.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.hashing import snapshot_names
-from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Sequence, Snapshot, State
 from miniserve.worker.step import Work
 
@@ -45,22 +45,20 @@ class Slots(Protocol):
 @dataclass(eq=False)
 class Snapshots:
     """Gives slots to sequences, and saves, finds and drops snapshots. Saving never takes a page that a running sequence
-    may need soon: `watermark` stay free, and a turn without a snapshot only costs its successor more."""
+    may need soon: a hundredth stays free, and a turn without a snapshot only costs its successor more."""
 
     slots: Slots
     pool: PagePool
     host: HostPool | None
-    _: KW_ONLY
     page_tokens: int
-    watermark: int
     saved: int = 0
     """Snapshots that were given a name."""
     used: int = 0
     """Sequences that began from one."""
-    _free: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._free = list(range(self.slots.slots))
+        self._watermark = max(1, self.pool.num_pages // 100)
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -157,11 +155,8 @@ class Snapshots:
             pages = sequence.snapshots.pop().pages
         if sequence.prefill_for is not None and end == self.handed(sequence):
             pages, sequence.arriving = sequence.arriving, []
-        try:
-            if not pages and self.pool.num_available >= self.slots.pages + self.watermark:
-                pages = self.pool.allocate(self.slots.pages, now)
-        except OutOfPages:
-            pages = []
+        if not pages and self.pool.num_available >= self.slots.pages + self._watermark:
+            pages = self.pool.allocate(self.slots.pages, now)
         if pages:
             saved = self.slots.save(sequence.slot, pages)
             sequence.snapshots.append(Snapshot(end, pages, saved, rolls=rolling and not stop))

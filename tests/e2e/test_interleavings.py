@@ -239,7 +239,7 @@ class World:
             Model(memory, slots if self.recurrent else None),
             pool,
             host=host,
-            snapshots=Snapshots(slots, pool, host, page_tokens=PAGE, watermark=1) if self.recurrent else None,
+            snapshots=Snapshots(slots, pool, host, PAGE) if self.recurrent else None,
             page_tokens=PAGE,
             max_num_batched_tokens=self.pick.choice([3, 7, 12]),
             max_num_seqs=6,

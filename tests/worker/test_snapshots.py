@@ -361,7 +361,7 @@ class Late:
 def test_a_snapshot_has_a_name_when_its_copy_is_complete() -> None:
     """The step is over, but the copy was launched behind it: others must not read the pages before it is made."""
     slots, pool = Late(), PagePool(10, make_order("expected"))
-    snapshots = Snapshots(slots, pool, None, page_tokens=4, watermark=0)
+    snapshots = Snapshots(slots, pool, None, 4)
     sequence = Sequence("t", [1] * 6, PARAMS, 0, b"root")
     sequence.pages = pool.allocate(2, 0.0)
     snapshots.begin(sequence, [], 0, 0.0)
