@@ -89,6 +89,8 @@ class Snapshots:
 
     def match(self, digest: bytes) -> list[int]:
         """The pages of the snapshot after what `digest` stands for, with a reference more; none if it is not whole."""
+        if snapshot_names(digest, 1)[0] not in self.pool:
+            return []
         pages = self.pool.match(snapshot_names(digest, self.slots.pages))
         if len(pages) < self.slots.pages:
             self.pool.release(pages, Keep(), 0.0)
