@@ -30,17 +30,15 @@ def load(loader: Loader, at: str, config: ModelConfig, layer: LayerConfig) -> Ml
             _mlp(loader, [f"{at}{where}.{i}.{part}" for part in parts], sizes.inner, config) for i in range(sizes.count)
         ]
     stacked = loader.ops.stack(experts) if isinstance(loader.ops, StackingOps) else None
-    shared = [f"{at}mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    inner, shared = sizes.shared_inner, [f"{at}mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
     return Experts(
         chosen=sizes.chosen,
         renormed=sizes.renormed,
         router=loader.plain({at + router: sizes.count}, config.hidden_size),
         experts=experts if stacked is None else [],
         stacked=stacked,
-        shared=_mlp(loader, shared, sizes.shared_inner, config) if sizes.shared_inner else None,
-        shared_gate=loader.plain({f"{at}mlp.shared_expert_gate": 1}, config.hidden_size)
-        if sizes.shared_inner
-        else None,
+        shared=_mlp(loader, shared, inner, config) if inner else None,
+        shared_gate=loader.plain({f"{at}mlp.shared_expert_gate": 1}, config.hidden_size) if inner else None,
     )
 
 
