@@ -233,7 +233,9 @@ class Dispatcher:
             kind = way(self.ready[source].pool, self.ready[home].pool, self._kv_transfer)
             if kind is None:
                 return "none (prefills at home)"
-            why = ", their GPUs cannot read each other" if self._kv_transfer == "auto" else ""
+            far = self.ready[source].pool.host != self.ready[home].pool.host
+            why = ", between hosts" if far else ", their GPUs cannot read each other"
+            why = why if far or self._kv_transfer == "auto" else ""
             return "mapped" if kind == "mapped" else f"collective ({'NCCL' if kind == 'nccl' else 'sockets'}{why})"
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}

@@ -39,7 +39,6 @@ class Keys(msgspec.Struct, frozen=True):
     def guard(self, socket: zmq.Socket, *, inbox: bool) -> None:
         """What the socket binds, or connects to, from now on is for processes with these keys; a peer that is silent is
         given up."""
-        socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.HEARTBEAT_IVL, BEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TTL, SILENT_MS)
@@ -70,6 +69,7 @@ class Outboxes:
             socket.linger = 0
             if address.startswith("tcp:"):
                 self.keys.guard(socket, inbox=False)
+                socket.ipv6 = "[" in address
                 self.monitors[address] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             socket.connect(address)
         # The owner of that inbox is dead, which the supervisor notices.
@@ -112,6 +112,7 @@ class Inbox:
         self.far = ""
         if host:
             keys.guard(self.socket, inbox=True)
+            self.socket.ipv6 = ":" in host
             self.socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
             self.far = self.socket.last_endpoint.decode()
 
