@@ -1,10 +1,11 @@
-"""What OpenAPI says of answers: endpoints build these themselves, and `answers.toml` has a JSON schema of each, and of
-the events of streams; `monitor/views.toml` has those of views.
+"""The routes of the API and what OpenAPI says of them: `routes.toml` has them all. Endpoints build their answers
+themselves, and `answers.toml` has a JSON schema of each, and of the events of streams; `monitor/views.toml` has those
+of views.
 
 Tests hold all answers against these schemas.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,8 +15,8 @@ from miniserve.api import errors
 from miniserve.config import tables
 from miniserve.monitor.views import SCHEMAS
 
+ROUTES = tables("api/routes.toml")
 TABLES = tables("api/answers.toml") | SCHEMAS
-Handler = Callable[..., Awaitable[Response]]
 
 
 class App(FastAPI):
@@ -30,15 +31,19 @@ class App(FastAPI):
             document["components"]["schemas"][name] = schema
         return document
 
-    def endpoint(
-        self, method: str, path: str, handler: Handler, *answers: str, stream: str = "", error: str = "ErrorBody"
-    ) -> None:
-        """Add a route that answers with one of `answers`, with a stream of events like `stream`, or with an `error`."""
-        content = _json(*answers) if answers else {}
-        if stream:
-            content["text/event-stream"] = {"itemSchema": _schema(stream)}
-        responses = {200: {"content": content}, **problems(error)}
-        self.add_api_route(path, handler, methods=[method], responses=responses, response_class=Response)
+    def add_routes(self, parts: Mapping[str, object]) -> None:
+        """Add all routes. The methods of `parts`, one for each table of routes.toml, are the handlers."""
+        for part, routes in ROUTES.items():
+            for route, row in routes.items():
+                method, path = route.split()
+                content = _json(*row["answers"]) if "answers" in row else {}
+                if "stream" in row:
+                    content["text/event-stream"] = {"itemSchema": _schema(row["stream"])}
+                if "media" in row:
+                    content[row["media"]] = {}
+                responses = {200: {"content": content}, **problems(row.get("error", "ErrorBody"))}
+                handler = getattr(parts[part], row["run"])
+                self.add_api_route(path, handler, methods=[method], responses=responses, response_class=Response)
 
 
 def problems(error: str) -> dict[int | str, dict[str, Any]]:

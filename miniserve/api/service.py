@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -30,7 +31,7 @@ from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
 from miniserve.api.structured import GrammarChecks, requested
 from miniserve.config import ServeConfig
-from miniserve.dispatcher import Dispatcher, TurnStream
+from miniserve.dispatcher import Dispatcher, EngineError, TurnStream
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
@@ -67,6 +68,7 @@ class Service:
         self._client = client
         self._defaults = defaults
         self._examining: set[asyncio.Task[None]] = set()
+        self._created = int(time.time())
         self._grammars = GrammarChecks(compiler)
         self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {self.names[0]}".encode()).hexdigest()[:10]
 
@@ -263,3 +265,34 @@ class Service:
         self._check_vocabulary(body.tokens, "tokens")
         text = await asyncio.to_thread(self.tokenizer.decode, body.tokens, False)
         return json_answer({"prompt": text}, body.ignored)
+
+    async def models(self, request: Request) -> Response:
+        """The names of the one model that is served; in the Anthropic API's shape for a request with the header
+        `anthropic-version`."""
+        data = [self._card(name, request) for name in self.names]
+        if errors.is_anthropic(request.scope):
+            return json_answer({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
+        return json_answer({"object": "list", "data": data})
+
+    async def retrieve_model(self, request: Request, model: str) -> Response:
+        """One of these names."""
+        self.check_model(model)
+        return json_answer(self._card(model, request))
+
+    def _card(self, name: str, request: Request) -> dict[str, Any]:
+        if errors.is_anthropic(request.scope):
+            day = datetime.fromtimestamp(self._created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            return {"type": "model", "id": name, "display_name": name, "created_at": day}
+        about = {"id": name, "object": "model", "created": self._created, "owned_by": "miniserve"}
+        sizes = {"max_model_len": self.max_model_len, "vocab_size": self._client.vocab_size}
+        return {**about, "root": self._config.engine.model, **sizes}
+
+    async def health(self) -> Response:
+        """Whether the engine can serve; needs no API key."""
+        if not self._client.healthy:
+            raise EngineError(self._client.unhealthy_reason)
+        return json_answer({"status": "ok"})
+
+    async def version(self) -> Response:
+        """The version of miniserve."""
+        return json_answer({"version": __version__})
