@@ -14,11 +14,10 @@ from starlette.staticfiles import StaticFiles
 from miniserve.api.errors import ApiError
 from miniserve.api.streaming import EventStream, json_answer
 from miniserve.dispatcher import Dispatcher
-from miniserve.monitor.conversation_views import MOST_LISTED, conversation_detail, conversation_list
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
-from miniserve.monitor.worker_views import worker_list
+from miniserve.monitor.views import MOST_LISTED, conversation_detail, conversation_list, worker_list
 
 FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
 # The page asks only this server, runs only our files, and no other page can frame it or send its forms elsewhere.
@@ -58,7 +57,7 @@ class Views:
 
     async def conversation(self, conversation: str) -> Response:
         """One of them: what was observed of its last turns, and where their time went."""
-        found = conversation_detail(self._client.scheduler, self._doctor, conversation, time.monotonic())
+        found = conversation_detail(self._client.scheduler, self._doctor.misses, conversation, time.monotonic())
         if found is None:
             problem = f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations."
             raise ApiError(404, problem, code="conversation_not_found")

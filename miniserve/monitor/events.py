@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from miniserve.monitor.conversation_views import live_turns
-from miniserve.monitor.worker_views import worker_list
+from miniserve.monitor.views import live_turns, worker_list
 from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import Scheduler
 
