@@ -30,7 +30,7 @@ from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, Detoken
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
 from miniserve.api.structured import GrammarChecks, requested
-from miniserve.config import ServeConfig
+from miniserve.config import ServeConfig, problem
 from miniserve.dispatcher import Dispatcher, EngineError, TurnStream
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
@@ -202,14 +202,9 @@ class Service:
         self._check_vocabulary(prompt, field)
         limit = self.max_model_len
         if (room := limit - len(prompt)) < 1:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {limit} tokens, and `{field}` has {len(prompt)}, which leaves "
-                "no room for an answer: shorten it.",
-                param=field,
-                code="context_length_exceeded",
-                anthropic=f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum",
-            )
+            said = problem("api.long_prompt", limit=limit, field=field, tokens=len(prompt))
+            anthropic = f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum"
+            raise ApiError(400, said, param=field, code="context_length_exceeded", anthropic=anthropic)
         wanted = params.max_tokens if params.max_tokens is not None else default_limit or room
         most = min(wanted, room)
         least = min(params.min_tokens, most) if params.max_tokens else params.min_tokens
@@ -229,12 +224,8 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` for a name that is none of the model's."""
         if name is not None and name not in self.names:
-            raise ApiError(
-                404,
-                f"There is no model {name[:128]!r} here: this server has {', '.join(self.names)}.",
-                param="model",
-                code="model_not_found",
-            )
+            said = f"There is no model {name[:128]!r} here: this server has {', '.join(self.names)}."
+            raise ApiError(404, said, param="model", code="model_not_found")
 
     async def count_tokens(self, body: CountTokensRequest) -> Response:
         """How many tokens the prompt of such a request has."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from miniserve.api.errors import RETRY_SOON, ApiError
 from miniserve.api.openai.parameters import GenerationRequest
+from miniserve.config import problem
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
 
@@ -43,9 +44,7 @@ class GrammarChecks:
         except TimeoutError as error:
             if job.cancelled():  # by then: it had not even begun
                 raise _busy() from error
-            raise ParameterError(
-                param, f"`{param}` takes more than {SECONDS:g} s to compile: make the schema or grammar simpler."
-            ) from error
+            raise ParameterError(param, problem("api.slow_grammar", param=param, seconds=SECONDS)) from error
         finally:
             self._checking -= 1
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Tag, WithJsonSchema
 
 from miniserve.api.fields import TABLES, at_most
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Json, JsonList
 
@@ -29,10 +30,7 @@ def few_tools(value: Any) -> Any:
     them that takes longer than the event loop has."""
     with suppress(RecursionError):  # `sound_json` refuses what is nested too deeply
         if (size := len(json.dumps(value, ensure_ascii=False))) > MAX_TOOLS_CHARS:
-            raise ValueError(
-                f"These are {size} characters of JSON, and at most {MAX_TOOLS_CHARS} characters are allowed: send "
-                "fewer tools or shorter ones"
-            )
+            raise ValueError(problem("api.long_tools", size=size, most=MAX_TOOLS_CHARS))
     return value
 
 
@@ -90,9 +88,7 @@ def check_function(function: dict[str, Any], at: str) -> None:
     """Raises `ParameterError` about the place `at` if it is not in order."""
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ParameterError(
-            f"{at}.name", f"`{at}.name` must be 1 to 128 letters, digits, `_`, `-` or `.`, not {str(name)[:64]!r}."
-        )
+        raise ParameterError(f"{at}.name", problem("api.tool_name", at=at, name=str(name)[:64]))
     if not isinstance(function.get("description") or "", str):
         raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")
     parameters = without_nulls(function.get("parameters"))
@@ -161,11 +157,7 @@ def _name_in(tool: Any) -> Any:
 
 
 def _not_a_choice() -> ParameterError:
-    return ParameterError(
-        "tool_choice",
-        '`tool_choice` must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or {"type": '
-        '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}} with tools like these.',
-    )
+    return ParameterError("tool_choice", problem("api.tool_choice"))
 
 
 def _named(tools: list[Tool], name: str) -> Tool:

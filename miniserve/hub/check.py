@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from miniserve.config import LFS_POINTER, ConfigError, read_object
+from miniserve.config import LFS_POINTER, ConfigError, problem, read_object
 from miniserve.families import FAMILIES, text_model
 
 ARCHITECTURES = {kind: arch for arch, family in FAMILIES.items() for kind in family.types}
@@ -238,19 +238,13 @@ def _instead(folder: Path, lacks: str) -> str:
         return f"{path} is a link to {path.readlink()}, where no file is: download the model again."
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path", "another model")
-        return (
-            f"{folder} is an adapter of {base} (adapter_config.json), not a model: merge the two with peft's "
-            "merge_and_unload() and save_pretrained(), and serve the result."
-        )
+        return problem("hub.adapter", folder=folder, base=base)
     inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
     if inside and lacks == "config.json":
         return f"{folder} has no config.json: the model lies in {inside[-1].parent}, give that folder."
     stray = sorted(found.name for found in folder.glob("*.safetensors"))
     if stray and lacks == SINGLE:
-        return (
-            f"{folder} has {stray[0]}, but neither {SINGLE} nor {INDEX}{_unfinished(folder)}: use the model's Hugging "
-            "Face version, and all of its files."
-        )
+        return problem("hub.stray", folder=folder, stray=stray[0], unfinished=_unfinished(folder))
     if others := [found.name for kind in OTHERS for found in sorted(folder.glob(kind))]:
         return not_safetensors(folder, others)
     if lacks == "config.json":
@@ -260,8 +254,4 @@ def _instead(folder: Path, lacks: str) -> str:
 
 def not_safetensors(folder: Path, names: list[str]) -> str:
     """That there is nothing but `names`, and how they become safetensors."""
-    convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-    return (
-        f"{folder} has only {', '.join(names[:3])}: miniserve reads safetensors and GGUF, since other formats can "
-        f"carry code. Use the model's safetensors version, or convert it with transformers: {convert}."
-    )
+    return problem("hub.not_safetensors", folder=folder, names=", ".join(names[:3]))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from miniserve.cluster.launch import import_path
-from miniserve.config import cache_dir, read_object, tables
+from miniserve.config import cache_dir, problem, read_object, tables
 from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN, ModelError
 from miniserve.text.tokenizer import byte_level_bpe
 
@@ -198,10 +198,7 @@ def _tokenizer(file: Path, meta: dict[str, Any]) -> str:
     pre = meta.get("tokenizer.ggml.pre", "")
     split = next((split for split in TABLES["splits"] if pre in split["names"]), None)
     if kind != "gpt2" or split is None:
-        raise ValueError(
-            f"its tokenizer is {kind!r} {pre!r}, which miniserve does not know: put it into a folder with the model's "
-            "tokenizer.json, and give that folder"
-        )
+        raise ValueError(problem("hub.tokenizer", kind=kind, pre=pre))
     types, regex, whole = meta["tokenizer.ggml.token_type"], split["regex"], split.get("whole", False)
     before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if "digits" in split else []
     if regex:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from miniserve.config import problem
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.call_parsers import TAG_MARKS
 from miniserve.text.formats import PIECES, ReasoningMarks, ToolFormat
@@ -172,11 +173,7 @@ class _Writer:
         """Say that the grammar does not hold these keywords, if they are there."""
         found = {key for part in way for key in part.keys() & keywords if says(key, part[key])}
         if strict and found:
-            raise ParameterError(
-                "tools",
-                f"`tools`: {', '.join(sorted(found))} cannot be held here, as a strict tool needs: this model's "
-                "calls write text without quotes. Leave it out, or `strict`.",
-            )
+            raise ParameterError("tools", problem("text.strict_tool", keys=", ".join(sorted(found))))
         self._relaxed |= found
 
     def _parameters(self, function: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from miniserve.config import problem
 from miniserve.text.template import Message
 
 MAX_DEPTH = 100
@@ -19,9 +20,7 @@ def valid_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"This is not valid Unicode: character {error.start} is half of a surrogate pair without the other half"
-        ) from error
+        raise ValueError(problem("text.unicode", start=error.start)) from error
     return text
 
 
@@ -79,9 +78,7 @@ def check_call(call: dict[str, Any]) -> None:
     """Check a call of the history. Raises `ValueError`."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(
-            'A tool call must look like {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
-        )
+        raise ValueError(problem("text.call"))
     if not isinstance(call.get("id", ""), str | None):
         raise ValueError("The `id` of a tool call must be a string")
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import tokenizers
 
-from miniserve.config import read_object
+from miniserve.config import problem, read_object
 from miniserve.families import text_model
 from miniserve.sampling_params import ParameterError
 from miniserve.text.guard import GuardedEncoder, HiddenTexts, encode_all, is_control
@@ -183,10 +183,7 @@ class Tokenizer:
         if not messages:
             raise ParameterError("messages", "`messages` must hold at least one message.")
         if continue_final_message and add_generation_prompt:
-            raise ParameterError(
-                "continue_final_message",
-                "`continue_final_message` needs `add_generation_prompt` false: a message is either continued or begun.",
-            )
+            raise ParameterError("continue_final_message", problem("text.continued_or_begun"))
         hidden = HiddenTexts()
         text = self._templates.render(
             [self._guarded.hide_in_message(message, hidden) for message in messages],
@@ -241,10 +238,7 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> tuple[tokenize
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # whatever the conversion of an unknown format runs into
-        raise ParameterError(
-            "model",
-            f"{folder} has no tokenizer.json, and transformers finds none: download the model again. ({_line(error)})",
-        ) from error
+        raise ParameterError("model", problem("text.no_tokenizer", folder=folder, reason=_line(error))) from error
     return backend, {**settings, **tokenizer.special_tokens_map}
 
 

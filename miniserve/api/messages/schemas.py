@@ -19,6 +19,7 @@ from miniserve.api.messages.blocks import (
 from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Body, Json, Text, TextOr, one_of, text_or
 
@@ -88,12 +89,8 @@ class CountTokensRequest(RequestBody):
         `ParameterError`, `ValidationError`, `ApiError`."""
         if self.thread:
             # The official client sends the whole conversation then, without `thread`.
-            raise ApiError(
-                400,
-                "`thread` is not supported: send all `messages` of the conversation. Its KV is found all the same.",
-                param="thread",
-                details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
-            )
+            unsupported = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+            raise ApiError(400, problem("api.thread"), param="thread", details=unsupported)
         return ChatRequest.model_validate(self._fields(normalize))
 
     def _fields(self, normalize: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from miniserve.api.tools import DEFERRED, Tool, check_function
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.schemas import spelled
 
@@ -108,12 +109,7 @@ def spoken_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] |
         return "none" if none_left else {**choice, "tools": named}
     if kind in ("function", "custom") and isinstance(choice.get("name"), str):
         return _named(choice)
-    raise ParameterError(
-        "tool_choice",
-        '`tool_choice` must be "none", "auto", "required", {"type": "function", "name": ...} or {"type": '
-        f'"allowed_tools", "mode": "auto", "tools": [...]}}, where `name` stands beside `type`; it has the type '
-        f"{str(kind)[:64]!r}.",
-    )
+    raise ParameterError("tool_choice", problem("api.spoken_choice", kind=str(kind)[:64]))
 
 
 def _named(tool: Mapping[str, Any]) -> dict[str, Any]:
