@@ -61,9 +61,10 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
 
     if (wanted := body.structured_outputs) is None:
         form = body.response_format.form if body.response_format else None
+        schema: Any = ANY_OBJECT if form is None else form.schema_
         if form is not None and form.strict:
-            return json_grammar(form.schema_, strict=True)
-        return of_schema(form.schema_ if form else ANY_OBJECT, "response_format.schema")
+            return json_grammar(schema, strict=True)
+        return of_schema(schema, "response_format.schema")
     if wanted.regex is not None:
         return Grammar("regex", wanted.regex)
     if wanted.choice is not None:
@@ -73,7 +74,7 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
             return lark_grammar(wanted.grammar)
         except GrammarError as error:
             raise ParameterError("structured_outputs", f"`structured_outputs.grammar` is {error}") from error
-    schema: Any = ANY_OBJECT if wanted.json_ is None else wanted.json_
+    schema = ANY_OBJECT if wanted.json_ is None else wanted.json_
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
