@@ -13,6 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from miniserve.api.errors import ApiError
 from miniserve.api.streaming import EventStream, json_answer
+from miniserve.config import tables
 from miniserve.dispatcher import Dispatcher
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.events import Feed
@@ -20,17 +21,7 @@ from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
 from miniserve.monitor.views import MOST_LISTED, conversation_detail, conversation_list, worker_list
 
 FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
-# The page asks only this server, runs only our files, and no other page can frame it or send its forms elsewhere.
-# Should the name of a conversation ever be taken for HTML, nothing in it would run.
-POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " + "; ".join(
-    f"{kind}-src 'self'" for kind in ("script", "style", "connect", "img")
-)
-HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # browsers keep a file and ask again each time: the answer is then 304, without a body
-}
+HEADERS: dict[str, str] = tables("api/dashboard.toml")["headers"]
 
 
 def add_page(app: FastAPI) -> None:

@@ -7,7 +7,7 @@ calls is what the models were trained on and nothing else: a small one would fil
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from miniserve.config import problem
@@ -169,7 +169,7 @@ class _Writer:
         close = self.rule("close", quoted("\n</parameter>\n"))
         return f"({' | '.join(choices)}) {close}"
 
-    def _leave_out(self, way: Way, keywords: set[str], strict: bool) -> None:
+    def _leave_out(self, way: Way, keywords: Set[str], strict: bool) -> None:
         """Say that the grammar does not hold these keywords, if they are there."""
         found = {key for part in way for key in part.keys() & keywords if says(key, part[key])}
         if strict and found:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from miniserve.config import problem
+from miniserve.config import problem, tables
 from miniserve.text.template import Message
 
 MAX_DEPTH = 100
@@ -94,16 +94,7 @@ def call_for_template(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-UNREADABLE = {
-    **dict.fromkeys(["image", "image_url", "input_image", "computer_screenshot", "browser_state"], "image"),
-    **dict.fromkeys(["audio", "audio_url", "input_audio"], "audio"),
-    **dict.fromkeys(["video", "video_url", "input_video"], "video"),
-    **dict.fromkeys(["file", "input_file", "document"], "file"),
-}
-"""By the type of a content's part: what stands in its place for a model that reads text only. An error would end a
-conversation for good, since the part stays in its history."""
-SILENT_PARTS = frozenset({"refusal", "redacted_thinking", "fallback"})
-"""Parts that say nothing to the model."""
+UNREADABLE: dict[str, str] = tables("text/contents.toml")["unreadable"]
 
 
 def readable(part: Any) -> Any:
@@ -111,9 +102,9 @@ def readable(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         return part
-    if what := UNREADABLE.get(kind):
-        return {"type": "text", "text": f"[{what}: this model reads text only]"}
-    return {"type": "text", "text": ""} if kind in SILENT_PARTS else part
+    if kind not in UNREADABLE:
+        return part
+    return {"type": "text", "text": f"[{what}: this model reads text only]" if (what := UNREADABLE[kind]) else ""}
 
 
 def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
