@@ -1,8 +1,7 @@
 """What there is to see of a running server: the dashboard's page, live events, conversations, workers, metrics."""
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -72,13 +71,8 @@ class Views:
         return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
-@asynccontextmanager
-async def _live_events(feed: Feed) -> AsyncIterator[AsyncIterator[bytes]]:
+async def _live_events(feed: Feed) -> AsyncGenerator[bytes, None]:
     """The events of `feed` until the server ends. Raises `TooManyListeners`."""
     with feed.listener() as listener:
-
-        async def data() -> AsyncIterator[bytes]:
-            while events := await listener.take():
-                yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)
-
-        yield data()
+        while events := await listener.take():
+            yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)

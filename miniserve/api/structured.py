@@ -28,25 +28,23 @@ class GrammarChecks:
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self._pool = ThreadPoolExecutor(THREADS, "grammar-check")
-        self._checking = 0
+        self._room = asyncio.Semaphore(MAX_CHECKING)
 
     async def check(self, grammar: Grammar, param: str) -> None:
         """Raises `ParameterError` about `param` if `grammar` does not compile, and `ApiError` 503 where too many others
         are being checked."""
-        if self._checking >= MAX_CHECKING:
+        if self._room.locked():
             raise _busy()
-        self._checking += 1
-        job = self._pool.submit(self._compiler.compile, grammar)
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(job), SECONDS)
-        except GrammarError as error:
-            raise ParameterError(param, f"`{param}` cannot be followed: {error}") from error
-        except TimeoutError as error:
-            if job.cancelled():  # by then: it had not even begun
-                raise _busy() from error
-            raise ParameterError(param, problem("api.slow_grammar", param=param, seconds=SECONDS)) from error
-        finally:
-            self._checking -= 1
+        async with self._room:
+            job = self._pool.submit(self._compiler.compile, grammar)
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(job), SECONDS)
+            except GrammarError as error:
+                raise ParameterError(param, f"`{param}` cannot be followed: {error}") from error
+            except TimeoutError as error:
+                if job.cancelled():  # by then: it had not even begun
+                    raise _busy() from error
+                raise ParameterError(param, problem("api.slow_grammar", param=param, seconds=SECONDS)) from error
 
 
 def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
