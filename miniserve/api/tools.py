@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Tag, WithJsonSchema
+from pydantic import BeforeValidator, Tag, WithJsonSchema
 
 from miniserve.api.fields import TABLES, at_most
 from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Json, JsonList
+from miniserve.text.messages import Json, JsonList, text_or
 
 MAX_TOOLS = 256
 MAX_TOOLS_CHARS = 256 * 1024
@@ -32,10 +32,6 @@ def few_tools(value: Any) -> Any:
         if (size := len(json.dumps(value, ensure_ascii=False))) > MAX_TOOLS_CHARS:
             raise ValueError(problem("api.long_tools", size=size, most=MAX_TOOLS_CHARS))
     return value
-
-
-def _choice_kind(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
 def in_chat_shape(tools: Any) -> Any:
@@ -66,7 +62,7 @@ Tools = Annotated[
 ]
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
-    Discriminator(_choice_kind, "tool_choice", "Input should be 'none', 'auto', 'required' or an object"),
+    text_or("Input should be 'none', 'auto', 'required' or an object"),
 ]
 
 

@@ -2,11 +2,21 @@
 them. The types of fields here are those of all requests."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WrapValidator,
+    model_validator,
+)
 
 from miniserve.config import problem, tables
 from miniserve.text.template import Message
@@ -46,16 +56,13 @@ def sound_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str | None:
-    """The branch of a union of text, lists and typed objects that `value` means; errors are about that one only."""
-    if isinstance(value, str):
-        return "<text>"
-    if isinstance(value, list):
-        return "<list>"
-    return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
+    """The branch of a union of text, lists and objects that `value` means; errors are about that one only."""
+    kinds: dict[type, str] = {str: "<text>", list: "<list>", dict: "<object>"}
+    return kinds.get(type(value))
 
 
 def text_or(problem: str) -> Discriminator:
-    """For a union of text and a list (`TextOr`) or typed objects; `problem` is the error for what is neither."""
+    """For a union of text and a list (`TextOr`) or an object; `problem` is the error for what is neither."""
     return Discriminator(kind_of, "kind", problem)
 
 
@@ -107,32 +114,35 @@ def readable(part: Any) -> Any:
     return {"type": "text", "text": f"[{what}: this model reads text only]" if (what := UNREADABLE[kind]) else ""}
 
 
-def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
-    """Refuses objects whose `type` is none of `kinds`."""
-
-    def check(value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in kinds:
-            given = f"of type {kind[:32]!r}" if isinstance(kind, str) else "without a `type`"
-            raise ValueError(f"{what} {given} are not supported: use {', '.join(kinds)}")
-        return value
-
-    return BeforeValidator(check)
+def types_of(kinds: Any) -> dict[str, type[Body]]:
+    """The bodies of a union (or one alone) by their `type`."""
+    each = get_args(kinds) or (kinds,)
+    return {name: kind for kind in each for name in get_args(kind.model_fields["type"].annotation)}
 
 
-PartKind = Literal["text", "input_text", "output_text", "summary_text", "reasoning_text"]
+def by_type(what: str, kinds: Any, before: Callable[[Any], Any] = lambda value: value) -> WrapValidator:
+    """Reads an object as the one of `kinds` whose `type` it has, or gets `before` it is read."""
+    known = types_of(kinds)
+
+    def read(value: Any, _: object) -> Any:
+        value = before(value)
+        if isinstance(value, Body):
+            return value
+        name = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in known:
+            given = f"of type {name[:32]!r}" if isinstance(name, str) else "without a `type`"
+            raise ValueError(f"{what} {given} are not supported: use {', '.join(known)}")
+        return known[name].model_validate(value)
+
+    return WrapValidator(read, json_schema_input_type=kinds)
 
 
 class ContentPart(Body):
-    type: PartKind
+    type: Literal["text", "input_text", "output_text", "summary_text", "reasoning_text"]
     text: Text
 
 
-Part = Annotated[
-    ContentPart,
-    one_of("This model reads text only: content parts", get_args(PartKind)),
-    BeforeValidator(readable),
-]
+Part = Annotated[ContentPart, by_type("This model reads text only: content parts", ContentPart, readable)]
 ContentParts = Annotated[list[Part], Field(fail_fast=True)]
 Content = Annotated[TextOr[ContentParts], text_or("Content must be a string or a list of text parts")]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Field
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts
@@ -15,7 +15,7 @@ from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
 from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, one_of, readable, text_or
+from miniserve.text.messages import Body, Json, Text, TextOr, by_type, readable, text_or
 
 MESSAGES_NAMES: Mapping[str, str] = TABLES["names"]["messages"]
 """Patterns of a chat's parameters, and this API's names of them."""
@@ -80,15 +80,8 @@ def _texts_in(blocks: Any) -> list[Any]:
     return [item.get("text") for item in blocks if isinstance(item, dict)] if isinstance(blocks, list) else []
 
 
-KIND_OF_BLOCK = Discriminator(lambda block: f"<{block['type']}>")
-TextTag = Annotated[TextBlock, Tag("<text>")]
-ReferenceTag = Annotated[ToolReferenceBlock, Tag("<tool_reference>")]
-ResultBlock = Annotated[
-    TextTag | ReferenceTag,
-    KIND_OF_BLOCK,
-    one_of("Content blocks", ["text", "tool_reference"]),
-    BeforeValidator(as_text),
-]
+ResultKinds = TextBlock | ToolReferenceBlock
+ResultBlock = Annotated[ResultKinds, by_type("Content blocks", ResultKinds, as_text)]
 ResultBlocks = Annotated[list[ResultBlock], Field(fail_fast=True)]
 
 
@@ -99,18 +92,10 @@ class ToolResultBlock(Body):
     is_error: bool | None = None
 
 
-Block = Annotated[
-    TextTag
-    | ReferenceTag
-    | Annotated[ThinkingBlock, Tag("<thinking>")]
-    | Annotated[ToolUseBlock, Tag("<tool_use>")]
-    | Annotated[ToolResultBlock, Tag("<tool_result>")],
-    KIND_OF_BLOCK,
-    one_of("Content blocks", ["text", "thinking", "tool_use", "tool_result", "tool_reference"]),
-    BeforeValidator(as_text),
-]
+BlockKinds = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock | ToolReferenceBlock
+Block = Annotated[BlockKinds, by_type("Content blocks", BlockKinds, as_text)]
 Blocks = Annotated[list[Block], Field(fail_fast=True)]
-SystemBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
+SystemBlocks = Annotated[list[Annotated[TextBlock, by_type("Content blocks", TextBlock)]], Field(fail_fast=True)]
 SystemText = Annotated[TextOr[SystemBlocks], text_or("This must be a string or a list of text blocks")]
 TextOrBlocks = Annotated[TextOr[Blocks], text_or("Content must be a string or a list of blocks")]
 
