@@ -167,8 +167,7 @@ class Service:
         prompts = await asyncio.to_thread(render)
         scores = sum(len(ids) * p.n * (p.prompt_logprobs + 1) for ids, p in prompts if p.prompt_logprobs is not None)
         if scores > MAX_SCORES:
-            fix = f"an answer holds {MAX_SCORES} at most. Shorten the input, or ask for fewer alternatives"
-            raise ApiError(400, f"The prompts have {scores} log-probabilities, but {fix}.", param=renderer.prompt_field)
+            raise ApiError(400, problem("api.scores", scores=scores, most=MAX_SCORES), param=renderer.prompt_field)
         # Where the format itself compiles, but the grammar of the whole answer does not, the tools are at fault.
         at_fault = "tools" if body.tool_names else body.format_field or ""
         for _, own in prompts:

@@ -84,5 +84,4 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
 
 
 def _busy() -> ApiError:
-    problem = "Too many schemas and grammars are being checked: try again."
-    return ApiError(503, problem, code="queue_full", headers=RETRY_SOON)
+    return ApiError(503, problem("api.busy"), code="queue_full", headers=RETRY_SOON)

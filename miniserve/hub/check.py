@@ -143,8 +143,7 @@ def _check_packing(folder: Path, said: dict[str, Any], found: Checked) -> None:
 
 
 def _quantized(folder: Path, method: str) -> ModelError:
-    serves = "miniserve serves int4 and int8 weights of AWQ (gemm), GPTQ and compressed-tensors, FP8, and GGUF"
-    return ModelError(f"{folder} is quantized ({method}), which is not served: {serves}. Or use the plain version.")
+    return ModelError(problem("hub.quantized", folder=folder, method=method))
 
 
 def _check_weights(folder: Path, found: Checked) -> None:
@@ -162,8 +161,8 @@ def _check_weights(folder: Path, found: Checked) -> None:
             raise ModelError(f"{folder}/{INDEX} cannot be read: it has no `weight_map` of files.")
         read = set(where.values())
         if missing := sorted(name for name in read if not (folder / name).is_file()):
-            lost = f"{', '.join(missing[:3])}, named in its index{_unfinished(folder)}"
-            raise ModelError(f"{folder} lacks {lost}: download the model again.")
+            lost, begun = ", ".join(missing[:3]), _unfinished(folder)
+            raise ModelError(f"{folder} lacks {lost}, named in its index{begun}: download the model again.")
     found.weights = [folder / name for name in sorted(read)]
     strays = {path.name for path in folder.glob("*.safetensors*")} - read - ({INDEX} if read != {SINGLE} else set())
     strays |= {path.name for path in folder.glob("adapter_config.json")}

@@ -60,8 +60,7 @@ def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
             with contextlib.suppress(OSError):  # another process was first
                 os.replace(out, folder)
     except OSError as error:
-        where = "set MINISERVE_CACHE to a folder that has room"
-        raise ModelError(f"{file.name} needs a few MB in {root}: {error.strerror or error}; {where}.") from error
+        raise ModelError(problem("hub.few_mb", name=file.name, root=root, why=error.strerror or error)) from error
     return folder
 
 

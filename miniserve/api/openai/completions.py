@@ -11,6 +11,7 @@ from miniserve.api.openai.answers import LOWEST, ChunkWriter, prompt_logprobs
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.formats import FILL_IN_THE_MIDDLE
 from miniserve.text.reader import Part
@@ -43,8 +44,7 @@ class CompletionRenderer:
         for marks in FILL_IN_THE_MIDDLE:
             if all(self._tokenizer.control_id(mark) is not None for mark in marks):
                 return marks
-        words = "this model's tokenizer has no tokens to fill in the middle. Put all of the text into `prompt`"
-        raise ParameterError("suffix", f"`suffix` is not supported: {words}.")
+        raise ParameterError("suffix", problem("api.suffix"))
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
         """With `echo` log-probabilities are of the prompt too."""
