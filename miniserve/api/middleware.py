@@ -82,8 +82,7 @@ class Edge:
 
 
 class ApiKey:
-    """Lets requests in that carry the key. /health needs none, nor does the dashboard's page, which shows nothing until
-    it is given the key."""
+    """Lets in requests with the key. /health needs none, nor does the dashboard's page, which then asks for it."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -166,8 +165,7 @@ async def _send_plainly(cycle: RequestResponseCycle, send: Send, message: Messag
 
 
 class Connection(HttpToolsProtocol):
-    """A connection of uvicorn's that refuses heads that are too large, closes when a head takes too long, and speaks
-    HTTP/1.0 to those who do."""
+    """A connection of uvicorn's that refuses large heads, closes when a head takes long, and speaks HTTP/1.0, too."""
 
     _bytes = 0  # of this head so far, or of head and body
     _whole = False  # the head is complete

@@ -48,8 +48,7 @@ Prompts = list[tuple[list[int], SamplingParams]]
 
 
 class Service:
-    """`defaults` is the model's generation_config.json. Raises `ConfigError` for the name of a parser that does not
-    exist."""
+    """`defaults` is the model's generation_config.json. Raises `ConfigError` for a parser that does not exist."""
 
     def __init__(
         self,
@@ -144,8 +143,7 @@ class Service:
         return answer
 
     async def _prepare(self, asked: RequestBody, body: GenerationRequest, renderer: Renderer) -> Prompts:
-        """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
-        `ParameterError`."""
+        """Check the request, render its prompts, compile their grammars. Raises `ApiError`, `ParameterError`."""
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
         wanted = None
@@ -257,8 +255,7 @@ class Service:
         return json_answer({"prompt": text}, body.ignored)
 
     async def models(self, request: Request) -> Response:
-        """The names of the one model that is served; in the Anthropic API's shape for a request with the header
-        `anthropic-version`."""
+        """The names of the one model that is served; with the header `anthropic-version` in that API's shape."""
         data = [self._card(name, request) for name in self.names]
         if errors.is_anthropic(request.scope):
             return json_answer({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})

@@ -31,8 +31,7 @@ class GrammarChecks:
         self._room = asyncio.Semaphore(MAX_CHECKING)
 
     async def check(self, grammar: Grammar, param: str) -> None:
-        """Raises `ParameterError` about `param` if `grammar` does not compile, and `ApiError` 503 where too many others
-        are being checked."""
+        """Raises `ParameterError` about `param` if `grammar` does not compile, `ApiError` 503 where too many wait."""
         if self._room.locked():
             raise _busy()
         async with self._room:

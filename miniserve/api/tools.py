@@ -131,8 +131,7 @@ class AllowedCalls:
 
 
 def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[Any] | None]:
-    """`none`, `auto`, `required` or `named`, and the names of tools that this is about; None for all. Raises
-    `ParameterError`."""
+    """`none`, `auto`, `required` or `named`, and of which tools, None for all. Raises `ParameterError`."""
     if not isinstance(choice, dict):
         return choice or "auto", None
     if choice.get("type") == "function":

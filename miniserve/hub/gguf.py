@@ -65,8 +65,7 @@ def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
 
 
 def describe(file: Path, out: Path) -> None:
-    """Write what is in `file` into the folder `out`, in another process; files that are there already count first.
-    Raises `ModelError`."""
+    """Write what is in `file` into `out`, in another process; files there already count first. Raises `ModelError`."""
     with file.open("rb") as start:
         if start.read(4) != b"GGUF":
             raise ModelError(f"{file} is no GGUF file: download it again (of a clone, with `git lfs pull`).")

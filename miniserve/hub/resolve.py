@@ -92,8 +92,7 @@ def _is_gguf(folder: Path) -> bool:
 
 
 def _own_folder(model: str) -> Path | None:
-    """The folder, or the GGUF file, of this machine that is called so. Raises `ModelError` for something else of that
-    name."""
+    """The folder or GGUF file of this machine that is called so. Raises `ModelError` for something else called so."""
     try:
         own = Path(model).expanduser()
         if own.is_dir() or (own.is_file() and own.suffix == ".gguf"):

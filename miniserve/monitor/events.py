@@ -90,8 +90,7 @@ class Feed:
 
     @contextmanager
     def listener(self) -> Iterator[Listener]:
-        """One more listener. Its first events are the time by both clocks, and the state of workers and turns. Raises
-        `TooManyListeners`."""
+        """One more listener, which first gets both clocks, and workers and turns. Raises `TooManyListeners`."""
         if len(self._listeners) >= MOST_LISTENERS:
             raise TooManyListeners(f"{MOST_LISTENERS} listen already.")
         listener = Listener()

@@ -21,8 +21,7 @@ MOST_LISTED = 1000
 
 
 def card(kind: str, /, *sources: object, **own: Any) -> Card:
-    """A `kind` of views.toml: each property that is not among `own` is that of its name in the first of the sources
-    that has it."""
+    """A `kind` of views.toml: properties that are not among `own` are those of the first source that has them."""
 
     def value(name: str) -> Any:
         return own[name] if name in own else next(getattr(source, name) for source in sources if hasattr(source, name))

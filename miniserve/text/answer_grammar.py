@@ -201,8 +201,7 @@ class _Writer:
         return self.rule("format", body)
 
     def reasoning(self, thinking: ReasoningMarks, opened: bool) -> str:
-        """A rule for the reasoning. A `Reader` ends it at its end mark, a token or spelled out, so the text before that
-        does not spell the mark."""
+        """A rule for the reasoning. A `Reader` ends it where the end mark is spelled, so text before it does not."""
         start, text = self.mark(thinking.start), _without(thinking.end)
         if self._tokenizer.control_id(thinking.end) is None:
             end = f"/{text}{_slashed(re.escape(thinking.end))}/"
@@ -217,8 +216,7 @@ def _slashed(expression: str) -> str:
 
 
 def _without(*marks: str) -> str:
-    """An expression for all text in which none of `marks` occurs. They begin with the same character, which occurs in
-    them only once."""
+    """An expression for text without any of `marks`. They begin with the same character, each has it only once."""
     first = re.escape(marks[0][0])
     assert all(mark[0] == marks[0][0] not in mark[1:] for mark in marks)
 

@@ -177,8 +177,7 @@ class ChatMessage(Body):
         return self
 
     def for_template(self) -> Message:
-        """As chat templates know messages: content is one string, arguments of calls are objects, `developer` is called
-        `system`."""
+        """As chat templates know messages: content is a string, arguments are objects, `developer` is `system`."""
         rest = self.model_dump(exclude_none=True, exclude={"role", "content", "reasoning", "tool_calls"})
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": joined(self.content or ""), **rest}

@@ -40,9 +40,8 @@ def byte_level_bpe(
     use_regex: bool = True,
     before: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE. `vocab` maps all tokens, spelled in the `byte_alphabet`, to their ids;
-    `special` maps ids to the texts of special tokens. `use_regex` splits text into words as GPT-2 does, after the
-    pre-tokenizers `before`."""
+    """The tokenizer.json of a byte-level BPE. `vocab` maps all tokens, spelled in `byte_alphabet`, to ids; `special`
+    maps ids to special texts. `use_regex` splits text into words as GPT-2 does, after the pre-tokenizers `before`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {

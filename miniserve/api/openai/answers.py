@@ -19,9 +19,8 @@ LOWEST = -9999.0
 
 
 class ChunkWriter(ABC):
-    """The part of a `ResponseWriter` that chat and text completions share. If the request asks for token ids, chunks
-    hold them, and each token has a chunk even if it has no text (yet). `objects` is what a whole answer and a chunk are
-    called."""
+    """The part of a `ResponseWriter` that chat and text completions share. `objects` names a whole answer and a chunk.
+    If the request asks for token ids, chunks hold them, and each token has a chunk even if it has no text (yet)."""
 
     ping = COMMENT
     objects: ClassVar[tuple[str, str]]
@@ -37,8 +36,7 @@ class ChunkWriter(ABC):
     def shown(
         self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
     ) -> Mapping[str, Any]:
-        """The choice with these parts of its text: all of them, or in a `chunk` the next one, or none when it has
-        `ended`."""
+        """The choice with these parts: all of them, or in a `chunk` the next one, or none when it has `ended`."""
 
     @abstractmethod
     def opening(self, choice: Choice) -> Mapping[str, Any] | None:

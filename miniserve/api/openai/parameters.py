@@ -59,8 +59,7 @@ class ResponseFormat(SchemaFormat):
 
 
 class StructuredOutputs(Body):
-    """vLLM's way to say what an output must match: exactly one of these. A `grammar` is GBNF, or Lark as llguidance
-    writes it."""
+    """vLLM's way to say what an output must match: exactly one of these. A `grammar` is GBNF or llguidance's Lark."""
 
     json_: Annotated[Json | Text | None, Field(alias="json")] = None
     regex: Text | None = None
