@@ -141,18 +141,14 @@ def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[Any] | 
         mode, tools = allowed.get("mode", "auto"), allowed.get("tools")
         if mode in ("auto", "required") and isinstance(tools, list) and tools:
             return mode, [_name_in(tool) for tool in tools]
-    raise _not_a_choice()
+    raise ParameterError("tool_choice", problem("api.tool_choice"))
 
 
 def _name_in(tool: Any) -> Any:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
-        raise _not_a_choice()
+        raise ParameterError("tool_choice", problem("api.tool_choice"))
     return name
-
-
-def _not_a_choice() -> ParameterError:
-    return ParameterError("tool_choice", problem("api.tool_choice"))
 
 
 def _named(tools: list[Tool], name: str) -> Tool:

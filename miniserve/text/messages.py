@@ -81,15 +81,6 @@ class Body(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
 
 
-def check_call(call: dict[str, Any]) -> None:
-    """Check a call of the history. Raises `ValueError`."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(problem("text.call"))
-    if not isinstance(call.get("id", ""), str | None):
-        raise ValueError("The `id` of a tool call must be a string")
-
-
 def call_for_template(call: dict[str, Any]) -> dict[str, Any]:
     """A call of the history as templates know it: its arguments are an object, if their text is one."""
     function = dict(call["function"])
@@ -173,7 +164,11 @@ class ChatMessage(Body):
         if "content" not in self.model_fields_set and self.role != "assistant":
             raise ValueError(f"A message of the role {self.role!r} needs `content`")
         for call in self.tool_calls or []:
-            check_call(call)
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(problem("text.call"))
+            if not isinstance(call.get("id", ""), str | None):
+                raise ValueError("The `id` of a tool call must be a string")
         return self
 
     def for_template(self) -> Message:

@@ -178,7 +178,13 @@ def messages_of(items: Sequence[Item]) -> tuple[list[dict[str, Any]], dict[str, 
                 if answer is None or thought or said:  # another answer begins
                     answer = {"role": "assistant"}
                     messages.append(answer)
-                _add(answer, item)
+                if isinstance(item, ReasoningItem):
+                    answer["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or [])
+                elif isinstance(item, MessageItem):
+                    answer["content"] = answer.get("content", "") + joined(item.content)
+                else:
+                    call = {"id": item.call_id, "type": "function", "function": _called(item)}
+                    answer.setdefault("tool_calls", []).append(call)
                 continue
         answer = None
     return messages, found
@@ -191,17 +197,6 @@ def _described(tools: list[dict[str, Any]], found: dict[str, Offered]) -> str:
     for name, one in offered.items():
         found[name] = one._replace(tool={**one.tool, DEFERRED: True})
     return json.dumps([one.tool["function"] for one in offered.values()], ensure_ascii=False)
-
-
-def _add(answer: dict[str, Any], item: Item) -> None:
-    match item:
-        case ReasoningItem():
-            answer["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or [])
-        case MessageItem():
-            answer["content"] = answer.get("content", "") + joined(item.content)
-        case FunctionCallItem() | CustomToolCallItem() | ToolSearchCallItem():
-            call = {"id": item.call_id, "type": "function", "function": _called(item)}
-            answer.setdefault("tool_calls", []).append(call)
 
 
 def _called(item: Call) -> dict[str, Any]:
