@@ -66,7 +66,6 @@ def create_app(
     views = dashboard.Views(client, feed, service.metrics, service.doctor)
     parts = {"service": service, "responses": responses, "conversations": responses.conversations, "views": views}
     app.add_routes(parts)
-    dashboard.add_page(app)
     return app
 
 
@@ -94,7 +93,12 @@ class App(FastAPI):
                     content[row["media"]] = {}
                 responses = {200: {"content": content}, **problems(row.get("error", "ErrorBody"))}
                 handler = getattr(parts[part], row["run"])
-                self.add_api_route(path, handler, methods=[method], responses=responses, response_class=Response)
+                how: dict[str, Any] = {
+                    "methods": [method],
+                    "responses": responses,
+                    "include_in_schema": "hidden" not in row,
+                }
+                self.add_api_route(path, handler, response_class=Response, **how)
 
 
 def problems(error: str) -> dict[int | str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Query, Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
@@ -23,23 +23,18 @@ FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
 HEADERS: dict[str, str] = tables("api/dashboard.toml")["headers"]
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve the page at / and its files below /dashboard/."""
-    served = StaticFiles(directory=FOLDER)
-
-    @app.get("/", include_in_schema=False)
-    @app.get("/dashboard/{name}", include_in_schema=False)
-    async def page(request: Request, name: str = "index.html") -> Response:
-        answer = await served.get_response(name, request.scope)
-        answer.headers.update(HEADERS)
-        return answer
-
-
 class Views:
     """The routes at which a running server is seen."""
 
     def __init__(self, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
         self._client, self._feed, self._metrics, self._doctor = client, feed, collected, doctor
+        self._files = StaticFiles(directory=FOLDER)
+
+    async def page(self, request: Request, name: str = "index.html") -> Response:
+        """The dashboard's page, or one of its files."""
+        answer = await self._files.get_response(name, request.scope)
+        answer.headers.update(HEADERS)
+        return answer
 
     async def conversations(self, limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> Response:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""

@@ -63,12 +63,12 @@ class _Writer:
         self._marks = re.compile(f"({'|'.join(map(re.escape, form.marks))})")
         self._names: dict[str, str] = {}
 
-    def rule(self, name: str, body: str, kind: str = "") -> str:
+    def rule(self, name: str, body: str) -> str:
         """A rule, under this name or another one that means the same: tools have many arguments that are alike."""
-        if (text := kind + body) not in self._names:
-            self._names[text] = name
-            self.lines.append(f"{name}{kind}: {body}")
-        return self._names[text]
+        if body not in self._names:
+            self._names[body] = name
+            self.lines.append(f"{name}: {body}")
+        return self._names[body]
 
     def one_of(self, name: str, choices: Iterable[str]) -> str:
         return self.rule(name, " | ".join(choices))
