@@ -200,6 +200,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Annotated[str | None, parse_quantization] = None
     max_model_len: Annotated[int | None, parse_tokens] = None
     device: str = "auto"
+    tensor_parallel_size: Annotated[int, parse_positive] = 1
     threads: Annotated[int, parse_positive] = 0
     cpu_kernels: Literal["auto", "torch"] = "auto"
     prompt_lookup: bool | None = None
@@ -232,6 +233,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     mispredict: Annotated[float, parse_share] = 0.0
     engine: EngineConfig
     devices: Annotated[list[str], parse_devices] = []
+    launcher: Literal["local", "ray"] = "local"
+    ray_address: str = "auto"
+    placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = "SPREAD"
+    advertise_host: str = ""
     worker_timeout: Annotated[float, parse_seconds] = 120.0
     """One that loads again may have longer (`cluster/health.py`)."""
     revision: str | None = None

@@ -14,18 +14,21 @@ PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def place(
-    topology: Topology | None, devices: list[str], engine: EngineConfig
+    topology: Topology | None, devices: list[str], engine: EngineConfig, *, elsewhere: bool = False
 ) -> tuple[Topology, dict[str, EngineConfig]]:
     """The topology, and each worker's settings by its name: workers get the `devices` in turns.
 
-    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Without a
-    topology it is 1D on one device and 1P(N-1)D on N. Raises `ConfigError`.
+    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Workers
+    `elsewhere` get theirs where they are. Without a topology it is 1D on one device and 1P(N-1)D on N. Raises
+    `ConfigError`.
     """
+    if devices and elsewhere:
+        raise ConfigError("--devices names GPUs of this machine, but workers run where Ray places them: leave it out.")
     if devices and engine.device in ("auto", "cuda"):
         _check(devices)
     elif devices:
         raise ConfigError(f"--devices names GPUs, --device {engine.device} does not: leave one of them out.")
-    chosen = devices or _all(engine.device)
+    chosen = devices or ([engine.device] if elsewhere else _all(engine.device))
     if topology is None:
         topology = Topology(1, len(chosen) - 1) if len(chosen) > 1 else Topology(0, 1)
     roles = topology.roles

@@ -1,4 +1,4 @@
-"""`python -m miniserve.worker`: reads its specification from stdin, builds the engine, serves."""
+"""`python -m miniserve.worker`: reads its specification from stdin; `run` builds the engine, and serves."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ _born = time.monotonic()
 
 
 def main() -> int:
-    """0 after a shutdown, 1 if the worker could not start or broke."""
+    """The exit code of `run`."""
     line = sys.stdin.buffer.readline()
     if not line:
         return 0  # the frontend is gone already
@@ -30,11 +30,16 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_leave_with_frontend, args=(spec.run_dir,), daemon=True).start()
+    return run(spec)
+
+
+def run(spec: WorkerSpec) -> int:
+    """Be the worker that `spec` describes: 0 after a shutdown, 1 if it could not start or broke."""
     logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
     logging.getLogger("miniserve").setLevel(logging.INFO)
     logging.getLogger("miniserve.text").setLevel(logging.ERROR)  # the frontend reads the same and has said so
     context = zmq.Context()
-    outboxes = Outboxes(context, spec.name, spec.epoch)
+    outboxes = Outboxes(context, spec.name, spec.epoch, spec.keys)
 
     def tell(phase: str, done: int, total: int) -> None:
         outboxes.send(spec.frontend, Loading(phase, done, total))
@@ -52,7 +57,7 @@ def main() -> int:
         warming = time.monotonic()
         warm_up(built.engine, root_hash(built.layout))
         built.phases.update({"imports": imported - _born, "warm-up": time.monotonic() - warming})
-        inbox = Inbox(context, spec.address)
+        inbox = Inbox(context, spec.address, spec.keys, spec.listen)
         try:
             serve(spec, built, inbox, outboxes)
         finally:

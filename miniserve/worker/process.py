@@ -8,10 +8,13 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from miniserve.cluster import messages
-from miniserve.cluster.channels import Inbox
+from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.door import Door
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -54,6 +57,7 @@ class Worker:
     _: KW_ONLY
     layout: str
     vocab_size: int
+    host: str = ""
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -137,6 +141,7 @@ class Worker:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _meet(self, peers: list[messages.Peer]) -> None:
+        peers = [p if p.pool.host == self.host else msgspec.structs.replace(p, address=p.far) for p in peers]
         self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
@@ -146,6 +151,14 @@ class Worker:
         early, self._early = self._early, []
         for waiting in early:
             self._handle(waiting)
+
+    def cut_off(self, addresses: set[str]) -> None:
+        """The connections to these inboxes broke, and what was on its way is lost. Without the frontend it is over:
+        what took this worker for dead has begun its turns elsewhere."""
+        if self.frontend in addresses:
+            log.error("the frontend cannot be reached any more")
+            self.stopping = True
+        self.handoffs.receiver.give_up_the_dead(addresses)
 
     def _start(self, run: messages.Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
@@ -193,34 +206,40 @@ class Worker:
         )
 
 
-def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker:
-    us = (spec.name, spec.epoch)
+def make_worker(spec: WorkerSpec, built: Built, pool: messages.PoolInfo, door: Door, outboxes: MessageSink) -> Worker:
     handoffs = Handoffs(
         built.engine,
         built.memory.shape.bytes,
         built.layout,
         spec.engine.handoff_deadline,
         outboxes.send,
-        lambda peer: connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer),
+        lambda peer: connect(built.memory, pool, door, peer, spec.engine.kv_transfer),
     )
     vocab = built.model.vocab_size
-    return Worker(spec.name, built.engine, handoffs, outboxes, spec.frontend, layout=built.layout, vocab_size=vocab)
+    same = spec.name, built.engine, handoffs, outboxes, spec.frontend
+    return Worker(*same, layout=built.layout, vocab_size=vocab, host=spec.host)
 
 
-def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -> None:
+def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
     """Report that the worker is ready, and serve until a `Shutdown` comes."""
-    worker = make_worker(spec, built, outboxes)
-    outboxes.send(spec.frontend, ready(built))
+    door = Door((spec.name, spec.epoch), spec.run_dir, spec.keys.secret.encode(), spec.host, spec.listen)
+    pool = msgspec.structs.replace(built.memory.info(built.layout), host=spec.host, door=door.far)
+    worker = make_worker(spec, built, pool, door, outboxes)
+    outboxes.send(spec.frontend, ready(built, pool, inbox.far))
     built.grammars.prepare()  # not before: it would hold up the start, and the first turn seldom has one
     while not worker.stopping:
         worker.work(inbox.receive(int(worker.rest * 1000)))
+        if broken := outboxes.broken():
+            worker.cut_off(broken)
+    door.close()
 
 
-def ready(built: Built) -> messages.Ready:
+def ready(built: Built, pool: messages.PoolInfo, far: str) -> messages.Ready:
     """What the frontend should know of a worker that is up."""
     same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
     return messages.Ready(
-        pool=built.memory.info(built.layout),
+        pool=pool,
+        far=far,
         page_tokens=built.memory.shape.page_tokens,
         max_model_len=built.engine.max_model_len,
         vocab_size=built.model.vocab_size,
