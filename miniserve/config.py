@@ -49,6 +49,15 @@ def tables(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).parent.joinpath(name).read_text("utf-8"))
 
 
+PROBLEMS = tables("problems.toml")
+
+
+def problem(name: str, /, **about: object) -> str:
+    """A sentence of problems.toml; `about` are its fields."""
+    table, _, key = name.partition(".")
+    return str(PROBLEMS[table][key]).format(**about)
+
+
 def cache_dir() -> Path:
     """What can be made again lies here: $MINISERVE_CACHE, else $XDG_CACHE_HOME/miniserve, else ~/.cache/miniserve."""
     if own := os.environ.get("MINISERVE_CACHE"):
@@ -162,10 +171,7 @@ class Topology(msgspec.Struct, frozen=True):
         """From `[nP]mD`. Raises `ConfigError`."""
         m = re.fullmatch(r"(?:(\d+)[pP])?(\d+)[dD]", text.strip())
         if m is None or int(m[2]) < 1:
-            raise ConfigError(
-                f"{text!r} is not understood: write prefillers and decoders like 1D, 2D, 1P1D or 1P3D "
-                "(at least one decoder)."
-            )
+            raise ConfigError(problem("cli.topology", text=text))
         return cls(int(m[1] or 0), int(m[2]))
 
     @property
