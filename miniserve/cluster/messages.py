@@ -51,6 +51,7 @@ class PoolInfo(Wire, frozen=True):
     layout: str
     cuda: CudaHandle | None = None
     snapshot_pages: int = 0
+    host: str = ""
 
 
 class Peer(Wire, frozen=True):
