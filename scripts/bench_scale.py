@@ -40,8 +40,10 @@ OUTPUT = 12
 def cluster(policy: str, topology: Topology, max_turns: int = 256) -> Scheduler:
     """Workers that have made some steps."""
     scheduler = Scheduler(make_policy(policy), PAGE, max_turns, 10**6, kept_bytes=0)
+    hosts = len(topology.roles) // 8
     for name, role in topology.roles.items():
-        scheduler.worker_up(Peer(name, 1, name, PoolInfo(1, 1, PAGES, 2**18, ""), role))
+        pool = PoolInfo(1, 1, PAGES, 2**18, "", host=f"h{int(name[1:]) % hosts}")
+        scheduler.worker_up(Peer(name, 1, name, pool, role))
         steps = [StepTime(n, n * n // 2, 0, 0, n * 1e-4) for n in (64, 512, 512)]
         steps += [StepTime(0, 0, b, b * 500, 0.01 + b * 1e-3) for b in (1, 2, 4, 8)]
         scheduler.on_report(name, Report([], [], STATS, steps), 1.0)

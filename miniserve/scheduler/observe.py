@@ -1,9 +1,7 @@
 """miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
 from collections.abc import Callable
-from heapq import nsmallest
 from itertools import islice
-from operator import attrgetter
 
 from miniserve.config import Role
 from miniserve.scheduler.conversation import Conversation
@@ -24,9 +22,9 @@ drives out. Once would be right if that happened once; it happens at each turn o
 """
 STEP_STRETCH = 6.0
 """Of `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
-MOST_HOMES = 8
-"""Of more workers, so many are compared as homes: those where a typical turn would cost least, and those that hold most
-of the prompt, or are on the old home's host."""
+FEW_HOMES, LIKELY_HOMES = 8, 4
+"""Of more workers than that, so many are compared as homes: those where a typical turn would cost least; and of those
+that hold most of the prompt, or are on the old home's host, as many."""
 TYPICAL = Need(Conversation(""), 1000, 256, 1, Known([], 1), 0.0)
 
 
@@ -123,13 +121,16 @@ class Observe:
         self, need: Need, cluster: Cluster, may: Callable[[Need, Cluster, WorkerView], bool]
     ) -> list[WorkerView]:
         """The workers that `may` be the turn's home and are worth comparing: decoders first."""
-        if len(cluster.workers) <= MOST_HOMES:
+        if len(cluster.workers) <= FEW_HOMES:
             return [w for w in (*cluster.decoders, *cluster.prefillers) if may(need, cluster, w)]
         ranked = cluster.ranked(lambda w: self._local(TYPICAL, cluster, w, *self._decode(TYPICAL, w)).cost)
-        found = list(islice((w for w in ranked if may(need, cluster, w)), MOST_HOMES))
         home = cluster.worker(need.conversation.home)
-        special = cluster.on_host(home) if home else filter(None, map(cluster.worker, need.known.best))
-        found += nsmallest(MOST_HOMES, (w for w in special if may(need, cluster, w)), key=attrgetter("burden"))
+        special = cluster.on_host(home) if home else need.known.best
+        found = [
+            worker
+            for some in (ranked, [worker for worker in ranked if worker.name in special])
+            for worker in islice((w for w in some if may(need, cluster, w)), LIKELY_HOMES)
+        ]
         unique = {worker.name: worker for worker in found}.values()
         return sorted(unique, key=lambda worker: worker.role is Role.PREFILLER)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from operator import attrgetter
@@ -12,7 +12,7 @@ from miniserve.cluster.messages import Move, Report, WorkerStats
 from miniserve.config import Role
 from miniserve.scheduler.observations import Average, Speed, TimeAverage
 
-FEW_PREFILLERS, SHORTEST_QUEUES = 8, 4
+FEW_PREFILLERS, SHORTEST_QUEUES = 8, 2
 """Of more prefillers than that, those with so many of the shortest queues are compared."""
 LOAD_WINDOW = 30.0
 """Seconds over which a worker's load is averaged: what the next few turns will find there."""
@@ -156,20 +156,21 @@ class Cluster:
         self._stale: set[str] = set()
         self._shortest: list[WorkerView] = []
         """Prefillers with the shortest queues; empty when that may have changed."""
-        self._hosts: dict[str, list[WorkerView]] = {}
+        self._hosts: dict[str, dict[str, WorkerView]] = {}
 
     def join(self, worker: WorkerView) -> None:
         self.leave(worker.name)
         self.workers[worker.name] = worker
         (self.prefillers if worker.role is Role.PREFILLER else self.decoders).append(worker)
         self._ranked.append(worker)
-        self._hosts.setdefault(worker.host, []).append(worker)
+        self._hosts.setdefault(worker.host, {})[worker.name] = worker
         self.touch(worker.name)
 
     def leave(self, name: str) -> None:
         if gone := self.workers.pop(name, None):
             self._shortest = []
-            for those in (self.prefillers, self.decoders, self._ranked, self._hosts[gone.host]):
+            del self._hosts[gone.host][name]
+            for those in (self.prefillers, self.decoders, self._ranked):
                 those[:] = [worker for worker in those if worker is not gone]
 
     def worker(self, name: str | None) -> WorkerView | None:
@@ -178,7 +179,8 @@ class Cluster:
     def touch(self, name: str) -> None:
         """How busy a worker is has changed."""
         self._stale.add(name)
-        self._shortest = []
+        if self.workers[name].role is Role.PREFILLER:
+            self._shortest = []
 
     def ranked(self, burden: Callable[[WorkerView], float]) -> list[WorkerView]:
         """All workers, those with the least `burden` first. It is asked only of workers that have changed since, so
@@ -189,9 +191,9 @@ class Cluster:
         self._ranked.sort(key=attrgetter("burden"))
         return self._ranked
 
-    def on_host(self, worker: WorkerView) -> list[WorkerView]:
+    def on_host(self, worker: WorkerView) -> dict[str, WorkerView]:
         """All workers on its host, if that is known."""
-        return self._hosts[worker.host] if worker.host else []
+        return self._hosts[worker.host] if worker.host else {}
 
     def prefillers_for(self, home: WorkerView, known: Known) -> list[WorkerView]:
         """The prefillers that are worth comparing for a turn: all, if they are few; else those with the shortest
@@ -199,7 +201,7 @@ class Cluster:
         if len(self.prefillers) <= FEW_PREFILLERS:
             return self.prefillers
         self._shortest = self._shortest or nsmallest(SHORTEST_QUEUES, self.prefillers, _queued)
-        some = (*self._shortest, *self.on_host(home), *filter(None, map(self.worker, known)))
+        some = (*self._shortest, *self.on_host(home).values(), *filter(None, map(self.worker, known)))
         return list({worker.name: worker for worker in some if worker.role is Role.PREFILLER}.values())
 
     def moved(self, move: Move, to: str) -> None:
@@ -209,27 +211,26 @@ class Cluster:
         if source and destination:
             self._kinds[source.host == destination.host].observe(move)
 
-    def _seen(self, source: WorkerView, destination: WorkerView) -> Iterator[Link]:
-        """What tells most of a link: itself, then all of its kind, then those of the other kind."""
-        near = source.host == destination.host
+    def _link(self, source: WorkerView, destination: WorkerView) -> Link:
+        """What tells most of a link: itself if it was measured, else all of its kind, else those of the other kind."""
         link = self.links.get((source.name, destination.name))
-        yield from ([link] if link else [])
-        yield from (self._kinds[near], self._kinds[not near])
+        if link is None or not link.bandwidth.count:
+            near = source.host == destination.host
+            link = self._kinds[near] if self._kinds[near].bandwidth.count else self._kinds[not near]
+        return link
 
     def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
         """How long the KV of `tokens` takes between two workers, by the bandwidth that was measured on this link, else
         on links of its kind, else on any; 0 if none was."""
         if tokens <= 0:
             return 0.0
-        for link in self._seen(source, destination):
-            if link.bandwidth.count:
-                pages = tokens / source.page_tokens + source.snapshot_pages
-                return pages * source.page_bytes / link.bandwidth.value
-        return 0.0
+        bandwidth = self._link(source, destination).bandwidth
+        pages = tokens / source.page_tokens + source.snapshot_pages
+        return pages * source.page_bytes / bandwidth.value if bandwidth.count else 0.0
 
     def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
         """What a handoff costs beyond the prefill itself; 0 where none was measured."""
-        return next((link.exposed.value for link in self._seen(source, destination) if link.exposed.count), 0.0)
+        return self._link(source, destination).exposed.value
 
 
 class PrefixIndex:
