@@ -98,8 +98,8 @@ class Simulation:
             )
             for name, role in config.topology.roles.items()
         }
-        for worker in self.workers.values():
-            self._carry_out(self.scheduler.worker_up(worker.peer, now=0.0))
+        ups = [self.scheduler.worker_up(worker.peer) for worker in self.workers.values()]
+        self._carry_out(ups[-1])  # It announces all of them to all.
         for number, start in enumerate(config.workload.starts):
             self._at(start, self._arrive, number)
         self._at(TICK_SECONDS, self._tick)
