@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from hashlib import blake2b
 
+from miniserve.config import Role
 from miniserve.scheduler.observe import Observe
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.workers import Cluster, WorkerView
@@ -14,7 +15,7 @@ class InOrder:
 
     step_stretch = 0.0
 
-    def elsewhere(self, home: str, cluster: Cluster) -> float:
+    def elsewhere(self, worker: WorkerView) -> float:
         return 0.0
 
     def patience(self, need: Need, cluster: Cluster) -> float:
@@ -23,11 +24,11 @@ class InOrder:
 
 def at_home(need: Need, cluster: Cluster) -> WorkerView | None:
     """The decoder of the turn: home, or for a conversation without one the decoder with the most free KV that fits."""
-    home = need.conversation.home
-    candidates = [
-        d for d in cluster.decoders if d.name in cluster.open and home in (None, d.name) and d.fits(need.pages)
-    ]
-    return max(candidates, key=lambda d: d.free, default=None)
+    home = cluster.worker(need.conversation.home)
+    # A home that is a prefiller is another policy's.
+    candidates = cluster.decoders if home is None else [home] if home.role is Role.DECODER else []
+    fitting = [d for d in candidates if d.name in cluster.open and d.fits(need.pages)]
+    return max(fitting, key=lambda d: d.free, default=None)
 
 
 def least_queued(cluster: Cluster) -> WorkerView:
@@ -51,7 +52,7 @@ class Disaggregated(InOrder):
         home = at_home(need, cluster)
         if home is None or not cluster.prefillers:
             return Placement(home.name, reason="no prefiller") if home else None
-        prefiller = max(cluster.prefillers, key=lambda p: (need.known.get(p.name, 0), -p.queued_prefill_tokens))
+        prefiller = max(cluster.prefillers, key=lambda p: (need.known[p.name], -p.queued_prefill_tokens))
         return Placement(home.name, prefiller.name, reason="every turn")
 
 
@@ -89,9 +90,9 @@ class Ampd(InOrder):
             return Placement(home.name, reason="no prefiller")
         if not conversation.home:
             return Placement(home.name, least_queued(cluster).name, reason="first turn")
-        history = need.known.get(home.name, 0)
+        history = need.known[home.name]
         local = Option(home.name, queue=home.queue_seconds, prefill=home.speed.prefill(need.new(home.name), history))
-        remote = [self._remote(need, cluster, home, p) for p in cluster.prefillers]
+        remote = [self._remote(need, cluster, home, p) for p in cluster.prefillers_for(home, need.known)]
         best = min(remote, key=lambda option: option.first_token)
         away = best.first_token < local.first_token
         wrong = _draw(f"{conversation.key}:{conversation.turns}") < self._mispredict
@@ -104,7 +105,7 @@ class Ampd(InOrder):
         )
 
     def _remote(self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView) -> Option:
-        here, there = need.known.get(home.name, 0), need.known.get(p.name, 0)
+        here, there = need.known[home.name], need.known[p.name]
         history = max(here, there)
         moved = cluster.copy_seconds(home, p, here - there) + cluster.copy_seconds(p, home, need.tokens - here)
         prefill = p.speed.prefill(max(need.tokens - history, 1), history)

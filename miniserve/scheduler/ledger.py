@@ -1,24 +1,23 @@
 """The ledger of KV pages: what is promised to turns that run, and what idle conversations hold at their homes."""
 
-from collections.abc import Mapping
 from heapq import heappop, heappush
 from itertools import count
 
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.forecast import Forecast
 from miniserve.scheduler.turns import Turn
-from miniserve.scheduler.workers import WorkerView
+from miniserve.scheduler.workers import Cluster, WorkerView
 
 LATE_GAPS, LATE_SECONDS = 3.0, 1.0
 """A conversation that has not come back after so many of its gaps and so many seconds is not expected any more."""
 
 
 class Ledger:
-    """Keeps `reserved`, `resident` and `wanted` in the views of `workers`: the sums of what turns and conversations
-    hold there. A worker that dies takes its view and these sums with it, so its entries need no settling."""
+    """Keeps `reserved`, `resident` and `wanted` in the workers' views: the sums of what turns and conversations hold
+    there. A worker that dies takes its view and these sums with it, so its entries need no settling."""
 
-    def __init__(self, workers: Mapping[str, WorkerView], forecast: Forecast, page_tokens: int) -> None:
-        self._workers = workers
+    def __init__(self, cluster: Cluster, forecast: Forecast, page_tokens: int) -> None:
+        self._cluster = cluster
         self._forecast = forecast
         self._page_tokens = page_tokens
         self.snapshot_pages = 0
@@ -92,4 +91,8 @@ class Ledger:
         conversation.wanted, conversation.expectation = 0.0, None
 
     def _view(self, worker: str | None) -> WorkerView | None:
-        return self._workers.get(worker) if worker is not None else None
+        """A worker whose books change."""
+        if (view := self._cluster.worker(worker)) is not None:
+            self._cluster.touch(view.name)
+            self._cluster.changed.add(view.name)
+        return view

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from operator import mul
 from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import StepTime
@@ -100,17 +99,17 @@ def non_negative_fit(rows: np.ndarray, counts: np.ndarray, ridge: float) -> np.n
 
 
 class Plane:
-    """`seconds = w . x` from measurements of (x, seconds), with no w below zero.
+    """`seconds = w . x` from measurements of (x, seconds), with three features and no w below zero.
 
     Measurements are kept as running means of cells, one for each power of two of what was computed: what was seen of
     other sizes is not forgotten while a worker does the same for an hour. The fit is least squares of the relative
     error over cells; a small ridge, larger for the later features, decides what the cells leave open.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self) -> None:
         self._cells: dict[tuple[int, ...], list[float]] = {}
         """Key -> count, number of the last measurement, mean seconds, mean of each feature."""
-        self._weights = [0.0] * features
+        self._weights = [0.0] * 3
         self._count = 0
 
     @property
@@ -130,8 +129,9 @@ class Plane:
         if self._count % REFIT == 0 or (self._count < REFIT and self._count & (self._count - 1) == 0):
             self._fit()
 
-    def at(self, *x: float) -> float:
-        return sum(map(mul, self._weights, x))
+    def at(self, a: float, b: float, c: float) -> float:
+        wa, wb, wc = self._weights
+        return wa * a + wb * b + wc * c
 
     def _fit(self) -> None:
         import numpy as np
@@ -153,8 +153,8 @@ class Speed:
 
     def __init__(self, fleet: Speed | None = None) -> None:
         self._fleet = fleet
-        self.decodes = Plane(3)
-        self.prefills = Plane(3)
+        self.decodes = Plane()
+        self.prefills = Plane()
         self._chunk = 1
 
     def observe(self, step: StepTime) -> None:

@@ -1,8 +1,12 @@
 """miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
+from collections.abc import Callable
+from itertools import islice
+
 from miniserve.config import Role
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.placement import Need, Option, Placement
-from miniserve.scheduler.workers import Cluster, WorkerView
+from miniserve.scheduler.workers import Cluster, Known, WorkerView
 
 MARGIN_SHARE, MARGIN_SECONDS = 0.1, 0.02
 """By how much another place must be cheaper before a prompt leaves its home: estimates are not better than that."""
@@ -18,6 +22,10 @@ drives out. Once would be right if that happened once; it happens at each turn o
 """
 STEP_STRETCH = 6.0
 """Of `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
+FEW_HOMES, LIKELY_HOMES = 8, 4
+"""Of more workers than that, so many are compared as homes: those where a typical turn would cost least; and of those
+that hold most of the prompt, or are on the old home's host, as many."""
+TYPICAL = Need(Conversation(""), 1000, 256, 1, Known([], 1), 0.0)
 
 
 class Observe:
@@ -46,8 +54,7 @@ class Observe:
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = cluster.worker(need.conversation.home)
         if home is None:
-            homes = [w for w in (*cluster.decoders, *cluster.prefillers) if self._may_take(need, cluster, w)]
-            return self._first(need, cluster, homes)
+            return self._first(need, cluster, self._likely(need, cluster, self._may_take))
         return self._later(need, cluster, home)
 
     def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
@@ -73,12 +80,13 @@ class Observe:
             return self._placement(here, tuple(options), "at home")
         if need.conversation.active > 1:
             return self._stay(need, cluster, home)  # Other turns of this conversation run there.
-        workers = (*cluster.decoders, *cluster.prefillers)
-        others = [w for w in workers if w is not home and self._may_take(need, cluster, w)]
-        roomy = [d for d in others if need.pages <= self._spare(d)]
+        stay = self._stay(need, cluster, home)
         # A conversation that has just moved stays, unless it would have to wait.
-        if not roomy or (need.conversation.moved_at == need.conversation.turns and home.fits(need.pages)):
-            return self._stay(need, cluster, home)
+        if stay is not None and need.conversation.moved_at == need.conversation.turns:
+            return stay
+        roomy = self._likely(need, cluster, self._may_join)
+        if not roomy:
+            return stay
         options = [option for d in roomy for option in self._options(need, cluster, d)]
         best = min(options, key=lambda option: option.cost)
         return self._placement(best, tuple(options), "its home is full")
@@ -96,16 +104,35 @@ class Observe:
             return need.waited > self._worth(need, worker)
         return True
 
-    def elsewhere(self, home: str, cluster: Cluster) -> float:
-        others = (w for w in (*cluster.decoders, *cluster.prefillers) if w.name in cluster.open and w.name != home)
-        return max((self._spare(w) for w in others if not w.turns or w.turns < w.max_turns), default=0.0)
+    def _may_join(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
+        """Whether a conversation may leave its home for this worker."""
+        other = worker.name in cluster.open and worker.name != need.conversation.home
+        return other and need.pages <= self.elsewhere(worker)
 
-    def _spare(self, worker: WorkerView) -> float:
-        return worker.room - ROOM * worker.total_pages
+    def elsewhere(self, worker: WorkerView) -> float:
+        free = not worker.turns or worker.turns < worker.max_turns
+        return worker.room - ROOM * worker.total_pages if free else 0.0
 
     def patience(self, need: Need, cluster: Cluster) -> float:
-        workers = (*cluster.decoders, *cluster.prefillers)
+        workers = self._likely(need, cluster, lambda *_: True)
         return min((self._worth(need, worker) for worker in workers), default=0.0)
+
+    def _likely(
+        self, need: Need, cluster: Cluster, may: Callable[[Need, Cluster, WorkerView], bool]
+    ) -> list[WorkerView]:
+        """The workers that `may` be the turn's home and are worth comparing: decoders first."""
+        if len(cluster.workers) <= FEW_HOMES:
+            return [w for w in (*cluster.decoders, *cluster.prefillers) if may(need, cluster, w)]
+        ranked = cluster.ranked(lambda w: self._local(TYPICAL, cluster, w, *self._decode(TYPICAL, w)).cost)
+        home = cluster.worker(need.conversation.home)
+        special = cluster.on_host(home) if home else need.known.best
+        found = [
+            worker
+            for some in (ranked, [worker for worker in ranked if worker.name in special])
+            for worker in islice((w for w in some if may(need, cluster, w)), LIKELY_HOMES)
+        ]
+        unique = {worker.name: worker for worker in found}.values()
+        return sorted(unique, key=lambda worker: worker.role is Role.PREFILLER)
 
     def _worth(self, need: Need, worker: WorkerView) -> float:
         """How long a newcomer should wait for room here: `WORTH` times what computing as many tokens again costs."""
@@ -115,13 +142,20 @@ class Observe:
     def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
         """The ways to serve a turn with this home; the first one is to prefill there."""
         decode, beside = self._decode(need, home)
-        known, history_at, fetch = need.known.get(home.name, 0), "", 0.0
+        local = self._local(need, cluster, home, decode, beside)
+        if home.role is Role.PREFILLER:  # Two that prefill for each other might wait for each other's pages.
+            return [local]
+        prefillers = cluster.prefillers_for(home, need.known)
+        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in prefillers)]
+
+    def _local(self, need: Need, cluster: Cluster, home: WorkerView, decode: float, beside: float) -> Option:
+        known, history_at, fetch = need.known[home.name], "", 0.0
         old = cluster.worker(need.conversation.home)
-        if old is not None and old is not home and need.known.get(old.name, 0) > known:
+        if old is not None and old is not home and need.known[old.name] > known:
             history_at, fetch = old.name, cluster.copy_seconds(old, home, need.known[old.name] - known)
             known = need.known[old.name]
         new = max(need.tokens - known, 1)
-        local = Option(
+        return Option(
             home.name,
             history_at=history_at,
             queue=home.queue_seconds,
@@ -130,14 +164,11 @@ class Observe:
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
-        if home.role is Role.PREFILLER:  # Two that prefill for each other might wait for each other's pages.
-            return [local]
-        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in cluster.prefillers)]
 
     def _remote(
         self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float
     ) -> Option:
-        here, there = need.known.get(home.name, 0), need.known.get(p.name, 0)
+        here, there = need.known[home.name], need.known[p.name]
         known = max(here, there)
         new = max(need.tokens - known, 1)
         history = cluster.copy_seconds(home, p, here - there)

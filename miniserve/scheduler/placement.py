@@ -3,14 +3,13 @@
 To add a policy, write a class like those in `baselines.py`, and list it in `POLICIES` there.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
 from miniserve.scheduler.conversation import Conversation
-from miniserve.scheduler.workers import Cluster
+from miniserve.scheduler.workers import Cluster, Known, WorkerView
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Need:
     tokens: int
     output: int
     pages: int
-    known: Mapping[str, int]
+    known: Known
     now: float
     waited: float = 0.0
 
     def new(self, worker: str) -> int:
         """Tokens that this worker would have to compute: the last one always, for its logits."""
-        return max(self.tokens - self.known.get(worker, 0), 1)
+        return max(self.tokens - self.known[worker], 1)
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -82,9 +81,9 @@ class Policy(Protocol):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn, at a home in `cluster.open` that has room for `need`; None if it has to wait."""
 
-    def elsewhere(self, home: str, cluster: Cluster) -> float:
-        """The most pages that a turn may need for `place` to move its conversation away from this home, which is not
-        open; 0 if it moves none. It never moves one of which other turns wait or run."""
+    def elsewhere(self, worker: WorkerView) -> float:
+        """The most pages that a turn may need for `place` to move its conversation to this worker, if that is open and
+        its home is not or is full; 0 if it moves none. It never moves one of which other turns wait or run."""
 
     def patience(self, need: Need, cluster: Cluster) -> float:
         """For how many seconds a newcomer, whose conversation has no home yet, lets turns pass that have one; then it

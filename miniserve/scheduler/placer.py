@@ -5,7 +5,6 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Keep, Run
-from miniserve.config import Role
 from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.forecast import Forecast
 from miniserve.scheduler.ledger import Ledger
@@ -13,20 +12,19 @@ from miniserve.scheduler.placement import Need, Placement, Policy
 from miniserve.scheduler.queue import WaitingQueue
 from miniserve.scheduler.records import decision
 from miniserve.scheduler.turns import TRIED_AFTER, Phases, Turn, TurnState
-from miniserve.scheduler.workers import Cluster, Link, PrefixIndex, WorkerView
+from miniserve.scheduler.workers import Cluster, Known, PrefixIndex, WorkerView
 
 
 @dataclass
 class Placer:
     """The queue of waiting turns, and what decisions about them read. `policy_name` is for the records of decisions.
-    `workers`, `turns` and `links` are the scheduler's own, and change."""
+    `cluster` and `turns` are the scheduler's own, and change."""
 
     policy: Policy
     policy_name: str
     page_tokens: int
-    workers: Mapping[str, WorkerView]
+    cluster: Cluster
     turns: Mapping[str, Turn]
-    links: dict[tuple[str, str], Link]
     ledger: Ledger
     forecast: Forecast
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
@@ -36,40 +34,41 @@ class Placer:
     """The suspected turn that was begun last."""
 
     def __post_init__(self) -> None:
-        self.queue = WaitingQueue(self._has_patience)
+        self.queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere)
+        self._closed: set[str] = set()
+        """Workers that are kept for a suspected turn."""
 
     def place_queued(self, now: float, *, notes: bool) -> list[Command]:
         """Place the waiting turns that can be placed. With `notes`, each decision is noted."""
+        cluster = self.cluster
         if not self.queue:
+            cluster.changed.clear()
             return []
         self.ledger.give_up_late(now)
-        prefillers, decoders = self._by_role()
-        commands, closed = self._try_suspect(decoders, now, notes)
+        commands, closed = self._try_suspect(now, notes)
+        cluster.changed |= self._closed - closed
+        self._closed = closed
 
         def place(turn: Turn, open_workers: Set[str]) -> bool:
-            cluster = Cluster(prefillers, decoders, open_workers, self.links)
+            cluster.open = open_workers
             need = self._need(turn, now)
             placement = self.policy.place(need, cluster)
             if placement is not None:
-                commands.extend(self._begin(turn, need, placement, cluster, notes))
+                commands.extend(self._begin(turn, need, placement, notes))
             return placement is not None
 
-        def elsewhere(home: str, open_workers: Set[str]) -> float:
-            return self.policy.elsewhere(home, Cluster(prefillers, decoders, open_workers, self.links))
-
-        # While a decoder lives, an idle prefiller is not counted as a home: most policies never choose one.
-        homes = [*decoders, *(p for p in prefillers if p.turns or p.resident or not decoders)]
-        self.queue.serve(place, elsewhere, self.workers.keys() - closed, {w.name for w in homes}, now)
+        workers = cluster.workers.keys()
+        self.queue.serve(place, workers - closed if closed else workers, cluster.changed, now)
         return commands
 
-    def _try_suspect(self, decoders: list[WorkerView], now: float, notes: bool) -> tuple[list[Command], set[str]]:
+    def _try_suspect(self, now: float, notes: bool) -> tuple[list[Command], set[str]]:
         """Begin with the next suspected turn, unless one is being tried; and the workers that no other turn may take.
 
         One is tried at a time, on a decoder that has nothing left to stop, and where only turns run that were suspected
         before it and are not any more: so it is this one that the decoder dies of. If there is none, the one with the
         least others is closed until they have ended. All other workers serve as ever.
         """
-        tried = self.tried
+        tried, decoders = self.tried, self.cluster.decoders
         if tried is not None and tried.suspected and tried.state in (TurnState.PREFILL, TurnState.DECODE):
             return [], {str(tried.home)}
         if not self.queue.suspects or not decoders:
@@ -80,32 +79,32 @@ class Placer:
         if others[home.name] or home.leaving or not home.fits(turn.pages):
             return [], {home.name}
         self.tried = turn
-        self.queue.remove(turn)
-        cluster = Cluster([], decoders, {home.name}, self.links)
+        self.queue.remove(turn, self.cluster.changed)
         placement = Placement(home.name, reason=f"alone, since {turn.losses} workers died under it")
-        return self._begin(turn, self._need(turn, now), placement, cluster, notes), {home.name}
+        before = turn.conversation.home
+        commands = self._begin(turn, self._need(turn, now), placement, notes)
+        self.queue.follow(turn.conversation, before)
+        return commands, {home.name}
 
     def _has_patience(self, turn: Turn, now: float) -> bool:
         need = self._need(turn, now)
-        cluster = Cluster(*self._by_role(), self.workers.keys(), self.links)
-        return need.waited < self.policy.patience(need, cluster)
+        return need.waited < self.policy.patience(need, self.cluster)
 
-    def _by_role(self) -> tuple[list[WorkerView], list[WorkerView]]:
-        prefillers: list[WorkerView] = []
-        decoders: list[WorkerView] = []
-        for worker in self.workers.values():
-            (prefillers if worker.role is Role.PREFILLER else decoders).append(worker)
-        return prefillers, decoders
+    def _fits(self, turn: Turn) -> bool:
+        home = self.cluster.worker(turn.conversation.home)
+        return home is not None and home.fits(turn.pages)
+
+    def _elsewhere(self, worker: str) -> float:
+        return self.policy.elsewhere(self.cluster.workers[worker])
 
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""
         conversation = turn.conversation
-        known = {name: pages * self.page_tokens for name, pages in self.prefixes.find(turn.chain).items()}
+        known = Known(self.prefixes.find(turn.chain), self.page_tokens)
         if conversation.copy_at:
-            copied = self._reusable(turn, min(conversation.copy_tokens, turn.known))
-            known[conversation.copy_at] = max(known.get(conversation.copy_at, 0), copied)
+            known.learn(conversation.copy_at, self._reusable(turn, min(conversation.copy_tokens, turn.known)))
         if conversation.home:
-            known[conversation.home] = max(known.get(conversation.home, 0), self._reusable(turn, turn.known))
+            known.learn(conversation.home, self._reusable(turn, turn.known))
         return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
 
     def _reusable(self, turn: Turn, known: int) -> int:
@@ -116,13 +115,13 @@ class Placer:
         size = self.page_tokens
         return max([end // size * size for end in turn.conversation.ends if end // size * size <= known], default=0)
 
-    def _begin(self, turn: Turn, need: Need, placement: Placement, cluster: Cluster, notes: bool) -> list[Command]:
+    def _begin(self, turn: Turn, need: Need, placement: Placement, notes: bool) -> list[Command]:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
         commands: list[Command] = []
         if notes:
-            commands.append(Note(decision(self.policy_name, turn, need, placement, cluster)))
-        conversation, home, now = turn.conversation, self.workers[placement.home], need.now
-        prefills = self.workers[placement.prefill_at] if placement.prefill_at else home
+            commands.append(Note(decision(self.policy_name, turn, need, placement, self.cluster)))
+        conversation, home, now = turn.conversation, self.cluster.workers[placement.home], need.now
+        prefills = self.cluster.workers[placement.prefill_at] if placement.prefill_at else home
         turn.move(TurnState.PREFILL)
         turn.runs += 1
         turn.run = f"{turn.id}.{turn.runs}"
@@ -139,6 +138,7 @@ class Placer:
         self.ledger.reserve(turn, now)
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
+        self.cluster.touch(prefills.name)
         key = (prefills.name, home.name)
         self.placements[key] = self.placements.get(key, 0) + 1
         run = Run(

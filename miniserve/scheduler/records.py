@@ -17,7 +17,7 @@ def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster:
     """Of a turn that was placed."""
     workers = {
         w.name: {name: getattr(w, name) for name in READ}
-        | {"load": w.load.value, "prefilling": w.prefilling.value, "known": need.known.get(w.name, 0)}
+        | {"load": w.load.value, "prefilling": w.prefilling.value, "known": need.known[w.name]}
         for w in (*cluster.prefillers, *cluster.decoders)
     }
     return {

@@ -25,7 +25,7 @@ from miniserve.scheduler.placer import Placer
 from miniserve.scheduler.prompts import KEPT_BYTES, page_chain
 from miniserve.scheduler.records import outcome, remembered
 from miniserve.scheduler.turns import Turn, TurnState
-from miniserve.scheduler.workers import Link, WorkerView
+from miniserve.scheduler.workers import Cluster, WorkerView
 
 RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
@@ -71,12 +71,10 @@ class Scheduler:
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self.conversations = Conversations(page_tokens, kept_bytes=kept_bytes)
-        self.workers: dict[str, WorkerView] = {}
-        """Those that live."""
+        self.cluster = Cluster()
+        self.workers, self.links = self.cluster.workers, self.cluster.links
         self.names: list[str] = []
         """All workers that ever lived, in the order of their numbers in `TurnRecord`."""
-        self.links: dict[tuple[str, str], Link] = {}
-        """(from, to) -> KV that was moved."""
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
         self.notes = notes
@@ -87,11 +85,9 @@ class Scheduler:
         self._speed = Speed()
         """Of all workers together."""
         self._forecast = Forecast()
-        self._ledger = Ledger(self.workers, self._forecast, page_tokens)
+        self._ledger = Ledger(self.cluster, self._forecast, page_tokens)
         self._turns: dict[str, Turn] = {}
-        self._placer = Placer(
-            policy, policy_name, page_tokens, self.workers, self._turns, self.links, self._ledger, self._forecast
-        )
+        self._placer = Placer(policy, policy_name, page_tokens, self.cluster, self._turns, self._ledger, self._forecast)
         self._queue = self._placer.queue
         self.placements = self._placer.placements
         """(prefilled at, home) -> turns."""
@@ -118,7 +114,7 @@ class Scheduler:
 
     @property
     def decoders(self) -> list[WorkerView]:
-        return [w for w in self.workers.values() if w.role is Role.DECODER]
+        return self.cluster.decoders
 
     @property
     def can_serve(self) -> bool:
@@ -130,28 +126,31 @@ class Scheduler:
     def worker_up(self, peer: Peer, *, now: float = 0.0) -> list[Command]:
         """A worker is ready, or ready again: announce it to all, and place the turns that it has room for."""
         self._returning.discard(peer.name)
-        self.workers[peer.name] = WorkerView(
+        view = WorkerView(
             name=peer.name,
             role=peer.role,
             total_pages=peer.pool.num_pages,
             max_turns=self._max_turns,
             page_tokens=self._page_tokens,
             epoch=peer.epoch,
+            host=peer.pool.host,
             page_bytes=peer.pool.page_bytes,
             snapshot_pages=peer.pool.snapshot_pages,
             speed=Speed(self._speed),
             reported=now,
         )
+        self.cluster.join(view)
         self._ledger.snapshot_pages = peer.pool.snapshot_pages
         if peer.name not in self.names:
             self.names.append(peer.name)
         self._peers[peer.name] = peer
-        return [*self._announce(), *self._place_queued(now)]
+        return [*self._announce(), *self._place_queued(now, everywhere=True)]
 
     def worker_down(self, name: str, *, returns: bool, now: float = 0.0) -> list[Command]:
         """A worker has died, and perhaps `returns`. Its turns go on elsewhere, from their tokens, or wait for a decoder
         to return; where none will, they end. So does one that was tried there alone: workers die of it."""
-        view = self.workers.pop(name, None)
+        view = self.workers.get(name)
+        self.cluster.leave(name)
         if not returns:
             self._returning.discard(name)
         elif view is not None and view.role is Role.DECODER:
@@ -174,7 +173,7 @@ class Scheduler:
             for turn in [turn for turn in self._turns.values() if turn.state is TurnState.QUEUED]:
                 reason = f"The worker {name} died and no decoder is left. Restart the server."
                 commands += self._fail(turn, reason, now)
-        return [*commands, *self._place_queued(now)]
+        return [*commands, *self._place_queued(now, everywhere=True)]
 
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
@@ -277,8 +276,9 @@ class Scheduler:
         if view is None:
             return []
         view.observe(report, now)
+        self.cluster.touch(worker)
         for move in report.moves:
-            self.links.setdefault((move.source, worker), Link()).observe(move)
+            self.cluster.moved(move, worker)
             if turn := self._turn_of(move.turn):
                 turn.phases.transfer += move.seconds
                 turn.phases.exposed += move.exposed
@@ -294,9 +294,12 @@ class Scheduler:
         self._ledger.give_up_late(now)
         for conversation in self.conversations.expire(now):
             self._ledger.let_go(conversation)
-        return self._place_queued(now)
+        return self._place_queued(now, everywhere=True)
 
-    def _place_queued(self, now: float) -> list[Command]:
+    def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
+        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible."""
+        if everywhere:
+            self.cluster.changed.update(self.workers)
         return self._placer.place_queued(now, notes=self.notes)
 
     def _turn_of(self, run: str) -> Turn | None:
@@ -377,7 +380,7 @@ class Scheduler:
         conversation = turn.conversation
         conversation.active -= 1
         if turn.state is TurnState.QUEUED:
-            self._queue.remove(turn)
+            self._queue.remove(turn, self.cluster.changed)
         else:
             self._ledger.release(turn, now)
             conversation.turns += 1

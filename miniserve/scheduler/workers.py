@@ -1,15 +1,24 @@
 """What the scheduler knows of the workers: KV and load of each, the links between them, the prefixes they hold."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from operator import attrgetter
 
 from miniserve.cluster.messages import Move, Report, WorkerStats
 from miniserve.config import Role
 from miniserve.scheduler.observations import Average, Speed, TimeAverage
 
+FEW_PREFILLERS, SHORTEST_QUEUES = 8, 2
+"""Of more prefillers than that, those with so many of the shortest queues are compared."""
 LOAD_WINDOW = 30.0
 """Seconds over which a worker's load is averaged: what the next few turns will find there."""
+
+
+_queued = attrgetter("queued_prefill_tokens")
 
 
 @dataclass
@@ -23,6 +32,8 @@ class WorkerView:
     max_turns: int
     page_tokens: int
     epoch: int = 1
+    host: str = ""
+    """Between workers of one host KV travels fast."""
     page_bytes: int = 0
     snapshot_pages: int = 0
     """Of a snapshot of recurrent state, which goes with KV wherever that goes."""
@@ -41,6 +52,8 @@ class WorkerView:
     stats: WorkerStats | None = None
     leaving: set[str] = field(default_factory=set)
     """Runs that the scheduler has asked it to stop, until it reports them stopped: it may still die of them."""
+    burden: float = 0.0
+    """By which `Cluster.ranked` has put it in its place."""
     load: TimeAverage = field(init=False)
     prefilling: TimeAverage = field(init=False)
     """The share of its time that it spends on prompts."""
@@ -123,35 +136,101 @@ class Link:
             self.bandwidth.add(move.bytes / elapsed)
 
 
-@dataclass
 class Cluster:
     """All that a policy may look at beside the turn. `open` names the workers that may take this turn: the others are
     claimed by turns that wait before it."""
 
-    prefillers: list[WorkerView]
-    decoders: list[WorkerView]
-    open: Set[str]
-    links: dict[tuple[str, str], Link]
+    def __init__(self) -> None:
+        self.workers: dict[str, WorkerView] = {}
+        """Those that live."""
+        self.prefillers: list[WorkerView] = []
+        self.decoders: list[WorkerView] = []
+        self.open: Set[str] = self.workers.keys()
+        self.links: dict[tuple[str, str], Link] = {}
+        """(from, to) -> KV that was moved."""
+        self.changed: set[str] = set()
+        """Workers whose KV was reserved or given back since the queue was served last."""
+        self._kinds = {True: Link(), False: Link()}
+        """All links within hosts, all between hosts."""
+        self._ranked: list[WorkerView] = []
+        self._stale: set[str] = set()
+        self._shortest: list[WorkerView] = []
+        """Prefillers with the shortest queues; empty when that may have changed."""
+        self._hosts: dict[str, dict[str, WorkerView]] = {}
+
+    def join(self, worker: WorkerView) -> None:
+        self.leave(worker.name)
+        self.workers[worker.name] = worker
+        (self.prefillers if worker.role is Role.PREFILLER else self.decoders).append(worker)
+        self._ranked.append(worker)
+        self._hosts.setdefault(worker.host, {})[worker.name] = worker
+        self.touch(worker.name)
+
+    def leave(self, name: str) -> None:
+        if gone := self.workers.pop(name, None):
+            self._shortest = []
+            del self._hosts[gone.host][name]
+            for those in (self.prefillers, self.decoders, self._ranked):
+                those[:] = [worker for worker in those if worker is not gone]
 
     def worker(self, name: str | None) -> WorkerView | None:
-        return next((w for w in (*self.prefillers, *self.decoders) if w.name == name), None)
+        return self.workers.get(name) if name is not None else None
 
-    def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
-        """How long the KV of `tokens` takes between two workers: by this link's bandwidth, else by that of any link
-        that was measured, else 0."""
-        if tokens <= 0:
-            return 0.0
+    def touch(self, name: str) -> None:
+        """How busy a worker is has changed."""
+        self._stale.add(name)
+        if self.workers[name].role is Role.PREFILLER:
+            self._shortest = []
+
+    def ranked(self, burden: Callable[[WorkerView], float]) -> list[WorkerView]:
+        """All workers, those with the least `burden` first. It is asked only of workers that have changed since, so
+        it has to be the same function each time."""
+        for worker in filter(None, map(self.workers.get, self._stale)):
+            worker.burden = burden(worker)
+        self._stale.clear()
+        self._ranked.sort(key=attrgetter("burden"))
+        return self._ranked
+
+    def on_host(self, worker: WorkerView) -> dict[str, WorkerView]:
+        """All workers on its host, if that is known."""
+        return self._hosts[worker.host] if worker.host else {}
+
+    def prefillers_for(self, home: WorkerView, known: Known) -> list[WorkerView]:
+        """The prefillers that are worth comparing for a turn: all, if they are few; else those with the shortest
+        queues, those on the host of its home, and those that have computed the conversation."""
+        if len(self.prefillers) <= FEW_PREFILLERS:
+            return self.prefillers
+        self._shortest = self._shortest or nsmallest(SHORTEST_QUEUES, self.prefillers, _queued)
+        some = (*self._shortest, *self.on_host(home).values(), *filter(None, map(self.worker, known)))
+        return list({worker.name: worker for worker in some if worker.role is Role.PREFILLER}.values())
+
+    def moved(self, move: Move, to: str) -> None:
+        """KV went from one worker to another."""
+        self.links.setdefault((move.source, to), Link()).observe(move)
+        source, destination = self.worker(move.source), self.worker(to)
+        if source and destination:
+            self._kinds[source.host == destination.host].observe(move)
+
+    def _link(self, source: WorkerView, destination: WorkerView) -> Link:
+        """What tells most of a link: itself if it was measured, else all of its kind, else those of the other kind."""
         link = self.links.get((source.name, destination.name))
         if link is None or not link.bandwidth.count:
-            link = next((other for other in self.links.values() if other.bandwidth.count), None)
-        if link is None:
+            near = source.host == destination.host
+            link = self._kinds[near] if self._kinds[near].bandwidth.count else self._kinds[not near]
+        return link
+
+    def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
+        """How long the KV of `tokens` takes between two workers, by the bandwidth that was measured on this link, else
+        on links of its kind, else on any; 0 if none was."""
+        if tokens <= 0:
             return 0.0
-        return (tokens / source.page_tokens + source.snapshot_pages) * source.page_bytes / link.bandwidth.value
+        bandwidth = self._link(source, destination).bandwidth
+        pages = tokens / source.page_tokens + source.snapshot_pages
+        return pages * source.page_bytes / bandwidth.value if bandwidth.count else 0.0
 
     def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
         """What a handoff costs beyond the prefill itself; 0 where none was measured."""
-        link = self.links.get((source.name, destination.name))
-        return link.exposed.value if link else 0.0
+        return self._link(source, destination).exposed.value
 
 
 class PrefixIndex:
@@ -164,31 +243,49 @@ class PrefixIndex:
 
     def __init__(self, capacity: int = 65_536) -> None:
         self._capacity = capacity
-        self._workers: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
+        self._workers: OrderedDict[bytes, set[str]] = OrderedDict()
 
     def add(self, chain: list[bytes], worker: str) -> None:
         """`worker` has computed the prompt with this `page_chain`."""
         for page in _powers(len(chain)):
-            known = self._workers.pop(chain[page], ())
-            self._workers[chain[page]] = known if worker in known else (*known, worker)
+            known = self._workers[chain[page]] = self._workers.pop(chain[page], set())
+            known.add(worker)
         while len(self._workers) > self._capacity:
             self._workers.popitem(last=False)
 
-    def find(self, chain: list[bytes]) -> dict[str, int]:
-        """Worker -> pages of this prompt that it has computed, at least."""
-        found: dict[str, int] = {}
+    def find(self, chain: list[bytes]) -> list[tuple[int, Set[str]]]:
+        """(pages, the workers that have computed at least so many of this prompt), the most pages first."""
+        found: list[tuple[int, Set[str]]] = []
         for page in _powers(len(chain)):
             workers = self._workers.get(chain[page])
             if workers is None:
                 break
-            for worker in workers:
-                found[worker] = page
-        return found
+            found.append((page, workers))
+        return found[::-1]
 
     def drop(self, worker: str) -> None:
-        for digest, known in self._workers.items():
-            if worker in known:
-                self._workers[digest] = tuple(name for name in known if name != worker)
+        for known in self._workers.values():
+            known.discard(worker)
+
+
+class Known(dict[str, int]):
+    """Tokens of a prompt that each worker probably holds: those of the conversation itself, and what `PrefixIndex` has
+    `found`, which is looked up for a worker that is asked for."""
+
+    def __init__(self, found: list[tuple[int, Set[str]]], page_tokens: int) -> None:
+        self._found = found
+        self._page_tokens = page_tokens
+
+    def __missing__(self, worker: str) -> int:
+        return next((pages * self._page_tokens for pages, workers in self._found if worker in workers), 0)
+
+    def learn(self, worker: str, tokens: int) -> None:
+        self[worker] = max(self[worker], tokens)
+
+    @property
+    def best(self) -> Set[str]:
+        """The workers that hold the most of what others have computed."""
+        return self._found[0][1] if self._found else frozenset()
 
 
 def _powers(length: int) -> list[int]:

@@ -10,7 +10,7 @@ from miniserve.scheduler.baselines import POLICIES, Ampd, make_policy
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.observe import Observe
 from miniserve.scheduler.placement import Need, Placement
-from miniserve.scheduler.workers import Cluster, Link, WorkerView
+from miniserve.scheduler.workers import Cluster, Known, WorkerView
 
 PAGE, CHUNK, TOKEN, STEP = 16, 512, 1e-3, 0.02
 """Every worker here takes a millisecond for a token of a prompt, 20 for a decode step, and 5 more for each sequence."""
@@ -30,23 +30,22 @@ def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, res
 
 
 def cluster(*workers: WorkerView, closed: tuple[str, ...] = (), bandwidth: float = 0.0) -> Cluster:
-    links = {}
+    made = Cluster()
+    for each in workers:
+        made.join(each)
+    made.open = {w.name for w in workers} - set(closed)
     for source in workers:
         for destination in workers:
             if bandwidth and source is not destination:
-                link = links[source.name, destination.name] = Link()
-                link.observe(Move("t", source.name, 1, int(bandwidth), 1.0, history=True))
-    return Cluster(
-        [w for w in workers if w.role is Role.PREFILLER],
-        [w for w in workers if w.role is Role.DECODER],
-        {w.name for w in workers} - set(closed),
-        links,
-    )
+                made.moved(Move("t", source.name, 1, int(bandwidth), 1.0, history=True), destination.name)
+    return made
 
 
 def need(tokens: int = 1000, output: int = 100, home: str | None = None, turns: int = 0, **known: int) -> Need:
     conversation = Conversation(1, home=home, turns=turns, active=1)
-    return Need(conversation, tokens, output, (tokens + output) // PAGE + 1, known, 0.0)
+    of = Known([], PAGE)
+    of.update(known)
+    return Need(conversation, tokens, output, (tokens + output) // PAGE + 1, of, 0.0)
 
 
 def where(placement: Placement | None) -> tuple[str, str] | None:
@@ -238,7 +237,7 @@ def test_a_newcomer_waits_no_longer_than_it_is_worth():
 
     def after(seconds: float) -> Placement | None:
         asked = need(2000, 10)
-        return Observe().place(Need(asked.conversation, 2000, 10, asked.pages, {}, 0.0, waited=seconds), full)
+        return Observe().place(Need(asked.conversation, 2000, 10, asked.pages, asked.known, 0.0, waited=seconds), full)
 
     assert after(40.0) is None
     assert where(after(52.0)) == ("d0", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 import pytest
 
@@ -32,42 +32,69 @@ def waiting(id: str, home: str | None, beside: Turn | None = None) -> Turn:
     return Turn(id, [1], SamplingParams(), 0, "", conversation, [], 0, 0.0, None, False, 1, 1, 1, 1)
 
 
-def serve(queue: WaitingQueue, full: set[str], now: float = 0.0) -> tuple[list[str], set[str]]:
-    """The turns that are tried and the workers that stay open, where the `full` ones of d0 and d1 take no turn."""
-    tried = []
+class Served:
+    """A queue over d0 and d1, of which the `full` ones take no turn."""
 
-    def place(turn: Turn, open_workers: Set[str]) -> bool:
-        tried.append(turn.id)
+    def __init__(self, has_patience: Callable[[Turn, float], bool]) -> None:
+        self.full: set[str] = set()
+        self.tried: list[str] = []
+        self.queue = WaitingQueue(has_patience, self.fits, lambda worker: 0.0)
+
+    def fits(self, turn: Turn) -> bool:
+        return turn.conversation.home not in self.full
+
+    def place(self, turn: Turn, open_workers: Set[str]) -> bool:
+        self.tried.append(turn.id)
         homes = [turn.conversation.home] if turn.conversation.home else ["d0", "d1"]
-        free = [name for name in homes if name in open_workers and name not in full]
+        free = [name for name in homes if name in open_workers and name not in self.full]
         turn.conversation.home = free[0] if free else turn.conversation.home
         return bool(free)
 
-    return tried, set(queue.serve(place, lambda home, open_workers: 0.0, {"d0", "d1"}, {"d0", "d1"}, now))
+    def serve(self, full: set[str], changed: set[str], now: float = 0.0) -> list[str]:
+        """The turns that are tried."""
+        self.full, self.tried = full, []
+        self.queue.serve(self.place, {"d0", "d1"}, changed, now)
+        return self.tried
 
 
 def test_a_turn_that_waits_claims_its_home_and_one_without_a_home_claims_all_workers() -> None:
-    queue = WaitingQueue(lambda turn, now: False)
+    served = Served(lambda turn, now: False)
+    queue = served.queue
     for turn in (waiting("a", "d0"), waiting("b", "d1"), waiting("c", None), waiting("d", "d1")):
         queue.append(turn, 0.0)
-    assert serve(queue, full={"d0"}) == (["a", "b", "c", "d"], {"d1"}), "c takes d1, which a does not claim"
+    assert served.serve({"d0"}, {"d0", "d1"}) == ["a", "b", "c", "d"], "c takes d1, which a does not claim"
     assert len(queue) == 1
     queue.append(waiting("e", None), 0.0)
     queue.append(waiting("f", "d0"), 0.0)
-    assert serve(queue, full={"d0", "d1"}) == (["a", "e"], set()), "f is not tried: all workers are claimed"
-    assert serve(queue, full=set()) == (["a", "e", "f"], {"d0", "d1"})
+    assert served.serve({"d0", "d1"}, set()) == ["e"], "f is not tried: all workers are claimed"
+    assert served.serve(set(), {"d0"}) == ["a", "e", "f"]
+    assert not queue
+
+
+def test_only_what_waits_for_a_worker_that_has_changed_is_tried_again() -> None:
+    served = Served(lambda turn, now: False)
+    for turn in (waiting("a", "d0"), waiting("b", "d1"), waiting("c", "d0")):
+        served.queue.append(turn, 0.0)
+    assert served.serve({"d0", "d1"}, set()) == ["a", "b", "c"]
+    assert served.serve({"d0", "d1"}, set()) == []
+    assert served.serve({"d1"}, {"d1"}) == [], "it is still full"
+    assert served.serve({"d1"}, {"d0"}) == ["a", "c"]
+    assert [turn.id for _, turn in served.queue._lines["d1"]] == ["b"]
 
 
 def test_a_newcomer_claims_nothing_while_it_has_patience_and_keeps_those_behind_it_waiting() -> None:
-    queue = WaitingQueue(lambda turn, now: now < 1.0)
+    served = Served(lambda turn, now: now < 1.0)
+    queue, both = served.queue, {"d0", "d1"}
     first, second = waiting("a", None), waiting("b", None)
     beside = waiting("c", None, beside=first)
     for turn in (first, second, beside):
         queue.append(turn, 0.0)
-    assert serve(queue, full={"d0", "d1"}) == (["a"], {"d0", "d1"})
-    assert serve(queue, full={"d0", "d1"}, now=1.0) == (["a"], set()), "its patience is over"
+    assert served.serve(both, set(both)) == ["a"]
+    assert served.serve(both, set(both), now=1.0) == ["a"], "its patience is over"
     assert [turn for _, turn in queue.newcomers] == [second, beside]
-    assert serve(queue, full=set(), now=1.0) == (["a", "b", "c"], {"d0", "d1"})
+    queue.append(waiting("d", "d0"), 1.0)
+    assert served.serve(both, set(both), now=1.0) == ["a"], "it claims all workers"
+    assert served.serve(set(), set(both), now=1.0) == ["a", "c", "d", "b"]
     assert len(queue) == 0
 
 
@@ -100,8 +127,9 @@ def test_a_policy_that_breaks_loses_no_turn() -> None:
     _, run = run_of(submit(made, "a", [1] * 40))
     submit(made, "b", [2] * 40)
     place, made._placer.policy.place = made._placer.policy.place, lambda need, cluster: 1 / 0
+    submit(made, "c", [3] * 40)
     with pytest.raises(ZeroDivisionError):
-        submit(made, "c", [3] * 40)
+        made.on_tick(0.0)
     made._placer.policy.place = place
     assert made.queued == 2
     assert run_of(end(made, "d0", run.turn))[1].turn == "b.1"
@@ -269,7 +297,7 @@ def test_turns_of_a_conversation_that_has_found_its_home_do_not_wait_behind_a_ne
 
 
 @pytest.mark.parametrize("waiting", [1, 300])
-def test_a_report_asks_the_policy_once_for_all_newcomers_that_wait(waiting: int) -> None:
+def test_a_tick_asks_the_policy_once_for_all_newcomers_that_wait_and_a_report_does_not(waiting: int) -> None:
     made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=1000)
     for view in made.workers.values():
         view.add_turn(95, 0.0)
@@ -279,13 +307,15 @@ def test_a_report_asks_the_policy_once_for_all_newcomers_that_wait(waiting: int)
     place = made._placer.policy.place
     made._placer.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
     assert report_steps(made, "d0", now=0.1) == []
+    assert not asked, "nothing has changed"
+    assert made.on_tick(0.1) == []
     assert len(asked) == 1
     assert made.queued == waiting
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("waiting", [2, 300])
-def test_a_report_asks_the_policy_once_for_all_turns_that_wait_for_one_home(policy: str, waiting: int) -> None:
+def test_no_policy_is_asked_about_turns_that_wait_for_a_full_home(policy: str, waiting: int) -> None:
     made = scheduler("d0", "d1", policy=policy, max_turns=9, max_queued=1000)
     for n in range(waiting):
         home, run = run_of(submit(made, f"t{n}", [n + 1] * 160, key=n + 1))
@@ -299,7 +329,8 @@ def test_a_report_asks_the_policy_once_for_all_turns_that_wait_for_one_home(poli
     place = made._placer.policy.place
     made._placer.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
     assert report_steps(made, "d1", now=0.2) == []
-    assert len(asked) == 1
+    assert made.on_tick(0.2) == []
+    assert not asked, "none fits"
     made.workers["d0"].drop_turn(95, 0.3)
     assert [run.turn for _, run in sent(made.on_tick(0.3), Run)][:2] == ["w0.1", "w1.1"]
 

@@ -13,7 +13,7 @@ from miniserve.scheduler.conversation import Said
 from miniserve.scheduler.prompts import page_chain
 from miniserve.scheduler.scheduler import NoDecoder
 from miniserve.scheduler.turns import TurnState
-from miniserve.scheduler.workers import PrefixIndex
+from miniserve.scheduler.workers import Known, PrefixIndex
 from miniserve.states import IllegalTransition
 from tests.support.scheduling import (
     PAGE,
@@ -246,17 +246,18 @@ def test_the_prefix_index_knows_which_workers_computed_the_beginning_of_a_prompt
     found = PrefixIndex(capacity=8)
     chain = page_chain(list(range(160)), "", PAGE)
     found.add(chain, "d0")
-    assert found.find(chain) == {"d0": 8}
-    assert found.find(chain[:6]) == {"d0": 4}
+    assert found.find(chain)[0] == (8, {"d0"})
+    assert found.find(chain[:6])[0] == (4, {"d0"})
     found.add(chain[:4], "p0")
-    assert found.find(chain) == {"d0": 8, "p0": 2}
-    assert found.find(page_chain([1] * 160, "", PAGE)) == {}
+    known = Known(found.find(chain), PAGE)
+    assert [known[name] for name in ("d0", "p0", "d1")] == [8 * PAGE, 2 * PAGE, 0]
+    assert found.find(page_chain([1] * 160, "", PAGE)) == []
     found.drop("d0")
-    assert found.find(chain) == {"p0": 2}
+    assert found.find(chain) == [(8, set()), (4, set()), (2, {"p0"}), (1, {"p0"})]
     found.add(page_chain(list(range(500, 660)), "", PAGE), "d0")
     found.add(page_chain(list(range(900, 1060)), "", PAGE), "d0")
     assert len(found._workers) == 8
-    assert found.find([]) == found.find(chain[:1]) == {}
+    assert found.find([]) == found.find(chain[:1]) == []
 
 
 def test_a_prefiller_that_died_holds_no_prompt_when_it_returns() -> None:
@@ -266,7 +267,7 @@ def test_a_prefiller_that_died_holds_no_prompt_when_it_returns() -> None:
     join(made, "p0", 2)
     report(made, "d0", run.turn, 0, 7, cached_tokens=0)
     assert made.conversations.get("a").copy_at is None
-    assert made._placer.prefixes.find(page_chain([1] * 400, "", PAGE)) == {"d0": 16}
+    assert made._placer.prefixes.find(page_chain([1] * 400, "", PAGE))[0] == (16, {"d0"})
 
 
 def test_turns_of_a_lower_priority_number_are_placed_first() -> None:

@@ -82,10 +82,12 @@ class Simulation:
         policy = make_policy(config.policy, config.mispredict)
         self._latency = max(prefiller.message_seconds, decoder.message_seconds)
         self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31, kept_bytes=0)
+        hosts = _hosts(config.topology, decoder.devices_per_host)
         self.workers = {
             name: SimulatedWorker(
                 name,
                 role,
+                hosts[name],
                 prefiller if role is Role.PREFILLER else decoder,
                 self._speak,
                 self._carry,
@@ -96,8 +98,8 @@ class Simulation:
             )
             for name, role in config.topology.roles.items()
         }
-        for worker in self.workers.values():
-            self._carry_out(self.scheduler.worker_up(worker.peer, now=0.0))
+        ups = [self.scheduler.worker_up(worker.peer) for worker in self.workers.values()]
+        self._carry_out(ups[-1])  # It announces all of them to all.
         for number, start in enumerate(config.workload.starts):
             self._at(start, self._arrive, number)
         self._at(TICK_SECONDS, self._tick)
@@ -202,3 +204,10 @@ class Simulation:
 
     def _speak(self, sequence: Sequence) -> int:
         return self._agents[sequence.turn.rpartition(".")[0]].answer[sequence.num_outputs]
+
+
+def _hosts(topology: Topology, devices: int | None) -> dict[str, str]:
+    """The host of each worker: workers of each role are spread evenly over as few hosts as have enough devices."""
+    count = -(-len(topology.roles) // devices) if devices else 1
+    sizes = {Role.PREFILLER: topology.prefillers, Role.DECODER: topology.decoders}
+    return {name: f"h{int(name[1:]) * count // sizes[role]}" for name, role in topology.roles.items()}

@@ -1,6 +1,7 @@
 """How long a step takes on other hardware: a few measured constants in the shape of a transformer's cost."""
 
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -43,6 +44,11 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     transfer_latency: float = 0.0
     transfer_token_seconds: float = 0.0
     """For each token, whatever its bytes."""
+    devices_per_host: int | None = None
+    """None: all are on one host."""
+    far_bytes_per_second: float = inf
+    far_latency: float = 0.0
+    """Between hosts a transfer is at most so fast, for each device, and takes so much longer."""
     message_seconds: float = 0.0
     busy_watts: float | None = None
     idle_watts: float | None = None
@@ -56,10 +62,13 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             some = self.chunk_overhead
         return self.overhead + max(self.floor, work + some)
 
-    def transfer_seconds(self, pages: int) -> float:
-        """The time of `pages` to another device, with nothing else on the way."""
-        token_seconds = self.kv_bytes_per_token / self.transfer_bytes_per_second + self.transfer_token_seconds
-        return self.transfer_latency + pages * self.page_tokens * token_seconds
+    def transfer_seconds(self, pages: int, near: bool = True) -> float:
+        """The time of `pages` to another device, `near` if it is on the same host, with nothing else on the way."""
+        rate = (
+            self.transfer_bytes_per_second if near else min(self.transfer_bytes_per_second, self.far_bytes_per_second)
+        )
+        latency = self.transfer_latency if near else self.transfer_latency + self.far_latency
+        return latency + pages * self.page_tokens * (self.kv_bytes_per_token / rate + self.transfer_token_seconds)
 
 
 PRESETS = msgspec.toml.decode(Path(__file__).with_name("hardware.toml").read_bytes(), type=dict[str, Hardware])

@@ -40,6 +40,7 @@ class SimulatedWorker:
         self,
         name: str,
         role: Role,
+        host: str,
         hardware: Hardware,
         speak: Callable[[Sequence], int],
         send: Send,
@@ -51,6 +52,7 @@ class SimulatedWorker:
     ) -> None:
         self.name = name
         self.role = role
+        self.host = host
         self.hardware = hardware
         self.now = 0.0
         """Its own time, which its steps move on."""
@@ -78,17 +80,18 @@ class SimulatedWorker:
             pace=Pace(hardware.max_num_batched_tokens, stretch) if stretch else None,
             clock=self.clock,
         )
-        handoffs = Handoffs(
-            engine, self._page_bytes, LAYOUT, PATIENCE, self.send, lambda peer: SimulatedLink(self), self.clock
-        )
+        handoffs = Handoffs(engine, self._page_bytes, LAYOUT, PATIENCE, self.send, self._connect, self.clock)
         self.worker = Worker(
             name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=2**31, clock=self.clock
         )
 
     @property
     def peer(self) -> Peer:
-        pool = PoolInfo(0, -1, self.pool.num_pages, self._page_bytes, LAYOUT)
+        pool = PoolInfo(0, -1, self.pool.num_pages, self._page_bytes, LAYOUT, host=self.host)
         return Peer(self.name, 1, self.name, pool, self.role)
+
+    def _connect(self, peer: Peer) -> "SimulatedLink":
+        return SimulatedLink(self, peer.pool.host == self.host)
 
     def clock(self) -> float:
         return self.now
@@ -123,13 +126,15 @@ class SimulatedWorker:
 
 @dataclass
 class SimulatedLink:
-    """A `kv.transfer` `Transfer` that makes one copy from a peer after the other: it is `free` at a time."""
+    """A `kv.transfer` `Transfer` that makes one copy from a peer after the other: it is `free` at a time. A `near` peer
+    is on the same host."""
 
     worker: SimulatedWorker
+    near: bool
     free: float = 0.0
 
     def fetch(self, pages: list[int], lease: float = inf) -> "SimulatedCopy":
-        begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(pages))
+        begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(pages), self.near)
         self.free = begin + seconds
         if self.worker.record:
             self.worker.spans.append((begin, self.free, "transfer"))
