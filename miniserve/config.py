@@ -194,6 +194,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Annotated[str | None, parse_quantization] = None
     max_model_len: Annotated[int | None, parse_tokens] = None
     device: str = "auto"
+    tensor_parallel_size: Annotated[int, parse_positive] = 1
     threads: Annotated[int, parse_positive] = 0
     cpu_kernels: Literal["auto", "torch"] = "auto"
     prompt_lookup: bool | None = None
@@ -212,7 +213,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     handoff_deadline: Annotated[float, parse_seconds] = 30.0
     role: Role = Role.DECODER
     workers: int = 1
-    """How many workers share this machine's memory and cores."""
+    """How many workers share this machine's memory and cores, each rank counted as one."""
     sharing: int = 1
     """How many of them run on this worker's device: on a GPU each may use its share of `gpu_memory_utilization`."""
 

@@ -25,20 +25,35 @@ def place(
         _check(devices)
     elif devices:
         raise ConfigError(f"--devices names GPUs, --device {engine.device} does not: leave one of them out.")
-    chosen = devices or _all(engine.device)
+    ranks = engine.tensor_parallel_size
+    chosen = _firsts(devices or _all(engine.device), ranks)
     if topology is None:
         topology = Topology(1, len(chosen) - 1) if len(chosen) > 1 else Topology(0, 1)
     roles = topology.roles
-    if len(roles) < len(devices):
+    if len(roles) * ranks < len(devices):
         raise ConfigError(f"--devices names {len(devices)} GPUs, --topology {topology} has {len(roles)} workers.")
     at = {name: chosen[i % len(chosen)] for i, name in enumerate(roles)}
     sharing = Counter(at.values())
     return topology, {
         name: msgspec.structs.replace(
-            engine, role=roles[name], device=device, workers=len(roles), sharing=sharing[device]
+            engine, role=roles[name], device=device, workers=len(roles) * ranks, sharing=sharing[device]
         )
         for name, device in at.items()
     }
+
+
+def _firsts(devices: list[str], ranks: int) -> list[str]:
+    """The device of rank 0 of each worker, whose others have the next ones. Raises `ConfigError`."""
+    numbers = [int(device.removeprefix("cuda:")) for device in devices if device.startswith("cuda:")]
+    if not numbers:
+        return devices
+    groups = [numbers[i : i + ranks] for i in range(0, len(numbers), ranks)]
+    if any(group != [*range(group[0], group[0] + ranks)] for group in groups):
+        raise ConfigError(
+            f"--tensor-parallel-size {ranks} takes {ranks} GPUs for each worker, one after the other, and these are "
+            f"{', '.join(devices)}: name others with --devices."
+        )
+    return [f"cuda:{group[0]}" for group in groups]
 
 
 def _all(device: str) -> list[str]:

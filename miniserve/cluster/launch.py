@@ -27,7 +27,8 @@ each direction of each peer, some of which wait for that peer."""
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """What a worker process reads from stdin, as one line of JSON. Its inbox is bound at `address`."""
+    """What a worker process reads from stdin, as one line of JSON. Its inbox is bound at `address`. Where it is one of
+    several ranks, `leader` is the inbox of rank 0, and `region` the file that all of them map."""
 
     name: str
     epoch: int
@@ -35,6 +36,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     address: str
     frontend: str
     engine: EngineConfig
+    rank: int = 0
+    leader: str = ""
+    region: str = ""
 
 
 class RunDir:
@@ -98,6 +102,10 @@ class WorkerProcess:
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self._process.poll()
+
+    def wait(self) -> int:
+        """Block until it has ended: its exit code."""
+        return self._process.wait()
 
     def stop(self, timeout: float) -> None:
         """Close its stdin, wait up to `timeout` seconds, then kill."""

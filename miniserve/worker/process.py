@@ -8,13 +8,17 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from miniserve.cluster import messages
 from miniserve.cluster.channels import Inbox
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.interface import Transfer
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
+from miniserve.worker.ranks import Ranks
 from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
@@ -43,7 +47,8 @@ class MessageSink(Protocol):
 class Worker:
     """Drives one engine by messages: `work` is a round of its loop. Replies go to `frontend`, handoffs to peers.
 
-    `clock` is the host's monotonic clock, in seconds; the simulator has one of its own, and no process.
+    `ranks` are the worker's further processes. `clock` is the host's monotonic clock, in seconds; the simulator has one
+    of its own, and no process.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Worker:
     _: KW_ONLY
     layout: str
     vocab_size: int
+    ranks: Ranks | None = None
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -131,13 +137,18 @@ class Worker:
                 self._stopped.append(turn)
             case messages.Peers(peers):
                 self._meet(peers)
+            case messages.Stored() as stored if self.ranks is not None:
+                self.ranks.heard(stored)
             case messages.Shutdown():
                 self.stopping = True
             case other:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _meet(self, peers: list[messages.Peer]) -> None:
-        self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
+        others = [peer for peer in peers if peer.name != self.name]
+        if self.ranks is not None:
+            self.ranks.tell(messages.Peers(others))
+        self.handoffs.set_peers(others)
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
             self.outboxes.forget(gone)
@@ -193,34 +204,39 @@ class Worker:
         )
 
 
-def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker:
+def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink, ranks: Ranks) -> Worker:
     us = (spec.name, spec.epoch)
-    handoffs = Handoffs(
-        built.engine,
-        built.memory.shape.bytes,
-        built.layout,
-        spec.engine.handoff_deadline,
-        outboxes.send,
-        lambda peer: connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer),
-    )
+
+    def send(address: str, message: messages.Message) -> None:
+        if isinstance(message, messages.Publish) and message.pages:
+            ranks.settle(built.runner)
+        outboxes.send(address, message)
+
+    def way(peer: messages.Peer) -> Transfer | None:
+        own = connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer)
+        return ranks.everywhere(own, peer)
+
+    page_bytes = built.memory.shape.bytes * spec.engine.tensor_parallel_size
+    handoffs = Handoffs(built.engine, page_bytes, built.layout, spec.engine.handoff_deadline, send, way)
     vocab = built.model.vocab_size
-    return Worker(spec.name, built.engine, handoffs, outboxes, spec.frontend, layout=built.layout, vocab_size=vocab)
+    to = outboxes, spec.frontend
+    return Worker(spec.name, built.engine, handoffs, *to, layout=built.layout, vocab_size=vocab, ranks=ranks)
 
 
-def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -> None:
+def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink, ranks: Ranks) -> None:
     """Report that the worker is ready, and serve until a `Shutdown` comes."""
-    worker = make_worker(spec, built, outboxes)
-    outboxes.send(spec.frontend, ready(built))
+    worker = make_worker(spec, built, outboxes, ranks)
+    outboxes.send(spec.frontend, ready(built, ranks.pools))
     built.grammars.prepare()  # not before: it would hold up the start, and the first turn seldom has one
     while not worker.stopping:
         worker.work(inbox.receive(int(worker.rest * 1000)))
 
 
-def ready(built: Built) -> messages.Ready:
-    """What the frontend should know of a worker that is up."""
+def ready(built: Built, others: list[messages.PoolInfo]) -> messages.Ready:
+    """What the frontend should know of a worker that is up; `others` are the pools of its further ranks."""
     same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
     return messages.Ready(
-        pool=built.memory.info(built.layout),
+        pool=msgspec.structs.replace(built.memory.info(built.layout), others=others),
         page_tokens=built.memory.shape.page_tokens,
         max_model_len=built.engine.max_model_len,
         vocab_size=built.model.vocab_size,

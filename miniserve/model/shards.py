@@ -1,0 +1,125 @@
+"""What one rank of several has of a model: Megatron-LM (arXiv 1909.08053).
+
+Heads, and the inner numbers of MLPs and of each expert, are divided among the ranks. The matrices that make them are cut
+by rows, those that use them by columns: what the latter make is added up over the ranks, and is the layer's. Norms, the
+router and the embedding are the same on all.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from miniserve.config import ConfigError
+from miniserve.model.checkpoints import Read
+from miniserve.model.config import ModelConfig
+from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
+
+DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "A_log", "dt_bias")
+ROWS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj", *DELTA}
+"""Modules whose rows are cut, as Hugging Face's files call them."""
+COLUMNS = {"o_proj", "out_proj", "down_proj", "w2"}
+"""Modules whose columns are cut; the first rank alone adds the bias."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank `rank` of `ranks` of the model `whole`."""
+
+    whole: ModelConfig
+    rank: int = 0
+    ranks: int = 1
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The sizes of what is computed here. Fewer heads of K and V than ranks are each on several. Raises
+        `ConfigError` for sizes that cannot be divided."""
+        whole, ranks = self.whole, self.ranks
+        if wrong := [text for text, fits in _sizes(whole, ranks) if not fits]:
+            ways = [n for n in range(1, whole.heads + 1) if all(fits for _, fits in _sizes(whole, n))]
+            raise ConfigError(
+                f"--tensor-parallel-size {ranks} does not divide {', '.join(wrong)} of this model: use "
+                f"{', '.join(map(str, ways))}."
+            )
+        delta, experts = whole.delta, whole.experts
+        if delta is not None:
+            delta = replace(delta, k_heads=delta.k_heads // ranks, v_heads=delta.v_heads // ranks)
+        if experts is not None:
+            experts = replace(experts, inner=experts.inner // ranks, shared_inner=experts.shared_inner // ranks)
+        return replace(
+            whole,
+            heads=whole.heads // ranks,
+            kv_heads=max(whole.kv_heads // ranks, 1),
+            intermediate_size=max(whole.intermediate_size // ranks, 1),
+            delta=delta,
+            experts=experts,
+        )
+
+    def read(self, read: Read, name: str, shape: tuple[int, ...]) -> Weight:
+        """What this rank has, in this `shape`, of the whole tensor that `read` gets. Raises `ConfigError`."""
+        module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        if self.ranks == 1 or module not in ROWS | COLUMNS:
+            return read(name, shape)
+        if module in COLUMNS and name.endswith(".bias"):
+            bias = read(name, shape)
+            return torch.zeros(shape) if self.rank else bias
+        axis = len(shape) - 1 if module in COLUMNS else int(module == "gate_up_proj")
+        pieces = min(self.ranks, self.whole.kv_heads) if module in ("k_proj", "v_proj") else self.ranks
+        size = shape[axis] * pieces
+        whole, parts, start = read(name, (*shape[:axis], size, *shape[axis + 1 :])), list[Weight](), 0
+        for run in self._runs(module, size):
+            length = run // pieces
+            parts.append(_narrow(name, whole, axis, start + self.rank * pieces // self.ranks * length, length))
+            start += run
+        if len(parts) == 1:
+            return parts[0]
+        packed = [part for part in parts if isinstance(part, Quantized)]
+        return Quantized.cat(packed) if packed else torch.cat([dense(part, torch.float32) for part in parts], axis)
+
+    def head(self, weight: Weight) -> Weight:
+        """The rows of `[vocab, hidden]` whose logits this rank makes, the last one again where that fills it up."""
+        if self.ranks == 1:
+            return weight
+        count = -(-weight.shape[0] // self.ranks)
+        rows = torch.arange(self.rank * count, (self.rank + 1) * count).clamp_(max=weight.shape[0] - 1)
+        return weight[rows]
+
+    def _runs(self, module: str, size: int) -> tuple[int, ...]:
+        """What follows on another along the axis that is cut, each divided by itself."""
+        if module == "gate_up_proj":
+            return size // 2, size // 2
+        if module in ("in_proj_qkv", "conv1d") and (delta := self.whole.delta):
+            keys = delta.k_heads * delta.k_dim
+            return keys, keys, delta.v_heads * delta.v_dim
+        return (size,)
+
+
+def _narrow(name: str, weight: Weight, axis: int, start: int, length: int) -> Weight:
+    if isinstance(weight, torch.Tensor):
+        return weight.narrow(axis, start, length)
+    if axis and length % GROUP:
+        raise ConfigError(
+            f"{name} has quantized rows of {weight.shape[1]} numbers in groups of {GROUP}, so they cannot be cut into "
+            f"parts of {length}: use a smaller --tensor-parallel-size."
+        )
+    each = GROUP if axis else 1
+    halves = [
+        None if part is None else part.narrow(axis, start // each, length // each).contiguous()
+        for part in (weight.scales, weight.minimums)
+    ]
+    assert halves[0] is not None
+    return Quantized(weight.bits, weight.codes.narrow(axis, start, length).contiguous(), halves[0], halves[1])
+
+
+def _sizes(whole: ModelConfig, ranks: int) -> list[tuple[str, bool]]:
+    """The sizes that are divided, in words, and whether `ranks` can."""
+    sizes = [(whole.heads, "heads")]
+    if any(not layer.experts for layer in whole.layers):
+        sizes.append((whole.intermediate_size, "numbers of an MLP"))
+    if whole.experts:
+        sizes += [(whole.experts.inner, "numbers of an expert"), (whole.experts.shared_inner, "of the shared expert")]
+    if whole.delta:
+        sizes += [(whole.delta.k_heads, "heads of keys"), (whole.delta.v_heads, "heads of values")]
+    found = [(f"{size} {what}", size % ranks == 0) for size, what in sizes]
+    kv = whole.kv_heads
+    return [*found, (f"{kv} heads of K and V", kv % ranks == 0 or ranks % kv == 0)]

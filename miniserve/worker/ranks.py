@@ -1,0 +1,263 @@
+"""The further ranks of a worker: processes on the same host, each with its device, that do what rank 0 does.
+
+Rank 0 is the worker to everyone else. It starts the others, and tells them in order each batch that it computes and each
+copy that it makes; they do the same with their parts of the model and of all pages. A worker with a dead rank is dead.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from miniserve.cluster import messages
+from miniserve.cluster.channels import Inbox, Outboxes
+from miniserve.cluster.launch import WorkerProcess, WorkerSpec
+from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
+from miniserve.worker.peers import PeerTable
+
+if TYPE_CHECKING:
+    from miniserve.worker.build import Built
+    from miniserve.worker.runner import ModelRunner
+
+IDLE_SECONDS, COPY_SECONDS = 1.0, 0.001
+"""How long a rank waits for what rank 0 says: without, and with pages on their way here."""
+EXPLAINED = 1
+"""The exit code of a rank that has told the frontend why it ends."""
+
+
+class Ranks:
+    """The others, as rank 0 has them; none where the worker is one process, nor in the other ranks. `spec` is this
+    process's."""
+
+    def __init__(self, spec: WorkerSpec, outboxes: Outboxes) -> None:
+        self.pools: list[messages.PoolInfo] = []
+        """Those of the others in their order, after `meet`."""
+        self._outboxes = outboxes
+        self._closing = False
+        self._storing: dict[int, EveryCopy] = {}
+        self._numbers = 0
+        others = range(1, 1 if spec.rank else spec.engine.tensor_parallel_size)
+        if others:
+            memory = os.memfd_create("miniserve-ranks", os.MFD_CLOEXEC)
+            spec = msgspec.structs.replace(spec, region=f"/proc/{os.getpid()}/fd/{memory}", leader=spec.address)
+        self.spec = spec
+        specs = [self._spec(rank) for rank in others]
+        self._addresses = [other.address for other in specs]
+        self._processes = [WorkerProcess(other) for other in specs]
+        for rank, process in enumerate(self._processes, 1):
+            threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
+
+    def _spec(self, rank: int) -> WorkerSpec:
+        kind, number, index = (engine := self.spec.engine).device.partition(":")
+        engine = msgspec.structs.replace(engine, device=f"{kind}:{int(index) + rank}" if number else kind)
+        address = f"ipc://{self.spec.run_dir}/{self.spec.name}.{self.spec.epoch}.{rank}"
+        return msgspec.structs.replace(self.spec, rank=rank, address=address, engine=engine)
+
+    def _watch(self, rank: int, process: WorkerProcess) -> None:
+        """End the worker, which may wait for this rank in a step, with it."""
+        code = process.wait()
+        if self._closing:
+            return
+        if code != EXPLAINED:
+            context = zmq.Context()  # those of the worker's belong to another thread
+            last_words = Outboxes(context, self.spec.name, self.spec.epoch)
+            reason = f"Rank {rank} of the worker {self.spec.name} ended with exit code {code}."
+            last_words.send(self.spec.frontend, messages.StartFailed(reason))
+            last_words.close(linger_ms=1000)
+            context.term()
+        os._exit(EXPLAINED)
+
+    def meet(self, inbox: Inbox) -> None:
+        """Wait until all others do what they are told."""
+        pools: dict[int, messages.PoolInfo] = {}
+        while len(pools) < len(self._processes):
+            for envelope in inbox.receive(1000):
+                if isinstance(envelope.body, messages.RankReady):
+                    pools[envelope.body.rank] = envelope.body.pool
+        self.pools = [pools[rank] for rank in sorted(pools)]
+
+    def tell(self, command: messages.RankCommand | messages.Peers) -> None:
+        """Have the others do something, after all that they were told before."""
+        for address in self._addresses:
+            self._outboxes.send(address, command)
+
+    def settle(self, runner: ModelRunner) -> None:
+        """Block until all that was begun so far is done on all ranks: peers may read the pages."""
+        if self._processes:
+            self.tell(messages.Settle())
+            runner.settle()
+
+    def everywhere(self, own: Transfer | None, peer: messages.Peer) -> Transfer | None:
+        """`own` is the way from rank 0 to the peer's; each rank has one to the same rank."""
+        return EveryTransfer(self, own, peer.name) if own is not None and self._processes else own
+
+    def begin(self, copy: EveryCopy, ours: list[int]) -> tuple[int, int]:
+        """Have the others store what `copy` has begun to get: the number under which they do, and how many they are."""
+        self._numbers += 1
+        self._storing[self._numbers] = copy
+        self.tell(messages.Store(self._numbers, copy.peer, copy.pages, ours))
+        return self._numbers, len(self._processes)
+
+    def end(self, number: int) -> None:
+        """Nothing more is to be heard of a copy."""
+        self._storing.pop(number, None)
+
+    def heard(self, stored: messages.Stored) -> None:
+        if copy := self._storing.get(stored.number):
+            copy.missing -= 1
+            copy.error = copy.error or stored.error
+
+    def close(self) -> None:
+        """End them."""
+        self._closing = True
+        for process in self._processes:
+            process.stop(2.0)
+
+
+@dataclass(eq=False)
+class EveryTransfer:
+    """The `Transfer` of all ranks."""
+
+    ranks: Ranks
+    own: Transfer
+    peer: str
+
+    def fetch(self, pages: list[int]) -> EveryCopy:
+        return EveryCopy(self.ranks, self.own.fetch(pages), self.peer, pages)
+
+    def close(self) -> None:
+        """The others close theirs when they hear that the peer is gone."""
+        self.own.close()
+
+
+@dataclass(eq=False)
+class EveryCopy:
+    """A `Copy` by all ranks. `missing` of the others have not stored it yet."""
+
+    ranks: Ranks
+    own: Copy
+    peer: str
+    pages: list[int]
+    number: int = 0
+    missing: int = 0
+    error: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.own.seconds
+
+    @property
+    def ready(self) -> bool:
+        return self.own.ready
+
+    def store(self, ours: list[int]) -> None:
+        self.number, self.missing = self.ranks.begin(self, ours)
+        try:
+            self.own.store(ours)
+        except TransferError:
+            self.abandon()
+            raise
+
+    @property
+    def stored(self) -> bool:
+        try:
+            if self.error:
+                raise TransferError(self.error)
+            done = self.own.stored and not self.missing
+        except TransferError:
+            self.abandon()  # another rank may still be at it
+            raise
+        if done:
+            self.ranks.end(self.number)
+        return done
+
+    def abandon(self) -> None:
+        self.ranks.end(self.number)
+        self.ranks.tell(messages.Abandon(self.number))
+        self.own.abandon()
+
+
+@dataclass(eq=False)
+class Follower:
+    """Another rank than 0: it does what it is told. `reply` takes what rank 0 is to hear."""
+
+    rank: int
+    built: Built
+    peers: PeerTable
+    reply: Callable[[messages.RankMessage], None]
+    storing: dict[int, tuple[Copy, list[int]]] = field(default_factory=dict)
+    """Copies that are not done, and to which pages; those that have begun are in `begun`."""
+    begun: set[int] = field(default_factory=set)
+
+    def do(self, command: object) -> None:
+        """Carry out one command."""
+        host, snapshots = self.built.engine.host, self.built.engine.snapshots
+        match command:
+            case messages.Forward():
+                self.built.runner.follow(command)
+            case messages.Copied("offload" | "restore" as what, sources, targets) if host is not None:
+                host.copy(what, sources, targets)
+            case messages.Copied("clear", [slot]) if snapshots is not None:
+                snapshots.slots.clear(slot)
+            case messages.Copied("save", [slot], pages) if snapshots is not None:
+                snapshots.slots.save(slot, pages)
+            case messages.Copied("load", pages, [slot]) if snapshots is not None:
+                snapshots.slots.load(slot, pages)
+            case messages.Settle():
+                self.built.runner.settle()
+            case messages.Peers(peers):
+                self.peers.replace(peers)
+            case messages.Store(number, peer, theirs, ours):
+                if (transfer := self.peers.transfer(peer)) is not None:
+                    self.storing[number] = transfer.fetch(theirs), ours
+                else:
+                    self.reply(messages.Stored(self.rank, number, f"rank {self.rank} has no way to its pages"))
+            case messages.Abandon(number):
+                if (found := self.storing.pop(number, None)) and number in self.begun:
+                    found[0].abandon()
+            case other:
+                raise TypeError(f"ranks do not take a {type(other).__name__}")
+
+    def poll(self) -> None:
+        """Store what has come, and say what is done."""
+        for number, (copy, ours) in list(self.storing.items()):
+            error = ""
+            try:
+                if number not in self.begun:
+                    if not copy.ready:
+                        continue
+                    copy.store(ours)
+                    self.begun.add(number)
+                if not copy.stored:
+                    continue
+            except TransferError as failure:
+                error = str(failure)
+            del self.storing[number]
+            self.begun.discard(number)
+            self.reply(messages.Stored(self.rank, number, error))
+
+
+def follow(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
+    """Do what rank 0 says, until it ends this process."""
+    us = f"{spec.name}-{spec.rank}", spec.epoch
+
+    def way(peer: messages.Peer) -> Transfer | None:
+        pools = [peer.pool, *peer.pool.others]
+        if len(pools) <= spec.rank:
+            return None
+        same = msgspec.structs.replace(peer, name=f"{peer.name}-{spec.rank}", pool=pools[spec.rank])
+        return connect(built.memory, built.layout, us, same, spec.run_dir, spec.engine.kv_transfer)
+
+    follower = Follower(spec.rank, built, PeerTable(way), lambda body: outboxes.send(spec.leader, body))
+    follower.reply(messages.RankReady(spec.rank, built.memory.info(built.layout)))
+    while True:
+        for envelope in inbox.receive(int((COPY_SECONDS if follower.storing else IDLE_SECONDS) * 1000)):
+            follower.do(envelope.body)
+        follower.poll()
