@@ -15,7 +15,17 @@ from miniserve.model.checkpoints import Read
 from miniserve.model.config import ModelConfig
 from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 
-DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "A_log", "dt_bias")
+DELTA = (
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_b",
+    "in_proj_a",
+    "conv1d",
+    "A_log",
+    "dt_bias",
+)
 ROWS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj", *DELTA}
 """Modules whose rows are cut, as Hugging Face's files call them."""
 COLUMNS = {"o_proj", "out_proj", "down_proj", "w2"}

@@ -143,9 +143,7 @@ class FusedForward:
         structs, layers = Structs(), len(weights.layers)
         layer = structs.layers(weights.layers, rotary)
         hidden = weights.embedding.shape[1]
-        self._model = _struct(
-            NativeModel, weights, hidden=hidden, layers=layers, layer=layer, group=group.address
-        )
+        self._model = _struct(NativeModel, weights, hidden=hidden, layers=layers, layer=layer, group=group.address)
         self._kept = structs, weights, rotary, group  # `_model` points into them
 
     def __call__(

@@ -106,9 +106,9 @@ class TorchGroup:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         if not len(x):
             self.sum(self._one)
-        every = x.new_empty(self.ranks, *x.shape)
+        every = x.new_empty(self.ranks * len(x), x.shape[1])
         torch.distributed.all_gather_into_tensor(every, x)
-        return every.transpose(0, 1).flatten(1)
+        return every.view(self.ranks, *x.shape).transpose(0, 1).flatten(1)
 
 
 def make_group(device: torch.device, region: str, meeting: str, rank: int, ranks: int) -> Group:

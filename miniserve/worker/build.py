@@ -102,7 +102,9 @@ class Choices:
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
         slot = state.pages(shape.bytes) * shape.bytes if state else 0
         sequences = sizing.choose_sequences(config, slot, device)
-        return cls(folder, files, shard, model, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages)
+        return cls(
+            folder, files, shard, model, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages
+        )
 
     @property
     def snapshot(self) -> int:
@@ -112,7 +114,11 @@ class Choices:
     def layout(self, config: EngineConfig, ops: Ops) -> str:
         """A fingerprint of all that pages of two workers must have in common."""
         folder, dtype = str(self.folder.resolve()), str(self.dtype)
-        made = config.tensor_parallel_size, config.load_format, config.quantization in QUANTIZATIONS and config.quantization
+        made = (
+            config.tensor_parallel_size,
+            config.load_format,
+            config.quantization in QUANTIZATIONS and config.quantization,
+        )
         identity = [folder, self.files.config, dtype, config.block_size, ops.layout, *made]
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -141,7 +147,9 @@ def build(
     and the others are to `tell` of what it does. Raises `ConfigError` with what to do about it."""
     rank, ranks = spec.rank if spec else 0, config.tensor_parallel_size
     if spec is None and ranks > 1:
-        raise ConfigError("Several ranks are processes, which `miniserve serve` starts: leave tensor_parallel_size out.")
+        raise ConfigError(
+            "Several ranks are processes, which `miniserve serve` starts: leave tensor_parallel_size out."
+        )
     show = progress or (lambda phase, done, total: None)
     phases: dict[str, float] = {}
     began = time.monotonic()
