@@ -30,13 +30,13 @@ def main() -> int:
     # Ctrl-C goes to the whole terminal, and supervisors stop whole groups; the frontend drains, then sends `Shutdown`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_frontend, args=(spec,), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
     logging.getLogger("miniserve").setLevel(logging.INFO)
     logging.getLogger("miniserve.text").setLevel(logging.ERROR)  # the frontend reads the same and has said so
     context = zmq.Context()
     inbox, outboxes = Inbox(context, spec.address), Outboxes(context, spec.name, spec.epoch)
     failed, ranks = False, Ranks(spec, outboxes)
+    threading.Thread(target=_leave_with_frontend, args=(ranks,), daemon=True).start()
 
     def tell(phase: str, done: int, total: int) -> None:
         if not spec.rank:
@@ -73,13 +73,14 @@ def main() -> int:
     return int(failed)
 
 
-def _leave_with_frontend(spec: WorkerSpec) -> None:
+def _leave_with_frontend(ranks: Ranks) -> None:
     """Block until stdin closes: the frontend, or rank 0, has stopped us, or died however it did."""
     # os.read, not sys.stdin: nothing else must wait for a lock of the interpreter's own stdin at exit.
     while os.read(0, 1):
         pass
-    if not spec.rank:
-        shutil.rmtree(spec.run_dir, ignore_errors=True)
+    ranks.close()
+    if not ranks.spec.rank:
+        shutil.rmtree(ranks.spec.run_dir, ignore_errors=True)
     os._exit(0)
 
 
