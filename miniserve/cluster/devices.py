@@ -16,17 +16,18 @@ PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 def place(
     topology: Topology | None, devices: list[str], engine: EngineConfig
 ) -> tuple[Topology, dict[str, EngineConfig]]:
-    """The topology, and each worker's settings by its name: workers get the `devices` in turns.
+    """The topology, and each worker's settings by its name: workers get the `devices` in turns, as many at a time as
+    they have ranks, of which the settings name the first.
 
     Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Without a
-    topology it is 1D on one device and 1P(N-1)D on N. Raises `ConfigError`.
+    topology it is 1D on the devices of one worker and 1P(N-1)D on those of N. Raises `ConfigError`.
     """
     if devices and engine.device in ("auto", "cuda"):
         _check(devices)
     elif devices:
         raise ConfigError(f"--devices names GPUs, --device {engine.device} does not: leave one of them out.")
-    ranks = engine.tensor_parallel_size
-    chosen = _firsts(devices or _all(engine.device), ranks)
+    ranks, every = engine.tensor_parallel_size, _all(engine.device)
+    chosen = _firsts(devices or every[: len(every) // ranks * ranks] or every, ranks)
     if topology is None:
         topology = Topology(1, len(chosen) - 1) if len(chosen) > 1 else Topology(0, 1)
     roles = topology.roles
@@ -43,17 +44,15 @@ def place(
 
 
 def _firsts(devices: list[str], ranks: int) -> list[str]:
-    """The device of rank 0 of each worker, whose others have the next ones. Raises `ConfigError`."""
+    """The first GPU of each worker, whose other ranks have the next ones. Raises `ConfigError`."""
     numbers = [int(device.removeprefix("cuda:")) for device in devices if device.startswith("cuda:")]
-    if not numbers:
-        return devices
-    groups = [numbers[i : i + ranks] for i in range(0, len(numbers), ranks)]
-    if any(group != [*range(group[0], group[0] + ranks)] for group in groups):
+    firsts = numbers[::ranks]
+    if numbers != [first + rank for first in firsts for rank in range(ranks)]:
         raise ConfigError(
-            f"--tensor-parallel-size {ranks} takes {ranks} GPUs for each worker, one after the other, and these are "
-            f"{', '.join(devices)}: name others with --devices."
+            f"--tensor-parallel-size {ranks} takes {ranks} neighbouring GPUs for each worker, and these are "
+            f"{', '.join(devices)}: name others with --devices, like cuda:0,cuda:1."
         )
-    return [f"cuda:{group[0]}" for group in groups]
+    return [f"cuda:{first}" for first in firsts] or devices
 
 
 def _all(device: str) -> list[str]:
