@@ -95,7 +95,9 @@ def main() -> None:
     rounds = in_turns(arguments.cases, arguments.rounds, run)
     table = {case: medians(found) for case, found in rounds.items()}
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    print(f"\n{cpu.partition(': ')[2]}, {os.cpu_count()} cores\n| ranks x threads | {' | '.join(STEPS)} | message, us |")
+    print(
+        f"\n{cpu.partition(': ')[2]}, {os.cpu_count()} cores\n| ranks x threads | {' | '.join(STEPS)} | message, us |"
+    )
     print("|---|---|---|---|---|")
     for case, row in table.items():
         print(f"| {case} | " + " | ".join(f"{row[name]:.2f}" for name in STEPS) + f" | {row['message, us']:.0f} |")

@@ -244,7 +244,7 @@ class PrefillRefused(Wire, frozen=True):
 PeerMessage = Prefill | Fetch | Publish | Release | PrefillRefused
 
 
-# --- rank 0 of a worker -> its other ranks, which do the same in the same order -----------------------------------------
+# --- rank 0 of a worker -> its other ranks, which do what they are told in this order -------------------------------
 
 
 class Forward(Wire, frozen=True):
@@ -287,7 +287,7 @@ class Abandon(Wire, frozen=True):
 
 
 class Settle(Wire, frozen=True):
-    """Wait until the device and all other ranks have come this far."""
+    """Wait until the devices of all ranks have come this far."""
 
 
 class Stored(Wire, frozen=True):
@@ -306,7 +306,6 @@ class RankReady(Wire, frozen=True):
 
 
 RankCommand = Forward | Copied | Store | Abandon | Settle
-RankMessage = Stored | RankReady
 
 
 # --- worker -> frontend ---------------------------------------------------------------------------------------------
@@ -415,9 +414,8 @@ class Report(Wire, frozen=True):
     stopped: list[str] = []
 
 
-Message = (
-    Peers | Run | Abort | Shutdown | PeerMessage | RankCommand | RankMessage | Loading | Ready | StartFailed | Report
-)
+FromWorker = Stored | RankReady | Loading | Ready | StartFailed | Report
+Message = Peers | Run | Abort | Shutdown | PeerMessage | RankCommand | FromWorker
 
 
 class Envelope(msgspec.Struct, array_like=True, frozen=True):

@@ -35,9 +35,10 @@ class StateShape(DeltaSizes):
 class StateMemory:
     """`slots` slots beside the pool `memory`. `delta` is float32 `[slot, layer, v_head, k_dim, v_dim]`, `conv` is
     `[slot, layer, taps - 1, channels]`. A slot fills `pages` pages, all but the last one wholly. Where the pool has a
-    scratch page, on a GPU, both have a scratch slot as well, number `slots`. `tell` hears of each copy before it is made.
+    scratch page, on a GPU, both have a scratch slot as well, number `slots`.
 
     Copies are given to the device in the order of the calls, among its steps: what a step has made is saved after it.
+    `tell` hears of each copy before it is made.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class Loader:
         return name in self.names or f"{name}.weight" in self.names
 
     def read(self, name: str, *shape: int) -> Weight:
-        """The tensor, or what the shard has of it in this shape, as it is stored, on the device. Raises `ConfigError`."""
+        """What the shard has of a tensor, in this shape, as it is stored, on the device. Raises `ConfigError`."""
         return self.shard.read(self.read_tensor, name, shape).to(self.device)
 
     def get(self, name: str, *shape: int, exact: bool = False) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """What one rank of several has of a model: Megatron-LM (arXiv 1909.08053).
 
-Heads, and the inner numbers of MLPs and of each expert, are divided among the ranks. The matrices that make them are cut
-by rows, those that use them by columns: what the latter make is added up over the ranks, and is the layer's. Norms, the
-router and the embedding are the same on all.
+Heads, and the inner numbers of MLPs and of each expert, are divided among the ranks. The matrices that make them are
+cut by rows, those that use them by columns: what the latter make is added up over the ranks, and is the layer's. Norms,
+the router and the embedding are the same on all.
 """
 
 from dataclasses import dataclass, replace
@@ -15,17 +15,7 @@ from miniserve.model.checkpoints import Read
 from miniserve.model.config import ModelConfig
 from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 
-DELTA = (
-    "in_proj_qkvz",
-    "in_proj_ba",
-    "in_proj_qkv",
-    "in_proj_z",
-    "in_proj_b",
-    "in_proj_a",
-    "conv1d",
-    "A_log",
-    "dt_bias",
-)
+DELTA = "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "A_log", "dt_bias"
 ROWS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj", *DELTA}
 """Modules whose rows are cut, as Hugging Face's files call them."""
 COLUMNS = {"o_proj", "out_proj", "down_proj", "w2"}
@@ -71,20 +61,25 @@ class Shard:
         if self.ranks == 1 or module not in ROWS | COLUMNS:
             return read(name, shape)
         if module in COLUMNS and name.endswith(".bias"):
-            bias = read(name, shape)
-            return torch.zeros(shape) if self.rank else bias
+            bias = dense(read(name, shape), torch.float32)
+            return torch.zeros_like(bias) if self.rank else bias
         axis = len(shape) - 1 if module in COLUMNS else int(module == "gate_up_proj")
         pieces = min(self.ranks, self.whole.kv_heads) if module in ("k_proj", "v_proj") else self.ranks
-        size = shape[axis] * pieces
-        whole, parts, start = read(name, (*shape[:axis], size, *shape[axis + 1 :])), list[Weight](), 0
-        for run in self._runs(module, size):
-            length = run // pieces
-            parts.append(_narrow(name, whole, axis, start + self.rank * pieces // self.ranks * length, length))
-            start += run
-        if len(parts) == 1:
-            return parts[0]
-        packed = [part for part in parts if isinstance(part, Quantized)]
-        return Quantized.cat(packed) if packed else torch.cat([dense(part, torch.float32) for part in parts], axis)
+        size, place = shape[axis] * pieces, self.rank * pieces // self.ranks
+        whole = read(name, (*shape[:axis], size, *shape[axis + 1 :]))
+        runs = torch.arange(size).split(self._runs(module, size))
+        kept = torch.cat([run.view(pieces, -1)[place] for run in runs])
+        if isinstance(whole, Quantized) and axis:
+            if shape[1] % GROUP:
+                raise ConfigError(
+                    f"{name} has quantized rows of {size} numbers in groups of {GROUP}, which cannot be cut into parts "
+                    f"of {shape[1]}: use a smaller --tensor-parallel-size."
+                )
+            return whole.columns(int(kept[0]), shape[1])
+        if isinstance(whole, Quantized):
+            return whole[kept]
+        # A run of neighbours is not copied: of a mapped file only that is read.
+        return whole.narrow(axis, int(kept[0]), len(kept)) if len(runs) == 1 else whole.index_select(axis, kept)
 
     def head(self, weight: Weight) -> Weight:
         """The rows of `[vocab, hidden]` whose logits this rank makes, the last one again where that fills it up."""
@@ -94,31 +89,12 @@ class Shard:
         rows = torch.arange(self.rank * count, (self.rank + 1) * count).clamp_(max=weight.shape[0] - 1)
         return weight[rows]
 
-    def _runs(self, module: str, size: int) -> tuple[int, ...]:
+    def _runs(self, module: str, size: int) -> list[int]:
         """What follows on another along the axis that is cut, each divided by itself."""
-        if module == "gate_up_proj":
-            return size // 2, size // 2
         if module in ("in_proj_qkv", "conv1d") and (delta := self.whole.delta):
             keys = delta.k_heads * delta.k_dim
-            return keys, keys, delta.v_heads * delta.v_dim
-        return (size,)
-
-
-def _narrow(name: str, weight: Weight, axis: int, start: int, length: int) -> Weight:
-    if isinstance(weight, torch.Tensor):
-        return weight.narrow(axis, start, length)
-    if axis and length % GROUP:
-        raise ConfigError(
-            f"{name} has quantized rows of {weight.shape[1]} numbers in groups of {GROUP}, so they cannot be cut into "
-            f"parts of {length}: use a smaller --tensor-parallel-size."
-        )
-    each = GROUP if axis else 1
-    halves = [
-        None if part is None else part.narrow(axis, start // each, length // each).contiguous()
-        for part in (weight.scales, weight.minimums)
-    ]
-    assert halves[0] is not None
-    return Quantized(weight.bits, weight.codes.narrow(axis, start, length).contiguous(), halves[0], halves[1])
+            return [keys, keys, size - 2 * keys]
+        return [size // 2] * 2 if module == "gate_up_proj" else [size]
 
 
 def _sizes(whole: ModelConfig, ranks: int) -> list[tuple[str, bool]]:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from miniserve.model import attention, delta_net, mlp
 from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Safetensors, checked
-from miniserve.model.config import LayerConfig, ModelConfig
+from miniserve.model.config import LayerConfig
 from miniserve.model.gguf import GgufTensors
 from miniserve.model.loader import Loader, check_groups, random
 from miniserve.model.shards import Shard
@@ -37,26 +37,24 @@ the embedding are looked up, and stay as they are."""
 
 def load_weights(
     files: list[Path],
-    config: ModelConfig,
+    shard: Shard,
     ops: Ops,
     dtype: torch.dtype,
     device: torch.device,
     *,
     packing: dict[str, Any],
     quantization: str | None = None,
-    shard: Shard | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Weights:
-    """All weights of a model, or of a `shard` of it, on `device`, from `files`, or random ones where there are none: in
-    `dtype`, in their own 4 or 8 bits
-    where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `packing` is what config.json
-    says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when a tensor is
-    missing or not as config.json says."""
-    costs, bits, shard = Costs(), QUANTIZATIONS.get(quantization or ""), shard or Shard(config)
+    """Weights of a `shard` on `device`, from `files`, or random ones where there are none: in `dtype`, in their own 4 or
+    8 bits where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `packing` is what
+    config.json says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when
+    a tensor is missing or not as config.json says, or cannot be cut."""
+    costs, bits = Costs(), QUANTIZATIONS.get(quantization or "")
     if bits:
         check_groups(shard.config)
     if not files:
-        return _build(Loader(random(config), set(), shard, ops, dtype, device, bits, costs), progress)
+        return _build(Loader(random(shard.whole), set(), shard, ops, dtype, device, bits, costs), progress)
     with ExitStack() as stack:
         if files[0].suffix == ".gguf":
             store: GgufTensors | Safetensors = GgufTensors(files[0], costs)

@@ -1,17 +1,20 @@
-"""The ranks of a worker: what each computes of the same batch is added up, or laid side by side."""
+"""The ranks of a worker: what each makes of the same batch is added up, or laid side by side."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from miniserve.cluster.launch import WorkerSpec
+from miniserve.config import ConfigError
 from miniserve.ops import native
 from miniserve.ops.cpu_structs import NativeGroup
 
+_pointer, _long = ctypes.c_void_p, ctypes.c_int64
 LINE, PIECE = 64, 2**19
 """Bytes that each rank has of the memory for what it says, and twice for what it gives: `PIECE` in cpu_group.h."""
 
@@ -30,8 +33,8 @@ class Group(Protocol):
         """The sum of all ranks' `x`, the same bits on each, perhaps in its place."""
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """On rank 0 the float32 `x` `[rows, width]` of all ranks side by side, `[rows, ranks * width]`; elsewhere `x`.
-        Without rows the ranks wait for each other."""
+        """On rank 0 the float32 `x` `[rows, width]` of all ranks side by side, `[rows, ranks * width]`; elsewhere
+        anything. Without rows the ranks wait for each other."""
 
 
 class Alone:
@@ -51,38 +54,28 @@ class SharedGroup:
 
     def __init__(self, path: str, rank: int, ranks: int) -> None:
         """Raises `NoKernels`, or OSError where the process that made the file is gone."""
-        library = native.load()
-        self.rank, self.ranks = rank, ranks
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        size = ranks * (LINE + 2 * PIECE)
-        os.ftruncate(handle, size)
-        self._memory = mmap.mmap(handle, size)
-        os.close(handle)
+        self._library, self.rank, self.ranks = native.load(), rank, ranks
+        with open(path, "r+b", buffering=0) as file:
+            size = ranks * (LINE + 2 * PIECE)
+            os.ftruncate(file.fileno(), size)
+            self._memory = mmap.mmap(file.fileno(), size)
         place = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._native = NativeGroup(rank=rank, ranks=ranks, memory=place)
         self.address = ctypes.addressof(self._native)
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._sums: dict[torch.dtype, Any] = {}
-        for dtype, function in (
-            (torch.float32, library.group_sum_float32),
-            (torch.bfloat16, library.group_sum_bfloat16),
-        ):
-            function.argtypes, function.restype = [pointer, pointer, number], None
-            self._sums[dtype] = function
-        self._gather = library.group_gather
-        self._gather.argtypes, self._gather.restype = [pointer, pointer, number, number, pointer], None
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype not in self._sums:
+        if x.dtype not in (torch.float32, torch.bfloat16):
             return self.sum(x.float()).to(x.dtype)
         x = x.contiguous()
-        self._sums[x.dtype](self.address, x.data_ptr(), x.numel())
+        add = self._library.group_sum_float32 if x.dtype is torch.float32 else self._library.group_sum_bfloat16
+        add(_pointer(self.address), _pointer(x.data_ptr()), _long(x.numel()))
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = x if self.rank else x.new_empty(len(x), self.ranks * x.shape[1])
-        self._gather(self.address, x.data_ptr(), len(x), x[:1].nbytes, None if self.rank else out.data_ptr())
+        out = x.new_empty(0 if self.rank else len(x), self.ranks * x.shape[1])
+        sizes = _long(len(x)), _long(x.itemsize * x.shape[1])
+        there = _pointer(None if self.rank else out.data_ptr())
+        self._library.group_gather(_pointer(self.address), _pointer(x.contiguous().data_ptr()), *sizes, there)
         return out
 
 
@@ -93,11 +86,10 @@ class TorchGroup:
     address = None
 
     def __init__(self, path: str, rank: int, ranks: int, device: torch.device) -> None:
-        self.rank, self.ranks = rank, ranks
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        self.rank, self.ranks, self._one = rank, ranks, torch.zeros(1, device=device)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=ranks)
-        self._one = torch.zeros(1, device=device)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(x)
@@ -106,18 +98,20 @@ class TorchGroup:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         if not len(x):
             self.sum(self._one)
-        every = x.new_empty(self.ranks * len(x), x.shape[1])
-        torch.distributed.all_gather_into_tensor(every, x)
-        return every.view(self.ranks, *x.shape).transpose(0, 1).flatten(1)
+        parts = [torch.empty_like(x) for _ in range(self.ranks)]
+        torch.distributed.all_gather(parts, x)
+        return torch.cat(parts, 1)
 
 
-def make_group(device: torch.device, region: str, meeting: str, rank: int, ranks: int) -> Group:
-    """The group of a worker of `ranks` ranks: by the memory `region` on a CPU, or at the file `meeting`."""
+def make_group(device: torch.device, spec: WorkerSpec | None, ranks: int) -> Group:
+    """The group of the `ranks` of a worker, of which `spec` is one."""
     if ranks == 1:
         return Alone()
+    if spec is None:
+        raise ConfigError("Ranks are processes, which `miniserve serve` starts: leave tensor_parallel_size out.")
     if device.type == "cpu":
         try:
-            return SharedGroup(region, rank, ranks)
+            return SharedGroup(spec.region, spec.rank, ranks)
         except native.NoKernels:
             pass
-    return TorchGroup(meeting, rank, ranks, device)
+    return TorchGroup(f"{spec.run_dir}/ranks-{spec.name}.{spec.epoch}", spec.rank, ranks, device)

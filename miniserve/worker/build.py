@@ -68,14 +68,13 @@ class Built:
 
 @dataclass(frozen=True)
 class Choices:
-    """What follows from the settings, the model's files and the machine, before anything large is read: `model` has
-    the sizes of this rank's `shard`. `budget` is the tokens of a step, `swap_pages` the size of the swap space; so many
+    """What follows from the settings, the model's files and the machine, before anything large is read. `shard` is
+    what this rank has of the model, `budget` the tokens of a step, `swap_pages` the size of the swap space; so many
     `sequences` may run at once."""
 
     folder: Path
     files: Checked
     shard: Shard
-    model: ModelConfig
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
@@ -102,9 +101,7 @@ class Choices:
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
         slot = state.pages(shape.bytes) * shape.bytes if state else 0
         sequences = sizing.choose_sequences(config, slot, device)
-        return cls(
-            folder, files, shard, model, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages
-        )
+        return cls(folder, files, shard, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages)
 
     @property
     def snapshot(self) -> int:
@@ -114,12 +111,8 @@ class Choices:
     def layout(self, config: EngineConfig, ops: Ops) -> str:
         """A fingerprint of all that pages of two workers must have in common."""
         folder, dtype = str(self.folder.resolve()), str(self.dtype)
-        made = (
-            config.tensor_parallel_size,
-            config.load_format,
-            config.quantization in QUANTIZATIONS and config.quantization,
-        )
-        identity = [folder, self.files.config, dtype, config.block_size, ops.layout, *made]
+        made = config.load_format, config.quantization in QUANTIZATIONS and config.quantization
+        identity = [folder, self.files.config, dtype, config.block_size, self.shard.ranks, ops.layout, *made]
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -145,11 +138,6 @@ def build(
     """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Each
     rank of several, which `spec` is of, builds the same at the same time; the engine of rank 0 is that of the worker,
     and the others are to `tell` of what it does. Raises `ConfigError` with what to do about it."""
-    rank, ranks = spec.rank if spec else 0, config.tensor_parallel_size
-    if spec is None and ranks > 1:
-        raise ConfigError(
-            "Several ranks are processes, which `miniserve serve` starts: leave tensor_parallel_size out."
-        )
     show = progress or (lambda phase, done, total: None)
     phases: dict[str, float] = {}
     began = time.monotonic()
@@ -157,8 +145,8 @@ def build(
     def lap(phase: str) -> None:
         phases[phase] = time.monotonic() - began - sum(phases.values())
 
-    choices = Choices.of(config, rank)
-    model, device = choices.model, choices.device
+    choices = Choices.of(config, spec.rank if spec else 0)
+    model, device = choices.shard.config, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
@@ -186,8 +174,7 @@ def build(
         native=config.cpu_kernels != "torch",
         progress=lambda line: show(line, 0, 0),
     )
-    meeting = f"{spec.run_dir}/ranks-{spec.name}.{spec.epoch}" if spec else ""
-    group = make_group(device, spec.region if spec else "", meeting, rank, ranks)
+    group = make_group(device, spec, config.tensor_parallel_size)
     choices = replace(choices, sequences=_least(group, choices.sequences, device))
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     if graph_ops is not None and model.experts is not None and not graph_ops.records_mixtures:
@@ -199,13 +186,12 @@ def build(
         packing, asked = choices.files.config.get("quantization_config") or {}, config.quantization
         weights = load_weights(
             choices.files.weights,
-            choices.shard.whole,
+            choices.shard,
             ops,
             choices.dtype,
             device,
             packing=packing,
             quantization=asked,
-            shard=choices.shard,
             progress=shown,
         )
         transformer = Transformer(model, weights, ops, choices.max_model_len, group)

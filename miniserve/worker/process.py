@@ -18,7 +18,7 @@ from miniserve.kv.transfer.interface import Transfer
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
-from miniserve.worker.ranks import Ranks
+from miniserve.worker.ranks import EveryTransfer, Ranks
 from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
@@ -208,13 +208,13 @@ def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink, ranks: Ra
     us = (spec.name, spec.epoch)
 
     def send(address: str, message: messages.Message) -> None:
-        if isinstance(message, messages.Publish) and message.pages:
+        if isinstance(message, messages.Publish) and (message.pages or message.state):
             ranks.settle(built.runner)
         outboxes.send(address, message)
 
     def way(peer: messages.Peer) -> Transfer | None:
         own = connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer)
-        return ranks.everywhere(own, peer)
+        return EveryTransfer(ranks, own, peer.name) if own is not None and ranks.pools else own
 
     page_bytes = built.memory.shape.bytes * spec.engine.tensor_parallel_size
     handoffs = Handoffs(built.engine, page_bytes, built.layout, spec.engine.handoff_deadline, send, way)

@@ -1,7 +1,8 @@
 """The further ranks of a worker: processes on the same host, each with its device, that do what rank 0 does.
 
-Rank 0 is the worker to everyone else. It starts the others, and tells them in order each batch that it computes and each
-copy that it makes; they do the same with their parts of the model and of all pages. A worker with a dead rank is dead.
+Rank 0 is the worker to everyone else. It starts the others, and tells them in order each batch that it computes and
+each copy that it makes; they do the same with their parts of the model and of all pages. A worker with a dead rank is
+dead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import msgspec
 import zmq
@@ -39,10 +42,10 @@ class Ranks:
     def __init__(self, spec: WorkerSpec, outboxes: Outboxes) -> None:
         self.pools: list[messages.PoolInfo] = []
         """Those of the others in their order, after `meet`."""
-        self._outboxes = outboxes
-        self._closing = False
-        self._storing: dict[int, EveryCopy] = {}
-        self._numbers = 0
+        self.storing: WeakValueDictionary[int, EveryCopy] = WeakValueDictionary()
+        """Copies that all ranks have been told to store, by their numbers."""
+        self.numbers = count(1)
+        self._outboxes, self._closing = outboxes, False
         others = range(1, 1 if spec.rank else spec.engine.tensor_parallel_size)
         if others:
             memory = os.memfd_create("miniserve-ranks", os.MFD_CLOEXEC)
@@ -94,23 +97,8 @@ class Ranks:
             self.tell(messages.Settle())
             runner.settle()
 
-    def everywhere(self, own: Transfer | None, peer: messages.Peer) -> Transfer | None:
-        """`own` is the way from rank 0 to the peer's; each rank has one to the same rank."""
-        return EveryTransfer(self, own, peer.name) if own is not None and self._processes else own
-
-    def begin(self, copy: EveryCopy, ours: list[int]) -> tuple[int, int]:
-        """Have the others store what `copy` has begun to get: the number under which they do, and how many they are."""
-        self._numbers += 1
-        self._storing[self._numbers] = copy
-        self.tell(messages.Store(self._numbers, copy.peer, copy.pages, ours))
-        return self._numbers, len(self._processes)
-
-    def end(self, number: int) -> None:
-        """Nothing more is to be heard of a copy."""
-        self._storing.pop(number, None)
-
     def heard(self, stored: messages.Stored) -> None:
-        if copy := self._storing.get(stored.number):
+        if copy := self.storing.get(stored.number):
             copy.missing -= 1
             copy.error = copy.error or stored.error
 
@@ -123,14 +111,14 @@ class Ranks:
 
 @dataclass(eq=False)
 class EveryTransfer:
-    """The `Transfer` of all ranks."""
+    """The `Transfer` of all ranks, each to the same rank of the `peer`; `own` is that of rank 0."""
 
     ranks: Ranks
     own: Transfer
     peer: str
 
     def fetch(self, pages: list[int]) -> EveryCopy:
-        return EveryCopy(self.ranks, self.own.fetch(pages), self.peer, pages)
+        return EveryCopy(self, self.own.fetch(pages), pages)
 
     def close(self) -> None:
         """The others close theirs when they hear that the peer is gone."""
@@ -141,9 +129,8 @@ class EveryTransfer:
 class EveryCopy:
     """A `Copy` by all ranks. `missing` of the others have not stored it yet."""
 
-    ranks: Ranks
+    way: EveryTransfer
     own: Copy
-    peer: str
     pages: list[int]
     number: int = 0
     missing: int = 0
@@ -158,7 +145,10 @@ class EveryCopy:
         return self.own.ready
 
     def store(self, ours: list[int]) -> None:
-        self.number, self.missing = self.ranks.begin(self, ours)
+        ranks = self.way.ranks
+        self.number, self.missing = next(ranks.numbers), len(ranks.pools)
+        ranks.storing[self.number] = self
+        ranks.tell(messages.Store(self.number, self.way.peer, self.pages, ours))
         try:
             self.own.store(ours)
         except TransferError:
@@ -170,17 +160,13 @@ class EveryCopy:
         try:
             if self.error:
                 raise TransferError(self.error)
-            done = self.own.stored and not self.missing
+            return self.own.stored and not self.missing
         except TransferError:
             self.abandon()  # another rank may still be at it
             raise
-        if done:
-            self.ranks.end(self.number)
-        return done
 
     def abandon(self) -> None:
-        self.ranks.end(self.number)
-        self.ranks.tell(messages.Abandon(self.number))
+        self.way.ranks.tell(messages.Abandon(self.number))
         self.own.abandon()
 
 
@@ -191,7 +177,7 @@ class Follower:
     rank: int
     built: Built
     peers: PeerTable
-    reply: Callable[[messages.RankMessage], None]
+    reply: Callable[[messages.Stored | messages.RankReady], None]
     storing: dict[int, tuple[Copy, list[int]]] = field(default_factory=dict)
     """Copies that are not done, and to which pages; those that have begun are in `begun`."""
     begun: set[int] = field(default_factory=set)

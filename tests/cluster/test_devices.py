@@ -90,7 +90,9 @@ def test_a_worker_of_several_ranks_has_a_row_of_gpus(gpus) -> None:
     assert placed("2D", ["cuda:3", "cuda:4"], ranks=2) == ("2D", {"d0": ("cuda:3", 2), "d1": ("cuda:3", 2)})
     assert placed("1P1D", [], "cpu", ranks=4) == ("1P1D", {"p0": ("cpu", 2), "d0": ("cpu", 2)})
     for names in (["cuda:0", "cuda:2"], ["cuda:1", "cuda:0"], ["cuda:0", "cuda:1", "cuda:2"], ["cuda:0"]):
-        with pytest.raises(ConfigError, match=r"--tensor-parallel-size 2 takes 2 neighbouring GPUs .* like cuda:0,cuda:1"):
+        with pytest.raises(
+            ConfigError, match=r"--tensor-parallel-size 2 takes 2 neighbouring GPUs .* like cuda:0,cuda:1"
+        ):
             placed(None, names, ranks=2)
     with pytest.raises(ConfigError, match="takes 6 neighbouring"):
         placed(None, [], ranks=6)

@@ -76,11 +76,10 @@ def test_rows_come_side_by_side(ranks: int, rows: int, width: int, more: int) ->
 
     found = on_each(ranks, work)
     assert torch.equal(found[0], torch.cat(made, 1))
-    assert all(torch.equal(found[rank], made[rank]) for rank in range(1, ranks))
 
 
 def test_one_rank_is_alone() -> None:
-    group, x = make_group(CPU, "", "", 0, 1), torch.ones(2, 3)
+    group, x = make_group(CPU, None, 1), torch.ones(2, 3)
     assert isinstance(group, Alone)
     assert group.sum(x) is x
     assert group.gather(x) is x

@@ -148,7 +148,7 @@ def test_random_weights_are_parts_of_the_same_model(wide):
 
 
 def test_sizes_and_processes_that_cannot_be(wide, tiny_folder):
-    with pytest.raises(ConfigError, match="Several ranks are processes, which `miniserve serve` starts"):
+    with pytest.raises(ConfigError, match="Ranks are processes, which `miniserve serve` starts"):
         small(tiny_folder, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match=r"--tensor-parallel-size 3 does not divide 8 heads.*: use 1, 2, 4, 8"):
         with several(wide["llama"], 3):
