@@ -227,6 +227,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     mispredict: Annotated[float, parse_share] = 0.0
     engine: EngineConfig
     devices: Annotated[list[str], parse_devices] = []
+    launcher: Literal["local", "ray"] = "local"
+    ray_address: str = "auto"
+    placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = "SPREAD"
+    advertise_host: str = ""
     worker_timeout: Annotated[float, parse_seconds] = 120.0
     """One that loads again may have longer (`cluster/health.py`)."""
     revision: str | None = None

@@ -10,9 +10,10 @@ from itertools import permutations
 import msgspec
 
 from miniserve.cluster.devices import place
+from miniserve.cluster.launch import Launcher, LocalLauncher
 from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput
 from miniserve.cluster.supervisor import Supervisor
-from miniserve.config import ServeConfig
+from miniserve.config import ConfigError, ServeConfig
 from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.connect import way
 from miniserve.sampling_params import ParameterError, SamplingParams
@@ -100,10 +101,12 @@ class Dispatcher:
             notes=bool(self.observers),
         )
         engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
-        self.topology, engines = place(config.topology, config.devices, engine)
+        elsewhere = config.launcher == "ray"
+        self.topology, engines = place(config.topology, config.devices, engine, elsewhere=elsewhere)
         self.workers = Supervisor(
             engines,
             config.worker_timeout,
+            _launcher(config) if elsewhere else LocalLauncher(),
             up=self._worker_up,
             down=self._worker_down,
             report=self._on_report,
@@ -256,3 +259,12 @@ class Dispatcher:
                 self._carry_out(self.scheduler.on_tick(time.monotonic()))
             except Exception:
                 log.exception("the scheduler stumbled and goes on")
+
+
+def _launcher(config: ServeConfig) -> Launcher:
+    """Raises `ConfigError` where Ray is not installed, `StartupError` where there is no cluster."""
+    try:
+        from miniserve.cluster.ray_launcher import RayLauncher
+    except ImportError as error:
+        raise ConfigError("--launcher ray needs Ray: pip install 'miniserve[ray]' on all hosts.") from error
+    return RayLauncher(config.ray_address, config.placement, config.advertise_host)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long a worker's steps take with its model in one process and divided among ranks, and what a step's message costs.
+"""How long a worker's steps take with its model in one process and divided among ranks, and what a message costs.
 
 Each case runs in a process of its own, in turns; medians of the steps, then over the rounds. The model has random
 weights. A message is what `Settle` takes: to the rank, its wake-up, and one meeting of all ranks.
@@ -22,8 +22,8 @@ os.environ.update(SPINNING | os.environ)  # as a worker has it, and read when to
 
 import zmq
 
-from miniserve.cluster.channels import Inbox, Outboxes
-from miniserve.cluster.launch import RunDir, WorkerSpec
+from miniserve.cluster.channels import Inbox, Keys, Outboxes
+from miniserve.cluster.launch import LocalLauncher, RunDir, WorkerSpec
 from miniserve.config import EngineConfig
 from miniserve.hub.resolve import resolve
 from miniserve.worker.build import build
@@ -47,9 +47,9 @@ def one(model: str, ranks: int, threads: int, steps: int, context: int, dtype: s
         prompt_lookup=False,
         workers=ranks,
     )
-    run_dir, context_ = RunDir(), zmq.Context()
-    spec = WorkerSpec("d0", 1, str(run_dir.path), run_dir.address("d0.1"), run_dir.address("frontend"), config)
-    inbox, outboxes = Inbox(context_, spec.address), Outboxes(context_, "d0", 1)
+    run_dir, messages, keys = RunDir(LocalLauncher().base), zmq.Context(), Keys.make()
+    spec = WorkerSpec("d0", 1, str(run_dir.path), run_dir.address("d0.1"), run_dir.address("frontend"), config, keys)
+    inbox, outboxes = Inbox(messages, spec.address, keys), Outboxes(messages, "d0", 1, keys)
     others = Ranks(spec, outboxes)
     try:
         built = build(config, None, others.spec, others.tell)
@@ -58,13 +58,13 @@ def one(model: str, ranks: int, threads: int, steps: int, context: int, dtype: s
             name: measure(built, None, decodes, context, chunk, steps)["step"]
             for name, (decodes, chunk) in STEPS.items()
         }
-        messages = []
+        waits = []
         for _ in range(300 if ranks > 1 else 0):
             time.sleep(0.002)
             begun = time.perf_counter()
             others.settle(built.runner)
-            messages.append(time.perf_counter() - begun)
-        return found | {"message, us": 1e6 * sorted(messages)[150] if messages else 0.0}
+            waits.append(time.perf_counter() - begun)
+        return found | {"message, us": 1e6 * sorted(waits)[150] if waits else 0.0}
     finally:
         others.close()
         run_dir.remove()

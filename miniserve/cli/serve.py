@@ -15,7 +15,7 @@ import uvloop
 
 from miniserve.api.race import Stopped, unless
 from miniserve.cli.banner import LoadingLines, banner, say
-from miniserve.cluster.supervisor import StartupError
+from miniserve.cluster.launch import StartupError
 from miniserve.config import ConfigError, ServeConfig
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.check import generation_defaults

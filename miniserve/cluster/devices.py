@@ -14,19 +14,22 @@ PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def place(
-    topology: Topology | None, devices: list[str], engine: EngineConfig
+    topology: Topology | None, devices: list[str], engine: EngineConfig, *, elsewhere: bool = False
 ) -> tuple[Topology, dict[str, EngineConfig]]:
     """The topology, and each worker's settings by its name: workers get the `devices` in turns, as many at a time as
     they have ranks, of which the settings name the first.
 
-    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Without a
-    topology it is 1D on the devices of one worker and 1P(N-1)D on those of N. Raises `ConfigError`.
+    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Workers
+    `elsewhere` get theirs where they are. Without a topology it is 1D on the devices of one worker and 1P(N-1)D on
+    those of N. Raises `ConfigError`.
     """
+    if devices and elsewhere:
+        raise ConfigError("--devices names GPUs of this machine, but workers run where Ray places them: leave it out.")
     if devices and engine.device in ("auto", "cuda"):
         _check(devices)
     elif devices:
         raise ConfigError(f"--devices names GPUs, --device {engine.device} does not: leave one of them out.")
-    ranks, every = engine.tensor_parallel_size, _all(engine.device)
+    ranks, every = engine.tensor_parallel_size, [engine.device] if elsewhere else _all(engine.device)
     chosen = _firsts(devices or every[: len(every) // ranks * ranks] or every, ranks)
     if topology is None:
         topology = Topology(1, len(chosen) - 1) if len(chosen) > 1 else Topology(0, 1)

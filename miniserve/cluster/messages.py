@@ -36,7 +36,8 @@ class CudaHandle(Wire, frozen=True):
 
 
 class PoolInfo(Wire, frozen=True):
-    """Where a worker's KV pool lies, so that a peer on the same host can map it.
+    """Where a worker's KV pool lies, so that a peer on the same `host` can map it; one elsewhere asks for pages at the
+    `door`, an address and a port. All on the frontend's host have the same name of a host, "" with local workers.
 
     On a CPU it is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`; `fd` is -1 where it is not. On a GPU
     it is what `cuda` names. Its first `num_pages` pages are those that the worker gives out. `layout` fingerprints
@@ -51,18 +52,22 @@ class PoolInfo(Wire, frozen=True):
     layout: str
     cuda: CudaHandle | None = None
     snapshot_pages: int = 0
+    host: str = ""
+    door: str = ""
     others: "list[PoolInfo]" = []
     """Those of the worker's further ranks, in their order; the pool above is that of rank 0."""
 
 
 class Peer(Wire, frozen=True):
-    """A worker as the others see it: its inbox `address`, its pool, and what it is for."""
+    """A worker as the others see it: its inbox `address`, the one `far` for other hosts, its pool, and what it is
+    for."""
 
     name: str
     epoch: int
     address: str
     pool: PoolInfo
     role: Role = Role.DECODER
+    far: str = ""
 
 
 class TokenLogprob(Wire, frozen=True, gc=False):
@@ -208,10 +213,10 @@ class Publish(Wire, frozen=True):
 
     `pages` are numbers in the sender's pool and `hashes` the chain hash of the tokens each one holds. They stay
     untouched until the `Release`, but not past `deadline`: what is copied later does not count. The sender had finished
-    them at `finished_at`. Both are seconds on the host's monotonic clock. `last` ends the handoff. A prefill ends with
-    `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it too, since P may die
-    before its own report is read. `state` are pages with the recurrent state after the last of `pages`, of a model that
-    has one; their names follow from the last hash.
+    them at `finished_at`. Both are seconds on the monotonic clock of the sender's host. `last` ends the handoff. A
+    prefill ends with `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it
+    too, since P may die before its own report is read. `state` are pages with the recurrent state after the last of
+    `pages`, of a model that has one; their names follow from the last hash.
     """
 
     turn: str
@@ -278,6 +283,7 @@ class Store(Wire, frozen=True):
     peer: str
     theirs: list[int]
     ours: list[int]
+    lease: float
 
 
 class Abandon(Wire, frozen=True):
@@ -321,7 +327,7 @@ class Loading(Wire, frozen=True):
 
 class Ready(Wire, frozen=True):
     """A worker is up. `kernels` names those that it runs, `phases` are seconds per start-up phase, `kv_note` the
-    arithmetic of the pool's size."""
+    arithmetic of the pool's size. Its inbox is also bound at `far`, for other hosts."""
 
     pool: PoolInfo
     dtype: str
@@ -334,6 +340,7 @@ class Ready(Wire, frozen=True):
     vocab_size: int
     phases: dict[str, float]
     kv_note: str
+    far: str = ""
 
 
 class StartFailed(Wire, frozen=True):

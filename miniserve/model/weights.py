@@ -46,7 +46,7 @@ def load_weights(
     quantization: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Weights:
-    """Weights of a `shard` on `device`, from `files`, or random ones where there are none: in `dtype`, in their own 4 or
+    """All of a `shard` on `device`, from `files`, or random weights where there are none: in `dtype`, in their own 4 or
     8 bits where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `packing` is what
     config.json says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when
     a tensor is missing or not as config.json says, or cannot be cut."""

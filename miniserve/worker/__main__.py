@@ -1,4 +1,4 @@
-"""`python -m miniserve.worker`: reads its specification from stdin, builds the engine, serves."""
+"""`python -m miniserve.worker`: reads its specification from stdin; `run` builds the engine, and serves."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ _born = time.monotonic()
 
 
 def main() -> int:
-    """0 after a shutdown, 1 if the worker could not start or broke."""
+    """The exit code of `run`."""
     line = sys.stdin.buffer.readline()
     if not line:
         return 0  # the frontend is gone already
@@ -30,13 +30,19 @@ def main() -> int:
     # Ctrl-C goes to the whole terminal, and supervisors stop whole groups; the frontend drains, then sends `Shutdown`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_frontend, args=(spec,), daemon=True).start()
+    return run(spec)
+
+
+def run(spec: WorkerSpec) -> int:
+    """Be the worker that `spec` describes, or a rank of it: 0 after a shutdown, 1 if it could not start or broke."""
     logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
     logging.getLogger("miniserve").setLevel(logging.INFO)
     logging.getLogger("miniserve.text").setLevel(logging.ERROR)  # the frontend reads the same and has said so
     context = zmq.Context()
-    inbox, outboxes = Inbox(context, spec.address), Outboxes(context, spec.name, spec.epoch)
+    inbox = Inbox(context, spec.address, spec.keys, spec.listen)
+    outboxes = Outboxes(context, spec.name, spec.epoch, spec.keys)
     failed, ranks = False, Ranks(spec, outboxes)
-    threading.Thread(target=_leave_with_frontend, args=(ranks,), daemon=True).start()
 
     def tell(phase: str, done: int, total: int) -> None:
         if not spec.rank:
@@ -73,14 +79,13 @@ def main() -> int:
     return int(failed)
 
 
-def _leave_with_frontend(ranks: Ranks) -> None:
+def _leave_with_frontend(spec: WorkerSpec) -> None:
     """Block until stdin closes: the frontend, or rank 0, has stopped us, or died however it did."""
     # os.read, not sys.stdin: nothing else must wait for a lock of the interpreter's own stdin at exit.
     while os.read(0, 1):
         pass
-    ranks.close()
-    if not ranks.spec.rank:
-        shutil.rmtree(ranks.spec.run_dir, ignore_errors=True)
+    if not spec.rank:
+        shutil.rmtree(spec.run_dir, ignore_errors=True)
     os._exit(0)
 
 

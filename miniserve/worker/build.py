@@ -92,7 +92,7 @@ class Choices:
         check_quantization(config.quantization, files.method)
         shard = Shard(ModelConfig.from_hf(files.config), rank, config.tensor_parallel_size)
         model = shard.config
-        device = sizing.choose_device(config.device)
+        device = sizing.choose_device(config.device, rank)
         dtype = sizing.choose_dtype(config.dtype, model, device)
         shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
         state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from miniserve.cluster import messages
-from miniserve.cluster.channels import Inbox
+from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import Transfer
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
-from miniserve.worker.ranks import EveryTransfer, Ranks
+from miniserve.worker.ranks import EveryTransfer, Ranks, open_pool
 from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
@@ -59,6 +60,7 @@ class Worker:
     _: KW_ONLY
     layout: str
     vocab_size: int
+    host: str = ""
     ranks: Ranks | None = None
     clock: Callable[[], float] = time.monotonic
 
@@ -145,6 +147,7 @@ class Worker:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _meet(self, peers: list[messages.Peer]) -> None:
+        peers = [p if p.pool.host == self.host else msgspec.structs.replace(p, address=p.far) for p in peers]
         others = [peer for peer in peers if peer.name != self.name]
         if self.ranks is not None:
             self.ranks.tell(messages.Peers(others))
@@ -157,6 +160,14 @@ class Worker:
         early, self._early = self._early, []
         for waiting in early:
             self._handle(waiting)
+
+    def cut_off(self, addresses: set[str]) -> None:
+        """The connections to these inboxes broke, and what was on its way is lost. Without the frontend it is over:
+        what took this worker for dead has begun its turns elsewhere."""
+        if self.frontend in addresses:
+            log.error("the frontend cannot be reached any more")
+            self.stopping = True
+        self.handoffs.receiver.give_up_the_dead(addresses)
 
     def _start(self, run: messages.Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
@@ -204,39 +215,45 @@ class Worker:
         )
 
 
-def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink, ranks: Ranks) -> Worker:
-    us = (spec.name, spec.epoch)
-
+def make_worker(
+    spec: WorkerSpec, built: Built, pool: messages.PoolInfo, door: Door, outboxes: MessageSink, ranks: Ranks
+) -> Worker:
     def send(address: str, message: messages.Message) -> None:
         if isinstance(message, messages.Publish) and (message.pages or message.state):
             ranks.settle(built.runner)
         outboxes.send(address, message)
 
     def way(peer: messages.Peer) -> Transfer | None:
-        own = connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer)
+        own = connect(built.memory, pool, door, peer, spec.engine.kv_transfer)
         return EveryTransfer(ranks, own, peer.name) if own is not None and ranks.pools else own
 
     page_bytes = built.memory.shape.bytes * spec.engine.tensor_parallel_size
     handoffs = Handoffs(built.engine, page_bytes, built.layout, spec.engine.handoff_deadline, send, way)
     vocab = built.model.vocab_size
-    to = outboxes, spec.frontend
-    return Worker(spec.name, built.engine, handoffs, *to, layout=built.layout, vocab_size=vocab, ranks=ranks)
+    same = spec.name, built.engine, handoffs, outboxes, spec.frontend
+    return Worker(*same, layout=built.layout, vocab_size=vocab, host=spec.host, ranks=ranks)
 
 
-def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink, ranks: Ranks) -> None:
+def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes, ranks: Ranks) -> None:
     """Report that the worker is ready, and serve until a `Shutdown` comes."""
-    worker = make_worker(spec, built, outboxes, ranks)
-    outboxes.send(spec.frontend, ready(built, ranks.pools))
+    door, pool = open_pool(spec, built)
+    worker = make_worker(spec, built, pool, door, outboxes, ranks)
+    pool = msgspec.structs.replace(pool, others=ranks.pools)
+    outboxes.send(spec.frontend, ready(built, pool, inbox.far))
     built.grammars.prepare()  # not before: it would hold up the start, and the first turn seldom has one
     while not worker.stopping:
         worker.work(inbox.receive(int(worker.rest * 1000)))
+        if broken := outboxes.broken():
+            worker.cut_off(broken)
+    door.close()
 
 
-def ready(built: Built, others: list[messages.PoolInfo]) -> messages.Ready:
-    """What the frontend should know of a worker that is up; `others` are the pools of its further ranks."""
+def ready(built: Built, pool: messages.PoolInfo, far: str) -> messages.Ready:
+    """What the frontend should know of a worker that is up."""
     same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
     return messages.Ready(
-        pool=msgspec.structs.replace(built.memory.info(built.layout), others=others),
+        pool=pool,
+        far=far,
         page_tokens=built.memory.shape.page_tokens,
         max_model_len=built.engine.max_model_len,
         vocab_size=built.model.vocab_size,

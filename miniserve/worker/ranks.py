@@ -7,6 +7,7 @@ dead.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from miniserve.cluster import messages
 from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerProcess, WorkerSpec
 from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.worker.peers import PeerTable
 
@@ -58,10 +60,8 @@ class Ranks:
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
 
     def _spec(self, rank: int) -> WorkerSpec:
-        kind, number, index = (engine := self.spec.engine).device.partition(":")
-        engine = msgspec.structs.replace(engine, device=f"{kind}:{int(index) + rank}" if number else kind)
         address = f"ipc://{self.spec.run_dir}/{self.spec.name}.{self.spec.epoch}.{rank}"
-        return msgspec.structs.replace(self.spec, rank=rank, address=address, engine=engine)
+        return msgspec.structs.replace(self.spec, rank=rank, address=address)
 
     def _watch(self, rank: int, process: WorkerProcess) -> None:
         """End the worker, which may wait for this rank in a step, with it."""
@@ -70,7 +70,7 @@ class Ranks:
             return
         if code != EXPLAINED:
             context = zmq.Context()  # those of the worker's belong to another thread
-            last_words = Outboxes(context, self.spec.name, self.spec.epoch)
+            last_words = Outboxes(context, self.spec.name, self.spec.epoch, self.spec.keys)
             reason = f"Rank {rank} of the worker {self.spec.name} ended with exit code {code}."
             last_words.send(self.spec.frontend, messages.StartFailed(reason))
             last_words.close(linger_ms=1000)
@@ -117,8 +117,8 @@ class EveryTransfer:
     own: Transfer
     peer: str
 
-    def fetch(self, pages: list[int]) -> EveryCopy:
-        return EveryCopy(self, self.own.fetch(pages), pages)
+    def fetch(self, pages: list[int], lease: float = math.inf) -> EveryCopy:
+        return EveryCopy(self, self.own.fetch(pages, lease), pages, lease)
 
     def close(self) -> None:
         """The others close theirs when they hear that the peer is gone."""
@@ -132,6 +132,7 @@ class EveryCopy:
     way: EveryTransfer
     own: Copy
     pages: list[int]
+    lease: float
     number: int = 0
     missing: int = 0
     error: str = ""
@@ -148,7 +149,7 @@ class EveryCopy:
         ranks = self.way.ranks
         self.number, self.missing = next(ranks.numbers), len(ranks.pools)
         ranks.storing[self.number] = self
-        ranks.tell(messages.Store(self.number, self.way.peer, self.pages, ours))
+        ranks.tell(messages.Store(self.number, self.way.peer, self.pages, ours, self.lease))
         try:
             self.own.store(ours)
         except TransferError:
@@ -200,9 +201,9 @@ class Follower:
                 self.built.runner.settle()
             case messages.Peers(peers):
                 self.peers.replace(peers)
-            case messages.Store(number, peer, theirs, ours):
+            case messages.Store(number, peer, theirs, ours, lease):
                 if (transfer := self.peers.transfer(peer)) is not None:
-                    self.storing[number] = transfer.fetch(theirs), ours
+                    self.storing[number] = transfer.fetch(theirs, lease), ours
                 else:
                     self.reply(messages.Stored(self.rank, number, f"rank {self.rank} has no way to its pages"))
             case messages.Abandon(number):
@@ -230,19 +231,27 @@ class Follower:
             self.reply(messages.Stored(self.rank, number, error))
 
 
+def open_pool(spec: WorkerSpec, built: Built) -> tuple[Door, messages.PoolInfo]:
+    """Where peers ask for the pages of a rank, and what they have to know of its pool."""
+    us = f"{spec.name}-{spec.rank}" if spec.rank else spec.name, spec.epoch
+    door = Door(us, spec.run_dir, spec.keys.secret.encode(), spec.host, spec.listen)
+    return door, msgspec.structs.replace(built.memory.info(built.layout), host=spec.host, door=door.far)
+
+
 def follow(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
     """Do what rank 0 says, until it ends this process."""
-    us = f"{spec.name}-{spec.rank}", spec.epoch
+    door, pool = open_pool(spec, built)
 
     def way(peer: messages.Peer) -> Transfer | None:
-        pools = [peer.pool, *peer.pool.others]
-        if len(pools) <= spec.rank:
+        """To the same rank of the peer, which has as many if its layout is ours."""
+        if peer.pool.layout != built.layout:
             return None
-        same = msgspec.structs.replace(peer, name=f"{peer.name}-{spec.rank}", pool=pools[spec.rank])
-        return connect(built.memory, built.layout, us, same, spec.run_dir, spec.engine.kv_transfer)
+        name, theirs = f"{peer.name}-{spec.rank}", peer.pool.others[spec.rank - 1]
+        same = msgspec.structs.replace(peer, name=name, pool=theirs)
+        return connect(built.memory, pool, door, same, spec.engine.kv_transfer)
 
     follower = Follower(spec.rank, built, PeerTable(way), lambda body: outboxes.send(spec.leader, body))
-    follower.reply(messages.RankReady(spec.rank, built.memory.info(built.layout)))
+    follower.reply(messages.RankReady(spec.rank, pool))
     while True:
         for envelope in inbox.receive(int((COPY_SECONDS if follower.storing else IDLE_SECONDS) * 1000)):
             follower.do(envelope.body)

@@ -55,7 +55,7 @@ MESSAGES: list[m.Message] = [
     m.PrefillRefused("t1", "no pages"),
     m.Forward([1, 2], [3, 4], [1], [2], [5], [[7, 8]], [0], scored=1, fed=True),
     m.Copied("save", [1], [4, 5]),
-    m.Store(3, "p0", [1, 2], [3, 4]),
+    m.Store(3, "p0", [1, 2], [3, 4], 12345.5),
     m.Abandon(3),
     m.Settle(),
     m.Stored(1, 3, "the peer is gone"),

@@ -23,6 +23,13 @@ def children(pid: int) -> list[int]:
     return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+async def gone(pids: list[int]) -> None:
+    """Ranks leave on their own when their pipe closes: that takes a moment."""
+    async with asyncio.timeout(2):
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            await asyncio.sleep(0.01)
+
+
 @pytest.fixture
 def two(tiny_models, newer_models):
     """Settings of workers with two ranks."""
@@ -31,7 +38,7 @@ def two(tiny_models, newer_models):
 
 @pytest.mark.parametrize(
     ("arch", "transfer", "swap"),
-    [("qwen3_5", "mapped", 2**22), ("llama", "collective", 0), ("qwen3_5_moe", "collective", 0)],
+    [("qwen3_5", "mapped", 2**22), ("qwen3_5_moe", "collective", 0)],
 )
 async def test_handoffs_go_from_rank_to_rank(two, arch, transfer, swap):
     models, settings = two
@@ -51,7 +58,7 @@ async def test_handoffs_go_from_rank_to_rank(two, arch, transfer, swap):
         await settled(client)
         if swap:
             assert sum(stats.restored for stats in client.scheduler.stats.values()) > 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    await gone(pids)
 
 
 async def test_a_worker_dies_with_its_rank(two):
@@ -73,7 +80,7 @@ async def test_a_worker_dies_with_its_rank(two):
         (rank,) = children(client.workers.processes["d0"].pid)
         os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)  # the rank leaves with rank 0
         await back(client, ("d0", 3))
-        assert not Path(f"/proc/{rank}").exists()
+        await gone([rank])
         assert client.workers.run_dir.path.exists()
         assert await collect(client, items[0], greedy(20)) == texts[0][:20]
         await settled(client)

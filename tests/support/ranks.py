@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
+from miniserve.cluster.channels import Keys
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import TurnOutput
 from miniserve.config import EngineConfig
@@ -43,7 +44,7 @@ def several(folder: Path, ranks: int, **engine) -> Iterator[list[Built]]:
             queue.put(command)
 
     def make(rank: int) -> Built:
-        spec = WorkerSpec("d0", 1, str(folder), "", "", config, rank=rank, region=path)
+        spec = WorkerSpec("d0", 1, str(folder), "", "", config, Keys("", ""), rank=rank, region=path)
         return build(config, spec=spec, tell=(lambda command: None) if rank else tell)
 
     def follow(rank: int) -> None:
