@@ -34,14 +34,13 @@ class Shard:
     def config(self) -> ModelConfig:
         """The sizes of what is computed here. Fewer heads of K and V than ranks are each on several. Raises
         `ConfigError` for sizes that cannot be divided."""
-        whole, ranks = self.whole, self.ranks
-        if wrong := [text for text, fits in _sizes(whole, ranks) if not fits]:
-            ways = [n for n in range(1, whole.heads + 1) if all(fits for _, fits in _sizes(whole, n))]
+        whole, ranks, delta, experts = self.whole, self.ranks, self.whole.delta, self.whole.experts
+        if wrong := _undivided(whole, ranks):
+            ways = [str(n) for n in range(1, whole.heads + 1) if not _undivided(whole, n)]
             raise ConfigError(
                 f"--tensor-parallel-size {ranks} does not divide {', '.join(wrong)} of this model: use "
-                f"{', '.join(map(str, ways))}."
+                f"{', '.join(ways)}."
             )
-        delta, experts = whole.delta, whole.experts
         if delta is not None:
             delta = replace(delta, k_heads=delta.k_heads // ranks, v_heads=delta.v_heads // ranks)
         if experts is not None:
@@ -97,15 +96,15 @@ class Shard:
         return [size // 2] * 2 if module == "gate_up_proj" else [size]
 
 
-def _sizes(whole: ModelConfig, ranks: int) -> list[tuple[str, bool]]:
-    """The sizes that are divided, in words, and whether `ranks` can."""
-    sizes = [(whole.heads, "heads")]
+def _undivided(whole: ModelConfig, ranks: int) -> list[str]:
+    """The sizes that `ranks` cannot divide, in words."""
+    sizes = {"heads": whole.heads}
     if any(not layer.experts for layer in whole.layers):
-        sizes.append((whole.intermediate_size, "numbers of an MLP"))
+        sizes["numbers of an MLP"] = whole.intermediate_size
     if whole.experts:
-        sizes += [(whole.experts.inner, "numbers of an expert"), (whole.experts.shared_inner, "of the shared expert")]
+        sizes |= {"numbers of an expert": whole.experts.inner, "of the shared expert": whole.experts.shared_inner}
     if whole.delta:
-        sizes += [(whole.delta.k_heads, "heads of keys"), (whole.delta.v_heads, "heads of values")]
-    found = [(f"{size} {what}", size % ranks == 0) for size, what in sizes]
+        sizes |= {"heads of keys": whole.delta.k_heads, "heads of values": whole.delta.v_heads}
+    wrong = [f"{size} {what}" for what, size in sizes.items() if size % ranks]
     kv = whole.kv_heads
-    return [*found, (f"{kv} heads of K and V", kv % ranks == 0 or ranks % kv == 0)]
+    return wrong + ([f"{kv} heads of K and V"] if kv % ranks and ranks % kv else [])

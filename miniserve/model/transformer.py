@@ -12,7 +12,7 @@ from miniserve.model.passes import Pass
 from miniserve.ops import Ops
 from miniserve.ops.batch import Batch, State
 from miniserve.ops.decoder import Attention, Weights
-from miniserve.ops.group import Alone, Group
+from miniserve.ops.group import Group
 
 Head = Callable[[torch.Tensor], torch.Tensor] | None
 
@@ -26,7 +26,7 @@ class Transformer:
         """`weights` may be those of one rank of a `group`, which all make the same calls."""
         self.config = config
         self.ops = ops
-        self.group = group or Alone()
+        self.group = group or Group()
         self._weights = weights
         tables = [rope.angles(kind, config.rotary_dim, max_len) for kind in config.ropes]
         self._rotary = [ops.rotary(table, weights.embedding.dtype) for table in tables]

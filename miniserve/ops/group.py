@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from typing import Protocol
 
 import torch
 
@@ -19,37 +18,25 @@ LINE, PIECE = 64, 2**19
 """Bytes that each rank has of the memory for what it says, and twice for what it gives: `PIECE` in cpu_group.h."""
 
 
-class Group(Protocol):
-    """All ranks make the same calls in the same order, with tensors of the same sizes."""
+class Group:
+    """The ranks of a worker that has one. All ranks make the same calls in the same order, with tensors of the same
+    sizes."""
 
-    rank: int
-    ranks: int
-
-    @property
-    def address(self) -> int | None:
-        """Of the `Group` of the native kernels, which then call it themselves."""
+    rank, ranks = 0, 1
+    address: int | None = None
+    """Of the `Group` of the native kernels, which then call it themselves."""
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' `x`, the same bits on each, perhaps in its place."""
+        return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """On rank 0 the float32 `x` `[rows, width]` of all ranks side by side, `[rows, ranks * width]`; elsewhere
         anything. Without rows the ranks wait for each other."""
-
-
-class Alone:
-    """The one rank of a worker."""
-
-    rank, ranks, address = 0, 1, None
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
-class SharedGroup:
+class SharedGroup(Group):
     """Ranks on the CPUs of one host, which all map the file at `path`, at first empty."""
 
     def __init__(self, path: str, rank: int, ranks: int) -> None:
@@ -79,11 +66,9 @@ class SharedGroup:
         return out
 
 
-class TorchGroup:
+class TorchGroup(Group):
     """Ranks by torch.distributed, which meet at the file `path`: NCCL between GPUs, unverified (docs/gpu.md), and Gloo
     on CPUs without a compiler."""
-
-    address = None
 
     def __init__(self, path: str, rank: int, ranks: int, device: torch.device) -> None:
         self.rank, self.ranks, self._one = rank, ranks, torch.zeros(1, device=device)
@@ -106,7 +91,7 @@ class TorchGroup:
 def make_group(device: torch.device, spec: WorkerSpec | None, ranks: int) -> Group:
     """The group of the `ranks` of a worker, of which `spec` is one."""
     if ranks == 1:
-        return Alone()
+        return Group()
     if spec is None:
         raise ConfigError("Ranks are processes, which `miniserve serve` starts: leave tensor_parallel_size out.")
     if device.type == "cpu":

@@ -74,17 +74,15 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ConfigError(f"The profile {self.name} has no layers and hidden_size: it cannot be divided.")
         hops, sums = 2 * (ranks - 1), 2 * self.layers
         token = sums * hops / ranks * 2 * self.hidden_size / self.transfer_bytes_per_second
-        parts = {name: getattr(self, name) / ranks for name in ("per_pair", "per_context", "per_kv_token")}
-        whole = {name: ranks * getattr(self, name) for name in ("kv_tokens", "transfer_bytes_per_second")}
+        changes = {name: getattr(self, name) / ranks for name in ("per_pair", "per_context", "per_kv_token")}
+        for name in ("kv_tokens", "transfer_bytes_per_second", "busy_watts", "idle_watts"):
+            changes[name] = ranks * getattr(self, name) if getattr(self, name) is not None else None
         return msgspec.structs.replace(
             self,
             base=self.base / ranks + sums * hops * self.hop_seconds,
             per_token=self.per_token / ranks + token,
             per_sequence=self.per_sequence / ranks + token,
-            busy_watts=self.busy_watts and ranks * self.busy_watts,
-            idle_watts=self.idle_watts and ranks * self.idle_watts,
-            **parts,
-            **whole,
+            **changes,
         )
 
     def transfer_seconds(self, pages: int) -> float:
