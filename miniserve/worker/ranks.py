@@ -53,19 +53,15 @@ class Ranks:
             memory = os.memfd_create("miniserve-ranks", os.MFD_CLOEXEC)
             spec = msgspec.structs.replace(spec, region=f"/proc/{os.getpid()}/fd/{memory}", leader=spec.address)
         self.spec = spec
-        specs = [self._spec(rank) for rank in others]
-        self._addresses = [other.address for other in specs]
+        self._addresses = [f"ipc://{spec.run_dir}/{spec.name}.{spec.epoch}.{rank}" for rank in others]
+        specs = [msgspec.structs.replace(spec, rank=r, address=self._addresses[r - 1]) for r in others]
         self._processes = [WorkerProcess(other) for other in specs]
-        for rank, process in enumerate(self._processes, 1):
-            threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
+        for process in self._processes:
+            threading.Thread(target=self._watch, args=(process,), daemon=True).start()
 
-    def _spec(self, rank: int) -> WorkerSpec:
-        address = f"ipc://{self.spec.run_dir}/{self.spec.name}.{self.spec.epoch}.{rank}"
-        return msgspec.structs.replace(self.spec, rank=rank, address=address)
-
-    def _watch(self, rank: int, process: WorkerProcess) -> None:
-        """End the worker, which may wait for this rank in a step, with it."""
-        code = process.wait()
+    def _watch(self, process: WorkerProcess) -> None:
+        """End the worker with one of the others, for which it may wait in a step."""
+        rank, code = process.spec.rank, process.wait()
         if self._closing:
             return
         if code != EXPLAINED:

@@ -115,22 +115,14 @@ class ModelRunner:
 
     def settle(self) -> None:
         """Block until the device has done all it was given, on every rank of which each calls this."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         self.transformer.group.gather(torch.empty(0, 1, device=self.device))
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # it is the last that the device was given, on all ranks
             torch.cuda.synchronize(self.device)
 
     def _batch(self, forward: Forward) -> Batch:
-        return Batch(
-            tokens=self._put(forward.tokens),
-            positions=self._put(forward.positions),
-            outputs=self._put(forward.outputs),
-            lengths=forward.lengths,
-            contexts=forward.contexts,
-            pages=forward.pages,
-            slots=forward.slots,
-        )
+        new = forward.tokens, forward.positions, forward.outputs
+        tokens, positions, outputs = (self._put(numbers) for numbers in new)
+        return Batch(tokens, positions, outputs, forward.lengths, forward.contexts, forward.pages, forward.slots)
 
     def _forward(self, batch: Batch, forward: Forward, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
         """The logits that are sampled. Those of the first rows, which are scored, `take` gets before, block by block,

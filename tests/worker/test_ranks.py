@@ -145,6 +145,7 @@ def test_random_weights_are_parts_of_the_same_model(wide):
         texts = [output.outputs[0].token_ids for output in one.generate(ITEMS, params, progress=False)]
         assert greedy(built[0].engine, ITEMS, 8) == texts
         assert model.heads == 4
+        assert built[0].layout == built[1].layout != one._built.layout, "their pages are no good for each other"
 
 
 def test_sizes_and_processes_that_cannot_be(wide, tiny_folder):
