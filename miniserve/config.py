@@ -219,7 +219,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     handoff_deadline: Annotated[float, parse_seconds] = 30.0
     role: Role = Role.DECODER
     workers: int = 1
-    """How many workers share this machine's memory and cores."""
+    """How many workers share this machine's memory and cores, each rank counted as one."""
     sharing: int = 1
     """How many of them run on this worker's device: on a GPU each may use its share of `gpu_memory_utilization`."""
 

@@ -29,7 +29,8 @@ def simulate(args: Namespace) -> int:
     from miniserve.bench.simulate.cluster import SimulationConfig
     from miniserve.bench.simulate.hardware import load_roles
 
-    workload, hardware = filled(WorkloadConfig, args).load(args.rate, args.seed), load_roles(args.hardware)
+    workload = filled(WorkloadConfig, args).load(args.rate, args.seed)
+    hardware = load_roles(args.hardware, args.tensor_parallel_size)
     config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
     with counting("conversations", len(config.workload.scripts)) as progress:
         result = run.simulate(config, progress)

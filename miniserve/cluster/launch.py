@@ -31,7 +31,8 @@ class StartupError(RuntimeError):
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """What a worker process has to know. Its inbox is bound at `address`, the frontend's is at `frontend`. `host` names
-    the host it is on, "" for a local one; with a `listen`, an address of that host, it can be reached from others."""
+    the host it is on, "" for a local one; with a `listen`, an address of that host, it can be reached from others. Of a
+    worker of several ranks `leader` is the inbox of rank 0, and `region` the file that all of them map."""
 
     name: str
     epoch: int
@@ -42,6 +43,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     keys: Keys
     host: str = ""
     listen: str = ""
+    rank: int = 0
+    leader: str = ""
+    region: str = ""
 
 
 class Started(Protocol):
@@ -156,6 +160,10 @@ class WorkerProcess:
     def ended(self) -> str | None:
         code = self._process.poll()
         return None if code is None else f"ended with exit code {code}"
+
+    def wait(self) -> int:
+        """Block until it has ended: its exit code."""
+        return self._process.wait()
 
     def stop(self, timeout: float) -> None:
         """Close its stdin, wait up to `timeout` seconds, then kill."""

@@ -54,6 +54,8 @@ class PoolInfo(Wire, frozen=True):
     snapshot_pages: int = 0
     host: str = ""
     door: str = ""
+    others: "list[PoolInfo]" = []
+    """Those of the worker's further ranks, in their order; the pool above is that of rank 0."""
 
 
 class Peer(Wire, frozen=True):
@@ -247,6 +249,71 @@ class PrefillRefused(Wire, frozen=True):
 PeerMessage = Prefill | Fetch | Publish | Release | PrefillRefused
 
 
+# --- rank 0 of a worker -> its other ranks, which do what they are told in this order -------------------------------
+
+
+class Forward(Wire, frozen=True):
+    """Compute a batch, as `ops.Batch` describes it; of the first `scored` outputs the logits are made block by block.
+    With `fed` some tokens are still on rank 0's device, and come from there."""
+
+    tokens: list[int]
+    positions: list[int]
+    outputs: list[int]
+    lengths: list[int]
+    contexts: list[int]
+    pages: list[list[int]]
+    slots: list[int]
+    scored: int = 0
+    fed: bool = False
+
+
+class Copied(Wire, frozen=True):
+    """Copy between slots of recurrent state (`save`, `load`; `clear` has no target), or of host memory (`offload`,
+    `restore`), and pages."""
+
+    what: Literal["clear", "save", "load", "offload", "restore"]
+    sources: list[int]
+    targets: list[int]
+
+
+class Store(Wire, frozen=True):
+    """Copy pages `theirs` of the same rank of `peer` to `ours`; the answer is `Stored` with this `number`."""
+
+    number: int
+    peer: str
+    theirs: list[int]
+    ours: list[int]
+    lease: float
+
+
+class Abandon(Wire, frozen=True):
+    """Give up a `Store`."""
+
+    number: int
+
+
+class Settle(Wire, frozen=True):
+    """Wait until the devices of all ranks have come this far."""
+
+
+class Stored(Wire, frozen=True):
+    """A rank has stored what rank 0 told it to; or it cannot, because of `error`."""
+
+    rank: int
+    number: int
+    error: str
+
+
+class RankReady(Wire, frozen=True):
+    """A rank does what it is told from now on, and has this pool."""
+
+    rank: int
+    pool: PoolInfo
+
+
+RankCommand = Forward | Copied | Store | Abandon | Settle
+
+
 # --- worker -> frontend ---------------------------------------------------------------------------------------------
 
 
@@ -354,7 +421,8 @@ class Report(Wire, frozen=True):
     stopped: list[str] = []
 
 
-Message = Peers | Run | Abort | Shutdown | PeerMessage | Loading | Ready | StartFailed | Report
+FromWorker = Stored | RankReady | Loading | Ready | StartFailed | Report
+Message = Peers | Run | Abort | Shutdown | PeerMessage | RankCommand | FromWorker
 
 
 class Envelope(msgspec.Struct, array_like=True, frozen=True):

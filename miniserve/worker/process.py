@@ -15,9 +15,11 @@ from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.kv.transfer.connect import connect
 from miniserve.kv.transfer.door import Door
+from miniserve.kv.transfer.interface import Transfer
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
+from miniserve.worker.ranks import EveryTransfer, Ranks, open_pool
 from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
@@ -46,7 +48,8 @@ class MessageSink(Protocol):
 class Worker:
     """Drives one engine by messages: `work` is a round of its loop. Replies go to `frontend`, handoffs to peers.
 
-    `clock` is the host's monotonic clock, in seconds; the simulator has one of its own, and no process.
+    `ranks` are the worker's further processes. `clock` is the host's monotonic clock, in seconds; the simulator has one
+    of its own, and no process.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Worker:
     layout: str
     vocab_size: int
     host: str = ""
+    ranks: Ranks | None = None
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -135,6 +139,8 @@ class Worker:
                 self._stopped.append(turn)
             case messages.Peers(peers):
                 self._meet(peers)
+            case messages.Stored() as stored if self.ranks is not None:
+                self.ranks.heard(stored)
             case messages.Shutdown():
                 self.stopping = True
             case other:
@@ -142,7 +148,10 @@ class Worker:
 
     def _meet(self, peers: list[messages.Peer]) -> None:
         peers = [p if p.pool.host == self.host else msgspec.structs.replace(p, address=p.far) for p in peers]
-        self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
+        others = [peer for peer in peers if peer.name != self.name]
+        if self.ranks is not None:
+            self.ranks.tell(messages.Peers(others))
+        self.handoffs.set_peers(others)
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
             self.outboxes.forget(gone)
@@ -206,25 +215,30 @@ class Worker:
         )
 
 
-def make_worker(spec: WorkerSpec, built: Built, pool: messages.PoolInfo, door: Door, outboxes: MessageSink) -> Worker:
-    handoffs = Handoffs(
-        built.engine,
-        built.memory.shape.bytes,
-        built.layout,
-        spec.engine.handoff_deadline,
-        outboxes.send,
-        lambda peer: connect(built.memory, pool, door, peer, spec.engine.kv_transfer),
-    )
+def make_worker(
+    spec: WorkerSpec, built: Built, pool: messages.PoolInfo, door: Door, outboxes: MessageSink, ranks: Ranks
+) -> Worker:
+    def send(address: str, message: messages.Message) -> None:
+        if isinstance(message, messages.Publish) and (message.pages or message.state):
+            ranks.settle(built.runner)
+        outboxes.send(address, message)
+
+    def way(peer: messages.Peer) -> Transfer | None:
+        own = connect(built.memory, pool, door, peer, spec.engine.kv_transfer)
+        return EveryTransfer(ranks, own, peer.name) if own is not None and ranks.pools else own
+
+    page_bytes = built.memory.shape.bytes * spec.engine.tensor_parallel_size
+    handoffs = Handoffs(built.engine, page_bytes, built.layout, spec.engine.handoff_deadline, send, way)
     vocab = built.model.vocab_size
     same = spec.name, built.engine, handoffs, outboxes, spec.frontend
-    return Worker(*same, layout=built.layout, vocab_size=vocab, host=spec.host)
+    return Worker(*same, layout=built.layout, vocab_size=vocab, host=spec.host, ranks=ranks)
 
 
-def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
+def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes, ranks: Ranks) -> None:
     """Report that the worker is ready, and serve until a `Shutdown` comes."""
-    door = Door((spec.name, spec.epoch), spec.run_dir, spec.keys.secret.encode(), spec.host, spec.listen)
-    pool = msgspec.structs.replace(built.memory.info(built.layout), host=spec.host, door=door.far)
-    worker = make_worker(spec, built, pool, door, outboxes)
+    door, pool = open_pool(spec, built)
+    worker = make_worker(spec, built, pool, door, outboxes, ranks)
+    pool = msgspec.structs.replace(pool, others=ranks.pools)
     outboxes.send(spec.frontend, ready(built, pool, inbox.far))
     built.grammars.prepare()  # not before: it would hold up the start, and the first turn seldom has one
     while not worker.stopping:

@@ -13,6 +13,7 @@ from miniserve.config import EngineConfig
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.process import Worker, make_worker
+from miniserve.worker.ranks import Ranks
 from tests.support.doors import NO_DOOR
 from tests.support.tiny import prompts
 
@@ -40,7 +41,8 @@ def p0(tiny_folder):
     memory = built.memory
     keys, pool = Keys("", ""), memory.info(built.layout)
     spec = WorkerSpec("p0", 1, "", "inproc://p0", "inproc://frontend", config, keys)
-    worker = make_worker(spec, built, pool, NO_DOOR, Outboxes())
+    outboxes = Outboxes()
+    worker = make_worker(spec, built, pool, NO_DOOR, outboxes, Ranks(spec, outboxes))
     pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, built.layout)
     return worker, lambda epoch: Peer("d0", epoch, "inproc://d0", pool)
 

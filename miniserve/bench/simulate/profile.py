@@ -139,6 +139,8 @@ def main() -> int:
         per_token=0.0,
         per_pair=0.0,
         kv_bytes_per_token=shape.token_bytes,
+        layers=len(built.model.layers),
+        hidden_size=built.model.hidden_size,
         kv_tokens=built.memory.num_pages * size,
         page_tokens=size,
         max_num_batched_tokens=budget,
