@@ -126,16 +126,17 @@ class WaitingQueue:
         """
         while everyone := self._lines.get(None):
             self._serve_lines(place, workers, changed, everyone[0][0])
-            if not self._place_anywhere(everyone[0], place, workers, changed):
+            if not self._place_anywhere(everyone[0], place, self._open(workers, everyone[0][0]), changed):
                 return
         self._serve_lines(place, workers, changed, inf)
-        while self.newcomers:
-            number, turn = waiting = self.newcomers[0]
-            if self._place_anywhere(waiting, place, workers, changed):
+        while self.newcomers and (open_workers := self._open(workers, inf)):
+            waiting = self.newcomers[0]
+            turn = waiting[1]
+            if self._place_anywhere(waiting, place, open_workers, changed):
                 if turn.conversation.active > 1:  # Others that have found a home with it are tried next.
                     self._serve_lines(place, workers, changed, inf)
                 continue
-            if number in self._refused and not self._has_patience(turn, now):
+            if not self._has_patience(turn, now):
                 self._leave(None, waiting)
                 self.append(turn, now)
                 return
@@ -171,7 +172,8 @@ class WaitingQueue:
                 spare[name] = self._elsewhere(name)
             if home in self._lines:
                 try_too(line[:1], number)
-            elif home is not None and home in workers:
+            elif home is not None and home in workers:  # Nobody claims it any more.
+                changed.add(home)
                 spare[home] = self._elsewhere(home)
                 try_too(self._up_to(spare[home]), number)
 
@@ -193,16 +195,11 @@ class WaitingQueue:
         claimed = {home for home, line in self._lines.items() if line[0][0] < number}
         return workers - claimed if claimed else workers
 
-    def _place_anywhere(self, waiting: Waiting, place: Place, workers: Set[str], changed: set[str]) -> bool:
-        """Place a turn that has no home, where one that was refused is not refused again."""
-        number = waiting[0]
-        open_workers = self._open(workers, number if None in self._lines else inf)
-        if number in self._refused:
-            open_workers = open_workers & changed
-        if not open_workers:
-            return False
-        self._refused.add(number)
-        return self._place(None, waiting, place, open_workers)
+    def _place_anywhere(self, waiting: Waiting, place: Place, open_workers: Set[str], changed: set[str]) -> bool:
+        """Place a turn that has no home; what has refused it is asked again when it has changed."""
+        asked = open_workers & changed if waiting[0] in self._refused else open_workers
+        self._refused.add(waiting[0])
+        return bool(asked) and self._place(None, waiting, place, asked)
 
     def _place(self, home: str | None, waiting: Waiting, place: Place, open_workers: Set[str]) -> bool:
         if not place(waiting[1], open_workers):

@@ -204,6 +204,7 @@ class Follower:
                     self.reply(messages.Stored(self.rank, number, f"rank {self.rank} has no way to its pages"))
             case messages.Abandon(number):
                 if (found := self.storing.pop(number, None)) and number in self.begun:
+                    self.begun.remove(number)
                     found[0].abandon()
             case other:
                 raise TypeError(f"ranks do not take a {type(other).__name__}")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Set
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from miniserve.cluster.messages import Run, StepTime
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.scheduler.conversation import Conversation
+from miniserve.scheduler.commands import Command
+from miniserve.scheduler.conversation import Conversation, Said
 from miniserve.scheduler.queue import WaitingQueue
-from miniserve.scheduler.scheduler import QueueFull
+from miniserve.scheduler.scheduler import QueueFull, Scheduler
 from miniserve.scheduler.turns import Turn
+from tests.support.plain_queue import PlainQueue
 from tests.support.scheduling import (
     end,
+    join,
     report,
     report_steps,
     returning,
@@ -361,3 +368,44 @@ def test_turns_of_a_new_conversation_line_up_for_the_home_that_the_first_one_fin
     made.workers["d1"].drop_turn(1, 0.1)
     assert [(home, run.turn) for home, run in sent(made.on_tick(0.2), Run)] == [("d1", "b.1")], "passes those of d0"
     assert [run.turn for _, run in sent(end(made, "d0", "a0.1", 0.3), Run)] == ["a1.1"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(policy: str, seed: int) -> None:
+    """Two schedulers in one world: turns come, grow, end, are cancelled; workers die and return."""
+    pick, now = random.Random(seed), 0.0
+    workers = pick.choice([("d0",), ("d0", "d1"), ("p0", "d0", "d1"), ("p0", "d0", "d1", "d2", "d3")])
+    both = [scheduler(*workers, policy=policy, max_turns=t, max_queued=10**6) for t in [pick.choice([1, 3, 9])] * 2]
+    plain = both[1]
+    plain._queue = plain._placer.queue = PlainQueue(plain._queue)
+    epochs = dict.fromkeys(workers, 1)
+
+    def happens(event: Callable[..., list[Command]], *args: Any, **named: Any) -> None:
+        found, wanted = (made.on_tick(now) + event(made, *args, **named) + made.on_tick(now) for made in both)
+        assert found == wanted
+        assert both[0].queued == plain.queued
+
+    for number in range(150):
+        now += pick.choice([0.0, 0.1, 1.0, 20.0])
+        running = [turn for turn in plain.turns if turn.run]
+        what = pick.random()
+        if what < 0.5:
+            key, first = pick.choice("abcdefgh"), pick.choice([16, 40, 200, 700])
+            tokens = [ord(key)] * first + [number] * pick.choice([0, 20])
+            said = Said(priority=pick.choice([0, 0, 0, 1]))
+            key += "" if number % 3 else str(number)  # Some begin a conversation of their own.
+            happens(submit, f"t{number}", tokens, key, now, said)
+        elif what < 0.85 and running:
+            turn, finish = pick.choice(running), pick.choice(["stop", None])
+            home, run, at = str(turn.home), str(turn.run), turn.delivered
+            happens(report, home, run, at, 5, now, finish=finish, cached_tokens=0)
+        elif what < 0.95 and plain.active:
+            gone = pick.choice([turn.id for turn in plain.turns])
+            happens(Scheduler.cancel, gone, now)
+        elif what < 0.97:
+            name = pick.choice(workers)
+            epochs[name] += 1
+            happens(Scheduler.worker_down, name, returns=True, now=now)
+            happens(join, name, epochs[name], now)

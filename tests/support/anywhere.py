@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from miniserve.scheduler.placement import Need, Placement
-from miniserve.scheduler.workers import Cluster
+from miniserve.scheduler.workers import Cluster, WorkerView
 
 
 class Anywhere:
@@ -20,7 +20,7 @@ class Anywhere:
     def patience(self, need: Need, cluster: Cluster) -> float:
         return self._patience
 
-    def elsewhere(self, home: str, cluster: Cluster) -> float:
+    def elsewhere(self, worker: WorkerView) -> float:
         return 1e9
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:

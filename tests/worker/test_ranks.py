@@ -17,6 +17,8 @@ from tests.support.engines import prompts, small
 from tests.support.packed import awq, fp8, gptq, write_packed
 from tests.support.ranks import generate, greedy, several
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 24
 ITEMS = prompts(4, 60, seed=2)
 AWQ, GPTQ = {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4}
@@ -68,6 +70,17 @@ def test_fewer_heads_of_keys_than_ranks_and_an_odd_vocabulary(tmp_path, kv_heads
     folder = tiny.make_model(tmp_path / "m", "qwen3", head_dim=32, **sizes)
     with several(folder, 4, async_scheduling=overlap, prompt_lookup=not overlap) as built:
         assert greedy(built[0].engine, ITEMS, TOKENS) == tiny.reference(folder, ITEMS, TOKENS)
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "qwen3_moe"])
+def test_bf16_text_is_the_same_in_any_batch(wide, arch):
+    with several(wide[arch], 2, dtype="bfloat16") as built:
+        if built[0].kernels != "native":
+            pytest.skip(built[0].kernels)
+        alone = [greedy(built[0].engine, [item], TOKENS)[0] for item in ITEMS]
+    for chunk in (7, 512):
+        with several(wide[arch], 2, dtype="bfloat16", max_num_batched_tokens=chunk) as built:
+            assert greedy(built[0].engine, ITEMS, TOKENS) == alone
 
 
 def test_biases(tmp_path):
