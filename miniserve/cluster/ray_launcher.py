@@ -141,6 +141,13 @@ class RayLauncher:
         actor = ray.remote(WorkerActor).options(**options, scheduling_strategy=place).remote()
         return RayWorker(spec, actor, str(self.base), self.host, far)
 
+    def release(self, name: str) -> None:
+        """A bundle of a group that others have as well is not given back before they are."""
+        group, _ = self._bundles.pop(name)
+        if group in self._groups and all(group is not other for other, _ in self._bundles.values()):
+            self._groups.remove(group)
+            remove_placement_group(group)
+
     def close(self) -> None:
         for group in self._groups:
             remove_placement_group(group)
