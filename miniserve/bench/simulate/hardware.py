@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 
 
-class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One device with one model, as it was measured. Times in seconds, sizes in tokens and bytes.
 
     A step that computes chunks of prompts and one token for each of B decoding sequences takes
@@ -105,14 +105,12 @@ PRESETS = msgspec.toml.decode(Path(__file__).with_name("hardware.toml").read_byt
 
 
 def load_hardware(text: str) -> Hardware:
-    """A preset by its name, or the file that `miniserve profile` has written. Raises `ConfigError`."""
+    """A preset by its name, or the file that `scripts/profile_hardware.py` has written. Raises `ConfigError`."""
     if preset := PRESETS.get(text):
         return preset
     path = Path(text)
     if not path.is_file():
-        raise ConfigError(
-            f"No hardware profile {text!r}: use {', '.join(PRESETS)}, or a file that `miniserve profile` has written."
-        )
+        raise ConfigError(problem("cli.no_hardware", name=text, presets=", ".join(PRESETS)))
     try:
         return msgspec.json.decode(path.read_bytes(), type=Hardware)
     except msgspec.MsgspecError as error:
