@@ -5,17 +5,25 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from miniserve.config import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 PARTS = "vectors", "tiles", "matrix", "packing", "products", "experts", "attention", "delta", "group"
 HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in PARTS]
+FUNCTION = re.compile(r'extern "C" void (\w+?)(_##NAME)?\((.*?)\) \{', re.DOTALL)
+DTYPES = "float32", "bfloat16"
+"""Which a function may be there for, one for each."""
+NUMBERS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float} | dict.fromkeys(
+    ("int", "int32_t", "uint32_t", "Gate"), ctypes.c_int32
+)
 COMPILERS = ("g++", "c++")
 """`cpu.cpp` needs GCC for its vectors; $CXX comes first where it is set."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -45,7 +53,7 @@ def load(progress: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
         raise NoKernels(f"MINISERVE_CPU_ISA={isa} is unknown: use {', '.join(ISAS)}")
     flags = (*FLAGS, *ISAS[isa])
     # Machines of different kinds may share a home directory: what was compiled for one must not run on another.
-    sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
+    sources = read_sources()
     facts = ("flags", "Features", "model name")
     cpu = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(facts)}
     identity = [*sources, *flags, compiler, str(os.stat(compiler).st_mtime), platform.machine(), *sorted(cpu)]
@@ -60,9 +68,26 @@ def load(progress: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
                 if not library.exists():
                     progress("compiling CPU kernels (once)")
                     _compile([compiler, *flags], library)
-        return ctypes.CDLL(str(library))
+        return _declared(ctypes.CDLL(str(library)), sources[0])
     except OSError as error:
         raise NoKernels(f"{library}: {error.strerror or error}") from error
+
+
+def read_sources() -> list[str]:
+    """The text of `cpu.cpp`, then that of its headers."""
+    return [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
+
+
+def _declared(library: ctypes.CDLL, source: str) -> ctypes.CDLL:
+    """The library, whose functions take what `source` declares: numbers, and pointers to all else."""
+    for name, each, arguments in FUNCTION.findall(source):
+        kinds: list[Any] = [
+            ctypes.c_void_p if "*" in argument else NUMBERS[argument.split()[-2]] for argument in arguments.split(",")
+        ]
+        for full in [f"{name}_{dtype}" for dtype in DTYPES] if each else [name]:
+            if (function := getattr(library, full, None)) is not None:
+                function.argtypes, function.restype = kinds, None
+    return library
 
 
 def _compile(command: list[str], library: Path) -> None:
