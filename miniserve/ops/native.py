@@ -1,19 +1,17 @@
 """Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result."""
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from miniserve.config import cache_dir
+from miniserve.config import cache_dir, make_once
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 PARTS = "vectors", "tiles", "matrix", "packing", "products", "experts", "attention", "delta", "group"
@@ -59,16 +57,17 @@ def load(progress: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
     identity = [*sources, *flags, compiler, str(os.stat(compiler).st_mtime), platform.machine(), *sorted(cpu)]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{name}.so"
+
+    def compile(out: Path) -> None:
+        progress("compiling CPU kernels (once)")
+        done = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = done.stderr.splitlines()
+            reason = next((line for line in lines if "error" in line), f"exit code {done.returncode}")
+            raise NoKernels(f"{compiler} failed: {reason.strip()}")
+
     try:
-        if not library.exists():
-            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Workers start at the same time: one compiles, the others wait for it.
-            with (library.parent / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not library.exists():
-                    progress("compiling CPU kernels (once)")
-                    _compile([compiler, *flags], library)
-        return _declared(ctypes.CDLL(str(library)), sources[0])
+        return _declared(ctypes.CDLL(str(make_once(library, compile))), sources[0])
     except OSError as error:
         raise NoKernels(f"{library}: {error.strerror or error}") from error
 
@@ -88,15 +87,3 @@ def _declared(library: ctypes.CDLL, source: str) -> ctypes.CDLL:
             if (function := getattr(library, full, None)) is not None:
                 function.argtypes, function.restype = kinds, None
     return library
-
-
-def _compile(command: list[str], library: Path) -> None:
-    """Compile to a file beside `library` and move it there: it appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as work:
-        out = Path(work) / "cpu.so"
-        done = subprocess.run([*command, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stderr.splitlines()
-            reason = next((line for line in lines if "error" in line), f"exit code {done.returncode}")
-            raise NoKernels(f"{command[0]} failed: {reason.strip()}")
-        os.replace(out, library)
