@@ -49,6 +49,15 @@ def tables(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).parent.joinpath(name).read_text("utf-8"))
 
 
+PROBLEMS = tables("problems.toml")
+
+
+def problem(name: str, /, **about: object) -> str:
+    """A sentence of problems.toml; `about` are its fields."""
+    table, _, key = name.partition(".")
+    return str(PROBLEMS[table][key]).format(**about)
+
+
 def cache_dir() -> Path:
     """What can be made again lies here: $MINISERVE_CACHE, else $XDG_CACHE_HOME/miniserve, else ~/.cache/miniserve."""
     if own := os.environ.get("MINISERVE_CACHE"):
@@ -162,10 +171,7 @@ class Topology(msgspec.Struct, frozen=True):
         """From `[nP]mD`. Raises `ConfigError`."""
         m = re.fullmatch(r"(?:(\d+)[pP])?(\d+)[dD]", text.strip())
         if m is None or int(m[2]) < 1:
-            raise ConfigError(
-                f"{text!r} is not understood: write prefillers and decoders like 1D, 2D, 1P1D or 1P3D "
-                "(at least one decoder)."
-            )
+            raise ConfigError(problem("cli.topology", text=text))
         return cls(int(m[1] or 0), int(m[2]))
 
     @property
@@ -194,6 +200,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Annotated[str | None, parse_quantization] = None
     max_model_len: Annotated[int | None, parse_tokens] = None
     device: str = "auto"
+    tensor_parallel_size: Annotated[int, parse_positive] = 1
     threads: Annotated[int, parse_positive] = 0
     cpu_kernels: Literal["auto", "torch"] = "auto"
     prompt_lookup: bool | None = None
@@ -212,7 +219,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     handoff_deadline: Annotated[float, parse_seconds] = 30.0
     role: Role = Role.DECODER
     workers: int = 1
-    """How many workers share this machine's memory and cores."""
+    """How many workers share this machine's memory and cores, each rank counted as one."""
     sharing: int = 1
     """How many of them run on this worker's device: on a GPU each may use its share of `gpu_memory_utilization`."""
 
@@ -226,6 +233,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     mispredict: Annotated[float, parse_share] = 0.0
     engine: EngineConfig
     devices: Annotated[list[str], parse_devices] = []
+    launcher: Literal["local", "ray"] = "local"
+    ray_address: str = "auto"
+    placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = "SPREAD"
+    advertise_host: str = ""
     worker_timeout: Annotated[float, parse_seconds] = 120.0
     """One that loads again may have longer (`cluster/health.py`)."""
     revision: str | None = None

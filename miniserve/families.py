@@ -1,9 +1,9 @@
 """The families of models that are served, and what tells one from another (`families.toml`)."""
 
-import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from miniserve.config import tables
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,7 @@ class Family:
     experts: list[str] = field(default_factory=list)
 
 
-FAMILIES = {
-    name: Family(**table)
-    for name, table in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items()
-}
+FAMILIES = {name: Family(**table) for name, table in tables("families.toml").items()}
 """By the architecture that config.json names."""
 
 

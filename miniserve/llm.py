@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from miniserve.cluster.messages import Failed, FinishReason, FirstToken, TokenLogprob, TurnOutput
-from miniserve.config import ConfigError, EngineConfig, parse_bytes, parse_quantization
+from miniserve.config import ConfigError, EngineConfig, parse_bytes, parse_quantization, problem
 from miniserve.hub.resolve import resolve
 from miniserve.kv.hashing import root_hash
 from miniserve.sampling_params import ParameterError, SamplingParams, mistyped
@@ -172,9 +172,7 @@ class LLM:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise ParameterError(
-                "prompts", f"A prompt is not valid Unicode: character {error.start} is half of a surrogate pair."
-            ) from error
+            raise ParameterError("prompts", problem("llm.unicode", start=error.start)) from error
         return self.tokenizer.encode(prompt)
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
@@ -190,9 +188,7 @@ class LLM:
         if not tokens:
             raise ParameterError("prompts", "A prompt has no tokens.")
         if len(tokens) >= limit:
-            raise ParameterError(
-                "prompts", f"A prompt has {len(tokens)} tokens, but the maximum context length is {limit} tokens."
-            )
+            raise ParameterError("prompts", problem("llm.long_prompt", tokens=len(tokens), limit=limit))
         if not all(0 <= token < vocab for token in tokens):
             raise ParameterError("prompts", f"A prompt has a token id outside 0 to {vocab - 1}.")
 
@@ -242,11 +238,7 @@ def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
 def _for_template(conversation: Any) -> list[Message]:
     """A conversation as chat templates know it, the same as the server makes of it. Raises `ParameterError`."""
     if not isinstance(conversation, list | tuple):
-        raise ParameterError(
-            "messages",
-            '`messages` must be a list of messages like {"role": "user", "content": "Hi"}, or a list of such lists, '
-            f"got {conversation!r:.100}.",
-        )
+        raise ParameterError("messages", problem("llm.messages", given=conversation))
     try:
         return [ChatMessage.model_validate(message).for_template() for message in conversation]
     except ValidationError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
+from functools import reduce
 from inspect import formatannotation
-from typing import Literal, get_args, get_origin, get_type_hints
+from operator import or_
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 MAX_LOGPROBS = 20
 MAX_N = 64
@@ -15,6 +17,12 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+Count = Annotated[int, Meta(ge=0, lt=2**31)]
+Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+BOUNDS = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
 
 
 class ParameterError(ValueError):
@@ -27,15 +35,19 @@ class ParameterError(ValueError):
 
 
 def mistyped(struct: msgspec.Struct) -> tuple[str, str] | None:
-    """A field that holds what its type does not allow, and a sentence about it; None where there is none."""
+    """A field that holds what its type or bounds do not allow, and a sentence about it; None where there is none."""
     try:
         msgspec.convert(msgspec.structs.asdict(struct), type(struct))
     except msgspec.ValidationError as error:
-        (name,) = re.findall(r"`\$\.(\w+)", str(error))
+        ((name, inner),) = re.findall(r"`\$\.(\w+)(\[?)", said := str(error))
         kind, value = get_type_hints(type(struct))[name], getattr(struct, name)
+        if bound := re.match(r"Expected `\w+` (of length )?([<>]=?) ([-\d]+)", said):
+            rule = f"{'made of values ' if inner else ''}{bound[1] or ''}{BOUNDS[bound[2]]} {bound[3]}"
+            return name, f"`{name}` must be {rule}, got {value!r}."
         if get_origin(kind) is Literal and isinstance(value, str):
             return name, f"`{name}` must be one of {', '.join(get_args(kind))}, got {value!r}."
         kind = str if get_origin(kind) is Literal else kind
+        kind = reduce(or_, get_args(kind)) if get_origin(kind) is Union else kind  # which is written with `|`
         return name, f"`{name}` must be of type {formatannotation(kind)}, got {value!r}."
     return None
 
@@ -57,23 +69,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     `seed` makes a request reproducible whatever else is in its batch. One `stop` string becomes a list of one.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop: str | list[str] = []
-    stop_token_ids: list[int] = []
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] = 1
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[int, Bias], Meta(max_length=MAX_LOGIT_BIAS)] = {}
+    max_tokens: Count | None = 16
+    min_tokens: Count = 0
+    stop: str | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] = []
+    stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
     ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -106,39 +118,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         `vocab_size` (tokens) also checks the token ids in `logit_bias` and `stop_token_ids`.
         """
 
-        def check(ok: bool, param: str, rule: str) -> None:
-            if not ok:
-                raise ParameterError(param, f"`{param}` must be {rule}, got {getattr(self, param)!r}.")
-
         if problem := mistyped(self):
             raise ParameterError(*problem)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            check(math.isfinite(getattr(self, name)), name, "a finite number")
-        check(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")
-        check(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
-        check(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off) or a positive number of tokens")
-        check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        check(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
-        check(0 < self.repetition_penalty <= 100, "repetition_penalty", "above 0 and at most 100")
-        check(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
-        check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
-        check(self.max_tokens is None or 0 <= self.max_tokens < 2**31, "max_tokens", "at least 0")
-        check(0 <= self.min_tokens < 2**31, "min_tokens", "at least 0")
-        most = math.inf if self.max_tokens is None else self.max_tokens
-        check(self.min_tokens <= most, "min_tokens", f"at most `max_tokens` ({most})")
-        for name in ("logprobs", "prompt_logprobs"):
-            check((getattr(self, name) or 0) in range(MAX_LOGPROBS + 1), name, f"between 0 and {MAX_LOGPROBS}")
-        check(len(self.stop) <= MAX_STOPS, "stop", f"a list of at most {MAX_STOPS} strings")
-        texts = f"made of non-empty strings of at most {MAX_STOP_CHARS} characters"
-        check(all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop), "stop", texts)
-        ids = self.stop_token_ids
-        check(len(ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"a list of at most {MAX_STOP_TOKEN_IDS} token ids")
-        check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"a map of at most {MAX_LOGIT_BIAS} tokens")
-        biases = "a map of token ids to numbers between -100 and 100"
-        check(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", biases)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            most = f"at most `max_tokens` ({self.max_tokens})"
+            raise ParameterError("min_tokens", f"`min_tokens` must be {most}, got {self.min_tokens}.")
         if vocab_size is not None:
             for name in ("logit_bias", "stop_token_ids"):
-                known = all(0 <= token < vocab_size for token in getattr(self, name))
-                check(known, name, f"made of token ids from 0 to {vocab_size - 1}")
+                given = getattr(self, name)
+                if not all(0 <= token < vocab_size for token in given):
+                    ids = f"made of token ids from 0 to {vocab_size - 1}"
+                    raise ParameterError(name, f"`{name}` must be {ids}, got {given!r}.")
         return self

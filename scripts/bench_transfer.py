@@ -26,6 +26,7 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import Copy, Transfer
 from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.kv.transfer.sockets import SocketTransfer
@@ -54,7 +55,7 @@ def source(control: Connection, run_dir: str, peer: Peer, num_pages: int) -> Non
     prepare()
     memory = KVMemory(SHAPE, num_pages, torch.device("cpu"))
     memory.pages.view(torch.int16).random_()
-    asked = SocketTransfer(memory, ("source", 1), peer, run_dir)
+    asked = SocketTransfer(memory, Door(("source", 1), run_dir, b"key"), peer)
     control.send(peer_of("source", memory))
     wire = socket.create_connection(("127.0.0.1", control.recv()))
     assert memory.shared is not None
@@ -89,7 +90,7 @@ class Bench:
         mapped = MappedTransfer(self.memory, peer)
         self.transfers: dict[str, Transfer] = {
             "mapped": mapped,
-            "collective": SocketTransfer(self.memory, ("here", 1), peer, run_dir),
+            "collective": SocketTransfer(self.memory, Door(("here", 1), run_dir, b"key"), peer),
         }
         self.theirs = mapped._theirs
         self.ours = self.memory.bytes.numpy()

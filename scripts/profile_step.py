@@ -102,7 +102,7 @@ def add(engine: Engine, layout: str, name: str, length: int, outputs: int) -> No
 
 
 def measure(
-    built: building.Built, timed: Timed, decodes: int, context: int, chunk: int, steps: int
+    built: building.Built, timed: Timed | None, decodes: int, context: int, chunk: int, steps: int
 ) -> dict[str, float]:
     """Medians of the milliseconds of a step, by name: `decodes` at `context` tokens, or a prompt of `chunk`."""
     engine, rows = built.engine, []

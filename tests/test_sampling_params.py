@@ -134,7 +134,7 @@ def test_one_stop_string_is_a_list_of_one() -> None:
     assert params == SamplingParams(stop=["END"]) == params.validate()
     assert msgspec.structs.replace(params, stop="\n").stop == ["\n"]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params)) == {"stop": ["END"]}
-    with pytest.raises(ParameterError, match="non-empty"):
+    with pytest.raises(ParameterError, match="of length at least 1"):
         SamplingParams(stop="").validate()
 
 

@@ -1,10 +1,13 @@
-"""The HTTP API: its routes, and what OpenAPI says of them."""
+"""The HTTP API: its parts, their routes (`routes.toml`), what OpenAPI says of them, and what is around them.
 
-import time
-from datetime import UTC, datetime
+Endpoints build their answers themselves. `answers.toml` has a JSON schema of each, and of the events of streams, and
+`monitor/views.toml` has those of views. Tests hold all answers against these schemas.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
@@ -13,18 +16,19 @@ from starlette.responses import Response
 from miniserve import __version__
 from miniserve.api import dashboard, errors
 from miniserve.api.middleware import ApiKey, BodyLimit, Edge
-from miniserve.api.openapi import App, problems
 from miniserve.api.responses.routes import ResponsesRoutes
 from miniserve.api.service import Service
-from miniserve.api.streaming import json_answer
-from miniserve.config import ServeConfig
-from miniserve.dispatcher import Dispatcher, EngineError
+from miniserve.config import ServeConfig, tables
+from miniserve.dispatcher import Dispatcher
 from miniserve.monitor.events import Feed
+from miniserve.monitor.views import SCHEMAS
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 
 EXPOSED = ["X-Request-Id", "X-Ignored-Parameters", "Retry-After"]
 """Headers of answers that a browser shows to scripts of other origins."""
+ROUTES = tables("api/routes.toml")
+ANSWERS = tables("api/answers.toml") | SCHEMAS
 
 
 def create_app(
@@ -58,79 +62,54 @@ def create_app(
         responses=problems("ErrorBody"),
         redirect_slashes=False,
     )
-    app.endpoint("POST", "/v1/chat/completions", service.chat_completions, "ChatCompletion", stream="ChunkEvent")
-    app.endpoint("POST", "/v1/completions", service.completions, "Completion", stream="ChunkEvent")
-    _add_responses(app, ResponsesRoutes(service))
-    error = "AnthropicErrorBody"
-    app.endpoint("POST", "/v1/messages", service.messages, "MessageOut", stream="NamedEvent", error=error)
-    app.endpoint("POST", "/v1/messages/count_tokens", service.count_tokens, "TokenCount", error=error)
-    app.endpoint("POST", "/tokenize", service.tokenize, "Tokenized")
-    app.endpoint("POST", "/detokenize", service.detokenize, "Detokenized")
-    _add_model_and_health(app, client, service, config.engine.model)
-    dashboard.add_views(app, client, feed, service.metrics, service.doctor)
-    dashboard.add_page(app)
+    responses = ResponsesRoutes(service)
+    views = dashboard.Views(client, feed, service.metrics, service.doctor)
+    parts = {"service": service, "responses": responses, "conversations": responses.conversations, "views": views}
+    app.add_routes(parts)
     return app
 
 
-def _add_responses(app: App, routes: ResponsesRoutes) -> None:
-    app.endpoint("POST", "/v1/responses", routes.create, "ResponseOut", stream="NamedEvent")
-    app.endpoint("POST", "/v1/responses/input_tokens", routes.count_input, "InputTokens")
-    app.endpoint("GET", "/v1/responses/{response}", routes.retrieve, "ResponseOut")
-    app.endpoint("DELETE", "/v1/responses/{response}", routes.delete, "Deleted")
-    app.endpoint("GET", "/v1/responses/{response}/input_items", routes.list_input, "ItemList")
-    kept = routes.conversations
-    app.endpoint("POST", "/v1/conversations", kept.create, "ConversationOut")
-    app.endpoint("GET", "/v1/conversations/{conversation}", kept.retrieve, "ConversationOut")
-    app.endpoint("POST", "/v1/conversations/{conversation}", kept.update, "ConversationOut")
-    app.endpoint("DELETE", "/v1/conversations/{conversation}", kept.delete, "Deleted")
-    app.endpoint("GET", "/v1/conversations/{conversation}/items", kept.list_items, "ItemList")
-    app.endpoint("POST", "/v1/conversations/{conversation}/items", kept.add_items, "ItemList")
-    app.endpoint("GET", "/v1/conversations/{conversation}/items/{item}", kept.retrieve_item, "Item")
-    app.endpoint("DELETE", "/v1/conversations/{conversation}/items/{item}", kept.delete_item, "ConversationOut")
+class App(FastAPI):
+    """An app whose OpenAPI document holds the schemas of all answers."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        for name, table in ANSWERS.items():
+            schema = {"type": "object", **table}
+            optional = schema.pop("optional", [])
+            schema["required"] = [key for key in table["properties"] if key not in optional]
+            document["components"]["schemas"][name] = schema
+        return document
+
+    def add_routes(self, parts: Mapping[str, object]) -> None:
+        """Add all routes. The methods of `parts`, one for each table of routes.toml, are the handlers."""
+        for part, routes in ROUTES.items():
+            for route, row in routes.items():
+                method, path = route.split()
+                content = _json(*row["answers"]) if "answers" in row else {}
+                if "stream" in row:
+                    content["text/event-stream"] = {"itemSchema": _schema(row["stream"])}
+                if "media" in row:
+                    content[row["media"]] = {}
+                responses = {200: {"content": content}, **problems(row.get("error", "ErrorBody"))}
+                handler = getattr(parts[part], row["run"])
+                how: dict[str, Any] = {
+                    "methods": [method],
+                    "responses": responses,
+                    "include_in_schema": "hidden" not in row,
+                }
+                self.add_api_route(path, handler, response_class=Response, **how)
 
 
-def _add_model_and_health(app: App, client: Dispatcher, service: Service, root: str) -> None:
-    created, names = int(time.time()), service.names
+def problems(error: str) -> dict[int | str, dict[str, Any]]:
+    """The answers to requests that fail, in the shape `error`."""
+    return {status: {"description": why, "content": _json(error)} for status, why in errors.TABLES["problems"].items()}
 
-    def card(name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "miniserve",
-            "root": root,
-            "max_model_len": client.max_model_len,
-            "vocab_size": client.vocab_size,
-        }
 
-    def anthropic_card(name: str) -> dict[str, Any]:
-        day = datetime.fromtimestamp(created, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-        return {"type": "model", "id": name, "display_name": name, "created_at": day}
+def _json(*names: str) -> dict[str, Any]:
+    return {"application/json": {"schema": _schema(*names)}}
 
-    async def models(request: Request) -> Response:
-        """The names of the one model that is served; in the Anthropic API's shape for a request with the header
-        `anthropic-version`."""
-        if errors.is_anthropic(request.scope):
-            data = [anthropic_card(name) for name in names]
-            return json_answer({"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]})
-        return json_answer({"object": "list", "data": [card(name) for name in names]})
 
-    async def retrieve_model(request: Request, model: str) -> Response:
-        """One of these names."""
-        service.check_model(model)
-        return json_answer(anthropic_card(model) if errors.is_anthropic(request.scope) else card(model))
-
-    async def health() -> Response:
-        """Whether the engine can serve; needs no API key."""
-        if not client.healthy:
-            raise EngineError(client.unhealthy_reason)
-        return json_answer({"status": "ok"})
-
-    async def version() -> Response:
-        """The version of miniserve."""
-        return json_answer({"version": __version__})
-
-    app.endpoint("GET", "/v1/models", models, "ModelList", "ModelCards")
-    app.endpoint("GET", "/v1/models/{model:path}", retrieve_model, "Model", "ModelCard")  # names may hold slashes
-    app.endpoint("GET", "/health", health, "HealthStatus")
-    app.endpoint("GET", "/version", version, "Version")
+def _schema(*names: str) -> dict[str, Any]:
+    schemas = [{"$ref": f"#/components/schemas/{name}"} for name in names]
+    return {"anyOf": schemas} if len(schemas) > 1 else schemas[0]

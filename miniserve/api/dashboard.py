@@ -1,100 +1,110 @@
 """What there is to see of a running server: the dashboard's page, live events, conversations, workers, metrics."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Coroutine
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Query, Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from miniserve.api.errors import ApiError
-from miniserve.api.openapi import App
+from miniserve.api.fields import RequestBody
 from miniserve.api.streaming import EventStream, json_answer
+from miniserve.cluster.launch import StartupError
+from miniserve.config import ConfigError, Role, tables
 from miniserve.dispatcher import Dispatcher
-from miniserve.monitor.conversation_views import MOST_LISTED, conversation_detail, conversation_list
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
-from miniserve.monitor.worker_views import worker_list
+from miniserve.monitor.views import MOST_LISTED, conversation_detail, conversation_list, worker_list
+from miniserve.scheduler.scheduler import NoDecoder
 
 FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
-# The page asks only this server, runs only our files, and no other page can frame it or send its forms elsewhere.
-# Should the name of a conversation ever be taken for HTML, nothing in it would run.
-POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " + "; ".join(
-    f"{kind}-src 'self'" for kind in ("script", "style", "connect", "img")
-)
-HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # browsers keep a file and ask again each time: the answer is then 304, without a body
-}
+HEADERS: dict[str, str] = tables("api/dashboard.toml")["headers"]
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve the page at / and its files below /dashboard/."""
-    served = StaticFiles(directory=FOLDER)
+class WorkerRequest(RequestBody):
+    """What the worker is for."""
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/dashboard/{name}", include_in_schema=False)
-    async def page(request: Request, name: str = "index.html") -> Response:
-        answer = await served.get_response(name, request.scope)
+    role: Literal["decoder", "prefiller"] = "decoder"
+
+
+class Views:
+    """The routes at which a running server is seen."""
+
+    def __init__(self, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
+        self._client, self._feed, self._metrics, self._doctor = client, feed, collected, doctor
+        self._files = StaticFiles(directory=FOLDER)
+        self._under_way: set[asyncio.Task] = set()
+
+    async def page(self, request: Request, name: str = "index.html") -> Response:
+        """The dashboard's page, or one of its files."""
+        answer = await self._files.get_response(name, request.scope)
         answer.headers.update(HEADERS)
         return answer
 
-
-def add_views(app: App, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
-    async def conversations(limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> Response:
+    async def conversations(self, limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100) -> Response:
         """The conversations that are known, the latest first: where their KV lives, and how many turns they had."""
-        return json_answer(conversation_list(client.scheduler, time.monotonic(), limit))
+        return json_answer(conversation_list(self._client.scheduler, time.monotonic(), limit))
 
-    async def conversation(conversation: str) -> Response:
+    async def conversation(self, conversation: str) -> Response:
         """One of them: what was observed of its last turns, and where their time went."""
-        found = conversation_detail(client.scheduler, doctor, conversation, time.monotonic())
+        found = conversation_detail(self._client.scheduler, self._doctor.misses, conversation, time.monotonic())
         if found is None:
-            raise ApiError(
-                404,
-                f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations.",
-                code="conversation_not_found",
-            )
+            problem = f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations."
+            raise ApiError(404, problem, code="conversation_not_found")
         return json_answer(found)
 
-    async def workers() -> Response:
+    async def workers(self) -> Response:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
-        return json_answer(worker_list(client.scheduler, client.policy_name, time.monotonic()))
+        return json_answer(worker_list(self._client.scheduler, self._client.policy_name, time.monotonic()))
 
-    async def examined() -> Response:
+    async def add_worker(self, body: WorkerRequest) -> Response:
+        """Start one more worker. The answer comes when it serves."""
+        try:
+            name = await self._finish(self._client.add_worker(Role(body.role)))
+        except (ConfigError, StartupError) as error:
+            raise ApiError(409, f"No worker could be added: {error}", code="worker_not_added") from error
+        every = worker_list(self._client.scheduler, self._client.policy_name, time.monotonic())["data"]
+        return json_answer(next(card for card in every if card["name"] == name))
+
+    async def remove_worker(self, worker: str) -> Response:
+        """Let a worker go: its turns end there, its conversations move to others. The answer comes when it has gone."""
+        if worker not in self._client.scheduler.workers:
+            raise ApiError(404, f"No worker {worker[:64]!r} serves: see GET /v1/workers.", code="worker_not_found")
+        try:
+            await self._finish(self._client.remove_worker(worker))
+        except NoDecoder as error:
+            raise ApiError(409, str(error), code="last_decoder") from error
+        return json_answer({"id": worker, "object": "worker.deleted", "deleted": True})
+
+    async def _finish(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Its result; it goes on if the client does not wait."""
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+    async def examined(self) -> Response:
         """What each client's turns computed that earlier ones had computed already, and why."""
-        return json_answer(doctor.report(client.scheduler.reuse))
+        return json_answer(self._doctor.report(self._client.scheduler.reuse))
 
-    async def events() -> Response:
+    async def events(self) -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. A client that does not keep up loses the oldest events, and an event says how many."""
-        return EventStream(_live_events(feed))
+        return EventStream(_live_events(self._feed))
 
-    app.endpoint("GET", "/conversations", conversations, "ConversationList")
-    app.endpoint("GET", "/conversations/{conversation:path}", conversation, "ConversationDetail")
-    app.endpoint("GET", "/v1/workers", workers, "WorkerList")
-    app.endpoint("GET", "/v1/doctor", examined, "DoctorReport")
-    app.endpoint("GET", "/v1/events", events, stream="LiveEvent")
-
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
+    async def metrics(self) -> Response:
         """Prometheus metrics."""
-        return Response(collected.render(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
-@asynccontextmanager
-async def _live_events(feed: Feed) -> AsyncIterator[AsyncIterator[bytes]]:
+async def _live_events(feed: Feed) -> AsyncGenerator[bytes, None]:
     """The events of `feed` until the server ends. Raises `TooManyListeners`."""
     with feed.listener() as listener:
-
-        async def data() -> AsyncIterator[bytes]:
-            while events := await listener.take():
-                yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)
-
-        yield data()
+        while events := await listener.take():
+            yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)

@@ -55,8 +55,7 @@ class ApiError(HTTPException):
         anthropic: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """`anthropic` are the words that clients of the Anthropic API look for, if there are such, and `details` what
-        its errors have more."""
+        """`anthropic` are the words that clients of that API look for, if there are such, `details` what it adds."""
         # What clients sent may hold lone surrogates, which no UTF-8 body can carry.
         self.message = message.encode("utf-8", "backslashreplace").decode()
         self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()

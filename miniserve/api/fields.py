@@ -69,8 +69,7 @@ Effort = Annotated[Text, Field(max_length=32)]
 
 
 class RequestBody(Body):
-    """A body that knows which of its parameters mean nothing. Of these `refused` are an error: by name, what to do
-    instead."""
+    """A body that knows which of its parameters mean nothing. `refused` are an error: by name, what to do instead."""
 
     refused: ClassVar[Mapping[str, str]] = {}
 

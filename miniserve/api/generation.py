@@ -152,8 +152,7 @@ class Generation:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def updates(self) -> AsyncIterator[list[Choice]]:
-        """The choices that have gone on since the last time, until all have ended. Raises the exception that a choice
-        failed with."""
+        """The choices that have gone on since the last time, until all have ended. Raises what a choice failed with."""
         running = len(self.choices)
         while running:
             while not self._updated and self._failure is None:

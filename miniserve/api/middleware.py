@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from miniserve.api.errors import ApiError, is_anthropic
+from miniserve.config import problem
 from miniserve.monitor.metrics import Metrics
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -81,8 +82,7 @@ class Edge:
 
 
 class ApiKey:
-    """Lets requests in that carry the key. /health needs none, nor does the dashboard's page, which shows nothing until
-    it is given the key."""
+    """Lets in requests with the key. /health needs none, nor does the dashboard's page, which then asks for it."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -94,13 +94,8 @@ class ApiKey:
             # A comparison takes the same time wherever the first difference is.
             bearer = hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
             if not (bearer or hmac.compare_digest(_header(scope, b"x-api-key"), self._key)):
-                refusal = ApiError(
-                    401,
-                    "A valid API key is needed: send the one given to --api-key as `Authorization: Bearer KEY` (or "
-                    "`x-api-key: KEY`).",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+                challenge = {"WWW-Authenticate": "Bearer"}
+                refusal = ApiError(401, problem("api.no_key"), code="invalid_api_key", headers=challenge)
                 return await refusal.response(scope)(scope, receive, send)
         await self._app(scope, receive, send)
 
@@ -135,12 +130,8 @@ class BodyLimit:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise ApiError(
-                    408,
-                    f"The body did not arrive within {BODY_SECONDS:g} s: send as many bytes as you announce, or fewer.",
-                    code="request_timeout",
-                    headers=CLOSE,
-                ) from None
+                slow = problem("api.slow_body", seconds=BODY_SECONDS)
+                raise ApiError(408, slow, code="request_timeout", headers=CLOSE) from None
             taken += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if taken > self._limit:
@@ -174,8 +165,7 @@ async def _send_plainly(cycle: RequestResponseCycle, send: Send, message: Messag
 
 
 class Connection(HttpToolsProtocol):
-    """A connection of uvicorn's that refuses heads that are too large, closes when a head takes too long, and speaks
-    HTTP/1.0 to those who do."""
+    """A connection of uvicorn's that refuses large heads, closes when a head takes long, and speaks HTTP/1.0, too."""
 
     _bytes = 0  # of this head so far, or of head and body
     _whole = False  # the head is complete
@@ -223,9 +213,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            error = ApiError(
-                431, f"The head of a request may have {MAX_HEAD_BYTES} bytes: send fewer and shorter headers."
-            )
+            error = ApiError(431, problem("api.long_head", most=MAX_HEAD_BYTES))
             body = error.response({"path": ""}).body
             head = f"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: {len(body)}\r\n"
             self.transport.write(

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -29,8 +30,8 @@ from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, Detoken
 from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
 from miniserve.api.structured import GrammarChecks, requested
-from miniserve.config import ServeConfig
-from miniserve.dispatcher import Dispatcher, TurnStream
+from miniserve.config import ServeConfig, problem
+from miniserve.dispatcher import Dispatcher, EngineError, TurnStream
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
@@ -47,8 +48,7 @@ Prompts = list[tuple[list[int], SamplingParams]]
 
 
 class Service:
-    """`defaults` is the model's generation_config.json. Raises `ConfigError` for the name of a parser that does not
-    exist."""
+    """`defaults` is the model's generation_config.json. Raises `ConfigError` for a parser that does not exist."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class Service:
         self._client = client
         self._defaults = defaults
         self._examining: set[asyncio.Task[None]] = set()
+        self._created = int(time.time())
         self._grammars = GrammarChecks(compiler)
         self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {self.names[0]}".encode()).hexdigest()[:10]
 
@@ -142,8 +143,7 @@ class Service:
         return answer
 
     async def _prepare(self, asked: RequestBody, body: GenerationRequest, renderer: Renderer) -> Prompts:
-        """Check the request, render and tokenize its prompts, compile their grammars. Raises `ApiError`,
-        `ParameterError`."""
+        """Check the request, render its prompts, compile their grammars. Raises `ApiError`, `ParameterError`."""
         self.check_model(body.model)
         params = body.sampling(self._defaults, self._client.vocab_size)
         wanted = None
@@ -165,8 +165,7 @@ class Service:
         prompts = await asyncio.to_thread(render)
         scores = sum(len(ids) * p.n * (p.prompt_logprobs + 1) for ids, p in prompts if p.prompt_logprobs is not None)
         if scores > MAX_SCORES:
-            fix = f"an answer holds {MAX_SCORES} at most. Shorten the input, or ask for fewer alternatives"
-            raise ApiError(400, f"The prompts have {scores} log-probabilities, but {fix}.", param=renderer.prompt_field)
+            raise ApiError(400, problem("api.scores", scores=scores, most=MAX_SCORES), param=renderer.prompt_field)
         # Where the format itself compiles, but the grammar of the whole answer does not, the tools are at fault.
         at_fault = "tools" if body.tool_names else body.format_field or ""
         for _, own in prompts:
@@ -200,14 +199,9 @@ class Service:
         self._check_vocabulary(prompt, field)
         limit = self.max_model_len
         if (room := limit - len(prompt)) < 1:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {limit} tokens, and `{field}` has {len(prompt)}, which leaves "
-                "no room for an answer: shorten it.",
-                param=field,
-                code="context_length_exceeded",
-                anthropic=f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum",
-            )
+            said = problem("api.long_prompt", limit=limit, field=field, tokens=len(prompt))
+            anthropic = f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum"
+            raise ApiError(400, said, param=field, code="context_length_exceeded", anthropic=anthropic)
         wanted = params.max_tokens if params.max_tokens is not None else default_limit or room
         most = min(wanted, room)
         least = min(params.min_tokens, most) if params.max_tokens else params.min_tokens
@@ -227,12 +221,8 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` for a name that is none of the model's."""
         if name is not None and name not in self.names:
-            raise ApiError(
-                404,
-                f"There is no model {name[:128]!r} here: this server has {', '.join(self.names)}.",
-                param="model",
-                code="model_not_found",
-            )
+            said = f"There is no model {name[:128]!r} here: this server has {', '.join(self.names)}."
+            raise ApiError(404, said, param="model", code="model_not_found")
 
     async def count_tokens(self, body: CountTokensRequest) -> Response:
         """How many tokens the prompt of such a request has."""
@@ -263,3 +253,33 @@ class Service:
         self._check_vocabulary(body.tokens, "tokens")
         text = await asyncio.to_thread(self.tokenizer.decode, body.tokens, False)
         return json_answer({"prompt": text}, body.ignored)
+
+    async def models(self, request: Request) -> Response:
+        """The names of the one model that is served; with the header `anthropic-version` in that API's shape."""
+        data = [self._card(name, request) for name in self.names]
+        if errors.is_anthropic(request.scope):
+            return json_answer({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
+        return json_answer({"object": "list", "data": data})
+
+    async def retrieve_model(self, request: Request, model: str) -> Response:
+        """One of these names."""
+        self.check_model(model)
+        return json_answer(self._card(model, request))
+
+    def _card(self, name: str, request: Request) -> dict[str, Any]:
+        if errors.is_anthropic(request.scope):
+            day = datetime.fromtimestamp(self._created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            return {"type": "model", "id": name, "display_name": name, "created_at": day}
+        about = {"id": name, "object": "model", "created": self._created, "owned_by": "miniserve"}
+        sizes = {"max_model_len": self.max_model_len, "vocab_size": self._client.vocab_size}
+        return {**about, "root": self._config.engine.model, **sizes}
+
+    async def health(self) -> Response:
+        """Whether the engine can serve; needs no API key."""
+        if not self._client.healthy:
+            raise EngineError(self._client.unhealthy_reason)
+        return json_answer({"status": "ok"})
+
+    async def version(self) -> Response:
+        """The version of miniserve."""
+        return json_answer({"version": __version__})

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing, suppress
 from typing import Any
 
 import msgspec
@@ -41,14 +41,12 @@ COMMENT = b": ping\n\n"
 
 
 class EventStream(Response):
-    """Sends the events that the context `events` gives, and leaves it when they end or the client disconnects. When
-    there was none for `seconds` it sends `ping`; never, if that is 0."""
+    """Sends `events`, and closes them when the client disconnects. When there was none for `seconds` it sends `ping`;
+    never, if that is 0. The status goes with the first event: what is raised before it is an answer of its own."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AbstractAsyncContextManager[AsyncIterator[bytes]], seconds: float = 0.0, ping: bytes = COMMENT
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], seconds: float = 0.0, ping: bytes = COMMENT) -> None:
         # The base class would render a body, and announce its length.
         self.status_code = 200
         self.background = None
@@ -60,16 +58,18 @@ class EventStream(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._events as events:
+        async with aclosing(self._events):
             with suppress(Stopped):
-                await unless(disconnected(receive), self._send(events, send))
+                await unless(disconnected(receive), self._send(send))
 
-    async def _send(self, events: AsyncIterator[bytes], send: Send) -> None:
+    async def _send(self, send: Send) -> None:
+        first = await anext(self._events)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": first, "more_body": True})
         self._sent = time.monotonic()
         pings = asyncio.create_task(self._send_pings(send))
         try:
-            async for data in events:
+            async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 self._sent = time.monotonic()
         finally:
@@ -102,12 +102,10 @@ def json_answer(data: Any, ignored: Iterable[str] = ()) -> Response:
     return Response(msgspec.json.encode(data), headers=ignored_header(ignored), media_type="application/json")
 
 
-@asynccontextmanager
-async def answer_events(generation: Generation, writer: ResponseWriter) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The events of a stream, in a context that ends its turns. If the generation fails, the status has long been sent:
-    the last events are about the error."""
-
-    async def events() -> AsyncIterator[bytes]:
+async def answer_events(generation: Generation, writer: ResponseWriter) -> AsyncGenerator[bytes, None]:
+    """The events of a stream, whose turns end with it. If the generation fails, the status has long been sent: the last
+    events are about the error."""
+    async with generation:
         try:
             async for data in writer.stream(generation):
                 yield data
@@ -116,6 +114,3 @@ async def answer_events(generation: Generation, writer: ResponseWriter) -> Async
             if answer.code == "internal_error":
                 logger.exception("a stream ended in an error")
             yield writer.error_events(answer)
-
-    async with generation:
-        yield events()

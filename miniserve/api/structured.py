@@ -10,6 +10,7 @@ from typing import Any
 
 from miniserve.api.errors import RETRY_SOON, ApiError
 from miniserve.api.openai.parameters import GenerationRequest
+from miniserve.config import problem
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
 
@@ -27,27 +28,22 @@ class GrammarChecks:
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self._pool = ThreadPoolExecutor(THREADS, "grammar-check")
-        self._checking = 0
+        self._room = asyncio.Semaphore(MAX_CHECKING)
 
     async def check(self, grammar: Grammar, param: str) -> None:
-        """Raises `ParameterError` about `param` if `grammar` does not compile, and `ApiError` 503 where too many others
-        are being checked."""
-        if self._checking >= MAX_CHECKING:
+        """Raises `ParameterError` about `param` if `grammar` does not compile, `ApiError` 503 where too many wait."""
+        if self._room.locked():
             raise _busy()
-        self._checking += 1
-        job = self._pool.submit(self._compiler.compile, grammar)
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(job), SECONDS)
-        except GrammarError as error:
-            raise ParameterError(param, f"`{param}` cannot be followed: {error}") from error
-        except TimeoutError as error:
-            if job.cancelled():  # by then: it had not even begun
-                raise _busy() from error
-            raise ParameterError(
-                param, f"`{param}` takes more than {SECONDS:g} s to compile: make the schema or grammar simpler."
-            ) from error
-        finally:
-            self._checking -= 1
+        async with self._room:
+            job = self._pool.submit(self._compiler.compile, grammar)
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(job), SECONDS)
+            except GrammarError as error:
+                raise ParameterError(param, f"`{param}` cannot be followed: {error}") from error
+            except TimeoutError as error:
+                if job.cancelled():  # by then: it had not even begun
+                    raise _busy() from error
+                raise ParameterError(param, problem("api.slow_grammar", param=param, seconds=SECONDS)) from error
 
 
 def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
@@ -62,9 +58,10 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
 
     if (wanted := body.structured_outputs) is None:
         form = body.response_format.form if body.response_format else None
+        schema: Any = ANY_OBJECT if form is None else form.schema_
         if form is not None and form.strict:
-            return json_grammar(form.schema_, strict=True)
-        return of_schema(form.schema_ if form else ANY_OBJECT, "response_format.schema")
+            return json_grammar(schema, strict=True)
+        return of_schema(schema, "response_format.schema")
     if wanted.regex is not None:
         return Grammar("regex", wanted.regex)
     if wanted.choice is not None:
@@ -74,7 +71,7 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
             return lark_grammar(wanted.grammar)
         except GrammarError as error:
             raise ParameterError("structured_outputs", f"`structured_outputs.grammar` is {error}") from error
-    schema: Any = ANY_OBJECT if wanted.json_ is None else wanted.json_
+    schema = ANY_OBJECT if wanted.json_ is None else wanted.json_
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -86,5 +83,4 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
 
 
 def _busy() -> ApiError:
-    problem = "Too many schemas and grammars are being checked: try again."
-    return ApiError(503, problem, code="queue_full", headers=RETRY_SOON)
+    return ApiError(503, problem("api.busy"), code="queue_full", headers=RETRY_SOON)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Tag, WithJsonSchema
+from pydantic import BeforeValidator, Tag, WithJsonSchema
 
 from miniserve.api.fields import TABLES, at_most
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Json, JsonList
+from miniserve.text.messages import Json, JsonList, text_or
 
 MAX_TOOLS = 256
 MAX_TOOLS_CHARS = 256 * 1024
@@ -29,15 +30,8 @@ def few_tools(value: Any) -> Any:
     them that takes longer than the event loop has."""
     with suppress(RecursionError):  # `sound_json` refuses what is nested too deeply
         if (size := len(json.dumps(value, ensure_ascii=False))) > MAX_TOOLS_CHARS:
-            raise ValueError(
-                f"These are {size} characters of JSON, and at most {MAX_TOOLS_CHARS} characters are allowed: send "
-                "fewer tools or shorter ones"
-            )
+            raise ValueError(problem("api.long_tools", size=size, most=MAX_TOOLS_CHARS))
     return value
-
-
-def _choice_kind(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
 def in_chat_shape(tools: Any) -> Any:
@@ -68,7 +62,7 @@ Tools = Annotated[
 ]
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[Json, Tag("<object>")],
-    Discriminator(_choice_kind, "tool_choice", "Input should be 'none', 'auto', 'required' or an object"),
+    text_or("Input should be 'none', 'auto', 'required' or an object"),
 ]
 
 
@@ -90,9 +84,7 @@ def check_function(function: dict[str, Any], at: str) -> None:
     """Raises `ParameterError` about the place `at` if it is not in order."""
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ParameterError(
-            f"{at}.name", f"`{at}.name` must be 1 to 128 letters, digits, `_`, `-` or `.`, not {str(name)[:64]!r}."
-        )
+        raise ParameterError(f"{at}.name", problem("api.tool_name", at=at, name=str(name)[:64]))
     if not isinstance(function.get("description") or "", str):
         raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")
     parameters = without_nulls(function.get("parameters"))
@@ -139,8 +131,7 @@ class AllowedCalls:
 
 
 def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[Any] | None]:
-    """`none`, `auto`, `required` or `named`, and the names of tools that this is about; None for all. Raises
-    `ParameterError`."""
+    """`none`, `auto`, `required` or `named`, and of which tools, None for all. Raises `ParameterError`."""
     if not isinstance(choice, dict):
         return choice or "auto", None
     if choice.get("type") == "function":
@@ -150,22 +141,14 @@ def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[Any] | 
         mode, tools = allowed.get("mode", "auto"), allowed.get("tools")
         if mode in ("auto", "required") and isinstance(tools, list) and tools:
             return mode, [_name_in(tool) for tool in tools]
-    raise _not_a_choice()
+    raise ParameterError("tool_choice", problem("api.tool_choice"))
 
 
 def _name_in(tool: Any) -> Any:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
-        raise _not_a_choice()
+        raise ParameterError("tool_choice", problem("api.tool_choice"))
     return name
-
-
-def _not_a_choice() -> ParameterError:
-    return ParameterError(
-        "tool_choice",
-        '`tool_choice` must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or {"type": '
-        '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}} with tools like these.',
-    )
 
 
 def _named(tools: list[Tool], name: str) -> Tool:

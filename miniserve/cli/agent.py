@@ -74,8 +74,7 @@ def _script(contents: dict[str, str], environment: dict[str, str], command: list
 
 
 def _run(environment: dict[str, str], command: list[str]) -> int:
-    """Run a command to its end; its exit code, as a shell gives it. Signals are passed on, but for a Ctrl-C that the
-    terminal has sent to both."""
+    """Run a command; its exit code, as a shell gives it. Signals are passed on, but for a Ctrl-C that both have got."""
     with subprocess.Popen(command, env=os.environ | environment) as process:
 
         def pass_on(number: int, _: Any) -> None:

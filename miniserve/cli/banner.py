@@ -57,13 +57,15 @@ def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, bound: tu
     for ready in client.ready.values():  # workers load side by side: the slowest counts
         for phase, took in ready.phases.items():
             phases[phase] = max(phases.get(phase, 0.0), took)
+    ranks = config.engine.tensor_parallel_size
+    size, each = (f" of {ranks} ranks each", "a rank") if ranks > 1 else ("", "a worker")
     rows = {
         "model": f"{name} ({files.source})",
-        "dtype": f"{first.dtype} on {places(client.ready)}, {first.threads} threads a worker",
+        "dtype": f"{first.dtype} on {places(client.ready)}, {first.threads} threads {each}",
         "kernels": first.kernels,
-        "topology": f"{client.topology}, policy {client.policy_name}",
+        "topology": f"{client.topology}{size}, policy {client.policy_name}",
         "transfer": ways(client.transfer),
-        "weights": f"{format_bytes(first.weights_bytes)} a worker",
+        "weights": f"{format_bytes(first.weights_bytes)} {each}",
         "KV cache": f"{tokens} tokens a worker: {first.kv_note}",
         "concurrency": f"{least / client.max_model_len:.1f} x {client.max_model_len:,} tokens a worker",
         "started in": f"{seconds:.1f} s ({', '.join(f'{phase} {took:.1f}' for phase, took in phases.items())})",

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Union
 import httpx
 import msgspec
 
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 from miniserve.monitor.views import SCHEMAS, Card
 
 JSON_TYPES = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
@@ -67,10 +67,7 @@ class ApiClient:
             if answered:
                 raise ConfigError(f"The answer of {self.url} broke off: is the server still running?") from error
             cause = re.sub(r"^\[[^]]*\] ", "", str(error))  # without the number, of errors of the operating system
-            raise ConfigError(
-                f"No server answers at {self.url} ({cause}). Start one with `miniserve serve`, or name another "
-                "with --url."
-            ) from error
+            raise ConfigError(problem("cli.no_server", url=self.url, cause=cause)) from error
         if response.status_code == 404 and not self._base.endswith("/v1"):
             said = f"{said.rstrip('.')}. Does --url end in /v1?"
         raise ConfigError(f"The server says: {said}")
@@ -92,8 +89,7 @@ class ApiClient:
             return msgspec.json.decode(self.get(path), type=_type({"$ref": kind}))
         except msgspec.DecodeError as error:
             raise ConfigError(
-                f"{self.url} is no miniserve of this version: what GET {path.removeprefix('/..')} gives is something "
-                f"else ({error})."
+                problem("cli.other_server", url=self.url, path=path.removeprefix("/.."), error=error)
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""The commands of the evaluation: `miniserve replay`, `simulate` and `profile`."""
+"""The commands of the evaluation: `miniserve replay` and `simulate`."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.cli.flags import api_key, filled
-from miniserve.config import ConfigError, EngineConfig
+from miniserve.config import ConfigError
 
 
 def replay(args: Namespace) -> int:
@@ -29,19 +29,12 @@ def simulate(args: Namespace) -> int:
     from miniserve.bench.simulate.cluster import SimulationConfig
     from miniserve.bench.simulate.hardware import load_roles
 
-    workload, hardware = filled(WorkloadConfig, args).load(args.rate, args.seed), load_roles(args.hardware)
+    workload = filled(WorkloadConfig, args).load(args.rate, args.seed)
+    hardware = load_roles(args.hardware, args.tensor_parallel_size)
     config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
     with counting("conversations", len(config.workload.scripts)) as progress:
         result = run.simulate(config, progress)
     return _write(result, args.json)
-
-
-def profile(args: Namespace) -> int:
-    from miniserve.bench.simulate import profile
-    from miniserve.hub.fetch import DEFAULT_MODEL
-
-    profile.profile(filled(EngineConfig, args, model=args.model or DEFAULT_MODEL), args.out)
-    return 0
 
 
 def _write(result: dict[str, Any], path: Path | None) -> int:

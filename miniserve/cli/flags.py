@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 
 import msgspec
 
-from miniserve.config import ConfigError, Topology, number, parse_positive, parse_seconds, parse_share, tables
+from miniserve.config import ConfigError, Topology, number, parse_positive, parse_seconds, parse_share, problem, tables
 from miniserve.scheduler.baselines import POLICIES
 
 T = TypeVar("T")
@@ -132,10 +132,7 @@ def api_key(args: argparse.Namespace) -> str | None:
             continue
         key = text.strip()  # a secret from a file ends in a newline
         if not key:
-            raise ConfigError(
-                f"The API key in {source} is empty. Give one (is the variable it comes from set?), or leave {source} "
-                "out: then there is none."
-            )
+            raise ConfigError(problem("cli.empty_key", source=source))
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"The API key in {source} must be printable ASCII, as it travels in an HTTP header.")
         return key

@@ -1,29 +1,22 @@
 """What `miniserve top` draws: a pure function of what a server reports."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.styled import Styled
 from rich.table import Table
 from rich.text import Text
 
-from miniserve.config import format_bytes
+from miniserve.config import format_bytes, tables
 from miniserve.monitor.views import Card
 
 ID_CHARS = 24
 BAR_CELLS = 16
-SILENT_SECONDS = 5.0
-"""A worker that is idle reports once a second; one that was silent for so long is in a very long step, or not well."""
 STATES = {"running": "green", "queued": "yellow", "idle": "dim"}
-# All columns of a table fit into 80.
-WORKERS = "worker", "epoch", "turns", "run", "wait", "backlog", "prefills", "512 tok.", "step", "preempted", "heard"
-KV = "KV pages", "held, cached", "held", "cached", "free", "reserved", "resident", "on host"
-LINKS = "KV moved", "moves", "bytes", "GB/s"
-CONVERSATIONS = "conversation", "state", "home", "turns", "tokens", "KV pages", "moves", "edits", "idle"
-
-Row = Sequence[str | Text]
+COLUMNS = tables("cli/screen.toml")
 
 
 @dataclass(frozen=True)
@@ -55,47 +48,34 @@ def screen(
     if problem:
         status = f"{problem} Still trying; what follows is {_span(age)} old."
     body = Group(
-        *_table(WORKERS, map(_worker, workers[:most]), len(workers)),
-        *_table(KV, map(_kv, workers[:most]), len(workers)),
-        *_table(LINKS, map(_link, links[:most]), len(links)),
-        *_table(CONVERSATIONS, map(_conversation, conversations), known),
+        *_table("workers", workers[:most], len(workers)),
+        *_table("kv", workers[:most], len(workers)),
+        *_table("links", links[:most], len(links)),
+        *_table("conversations", conversations, known),
     )
     return Group(title, Text(clean(status), style), Styled(body, "dim") if problem else body)
 
 
-def _table(head: Sequence[str], rows: Iterable[Row], total: int) -> list[RenderableType]:
-    """A table of the first rows of `total`, after an empty line; nothing without rows."""
+def _table(name: str, cards: Sequence[Card], total: int) -> list[RenderableType]:
+    """A table of the first cards of `total`, after an empty line; nothing without cards."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for number, title in enumerate(head):
+    for number, title in enumerate(COLUMNS[name]):
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    for card in cards:
+        table.add_row(*(_cell(card, column) for column in COLUMNS[name].values()))
     if not table.row_count:
         return []
     more = [Text(f"and {total - table.row_count:,} more", "dim")] if table.row_count < total else []
     return [Text(), table, *more]
 
 
-def _worker(worker: Card) -> Row:
-    return (
-        clean(worker["name"]),
-        Text(f"{worker['epoch']}", "yellow" if worker["epoch"] > 1 else ""),
-        f"{worker['turns']:,}",
-        f"{worker['running']:,}",
-        Text(f"{worker['waiting']:,}", "yellow" if worker["waiting"] else ""),
-        f"{worker['queued_prefill_tokens']:,}",
-        f"{worker['prefilling']:.0%}",
-        _took(worker["rates"]["prefill_512"]),
-        _took(worker["rates"]["decode_step"]),
-        f"{worker['preemptions']:,}",
-        Text(_span(worker["last_heard"]), "red" if (worker["last_heard"] or 0) > SILENT_SECONDS else ""),
-    )
-
-
-def _kv(worker: Card) -> Row:
-    kv = worker["kv"]
-    counts = [f"{pages:,}" for pages in (kv["held"], kv["cached"], kv["free"], kv["reserved"], kv["resident"])]
-    return (clean(worker["name"]), bar(kv), *counts, f"{kv['host_used']:,}/{kv['host_total']:,}")
+def _cell(card: Card, column: Card) -> Text:
+    value: Any = card
+    for key in filter(None, column.get("of", "").split(".")):
+        value = value[key]
+    shown = SHOWN[column.get("as", "count")](value)
+    striking = "above" in column and (value or 0) > column["above"]
+    return shown if isinstance(shown, Text) else Text(shown, column["style"] if striking else "")
 
 
 def bar(kv: Card) -> Text:
@@ -104,24 +84,6 @@ def bar(kv: Card) -> Text:
     held = min(BAR_CELLS * kv["held"] // total, BAR_CELLS)
     cached = min(BAR_CELLS * (kv["held"] + kv["cached"]) // total, BAR_CELLS) - held
     return Text.assemble(("#" * held, "cyan"), ("+" * cached, "blue"), ("." * (BAR_CELLS - held - cached), "dim"))
-
-
-def _link(link: Card) -> Row:
-    ends = f"{clean(link['source'])} -> {clean(link['destination'])}"
-    rate = "" if link["bandwidth"] is None else f"{link['bandwidth'] / 1e9:.2f}"
-    return ends, f"{link['moves']:,}", format_bytes(link["bytes"]), rate
-
-
-def _conversation(card: Card) -> Row:
-    counts = [f"{card[key]:,}" for key in ("turns", "tokens", "kv_pages", "moves", "edits")]
-    idle = _span(card["idle"]) if card["state"] == "idle" else ""
-    return (
-        _short(clean(card["id"])),
-        Text(card["state"], STATES[card["state"]]),
-        clean(card["home"] or ""),
-        *counts,
-        idle,
-    )
 
 
 def clean(text: str, most: int = 300) -> str:
@@ -154,3 +116,20 @@ def _span(seconds: float | None) -> str:
         if seconds >= unit:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.{int(seconds < 10)}f} s"
+
+
+SHOWN: dict[str, Callable[[Any], str | Text]] = {
+    "count": "{:,}".format,
+    "share": "{:.0%}".format,
+    "text": lambda text: clean(text or ""),
+    "id": lambda text: _short(clean(text)),
+    "state": lambda state: Text(state, STATES[state]),
+    "bytes": format_bytes,
+    "rate": lambda rate: "" if rate is None else f"{rate / 1e9:.2f}",
+    "took": _took,
+    "span": _span,
+    "bar": bar,
+    "host": lambda kv: f"{kv['host_used']:,}/{kv['host_total']:,}",
+    "ends": lambda link: f"{clean(link['source'])} -> {clean(link['destination'])}",
+    "idle": lambda card: _span(card["idle"]) if card["state"] == "idle" else "",
+}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from miniserve.api.race import Stopped, unless
 from miniserve.cli.banner import LoadingLines, banner, say
-from miniserve.cluster.supervisor import StartupError
+from miniserve.cluster.launch import StartupError
 from miniserve.config import ConfigError, ServeConfig
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.check import generation_defaults
@@ -153,17 +154,22 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             log.close()
 
 
-def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:
-    """The server and all it needs, made while the workers load: imports alone take half a second. Raises `ConfigError`
-    and `ParameterError`."""
+def http_app(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> ASGIApp:
+    """What answers requests, and all it needs. Raises `ConfigError` and `ParameterError`."""
     from miniserve.api.app import create_app
-    from miniserve.api.middleware import Connection
     from miniserve.text.grammar import Compiler
     from miniserve.text.tokenizer import Tokenizer
 
     defaults = generation_defaults(files.folder, config.generation_config)
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    app = create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+    return create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+
+
+def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:
+    """The server, made while the workers load: imports alone take half a second. Raises as `http_app`."""
+    from miniserve.api.middleware import Connection
+
+    app = http_app(config, files, client, feed)
     level, shown = config.log_level, config.log_level in ("debug", "info")
     return HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
 

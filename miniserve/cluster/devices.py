@@ -8,37 +8,66 @@ from pathlib import Path
 
 import msgspec
 
-from miniserve.config import ConfigError, EngineConfig, Topology
+from miniserve.config import ConfigError, EngineConfig, Role, Topology
 
 PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def place(
-    topology: Topology | None, devices: list[str], engine: EngineConfig
+    topology: Topology | None, devices: list[str], engine: EngineConfig, *, elsewhere: bool = False
 ) -> tuple[Topology, dict[str, EngineConfig]]:
-    """The topology, and each worker's settings by its name: workers get the `devices` in turns.
+    """The topology, and each worker's settings by its name: workers get the `devices` in turns, as many at a time as
+    they have ranks, of which the settings name the first.
 
-    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Without a
-    topology it is 1D on one device and 1P(N-1)D on N. Raises `ConfigError`.
+    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Workers
+    `elsewhere` get theirs where they are. Without a topology it is 1D on the devices of one worker and 1P(N-1)D on
+    those of N. Raises `ConfigError`.
     """
+    if devices and elsewhere:
+        raise ConfigError("--devices names GPUs of this machine, but workers run where Ray places them: leave it out.")
     if devices and engine.device in ("auto", "cuda"):
         _check(devices)
     elif devices:
         raise ConfigError(f"--devices names GPUs, --device {engine.device} does not: leave one of them out.")
-    chosen = devices or _all(engine.device)
+    ranks, every = engine.tensor_parallel_size, [engine.device] if elsewhere else _all(engine.device)
+    chosen = _firsts(devices or every[: len(every) // ranks * ranks] or every, ranks)
     if topology is None:
         topology = Topology(1, len(chosen) - 1) if len(chosen) > 1 else Topology(0, 1)
     roles = topology.roles
-    if len(roles) < len(devices):
+    if len(roles) * ranks < len(devices):
         raise ConfigError(f"--devices names {len(devices)} GPUs, --topology {topology} has {len(roles)} workers.")
     at = {name: chosen[i % len(chosen)] for i, name in enumerate(roles)}
     sharing = Counter(at.values())
     return topology, {
         name: msgspec.structs.replace(
-            engine, role=roles[name], device=device, workers=len(roles), sharing=sharing[device]
+            engine, role=roles[name], device=device, workers=len(roles) * ranks, sharing=sharing[device]
         )
         for name, device in at.items()
     }
+
+
+def one_more(engines: dict[str, EngineConfig], role: Role) -> EngineConfig:
+    """The settings of one more worker beside others: on GPUs, those that none of them has. Raises `ConfigError`."""
+    like = next(iter(engines.values()))
+    if not like.device.startswith("cuda:"):
+        return msgspec.structs.replace(like, role=role, workers=like.workers + like.tensor_parallel_size)
+    taken = {engine.device for engine in engines.values()}
+    free = [device for device in _firsts(_all("cuda"), like.tensor_parallel_size) if device not in taken]
+    if not free:
+        raise ConfigError(f"All GPUs of this machine have workers: {', '.join(sorted(taken))}.")
+    return msgspec.structs.replace(like, role=role, device=free[0], sharing=1)
+
+
+def _firsts(devices: list[str], ranks: int) -> list[str]:
+    """The first GPU of each worker, whose other ranks have the next ones. Raises `ConfigError`."""
+    numbers = [int(device.removeprefix("cuda:")) for device in devices if device.startswith("cuda:")]
+    firsts = numbers[::ranks]
+    if numbers != [first + rank for first in firsts for rank in range(ranks)]:
+        raise ConfigError(
+            f"--tensor-parallel-size {ranks} takes {ranks} neighbouring GPUs for each worker, and these are "
+            f"{', '.join(devices)}: name others with --devices, like cuda:0,cuda:1."
+        )
+    return [f"cuda:{first}" for first in firsts] or devices
 
 
 def _all(device: str) -> list[str]:

@@ -1,8 +1,5 @@
-"""Processes: the run's directory, and worker processes that cannot outlive the frontend.
-
-A worker's stdin is a pipe from the frontend. It carries the worker's specification and then nothing; when it closes,
-whatever killed the frontend, the worker removes the run's directory and leaves. KV pools are anonymous memory, sockets
-lie in the directory: nothing else could be left behind.
+"""Where worker processes run, and the directory of a run. `Launcher` is what a supervisor needs; `LocalLauncher` starts
+processes on this host, `cluster/ray_launcher.py` on the hosts of a Ray cluster.
 """
 
 import contextlib
@@ -13,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
+from miniserve.cluster.channels import Keys
 from miniserve.config import EngineConfig
 
 SPINNING = {"GOMP_SPINCOUNT": "1000"}
@@ -26,8 +25,14 @@ CUDA_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 each direction of each peer, some of which wait for that peer."""
 
 
+class StartupError(RuntimeError):
+    """A worker could not start; the message is for a person."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """What a worker process reads from stdin, as one line of JSON. Its inbox is bound at `address`."""
+    """What a worker process has to know. Its inbox is bound at `address`, the frontend's is at `frontend`. `host` names
+    the host it is on, "" for a local one; with a `listen`, an address of that host, it can be reached from others. Of a
+    worker of several ranks `leader` is the inbox of rank 0, and `region` the file that all of them map."""
 
     name: str
     epoch: int
@@ -35,13 +40,62 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     address: str
     frontend: str
     engine: EngineConfig
+    keys: Keys
+    host: str = ""
+    listen: str = ""
+    rank: int = 0
+    leader: str = ""
+    region: str = ""
+
+
+class Started(Protocol):
+    """A worker that was started. No call blocks for longer than it says."""
+
+    spec: WorkerSpec
+
+    @property
+    def placed(self) -> bool:
+        """Whether it has a place to run: while it waits for one, nothing is wrong."""
+
+    @property
+    def ended(self) -> str | None:
+        """How it has ended, as a verb and more; None while it runs."""
+
+    def stop(self, timeout: float) -> None:
+        """Give a worker that was told to leave up to `timeout` seconds, then end it."""
+
+    def kill(self) -> None:
+        """End it at once, and all that belongs to it."""
+
+
+class Launcher(Protocol):
+    """Starts workers, and knows where the frontend is: on the `host` of this name. With an `address` of it the frontend
+    can be reached from other hosts. The run's directory, of the same path on all hosts, is made in `base`."""
+
+    host: str
+    address: str
+    base: Path
+
+    def prepare(self, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
+        """Make sure that there is room for workers with these settings, and say with which ones they start there. May
+        block for long. Raises `StartupError`."""
+
+    def start(self, spec: WorkerSpec, far: str) -> Started:
+        """Start a worker. The frontend's inbox is at `far` for those that are on another host."""
+
+    def release(self, name: str) -> None:
+        """A worker has ended for good."""
+
+    def close(self) -> None:
+        """All workers have ended."""
 
 
 class RunDir:
-    """A directory of this run that only this user can enter, for its sockets."""
+    """A directory of one run that only this user can enter, for its sockets: a new one in `base`, or that at `path`. It
+    goes when all processes that have it as a `RunDir` have gone, or one has removed it."""
 
-    def __init__(self) -> None:
-        base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"miniserve-{os.getuid()}"
+    def __init__(self, base: Path, path: Path | None = None) -> None:
+        """Raises OSError."""
         base.mkdir(mode=0o700, exist_ok=True)
         if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
             raise OSError(f"{base} is not a private directory of this user: remove it, or set XDG_RUNTIME_DIR.")
@@ -49,10 +103,12 @@ class RunDir:
         handle = os.open(base, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            _sweep(base)
-            self.path = Path(tempfile.mkdtemp(dir=base))
-            self._lock = (self.path / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            for left in base.iterdir():
+                sweep(left)
+            self.path = path or Path(tempfile.mkdtemp(dir=base))
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            self._lock = (self.path / "lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
         finally:
             os.close(handle)
 
@@ -60,20 +116,27 @@ class RunDir:
         return f"ipc://{self.path}/{name}"
 
     def remove(self) -> None:
-        """Delete it; safe to call twice."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete it, unless others still have it; safe to call twice."""
         self._lock.close()
+        sweep(self.path)
 
 
-def _sweep(base: Path) -> None:
-    for path in base.iterdir():
-        with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+def sweep(path: Path) -> None:
+    """Delete the directory of a run whose processes have gone."""
+    with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class WorkerProcess:
-    """A spawned `python -m miniserve.worker`."""
+    """A spawned `python -m miniserve.worker`, which cannot outlive this process.
+
+    Its stdin is a pipe. It carries the worker's specification and then nothing; when it closes, whatever killed this
+    process, the worker removes the run's directory and leaves. KV pools are anonymous memory, sockets lie in the
+    directory: nothing else could be left behind.
+    """
+
+    placed = True
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
@@ -86,7 +149,7 @@ class WorkerProcess:
             env=SPINNING | CUDA_QUEUES | os.environ | ours,
         )
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: see `exit_code`
+        with contextlib.suppress(BrokenPipeError):  # it died at once: see `ended`
             self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
             self._process.stdin.flush()
 
@@ -95,9 +158,13 @@ class WorkerProcess:
         return self._process.pid
 
     @property
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
+    def ended(self) -> str | None:
+        code = self._process.poll()
+        return None if code is None else f"ended with exit code {code}"
+
+    def wait(self) -> int:
+        """Block until it has ended: its exit code."""
+        return self._process.wait()
 
     def stop(self, timeout: float) -> None:
         """Close its stdin, wait up to `timeout` seconds, then kill."""
@@ -112,6 +179,25 @@ class WorkerProcess:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+class LocalLauncher:
+    """Starts processes on this host, which share its memory and cores."""
+
+    host = address = ""
+
+    def __init__(self) -> None:
+        self.base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"miniserve-{os.getuid()}"
+
+    def prepare(self, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
+        return engines
+
+    def start(self, spec: WorkerSpec, far: str) -> WorkerProcess:
+        return WorkerProcess(spec)
+
+    def release(self, name: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def import_path() -> dict[str, str]:

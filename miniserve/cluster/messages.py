@@ -36,7 +36,8 @@ class CudaHandle(Wire, frozen=True):
 
 
 class PoolInfo(Wire, frozen=True):
-    """Where a worker's KV pool lies, so that a peer on the same host can map it.
+    """Where a worker's KV pool lies, so that a peer on the same `host` can map it; one elsewhere asks for pages at the
+    `door`, an address and a port. All on the frontend's host have the same name of a host, "" with local workers.
 
     On a CPU it is anonymous shared memory: a peer opens it as /proc/`pid`/fd/`fd`; `fd` is -1 where it is not. On a GPU
     it is what `cuda` names. Its first `num_pages` pages are those that the worker gives out. `layout` fingerprints
@@ -52,16 +53,21 @@ class PoolInfo(Wire, frozen=True):
     cuda: CudaHandle | None = None
     snapshot_pages: int = 0
     host: str = ""
+    door: str = ""
+    others: "list[PoolInfo]" = []
+    """Those of the worker's further ranks, in their order; the pool above is that of rank 0."""
 
 
 class Peer(Wire, frozen=True):
-    """A worker as the others see it: its inbox `address`, its pool, and what it is for."""
+    """A worker as the others see it: its inbox `address`, the one `far` for other hosts, its pool, and what it is
+    for."""
 
     name: str
     epoch: int
     address: str
     pool: PoolInfo
     role: Role = Role.DECODER
+    far: str = ""
 
 
 class TokenLogprob(Wire, frozen=True, gc=False):
@@ -157,7 +163,8 @@ class Run(Wire, frozen=True):
     `seed` is always set: two workers that sample the same position draw the same number. With `prefill_at` (a
     prefiller's name) the receiver reserves pages, asks that worker to prefill and pulls the KV; with `share_history`
     that worker may first fetch from the receiver what it lacks of the conversation's history. With `history_at` (the
-    worker that was the conversation's home) the receiver fetches the history from there before anything else.
+    worker that was the conversation's home) the receiver fetches the history from there before anything else; with
+    `only_history` that is all, and an `Ended` says that it is over.
     """
 
     turn: str
@@ -170,6 +177,7 @@ class Run(Wire, frozen=True):
     share_history: bool = False
     history_at: str | None = None
     keep: Keep = Keep()
+    only_history: bool = False
 
 
 class Abort(Wire, frozen=True):
@@ -207,10 +215,10 @@ class Publish(Wire, frozen=True):
 
     `pages` are numbers in the sender's pool and `hashes` the chain hash of the tokens each one holds. They stay
     untouched until the `Release`, but not past `deadline`: what is copied later does not count. The sender had finished
-    them at `finished_at`. Both are seconds on the host's monotonic clock. `last` ends the handoff. A prefill ends with
-    `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it too, since P may die
-    before its own report is read. `state` are pages with the recurrent state after the last of `pages`, of a model that
-    has one; their names follow from the last hash.
+    them at `finished_at`. Both are seconds on the monotonic clock of the sender's host. `last` ends the handoff. A
+    prefill ends with `commit`, the first token as P reports it to the frontend: D decodes on from it, and reports it
+    too, since P may die before its own report is read. `state` are pages with the recurrent state after the last of
+    `pages`, of a model that has one; their names follow from the last hash.
     """
 
     turn: str
@@ -243,6 +251,71 @@ class PrefillRefused(Wire, frozen=True):
 PeerMessage = Prefill | Fetch | Publish | Release | PrefillRefused
 
 
+# --- rank 0 of a worker -> its other ranks, which do what they are told in this order -------------------------------
+
+
+class Forward(Wire, frozen=True):
+    """Compute a batch, as `ops.Batch` describes it; of the first `scored` outputs the logits are made block by block.
+    With `fed` some tokens are still on rank 0's device, and come from there."""
+
+    tokens: list[int]
+    positions: list[int]
+    outputs: list[int]
+    lengths: list[int]
+    contexts: list[int]
+    pages: list[list[int]]
+    slots: list[int]
+    scored: int = 0
+    fed: bool = False
+
+
+class Copied(Wire, frozen=True):
+    """Copy between slots of recurrent state (`save`, `load`; `clear` has no target), or of host memory (`offload`,
+    `restore`), and pages."""
+
+    what: Literal["clear", "save", "load", "offload", "restore"]
+    sources: list[int]
+    targets: list[int]
+
+
+class Store(Wire, frozen=True):
+    """Copy pages `theirs` of the same rank of `peer` to `ours`; the answer is `Stored` with this `number`."""
+
+    number: int
+    peer: str
+    theirs: list[int]
+    ours: list[int]
+    lease: float
+
+
+class Abandon(Wire, frozen=True):
+    """Give up a `Store`."""
+
+    number: int
+
+
+class Settle(Wire, frozen=True):
+    """Wait until the devices of all ranks have come this far."""
+
+
+class Stored(Wire, frozen=True):
+    """A rank has stored what rank 0 told it to; or it cannot, because of `error`."""
+
+    rank: int
+    number: int
+    error: str
+
+
+class RankReady(Wire, frozen=True):
+    """A rank does what it is told from now on, and has this pool."""
+
+    rank: int
+    pool: PoolInfo
+
+
+RankCommand = Forward | Copied | Store | Abandon | Settle
+
+
 # --- worker -> frontend ---------------------------------------------------------------------------------------------
 
 
@@ -256,7 +329,7 @@ class Loading(Wire, frozen=True):
 
 class Ready(Wire, frozen=True):
     """A worker is up. `kernels` names those that it runs, `phases` are seconds per start-up phase, `kv_note` the
-    arithmetic of the pool's size."""
+    arithmetic of the pool's size. Its inbox is also bound at `far`, for other hosts."""
 
     pool: PoolInfo
     dtype: str
@@ -269,6 +342,7 @@ class Ready(Wire, frozen=True):
     vocab_size: int
     phases: dict[str, float]
     kv_note: str
+    far: str = ""
 
 
 class StartFailed(Wire, frozen=True):
@@ -349,7 +423,8 @@ class Report(Wire, frozen=True):
     stopped: list[str] = []
 
 
-Message = Peers | Run | Abort | Shutdown | PeerMessage | Loading | Ready | StartFailed | Report
+FromWorker = Stored | RankReady | Loading | Ready | StartFailed | Report
+Message = Peers | Run | Abort | Shutdown | PeerMessage | RankCommand | FromWorker
 
 
 class Envelope(msgspec.Struct, array_like=True, frozen=True):

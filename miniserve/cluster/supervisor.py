@@ -1,4 +1,5 @@
-"""The worker processes of one run: started, watched, started again when they end. Nothing here knows of turns."""
+"""The workers of one run: started, watched, started again when they end. Nothing here knows of turns, or of where
+workers run: a launcher does."""
 
 import asyncio
 import logging
@@ -9,9 +10,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from miniserve.cluster.channels import Outboxes, decode
+from miniserve.cluster.channels import Inbox, Keys, Outboxes, decode
 from miniserve.cluster.health import Health
-from miniserve.cluster.launch import RunDir, WorkerProcess, WorkerSpec
+from miniserve.cluster.launch import Launcher, RunDir, Started, StartupError, WorkerSpec
 from miniserve.cluster.messages import Envelope, Loading, Message, Peer, Ready, Report, Shutdown, StartFailed
 from miniserve.config import EngineConfig
 
@@ -22,13 +23,9 @@ WATCH_START_SECONDS = 0.1
 """Between two looks at the processes, later and while a person waits for the first start."""
 
 
-class StartupError(RuntimeError):
-    """A worker could not start; the message is for a person."""
-
-
 class Supervisor:
-    """Owns the worker processes, the run's directory and the sockets. All methods belong to one event loop; nothing
-    here blocks it.
+    """Owns the workers that `launcher` starts, the run's directory and the sockets. All methods belong to one event
+    loop; nothing here blocks it.
 
     The owner is called back: `up` when a worker serves (at the first start when all do), `report` with what it reports
     from then on, `down` when it has ended, even while it loads, and whether it returns; `loading` with the progress of
@@ -39,6 +36,7 @@ class Supervisor:
         self,
         engines: dict[str, EngineConfig],
         timeout: float,
+        launcher: Launcher,
         *,
         up: Callable[[Peer, Ready], None],
         down: Callable[[str, bool], None],
@@ -47,14 +45,16 @@ class Supervisor:
     ) -> None:
         """`engines`: the settings of each worker by its name, in the order of start. `timeout`: seconds of silence
         after which a worker is ended and started again."""
-        self.processes: dict[str, WorkerProcess] = {}
+        self.processes: dict[str, Started] = {}
         """The latest incarnation of each worker, dead or alive."""
         self.failed: dict[str, str] = {}
         """Why a worker does not serve, by its latest end; those that do serve have no entry."""
         self._explained: set[str] = set()
         """Workers whose present incarnation has said, or was found to have, a reason to end."""
         self.run_dir: RunDir | None = None
-        self._engines = engines
+        self.engines = engines
+        """The settings of each worker."""
+        self._launcher, self._keys = launcher, Keys.make()
         self._up, self._down, self._report, self._loading = up, down, report, loading
         self._health = Health(timeout)
         self._ready: dict[str, Ready] = {}
@@ -71,6 +71,7 @@ class Supervisor:
         """Spawn the workers and wait, however long they load, until all are ready. Raises `StartupError`; then nothing
         is left running."""
         try:
+            self.engines = await asyncio.to_thread(self._launcher.prepare, self.engines)
             self._spawn()
             while len(self._ready) < len(self.processes):
                 await self._changed.wait()
@@ -87,34 +88,55 @@ class Supervisor:
 
     def _spawn(self) -> None:
         try:
-            self.run_dir = RunDir()
+            self.run_dir = RunDir(self._launcher.base)
         except OSError as error:
             raise StartupError(f"No directory for sockets: {error}") from error
         self._context = zmq.asyncio.Context()
-        self._outboxes = Outboxes(zmq.Context.shadow(self._context), "frontend", 0)
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.set_hwm(0)
-        self._inbox.bind(self.run_dir.address("frontend"))
-        for name in self._engines:
+        self._outboxes = Outboxes(zmq.Context.shadow(self._context), "frontend", 0, self._keys)
+        self._inbox = Inbox(self._context, self.run_dir.address("frontend"), self._keys, self._launcher.address)
+        for name in self.engines:
             self._start_worker(name, 1)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
     def _start_worker(self, name: str, epoch: int) -> None:
         assert self.run_dir is not None
-        engine = self._engines[name]
+        engine = self.engines[name]
         if ready := self._ready.get(name):
             # It was there before, and what is free now is what it and the others have left: the pool it had is right.
             engine = msgspec.structs.replace(engine, kv_cache_memory=ready.pool.num_pages * ready.pool.page_bytes)
-        address, frontend = self.run_dir.address(f"{name}.{epoch}"), self.run_dir.address("frontend")
-        spec = WorkerSpec(name, epoch, str(self.run_dir.path), address, frontend, engine)
-        self.processes[name] = WorkerProcess(spec)
+        inboxes = self.run_dir.address(f"{name}.{epoch}"), self.run_dir.address("frontend")
+        spec = WorkerSpec(name, epoch, str(self.run_dir.path), *inboxes, engine, self._keys, self._launcher.host)
+        self.processes[name] = self._launcher.start(spec, self._inbox.far)
         self._health.started(name, time.monotonic())
+
+    async def add(self, name: str, engine: EngineConfig) -> None:
+        """Start one more worker, and wait until it serves. Raises `StartupError`; then it is not there."""
+        self.engines |= await asyncio.to_thread(self._launcher.prepare, {name: engine})
+        self._start_worker(name, 1)
+        while name not in self._ready and name not in self.failed and name in self.processes:
+            await asyncio.sleep(WATCH_START_SECONDS)
+        if name not in self._ready:
+            reason = self.failed.get(name, "The server is shutting down.")
+            await self.remove(name)
+            raise StartupError(reason)
+
+    async def remove(self, name: str) -> None:
+        """End a worker for good."""
+        self.send(name, Shutdown())
+        address, process = self._address(name), self.processes.pop(name)
+        await asyncio.to_thread(process.stop, 2.0)
+        self._outboxes.forget(address)
+        self._health.forget(name)
+        self._launcher.release(name)
+        for books in (self.engines, self._ready, self._restarts, self.failed):
+            books.pop(name, None)
+        self._explained.discard(name)
 
     def _admit(self, name: str) -> None:
         """A worker is up: the owner makes it known to the others."""
         spec, ready = self.processes[name].spec, self._ready[name]
         self.failed.pop(name, None)
-        self._up(Peer(name, spec.epoch, spec.address, ready.pool, spec.engine.role), ready)
+        self._up(Peer(name, spec.epoch, spec.address, ready.pool, spec.engine.role, ready.far), ready)
 
     async def stop(self) -> None:
         """Tell the workers to leave, end those that do not, remove the run's directory. Safe at any time, and twice."""
@@ -128,8 +150,9 @@ class Supervisor:
         self.processes.clear()
         if self.run_dir is not None:
             self._outboxes.close()
-            self._inbox.close(0)
+            self._inbox.close()
             self._context.term()
+            await asyncio.to_thread(self._launcher.close)
             self.run_dir.remove()
             self.run_dir = None
 
@@ -137,12 +160,19 @@ class Supervisor:
 
     def send(self, name: str, message: Message) -> None:
         """Queue a message for a worker; returns at once. A worker that is not there is none to wait for."""
-        if process := self.processes.get(name):
-            self._outboxes.send(process.spec.address, message)
+        if name in self.processes:
+            self._outboxes.send(self._address(name), message)
+
+    def _address(self, name: str) -> str:
+        """The inbox of a worker, as it is reached from here."""
+        ready = self._ready.get(name)
+        if ready is None or ready.pool.host == self._launcher.host:
+            return self.processes[name].spec.address
+        return ready.far
 
     async def _receive(self) -> None:
         while True:
-            data = await self._inbox.recv()
+            data = await self._inbox.socket.recv()
             try:
                 envelope = decode(data)
             except msgspec.MsgspecError as error:
@@ -203,24 +233,31 @@ class Supervisor:
     async def _bury_the_dead(self) -> None:
         """End the silent, and tell of workers that have ended, whether or not they could still say why."""
         now = time.monotonic()
+        broken = self._outboxes.broken()
+        reasons = {name: "cannot be reached any more" for name in self._ready if self._address(name) in broken}
         for name, seconds in self._health.silent(now).items():
-            log.error("worker %s has been silent for %.0f s: it is ended", name, seconds)
-            self._explain(name, f"The worker {name} was silent for {seconds:.0f} s and was ended.")
+            if self.processes[name].placed:
+                reasons[name] = f"was silent for {seconds:.0f} s"
+            else:
+                self._health.started(name, now)
+        for name, reason in reasons.items():
+            log.error("worker %s %s: it is ended", name, reason)
+            self._explain(name, f"The worker {name} {reason} and was ended.")
             await asyncio.to_thread(self.processes[name].kill)
         for name, process in list(self.processes.items()):
-            if name in self._restarts or (code := process.exit_code) is None:
+            if name in self._restarts or (end := process.ended) is None:
                 continue
             # What it still had to say may lie in the inbox: a reason is better than an exit code.
             await asyncio.sleep(0.1)
             if name not in self._explained:
-                self._explain(name, f"The worker {name} ended with exit code {code}.")
+                self._explain(name, f"The worker {name} {end}.")
             self._explained.remove(name)
             delay = self._health.died(name, now) if self._started else None
             self._restarts[name] = None if delay is None else now + delay
             what = "it is not started again" if delay is None else f"it is started again in {delay:g} s"
             if self._started:  # else it is what the command ends with
                 log.error("worker %s is gone, %s: %s", name, what, self.failed[name])
-            self._outboxes.forget(process.spec.address)
+            self._outboxes.forget(self._address(name))
             self._down(name, delay is not None)
 
     def _replace(self, now: float) -> None:

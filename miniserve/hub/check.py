@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from miniserve.config import LFS_POINTER, ConfigError, read_object
+from miniserve.config import LFS_POINTER, ConfigError, problem, read_object, tables
 from miniserve.families import FAMILIES, text_model
 
 ARCHITECTURES = {kind: arch for arch, family in FAMILIES.items() for kind in family.types}
@@ -26,17 +26,8 @@ GGUF, GGUF_INDEX = "model.gguf", "model.json"
 """A GGUF, and where each tensor is in it: {name: [offset, bytes, kind, shape, heads whose rows have GGUF's order]}."""
 GGUF_SEEN = "seen.json"
 """The size of a GGUF outside its folder, and the time of its last change, when it was indexed."""
-GGUF_BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}
-"""Bits of a number, with its share of the scales, in the kinds of GGUF tensors that are served as they are."""
-FORMS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
-"""Those of compressed-tensors that are served where activations are not rounded to integers."""
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
-"""What config.json calls the dtypes of safetensors (nothing is computed in fp64)."""
-PACKED = {"qweight": "GPTQ or AWQ", "scales": "MLX", "weight_scale": "FP8", "weight_scale_inv": "FP8", "absmax": "NF4"}
-"""How names of tensors end that only quantized checkpoints have, which say so in config.json."""
-MATHS = re.compile("rotary|multiplier|softcap|^logits?_scal|^scale_|^query_pre|qk_norm|no_rope|experts$")
-"""Keys of config.json that other models compute with, but none of ours."""
-OTHERS = ("*.bin", "*.pt", "*.pth", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.npz")
+TABLES = tables("hub/check.toml")
+MATHS = re.compile(TABLES["maths"])
 
 
 class ModelError(ConfigError):
@@ -143,7 +134,7 @@ def _check_packing(folder: Path, said: dict[str, Any], found: Checked) -> None:
             forms = {group.get("format") or said.get("format") for group in groups}
             rounded = bits != "fp8" and any(group.get("input_activations") for group in groups)
             kind = ", ".join([kind, *map(str, forms), *["integer activations"] * rounded])
-            served = bits in (4, 8, "fp8") and forms <= FORMS and not rounded
+            served = bits in (4, 8, "fp8") and forms <= {*TABLES["forms"]} and not rounded
     if not served:
         raise _quantized(folder, f"{kind}, {bits} bits" if isinstance(bits, int) else kind)
     found.format = "FP8, dequantized" if bits == "fp8" else f"{bits}-bit ({found.method})"
@@ -152,14 +143,13 @@ def _check_packing(folder: Path, said: dict[str, Any], found: Checked) -> None:
 
 
 def _quantized(folder: Path, method: str) -> ModelError:
-    serves = "miniserve serves int4 and int8 weights of AWQ (gemm), GPTQ and compressed-tensors, FP8, and GGUF"
-    return ModelError(f"{folder} is quantized ({method}), which is not served: {serves}. Or use the plain version.")
+    return ModelError(problem("hub.quantized", folder=folder, method=method))
 
 
 def _check_weights(folder: Path, found: Checked) -> None:
     """Find the safetensors files that count: model.safetensors, else those that its index names. Look whether they are
     whole and not quantized, and which dtype the tensors have."""
-    read = {SINGLE}
+    read, dtypes = {SINGLE}, TABLES["dtypes"]
     if (folder / GGUF_INDEX).is_file() and not (folder / SINGLE).is_file():
         _check_gguf(folder, found)
         return
@@ -171,28 +161,28 @@ def _check_weights(folder: Path, found: Checked) -> None:
             raise ModelError(f"{folder}/{INDEX} cannot be read: it has no `weight_map` of files.")
         read = set(where.values())
         if missing := sorted(name for name in read if not (folder / name).is_file()):
-            lost = f"{', '.join(missing[:3])}, named in its index{_unfinished(folder)}"
-            raise ModelError(f"{folder} lacks {lost}: download the model again.")
+            lost, begun = ", ".join(missing[:3]), _unfinished(folder)
+            raise ModelError(f"{folder} lacks {lost}, named in its index{begun}: download the model again.")
     found.weights = [folder / name for name in sorted(read)]
     strays = {path.name for path in folder.glob("*.safetensors*")} - read - ({INDEX} if read != {SINGLE} else set())
     strays |= {path.name for path in folder.glob("adapter_config.json")}
     if strays:
         found.notes.append(f"Not a part of the model, and not read: {', '.join(sorted(strays)[:4])}.")
     headers = [_header(path) for path in found.weights]
-    for ending, method in PACKED.items():
+    for ending, method in TABLES["packed"].items():
         if not found.method and any(name.endswith(f".{ending}") for header in headers for name in header):
             raise _quantized(folder, f"{method}: it has tensors named *.{ending}")
-    dtype = next((DTYPES[kind] for kind in headers[0].values() if kind in DTYPES), None)
+    dtype = next((dtypes[kind] for kind in headers[0].values() if kind in dtypes), None)
     said = found.config.get("dtype") or found.config.get("torch_dtype")
     if said != dtype and said is not None:
         found.notes.append(f"config.json has the dtype {said}, the tensors are {dtype}: a known one there counts.")
-    if said not in DTYPES.values():
+    if said not in dtypes.values():
         found.config["dtype"] = dtype
 
 
 def _check_gguf(folder: Path, found: Checked) -> None:
     found.weights = [folder / GGUF]
-    index = read_object(folder / GGUF_INDEX)
+    index, bits_of = read_object(folder / GGUF_INDEX), TABLES["gguf_bits"]
     file, seen = found.weights[0].stat(), read_object(folder / GGUF_SEEN)
     now = {"size": file.st_size, "time": file.st_mtime_ns}
     if (seen or now) != now or file.st_size < max(offset + size for offset, size, *_ in index.values()):
@@ -205,10 +195,10 @@ def _check_gguf(folder: Path, found: Checked) -> None:
     usual = layers.most_common(1)[0][0]
     if {usual, head[0]} - {"F32", "F16", "BF16"}:
         found.method = "gguf"
-        found.format = f"{usual[1]}-bit ({usual})" if usual in GGUF_BITS else f"{usual}, dequantized"
+        found.format = f"{usual[1]}-bit ({usual})" if usual in bits_of else f"{usual}, dequantized"
         # Other kinds become bf16, or fp32 at the most.
-        bits = sum(numbers * GGUF_BITS.get(kind, 32) for kind, numbers in layers.items()) / layers.total()
-        found.bits = bits, GGUF_BITS.get(head[0])
+        bits = sum(numbers * bits_of.get(kind, 32) for kind, numbers in layers.items()) / layers.total()
+        found.bits = bits, bits_of.get(head[0])
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -238,20 +228,14 @@ def _instead(folder: Path, lacks: str) -> str:
         return f"{path} is a link to {path.readlink()}, where no file is: download the model again."
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path", "another model")
-        return (
-            f"{folder} is an adapter of {base} (adapter_config.json), not a model: merge the two with peft's "
-            "merge_and_unload() and save_pretrained(), and serve the result."
-        )
+        return problem("hub.adapter", folder=folder, base=base)
     inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
     if inside and lacks == "config.json":
         return f"{folder} has no config.json: the model lies in {inside[-1].parent}, give that folder."
     stray = sorted(found.name for found in folder.glob("*.safetensors"))
     if stray and lacks == SINGLE:
-        return (
-            f"{folder} has {stray[0]}, but neither {SINGLE} nor {INDEX}{_unfinished(folder)}: use the model's Hugging "
-            "Face version, and all of its files."
-        )
-    if others := [found.name for kind in OTHERS for found in sorted(folder.glob(kind))]:
+        return problem("hub.stray", folder=folder, stray=stray[0], unfinished=_unfinished(folder))
+    if others := [found.name for kind in TABLES["others"] for found in sorted(folder.glob(kind))]:
         return not_safetensors(folder, others)
     if lacks == "config.json":
         return f"{folder} has no config.json{_unfinished(folder)}: give the folder of a Hugging Face model."
@@ -260,8 +244,4 @@ def _instead(folder: Path, lacks: str) -> str:
 
 def not_safetensors(folder: Path, names: list[str]) -> str:
     """That there is nothing but `names`, and how they become safetensors."""
-    convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-    return (
-        f"{folder} has only {', '.join(names[:3])}: miniserve reads safetensors and GGUF, since other formats can "
-        f"carry code. Use the model's safetensors version, or convert it with transformers: {convert}."
-    )
+    return problem("hub.not_safetensors", folder=folder, names=", ".join(names[:3]))

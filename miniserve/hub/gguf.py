@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from miniserve.cluster.launch import import_path
-from miniserve.config import cache_dir, read_object, tables
+from miniserve.config import cache_dir, problem, read_object, tables
 from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN, ModelError
 from miniserve.text.tokenizer import byte_level_bpe
 
@@ -60,14 +60,12 @@ def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
             with contextlib.suppress(OSError):  # another process was first
                 os.replace(out, folder)
     except OSError as error:
-        where = "set MINISERVE_CACHE to a folder that has room"
-        raise ModelError(f"{file.name} needs a few MB in {root}: {error.strerror or error}; {where}.") from error
+        raise ModelError(problem("hub.few_mb", name=file.name, root=root, why=error.strerror or error)) from error
     return folder
 
 
 def describe(file: Path, out: Path) -> None:
-    """Write what is in `file` into the folder `out`, in another process; files that are there already count first.
-    Raises `ModelError`."""
+    """Write what is in `file` into `out`, in another process; files there already count first. Raises `ModelError`."""
     with file.open("rb") as start:
         if start.read(4) != b"GGUF":
             raise ModelError(f"{file} is no GGUF file: download it again (of a clone, with `git lfs pull`).")
@@ -198,10 +196,7 @@ def _tokenizer(file: Path, meta: dict[str, Any]) -> str:
     pre = meta.get("tokenizer.ggml.pre", "")
     split = next((split for split in TABLES["splits"] if pre in split["names"]), None)
     if kind != "gpt2" or split is None:
-        raise ValueError(
-            f"its tokenizer is {kind!r} {pre!r}, which miniserve does not know: put it into a folder with the model's "
-            "tokenizer.json, and give that folder"
-        )
+        raise ValueError(problem("hub.tokenizer", kind=kind, pre=pre))
     types, regex, whole = meta["tokenizer.ggml.token_type"], split["regex"], split.get("whole", False)
     before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if "digits" in split else []
     if regex:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miniserve.config import cache_dir
+from miniserve.config import cache_dir, problem
 from miniserve.hub.check import GGUF_INDEX, ModelError, check_folder, not_safetensors
 from miniserve.hub.dummy import make_folder
 from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
@@ -92,8 +92,7 @@ def _is_gguf(folder: Path) -> bool:
 
 
 def _own_folder(model: str) -> Path | None:
-    """The folder, or the GGUF file, of this machine that is called so. Raises `ModelError` for something else of that
-    name."""
+    """The folder or GGUF file of this machine that is called so. Raises `ModelError` for something else called so."""
     try:
         own = Path(model).expanduser()
         if own.is_dir() or (own.is_file() and own.suffix == ".gguf"):
@@ -111,7 +110,4 @@ def _own_folder(model: str) -> Path | None:
 def _unknown(model: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(model.strip("./~").lower(), known, n=2, cutoff=0.5)
     guess = f" Did you mean {' or '.join(close)}?" if close else ""
-    return (
-        f"There is no model {model!r}: no such folder here, and not an alias.{guess} Give a folder, a hub id like "
-        f"Qwen/Qwen3-0.6B, or an alias: {', '.join(known)}."
-    )
+    return problem("hub.unknown", model=model, guess=guess, known=", ".join(known))

@@ -4,10 +4,11 @@ import mmap
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
-from miniserve.cluster.messages import Keep
+from miniserve.cluster.messages import Copied, Keep
 from miniserve.kv.eviction import UNKNOWN, ExpectedNeed
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted, PagePool
@@ -24,18 +25,24 @@ class HostPool(PagePool):
     It is a `PagePool` with an `order` of its own: what is dropped for good is what is needed least. On a CPU copies are
     synchronous, `clock` counts their seconds, and the memory is only taken when it is first written. Beside a GPU the
     memory is pinned, which takes all of it at once, and copies run on a side stream: the next step waits for them on
-    the GPU, the host does not wait. Unverified on a GPU (docs/gpu.md).
+    the GPU, the host does not wait. `tell` hears of each copy before it is made. Unverified on a GPU (docs/gpu.md).
     """
 
     def __init__(
-        self, memory: KVMemory, num_pages: int, order: ExpectedNeed, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        memory: KVMemory,
+        num_pages: int,
+        order: ExpectedNeed,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        tell: Callable[[Copied], None] = lambda copied: None,
     ) -> None:
         super().__init__(num_pages, order)
         self.offloaded = self.restored = 0
         """Pages copied here, and back."""
         self.page_seconds = 0.0
         """Seconds to copy a page, a running average over both directions; 0 before the first."""
-        self._clock = clock
+        self._clock, self._tell = clock, tell
         self._device = memory.pages
         self._side = beside(self._device.device)
         self._uncounted: deque[tuple[Fence, int]] = deque()
@@ -58,7 +65,7 @@ class HostPool(PagePool):
                 return  # all slots are about to be restored
             slots = self.allocate(1, now)
             # Beside the step that runs now: the page is complete. A restore may still read the slot, on this stream.
-            self._copy(self._device, [evicted.page], self._host, slots)
+            self.copy("offload", [evicted.page], slots)
             self.register(slots[0], evicted.digest, evicted.parent)
             self.offloaded += 1
         self.release(slots, evicted.keep, evicted.end)
@@ -73,9 +80,7 @@ class HostPool(PagePool):
 
     def restore(self, slots: list[int], pages: list[int], now: float) -> None:
         """Copy the matched `slots` to `pages` of the device, after all that was launched on those before."""
-        if self._side is not None:
-            self._side.follow()
-        self._restoring = self._copy(self._host, slots, self._device, pages)
+        self.copy("restore", slots, pages)
         self.restored += len(slots)
         self.release(slots, RESTORED, now)
 
@@ -93,18 +98,23 @@ class HostPool(PagePool):
         super().check()
         assert self.num_held == 0
 
-    def _copy(self, source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> Fence:
-        """Copy page `froms[i]` of `source` to `tos[i]` of `target`, before anything that the engine does next."""
+    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> None:
+        """Copy page or slot `sources[i]` to slot or page `targets[i]`, before anything that the engine does next."""
+        self._tell(Copied(what, sources, targets))
+        pools = (self._device, self._host) if what == "offload" else (self._host, self._device)
         if self._side is None:
             started = self._clock()
-            copy_pages(source, froms, target, tos)
-            self._observe(self._clock() - started, len(froms))
-            return PassedFence()
+            copy_pages(pools[0], sources, pools[1], targets)
+            self._observe(self._clock() - started, len(sources))
+            return
         self._count()
-        fence = self._side.run(lambda: copy_pages(source, froms, target, tos))
+        if what == "restore":  # after all that was launched on those pages before
+            self._side.follow()
+        fence = self._side.run(lambda: copy_pages(pools[0], sources, pools[1], targets))
         self._side.lead()
-        self._uncounted.append((fence, len(froms)))
-        return fence
+        self._uncounted.append((fence, len(sources)))
+        if what == "restore":
+            self._restoring = fence
 
     def _count(self) -> None:
         """Add the copies that have ended on the side stream to `page_seconds`."""

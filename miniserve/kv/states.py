@@ -1,9 +1,11 @@
 """The bytes of recurrent state: a slot for each running sequence, and snapshots of slots in pages of the pool."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from miniserve.cluster.messages import Copied
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, copy_pages, passing
 from miniserve.ops.decoder import DeltaSizes
@@ -36,10 +38,14 @@ class StateMemory:
     scratch page, on a GPU, both have a scratch slot as well, number `slots`.
 
     Copies are given to the device in the order of the calls, among its steps: what a step has made is saved after it.
+    `tell` hears of each copy before it is made.
     """
 
-    def __init__(self, shape: StateShape, slots: int, memory: KVMemory) -> None:
+    def __init__(
+        self, shape: StateShape, slots: int, memory: KVMemory, tell: Callable[[Copied], None] = lambda copied: None
+    ) -> None:
         self.slots = slots
+        self._tell = tell
         self.pages = shape.pages(memory.shape.bytes)
         self._pool = memory.bytes
         slots += len(self._pool) - memory.num_pages
@@ -51,15 +57,18 @@ class StateMemory:
 
     def clear(self, slot: int) -> None:
         """The state before the first token."""
+        self._tell(Copied("clear", [slot], []))
         self._parts[slot * self.pages : (slot + 1) * self.pages].zero_()
 
     def save(self, slot: int, pages: list[int]) -> Fence:
         """Copy a slot to pages of the pool, which are complete when the fence is passed."""
+        self._tell(Copied("save", [slot], pages))
         copy_pages(self._parts, self._of(slot), self._pool, pages)
         return passing(self._pool.device)
 
     def load(self, slot: int, pages: list[int]) -> None:
         """Copy a snapshot from pages of the pool to a slot."""
+        self._tell(Copied("load", pages, [slot]))
         copy_pages(self._pool, pages, self._parts, self._of(slot))
 
     def _of(self, slot: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from miniserve.config import ConfigError, format_bytes
+from miniserve.config import ConfigError, format_bytes, problem
 from miniserve.ops.quantized import GROUP, Quantized, Weight
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -81,10 +81,7 @@ class Safetensors:
         inverse = self._get(f"{module}weight_scale_inv")
         scales = self._get(f"{module}weight_scale") if inverse is None else inverse
         if scales is None:
-            raise ConfigError(
-                f"{name} in {self._folder} is {weight.dtype} without scales: miniserve serves bf16, fp16 and "
-                "fp32 weights, and quantized ones with what is needed to read them."
-            )
+            raise ConfigError(problem("model.no_scales", name=name, folder=self._folder, dtype=weight.dtype))
         if weight.dtype is torch.int8:
             return self._grouped(module, 8, weight.view(torch.uint8) + 128, scales, None)
         scales = scales.float().view(-1, scales.shape[-1] if scales.dim() > 1 else 1)
@@ -127,10 +124,7 @@ class Safetensors:
     def _ordered(self, name: str, size: int, groups: int) -> None:
         order = self._get(name)
         if order is not None and not torch.equal(order.long(), torch.arange(size) // (size // groups)):
-            raise ConfigError(
-                f"{name} in {self._folder} puts the numbers of a row into groups in another order (act-order, "
-                "desc_act), which miniserve does not serve: use a version without."
-            )
+            raise ConfigError(problem("model.act_order", name=name, folder=self._folder))
 
     def _grouped(
         self, module: str, bits: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
@@ -172,10 +166,7 @@ def checked(read: Read, folder: Path, name: str, shape: tuple[int, ...]) -> Weig
         what = f"{name} in {folder} cannot be read ({' '.join(str(error).split())})"
         raise ConfigError(f"{what}: the file is damaged, or of a kind that miniserve does not serve.") from error
     if tuple(weight.shape) != shape:
-        raise ConfigError(
-            f"{name} in {folder} has the shape {tuple(weight.shape)}, but config.json says {shape}: the files do "
-            "not belong together."
-        )
+        raise ConfigError(problem("model.shape", name=name, folder=folder, found=tuple(weight.shape), shape=shape))
     for part in (weight.scales, weight.minimums) if isinstance(weight, Quantized) else ():
         if part is not None and (part.shape != (shape[0], shape[1] // GROUP) or not part.isfinite().all()):
             raise ConfigError(f"The scales of {name} in {folder} are too few, too many, or not finite in fp16.")

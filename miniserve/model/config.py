@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 from miniserve.families import FAMILIES, Family
 from miniserve.model import rope
 from miniserve.model.values import flag, number, whole
@@ -118,9 +118,7 @@ class ModelConfig:
         attention_bias = flag(config, "attention_bias") and not family.bias
         activation = str(config.get("hidden_activation") or config.get("hidden_act", "silu"))
         if activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"The model uses the activation {activation!r}; miniserve knows {', '.join(ACTIVATIONS)}."
-            )
+            raise ConfigError(problem("model.activation", given=activation, known=", ".join(ACTIVATIONS)))
         layers, found = _layers(config, family), rope.parameters(config)
         needed = any(not layer.experts for layer in layers)
         model = cls(

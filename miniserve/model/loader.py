@@ -8,6 +8,7 @@ import torch
 from miniserve.config import ConfigError
 from miniserve.model.checkpoints import Costs, Read
 from miniserve.model.config import ModelConfig
+from miniserve.model.shards import Shard
 from miniserve.ops import Ops
 from miniserve.ops.decoder import Linear
 from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
@@ -15,12 +16,13 @@ from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 
 @dataclass
 class Loader:
-    """`read` gets a tensor of a name and a shape, `names` are those of all there are. Plain matrices become quantized
+    """`read_tensor` gets a whole tensor of a name and a shape, `names` are those of all there are, `shard` says what of
+    them is wanted here. Plain matrices become quantized
     ones of so many `bits`, if any. `num_bytes` counts what was made."""
 
     read_tensor: Read
     names: set[str]
-    config: ModelConfig
+    shard: Shard
     ops: Ops
     dtype: torch.dtype
     device: torch.device
@@ -28,13 +30,18 @@ class Loader:
     costs: Costs
     num_bytes: int = field(default=0)
 
+    @property
+    def config(self) -> ModelConfig:
+        """The sizes of what is loaded here."""
+        return self.shard.config
+
     def has(self, name: str) -> bool:
         """Whether the files hold the tensor, or the weight of a module, of that name."""
         return name in self.names or f"{name}.weight" in self.names
 
     def read(self, name: str, *shape: int) -> Weight:
-        """The tensor, as it is stored, on the device. Raises `ConfigError`."""
-        return self.read_tensor(name, shape).to(self.device)
+        """What the shard has of a tensor, in this shape, as it is stored, on the device. Raises `ConfigError`."""
+        return self.shard.read(self.read_tensor, name, shape).to(self.device)
 
     def get(self, name: str, *shape: int, exact: bool = False) -> torch.Tensor:
         """A plain tensor in the model's dtype, or in float32 if it is to be `exact`."""

@@ -12,6 +12,7 @@ from miniserve.model.passes import Pass
 from miniserve.ops import Ops
 from miniserve.ops.batch import Batch, State
 from miniserve.ops.decoder import Attention, Weights
+from miniserve.ops.group import Group
 
 Head = Callable[[torch.Tensor], torch.Tensor] | None
 
@@ -19,14 +20,26 @@ Head = Callable[[torch.Tensor], torch.Tensor] | None
 class Transformer:
     """The model on one device: a batch of new tokens in, logits of the wanted rows out."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int, group: Group | None = None
+    ) -> None:
+        """`weights` may be those of one rank of a `group`, which all make the same calls."""
         self.config = config
         self.ops = ops
-        self.head = weights.head
+        self.group = group or Group()
         self._weights = weights
         tables = [rope.angles(kind, config.rotary_dim, max_len) for kind in config.ropes]
         self._rotary = [ops.rotary(table, weights.embedding.dtype) for table in tables]
-        self._fused = ops.fuse(weights, self._rotary)
+        self._fused = ops.fuse(weights, self._rotary, self.group)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The float32 logits `[rows, vocab]` of hidden states `[rows, hidden]`; of several ranks only the first has
+        them."""
+        return self._logits(self._weights.head(hidden))
+
+    def _logits(self, made: torch.Tensor) -> torch.Tensor:
+        """From what each rank has made."""
+        return self.group.gather(made)[:, : self.config.vocab_size]
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +54,7 @@ class Transformer:
         `[len(batch.outputs), hidden]` instead.
         """
         new = self.ops.plan(batch, kv, state), batch.tokens, batch.positions, batch.outputs
-        return self._fused(*new) if head is None and self._fused is not None else self.compute(*new, head)
+        return self._logits(self._fused(*new)) if head is None and self._fused else self.compute(*new, head)
 
     @torch.inference_mode()
     def compute(
@@ -50,9 +63,10 @@ class Transformer:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
         graph. Without `outputs` the logits of all rows are wanted.
 
-        In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows.
+        In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows. What the ranks of a
+        group make of a layer is added up, the residual in the first one's.
         """
-        ops, weights = self.ops, self._weights
+        ops, weights, group = self.ops, self._weights, self.group
         now = Pass(ops, plan, [table(positions) for table in self._rotary], weights.eps)
         x = F.embedding(tokens, weights.embedding)  # [T, hidden]
         if weights.scale != 1:
@@ -66,15 +80,15 @@ class Transformer:
             if layer is weights.layers[-1] and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
                 if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
-                    return torch.empty((0, self.config.vocab_size), device=x.device)
+                    return self._logits(torch.empty((0, self.config.vocab_size), device=x.device))
                 mixed, x = mixed[outputs], x[outputs]  # [outputs, width], [outputs, hidden]
             if layer.mixer_norm is None:
-                x = layer.mixer.out(mixed, x)  # [T, hidden]
+                x = group.sum(layer.mixer.out(mixed, None if group.rank else x))  # [T, hidden]
             else:
-                x = x + ops.rms_norm(layer.mixer.out(mixed), layer.mixer_norm, weights.eps)
+                x = x + ops.rms_norm(group.sum(layer.mixer.out(mixed)), layer.mixer_norm, weights.eps)
             h = ops.rms_norm(x, layer.post_norm, weights.eps)  # [T, hidden]
             if layer.mlp_norm is None:
-                x = mlp.think(layer.mlp, h, x, now)  # [T, hidden]
+                x = group.sum(mlp.think(layer.mlp, h, None if group.rank else x, now))  # [T, hidden]
             else:
-                x = x + ops.rms_norm(mlp.think(layer.mlp, h, None, now), layer.mlp_norm, weights.eps)
+                x = x + ops.rms_norm(group.sum(mlp.think(layer.mlp, h, None, now)), layer.mlp_norm, weights.eps)
         return (head or self.head)(ops.rms_norm(x, weights.norm, weights.eps))  # [T, vocab]

@@ -15,9 +15,10 @@ from safetensors import safe_open
 
 from miniserve.model import attention, delta_net, mlp
 from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Safetensors, checked
-from miniserve.model.config import LayerConfig, ModelConfig
+from miniserve.model.config import LayerConfig
 from miniserve.model.gguf import GgufTensors
 from miniserve.model.loader import Loader, check_groups, random
+from miniserve.model.shards import Shard
 from miniserve.ops import Ops
 from miniserve.ops.decoder import Attention, DeltaNet, Layer, Weights
 from miniserve.ops.quantized import Quantized, Weight
@@ -36,7 +37,7 @@ the embedding are looked up, and stay as they are."""
 
 def load_weights(
     files: list[Path],
-    config: ModelConfig,
+    shard: Shard,
     ops: Ops,
     dtype: torch.dtype,
     device: torch.device,
@@ -45,15 +46,15 @@ def load_weights(
     quantization: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Weights:
-    """All weights on `device`, from `files`, or random ones where there are none: in `dtype`, in their own 4 or 8 bits
-    where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `packing` is what config.json
-    says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when a tensor is
-    missing or not as config.json says."""
+    """All of a `shard` on `device`, from `files`, or random weights where there are none: in `dtype`, in their own 4 or
+    8 bits where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `packing` is what
+    config.json says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when
+    a tensor is missing or not as config.json says, or cannot be cut."""
     costs, bits = Costs(), QUANTIZATIONS.get(quantization or "")
     if bits:
-        check_groups(config)
+        check_groups(shard.config)
     if not files:
-        return _build(Loader(random(config), set(), config, ops, dtype, device, bits, costs), progress)
+        return _build(Loader(random(shard.whole), set(), shard, ops, dtype, device, bits, costs), progress)
     with ExitStack() as stack:
         if files[0].suffix == ".gguf":
             store: GgufTensors | Safetensors = GgufTensors(files[0], costs)
@@ -61,7 +62,7 @@ def load_weights(
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
             store = Safetensors(files[0].parent, opened, packing, costs)
         read = partial(checked, store.read, files[0].parent)
-        weights = _build(Loader(read, store.names, config, ops, dtype, device, bits, costs), progress)
+        weights = _build(Loader(read, store.names, shard, ops, dtype, device, bits, costs), progress)
     extra = sorted(n for n in store.unread if not n.endswith(NEEDLESS) and not n.startswith(OTHER_PARTS))
     if extra:
         log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
@@ -94,9 +95,9 @@ def _build(loader: Loader, show: Progress) -> Weights:
         matrix = Quantized.of(matrix, 8)
     on_cpu = loader.device.type == "cpu"
     if tied and (isinstance(matrix, torch.Tensor) or not on_cpu):
-        head: Weight = embedding
+        head: Weight = loader.shard.head(embedding)
     else:
-        head = matrix if isinstance(matrix, Quantized) else loader.dense(matrix)
+        head = loader.shard.head(matrix if isinstance(matrix, Quantized) else loader.dense(matrix))
         loader.num_bytes += head.nbytes if on_cpu else head.shape.numel() * loader.dtype.itemsize
     # Gemma's own code rounds the factor to the dtype of the model.
     scale = float(torch.tensor(config.hidden_size**0.5).to(loader.dtype)) if config.family.scaled else 1.0

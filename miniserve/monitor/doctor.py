@@ -16,8 +16,7 @@ from miniserve.scheduler.scheduler import Reuse
 KINDS: dict[str, dict[str, str]] = tables("monitor/doctor.toml")
 PATTERNS = {kind: re.compile(row["pattern"]) for kind, row in KINDS.items() if "pattern" in row}
 LEAST_TOKENS, LEAST_KNOWN = 64, 16
-"""A turn that could have found fewer than these is well, a first turn twice as many; fewer than those where a pattern
-knows the kind."""
+"""A turn that could have found fewer is well, a first turn twice as many; of the second where a pattern knows why."""
 AROUND = 48
 """Tokens on both sides of a change in which its kind is looked for."""
 MOST_CHANGED = 4096
@@ -32,8 +31,7 @@ MOST_MISSES = 16
 
 
 class Segment(NamedTuple):
-    """A text of a request, in the order of the prompt. `field` is where it stands in the chat that the server makes of
-    the request."""
+    """A text of a request, in the order of the prompt. `field` is where it stands in the chat made of the request."""
 
     field: str
     role: str
@@ -86,9 +84,8 @@ class Doctor:
     def examine(
         self, turn: int, change: Change, cached: int, segments: Sequence[Segment], tools: Sequence[str]
     ) -> tuple[Card, str] | None:
-        """What turn number `turn` lost by a change of its prompt, and in a message of which role; None if nothing that
-        counts. `cached` tokens were found all the same, `segments` and the names of `tools` are those of its request.
-        Not for the event loop."""
+        """What turn number `turn` lost by a change of its prompt, in a message of which role; None if it was little.
+        `cached` tokens were found, `segments` and `tools` (names) are its request's. Not for the event loop."""
         at, before, after, _ = change
         ends = _same_again(before, after, at)
         changed = ends or (at, at)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from miniserve.monitor.conversation_views import live_turns
-from miniserve.monitor.worker_views import worker_list
+from miniserve.monitor.views import live_turns, worker_list
 from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -91,8 +90,7 @@ class Feed:
 
     @contextmanager
     def listener(self) -> Iterator[Listener]:
-        """One more listener. Its first events are the time by both clocks, and the state of workers and turns. Raises
-        `TooManyListeners`."""
+        """One more listener, which first gets both clocks, and workers and turns. Raises `TooManyListeners`."""
         if len(self._listeners) >= MOST_LISTENERS:
             raise TooManyListeners(f"{MOST_LISTENERS} listen already.")
         listener = Listener()

@@ -99,27 +99,21 @@ class Metrics(Collector):
         waiting = scheduler.queued
         server = SimpleNamespace(running=scheduler.active - waiting, waiting=waiting, usage=usage)
         states = ("free", "cached", "held")
-        pool = ["model_name", "engine", "cache_dtype", "block_size", "num_gpu_blocks", "num_cpu_blocks"]
-        # By table of metrics.toml: the labels, and for the values of these a number or what has it as a field.
-        sources: dict[str, tuple[list[str], Iterable[tuple[tuple[str, ...], Any]]]] = {
-            "server": (["model_name"], [((model,), server)]),
-            "engine": (["model_name", "engine"], [((model, name), stats) for name, stats in workers]),
-            "pool": (pool, [(self._pool(name, stats), 1) for name, stats in workers if name in self._dispatcher.ready]),
-            "sleep": (["model_name", "engine", "sleep_state"], [((model, name, "awake"), 1) for name, _ in workers]),
-            "worker": (["worker"], [((name,), stats) for name, stats in workers]),
-            "pages": (
-                ["worker", "state"],
-                [((name, state), getattr(stats, f"{state}_pages")) for name, stats in workers for state in states],
-            ),
-            "pair": (["source", "destination"], scheduler.links.items()),
-            "placement": (
-                ["prefill_worker", "home", "policy"],
-                [((*pair, self._dispatcher.policy_name), count) for pair, count in scheduler.placements.items()],
-            ),
+        policy = self._dispatcher.policy_name
+        # By table of metrics.toml: for values of its labels, a number or what has it as a field.
+        sources: dict[str, Iterable[tuple[tuple[str, ...], Any]]] = {
+            "server": [((model,), server)],
+            "engine": [((model, name), stats) for name, stats in workers],
+            "pool": [(self._pool(name, stats), 1) for name, stats in workers if name in self._dispatcher.ready],
+            "sleep": [((model, name, "awake"), 1) for name, _ in workers],
+            "worker": [((name,), stats) for name, stats in workers],
+            "pages": [((name, at), getattr(stats, f"{at}_pages")) for name, stats in workers for at in states],
+            "pair": scheduler.links.items(),
+            "placement": [((*pair, policy), count) for pair, count in scheduler.placements.items()],
         }
-        for source, (labels, found) in sources.items():
+        for source, found in sources.items():
             for name, row in TABLES[source].items():
-                family = KINDS[row["kind"]](name, f"{row['text']}.", labels=labels)
+                family = KINDS[row["kind"]](name, f"{row['text']}.", labels=TABLES["labels"][source])
                 for values, of in found:
                     family.add_metric(values, getattr(of, row["field"]) if "field" in row else of)
                 yield family

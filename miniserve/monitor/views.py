@@ -1,18 +1,157 @@
-"""Cards: what views show as JSON. `views.toml` has a schema of each, which OpenAPI shows too."""
+"""What GET /conversations and GET /v1/workers show, and events about turns: the scheduler's own records, in words.
 
+Each is a card: JSON that has a schema in `views.toml`, which OpenAPI shows too.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
+from miniserve.cluster.messages import WorkerStats
 from miniserve.config import tables
+from miniserve.scheduler.conversation import Conversation
+from miniserve.scheduler.forecast import FINISHES, TurnRecord
+from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Turn, TurnState
+from miniserve.scheduler.workers import Link, WorkerView
 
 SCHEMAS = tables("monitor/views.toml")
 Card = dict[str, Any]
+MOST_LISTED = 1000
+"""Conversations in one answer; the latest come first."""
 
 
 def card(kind: str, /, *sources: object, **own: Any) -> Card:
-    """A `kind` of views.toml: each property that is not among `own` is that of its name in the first of the sources
-    that has it."""
+    """A `kind` of views.toml: properties that are not among `own` are those of the first source that has them."""
 
     def value(name: str) -> Any:
         return own[name] if name in own else next(getattr(source, name) for source in sources if hasattr(source, name))
 
     return {name: value(name) for name in SCHEMAS[kind]["properties"]}
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def conversation_list(scheduler: Scheduler, now: float, limit: int) -> Card:
+    turns = _running_turns(scheduler)
+    latest = scheduler.conversations.latest(min(limit, MOST_LISTED))
+    data = [_card(scheduler, conversation, turns.get(id(conversation), []), now) for conversation in latest]
+    return {"object": "list", "total": len(scheduler.conversations), "data": data}
+
+
+def conversation_detail(
+    scheduler: Scheduler, misses: Callable[[str | int], list[Card]], key: str, now: float
+) -> Card | None:
+    """One of them; None if it is not known (any more)."""
+    number = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else None
+    found = scheduler.conversations.get(key) or (None if number is None else scheduler.conversations.get(number))
+    if found is None:
+        return None
+    turns = _running_turns(scheduler).get(id(found), [])
+    return {
+        **_card(scheduler, found, turns, now),
+        "misses": misses(found.key),
+        "history": [_turn(record, scheduler.names) for record in found.history],
+        "running": [_running(turn, now) for turn in turns],
+    }
+
+
+def live_turns(scheduler: Scheduler, now: float) -> Card:
+    """The turns that wait or run, those that came first of them first."""
+    data = [_running(turn, now) for turn in scheduler.turns[:MOST_LISTED]]
+    return {"time": now, "total": scheduler.active, "conversations": len(scheduler.conversations), "data": data}
+
+
+def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
+    """By the identity of conversations: their turns that wait or run."""
+    turns: dict[int, list[Turn]] = {}
+    for turn in scheduler.turns:
+        turns.setdefault(id(turn.conversation), []).append(turn)
+    return turns
+
+
+def _card(scheduler: Scheduler, conversation: Conversation, turns: list[Turn], now: float) -> Card:
+    parent, group, by = conversation.parent, conversation.group, conversation.by
+    if by == "prefix" and not _went_on(scheduler.conversations.get(parent or 0), conversation):
+        parent, group, by = None, conversation.key, ""
+    kind = "main" if parent is None else "fork" if by == "key" else "sub-agent"
+    placed = [turn for turn in turns if turn.state is not TurnState.QUEUED]
+    return card(
+        "ConversationCard",
+        conversation,
+        id=str(conversation.key),
+        object="conversation",
+        kind="side" if scheduler.conversations.is_side(conversation) else kind,
+        client=conversation.said.client,
+        group=str(group),
+        parent=None if parent is None else str(parent),
+        by=by,
+        state="running" if placed else "queued" if turns else "idle",
+        kv_pages=conversation.resident + sum(turn.pages for turn in placed),
+        age=now - conversation.began,
+        idle=0.0 if conversation.active else now - conversation.last_end,
+    )
+
+
+def _went_on(parent: Conversation | None, child: Conversation) -> bool:
+    """Whether the conversation that a new one looked like a part of has had another turn since: it waited for that."""
+    return parent is not None and (parent.active > 0 or parent.last_end > child.began)
+
+
+def _turn(record: TurnRecord, names: list[str]) -> Card:
+    tokens = {f"{name}_tokens": getattr(record, name) for name in ("prompt", "new", "cached", "output")}
+    return card(
+        "TurnCard",
+        record,
+        **tokens,
+        after_tool=bool(record.tool),
+        home=names[record.home],
+        prefill_at=names[record.home if record.prefill_at is None else record.prefill_at],
+        finish=FINISHES[record.finish],
+        phases=card("TurnPhases", record),
+    )
+
+
+def _running(turn: Turn, now: float) -> Card:
+    # A turn that runs again decodes, as its client sees it.
+    state = "queued" if turn.state is TurnState.QUEUED else "decode" if turn.delivered else "prefill"
+    own = {"request": turn.id, "state": state, "conversation": str(turn.conversation.key), "turn": turn.number}
+    own |= {"prompt_tokens": turn.given, "output_tokens": turn.delivered, "age": now - turn.arrived}
+    return card("RunningTurn", turn, **own, prefill_at=turn.prefill_at or turn.home)
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def worker_list(scheduler: Scheduler, policy: str, now: float) -> Card:
+    workers = [_worker(view, now) for view in scheduler.workers.values()]
+    links = [_link(source, destination, link) for (source, destination), link in scheduler.links.items()]
+    return card("WorkerList", scheduler, object="list", policy=policy, data=workers, links=links)
+
+
+def _link(source: str, destination: str, link: Link) -> Card:
+    rate = link.bandwidth.value if link.bandwidth.count else None
+    own = {"source": source, "destination": destination, "moves": link.count, "exposed": link.exposed.value}
+    return card("LinkCard", link, **own, bandwidth=rate)
+
+
+def _worker(view: WorkerView, now: float) -> Card:
+    speed = view.speed
+    # A worker that has not reported yet is untouched.
+    stats = view.stats or WorkerStats(view.total_pages, view.total_pages, 0, 0, 0, 0, 0, 0)
+    pages = {"total": view.total_pages, "free": stats.free_pages, "cached": stats.cached_pages}
+    return card(
+        "WorkerCard",
+        view,
+        stats,
+        role=view.role.value,
+        last_heard=now - view.reported if view.stats else None,
+        load=view.load.value,
+        prefilling=view.prefilling.value,
+        kv=card("Kv", view, stats, **pages, held=stats.held_pages, host_used=stats.host_pages),
+        rates={
+            "prefill_512": speed.prefill(512) if speed.prefills.measured else None,
+            "prefill_2048": speed.prefill(2048) if speed.prefills.measured else None,
+            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.decodes.measured else None,
+        },
+    )

@@ -7,6 +7,7 @@ import torch
 
 from miniserve.ops.batch import Batch, State
 from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
+from miniserve.ops.group import Group
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
 from miniserve.ops.torch_ops import TorchOps
@@ -68,9 +69,10 @@ class Ops(Protocol):
         leave; the likeliest always stays.
         """
 
-    def fuse(self, weights: Weights, rotary: list[Any]) -> Compute | None:
+    def fuse(self, weights: Weights, rotary: list[Any], group: Group) -> Compute | None:
         """A whole model in one call, where a backend has one: the same as `model.Transformer.compute`, which makes one
-        call for each operation. These `Ops` have prepared `weights` and `rotary`."""
+        call for each operation, up to the logits of this rank of the `group`. These `Ops` have prepared `weights` and
+        `rotary`."""
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Any:
         """What attention needs to know of a batch, worked out once for all layers.

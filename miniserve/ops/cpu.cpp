@@ -1,6 +1,6 @@
 // CPU kernels: products with weights (cpu_products.h), mixtures of experts (cpu_experts.h), paged attention
-// (cpu_attention.h), the delta net (cpu_delta.h), and here RMS norm, rotary embedding and the whole model. Compiled at first
-// use by ops/native.py.
+// (cpu_attention.h), the delta net (cpu_delta.h), sums over ranks (cpu_group.h), and here RMS norm, rotary embedding and the
+// whole model. Compiled at first use by ops/native.py.
 //
 // Plain pointers, no libtorch: any version of torch works. Each kernel exists for float and, where the CPU multiplies
 // bf16 in hardware (AVX-512 BF16), for bf16; all sums are in float.
@@ -11,6 +11,7 @@
 
 #include "cpu_delta.h"
 #include "cpu_experts.h"
+#include "cpu_group.h"
 
 namespace {
 
@@ -103,6 +104,7 @@ struct Model {
     const T *embedding, *norm;
     Matrix<T> head;
     const Layer<T>* layer;
+    Group* group;  // of ranks that have parts of each matrix; or null
 };
 
 namespace {
@@ -123,7 +125,7 @@ void attend(const Attention<T>& part, const Batch& batch, int64_t rows, const in
               part.gated ? gates : nullptr, found, scratch);
 }
 
-// The same as `Transformer.compute`: float logits [outputs, vocab] of the rows `wanted`, in rising order.
+// The same as `Transformer.compute`: float logits [outputs, columns of the head] of the rows `wanted`, in rising order.
 template <typename T>
 void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int64_t* tokens, const int64_t* positions,
              int64_t outputs, const int64_t* wanted, float* logits) {
@@ -173,16 +175,19 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                 }
                 rows = outputs;
             }
-            // What is normed before it is added is made in h.
-            const auto add_normed = [&](const T* norm) {
+            // What is normed before it is added is made in h. Of several ranks the first one adds the residual.
+            T* residual = model.group && model.group->rank ? nullptr : x;
+            const auto add_made = [&](const T* norm) {
+                if (model.group) sum(*model.group, norm ? h : x, rows * hidden);
                 if (!norm) return;
                 rms_norm(h, hidden, rows, 1, hidden, norm, model.eps, h, hidden);
                 add(h, rows, hidden, x);
             };
-            product<T, T>(found, rows, layer.out(), layer.mixer_norm ? nullptr : x, layer.mixer_norm ? h : x, scratch);
-            add_normed(layer.mixer_norm);
+            product<T, T>(found, rows, layer.out(), layer.mixer_norm ? nullptr : residual, layer.mixer_norm ? h : x, scratch);
+            add_made(layer.mixer_norm);
             rms_norm(x, hidden, rows, 1, hidden, layer.post_norm, model.eps, h, hidden);
-            T *residual = layer.mlp_norm ? nullptr : x, *out = layer.mlp_norm ? h : x;
+            T* out = layer.mlp_norm ? h : x;
+            if (layer.mlp_norm) residual = nullptr;
             if (layer.mlp) {
                 product<T, T>(h, rows, layer.mlp->gate_up, nullptr, gated, scratch);
                 product<T, T>(gated, rows, layer.mlp->down, residual, out, scratch);
@@ -190,7 +195,7 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
                 route(*layer.experts, h, rows, mixing, scratch);
                 mixture(*layer.experts, h, rows, mixing, residual, out, scratch);
             }
-            add_normed(layer.mlp_norm);
+            add_made(layer.mlp_norm);
         }
         rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, h, hidden);
         product<T, float>(h, rows, model.head, nullptr, logits, scratch);
@@ -268,6 +273,17 @@ extern "C" void pack_codes(const int8_t* codes, const uint16_t* scales, const ui
                            int64_t size, int bits, uint32_t* packed) {
 #pragma omp parallel
     pack(codes, scales, minimums, columns, size, bits, packed);
+}
+extern "C" void group_sum_float32(Group* group, float* x, int64_t count) {
+#pragma omp parallel if (count > FEW_NUMBERS)
+    sum(*group, x, count);
+}
+extern "C" void group_sum_bfloat16(Group* group, bf16* x, int64_t count) {
+#pragma omp parallel if (count > FEW_NUMBERS)
+    sum(*group, x, count);
+}
+extern "C" void group_gather(Group* group, const char* x, int64_t rows, int64_t width, char* out) {
+    gather(*group, x, rows, width, out);
 }
 // Whether products of bf16 are made by tiles.
 extern "C" int tiles() { return TILES && tiles_allowed(); }

@@ -21,6 +21,7 @@ from miniserve.ops.cpu_structs import (
     Rotary,
 )
 from miniserve.ops.decoder import DeltaNet, Experts, Weights
+from miniserve.ops.group import Group
 from miniserve.ops.native import NoKernels, load
 from miniserve.ops.quantized import Quantized, Weight
 from miniserve.ops.torch_ops import filter_sorted, rotary_tables
@@ -132,8 +133,8 @@ class CpuOps:
         self._delta(*of, qkv.data_ptr(), qkv.stride(0), ba.data_ptr(), out.data_ptr())
         return out
 
-    def fuse(self, weights: Weights, rotary: list[Rotary]) -> FusedForward:
-        return FusedForward(self._forward, weights, rotary)
+    def fuse(self, weights: Weights, rotary: list[Rotary], group: Group) -> FusedForward:
+        return FusedForward(self._forward, weights, rotary, group)
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> NativePlan:
         """The batch's page tables, one after the other, and where each begins; and where the recurrent state is."""

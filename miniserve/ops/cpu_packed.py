@@ -21,6 +21,7 @@ from miniserve.ops.cpu_structs import (
     Rotary,
 )
 from miniserve.ops.decoder import Attention, DeltaNet, Experts, Layer, Mlp, Weights
+from miniserve.ops.group import Group
 from miniserve.ops.quantized import GROUP, Quantized
 
 ARENA_BYTES = 64 * 2**20
@@ -135,14 +136,15 @@ def _struct(kind: Any, part: Any, **more: Any) -> Any:
 class FusedForward:
     """A `Compute` by the kernel `forward`: a step of a hundred and more kernels whose threads never go to sleep."""
 
-    def __init__(self, forward: Any, weights: Weights, rotary: list[Rotary]) -> None:
+    def __init__(self, forward: Any, weights: Weights, rotary: list[Rotary], group: Group) -> None:
         assert isinstance(weights.head, PackedMatrix)
         self._forward = forward
         self._vocab = weights.head.native.columns
         structs, layers = Structs(), len(weights.layers)
         layer = structs.layers(weights.layers, rotary)
-        self._model = _struct(NativeModel, weights, hidden=weights.embedding.shape[1], layers=layers, layer=layer)
-        self._kept = structs, weights, rotary  # `_model` points into them
+        hidden = weights.embedding.shape[1]
+        self._model = _struct(NativeModel, weights, hidden=hidden, layers=layers, layer=layer, group=group.address)
+        self._kept = structs, weights, rotary, group  # `_model` points into them
 
     def __call__(
         self, plan: NativePlan, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor

@@ -91,8 +91,14 @@ class NativeModel(ctypes.Structure):
         *_each(_float, "eps scale"),
         *_each(_pointer, "embedding norm"),
         ("head", NativeMatrix),
-        ("layer", _pointer),
+        *_each(_pointer, "layer group"),
     ]
+
+
+class NativeGroup(ctypes.Structure):
+    """`Group` in cpu_group.h."""
+
+    _fields_ = [*_each(_int, "rank ranks round"), ("memory", _pointer)]
 
 
 PACK_CODES: list[Any] = [_pointer, _pointer, _pointer, _long, _long, _int, _pointer]

@@ -154,7 +154,7 @@ class CudaOps(CudaPlanner):
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
 
-    def fuse(self, weights: Weights, rotary: list[Any]) -> None:
+    def fuse(self, weights: Weights, rotary: list[Any], group: Any) -> None:
         """There is no such kernel; CUDA graphs spare the host its calls."""
 
     def attention(

@@ -14,7 +14,7 @@ from pathlib import Path
 from miniserve.config import cache_dir
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-PARTS = "vectors", "tiles", "matrix", "packing", "products", "experts", "attention", "delta"
+PARTS = "vectors", "tiles", "matrix", "packing", "products", "experts", "attention", "delta", "group"
 HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in PARTS]
 COMPILERS = ("g++", "c++")
 """`cpu.cpp` needs GCC for its vectors; $CXX comes first where it is set."""

@@ -59,6 +59,13 @@ class Quantized:
         minimums = None if self.minimums is None else self.minimums[rows]
         return Quantized(self.bits, self.codes[rows], self.scales[rows], minimums)
 
+    def columns(self, start: int, count: int) -> Quantized:
+        """So many columns from `start` on; both must be multiples of `GROUP`."""
+        groups = slice(start // GROUP, (start + count) // GROUP)
+        minimums = None if self.minimums is None else self.minimums[:, groups].contiguous()
+        codes = self.codes[:, start : start + count].contiguous()
+        return Quantized(self.bits, codes, self.scales[:, groups].contiguous(), minimums)
+
     @classmethod
     def of(cls, weight: torch.Tensor, bits: int) -> Quantized:
         """The nearest to a weight `[out, in]` of any float dtype, symmetric. `in` must be a multiple of `GROUP`.

@@ -190,7 +190,7 @@ class TorchOps:
         assert plan.state is not None
         return delta(plan.state, plan.pieces, part, qkv, ba)
 
-    def fuse(self, weights: Weights, rotary: list[Any]) -> None:
+    def fuse(self, weights: Weights, rotary: list[Any], group: Any) -> None:
         """There is no such kernel."""
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Plan:

@@ -114,8 +114,8 @@ class Observe:
         return worker.room - ROOM * worker.total_pages if free else 0.0
 
     def patience(self, need: Need, cluster: Cluster) -> float:
-        few = len(cluster.workers) <= FEW_HOMES
-        workers = cluster.workers.values() if few else cluster.ranked(self._burden)[:LIKELY_HOMES]
+        all_of_few = (*cluster.decoders, *cluster.prefillers)
+        workers = all_of_few if len(all_of_few) <= FEW_HOMES else cluster.ranked(self._burden)[:LIKELY_HOMES]
         return min((self._worth(need, worker) for worker in workers), default=0.0)
 
     def _likely(

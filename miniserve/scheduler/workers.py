@@ -146,6 +146,7 @@ class Cluster:
         self.prefillers: list[WorkerView] = []
         self.decoders: list[WorkerView] = []
         self.open: Set[str] = self.workers.keys()
+        self.retired: set[str] = set()
         self.links: dict[tuple[str, str], Link] = {}
         """(from, to) -> KV that was moved."""
         self.changed: set[str] = set()
@@ -165,10 +166,17 @@ class Cluster:
         self.touch(worker.name)
 
     def leave(self, name: str) -> None:
-        if gone := self.workers.pop(name, None):
+        self.retire(name)
+        self.retired.discard(name)
+        self.workers.pop(name, None)
+
+    def retire(self, name: str) -> None:
+        """A worker lives, but nothing more is to be placed there."""
+        if going := self.workers.get(name):
+            self.retired.add(name)
             self._shortest = []
             for those in (self.prefillers, self.decoders, self._ranked):
-                those[:] = [worker for worker in those if worker is not gone]
+                those[:] = [worker for worker in those if worker is not going]
 
     def worker(self, name: str | None) -> WorkerView | None:
         return self.workers.get(name) if name is not None else None

@@ -7,9 +7,10 @@ calls is what the models were trained on and nothing else: a small one would fil
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
+from miniserve.config import problem
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.call_parsers import TAG_MARKS
 from miniserve.text.formats import PIECES, ReasoningMarks, ToolFormat
@@ -62,12 +63,12 @@ class _Writer:
         self._marks = re.compile(f"({'|'.join(map(re.escape, form.marks))})")
         self._names: dict[str, str] = {}
 
-    def rule(self, name: str, body: str, kind: str = "") -> str:
+    def rule(self, name: str, body: str) -> str:
         """A rule, under this name or another one that means the same: tools have many arguments that are alike."""
-        if (text := kind + body) not in self._names:
-            self._names[text] = name
-            self.lines.append(f"{name}{kind}: {body}")
-        return self._names[text]
+        if body not in self._names:
+            self._names[body] = name
+            self.lines.append(f"{name}: {body}")
+        return self._names[body]
 
     def one_of(self, name: str, choices: Iterable[str]) -> str:
         return self.rule(name, " | ".join(choices))
@@ -168,15 +169,11 @@ class _Writer:
         close = self.rule("close", quoted("\n</parameter>\n"))
         return f"({' | '.join(choices)}) {close}"
 
-    def _leave_out(self, way: Way, keywords: set[str], strict: bool) -> None:
+    def _leave_out(self, way: Way, keywords: Set[str], strict: bool) -> None:
         """Say that the grammar does not hold these keywords, if they are there."""
         found = {key for part in way for key in part.keys() & keywords if says(key, part[key])}
         if strict and found:
-            raise ParameterError(
-                "tools",
-                f"`tools`: {', '.join(sorted(found))} cannot be held here, as a strict tool needs: this model's "
-                "calls write text without quotes. Leave it out, or `strict`.",
-            )
+            raise ParameterError("tools", problem("text.strict_tool", keys=", ".join(sorted(found))))
         self._relaxed |= found
 
     def _parameters(self, function: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,8 +201,7 @@ class _Writer:
         return self.rule("format", body)
 
     def reasoning(self, thinking: ReasoningMarks, opened: bool) -> str:
-        """A rule for the reasoning. A `Reader` ends it at its end mark, a token or spelled out, so the text before that
-        does not spell the mark."""
+        """A rule for the reasoning. A `Reader` ends it where the end mark is spelled, so text before it does not."""
         start, text = self.mark(thinking.start), _without(thinking.end)
         if self._tokenizer.control_id(thinking.end) is None:
             end = f"/{text}{_slashed(re.escape(thinking.end))}/"
@@ -220,8 +216,7 @@ def _slashed(expression: str) -> str:
 
 
 def _without(*marks: str) -> str:
-    """An expression for all text in which none of `marks` occurs. They begin with the same character, which occurs in
-    them only once."""
+    """An expression for text without any of `marks`. They begin with the same character, each has it only once."""
     first = re.escape(marks[0][0])
     assert all(mark[0] == marks[0][0] not in mark[1:] for mark in marks)
 

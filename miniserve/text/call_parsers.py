@@ -55,9 +55,8 @@ class CallParser:
         raise NotImplementedError
 
     def _json_end(self, text: str, start: int, name: str = "") -> int | ParsedCalls | None:
-        """Where the JSON ends that begins with a bracket at `start`: the arguments of `name`, or else one call or a
-        list. None while more text is needed, and the finding that this is no call where it holds what stands in no
-        JSON."""
+        """Where the JSON ends that begins with a bracket at `start`: the arguments of `name`, or one call or a list.
+        None while more text is needed, the finding that this is no call for what stands in no JSON."""
         self._at = max(self._at, start)
         while self._at == start or self._open:
             went = self._token(text, name) if self._quoted < 0 else self._string(text)

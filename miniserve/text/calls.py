@@ -32,8 +32,7 @@ NOTHING = msgspec.Raw(b"")
 
 
 class _Written(msgspec.Struct):
-    """A call as an object; `function` is its name, or as in the OpenAI API another object that holds name and
-    arguments."""
+    """A call as an object; `function` is its name, or as in OpenAI's API an object with name and arguments."""
 
     name: str = ""
     function: msgspec.Raw = NOTHING

@@ -9,20 +9,13 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from miniserve.config import tables
 from miniserve.text.template import Message
 
 Render = Callable[[list[Message]], str | None]
 """A conversation as the template renders it; None where it refuses."""
 
-SYSTEM = {"role": "system", "content": "first-probe"}
-LATE = {"role": "system", "content": "second-probe"}
-ASK = {"role": "user", "content": "third-probe"}
-MORE = {"role": "user", "content": "fourth-probe"}
-SAID = {"role": "assistant", "content": "fifth-probe"}
-FUNCTION = {"name": "probe", "arguments": {"a": "b"}}
-CALLS = [{"id": "a1b2c3d4e", "type": "function", "function": FUNCTION}]
-CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
-RESULT = {"role": "tool", "name": "probe", "tool_call_id": "a1b2c3d4e", "content": "sixth-probe"}
+PROBES: dict[str, Message] = tables("text/demands.toml")
 
 
 class Demands(NamedTuple):
@@ -47,26 +40,27 @@ class Demands(NamedTuple):
 
     @classmethod
     def of(cls, render: Render) -> "Demands":
-        def refuses(*messages: Message) -> bool:
+        def refuses(probes: str) -> bool:
+            messages = [PROBES[probe] for probe in probes.split()]
             text = render([dict(message) for message in messages])
             places = [-1 if text is None else text.find(message["content"]) for message in messages]
-            return min(places) < 0 or (LATE in messages and places != sorted(places))
+            return min(places) < 0 or ("late" in probes and places != sorted(places))
 
-        if refuses(ASK):  # nothing to learn from such a one
+        if refuses("ask"):  # nothing to learn from such a one
             return cls()
-        calls = not refuses(ASK, CALL, RESULT)
-        no_system = refuses(SYSTEM, ASK)
-        alternate = refuses(ASK, MORE) or refuses(ASK, SAID, SAID, MORE)
+        calls = not refuses("ask call result")
+        no_system = refuses("system ask")
+        alternate = refuses("ask more") or refuses("ask said said more")
         return cls(
             no_system=no_system,
-            one_system=not no_system and refuses(SYSTEM, LATE, ASK),
-            system_first=no_system or refuses(SYSTEM, ASK, SAID, LATE, MORE) or refuses(ASK, SAID, LATE, MORE),
-            no_tool=not calls and refuses(ASK, SAID, RESULT),
+            one_system=not no_system and refuses("system late ask"),
+            system_first=no_system or refuses("system ask said late more") or refuses("ask said late more"),
+            no_tool=not calls and refuses("ask said result"),
             # Where turns alternate a result that answers nothing would be neither the one's turn nor the other's.
-            tool_after_call=alternate or refuses(RESULT, ASK) or refuses(ASK, SAID, RESULT),
-            no_user_after_tool=calls and refuses(ASK, CALL, RESULT, MORE),
+            tool_after_call=alternate or refuses("result ask") or refuses("ask said result"),
+            no_user_after_tool=calls and refuses("ask call result more"),
             alternate=alternate,
-            user_first=refuses(SAID, ASK) or (not no_system and refuses(SYSTEM)),
+            user_first=refuses("said ask") or (not no_system and refuses("system")),
         )
 
     def met(self, messages: list[Message]) -> list[Message]:

@@ -44,8 +44,7 @@ class IncrementalDetokenizer:
         self._held = ""
 
     def feed(self, output: FirstToken | Tokens | Ended) -> tuple[str, int]:
-        """Take in the next tokens: the text that can now be given out, and how many of the tokens count (those up to a
-        stop string)."""
+        """Take the next tokens: the text that can be given out now, and how many tokens count (up to a stop string)."""
         before = self.tokens_used
         # The token that ends a turn is no part of its text, special or not.
         ended = output if isinstance(output, Ended) else None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from miniserve.text.demands import Demands
-from miniserve.text.formats import FORMATS, REASONING_MARKS, SIGNS, ReasoningMarks, ToolFormat
+from miniserve.text.formats import DESCRIPTION, FORMATS, REASONING_MARKS, SIGNS, ReasoningMarks, ToolFormat
 from miniserve.text.reader import CallScanner, Reader
 from miniserve.text.template import Message
 from miniserve.text.tokenizer import Tokenizer
@@ -75,7 +75,9 @@ class Dialect(msgspec.Struct, frozen=True):
     def messages(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
         """The conversation as this model's template can render it."""
         if tools and not self.knows_tools:
-            messages = _with_system(messages, self._description(tools))
+            example = self.form.write([("name_of_tool", {"name_of_parameter": "value"})])
+            told = json.dumps(tools, ensure_ascii=False)
+            messages = _with_system(messages, DESCRIPTION.format(tools=told, example=example))
         if not self.knows_calls or self.demands.no_tool:
             messages = [self._spelled(message) for message in messages]
         elif not self.form.parallel:
@@ -83,14 +85,6 @@ class Dialect(msgspec.Struct, frozen=True):
         if self.form.short_ids:
             messages = [_with_short_ids(message) for message in messages]
         return self.demands.met(messages)
-
-    def _description(self, tools: list[dict[str, Any]]) -> str:
-        example = self.form.write([("name_of_tool", {"name_of_parameter": "value"})])
-        return (
-            f"These tools are at hand:\n<tools>{json.dumps(tools, ensure_ascii=False)}</tools>\n"
-            f"To use one, reply with its name and its arguments, in this form and without further text:\n{example}\n"
-            "If none of them helps, reply in words."
-        )
 
     def _spelled(self, message: Message) -> Message:
         """Calls as text, as the model has written them."""

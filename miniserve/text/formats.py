@@ -72,6 +72,7 @@ class ReasoningMarks(NamedTuple):
 
 _TABLES = tables("text/formats.toml")
 FORMATS = {form["name"]: msgspec.convert(form, ToolFormat) for form in _TABLES["formats"]}
+DESCRIPTION: str = _TABLES["description"]
 SIGNS: dict[str, str] = _TABLES["signs"]
 REASONING_MARKS = {name: ReasoningMarks(**marks) for name, marks in _TABLES["reasoning"].items()}
 FILL_IN_THE_MIDDLE: list[list[str]] = _TABLES["fill_in_the_middle"]

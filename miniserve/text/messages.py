@@ -2,12 +2,23 @@
 them. The types of fields here are those of all requests."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WrapValidator,
+    model_validator,
+)
 
+from miniserve.config import problem, tables
 from miniserve.text.template import Message
 
 MAX_DEPTH = 100
@@ -19,9 +30,7 @@ def valid_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"This is not valid Unicode: character {error.start} is half of a surrogate pair without the other half"
-        ) from error
+        raise ValueError(problem("text.unicode", start=error.start)) from error
     return text
 
 
@@ -47,16 +56,13 @@ def sound_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str | None:
-    """The branch of a union of text, lists and typed objects that `value` means; errors are about that one only."""
-    if isinstance(value, str):
-        return "<text>"
-    if isinstance(value, list):
-        return "<list>"
-    return f"<{kind}>" if isinstance(value, dict) and isinstance(kind := value.get("type"), str) else None
+    """The branch of a union of text, lists and objects that `value` means; errors are about that one only."""
+    kinds: dict[type, str] = {str: "<text>", list: "<list>", dict: "<object>"}
+    return kinds.get(type(value))
 
 
 def text_or(problem: str) -> Discriminator:
-    """For a union of text and a list (`TextOr`) or typed objects; `problem` is the error for what is neither."""
+    """For a union of text and a list (`TextOr`) or an object; `problem` is the error for what is neither."""
     return Discriminator(kind_of, "kind", problem)
 
 
@@ -75,17 +81,6 @@ class Body(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
 
 
-def check_call(call: dict[str, Any]) -> None:
-    """Check a call of the history. Raises `ValueError`."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(
-            'A tool call must look like {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
-        )
-    if not isinstance(call.get("id", ""), str | None):
-        raise ValueError("The `id` of a tool call must be a string")
-
-
 def call_for_template(call: dict[str, Any]) -> dict[str, Any]:
     """A call of the history as templates know it: its arguments are an object, if their text is one."""
     function = dict(call["function"])
@@ -97,16 +92,7 @@ def call_for_template(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-UNREADABLE = {
-    **dict.fromkeys(["image", "image_url", "input_image", "computer_screenshot", "browser_state"], "image"),
-    **dict.fromkeys(["audio", "audio_url", "input_audio"], "audio"),
-    **dict.fromkeys(["video", "video_url", "input_video"], "video"),
-    **dict.fromkeys(["file", "input_file", "document"], "file"),
-}
-"""By the type of a content's part: what stands in its place for a model that reads text only. An error would end a
-conversation for good, since the part stays in its history."""
-SILENT_PARTS = frozenset({"refusal", "redacted_thinking", "fallback"})
-"""Parts that say nothing to the model."""
+UNREADABLE: dict[str, str] = tables("text/contents.toml")["unreadable"]
 
 
 def readable(part: Any) -> Any:
@@ -114,37 +100,40 @@ def readable(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         return part
-    if what := UNREADABLE.get(kind):
-        return {"type": "text", "text": f"[{what}: this model reads text only]"}
-    return {"type": "text", "text": ""} if kind in SILENT_PARTS else part
+    if kind not in UNREADABLE:
+        return part
+    return {"type": "text", "text": f"[{what}: this model reads text only]" if (what := UNREADABLE[kind]) else ""}
 
 
-def one_of(what: str, kinds: Sequence[str]) -> BeforeValidator:
-    """Refuses objects whose `type` is none of `kinds`."""
-
-    def check(value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in kinds:
-            given = f"of type {kind[:32]!r}" if isinstance(kind, str) else "without a `type`"
-            raise ValueError(f"{what} {given} are not supported: use {', '.join(kinds)}")
-        return value
-
-    return BeforeValidator(check)
+def types_of(kinds: Any) -> dict[str, type[Body]]:
+    """The bodies of a union (or one alone) by their `type`."""
+    each = get_args(kinds) or (kinds,)
+    return {name: kind for kind in each for name in get_args(kind.model_fields["type"].annotation)}
 
 
-PartKind = Literal["text", "input_text", "output_text", "summary_text", "reasoning_text"]
+def by_type(what: str, kinds: Any, before: Callable[[Any], Any] = lambda value: value) -> WrapValidator:
+    """Reads an object as the one of `kinds` whose `type` it has, or gets `before` it is read."""
+    known = types_of(kinds)
+
+    def read(value: Any, _: object) -> Any:
+        value = before(value)
+        if isinstance(value, Body):
+            return value
+        name = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in known:
+            given = f"of type {name[:32]!r}" if isinstance(name, str) else "without a `type`"
+            raise ValueError(f"{what} {given} are not supported: use {', '.join(known)}")
+        return known[name].model_validate(value)
+
+    return WrapValidator(read, json_schema_input_type=kinds)
 
 
 class ContentPart(Body):
-    type: PartKind
+    type: Literal["text", "input_text", "output_text", "summary_text", "reasoning_text"]
     text: Text
 
 
-Part = Annotated[
-    ContentPart,
-    one_of("This model reads text only: content parts", get_args(PartKind)),
-    BeforeValidator(readable),
-]
+Part = Annotated[ContentPart, by_type("This model reads text only: content parts", ContentPart, readable)]
 ContentParts = Annotated[list[Part], Field(fail_fast=True)]
 Content = Annotated[TextOr[ContentParts], text_or("Content must be a string or a list of text parts")]
 
@@ -175,12 +164,15 @@ class ChatMessage(Body):
         if "content" not in self.model_fields_set and self.role != "assistant":
             raise ValueError(f"A message of the role {self.role!r} needs `content`")
         for call in self.tool_calls or []:
-            check_call(call)
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(problem("text.call"))
+            if not isinstance(call.get("id", ""), str | None):
+                raise ValueError("The `id` of a tool call must be a string")
         return self
 
     def for_template(self) -> Message:
-        """As chat templates know messages: content is one string, arguments of calls are objects, `developer` is called
-        `system`."""
+        """As chat templates know messages: content is a string, arguments are objects, `developer` is `system`."""
         rest = self.model_dump(exclude_none=True, exclude={"role", "content", "reasoning", "tool_calls"})
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": joined(self.content or ""), **rest}

@@ -24,8 +24,7 @@ class Reasoning(msgspec.Struct, frozen=True):
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """A call, the answer's number `index`. `arguments` is the JSON text of an object, or the beginning of it where
-    `MoreArguments` follow."""
+    """The answer's call number `index`. `arguments` is an object's JSON; its beginning if `MoreArguments` follow."""
 
     index: int
     id: str

@@ -14,6 +14,8 @@ from urllib.parse import unquote
 import msgspec
 from llguidance import LLMatcher, grammar_from
 
+from miniserve.config import tables
+
 MAX_WAYS = 64
 """How many ways to fit a schema are looked at: those of `allOf` multiply."""
 MAX_DEPTH = 64
@@ -21,22 +23,14 @@ MAX_DEPTH = 64
 
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 TYPES = frozenset(("null", *TYPE_NAMES.values()))
-BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
-BOUNDS |= {"minLength", "maxLength", "pattern", "format", "minItems", "maxItems", "minProperties", "maxProperties"}
-PARTS = {"items", "prefixItems", "additionalItems", "properties", "patternProperties", "additionalProperties"}
-UNIONS = {"anyOf", "oneOf"}
-UNHELD = {"not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames"}
-UNHELD |= {"dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"}
-UNHELD |= {"$dynamicRef", "$recursiveRef"}
-"""Keywords that llguidance does not know, but knows to be keywords."""
-IDLE = {("uniqueItems", False), ("unevaluatedItems", True), ("unevaluatedProperties", True), ("minLength", 0)}
-"""Keywords with a value that says nothing."""
-_KEPT = BOUNDS | PARTS | UNIONS | {"type", "enum", "const", "required", "allOf", "$ref"}
+KEYWORDS = tables("text/schemas.toml")
+BOUNDS, PARTS, UNIONS, UNHELD = (frozenset(KEYWORDS[name]) for name in ("bounds", "parts", "unions", "unheld"))
+_KEPT = BOUNDS | PARTS | UNIONS | {*KEYWORDS["others"]}
 
 
 def says(key: str, value: Any) -> bool:
     """Whether a keyword with this value says anything. Clients write null where they mean nothing."""
-    return value is not None and not any(key == idle and value is nothing for idle, nothing in IDLE)
+    return value is not None and not any(key == idle and value is nothing for idle, nothing in KEYWORDS["idle"])
 
 
 def referred(reference: Any, root: Any) -> Any:

@@ -10,7 +10,7 @@ from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from miniserve.config import read_object
+from miniserve.config import problem, read_object
 from miniserve.sampling_params import ParameterError
 
 Message = dict[str, Any]
@@ -53,16 +53,10 @@ class ChatTemplates:
         template = self._compiled.get("tool_use") if tools else None
         template = template or self._compiled.get("default") or next(iter(self._compiled.values()), None)
         if template is None:
-            raise ParameterError(
-                "messages",
-                "This model has no chat template: use /v1/completions, or start the server with --chat-template FILE.",
-            )
+            raise ParameterError("messages", problem("text.no_template"))
         if unknown := variables.keys() - self.settable:
-            raise ParameterError(
-                "chat_template_kwargs",
-                f"`{min(unknown)[:64]}` is no variable that you can set in this model's chat template. Those are: "
-                f"{', '.join(sorted(self.settable))}.",
-            )
+            said = problem("text.variable", name=min(unknown)[:64], known=", ".join(sorted(self.settable)))
+            raise ParameterError("chat_template_kwargs", said)
         if end:
             messages[-1]["content"] += end + " "
         scope = {**self._variables, "documents": None, **variables, "tools": tools, "messages": messages}
@@ -75,9 +69,7 @@ class ChatTemplates:
         if end:
             at = text.rfind(end)
             if at < 0:
-                raise ParameterError(
-                    "continue_final_message", "The chat template leaves the final message out, so it cannot go on."
-                )
+                raise ParameterError("continue_final_message", problem("text.left_out"))
             # A template that trims content has taken the space after the mark, and meant to trim what is before it.
             text = text[:at] if text.startswith(end + " ", at) else text[:at].rstrip()
         return text
@@ -90,9 +82,8 @@ def find_templates(folder: Path, settings: dict[str, Any], given: str | None) ->
             try:
                 return {"default": Path(given).expanduser().read_text("utf-8")}
             except OSError as error:
-                raise ParameterError(
-                    "chat_template", f"--chat-template {given!r} is no file that can be read: {error.strerror}."
-                ) from error
+                said = problem("text.template_file", given=given, reason=error.strerror)
+                raise ParameterError("chat_template", said) from error
         return {"default": given}
     templates: dict[str, str] = {}
     own = settings.get("chat_template") or read_object(folder / "chat_template.json").get("chat_template")

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import tokenizers
 
-from miniserve.config import read_object
+from miniserve.config import problem, read_object
 from miniserve.families import text_model
 from miniserve.sampling_params import ParameterError
 from miniserve.text.guard import GuardedEncoder, HiddenTexts, encode_all, is_control
@@ -40,9 +40,8 @@ def byte_level_bpe(
     use_regex: bool = True,
     before: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE. `vocab` maps all tokens, spelled in the `byte_alphabet`, to their ids;
-    `special` maps ids to the texts of special tokens. `use_regex` splits text into words as GPT-2 does, after the
-    pre-tokenizers `before`."""
+    """The tokenizer.json of a byte-level BPE. `vocab` maps all tokens, spelled in `byte_alphabet`, to ids; `special`
+    maps ids to special texts. `use_regex` splits text into words as GPT-2 does, after the pre-tokenizers `before`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -183,10 +182,7 @@ class Tokenizer:
         if not messages:
             raise ParameterError("messages", "`messages` must hold at least one message.")
         if continue_final_message and add_generation_prompt:
-            raise ParameterError(
-                "continue_final_message",
-                "`continue_final_message` needs `add_generation_prompt` false: a message is either continued or begun.",
-            )
+            raise ParameterError("continue_final_message", problem("text.continued_or_begun"))
         hidden = HiddenTexts()
         text = self._templates.render(
             [self._guarded.hide_in_message(message, hidden) for message in messages],
@@ -241,10 +237,7 @@ def _from_transformers(folder: Path, settings: dict[str, Any]) -> tuple[tokenize
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # whatever the conversion of an unknown format runs into
-        raise ParameterError(
-            "model",
-            f"{folder} has no tokenizer.json, and transformers finds none: download the model again. ({_line(error)})",
-        ) from error
+        raise ParameterError("model", problem("text.no_tokenizer", folder=folder, reason=_line(error))) from error
     return backend, {**settings, **tokenizer.special_tokens_map}
 
 

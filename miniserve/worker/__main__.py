@@ -1,27 +1,28 @@
-"""`python -m miniserve.worker`: reads its specification from stdin, builds the engine, serves."""
+"""`python -m miniserve.worker`: reads its specification from stdin; `run` builds the engine, and serves."""
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from miniserve.cluster.channels import Inbox, Outboxes
-from miniserve.cluster.launch import WorkerSpec
+from miniserve.cluster.launch import WorkerSpec, sweep
 from miniserve.cluster.messages import Loading, StartFailed
 from miniserve.config import ConfigError
+from miniserve.worker.ranks import Ranks, follow
 
 _born = time.monotonic()
 
 
 def main() -> int:
-    """0 after a shutdown, 1 if the worker could not start or broke."""
+    """The exit code of `run`."""
     line = sys.stdin.buffer.readline()
     if not line:
         return 0  # the frontend is gone already
@@ -29,17 +30,24 @@ def main() -> int:
     # Ctrl-C goes to the whole terminal, and supervisors stop whole groups; the frontend drains, then sends `Shutdown`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_frontend, args=(spec.run_dir,), daemon=True).start()
+    threading.Thread(target=_leave_with_frontend, args=(spec,), daemon=True).start()
+    return run(spec)
+
+
+def run(spec: WorkerSpec) -> int:
+    """Be the worker that `spec` describes, or a rank of it: 0 after a shutdown, 1 if it could not start or broke."""
     logging.basicConfig(level=logging.WARNING, format=f"{spec.name}: %(message)s")
     logging.getLogger("miniserve").setLevel(logging.INFO)
     logging.getLogger("miniserve.text").setLevel(logging.ERROR)  # the frontend reads the same and has said so
     context = zmq.Context()
-    outboxes = Outboxes(context, spec.name, spec.epoch)
+    inbox = Inbox(context, spec.address, spec.keys, spec.listen)
+    outboxes = Outboxes(context, spec.name, spec.epoch, spec.keys)
+    failed, ranks = False, Ranks(spec, outboxes)
 
     def tell(phase: str, done: int, total: int) -> None:
-        outboxes.send(spec.frontend, Loading(phase, done, total))
+        if not spec.rank:
+            outboxes.send(spec.frontend, Loading(phase, done, total))
 
-    failed = False
     try:
         tell("imports", 0, 0)
         from miniserve.kv.hashing import root_hash
@@ -47,16 +55,15 @@ def main() -> int:
         from miniserve.worker.process import serve
 
         imported = time.monotonic()
-        built = build(spec.engine, tell)
+        built = build(spec.engine, tell, ranks.spec, ranks.tell)
+        if spec.rank:
+            follow(spec, built, inbox, outboxes)
+        ranks.meet(inbox)
         tell("warm-up", 0, 0)
         warming = time.monotonic()
         warm_up(built.engine, root_hash(built.layout))
         built.phases.update({"imports": imported - _born, "warm-up": time.monotonic() - warming})
-        inbox = Inbox(context, spec.address)
-        try:
-            serve(spec, built, inbox, outboxes)
-        finally:
-            inbox.close()
+        serve(spec, built, inbox, outboxes, ranks)
     except Exception as error:
         reason, trace = str(error), ""
         if not isinstance(error, ConfigError):
@@ -65,17 +72,19 @@ def main() -> int:
             trace = traceback.format_exc()
         outboxes.send(spec.frontend, StartFailed(reason, trace))
         failed = True
+    ranks.close()
+    inbox.close()
     outboxes.close(linger_ms=1000 if failed else 200)
     context.term()
     return int(failed)
 
 
-def _leave_with_frontend(run_dir: str) -> None:
-    """Block until stdin closes: the frontend has stopped us, or died however it did."""
+def _leave_with_frontend(spec: WorkerSpec) -> None:
+    """Block until stdin closes: the frontend, or rank 0, has stopped us, or died however it did."""
     # os.read, not sys.stdin: nothing else must wait for a lock of the interpreter's own stdin at exit.
     while os.read(0, 1):
         pass
-    shutil.rmtree(run_dir, ignore_errors=True)
+    sweep(Path(spec.run_dir))
     os._exit(0)
 
 

@@ -6,13 +6,15 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
+from miniserve.cluster.launch import WorkerSpec
+from miniserve.cluster.messages import RankCommand
 from miniserve.config import ConfigError, EngineConfig, format_bytes
 from miniserve.hub.check import Checked, check_folder
 from miniserve.kv.eviction import make_order
@@ -21,10 +23,12 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
 from miniserve.kv.states import StateMemory, StateShape
 from miniserve.model.config import ModelConfig
+from miniserve.model.shards import Shard
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import QUANTIZATIONS, load_weights
 from miniserve.ops import Ops, make_ops
 from miniserve.ops.batch import State
+from miniserve.ops.group import Group, make_group
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -48,6 +52,7 @@ class Built:
     exchange pages; it is also the root of all page hashes."""
 
     engine: Engine
+    runner: ModelRunner
     grammars: Grammars
     memory: KVMemory
     model: ModelConfig
@@ -63,12 +68,13 @@ class Built:
 
 @dataclass(frozen=True)
 class Choices:
-    """What follows from the settings, the model's files and the machine, before anything large is read. `budget` is the
-    tokens of a step, `swap_pages` the size of the swap space; so many `sequences` may run at once."""
+    """What follows from the settings, the model's files and the machine, before anything large is read. `shard` is
+    what this rank has of the model, `budget` the tokens of a step, `swap_pages` the size of the swap space; so many
+    `sequences` may run at once."""
 
     folder: Path
     files: Checked
-    model: ModelConfig
+    shard: Shard
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
@@ -79,13 +85,14 @@ class Choices:
     swap_pages: int
 
     @classmethod
-    def of(cls, config: EngineConfig) -> Choices:
+    def of(cls, config: EngineConfig, rank: int) -> Choices:
         """Raises `ConfigError`."""
         folder = Path(config.model)
         files = check_folder(folder, config.load_format == "dummy")
         check_quantization(config.quantization, files.method)
-        model = ModelConfig.from_hf(files.config)
-        device = sizing.choose_device(config.device)
+        shard = Shard(ModelConfig.from_hf(files.config), rank, config.tensor_parallel_size)
+        model = shard.config
+        device = sizing.choose_device(config.device, rank)
         dtype = sizing.choose_dtype(config.dtype, model, device)
         shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
         state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None
@@ -94,7 +101,7 @@ class Choices:
         max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
         slot = state.pages(shape.bytes) * shape.bytes if state else 0
         sequences = sizing.choose_sequences(config, slot, device)
-        return cls(folder, files, model, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages)
+        return cls(folder, files, shard, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages)
 
     @property
     def snapshot(self) -> int:
@@ -105,7 +112,7 @@ class Choices:
         """A fingerprint of all that pages of two workers must have in common."""
         folder, dtype = str(self.folder.resolve()), str(self.dtype)
         made = config.load_format, config.quantization in QUANTIZATIONS and config.quantization
-        identity = [folder, self.files.config, dtype, config.block_size, ops.layout, *made]
+        identity = [folder, self.files.config, dtype, config.block_size, self.shard.ranks, ops.layout, *made]
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -122,9 +129,15 @@ def check_quantization(asked: str | None, method: str) -> None:
         )
 
 
-def build(config: EngineConfig, progress: Progress | None = None) -> Built:
-    """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Raises
-    `ConfigError` with what to do about it."""
+def build(
+    config: EngineConfig,
+    progress: Progress | None = None,
+    spec: WorkerSpec | None = None,
+    tell: Callable[[RankCommand], None] = lambda command: None,
+) -> Built:
+    """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Each
+    rank of several, which `spec` is of, builds the same at the same time; the engine of rank 0 is that of the worker,
+    and the others are to `tell` of what it does. Raises `ConfigError` with what to do about it."""
     show = progress or (lambda phase, done, total: None)
     phases: dict[str, float] = {}
     began = time.monotonic()
@@ -132,8 +145,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     def lap(phase: str) -> None:
         phases[phase] = time.monotonic() - began - sum(phases.values())
 
-    choices = Choices.of(config)
-    model, device = choices.model, choices.device
+    choices = Choices.of(config, spec.rank if spec else 0)
+    model, device = choices.shard.config, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
@@ -161,6 +174,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         native=config.cpu_kernels != "torch",
         progress=lambda line: show(line, 0, 0),
     )
+    group = make_group(device, spec, config.tensor_parallel_size)
+    choices = replace(choices, sequences=_least(group, choices.sequences, device))
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     if graph_ops is not None and model.experts is not None and not graph_ops.records_mixtures:
         graph_ops = None
@@ -171,7 +186,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         packing, asked = choices.files.config.get("quantization_config") or {}, config.quantization
         weights = load_weights(
             choices.files.weights,
-            model,
+            choices.shard,
             ops,
             choices.dtype,
             device,
@@ -179,7 +194,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             quantization=asked,
             progress=shown,
         )
-        transformer, weights_bytes = Transformer(model, weights, ops, choices.max_model_len), weights.num_bytes
+        transformer = Transformer(model, weights, ops, choices.max_model_len, group)
+        weights_bytes = weights.num_bytes
         lap("weights")
         if device.type == "cuda":
             most = min(choices.budget, choices.sequences * choices.max_model_len)
@@ -194,9 +210,13 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             f"The GPU's memory does not hold the weights and a step of {choices.budget} tokens ({error}). Use a "
             "smaller model, a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
         ) from error
-    num_pages, kv_note = size
+    num_pages, kv_note = _least(group, size[0], device), size[1]
+    if group.ranks > 1:
+        kv_note += f"; {num_pages} pages on each of {group.ranks} ranks"
     memory = KVMemory(choices.shape, num_pages, device, choices.snapshot)
-    host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction)) if choices.swap_pages else None
+    host = None
+    if choices.swap_pages:
+        host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction), tell=tell)
     if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     if choices.state:
@@ -206,7 +226,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         )
     lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
-    states = StateMemory(choices.state, choices.sequences, memory) if choices.state else None
+    states = StateMemory(choices.state, choices.sequences, memory, tell) if choices.state else None
     state = State(states.conv, states.delta) if states else None
     graphs = None
     if graph_ops is not None:
@@ -215,9 +235,10 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:
         raise ConfigError(error.message) from error
-    runner = ModelRunner(transformer, memory, eos, device, graphs, state)
+    runner = ModelRunner(transformer, memory, eos, device, graphs, state, tell)
     return Built(
         engine=_make_engine(config, choices, runner, host, states, grammars, ops.draft_rows),
+        runner=runner,
         grammars=grammars,
         memory=memory,
         model=model,
@@ -230,6 +251,13 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         kv_note=kv_note,
         phases=phases,
     )
+
+
+def _least(group: Group, number: int, device: torch.device) -> int:
+    """The smallest of what all ranks have."""
+    numbers = torch.zeros(group.ranks, device=device)
+    numbers[group.rank] = number
+    return int(group.sum(numbers).min())
 
 
 def _make_engine(

@@ -8,13 +8,18 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from miniserve.cluster import messages
-from miniserve.cluster.channels import Inbox
+from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.door import Door
+from miniserve.kv.transfer.interface import Transfer
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
+from miniserve.worker.ranks import EveryTransfer, Ranks, open_pool
 from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
@@ -43,7 +48,8 @@ class MessageSink(Protocol):
 class Worker:
     """Drives one engine by messages: `work` is a round of its loop. Replies go to `frontend`, handoffs to peers.
 
-    `clock` is the host's monotonic clock, in seconds; the simulator has one of its own, and no process.
+    `ranks` are the worker's further processes. `clock` is the host's monotonic clock, in seconds; the simulator has one
+    of its own, and no process.
     """
 
     name: str
@@ -54,6 +60,8 @@ class Worker:
     _: KW_ONLY
     layout: str
     vocab_size: int
+    host: str = ""
+    ranks: Ranks | None = None
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -131,13 +139,20 @@ class Worker:
                 self._stopped.append(turn)
             case messages.Peers(peers):
                 self._meet(peers)
+            case messages.Stored() as stored if self.ranks is not None:
+                self.ranks.heard(stored)
             case messages.Shutdown():
                 self.stopping = True
             case other:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _meet(self, peers: list[messages.Peer]) -> None:
-        self.handoffs.set_peers([peer for peer in peers if peer.name != self.name])
+        away = [peer.far if peer.pool.host != self.host else "" for peer in peers]
+        peers = [msgspec.structs.replace(p, address=far) if far else p for p, far in zip(peers, away, strict=True)]
+        others = [peer for peer in peers if peer.name != self.name]
+        if self.ranks is not None:
+            self.ranks.tell(messages.Peers(others))
+        self.handoffs.set_peers(others)
         addresses = {peer.address for peer in peers}
         for gone in self._addresses - addresses:
             self.outboxes.forget(gone)
@@ -146,6 +161,14 @@ class Worker:
         early, self._early = self._early, []
         for waiting in early:
             self._handle(waiting)
+
+    def cut_off(self, addresses: set[str]) -> None:
+        """The connections to these inboxes broke, and what was on its way is lost. Without the frontend it is over:
+        what took this worker for dead has begun its turns elsewhere."""
+        if self.frontend in addresses:
+            log.error("the frontend cannot be reached any more")
+            self.stopping = True
+        self.handoffs.receiver.give_up_the_dead(addresses)
 
     def _start(self, run: messages.Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
@@ -193,34 +216,45 @@ class Worker:
         )
 
 
-def make_worker(spec: WorkerSpec, built: Built, outboxes: MessageSink) -> Worker:
-    us = (spec.name, spec.epoch)
-    handoffs = Handoffs(
-        built.engine,
-        built.memory.shape.bytes,
-        built.layout,
-        spec.engine.handoff_deadline,
-        outboxes.send,
-        lambda peer: connect(built.memory, built.layout, us, peer, spec.run_dir, spec.engine.kv_transfer),
-    )
+def make_worker(
+    spec: WorkerSpec, built: Built, pool: messages.PoolInfo, door: Door, outboxes: MessageSink, ranks: Ranks
+) -> Worker:
+    def send(address: str, message: messages.Message) -> None:
+        if isinstance(message, messages.Publish) and (message.pages or message.state):
+            ranks.settle(built.runner)
+        outboxes.send(address, message)
+
+    def way(peer: messages.Peer) -> Transfer | None:
+        own = connect(built.memory, pool, door, peer, spec.engine.kv_transfer)
+        return EveryTransfer(ranks, own, peer.name) if own is not None and ranks.pools else own
+
+    page_bytes = built.memory.shape.bytes * spec.engine.tensor_parallel_size
+    handoffs = Handoffs(built.engine, page_bytes, built.layout, spec.engine.handoff_deadline, send, way)
     vocab = built.model.vocab_size
-    return Worker(spec.name, built.engine, handoffs, outboxes, spec.frontend, layout=built.layout, vocab_size=vocab)
+    same = spec.name, built.engine, handoffs, outboxes, spec.frontend
+    return Worker(*same, layout=built.layout, vocab_size=vocab, host=spec.host, ranks=ranks)
 
 
-def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: MessageSink) -> None:
+def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes, ranks: Ranks) -> None:
     """Report that the worker is ready, and serve until a `Shutdown` comes."""
-    worker = make_worker(spec, built, outboxes)
-    outboxes.send(spec.frontend, ready(built))
+    door, pool = open_pool(spec, built)
+    worker = make_worker(spec, built, pool, door, outboxes, ranks)
+    pool = msgspec.structs.replace(pool, others=ranks.pools)
+    outboxes.send(spec.frontend, ready(built, pool, inbox.far))
     built.grammars.prepare()  # not before: it would hold up the start, and the first turn seldom has one
     while not worker.stopping:
         worker.work(inbox.receive(int(worker.rest * 1000)))
+        if broken := outboxes.broken():
+            worker.cut_off(broken)
+    door.close()
 
 
-def ready(built: Built) -> messages.Ready:
+def ready(built: Built, pool: messages.PoolInfo, far: str) -> messages.Ready:
     """What the frontend should know of a worker that is up."""
     same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
     return messages.Ready(
-        pool=built.memory.info(built.layout),
+        pool=pool,
+        far=far,
         page_tokens=built.memory.shape.page_tokens,
         max_model_len=built.engine.max_model_len,
         vocab_size=built.model.vocab_size,

@@ -1,11 +1,12 @@
 """The receiver's side of handoffs: it asks for KV, checks and copies what is published, and goes on from there."""
 
 import logging
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-from miniserve.cluster.messages import Fetch, Message, Move, Peer, PrefillRefused, Publish, Release, TurnOutput
+from miniserve.cluster.messages import Ended, Fetch, Message, Move, Peer, PrefillRefused, Publish, Release, TurnOutput
 from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.worker.engine import Engine
 from miniserve.worker.peers import PeerTable
@@ -29,6 +30,12 @@ class Pull:
     seconds: float = 0.0
     arriving: deque[tuple[Publish, Copy | None]] = field(default_factory=deque)
     storing: Copy | None = None
+
+    def __post_init__(self) -> None:
+        self.near = self.source.address != self.source.far
+        self.ahead = 0.0 if self.near else math.inf
+        """By how much our clock seems to be ahead of that of a source on another host: by what its fastest message
+        took."""
 
 
 @dataclass(eq=False)
@@ -59,9 +66,10 @@ class Receiver:
         """Whether pages are on their way here: `poll` should be called soon."""
         return any(pull.arriving for pull in self.pulls.values())
 
-    def give_up_the_dead(self) -> None:
+    def give_up_the_dead(self, lost: Set[str] = frozenset()) -> None:
+        """Go on without peers that live no more, or whose inboxes, at these addresses, are `lost` to us."""
         for turn, pull in list(self.pulls.items()):
-            if not self.peers.lives(pull.source):
+            if not self.peers.lives(pull.source) or pull.source.address in lost:
                 self._give_up(turn, f"{pull.source.name} is gone")
 
     def request(self, sequence: Sequence) -> None:
@@ -77,6 +85,10 @@ class Receiver:
             if sequence.state is State.FETCHING:
                 sequence.move(State.RECEIVING)
             self.send(pull.source.address, sequence.asked())
+            return
+        if sequence.only_history:
+            self.engine.finish(sequence)
+            self.outputs.append(Ended(turn, 0, [], "stop"))
             return
         self.engine.resume(sequence)
 
@@ -95,8 +107,10 @@ class Receiver:
         pull = self.pulls.get(message.turn)
         if pull is None or pull.source.name != sender or pull.history != message.history:
             return
+        if not pull.near:
+            pull.ahead = min(pull.ahead, self.clock() - message.finished_at)
         pages = message.pages + message.state
-        copy = pull.transfer.fetch(pages) if pages else None
+        copy = pull.transfer.fetch(pages, message.deadline) if pages else None
         pull.deadline = self.clock() + self.patience
         pull.arriving.append((message, copy))
         self._store(pull)
@@ -160,7 +174,7 @@ class Receiver:
         end, snapshots = message.first + len(message.pages), self.engine.snapshots
         if copy is not None:
             pull.seconds += copy.seconds
-            if self.clock() > message.deadline:
+            if pull.near and self.clock() > message.deadline:  # elsewhere, who sends them says that
                 failure = "the lease ended before the pages were copied"  # the sender may have reused one by then
             if not failure:
                 pull.pages += len(message.pages) + len(message.state)
@@ -177,7 +191,7 @@ class Receiver:
         if failure:
             self._give_up(message.turn, failure)
         elif message.last:
-            self._complete(pull, self.clock() - message.finished_at)
+            self._complete(pull, self.clock() - message.finished_at - pull.ahead)
 
     def _complete(self, pull: Pull, exposed: float) -> None:
         sequence = pull.sequence

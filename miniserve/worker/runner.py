@@ -1,9 +1,11 @@
 """From scheduled sequences to tensors, through the model, to sampled tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from miniserve.cluster.messages import Forward
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
 from miniserve.ops.batch import Batch, State
@@ -34,7 +36,8 @@ class DeviceStep:
 @dataclass(eq=False)
 class ModelRunner:
     """The model, the bytes of the KV pool and of the recurrent `state`, and the sampler of one device. `eos` are the
-    ids that end a turn; with `graphs` batches of decodes are replayed."""
+    ids that end a turn; with `graphs` batches of decodes are replayed. `tell` hears of each batch before it is
+    computed: other ranks `follow`."""
 
     transformer: Transformer
     memory: KVMemory
@@ -42,6 +45,7 @@ class ModelRunner:
     device: torch.device
     graphs: DecodeGraphs | None = None
     state: State | None = None
+    tell: Callable[[Forward], None] = lambda forward: None
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.eos, self.transformer.ops)
@@ -74,37 +78,70 @@ class ModelRunner:
                 ahead += range(work.num_sampled)
             tokens += known + work.draft
             positions += range(work.start, end + len(work.draft))
-        model_batch = Batch(
-            tokens=self._put(tokens),
-            positions=self._put(positions),
-            outputs=self._put([row for row, *_ in scored] + outputs),
+        forward = Forward(
+            tokens,
+            positions,
+            [row for row, *_ in scored] + outputs,
             lengths=[work.count + len(work.draft) for work in batch],
             contexts=[work.start + work.count + len(work.draft) for work in batch],
             pages=[work.sequence.pages for work in batch],
             slots=[work.sequence.slot for work in batch if work.sequence.slot is not None],
+            scored=len(scored),
+            fed=bool(fed),
         )
+        self.tell(forward)
+        model_batch = self._batch(forward)
         if fed:
             assert self._latest is not None
             rows, sampled = self._latest
             wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
             model_batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
-        model, parts = self.transformer, list[Samples]()
+        parts = list[Samples]()
 
-        def head(hidden: torch.Tensor) -> torch.Tensor:
-            """Scores the first rows, block by block, and makes logits of the others."""
-            size = max(SCORED_LOGITS // model.config.vocab_size, 1)
-            for start in range(0, len(scored), size):
-                rows, tokens, counts = zip(*scored[start : start + size], strict=True)
-                parts.append(score(model.head(hidden[start : start + len(rows)]), [*tokens], [*counts]))
-            return model.head(hidden[len(scored) :])
+        def take(first: int, logits: torch.Tensor) -> None:
+            _, tokens, counts = zip(*scored[first : first + len(logits)], strict=True)
+            parts.append(score(logits, [*tokens], [*counts]))
 
-        logits = self.graphs.logits(model_batch) if self.graphs is not None and not scored else None
-        if logits is None:
-            logits = model.forward(model_batch, self.memory.pages, self.state, head if scored else None)
+        logits = self._forward(model_batch, forward, take)
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None
         return DeviceStep([*parts, samples] if samples is not None else parts, self.device)
+
+    @torch.inference_mode()
+    def follow(self, forward: Forward) -> None:
+        """Compute this rank's part of what rank 0 launches."""
+        self._forward(self._batch(forward), forward, lambda first, logits: None)
+
+    def settle(self) -> None:
+        """Block until the device has done all it was given, on every rank of which each calls this."""
+        self.transformer.group.gather(torch.empty(0, 1, device=self.device))
+        if self.device.type == "cuda":  # it is the last that the device was given, on all ranks
+            torch.cuda.synchronize(self.device)
+
+    def _batch(self, forward: Forward) -> Batch:
+        new = forward.tokens, forward.positions, forward.outputs
+        tokens, positions, outputs = (self._put(numbers) for numbers in new)
+        return Batch(tokens, positions, outputs, forward.lengths, forward.contexts, forward.pages, forward.slots)
+
+    def _forward(self, batch: Batch, forward: Forward, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
+        """The logits that are sampled. Those of the first rows, which are scored, `take` gets before, block by block,
+        with the first row of each."""
+        model, scored = self.transformer, forward.scored
+        if forward.fed and model.group.ranks > 1:  # only rank 0 has the tokens
+            ours = batch.tokens.float()
+            batch.tokens.copy_(model.group.sum(ours.zero_() if model.group.rank else ours))
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            size = max(SCORED_LOGITS // model.config.vocab_size, 1)
+            for start in range(0, scored, size):
+                take(start, model.head(hidden[start : min(start + size, scored)]))
+            return model.head(hidden[scored:])
+
+        logits = self.graphs.logits(batch) if self.graphs is not None and not scored else None
+        if logits is None:
+            logits = model.forward(batch, self.memory.pages, self.state, head if scored else None)
+        return logits
 
     def _put(self, values: list[int]) -> torch.Tensor:
         return put(values, self.device)

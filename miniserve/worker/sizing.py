@@ -29,8 +29,9 @@ CUDA_RUNTIME_BYTES = 1200 * 2**20
 guess (docs/gpu.md)."""
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises `ConfigError`."""
+def choose_device(name: str, rank: int = 0) -> torch.device:
+    """`auto` is CUDA where there is one; the `rank` of a worker has the GPU so many after the named one. Raises
+    `ConfigError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -43,9 +44,9 @@ def choose_device(name: str) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ConfigError("--device cuda: this PyTorch sees no CUDA GPU. Use --device cpu, or check the driver.")
-    count, index = torch.cuda.device_count(), device.index or 0
+    count, index = torch.cuda.device_count(), (device.index or 0) + rank
     if index >= count:
-        raise ConfigError(f"There is no {name}: this PyTorch sees {count} GPUs, from cuda:0 on.")
+        raise ConfigError(f"There is no cuda:{index}: this PyTorch sees {count} GPUs, from cuda:0 on.")
     return torch.device("cuda", index)
 
 

@@ -16,6 +16,7 @@ import torch
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import Transfer
 from miniserve.kv.transfer.mapped import PulledTransfer
 from miniserve.kv.transfer.remote import RemoteTransfer
@@ -52,11 +53,12 @@ def hashes(memory: KVMemory, pages: list[int]) -> list[str]:
 
 def way(memory: KVMemory, us: str, peer: Peer, run_dir: str, nccl: bool) -> Transfer:
     """How pages come from `peer`: as between workers, or by NCCL."""
+    door = Door((us, 1), run_dir, b"key")
     if nccl:
         from miniserve.kv.transfer.nccl import Nccl
 
-        return RemoteTransfer(Nccl(memory), memory, (us, 1), peer, run_dir)
-    transfer = connect(memory, LAYOUT, (us, 1), peer, run_dir, "auto")
+        return RemoteTransfer(Nccl(memory), door, peer)
+    transfer = connect(memory, memory.info(LAYOUT), door, peer, "auto")
     if transfer is None:
         raise RuntimeError("connect() found no way between two pools on this device")
     return transfer

@@ -15,6 +15,7 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.states import StateMemory, StateShape
 from miniserve.llm import LLM
 from miniserve.model.config import ModelConfig
+from miniserve.model.shards import Shard
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
@@ -165,7 +166,7 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     more: dict[str, Any] = {"scale": config.attention_scale, "windows": windows}
     ops, _ = make_ops(device, dtype, *sizes, **more, native=device.type == "cuda")
     transformer = Transformer(
-        config, load_weights(files.weights, config, ops, dtype, device, packing={}), ops, config.max_len
+        config, load_weights(files.weights, Shard(config), ops, dtype, device, packing={}), ops, config.max_len
     )
     pages = list(range(-(-len(tokens) // 16) + 1))
     random.Random(0).shuffle(pages)

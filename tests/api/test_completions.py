@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from miniserve.api.openai.answers import CompletionLogprobWriter
+from miniserve.api.openai.completions import CompletionLogprobWriter
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import HI, Api, deltas, error_of, events, make_app

@@ -37,6 +37,20 @@ def test_the_a40_appends_and_decodes_as_published():
     assert 1e3 * A40.step_seconds((), 16, 256_000) == pytest.approx(5.7 + 0.06 * 16 + 1.85e-4 * 256_000)
 
 
+def test_a_divided_model_computes_in_parts_and_adds_them_up():
+    two = A40.divided(2)
+    assert A40.divided(1) == A40
+    token = 2 * 28 * 1024 * 2 / A40.transfer_bytes_per_second  # two sums a layer, each of which sends all numbers once
+    assert two.per_token == pytest.approx(A40.per_token / 2 + token)
+    assert two.base == pytest.approx(A40.base / 2 + 2 * 28 * 2 * A40.hop_seconds)
+    assert (two.per_kv_token, two.kv_tokens) == (A40.per_kv_token / 2, 2 * A40.kv_tokens)
+    assert two.transfer_seconds(9) < A40.transfer_seconds(9)
+    assert 0.5 < two.step_seconds([(8000, 0)], 0, 0) / A40.step_seconds([(8000, 0)], 0, 0) < 0.7
+    assert load_roles(A40.name, 2) == (two, two)
+    with pytest.raises(ConfigError, match="no layers and hidden_size"):
+        PLAIN.divided(2)
+
+
 def test_roles_have_hardware_of_their_own(tmp_path: Path):
     assert load_roles("a40-qwen3-0.6b") == (A40, A40)
     path = tmp_path / "mine.json"

@@ -1,4 +1,4 @@
-"""`miniserve profile`: the fit, and a profile of this machine that the simulator takes."""
+"""scripts/profile_hardware.py: the fit, and a profile of this machine that the simulator takes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from miniserve.bench.simulate.hardware import load_hardware
-from miniserve.bench.simulate.profile import COSTS, Measured, fit, quality
 from miniserve.bench.simulate.run import simulate
-from miniserve.cli import main as cli
+from scripts import profile_hardware
+from scripts.profile_hardware import COSTS, Measured, fit, quality
 from tests.support.simulated import PLAIN, scripts, simulated
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def test_a_fit_finds_the_constants_again():
 def test_a_profile_of_this_machine(tiny_folder: Path, tmp_path: Path, capfd):
     """Two copies at once, of a tiny model; the simulator takes what it writes."""
     path = tmp_path / "here.json"
-    assert cli.main(["profile", str(tiny_folder), "--workers", "2", "--threads", "1", "--out", str(path)]) == 0
+    assert profile_hardware.main([str(tiny_folder), "--workers", "2", "--threads", "1", "--out", str(path)]) == 0
     assert "steps; the profile is off by" in capfd.readouterr().err
     here = load_hardware(str(path))
     assert here.base > 0
@@ -44,5 +44,5 @@ def test_a_profile_of_this_machine(tiny_folder: Path, tmp_path: Path, capfd):
     assert 1e-6 < here.step_seconds([(64, 0)], 0, 0) < 1.0
     result = simulate(simulated(scripts(3, first=100), "1P1D", "observe", hardware=here))
     assert result["errors"] == 0
-    assert cli.main(["profile", str(tmp_path / "nothing"), "--out", str(path)]) == 1
+    assert profile_hardware.main([str(tmp_path / "nothing"), "--out", str(path)]) == 1
     assert "nothing" in capfd.readouterr().err

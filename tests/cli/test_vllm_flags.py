@@ -39,14 +39,14 @@ def started(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
         "--no-enable-chunked-prefill",
         "--disable-log-requests --disable-log-stats",
         "--no-enable-log-requests",
-        "--tensor-parallel-size 1 --pipeline-parallel-size=1",
-        "-tp 1",
+        "--pipeline-parallel-size=1",
+        "-pp 1",
         "--data-parallel-size 1 --api-server-count 1",
         "--seed 0",
         "--seed=42",
         "--max-logprobs 10",
         "--uvicorn-log-level=debug",
-        "--enable_auto_tool_choice --tensor_parallel_size=1",
+        "--enable_auto_tool_choice --pipeline_parallel_size=1",
         "--kv-cache-dtype auto --runner generate",
         "--chat-template-content-format auto",
         "--compilation-config '{\"level\": 3}'",
@@ -75,9 +75,10 @@ def test_a_flag_that_is_given_twice_is_told_once(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("--tensor-parallel-size 2", "--tensor-parallel-size 2 .*--topology 2D"),
-        ("-tp=2", "-tp 2 .*--topology 2D"),
-        ("--tensor_parallel_size=2", "--topology 2D"),
+        ("--pipeline-parallel-size 2", "--pipeline-parallel-size 2 .*--tensor-parallel-size N"),
+        ("-pp=2", "-pp 2 .*--tensor-parallel-size N"),
+        ("--pipeline_parallel_size=2", "--tensor-parallel-size N"),
+        ("--tensor-parallel-size 0", "whole number above 0"),
         ("--data-parallel-size 4", "--topology"),
         ("--quantization bitsandbytes", "'bitsandbytes' is not int8, int4 or .*awq"),
         ("-q nf4", "'nf4' is not int8, int4"),
@@ -120,7 +121,7 @@ def test_help_is_about_our_own_flags(capsys: pytest.CaptureFixture[str]) -> None
         cli.main(["serve", "--help"])
     told = capsys.readouterr().out
     assert "--uds" in told
-    assert "--tensor-parallel-size" not in told
+    assert "--pipeline-parallel-size" not in told
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,11 @@ def test_help_is_about_our_own_flags(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_a_small_bare_swap_space_is_in_gib_as_in_vllm(text: str, size: int) -> None:
     assert config(f"--swap-space {text}").engine.swap_space == size
+
+
+@pytest.mark.parametrize("line", ["--tensor-parallel-size 2", "-tp 2", "-tp=2", "--tensor_parallel_size=2"])
+def test_ranks_of_a_worker(line: str) -> None:
+    assert config(line).engine.tensor_parallel_size == 2
 
 
 # --- origins and prefixes -------------------------------------------------------------------------------------------

@@ -31,12 +31,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     return lambda count: monkeypatch.setattr(devices, "_driver_gpus", lambda: count)
 
 
-def placed(topology: str | None, names: list[str], device: str = "auto") -> tuple[str, dict[str, tuple[str, int]]]:
+def placed(
+    topology: str | None, names: list[str], device: str = "auto", ranks: int = 1
+) -> tuple[str, dict[str, tuple[str, int]]]:
     """The topology, and each worker's device and with how many it shares it."""
-    chosen, engines = place(
-        Topology.parse(topology) if topology else None, names, EngineConfig(model="m", device=device)
-    )
-    assert all(engine.workers == len(engines) for engine in engines.values())
+    config = EngineConfig(model="m", device=device, tensor_parallel_size=ranks)
+    chosen, engines = place(Topology.parse(topology) if topology else None, names, config)
+    assert all(engine.workers == len(engines) * ranks for engine in engines.values())
     return str(chosen), {name: (engine.device, engine.sharing) for name, engine in engines.items()}
 
 
@@ -80,6 +81,23 @@ def test_workers_get_gpus_in_turns_and_share_them(gpus) -> None:
     )
     assert placed("1P1D", ["cuda:0"]) == ("1P1D", {"p0": ("cuda:0", 2), "d0": ("cuda:0", 2)})
     assert placed(None, ["cuda:0", "cuda:0"]) == ("1P1D", {"p0": ("cuda:0", 2), "d0": ("cuda:0", 2)})
+
+
+def test_a_worker_of_several_ranks_has_a_row_of_gpus(gpus) -> None:
+    gpus(5)
+    assert placed(None, [], ranks=2) == ("1P1D", {"p0": ("cuda:0", 1), "d0": ("cuda:2", 1)})
+    assert placed(None, [], ranks=4) == ("1D", {"d0": ("cuda:0", 1)})
+    assert placed("2D", ["cuda:3", "cuda:4"], ranks=2) == ("2D", {"d0": ("cuda:3", 2), "d1": ("cuda:3", 2)})
+    assert placed("1P1D", [], "cpu", ranks=4) == ("1P1D", {"p0": ("cpu", 2), "d0": ("cpu", 2)})
+    for names in (["cuda:0", "cuda:2"], ["cuda:1", "cuda:0"], ["cuda:0", "cuda:1", "cuda:2"], ["cuda:0"]):
+        with pytest.raises(
+            ConfigError, match=r"--tensor-parallel-size 2 takes 2 neighbouring GPUs .* like cuda:0,cuda:1"
+        ):
+            placed(None, names, ranks=2)
+    with pytest.raises(ConfigError, match="takes 6 neighbouring"):
+        placed(None, [], ranks=6)
+    with pytest.raises(ConfigError, match="has 1 workers"):
+        placed("1D", ["cuda:0", "cuda:1", "cuda:2", "cuda:3"], ranks=2)
 
 
 def test_devices_that_cannot_be(gpus) -> None:

@@ -40,6 +40,7 @@ OUTPUTS: list[m.TurnOutput] = [
 ]
 MESSAGES: list[m.Message] = [
     m.Peers([m.Peer("d0", 1, "ipc:///run/d0", POOL)]),
+    m.Peers([m.Peer("d0", 1, "", msgspec.structs.replace(POOL, others=[POOL, POOL]))]),
     m.Peers([]),
     m.Run("t1", [1, 2, 3], PARAMS, seed=2**63, salt="tenant", prior=1, prefill_at="p0"),
     m.Run("t1", [1], PARAMS, 0, share_history=True, history_at="d1", keep=m.Keep("c", 1.5, 0.5, 0.01)),
@@ -52,6 +53,13 @@ MESSAGES: list[m.Message] = [
     m.Fetch("t1", 3, [b"\x00" * 16]),
     m.Release("t1"),
     m.PrefillRefused("t1", "no pages"),
+    m.Forward([1, 2], [3, 4], [1], [2], [5], [[7, 8]], [0], scored=1, fed=True),
+    m.Copied("save", [1], [4, 5]),
+    m.Store(3, "p0", [1, 2], [3, 4], 12345.5),
+    m.Abandon(3),
+    m.Settle(),
+    m.Stored(1, 3, "the peer is gone"),
+    m.RankReady(1, POOL),
     m.Loading("weights", 3, 30),
     m.Ready(
         POOL, "bfloat16", "cpu", "native", 2, 2**28, 16, 8192, 49152, {"weights": 0.5}, "1 GiB / 2 MiB = 512 pages"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from miniserve.cluster import supervisor as module
+from miniserve.cluster.launch import LocalLauncher, WorkerSpec
 from miniserve.cluster.messages import Envelope, StartFailed
 from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import EngineConfig
@@ -19,26 +20,34 @@ from tests.support.fake_engine import READY
 class Process:
     """A worker's process that does nothing, and ends when it is told to."""
 
+    placed = True
+
     def __init__(self, spec: Any) -> None:
         self.spec = spec
-        self.exit_code: int | None = None
+        self.ended: str | None = None
 
     def kill(self) -> None:
-        self.exit_code = -9
+        self.ended = "ended with exit code -9"
 
     def stop(self, seconds: float) -> None:
         self.kill()
+
+
+class Launcher(LocalLauncher):
+    def start(self, spec: WorkerSpec, far: str) -> Process:
+        return Process(spec)
 
 
 @pytest.fixture
 async def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """One worker that has served; it is started again at once when it ends."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(module, "WorkerProcess", Process)
     monkeypatch.setattr(module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(module, "WATCH_START_SECONDS", 0.01)
     ignore = lambda *told: None  # noqa: E731
-    made = Supervisor({"d0": EngineConfig(model="m")}, 60.0, up=ignore, down=ignore, report=ignore, loading=ignore)
+    made = Supervisor(
+        {"d0": EngineConfig(model="m")}, 60.0, Launcher(), up=ignore, down=ignore, report=ignore, loading=ignore
+    )
     monkeypatch.setattr(made._health, "died", lambda name, now: 0.0)
     starting = asyncio.create_task(made.start())
     while not made.processes:
@@ -56,7 +65,7 @@ def said(workers: Supervisor, body: Any) -> None:
 async def end(workers: Supervisor, code: int) -> None:
     """The present incarnation ends, and the next one has been started."""
     process = workers.processes["d0"]
-    process.exit_code = code
+    process.ended = f"ended with exit code {code}"
     async with asyncio.timeout(5):
         while workers.processes["d0"] is process:
             await asyncio.sleep(0.01)

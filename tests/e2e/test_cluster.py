@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from miniserve.cluster.channels import Outboxes
+from miniserve.cluster.channels import Keys, Outboxes
+from miniserve.cluster.launch import StartupError
 from miniserve.cluster.messages import Failed, FirstToken, StartFailed
-from miniserve.cluster.supervisor import StartupError
 from miniserve.config import EngineConfig, ServeConfig, Topology
 from miniserve.dispatcher import Dispatcher, EngineError
 from miniserve.hub.resolve import resolve
@@ -217,7 +217,7 @@ async def test_a_worker_that_breaks_is_as_dead_as_a_killed_one(tiny_models):
         tasks = [asyncio.create_task(collect(client, item, greedy(300))) for item in items]
         while not all((stats := client.scheduler.stats.get(name)) and stats.running for name in ("d0", "d1")):
             await asyncio.sleep(0.01)
-        last_words = Outboxes(zmq.Context.instance(), "d0", 1)
+        last_words = Outboxes(zmq.Context.instance(), "d0", 1, Keys.make())
         last_words.send(client.workers.processes["d0"].spec.frontend, StartFailed("ZeroDivisionError"))
         while "d0" not in client.workers.failed:
             await asyncio.sleep(0)

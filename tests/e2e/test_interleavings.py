@@ -130,7 +130,7 @@ class Slow:
         self.writing: list[SlowCopy] = []
         world.slow_ways[wire[0]].append(self)
 
-    def fetch(self, pages: list[int]) -> Copy:
+    def fetch(self, pages: list[int], lease: float) -> Copy:
         return SlowCopy(self, self.world.memories[self.wire[1]].pages[pages].clone())
 
     def close(self) -> None:

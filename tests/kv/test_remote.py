@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from miniserve.cluster.messages import Peer
+from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.transfer import remote
+from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import TransferError
 from miniserve.kv.transfer.remote import RemoteCopy, RemoteTransfer
 from miniserve.worker.sequence import State
+from tests.support.doors import door
 from tests.support.handoff_pair import Pair
 from tests.support.socket_network import PAGES, SHAPE, End, QuietSide, SocketCommunicator, SocketFence, SocketNetwork
 from tests.support.waiting import PROMPT, stop, until
@@ -242,11 +244,13 @@ def test_a_peer_that_is_stuck_in_the_middle_breaks_the_connection(tmp_path: Path
 def test_a_handoff(tiny_folder: Path, tmp_path: Path) -> None:
     ways = []
 
-    def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, *rest: str) -> RemoteTransfer:
-        ways.append(RemoteTransfer(SocketNetwork(memory), memory, us, peer, str(tmp_path)))
+    def connect(memory: KVMemory, ours: PoolInfo, us: Door, peer: Peer, how: str) -> RemoteTransfer:
+        name = "d0" if peer.name == "p0" else "p0"
+        ways.append(RemoteTransfer(SocketNetwork(memory), door((name, 1), str(tmp_path)), peer))
         return ways[-1]
 
     pair = Pair(tiny_folder, connect=connect)
+    pair.now = time.monotonic()
     sequence = pair.ask()
     for message in pair.publications():
         pair.d.handoffs.receiver.on_publish(message, "p0")

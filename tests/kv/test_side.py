@@ -23,6 +23,7 @@ from miniserve.kv.pages import Evicted
 from miniserve.kv.transfer import mapped as mapping
 from miniserve.kv.transfer.connect import connect, way
 from miniserve.kv.transfer.mapped import CudaMappedTransfer
+from tests.support.doors import NO_DOOR
 from tests.support.kv_pools import DEVICE_PAGES, DEVICE_SHAPE, device_memory
 
 CPU = torch.device("cpu")
@@ -175,13 +176,12 @@ def test_the_way_between_two_pools() -> None:
 
 def test_a_pool_that_cannot_be_mapped_is_no_way(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = device_memory(1)
-    monkeypatch.setattr(KVMemory, "info", lambda self, layout: on_gpu(0, [0], layout))
 
     def fail(pool: PoolInfo, device: torch.device) -> torch.Tensor:
         raise RuntimeError("CUDA error: invalid device context")
 
     monkeypatch.setattr(mapping, "map_pool", fail)
-    assert connect(memory, "L", ("d0", 1), Peer("p0", 1, "", on_gpu(0, [0])), "", "auto") is None
+    assert connect(memory, on_gpu(0, [0]), NO_DOOR, Peer("p0", 1, "", on_gpu(0, [0])), "auto") is None
 
 
 def test_a_handle_travels() -> None:

@@ -23,6 +23,7 @@ from miniserve.kv.transfer import sockets
 from miniserve.kv.transfer.interface import Transfer, TransferError
 from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.kv.transfer.sockets import SocketCopy, SocketTransfer
+from tests.support.doors import door
 from tests.support.kv_pools import PAGES, SHAPES, content, device_memory, new_memory, peer_of
 from tests.support.waiting import PROMPT, stop, until
 
@@ -50,7 +51,7 @@ def two_sides(backend: str, run_dir: Path, shape: PageShape = SHAPES["bf16"], **
         if backend == "mapped":
             sides.append(Side(names[us], MappedTransfer(names[us], peer)))
         else:
-            sides.append(Side(names[us], SocketTransfer(names[us], (us, 7), peer, str(run_dir), **kwargs)))
+            sides.append(Side(names[us], SocketTransfer(names[us], door((us, 7), str(run_dir)), peer, **kwargs)))
     return sides[0], sides[1]
 
 
@@ -127,11 +128,11 @@ def threads(transfer: SocketTransfer) -> list[threading.Thread]:
 
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
-    early = SocketTransfer(right, ("d0", 1), peer_of("p0", 1, left), str(tmp_path))
+    early = SocketTransfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left))
     copy = early.fetch([1, 2])
     time.sleep(0.3)
     assert not copy.ready
-    late = SocketTransfer(left, ("p0", 1), peer_of("d0", 1, right), str(tmp_path))
+    late = SocketTransfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
     copy.store([3, 4])
     assert content(right, [3, 4]) == content(left, [1, 2])
     early.close()
@@ -140,14 +141,14 @@ def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
 
 def test_what_does_not_come_in_time_is_given_up_and_not_asked_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
-    early = SocketTransfer(right, ("d0", 1), peer_of("p0", 1, left), str(tmp_path), timeout=1.0)
+    early = SocketTransfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left), timeout=1.0)
     given_up = early.fetch([0])
     assert not given_up.ready
     until(lambda: given_up.ready, 1.0 + PROMPT)
     before = content(right, [3])
     with pytest.raises(TransferError, match="does not answer"):
         given_up.store([3])
-    late = SocketTransfer(left, ("p0", 1), peer_of("d0", 1, right), str(tmp_path))
+    late = SocketTransfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
     early.fetch([1, 2]).store([4, 5])
     assert content(right, [3, 4, 5]) == before + content(left, [1, 2])
     assert given_up.data is None
@@ -172,7 +173,7 @@ def test_pages_that_are_not_the_peers_are_refused(
 def test_close_is_prompt(pair: tuple[Side, Side], tmp_path: Path) -> None:
     left, right = pair
     right.transfer.fetch([0]).store([12])
-    alone = SocketTransfer(right.memory, ("d1", 1), peer_of("p1", 1, left.memory), str(tmp_path))
+    alone = SocketTransfer(right.memory, door(("d1", 1), str(tmp_path)), peer_of("p1", 1, left.memory))
     waiting = alone.fetch([1]), alone.fetch([2])
     started = time.monotonic()
     for transfer in (right.transfer, alone):
@@ -191,7 +192,7 @@ def test_a_pair_that_was_parted_meets_again(pair: tuple[Side, Side], tmp_path: P
     right.transfer.fetch([0]).store([12])
     left.transfer.fetch([0]).store([12])
     right.transfer.close()
-    again = SocketTransfer(right.memory, ("d0", 7), peer_of("p0", 7, left.memory), str(tmp_path))
+    again = SocketTransfer(right.memory, door(("d0", 7), str(tmp_path)), peer_of("p0", 7, left.memory))
     again.fetch([1]).store([13])
     assert right.content([13]) == left.content([1])
     with pytest.raises(TransferError, match="broke"):
@@ -205,7 +206,7 @@ def test_pages_of_a_gpu_come_by_way_of_host_memory(tmp_path: Path) -> None:
     """Laid out as on a GPU, with a scratch page and no shared memory."""
     memories = {"p0": device_memory(1), "d0": device_memory(2)}
     ends = {
-        us: SocketTransfer(memories[us], (us, 1), Peer(them, 1, "", PoolInfo(1, -1, 8, 512, "")), str(tmp_path))
+        us: SocketTransfer(memories[us], door((us, 1), str(tmp_path)), Peer(them, 1, "", PoolInfo(1, -1, 8, 512, "")))
         for us, them in (("p0", "d0"), ("d0", "p0"))
     }
     copy = ends["d0"].fetch([1, 4])
@@ -222,7 +223,7 @@ def be_a_peer(control: Connection, shape: str, us: tuple[str, int], peer: Peer, 
     """Another process: obeys commands until it is killed."""
     torch.set_num_threads(1)
     memory = new_memory(SHAPES[shape], us[1])
-    transfer = SocketTransfer(memory, us, peer, run_dir, timeout)
+    transfer = SocketTransfer(memory, door(us, run_dir), peer, timeout)
     control.send(None)
     while True:
         match control.recv():
@@ -245,7 +246,7 @@ class Child:
         self.process.start()
         self.control.recv()
         them = Peer("p0", epoch, "", PoolInfo(self.process.pid, -1, PAGES, self.memory.shape.bytes, ""))
-        self.transfer = SocketTransfer(self.memory, ("d0", 1), them, str(run_dir), timeout)
+        self.transfer = SocketTransfer(self.memory, door(("d0", 1), str(run_dir)), them, timeout)
 
     def ask(self, *command: object):
         self.control.send(command)
@@ -354,18 +355,19 @@ import os, signal, sys, time
 import torch
 sys.path.insert(0, sys.argv[2])
 from miniserve.kv.transfer.sockets import SocketTransfer
+from tests.support.doors import door
 from tests.support.kv_pools import SHAPES, new_memory, peer_of
 ours, theirs = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
 child = os.fork()
 if child == 0:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    there = SocketTransfer(theirs, ("p0", 1), peer_of("d0", 1, ours), sys.argv[1])
+    there = SocketTransfer(theirs, door(("p0", 1), sys.argv[1]), peer_of("d0", 1, ours))
     time.sleep(60)
-connected = SocketTransfer(ours, ("d0", 1), peer_of("p0", 1, theirs), sys.argv[1])
+connected = SocketTransfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p0", 1, theirs))
 connected.fetch([0]).store([1])
 os.kill(child, signal.SIGSTOP)
 waiting = connected.fetch([0])
-alone = SocketTransfer(ours, ("d0", 1), peer_of("p1", 1, theirs), sys.argv[1])
+alone = SocketTransfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p1", 1, theirs))
 alone.fetch([0])
 
 class Last:

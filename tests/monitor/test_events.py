@@ -17,7 +17,7 @@ import pytest
 from miniserve.hub import resolve as hub
 from miniserve.monitor import events
 from miniserve.monitor.events import Feed, FeedEvent, Listener
-from miniserve.monitor.worker_views import worker_list
+from miniserve.monitor.views import worker_list
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import Api, error_of, make_app, serving
 from tests.support.live_engine import LiveClient

@@ -274,8 +274,8 @@ def test_observe_prefers_the_prefiller_and_the_home_of_the_same_host() -> None:
     for view, host in zip(workers, "abbab", strict=True):
         view.host = host
     seen = cluster(*workers, closed=("p0", "p1", "d1", "d2"))
-    seen.moved(Move("t", "p0", 1, 1000, 0.02, history=True), "d1")
-    seen.moved(Move("t", "p0", 1, 1000, 1e-4, history=True), "d0")
+    seen.moved(Move("t", "p0", 1, 1000, 1e-4, history=True), "d1")
+    seen.moved(Move("t", "p0", 1, 1000, 0.02, history=True), "d0")
     assert where(Observe().place(need(2000), seen)) == ("d0", "p1")
     seen.workers["d0"].reserved = 1000
     seen.open = {"d0", "d1", "d2"}

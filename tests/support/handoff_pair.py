@@ -12,6 +12,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.sequence import Sequence
+from tests.support.doors import NO_DOOR
 from tests.support.tiny import prompts, reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -28,17 +29,17 @@ class Side:
         self.engine = self.built.engine
         self.sent: list = []
         self.out: dict[int, int] = {}
+        memory = self.built.memory
+        pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, self.built.layout)
         self.handoffs = Handoffs(
             self.engine,
             self.built.memory.shape.bytes,
             self.built.layout,
             30.0,
             lambda to, body: self.sent.append(body),
-            lambda peer: connect(self.built.memory, self.built.layout, (name, 1), peer, "", "mapped"),
+            lambda peer: connect(self.built.memory, pool, NO_DOOR, peer, "mapped"),
             clock,
         )
-        memory = self.built.memory
-        pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, self.built.layout)
         self.peer = Peer(name, 1, f"inproc://{name}", pool)
 
     def sequence(self, params: SamplingParams = GREEDY, **kwargs) -> Sequence:

@@ -10,8 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from miniserve.cli.screen import Snapshot
-from miniserve.monitor.conversation_views import conversation_list
-from miniserve.monitor.worker_views import worker_list
+from miniserve.monitor.views import conversation_list, worker_list
 from tests.support.fake_engine import played
 
 

@@ -16,8 +16,9 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer.nccl import RECEIVER
+from miniserve.kv.transfer.nccl import ID_BYTES, RECEIVER
 from miniserve.kv.transfer.remote import RemoteTransfer
+from tests.support.doors import door
 
 PAGES = 12
 SHAPE = PageShape(layers=8, page_tokens=64, kv_heads=8, head_dim=64, dtype=torch.bfloat16)  # 1 MiB a page
@@ -69,15 +70,15 @@ class SocketNetwork:
 
     def identity(self) -> bytes:
         self.listener = socket.socket(socket.AF_UNIX)
-        name = b"\0" + uuid.uuid4().bytes
+        name = (b"\0" + uuid.uuid4().hex.encode()).ljust(100, b"-")  # as long as a path may be
         self.listener.bind(name)
         self.listener.listen()
-        return name
+        return name.ljust(ID_BYTES)
 
     def join(self, identity: bytes, rank: int, side: QuietSide, check: Callable[[], None]) -> SocketCommunicator:
         if rank == RECEIVER:
             channel = socket.socket(socket.AF_UNIX)
-            channel.connect(identity)
+            channel.connect(identity.rstrip())
         else:
             assert self.listener is not None
             self.listener.settimeout(0.01)
@@ -151,7 +152,7 @@ class End:
         self.go = threading.Event()
         self.go.set()
         self.network = SocketNetwork(self.memory, self.go.wait)
-        self.transfer = RemoteTransfer(self.network, self.memory, (us, 1), peer(them), str(run_dir), timeout)
+        self.transfer = RemoteTransfer(self.network, door((us, 1), str(run_dir)), peer(them), timeout)
 
     def content(self, *pages: int) -> bytes:
         return self.memory.bytes.numpy()[list(pages)].tobytes()

@@ -72,6 +72,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 """What each architecture has beside what all have; windows are shorter than the tests' prompts."""
+WIDE = {
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
 
 
 def make_model(
@@ -91,16 +97,21 @@ def make_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     old_config_shape: bool = False,
+    wide: bool = False,
+    **more: Any,
 ) -> Path:
     """Write a random model of `arch` (of `KINDS`) with a byte-level tokenizer; returns `folder`.
 
     Weights are drawn wide enough that greedy text wanders, norms and biases too, so that leaving one out changes the
     text. `rope_scaling` is None, `llama3` or `linear`; `shards` is the least number of safetensors files.
-    `old_config_shape` writes config.json as transformers 4 did (`rope_theta`, `rope_scaling`, `torch_dtype`).
+    `old_config_shape` writes config.json as transformers 4 did (`rope_theta`, `rope_scaling`, `torch_dtype`). In a
+    `wide` one experts and recurrent layers have sizes that can be divided by four. `more` stands in config.json.
     """
     import transformers
 
-    kind, options = KINDS[arch], dict(OPTIONS.get(arch, {}))
+    kind, options = KINDS[arch], OPTIONS.get(arch, {}) | more
+    if wide:
+        options |= {key: value for key, value in WIDE.items() if key in options}
     layers = len(options.get("layer_types", range(layers)))
     if head_dim is not None:
         options["head_dim"] = head_dim

@@ -23,7 +23,7 @@ class SlowStore:
         self.unfinished: list[Storing] = []
         transfer = side.handoffs.peers.transfer("p0")
         fetch = transfer.fetch
-        monkeypatch.setattr(transfer, "fetch", lambda pages: Storing(self, fetch(pages)))
+        monkeypatch.setattr(transfer, "fetch", lambda pages, lease: Storing(self, fetch(pages, lease)))
 
     def finish(self) -> None:
         for copy in self.unfinished:

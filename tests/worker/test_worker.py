@@ -6,12 +6,15 @@ import os
 
 import pytest
 
+from miniserve.cluster.channels import Keys
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import Envelope, Message, Peer, Peers, PoolInfo, Prefill, Publish
 from miniserve.config import EngineConfig
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.process import Worker, make_worker
+from miniserve.worker.ranks import Ranks
+from tests.support.doors import NO_DOOR
 from tests.support.tiny import prompts
 
 PROMPT = prompts(1, seed=8, shortest=100, longest=100)[0]
@@ -35,8 +38,11 @@ def p0(tiny_folder):
     """A prefiller, and the decoder it will hear of."""
     config = EngineConfig(model=str(tiny_folder), kv_cache_memory=2**22)
     built = build(config)
-    worker = make_worker(WorkerSpec("p0", 1, "", "inproc://p0", "inproc://frontend", config), built, Outboxes())
     memory = built.memory
+    keys, pool = Keys("", ""), memory.info(built.layout)
+    spec = WorkerSpec("p0", 1, "", "inproc://p0", "inproc://frontend", config, keys)
+    outboxes = Outboxes()
+    worker = make_worker(spec, built, pool, NO_DOOR, outboxes, Ranks(spec, outboxes))
     pool = PoolInfo(os.getpid(), memory.shared.fd, memory.num_pages, memory.shape.bytes, built.layout)
     return worker, lambda epoch: Peer("d0", epoch, "inproc://d0", pool)
 

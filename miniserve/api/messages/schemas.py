@@ -1,6 +1,8 @@
-"""What requests for /v1/messages may hold, and the chat request that each of them is another spelling of."""
+"""What requests for /v1/messages may hold, and the chat request that each of them is another spelling of. What a model
+that reads text cannot be given of a content stands as text, or not at all."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -8,19 +10,12 @@ from pydantic import Field
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts
-from miniserve.api.messages.blocks import (
-    Blocks,
-    TextBlock,
-    ThinkingBlock,
-    ToolReferenceBlock,
-    ToolResultBlock,
-    ToolUseBlock,
-)
-from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
+from miniserve.api.openai.parameters import SAMPLING_NAMES, ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, one_of, text_or
+from miniserve.text.messages import Body, Json, Text, TextOr, by_type, readable, text_or
 
 MESSAGES_NAMES: Mapping[str, str] = TABLES["names"]["messages"]
 """Patterns of a chat's parameters, and this API's names of them."""
@@ -31,7 +26,76 @@ ERROR = "Error: "
 BILLING = "x-anthropic-billing-header:"
 """Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
 else in a prompt, it would leave no prefix to find again."""
-SystemBlocks = Annotated[list[Annotated[TextBlock, one_of("Content blocks", ["text"])]], Field(fail_fast=True)]
+
+
+# --- the blocks of a content ------------------------------------------------------------------------------------------
+
+SERVER_BLOCKS = re.compile(
+    "server_tool_use|mcp_(tool_use|tool_result|tool_listing)|container_upload|"
+    "(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)_tool_result|tool_(addition|removal)"
+)
+"""What tools of Anthropic's servers leave in a history: left out."""
+
+
+class TextBlock(Body):
+    type: Literal["text"]
+    text: Text
+
+
+class ThinkingBlock(Body):
+    type: Literal["thinking"]
+    thinking: Text
+
+
+class ToolUseBlock(Body):
+    type: Literal["tool_use"]
+    id: Annotated[Text, Field(min_length=1)]
+    name: Text
+    input: Json | None
+
+
+class ToolReferenceBlock(Body):
+    type: Literal["tool_reference"]
+    tool_name: Text
+
+
+def as_text(block: Any) -> Any:
+    """A block of a kind that chats have no word for, as text or as nothing."""
+    kind, source = (block.get("type"), block.get("source")) if isinstance(block, dict) else (None, None)
+    if kind == "document" and isinstance(source, dict) and source.get("type") in ("text", "content"):
+        said = source.get("data", source.get("content"))
+        texts = [block.get("title"), block.get("context"), *([said] if isinstance(said, str) else _texts_in(said))]
+    elif kind == "search_result":
+        texts = [block.get("title"), block.get("source"), *_texts_in(block.get("content"))]
+    elif kind == "compaction":
+        texts = [block.get("content")]
+    elif isinstance(kind, str) and SERVER_BLOCKS.fullmatch(kind):
+        return {"type": "text", "text": ""}
+    else:
+        return readable(block)
+    return {"type": "text", "text": "\n".join(text for text in texts if isinstance(text, str))}
+
+
+def _texts_in(blocks: Any) -> list[Any]:
+    return [item.get("text") for item in blocks if isinstance(item, dict)] if isinstance(blocks, list) else []
+
+
+ResultKinds = TextBlock | ToolReferenceBlock
+ResultBlock = Annotated[ResultKinds, by_type("Content blocks", ResultKinds, as_text)]
+ResultBlocks = Annotated[list[ResultBlock], Field(fail_fast=True)]
+
+
+class ToolResultBlock(Body):
+    type: Literal["tool_result"]
+    tool_use_id: Annotated[Text, Field(min_length=1)]
+    content: Annotated[TextOr[ResultBlocks], text_or("This must be a string or a list of text blocks")] | None = None
+    is_error: bool | None = None
+
+
+BlockKinds = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock | ToolReferenceBlock
+Block = Annotated[BlockKinds, by_type("Content blocks", BlockKinds, as_text)]
+Blocks = Annotated[list[Block], Field(fail_fast=True)]
+SystemBlocks = Annotated[list[Annotated[TextBlock, by_type("Content blocks", TextBlock)]], Field(fail_fast=True)]
 SystemText = Annotated[TextOr[SystemBlocks], text_or("This must be a string or a list of text blocks")]
 TextOrBlocks = Annotated[TextOr[Blocks], text_or("Content must be a string or a list of blocks")]
 
@@ -39,6 +103,9 @@ TextOrBlocks = Annotated[TextOr[Blocks], text_or("Content must be a string or a 
 class MessageParam(Body):
     role: Literal["user", "assistant", "system"]
     content: TextOrBlocks | None
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 class ThinkingSettings(Body):
@@ -53,14 +120,9 @@ class ToolChoiceParam(Body):
     disable_parallel_tool_use: bool | None = None
 
 
-class OutputFormat(Body):
-    type: Literal["json_schema"]
-    schema_: Annotated[Json, Field(alias="schema")]
-
-
 class OutputConfig(Body):
     effort: Effort | None = None
-    format: OutputFormat | None = None
+    format: ResponseFormat | None = None
 
 
 class CountTokensRequest(RequestBody):
@@ -88,12 +150,8 @@ class CountTokensRequest(RequestBody):
         `ParameterError`, `ValidationError`, `ApiError`."""
         if self.thread:
             # The official client sends the whole conversation then, without `thread`.
-            raise ApiError(
-                400,
-                "`thread` is not supported: send all `messages` of the conversation. Its KV is found all the same.",
-                param="thread",
-                details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
-            )
+            unsupported = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+            raise ApiError(400, problem("api.thread"), param="thread", details=unsupported)
         return ChatRequest.model_validate(self._fields(normalize))
 
     def _fields(self, normalize: bool) -> dict[str, Any]:
@@ -116,15 +174,13 @@ class CountTokensRequest(RequestBody):
             "tool_choice": choice and _chat_choice(choice),
             "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
             "reasoning_effort": config and config.effort,
+            "response_format": config and config.format,
             # An answer that has begun already goes on.
             "continue_final_message": continued,
             "add_generation_prompt": not continued,
         }
         if thinking is not None:
             fields["chat_template_kwargs"] = {"enable_thinking": thinking.type != "disabled"}
-        if config and config.format:
-            schema = {"name": "output", "schema": config.format.schema_}
-            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         return fields
 
 

@@ -12,86 +12,28 @@ from miniserve.api.streaming import NamedEvent, named_event
 from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
 
 
-class ContentBlocks:
+class MessagesWriter:
     """Makes blocks of the parts of an answer, as they come, and the events of a stream that announce them."""
 
-    def __init__(self) -> None:
-        self.blocks: list[Any] = []
-        self._open: Literal["text", "thinking", "tool_use"] | None = None
-
-    def feed(self, part: Part) -> list[NamedEvent]:
-        match part:
-            case ToolCall():
-                block = {"type": "tool_use", "id": part.id, "name": part.name}
-                return [*self.close(), self._begin(block, {"input": {}}), *self._argue(part.arguments)]
-            case MoreArguments():
-                return self._argue(part.text)
-            case Reasoning():
-                # Other servers prove by the signature that a thought is their own.
-                return self._say("thinking", part.text, {"signature": ""})
-            case _:
-                return self._say("text", part, {})
-
-    def close(self) -> list[NamedEvent]:
-        if self._open is None:
-            return []
-        signed = [self._delta({"type": "signature_delta", "signature": ""})] if self._open == "thinking" else []
-        if self._open == "tool_use":
-            # The arguments stay as the model wrote them: decoded and encoded again they might be another text.
-            block = self.blocks[-1]
-            block["input"] = msgspec.Raw(block["input"].encode())
-        self._open = None
-        return [*signed, ("content_block_stop", {"index": self._index})]
-
-    def _say(self, kind: Literal["text", "thinking"], text: str, more: dict[str, str]) -> list[NamedEvent]:
-        events: list[NamedEvent] = []
-        if self._open != kind:
-            events += [*self.close(), self._begin({"type": kind, kind: "", **more}, {})]
-        self.blocks[-1][kind] += text
-        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
-
-    def _argue(self, text: str) -> list[NamedEvent]:
-        self.blocks[-1]["input"] += text
-        return [self._delta({"type": "input_json_delta", "partial_json": text})] if text else []
-
-    def _begin(self, block: dict[str, Any], shown: dict[str, Any]) -> NamedEvent:
-        """Open `block`; the event that says so has what is `shown` of it in addition."""
-        self._open = block["type"]
-        event = "content_block_start", {"index": self._index + 1, "content_block": {**block, **shown}}
-        self.blocks.append({**block, "input": ""} if block["type"] == "tool_use" else block)
-        return event
-
-    @property
-    def _index(self) -> int:
-        return len(self.blocks) - 1
-
-    def _delta(self, delta: dict[str, str]) -> NamedEvent:
-        return "content_block_delta", {"index": self._index, "delta": delta}
-
-
-class MessagesWriter:
     ping = named_event("ping", {})
 
     def __init__(self, head: AnswerHead) -> None:
         self.head = head
+        self._blocks: list[Any] = []
+        self._open: Literal["text", "thinking", "tool_use"] | None = None
 
     def response(self, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
-        content = ContentBlocks()
-        for part in choice.take()[0]:
-            content.feed(part)
-        content.close()
-        return self._message(choice, content.blocks)
+        self._fed(choice)
+        return self._message(choice, self._blocks)
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         (choice,) = generation.choices
         begun = {**self._message(choice, []), "stop_reason": None}
-        yield named_event("message_start", {"message": begun}) + named_event("ping", {})
-        content = ContentBlocks()
+        yield named_event("message_start", {"message": begun}) + self.ping
         async for _ in generation.updates():
-            events = [event for part in choice.take()[0] for event in content.feed(part)]
+            events = self._fed(choice)
             if choice.finish is not None:
-                events += content.close()
                 reason, sequence = _stop(choice)
                 delta = {"stop_reason": reason, "stop_sequence": sequence}
                 events += [("message_delta", {"delta": delta, "usage": _usage(choice)}), ("message_stop", {})]
@@ -113,6 +55,60 @@ class MessagesWriter:
             "stop_sequence": sequence,
             "usage": _usage(choice),
         }
+
+    def _fed(self, choice: Choice) -> list[NamedEvent]:
+        """What has come since the last time, and the end."""
+        events = [event for part in choice.take()[0] for event in self._feed(part)]
+        return events + (self._close() if choice.finish is not None else [])
+
+    def _feed(self, part: Part) -> list[NamedEvent]:
+        match part:
+            case ToolCall():
+                block = {"type": "tool_use", "id": part.id, "name": part.name}
+                return [*self._close(), self._begin(block, {"input": {}}), *self._argue(part.arguments)]
+            case MoreArguments():
+                return self._argue(part.text)
+            case Reasoning():
+                # Other servers prove by the signature that a thought is their own.
+                return self._say("thinking", part.text, {"signature": ""})
+            case _:
+                return self._say("text", part, {})
+
+    def _close(self) -> list[NamedEvent]:
+        if self._open is None:
+            return []
+        signed = [self._delta({"type": "signature_delta", "signature": ""})] if self._open == "thinking" else []
+        if self._open == "tool_use":
+            # The arguments stay as the model wrote them: decoded and encoded again they might be another text.
+            block = self._blocks[-1]
+            block["input"] = msgspec.Raw(block["input"].encode())
+        self._open = None
+        return [*signed, ("content_block_stop", {"index": self._index})]
+
+    def _say(self, kind: Literal["text", "thinking"], text: str, more: dict[str, str]) -> list[NamedEvent]:
+        events: list[NamedEvent] = []
+        if self._open != kind:
+            events += [*self._close(), self._begin({"type": kind, kind: "", **more}, {})]
+        self._blocks[-1][kind] += text
+        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+
+    def _argue(self, text: str) -> list[NamedEvent]:
+        self._blocks[-1]["input"] += text
+        return [self._delta({"type": "input_json_delta", "partial_json": text})] if text else []
+
+    def _begin(self, block: dict[str, Any], shown: dict[str, Any]) -> NamedEvent:
+        """Open `block`; the event that says so has what is `shown` of it in addition."""
+        self._open = block["type"]
+        event = "content_block_start", {"index": self._index + 1, "content_block": {**block, **shown}}
+        self._blocks.append({**block, "input": ""} if block["type"] == "tool_use" else block)
+        return event
+
+    @property
+    def _index(self) -> int:
+        return len(self._blocks) - 1
+
+    def _delta(self, delta: dict[str, str]) -> NamedEvent:
+        return "content_block_delta", {"index": self._index, "delta": delta}
 
 
 def _stop(choice: Choice) -> tuple[str, str | None]:

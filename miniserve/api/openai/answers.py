@@ -1,12 +1,95 @@
-"""What answers to chats and completions have in common: the tokens they used, and log-probabilities."""
+"""Answers of chat and text completions: whole, or as a stream of chunks of choices with `[DONE]` at the end."""
 
-import codecs
-from collections.abc import Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-from miniserve.api.generation import Choice
+from miniserve.api.errors import ApiError
+from miniserve.api.generation import Choice, Generation
+from miniserve.api.openai.parameters import GenerationRequest, StreamOptions
+from miniserve.api.protocols import AnswerHead
+from miniserve.api.streaming import COMMENT, data_event
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.text.reader import Part
 from miniserve.text.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON lacks; as in OpenAI's answers and vLLM's."""
+
+
+class ChunkWriter(ABC):
+    """The part of a `ResponseWriter` that chat and text completions share. `objects` names a whole answer and a chunk.
+    If the request asks for token ids, chunks hold them, and each token has a chunk even if it has no text (yet)."""
+
+    ping = COMMENT
+    objects: ClassVar[tuple[str, str]]
+
+    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: GenerationRequest) -> None:
+        self.head = head
+        self.token_ids = bool(request.return_token_ids)
+        self.prompt_logprobs = request.prompt_logprobs
+        self._tokenizer = tokenizer
+        self._options = request.stream_options or StreamOptions()
+
+    @abstractmethod
+    def shown(
+        self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
+    ) -> Mapping[str, Any]:
+        """The choice with these parts: all of them, or in a `chunk` the next one, or none when it has `ended`."""
+
+    @abstractmethod
+    def opening(self, choice: Choice) -> Mapping[str, Any] | None:
+        """The choice before anything was generated; None if no chunk is needed then."""
+
+    def beside(self, choice: Choice) -> Mapping[str, Any]:
+        """Further fields beside the choices of a whole answer, or beside the opening of this one."""
+        return {}
+
+    def response(self, generation: Generation) -> Mapping[str, Any]:
+        return {
+            "object": self.objects[0],
+            **self.head._asdict(),
+            "choices": [self.shown(one, *one.take(), chunk=False, ended=True) for one in generation.choices],
+            "usage": usage(generation.choices),
+            **self.beside(generation.choices[0]),
+        }
+
+    async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
+        head = {"object": self.objects[1], **self.head._asdict()}
+        with_usage = bool(self._options.include_usage)
+        continuous = with_usage and bool(self._options.continuous_usage_stats)
+
+        def event(choice: Choice, chunk: Mapping[str, Any], opening: bool = False, **beside: Any) -> bytes:
+            used = {"usage": usage([choice], opening) if continuous else None} if with_usage else {}
+            return data_event({**head, **beside, "choices": [chunk], **used})
+
+        yield b"".join(
+            event(choice, opening, True, **self.beside(choice))
+            for choice in generation.choices
+            if (opening := self.opening(choice)) is not None
+        )
+        async for updated in generation.updates():
+            chunks: list[bytes] = []
+            for choice in updated:
+                by_token = self.token_ids and bool(choice.tokens)
+                if not (choice.has_parts or by_token):
+                    continue
+                parts, logprobs = choice.take()
+                for part in parts or ([""] if logprobs or by_token else []):
+                    # The first part that tokens have made carries what belongs to these tokens.
+                    chunks.append(event(choice, self.shown(choice, [part], logprobs, chunk=True, ended=False)))
+                    logprobs = []
+                if choice.finish is not None:
+                    chunks.append(event(choice, self.shown(choice, [], [], chunk=True, ended=True)))
+            if chunks:
+                yield b"".join(chunks)
+        if with_usage:
+            yield data_event({**head, "choices": [], "usage": usage(generation.choices)})
+        yield DONE
+
+    def error_events(self, error: ApiError) -> bytes:
+        return data_event(error.body) + DONE
 
 
 def usage(choices: Sequence[Choice], opening: bool = False) -> dict[str, Any]:
@@ -24,11 +107,6 @@ def usage(choices: Sequence[Choice], opening: bool = False) -> dict[str, Any]:
     if any(choice.thinks for choice in choices):
         used["completion_tokens_details"] = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
     return used
-
-
-Scored = Sequence[tuple[int, TokenLogprob | None]]
-LOWEST = -9999.0
-"""Stands for minus infinity, which JSON lacks; as in OpenAI's answers and vLLM's."""
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> dict[str, Any]:
@@ -57,43 +135,3 @@ def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, count: int) -> list[di
             named[str(token)] = {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text}
         found.append(named)
     return found
-
-
-class CompletionLogprobWriter:
-    """Log-probabilities as completions have them, with `count` of the likeliest tokens beside each one. A writer is for
-    one choice: it counts the characters of its text."""
-
-    def __init__(self, tokenizer: Tokenizer, count: int, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._count = count
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
-
-    def write(self, entries: list[TokenLogprob], text: str = "", prompt: Scored = ()) -> dict[str, list[Any]]:
-        """The next tokens, first those of the `prompt` if it is echoed as `text`. They stand there as far as they were
-        written: no special ones that the tokenizer has added, nor its space before the first word."""
-        out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for number, (token, entry) in enumerate([*prompt, *((entry.token, entry) for entry in entries)], 1):
-            out["tokens"].append(self._name(token))
-            out["token_logprobs"].append(max(entry.logprob, LOWEST) if entry else None)
-            # The token itself is always among the alternatives, even if it is not one of the most likely.
-            top = [*entry.top[: self._count], (token, entry.logprob)] if entry else []
-            out["top_logprobs"].append({self._name(t): max(value, LOWEST) for t, value in top} or None)
-            out["text_offset"].append(self._offset)
-            piece = self._decoder.decode(self._tokenizer.token_bytes(token))
-            if number > len(prompt):
-                self._offset += 0 if token in self._skip else len(piece)
-                continue
-            if not text.startswith(piece, self._offset):
-                piece = "" if token in self._tokenizer.special_ids else piece.lstrip(" ")
-            self._offset = min(self._offset + len(piece), len(text)) if number < len(prompt) else len(text)
-        return out
-
-    def _name(self, token: int) -> str:
-        """The token's text, or its bytes if it is a part of a character, since names must differ."""
-        data = self._tokenizer.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

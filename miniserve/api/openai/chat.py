@@ -6,8 +6,7 @@ from typing import Any
 import msgspec
 
 from miniserve.api.generation import Choice
-from miniserve.api.openai import answers
-from miniserve.api.openai.chunks import ChunkWriter
+from miniserve.api.openai.answers import ChunkWriter, chat_logprobs, prompt_logprobs
 from miniserve.api.openai.schemas import ChatRequest, TokenizeRequest
 from miniserve.api.tools import Tool, deferred, with_all_keys
 from miniserve.cluster.messages import TokenLogprob
@@ -109,7 +108,7 @@ class ChatWriter(ChunkWriter):
     def beside(self, choice: Choice) -> Mapping[str, Any]:
         more: dict[str, Any] = {"prompt_token_ids": choice.prompt} if self.token_ids else {}
         if self.prompt_logprobs is not None:
-            more["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
+            more["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
         return more
 
     def shown(
@@ -119,7 +118,7 @@ class ChatWriter(ChunkWriter):
         return {
             "index": choice.index,
             **({"delta": _delta(*parts)} if chunk else {"message": _message(parts)}),
-            "logprobs": answers.chat_logprobs(self._tokenizer, logprobs) if scored else None,
+            "logprobs": chat_logprobs(self._tokenizer, logprobs) if scored else None,
             "finish_reason": choice.finish if ended else None,
             **({"stop_reason": choice.stop_reason} if ended else {}),
             **({"token_ids": choice.take_tokens()} if self.token_ids else {}),

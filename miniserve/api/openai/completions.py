@@ -1,19 +1,23 @@
 """/v1/completions: its prompts, and its choices."""
 
+import codecs
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from miniserve.api.generation import Choice
-from miniserve.api.openai import answers
-from miniserve.api.openai.chunks import ChunkWriter
+from miniserve.api.openai.answers import LOWEST, ChunkWriter, prompt_logprobs
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.formats import FILL_IN_THE_MIDDLE
 from miniserve.text.reader import Part
 from miniserve.text.tokenizer import Tokenizer
+
+Scored = Sequence[tuple[int, TokenLogprob | None]]
 
 
 class CompletionRenderer:
@@ -40,8 +44,7 @@ class CompletionRenderer:
         for marks in FILL_IN_THE_MIDDLE:
             if all(self._tokenizer.control_id(mark) is not None for mark in marks):
                 return marks
-        words = "this model's tokenizer has no tokens to fill in the middle. Put all of the text into `prompt`"
-        raise ParameterError("suffix", f"`suffix` is not supported: {words}.")
+        raise ParameterError("suffix", problem("api.suffix"))
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
         """With `echo` log-probabilities are of the prompt too."""
@@ -62,7 +65,7 @@ class CompletionWriter(ChunkWriter):
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: CompletionRequest) -> None:
         super().__init__(head, tokenizer, request)
         self._request = request
-        self._logprob_writers: dict[int, answers.CompletionLogprobWriter] = {}
+        self._logprob_writers: dict[int, CompletionLogprobWriter] = {}
         self._opened: set[int] = set()
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
@@ -87,7 +90,7 @@ class CompletionWriter(ChunkWriter):
             answer["prompt_token_ids"] = choice.prompt if opens else None
             answer["token_ids"] = choice.take_tokens()
         if self.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = answers.prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
+            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
         return answer
 
     def _echo(self, choice: Choice) -> str:
@@ -101,7 +104,47 @@ class CompletionWriter(ChunkWriter):
         if params.logprobs is None:
             return None
         if choice.index not in self._logprob_writers:
-            writer = answers.CompletionLogprobWriter(self._tokenizer, params.logprobs, params.skip_special_tokens)
+            writer = CompletionLogprobWriter(self._tokenizer, params.logprobs, params.skip_special_tokens)
             self._logprob_writers[choice.index] = writer
         prompt = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
         return self._logprob_writers[choice.index].write(new, echo or "", prompt)
+
+
+class CompletionLogprobWriter:
+    """Log-probabilities as completions have them, with `count` of the likeliest tokens beside each one. A writer is for
+    one choice: it counts the characters of its text."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._count = count
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def write(self, entries: list[TokenLogprob], text: str = "", prompt: Scored = ()) -> dict[str, list[Any]]:
+        """The next tokens, first those of the `prompt` if it is echoed as `text`. They stand there as far as they were
+        written: no special ones that the tokenizer has added, nor its space before the first word."""
+        out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for number, (token, entry) in enumerate([*prompt, *((entry.token, entry) for entry in entries)], 1):
+            out["tokens"].append(self._name(token))
+            out["token_logprobs"].append(max(entry.logprob, LOWEST) if entry else None)
+            # The token itself is always among the alternatives, even if it is not one of the most likely.
+            top = [*entry.top[: self._count], (token, entry.logprob)] if entry else []
+            out["top_logprobs"].append({self._name(t): max(value, LOWEST) for t, value in top} or None)
+            out["text_offset"].append(self._offset)
+            piece = self._decoder.decode(self._tokenizer.token_bytes(token))
+            if number > len(prompt):
+                self._offset += 0 if token in self._skip else len(piece)
+                continue
+            if not text.startswith(piece, self._offset):
+                piece = "" if token in self._tokenizer.special_ids else piece.lstrip(" ")
+            self._offset = min(self._offset + len(piece), len(text)) if number < len(prompt) else len(text)
+        return out
+
+    def _name(self, token: int) -> str:
+        """The token's text, or its bytes if it is a part of a character, since names must differ."""
+        data = self._tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from miniserve.api.fields import EMPTY, TABLES, Amount, Biases, Key, RequestBody, Stops, TokenIds
+from miniserve.config import problem
 from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
 from miniserve.text.messages import Body, Json, Text
@@ -27,40 +28,38 @@ class StreamOptions(Body):
     """With `include_usage`: every chunk holds the usage of its choice so far."""
 
 
-class JsonSchemaFormat(Body):
+class SchemaFormat(Body):
     """With `strict`, a schema that no grammar can express exactly is refused; without it `oneOf` means `anyOf`."""
 
     name: Text | None = None
     description: Text | None = None
-    schema_: Annotated[Json, Field(alias="schema")]
+    schema_: Annotated[Json | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
-    """The schema stands in `json_schema` as with OpenAI, or beside the type as with llama.cpp."""
+class ResponseFormat(SchemaFormat):
+    """The schema stands in `json_schema` as in OpenAI's chats, or beside the type as everywhere else."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-    schema_: Annotated[Json | None, Field(alias="schema")] = None
+    json_schema: SchemaFormat | None = None
 
     @model_validator(mode="after")
     def _one_schema(self) -> Self:
-        forms = (self.json_schema is not None) + (self.schema_ is not None)
-        if forms > 1 or (forms and self.type == "text") or (not forms and self.type == "json_schema"):
-            raise ValueError('The type "json_schema" needs a schema in `json_schema`, and the type "text" has none')
+        forms = [form for form in (self, self.json_schema) if form is not None and form.schema_ is not None]
+        if len(forms) > 1 or (forms and self.type == "text") or (not forms and self.type == "json_schema"):
+            raise ValueError(problem("api.schema_format"))
         if self.json_schema is not None and self.type != "json_schema":
             raise ValueError('`json_schema` needs the type "json_schema"')
         return self
 
     @property
-    def form(self) -> JsonSchemaFormat | None:
-        """The schema, however it was given; None where any JSON object will do."""
-        return self.json_schema or (JsonSchemaFormat.model_validate({"schema": self.schema_}) if self.schema_ else None)
+    def form(self) -> SchemaFormat | None:
+        """What holds the schema; None where any JSON object will do."""
+        return self.json_schema or (self if self.schema_ else None)
 
 
 class StructuredOutputs(Body):
-    """vLLM's way to say what an output must match: exactly one of these. A `grammar` is GBNF, or Lark as llguidance
-    writes it."""
+    """vLLM's way to say what an output must match: exactly one of these. A `grammar` is GBNF or llguidance's Lark."""
 
     json_: Annotated[Json | Text | None, Field(alias="json")] = None
     regex: Text | None = None

@@ -6,16 +6,12 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
 from miniserve.api.tools import DEFERRED, FewTools
-from miniserve.text.messages import Body, Content, ContentParts, Json, Text, joined, kind_of, one_of
+from miniserve.text.messages import Body, Content, ContentParts, Json, Text, by_type, joined, types_of
 
-ITEMS = (
-    *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"),
-    *("tool_search_call", "tool_search_output", "additional_tools"),
-)
 LEFT_OUT = re.compile(
     r"\w+_call(_output)?|mcp_\w+|\w*compaction\w*|program(_output)?|configuration_update|ghost_snapshot"
 )
@@ -103,28 +99,28 @@ def _known(value: Any) -> Any:
         return value
     if (kind := value.get("type")) is None and "role" in value:
         kind = "message"
-    if kind in ITEMS[:5]:
-        value = {**value, "type": kind, **{key: "" for key in EMPTY_TEXTS & value.keys() if value[key] is None}}
-    served = kind in ITEMS and not (kind in ITEMS[-3:-1] and value.get("call_id") is None)
-    if isinstance(kind, str) and not served and (kind in ITEMS or LEFT_OUT.fullmatch(kind)):
+    if not isinstance(kind, str):
+        return value
+    searched = kind.startswith(SEARCH) and value.get("call_id") is None
+    if (kind in ITEMS and searched) or (kind not in ITEMS and LEFT_OUT.fullmatch(kind)):
         return {"type": "left_out", "was": kind, "id": value.get("id")}
-    return value
+    empty = EMPTY_TEXTS if kind != "reasoning" else ()
+    return {**value, "type": kind, **{key: "" for key in empty if key in value and value[key] is None}}
 
 
-Item = Annotated[
-    Annotated[MessageItem, Tag("<message>")]
-    | Annotated[FunctionCallItem, Tag("<function_call>")]
-    | Annotated[CustomToolCallItem, Tag("<custom_tool_call>")]
-    | Annotated[CallOutputItem, Tag("<function_call_output>")]
-    | Annotated[ToolSearchCallItem, Tag("<tool_search_call>")]
-    | Annotated[ToolSearchOutputItem, Tag("<tool_search_output>")]
-    | Annotated[AdditionalToolsItem, Tag("<additional_tools>")]
-    | Annotated[ReasoningItem, Tag("<reasoning>")]
-    | Annotated[LeftOutItem, Tag("<left_out>")],
-    Discriminator(lambda item: kind_of(item).replace("<custom_tool_call_output>", "<function_call_output>")),
-    one_of("Items", (*ITEMS, "left_out")),
-    BeforeValidator(_known),
-]
+ItemKinds = (
+    MessageItem
+    | FunctionCallItem
+    | CallOutputItem
+    | CustomToolCallItem
+    | ReasoningItem
+    | ToolSearchCallItem
+    | ToolSearchOutputItem
+    | AdditionalToolsItem
+    | LeftOutItem
+)
+ITEMS = types_of(ItemKinds)
+Item = Annotated[ItemKinds, by_type("Items", ItemKinds, _known)]
 Items = Annotated[list[Item], Field(fail_fast=True)]
 Call = FunctionCallItem | CustomToolCallItem | ToolSearchCallItem
 OUTPUT: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
@@ -182,7 +178,13 @@ def messages_of(items: Sequence[Item]) -> tuple[list[dict[str, Any]], dict[str, 
                 if answer is None or thought or said:  # another answer begins
                     answer = {"role": "assistant"}
                     messages.append(answer)
-                _add(answer, item)
+                if isinstance(item, ReasoningItem):
+                    answer["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or [])
+                elif isinstance(item, MessageItem):
+                    answer["content"] = answer.get("content", "") + joined(item.content)
+                else:
+                    call = {"id": item.call_id, "type": "function", "function": _called(item)}
+                    answer.setdefault("tool_calls", []).append(call)
                 continue
         answer = None
     return messages, found
@@ -195,17 +197,6 @@ def _described(tools: list[dict[str, Any]], found: dict[str, Offered]) -> str:
     for name, one in offered.items():
         found[name] = one._replace(tool={**one.tool, DEFERRED: True})
     return json.dumps([one.tool["function"] for one in offered.values()], ensure_ascii=False)
-
-
-def _add(answer: dict[str, Any], item: Item) -> None:
-    match item:
-        case ReasoningItem():
-            answer["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or [])
-        case MessageItem():
-            answer["content"] = answer.get("content", "") + joined(item.content)
-        case FunctionCallItem() | CustomToolCallItem() | ToolSearchCallItem():
-            call = {"id": item.call_id, "type": "function", "function": _called(item)}
-            answer.setdefault("tool_calls", []).append(call)
 
 
 def _called(item: Call) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
-from miniserve.api.responses.conversations import Conversations, Limit, Order, page
 from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
-from miniserve.api.responses.store import ResponseStore, Stored, continuing
+from miniserve.api.responses.store import Conversations, Limit, Order, ResponseStore, Stored, continuing, page
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.service import Service
 from miniserve.api.streaming import json_answer

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
-from miniserve.api.openai.parameters import SAMPLING_NAMES, SamplingFields
+from miniserve.api.openai.parameters import SAMPLING_NAMES, ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
 from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
-from miniserve.text.messages import Body, Json, Text, TextOr, text_or
+from miniserve.text.messages import Body, Text, TextOr, text_or
 
 RESPONSES_NAMES: Mapping[str, str] = TABLES["names"]["responses"]
 """Patterns of a chat's parameters, and this API's names of them."""
@@ -27,16 +27,8 @@ Metadata = Annotated[
 ConversationId = Annotated[Key, BeforeValidator(lambda given: given.get("id") if isinstance(given, dict) else given)]
 
 
-class TextFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    name: Text | None = None
-    description: Text | None = None
-    schema_: Annotated[Json | None, Field(alias="schema")] = None
-    strict: bool | None = None
-
-
 class TextSettings(Body):
-    format: TextFormat | None = None
+    format: ResponseFormat | None = None
     verbosity: Text | None = None
 
 
@@ -98,7 +90,7 @@ class InputTokensRequest(RequestBody):
             **self._same_fields(),
             "tools": [one.tool for one in offered.values()] or None,
             "tool_choice": spoken_choice(self.tool_choice),
-            "response_format": self.text and self.text.format and _chat_format(self.text.format),
+            "response_format": self.text and self.text.format,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
         }
         return ChatRequest.model_validate(fields), offered
@@ -133,12 +125,3 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
             "max_completion_tokens": self.max_output_tokens,
             **wanted,
         }
-
-
-def _chat_format(form: TextFormat) -> dict[str, Any]:
-    if form.type != "json_schema":
-        return {"type": form.type, "schema": form.schema_}
-    if form.schema_ is None:
-        raise ParameterError("text.format", '`text.format` of the type "json_schema" needs `schema`.')
-    schema = {"name": form.name, "description": form.description, "schema": form.schema_, "strict": form.strict}
-    return {"type": "json_schema", "json_schema": schema}

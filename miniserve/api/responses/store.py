@@ -1,13 +1,27 @@
-"""Stored responses, which a later request may continue as its previous response. In memory, within bounds."""
+"""What the server keeps: responses, which a later request may continue as its previous response, and OpenAI's
+Conversations API, item by item, for /v1/responses to go on with. All of it in memory, within bounds.
+"""
 
+import secrets
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+from fastapi import Query
+from starlette.responses import Response
 
 from miniserve.api.errors import ApiError
-from miniserve.api.responses.items import Item
+from miniserve.api.fields import RequestBody
+from miniserve.api.responses.items import Item, Items, item_out, with_ids
+from miniserve.api.responses.schemas import Metadata
+from miniserve.api.streaming import json_answer
 
+Limit = Annotated[int, Query(ge=1, le=100)]
+Order = Literal["asc", "desc"]
 MAX_RESPONSES = 10_000
 MAX_TOKENS = 32 * 2**20
 """Of all responses. Each counts in full, though those of one conversation share what they hold: this is an upper bound,
@@ -85,3 +99,119 @@ def continuing(previous: Stored | None) -> Iterator[str | int]:
     except BaseException:
         previous.continued = False
         raise
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+class MetadataRequest(RequestBody):
+    metadata: Metadata | None = None
+
+
+class ConversationRequest(MetadataRequest):
+    items: Items | None = None
+
+
+class ItemsRequest(RequestBody):
+    items: Items
+
+
+def page(items: Sequence[Item], limit: int, order: Order, after: str | None, ignored: Iterable[str] = ()) -> Response:
+    """Up to `limit` of `items`, behind the one with the id `after` in this `order`. Raises `ApiError`."""
+    ordered = list(items if order == "asc" else reversed(items))
+    if after is not None:
+        place = next((number for number, item in enumerate(ordered) if item.id == after), None)
+        if place is None:
+            raise ApiError(400, f"`after` names {after[:128]!r}, which is none of the items.", param="after")
+        ordered = ordered[place + 1 :]
+    shown = [item_out(item) for item in ordered[:limit]]
+    first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
+    listed = {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": len(ordered) > limit}
+    return json_answer(listed, ignored)
+
+
+class Conversations:
+    """The routes of /v1/conversations, and what they know. All methods raise `ApiError` for what is not here."""
+
+    def __init__(self) -> None:
+        self._stored = ResponseStore("conversation")
+
+    # --- for /v1/responses ------------------------------------------------------------------------------------------
+
+    def items(self, id: str) -> Sequence[Item]:
+        return self._get(id).items
+
+    def extend(self, id: str, items: Sequence[Item]) -> None:
+        """Add what a turn has brought, unless the conversation has been deleted meanwhile."""
+        if (stored := self._stored.get(id)) is not None:
+            self._put(id, (*stored.items, *items), stored.tokens + _tokens(items), stored.answer)
+
+    # --- routes -----------------------------------------------------------------------------------------------------
+
+    async def create(self, body: ConversationRequest) -> Response:
+        """Begin a conversation, with items or none."""
+        id, now = f"conv_{secrets.token_hex(24)}", int(time.time())
+        made = {"id": id, "object": "conversation", "created_at": now, "metadata": body.metadata or {}}
+        items = with_ids(body.items or [])
+        self._put(id, items, _tokens(items), msgspec.json.encode(made))
+        return json_answer(made, body.ignored)
+
+    async def retrieve(self, conversation: str) -> Response:
+        """What is known of a conversation beside its items."""
+        return json_answer(msgspec.Raw(self._get(conversation).answer))
+
+    async def update(self, conversation: str, body: MetadataRequest) -> Response:
+        """Give a conversation other metadata."""
+        stored = self._get(conversation)
+        made = {**msgspec.json.decode(stored.answer), "metadata": body.metadata or {}}
+        self._put(conversation, stored.items, stored.tokens, msgspec.json.encode(made))
+        return json_answer(made, body.ignored)
+
+    async def delete(self, conversation: str) -> Response:
+        """Forget a conversation and its items."""
+        self._get(conversation)
+        self._stored.delete(conversation)
+        return json_answer({"id": conversation, "object": "conversation.deleted", "deleted": True})
+
+    async def list_items(
+        self, conversation: str, limit: Limit = 20, order: Order = "desc", after: str | None = None
+    ) -> Response:
+        """The items of a conversation, the latest first."""
+        return page(self.items(conversation), limit, order, after)
+
+    async def add_items(self, conversation: str, body: ItemsRequest) -> Response:
+        """Add items at the end of a conversation."""
+        self._get(conversation)
+        added = with_ids(body.items)
+        self.extend(conversation, added)
+        return page(added, len(added), "asc", None, body.ignored)
+
+    async def retrieve_item(self, conversation: str, item: str) -> Response:
+        """One item of a conversation."""
+        return json_answer(item_out(self._item(conversation, item)))
+
+    async def delete_item(self, conversation: str, item: str) -> Response:
+        """Take an item out of a conversation."""
+        stored, gone = self._get(conversation), self._item(conversation, item)
+        left = [one for one in stored.items if one is not gone]
+        self._put(conversation, left, stored.tokens - _tokens([gone]), stored.answer)
+        return await self.retrieve(conversation)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _get(self, id: str) -> Stored:
+        return self._stored.find(id, param="conversation", code="conversation_not_found")
+
+    def _item(self, conversation: str, id: str) -> Item:
+        found = next((item for item in self.items(conversation) if item.id == id), None)
+        if found is None:
+            raise ApiError(404, f"This conversation has no item {id[:128]!r}.", param="item", code="item_not_found")
+        return found
+
+    def _put(self, id: str, items: Sequence[Item], tokens: int, answer: bytes) -> None:
+        self._stored.put(id, Stored(tuple(items), tokens, id, answer))
+
+
+def _tokens(items: Sequence[Item]) -> int:
+    """About how many tokens items hold."""
+    return sum(len(item.model_dump_json()) for item in items) // BYTES_PER_TOKEN

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from miniserve.api.tools import DEFERRED, Tool, check_function
+from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.schemas import spelled
 
@@ -36,32 +37,27 @@ def flat_name(name: str, namespace: str | None) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
-def offered_tools(tools: list[dict[str, Any]], at: str = "tools") -> tuple[dict[str, Offered], list[str]]:
+def offered_tools(tools: list[dict[str, Any]]) -> tuple[dict[str, Offered], list[str]]:
     """By flat name what is offered of `tools`, and names of what is left out. Raises `ParameterError`."""
     offered: dict[str, Offered] = {}
     left_out: list[str] = []
-
-    def add(tool: Mapping[str, Any], at: str, namespace: Any = "") -> None:
-        found = _offered(tool, at, namespace)
-        if (name := found.tool["function"]["name"]) in offered:
-            raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
-        offered[name] = found
-
     for number, tool in enumerate(tools):
-        here, kind = f"{at}[{number}]", tool.get("type")
-        if kind == "namespace" and isinstance(inner := tool.get("tools"), list):
+        here, each = f"tools[{number}]", [tool]
+        spaced = tool.get("type") == "namespace" and isinstance(tool.get("tools"), list)
+        if spaced:
             left_out += ["tools.namespace.description"] if tool.get("description") else []
-            for index, one in enumerate(inner):
-                if isinstance(one, dict) and one.get("type") in ("function", "custom"):
-                    add(one, f"{here}.tools[{index}]", tool.get("name"))
-                else:
-                    left_out.append(f"tools.{one.get('type') if isinstance(one, dict) else one}")
-        elif kind in ("function", "custom") or (kind == SEARCH and tool.get("execution") == "client"):
-            add(tool, here)
-        elif isinstance(kind, str):
-            left_out.append(f"tools.{kind}")
-        else:
-            raise ParameterError(here, f"`{here}` has no `type`: tools of your own are of the type 'function'.")
+            each = [one if isinstance(one, dict) else {"type": str(one)} for one in tool["tools"]]
+        for index, one in enumerate(each):
+            at, kind = f"{here}.tools[{index}]" if spaced else here, one.get("type")
+            if kind in ("function", "custom") or (kind == SEARCH and not spaced and one.get("execution") == "client"):
+                found = _offered(one, at, tool.get("name") if spaced else "")
+                if (name := found.tool["function"]["name"]) in offered:
+                    raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
+                offered[name] = found
+            elif spaced or isinstance(kind, str):
+                left_out.append(f"tools.{kind}")
+            else:
+                raise ParameterError(at, f"`{at}` has no `type`: tools of your own are of the type 'function'.")
     return offered, left_out
 
 
@@ -108,12 +104,7 @@ def spoken_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] |
         return "none" if none_left else {**choice, "tools": named}
     if kind in ("function", "custom") and isinstance(choice.get("name"), str):
         return _named(choice)
-    raise ParameterError(
-        "tool_choice",
-        '`tool_choice` must be "none", "auto", "required", {"type": "function", "name": ...} or {"type": '
-        f'"allowed_tools", "mode": "auto", "tools": [...]}}, where `name` stands beside `type`; it has the type '
-        f"{str(kind)[:64]!r}.",
-    )
+    raise ParameterError("tool_choice", problem("api.spoken_choice", kind=str(kind)[:64]))
 
 
 def _named(tool: Mapping[str, Any]) -> dict[str, Any]:

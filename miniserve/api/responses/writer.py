@@ -1,19 +1,25 @@
 """/v1/responses: a chat's answer as a response, whole and as events."""
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice, Generation
+from miniserve.api.openai.answers import chat_logprobs
 from miniserve.api.protocols import AnswerHead
-from miniserve.api.responses.output import OutputItems
+from miniserve.api.responses.items import new_id
 from miniserve.api.responses.schemas import ResponsesRequest
-from miniserve.api.responses.tools import Offered
+from miniserve.api.responses.tools import Offered, custom_input
 from miniserve.api.streaming import COMMENT, NamedEvent, named_event
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.text.calls import sound
+from miniserve.text.messages import sound_json
+from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
 from miniserve.text.tokenizer import Tokenizer
 
 REPEATED = {"instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"}
@@ -26,8 +32,9 @@ NOTHING_YET = ("completed_at", "error", "incomplete_details", "usage", "max_tool
 
 @dataclass(eq=False)
 class ResponsesWriter:
-    """A `ResponseWriter` of the answer to one request, whose calls may be of the `offered` tools. `keep` stores the
-    answer when that is complete."""
+    """A `ResponseWriter` of the answer to one request. It makes items of the parts of the answer, as they come, and the
+    events of a stream that announce them. `offered` are the tools that may be called, by their names in the chat, and
+    `keep` stores the answer when that is complete."""
 
     ping = COMMENT
 
@@ -39,43 +46,29 @@ class ResponsesWriter:
 
     def __post_init__(self) -> None:
         self._numbers = count()
+        self._items: list[Any] = []
+        self._open: dict[str, Any] | None = None
+        self._arguments = ""  # of the call that is open
         self._begun: dict[str, Any] | None = None
         self._logprobs: list[TokenLogprob] = []  # of text that is still to come
         self._reasoned = 0  # tokens whose log-probabilities were passed over
 
     def response(self, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
-        output = self._output(choice)
-        self._feed(choice, output)
-        return self._ended(self._in_progress(choice), output, choice)
+        self._fed(choice)
+        return self._ended(self._in_progress(choice), choice)
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         (choice,) = generation.choices
         self._begun = begun = self._in_progress(choice)
         yield self._encoded([(f"response.{event}", {"response": begun}) for event in ("created", "in_progress")])
-        output = self._output(choice)
         async for _ in generation.updates():
-            events = self._feed(choice, output)
+            events = self._fed(choice)
             if choice.finish is not None:
-                response = self._ended(begun, output, choice)
+                response = self._ended(begun, choice)
                 events.append((f"response.{response['status']}", {"response": response}))
             if events:
                 yield self._encoded(events)
-
-    def _output(self, choice: Choice) -> OutputItems:
-        return OutputItems(self.offered, None if choice.params.logprobs is None else self.tokenizer)
-
-    def _feed(self, choice: Choice, output: OutputItems) -> list[NamedEvent]:
-        """Tell `output` what has come, and the end. Texts have log-probabilities, reasoning has none."""
-        parts, logprobs = choice.take()
-        self._logprobs += logprobs[choice.reasoning_tokens - self._reasoned :]
-        self._reasoned = choice.reasoning_tokens
-        events: list[NamedEvent] = []
-        for part in parts:
-            events += output.feed(part, self._logprobs)
-            if isinstance(part, str):
-                self._logprobs = []
-        return events + (output.end(choice.finish == "length") if choice.finish is not None else [])
 
     def error_events(self, error: ApiError) -> bytes:
         code = "server_error" if error.status_code >= 500 else "invalid_prompt"
@@ -120,14 +113,14 @@ class ResponsesWriter:
             begun["conversation"] = {"id": asked.conversation}
         return begun
 
-    def _ended(self, begun: dict[str, Any], output: OutputItems, choice: Choice) -> dict[str, Any]:
+    def _ended(self, begun: dict[str, Any], choice: Choice) -> dict[str, Any]:
         cut_off = choice.finish == "length"
         answer: dict[str, Any] = {
             **begun,
             "completed_at": None if cut_off else int(time.time()),
             "status": "incomplete" if cut_off else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
-            "output": output.items,
+            "output": self._items,
             "usage": {
                 "input_tokens": choice.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": choice.cached_tokens, "cache_write_tokens": 0},
@@ -139,3 +132,122 @@ class ResponsesWriter:
         # A client may go on as soon as it has read the last event, so the answer is kept before that.
         self.keep(answer, choice)
         return answer
+
+    # --- items --------------------------------------------------------------------------------------------------------
+
+    def _fed(self, choice: Choice) -> list[NamedEvent]:
+        """What has come since the last time, and the end. An answer of nothing at all is an empty message."""
+        parts, logprobs = choice.take()
+        self._logprobs += logprobs[choice.reasoning_tokens - self._reasoned :]
+        self._reasoned = choice.reasoning_tokens
+        events = [event for part in parts for event in self._feed(part, choice.params.logprobs is not None)]
+        if choice.finish is None:
+            return events
+        if not self._items:
+            events += self._begin("message")
+        return events + self._close("incomplete" if choice.finish == "length" else "completed")
+
+    def _feed(self, part: Part, scored: bool) -> list[NamedEvent]:
+        match part:
+            case ToolCall():
+                return [*self._close("completed"), *self._begin_call(part), *self._argue(part.arguments)]
+            case MoreArguments():
+                return self._argue(part.text)
+            case Reasoning():
+                return [*self._opened("reasoning"), *self._say(part.text, [])]
+            case _:  # texts have log-probabilities, reasoning has none
+                shown = list(chat_logprobs(self.tokenizer, self._logprobs)["content"]) if scored else []
+                self._logprobs = []
+                return [*self._opened("message"), *self._say(part, shown)]
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def _opened(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
+        if self._open is not None and self._open["type"] == kind:
+            return []
+        return [*self._close("completed"), *self._begin(kind)]
+
+    def _begin(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
+        if kind == "message":
+            own: dict[str, Any] = {"role": "assistant"}
+            part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        else:  # the content is the reasoning itself, so there is no summary
+            own, part = {"summary": []}, {"type": "reasoning_text", "text": ""}
+        added = self._add({"type": kind, "id": new_id(kind), "status": "in_progress", **own, "content": []})
+        self._items[-1]["content"].append(part)
+        return [added, ("response.content_part.added", {**self._place(0), "part": {**part}})]
+
+    def _say(self, text: str, logprobs: list[Any]) -> list[NamedEvent]:
+        part = self._items[-1]["content"][0]
+        part["text"] += text
+        delta = {**self._place(0), "delta": text}
+        if "logprobs" in part:
+            part["logprobs"] += logprobs
+            delta["logprobs"] = logprobs
+        return [(f"response.{part['type']}.delta", delta)]
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    def _begin_call(self, call: ToolCall) -> list[NamedEvent]:
+        found = self.offered.get(call.name)
+        kind, name = (found.kind, found.name) if found else ("function_call", call.name)
+        base = {"type": kind, "id": new_id(kind), "call_id": call.id, "status": "in_progress"}
+        empty: dict[str, Any] = {"execution": "client", "arguments": {}}
+        if kind != "tool_search_call":
+            empty = {"name": name, "input" if kind == "custom_tool_call" else "arguments": ""}
+        if found and found.namespace:
+            empty["namespace"] = found.namespace
+        self._arguments = ""
+        return [self._add({**base, **empty})]
+
+    def _argue(self, text: str) -> list[NamedEvent]:
+        """Further arguments: of functions they are shown as they come, the others' are not what the model writes."""
+        self._arguments += text
+        if not text or self._open is None or self._open["type"] != "function_call":
+            return []
+        return [("response.function_call_arguments.delta", {**self._place(), "delta": text})]
+
+    def _end_call(self, item: dict[str, Any]) -> list[NamedEvent]:
+        match item["type"]:
+            case "function_call":
+                item["arguments"] = self._arguments
+                done = {"name": item["name"], "arguments": self._arguments}
+                return [("response.function_call_arguments.done", {**self._place(), **done})]
+            case "custom_tool_call":
+                item["input"] = text = custom_input(self._arguments)
+                return [
+                    ("response.custom_tool_call_input.delta", {**self._place(), "delta": text}),
+                    ("response.custom_tool_call_input.done", {**self._place(), "input": text}),
+                ]
+            case _:
+                with suppress(ValueError, RecursionError):  # it was cut off, or is too deep to be sent back
+                    item["arguments"] = sound_json(json.loads(self._arguments))
+                return []
+
+    # --- any item ---------------------------------------------------------------------------------------------------
+
+    def _add(self, item: dict[str, Any]) -> NamedEvent:
+        self._open = item
+        self._items.append(item)
+        added = {**item, "content": []} if "content" in item else {**item}
+        return "response.output_item.added", {"output_index": len(self._items) - 1, "item": added}
+
+    def _close(self, status: str) -> list[NamedEvent]:
+        if (item := self._open) is None:
+            return []
+        events: list[NamedEvent] = []
+        if "content" in item:
+            (part,) = item["content"]
+            more = {key: part[key] for key in ("text", "logprobs") if key in part}
+            events.append((f"response.{part['type']}.done", {**self._place(0), **more}))
+            events.append(("response.content_part.done", {**self._place(0), "part": part}))
+        else:
+            events += self._end_call(item)
+            if not sound(self._arguments):
+                status = "incomplete"  # the model broke off, and may have gone on with text
+        item["status"], self._open = status, None
+        return [*events, ("response.output_item.done", {"output_index": len(self._items) - 1, "item": item})]
+
+    def _place(self, content: int | None = None) -> dict[str, Any]:
+        place = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
+        return place if content is None else {**place, "content_index": content}

@@ -1,14 +1,16 @@
 """How long a step takes on other hardware: a few measured constants in the shape of a transformer's cost."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 
 
-class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One device with one model, as it was measured. Times in seconds, sizes in tokens and bytes.
 
     A step that computes chunks of prompts and one token for each of B decoding sequences takes
@@ -51,6 +53,11 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     message_seconds: float = 0.0
     busy_watts: float | None = None
     idle_watts: float | None = None
+    layers: int = 0
+    hidden_size: int = 0
+    """Of the model; 0 where they are not known, and `divided` cannot be asked for."""
+    hop_seconds: float = 1e-05
+    """Until the first byte of one device has come to the next one. A guess, of what NCCL takes for few bytes."""
 
     def step_seconds(self, chunks: Iterable[tuple[int, int]], decodes: int, kv_tokens: int) -> float:
         """A step with these chunks (tokens, tokens before them) and `decodes` sequences of `kv_tokens` in all."""
@@ -60,6 +67,28 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             work += self.per_token * count + self.per_pair * count * (context + count / 2) + self.per_context * context
             some = self.chunk_overhead
         return self.overhead + max(self.floor, work + some)
+
+    def divided(self, ranks: int) -> Hardware:
+        """A worker of `ranks` such devices, each with a part of every matrix and of the KV. Raises `ConfigError`.
+
+        What a step computes and reads is divided. It takes two sums over the devices a layer (Megatron-LM, arXiv
+        1909.08053), each on a ring (Patarasu and Yuan, 2009): 2 (N - 1) hops, on which every device sends 2 (N - 1) / N
+        times its numbers, `hidden_size` of 16 bits a token, at `transfer_bytes_per_second`.
+        """
+        if ranks > 1 and not self.layers * self.hidden_size:
+            raise ConfigError(f"The profile {self.name} has no layers and hidden_size: it cannot be divided.")
+        hops, sums = 2 * (ranks - 1), 2 * self.layers
+        token = sums * hops / ranks * 2 * self.hidden_size / self.transfer_bytes_per_second
+        changes = {name: getattr(self, name) / ranks for name in ("per_pair", "per_context", "per_kv_token")}
+        for name in ("kv_tokens", "transfer_bytes_per_second", "busy_watts", "idle_watts"):
+            changes[name] = ranks * getattr(self, name) if getattr(self, name) is not None else None
+        return msgspec.structs.replace(
+            self,
+            base=self.base / ranks + sums * hops * self.hop_seconds,
+            per_token=self.per_token / ranks + token,
+            per_sequence=self.per_sequence / ranks + token,
+            **changes,
+        )
 
     def transfer_seconds(self, pages: int, near: bool = True) -> float:
         """The time of `pages` to another device, `near` if it is on the same host, with nothing else on the way."""
@@ -74,22 +103,21 @@ PRESETS = msgspec.toml.decode(Path(__file__).with_name("hardware.toml").read_byt
 
 
 def load_hardware(text: str) -> Hardware:
-    """A preset by its name, or the file that `miniserve profile` has written. Raises `ConfigError`."""
+    """A preset by its name, or the file that `scripts/profile_hardware.py` has written. Raises `ConfigError`."""
     if preset := PRESETS.get(text):
         return preset
     path = Path(text)
     if not path.is_file():
-        raise ConfigError(
-            f"No hardware profile {text!r}: use {', '.join(PRESETS)}, or a file that `miniserve profile` has written."
-        )
+        raise ConfigError(problem("cli.no_hardware", name=text, presets=", ".join(PRESETS)))
     try:
         return msgspec.json.decode(path.read_bytes(), type=Hardware)
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{path} is not a hardware profile: {error}.") from error
 
 
-def load_roles(text: str) -> tuple[Hardware, Hardware]:
-    """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`. Raises `ConfigError`."""
+def load_roles(text: str, ranks: int = 1) -> tuple[Hardware, Hardware]:
+    """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`; each worker has `ranks` of it. Raises
+    `ConfigError`."""
     pairs = [part.partition("=")[::2] for part in text.split(",")] if "=" in text else [("P", text), ("D", text)]
     roles = dict(pairs)
     if set(roles) != {"P", "D"}:
@@ -97,4 +125,4 @@ def load_roles(text: str) -> tuple[Hardware, Hardware]:
     prefiller, decoder = load_hardware(roles["P"]), load_hardware(roles["D"])
     if (prefiller.page_tokens, prefiller.kv_bytes_per_token) != (decoder.page_tokens, decoder.kv_bytes_per_token):
         raise ConfigError(f"--hardware {text!r}: {prefiller.name} and {decoder.name} have KV pages of different sizes.")
-    return prefiller, decoder
+    return prefiller.divided(ranks), decoder.divided(ranks)

@@ -133,7 +133,7 @@ class SimulatedLink:
     near: bool
     free: float = 0.0
 
-    def fetch(self, pages: list[int]) -> "SimulatedCopy":
+    def fetch(self, pages: list[int], lease: float = inf) -> "SimulatedCopy":
         begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(pages), self.near)
         self.free = begin + seconds
         if self.worker.record:

@@ -10,16 +10,18 @@ from miniserve.kv.transfer.interface import Transfer
 
 if TYPE_CHECKING:
     from miniserve.kv.memory import KVMemory
+    from miniserve.kv.transfer.door import Door
 
 log = logging.getLogger("miniserve.transfer")
 
 
-def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_dir: str, how: str) -> Transfer | None:
-    """The way between our pool and `peer`'s; None if there is none (another layout, no access, or it is gone).
+def connect(memory: KVMemory, ours: PoolInfo, door: Door, peer: Peer, how: str) -> Transfer | None:
+    """The way between `memory`, which is what `ours` says, and the pool of `peer`; None if there is none (another
+    layout, no access, or it is gone).
 
-    `us` is our name and epoch. `how` is `EngineConfig.kv_transfer`; `run_dir` has the sockets of `collective`.
+    `how` is `EngineConfig.kv_transfer`; `door` is where the ways called `collective` meet.
     """
-    kind = way(memory.info(layout), peer.pool, how)
+    kind = way(ours, peer.pool, how)
     # Each backend is imported when it is needed: the frontend, which asks for the `way`, needs no torch.
     if kind is None:
         return None
@@ -27,12 +29,12 @@ def connect(memory: KVMemory, layout: str, us: tuple[str, int], peer: Peer, run_
         if kind == "sockets":
             from miniserve.kv.transfer.sockets import SocketTransfer
 
-            return SocketTransfer(memory, us, peer, run_dir)
+            return SocketTransfer(memory, door, peer)
         if kind == "nccl":
             from miniserve.kv.transfer.nccl import Nccl
             from miniserve.kv.transfer.remote import RemoteTransfer
 
-            return RemoteTransfer(Nccl(memory), memory, us, peer, run_dir)
+            return RemoteTransfer(Nccl(memory), door, peer)
         from miniserve.kv.transfer.mapped import CudaMappedTransfer, MappedTransfer
 
         return CudaMappedTransfer(memory, peer) if memory.shared is None else MappedTransfer(memory, peer)
@@ -47,14 +49,14 @@ def way(one: PoolInfo, other: PoolInfo, how: str) -> Literal["mapped", "nccl", "
     NCCL and sockets are the ways that are called `collective`.
 
     The order of the two makes no difference: both workers of a pair choose by it, and the frontend shows what they
-    chose. NCCL has no way between two ranks on one GPU.
+    chose. Memory is mapped on one host only. NCCL has no way between two ranks on one GPU.
     """
     if one.layout != other.layout:
         return None
-    gpus = None if one.cuda is None or other.cuda is None else (one.cuda, other.cuda)
+    gpus, near = None if one.cuda is None or other.cuda is None else (one.cuda, other.cuda), one.host == other.host
     reach = gpus is not None and gpus[0].device in gpus[1].reach and gpus[1].device in gpus[0].reach
-    if how != "collective" and (reach or (one.fd >= 0 and other.fd >= 0)):
+    if how != "collective" and near and (reach or (one.fd >= 0 and other.fd >= 0)):
         return "mapped"
-    if how == "mapped" or (how == "auto" and gpus is None):
+    if how == "mapped" or (how == "auto" and gpus is None and near):
         return None
-    return "nccl" if gpus is not None and gpus[0].device != gpus[1].device else "sockets"
+    return "nccl" if gpus is not None and not (near and gpus[0].device == gpus[1].device) else "sockets"

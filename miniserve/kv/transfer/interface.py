@@ -4,6 +4,7 @@ Both sides of a pair hold a `Transfer`. The receiver of a publication fetches it
 them, its lease keeps them as they are. No call here blocks the engine.
 """
 
+import math
 from typing import Protocol
 
 
@@ -38,8 +39,10 @@ class Copy(Protocol):
 class Transfer(Protocol):
     """The way between one peer's pool and our own, both directions."""
 
-    def fetch(self, pages: list[int]) -> Copy:
-        """Begin to get `pages` of the peer's pool, which are complete on its device."""
+    def fetch(self, pages: list[int], lease: float = math.inf) -> Copy:
+        """Begin to get `pages` of the peer's pool, which are complete on its device. If the peer sends them, they do
+        not come when its clock shows more than `lease` at the end. Who copies them itself, on the peer's host, reads
+        the same clock."""
 
     def close(self) -> None:
         """The peer is gone."""

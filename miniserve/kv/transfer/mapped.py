@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class PulledTransfer(ABC):
 
     side: SideStream | None = None
 
-    def fetch(self, pages: list[int]) -> PulledCopy:
+    def fetch(self, pages: list[int], lease: float = math.inf) -> PulledCopy:
         return PulledCopy(self, pages)
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""How two workers meet whose pools cannot be mapped: each direction is a socket of its own, on which the receiver asks.
+"""How two workers meet whose pools cannot be mapped: each direction is a connection of its own, on which the receiver
+asks.
 
 What is asked for is the numbers of pages of the owner's pool. A peer that dies breaks only its own pair: a connection
 that breaks takes along what was asked for on it, then both sides meet again. The receiver notices that when it asks.
@@ -6,9 +7,10 @@ that breaks takes along what was asked for on it, then both sides meet again. Th
 
 import contextlib
 import logging
-import os
 import socket
+import struct
 import threading
+import time
 from abc import ABC, abstractmethod
 from array import array
 from dataclasses import dataclass, field
@@ -16,46 +18,40 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from miniserve.cluster.messages import Peer
+from miniserve.kv.transfer.door import Door, receive
 from miniserve.kv.transfer.interface import TransferError
 
 log = logging.getLogger("miniserve.transfer")
 
 RETRY_SECONDS = 0.1
 """From the end of one connection to the next attempt."""
+REQUEST = struct.Struct("<Id")
+"""What comes before the numbers of the pages that are asked for: how many, and until when they are on lease."""
 
 
 class Direction(ABC):
-    """One direction of a pair. Its thread, to be started by the one who makes it, meets the peer again and again until
-    `close`."""
+    """One direction of a pair. Its thread, to be started by the one who makes it, meets the `peer` again and again
+    until `close`."""
 
-    def __init__(self, path: str, timeout: float, *, owner: bool) -> None:
-        """The `owner` of the pages listens at `path`. A peer that has begun and does not end within `timeout` seconds
-        is taken for hung. Raises OSError."""
-        self.timeout = timeout
+    def __init__(self, door: Door, peer: Peer, timeout: float) -> None:
+        """A peer that has begun and does not end within `timeout` seconds is taken for hung."""
+        self.door, self.peer, self.timeout = door, peer, timeout
         self.closed = threading.Event()
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, daemon=True)
-        self._path = path
         self._channel: socket.socket | None = None
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) if owner else None
-        if self._listener is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # of a pair that was parted and meets again
-            self._listener.bind(path)
-            self._listener.listen()
 
     def close(self) -> None:
         """The thread ends soon. What it has begun to write is complete or dropped by then."""
         self.closed.set()
         with self.lock:
-            for waits in (self._channel, self._listener):
-                if waits is not None:
-                    with contextlib.suppress(OSError):
-                        waits.shutdown(socket.SHUT_RDWR)
+            if self._channel is not None:
+                with contextlib.suppress(OSError):
+                    self._channel.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
         while not self.closed.is_set():
-            with contextlib.suppress(OSError), self._meet() as channel:
+            with contextlib.suppress(OSError, TransferError), self._meet() as channel:
                 with self.lock:
                     self._channel = channel
                 try:
@@ -63,36 +59,65 @@ class Direction(ABC):
                         self._converse(channel)
                 except (OSError, RuntimeError) as error:  # RuntimeError: a `TransferError`, or what CUDA says
                     if not self.closed.is_set():
-                        log.warning("the connection %s broke: %s", os.path.basename(self._path), error)
+                        log.warning("the connection with %s broke: %s", self.peer.name, error)
                 finally:
                     with self.lock:
                         self._channel = None
             self.closed.wait(RETRY_SECONDS)
-        if self._listener is not None:
-            self._listener.close()
 
+    @abstractmethod
     def _meet(self) -> socket.socket:
-        """A connection to the peer. Raises OSError if it is not there."""
-        if self._listener is not None:
-            return self._listener.accept()[0]
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            channel.connect(self._path)
-        except OSError:
-            channel.close()
-            raise
-        return channel
+        """A connection with the peer. Raises OSError or `TransferError` if it is not there."""
 
     @abstractmethod
     def _converse(self, channel: socket.socket) -> None:
         """Use the connection until it breaks, or the peer leaves. Raises OSError or RuntimeError."""
 
 
+class Giving(Direction):
+    """The direction in which we give what we are asked for, pages below `num_pages`."""
+
+    def __init__(self, door: Door, peer: Peer, num_pages: int, timeout: float) -> None:
+        super().__init__(door, peer, timeout)
+        self._num_pages = num_pages
+        self._guests: SimpleQueue[socket.socket | None] = SimpleQueue()
+        door.expect((peer.name, peer.epoch), self._guests)
+
+    def close(self) -> None:
+        super().close()
+        self.door.forget((self.peer.name, self.peer.epoch), self._guests)
+        self._guests.put(None)
+
+    def _meet(self) -> socket.socket:
+        if (channel := self._guests.get()) is None:
+            raise TransferError("closed")
+        return channel
+
+    def asked(self, channel: socket.socket) -> tuple[list[int], float]:
+        """The pages that are asked for next, and until when they are on lease. Raises OSError or `TransferError`."""
+        channel.settimeout(None)
+        count, deadline = REQUEST.unpack(receive(channel, REQUEST.size))
+        channel.settimeout(self.timeout)
+        if not 0 < count <= self._num_pages:
+            raise TransferError(f"it asks for {count} pages of {self._num_pages}")
+        pages = array("i", receive(channel, 4 * count)).tolist()
+        if not 0 <= min(pages) <= max(pages) < self._num_pages:
+            raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {self._num_pages}")
+        return pages, deadline
+
+    @staticmethod
+    def judge(channel: socket.socket, deadline: float) -> None:
+        """All are given: say whether they were still on lease, by our clock, which is the lease's."""
+        channel.sendall(struct.pack("?", time.monotonic() <= deadline))
+
+
 @dataclass(eq=False)
 class Asked:
-    """Pages of the peer's pool. When they are `over`, they `came`, or are lost."""
+    """Pages of the peer's pool, which are on lease until its clock shows `lease`. When they are `over`, they `came`, or
+    are lost."""
 
     theirs: list[int]
+    lease: float
     over: threading.Event = field(default_factory=threading.Event, kw_only=True)
     came: bool = field(default=False, kw_only=True)
 
@@ -103,8 +128,8 @@ T = TypeVar("T", bound=Asked)
 class Receiving(Direction, Generic[T]):
     """The direction in which we receive: pages of one `ask` after the other."""
 
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__(path, timeout, owner=False)
+    def __init__(self, door: Door, peer: Peer, timeout: float) -> None:
+        super().__init__(door, peer, timeout)
         self._queue: SimpleQueue[T | None] = SimpleQueue()
 
     def ask(self, copy: T) -> None:
@@ -118,20 +143,34 @@ class Receiving(Direction, Generic[T]):
         super().close()
         self._queue.put(None)
 
+    def _meet(self) -> socket.socket:
+        return self.door.call(self.peer)
+
     def _converse(self, channel: socket.socket) -> None:
         channel.settimeout(self.timeout)
         while (copy := self._queue.get()) is not None:
             try:
-                self._receive(channel, copy)
-                copy.came = True
+                copy.came = self._receive(channel, copy)
+            except BaseException:
+                self._lose_all()  # before it shows that the connection broke: what is asked for then is not lost
+                raise
             finally:
-                if not copy.came:
-                    self._lose_all()  # before it shows that the connection broke: what is asked for then is not lost
                 copy.over.set()
 
     @abstractmethod
-    def _receive(self, channel: socket.socket, copy: T) -> None:
-        """Ask for the pages, and return when they are here. Raises OSError or RuntimeError."""
+    def _receive(self, channel: socket.socket, copy: T) -> bool:
+        """Ask for the pages, and return when they are here: whether they came in time. Raises OSError or
+        RuntimeError."""
+
+    @staticmethod
+    def request(channel: socket.socket, copy: Asked) -> None:
+        """Ask for the pages."""
+        channel.sendall(REQUEST.pack(len(copy.theirs), copy.lease) + array("i", copy.theirs).tobytes())
+
+    @staticmethod
+    def judged(channel: socket.socket) -> bool:
+        """What the owner says of the lease when all pages are here. Raises OSError or `TransferError`."""
+        return receive(channel, 1) != b"\0"
 
     def _lose_all(self) -> None:
         while not self._queue.empty():
@@ -141,22 +180,3 @@ class Receiving(Direction, Generic[T]):
     def _run(self) -> None:
         super()._run()
         self._lose_all()
-
-
-def request(channel: socket.socket, pages: list[int]) -> None:
-    """Ask for pages of the peer's pool."""
-    channel.send(array("i", pages).tobytes())
-
-
-def requested(asked: bytes, num_pages: int) -> list[int]:
-    """The pages that a `request` asks for. Raises `TransferError` for pages that are not below `num_pages`."""
-    pages = array("i", asked).tolist()
-    if not 0 <= min(pages) <= max(pages) < num_pages:
-        raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {num_pages}")
-    return pages
-
-
-def paths(us: tuple[str, int], peer: Peer, run_dir: str) -> tuple[str, str]:
-    """Where we listen for `peer`, and where it listens for us. `us` is our name and epoch."""
-    here, there = f"{us[0]}.{us[1]}", f"{peer.name}.{peer.epoch}"
-    return f"{run_dir}/pages-{here}-{there}", f"{run_dir}/pages-{there}-{here}"

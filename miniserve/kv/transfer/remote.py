@@ -8,6 +8,7 @@ to begin.
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import threading
@@ -15,11 +16,11 @@ import time
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Peer
-from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, FencedCopy, SideStream
+from miniserve.kv.transfer.door import Door, receive
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.nccl import POLL_SECONDS, RECEIVER, SENDER, Nccl
-from miniserve.kv.transfer.pair import Asked, Direction, Receiving, paths, request, requested
+from miniserve.kv.transfer.nccl import ID_BYTES, POLL_SECONDS, RECEIVER, SENDER, Nccl
+from miniserve.kv.transfer.pair import Asked, Giving, Receiving
 
 ABANDONED_SECONDS = 0.5
 """How long abandoned pages may still be on their way: the engine's next step waits for their end."""
@@ -59,11 +60,11 @@ class Connection:
 class RemoteReceiving(Receiving["RemoteCopy"]):
     """What is given up while the peer is asked for it is written to our page `scratch`."""
 
-    def __init__(self, network: Nccl, side: SideStream, scratch: int, path: str, timeout: float) -> None:
-        super().__init__(path, timeout)
+    def __init__(self, network: Nccl, side: SideStream, door: Door, peer: Peer, timeout: float) -> None:
+        super().__init__(door, peer, timeout)
         self._network = network
         self._side = side
-        self._scratch = scratch
+        self._scratch = network.memory.num_pages
         self.thread.start()
 
     def ask(self, copy: RemoteCopy) -> None:
@@ -80,8 +81,7 @@ class RemoteReceiving(Receiving["RemoteCopy"]):
 
     def _converse(self, channel: socket.socket) -> None:
         self._network.enter_thread()
-        if not (identity := channel.recv(1024)):
-            return
+        identity = receive(channel, ID_BYTES)
         self._connection = Connection(channel, self.closed)
         self._communicator = self._network.join(identity, RECEIVER, self._side, self._connection.check)
         try:
@@ -92,43 +92,42 @@ class RemoteReceiving(Receiving["RemoteCopy"]):
         finally:
             self._communicator.abort()
 
-    def _receive(self, channel: socket.socket, copy: RemoteCopy) -> None:
+    def _receive(self, channel: socket.socket, copy: RemoteCopy) -> bool:
         if not copy.ours:
-            return
-        request(channel, copy.theirs)
-        if not channel.recv(len(COMING)):
-            raise TransferError("the peer has left")
+            return True
+        self.request(channel, copy)
+        receive(channel, len(COMING))
         with self.lock:
             self._connection.allow(self.timeout)
             copy.fence = self._communicator.receive(copy.ours or [self._scratch] * len(copy.theirs))
         self._connection.finish(copy.fence)
+        return self.judged(channel)
 
 
-class RemoteSending(Direction):
+class RemoteSending(Giving):
     """The direction in which we send what we are asked for."""
 
-    def __init__(self, network: Nccl, side: SideStream, num_pages: int, path: str, timeout: float) -> None:
-        """Pages below `num_pages` can be had. Raises OSError."""
-        super().__init__(path, timeout, owner=True)
+    def __init__(self, network: Nccl, side: SideStream, door: Door, peer: Peer, timeout: float) -> None:
+        super().__init__(door, peer, network.memory.num_pages, timeout)
         self._network = network
         self._side = side
-        self._num_pages = num_pages
         self.thread.start()
 
     def _converse(self, channel: socket.socket) -> None:
         self._network.enter_thread()
         identity = self._network.identity()
-        channel.send(identity)
+        channel.sendall(identity)
         connection = Connection(channel, self.closed)
         communicator = self._network.join(identity, SENDER, self._side, connection.check)
         try:
             connection.allow(self.timeout)
             connection.finish(communicator.send([0]))
-            while asked := channel.recv(4 * self._num_pages):
-                pages = requested(asked, self._num_pages)
-                channel.send(COMING)
+            while True:
+                pages, deadline = self.asked(channel)
+                channel.sendall(COMING)
                 connection.allow(self.timeout)
                 connection.finish(communicator.send(pages))
+                self.judge(channel, deadline)
         finally:
             communicator.abort()
 
@@ -148,7 +147,7 @@ class RemoteCopy(FencedCopy, Asked):
     @property
     def stored(self) -> bool:
         if self.over.is_set() and not self.came:
-            raise TransferError("the connection to the peer broke")
+            raise TransferError("the lease ended before the pages were copied, or the connection to the peer broke")
         return self.came
 
     def abandon(self) -> None:
@@ -158,18 +157,15 @@ class RemoteCopy(FencedCopy, Asked):
 class RemoteTransfer:
     """A `Transfer` between pools on GPUs, made once for each pair of incarnations."""
 
-    def __init__(
-        self, network: Nccl, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0
-    ) -> None:
-        """`us` is our name and epoch; the sockets are in `run_dir`. Raises OSError if there can be none."""
-        here, there = paths(us, peer, run_dir)
-        device = memory.pages.device
-        self._sending = RemoteSending(network, SideStream(device), memory.num_pages, here, timeout)
-        self._receiving = RemoteReceiving(network, SideStream(device), memory.num_pages, there, timeout)
+    def __init__(self, network: Nccl, door: Door, peer: Peer, timeout: float = 30.0) -> None:
+        """`door` is ours."""
+        device = network.memory.pages.device
+        self._sending = RemoteSending(network, SideStream(device), door, peer, timeout)
+        self._receiving = RemoteReceiving(network, SideStream(device), door, peer, timeout)
 
-    def fetch(self, pages: list[int]) -> RemoteCopy:
+    def fetch(self, pages: list[int], lease: float = math.inf) -> RemoteCopy:
         """Pages that are never stored are never asked for."""
-        return RemoteCopy(pages, self._receiving)
+        return RemoteCopy(pages, lease, self._receiving)
 
     def close(self) -> None:
         """Nothing waits for the threads: a copy under way is lost when its communicator has been aborted."""

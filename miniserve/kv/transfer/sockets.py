@@ -6,6 +6,7 @@ the engine comes to store them. Nothing is copied beside the steps of a GPU: `st
 Unverified on a GPU (docs/gpu.md).
 """
 
+import math
 import socket
 import time
 from dataclasses import dataclass
@@ -15,11 +16,9 @@ import torch
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
+from miniserve.kv.transfer.door import Door, fill
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.pair import Asked, Direction, Receiving, paths, request, requested
-
-PACKET_BYTES = 2**16
-"""What is sent at a time. A socket's buffer has room for three of them."""
+from miniserve.kv.transfer.pair import Asked, Giving, Receiving
 
 
 @dataclass(eq=False)
@@ -42,6 +41,8 @@ class SocketCopy(Asked):
             raise TransferError("the peer does not answer")
         if self.data is None:
             raise TransferError("the connection to the peer broke")
+        if not self.came:
+            raise TransferError("the lease ended before the pages were copied")
         for page, row in zip(ours, torch.from_numpy(self.data), strict=True):
             self.memory.bytes[page] = row
 
@@ -50,27 +51,23 @@ class SocketCopy(Asked):
 
 
 class SocketReceiving(Receiving[SocketCopy]):
-    def _receive(self, channel: socket.socket, copy: SocketCopy) -> None:
+    def _receive(self, channel: socket.socket, copy: SocketCopy) -> bool:
         begun = time.monotonic()
         if begun > copy.deadline:
-            return  # it was given up before the peer had come
-        request(channel, copy.theirs)
+            return False  # it was given up before the peer had come
+        self.request(channel, copy)
         data = np.empty((len(copy.theirs), copy.memory.shape.bytes), np.uint8)  # the kernel gives huge pages for it
-        missing = data.reshape(-1).data
-        while missing:
-            if not (got := channel.recv_into(missing)):
-                raise TransferError("the peer has left")
-            missing = missing[got:]
+        fill(channel, data.reshape(-1).data)
+        in_time = self.judged(channel)
         copy.data, copy.seconds = data, time.monotonic() - begun
+        return in_time
 
 
-class SocketSending(Direction):
+class SocketSending(Giving):
     """The direction in which we send what we are asked for."""
 
-    def __init__(self, memory: KVMemory, path: str, timeout: float) -> None:
-        """Raises OSError."""
-        super().__init__(path, timeout, owner=True)
-        self._num_pages = memory.num_pages
+    def __init__(self, memory: KVMemory, door: Door, peer: Peer, timeout: float) -> None:
+        super().__init__(door, peer, memory.num_pages, timeout)
         if memory.shared is not None:
             # Not by torch: a thread that comes back from C++ while the interpreter is torn down ends the process.
             self._read = memory.bytes.numpy().__getitem__
@@ -79,29 +76,25 @@ class SocketSending(Direction):
         self.thread.start()
 
     def _converse(self, channel: socket.socket) -> None:
-        while asked := channel.recv(4 * self._num_pages):
-            channel.settimeout(self.timeout)
-            for page in requested(asked, self._num_pages):
-                row = self._read(page).data
-                for start in range(0, len(row), PACKET_BYTES):
-                    channel.send(row[start : start + PACKET_BYTES])
-            channel.settimeout(None)
+        while True:
+            pages, deadline = self.asked(channel)
+            for page in pages:
+                channel.sendall(self._read(page).data)
+            self.judge(channel, deadline)
 
 
 class SocketTransfer:
     """A `Transfer`, made once for each pair of incarnations."""
 
-    def __init__(self, memory: KVMemory, us: tuple[str, int], peer: Peer, run_dir: str, timeout: float = 30.0) -> None:
-        """`us` is our name and epoch; a peer that does not answer for `timeout` seconds is taken for hung. Raises
-        OSError if there can be no socket in `run_dir`."""
-        here, there = paths(us, peer, run_dir)
+    def __init__(self, memory: KVMemory, door: Door, peer: Peer, timeout: float = 30.0) -> None:
+        """`door` is ours; a peer that does not answer for `timeout` seconds is taken for hung."""
         self._memory = memory
-        self._sending = SocketSending(memory, here, timeout)
-        self._receiving = SocketReceiving(there, timeout)
+        self._sending = SocketSending(memory, door, peer, timeout)
+        self._receiving = SocketReceiving(door, peer, timeout)
         self._receiving.thread.start()
 
-    def fetch(self, pages: list[int]) -> SocketCopy:
-        copy = SocketCopy(pages, self._memory, time.monotonic() + self._receiving.timeout)
+    def fetch(self, pages: list[int], lease: float = math.inf) -> SocketCopy:
+        copy = SocketCopy(pages, lease, self._memory, time.monotonic() + self._receiving.timeout)
         self._receiving.ask(copy)
         return copy
 

@@ -1,25 +1,32 @@
-"""`miniserve profile`: how long steps take on this machine, as a hardware profile for the simulator.
+"""Measure how long steps of a model take here, and write a hardware profile for `miniserve simulate --hardware`.
 
-Each copy of this module's `main` builds an engine as a worker does and times its runner on steps of known shapes. As
-many run at once as there will be workers, each with its share of the cores: they slow each other down, as workers do.
+    .venv/bin/python scripts/profile_hardware.py smollm2-135m --workers 2 --out here.json
+
+Each copy of `measure` builds an engine as a worker does and times its runner on steps of known shapes. As many run at
+once as there will be workers, each with its share of the cores: they slow each other down, as workers do.
 """
 
 import statistics
 import subprocess
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from miniserve.bench.simulate.hardware import Hardware
+from miniserve.cli.flags import Parser, add_flags, filled
 from miniserve.cluster.messages import Envelope, Message, Report, Run, StepTime
 from miniserve.config import ConfigError, EngineConfig
+from miniserve.hub.fetch import DEFAULT_MODEL
+from miniserve.hub.resolve import resolve
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.observations import non_negative_fit
 from miniserve.worker.engine import Engine
@@ -33,6 +40,7 @@ COSTS = "base", "per_token", "per_pair", "per_context", "per_sequence", "per_kv_
 """What of `Hardware` is fitted to the steps."""
 LARGEST = 6144
 """Tokens that one step may look back on in all: a CPU should be done with this in a minute."""
+MODULE = "scripts.profile_hardware"
 
 
 class Measured(msgspec.Struct):
@@ -45,14 +53,12 @@ class Measured(msgspec.Struct):
 
 def profile(config: EngineConfig, out: Path) -> None:
     """Measure as many engines at once as `config.workers` says, and write the profile. Raises `ConfigError`."""
-    from miniserve.hub.resolve import resolve
-
     files = resolve(config.model, progress=lambda line: print(line, file=sys.stderr))
     engine = msgspec.json.encode(msgspec.structs.replace(config, model=str(files.folder)))
-    command = [sys.executable, "-m", "miniserve.bench.simulate.profile"]
-    measure = partial(subprocess.run, command, input=engine, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", f"import sys, {MODULE}; sys.exit({MODULE}.measure())"]
+    run = partial(subprocess.run, command, input=engine, stdout=subprocess.PIPE)
     with ThreadPoolExecutor(config.workers) as pool:
-        copies = [copy.result() for copy in [pool.submit(measure) for _ in range(config.workers)]]
+        copies = [copy.result() for copy in [pool.submit(run) for _ in range(config.workers)]]
     if any(copy.returncode for copy in copies):
         raise ConfigError("The measurement failed; what it said is above.")
     found = [msgspec.json.decode(copy.stdout, type=Measured) for copy in copies]
@@ -91,7 +97,7 @@ def quality(hardware: Hardware, found: list[Measured]) -> str:
 # --- one copy -------------------------------------------------------------------------------------------------------
 
 
-def main() -> int:
+def measure() -> int:
     """Measure with the configuration on stdin, and print a `Measured`."""
     from miniserve.worker.build import build
     from miniserve.worker.sequence import Sequence
@@ -101,7 +107,7 @@ def main() -> int:
     try:
         built = build(config)
     except ConfigError as error:
-        print(f"miniserve: {error}", file=sys.stderr)
+        print(f"profile_hardware.py: {error}", file=sys.stderr)
         return 1
     engine, shape = built.engine, built.memory.shape
     runner, size = engine.runner, engine.page_tokens
@@ -134,11 +140,13 @@ def main() -> int:
     today = time.strftime("%Y-%m-%d")
     device = Hardware(
         name=built.device,
-        source=f"miniserve profile, {today}: {built.device}, {built.dtype}, {config.workers} at once",
+        source=f"profile_hardware.py, {today}: {built.device}, {built.dtype}, {config.workers} at once",
         base=0.0,
         per_token=0.0,
         per_pair=0.0,
         kv_bytes_per_token=shape.token_bytes,
+        layers=len(built.model.layers),
+        hidden_size=built.model.hidden_size,
         kv_tokens=built.memory.num_pages * size,
         page_tokens=size,
         max_num_batched_tokens=budget,
@@ -197,6 +205,37 @@ def _copy_rate(pages: object, page_bytes: int) -> float:
         if pages.device.type == "cuda":
             torch.cuda.synchronize()
     return count * page_bytes / statistics.median(b - a for a, b in pairwise(times))
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+FLAGS: dict[str, Any] = {
+    "model": {"nargs": "?", "default": DEFAULT_MODEL, "help": "as for `miniserve serve`; default: %(default)s"},
+    "--device": {"default": "auto", "help": "auto, cpu or cuda"},
+    "--dtype": {"default": "auto", "help": "as for `miniserve serve`"},
+    "--threads": {
+        "type": "positive",
+        "default": 0,
+        "help": "CPU threads of a worker; default: all cores. One for 1P1D on two",
+    },
+    "--workers": {"type": "positive", "default": 1, "help": "workers that share this machine, all kept busy"},
+    "--out": {"type": "path", "required": True, "metavar": "FILE"},
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code. 1: nothing could be measured, or the profile cannot be written."""
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add_flags(parser, FLAGS)
+    args = parser.parse_args(argv)
+    try:
+        profile(filled(EngineConfig, args), args.out)
+    except (ConfigError, OSError) as error:
+        print(f"profile_hardware.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

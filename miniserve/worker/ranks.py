@@ -1,0 +1,255 @@
+"""The further ranks of a worker: processes on the same host, each with its device, that do what rank 0 does.
+
+Rank 0 is the worker to everyone else. It starts the others, and tells them in order each batch that it computes and
+each copy that it makes; they do the same with their parts of the model and of all pages. A worker with a dead rank is
+dead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import msgspec
+import zmq
+
+from miniserve.cluster import messages
+from miniserve.cluster.channels import Inbox, Outboxes
+from miniserve.cluster.launch import WorkerProcess, WorkerSpec
+from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.door import Door
+from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
+from miniserve.worker.peers import PeerTable
+
+if TYPE_CHECKING:
+    from miniserve.worker.build import Built
+    from miniserve.worker.runner import ModelRunner
+
+IDLE_SECONDS, COPY_SECONDS = 1.0, 0.001
+"""How long a rank waits for what rank 0 says: without, and with pages on their way here."""
+EXPLAINED = 1
+"""The exit code of a rank that has told the frontend why it ends."""
+
+
+class Ranks:
+    """The others, as rank 0 has them; none where the worker is one process, nor in the other ranks. `spec` is this
+    process's."""
+
+    def __init__(self, spec: WorkerSpec, outboxes: Outboxes) -> None:
+        self.pools: list[messages.PoolInfo] = []
+        """Those of the others in their order, after `meet`."""
+        self.storing: WeakValueDictionary[int, EveryCopy] = WeakValueDictionary()
+        """Copies that all ranks have been told to store, by their numbers."""
+        self.numbers = count(1)
+        self._outboxes, self._closing = outboxes, False
+        others = range(1, 1 if spec.rank else spec.engine.tensor_parallel_size)
+        if others:
+            memory = os.memfd_create("miniserve-ranks", os.MFD_CLOEXEC)
+            spec = msgspec.structs.replace(spec, region=f"/proc/{os.getpid()}/fd/{memory}", leader=spec.address)
+        self.spec = spec
+        self._addresses = [f"ipc://{spec.run_dir}/{spec.name}.{spec.epoch}.{rank}" for rank in others]
+        specs = [msgspec.structs.replace(spec, rank=r, address=self._addresses[r - 1]) for r in others]
+        self._processes = [WorkerProcess(other) for other in specs]
+        for process in self._processes:
+            threading.Thread(target=self._watch, args=(process,), daemon=True).start()
+
+    def _watch(self, process: WorkerProcess) -> None:
+        """End the worker with one of the others, for which it may wait in a step."""
+        rank, code = process.spec.rank, process.wait()
+        if self._closing:
+            return
+        if code != EXPLAINED:
+            context = zmq.Context()  # those of the worker's belong to another thread
+            last_words = Outboxes(context, self.spec.name, self.spec.epoch, self.spec.keys)
+            reason = f"Rank {rank} of the worker {self.spec.name} ended with exit code {code}."
+            last_words.send(self.spec.frontend, messages.StartFailed(reason))
+            last_words.close(linger_ms=1000)
+            context.term()
+        os._exit(EXPLAINED)
+
+    def meet(self, inbox: Inbox) -> None:
+        """Wait until all others do what they are told."""
+        pools: dict[int, messages.PoolInfo] = {}
+        while len(pools) < len(self._processes):
+            for envelope in inbox.receive(1000):
+                if isinstance(envelope.body, messages.RankReady):
+                    pools[envelope.body.rank] = envelope.body.pool
+        self.pools = [pools[rank] for rank in sorted(pools)]
+
+    def tell(self, command: messages.RankCommand | messages.Peers) -> None:
+        """Have the others do something, after all that they were told before."""
+        for address in self._addresses:
+            self._outboxes.send(address, command)
+
+    def settle(self, runner: ModelRunner) -> None:
+        """Block until all that was begun so far is done on all ranks: peers may read the pages."""
+        if self._processes:
+            self.tell(messages.Settle())
+            runner.settle()
+
+    def heard(self, stored: messages.Stored) -> None:
+        if copy := self.storing.get(stored.number):
+            copy.missing -= 1
+            copy.error = copy.error or stored.error
+
+    def close(self) -> None:
+        """End them."""
+        self._closing = True
+        for process in self._processes:
+            process.stop(2.0)
+
+
+@dataclass(eq=False)
+class EveryTransfer:
+    """The `Transfer` of all ranks, each to the same rank of the `peer`; `own` is that of rank 0."""
+
+    ranks: Ranks
+    own: Transfer
+    peer: str
+
+    def fetch(self, pages: list[int], lease: float = math.inf) -> EveryCopy:
+        return EveryCopy(self, self.own.fetch(pages, lease), pages, lease)
+
+    def close(self) -> None:
+        """The others close theirs when they hear that the peer is gone."""
+        self.own.close()
+
+
+@dataclass(eq=False)
+class EveryCopy:
+    """A `Copy` by all ranks. `missing` of the others have not stored it yet."""
+
+    way: EveryTransfer
+    own: Copy
+    pages: list[int]
+    lease: float
+    number: int = 0
+    missing: int = 0
+    error: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.own.seconds
+
+    @property
+    def ready(self) -> bool:
+        return self.own.ready
+
+    def store(self, ours: list[int]) -> None:
+        ranks = self.way.ranks
+        self.number, self.missing = next(ranks.numbers), len(ranks.pools)
+        ranks.storing[self.number] = self
+        ranks.tell(messages.Store(self.number, self.way.peer, self.pages, ours, self.lease))
+        try:
+            self.own.store(ours)
+        except TransferError:
+            self.abandon()
+            raise
+
+    @property
+    def stored(self) -> bool:
+        try:
+            if self.error:
+                raise TransferError(self.error)
+            return self.own.stored and not self.missing
+        except TransferError:
+            self.abandon()  # another rank may still be at it
+            raise
+
+    def abandon(self) -> None:
+        self.way.ranks.tell(messages.Abandon(self.number))
+        self.own.abandon()
+
+
+@dataclass(eq=False)
+class Follower:
+    """Another rank than 0: it does what it is told. `reply` takes what rank 0 is to hear."""
+
+    rank: int
+    built: Built
+    peers: PeerTable
+    reply: Callable[[messages.Stored | messages.RankReady], None]
+    storing: dict[int, tuple[Copy, list[int]]] = field(default_factory=dict)
+    """Copies that are not done, and to which pages; those that have begun are in `begun`."""
+    begun: set[int] = field(default_factory=set)
+
+    def do(self, command: object) -> None:
+        """Carry out one command."""
+        host, snapshots = self.built.engine.host, self.built.engine.snapshots
+        match command:
+            case messages.Forward():
+                self.built.runner.follow(command)
+            case messages.Copied("offload" | "restore" as what, sources, targets) if host is not None:
+                host.copy(what, sources, targets)
+            case messages.Copied("clear", [slot]) if snapshots is not None:
+                snapshots.slots.clear(slot)
+            case messages.Copied("save", [slot], pages) if snapshots is not None:
+                snapshots.slots.save(slot, pages)
+            case messages.Copied("load", pages, [slot]) if snapshots is not None:
+                snapshots.slots.load(slot, pages)
+            case messages.Settle():
+                self.built.runner.settle()
+            case messages.Peers(peers):
+                self.peers.replace(peers)
+            case messages.Store(number, peer, theirs, ours, lease):
+                if (transfer := self.peers.transfer(peer)) is not None:
+                    self.storing[number] = transfer.fetch(theirs, lease), ours
+                else:
+                    self.reply(messages.Stored(self.rank, number, f"rank {self.rank} has no way to its pages"))
+            case messages.Abandon(number):
+                if (found := self.storing.pop(number, None)) and number in self.begun:
+                    self.begun.remove(number)
+                    found[0].abandon()
+            case other:
+                raise TypeError(f"ranks do not take a {type(other).__name__}")
+
+    def poll(self) -> None:
+        """Store what has come, and say what is done."""
+        for number, (copy, ours) in list(self.storing.items()):
+            error = ""
+            try:
+                if number not in self.begun:
+                    if not copy.ready:
+                        continue
+                    copy.store(ours)
+                    self.begun.add(number)
+                if not copy.stored:
+                    continue
+            except TransferError as failure:
+                error = str(failure)
+            del self.storing[number]
+            self.begun.discard(number)
+            self.reply(messages.Stored(self.rank, number, error))
+
+
+def open_pool(spec: WorkerSpec, built: Built) -> tuple[Door, messages.PoolInfo]:
+    """Where peers ask for the pages of a rank, and what they have to know of its pool."""
+    us = f"{spec.name}-{spec.rank}" if spec.rank else spec.name, spec.epoch
+    door = Door(us, spec.run_dir, spec.keys.secret.encode(), spec.host, spec.listen)
+    return door, msgspec.structs.replace(built.memory.info(built.layout), host=spec.host, door=door.far)
+
+
+def follow(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:
+    """Do what rank 0 says, until it ends this process."""
+    door, pool = open_pool(spec, built)
+
+    def way(peer: messages.Peer) -> Transfer | None:
+        """To the same rank of the peer, which has as many if its layout is ours."""
+        if peer.pool.layout != built.layout:
+            return None
+        name, theirs = f"{peer.name}-{spec.rank}", peer.pool.others[spec.rank - 1]
+        same = msgspec.structs.replace(peer, name=name, pool=theirs)
+        return connect(built.memory, pool, door, same, spec.engine.kv_transfer)
+
+    follower = Follower(spec.rank, built, PeerTable(way), lambda body: outboxes.send(spec.leader, body))
+    follower.reply(messages.RankReady(spec.rank, pool))
+    while True:
+        for envelope in inbox.receive(int((COPY_SECONDS if follower.storing else IDLE_SECONDS) * 1000)):
+            follower.do(envelope.body)
+        follower.poll()
