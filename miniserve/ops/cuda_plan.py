@@ -1,7 +1,6 @@
 """Page tables on a GPU and FlashInfer's plans over them: for all layers of a step, or to stay for a CUDA graph."""
 
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.batch import Batch, Sizes, State
 
 WORKSPACE_BYTES = 384 * 2**20
 """For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""
@@ -53,23 +52,20 @@ def page_tables(
 
 
 class CudaPlanner:
-    """Plans attention with FlashInfer's wrappers over pools of `dtype`: one for each of the model's `windows`, where 0
-    is that of layers which see all tokens. Scores are multiplied with `scale`. `fi` is the module flashinfer."""
+    """Plans attention with FlashInfer's wrappers over pools of `dtype`: one for each of the model's windows. Scores are
+    multiplied with `scale`. `fi` is the module flashinfer."""
 
-    def __init__(
-        self, fi: Any, device: torch.device, dtype: torch.dtype, heads: int, dim: int, scale: float, windows: Iterable
-    ) -> None:
-        self.scale = scale
+    def __init__(self, fi: Any, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> None:
+        self.scale = sizes.scale or sizes.head_dim**-0.5
         self._fi = fi
         self._device = device
         self._dtype = dtype
-        self._heads = heads
-        self._dim = dim
+        self._heads, self._dim = sizes.heads, sizes.head_dim
         self._pinned = device.type == "cuda"
         # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
         self._workspace = torch.zeros(WORKSPACE_BYTES if self._pinned else 2**10, dtype=torch.uint8, device=device)
         wrapper = partial(fi.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
-        self._prefill = {window: wrapper() for window in sorted(windows)}
+        self._prefill = {window: wrapper() for window in sorted(sizes.windows)}
         self._decode: dict[int, Any] = {}
         self._planned: torch.cuda.Event | None = None
 
