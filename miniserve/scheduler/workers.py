@@ -18,9 +18,6 @@ LOAD_WINDOW = 30.0
 """Seconds over which a worker's load is averaged: what the next few turns will find there."""
 
 
-_queued = attrgetter("queued_prefill_tokens")
-
-
 @dataclass
 class WorkerView:
     """A worker that lives. KV is counted in pages, times in seconds. The `Ledger` keeps `reserved`, `resident` and
@@ -200,7 +197,8 @@ class Cluster:
         queues, those on the host of its home, and those that have computed the conversation."""
         if len(self.prefillers) <= FEW_PREFILLERS:
             return self.prefillers
-        self._shortest = self._shortest or nsmallest(SHORTEST_QUEUES, self.prefillers, _queued)
+        queued = attrgetter("queued_prefill_tokens")
+        self._shortest = self._shortest or nsmallest(SHORTEST_QUEUES, self.prefillers, queued)
         some = (*self._shortest, *self.on_host(home).values(), *filter(None, map(self.worker, known)))
         return list({worker.name: worker for worker in some if worker.role is Role.PREFILLER}.values())
 
