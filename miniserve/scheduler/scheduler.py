@@ -425,7 +425,7 @@ class Scheduler:
         turn.move(TurnState.QUEUED)
         turn.run = turn.home = turn.prefill_at = None
         turn.early.clear()
-        self._queue.appendleft(turn, now)
+        self._queue.append(turn, now, first=True)
         return commands
 
     def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:
