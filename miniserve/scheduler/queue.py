@@ -50,9 +50,11 @@ class WaitingQueue:
         self.suspects: list[Waiting] = []
         """Suspected turns, which `Placer` tries one after the other."""
         self._fresh: dict[int, Turn] = {}
-        """Those that were not tried since they came."""
+        """Those with a home that were not tried since they came."""
         self._refused: set[int] = set()
         """Those without a home that every worker has refused."""
+        self._held: set[str] = set()
+        """Workers that have changed while one of these claims all: those behind it were not tried there."""
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values())) + len(self.newcomers) + len(self.suspects)
@@ -68,12 +70,11 @@ class WaitingQueue:
         self._add((next(self._numbers_before), turn), now)
 
     def _add(self, waiting: Waiting, now: float) -> None:
-        number, turn = waiting
+        turn = waiting[1]
         if turn.suspected:
             insort(self.suspects, waiting)
         elif not turn.conversation.home and self._has_patience(turn, now):
             insort(self.newcomers, waiting)
-            self._fresh[number] = turn
         else:
             self._line_up(waiting)
 
@@ -82,7 +83,7 @@ class WaitingQueue:
         insort(self._lines.setdefault(turn.conversation.home, []), waiting)
         if turn.conversation.home:
             insort(self._sizes, (turn.pages, *waiting))
-        self._fresh[number] = turn
+            self._fresh[number] = turn
 
     def _leave(self, home: str | None, waiting: Waiting) -> None:
         """A turn leaves the line of a home, or the newcomers."""
@@ -119,15 +120,23 @@ class WaitingQueue:
 
     def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
         """Place the turns that can be placed. `changed` names the workers that may have room now for what they have
-        refused; it is cleared, unless a turn claims all workers before all were tried.
+        refused; it is cleared.
 
         `place(turn, open_workers)` places a turn on open ones of the `workers`, or returns False if it has to wait; if
         it raises, no turn is lost.
         """
         while everyone := self._lines.get(None):
-            self._serve_lines(place, workers, changed, everyone[0][0])
-            if not self._place_anywhere(everyone[0], place, self._open(workers, everyone[0][0]), changed):
+            first = everyone[0]
+            if first[0] not in self._refused:
+                self._let_go(changed)
+            self._serve_lines(place, workers, changed, first[0])
+            if not self._place_anywhere(first, place, self._open(workers, first[0]), changed):
+                self._held |= changed | {str(turn.conversation.home) for turn in self._fresh.values()}
+                changed.clear()
+                self._fresh.clear()
                 return
+            self._let_go(changed)
+        self._let_go(changed)
         self._serve_lines(place, workers, changed, inf)
         while self.newcomers and (open_workers := self._open(workers, inf)):
             waiting = self.newcomers[0]
@@ -142,7 +151,11 @@ class WaitingQueue:
                 return
             break  # It keeps its place, and those behind it wait for it.
         changed.clear()
-        self._fresh.clear()
+
+    def _let_go(self, changed: set[str]) -> None:
+        """No turn claims all workers any more, or another one does."""
+        changed |= self._held
+        self._held = set()
 
     def _serve_lines(self, place: Place, workers: Set[str], changed: set[str], until: float) -> None:
         """Place turns that have a home, and come before number `until`."""
