@@ -9,11 +9,11 @@ from itertools import permutations
 
 import msgspec
 
-from miniserve.cluster.devices import place
+from miniserve.cluster.devices import one_more, place
 from miniserve.cluster.launch import Launcher, LocalLauncher
 from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput
 from miniserve.cluster.supervisor import Supervisor
-from miniserve.config import ConfigError, ServeConfig
+from miniserve.config import ConfigError, Role, ServeConfig
 from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.connect import way
 from miniserve.sampling_params import ParameterError, SamplingParams
@@ -26,6 +26,8 @@ from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 log = logging.getLogger("miniserve.dispatcher")
 
 TICK_SECONDS = 0.5
+RETIRE_SECONDS = 0.05
+"""Between two looks at whether a worker has nothing left to do."""
 
 
 class EngineError(RuntimeError):
@@ -114,6 +116,8 @@ class Dispatcher:
         )
         self._streams: dict[str, TurnStream] = {}
         self._ticking: asyncio.Task | None = None
+        self._added = 0
+        """Workers that were added since the start."""
         self._draining = self._stopped = False
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -141,6 +145,24 @@ class Dispatcher:
         if self._ticking is not None:
             self._ticking.cancel()
         await self.workers.stop()
+
+    async def add_worker(self, role: Role) -> str:
+        """Start one more worker; its name, when it serves. Raises `ConfigError`, and `StartupError` if it does not come
+        up."""
+        self._added += 1
+        name = f"{role.value[0]}{len(self.topology.roles) + self._added}"
+        await self.workers.add(name, one_more(self.workers.engines, role))
+        return name
+
+    async def remove_worker(self, name: str) -> None:
+        """Let a worker go: its turns end there, its conversations move to other homes. Raises `NoDecoder` for the last
+        decoder, and then changes nothing."""
+        self._carry_out(self.scheduler.retire(name, time.monotonic()))
+        while not self.scheduler.retired(name):
+            await asyncio.sleep(RETIRE_SECONDS)
+        if self.ready.pop(name, None):  # else it is removed already
+            await self.workers.remove(name)
+            self._worker_down(name, returns=False)
 
     # --- turns ------------------------------------------------------------------------------------------------------
 

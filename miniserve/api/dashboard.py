@@ -1,26 +1,36 @@
 """What there is to see of a running server: the dashboard's page, live events, conversations, workers, metrics."""
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from fastapi import Query, Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from miniserve.api.errors import ApiError
+from miniserve.api.fields import RequestBody
 from miniserve.api.streaming import EventStream, json_answer
-from miniserve.config import tables
+from miniserve.cluster.launch import StartupError
+from miniserve.config import ConfigError, Role, tables
 from miniserve.dispatcher import Dispatcher
 from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
 from miniserve.monitor.views import MOST_LISTED, conversation_detail, conversation_list, worker_list
+from miniserve.scheduler.scheduler import NoDecoder
 
 FOLDER = Path(str(files("miniserve.monitor"))) / "dashboard"
 HEADERS: dict[str, str] = tables("api/dashboard.toml")["headers"]
+
+
+class WorkerRequest(RequestBody):
+    """What the worker is for."""
+
+    role: Literal["decoder", "prefiller"] = "decoder"
 
 
 class Views:
@@ -29,6 +39,7 @@ class Views:
     def __init__(self, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
         self._client, self._feed, self._metrics, self._doctor = client, feed, collected, doctor
         self._files = StaticFiles(directory=FOLDER)
+        self._under_way: set[asyncio.Task] = set()
 
     async def page(self, request: Request, name: str = "index.html") -> Response:
         """The dashboard's page, or one of its files."""
@@ -51,6 +62,32 @@ class Views:
     async def workers(self) -> Response:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
         return json_answer(worker_list(self._client.scheduler, self._client.policy_name, time.monotonic()))
+
+    async def add_worker(self, body: WorkerRequest) -> Response:
+        """Start one more worker. The answer comes when it serves."""
+        try:
+            name = await self._finish(self._client.add_worker(Role(body.role)))
+        except (ConfigError, StartupError) as error:
+            raise ApiError(409, f"No worker could be added: {error}", code="worker_not_added") from error
+        every = worker_list(self._client.scheduler, self._client.policy_name, time.monotonic())["data"]
+        return json_answer(next(card for card in every if card["name"] == name))
+
+    async def remove_worker(self, worker: str) -> Response:
+        """Let a worker go: its turns end there, its conversations move to others. The answer comes when it has gone."""
+        if worker not in self._client.scheduler.workers:
+            raise ApiError(404, f"No worker {worker[:64]!r} serves: see GET /v1/workers.", code="worker_not_found")
+        try:
+            await self._finish(self._client.remove_worker(worker))
+        except NoDecoder as error:
+            raise ApiError(409, str(error), code="last_decoder") from error
+        return json_answer({"id": worker, "object": "worker.deleted", "deleted": True})
+
+    async def _finish(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Its result; it goes on if the client does not wait."""
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
 
     async def examined(self) -> Response:
         """What each client's turns computed that earlier ones had computed already, and why."""

@@ -1,10 +1,12 @@
 """The commands and their dispatch. Flags are vLLM's wherever vLLM has one; help imports nothing heavy."""
 
+from __future__ import annotations
+
 import logging
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miniserve import __version__
 from miniserve.cli import flags
@@ -12,6 +14,9 @@ from miniserve.cli.flags import api_key, filled
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, tables
 from miniserve.scheduler.baselines import POLICIES
 from miniserve.text.formats import FORMATS, REASONING_MARKS
+
+if TYPE_CHECKING:
+    from miniserve.hub.resolve import ModelFiles
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,24 +62,35 @@ def make_parser() -> flags.Parser:
 
 def serve(args: Namespace) -> int:
     """Find the model, and serve it with the settings that the flags ask for. The exit code; raises `ConfigError`."""
-    from miniserve.hub.fetch import DEFAULT_MODEL
-    from miniserve.hub.resolve import resolve
-
-    if args.model and args.positional_model and args.model != args.positional_model:
-        raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")
-    config = serve_config(args, args.model or args.positional_model or DEFAULT_MODEL)
+    config = asked(args)
     for flag, means in getattr(args, "taken", {}).items():
         print(f"miniserve: {flag} changes nothing here: {means}.", file=sys.stderr, flush=True)
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    files = resolve(
+    files = found(config)
+    from miniserve.cli.serve import serve
+
+    return serve(config, files)
+
+
+def asked(args: Namespace) -> ServeConfig:
+    """The settings that the flags of `serve` ask for. Raises `ConfigError`."""
+    from miniserve.hub.fetch import DEFAULT_MODEL
+
+    if args.model and args.positional_model and args.model != args.positional_model:
+        raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")
+    return serve_config(args, args.model or args.positional_model or DEFAULT_MODEL)
+
+
+def found(config: ServeConfig) -> ModelFiles:
+    """The model's files. Raises `ConfigError`."""
+    from miniserve.hub.resolve import resolve
+
+    return resolve(
         config.engine.model,
         revision=config.revision,
         load_format=config.engine.load_format,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    from miniserve.cli.serve import serve
-
-    return serve(config, files)
 
 
 def serve_config(args: Namespace, model: str) -> ServeConfig:

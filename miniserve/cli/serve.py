@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from miniserve.api.race import Stopped, unless
 from miniserve.cli.banner import LoadingLines, banner, say
@@ -94,9 +95,14 @@ def bind_path(path: str) -> socket.socket:
 def signals() -> tuple[asyncio.Event, asyncio.Event]:
     """Events for SIGTERM and SIGINT: the first one asks to drain, the second to stop."""
     first, second = asyncio.Event(), asyncio.Event()
+    heed(first, second)
+    return first, second
+
+
+def heed(first: asyncio.Event, second: asyncio.Event) -> None:
+    """Set the events at signals from now on, whatever a library has made of these meanwhile, as Ray does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
-    return first, second
 
 
 class HttpServer(uvicorn.Server):
@@ -128,6 +134,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
+            heed(drain, stop)
         serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
             bound = listeners[0].getsockname()[:2]
@@ -153,17 +160,22 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             log.close()
 
 
-def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:
-    """The server and all it needs, made while the workers load: imports alone take half a second. Raises `ConfigError`
-    and `ParameterError`."""
+def http_app(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> ASGIApp:
+    """What answers requests, and all it needs. Raises `ConfigError` and `ParameterError`."""
     from miniserve.api.app import create_app
-    from miniserve.api.middleware import Connection
     from miniserve.text.grammar import Compiler
     from miniserve.text.tokenizer import Tokenizer
 
     defaults = generation_defaults(files.folder, config.generation_config)
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    app = create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+    return create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+
+
+def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:
+    """The server, made while the workers load: imports alone take half a second. Raises as `http_app`."""
+    from miniserve.api.middleware import Connection
+
+    app = http_app(config, files, client, feed)
     level, shown = config.log_level, config.log_level in ("debug", "info")
     return HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from miniserve.config import ConfigError, EngineConfig, Topology
+from miniserve.config import ConfigError, EngineConfig, Role, Topology
 
 PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -44,6 +44,18 @@ def place(
         )
         for name, device in at.items()
     }
+
+
+def one_more(engines: dict[str, EngineConfig], role: Role) -> EngineConfig:
+    """The settings of one more worker beside others: on GPUs, those that none of them has. Raises `ConfigError`."""
+    like = next(iter(engines.values()))
+    if not like.device.startswith("cuda:"):
+        return msgspec.structs.replace(like, role=role, workers=like.workers + like.tensor_parallel_size)
+    taken = {engine.device for engine in engines.values()}
+    free = [device for device in _firsts(_all("cuda"), like.tensor_parallel_size) if device not in taken]
+    if not free:
+        raise ConfigError(f"All GPUs of this machine have workers: {', '.join(sorted(taken))}.")
+    return msgspec.structs.replace(like, role=role, device=free[0], sharing=1)
 
 
 def _firsts(devices: list[str], ranks: int) -> list[str]:

@@ -34,6 +34,11 @@ class Health:
         self._heard[name] = now
         self._first_start.setdefault(name, now - self._loading.pop(name))
 
+    def forget(self, name: str) -> None:
+        """It is not expected any more."""
+        for known in (self._heard, self._loading, self._first_start, self._deaths):
+            known.pop(name, None)
+
     def heard(self, name: str, now: float) -> None:
         self._heard[name] = now
 

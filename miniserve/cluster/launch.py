@@ -83,6 +83,9 @@ class Launcher(Protocol):
     def start(self, spec: WorkerSpec, far: str) -> Started:
         """Start a worker. The frontend's inbox is at `far` for those that are on another host."""
 
+    def release(self, name: str) -> None:
+        """A worker has ended for good."""
+
     def close(self) -> None:
         """All workers have ended."""
 
@@ -100,7 +103,8 @@ class RunDir:
         handle = os.open(base, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            _sweep(base)
+            for left in base.iterdir():
+                sweep(left)
             self.path = path or Path(tempfile.mkdtemp(dir=base))
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._lock = (self.path / "lock").open("a")
@@ -113,18 +117,15 @@ class RunDir:
 
     def remove(self) -> None:
         """Delete it, unless others still have it; safe to call twice."""
-        if not self._lock.closed:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(self.path, ignore_errors=True)
-            self._lock.close()
+        self._lock.close()
+        sweep(self.path)
 
 
-def _sweep(base: Path) -> None:
-    for path in base.iterdir():
-        with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+def sweep(path: Path) -> None:
+    """Delete the directory of a run whose processes have gone."""
+    with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class WorkerProcess:
@@ -193,6 +194,8 @@ class LocalLauncher:
 
     def start(self, spec: WorkerSpec, far: str) -> WorkerProcess:
         return WorkerProcess(spec)
+
+    def release(self, name: str) -> None: ...
 
     def close(self) -> None: ...
 

@@ -163,7 +163,8 @@ class Run(Wire, frozen=True):
     `seed` is always set: two workers that sample the same position draw the same number. With `prefill_at` (a
     prefiller's name) the receiver reserves pages, asks that worker to prefill and pulls the KV; with `share_history`
     that worker may first fetch from the receiver what it lacks of the conversation's history. With `history_at` (the
-    worker that was the conversation's home) the receiver fetches the history from there before anything else.
+    worker that was the conversation's home) the receiver fetches the history from there before anything else; with
+    `only_history` that is all, and an `Ended` says that it is over.
     """
 
     turn: str
@@ -176,6 +177,7 @@ class Run(Wire, frozen=True):
     share_history: bool = False
     history_at: str | None = None
     keep: Keep = Keep()
+    only_history: bool = False
 
 
 class Abort(Wire, frozen=True):

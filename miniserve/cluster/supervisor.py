@@ -52,7 +52,9 @@ class Supervisor:
         self._explained: set[str] = set()
         """Workers whose present incarnation has said, or was found to have, a reason to end."""
         self.run_dir: RunDir | None = None
-        self._engines, self._launcher, self._keys = engines, launcher, Keys.make()
+        self.engines = engines
+        """The settings of each worker."""
+        self._launcher, self._keys = launcher, Keys.make()
         self._up, self._down, self._report, self._loading = up, down, report, loading
         self._health = Health(timeout)
         self._ready: dict[str, Ready] = {}
@@ -69,7 +71,7 @@ class Supervisor:
         """Spawn the workers and wait, however long they load, until all are ready. Raises `StartupError`; then nothing
         is left running."""
         try:
-            self._engines = await asyncio.to_thread(self._launcher.prepare, self._engines)
+            self.engines = await asyncio.to_thread(self._launcher.prepare, self.engines)
             self._spawn()
             while len(self._ready) < len(self.processes):
                 await self._changed.wait()
@@ -92,13 +94,13 @@ class Supervisor:
         self._context = zmq.asyncio.Context()
         self._outboxes = Outboxes(zmq.Context.shadow(self._context), "frontend", 0, self._keys)
         self._inbox = Inbox(self._context, self.run_dir.address("frontend"), self._keys, self._launcher.address)
-        for name in self._engines:
+        for name in self.engines:
             self._start_worker(name, 1)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
     def _start_worker(self, name: str, epoch: int) -> None:
         assert self.run_dir is not None
-        engine = self._engines[name]
+        engine = self.engines[name]
         if ready := self._ready.get(name):
             # It was there before, and what is free now is what it and the others have left: the pool it had is right.
             engine = msgspec.structs.replace(engine, kv_cache_memory=ready.pool.num_pages * ready.pool.page_bytes)
@@ -106,6 +108,29 @@ class Supervisor:
         spec = WorkerSpec(name, epoch, str(self.run_dir.path), *inboxes, engine, self._keys, self._launcher.host)
         self.processes[name] = self._launcher.start(spec, self._inbox.far)
         self._health.started(name, time.monotonic())
+
+    async def add(self, name: str, engine: EngineConfig) -> None:
+        """Start one more worker, and wait until it serves. Raises `StartupError`; then it is not there."""
+        self.engines |= await asyncio.to_thread(self._launcher.prepare, {name: engine})
+        self._start_worker(name, 1)
+        while name not in self._ready and name not in self.failed and name in self.processes:
+            await asyncio.sleep(WATCH_START_SECONDS)
+        if name not in self._ready:
+            reason = self.failed.get(name, "The server is shutting down.")
+            await self.remove(name)
+            raise StartupError(reason)
+
+    async def remove(self, name: str) -> None:
+        """End a worker for good."""
+        self.send(name, Shutdown())
+        address, process = self._address(name), self.processes.pop(name)
+        await asyncio.to_thread(process.stop, 2.0)
+        self._outboxes.forget(address)
+        self._health.forget(name)
+        self._launcher.release(name)
+        for books in (self.engines, self._ready, self._restarts, self.failed):
+            books.pop(name, None)
+        self._explained.discard(name)
 
     def _admit(self, name: str) -> None:
         """A worker is up: the owner makes it known to the others."""

@@ -1,25 +1,15 @@
 """The native CPU kernels of `cpu.cpp` behind the `Ops` interface."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.batch import Batch, Sizes, State
 from miniserve.ops.cpu_packed import Arena, FusedForward, PackedMatrix, Structs, address
-from miniserve.ops.cpu_structs import (
-    ARGUMENTS,
-    BLOCK,
-    GATES,
-    PACK_CODES,
-    ROWS,
-    NativeBatch,
-    NativeMatrix,
-    NativePlan,
-    Rotary,
-)
+from miniserve.ops.cpu_structs import BLOCK, GATES, ROWS, STRUCTS, NativePlan, Rotary
 from miniserve.ops.decoder import DeltaNet, Experts, Weights
 from miniserve.ops.group import Group
 from miniserve.ops.native import NoKernels, load
@@ -36,13 +26,7 @@ class CpuOps:
     filter = staticmethod(filter_sorted)
 
     def __init__(
-        self,
-        dtype: torch.dtype,
-        head_dim: int,
-        widths: list[int],
-        page_tokens: int,
-        state_dims: Sequence[int],
-        progress: Callable[[str], None],
+        self, dtype: torch.dtype, sizes: Sizes, page_tokens: int, progress: Callable[[str], None] = lambda line: None
     ) -> None:
         """Raises `NoKernels` where they cannot be compiled, or are not made for this dtype or these sizes."""
         library = load(progress)
@@ -50,46 +34,35 @@ class CpuOps:
         if not hasattr(library, f"attention_{name}"):
             raise NoKernels(f"this CPU has no kernels for {name}")
         lanes = library.lanes()
-        if head_dim % (2 * lanes) or any(width % (BLOCK // 2) for width in widths):
-            raise NoKernels(
-                f"heads of {head_dim} or rows of {widths} numbers do not fill vectors of {lanes} or {BLOCK // 2}"
-            )
-        if any(size % lanes for size in state_dims):
-            sizes = " and ".join(map(str, state_dims))
-            raise NoKernels(f"heads of a recurrent state of {sizes} numbers do not fill vectors of {lanes}")
+        if sizes.head_dim % (2 * lanes) or any(width % (BLOCK // 2) for width in sizes.widths):
+            rows = f"heads of {sizes.head_dim} or rows of {sizes.widths} numbers"
+            raise NoKernels(f"{rows} do not fill vectors of {lanes} or {BLOCK // 2}")
+        if any(size % lanes for size in sizes.state_dims):
+            dims = " and ".join(map(str, sizes.state_dims))
+            raise NoKernels(f"heads of a recurrent state of {dims} numbers do not fill vectors of {lanes}")
         if page_tokens % lanes:
             raise NoKernels(f"pages of {page_tokens} tokens do not fill vectors of {lanes} (--block-size)")
         self.layout = f"kv_head, vectors of {lanes} tokens"
-
-        def kernel(operation: str) -> Any:
-            function = library[f"{operation}_{name}"]
-            function.argtypes, function.restype = ARGUMENTS[operation], None
-            return function
-
-        self._attention, self._rms_norm = kernel("attention"), kernel("rms_norm")
-        self._rope, self._delta, self._mixture = kernel("rope"), kernel("delta"), kernel("mixture")
-        self._pack, self._product, self._logits = kernel("pack"), kernel("product"), kernel("logits")
-        self._forward = kernel("forward")
-        self._pack_codes = library.pack_codes
-        self._pack_codes.argtypes, self._pack_codes.restype = PACK_CODES, None
-        self._arena, self._dtype = Arena(), dtype
+        self._kernel: Callable[[str], Any] = lambda operation: getattr(library, f"{operation}_{name}")
+        self._attention, self._rms_norm, self._rope = map(self._kernel, ("attention", "rms_norm", "rope"))
+        self._arena, self._dtype, self._library = Arena(), dtype, library
 
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> PackedMatrix:
-        return self._packed(self._product, self._dtype, weight, bias)
+        return self._packed("product", self._dtype, weight, bias)
 
     def head(self, weight: Weight) -> PackedMatrix:
-        return self._packed(self._logits, torch.float32, weight, None)
+        return self._packed("logits", torch.float32, weight, None)
 
-    def _packed(self, kernel: Any, out: torch.dtype, weight: Weight, bias: torch.Tensor | None) -> PackedMatrix:
-        native = NativeMatrix(bias=address(bias), columns=weight.shape[0], size=weight.shape[1])
+    def _packed(self, kernel: str, out: torch.dtype, weight: Weight, bias: torch.Tensor | None) -> PackedMatrix:
+        native = STRUCTS["Matrix"](bias=address(bias), columns=weight.shape[0], size=weight.shape[1])
         if isinstance(weight, Quantized):
-            packed = self._arena.pack_codes(self._pack_codes, weight)
+            packed = self._arena.pack_codes(self._library.pack_codes, weight)
             native.bits, native.minimums = weight.bits, weight.minimums is not None
         else:
-            packed = self._arena.pack(self._pack, weight)
+            packed = self._arena.pack(self._kernel("pack"), weight)
             native.bits = 8 * weight.itemsize
         native.packed = packed.data_ptr()
-        return PackedMatrix(kernel, out, native, packed, bias)
+        return PackedMatrix(self._kernel(kernel), out, native, packed, bias)
 
     def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> PackedMatrix:
         """A block of columns is half gates, half their ups, so that a product has both at hand."""
@@ -123,18 +96,18 @@ class CpuOps:
         structs, out = Structs(), torch.empty_like(x)
         ids, weights = ids.int(), weights.float().contiguous()
         of = structs.experts(part), x.data_ptr(), len(x)
-        self._mixture(*of, ids.data_ptr(), weights.data_ptr(), out.data_ptr())
+        self._kernel("mixture")(*of, ids.data_ptr(), weights.data_ptr(), out.data_ptr())
         return out
 
     def delta(self, plan: NativePlan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
         structs, ba = Structs(), ba.float()
         out = torch.empty((len(qkv), part.v_heads, part.v_dim), dtype=qkv.dtype)
         of = structs.delta(part), ctypes.byref(plan.native), len(qkv)
-        self._delta(*of, qkv.data_ptr(), qkv.stride(0), ba.data_ptr(), out.data_ptr())
+        self._kernel("delta")(*of, qkv.data_ptr(), qkv.stride(0), ba.data_ptr(), out.data_ptr())
         return out
 
     def fuse(self, weights: Weights, rotary: list[Rotary], group: Group) -> FusedForward:
-        return FusedForward(self._forward, weights, rotary, group)
+        return FusedForward(self._kernel("forward"), weights, rotary, group)
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> NativePlan:
         """The batch's page tables, one after the other, and where each begins; and where the recurrent state is."""
@@ -146,7 +119,7 @@ class CpuOps:
         numbers = torch.tensor([*by_sequence, *pages], dtype=torch.int32)
         at = range(numbers.data_ptr(), numbers.data_ptr() + 4 * numbers.numel() + 1, 4 * count)
         _, layers, _, page_tokens, kv_heads, dim = kv.shape
-        native = NativeBatch(count, *at[:6], kv.data_ptr(), layers, page_tokens, kv_heads, dim)
+        native = STRUCTS["Batch"](count, *at[:6], kv.data_ptr(), layers, page_tokens, kv_heads, dim)
         if state is not None:
             native.conv, native.delta = state.conv.data_ptr(), state.delta.data_ptr()
             native.conv_slot, native.delta_slot = state.conv.stride(0), state.delta.stride(0)

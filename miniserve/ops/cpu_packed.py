@@ -8,18 +8,7 @@ from typing import Any
 
 import torch
 
-from miniserve.ops.cpu_structs import (
-    BLOCK,
-    NativeAttention,
-    NativeDeltaNet,
-    NativeExperts,
-    NativeLayer,
-    NativeMatrix,
-    NativeMlp,
-    NativeModel,
-    NativePlan,
-    Rotary,
-)
+from miniserve.ops.cpu_structs import BLOCK, STRUCTS, NativePlan, Rotary
 from miniserve.ops.decoder import Attention, DeltaNet, Experts, Layer, Mlp, Weights
 from miniserve.ops.group import Group
 from miniserve.ops.quantized import GROUP, Quantized
@@ -68,11 +57,11 @@ def address(tensor: torch.Tensor | None) -> int | None:
 @dataclass(frozen=True)
 class PackedMatrix:
     """A `Linear` by the kernel `product`, or by `logits` with sums that stay in float32: a bf16 logit of 20 has steps
-    of 0.125, and many ties. `packed` and `bias` are what `native` points into."""
+    of 0.125, and many ties. `packed` and `bias` are what `native`, a `Matrix`, points into."""
 
     kernel: Any
     dtype: torch.dtype
-    native: NativeMatrix
+    native: Any
     packed: torch.Tensor
     bias: torch.Tensor | None
 
@@ -91,42 +80,39 @@ class Structs:
 
     def delta(self, part: DeltaNet) -> int:
         """Where the struct of a part is."""
-        return self._at(NativeDeltaNet, part, taps=part.conv.shape[0])
+        return self._at("DeltaNet", part, taps=part.conv.shape[0])
 
     def experts(self, part: Experts) -> int:
         """The shared expert is the last in the array of all."""
-        every = part.experts if part.shared is None else [*part.experts, part.shared]
-        mlps = (NativeMlp * len(every))(*(_struct(NativeMlp, mlp) for mlp in every))
-        shared = part.shared is not None
-        return self._at(NativeExperts, part, experts=self._keep(mlps), count=len(part.experts), shared=shared)
+        mlps = self._all("Mlp", [_struct("Mlp", mlp) for mlp in (*part.experts, part.shared) if mlp is not None])
+        return self._at("Experts", part, experts=mlps, count=len(part.experts), shared=part.shared is not None)
 
     def layers(self, layers: list[Layer], rotary: list[Rotary]) -> int:
-        return self._keep((NativeLayer * len(layers))(*(self._layer(layer, rotary) for layer in layers)))
+        return self._all("Layer", [self._layer(layer, rotary) for layer in layers])
 
     def _layer(self, layer: Layer, rotary: list[Rotary]) -> Any:
         mixer, mlp = layer.mixer, layer.mlp
-        made = (
-            {"mlp": self._at(NativeMlp, mlp)} if isinstance(mlp, Mlp) else {"mlp": None, "experts": self.experts(mlp)}
-        )
+        made = {"mlp": self._at("Mlp", mlp)} if isinstance(mlp, Mlp) else {"mlp": None, "experts": self.experts(mlp)}
         if isinstance(mixer, Attention):
             cos, sin = rotary[mixer.rope].cos, rotary[mixer.rope].sin
-            made["attention"] = self._at(NativeAttention, mixer, cos=cos, sin=sin, rotary=cos.shape[1])
+            made["attention"] = self._at("Attention", mixer, cos=cos, sin=sin, rotary=cos.shape[1])
         else:
             made["delta"] = self.delta(mixer)
-        return _struct(NativeLayer, layer, **made)
+        return _struct("Layer", layer, **made)
 
-    def _at(self, kind: Any, part: Any, **more: Any) -> int:
-        return self._keep(_struct(kind, part, **more))
+    def _at(self, kind: str, part: Any, **more: Any) -> int:
+        return self._all(kind, [_struct(kind, part, **more)])
 
-    def _keep(self, made: Any) -> int:
-        self._kept.append(made)
-        return ctypes.addressof(made)
+    def _all(self, kind: str, made: list[Any]) -> int:
+        self._kept.append((STRUCTS[kind] * len(made))(*made))
+        return ctypes.addressof(self._kept[-1])
 
 
-def _struct(kind: Any, part: Any, **more: Any) -> Any:
+def _struct(name: str, part: Any, **more: Any) -> Any:
     """A struct of what is found under the names of its fields in `more` or else in `part`: numbers, tensors, matrices;
     zeros where there is nothing."""
-    found = {name: more.get(name, getattr(part, name, None)) for name, *_ in kind._fields_}
+    kind = STRUCTS[name]
+    found = {name: more.get(name, getattr(part, name, None)) for name, _ in kind._fields_}
     for name, value in found.items():
         if isinstance(value, torch.Tensor | PackedMatrix):
             found[name] = address(value) if isinstance(value, torch.Tensor) else value.native
@@ -143,7 +129,7 @@ class FusedForward:
         structs, layers = Structs(), len(weights.layers)
         layer = structs.layers(weights.layers, rotary)
         hidden = weights.embedding.shape[1]
-        self._model = _struct(NativeModel, weights, hidden=hidden, layers=layers, layer=layer, group=group.address)
+        self._model = _struct("Model", weights, hidden=hidden, layers=layers, layer=layer, group=group.address)
         self._kept = structs, weights, rotary, group  # `_model` points into them
 
     def __call__(

@@ -23,8 +23,6 @@ from miniserve.ops.quantized import Weight, dense
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
 vocabulary."""
-QUERY_BLOCK = 128
-"""Queries that attend together in a prefill chunk: keys beyond the block's end are never looked at."""
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -53,38 +51,28 @@ def onednn_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 
 @dataclass(frozen=True)
-class Decodes:
-    """Sequences with one new token each and contexts of like length, attended together, padded to the longest."""
+class Together:
+    """Sequences that attend together, B of `new` tokens each, padded to the longest context."""
 
     queries: torch.Tensor | None
-    """Rows in the batch, int64 `[B]`; None where they are all rows in their order."""
+    """Rows in the batch, int64 `[B * new]`; None where they are all rows in their order."""
     rows: torch.Tensor
     """Per layer, the pool's rows of all keys' pages and then all values' pages, int64 `[layer, 2 * B * pages]`."""
     keys: int
     """Keys that are looked at: the longest context."""
     ends: torch.Tensor
-    """The contexts, int64 `[B, 1]`."""
+    """Of each query the tokens up to itself, int64 `[B, new, 1]`."""
     equal: bool
-    """Whether all contexts are equally long."""
+    """Whether all queries have all keys before them."""
 
-    def mask(self, window: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Added to the scores `[B, 1, 1, keys]`: 0, or -inf outside of a sequence or, if that is not 0, of its last
-        `window` tokens; None where all keys are seen."""
+    def mask(self, window: int, group: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Added to the scores `[B, 1, group * new, keys]` of a `group` of heads: 0, or -inf for keys after a query or,
+        if that is not 0, out of its last `window` tokens; None where all keys are seen."""
         if self.equal and not 0 < window < self.keys:
             return None
         at = torch.arange(self.keys, device=self.ends.device)
         hidden = (at >= self.ends) | (at < self.ends - (window or self.keys))
-        return torch.where(hidden, -torch.inf, 0.0).to(dtype)[:, None, None]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of one sequence's prompt: `length` new tokens from row `start` of the batch."""
-
-    start: int
-    length: int
-    context: int
-    rows: torch.Tensor
+        return torch.where(hidden, -torch.inf, 0.0).to(dtype).repeat(1, group, 1).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -97,8 +85,7 @@ class Plan:
     """Per layer, the rows of pages that get their first token but are not filled: int64 `[layer, rows]`."""
     by_page: torch.Tensor
     by_slot: torch.Tensor
-    decodes: list[Decodes]
-    chunks: list[Chunk]
+    together: list[Together]
     state: State | None
     pieces: list[tuple[int, slice]]
     """The slot of each sequence, if it has one, and its rows in the batch."""
@@ -135,8 +122,6 @@ class TorchOps:
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._device = device
         self._dtype = dtype
-        # Adding this to the last keys of a block of queries hides what comes after each query.
-        self._causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=device).triu_(1)
 
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
         weight = dense(weight, self._dtype)
@@ -195,7 +180,7 @@ class TorchOps:
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Plan:
         """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
-        padded to its longest."""
+        padded to its longest; a prompt's piece is a group by itself."""
         layers, size = kv.shape[1], kv.shape[3]
         by_page = kv.view(-1, size, *kv.shape[4:])
         layer_rows = torch.arange(layers, device=self._device).unsqueeze(1) * 2
@@ -207,33 +192,31 @@ class TorchOps:
         slots: list[int] = []
         opened: list[int] = []
         groups: dict[int, list[int]] = {}
-        chunks = []
         starts = [0, *accumulate(batch.lengths)]
         for i, (length, context, pages) in enumerate(zip(batch.lengths, batch.contexts, batch.pages, strict=True)):
             slots += [pages[p // size] * (layers * 2 * size) + p % size for p in range(context - length, context)]
             used = -(-context // size)
             if 0 < context % size <= length:
                 opened.append(pages[used - 1])
-            if length == 1:
-                groups.setdefault(used.bit_length(), []).append(i)
-            else:
-                chunks.append(Chunk(starts[i], length, context, rows(pages[:used])))
+            groups.setdefault(used.bit_length() if length == 1 else -i, []).append(i)
         first = layer_rows * size + torch.tensor(slots, device=self._device)
         slot_rows = torch.cat((first, first + size), 1)
         opened_rows = rows(opened) if opened else None
         pieces = [(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(starts), strict=False)]
-        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], chunks, state, pieces)
+        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], state, pieces)
         for members in groups.values():
-            contexts = [batch.contexts[i] for i in members]
+            contexts, new = [batch.contexts[i] for i in members], batch.lengths[members[0]]
             longest = max(contexts)
             width = -(-longest // size)
             padded = [(batch.pages[i] + [batch.pages[i][0]] * width)[:width] for i in members]
-            ends = torch.tensor(contexts, device=self._device).unsqueeze(1)
+            back = torch.arange(new - 1, -1, -1, device=self._device)
+            ends = (torch.tensor(contexts, device=self._device).unsqueeze(1) - back).unsqueeze(2)
             queries = None
-            if len(members) < len(batch.lengths) or chunks:
-                queries = torch.tensor([starts[i] for i in members], device=self._device)
+            if len(groups) > 1:
+                firsts = torch.tensor([starts[i + 1] for i in members], device=self._device).unsqueeze(1)
+                queries = (firsts - 1 - back).flatten()
             every = rows([p for pages in padded for p in pages])
-            plan.decodes.append(Decodes(queries, every, longest, ends, min(contexts) == longest))
+            plan.together.append(Together(queries, every, longest, ends, new == 1 and min(contexts) == longest))
         return plan
 
     def attention(
@@ -250,42 +233,21 @@ class TorchOps:
         kv_heads, dim = k.shape[1:]
         group = q.shape[1] // kv_heads
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [T, heads, dim]
-        for decodes in plan.decodes:
-            asking = q if decodes.queries is None else q.index_select(0, decodes.queries)  # [B, heads, dim]
-            size = asking.shape[0]
-            gathered = plan.by_page.index_select(0, decodes.rows[layer])  # [2 * B * pages, slots, kv_heads, dim]
+        for those in plan.together:
+            asking = q if those.queries is None else q.index_select(0, those.queries)  # [B * new, heads, dim]
+            size, new = those.ends.shape[:2]
+            gathered = plan.by_page.index_select(0, those.rows[layer])  # [2 * B * pages, slots, kv_heads, dim]
             keys, values = (
-                x[:, : decodes.keys].transpose(1, 2)  # [B, kv_heads, keys, dim]
+                x[:, : those.keys].transpose(1, 2)  # [B, kv_heads, keys, dim]
                 for x in gathered.view(2, size, -1, kv_heads, dim)
             )
-            folded = asking.view(size, kv_heads, group, dim)
-            mask = decodes.mask(window, q.dtype)
+            folded = asking.view(size, new, kv_heads, group, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            mask = those.mask(window, group if new > 1 else 1, q.dtype)
             attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)
-            attended = attended.reshape(size, -1, dim)  # [B, heads, dim]
-            if decodes.queries is None:
+            attended = attended.unflatten(2, (group, new)).permute(0, 3, 1, 2, 4).reshape(asking.shape)
+            if those.queries is None:
                 return attended
-            out.index_copy_(0, decodes.queries, attended)
-        for chunk in plan.chunks:
-            keys, values = plan.by_page.index_select(0, chunk.rows[layer]).view(2, -1, kv_heads, dim)
-            keys = keys[: chunk.context].permute(1, 2, 0)  # [kv_heads, dim, context]
-            values = values[: chunk.context].transpose(0, 1)  # [kv_heads, context, dim]
-            rows = slice(chunk.start, chunk.start + chunk.length)
-            folded = (q[rows] * scale).view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)  # [kv_heads, group, T, dim]
-            before = chunk.context - chunk.length
-            for start in range(0, chunk.length, QUERY_BLOCK):
-                end = min(start + QUERY_BLOCK, chunk.length)
-                block = end - start
-                queries = folded[:, :, start:end].reshape(kv_heads, -1, dim)  # [kv_heads, group * block, dim]
-                scores = torch.bmm(queries, keys[:, :, : before + end])  # [kv_heads, group * block, before + end]
-                scores.view(kv_heads, group, block, -1)[..., -block:] += self._causal[:block, :block]
-                if window:
-                    at = torch.arange(before + end, device=q.device)
-                    beyond = at[-block:, None] - at >= window  # [block, before + end]
-                    scores.view(kv_heads, group, block, -1).masked_fill_(beyond, -torch.inf)
-                weights = scores.softmax(-1)
-                attended = torch.bmm(weights, values[:, : before + end])  # [kv_heads, group * block, dim]
-                attended = attended.view(kv_heads, group, block, dim)
-                out[chunk.start + start : chunk.start + end] = attended.permute(2, 0, 1, 3).reshape(block, -1, dim)
+            out.index_copy_(0, those.queries, attended)
         return out
 
 

@@ -67,7 +67,8 @@ class Conversation:
     family: str | int = ""
     """The client's id."""
     root: bytes = b""
-    """Stands for the salt of its prompts."""
+    """Stands for the `salt` of its prompts."""
+    salt: str = ""
     home: str | None = None
     """The worker that holds its KV between turns; None before the first turn and when that worker has died."""
     turns: int = 0

@@ -150,6 +150,10 @@ class Conversations:
             prompt = prompt[: 4 * conversation.last]  # without the answer to another choice of the same request
             self._last.put(conversation.key, prompt + array("i", tokens).tobytes())
 
+    def tokens(self, conversation: Conversation) -> list[int]:
+        """Of its last turn, prompt and answer; none if they are not kept any more."""
+        return array("i", self._last.get(conversation.key)).tolist()
+
     def expire(self, now: float) -> list[Conversation]:
         gone: list[Conversation] = []
         for conversation in self._by_key.values():

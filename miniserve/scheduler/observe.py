@@ -22,9 +22,9 @@ drives out. Once would be right if that happened once; it happens at each turn o
 """
 STEP_STRETCH = 6.0
 """Of `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
-FEW_HOMES, LIKELY_HOMES = 8, 4
-"""Of more workers than that, so many are compared as homes: those where a typical turn would cost least; and of those
-that hold most of the prompt, or are on the old home's host, as many."""
+FEW_HOMES, LIKELY_HOMES, SPECIAL_HOMES = 8, 4, 2
+"""Of more workers than that, some are compared as homes: those where a typical turn would cost least, and the best of
+those that hold most of the prompt, or are on the old home's host."""
 TYPICAL = Need(Conversation(""), 1000, 256, 1, Known([], 1), 0.0)
 
 
@@ -101,7 +101,7 @@ class Observe(Policy):
             return False
         if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
             # The turn would drive out what is needed soon.
-            return need.waited > self._worth(need, worker)
+            return need.waited > 0 and need.waited > self._worth(need, worker)
         return True
 
     def _may_join(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
@@ -114,7 +114,8 @@ class Observe(Policy):
         return worker.room - ROOM * worker.total_pages if free else 0.0
 
     def patience(self, need: Need, cluster: Cluster) -> float:
-        workers = self._likely(need, cluster, lambda *_: True)
+        all_of_few = (*cluster.decoders, *cluster.prefillers)
+        workers = all_of_few if len(all_of_few) <= FEW_HOMES else cluster.ranked(self._burden)[:LIKELY_HOMES]
         return min((self._worth(need, worker) for worker in workers), default=0.0)
 
     def _likely(
@@ -123,16 +124,22 @@ class Observe(Policy):
         """The workers that `may` be the turn's home and are worth comparing: decoders first."""
         if len(cluster.workers) <= FEW_HOMES:
             return [w for w in (*cluster.decoders, *cluster.prefillers) if may(need, cluster, w)]
-        ranked = cluster.ranked(lambda w: self._local(TYPICAL, cluster, w, *self._decode(TYPICAL, w)).cost)
+        ranked = cluster.ranked(self._burden)
         home = cluster.worker(need.conversation.home)
-        special = cluster.on_host(home) if home else need.known.best
-        found = [
-            worker
-            for some in (ranked, [worker for worker in ranked if worker.name in special])
-            for worker in islice((w for w in some if may(need, cluster, w)), LIKELY_HOMES)
-        ]
-        unique = {worker.name: worker for worker in found}.values()
-        return sorted(unique, key=lambda worker: worker.role is Role.PREFILLER)
+        host, best = home.host if home else "", need.known.best
+        special = [w for w in ranked if (w.host == host if host else w.name in best)]
+        found = {
+            worker.name: worker
+            for some, count in ((ranked, LIKELY_HOMES), (special, SPECIAL_HOMES))
+            for worker in islice((w for w in some if may(need, cluster, w)), count)
+        }
+        return sorted(found.values(), key=lambda worker: worker.role is Role.PREFILLER)
+
+    def _burden(self, worker: WorkerView) -> float:
+        """What a typical turn costs here."""
+        decode, beside = self._decode(TYPICAL, worker)
+        prefill, held_up = worker.speed.prefill(TYPICAL.tokens), worker.speed.held_up(TYPICAL.tokens)
+        return worker.queue_seconds + prefill + decode + beside + self._streams(worker) * held_up
 
     def _worth(self, need: Need, worker: WorkerView) -> float:
         """How long a newcomer should wait for room here: `WORTH` times what computing as many tokens again costs."""
@@ -142,20 +149,13 @@ class Observe(Policy):
     def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
         """The ways to serve a turn with this home; the first one is to prefill there."""
         decode, beside = self._decode(need, home)
-        local = self._local(need, cluster, home, decode, beside)
-        if home.role is Role.PREFILLER:  # Two that prefill for each other might wait for each other's pages.
-            return [local]
-        prefillers = cluster.prefillers_for(home, need.known)
-        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in prefillers)]
-
-    def _local(self, need: Need, cluster: Cluster, home: WorkerView, decode: float, beside: float) -> Option:
         known, history_at, fetch = need.known[home.name], "", 0.0
         old = cluster.worker(need.conversation.home)
         if old is not None and old is not home and need.known[old.name] > known:
             history_at, fetch = old.name, cluster.copy_seconds(old, home, need.known[old.name] - known)
             known = need.known[old.name]
         new = max(need.tokens - known, 1)
-        return Option(
+        local = Option(
             home.name,
             history_at=history_at,
             queue=home.queue_seconds,
@@ -164,6 +164,10 @@ class Observe(Policy):
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
+        if home.role is Role.PREFILLER:  # Two that prefill for each other might wait for each other's pages.
+            return [local]
+        prefillers = cluster.prefillers_for(home, need.known)
+        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in prefillers)]
 
     def _remote(
         self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Keep, Run
 from miniserve.scheduler.commands import Command, Note, Send
+from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.forecast import Forecast
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
@@ -46,6 +47,7 @@ class Placer:
             return []
         self.ledger.give_up_late(now)
         commands, closed = self._try_suspect(now, notes)
+        closed |= cluster.retired
         cluster.changed |= self._closed - closed
         self._closed = closed
 
@@ -149,13 +151,14 @@ class Placer:
             turn.prefill_at,
             placement.share_history,
             option.history_at or None,
-            self._keep(turn, home),
+            self.keep(conversation, len(turn.tokens), home, turn.number),
         )
         return [*commands, Send(home.name, run)]
 
-    def _keep(self, turn: Turn, home: WorkerView) -> Keep:
-        """How soon the home will need this conversation's pages again, for when it runs out of pages between turns."""
-        gap, chance = self.forecast.outlook(turn.conversation.history, turn.number)
-        last_page = max(len(turn.tokens) - self.page_tokens, 0)
+    def keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int | None = None) -> Keep:
+        """How soon the home will need this conversation's pages again, for when it runs out of pages between turns;
+        with `turns` it will have had so many."""
+        gap, chance = self.forecast.outlook(conversation.history, turns or conversation.turns)
+        last_page = max(tokens - self.page_tokens, 0)
         seconds = home.speed.prefill(self.page_tokens, last_page)
-        return Keep(str(turn.conversation.key), gap, chance, seconds)
+        return Keep(str(conversation.key), gap, chance, seconds)

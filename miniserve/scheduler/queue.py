@@ -61,6 +61,8 @@ class WaitingQueue:
         """Those with a home that were not tried since they came."""
         self._refused: set[int] = set()
         """Those without a home that every worker has refused."""
+        self._held: set[str] = set()
+        """Workers that have changed while one of these claims all: those behind it were not tried there."""
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -118,16 +120,23 @@ class WaitingQueue:
 
     def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
         """Place the turns that can be placed. `changed` names the workers that may have room now for what they have
-        refused; it is cleared, unless a turn claims all workers before all were tried.
+        refused; it is cleared.
 
         `place(turn, open_workers)` places a turn on open ones of the `workers`, or returns False if it has to wait; if
         it raises, no turn is lost.
         """
         while everyone := self.line(Group.ANYWHERE):
             number, _ = first = everyone[0]
+            if number not in self._refused:
+                self._let_go(changed)
             self._serve_lines(place, workers, changed, number)
             if not self._place_anywhere(Group.ANYWHERE, first, place, self._open(workers, number), changed):
+                self._held |= changed | {str(turn.conversation.home) for turn in self._fresh.values()}
+                changed.clear()
+                self._fresh.clear()
                 return
+            self._let_go(changed)
+        self._let_go(changed)
         self._serve_lines(place, workers, changed, inf)
         while (newcomers := self.line(Group.NEWCOMERS)) and (open_workers := self._open(workers, inf)):
             _, turn = first = newcomers[0]
@@ -141,6 +150,11 @@ class WaitingQueue:
                 return
             break  # It keeps its place, and those behind it wait for it.
         changed.clear()
+
+    def _let_go(self, changed: set[str]) -> None:
+        """No turn claims all workers any more, or another one does."""
+        changed |= self._held
+        self._held = set()
 
     def _serve_lines(self, place: Place, workers: Set[str], changed: set[str], until: float) -> None:
         """Place turns that have a home, and come before number `until`."""

@@ -11,11 +11,22 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
-from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats
+from miniserve.cluster.messages import (
+    Abort,
+    Ended,
+    Failed,
+    FirstToken,
+    Peer,
+    Peers,
+    Report,
+    Run,
+    TurnOutput,
+    WorkerStats,
+)
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversation import UNSAID, Said
+from miniserve.scheduler.conversation import UNSAID, Conversation, Said
 from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.forecast import Forecast, TurnEnd
 from miniserve.scheduler.ledger import Ledger
@@ -95,6 +106,9 @@ class Scheduler:
         self._peers: dict[str, Peer] = {}
         self._returning: set[str] = set()
         """Decoders that are being started again."""
+        self._moves: dict[str, tuple[str, str]] = {}
+        """Conversations on their way from a worker that is to go: from where, and to where."""
+        self._moved = 0
 
     @property
     def queued(self) -> int:
@@ -175,8 +189,50 @@ class Scheduler:
                 commands += self._fail(turn, reason, now)
         return [*commands, *self._place_queued(now, everywhere=True)]
 
+    def retire(self, name: str, now: float) -> list[Command]:
+        """A worker is to go: nothing more is placed there, and conversations move to other homes as soon as none of
+        their turns runs there. `retired` says when it has nothing left to do. Raises `NoDecoder` for the last one."""
+        if not [decoder for decoder in self.decoders if decoder.name != name]:
+            raise NoDecoder(f"{name} is the last decoder: add another one before it goes.")
+        self.cluster.retire(name)
+        running = {turn.conversation.key for turn in self._turns.values() if turn.home == name}
+        homes = [c for c in self.conversations if c.home == name and c.key not in running]
+        commands = [command for conversation in homes for command in self._move(conversation, now)]
+        return [*commands, *self._place_queued(now, everywhere=True)]
+
+    def retired(self, name: str) -> bool:
+        """Whether no turn runs on a worker, and no conversation moves away from it."""
+        return not any(turn.runs_on(name) for turn in self._turns.values()) and all(
+            name != source for source, _ in self._moves.values()
+        )
+
+    def _move(self, conversation: Conversation, now: float) -> list[Command]:
+        """Move the KV of a conversation to the decoder with the most room; where there is none, it is computed anew."""
+        before, tokens = conversation.home, self.conversations.tokens(conversation)
+        pages = self._ledger.pages(len(tokens))
+        self._ledger.let_go(conversation)
+        queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
+        for turn in queued:
+            self._queue.remove(turn, self.cluster.changed)
+        home = max(self.decoders, key=lambda decoder: decoder.room)
+        worth = conversation.turns and tokens and home.room >= pages
+        conversation.home = home.name if worth else None
+        for turn in reversed(queued):
+            self._queue.append(turn, now, first=True)
+        if not worth or before is None:
+            return []
+        self._moved += 1
+        move, keep = f"move-{self._moved}", self._placer.keep(conversation, len(tokens), home)
+        self._moves[move] = before, home.name
+        if not conversation.active:
+            self._ledger.hold(conversation, now)
+        params = SamplingParams(max_tokens=1)
+        run = Run(move, tokens, params, 0, conversation.salt, history_at=before, only_history=True, keep=keep)
+        return [Send(home.name, run)]
+
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
+        self._moves = {move: way for move, way in self._moves.items() if name not in way}
         self._placer.prefixes.drop(name)
         for conversation in self.conversations:
             if conversation.home == name:
@@ -233,7 +289,7 @@ class Scheduler:
         of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
         self._forecast.arrived(of.turns, gap)
-        of.active += 1
+        of.active, of.salt = of.active + 1, salt
         self._ledger.let_go(of)
         output = self._forecast.output(of.history, params.max_tokens, said.osl)
         accepted = Turn(
@@ -287,6 +343,8 @@ class Scheduler:
         for output in report.outputs:
             if turn := self._turn_of(output.turn):
                 commands += self._take(turn, output, worker, now)
+            else:
+                self._moves.pop(output.turn, None)
         return [*commands, *self._place_queued(now)]
 
     def on_tick(self, now: float) -> list[Command]:
@@ -396,4 +454,9 @@ class Scheduler:
             self._ledger.hold(conversation, now)
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
-        return [Note(outcome(turn, finish, now))] if self.notes and turn.runs else []
+        commands: list[Command] = [Note(outcome(turn, finish, now))] if self.notes and turn.runs else []
+        if conversation.home in self.cluster.retired and not any(
+            other.conversation is conversation and other.home for other in self._turns.values()
+        ):
+            commands += self._move(conversation, now)
+        return commands

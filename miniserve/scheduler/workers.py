@@ -18,7 +18,10 @@ LOAD_WINDOW = 30.0
 """Seconds over which a worker's load is averaged: what the next few turns will find there."""
 
 
-@dataclass
+_queued = attrgetter("queued_prefill_tokens")
+
+
+@dataclass(eq=False)
 class WorkerView:
     """A worker that lives. KV is counted in pages, times in seconds. The `Ledger` keeps `reserved`, `resident` and
     `wanted`."""
@@ -30,7 +33,7 @@ class WorkerView:
     page_tokens: int
     epoch: int = 1
     host: str = ""
-    """Between workers of one host KV travels fast."""
+    """Between workers of one host KV travels fast; "" where it is not known."""
     page_bytes: int = 0
     snapshot_pages: int = 0
     """Of a snapshot of recurrent state, which goes with KV wherever that goes."""
@@ -143,6 +146,7 @@ class Cluster:
         self.prefillers: list[WorkerView] = []
         self.decoders: list[WorkerView] = []
         self.open: Set[str] = self.workers.keys()
+        self.retired: set[str] = set()
         self.links: dict[tuple[str, str], Link] = {}
         """(from, to) -> KV that was moved."""
         self.changed: set[str] = set()
@@ -153,22 +157,26 @@ class Cluster:
         self._stale: set[str] = set()
         self._shortest: list[WorkerView] = []
         """Prefillers with the shortest queues; empty when that may have changed."""
-        self._hosts: dict[str, dict[str, WorkerView]] = {}
 
     def join(self, worker: WorkerView) -> None:
         self.leave(worker.name)
         self.workers[worker.name] = worker
         (self.prefillers if worker.role is Role.PREFILLER else self.decoders).append(worker)
         self._ranked.append(worker)
-        self._hosts.setdefault(worker.host, {})[worker.name] = worker
         self.touch(worker.name)
 
     def leave(self, name: str) -> None:
-        if gone := self.workers.pop(name, None):
+        self.retire(name)
+        self.retired.discard(name)
+        self.workers.pop(name, None)
+
+    def retire(self, name: str) -> None:
+        """A worker lives, but nothing more is to be placed there."""
+        if going := self.workers.get(name):
+            self.retired.add(name)
             self._shortest = []
-            del self._hosts[gone.host][name]
             for those in (self.prefillers, self.decoders, self._ranked):
-                those[:] = [worker for worker in those if worker is not gone]
+                those[:] = [worker for worker in those if worker is not going]
 
     def worker(self, name: str | None) -> WorkerView | None:
         return self.workers.get(name) if name is not None else None
@@ -188,19 +196,14 @@ class Cluster:
         self._ranked.sort(key=attrgetter("burden"))
         return self._ranked
 
-    def on_host(self, worker: WorkerView) -> dict[str, WorkerView]:
-        """All workers on its host, if that is known."""
-        return self._hosts[worker.host] if worker.host else {}
-
     def prefillers_for(self, home: WorkerView, known: Known) -> list[WorkerView]:
         """The prefillers that are worth comparing for a turn: all, if they are few; else those with the shortest
         queues, those on the host of its home, and those that have computed the conversation."""
         if len(self.prefillers) <= FEW_PREFILLERS:
             return self.prefillers
-        queued = attrgetter("queued_prefill_tokens")
-        self._shortest = self._shortest or nsmallest(SHORTEST_QUEUES, self.prefillers, queued)
-        some = (*self._shortest, *self.on_host(home).values(), *filter(None, map(self.worker, known)))
-        return list({worker.name: worker for worker in some if worker.role is Role.PREFILLER}.values())
+        self._shortest = self._shortest or nsmallest(SHORTEST_QUEUES, self.prefillers, _queued)
+        host = home.host or None
+        return [p for p in self.prefillers if p.host == host or p.name in known or p in self._shortest]
 
     def moved(self, move: Move, to: str) -> None:
         """KV went from one worker to another."""
@@ -275,7 +278,10 @@ class Known(dict[str, int]):
         self._page_tokens = page_tokens
 
     def __missing__(self, worker: str) -> int:
-        return next((pages * self._page_tokens for pages, workers in self._found if worker in workers), 0)
+        for pages, workers in self._found:
+            if worker in workers:
+                return pages * self._page_tokens
+        return 0
 
     def learn(self, worker: str, tokens: int) -> None:
         self[worker] = max(self[worker], tokens)

@@ -2,18 +2,18 @@
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from miniserve.cluster.channels import Inbox, Outboxes
-from miniserve.cluster.launch import WorkerSpec
+from miniserve.cluster.launch import WorkerSpec, sweep
 from miniserve.cluster.messages import Loading, StartFailed
 from miniserve.config import ConfigError
 from miniserve.worker.ranks import Ranks, follow
@@ -84,8 +84,7 @@ def _leave_with_frontend(spec: WorkerSpec) -> None:
     # os.read, not sys.stdin: nothing else must wait for a lock of the interpreter's own stdin at exit.
     while os.read(0, 1):
         pass
-    if not spec.rank:
-        shutil.rmtree(spec.run_dir, ignore_errors=True)
+    sweep(Path(spec.run_dir))
     os._exit(0)
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-from miniserve.cluster.messages import Fetch, Message, Move, Peer, PrefillRefused, Publish, Release, TurnOutput
+from miniserve.cluster.messages import Ended, Fetch, Message, Move, Peer, PrefillRefused, Publish, Release, TurnOutput
 from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.worker.engine import Engine
 from miniserve.worker.peers import PeerTable
@@ -85,6 +85,10 @@ class Receiver:
             if sequence.state is State.FETCHING:
                 sequence.move(State.RECEIVING)
             self.send(pull.source.address, sequence.asked())
+            return
+        if sequence.only_history:
+            self.engine.finish(sequence)
+            self.outputs.append(Ended(turn, 0, [], "stop"))
             return
         self.engine.resume(sequence)
 

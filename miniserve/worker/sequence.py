@@ -123,6 +123,8 @@ class Sequence:
     prefill_for: str | None = None
     history_at: str | None = None
     history_pages: int | None = None
+    only_history: bool = False
+    """Nothing is computed: it ends when its history is here."""
     share_history: bool = False
     keep: Keep = Keep()  # noqa: RUF009 - immutable
     state: State = State.WAITING
@@ -168,8 +170,8 @@ class Sequence:
     @classmethod
     def of(cls, run: Run, layout: str) -> Sequence:
         """The sequence of a run; `layout` is the root of all page hashes."""
-        names = "turn", "tokens", "params", "seed", "salt", "prior", "prefill_at", "history_at", "share_history", "keep"
-        return cls(root=root_hash(layout, run.salt), **{name: getattr(run, name) for name in names})
+        same = {name: getattr(run, name) for name in Run.__struct_fields__}
+        return cls(root=root_hash(layout, run.salt), **same)
 
     def asked(self) -> Prefill:
         """What a prefiller is asked to do of it, beside the tokens that are here already."""

@@ -76,3 +76,10 @@ def test_a_wrong_hardware_says_how_to_mend_it(tmp_path: Path, text: str, complai
     with pytest.raises(ConfigError) as caught:
         load_roles(text)
     assert complaint in str(caught.value)
+
+
+def test_a_transfer_to_another_host_takes_longer() -> None:
+    some = msgspec.structs.replace(PLAIN, far_bytes_per_second=1e5, far_latency=0.5)
+    assert some.transfer_seconds(1) == pytest.approx(16 * 1000 / 1e6)
+    assert some.transfer_seconds(1, near=False) == pytest.approx(16 * 1000 / 1e5 + 0.5)
+    assert PLAIN.transfer_seconds(1, near=False) == PLAIN.transfer_seconds(1)

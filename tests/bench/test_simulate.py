@@ -21,6 +21,7 @@ from miniserve.bench.simulate.run import alone, simulate
 from miniserve.cli import main as cli
 from miniserve.scheduler.baselines import POLICIES
 from tests.support.simulated import PLAIN, scripts, simulated
+from tests.support.whole import check_pool
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +73,20 @@ def test_conserve_moves_each_first_prompt_once():
     assert result["kv_transfer"]["bytes"] == 10 * 19 * 16 * 1000
     assert sum(n for place, n in result["placements"].items() if place.startswith("p0->")) == 10
     assert sum(n for place, n in result["placements"].items() if "->" not in place) == 20
+
+
+def test_links_between_hosts_are_slower_and_workers_are_spread_evenly():
+    """Two hosts with a prefiller and two decoders each; the first ones of each role share a host."""
+    far = msgspec.structs.replace(PLAIN, devices_per_host=3, far_bytes_per_second=1e5)
+    made = simulation(scripts(30), "2P4D", "conserve", far)
+    hosts = {name: worker.host for name, worker in made.workers.items()}
+    assert hosts == {"p0": "h0", "p1": "h1", "d0": "h0", "d1": "h0", "d2": "h1", "d3": "h1"}
+    speeds: dict[bool, list[float]] = {True: [], False: []}
+    for (source, destination), link in made.scheduler.links.items():
+        speeds[hosts[source] == hosts[destination]].append(link.bytes / link.seconds)
+    assert speeds[True] == pytest.approx([1e6] * len(speeds[True]))
+    assert speeds[False] == pytest.approx([1e5] * len(speeds[False]))
+    assert all(speeds.values())
 
 
 def test_energy_counts_busy_and_idle_time():
@@ -127,7 +142,7 @@ def test_every_token_of_the_trace_is_served_once(policy: str, topology: str):
     made.now += 1e6
     made.scheduler.on_tick(made.now)
     for name, worker in made.workers.items():
-        worker.pool.check()
+        check_pool(worker.pool)
         view = made.scheduler.workers[name]
         assert (worker.pool.num_held, view.reserved, view.turns) == (0, 0, 0)
         assert view.wanted == pytest.approx(0.0, abs=1e-6)

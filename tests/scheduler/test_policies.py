@@ -252,3 +252,47 @@ def test_observe_does_not_flap():
         d0, d1 = worker("d0", turns=3 + tremble % 2), worker("d1", turns=3)
         d0.queued_prefill_tokens = tremble
         assert where(Observe().place(turn, cluster(worker("p0"), d0, d1))) == ("d0", "")
+
+
+def test_a_link_that_was_never_used_is_taken_to_be_like_others_of_its_kind() -> None:
+    workers = [worker(name) for name in ("p0", "d0", "p1", "d1")]
+    for view, host in zip(workers, ("a", "a", "b", "b"), strict=True):
+        view.host = host
+    p0, d0, p1, d1 = workers
+    seen = cluster(*workers)
+    assert seen.copy_seconds(p0, d0, PAGE) == 0.0
+    seen.moved(Move("t", "p0", 1, 1000, 0.1, exposed=0.01), "d1")
+    assert seen.copy_seconds(p0, d0, PAGE) == pytest.approx(0.1), "the best that is known"
+    seen.moved(Move("t", "p0", 1, 1000, 0.001, exposed=0.0), "d0")
+    assert seen.copy_seconds(p1, d1, PAGE) == pytest.approx(0.001), "within a host"
+    assert seen.copy_seconds(p1, d0, PAGE) == pytest.approx(0.1), "between hosts"
+    assert (seen.exposed_seconds(p1, d1), seen.exposed_seconds(p1, d0)) == (0.0, pytest.approx(0.01))
+
+
+def test_observe_prefers_the_prefiller_and_the_home_of_the_same_host() -> None:
+    """A prompt beside streams goes to the prefiller near them; a conversation whose home is full to a worker near it,
+    for its KV can come from there sooner."""
+    workers = [worker("p0"), worker("p1"), worker("d0", turns=8), worker("d1"), worker("d2")]
+    for view, host in zip(workers, "abbab", strict=True):
+        view.host = host
+    seen = cluster(*workers, closed=("p0", "p1", "d1", "d2"))
+    seen.moved(Move("t", "p0", 1, 1000, 1e-4, history=True), "d1")
+    seen.moved(Move("t", "p0", 1, 1000, 0.02, history=True), "d0")
+    assert where(Observe().place(need(2000), seen)) == ("d0", "p1")
+    seen.workers["d0"].reserved = 1000
+    seen.open = {"d0", "d1", "d2"}
+    placed = Observe().place(need(1020, home="d0", turns=2, d0=1000), seen)
+    assert placed is not None
+    assert (placed.home, placed.history_at) == ("d2", "d0")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_of_many_workers_the_idle_one_is_found(name: str) -> None:
+    """Among 200 workers, most of which are compared only roughly."""
+    busy = [worker(f"d{n}", turns=5, resident=300) for n in range(200)]
+    busy[137] = worker("d137")
+    few = cluster(*busy, *(worker(f"p{n}", queued=0 if n == 7 else 5000) for n in range(20)))
+    placed = make_policy(name).place(need(), few)
+    assert placed is not None
+    assert placed.home == "d137"
+    assert placed.prefill_at in ("", "p7")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
 from pathlib import Path
 
 import msgspec
@@ -48,9 +47,9 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """For each token, whatever its bytes."""
     devices_per_host: int | None = None
     """None: all are on one host."""
-    far_bytes_per_second: float = inf
+    far_bytes_per_second: float | None = None
     far_latency: float = 0.0
-    """Between hosts a transfer is at most so fast, for each device, and takes so much longer."""
+    """Of transfers between hosts: how fast each device's are (None: as within a host), and what they take on top."""
     message_seconds: float = 0.0
     busy_watts: float | None = None
     idle_watts: float | None = None
@@ -93,10 +92,9 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def transfer_seconds(self, pages: int, near: bool = True) -> float:
         """The time of `pages` to another device, `near` if it is on the same host, with nothing else on the way."""
-        rate = (
-            self.transfer_bytes_per_second if near else min(self.transfer_bytes_per_second, self.far_bytes_per_second)
-        )
-        latency = self.transfer_latency if near else self.transfer_latency + self.far_latency
+        rate, latency = self.transfer_bytes_per_second, self.transfer_latency
+        if not near:
+            rate, latency = self.far_bytes_per_second or rate, latency + self.far_latency
         return latency + pages * self.page_tokens * (self.kv_bytes_per_token / rate + self.transfer_token_seconds)
 
 
