@@ -95,9 +95,14 @@ def bind_path(path: str) -> socket.socket:
 def signals() -> tuple[asyncio.Event, asyncio.Event]:
     """Events for SIGTERM and SIGINT: the first one asks to drain, the second to stop."""
     first, second = asyncio.Event(), asyncio.Event()
+    heed(first, second)
+    return first, second
+
+
+def heed(first: asyncio.Event, second: asyncio.Event) -> None:
+    """Set the events at signals from now on, whatever a library has made of these meanwhile, as Ray does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
-    return first, second
 
 
 class HttpServer(uvicorn.Server):
@@ -129,6 +134,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
+            heed(drain, stop)
         serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
             bound = listeners[0].getsockname()[:2]

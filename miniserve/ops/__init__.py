@@ -1,11 +1,11 @@
 """The few kernels a model needs, behind one small interface. `make_ops` picks the implementation for a device."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.batch import Batch, Sizes, State
 from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
 from miniserve.ops.group import Group
 from miniserve.ops.native import NoKernels
@@ -99,24 +99,16 @@ class StackingOps(Protocol):
 def make_ops(
     device: torch.device,
     dtype: torch.dtype,
-    heads: int,
-    head_dim: int,
-    widths: list[int],
+    sizes: Sizes,
     page_tokens: int = 16,
-    state_dims: Sequence[int] = (),
     *,
-    scale: float | None = None,
-    windows: Iterable[int] = (0,),
     native: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Ops, str]:
-    """The implementation for `device`, and its name or why it is a slower one.
+    """The implementation for `device`, for pages of `page_tokens`, and its name or why it is a slower one.
 
-    `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
-    states, MLP activations and others that matrices are multiplied with; `page_tokens` is the size of a page,
-    `state_dims` are those of keys and values in a recurrent state. Scores are multiplied with `scale`, else with that
-    of `head_dim`; `windows` are those of the layers. Without `native` it is plain torch. A CPU gets compiled kernels
-    where a compiler is installed; `progress` gets a line if they have to be compiled first.
+    Without `native` it is plain torch. A CPU gets compiled kernels where a compiler is installed; `progress` gets a
+    line if they have to be compiled first.
     """
     if not native:
         return TorchOps(device, dtype), "torch"
@@ -124,9 +116,9 @@ def make_ops(
         if device.type == "cuda":
             from miniserve.ops.cuda_ops import CudaOps
 
-            return CudaOps(device, dtype, heads, head_dim, scale or head_dim**-0.5, windows), "flashinfer"
+            return CudaOps(device, dtype, sizes), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
-        return CpuOps(dtype, head_dim, widths, page_tokens, state_dims, progress), "native"
+        return CpuOps(dtype, sizes, page_tokens, progress), "native"
     except NoKernels as reason:
         return TorchOps(device, dtype), f"torch, slower than native ones: {reason}"

@@ -1,13 +1,13 @@
 """The native CPU kernels of `cpu.cpp` behind the `Ops` interface."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.batch import Batch, Sizes, State
 from miniserve.ops.cpu_packed import Arena, FusedForward, PackedMatrix, Structs, address
 from miniserve.ops.cpu_structs import BLOCK, GATES, ROWS, STRUCTS, NativePlan, Rotary
 from miniserve.ops.decoder import DeltaNet, Experts, Weights
@@ -26,13 +26,7 @@ class CpuOps:
     filter = staticmethod(filter_sorted)
 
     def __init__(
-        self,
-        dtype: torch.dtype,
-        head_dim: int,
-        widths: list[int],
-        page_tokens: int,
-        state_dims: Sequence[int],
-        progress: Callable[[str], None],
+        self, dtype: torch.dtype, sizes: Sizes, page_tokens: int, progress: Callable[[str], None] = lambda line: None
     ) -> None:
         """Raises `NoKernels` where they cannot be compiled, or are not made for this dtype or these sizes."""
         library = load(progress)
@@ -40,13 +34,12 @@ class CpuOps:
         if not hasattr(library, f"attention_{name}"):
             raise NoKernels(f"this CPU has no kernels for {name}")
         lanes = library.lanes()
-        if head_dim % (2 * lanes) or any(width % (BLOCK // 2) for width in widths):
-            raise NoKernels(
-                f"heads of {head_dim} or rows of {widths} numbers do not fill vectors of {lanes} or {BLOCK // 2}"
-            )
-        if any(size % lanes for size in state_dims):
-            sizes = " and ".join(map(str, state_dims))
-            raise NoKernels(f"heads of a recurrent state of {sizes} numbers do not fill vectors of {lanes}")
+        if sizes.head_dim % (2 * lanes) or any(width % (BLOCK // 2) for width in sizes.widths):
+            rows = f"heads of {sizes.head_dim} or rows of {sizes.widths} numbers"
+            raise NoKernels(f"{rows} do not fill vectors of {lanes} or {BLOCK // 2}")
+        if any(size % lanes for size in sizes.state_dims):
+            dims = " and ".join(map(str, sizes.state_dims))
+            raise NoKernels(f"heads of a recurrent state of {dims} numbers do not fill vectors of {lanes}")
         if page_tokens % lanes:
             raise NoKernels(f"pages of {page_tokens} tokens do not fill vectors of {lanes} (--block-size)")
         self.layout = f"kv_head, vectors of {lanes} tokens"

@@ -5,13 +5,14 @@ The pool stays page-major: a layer of it is a strided view, whose strides these 
 
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
+from miniserve.ops.batch import Sizes
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
 from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
 from miniserve.ops.native import NoKernels
@@ -68,17 +69,12 @@ class CudaOps(CudaPlanner):
         self,
         device: torch.device,
         dtype: torch.dtype,
-        heads: int,
-        head_dim: int,
-        scale: float,
-        windows: Iterable[int],
+        sizes: Sizes,
         kernels: Any = None,
         delta: Any = None,
     ) -> None:
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
-        super().__init__(
-            kernels or _flashinfer(device, dtype, head_dim), device, dtype, heads, head_dim, scale, windows
-        )
+        super().__init__(kernels or _flashinfer(device, dtype, sizes.head_dim), device, dtype, sizes)
         self._delta = delta
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
         self.records_mixtures = device.type != "cuda" or (hopper and dtype is torch.bfloat16)
@@ -169,17 +165,8 @@ class CudaOps(CudaPlanner):
     ) -> torch.Tensor:
         assert scale == self.scale, "what was planned for"
         pages = plan.layers[layer]
-        self._fi.page.append_paged_kv_cache(
-            append_key=k,
-            append_value=v,
-            batch_indices=plan.sequence,
-            positions=plan.position,
-            paged_kv_cache=pages,
-            kv_indices=plan.indices,
-            kv_indptr=plan.indptr,
-            kv_last_page_len=plan.last,
-            kv_layout="NHD",
-        )
+        new = {"append_key": k, "append_value": v, "paged_kv_cache": pages}
+        self._fi.page.append_paged_kv_cache(**new, **plan.places, kv_layout="NHD")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if plan.decode:
             plan.decode[window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])

@@ -161,19 +161,8 @@ def build(
         estimate = sizing.weight_bytes(model, choices.dtype, *(bits if config.cpu_kernels == "auto" else (None, None)))
         sized = choices.shape, choices.max_model_len, estimate, device
         size = sizing.size_pool(config, *sized, state=slots, snapshot=choices.snapshot)
-    ops, kernels = make_ops(
-        device,
-        choices.dtype,
-        model.heads,
-        model.head_dim,
-        model.widths,
-        config.block_size,
-        (model.delta.k_dim, model.delta.v_dim) if model.delta else (),
-        scale=model.attention_scale,
-        windows={layer.window for layer in model.layers if layer.attends},
-        native=config.cpu_kernels != "torch",
-        progress=lambda line: show(line, 0, 0),
-    )
+    of = device, choices.dtype, model.sizes, config.block_size
+    ops, kernels = make_ops(*of, native=config.cpu_kernels != "torch", progress=lambda line: show(line, 0, 0))
     group = make_group(device, spec, config.tensor_parallel_size)
     choices = replace(choices, sequences=_least(group, choices.sequences, device))
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None

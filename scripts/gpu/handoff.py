@@ -18,7 +18,7 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer.connect import connect
 from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import Transfer
-from miniserve.kv.transfer.mapped import PulledTransfer
+from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.kv.transfer.remote import RemoteTransfer
 from miniserve.model.config import ModelConfig
 from scripts.gpu import ceilings
@@ -153,7 +153,7 @@ def same_bytes(run: Setting, nccl: bool = False) -> Figures:
     shape = PageShape(layers=3, page_tokens=16, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     everything, pick = list(range(2 * half)), random.Random(0)
     with pair(run, shape, 2 * half, nccl) as (memory, transfer, command):
-        ways = (RemoteTransfer, "NCCL") if nccl else (PulledTransfer, "mapped")
+        ways = (RemoteTransfer, "NCCL") if nccl else (MappedTransfer, "mapped")
         yield Figure("way", ways[1] if isinstance(transfer, ways[0]) else "another", "", "==", ways[1])
         # Lower halves are given away, upper halves are written to.
         sent, back = pick.sample(range(half), half // 2), pick.sample(range(half), half // 2)
@@ -181,7 +181,7 @@ def speed(run: Setting, preset: str) -> Figures:
     count, chunk = (TOKENS // 16, CHUNK // 16) if not run.small else (64, 32)
     ceiling = ceilings.measured(run)
     with pair(run, shape, 2 * count) as (memory, transfer, command):
-        yield Figure("way", "mapped" if isinstance(transfer, PulledTransfer) else "another")
+        yield Figure("way", "mapped" if isinstance(transfer, MappedTransfer) else "another")
         times = []
         for repeat in range(6):
             order = random.Random(repeat).sample(range(count), count)

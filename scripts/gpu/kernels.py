@@ -10,7 +10,7 @@ import torch
 from miniserve.model import rope
 from miniserve.model.rope import RopeConfig
 from miniserve.ops import make_ops
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, Sizes
 from scripts.gpu.common import Figure, Figures, Setting
 
 LIMIT = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2}
@@ -74,7 +74,7 @@ def _attend(
     heads, device, numbers = kv_heads * group, torch.device(run.device), generator(run, group)
     # The CPU's own kernels keep a pool in another order; tests/test_ops.py knows it.
     native, windows = device.type == "cuda", {0, window}
-    ops, kernels = make_ops(device, dtype, heads, dim, [heads * dim], windows=windows, native=native)
+    ops, kernels = make_ops(device, dtype, Sizes(heads, dim, [heads * dim], windows=windows), native=native)
     counts = [-(-context // PAGE) for _, context in sequences]
     order = list(range(sum(counts) + 2))
     random.Random(group).shuffle(order)
@@ -128,7 +128,7 @@ def between(run: Setting) -> Figures:
 
 def _between(run: Setting, device: torch.device, dtype: torch.dtype, dim: int, rows: int) -> list[tuple[str, float]]:
     width, numbers = 576, generator(run, rows)
-    ops, _ = make_ops(device, dtype, 8, dim, (width,))
+    ops, _ = make_ops(device, dtype, Sizes(8, dim, (width,)))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=numbers, device=device).to(dtype)
@@ -188,7 +188,7 @@ def _product(run: Setting, device: torch.device, dtype: torch.dtype, columns: in
         return torch.randn(shape, generator=numbers, device=device).to(dtype)
 
     weight, bias, x, residual = normal(columns, size), normal(columns), normal(200, size), normal(200, columns)
-    ops, _ = make_ops(device, dtype, 8, 64, (size,))
+    ops, _ = make_ops(device, dtype, Sizes(8, 64, (size,)))
     plain: Any = ops.linear(weight.clone())
     biased, head = ops.linear(weight.clone(), bias), ops.head(weight.clone())
     product, worst = x.double() @ weight.double().T, 0.0

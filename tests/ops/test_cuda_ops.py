@@ -16,7 +16,7 @@ import torch
 
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, Sizes
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.ops.cuda_plan import page_tables
 from miniserve.ops.decoder import Experts, Mlp
@@ -38,7 +38,7 @@ WINDOWS = [0, 3]
 
 
 def ops(heads: int = 4, head_dim: int = 64) -> CudaOps:
-    return CudaOps(CPU, BF16, heads, head_dim, head_dim**-0.5, set(WINDOWS), reference(), delta)
+    return CudaOps(CPU, BF16, Sizes(heads, head_dim, (), windows=WINDOWS), reference(), delta)
 
 
 def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> Batch:
@@ -144,7 +144,7 @@ def test_tables() -> None:
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])
 def test_other_dtypes_and_sizes_have_no_kernels(dtype: torch.dtype, dim: int) -> None:
     with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
-        CudaOps(CPU, dtype, 4, dim, dim**-0.5, {0})
+        CudaOps(CPU, dtype, Sizes(4, dim, ()))
 
 
 def test_nothing_imports_flashinfer_on_a_cpu() -> None:
@@ -179,10 +179,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
     def make(folder: Path, *, eager: bool = False, **engine: Any) -> tuple[LLM, Recorder]:
         recorder = Recorder()
 
-        def cuda_ops(
-            device: Any, dtype: Any, heads: int, dim: int, *rest: Any, scale: float, windows: set[int], **more: Any
-        ) -> tuple[CudaOps, str]:
-            return CudaOps(CPU, dtype, heads, dim, scale, windows, reference(), delta), "flashinfer"
+        def cuda_ops(device: Any, dtype: Any, sizes: Sizes, *rest: Any, **more: Any) -> tuple[CudaOps, str]:
+            return CudaOps(CPU, dtype, sizes, reference(), delta), "flashinfer"
 
         def memory(shape: PageShape, num_pages: int, device: torch.device, *more: int) -> KVMemory:
             made = KVMemory(shape, num_pages + 1, device, *more)

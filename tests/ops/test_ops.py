@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.ops import Ops, make_ops, native
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, Sizes
 from miniserve.ops.cpu_ops import CpuOps
 from miniserve.ops.quantized import GROUP, Quantized
 from miniserve.ops.torch_ops import native_bf16
@@ -33,7 +33,7 @@ every_kind = pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
 def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64, page: int = 16) -> Ops:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINISERVE_CPU_ISA", kind if kind in ISAS else "")
-        made, said = make_ops(CPU, dtype, 4, head_dim, (width,), page, native=kind in ISAS)
+        made, said = make_ops(CPU, dtype, Sizes(4, head_dim, (width,)), page, native=kind in ISAS)
     if kind in ISAS and not isinstance(made, CpuOps):
         pytest.skip(said)
     return made
@@ -272,7 +272,7 @@ def test_logits(kind: str, dtype: torch.dtype, vocab: int) -> None:
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    made, said = make_ops(CPU, torch.float32, 4, 64, (64,))
+    made, said = make_ops(CPU, torch.float32, Sizes(4, 64, (64,)))
     assert not isinstance(made, CpuOps)
     assert "no g++ found" in said
 
@@ -306,9 +306,9 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 
 
 def test_sizes_that_do_not_fill_vectors_are_left_to_torch() -> None:
-    assert not isinstance(make_ops(CPU, torch.float32, 4, 40, (64,))[0], CpuOps)
-    assert not isinstance(make_ops(CPU, torch.float16, 4, 64, (64,))[0], CpuOps)
-    assert not isinstance(make_ops(CPU, torch.float32, 4, 64, (64,), 12)[0], CpuOps)
-    made, said = make_ops(CPU, torch.float32, 4, 64, (64,), 16, (32, 36))
+    assert not isinstance(make_ops(CPU, torch.float32, Sizes(4, 40, (64,)))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float16, Sizes(4, 64, (64,)))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float32, Sizes(4, 64, (64,)), 12)[0], CpuOps)
+    made, said = make_ops(CPU, torch.float32, Sizes(4, 64, (64,), (32, 36)))
     assert not isinstance(made, CpuOps)
     assert "g++" in said or "recurrent state of 32 and 36 numbers do not fill vectors" in said
