@@ -85,7 +85,7 @@ class ApiClient:
     def models(self) -> list[Any]:
         """What the server says of its models, of which there is at least one. Raises `ConfigError`."""
         if not (cards := self.get("/models")["data"]):
-            raise ConfigError(f"{self.url} names no model.")
+            raise ConfigError(f"{self.url} names no model. Does --url end in /v1?")
         return list(cards)
 
 
