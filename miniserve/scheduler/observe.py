@@ -101,7 +101,7 @@ class Observe(Policy):
             return False
         if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
             # The turn would drive out what is needed soon.
-            return need.waited > self._worth(need, worker)
+            return need.waited > 0 and need.waited > self._worth(need, worker)
         return True
 
     def _may_join(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:

@@ -19,6 +19,7 @@ from enum import Enum
 from heapq import heappop, heappush
 from itertools import count, takewhile
 from math import inf
+from operator import itemgetter
 
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.turns import Turn
@@ -60,6 +61,8 @@ class WaitingQueue:
         """Those with a home that were not tried since they came."""
         self._refused: set[int] = set()
         """Those without a home that every worker has refused."""
+        self._held: set[str] = set()
+        """Workers that have changed while one of these claims all: those behind it were not tried there."""
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -97,31 +100,43 @@ class WaitingQueue:
     def remove(self, turn: Turn, changed: set[str]) -> None:
         """A turn does not wait any more. A worker that it claimed has `changed`."""
         home = turn.conversation.home
-        places: tuple[str | Group, ...] = (home, *Group) if home else tuple(Group)
-        for where in places:
+        lines: list[str | Group] = [*Group, *([home] if home else [])]
+        for where in lines:
             for waiting in [waiting for waiting in self.line(where) if waiting[1] is turn]:
                 self._leave(where, waiting)
                 changed.update([home] if home else [])
 
     def homes_lost(self, now: float) -> None:
         """Some conversations have lost their home: their turns are newcomers again, and wait before the others."""
-        lost = [home for home in self._lines if isinstance(home, str) and not self._lines[home][0][1].conversation.home]
-        for waiting, where in sorted((w, x) for x in (*lost, Group.ANYWHERE) for w in self.line(x))[::-1]:
+        lost = [
+            (waiting, where)
+            for where, line in self._lines.items()
+            if where is Group.ANYWHERE or (isinstance(where, str) and not line[0][1].conversation.home)
+            for waiting in line
+        ]
+        for waiting, where in sorted(lost, reverse=True, key=itemgetter(0)):
             self._leave(where, waiting)
             self.append(waiting[1], now, first=True)
 
     def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
         """Place the turns that can be placed. `changed` names the workers that may have room now for what they have
-        refused; it is cleared, unless a turn claims all workers before all were tried.
+        refused; it is cleared.
 
         `place(turn, open_workers)` places a turn on open ones of the `workers`, or returns False if it has to wait; if
         it raises, no turn is lost.
         """
         while everyone := self.line(Group.ANYWHERE):
             number, _ = first = everyone[0]
+            if number not in self._refused:
+                self._let_go(changed)
             self._serve_lines(place, workers, changed, number)
             if not self._place_anywhere(Group.ANYWHERE, first, place, self._open(workers, number), changed):
+                self._held |= changed | {str(turn.conversation.home) for turn in self._fresh.values()}
+                changed.clear()
+                self._fresh.clear()
                 return
+            self._let_go(changed)
+        self._let_go(changed)
         self._serve_lines(place, workers, changed, inf)
         while (newcomers := self.line(Group.NEWCOMERS)) and (open_workers := self._open(workers, inf)):
             _, turn = first = newcomers[0]
@@ -136,14 +151,19 @@ class WaitingQueue:
             break  # It keeps its place, and those behind it wait for it.
         changed.clear()
 
+    def _let_go(self, changed: set[str]) -> None:
+        """No turn claims all workers any more, or another one does."""
+        changed |= self._held
+        self._held = set()
+
     def _serve_lines(self, place: Place, workers: Set[str], changed: set[str], until: float) -> None:
         """Place turns that have a home, and come before number `until`."""
         due: dict[int, Turn] = {}
         order: list[int] = []
 
-        def try_too(waiting: Iterable[Waiting], after: float = -inf) -> None:
+        def try_too(waiting: Iterable[Waiting], after: float = -inf, before: float = until) -> None:
             for number, turn in waiting:
-                if after < number < until and number not in due:
+                if after < number < before and number not in due:
                     due[number] = turn
                     heappush(order, number)
 
@@ -156,19 +176,19 @@ class WaitingQueue:
             turn = due[number]
             home = str(turn.conversation.home)
             line = self._lines[home]
-            fits = line[0][0] == number and home in workers and self._fits(turn)
+            is_first = line[0][0] == number
+            fits = is_first and home in workers and self._fits(turn)
             if not (self._fresh.pop(number, None) or fits or self._could_move(number, turn, spare)):
                 continue
             if not self._place(home, (number, turn), place, self._open(workers, number)):
                 continue
             for name in spare.keys() & {home, turn.conversation.home}:
                 spare[name] = self._elsewhere(name)
-            if home in self._lines:
-                try_too(line[:1], number)
-            elif home in workers:  # Nobody claims it any more.
+            if is_first and home in workers:  # It is open now to those before the next one in this line.
                 changed.add(home)
                 spare[home] = self._elsewhere(home)
-                try_too(self._up_to(spare[home]), number)
+                try_too(self._up_to(spare[home]), number, min(line[0][0], until) if line else until)
+            try_too(line[:1], number)
 
     def _up_to(self, pages: float) -> Iterator[Waiting]:
         """Turns that could move to a worker with room for so many pages."""

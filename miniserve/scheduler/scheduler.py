@@ -211,10 +211,14 @@ class Scheduler:
         before, tokens = conversation.home, self.conversations.tokens(conversation)
         pages = self._ledger.pages(len(tokens))
         self._ledger.let_go(conversation)
+        queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
+        for turn in queued:
+            self._queue.remove(turn, self.cluster.changed)
         home = max(self.decoders, key=lambda decoder: decoder.room)
         worth = conversation.turns and tokens and home.room >= pages
         conversation.home = home.name if worth else None
-        self._queue.follow(conversation, before)
+        for turn in reversed(queued):
+            self._queue.append(turn, now, first=True)
         if not worth or before is None:
             return []
         self._moved += 1
