@@ -1,6 +1,7 @@
 """Attention and its variants: grouped heads, norms of q and k, windows, a gate on the output."""
 
 import torch
+from torch import Tensor
 
 from miniserve.model.config import LayerConfig
 from miniserve.model.loader import Loader
@@ -37,7 +38,7 @@ def load(loader: Loader, at: str, layer: LayerConfig, index: int) -> Attention:
     )
 
 
-def attend(part: Attention, h: torch.Tensor, now: Pass) -> torch.Tensor:
+def attend(part: Attention, h: Tensor, now: Pass) -> Tensor:
     """`h` `[T, hidden]` -> what the heads found, `[T, heads * dim]`; stores keys and values on the way."""
     ops, heads, kv_heads, dim = now.ops, part.heads, part.kv_heads, part.dim
     every = part.qkv(h).view(len(h), -1, dim)  # [T, heads + 2 * kv_heads (+ heads), dim]

@@ -1,6 +1,6 @@
 """What a layer does with each token by itself: an MLP, or a mixture of experts of which a few work on a token."""
 
-import torch
+from torch import Tensor
 
 from miniserve.model.config import LayerConfig
 from miniserve.model.loader import Loader
@@ -50,7 +50,7 @@ def _mlp(loader: Loader, names: list[str], inner: int, bias: bool = False) -> Ml
     )
 
 
-def think(part: Mlp | Experts, h: torch.Tensor, residual: torch.Tensor | None, now: Pass) -> torch.Tensor:
+def think(part: Mlp | Experts, h: Tensor, residual: Tensor | None, now: Pass) -> Tensor:
     """`h` `[T, hidden]` -> `[T, hidden]`, with the `residual` added, perhaps in its place."""
     if isinstance(part, Mlp):
         return part.down(part.gate_up(h), residual)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniserve.config import ConfigError
 from miniserve.model.values import number, whole
@@ -28,7 +29,7 @@ class RopeConfig:
     original_max_len: int = 0
 
 
-def angles(rope: RopeConfig, head_dim: int, max_len: int) -> torch.Tensor:
+def angles(rope: RopeConfig, head_dim: int, max_len: int) -> Tensor:
     """Radians by which each pair of numbers is rotated at each position, float32 `[max_len, head_dim / 2]`."""
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if rope.kind == "linear":

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from miniserve.model import attention, delta_net, mlp, rope
 from miniserve.model.config import ModelConfig
@@ -29,12 +30,12 @@ class Transformer:
         self._rotary = [ops.rotary(table, weights.embedding.dtype) for table in tables]
         self._fused = ops.fuse(weights, self._rotary, self.group) if isinstance(ops, FusedOps) else None
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """The float32 logits `[rows, vocab]` of hidden states `[rows, hidden]`; of several ranks only the first has
         them."""
         return self._logits(self._weights.head(hidden))
 
-    def _logits(self, made: torch.Tensor) -> torch.Tensor:
+    def _logits(self, made: Tensor) -> Tensor:
         """From what each rank has made."""
         return self.group.gather(made)[:, : self.config.vocab_size]
 
@@ -43,9 +44,7 @@ class Transformer:
         return self._weights.embedding.device
 
     @torch.inference_mode()
-    def forward(
-        self, batch: Batch, kv: torch.Tensor, state: State | None = None, head: Head | None = None
-    ) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: Tensor, state: State | None = None, head: Head | None = None) -> Tensor:
         """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV,
         and over the recurrent `state`, which goes on by them, where the model has one.
 
@@ -60,13 +59,8 @@ class Transformer:
 
     @torch.inference_mode()
     def compute(
-        self,
-        plan: Any,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        outputs: torch.Tensor | None,
-        head: Head | None = None,
-    ) -> torch.Tensor:
+        self, plan: Any, tokens: Tensor, positions: Tensor, outputs: Tensor | None, head: Head | None = None
+    ) -> Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
         graph. Without `outputs` the logits of all rows are wanted.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from miniserve.model import attention, delta_net, mlp
 from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Safetensors, checked
@@ -91,10 +92,10 @@ def _build(loader: Loader, show: Progress) -> Weights:
         tied = config.tie_embeddings and torch.equal(loader.dense(matrix), embedding)
         if config.tie_embeddings and not tied:
             log.warning("config.json says tie_word_embeddings, but the files have another %s: it is used.", HEAD)
-    if loader.bits and isinstance(matrix, torch.Tensor):
+    if loader.bits and isinstance(matrix, Tensor):
         matrix = Quantized.of(matrix, 8)
     on_cpu = loader.device.type == "cpu"
-    if tied and (isinstance(matrix, torch.Tensor) or not on_cpu):
+    if tied and (isinstance(matrix, Tensor) or not on_cpu):
         head: Weight = loader.shard.head(embedding)
     else:
         head = loader.shard.head(matrix if isinstance(matrix, Quantized) else loader.dense(matrix))
@@ -108,7 +109,7 @@ def _layer(loader: Loader, at: str, layer: LayerConfig, index: int) -> Layer:
     """The layer whose tensors are named `at`; `index` is its number among those that attend, or do not, as it does."""
     config, extra = loader.config, loader.config.family.after_norms
 
-    def norm(name: str) -> torch.Tensor:
+    def norm(name: str) -> Tensor:
         return loader.norm(f"{at}{name}_layernorm.weight", config.hidden_size)
 
     return Layer(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from miniserve.ops.batch import Batch, Sizes, State
 from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp, Weights
@@ -12,7 +13,7 @@ from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
 from miniserve.ops.torch_ops import TorchOps
 
-Compute = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+Compute = Callable[[Any, Tensor, Tensor, Tensor, bool], Tensor]
 """A plan, tokens, positions, and the rows that are wanted -> their logits, or their hidden states if so asked."""
 
 
@@ -27,7 +28,7 @@ class Ops(Protocol):
     """Up to so many rows a step takes little longer than with one row, since all weights are read anyway: as many as a
     sequence and its draft may fill."""
 
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout. One of 4 or 8 bits is
         computed with as it is (`CpuOps`), or dequantized to the dtype that these `Ops` are for."""
 
@@ -35,17 +36,15 @@ class Ops(Protocol):
         """Prepare a matrix of any number of rows, like the last one, `[vocab, hidden]`: the result makes float32 logits
         of `[rows, hidden]`."""
 
-    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Any:
+    def rotary(self, angles: Tensor, dtype: torch.dtype) -> Any:
         """Prepare the angles of all positions, float32 `[positions, D / 2]` (radians, `model/rope.py`). The result of
         `StepOps` makes `cos_sin` for the positions `[T]` of a batch."""
 
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
+    def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> Linear:
         """Prepare `[2 * I, in]`, of which the first half are gates: the result makes activation(gate) * up, `[T, I]`.
         The `activation` is `silu` or `gelu_tanh`."""
 
-    def filter(
-        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def filter(self, probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor | None, Tensor]:
         """Candidates of `probs` `[n, vocab]`: (ids, weights); the weight of one that is filtered out is 0. Without ids
         the weights are those of the whole vocabulary, else of `ids` `[n, candidates]`.
 
@@ -53,7 +52,7 @@ class Ops(Protocol):
         leave; the likeliest always stays.
         """
 
-    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Any:
+    def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> Any:
         """What attention needs to know of a batch, worked out once for all layers.
 
         `kv` is the pool `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of
@@ -64,22 +63,22 @@ class Ops(Protocol):
 class StepOps(Ops, Protocol):
     """`Ops` with a call for each operation."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension."""
 
-    def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, q: Tensor, k: Tensor, cos_sin: Any) -> tuple[Tensor, Tensor]:
         """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: of the first R numbers of a head, as many as
         there are angles for twice, each with the one R / 2 away."""
 
-    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def mixture(self, part: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """What the experts `ids` make of each row of `x` `[T, hidden]`, added up with their `weights`, both
         `[T, chosen]`; the shared expert is not among them."""
 
-    def delta(self, plan: Any, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    def delta(self, plan: Any, part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
         """The convolution of `qkv` `[T, channels]`, and the delta rule with `ba` `[T, 2 * v_heads]`: what is read from
         the state, `[T, v_heads, v_dim]`. The state goes on by the new tokens (`ops/delta.py`)."""
 
-    def attention(self, plan: Any, part: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(self, plan: Any, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new tokens' `k`, `v` `[T, Hkv, D]` in the pool, then attend causally: `q` -> `[T, H, D]`."""
 
 

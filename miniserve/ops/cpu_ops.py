@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniserve.ops.batch import Batch, Sizes, State
 from miniserve.ops.cpu_packed import Arena, FusedForward, PackedMatrix, Tables, address
@@ -46,13 +47,13 @@ class CpuOps:
         self._kernel: Callable[[str], Any] = lambda operation: getattr(library, f"{operation}_{name}")
         self._arena, self._dtype, self._library = Arena(), dtype, library
 
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> PackedMatrix:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> PackedMatrix:
         return self._packed("product", self._dtype, weight, bias)
 
     def head(self, weight: Weight) -> PackedMatrix:
         return self._packed("logits", torch.float32, weight, None)
 
-    def _packed(self, kernel: str, out: torch.dtype, weight: Weight, bias: torch.Tensor | None) -> PackedMatrix:
+    def _packed(self, kernel: str, out: torch.dtype, weight: Weight, bias: Tensor | None) -> PackedMatrix:
         packed = self._arena.pack(self._kernel("pack"), self._library.pack_codes, weight)
         native = STRUCTS["Matrix"](packed.data_ptr(), address(bias), *weight.shape)
         if isinstance(weight, Quantized):
@@ -61,7 +62,7 @@ class CpuOps:
             native.bits = 8 * weight.itemsize
         return PackedMatrix(self._kernel(kernel), out, native, packed, bias)
 
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> PackedMatrix:
+    def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> PackedMatrix:
         """A block of columns is half gates, half their ups, so that a product has both at hand."""
         order = torch.arange(weight.shape[0]).view(2, -1, BLOCK // 2).transpose(0, 1).flatten()
         made = self.linear(weight[order], None if bias is None else bias[order])
@@ -71,7 +72,7 @@ class CpuOps:
     def fuse(self, weights: Weights, rotary: list[Tables], group: Group) -> FusedForward:
         return FusedForward(self._kernel("forward"), weights, rotary, group)
 
-    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> NativePlan:
+    def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> NativePlan:
         """The batch's page tables, one after the other, and where each begins; and where the recurrent state is."""
         count = len(batch.lengths)
         starts = [0, *accumulate(batch.lengths)]

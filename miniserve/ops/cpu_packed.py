@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniserve.ops.cpu_structs import BLOCK, STRUCTS, NativePlan
 from miniserve.ops.decoder import Attention, DeltaNet, Experts, Layer, Mlp, Weights
@@ -23,7 +24,7 @@ class Arena:
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
-    def pack(self, plain: Any, codes: Any, weight: Weight) -> torch.Tensor:
+    def pack(self, plain: Any, codes: Any, weight: Weight) -> Tensor:
         """`weight` `[columns, size]` in blocks of `BLOCK` columns, by a kernel for `plain` ones or for `codes`."""
         columns, size = weight.shape
         rows = -(-columns // BLOCK) * BLOCK
@@ -37,7 +38,7 @@ class Arena:
             plain(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
         return packed
 
-    def _take(self, size: int) -> torch.Tensor:
+    def _take(self, size: int) -> Tensor:
         if size > len(self._rest):
             memory = mmap.mmap(-1, max(size, ARENA_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # this system has none: only slower
@@ -47,7 +48,7 @@ class Arena:
         return taken
 
 
-def address(tensor: torch.Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers begin; a null pointer for None."""
     return None if tensor is None else tensor.data_ptr()
 
@@ -60,17 +61,17 @@ class PackedMatrix:
     kernel: Any
     dtype: torch.dtype
     native: Any
-    packed: torch.Tensor
-    bias: torch.Tensor | None
+    packed: Tensor
+    bias: Tensor | None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         columns = self.native.columns // 2 if self.native.gate else self.native.columns
         out = torch.empty((x.shape[0], columns), dtype=self.dtype)
         self.kernel(x.data_ptr(), x.shape[0], ctypes.byref(self.native), address(residual), out.data_ptr())
         return out
 
 
-Tables = tuple[torch.Tensor, torch.Tensor]
+Tables = tuple[Tensor, Tensor]
 """Those of `torch_ops.rotary_tables`, `[positions, R]`."""
 
 
@@ -116,8 +117,8 @@ def _struct(name: str, part: Any, **more: Any) -> Any:
     kind = STRUCTS[name]
     found = {name: more.get(name, getattr(part, name, None)) for name, _ in kind._fields_}
     for name, value in found.items():
-        if isinstance(value, torch.Tensor | PackedMatrix):
-            found[name] = address(value) if isinstance(value, torch.Tensor) else value.native
+        if isinstance(value, Tensor | PackedMatrix):
+            found[name] = address(value) if isinstance(value, Tensor) else value.native
     return kind(**{name: value for name, value in found.items() if value is not None})
 
 
@@ -134,9 +135,7 @@ class FusedForward:
         self._model = _struct("Model", weights, hidden=hidden, layers=layers, layer=layer, group=group.address)
         self._kept = structs, weights, rotary, group  # `_model` points into them
 
-    def __call__(
-        self, plan: NativePlan, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor, headless: bool
-    ) -> torch.Tensor:
+    def __call__(self, plan: NativePlan, tokens: Tensor, positions: Tensor, outputs: Tensor, headless: bool) -> Tensor:
         order = outputs.argsort() if headless else None
         outputs = outputs if order is None else outputs[order]  # the kernel wants rising rows, as those of logits are
         width, dtype = (self._hidden, self._dtype) if headless else (self._vocab, torch.float32)

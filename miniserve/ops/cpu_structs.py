@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from miniserve.ops.batch import State
 from miniserve.ops.native import NUMBERS, read_sources
@@ -43,5 +43,5 @@ class NativePlan:
     """A batch as the kernels read it. `numbers` and `state` are the memory that `native`, a `Batch`, points into."""
 
     native: Any
-    numbers: torch.Tensor
+    numbers: Tensor
     state: State | None
