@@ -214,12 +214,12 @@ class Scheduler:
         queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
         for turn in queued:
             self._queue.remove(turn, self.cluster.changed)
-        home = max(self.decoders, key=lambda decoder: decoder.room)
-        worth = conversation.turns and tokens and home.room >= pages
-        conversation.home = home.name if worth else None
+        home = max(self.decoders, key=lambda decoder: decoder.room, default=None)
+        worth = home is not None and conversation.turns and tokens and home.room >= pages
+        conversation.home = home.name if home and worth else None
         for turn in reversed(queued):
             self._queue.append(turn, now, first=True)
-        if not worth or before is None:
+        if home is None or not worth or before is None:
             return []
         self._moved += 1
         move, keep = f"move-{self._moved}", self._placer.keep(conversation, len(tokens), home)
@@ -289,6 +289,8 @@ class Scheduler:
         of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
         self._forecast.arrived(of.turns, gap)
+        if of.home in self.cluster.retired and not of.active:  # a fork of one that runs there
+            of.home = None
         of.active, of.salt = of.active + 1, salt
         self._ledger.let_go(of)
         output = self._forecast.output(of.history, params.max_tokens, said.osl)
