@@ -7,15 +7,14 @@ learns by how far what it has for a key is from the value: S <- a S + k (b (v - 
 import torch
 import torch.nn.functional as F
 
-from miniserve.model.config import ModelConfig
 from miniserve.model.loader import Loader
 from miniserve.model.passes import Pass
 from miniserve.ops.decoder import DeltaNet
 
 
-def load(loader: Loader, at: str, config: ModelConfig, index: int) -> DeltaNet:
+def load(loader: Loader, at: str, index: int) -> DeltaNet:
     """The delta net of a layer whose tensors are named `at`."""
-    sizes, hidden = config.delta, config.hidden_size
+    sizes, hidden = loader.config.delta, loader.config.hidden_size
     assert sizes is not None
     values = sizes.v_heads * sizes.v_dim
     if loader.has(f"{at}in_proj_qkvz"):

@@ -10,7 +10,7 @@ from miniserve.model.checkpoints import Costs, Read
 from miniserve.model.config import ModelConfig
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
-from miniserve.ops.decoder import Linear
+from miniserve.ops.decoder import Head, Linear
 from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 
 
@@ -75,10 +75,10 @@ class Loader:
         biases = [self.get(f"{name}.bias", rows) for name, rows in parts.items()] if bias else None
         return self.prepared(weights, torch.cat(biases) if biases else None, gated=gated, order=order)
 
-    def plain(self, parts: dict[str, int], width: int, order: torch.Tensor | None = None) -> Linear:
+    def plain(self, parts: dict[str, int], width: int, order: torch.Tensor | None = None) -> Head:
         """A small matrix, which is never quantized."""
         whole = torch.cat([self.get(f"{name}.weight", rows, width) for name, rows in parts.items()])
-        return self.ops.plain(whole if order is None else whole[order])
+        return self.ops.head(whole if order is None else whole[order])
 
     def prepared(
         self,

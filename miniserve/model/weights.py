@@ -20,7 +20,7 @@ from miniserve.model.gguf import GgufTensors
 from miniserve.model.loader import Loader, check_groups, random
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
-from miniserve.ops.decoder import Attention, DeltaNet, Layer, Weights
+from miniserve.ops.decoder import Layer, Weights
 from miniserve.ops.quantized import Quantized, Weight
 
 log = logging.getLogger("miniserve.model")
@@ -111,16 +111,13 @@ def _layer(loader: Loader, at: str, layer: LayerConfig, index: int) -> Layer:
     def norm(name: str) -> torch.Tensor:
         return loader.norm(f"{at}{name}_layernorm.weight", config.hidden_size)
 
-    mixer: Attention | DeltaNet
-    if layer.attends:
-        mixer = attention.load(loader, f"{at}self_attn.", config, layer, index)
-    else:
-        mixer = delta_net.load(loader, f"{at}linear_attn.", config, index)
     return Layer(
         input_norm=norm("input"),
-        mixer=mixer,
+        mixer=attention.load(loader, f"{at}self_attn.", layer, index)
+        if layer.attends
+        else delta_net.load(loader, f"{at}linear_attn.", index),
         mixer_norm=norm("post_attention") if extra else None,
         post_norm=norm("pre_feedforward" if extra else "post_attention"),
-        mlp=mlp.load(loader, at, config, layer),
+        mlp=mlp.load(loader, at, layer),
         mlp_norm=norm("post_feedforward") if extra else None,
     )

@@ -45,14 +45,3 @@ class NativePlan:
     native: Any
     numbers: torch.Tensor
     state: State | None
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The tables of `torch_ops.rotary_tables`, `[positions, R]`."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return positions, self.cos, self.sin

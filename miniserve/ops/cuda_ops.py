@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from miniserve.ops.batch import Sizes
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
-from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight, dense
 
@@ -83,7 +83,7 @@ class CudaOps(CudaPlanner):
         plain = dense(weight, self._dtype)
         return Product(plain, plain.t(), bias)
 
-    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self, weight: Weight) -> Head:
         """The logits are rounded to 16 bits before they become float32."""
         plain = dense(weight, self._dtype)
         return lambda x: F.linear(x, plain).float()
@@ -108,9 +108,6 @@ class CudaOps(CudaPlanner):
             is_neox=True,
         )
         return q, k
-
-    def plain(self, weight: torch.Tensor) -> Linear:
-        return self.linear(weight)
 
     def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
         act = self._fi.activation.silu_and_mul if activation == "silu" else self._fi.activation.gelu_tanh_and_mul
@@ -150,28 +147,18 @@ class CudaOps(CudaPlanner):
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
 
-    def fuse(self, weights: Weights, rotary: list[Any], group: Any) -> None:
-        """There is no such kernel; CUDA graphs spare the host its calls."""
-
     def attention(
-        self,
-        plan: CudaPlan,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        window: int = 0,
+        self, plan: CudaPlan, part: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        assert scale == self.scale, "what was planned for"
-        pages = plan.layers[layer]
+        assert part.scale == self.scale, "what was planned for"
+        pages = plan.layers[part.index]
         new = {"append_key": k, "append_value": v, "paged_kv_cache": pages}
         self._fi.page.append_paged_kv_cache(**new, **plan.places, kv_layout="NHD")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if plan.decode:
-            plan.decode[window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])
+            plan.decode[part.window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])
         if plan.prefill:
-            plan.prefill[window].run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
+            plan.prefill[part.window].run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
         return out
 
 

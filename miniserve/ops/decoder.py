@@ -14,6 +14,10 @@ class Linear(Protocol):
         """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`, perhaps written over `residual`."""
 
 
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""A matrix prepared for its device: `[T, in]` -> float32 `[T, out]`."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """Attention of `heads` queries on `kv_heads` keys and values of `dim` numbers. q, k and v are one matrix; if the
@@ -65,7 +69,7 @@ class DeltaNet(DeltaSizes):
 
     index: int
     qkvz: Linear
-    ba: Linear
+    ba: Head
     conv: torch.Tensor
     rate: torch.Tensor
     bias: torch.Tensor
@@ -89,11 +93,11 @@ class Experts:
 
     chosen: int
     renormed: bool
-    router: Linear
+    router: Head
     experts: list[Mlp]
     stacked: Any
     shared: Mlp | None
-    shared_gate: Linear | None
+    shared_gate: Head | None
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights. `embedding` is `[vocab, hidden]`, its rows are multiplied with `scale`; `head` makes float32 logits
-    of hidden states; `eps` is that of all norms."""
+    """All weights. `embedding` is `[vocab, hidden]`, its rows are multiplied with `scale`; `head` makes logits of
+    hidden states; `eps` is that of all norms."""
 
     embedding: torch.Tensor
     scale: float
     layers: list[Layer]
     norm: torch.Tensor
     eps: float
-    head: Callable[[torch.Tensor], torch.Tensor]
+    head: Head
     num_bytes: int

@@ -10,19 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import DeltaNet, Experts, Linear, Weights
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear
 from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
 vocabulary."""
+
+
+CosSin = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -128,7 +131,7 @@ class TorchOps:
         packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
         return onednn_linear(weight, bias) if packed else dense_linear(weight, bias)
 
-    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self, weight: Weight) -> Head:
         """In 16 bits the logits are rounded before they become float32."""
         product = self.linear(weight)
         return lambda x: product(x).float()
@@ -155,9 +158,6 @@ class TorchOps:
 
         return turned(q), turned(k)
 
-    def plain(self, weight: torch.Tensor) -> Linear:
-        return dense_linear(weight, None)
-
     def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
         product = self.linear(weight, bias)
         act = F.silu if activation == "silu" else partial(F.gelu, approximate="tanh")
@@ -169,14 +169,18 @@ class TorchOps:
         return activated
 
     def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return mixture(part, x, ids, weights)
+        """The tokens of one expert after the other's. What experts add to a token is rounded each time."""
+        out = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            rows, place = torch.where(ids == expert)
+            mlp = part.experts[expert]
+            made = mlp.down(mlp.gate_up(x[rows])) * weights[rows, place, None]
+            out.index_add_(0, rows, made.to(x.dtype))
+        return out
 
     def delta(self, plan: Plan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
         assert plan.state is not None
         return delta(plan.state, plan.pieces, part, qkv, ba)
-
-    def fuse(self, weights: Weights, rotary: list[Any], group: Any) -> None:
-        """There is no such kernel."""
 
     def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Plan:
         """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
@@ -219,12 +223,10 @@ class TorchOps:
             plan.together.append(Together(queries, every, longest, ends, new == 1 and min(contexts) == longest))
         return plan
 
-    def attention(
-        self, plan: Plan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0
-    ) -> torch.Tensor:
+    def attention(self, plan: Plan, part: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Store, gather, attend. Query heads that share a key head are handled as more queries of that head: in the
         shapes, group is the number of query heads per key head."""
-        count = k.shape[0]
+        count, layer = k.shape[0], part.index
         if plan.opened is not None:
             # Numbers of an earlier sequence could be NaN, which no mask makes harmless.
             plan.by_page.index_fill_(0, plan.opened[layer], 0)
@@ -242,28 +244,13 @@ class TorchOps:
                 for x in gathered.view(2, size, -1, kv_heads, dim)
             )
             folded = asking.view(size, new, kv_heads, group, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            mask = those.mask(window, group if new > 1 else 1, q.dtype)
-            attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)
+            mask = those.mask(part.window, group if new > 1 else 1, q.dtype)
+            attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=part.scale)
             attended = attended.unflatten(2, (group, new)).permute(0, 3, 1, 2, 4).reshape(asking.shape)
             if those.queries is None:
                 return attended
             out.index_copy_(0, those.queries, attended)
         return out
-
-
-CosSin = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
-
-
-def mixture(part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`Ops.mixture`: the tokens of one expert after the other's. What experts add to a token is rounded each time."""
-    out = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
-        rows, place = torch.where(ids == expert)
-        mlp = part.experts[expert]
-        made = mlp.down(mlp.gate_up(x[rows])) * weights[rows, place, None]
-        out.index_add_(0, rows, made.to(x.dtype))
-    return out
 
 
 def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
