@@ -11,18 +11,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
-from miniserve.cluster.messages import (
-    Abort,
-    Ended,
-    Failed,
-    FirstToken,
-    Peer,
-    Peers,
-    Report,
-    Run,
-    TurnOutput,
-    WorkerStats,
-)
+from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
@@ -222,13 +211,11 @@ class Scheduler:
         if not worth or before is None:
             return []
         self._moved += 1
-        move, keep = f"move-{self._moved}", self._placer.keep(conversation, len(tokens), home)
+        move = f"move-{self._moved}"
         self._moves[move] = before, home.name
         if not conversation.active:
             self._ledger.hold(conversation, now)
-        params = SamplingParams(max_tokens=1)
-        run = Run(move, tokens, params, 0, conversation.salt, history_at=before, only_history=True, keep=keep)
-        return [Send(home.name, run)]
+        return [self._placer.bring(move, conversation, tokens, before, home)]
 
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
