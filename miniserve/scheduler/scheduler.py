@@ -260,12 +260,10 @@ class Scheduler:
         conversation: str | int,
         salt: str,
         now: float,
-        *,
-        tool: bool = False,
         said: Said = UNSAID,
     ) -> list[Command]:
-        """Accept a turn: place it, or queue it. `conversation` is a key, or "" for none; `tool` is whether the prompt
-        ends in a tool's result; `said` is what else the client says of it.
+        """Accept a turn: place it, or queue it. `conversation` is a key, or "" for none; `said` is what else the client
+        says of it.
 
         Raises `NoDecoder`, and then changes nothing.
         """
@@ -292,7 +290,6 @@ class Scheduler:
             said=said,
             arrived=now,
             gap=gap,
-            tool=tool,
             output=output,
             pages=self._ledger.pages(len(tokens) + output),
             given=len(tokens),
