@@ -236,7 +236,7 @@ class Dispatcher:
         """Empty while all workers that are needed live."""
         if self._draining:
             return "The server is shutting down."
-        if self.scheduler.decoders:
+        if self.scheduler.cluster.decoders:
             return ""
         if not self.max_model_len:
             return "The workers are starting."

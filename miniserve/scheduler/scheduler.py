@@ -34,7 +34,7 @@ MOST_CLIENTS = 64
 
 
 class QueueFull(RuntimeError):
-    """Too many turns wait already; try again in `retry_after` seconds."""
+    """Too many turns wait already; try again in `retry_after` whole seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -116,13 +116,9 @@ class Scheduler:
         return {name: view.stats for name, view in self.workers.items() if view.stats is not None}
 
     @property
-    def decoders(self) -> list[WorkerView]:
-        return self.cluster.decoders
-
-    @property
     def can_serve(self) -> bool:
         """Whether a turn will be served: by a decoder that lives, or by one that is being started again."""
-        return bool(self.decoders or self._returning)
+        return bool(self.cluster.decoders or self._returning)
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
@@ -181,7 +177,7 @@ class Scheduler:
     def retire(self, name: str, now: float) -> list[Command]:
         """A worker is to go: nothing more is placed there, and conversations move to other homes as soon as none of
         their turns runs there. `retired` says when it has nothing left to do. Raises `NoDecoder` for the last one."""
-        if not [decoder for decoder in self.decoders if decoder.name != name]:
+        if not [decoder for decoder in self.cluster.decoders if decoder.name != name]:
             raise NoDecoder(f"{name} is the last decoder: add another one before it goes.")
         self.cluster.retire(name)
         running = {turn.conversation.key for turn in self._turns.values() if turn.home == name}
@@ -203,7 +199,7 @@ class Scheduler:
         queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
         for turn in queued:
             self._queue.remove(turn, self.cluster.changed)
-        home = max(self.decoders, key=lambda decoder: decoder.room)
+        home = max(self.cluster.decoders, key=lambda decoder: decoder.room)
         worth = conversation.turns and tokens and home.room >= pages
         conversation.home = home.name if worth else None
         for turn in reversed(queued):
@@ -241,15 +237,10 @@ class Scheduler:
         """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
         submit all of its turns."""
         if self.queued >= self._max_queued:
+            # The queue is likely to move on at the rate at which turns ended lately.
+            seconds = self.queued * max(now - self._ends[0], 0.1) / len(self._ends) if self._ends else 5
             waiting = f"{self.queued} requests are waiting already (--max-num-queued-reqs)."
-            raise QueueFull(waiting, self._retry_after(now))
-
-    def _retry_after(self, now: float) -> int:
-        """Whole seconds in which the queue is likely to move on, from the rate at which turns ended lately."""
-        if not self._ends:
-            return 5
-        rate = len(self._ends) / max(now - self._ends[0], 0.1)
-        return max(1, min(60, round(self.queued / rate)))
+            raise QueueFull(waiting, retry_after=max(1, min(60, round(seconds))))
 
     def submit(
         self,
