@@ -4,8 +4,13 @@
         [--rates R ...] [--json FILE]
 
 One process, no workers: the real Scheduler gets turns and made-up reports, each worker one for each step of 20 ms in
-which it has turns. "load" is what each call takes (submit, report, tick), how many turns a second that makes, and for
-how long a turn waits for its decision where so many are offered a second and calls are made one after the other.
+which it has turns.
+
+"load" is what each call takes (submit, report, tick; "decision" is the part of a submit that places), how many turns
+a second that makes, and for how long a turn waits for its decision where so many are offered a second and calls are
+made one after the other. Python's garbage collector is held off meanwhile; "gc" is what it takes when it is not. All
+seconds are CPU time of the thread, so that a busy machine disturbs them less.
+
 "jam" is what a call takes while 1,000 turns wait for one worker: other workers are full, or have room but for smaller
 turns, or may not be taken by conversations that have just moved.
 """
@@ -16,6 +21,7 @@ import gc
 import random
 import sys
 import time
+from array import array
 from collections import defaultdict
 from heapq import heappop, heappush
 from itertools import count
@@ -62,7 +68,7 @@ class Load:
         self._events: list[tuple[float, int, Any]] = []
         self._running: dict[str, dict[str, int]] = defaultdict(dict)
         """By worker: runs and the next token of each."""
-        self._prompts: dict[str, tuple[str, list[int], int]] = {}
+        self._prompts: dict[str, tuple[str, array[int], int]] = {}
         self._prefillers: dict[str, str] = {}
         for _ in range(conversations):
             self._at(2.0 + self.pick.random() * gap * 2, lambda now: self.begin(now))
@@ -97,14 +103,14 @@ class Load:
         self._at(now + 0.5, self.tick)
 
     def begin(self, now: float) -> None:
-        prompt = SYSTEM + [self.pick.randrange(50_000) for _ in range(self.pick.choice((100, 500, 1500)))]
+        prompt = array("i", SYSTEM + self.pick.choices(range(50_000), k=self.pick.choice((100, 500, 1500))))
         self.ask(f"c{next(self._keys)}", prompt, 1, now)
 
-    def ask(self, key: str, prompt: list[int], turn: int, now: float) -> None:
+    def ask(self, key: str, prompt: array[int], turn: int, now: float) -> None:
         name = f"{key}:{turn}"
         self._prompts[name] = key, prompt, turn
         params = SamplingParams(max_tokens=OUTPUT)
-        self.timed("submit", now, self.scheduler.submit, name, prompt, params, 0, key, "", now)
+        self.timed("submit", now, self.scheduler.submit, name, prompt.tolist(), params, 0, key, "", now)
 
     def step(self, worker: str, now: float) -> None:
         """Each turn there gets a token; the first one of a turn comes from its prefiller, which then has it no more."""
@@ -135,7 +141,7 @@ class Load:
             if turn == 5:
                 self._at(later, self.begin)
             else:
-                more = [*prompt, *[7] * OUTPUT, *(self.pick.randrange(50_000) for _ in range(60))]
+                more = prompt + array("i", [7] * OUTPUT + self.pick.choices(range(50_000), k=60))
                 self._at(later, lambda now, a=(key, more, turn + 1): self.ask(*a, now))
         if running:
             self._at(now + STEP, lambda now: self.step(worker, now))
@@ -147,19 +153,46 @@ def micro(took: list[float]) -> dict[str, float]:
     return {"n": len(took), "mean": sum(took) / len(took) * 1e6} | {name: value * 1e6 for name, value in at.items()}
 
 
+def collected(made: Load, turns: int) -> dict[str, float]:
+    """Microseconds that the collector takes while `turns` end: for each of them, and at most at once."""
+    pauses: list[float] = []
+
+    def seen(phase: str, info: dict[str, int]) -> None:
+        pauses.append(time.thread_time() if phase == "start" else time.thread_time() - pauses.pop())
+
+    gc.callbacks.append(seen)
+    made.run(turns)
+    gc.callbacks.remove(seen)
+    return {"us_per_turn": sum(pauses) / turns * 1e6, "max": max(pauses, default=0.0) * 1e6}
+
+
 def load(policy: str, topology: Topology, conversations: int, turns: int, rates: list[float]) -> dict[str, Any]:
     """Microseconds of each kind of call, and of a turn's decision where `rates` turns are offered a second."""
     gap = 1.0
     made = Load(cluster(policy, topology), conversations, gap)
     made.run(min(turns, 2 * conversations))
+    place, decisions = made.scheduler._place_queued, []
+
+    def timed(*args: Any, **named: Any) -> list[Command]:
+        started = time.thread_time()
+        commands = place(*args, **named)
+        if any(isinstance(command, Send) and isinstance(command.message, Run) for command in commands):
+            decisions.append(time.thread_time() - started)
+        return commands
+
+    made.scheduler._place_queued = timed  # type: ignore[method-assign]
     made.calls.clear()
     gc.collect()
-    gc.freeze()
+    gc.disable()
     made.run(turns)
-    gc.unfreeze()
+    calls = made.calls.copy()
+    gc.enable()
+    pauses = collected(made, turns // 10)
+    made.calls = calls
     kinds = sorted({kind for kind, *_ in made.calls})
     busy = sum(took for *_, took in made.calls)
     result: dict[str, Any] = {k: micro([took for kind, _, took in made.calls if kind == k]) for k in kinds}
+    result["decision"], result["gc"] = micro(decisions), pauses
     result |= {"turns_per_s": turns / busy, "us_per_turn": busy / turns * 1e6}
     result["virtual_turns_per_s"] = turns / (made.calls[-1][1] - made.calls[0][1])
     result["queued"], result["moves"] = made.scheduler.queued, sum(c.moves for c in made.scheduler.conversations)

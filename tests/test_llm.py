@@ -16,6 +16,7 @@ from miniserve.hub.check import ModelError
 from miniserve.llm import LLM, CompletionOutput, RequestOutput, _Turn
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.detokenizer import IncrementalDetokenizer
+from tests.support.whole import check_pool
 
 EOS, START, END = 317, 318, 319
 """The ids of `tiny.SPECIAL`; the first and the last end a turn."""
@@ -43,7 +44,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "llm" in request.fixturenames:
         llm: LLM = request.getfixturevalue("llm")
-        llm.engine.pool.check()
+        check_pool(llm.engine.pool)
         assert llm.engine.pool.num_held == 0
 
 

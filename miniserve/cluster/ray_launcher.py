@@ -91,25 +91,19 @@ class RayLauncher:
     process, the first bundle is this process's, and workers take the others."""
 
     def __init__(self, address: str, strategy: str, advertised: str) -> None:
-        """Joins the cluster at `address`. Raises `StartupError`."""
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            try:
-                ray.init(None if address == "local" else address, logging_level=logging.WARNING)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise StartupError(
-                    f"There is no Ray cluster at {address!r} ({' '.join(str(error).split())[:200]}). Start one with "
-                    "`ray start --head`, or let --ray-address local start one for this run."
-                ) from error
-        self.host = str(ray.get_runtime_context().get_node_id())
-        self.address = advertised or str(ray.util.get_node_ip_address())
+        """The cluster is at `address`; this process is reached at the one that is `advertised`, "" for Ray's own."""
+        self.host, self.address = "", advertised
         self.base = Path(f"/tmp/miniserve-{os.getuid()}")  # the same on all hosts
-        self._strategy = strategy
+        self._cluster, self._strategy = address, strategy
+        self._ours = False
+        """Whether this launcher has joined the cluster, and leaves it."""
         self._groups: list[PlacementGroup] = []
         self._bundles: dict[str, tuple[PlacementGroup, int]] = {}
 
     def prepare(self, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
         """As `Launcher.prepare`. Workers are on GPUs where the cluster has enough of them."""
+        if not self.host:
+            self._join()
         ranks = sum(engine.tensor_parallel_size for engine in engines.values())
         on_gpus = ray.cluster_resources().get("GPU", 0) >= ranks
         kind = "GPU" if any(e.device == "cuda" or (e.device == "auto" and on_gpus) for e in engines.values()) else "CPU"
@@ -132,6 +126,20 @@ class RayLauncher:
             name: msgspec.structs.replace(engine, workers=sharing[nodes[self._bundles[name][1]]], **device)
             for name, engine in engines.items()
         }
+
+    def _join(self) -> None:
+        # Not in the main thread, where Ray would take SIGTERM for itself.
+        if not ray.is_initialized():
+            try:
+                ray.init(self._cluster, logging_level=logging.WARNING)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise StartupError(
+                    f"There is no Ray cluster at {self._cluster!r} ({' '.join(str(error).split())[:200]}). Start one "
+                    "with `ray start --head`, or let --ray-address local start one for this run."
+                ) from error
+            self._ours = True
+        self.host = str(ray.get_runtime_context().get_node_id())
+        self.address = self.address or str(ray.util.get_node_ip_address())
 
     def start(self, spec: WorkerSpec, far: str) -> RayWorker:
         group, index = self._bundles[spec.name]

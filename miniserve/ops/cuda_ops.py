@@ -165,17 +165,8 @@ class CudaOps(CudaPlanner):
     ) -> torch.Tensor:
         assert scale == self.scale, "what was planned for"
         pages = plan.layers[layer]
-        self._fi.page.append_paged_kv_cache(
-            append_key=k,
-            append_value=v,
-            batch_indices=plan.sequence,
-            positions=plan.position,
-            paged_kv_cache=pages,
-            kv_indices=plan.indices,
-            kv_indptr=plan.indptr,
-            kv_last_page_len=plan.last,
-            kv_layout="NHD",
-        )
+        new = {"append_key": k, "append_value": v, "paged_kv_cache": pages}
+        self._fi.page.append_paged_kv_cache(**new, **plan.places, kv_layout="NHD")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if plan.decode:
             plan.decode[window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])

@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from miniserve.scheduler.forecast import History
-from miniserve.scheduler.prompts import PromptMark
 
 
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -41,6 +40,15 @@ class Change(NamedTuple):
     before: bytes
     after: bytes
     first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMark:
+    """A prompt of `length` tokens: the chain hash of its full pages, and the bytes of the tokens after them."""
+
+    digest: bytes
+    tail: bytes
+    length: int
 
 
 @dataclass(slots=True)

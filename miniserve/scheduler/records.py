@@ -36,9 +36,7 @@ def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster:
         "queued": need.now - turn.arrived,
         "workers": workers,
         "options": placement.options,
-        "home": placement.home,
-        "prefill_at": placement.prefill_at,
-        "history_at": placement.history_at,
+        **{name: getattr(placement.option, name) for name in ("home", "prefill_at", "history_at")},
         "reason": placement.reason,
     }
 

@@ -211,10 +211,14 @@ class Scheduler:
         before, tokens = conversation.home, self.conversations.tokens(conversation)
         pages = self._ledger.pages(len(tokens))
         self._ledger.let_go(conversation)
+        queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
+        for turn in queued:
+            self._queue.remove(turn, self.cluster.changed)
         home = max(self.decoders, key=lambda decoder: decoder.room)
         worth = conversation.turns and tokens and home.room >= pages
         conversation.home = home.name if worth else None
-        self._queue.follow(conversation, before)
+        for turn in reversed(queued):
+            self._queue.append(turn, now, first=True)
         if not worth or before is None:
             return []
         self._moved += 1
@@ -425,7 +429,7 @@ class Scheduler:
         turn.move(TurnState.QUEUED)
         turn.run = turn.home = turn.prefill_at = None
         turn.early.clear()
-        self._queue.appendleft(turn, now)
+        self._queue.append(turn, now, first=True)
         return commands
 
     def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:

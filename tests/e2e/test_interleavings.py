@@ -42,6 +42,7 @@ from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Done, Work
 from tests.support.anywhere import Anywhere
+from tests.support.whole import check_pool
 
 PAGE, LONGEST, VOCAB = 4, 64, 1000
 EOS = frozenset(range(30))
@@ -309,9 +310,9 @@ class World:
             worker._step()
         if until > 2:
             worker._report(0.0)
-        worker.engine.pool.check()
+        check_pool(worker.engine.pool)
         if worker.engine.host:
-            worker.engine.host.check()
+            check_pool(worker.engine.host)
 
     def listen(self) -> None:
         """The frontend hears one message."""

@@ -25,6 +25,7 @@ from miniserve.kv.transfer.connect import connect, way
 from miniserve.kv.transfer.mapped import MappedTransfer
 from tests.support.doors import NO_DOOR
 from tests.support.kv_pools import DEVICE_PAGES, DEVICE_SHAPE, device_memory
+from tests.support.whole import check_pool
 
 CPU = torch.device("cpu")
 SHAPE, PAGES = DEVICE_SHAPE, DEVICE_PAGES
@@ -202,7 +203,7 @@ def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStre
     assert streams[0].calls == ["run", "lead", "follow", "run", "lead"]
     assert content(memory, 6) == kept, "the next step reads the page"
     assert (swap.offloaded, swap.restored) == (1, 1)
-    swap.check()
+    check_pool(swap)
 
 
 def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.step import Done, Work
+from tests.support.whole import check_pool
 
 PAGE = 4
 
@@ -57,7 +58,7 @@ class World:
         for _ in range(count):
             self.engine.admit()
             self.engine.step()
-            self.pool.check()
+            check_pool(self.pool)
         return self.matched - before
 
 

@@ -11,6 +11,7 @@ from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Sampled, Work
 from tests.support.engines import prompts, small
+from tests.support.whole import check_pool
 
 END = 99
 
@@ -77,7 +78,7 @@ def rounds(made: Engine, said: dict[str, list[int]], most: int) -> dict[str, lis
 def run(made: Engine) -> dict[str, list[int]]:
     """Until nothing is left; what each turn said."""
     said = rounds(made, {}, 1000)
-    made.pool.check()
+    check_pool(made.pool)
     assert made.pool.num_held == 0
     return said
 
@@ -120,7 +121,7 @@ def test_an_abort_between_launch_and_wait() -> None:
     made.abort("a")
     assert made.pool.num_held == 2, "b's: its prompt, and the token that is under way"
     assert rounds(made, said, 100) == {"a": [1], "b": [1, 2, 3, 4, 5]}
-    made.pool.check()
+    check_pool(made.pool)
     assert made.pool.num_held == 0
 
 
@@ -179,5 +180,5 @@ def test_what_is_sampled_is_the_same(tiny_models, params) -> None:
         llm = small(tiny_models["llama"], async_scheduling=overlap)
         all_params = [SamplingParams(max_tokens=20, **params) for _ in items]
         found.append([g.outputs for g in llm.generate(items, all_params, progress=False)])
-        llm.engine.pool.check()
+        check_pool(llm.engine.pool)
     assert found[0] == found[1]

@@ -16,6 +16,7 @@ from tests.support import tiny
 from tests.support.engines import prompts, small
 from tests.support.packed import awq, fp8, gptq, write_packed
 from tests.support.ranks import generate, greedy, several
+from tests.support.whole import check_pool
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +132,7 @@ def test_pages_leave_and_come_back(wide):
         assert engine.host.offloaded > 0
         assert engine.host.restored > 0
         assert engine.snapshots.used > 0
-        engine.pool.check()
+        check_pool(engine.pool)
 
 
 def test_scores_of_prompts(wide, monkeypatch):
