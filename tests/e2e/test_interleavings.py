@@ -126,15 +126,15 @@ class Model:
 
 class Slow:
     """A transfer whose pages take their time, and now and then do not come: as `collective`, but in our hands. They are
-    written at any time after `store`, as by a GPU beside its steps."""
+    written at any time after `fetch`, as by a GPU beside its steps."""
 
     def __init__(self, world: World, memory: KVMemory, wire: tuple[str, str]) -> None:
         self.world, self.memory, self.wire = world, memory, wire
         self.writing: list[SlowCopy] = []
         world.slow_ways[wire[0]].append(self)
 
-    def fetch(self, pages: list[int], lease: float) -> Copy:
-        return SlowCopy(self, self.world.memories[self.wire[1]].pages[pages].clone())
+    def fetch(self, theirs: list[int], ours: list[int], lease: float) -> Copy:
+        return SlowCopy(self, self.world.memories[self.wire[1]].pages[theirs].clone(), ours)
 
     def close(self) -> None:
         pass
@@ -143,25 +143,19 @@ class Slow:
 class SlowCopy:
     seconds = 0.0
 
-    def __init__(self, transfer: Slow, content: torch.Tensor) -> None:
-        self.transfer, self.content = transfer, content
-        self.left = transfer.world.pick.choice([0, 0, 1, 3, 10])
-
-    @property
-    def ready(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-    def store(self, ours: list[int]) -> None:
-        if self.transfer.world.pick.random() < 0.05:
-            raise TransferError("lost on its way")
-        self.ours, self.left = ours, self.transfer.world.pick.choice([1, 1, 2, 4, 10])
-        self.transfer.writing.append(self)
+    def __init__(self, transfer: Slow, content: torch.Tensor, ours: list[int]) -> None:
+        self.transfer, self.content, self.ours = transfer, content, ours
+        self.left = transfer.world.pick.choice([0, 0, 1, 1, 1, 2, 4, 10])
+        self.lost = transfer.world.pick.random() < 0.05
+        transfer.writing.append(self)
 
     @property
     def stored(self) -> bool:
         self.left -= 1
         if self.left <= 0 and self in self.transfer.writing:
+            if self.lost:
+                self.transfer.writing.remove(self)
+                raise TransferError("lost on its way")
             if self.transfer.world.pick.random() < 0.03:
                 self.transfer.writing.remove(self)
                 self.transfer.memory.pages[self.ours[:1]] = self.content[:1]
