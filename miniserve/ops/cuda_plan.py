@@ -41,8 +41,8 @@ class CudaPlan:
 def page_tables(
     contexts: list[int], pages: list[list[int]], page_tokens: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """`kv_indptr`, `kv_last_page_len` and `kv_indices`, as in `CudaPlan`, of sequences with so many tokens, the new ones
-    included."""
+    """`kv_indptr`, `kv_last_page_len` and `kv_indices`, as in `CudaPlan`, of sequences with so many tokens, the new
+    ones included."""
     counts = [-(-context // page_tokens) for context in contexts]
     last = [(context - 1) % page_tokens + 1 for context in contexts]
     indices = list(chain.from_iterable(table[:count] for table, count in zip(pages, counts, strict=True)))

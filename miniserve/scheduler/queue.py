@@ -19,6 +19,7 @@ from enum import Enum
 from heapq import heappop, heappush
 from itertools import count, takewhile
 from math import inf
+from operator import itemgetter
 
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.turns import Turn
@@ -99,16 +100,21 @@ class WaitingQueue:
     def remove(self, turn: Turn, changed: set[str]) -> None:
         """A turn does not wait any more. A worker that it claimed has `changed`."""
         home = turn.conversation.home
-        places: tuple[str | Group, ...] = (home, *Group) if home else tuple(Group)
-        for where in places:
+        lines: list[str | Group] = [*Group, *([home] if home else [])]
+        for where in lines:
             for waiting in [waiting for waiting in self.line(where) if waiting[1] is turn]:
                 self._leave(where, waiting)
                 changed.update([home] if home else [])
 
     def homes_lost(self, now: float) -> None:
         """Some conversations have lost their home: their turns are newcomers again, and wait before the others."""
-        lost = [home for home in self._lines if isinstance(home, str) and not self._lines[home][0][1].conversation.home]
-        for waiting, where in sorted((w, x) for x in (*lost, Group.ANYWHERE) for w in self.line(x))[::-1]:
+        lost = [
+            (waiting, where)
+            for where, line in self._lines.items()
+            if where is Group.ANYWHERE or (isinstance(where, str) and not line[0][1].conversation.home)
+            for waiting in line
+        ]
+        for waiting, where in sorted(lost, reverse=True, key=itemgetter(0)):
             self._leave(where, waiting)
             self.append(waiting[1], now, first=True)
 
@@ -155,9 +161,9 @@ class WaitingQueue:
         due: dict[int, Turn] = {}
         order: list[int] = []
 
-        def try_too(waiting: Iterable[Waiting], after: float = -inf) -> None:
+        def try_too(waiting: Iterable[Waiting], after: float = -inf, before: float = until) -> None:
             for number, turn in waiting:
-                if after < number < until and number not in due:
+                if after < number < before and number not in due:
                     due[number] = turn
                     heappush(order, number)
 
@@ -170,19 +176,19 @@ class WaitingQueue:
             turn = due[number]
             home = str(turn.conversation.home)
             line = self._lines[home]
-            fits = line[0][0] == number and home in workers and self._fits(turn)
+            is_first = line[0][0] == number
+            fits = is_first and home in workers and self._fits(turn)
             if not (self._fresh.pop(number, None) or fits or self._could_move(number, turn, spare)):
                 continue
             if not self._place(home, (number, turn), place, self._open(workers, number)):
                 continue
             for name in spare.keys() & {home, turn.conversation.home}:
                 spare[name] = self._elsewhere(name)
-            if home in self._lines:
-                try_too(line[:1], number)
-            elif home in workers:  # Nobody claims it any more.
+            if is_first and home in workers:  # It is open now to those before the next one in this line.
                 changed.add(home)
                 spare[home] = self._elsewhere(home)
-                try_too(self._up_to(spare[home]), number)
+                try_too(self._up_to(spare[home]), number, min(line[0][0], until) if line else until)
+            try_too(line[:1], number)
 
     def _up_to(self, pages: float) -> Iterator[Waiting]:
         """Turns that could move to a worker with room for so many pages."""

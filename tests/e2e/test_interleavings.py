@@ -42,6 +42,7 @@ from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Done, Work
 from tests.support.anywhere import Anywhere
+from tests.support.doors import NO_DOOR
 from tests.support.whole import check_pool
 
 PAGE, LONGEST, VOCAB = 4, 64, 1000
@@ -257,7 +258,7 @@ class World:
         def way(peer: Peer) -> Transfer | None:
             if self.slow:
                 return Slow(self, memory, (address, peer.address))
-            return connect(memory, "L", (name, epoch), peer, "", "mapped")
+            return connect(memory, memory.info("L"), NO_DOOR, peer, "mapped")
 
         handoffs = Handoffs(engine, memory.shape.bytes, "L", 30.0, outboxes.send, way, engine.clock)
         made = Worker(name, engine, handoffs, outboxes, "frontend", layout="L", vocab_size=VOCAB, clock=engine.clock)

@@ -283,7 +283,7 @@ def test_observe_prefers_the_prefiller_and_the_home_of_the_same_host() -> None:
     seen.open = {"d0", "d1", "d2"}
     placed = Observe().place(need(1020, home="d0", turns=2, d0=1000), seen)
     assert placed is not None
-    assert (placed.home, placed.history_at) == ("d2", "d0")
+    assert (placed.option.home, placed.option.history_at) == ("d2", "d0")
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -294,5 +294,5 @@ def test_of_many_workers_the_idle_one_is_found(name: str) -> None:
     few = cluster(*busy, *(worker(f"p{n}", queued=0 if n == 7 else 5000) for n in range(20)))
     placed = make_policy(name).place(need(), few)
     assert placed is not None
-    assert placed.home == "d137"
-    assert placed.prefill_at in ("", "p7")
+    assert placed.option.home == "d137"
+    assert placed.option.prefill_at in ("", "p7")

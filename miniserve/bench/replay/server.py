@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from miniserve.config import ConfigError, Topology
+from miniserve.config import ConfigError, Topology, problem
 
 ASK_SECONDS = 10.0
 """How long a server may take to answer a question about itself."""
@@ -111,10 +111,7 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
         raise ConfigError(f"--url {url!r} is no address: write it like http://127.0.0.1:8000.") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise ConfigError(
-            f"No server answers at {url} ({str(error) or type(error).__name__}). Start one with `miniserve serve`, or "
-            "name another with --url."
-        ) from error
+        raise ConfigError(problem("cli.no_server", url=url, cause=str(error) or type(error).__name__)) from error
     if status in (401, 403):
         raise ConfigError(f"The server at {url} wants an API key: give it with --api-key.")
     try:
