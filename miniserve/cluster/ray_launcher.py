@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from miniserve.cluster.launch import CUDA_QUEUES, SPINNING, RunDir, StartupError, WorkerSpec
-from miniserve.config import EngineConfig
+from miniserve.config import EngineConfig, problem
 
 ROOM_SECONDS = 60.0
 """How long a cluster may take to make room for all workers; one that grows by itself (autoscaling) has more to do."""
@@ -114,10 +114,8 @@ class RayLauncher:
             self._groups.append(group)
             if not group.wait(ROOM_SECONDS):
                 has = {name: count for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-                raise StartupError(
-                    f"The Ray cluster has no room for bundles of {wanted} with --placement {self._strategy}: it has "
-                    f"{has} on {len(ray.nodes())} hosts, part of which may be in use."
-                )
+                about = problem("cluster.no_room", wanted=wanted, how=self._strategy, has=has, hosts=len(ray.nodes()))
+                raise StartupError(about)
         nodes = placement_group_table(group)["bundles_to_node_id"]
         self._bundles |= {name: (group, index) for index, name in enumerate(engines, first)}
         sharing = Counter(nodes[self._bundles[name][1]] for name in engines)
@@ -133,10 +131,8 @@ class RayLauncher:
             try:
                 ray.init(self._cluster, logging_level=logging.WARNING)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise StartupError(
-                    f"There is no Ray cluster at {self._cluster!r} ({' '.join(str(error).split())[:200]}). Start one "
-                    "with `ray start --head`, or let --ray-address local start one for this run."
-                ) from error
+                why = " ".join(str(error).split())[:200]
+                raise StartupError(problem("cluster.no_ray", address=self._cluster, why=why)) from error
             self._ours = True
         self.host = str(ray.get_runtime_context().get_node_id())
         self.address = self.address or str(ray.util.get_node_ip_address())

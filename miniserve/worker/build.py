@@ -15,7 +15,7 @@ import torch
 
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import RankCommand
-from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.config import ConfigError, EngineConfig, format_bytes, problem
 from miniserve.hub.check import Checked, check_folder
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
@@ -120,13 +120,9 @@ def check_quantization(asked: str | None, method: str) -> None:
     """Raises `ConfigError` where --quantization asks for something else than the files are, or may become. `method` is
     that of the files."""
     if method and asked not in (None, method):
-        raise ConfigError(
-            f"The model is quantized already ({method}), so it cannot be {asked}: leave --quantization out."
-        )
+        raise ConfigError(problem("worker.quantized_already", method=method, asked=asked))
     if not method and asked is not None and asked not in QUANTIZATIONS:
-        raise ConfigError(
-            f"--quantization {asked}: the model's files are not quantized. Give such a model, or int8 or int4."
-        )
+        raise ConfigError(problem("worker.not_quantized", asked=asked))
 
 
 def build(
@@ -195,10 +191,7 @@ def build(
             size = sizing.size_pool(config, *sized, step, state=slots, snapshot=choices.snapshot)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(
-            f"The GPU's memory does not hold the weights and a step of {choices.budget} tokens ({error}). Use a "
-            "smaller model, a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
-        ) from error
+        raise ConfigError(problem("worker.out_of_memory", tokens=choices.budget, error=error)) from error
     num_pages, kv_note = _least(group, size[0], device), size[1]
     if group.ranks > 1:
         kv_note += f"; {num_pages} pages on each of {group.ranks} ranks"

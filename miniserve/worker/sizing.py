@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.config import ConfigError, EngineConfig, format_bytes, problem
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.states import StateMemory, StateShape
 from miniserve.model.config import DTYPES, ModelConfig
@@ -173,19 +173,16 @@ def size_pool(
             + (f" and {format_bytes(state, up=True)} for recurrent state" if state else "")
         )
     else:
-        available = memory_available()
-        room = int(available * config.gpu_memory_utilization / config.workers) - weights - CPU_RUNTIME_BYTES
-        room -= config.swap_space + state  # they come out of the same memory
+        available, swap = memory_available(), config.swap_space
+        parts = {"weights": weights, "runtime": CPU_RUNTIME_BYTES, "swap space": swap, "recurrent state": state}
+        room = int(available * config.gpu_memory_utilization / config.workers) - sum(parts.values())
+        less = " - ".join(f"{format_bytes(part)} {what}" for what, part in parts.items() if part)
         want = max(4 * max_model_len, CPU_POOL_TOKENS) * shape.token_bytes + CPU_SNAPSHOTS * snapshot * shape.bytes
         size = min(want, room)
         how = (
             f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
-            f"- {format_bytes(weights)} weights - {format_bytes(CPU_RUNTIME_BYTES)} runtime "
-            + (f"- {format_bytes(config.swap_space)} swap space " if config.swap_space else "")
-            + (f"- {format_bytes(state)} recurrent state " if state else "")
-            + "= "
-            f"{format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is taken"
-            + (f", and {CPU_SNAPSHOTS} snapshots" if snapshot else "")
+            f"- {less} = {format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is "
+            "taken" + (f", and {CPU_SNAPSHOTS} snapshots" if snapshot else "")
         )
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens) + snapshot
@@ -196,10 +193,8 @@ def size_pool(
         if config.kv_cache_memory is None:
             ways += ["a smaller --max-num-seqs"] if state else []
             ways.append("a smaller model, or fewer workers")
-        raise ConfigError(
-            f"One sequence of {max_model_len} tokens takes {format_bytes(needed * shape.bytes)} of KV cache, but there "
-            f"is room for {format_bytes(max(size, 0))} ({how}). Use {' or '.join(ways)}."
-        )
+        takes, has, use = format_bytes(needed * shape.bytes), format_bytes(max(size, 0)), " or ".join(ways)
+        raise ConfigError(problem("worker.no_room", tokens=max_model_len, takes=takes, has=has, how=how, use=use))
     note = (
         f"{pages} pages x {shape.page_tokens} tokens x {shape.token_bytes / 1024:g} KiB = "
         f"{format_bytes(pages * shape.bytes)} ({how})"
@@ -234,8 +229,5 @@ def step_bytes(transformer: Transformer, shape: PageShape, state: StateShape | N
 def swap_pages(config: EngineConfig, shape: PageShape) -> int:
     """Pages that fit the swap space, 0 if there is to be none. Raises `ConfigError` for one that holds nothing."""
     if 0 < config.swap_space < shape.bytes:
-        raise ConfigError(
-            f"--swap-space {config.swap_space} is {config.swap_space} bytes, less than one page of KV cache "
-            f"({format_bytes(shape.bytes, up=True)}). Write it like 4GiB, or leave it out."
-        )
+        raise ConfigError(problem("worker.swap", given=config.swap_space, page=format_bytes(shape.bytes, up=True)))
     return config.swap_space // shape.bytes if config.enable_prefix_caching else 0

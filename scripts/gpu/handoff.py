@@ -6,8 +6,9 @@ import hashlib
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -66,20 +67,11 @@ def way(memory: KVMemory, us: str, peer: Peer, run_dir: str, nccl: bool) -> Tran
 
 def fetch(transfer: Transfer, publications: list[list[int]], ours: list[int]) -> None:
     """Get the pages of each publication into `ours`, in order; all of it is there afterwards."""
-    copies = [(transfer.fetch(pages), len(pages)) for pages in publications]
-    at, end = 0, time.monotonic() + PATIENCE
-
-    def until(done: Callable[[], bool]) -> None:
-        while not done():
+    left, end = iter(ours), time.monotonic() + PATIENCE
+    for copy in [transfer.fetch(pages, list(islice(left, len(pages)))) for pages in publications]:
+        while not copy.stored:
             if time.monotonic() > end:
                 raise TimeoutError("pages did not come")
-
-    for copy, count in copies:
-        until(lambda copy=copy: copy.ready)
-        copy.store(ours[at : at + count])
-        at += count
-    for copy, _ in copies:
-        until(lambda copy=copy: copy.stored)
 
 
 def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str, nccl: bool) -> None:

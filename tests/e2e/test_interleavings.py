@@ -12,6 +12,7 @@ import hashlib
 import logging
 import random
 from collections import defaultdict, deque
+from contextlib import suppress
 from types import SimpleNamespace
 
 import msgspec
@@ -32,7 +33,7 @@ from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.commands import Command, Note, Send
-from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 from miniserve.scheduler.turns import TRIED_AFTER
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -125,15 +126,15 @@ class Model:
 
 class Slow:
     """A transfer whose pages take their time, and now and then do not come: as `collective`, but in our hands. They are
-    written at any time after `store`, as by a GPU beside its steps."""
+    written at any time after `fetch`, as by a GPU beside its steps."""
 
     def __init__(self, world: World, memory: KVMemory, wire: tuple[str, str]) -> None:
         self.world, self.memory, self.wire = world, memory, wire
         self.writing: list[SlowCopy] = []
         world.slow_ways[wire[0]].append(self)
 
-    def fetch(self, pages: list[int], lease: float) -> Copy:
-        return SlowCopy(self, self.world.memories[self.wire[1]].pages[pages].clone())
+    def fetch(self, theirs: list[int], ours: list[int], lease: float) -> Copy:
+        return SlowCopy(self, self.world.memories[self.wire[1]].pages[theirs].clone(), ours)
 
     def close(self) -> None:
         pass
@@ -142,25 +143,19 @@ class Slow:
 class SlowCopy:
     seconds = 0.0
 
-    def __init__(self, transfer: Slow, content: torch.Tensor) -> None:
-        self.transfer, self.content = transfer, content
-        self.left = transfer.world.pick.choice([0, 0, 1, 3, 10])
-
-    @property
-    def ready(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-    def store(self, ours: list[int]) -> None:
-        if self.transfer.world.pick.random() < 0.05:
-            raise TransferError("lost on its way")
-        self.ours, self.left = ours, self.transfer.world.pick.choice([1, 1, 2, 4, 10])
-        self.transfer.writing.append(self)
+    def __init__(self, transfer: Slow, content: torch.Tensor, ours: list[int]) -> None:
+        self.transfer, self.content, self.ours = transfer, content, ours
+        self.left = transfer.world.pick.choice([0, 0, 1, 1, 1, 2, 4, 10])
+        self.lost = transfer.world.pick.random() < 0.05
+        transfer.writing.append(self)
 
     @property
     def stored(self) -> bool:
         self.left -= 1
         if self.left <= 0 and self in self.transfer.writing:
+            if self.lost:
+                self.transfer.writing.remove(self)
+                raise TransferError("lost on its way")
             if self.transfer.world.pick.random() < 0.03:
                 self.transfer.writing.remove(self)
                 self.transfer.memory.pages[self.ours[:1]] = self.content[:1]
@@ -360,6 +355,13 @@ class World:
             self.absent.append((name, int(epoch) + 1))
             self.carry_out(self.scheduler.worker_down(name, returns=True, now=self.now))
 
+    def retire(self) -> None:
+        """A worker is to go; it is never ended here, and returns to the others if it dies."""
+        names = [name for name in self.scheduler.workers if name not in self.scheduler.cluster.retired]
+        if names and self.pick.random() < 0.5:
+            with suppress(NoDecoder):
+                self.carry_out(self.scheduler.retire(self.pick.choice(names), self.now))
+
     def come_back(self) -> None:
         if self.absent:
             self.start(*self.absent.pop(self.pick.randrange(len(self.absent))))
@@ -405,6 +407,8 @@ class World:
                 self.notice()
             elif what < 0.22:
                 self.come_back()
+            elif what < 0.23:
+                self.retire()
             elif what < 0.5:
                 self.listen()
             elif self.alive:
@@ -415,6 +419,7 @@ class World:
             while self.absent:
                 self.come_back()
             self.now += 0.5
+            self.carry_out(self.scheduler.on_tick(self.now))
             for name in list(self.alive):
                 self.step(name)
             for _ in range(20):
@@ -457,6 +462,10 @@ class World:
             assert view.wanted == pytest.approx(sum(c.wanted for c in at_home), abs=1e-6)
         assert not self.scheduler.turns
         assert not self.scheduler.queued
+        assert not self.scheduler._moves
+        for name in self.scheduler.cluster.retired:
+            assert self.scheduler.retired(name)
+            assert not [c for c in self.scheduler.conversations if c.home == name]
         self.scheduler.on_tick(self.now + 1e6)
         assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in self.scheduler.workers.values())
 

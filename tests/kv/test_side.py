@@ -113,10 +113,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, MappedT
 
 def test_a_mapped_copy_is_stored_when_the_gpu_says_so(mapped: tuple[KVMemory, KVMemory, MappedTransfer]) -> None:
     ours, theirs, transfer = mapped
-    copy = transfer.fetch([3, 1])
-    assert copy.ready
-    assert not copy.stored
-    copy.store([6, 0])
+    copy = transfer.fetch([3, 1], [6, 0])
     assert not copy.stored
     transfer.side.advance()
     assert copy.stored
@@ -129,8 +126,7 @@ def test_a_mapped_copy_that_is_abandoned_overwrites_nothing(
     mapped: tuple[KVMemory, KVMemory, MappedTransfer],
 ) -> None:
     ours, _, transfer = mapped
-    copy = transfer.fetch([3])
-    copy.store([6])
+    copy = transfer.fetch([3], [6])
     copy.abandon()
     ours.bytes[6] = 77  # the engine computes the page, or another copy writes it
     transfer.side.drain()
@@ -142,8 +138,7 @@ def test_close_waits_for_readers(
 ) -> None:
     _, _, transfer = mapped
     assert transfer.side.calls == [], "what is published is complete"
-    copy = transfer.fetch([3])
-    copy.store([6])
+    copy = transfer.fetch([3], [6])
     transfer.close()
     assert copy.stored
 

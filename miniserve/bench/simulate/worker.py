@@ -125,8 +125,8 @@ class SimulatedLink:
     near: bool
     free: float = 0.0
 
-    def fetch(self, pages: list[int], lease: float = inf) -> "SimulatedCopy":
-        begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(pages), self.near)
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = inf) -> "SimulatedCopy":
+        begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(theirs), self.near)
         self.free = begin + seconds
         if self.worker.record:
             self.worker.spans.append((begin, self.free, "transfer"))
@@ -142,12 +142,9 @@ class SimulatedCopy:
     seconds: float
     at: float
     worker: SimulatedWorker
-    stored: bool = True
 
     @property
-    def ready(self) -> bool:
+    def stored(self) -> bool:
         return self.worker.now >= self.at
-
-    def store(self, ours: list[int]) -> None: ...
 
     def abandon(self) -> None: ...

@@ -10,23 +10,27 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, SharedMemory
-from miniserve.kv.side import Fence, FencedCopy, PassedFence, SideStream, copy_pages
+from miniserve.kv.side import Fence, PassedFence, SideStream, copy_pages
 
 
-@dataclass(eq=False)
-class MappedCopy(FencedCopy):
-    """A `Copy` of pages that can be read at any time."""
+@dataclass(frozen=True)
+class MappedCopy:
+    """A `Copy` that is made on `side`, up to `fence`; on a CPU it has been made."""
 
-    transfer: MappedTransfer
-    pages: list[int]
-    ready = True
+    fence: Fence
+    side: SideStream | None
 
-    def store(self, ours: list[int]) -> None:
-        self.fence = self.transfer.pull(self.pages, ours)
+    @property
+    def stored(self) -> bool:
+        return self.fence.done
+
+    @property
+    def seconds(self) -> float:
+        return self.fence.seconds
 
     def abandon(self) -> None:
-        if self.transfer.side is not None:
-            self.transfer.side.lead()
+        if self.side is not None:
+            self.side.lead()
 
 
 class MappedTransfer:
@@ -47,20 +51,17 @@ class MappedTransfer:
             self._ours = memory.bytes.view(torch.int64)
             self._theirs = map_pool(pool, memory.pages.device)
             # Proves that the way is open before a turn needs it. No step reads the scratch page.
-            self.pull([0], [memory.num_pages]).wait()
+            self.fetch([0], [memory.num_pages]).fence.wait()
 
-    def fetch(self, pages: list[int], lease: float = math.inf) -> MappedCopy:
-        return MappedCopy(self, pages)
-
-    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
-        """Begin to copy page `theirs[i]` of the peer to our page `ours[i]`, on a GPU when nothing given to the engine's
-        stream before can still read or write that; on a CPU the copies are complete when this returns."""
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = math.inf) -> MappedCopy:
+        """As `Transfer.fetch`. A GPU begins when nothing given to the engine's stream before can still read or write
+        our pages."""
         if self.side is None:
             for source, destination in zip(theirs, ours, strict=True):
                 self._ours[destination] = self._theirs[source]
-            return PassedFence()
+            return MappedCopy(PassedFence(), None)
         self.side.follow()
-        return self.side.run(lambda: copy_pages(self._theirs, theirs, self._ours, ours))
+        return MappedCopy(self.side.run(lambda: copy_pages(self._theirs, theirs, self._ours, ours)), self.side)
 
     def close(self) -> None:
         """The mapping goes with its last reader, which must not be a kernel that still runs."""
