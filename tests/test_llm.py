@@ -228,7 +228,7 @@ def test_messages_are_what_the_server_takes(llm: LLM) -> None:
         ([{"role": "robot", "content": "Hi"}], "at `role`"),
         ([{"role": "user"}], "needs `content`"),
         ([{"role": "user", "content": 5}], "at `content`.*a string or a list of text parts"),
-        ([{"role": "user", "content": [{"type": "nonsense"}]}], r"at `content\.0`.*text only"),
+        ([{"role": "user", "content": [{"type": "nonsense"}]}], r"at `content\[0\]`.*text only"),
         ([{"role": "user", "content": "\ud800"}], "surrogate pair"),
     ],
 )
