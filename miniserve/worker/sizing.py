@@ -181,8 +181,8 @@ def size_pool(
         size = min(want, room)
         how = (
             f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
-            f"- {less} = {format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is "
-            "taken" + (f", and {CPU_SNAPSHOTS} snapshots" if snapshot else "")
+            f"- {less} = {format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens "
+            "is taken" + (f", and {CPU_SNAPSHOTS} snapshots" if snapshot else "")
         )
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens) + snapshot
