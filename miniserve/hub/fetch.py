@@ -100,8 +100,6 @@ def _make(out: Path, source: dict[str, Any], config: dict[str, Any], progress: P
     describe(out / GGUF, out)
     for name, content in {"config.json": config, **source["files"]}.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    for path in out.iterdir():
-        path.chmod(0o644)
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     (out / MARKER).write_text(json.dumps({"recipe": RECIPE, "source": source["gguf_sha256"], "files": sizes}) + "\n")
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Batch:
     wanted. All are on the model's device.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    outputs: torch.Tensor
+    tokens: Tensor
+    positions: Tensor
+    outputs: Tensor
     lengths: list[int]
     contexts: list[int]
     pages: list[list[int]]
@@ -46,5 +46,5 @@ class State:
     inputs of the convolution, the newest last; `delta` float32 `[slot, layer, v_head, k_dim, v_dim]` is what the delta
     rule has learned."""
 
-    conv: torch.Tensor
-    delta: torch.Tensor
+    conv: Tensor
+    delta: Tensor

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from miniserve.ops.batch import State
 from miniserve.ops.native import NUMBERS, read_sources
@@ -43,16 +43,5 @@ class NativePlan:
     """A batch as the kernels read it. `numbers` and `state` are the memory that `native`, a `Batch`, points into."""
 
     native: Any
-    numbers: torch.Tensor
+    numbers: Tensor
     state: State | None
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The tables of `torch_ops.rotary_tables`, `[positions, R]`."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return positions, self.cos, self.sin

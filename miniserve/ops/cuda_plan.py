@@ -7,6 +7,7 @@ from itertools import accumulate, chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniserve.ops.batch import Batch, Sizes, State
 
@@ -28,14 +29,14 @@ class CudaPlan:
     in slot `slots[i]`.
     """
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    layers: list[tuple[Tensor, Tensor]]
     decodes: int
     decode: dict[int, Any]
     prefill: dict[int, Any]
-    places: dict[str, torch.Tensor]
-    starts: torch.Tensor
+    places: dict[str, Tensor]
+    starts: Tensor
     state: State | None
-    slots: torch.Tensor
+    slots: Tensor
 
 
 def page_tables(
@@ -67,7 +68,7 @@ class CudaPlanner:
         self._decode: dict[int, Any] = {}
         self._planned: torch.cuda.Event | None = None
 
-    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> CudaPlan:
+    def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> CudaPlan:
         """Page tables on the device, and what FlashInfer plans of them on the host."""
         size, count = kv.shape[3], len(batch.lengths)
         decodes = next((i for i, length in enumerate(batch.lengths) if length > 1), count)
@@ -111,7 +112,7 @@ class CudaPlanner:
 
     # --- plans of CUDA graphs ---------------------------------------------------------------------------------------
 
-    def fixed_plan(self, size: int, kv: torch.Tensor, state: State | None, tables: int) -> CudaPlan:
+    def fixed_plan(self, size: int, kv: Tensor, state: State | None, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
         `tables` page numbers."""
         numbers = partial(torch.zeros, dtype=torch.int32, device=self._device)
@@ -130,7 +131,7 @@ class CudaPlanner:
         self.fill(plan, Batch(nothing, nothing, nothing, [], [], []), kv)
         return plan
 
-    def fill(self, plan: CudaPlan, batch: Batch, kv: torch.Tensor) -> None:
+    def fill(self, plan: CudaPlan, batch: Batch, kv: Tensor) -> None:
         """Set a fixed plan to `batch`, of as many decodes or fewer. Rows that are left over have the last slot."""
         count = len(batch.contexts)
         scratch = kv.shape[0] - 1
@@ -149,16 +150,16 @@ class CudaPlanner:
 
     # --- what both kinds take ---------------------------------------------------------------------------------------
 
-    def _decode_wrappers(self, kv: torch.Tensor, **fixed: Any) -> dict[int, Any]:
+    def _decode_wrappers(self, kv: Tensor, **fixed: Any) -> dict[int, Any]:
         tensor_cores = self._heads // kv.shape[4] >= TENSOR_CORE_GROUP
         made = partial(self._fi.BatchDecodeWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
         return {window: made(use_tensor_cores=tensor_cores, **fixed) for window in self._prefill}
 
-    def _plan_decode(self, wrappers: dict[int, Any], kv: torch.Tensor, **tables: torch.Tensor) -> None:
+    def _plan_decode(self, wrappers: dict[int, Any], kv: Tensor, **tables: Tensor) -> None:
         for window, wrapper in wrappers.items():
             wrapper.plan(**tables, **self._shape(kv), head_dim=self._dim, window_left=window - 1)
 
-    def _shape(self, kv: torch.Tensor) -> dict[str, Any]:
+    def _shape(self, kv: Tensor) -> dict[str, Any]:
         return {
             "num_qo_heads": self._heads,
             "num_kv_heads": kv.shape[4],
@@ -168,7 +169,7 @@ class CudaPlanner:
             "kv_data_type": self._dtype,
         }
 
-    def _host(self, numbers: list[int]) -> torch.Tensor:
+    def _host(self, numbers: list[int]) -> Tensor:
         # By way of an array, which takes a list of thousands of numbers in a third of the time that a tensor does.
         host = torch.empty(len(numbers), dtype=torch.int32, pin_memory=self._pinned)
         return host.copy_(torch.frombuffer(array("i", numbers), dtype=torch.int32))
@@ -185,6 +186,6 @@ class CudaPlanner:
             self._planned.record()
 
 
-def _views(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _views(kv: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, `[page, slot, kv_head, head_dim]`."""
     return list(zip(kv[:, :, 0].unbind(1), kv[:, :, 1].unbind(1), strict=True))

@@ -23,6 +23,8 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the server itself knows that the turn goes on with the conversation of its key."""
     tools: bool = False
     """Whether the request offers tools."""
+    tool_result: bool = False
+    """Whether the prompt ends in the result of one."""
     priority: int = 0
     """Turns with a lower one are placed before others that wait."""
     osl: int | None = None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Keep, Run
+from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.forecast import Forecast
@@ -151,14 +152,19 @@ class Placer:
             turn.prefill_at,
             placement.share_history,
             option.history_at or None,
-            self.keep(conversation, len(turn.tokens), home, turn.number),
+            self._keep(conversation, len(turn.tokens), home, turn.number),
         )
         return [*commands, Send(home.name, run)]
 
-    def keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int | None = None) -> Keep:
-        """How soon the home will need this conversation's pages again, for when it runs out of pages between turns;
-        with `turns` it will have had so many."""
-        gap, chance = self.forecast.outlook(conversation.history, turns or conversation.turns)
-        last_page = max(tokens - self.page_tokens, 0)
-        seconds = home.speed.prefill(self.page_tokens, last_page)
+    def bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
+        """The message by which a home gets the KV of an idle conversation from another worker, as the run `name`."""
+        keep, params = self._keep(conversation, len(tokens), home, conversation.turns), SamplingParams(max_tokens=1)
+        run = Run(name, tokens, params, 0, conversation.salt, history_at=source, only_history=True, keep=keep)
+        return Send(home.name, run)
+
+    def _keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int) -> Keep:
+        """How soon the home will need this conversation's pages again after so many turns, for when it runs out of
+        pages between turns."""
+        gap, chance = self.forecast.outlook(conversation.history, turns)
+        seconds = home.speed.prefill(self.page_tokens, max(tokens - self.page_tokens, 0))
         return Keep(str(conversation.key), gap, chance, seconds)

@@ -67,6 +67,9 @@ class WaitingQueue:
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
     def line(self, of: str | Group) -> Sequence[Waiting]:
         """Those that wait for a home, or are of a group, in their order."""
         return self._lines.get(of, ())

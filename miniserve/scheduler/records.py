@@ -80,7 +80,7 @@ def remembered(turn: Turn, names: list[str], finish: TurnEnd, now: float) -> Tur
         decode=now - first,
         home=names.index(turn.home),
         prefill_at=names.index(turn.prefill_at) if turn.prefill_at else None,
-        tool=turn.tool,
+        tool=turn.said.tool_result,
         runs=turn.runs,
         finish=FINISHES.index(finish),
         **vars(turn.phases),

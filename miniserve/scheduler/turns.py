@@ -65,7 +65,6 @@ class Turn:
     arrived: float
     gap: float | None
     """Seconds since the conversation's turn before; None if there was none, or if it still ran."""
-    tool: bool
     output: int
     """Tokens it is expected to generate."""
     pages: int

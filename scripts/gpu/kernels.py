@@ -12,6 +12,7 @@ from miniserve.model.rope import RopeConfig
 from miniserve.ops import make_ops
 from miniserve.ops.batch import Batch, Sizes
 from scripts.gpu.common import Figure, Figures, Setting
+from tests.support.parts import attention_part
 
 LIMIT = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2}
 """Largest error, as a part of the largest value: 4 units in the last place of bf16 (2^-8); 42 of fp32 (2^-23), whose
@@ -105,7 +106,7 @@ def _attend(
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         wanted[rows] = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
         start += new
-    out = ops.attention(ops.plan(batch, kv), layer, q, k, v, dim**-0.5, window)
+    out = ops.attention(ops.plan(batch, kv), attention_part(layer, dim**-0.5, window), q, k, v)
     run.sync()
     for (_, context), table in zip(sequences, pages, strict=True):
         if after := context % PAGE:  # what comes after the last token may have been cleared
@@ -128,7 +129,7 @@ def between(run: Setting) -> Figures:
 
 def _between(run: Setting, device: torch.device, dtype: torch.dtype, dim: int, rows: int) -> list[tuple[str, float]]:
     width, numbers = 576, generator(run, rows)
-    ops, _ = make_ops(device, dtype, Sizes(8, dim, (width,)))
+    ops, _ = make_ops(device, dtype, Sizes(8, dim, (width,)), native=device.type == "cuda")
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=numbers, device=device).to(dtype)

@@ -33,7 +33,7 @@ def experts(run: Setting) -> Figures:
         matrices = [(normal(2 * INNER, HIDDEN) / 16, normal(HIDDEN, INNER) / 16) for _ in range(EXPERTS)]
         single = [Mlp(ops.gated(up), ops.linear(down)) for up, down in matrices]
         true = [Mlp(exact.gated(up.double()), exact.linear(down.double())) for up, down in matrices]
-        router = ops.plain(normal(EXPERTS, HIDDEN))
+        router = ops.head(normal(EXPERTS, HIDDEN))
         stacked = ops.stack(single) if isinstance(ops, StackingOps) else None
         part = Experts(CHOSEN, True, router, [] if stacked is not None else single, stacked, None, None)
         for rows in (1, 7, 300):

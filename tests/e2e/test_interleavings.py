@@ -12,6 +12,7 @@ import hashlib
 import logging
 import random
 from collections import defaultdict, deque
+from contextlib import suppress
 from types import SimpleNamespace
 
 import msgspec
@@ -32,7 +33,7 @@ from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.commands import Command, Note, Send
-from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 from miniserve.scheduler.turns import TRIED_AFTER
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -355,6 +356,13 @@ class World:
             self.absent.append((name, int(epoch) + 1))
             self.carry_out(self.scheduler.worker_down(name, returns=True, now=self.now))
 
+    def retire(self) -> None:
+        """A worker is to go; it is never ended here, and returns to the others if it dies."""
+        names = [name for name in self.scheduler.workers if name not in self.scheduler.cluster.retired]
+        if names and self.pick.random() < 0.5:
+            with suppress(NoDecoder):
+                self.carry_out(self.scheduler.retire(self.pick.choice(names), self.now))
+
     def come_back(self) -> None:
         if self.absent:
             self.start(*self.absent.pop(self.pick.randrange(len(self.absent))))
@@ -400,6 +408,8 @@ class World:
                 self.notice()
             elif what < 0.22:
                 self.come_back()
+            elif what < 0.23:
+                self.retire()
             elif what < 0.5:
                 self.listen()
             elif self.alive:
@@ -410,6 +420,7 @@ class World:
             while self.absent:
                 self.come_back()
             self.now += 0.5
+            self.carry_out(self.scheduler.on_tick(self.now))
             for name in list(self.alive):
                 self.step(name)
             for _ in range(20):
@@ -452,6 +463,10 @@ class World:
             assert view.wanted == pytest.approx(sum(c.wanted for c in at_home), abs=1e-6)
         assert not self.scheduler.turns
         assert not self.scheduler.queued
+        assert not self.scheduler._moves
+        for name in self.scheduler.cluster.retired:
+            assert self.scheduler.retired(name)
+            assert not [c for c in self.scheduler.conversations if c.home == name]
         self.scheduler.on_tick(self.now + 1e6)
         assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in self.scheduler.workers.values())
 

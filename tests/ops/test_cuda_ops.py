@@ -29,6 +29,7 @@ from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 from tests.support import tiny
 from tests.support.engines import clean, greedy, prompts
+from tests.support.parts import attention_part
 from tests.support.reference_flashinfer import delta, reference
 
 CPU = torch.device("cpu")
@@ -81,7 +82,8 @@ def test_attention_equals_the_reference_path(lengths: list[int], contexts: list[
     for made in (ops(), TorchOps(CPU)):
         pool = kv.clone()
         plan = made.plan(batch, pool)
-        layers = [made.attention(plan, layer, q, k, v, 64**-0.5, WINDOWS[layer % 2]) for layer in range(3)]
+        parts = [attention_part(layer, 64**-0.5, WINDOWS[layer % 2]) for layer in range(3)]
+        layers = [made.attention(plan, part, q, k, v) for part in parts]
         found.append((torch.stack(layers), pool))
     pools = found[0][1], found[1][1]
     for context, pages in zip(contexts, batch.pages, strict=True):
@@ -130,7 +132,7 @@ def test_experts_together_are_those_one_by_one(rows: int) -> None:
     )
     x, ids = torch.randn(rows, 48).to(BF16), torch.randn(rows, 5).topk(2).indices  # never the last one
     weights = torch.rand(rows, 2)
-    router = plain.plain(x)
+    router = plain.head(x)
     wanted = plain.mixture(Experts(2, True, router, single, None, None, None), x, ids, weights)
     got = made.mixture(Experts(2, True, router, [], made.stack(together), None, None), x, ids, weights)
     torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)

@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.ops import Ops, make_ops, native
+from miniserve.ops import StepOps, make_ops, native
 from miniserve.ops.batch import Batch, Sizes
 from miniserve.ops.cpu_ops import CpuOps
 from miniserve.ops.quantized import GROUP, Quantized
 from miniserve.ops.torch_ops import native_bf16
+from tests.support.native_kernels import NativeKernels
+from tests.support.parts import attention_part
 
 CPU = torch.device("cpu")
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
@@ -30,13 +32,13 @@ CASES += [(kind, bf16) for kind in ("native", "avx512", "tiles-emulated", "torch
 every_kind = pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
 
 
-def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64, page: int = 16) -> Ops:
+def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64, page: int = 16) -> StepOps:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINISERVE_CPU_ISA", kind if kind in ISAS else "")
         made, said = make_ops(CPU, dtype, Sizes(4, head_dim, (width,)), page, native=kind in ISAS)
     if kind in ISAS and not isinstance(made, CpuOps):
         pytest.skip(said)
-    return made
+    return NativeKernels(made) if isinstance(made, CpuOps) else made
 
 
 def assert_close(
@@ -48,7 +50,7 @@ def assert_close(
     assert error < (limit or LIMIT[found.dtype]), f"relative error {error:.2e}"
 
 
-def in_order(kernels: Ops, kv: torch.Tensor) -> torch.Tensor:
+def in_order(kernels: StepOps, kv: torch.Tensor) -> torch.Tensor:
     """The pool as `[page, layer, k/v, slot, kv_head, head_dim]`, from the order in which the kernels keep it."""
     if not isinstance(kernels, CpuOps):
         return kv
@@ -112,7 +114,7 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
         rows = torch.zeros(total, dtype=torch.int64)
         batch = Batch(rows, rows, rows[:1], lengths, contexts, tables)
-        return q, k, v, kernels.attention(kernels.plan(batch, kv), layer, q, k, v, dim**-0.5, window)
+        return q, k, v, kernels.attention(kernels.plan(batch, kv), attention_part(layer, dim**-0.5, window), q, k, v)
 
     old = [(context - new, table) for (new, context), table in zip(sequences, pages, strict=True) if context > new]
     wanted = in_order(kernels, kv).clone()

@@ -36,7 +36,7 @@ def waiting(id: str, home: str | None, beside: Turn | None = None) -> Turn:
     """A turn of a conversation of its own, or of the same conversation as `beside`."""
     conversation = beside.conversation if beside else Conversation(id, home=home)
     conversation.active += 1
-    return Turn(id, [1], SamplingParams(), 0, "", conversation, [], 0, 0.0, None, False, 1, 1, 1, 1)
+    return Turn(id, [1], SamplingParams(), 0, "", conversation, [], 0, 0.0, None, 1, 1, 1, 1)
 
 
 class Served:

@@ -20,6 +20,9 @@ class PlainQueue(WaitingQueue):
     def __len__(self) -> int:
         return len(self.all) + super().__len__()
 
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
     def _line_up(self, where: str | Group, waiting: tuple[int, Turn]) -> None:
         if where in (Group.NEWCOMERS, Group.SUSPECTS):
             super()._line_up(where, waiting)

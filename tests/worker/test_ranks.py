@@ -14,6 +14,7 @@ from tests.model.test_layouts import fused, laid
 from tests.model.test_quantized import dequantized
 from tests.support import tiny
 from tests.support.engines import prompts, small
+from tests.support.native_kernels import op_by_op
 from tests.support.packed import awq, fp8, gptq, write_packed
 from tests.support.ranks import generate, greedy, several
 from tests.support.whole import check_pool
@@ -60,7 +61,7 @@ def test_torch_kernels(wide, arch):
 def test_op_by_op(wide, arch):
     with several(wide[arch], 2) as built:
         for one in built:
-            one.runner.transformer._fused = None
+            one.runner.transformer = op_by_op(one.runner.transformer)
         assert greedy(built[0].engine, ITEMS, TOKENS) == tiny.reference(wide[arch], ITEMS, TOKENS)
 
 

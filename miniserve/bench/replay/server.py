@@ -19,20 +19,15 @@ ASK_SECONDS = 10.0
 """How long a server may take to answer a question about itself."""
 
 
-class TokenCounts(NamedTuple):
-    """The server's own count of a turn's tokens; `cached` is None where it does not report it."""
-
-    cached: int | None
-    output: int
-
-
 class Event(NamedTuple):
     """An event of a stream: `tokens` came with it; `ids` are theirs, None where the server does not send them; `done`
-    marks the last one."""
+    marks the last one. `cached` and `output` are the server's own counts of the turn's tokens, None where it does not
+    report them."""
 
     tokens: int = 0
     ids: list[int] | None = None
-    usage: TokenCounts | None = None
+    cached: int | None = None
+    output: int | None = None
     done: bool = False
     error: str = ""
 
@@ -86,18 +81,19 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
         if data == b"[DONE]":
             return Event(done=True)
         chunk = _chunk.decode(data)
-        error, usage = error_message(chunk.error), None
+        error = error_message(chunk.error)
         if self.native:
-            if chunk.stop:
-                usage = TokenCounts((chunk.timings or {}).get("cache_n"), chunk.tokens_predicted)
-            return Event(len(chunk.tokens), chunk.tokens, usage, chunk.stop, error)
+            event = Event(len(chunk.tokens), chunk.tokens, error=error)
+            cached, output = (chunk.timings or {}).get("cache_n"), chunk.tokens_predicted
+            return event._replace(cached=cached, output=output, done=True) if chunk.stop else event
         tokens, ids = 0, None
         for choice in chunk.choices:
             ids = choice.token_ids
             tokens = len(ids) if ids is not None else int(bool(choice.text))
-        if said := chunk.usage:
-            usage = TokenCounts((said.prompt_tokens_details or {}).get("cached_tokens"), said.completion_tokens)
-        return Event(tokens, ids, usage, error=error)
+        if not (said := chunk.usage):
+            return Event(tokens, ids, error=error)
+        cached = (said.prompt_tokens_details or {}).get("cached_tokens")
+        return Event(tokens, ids, cached, said.completion_tokens, error=error)
 
 
 async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> TargetServer:
