@@ -187,7 +187,7 @@ class Follower:
                 if (transfer := self.peers.transfer(peer)) is not None:
                     self.storing[number] = transfer.fetch(theirs, ours, lease)
                 else:
-                    self.reply(messages.Stored(self.rank, number, f"rank {self.rank} has no way to its pages"))
+                    self.reply(messages.Stored(number, f"rank {self.rank} has no way to its pages"))
             case messages.Abandon(number):
                 if copy := self.storing.pop(number, None):
                     copy.abandon()
@@ -204,7 +204,7 @@ class Follower:
             except TransferError as failure:
                 error = str(failure)
             del self.storing[number]
-            self.reply(messages.Stored(self.rank, number, error))
+            self.reply(messages.Stored(number, error))
 
 
 def open_pool(spec: WorkerSpec, built: Built) -> tuple[Door, messages.PoolInfo]:

@@ -19,7 +19,7 @@ from miniserve.model.shards import Shard
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
-from miniserve.ops.batch import Batch, Sizes, State
+from miniserve.ops.batch import Batch, Sizes
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
@@ -172,7 +172,7 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     if (delta := config.delta) is not None:
         shape = StateShape(**vars(delta), layers=config.state_layers, dtype=dtype)
         slots = StateMemory(shape, 1, memory)
-        state = State(slots.conv, slots.delta)
+        state = slots.state
     found = []
     for start, end in ((0, len(tokens) // 3), (len(tokens) // 3, len(tokens))):
         rows = torch.arange(end - start, device=device)

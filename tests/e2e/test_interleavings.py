@@ -41,7 +41,7 @@ from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.snapshots import Snapshots
-from miniserve.worker.step import Done, Work
+from miniserve.worker.step import Launched, Work
 from tests.support.anywhere import Anywhere
 from tests.support.doors import NO_DOOR
 from tests.support.whole import check_pool
@@ -94,7 +94,7 @@ class Model:
         self._slots = slots
         self._latest: dict[Sequence, int] = {}
 
-    def launch(self, batch: list[Work]) -> Done:
+    def launch(self, batch: list[Work]) -> Launched:
         latest: dict[Sequence, int] = {}
         sampled: list[int] = []
         for work in batch:
@@ -121,7 +121,8 @@ class Model:
                 sampled += [next_token(tokens[:known], sequence.seed) for known in range(start + count, end + 1)]
                 latest[sequence] = sampled[-1]
         self._latest = latest
-        return Done([(token, None) for token in sampled])
+        found: list = [(token, None) for token in sampled]
+        return lambda: found
 
 
 class Slow:

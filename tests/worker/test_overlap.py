@@ -9,7 +9,7 @@ from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Sampled, Work
+from miniserve.worker.step import Launched, Sampled, Work
 from tests.support.engines import prompts, small
 from tests.support.whole import check_pool
 
@@ -27,7 +27,7 @@ class Device:
         self._end_at = end_at
         self._said: dict[str, int] = {}
 
-    def launch(self, batch: list[Work]) -> Waiting:
+    def launch(self, batch: list[Work]) -> Launched:
         number = sum(line.startswith("launch") for line in self.log)
         self.log.append(f"launch {number}: " + ", ".join(f"{w.sequence.turn} {w.count}" for w in batch))
         tokens = []
@@ -36,16 +36,12 @@ class Device:
                 turn = work.sequence.turn
                 said = self._said[turn] = self._said.get(turn, 0) + 1
                 tokens.append(END if said == self._end_at else said)
-        return Waiting(self.log, number, tokens)
 
+        def wait() -> Sampled:
+            self.log.append(f"wait {number}")
+            return [(token, None) for token in tokens]
 
-class Waiting:
-    def __init__(self, log: list[str], number: int, tokens: list[int]) -> None:
-        self._log, self._number, self._tokens = log, number, tokens
-
-    def wait(self) -> Sampled:
-        self._log.append(f"wait {self._number}")
-        return [(token, None) for token in self._tokens]
+        return wait
 
 
 def engine(device: Device, pages: int = 100) -> Engine:

@@ -18,7 +18,7 @@ from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Done, Work
+from miniserve.worker.step import Launched, Sampled, Work
 
 LAYOUT = "simulated"
 PATIENCE = 30.0
@@ -88,7 +88,7 @@ class SimulatedWorker:
     def clock(self) -> float:
         return self.now
 
-    def launch(self, batch: list[Work]) -> Done:
+    def launch(self, batch: list[Work]) -> Launched:
         """Make a step that takes as long as on the hardware."""
         started = self.now
         chunks = [(work.count, work.start) for work in batch if not work.is_decode]
@@ -99,7 +99,8 @@ class SimulatedWorker:
         if self.record:
             kind = "decode" if not chunks else "prefill" if len(chunks) == len(batch) else "mixed"
             self.spans.append((started, self.now, kind))
-        return Done([(self.speak(work.sequence), None) for work in batch if work.samples])
+        sampled: Sampled = [(self.speak(work.sequence), None) for work in batch if work.samples]
+        return lambda: sampled
 
     def round(self, now: float) -> float:
         """Run its loop once from `now` on; returns when the next round is due if no message comes before."""
