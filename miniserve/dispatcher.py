@@ -10,7 +10,7 @@ from itertools import permutations
 import msgspec
 
 from miniserve.cluster.devices import one_more, place
-from miniserve.cluster.launch import Launcher, LocalLauncher
+from miniserve.cluster.launch import Launcher
 from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput
 from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import ConfigError, Role, ServeConfig
@@ -108,7 +108,7 @@ class Dispatcher:
         self.workers = Supervisor(
             engines,
             config.worker_timeout,
-            _launcher(config) if elsewhere else LocalLauncher(),
+            _launcher(config) if elsewhere else Launcher(),
             up=self._worker_up,
             down=self._worker_down,
             report=self._on_report,

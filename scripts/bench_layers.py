@@ -144,7 +144,7 @@ def miniserve_runs(folder: Path) -> Callable[[], dict[str, float]]:
     """A run of miniserve's engine, whose prefix cache is off."""
     config = EngineConfig(model=str(folder), enable_prefix_caching=False, max_num_seqs=2, max_model_len=1024)
     made = build(config)
-    print(f"miniserve: {made.kernels} kernels, {made.dtype}, {made.threads} threads", flush=True)
+    print(f"miniserve: {made.facts.kernels} kernels, {made.facts.dtype}, {made.facts.threads} threads", flush=True)
     params = SamplingParams(temperature=0, max_tokens=OUTPUT + 1, ignore_eos=True)
 
     def run() -> dict[str, float]:

@@ -23,7 +23,7 @@ os.environ.update(SPINNING | os.environ)  # as a worker has it, and read when to
 import zmq
 
 from miniserve.cluster.channels import Inbox, Keys, Outboxes
-from miniserve.cluster.launch import LocalLauncher, RunDir, WorkerSpec
+from miniserve.cluster.launch import Launcher, RunDir, WorkerSpec
 from miniserve.config import EngineConfig
 from miniserve.hub.resolve import resolve
 from miniserve.worker.build import build
@@ -47,7 +47,7 @@ def one(model: str, ranks: int, threads: int, steps: int, context: int, dtype: s
         prompt_lookup=False,
         workers=ranks,
     )
-    run_dir, messages, keys = RunDir(LocalLauncher().base), zmq.Context(), Keys.make()
+    run_dir, messages, keys = RunDir(Launcher().base), zmq.Context(), Keys.make()
     spec = WorkerSpec("d0", 1, str(run_dir.path), run_dir.address("d0.1"), run_dir.address("frontend"), config, keys)
     inbox, outboxes = Inbox(messages, spec.address, keys), Outboxes(messages, "d0", 1, keys)
     others = Ranks(spec, outboxes)

@@ -72,8 +72,10 @@ def main() -> int:
     engine.reset()
     engine.snapshots.find = lambda sequence, most, now: (0, [], [])  # type: ignore[method-assign]
     found["without"] = conversation(engine, args)
+    facts = made.facts
     print(
-        f"{args.model}, {made.dtype}, {made.kernels} kernels, {made.threads} threads; a snapshot: {format_bytes(size)}"
+        f"{args.model}, {facts.dtype}, {facts.kernels} kernels, {facts.threads} threads; "
+        f"a snapshot: {format_bytes(size)}"
     )
     print(
         f"{'turn':>4} {'prompt':>7} | {'computed':>8} {'TTFT, s':>8} {'snapshots':>9} | {'computed':>8} {'TTFT, s':>8}"

@@ -84,10 +84,10 @@ def _read_bytes(llm: LLM, name: str, form: str) -> int:
     """All weights, without an embedding that is not the head too: a step looks up some of its rows."""
     built = llm._built
     _, head_bits = SIZES.get(form, check_folder(resolve(name).folder, dummy=False).bits)
-    if built.model.tie_embeddings and (head_bits is None or built.device != "cpu"):
-        return built.weights_bytes
-    number_bytes = 4 if built.dtype == "float32" else 2
-    return built.weights_bytes - built.model.vocab_size * built.model.hidden_size * number_bytes
+    if built.model.tie_embeddings and (head_bits is None or built.facts.device != "cpu"):
+        return built.facts.weights_bytes
+    number_bytes = 4 if built.facts.dtype == "float32" else 2
+    return built.facts.weights_bytes - built.model.vocab_size * built.model.hidden_size * number_bytes
 
 
 def compared(scores: Scores, yardstick: Scores) -> dict[str, float]:

@@ -139,8 +139,8 @@ def measure() -> int:
     steps = [(n, c, b, b * s, timed(n, c, b, s)) for n, c, b, s in shapes]
     today = time.strftime("%Y-%m-%d")
     device = Hardware(
-        name=built.device,
-        source=f"profile_hardware.py, {today}: {built.device}, {built.dtype}, {config.workers} at once",
+        name=built.facts.device,
+        source=f"profile_hardware.py, {today}: {built.facts.device}, {built.facts.dtype}, {config.workers} at once",
         base=0.0,
         per_token=0.0,
         per_pair=0.0,

@@ -150,7 +150,7 @@ def main() -> None:
     )
     with patch.object(building, "make_ops", make_ops):
         built = building.build(config)
-    print(built.kernels, built.dtype, f"{built.threads} threads")
+    print(built.facts.kernels, built.facts.dtype, f"{built.facts.threads} threads")
     cases = {"1 decode": (1, 0), "16 decodes": (16, 0), "prompt of 512": (0, 512)}
 
     def columns(built: building.Built, timed: Timed | None) -> dict[str, dict[str, float]]:
@@ -169,10 +169,10 @@ def main() -> None:
         says = {"host": "the rest of the step", "step": "step, operation by operation"}.get(name, name)
         print(f"| {says} | " + " | ".join(f"{column.get(name, 0.0):.2f}" for column in parts.values()) + " |")
     print("| step as it is served | " + " | ".join(f"{column['step']:.2f}" for column in whole.values()) + " |")
-    read = built.weights_bytes / max(reads) * 1e3
+    read = built.facts.weights_bytes / max(reads) * 1e3
     print(
         f"\nA plain read: {max(reads) / 1e9:.1f} GB/s (before {reads[0] / 1e9:.1f}, after {reads[1] / 1e9:.1f}). "
-        f"The weights, {built.weights_bytes / 1e6:.0f} MB, take {read:.1f} ms to read, "
+        f"The weights, {built.facts.weights_bytes / 1e6:.0f} MB, take {read:.1f} ms to read, "
         f"{100 * read / whole['1 decode']['step']:.0f} % of the step of one decode."
     )
     write(arguments.json, {"parts_ms": parts, "whole_ms": whole, "read_bytes_per_second": reads})

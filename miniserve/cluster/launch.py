@@ -1,6 +1,8 @@
-"""Where worker processes run, and the directory of a run. `Launcher` is what a supervisor needs; `LocalLauncher` starts
-processes on this host, `cluster/ray_launcher.py` on the hosts of a Ray cluster.
+"""Where worker processes run, and the directory of a run. A `Launcher` starts processes on this host, that of
+`cluster/ray_launcher.py` on the hosts of a Ray cluster.
 """
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -66,28 +68,6 @@ class Started(Protocol):
 
     def kill(self) -> None:
         """End it at once, and all that belongs to it."""
-
-
-class Launcher(Protocol):
-    """Starts workers, and knows where the frontend is: on the `host` of this name. With an `address` of it the frontend
-    can be reached from other hosts. The run's directory, of the same path on all hosts, is made in `base`."""
-
-    host: str
-    address: str
-    base: Path
-
-    def prepare(self, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
-        """Make sure that there is room for workers with these settings, and say with which ones they start there. May
-        block for long. Raises `StartupError`."""
-
-    def start(self, spec: WorkerSpec, far: str) -> Started:
-        """Start a worker. The frontend's inbox is at `far` for those that are on another host."""
-
-    def release(self, name: str) -> None:
-        """A worker has ended for good."""
-
-    def close(self) -> None:
-        """All workers have ended."""
 
 
 class RunDir:
@@ -181,8 +161,13 @@ class WorkerProcess:
         self._process.wait()
 
 
-class LocalLauncher:
-    """Starts processes on this host, which share its memory and cores."""
+class Launcher:
+    """Starts workers: processes on this host, which share its memory and cores. Those that start them elsewhere derive
+    from this.
+
+    The frontend is on the `host` of this name, "" where all is local; with an `address` of it the frontend can be
+    reached from other hosts. The run's directory, of the same path on all hosts, is made in `base`.
+    """
 
     host = address = ""
 
@@ -190,14 +175,19 @@ class LocalLauncher:
         self.base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"miniserve-{os.getuid()}"
 
     def prepare(self, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
+        """Make sure that there is room for workers with these settings, and say with which ones they start there. May
+        block for long. Raises `StartupError`."""
         return engines
 
-    def start(self, spec: WorkerSpec, far: str) -> WorkerProcess:
+    def start(self, spec: WorkerSpec, far: str) -> Started:
+        """Start a worker. The frontend's inbox is at `far` for those that are on another host."""
         return WorkerProcess(spec)
 
-    def release(self, name: str) -> None: ...
+    def release(self, name: str) -> None:
+        """A worker has ended for good."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """All workers have ended."""
 
 
 def import_path() -> dict[str, str]:

@@ -326,11 +326,10 @@ class Loading(Wire, frozen=True):
     total: int = 0
 
 
-class Ready(Wire, frozen=True):
-    """A worker is up. `kernels` names those that it runs, `phases` are seconds per start-up phase, `kv_note` the
-    arithmetic of the pool's size. Its inbox is also bound at `far`, for other hosts."""
+class Facts(Wire, frozen=True):
+    """What a person wants to know of an engine. `kernels` names those that it runs, `phases` are seconds per start-up
+    phase, `kv_note` the arithmetic of the pool's size."""
 
-    pool: PoolInfo
     dtype: str
     device: str
     kernels: str
@@ -341,6 +340,12 @@ class Ready(Wire, frozen=True):
     vocab_size: int
     phases: dict[str, float]
     kv_note: str
+
+
+class Ready(Facts, frozen=True, kw_only=True):
+    """A worker is up. Its inbox is also bound at `far`, for other hosts."""
+
+    pool: PoolInfo
     far: str = ""
 
 

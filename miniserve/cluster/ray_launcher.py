@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from miniserve.cluster.launch import CUDA_QUEUES, SPINNING, RunDir, StartupError, WorkerSpec
+from miniserve.cluster.launch import CUDA_QUEUES, SPINNING, Launcher, RunDir, StartupError, WorkerSpec
 from miniserve.config import EngineConfig, problem
 
 ROOM_SECONDS = 60.0
@@ -85,14 +85,14 @@ class RayWorker:
         self._ended = self._ended or "was ended"
 
 
-class RayLauncher:
+class RayLauncher(Launcher):
     """Starts workers in bundles of placement groups: a bundle for each, with the GPUs of its ranks, or as many CPUs.
     All begin in one group; a worker that is added has one of its own. Within a group that Ray Serve has made for this
     process, the first bundle is this process's, and workers take the others."""
 
     def __init__(self, address: str, strategy: str, advertised: str) -> None:
         """The cluster is at `address`; this process is reached at the one that is `advertised`, "" for Ray's own."""
-        self.host, self.address = "", advertised
+        self.address = advertised
         self.base = Path(f"/tmp/miniserve-{os.getuid()}")  # the same on all hosts
         self._cluster, self._strategy = address, strategy
         self._ours = False

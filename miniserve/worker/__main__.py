@@ -62,7 +62,7 @@ def run(spec: WorkerSpec) -> int:
         tell("warm-up", 0, 0)
         warming = time.monotonic()
         warm_up(built.engine, root_hash(built.layout))
-        built.phases.update({"imports": imported - _born, "warm-up": time.monotonic() - warming})
+        built.facts.phases.update({"imports": imported - _born, "warm-up": time.monotonic() - warming})
         serve(spec, built, inbox, outboxes, ranks)
     except Exception as error:
         reason, trace = str(error), ""

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from miniserve.cluster.launch import WorkerSpec
-from miniserve.cluster.messages import RankCommand
+from miniserve.cluster.messages import Facts, RankCommand
 from miniserve.config import ConfigError, EngineConfig, format_bytes, problem
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
@@ -42,7 +42,7 @@ SIZES = {"int8": (8.5, 8.5), "int4": (4.5, 8.5)}
 
 @dataclass
 class Built:
-    """An engine and what a person wants to know about it. `layout` names everything that must agree before two pools
+    """An engine and its parts. `layout` names everything that must agree before two pools
     exchange pages; it is also the root of all page hashes."""
 
     engine: Engine
@@ -51,13 +51,7 @@ class Built:
     memory: KVMemory
     model: ModelConfig
     layout: str
-    dtype: str
-    device: str
-    kernels: str
-    threads: int
-    weights_bytes: int
-    kv_note: str
-    phases: dict[str, float]
+    facts: Facts
 
 
 def build(
@@ -101,17 +95,9 @@ def build(
     try:
         shown = partial(show, "weights")
         shown(0, len(model.layers))
-        packing, asked = choices.files.config.get("quantization_config") or {}, config.quantization
-        weights = load_weights(
-            choices.files.weights,
-            choices.shard,
-            ops,
-            choices.dtype,
-            device,
-            packing=packing,
-            quantization=asked,
-            progress=shown,
-        )
+        given = choices.files.weights, choices.shard, ops, choices.dtype, device
+        packing = choices.files.config.get("quantization_config") or {}
+        weights = load_weights(*given, packing=packing, quantization=config.quantization, progress=shown)
         transformer = Transformer(model, weights, ops, choices.max_model_len, group)
         weights_bytes = weights.num_bytes
         lap("weights")
@@ -130,7 +116,6 @@ def build(
     host = None
     if choices.swap_pages:
         host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction), tell=tell)
-    if host is not None:
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     if choices.state:
         kv_note += (
@@ -149,20 +134,41 @@ def build(
     except ParameterError as error:
         raise ConfigError(error.message) from error
     runner = ModelRunner(transformer, memory, eos, device, graphs, state, tell)
+    order, on_evict = make_order(config.kv_eviction), None if host is None else host.store
+    pool = PagePool(num_pages, order, caching=config.enable_prefix_caching, on_evict=on_evict)
+    engine = Engine(
+        runner,
+        pool,
+        page_tokens=config.block_size,
+        max_num_batched_tokens=choices.budget,
+        max_num_seqs=choices.sequences,
+        max_model_len=choices.max_model_len,
+        host=host,
+        snapshots=Snapshots(states, pool, host, config.block_size) if states else None,
+        grammars=grammars,
+        pace=Pace(choices.budget, config.step_stretch) if config.step_stretch else None,
+        overlap=choices.overlap,
+        draft_rows=ops.draft_rows if choices.drafts else 0,
+    )
     return Built(
-        engine=_make_engine(config, choices, runner, host, states, grammars, ops.draft_rows),
+        engine=engine,
         runner=runner,
         grammars=grammars,
         memory=memory,
         model=model,
         layout=choices.layout(config, ops),
-        dtype=str(choices.dtype).removeprefix("torch."),
-        device=str(device),
-        kernels=kernels,
-        threads=threads,
-        weights_bytes=weights_bytes,
-        kv_note=kv_note,
-        phases=phases,
+        facts=Facts(
+            dtype=str(choices.dtype).removeprefix("torch."),
+            device=str(device),
+            kernels=kernels,
+            threads=threads,
+            weights_bytes=weights_bytes,
+            page_tokens=config.block_size,
+            max_model_len=choices.max_model_len,
+            vocab_size=model.vocab_size,
+            phases=phases,
+            kv_note=kv_note,
+        ),
     )
 
 
@@ -171,42 +177,6 @@ def _least(group: Group, number: int, device: torch.device) -> int:
     numbers = torch.zeros(group.ranks, device=device)
     numbers[group.rank] = number
     return int(group.sum(numbers).min())
-
-
-def _make_engine(
-    config: EngineConfig,
-    choices: sizing.Choices,
-    runner: ModelRunner,
-    host: HostPool | None,
-    states: StateMemory | None,
-    grammars: Grammars,
-    draft_rows: int,
-) -> Engine:
-    """The engine over the runner's memory. What the settings leave open, the kind of device decides."""
-    on_gpu = choices.device.type == "cuda"
-    # A recurrent state that has taken in a wrong draft could not be put back.
-    drafts = (not on_gpu if config.prompt_lookup is None else config.prompt_lookup) and states is None
-    pool = PagePool(
-        runner.memory.num_pages,
-        make_order(config.kv_eviction),
-        caching=config.enable_prefix_caching,
-        on_evict=host.store if host is not None else None,
-    )
-    snapshots = Snapshots(states, pool, host, config.block_size) if states else None
-    return Engine(
-        runner,
-        pool,
-        page_tokens=config.block_size,
-        max_num_batched_tokens=choices.budget,
-        max_num_seqs=choices.sequences,
-        max_model_len=choices.max_model_len,
-        host=host,
-        snapshots=snapshots,
-        grammars=grammars,
-        pace=Pace(choices.budget, config.step_stretch) if config.step_stretch else None,
-        overlap=on_gpu if config.async_scheduling is None else config.async_scheduling,
-        draft_rows=draft_rows if drafts else 0,
-    )
 
 
 def warm_up(engine: Engine, root: bytes) -> None:

@@ -240,23 +240,11 @@ def serve(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes, rank
     door, pool = open_pool(spec, built)
     worker = make_worker(spec, built, pool, door, outboxes, ranks)
     pool = msgspec.structs.replace(pool, others=ranks.pools)
-    outboxes.send(spec.frontend, ready(built, pool, inbox.far))
+    facts = msgspec.structs.asdict(built.facts)
+    outboxes.send(spec.frontend, messages.Ready(**facts, pool=pool, far=inbox.far))
     built.grammars.prepare()  # not before: it would hold up the start, and the first turn seldom has one
     while not worker.stopping:
         worker.work(inbox.receive(int(worker.rest * 1000)))
         if broken := outboxes.broken():
             worker.cut_off(broken)
     door.close()
-
-
-def ready(built: Built, pool: messages.PoolInfo, far: str) -> messages.Ready:
-    """What the frontend should know of a worker that is up."""
-    same = "dtype", "device", "kernels", "threads", "weights_bytes", "phases", "kv_note"
-    return messages.Ready(
-        pool=pool,
-        far=far,
-        page_tokens=built.memory.shape.page_tokens,
-        max_model_len=built.engine.max_model_len,
-        vocab_size=built.model.vocab_size,
-        **{name: getattr(built, name) for name in same},
-    )

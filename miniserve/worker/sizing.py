@@ -41,7 +41,7 @@ guess (docs/gpu.md)."""
 class Choices:
     """What follows from the settings, the model's files and the machine, before anything large is read. `shard` is
     what this rank has of the model, `budget` the tokens of a step, `swap_pages` the size of the swap space; so many
-    `sequences` may run at once."""
+    `sequences` may run at once. What the settings leave open, the kind of device decides."""
 
     folder: Path
     files: Checked
@@ -54,6 +54,8 @@ class Choices:
     sequences: int
     budget: int
     swap_pages: int
+    overlap: bool
+    drafts: bool
 
     @classmethod
     def of(cls, config: EngineConfig, rank: int) -> Choices:
@@ -67,12 +69,16 @@ class Choices:
         dtype = choose_dtype(config.dtype, model, device)
         shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
         state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None
-        default_budget = CPU_BATCHED_TOKENS if device.type == "cpu" else CUDA_BATCHED_TOKENS
-        budget, swap = config.max_num_batched_tokens or default_budget, swap_pages(config, shape)
+        on_gpu = device.type == "cuda"
+        budget = config.max_num_batched_tokens or (CUDA_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS)
+        overlap = on_gpu if config.async_scheduling is None else config.async_scheduling
+        # A recurrent state that has taken in a wrong draft could not be put back.
+        drafts = (not on_gpu if config.prompt_lookup is None else config.prompt_lookup) and state is None
         max_model_len = choose_max_model_len(config.max_model_len, model)
         slot = state.pages(shape.bytes) * shape.bytes if state else 0
         sequences = choose_sequences(config, slot, device)
-        return cls(folder, files, shard, device, dtype, max_model_len, shape, state, sequences, budget, swap)
+        given = folder, files, shard, device, dtype, max_model_len, shape, state, sequences, budget
+        return cls(*given, swap_pages(config, shape), overlap, drafts)
 
     @property
     def snapshot(self) -> int:

@@ -62,7 +62,8 @@ MESSAGES: list[m.Message] = [
     m.RankReady(1, POOL),
     m.Loading("weights", 3, 30),
     m.Ready(
-        POOL, "bfloat16", "cpu", "native", 2, 2**28, 16, 8192, 49152, {"weights": 0.5}, "1 GiB / 2 MiB = 512 pages"
+        *("bfloat16", "cpu", "native", 2, 2**28, 16, 8192, 49152, {"weights": 0.5}, "1 GiB / 2 MiB = 512 pages"),
+        pool=POOL,
     ),
     m.StartFailed("no memory: use --kv-cache-memory 1GiB"),
     m.Report(OUTPUTS, [m.Move("t1", "p0", 3, 9, 0.1)], STATS),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from miniserve.cluster import supervisor as module
-from miniserve.cluster.launch import LocalLauncher, WorkerSpec
+from miniserve.cluster.launch import Launcher, WorkerSpec
 from miniserve.cluster.messages import Envelope, StartFailed
 from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import EngineConfig
@@ -33,7 +33,7 @@ class Process:
         self.kill()
 
 
-class Launcher(LocalLauncher):
+class Fake(Launcher):
     def start(self, spec: WorkerSpec, far: str) -> Process:
         return Process(spec)
 
@@ -46,7 +46,7 @@ async def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(module, "WATCH_START_SECONDS", 0.01)
     ignore = lambda *told: None  # noqa: E731
     made = Supervisor(
-        {"d0": EngineConfig(model="m")}, 60.0, Launcher(), up=ignore, down=ignore, report=ignore, loading=ignore
+        {"d0": EngineConfig(model="m")}, 60.0, Fake(), up=ignore, down=ignore, report=ignore, loading=ignore
     )
     monkeypatch.setattr(made._health, "died", lambda name, now: 0.0)
     starting = asyncio.create_task(made.start())

@@ -88,7 +88,7 @@ def test_the_model_in_one_call_is_the_model(models, arch, dtype, outputs):
 def test_alone(models, expected, arch, kernels):
     items, texts = expected[arch]
     llm = small(models[arch], cpu_kernels=kernels)
-    assert kernels == "torch" or llm._built.kernels == "native" or "g++" in llm._built.kernels
+    assert kernels == "torch" or llm._built.facts.kernels == "native" or "g++" in llm._built.facts.kernels
     assert [greedy(llm, [item])[0] for item in items] == texts
     assert len({tuple(text) for text in texts}) > 1, "the reference itself says nothing"
     assert clean(llm)
@@ -221,8 +221,8 @@ def test_bf16_text_is_the_same_in_any_batch(tmp_path, arch):
     """Native kernels compute each row alike whatever shares its batch, so even rounding does not tell."""
     folder = tiny.make_model(tmp_path / "m", arch, hidden=576, heads=9, kv_heads=3, dtype=torch.bfloat16, seed=6)
     llm = small(folder, dtype="bfloat16")
-    if llm._built.kernels != "native":
-        pytest.skip(f"kernels: {llm._built.kernels}")
+    if llm._built.facts.kernels != "native":
+        pytest.skip(f"kernels: {llm._built.facts.kernels}")
     items = prompts(10, seed=9)
     for temperature in (0.0, 0.9):
         params = [
@@ -315,7 +315,7 @@ def test_drafts_change_nothing_that_is_sampled(tiny_models):
             found.append([g.outputs for g in llm.generate(items, each, progress=False)])
             held = llm.engine.counters.held_tokens
             assert clean(llm)
-        if llm._built.kernels == "native":
+        if llm._built.facts.kernels == "native":
             assert found[0] == found[1]
         else:  # torch's products differ in the last bits with the number of rows, and so do log-probabilities
             texts = [[[choice.token_ids for choice in outputs] for outputs in run] for run in found]

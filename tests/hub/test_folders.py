@@ -342,11 +342,11 @@ def test_a_folder_is_served_as_transformers_does(model: Path, case: str, caplog:
 
 
 def test_a_tied_model_holds_one_matrix(model: Path) -> None:
-    one = small(model)._built.weights_bytes
+    one = small(model)._built.facts.weights_bytes
     edit_tensors(lambda t: t.update({HEAD: t[EMBEDDING].clone()}))(model)
-    assert small(model)._built.weights_bytes == one
+    assert small(model)._built.facts.weights_bytes == one
     edit_tensors(flipped)(model)
-    assert small(model)._built.weights_bytes == one + 320 * 128 * 4
+    assert small(model)._built.facts.weights_bytes == one + 320 * 128 * 4
 
 
 def test_any_end_token_ends_a_turn(model: Path) -> None:

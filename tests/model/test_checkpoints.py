@@ -254,7 +254,7 @@ def test_the_estimate_is_no_less_than_the_weights(tiny_folder: Path, tmp_path: P
     found = check_folder(folder, dummy=False)
     model = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     estimate = weight_bytes(model, torch.float32, *found.bits)
-    loaded = small(folder, dtype="float32")._built.weights_bytes
+    loaded = small(folder, dtype="float32")._built.facts.weights_bytes
     assert loaded * 0.95 < estimate < loaded * 1.05
 
 

@@ -191,7 +191,7 @@ def test_the_default_model_is_its_4_bits(
     assert greedy(llm, prompts, 16) == tiny.reference(smollm2_plain, prompts, 16)
     rows = 49152 * 576
     head, layers = rows * 8.5 / 8, 30 * (4 * 576 * 576 * 2 // 3 + 3 * 576 * 1536) * 5 / 8
-    assert llm._built.weights_bytes == pytest.approx(rows * 4 + head + layers, rel=0.01)
+    assert llm._built.facts.weights_bytes == pytest.approx(rows * 4 + head + layers, rel=0.01)
     assert not [record for record in caplog.records if record.name.startswith("miniserve")]
 
 

@@ -115,7 +115,7 @@ def test_every_layout_is_the_same_model(
         llm = small(folder)
         found = greedy(llm, prompts, 12)
     assert found == tiny.reference(models[arch], prompts, 12)
-    assert llm._built.weights_bytes == small(models[arch])._built.weights_bytes
+    assert llm._built.facts.weights_bytes == small(models[arch])._built.facts.weights_bytes
     assert not [record for record in caplog.records if record.name.startswith("miniserve")]
 
 

@@ -122,7 +122,7 @@ def test_greedy_text_is_that_of_the_dequantized_weights(
 def test_pages_of_workers_that_quantize_differently_do_not_mix(tiny_folder: Path) -> None:
     built = [small(tiny_folder, quantization=how, cpu_kernels=KERNELS[-1])._built for how in (None, "int8", "int4")]
     assert len({made.layout for made in built}) == 3
-    sizes = [made.weights_bytes for made in built]
+    sizes = [made.facts.weights_bytes for made in built]
     assert sizes == sorted(sizes, reverse=True)
 
 

@@ -41,7 +41,7 @@ STATS = WorkerStats(
     prefix_queries=640,
     prefix_hits=320,
 )
-READY = Ready(PoolInfo(1, 1, 100, 4096, ""), "bfloat16", "cpu", "torch", 1, 0, 16, 512, 49152, {}, "")
+READY = Ready("bfloat16", "cpu", "torch", 1, 0, 16, 512, 49152, {}, "", pool=PoolInfo(1, 1, 100, 4096, ""))
 """A worker's facts."""
 EOS = 2
 

@@ -46,14 +46,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("arch", tiny.KINDS)
 def test_text(wide, arch, ranks):
     with several(wide[arch], ranks, max_num_batched_tokens=48) as built:
-        assert built[0].kernels == "native"
+        assert built[0].facts.kernels == "native"
         assert greedy(built[0].engine, ITEMS, TOKENS) == tiny.reference(wide[arch], ITEMS, TOKENS)
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3_next"])
 def test_torch_kernels(wide, arch):
     with several(wide[arch], 2, cpu_kernels="torch", max_num_batched_tokens=48) as built:
-        assert built[0].kernels == "torch"
+        assert built[0].facts.kernels == "torch"
         assert greedy(built[0].engine, ITEMS, TOKENS) == tiny.reference(wide[arch], ITEMS, TOKENS)
 
 
@@ -77,8 +77,8 @@ def test_fewer_heads_of_keys_than_ranks_and_an_odd_vocabulary(tmp_path, kv_heads
 @pytest.mark.parametrize("arch", ["gemma3", "qwen3_moe"])
 def test_bf16_text_is_the_same_in_any_batch(wide, arch):
     with several(wide[arch], 2, dtype="bfloat16") as built:
-        if built[0].kernels != "native":
-            pytest.skip(built[0].kernels)
+        if built[0].facts.kernels != "native":
+            pytest.skip(built[0].facts.kernels)
         alone = [greedy(built[0].engine, [item], TOKENS)[0] for item in ITEMS]
     for chunk in (7, 512):
         with several(wide[arch], 2, dtype="bfloat16", max_num_batched_tokens=chunk) as built:
