@@ -4,9 +4,8 @@ from collections.abc import Callable
 from itertools import islice
 
 from miniserve.config import Role
-from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
-from miniserve.scheduler.workers import Cluster, Known, WorkerView
+from miniserve.scheduler.workers import Cluster, WorkerView
 
 MARGIN_SHARE, MARGIN_SECONDS = 0.1, 0.02
 """By how much another place must be cheaper before a prompt leaves its home: estimates are not better than that."""
@@ -22,10 +21,11 @@ drives out. Once would be right if that happened once; it happens at each turn o
 """
 STEP_STRETCH = 6.0
 """Of `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
-FEW_HOMES, LIKELY_HOMES, SPECIAL_HOMES = 8, 4, 2
-"""Of more workers than that, some are compared as homes: those where a typical turn would cost least, and the best of
-those that hold most of the prompt, or are on the old home's host."""
-TYPICAL = Need(Conversation(""), 1000, 256, 1, Known([], 1), 0.0)
+FEW_HOMES, LIKELY_HOMES, SPECIAL_HOMES = 8, 16, 4
+"""Of more workers than that, some are compared as homes: those where a turn of about this length would cost least, and
+the best of those that hold most of the prompt, or are on the old home's host; of these as many with prefillers."""
+TYPICAL_OUTPUT = 256
+"""Tokens that such a turn generates."""
 
 
 class Observe(Policy):
@@ -58,7 +58,7 @@ class Observe(Policy):
         return self._later(need, cluster, home)
 
     def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
-        options = [option for home in homes for option in self._options(need, cluster, home)]
+        options = [o for n, home in enumerate(homes) for o in self._options(need, cluster, home, n < FEW_HOMES)]
         if not options:
             return None
         best = min(options, key=lambda option: option.cost)
@@ -115,7 +115,8 @@ class Observe(Policy):
 
     def patience(self, need: Need, cluster: Cluster) -> float:
         all_of_few = (*cluster.decoders, *cluster.prefillers)
-        workers = all_of_few if len(all_of_few) <= FEW_HOMES else cluster.ranked(self._burden)[:LIKELY_HOMES]
+        few = len(all_of_few) <= FEW_HOMES
+        workers = all_of_few if few else islice(cluster.ranked(need.tokens, self._burden), FEW_HOMES)
         return min((self._worth(need, worker) for worker in workers), default=0.0)
 
     def _likely(
@@ -124,7 +125,7 @@ class Observe(Policy):
         """The workers that `may` be the turn's home and are worth comparing: decoders first."""
         if len(cluster.workers) <= FEW_HOMES:
             return [w for w in (*cluster.decoders, *cluster.prefillers) if may(need, cluster, w)]
-        ranked = cluster.ranked(self._burden)
+        ranked = list(cluster.ranked(need.tokens, self._burden))
         home = cluster.worker(need.conversation.home)
         host, best = home.host if home else "", need.known.best
         special = [w for w in ranked if (w.host == host if host else w.name in best)]
@@ -135,10 +136,10 @@ class Observe(Policy):
         }
         return sorted(found.values(), key=lambda worker: worker.role is Role.PREFILLER)
 
-    def _burden(self, worker: WorkerView) -> float:
-        """What a typical turn costs here."""
-        decode, beside = self._decode(TYPICAL, worker)
-        prefill, held_up = worker.speed.prefill(TYPICAL.tokens), worker.speed.held_up(TYPICAL.tokens)
+    def _burden(self, tokens: int, worker: WorkerView) -> float:
+        """What a turn of so many tokens, none of them known, costs here."""
+        decode, beside = self._decode(tokens, TYPICAL_OUTPUT, worker)
+        prefill, held_up = worker.speed.prefill(tokens), worker.speed.held_up(tokens)
         return worker.queue_seconds + prefill + decode + beside + self._streams(worker) * held_up
 
     def _worth(self, need: Need, worker: WorkerView) -> float:
@@ -146,9 +147,9 @@ class Observe(Policy):
         again = worker.speed.prefill(need.tokens) + self._streams(worker) * worker.speed.held_up(need.tokens)
         return WORTH * again
 
-    def _options(self, need: Need, cluster: Cluster, home: WorkerView) -> list[Option]:
-        """The ways to serve a turn with this home; the first one is to prefill there."""
-        decode, beside = self._decode(need, home)
+    def _options(self, need: Need, cluster: Cluster, home: WorkerView, remote: bool = True) -> list[Option]:
+        """The ways to serve a turn with this home, `remote` ones too; the first one is to prefill there."""
+        decode, beside = self._decode(need.tokens, need.output, home)
         known, history_at, fetch = need.known[home.name], "", 0.0
         old = cluster.worker(need.conversation.home)
         if old is not None and old is not home and need.known[old.name] > known:
@@ -164,7 +165,9 @@ class Observe(Policy):
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
-        if home.role is Role.PREFILLER:  # Two that prefill for each other might wait for each other's pages.
+        if (
+            home.role is Role.PREFILLER or not remote
+        ):  # Two that prefill for each other might wait for each other's pages.
             return [local]
         prefillers = cluster.prefillers_for(home, need.known)
         return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in prefillers)]
@@ -187,15 +190,15 @@ class Observe(Policy):
             harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
         )
 
-    def _decode(self, need: Need, home: WorkerView) -> tuple[float, float]:
+    def _decode(self, tokens: int, output: int, home: WorkerView) -> tuple[float, float]:
         """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""
-        step = self._step(need, home)
+        step = self._step(tokens, home)
         more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0
-        return need.output * step, need.output * home.turns * max(more, 0.0)
+        return output * step, output * home.turns * max(more, 0.0)
 
-    def _step(self, need: Need, home: WorkerView) -> float:
+    def _step(self, tokens: int, home: WorkerView) -> float:
         """Seconds of a decode step with this turn in it; at a prefiller, with prompts in it as on average."""
-        step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
+        step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
         return step / (1 - min(home.prefilling.value, 0.75)) if home.role is Role.PREFILLER else step
 
     def _streams(self, worker: WorkerView) -> float:

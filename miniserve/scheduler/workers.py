@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from operator import attrgetter
@@ -52,8 +53,6 @@ class WorkerView:
     stats: WorkerStats | None = None
     leaving: set[str] = field(default_factory=set)
     """Runs that the scheduler has asked it to stop, until it reports them stopped: it may still die of them."""
-    burden: float = 0.0
-    """By which `Cluster.ranked` has put it in its place."""
     load: TimeAverage = field(init=False)
     prefilling: TimeAverage = field(init=False)
     """The share of its time that it spends on prompts."""
@@ -136,6 +135,15 @@ class Link:
             self.bandwidth.add(move.bytes / elapsed)
 
 
+@dataclass
+class Ranking:
+    """Names of workers in an order by their `burdens`, which are to be computed again for `stale` ones."""
+
+    names: list[str]
+    stale: set[str]
+    burdens: dict[str, float] = field(default_factory=dict)
+
+
 class Cluster:
     """All that a policy may look at beside the turn. `open` names the workers that may take this turn: the others are
     claimed by turns that wait before it."""
@@ -153,8 +161,7 @@ class Cluster:
         """Workers whose KV was reserved or given back since the queue was served last."""
         self._kinds = {True: Link(), False: Link()}
         """All links within hosts, all between hosts."""
-        self._ranked: list[WorkerView] = []
-        self._stale: set[str] = set()
+        self._rankings: dict[int, Ranking] = {}
         self._shortest: list[WorkerView] = []
         """Prefillers with the shortest queues; empty when that may have changed."""
 
@@ -162,8 +169,8 @@ class Cluster:
         self.leave(worker.name)
         self.workers[worker.name] = worker
         (self.prefillers if worker.role is Role.PREFILLER else self.decoders).append(worker)
-        self._ranked.append(worker)
-        self.touch(worker.name)
+        self._rankings.clear()
+        self._shortest = []
 
     def leave(self, name: str) -> None:
         self.retire(name)
@@ -174,8 +181,9 @@ class Cluster:
         """A worker lives, but nothing more is to be placed there."""
         if going := self.workers.get(name):
             self.retired.add(name)
+            self._rankings.clear()
             self._shortest = []
-            for those in (self.prefillers, self.decoders, self._ranked):
+            for those in (self.prefillers, self.decoders):
                 those[:] = [worker for worker in those if worker is not going]
 
     def worker(self, name: str | None) -> WorkerView | None:
@@ -183,18 +191,24 @@ class Cluster:
 
     def touch(self, name: str) -> None:
         """How busy a worker is has changed."""
-        self._stale.add(name)
+        for ranking in self._rankings.values():
+            ranking.stale.add(name)
         if self.workers[name].role is Role.PREFILLER:
             self._shortest = []
 
-    def ranked(self, burden: Callable[[WorkerView], float]) -> list[WorkerView]:
-        """All workers, those with the least `burden` first. It is asked only of workers that have changed since, so
-        it has to be the same function each time."""
-        for worker in filter(None, map(self.workers.get, self._stale)):
-            worker.burden = burden(worker)
-        self._stale.clear()
-        self._ranked.sort(key=attrgetter("burden"))
-        return self._ranked
+    def ranked(self, tokens: int, burden: Callable[[int, WorkerView], float]) -> Iterator[WorkerView]:
+        """All workers, those first to which a turn of about so many tokens is the least `burden`. It is asked only of
+        workers that have changed since, for a power of four of tokens, so it has to be the same function each time."""
+        size = 4 ** round(math.log(tokens, 4))
+        if (ranking := self._rankings.get(size)) is None:
+            names = [worker.name for worker in (*self.decoders, *self.prefillers)]
+            ranking = self._rankings[size] = Ranking(names, set(names))
+        for name in ranking.stale:
+            if worker := self.workers.get(name):
+                ranking.burdens[name] = burden(size, worker)
+        ranking.stale.clear()
+        ranking.names.sort(key=ranking.burdens.__getitem__)
+        return map(self.workers.__getitem__, ranking.names)
 
     def prefillers_for(self, home: WorkerView, known: Known) -> list[WorkerView]:
         """The prefillers that are worth comparing for a turn: all, if they are few; else those with the shortest
