@@ -26,7 +26,7 @@ MAX_IGNORED_NAMES = 16
 IGNORED_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 """Values of a parameter that are as good as leaving it out."""
-HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,), "truncation": ("disabled",)}
+HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,)}
 """Further values that are, by parameter."""
 
 
@@ -78,6 +78,8 @@ class RequestBody(Body):
     @model_validator(mode="wrap")
     @classmethod
     def _account_for_all(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, dict):
+            data = cls.translated(data)
         made = handler(data)
         if isinstance(data, dict):
             for name in data.keys() - cls.model_fields.keys():
@@ -93,6 +95,11 @@ class RequestBody(Body):
                     break
             made._ignored += inside
         return made
+
+    @classmethod
+    def translated(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """`data` under the names of this API's fields, where clients have other ones for them."""
+        return data
 
     @property
     def ignored(self) -> list[str]:

@@ -113,15 +113,17 @@ class RayLauncher(Launcher):
             group, first = placement_group(wanted, strategy=self._strategy), 0
             self._groups.append(group)
             if not group.wait(ROOM_SECONDS):
+                remove_placement_group(self._groups.pop())
                 has = {name: count for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")}
                 about = problem("cluster.no_room", wanted=wanted, how=self._strategy, has=has, hosts=len(ray.nodes()))
                 raise StartupError(about)
         nodes = placement_group_table(group)["bundles_to_node_id"]
         self._bundles |= {name: (group, index) for index, name in enumerate(engines, first)}
-        sharing = Counter(nodes[self._bundles[name][1]] for name in engines)
+        places = {name: nodes[self._bundles[name][1]] for name in engines}
+        sharing = Counter(places[name] for name, engine in engines.items() for _ in range(engine.tensor_parallel_size))
         device = {"device": "cpu"} if kind == "CPU" else {}
         return {
-            name: msgspec.structs.replace(engine, workers=sharing[nodes[self._bundles[name][1]]], **device)
+            name: msgspec.structs.replace(engine, workers=sharing[places[name]], **device)
             for name, engine in engines.items()
         }
 
@@ -140,7 +142,8 @@ class RayLauncher(Launcher):
     def start(self, spec: WorkerSpec, far: str) -> RayWorker:
         group, index = self._bundles[spec.name]
         kind = "num_cpus" if spec.engine.device == "cpu" else "num_gpus"
-        options = {kind: spec.engine.tensor_parallel_size, "max_restarts": 0}
+        # Beside GPUs an actor would ask for a CPU, which the bundle does not have.
+        options = {"num_cpus": 0, kind: spec.engine.tensor_parallel_size, "max_restarts": 0}
         place = PlacementGroupSchedulingStrategy(group, index)
         actor = ray.remote(WorkerActor).options(**options, scheduling_strategy=place).remote()
         return RayWorker(spec, actor, str(self.base), self.host, far)

@@ -75,3 +75,5 @@ FORMATS = {form["name"]: msgspec.convert(form, ToolFormat) for form in _TABLES["
 DESCRIPTION: str = _TABLES["description"]
 SIGNS: dict[str, str] = _TABLES["signs"]
 REASONING_MARKS = {name: ReasoningMarks(**marks) for name, marks in _TABLES["reasoning"].items()}
+FILL_IN_THE_MIDDLE: list[list[str]] = _TABLES["fill_in_the_middle"]
+"""The tokens before a text, at the gap in it, and after its suffix: what comes then fills the gap."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from miniserve.api.openai.completions import CompletionLogprobWriter
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.tokenizer import Tokenizer
-from tests.support.api import HI, Api, deltas, events
-from tests.support.fake_engine import EOS, spell
+from tests.support.api import HI, Api, deltas, error_of, events, make_app
+from tests.support.fake_engine import EOS, FakeClient, spell
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,35 @@ def test_offsets_of_a_prompt(tiny_folder: Any, text: str, tokens: list[Any], off
     out = writer.write(entries[len(ids) :], text, prompt)
     assert out["text_offset"] == [*offsets, len(text), len(text) + 1]
     assert out["top_logprobs"][0] is out["token_logprobs"][0] is None
+
+
+# --- filling a gap --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+        ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+        ["<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"],
+    ],
+)
+async def test_a_suffix_fills_in_the_middle(tiny_folder: Any, tokens: list[str]) -> None:
+    plain = Tokenizer.load(tiny_folder)
+    backend = Backend.from_file(str(tiny_folder / "tokenizer.json"))
+    backend.add_tokens(tokens)
+    engine = FakeClient(steps=[*spell("b")], finish="length")
+    api = Api(make_app(Tokenizer(backend), engine), engine)
+    answer = (await api.complete(prompt="a(", suffix=") c", n=2)).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["b", "b"]
+    before, gap, after = map(backend.token_to_id, tokens)
+    assert engine.turns[0].tokens == [before, *plain.encode("a("), gap, *plain.encode(") c"), after]
+
+
+async def test_a_suffix_needs_a_model_that_knows_it(api: Api) -> None:
+    error = error_of(await api.complete(suffix="x"), 400)
+    assert error["param"] == "suffix"
+    assert "no tokens to fill in the middle" in error["message"]
 
 
 async def test_the_fingerprint_is_of_the_server(api: Api) -> None:

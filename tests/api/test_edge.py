@@ -160,11 +160,16 @@ async def test_the_page_asks_below_the_prefix(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
+        ("POST", "/v1/responses/compact", None),
         ("POST", "/v1/responses/resp_none/cancel", None),
+        ("POST", "/v1/responses/resp_none/input_items", None),
+        ("PUT", "/v1/conversations/none/items", None),
+        ("PUT", "/v1/conversations/none/items/none", None),
+        ("POST", "/conversations/none", None),
+        ("POST", "/v1/models/none", None),
         ("POST", "/v1/messages/batches", None),
+        ("PUT", "/dashboard/none", None),
         ("POST", "/conversations/c1", "GET, HEAD"),
-        ("PUT", "/v1/conversations/none/items", "GET, HEAD, POST"),
-        ("POST", "/v1/responses/none", "DELETE, GET, HEAD"),
         ("DELETE", "/v1/models/tiny", "GET, HEAD"),
         ("POST", "/health", "GET, HEAD"),
         ("GET", "/v1/messages", "POST"),
@@ -177,6 +182,12 @@ async def test_only_what_is_there_can_have_a_wrong_method(api: Api, method: str,
     assert answer.headers.get("allow") == allow
     says = "The wrong method: " if allow else "There is nothing at "
     assert f"{says}{method} {path}." in answer.json()["error"]["message"]
+
+
+async def test_a_stored_response_is_there(api: Api) -> None:
+    stored = (await api.http.post("/v1/responses", json={"input": "Hi"})).json()["id"]
+    answer = await api.http.post(f"/v1/responses/{stored}")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD")
 
 
 # --- the Anthropic API ----------------------------------------------------------------------------------------------

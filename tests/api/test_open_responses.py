@@ -60,7 +60,7 @@ RESPONSE = needs(
     error=maybe(needs(code=TEXT, message=TEXT)),
     tools=some(TOOL),
     tool_choice={},
-    truncation={"enum": ["disabled"]},
+    truncation={"enum": ["auto", "disabled"]},
     parallel_tool_calls=BOOLEAN,
     text=needs(format=needs(type=TEXT)),
     top_p=NUMBER,

@@ -17,6 +17,7 @@ from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.text.tokenizer import Tokenizer
 from tests.api.test_messages import MessagesServer
 from tests.api.test_responses import ResponsesServer
+from tests.support.api import error_of
 
 HI = {"role": "user", "content": "Hi"}
 READ = "[image: this model reads text only]"
@@ -96,6 +97,39 @@ def test_allowed_tools(mode: str) -> None:
         {"input": "Hi", "tools": [FUNCTION, {"type": "function", "name": "g"}], "tool_choice": flat}
     )
     assert asked.chat(asked.items)[0].allowed_calls.callable == tools[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "form"),
+    [
+        ("guided_json", SCHEMA, {"json": SCHEMA}),
+        ("guided_regex", "a+", {"regex": "a+"}),
+        ("guided_choice", ["a", "b"], {"choice": ["a", "b"]}),
+        ("guided_grammar", 'root ::= "a"', {"grammar": 'root ::= "a"'}),
+        ("json_schema", SCHEMA, {"json": SCHEMA}),
+        ("grammar", 'root ::= "a"', {"grammar": 'root ::= "a"'}),
+        ("ebnf", 'root ::= "a"', {"grammar": 'root ::= "a"'}),
+        ("regex", "a+", {"regex": "a+"}),
+    ],
+)
+async def test_constraints_under_other_servers_names_are_followed(
+    responses: ResponsesServer, name: str, value: Any, form: dict[str, Any]
+) -> None:
+    least = {
+        "chat/completions": {"messages": [HI]},
+        "completions": {"prompt": "Hi"},
+        "responses": {"input": "Hi"},
+        "messages": {"messages": [HI], "max_tokens": 9},
+    }
+    for route, body in least.items():
+        for own in ({name: value}, {"structured_outputs": form}):
+            answer = await responses.http.post(f"/{route}", json={**body, **own})
+            assert answer.status_code == 200, answer.text
+            assert "X-Ignored-Parameters" not in answer.headers
+        one, two = responses.engine.turns[-2:]
+        assert one.params.grammar == two.params.grammar is not None
+        twice = await responses.http.post(f"/{route}", json={**body, name: value, "structured_outputs": form})
+        assert "give only one" in twice.json()["error"]["message"]
 
 
 async def test_a_schema_beside_the_type_of_a_format(responses: ResponsesServer) -> None:
@@ -241,11 +275,38 @@ async def test_probes_are_answered(responses: ResponsesServer, body: dict[str, A
     assert answer.json()["status"] == "incomplete"
 
 
-async def test_truncation_is_ignored(responses: ResponsesServer) -> None:
-    for asked, ignored in (("auto", "truncation"), ("disabled", None), (None, None)):
-        answer = await responses.post(truncation=asked)
-        assert answer.json()["truncation"] == "disabled"
-        assert answer.headers.get("X-Ignored-Parameters") == ignored
+async def test_truncation(responses: ResponsesServer) -> None:
+    """The oldest items go first, no more of them than has to, and a result never stays without its call."""
+    items = [{"role": "user", "content": f"{number} " + "x" * 400} for number in range(20)]
+    items[10:10] = [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "y" * 400},
+    ]
+    error_of(await responses.post(input=items, max_output_tokens=100), 400)
+    answer = await responses.post(input=items, max_output_tokens=100, truncation="auto", instructions="Be kind.")
+    assert answer.headers["X-Ignored-Parameters"] == "input"
+    assert answer.json()["truncation"] == "auto"
+    prompt = responses.prompt
+    assert "Be kind." in prompt
+    assert "19 xxx" in prompt
+    room = 4096 - 100 - len(responses.engine.turns[-1].tokens)
+    assert 0 <= room < 900, room
+    assert ("yyy" in prompt) <= ("<tool_call>" in prompt)
+    assert "X-Ignored-Parameters" not in (await responses.post(truncation="auto")).headers
+
+
+@pytest.mark.parametrize("length", [250, 300, 350, 400])
+async def test_truncation_between_parallel_calls(responses: ResponsesServer, length: int) -> None:
+    items: list[dict[str, Any]] = []
+    for turn in range(8):
+        calls = [f"c{turn}{letter}" for letter in "abc"]
+        said = {"type": "function_call", "name": "f"}
+        items += [{**said, "call_id": c, "arguments": json.dumps({"is": c, "x": "x" * length})} for c in calls]
+        items += [{"type": "function_call_output", "call_id": c, "output": f"of {c}"} for c in calls]
+    answer = await responses.post(input=items, max_output_tokens=100, truncation="auto")
+    assert answer.headers["X-Ignored-Parameters"] == "input"
+    for call in {item["call_id"] for item in items}:
+        assert (f"of {call}" in responses.prompt) == (f'"{call}"' in responses.prompt)
 
 
 async def test_log_probabilities_of_text(responses: ResponsesServer) -> None:

@@ -17,7 +17,7 @@ TABLE = tomllib.loads((Path(cli.__file__).parent / "vllm_flags.toml").read_text(
 
 def config(line: str) -> ServeConfig:
     args = cli.make_parser().parse_args(["serve", *shlex.split(line)])
-    return cli.serve_config(args, args.model or args.positional_model or "default")
+    return cli.asked(args)
 
 
 def started(line: str, monkeypatch: pytest.MonkeyPatch) -> int:

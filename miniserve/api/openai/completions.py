@@ -11,7 +11,9 @@ from miniserve.api.openai.answers import LOWEST, ChunkWriter, prompt_logprobs
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
-from miniserve.sampling_params import SamplingParams
+from miniserve.config import problem
+from miniserve.sampling_params import ParameterError, SamplingParams
+from miniserve.text.formats import FILL_IN_THE_MIDDLE
 from miniserve.text.reader import Part
 from miniserve.text.tokenizer import Tokenizer
 
@@ -19,7 +21,7 @@ Scored = Sequence[tuple[int, TokenLogprob | None]]
 
 
 class CompletionRenderer:
-    """A `Renderer`: the model continues each of a request's prompts. All text is content."""
+    """A `Renderer`: the model continues each of a request's prompts, up to its suffix. All text is content."""
 
     prompt_field = "prompt"
 
@@ -29,11 +31,20 @@ class CompletionRenderer:
         self._request = request
 
     def prompts(self) -> list[list[int]]:
-        special = self._request.add_special_tokens
+        before, gap, after = self._marks() if self._request.suffix else ("", "", "")
+        rest = f"{gap}{self._request.suffix or ''}{after}"
         return [
-            self._tokenizer.encode(prompt, special) if isinstance(prompt, str) else prompt
+            self._tokenizer.encode(before + prompt + rest, self._request.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in self._request.prompt
         ]
+
+    def _marks(self) -> list[str]:
+        for marks in FILL_IN_THE_MIDDLE:
+            if all(self._tokenizer.control_id(mark) is not None for mark in marks):
+                return marks
+        raise ParameterError("suffix", problem("api.suffix"))
 
     def params(self, params: SamplingParams, prompt: list[int]) -> SamplingParams:
         """With `echo` log-probabilities are of the prompt too."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from miniserve.api.fields import TABLES, Amount, Biases, Key, RequestBody, Stops, TokenIds
+from miniserve.api.fields import EMPTY, TABLES, Amount, Biases, Key, RequestBody, Stops, TokenIds
 from miniserve.config import problem
 from miniserve.monitor.doctor import Segment
 from miniserve.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_TOKEN_IDS, ParameterError, SamplingParams
@@ -16,6 +16,8 @@ LEAST_TOP_P = 1e-6
 """`top_p` 0 means the most likely token alone."""
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384
+CONSTRAINTS: Mapping[str, str] = TABLES["constraints"]
+"""What other servers call a form of `structured_outputs`."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 
@@ -116,6 +118,17 @@ class SamplingFields(RequestBody):
     """Of requests that wait, those with a lower one go first."""
     service_tier: Text | None = None
     nvext: NvExt | None = None
+
+    @classmethod
+    def translated(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Raises `ParameterError` for several names of a constraint at once."""
+        given = [name for name in CONSTRAINTS if name not in cls.model_fields and data.get(name) not in EMPTY]
+        if not given:
+            return data
+        if len(given) > 1 or data.get("structured_outputs") is not None:
+            raise ParameterError(given[0], f"`{given[0]}` is another name of `structured_outputs`: give only one form.")
+        rest = {name: value for name, value in data.items() if name != given[0]}
+        return {**rest, "structured_outputs": {CONSTRAINTS[given[0]]: data[given[0]]}}
 
 
 SAMPLING_NAMES = frozenset(SamplingFields.model_fields)

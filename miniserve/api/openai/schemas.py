@@ -91,11 +91,18 @@ class CompletionRequest(GenerationRequest):
     refused = {**SamplingFields.refused, **TABLES["refused"]["completion"]}
 
     prompt: Prompts
+    suffix: Text | None = None
     max_tokens: Amount | None = 16
     """16 if it is left out, as with OpenAI and vLLM; null means the rest of the context, 0 no output at all."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     add_special_tokens: On = True
+
+    @model_validator(mode="after")
+    def _only_what_is_supported(self) -> Self:
+        if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompt)):
+            raise ParameterError("suffix", "`suffix` needs a `prompt` of text, not of token ids, and no `echo`.")
+        return self
 
     def output_params(self) -> dict[str, int | None]:
         limit = self.max_tokens if "max_tokens" in self.model_fields_set else None

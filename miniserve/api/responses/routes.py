@@ -2,7 +2,9 @@
 
 import asyncio
 import uuid
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -12,13 +14,46 @@ from starlette.responses import Response
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
-from miniserve.api.openai.chat import ChatRenderer, chat_tokens
-from miniserve.api.responses.items import OUTPUT, Item, with_ids
+from miniserve.api.openai.chat import ChatRenderer
+from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolSearchOutputItem, with_ids
 from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
 from miniserve.api.responses.store import Conversations, Limit, Order, ResponseStore, Stored, continuing, page
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.service import Service
 from miniserve.api.streaming import json_answer
+
+
+class ResponsesRenderer(ChatRenderer):
+    """The prompt of a response to `items`. Where `truncation` allows, the oldest are left out of one that would leave
+    no room for an answer. Many items take a while, so it is not made on the event loop."""
+
+    def __init__(self, service: Service, body: InputTokensRequest, items: Sequence[Item]) -> None:
+        self.chat, self.offered = body.chat(items)
+        super().__init__(service.tokenizer, service.dialect, self.chat)
+        self._body = body
+        self._items = items
+        room = service.max_model_len
+        self._most = room - min(self.chat.max_completion_tokens or room // 8, room // 2)
+
+    def prompts(self) -> list[list[int]]:
+        prompts = super().prompts()
+        if self._body.truncation != "auto" or len(prompts[0]) <= self._most:
+            return prompts
+        self.relaxed.add("input")
+        # A result without its call would say nothing.
+        results = CallOutputItem, ToolSearchOutputItem
+        calls = {item.call_id: number for number, item in enumerate(self._items) if isinstance(item, Call)}
+        needs = [calls.get(item.call_id, n) if isinstance(item, results) else n for n, item in enumerate(self._items)]
+        needed = [*accumulate(reversed(needs), min)][::-1]  # from there on
+        if starts := [number for number, first in enumerate(needed) if 0 < number == first]:
+            at = bisect_left(starts, True, key=lambda start: self._length_from(start) <= self._most)
+            self._length_from(starts[min(at, len(starts) - 1)])
+        return super().prompts()
+
+    def _length_from(self, start: int) -> int:
+        """How long the prompt is without the items before `start`, which it then goes without."""
+        self._request = self._body.chat(self._items[start:])[0]
+        return len(super().prompts()[0])
 
 
 class ResponsesRoutes:
@@ -49,21 +84,20 @@ class ResponsesRoutes:
         # The id is a key to the stored response, so clients cannot choose it.
         head = self._service.head(f"resp_{uuid.uuid4().hex}", body.model)
         with errors.renamed(RESPONSES_NAMES):
-            chat, offered = await asyncio.to_thread(body.chat, items)
-            renderer = ChatRenderer(self._service.tokenizer, self._service.dialect, chat)
-            writer = ResponsesWriter(head, body, offered, self._service.tokenizer, keep)
+            renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, items)
+            writer = ResponsesWriter(head, body, renderer.offered, self._service.tokenizer, keep)
             with continuing(previous) as conversation:
                 known = conversation or body.conversation or ""
-                return await self._service.generate(request, body, chat, renderer, writer, known)
+                return await self._service.generate(request, body, renderer.chat, renderer, writer, known)
 
     async def count_input(self, body: InputTokensRequest) -> Response:
         """How many tokens the prompt of such a request has."""
         self._service.check_model(body.model)
         past = self._past(body, self._previous(body))
         with errors.renamed(RESPONSES_NAMES):
-            chat, _ = await asyncio.to_thread(body.chat, [*past, *body.items])
-            tokens = await asyncio.to_thread(chat_tokens, self._service.tokenizer, self._service.dialect, chat)
-        return json_answer({"object": "response.input_tokens", "input_tokens": len(tokens)}, body.ignored)
+            renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, [*past, *body.items])
+            (prompt,) = await asyncio.to_thread(renderer.prompts)
+        return json_answer({"object": "response.input_tokens", "input_tokens": len(prompt)}, body.ignored)
 
     async def retrieve(self, response: str, stream: bool = False) -> Response:
         """A response that is stored, as it was answered."""

@@ -1,7 +1,7 @@
 """What requests for /v1/responses may hold, and the chat request that each of them is another spelling of."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -53,6 +53,8 @@ class InputTokensRequest(RequestBody):
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    """With `auto` the oldest items are left out of a prompt that would be too long."""
 
     _offered: dict[str, Offered] = PrivateAttr(default_factory=dict)
     _left_out: list[str] = PrivateAttr(default_factory=list)

@@ -106,7 +106,7 @@ class ResponsesWriter:
             "tool_choice": asked.tool_choice or "auto",
             "tools": tools,
             "top_logprobs": asked.top_logprobs or 0,
-            "truncation": "disabled",
+            "truncation": asked.truncation or "disabled",
             **dict.fromkeys(NOTHING_YET),
         }
         if asked.conversation:
