@@ -285,10 +285,10 @@ def test_a_reset_forgets_host_memory_too(tiny_folder: Path) -> None:
 
 
 def test_the_banner_tells_of_the_swap_space(tiny_folder: Path) -> None:
-    note = built(tiny_folder, kv_cache_memory=2**22, swap_space=2**20).kv_note
+    note = built(tiny_folder, kv_cache_memory=2**22, swap_space=2**20).facts.kv_note
     assert note.endswith("; 64 pages = 1MiB of swap space")
-    assert "swap" not in built(tiny_folder, kv_cache_memory=2**22).kv_note
-    assert "- 1GiB swap space =" in built(tiny_folder, swap_space=2**30).kv_note
+    assert "swap" not in built(tiny_folder, kv_cache_memory=2**22).facts.kv_note
+    assert "- 1GiB swap space =" in built(tiny_folder, swap_space=2**30).facts.kv_note
 
 
 def test_swap_space_comes_out_of_the_same_memory(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
