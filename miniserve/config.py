@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
+import shutil
+import tempfile
 import tomllib
 from collections.abc import Callable
 from enum import StrEnum
@@ -63,6 +66,27 @@ def cache_dir() -> Path:
     if own := os.environ.get("MINISERVE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miniserve"
+
+
+def make_once(path: Path, make: Callable[[Path], None], whole: Callable[[Path], bool] = Path.exists) -> Path:
+    """The file or folder at `path`, which `make` is to write if it is not there or not `whole`. It appears at once, and
+    of several processes one makes it. `make` may leave other things beside what it writes. Raises OSError."""
+    if whole(path):
+        return path
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel unlocks when the holder dies
+        if whole(path):  # by another process while this one waited
+            return path
+        for stale in path.parent.glob(".making-*"):  # their makers were killed: this process holds the lock
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as work:
+            made = Path(work) / "made"
+            make(made)
+            if path.exists():
+                shutil.move(path, Path(work) / "old")
+            os.replace(made, path)
+    return path
 
 
 # --- values as people write them; each parser raises `ConfigError` --------------------------------------------------

@@ -180,12 +180,10 @@ class Dispatcher:
         conversation: str | int = "",
         salt: str = "",
         request_id: str = "",
-        tool: bool = False,
         said: Said = UNSAID,
     ) -> TurnStream:
-        """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end. `tool`
-        is whether the prompt ends in a tool's result. `conversation` is the client's key or a former turn's, if any;
-        `said` is what else the client says of the turn.
+        """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end.
+        `conversation` is the client's key or a former turn's, if any; `said` is what else the client says of the turn.
 
         Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
         """
@@ -198,9 +196,8 @@ class Dispatcher:
         stream = TurnStream(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
         seed = uuid.uuid4().int >> 65 if params.seed is None else params.seed
         try:
-            commands = self.scheduler.submit(
-                stream.id, tokens, params, seed, conversation, salt, time.monotonic(), tool=tool, said=said
-            )
+            now = time.monotonic()
+            commands = self.scheduler.submit(stream.id, tokens, params, seed, conversation, salt, now, said)
         except NoDecoder as error:
             raise EngineError(self.unhealthy_reason or str(error)) from error
         self._streams[stream.id] = stream
@@ -239,7 +236,7 @@ class Dispatcher:
         """Empty while all workers that are needed live."""
         if self._draining:
             return "The server is shutting down."
-        if self.scheduler.decoders:
+        if self.scheduler.cluster.decoders:
             return ""
         if not self.max_model_len:
             return "The workers are starting."

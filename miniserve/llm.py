@@ -16,7 +16,7 @@ from miniserve.kv.hashing import root_hash
 from miniserve.sampling_params import ParameterError, SamplingParams, mistyped
 from miniserve.text.detokenizer import IncrementalDetokenizer
 from miniserve.text.grammar import GrammarError
-from miniserve.text.messages import ChatMessage
+from miniserve.text.messages import ChatMessage, complaint
 from miniserve.text.template import Message
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker.build import build
@@ -242,8 +242,6 @@ def _for_template(conversation: Any) -> list[Message]:
     try:
         return [ChatMessage.model_validate(message).for_template() for message in conversation]
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"] if not str(part).startswith("<"))
-        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        path, reason = complaint(error.errors()[0])
         where = f" (at `{path}`)" if path else ""
         raise ParameterError("messages", f"A message is not understood{where}: {reason}.") from error

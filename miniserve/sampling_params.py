@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import reduce
-from inspect import formatannotation
-from operator import or_
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -22,7 +19,6 @@ Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
-BOUNDS = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
 
 
 class ParameterError(ValueError):
@@ -39,16 +35,12 @@ def mistyped(struct: msgspec.Struct) -> tuple[str, str] | None:
     try:
         msgspec.convert(msgspec.structs.asdict(struct), type(struct))
     except msgspec.ValidationError as error:
-        ((name, inner),) = re.findall(r"`\$\.(\w+)(\[?)", said := str(error))
+        expected, _, at = str(error).partition(" - at ")
+        (name,) = re.findall(r"\$\.(\w+)", at)
         kind, value = get_type_hints(type(struct))[name], getattr(struct, name)
-        if bound := re.match(r"Expected `\w+` (of length )?([<>]=?) ([-\d]+)", said):
-            rule = f"{'made of values ' if inner else ''}{bound[1] or ''}{BOUNDS[bound[2]]} {bound[3]}"
-            return name, f"`{name}` must be {rule}, got {value!r}."
-        if get_origin(kind) is Literal and isinstance(value, str):
-            return name, f"`{name}` must be one of {', '.join(get_args(kind))}, got {value!r}."
-        kind = str if get_origin(kind) is Literal else kind
-        kind = reduce(or_, get_args(kind)) if get_origin(kind) is Union else kind  # which is written with `|`
-        return name, f"`{name}` must be of type {formatannotation(kind)}, got {value!r}."
+        rule = expected.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
+        rule = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else rule
+        return name, f"`{name}` must be {'' if at == f'`$.{name}`' else 'made of '}{rule}, got {value!r}."
     return None
 
 

@@ -17,7 +17,7 @@ from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Done, Work
+from miniserve.worker.step import Launched, Work
 from scripts.harness import flags, write
 
 PAGE, SHARED, PROMPTS, STEPS = 16, 30_000, 256, 14
@@ -28,8 +28,9 @@ class Model:
 
     eos: frozenset[int] = frozenset()
 
-    def launch(self, batch: list[Work]) -> Done:
-        return Done([(1, None) for work in batch if work.samples])
+    def launch(self, batch: list[Work]) -> Launched:
+        sampled = [(1, None) for work in batch if work.samples]
+        return lambda: sampled
 
 
 def engine(pages: int) -> Engine:

@@ -18,7 +18,6 @@ import socket
 import statistics
 import tempfile
 import time
-from collections import deque
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer.door import Door
-from miniserve.kv.transfer.interface import Copy, Transfer
+from miniserve.kv.transfer.interface import Transfer
 from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.kv.transfer.sockets import SocketTransfer
 from miniserve.worker.sizing import keep_freed_memory
@@ -121,15 +120,13 @@ class Bench:
 
     def _fetch(self, transfer: Transfer, publications: int, first: int) -> None:
         """As an engine does it, except that it has nothing else to do."""
-        copies: deque[tuple[Copy, list[int]]] = deque()
+        copies = []
         for _ in range(publications):
             pages = self.control.recv()
-            copies.append((transfer.fetch(pages), [first + page for page in pages]))
-            while copies and copies[0][0].ready and not self.control.poll():
-                copy, ours = copies.popleft()
-                copy.store(ours)
-        for copy, ours in copies:
-            copy.store(ours)
+            copies.append(transfer.fetch(pages, [first + page for page in pages]))
+        for copy in copies:
+            while not copy.stored:
+                time.sleep(1e-5)
 
 
 def measure(bench: Bench, repeats: int, touched: bool) -> dict[str, float]:

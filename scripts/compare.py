@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from miniserve.bench.replay.generators import WorkloadConfig
-from miniserve.bench.replay.progress import counting
+from miniserve.cli.evaluate import counting
 from miniserve.cli.flags import VALUES, Parser, add_flags, checked, filled
 from miniserve.config import ConfigError, Topology, tables
 from miniserve.scheduler.baselines import POLICIES

@@ -127,7 +127,7 @@ def measure() -> int:
             work.append(Work.next(sequence, count))
         for _ in range(REPEATS):
             started = time.perf_counter()
-            runner.launch(work).wait()
+            runner.launch(work)()
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 

@@ -6,8 +6,7 @@ errors in that API's shape.
 
 import math
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +24,9 @@ from miniserve.dispatcher import EngineError
 from miniserve.monitor.events import TooManyListeners
 from miniserve.sampling_params import ParameterError
 from miniserve.scheduler.scheduler import QueueFull
+from miniserve.text.messages import complaint
 
 RETRY_SOON = {"Retry-After": "5"}
-GZIP = b"\x1f\x8b"
 TABLES = tables("api/errors.toml")
 
 
@@ -102,7 +101,7 @@ def as_api_error(error: Exception) -> ApiError:
         case EngineError():
             return ApiError(503, str(error), code="engine_unavailable", headers=RETRY_SOON)
         case RoutingError(__cause__=ValueError() | RecursionError() as cause):
-            return _unreadable(cause)
+            return ApiError(400, f"The body is not valid JSON: {cause}.", code="invalid_json")
         case RoutingError():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "The server failed to answer this request; its log says why.", code="internal_error")
@@ -162,42 +161,16 @@ async def _methods(request: Request) -> list[str]:
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
-def _unreadable(cause: Exception) -> ApiError:
-    """The error for a body that Python's JSON reader fails on; FastAPI only says that something was wrong with it."""
-    match cause:
-        case UnicodeDecodeError(object=body) if body.startswith(GZIP):
-            reason = "it is compressed with gzip. Send it as it is, without `Content-Encoding`"
-        case UnicodeDecodeError():
-            reason = f"it is not {cause.encoding.upper()} from byte {cause.start} on. Send it in UTF-8, not compressed"
-        case RecursionError():
-            reason = "it is nested too deeply. Use fewer levels of objects and lists"
-        case _:
-            reason = f"it holds an integer of more than {sys.get_int_max_str_digits()} digits. Use a smaller one"
-    return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
-
-
 def _rejected(first: Mapping[str, Any]) -> ApiError:
     """The error for a field that pydantic rejects; `first` is pydantic's account of it."""
     if first["type"] == "json_invalid":
         reason, at = first["ctx"]["error"], first["loc"][-1]
         return ApiError(400, f"The body is not valid JSON: {reason} at character {at}.", code="invalid_json")
-    path = _path(first["loc"])
+    path, reason = complaint({**first, "loc": first["loc"][1:]})
     if not path:
         if isinstance(cause := first.get("ctx", {}).get("error"), ParameterError):
             return ApiError(400, cause.message, param=cause.param)
         return ApiError(400, "The body must be a JSON object, sent with `Content-Type: application/json`.")
     if first["type"] == "missing":
         return ApiError(400, f"`{path}` is missing.", param=path, code="missing_required_parameter")
-    reason = first["msg"].removeprefix("Value error, ").rstrip(".")
     return ApiError(400, f"`{path}`: {reason}.", param=path)
-
-
-def _path(loc: Sequence[str | int]) -> str:
-    """`messages[0].content` from pydantic's location; parts in angle brackets name branches of a union."""
-    path = ""
-    for part in loc[1:]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not part.startswith("<") and part != "[key]":
-            path += f".{part}" if path else part
-    return path

@@ -51,6 +51,7 @@ def speaker(headers: Mapping[str, str], body: GenerationRequest, own_headers: Se
         side=headers.get(row.kind) in row.side or (row.always_tools and not tools),
         session=session,
         tools=tools,
+        tool_result=body.ends_in_tool_result,
         priority=urgency,
         osl=hints.osl if hints else None,
     )

@@ -121,7 +121,6 @@ class Service:
                 conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
                 salt=body.cache_salt or "",
                 request_id=f"{id}-{index}",
-                tool=body.ends_in_tool_result,
                 said=said,
             )
 

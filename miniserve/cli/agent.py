@@ -45,12 +45,12 @@ def agent(args: Namespace) -> int:
 def _values(url: str, key: str | None, model: str | None) -> dict[str, str]:
     """What stands for the names in agents.toml, as the server at `url` says. Raises `ConfigError`."""
     root = url.rstrip("/").removesuffix("/v1")
-    said = ApiClient(f"{root}/v1", key, PATIENCE_SECONDS).get("/models")
+    cards = ApiClient(f"{root}/v1", key, PATIENCE_SECONDS).models()
     try:
-        lengths = {card["id"]: int(card["max_model_len"]) for card in json.loads(said)["data"]}
-        name = model or next(iter(lengths))
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise ConfigError(f"{url} is no miniserve: what GET /v1/models gives is something else.") from error
+        lengths = {card["id"]: int(card["max_model_len"]) for card in cards}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{url} is no miniserve: GET /v1/models does not say how long contexts may be.") from error
+    name = model or next(iter(lengths))
     if name not in lengths:
         raise ConfigError(f"{url} serves no {name!r}. --model may be {', '.join(lengths)}.")
     limits = {"context": str(lengths[name]), "output": str(min(MOST_OUTPUT, lengths[name] // 4))}

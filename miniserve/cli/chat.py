@@ -31,7 +31,7 @@ def chat(args: Namespace) -> int:
     client = ApiClient(args.url, api_key(args))
     given = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    options["model"] = args.model or _first_model(client)
+    options["model"] = args.model or client.models()[0]["id"]
     person = sys.stdin.isatty()
     if person:
         import readline  # noqa: F401 (line editing and history for input())
@@ -103,14 +103,6 @@ def _answer(client: ApiClient, conversation: str, body: dict[str, Any]) -> tuple
     except KeyboardInterrupt:
         print(" [ended]", end="")
     return "".join(text), _summary(times, usage)
-
-
-def _first_model(client: ApiClient) -> str:
-    answer = client.get("/models")
-    try:
-        return str(json.loads(answer)["data"][0]["id"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{client.url} is no OpenAI API: it names no model. Does --url end in /v1?") from error
 
 
 def _events(response: httpx.Response) -> Iterator[Any]:

@@ -7,16 +7,12 @@ import ssl
 import time
 import urllib.parse
 from collections.abc import Iterator
-from types import GenericAlias
-from typing import Any, Literal, TypedDict, Union
+from typing import Any
 
 import httpx
-import msgspec
 
 from miniserve.config import ConfigError, problem
-from miniserve.monitor.views import SCHEMAS, Card
 
-JSON_TYPES = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
 CONNECT_SECONDS = 10.0
 
 
@@ -72,8 +68,8 @@ class ApiClient:
             said = f"{said.rstrip('.')}. Does --url end in /v1?"
         raise ConfigError(f"The server says: {said}")
 
-    def get(self, path: str) -> bytes:
-        """The body of the answer to a GET. Raises `ConfigError`."""
+    def get(self, path: str) -> Any:
+        """The JSON object with `data` that a GET gives. Raises `ConfigError` for any other answer."""
         ends = time.monotonic() + (self._patience or float("inf"))
         body = b""
         with self.open("GET", path) as response:
@@ -81,16 +77,16 @@ class ApiClient:
                 body += piece
                 if time.monotonic() > ends:
                     raise httpx.ReadTimeout("It comes too slowly.")
-        return body
+        with contextlib.suppress(ValueError):
+            if isinstance(answer := json.loads(body), dict) and "data" in answer:
+                return answer
+        raise ConfigError(problem("cli.other_server", url=self.url, path=path.removeprefix("/..")))
 
-    def read(self, path: str, kind: str) -> Card:
-        """What a GET gives, a `kind` of monitor/views.toml. Raises `ConfigError`."""
-        try:
-            return msgspec.json.decode(self.get(path), type=_type({"$ref": kind}))
-        except msgspec.DecodeError as error:
-            raise ConfigError(
-                problem("cli.other_server", url=self.url, path=path.removeprefix("/.."), error=error)
-            ) from error
+    def models(self) -> list[Any]:
+        """What the server says of its models, of which there is at least one. Raises `ConfigError`."""
+        if not (cards := self.get("/models")["data"]):
+            raise ConfigError(f"{self.url} names no model. Does --url end in /v1?")
+        return list(cards)
 
 
 def message(data: bytes) -> str:
@@ -99,16 +95,3 @@ def message(data: bytes) -> str:
         return str(json.loads(data)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return data.decode("utf-8", "replace")[:300]
-
-
-def _type(schema: Card) -> Any:
-    """What a JSON value must be to fit a schema of monitor/views.toml."""
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return TypedDict(name, {key: _type(one) for key, one in SCHEMAS[name]["properties"].items()})  # type: ignore
-    if "type" not in schema:
-        return Literal[tuple(schema.get("enum", [schema.get("const")]))]
-    if schema["type"] == "array":
-        return GenericAlias(list, _type(schema["items"]))
-    names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    return Union[tuple(JSON_TYPES[name] for name in names)]  # noqa: UP007

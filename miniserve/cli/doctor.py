@@ -13,7 +13,7 @@ MOST_CAUSES = 5
 
 def doctor(args: Namespace) -> int:
     """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
-    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).read("/doctor", "DoctorReport")
+    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).get("/doctor")
     print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
     return 0
 

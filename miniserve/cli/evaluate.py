@@ -3,8 +3,14 @@
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.cli.flags import api_key, filled
@@ -24,7 +30,6 @@ def replay(args: Namespace) -> int:
 
 
 def simulate(args: Namespace) -> int:
-    from miniserve.bench.replay.progress import counting
     from miniserve.bench.simulate import run
     from miniserve.bench.simulate.cluster import SimulationConfig
     from miniserve.bench.simulate.hardware import load_roles
@@ -35,6 +40,15 @@ def simulate(args: Namespace) -> int:
     with counting("conversations", len(config.workload.scripts)) as progress:
         result = run.simulate(config, progress)
     return _write(result, args.json)
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar that is called at the end of each of `total`; nothing is shown where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield partial(bar.advance, bar.add_task(what, total=total))
 
 
 def _write(result: dict[str, Any], path: Path | None) -> int:

@@ -73,12 +73,18 @@ def serve(args: Namespace) -> int:
 
 
 def asked(args: Namespace) -> ServeConfig:
-    """The settings that the flags of `serve` ask for. Raises `ConfigError`."""
+    """The settings that the flags of `serve` ask for: each one is the field of its name. Raises `ConfigError`."""
     from miniserve.hub.fetch import DEFAULT_MODEL
 
     if args.model and args.positional_model and args.model != args.positional_model:
         raise ConfigError(f"Two models are given, {args.positional_model} and {args.model}: one is served at a time.")
-    return serve_config(args, args.model or args.positional_model or DEFAULT_MODEL)
+    model = args.model or args.positional_model or DEFAULT_MODEL
+    made: dict[str, Any] = {"engine": filled(EngineConfig, args, model=model), "api_key": api_key(args)}
+    made["served_model_names"] = args.served_model_names or [model]
+    if args.log_prompts and not made["api_key"]:
+        raise ConfigError("--log-prompts shows what clients have said: give --api-key too, so that only you see it.")
+    made["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
+    return filled(ServeConfig, args, **made)
 
 
 def found(config: ServeConfig) -> ModelFiles:
@@ -91,13 +97,3 @@ def found(config: ServeConfig) -> ModelFiles:
         load_format=config.engine.load_format,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-
-
-def serve_config(args: Namespace, model: str) -> ServeConfig:
-    """The settings that flags ask for: each one is the field of its name. Raises `ConfigError`."""
-    made: dict[str, Any] = {"engine": filled(EngineConfig, args, model=model), "api_key": api_key(args)}
-    made["served_model_names"] = args.served_model_names or [model]
-    if args.log_prompts and not made["api_key"]:
-        raise ConfigError("--log-prompts shows what clients have said: give --api-key too, so that only you see it.")
-    made["allowed_origins"] = [origin for origins in args.allowed_origins for origin in origins]
-    return filled(ServeConfig, args, **made)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from miniserve.api.race import Stopped, unless
 from miniserve.cli.banner import LoadingLines, banner, say
 from miniserve.cluster.launch import StartupError
-from miniserve.config import ConfigError, ServeConfig
+from miniserve.config import ConfigError, ServeConfig, problem
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.check import generation_defaults
 from miniserve.hub.resolve import ModelFiles
@@ -64,9 +64,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
         if error.errno == errno.EADDRINUSE:
             if listeners and not port:  # free at one address, taken at the other
                 return bind(host, port)
-            raise ConfigError(
-                f"Port {port} on {host} is taken: is another server running? Use another --port (0: any free one)."
-            ) from error
+            raise ConfigError(problem("cli.port_taken", port=port, host=host)) from error
         if error.errno == errno.EACCES:
             raise ConfigError(f"Port {port} is not open to this user: use --port 8000.") from error
         raise ConfigError(f"--host {host!r} cannot be listened at: {error.strerror or error}.") from error
@@ -95,9 +93,14 @@ def bind_path(path: str) -> socket.socket:
 def signals() -> tuple[asyncio.Event, asyncio.Event]:
     """Events for SIGTERM and SIGINT: the first one asks to drain, the second to stop."""
     first, second = asyncio.Event(), asyncio.Event()
+    heed(first, second)
+    return first, second
+
+
+def heed(first: asyncio.Event, second: asyncio.Event) -> None:
+    """Set the events at signals from now on, whatever a library has made of these meanwhile, as Ray does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
-    return first, second
 
 
 class HttpServer(uvicorn.Server):
@@ -129,6 +132,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
             raise ConfigError(str(error) if foreseen else " ".join(broken.split())) from error
         finally:
             progress.end()
+            heed(drain, stop)
         serving = asyncio.create_task(http.serve(sockets=listeners))
         with contextlib.suppress(OSError):
             bound = listeners[0].getsockname()[:2]
@@ -178,10 +182,7 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
     """Let running requests end, for a while, or until `stop`."""
     client.drain()
     if client.scheduler.active:
-        say(
-            f"Draining {client.scheduler.active} running requests for up to {config.shutdown_timeout:g} s; "
-            "again to stop now."
-        )
+        say(problem("cli.draining", active=client.scheduler.active, seconds=config.shutdown_timeout))
 
     async def ended() -> None:
         while client.scheduler.active:

@@ -59,4 +59,4 @@ def _watch(client: ApiClient, interval: float, live: Live) -> None:
 def _ask(client: ApiClient, rows: int) -> Snapshot:
     """A snapshot with the `rows` latest conversations."""
     latest = f"/../conversations?limit={rows}"  # beside /v1, not in it
-    return Snapshot(client.read("/workers", "WorkerList"), client.read(latest, "ConversationList"))
+    return Snapshot(client.get("/workers"), client.get(latest))

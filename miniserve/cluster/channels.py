@@ -21,6 +21,14 @@ log = logging.getLogger("miniserve.channels")
 BEAT_MS, SILENT_MS = 1000, 5000
 """Between hosts: how often a side asks whether the other one is there, and how long it waits for the answer."""
 
+BREAKS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
 _decoder = msgspec.msgpack.Decoder(Envelope)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -39,9 +47,8 @@ class Keys(msgspec.Struct, frozen=True):
     def guard(self, socket: zmq.Socket, *, inbox: bool) -> None:
         """What the socket binds, or connects to, from now on is for processes with these keys; a peer that is silent is
         given up."""
-        socket.setsockopt(zmq.HEARTBEAT_IVL, BEAT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TTL, SILENT_MS)
+        socket.heartbeat_ivl = BEAT_MS
+        socket.heartbeat_timeout = socket.heartbeat_ttl = socket.connect_timeout = SILENT_MS
         socket.curve_publickey, socket.curve_secretkey = self.public.encode(), self.secret.encode()
         if inbox:
             socket.curve_server = True
@@ -70,14 +77,14 @@ class Outboxes:
             if address.startswith("tcp:"):
                 self.keys.guard(socket, inbox=False)
                 socket.ipv6 = "[" in address
-                self.monitors[address] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                self.monitors[address] = socket.get_monitor_socket(BREAKS)
             socket.connect(address)
         # The owner of that inbox is dead, which the supervisor notices.
         with contextlib.suppress(zmq.Again):
             socket.send(_encoder.encode(Envelope(self.sender, self.epoch, body)), zmq.NOBLOCK)
 
     def broken(self) -> set[str]:
-        """Addresses on other hosts to which the connection broke since the last call."""
+        """Addresses on other hosts to which the connection broke, or could not be made, since the last call."""
         found = set()
         for address, monitor in self.monitors.items():
             with contextlib.suppress(zmq.Again):

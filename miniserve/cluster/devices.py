@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from miniserve.config import ConfigError, EngineConfig, Role, Topology
+from miniserve.config import ConfigError, EngineConfig, Role, Topology, problem
 
 PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -63,10 +63,7 @@ def _firsts(devices: list[str], ranks: int) -> list[str]:
     numbers = [int(device.removeprefix("cuda:")) for device in devices if device.startswith("cuda:")]
     firsts = numbers[::ranks]
     if numbers != [first + rank for first in firsts for rank in range(ranks)]:
-        raise ConfigError(
-            f"--tensor-parallel-size {ranks} takes {ranks} neighbouring GPUs for each worker, and these are "
-            f"{', '.join(devices)}: name others with --devices, like cuda:0,cuda:1."
-        )
+        raise ConfigError(problem("cluster.neighbours", ranks=ranks, devices=", ".join(devices)))
     return [f"cuda:{first}" for first in firsts] or devices
 
 

@@ -301,7 +301,6 @@ class Settle(Wire, frozen=True):
 class Stored(Wire, frozen=True):
     """A rank has stored what rank 0 told it to; or it cannot, because of `error`."""
 
-    rank: int
     number: int
     error: str
 

@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from miniserve.cluster.launch import CUDA_QUEUES, SPINNING, RunDir, StartupError, WorkerSpec
-from miniserve.config import EngineConfig
+from miniserve.config import EngineConfig, problem
 
 ROOM_SECONDS = 60.0
 """How long a cluster may take to make room for all workers; one that grows by itself (autoscaling) has more to do."""
@@ -91,25 +91,19 @@ class RayLauncher:
     process, the first bundle is this process's, and workers take the others."""
 
     def __init__(self, address: str, strategy: str, advertised: str) -> None:
-        """Joins the cluster at `address`. Raises `StartupError`."""
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            try:
-                ray.init(None if address == "local" else address, logging_level=logging.WARNING)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise StartupError(
-                    f"There is no Ray cluster at {address!r} ({' '.join(str(error).split())[:200]}). Start one with "
-                    "`ray start --head`, or let --ray-address local start one for this run."
-                ) from error
-        self.host = str(ray.get_runtime_context().get_node_id())
-        self.address = advertised or str(ray.util.get_node_ip_address())
+        """The cluster is at `address`; this process is reached at the one that is `advertised`, "" for Ray's own."""
+        self.host, self.address = "", advertised
         self.base = Path(f"/tmp/miniserve-{os.getuid()}")  # the same on all hosts
-        self._strategy = strategy
+        self._cluster, self._strategy = address, strategy
+        self._ours = False
+        """Whether this launcher has joined the cluster, and leaves it."""
         self._groups: list[PlacementGroup] = []
         self._bundles: dict[str, tuple[PlacementGroup, int]] = {}
 
     def prepare(self, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
         """As `Launcher.prepare`. Workers are on GPUs where the cluster has enough of them."""
+        if not self.host:
+            self._join()
         ranks = sum(engine.tensor_parallel_size for engine in engines.values())
         on_gpus = ray.cluster_resources().get("GPU", 0) >= ranks
         kind = "GPU" if any(e.device == "cuda" or (e.device == "auto" and on_gpus) for e in engines.values()) else "CPU"
@@ -119,24 +113,37 @@ class RayLauncher:
             group, first = placement_group(wanted, strategy=self._strategy), 0
             self._groups.append(group)
             if not group.wait(ROOM_SECONDS):
+                remove_placement_group(self._groups.pop())
                 has = {name: count for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-                raise StartupError(
-                    f"The Ray cluster has no room for bundles of {wanted} with --placement {self._strategy}: it has "
-                    f"{has} on {len(ray.nodes())} hosts, part of which may be in use."
-                )
+                about = problem("cluster.no_room", wanted=wanted, how=self._strategy, has=has, hosts=len(ray.nodes()))
+                raise StartupError(about)
         nodes = placement_group_table(group)["bundles_to_node_id"]
         self._bundles |= {name: (group, index) for index, name in enumerate(engines, first)}
-        sharing = Counter(nodes[self._bundles[name][1]] for name in engines)
+        places = {name: nodes[self._bundles[name][1]] for name in engines}
+        sharing = Counter(places[name] for name, engine in engines.items() for _ in range(engine.tensor_parallel_size))
         device = {"device": "cpu"} if kind == "CPU" else {}
         return {
-            name: msgspec.structs.replace(engine, workers=sharing[nodes[self._bundles[name][1]]], **device)
+            name: msgspec.structs.replace(engine, workers=sharing[places[name]], **device)
             for name, engine in engines.items()
         }
+
+    def _join(self) -> None:
+        # Not in the main thread, where Ray would take SIGTERM for itself.
+        if not ray.is_initialized():
+            try:
+                ray.init(self._cluster, logging_level=logging.WARNING)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                why = " ".join(str(error).split())[:200]
+                raise StartupError(problem("cluster.no_ray", address=self._cluster, why=why)) from error
+            self._ours = True
+        self.host = str(ray.get_runtime_context().get_node_id())
+        self.address = self.address or str(ray.util.get_node_ip_address())
 
     def start(self, spec: WorkerSpec, far: str) -> RayWorker:
         group, index = self._bundles[spec.name]
         kind = "num_cpus" if spec.engine.device == "cpu" else "num_gpus"
-        options = {kind: spec.engine.tensor_parallel_size, "max_restarts": 0}
+        # Beside GPUs an actor would ask for a CPU, which the bundle does not have.
+        options = {"num_cpus": 0, kind: spec.engine.tensor_parallel_size, "max_restarts": 0}
         place = PlacementGroupSchedulingStrategy(group, index)
         actor = ray.remote(WorkerActor).options(**options, scheduling_strategy=place).remote()
         return RayWorker(spec, actor, str(self.base), self.host, far)

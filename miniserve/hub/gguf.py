@@ -6,20 +6,18 @@ transformers' readers leave out how text is split first; sentencepiece ones beco
 things are in `gguf.toml`.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from miniserve.cluster.launch import import_path
-from miniserve.config import cache_dir, problem, read_object, tables
+from miniserve.config import cache_dir, make_once, problem, read_object, tables
 from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN, ModelError
 from miniserve.text.tokenizer import byte_level_bpe
 
@@ -44,24 +42,20 @@ def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
     root = cache_dir() / "gguf"
     # Named after what it is made of, so that it never changes under a process that reads it.
     folder = root / f"{file.stem}-{hashlib.sha256(repr((RECIPE, stats)).encode()).hexdigest()[:8]}"
-    if folder.is_dir():
-        return folder
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        for path in beside:
+            shutil.copyfile(path, out / path.name)
+        progress(f"Reading the vocabulary of {file.name} (once)")
+        describe(file, out)
+        (out / GGUF).symlink_to(file)
+        (out / GGUF_SEEN).write_text(json.dumps({"size": stats[0][1], "time": stats[0][2]}), "utf-8")
+
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as work:
-            out = Path(work) / "model"
-            out.mkdir(0o755)
-            for path in beside:
-                shutil.copyfile(path, out / path.name)
-            progress(f"Reading the vocabulary of {file.name} (once)")
-            describe(file, out)
-            (out / GGUF).symlink_to(file)
-            (out / GGUF_SEEN).write_text(json.dumps({"size": stats[0][1], "time": stats[0][2]}), "utf-8")
-            with contextlib.suppress(OSError):  # another process was first
-                os.replace(out, folder)
+        return make_once(folder, make)
     except OSError as error:
         raise ModelError(problem("hub.few_mb", name=file.name, root=root, why=error.strerror or error)) from error
-    return folder
 
 
 def describe(file: Path, out: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from miniserve.config import cache_dir, problem
-from miniserve.hub.check import GGUF_INDEX, ModelError, check_folder, not_safetensors
+from miniserve.hub.check import GGUF_INDEX, ModelError, check_folder
 from miniserve.hub.dummy import make_folder
 from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
 from miniserve.hub.gguf import gguf_folder
@@ -98,7 +98,7 @@ def _own_folder(model: str) -> Path | None:
         if own.is_dir() or (own.is_file() and own.suffix == ".gguf"):
             return own
         if own.is_file() and own.suffix not in (".safetensors", ".json"):
-            raise ModelError(not_safetensors(own.parent, [own.name]))
+            raise ModelError(problem("hub.not_safetensors", folder=own.parent, names=own.name))
         if own.is_file() or own.is_symlink():
             what = "a file" if own.is_file() else f"a link to {own.readlink()}, which is not there"
             raise ModelError(f"{own} is {what}: give the folder of a model.")

@@ -132,15 +132,6 @@ class ExpectedNeed:
             group = self._group_of[last_child]
             self.release([page], group.keep, group.end)
 
-    def check(self) -> None:
-        """Raise AssertionError if the order contradicts itself (for tests)."""
-        groups = [*self._groups.values(), self._aside]
-        assert {page: id(group) for group in groups for page in group.pages} == {
-            page: id(group) for page, group in self._group_of.items()
-        }
-        assert sum(len(group.pages) for group in groups) == len(self)
-        assert all(group.pages and group.name == name for name, group in self._groups.items())
-
     def _name(self, keep: Keep) -> str:
         """The name of the group for pages released with `keep`. Nothing is expected of a conversation without a gap."""
         return keep.conversation if keep.gap > 0 else ""

@@ -155,20 +155,6 @@ class PagePool:
             self._forget(page)
             self._free.append(page)
 
-    def check(self) -> None:
-        """Raise AssertionError if a page is lost, doubled or miscounted (for tests; linear in the pool)."""
-        free = set(self._free)
-        assert len(free) == len(self._free)
-        for page in range(self.num_pages):
-            assert not (page in free and page in self._order)
-            unused = page in free or page in self._order
-            assert (self._refs[page] == 0) == unused, f"page {page} has {self._refs[page]} references"
-        self._order.check()
-        assert self.num_free + self.num_cached + self.num_held == self.num_pages
-        assert all(self._hash_of[page] == digest for digest, page in self._page_of.items())
-        parents = [self._parent_of[page] for page in self._page_of.values()]
-        assert self._children == {parent: parents.count(parent) for parent in parents if parent is not None}
-
     def _evict(self, now: float) -> int:
         """The page that the order chooses, without its name. There must be a cached page."""
         page, keep, end = self._order.choose(now, lambda page: self._hash_of[page] in self._children)

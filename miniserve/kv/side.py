@@ -55,20 +55,6 @@ def passing(device: torch.device) -> Fence:
     return fence
 
 
-class FencedCopy:
-    """What those a `transfer.interface.Copy` have in common whose pages are here at a `fence`, None until they come."""
-
-    fence: Fence | None = None
-
-    @property
-    def stored(self) -> bool:
-        return self.fence is not None and self.fence.done
-
-    @property
-    def seconds(self) -> float:
-        return self.fence.seconds if self.fence is not None else 0.0
-
-
 class SideStream:
     """A stream of the GPU `device` beside the engine's."""
 

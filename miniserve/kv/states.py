@@ -8,6 +8,7 @@ import torch
 from miniserve.cluster.messages import Copied
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, copy_pages, passing
+from miniserve.ops.batch import State
 from miniserve.ops.decoder import DeltaSizes
 
 
@@ -51,9 +52,9 @@ class StateMemory:
         slots += len(self._pool) - memory.num_pages
         self._parts = torch.zeros((slots * self.pages, memory.shape.bytes), dtype=torch.uint8, device=self._pool.device)
         rows, heads = self._parts.view(slots, -1), (shape.v_heads, shape.k_dim, shape.v_dim)
-        self.delta = rows[:, : shape.delta_bytes].view(torch.float32).view(slots, shape.layers, *heads)
+        delta = rows[:, : shape.delta_bytes].view(torch.float32).view(slots, shape.layers, *heads)
         past = rows[:, shape.delta_bytes : shape.bytes].view(shape.dtype)
-        self.conv = past.view(slots, shape.layers, shape.taps - 1, shape.channels)
+        self.state = State(past.view(slots, shape.layers, shape.taps - 1, shape.channels), delta)
 
     def clear(self, slot: int) -> None:
         """The state before the first token."""

@@ -1,15 +1,17 @@
 """Attention and its variants: grouped heads, norms of q and k, windows, a gate on the output."""
 
 import torch
+from torch import Tensor
 
-from miniserve.model.config import LayerConfig, ModelConfig
+from miniserve.model.config import LayerConfig
 from miniserve.model.loader import Loader
 from miniserve.model.passes import Pass
 from miniserve.ops.decoder import Attention
 
 
-def load(loader: Loader, at: str, config: ModelConfig, layer: LayerConfig, index: int) -> Attention:
+def load(loader: Loader, at: str, layer: LayerConfig, index: int) -> Attention:
     """The attention of a layer whose tensors are named `at`."""
+    config = loader.config
     q, kv, hidden = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.hidden_size
     gated, order = config.family.gated, None
     if gated:
@@ -36,7 +38,7 @@ def load(loader: Loader, at: str, config: ModelConfig, layer: LayerConfig, index
     )
 
 
-def attend(part: Attention, h: torch.Tensor, now: Pass) -> torch.Tensor:
+def attend(part: Attention, h: Tensor, now: Pass) -> Tensor:
     """`h` `[T, hidden]` -> what the heads found, `[T, heads * dim]`; stores keys and values on the way."""
     ops, heads, kv_heads, dim = now.ops, part.heads, part.kv_heads, part.dim
     every = part.qkv(h).view(len(h), -1, dim)  # [T, heads + 2 * kv_heads (+ heads), dim]
@@ -47,5 +49,5 @@ def attend(part: Attention, h: torch.Tensor, now: Pass) -> torch.Tensor:
         q = ops.rms_norm(q, part.q_norm, now.eps)
         k = ops.rms_norm(k, part.k_norm, now.eps)
     q, k = ops.rope(q, k, now.rotary[part.rope])
-    found = ops.attention(now.plan, part.index, q, k, v, part.scale, part.window).flatten(1)  # [T, heads * dim]
+    found = ops.attention(now.plan, part, q, k, v).flatten(1)  # [T, heads * dim]
     return found * every[:, -heads:].flatten(1).sigmoid() if part.gated else found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniserve.config import ConfigError, format_bytes, problem
 from miniserve.ops.quantized import GROUP, Quantized, Weight
@@ -66,17 +67,17 @@ class Safetensors:
             weight = self._need(name)
         return weight
 
-    def _get(self, name: str) -> torch.Tensor | None:
+    def _get(self, name: str) -> Tensor | None:
         return self._need(name) if name in self._where else None
 
-    def _need(self, name: str) -> torch.Tensor:
+    def _need(self, name: str) -> Tensor:
         if name not in self._where:
             raise missing(self._folder, name)
         self.unread.discard(name)
         file, stored = self._where[name]
         return file.get_tensor(stored)
 
-    def _scaled(self, name: str, module: str, weight: torch.Tensor) -> Weight:
+    def _scaled(self, name: str, module: str, weight: Tensor) -> Weight:
         """FP8, dequantized: one scale for all numbers, for each row, or for blocks of 128 x 128. int8 with scales."""
         inverse = self._get(f"{module}weight_scale_inv")
         scales = self._get(f"{module}weight_scale") if inverse is None else inverse
@@ -93,16 +94,16 @@ class Safetensors:
         self._costs.add("FP8", weight.numel(), weight.nbytes)
         return weight.float() * scales
 
-    def _awq(self, module: str, words: torch.Tensor) -> Weight:
+    def _awq(self, module: str, words: Tensor) -> Weight:
         """AutoAWQ's layout "gemm": `[in, out / 8]`, in each word first the even columns, then the odd ones."""
 
-        def columns(packed: torch.Tensor) -> torch.Tensor:
+        def columns(packed: Tensor) -> Tensor:
             return _unpacked(packed, 4).view(len(packed), -1, 2, 4).transpose(2, 3).reshape(len(packed), -1).t()
 
         zeros, scales = self._get(f"{module}qzeros"), self._need(f"{module}scales")
         return self._grouped(module, 4, columns(words), scales.t(), None if zeros is None else columns(zeros))
 
-    def _gptq(self, module: str, words: torch.Tensor, size: int) -> Weight:
+    def _gptq(self, module: str, words: Tensor, size: int) -> Weight:
         """AutoGPTQ's layout: `[in * bits / 32, out]`. Its first version stores zero points less one."""
         bits = 32 * len(words) // size
         zeros, scales = self._get(f"{module}qzeros"), self._need(f"{module}scales")
@@ -111,7 +112,7 @@ class Safetensors:
         self._ordered(f"{module}g_idx", size, len(scales))
         return self._grouped(module, bits, _unpacked(words.t(), bits), scales.t(), zeros)
 
-    def _packed(self, module: str, words: torch.Tensor, shape: tuple[int, ...]) -> Weight:
+    def _packed(self, module: str, words: Tensor, shape: tuple[int, ...]) -> Weight:
         """compressed-tensors' pack-quantized: `[out, in * bits / 32]`, zero points `[out * bits / 32, groups]`."""
         bits = 32 * words.shape[1] // shape[1]
         zeros, scales = self._get(f"{module}weight_zero_point"), self._need(f"{module}weight_scale")
@@ -126,9 +127,7 @@ class Safetensors:
         if order is not None and not torch.equal(order.long(), torch.arange(size) // (size // groups)):
             raise ConfigError(problem("model.act_order", name=name, folder=self._folder))
 
-    def _grouped(
-        self, module: str, bits: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-    ) -> Weight:
+    def _grouped(self, module: str, bits: int, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Weight:
         """(code - zero) * scale, of codes `[out, in]` and zeros `[out, groups]`, both uint8; without zeros it is the
         middle. Dequantized where `Quantized` has no such thing."""
         middle = 2 ** (bits - 1)
@@ -147,7 +146,7 @@ class Safetensors:
         return Quantized(bits, codes, halves, minimums)
 
 
-def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+def _unpacked(words: Tensor, bits: int) -> Tensor:
     """The numbers in int32 `[rows, n]`, those in the lowest bits first: uint8 `[rows, n * 32 / bits]`."""
     bytes_ = words.contiguous().view(torch.uint8)
     return bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(1)

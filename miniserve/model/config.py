@@ -11,6 +11,7 @@ from miniserve.config import ConfigError, problem
 from miniserve.families import FAMILIES, Family
 from miniserve.model import rope
 from miniserve.model.values import flag, number, whole
+from miniserve.ops.batch import Sizes
 from miniserve.ops.decoder import DeltaSizes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,6 +76,13 @@ class ModelConfig:
     def state_layers(self) -> int:
         """Layers with a recurrent state."""
         return len(self.layers) - self.kv_layers
+
+    @property
+    def sizes(self) -> Sizes:
+        """What kernels are chosen for."""
+        windows = {layer.window for layer in self.layers if layer.attends}
+        state = (self.delta.k_dim, self.delta.v_dim) if self.delta else ()
+        return Sizes(self.heads, self.head_dim, self.widths, state, self.attention_scale, windows)
 
     @property
     def widths(self) -> list[int]:

@@ -6,16 +6,16 @@ learns by how far what it has for a key is from the value: S <- a S + k (b (v - 
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from miniserve.model.config import ModelConfig
 from miniserve.model.loader import Loader
 from miniserve.model.passes import Pass
 from miniserve.ops.decoder import DeltaNet
 
 
-def load(loader: Loader, at: str, config: ModelConfig, index: int) -> DeltaNet:
+def load(loader: Loader, at: str, index: int) -> DeltaNet:
     """The delta net of a layer whose tensors are named `at`."""
-    sizes, hidden = config.delta, config.hidden_size
+    sizes, hidden = loader.config.delta, loader.config.hidden_size
     assert sizes is not None
     values = sizes.v_heads * sizes.v_dim
     if loader.has(f"{at}in_proj_qkvz"):
@@ -44,14 +44,14 @@ def load(loader: Loader, at: str, config: ModelConfig, index: int) -> DeltaNet:
     )
 
 
-def _by_kind(groups: int, *sizes: int) -> torch.Tensor:
+def _by_kind(groups: int, *sizes: int) -> Tensor:
     """The order that brings together what each of `groups` groups of rows has first, second and so on: so many rows of
     each kind."""
     rows = torch.arange(groups * sum(sizes)).view(groups, -1)
     return torch.cat([kind.flatten() for kind in rows.split(sizes, 1)])
 
 
-def recur(part: DeltaNet, h: torch.Tensor, now: Pass) -> torch.Tensor:
+def recur(part: DeltaNet, h: Tensor, now: Pass) -> Tensor:
     """`h` `[T, hidden]` -> what was read from the state, `[T, v_heads * v_dim]`; the state goes on by T tokens."""
     qkv, z = part.qkvz(h).split((part.channels, part.v_heads * part.v_dim), 1)
     read = now.ops.delta(now.plan, part, qkv, part.ba(h))  # [T, v_heads, v_dim]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from miniserve.config import read_object
 from miniserve.model.checkpoints import Costs, missing
@@ -49,7 +50,7 @@ class GgufTensors:
         return weight
 
 
-def _blocks(data: torch.Tensor, kind: str, shape: list[int], heads: int) -> Quantized:
+def _blocks(data: Tensor, kind: str, shape: list[int], heads: int) -> Quantized:
     blocks = data.view(-1, BLOCKS[kind])
     numbers = blocks[:, 4 if kind == "Q4_1" else 2 :]
     if kind == "Q8_0":
@@ -58,7 +59,7 @@ def _blocks(data: torch.Tensor, kind: str, shape: list[int], heads: int) -> Quan
         codes = torch.cat((numbers & 15, numbers >> 4), 1).view(torch.int8)
         codes -= 8 if kind == "Q4_0" else 0
 
-    def halves(start: int) -> torch.Tensor:
+    def halves(start: int) -> Tensor:
         column = blocks[:, start : start + 2].contiguous().view(torch.float16)
         return _turned(column.view(shape[0], -1), heads)
 
@@ -66,7 +67,7 @@ def _blocks(data: torch.Tensor, kind: str, shape: list[int], heads: int) -> Quan
     return Quantized(8 if kind == "Q8_0" else 4, codes, halves(0), halves(2) if kind == "Q4_1" else None)
 
 
-def _turned(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def _turned(rows: Tensor, heads: int) -> Tensor:
     """Rows in Hugging Face's order: llama.cpp keeps the two numbers that rope turns together side by side in a head,
     Hugging Face half a head apart."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape) if heads else rows

@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from miniserve.config import ConfigError
 from miniserve.model.checkpoints import Costs, Read
 from miniserve.model.config import ModelConfig
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
-from miniserve.ops.decoder import Linear
+from miniserve.ops.decoder import Head, Linear
 from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 
 
@@ -43,31 +44,25 @@ class Loader:
         """What the shard has of a tensor, in this shape, as it is stored, on the device. Raises `ConfigError`."""
         return self.shard.read(self.read_tensor, name, shape).to(self.device)
 
-    def get(self, name: str, *shape: int, exact: bool = False) -> torch.Tensor:
+    def get(self, name: str, *shape: int, exact: bool = False) -> Tensor:
         """A plain tensor in the model's dtype, or in float32 if it is to be `exact`."""
         tensor = self.dense(self.read(name, *shape), torch.float32 if exact else self.dtype)
         self.num_bytes += tensor.nbytes
         return tensor
 
-    def norm(self, name: str, size: int) -> torch.Tensor:
+    def norm(self, name: str, size: int) -> Tensor:
         """The weights of a norm."""
         if not self.config.family.zero_norms:
             return self.get(name, size)
         return (self.get(name, size, exact=True) + 1).to(self.dtype)
 
-    def dense(self, weight: Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dense(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
         """A copy always: what was read may be a view of the mapped file."""
         made = dense(weight, dtype or self.dtype)
-        return made.to(dtype or self.dtype, copy=isinstance(weight, torch.Tensor))
+        return made.to(dtype or self.dtype, copy=isinstance(weight, Tensor))
 
     def linear(
-        self,
-        parts: dict[str, int],
-        width: int,
-        bias: bool = False,
-        *,
-        gated: str = "",
-        order: torch.Tensor | None = None,
+        self, parts: dict[str, int], width: int, bias: bool = False, *, gated: str = "", order: Tensor | None = None
     ) -> Linear:
         """One matrix of several, from their names and rows, the rows perhaps in another `order`. With `gated` the first
         half makes gates with that activation."""
@@ -75,22 +70,17 @@ class Loader:
         biases = [self.get(f"{name}.bias", rows) for name, rows in parts.items()] if bias else None
         return self.prepared(weights, torch.cat(biases) if biases else None, gated=gated, order=order)
 
-    def plain(self, parts: dict[str, int], width: int, order: torch.Tensor | None = None) -> Linear:
+    def plain(self, parts: dict[str, int], width: int, order: Tensor | None = None) -> Head:
         """A small matrix, which is never quantized."""
         whole = torch.cat([self.get(f"{name}.weight", rows, width) for name, rows in parts.items()])
-        return self.ops.plain(whole if order is None else whole[order])
+        return self.ops.head(whole if order is None else whole[order])
 
     def prepared(
-        self,
-        weights: list[Weight],
-        bias: torch.Tensor | None,
-        *,
-        gated: str = "",
-        order: torch.Tensor | None = None,
+        self, weights: list[Weight], bias: Tensor | None, *, gated: str = "", order: Tensor | None = None
     ) -> Linear:
         """One matrix of the rows of several, as `linear` makes it of what was read."""
         if self.bits:
-            weights = [Quantized.of(w, self.bits) if isinstance(w, torch.Tensor) else w for w in weights]
+            weights = [Quantized.of(w, self.bits) if isinstance(w, Tensor) else w for w in weights]
         packed = [weight for weight in weights if isinstance(weight, Quantized)]
         if len(packed) == len(weights) and len({weight.bits for weight in packed}) == 1:
             whole: Weight = Quantized.cat(packed)
@@ -118,7 +108,7 @@ def random(config: ModelConfig) -> Read:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2**20, generator=generator) * 0.02
 
-    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
         if "norm" in name:
             return torch.ones(shape, dtype=config.dtype)
         # Repeating a megabyte of noise at a random offset is as good for timing as fresh noise and 20x faster.

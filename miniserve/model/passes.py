@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from miniserve.ops import Ops
+from miniserve.ops import StepOps
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Pass:
     """`plan` is that of `ops` for the batch; `rotary` has cos and sin of its positions by rotary table; `eps` is that
     of norms."""
 
-    ops: Ops
+    ops: StepOps
     plan: Any
     rotary: list[Any]
     eps: float

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniserve.config import ConfigError
 from miniserve.model.values import number, whole
@@ -28,23 +29,17 @@ class RopeConfig:
     original_max_len: int = 0
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Radians per position of each pair of numbers, float32 `[head_dim / 2]`."""
+def angles(rope: RopeConfig, head_dim: int, max_len: int) -> Tensor:
+    """Radians by which each pair of numbers is rotated at each position, float32 `[max_len, head_dim / 2]`."""
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if rope.kind == "linear":
-        return inverse / rope.factor
-    if rope.kind == "llama3":
+        inverse = inverse / rope.factor
+    elif rope.kind == "llama3":
         # Long waves are stretched by `factor`, short ones left alone, those between blended.
-        wavelength = 2 * math.pi / inverse
-        rotations = rope.original_max_len / wavelength
+        rotations = rope.original_max_len / (2 * math.pi / inverse)
         blend = ((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-        return (1 - blend) * inverse / rope.factor + blend * inverse
-    return inverse
-
-
-def angles(rope: RopeConfig, head_dim: int, max_len: int) -> torch.Tensor:
-    """Radians by which each pair of numbers is rotated at each position, float32 `[max_len, head_dim / 2]`."""
-    return torch.outer(torch.arange(max_len, dtype=torch.float32), inverse_frequencies(rope, head_dim))
+        inverse = (1 - blend) * inverse / rope.factor + blend * inverse
+    return torch.outer(torch.arange(max_len, dtype=torch.float32), inverse)
 
 
 def parameters(config: dict[str, Any]) -> dict[str, Any]:

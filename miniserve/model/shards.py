@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 from miniserve.model.checkpoints import Read
 from miniserve.model.config import ModelConfig
 from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
@@ -37,10 +37,7 @@ class Shard:
         whole, ranks, delta, experts = self.whole, self.ranks, self.whole.delta, self.whole.experts
         if wrong := _undivided(whole, ranks):
             ways = [str(n) for n in range(1, whole.heads + 1) if not _undivided(whole, n)]
-            raise ConfigError(
-                f"--tensor-parallel-size {ranks} does not divide {', '.join(wrong)} of this model: use "
-                f"{', '.join(ways)}."
-            )
+            raise ConfigError(problem("model.ranks", ranks=ranks, wrong=", ".join(wrong), ways=", ".join(ways)))
         if delta is not None:
             delta = replace(delta, k_heads=delta.k_heads // ranks, v_heads=delta.v_heads // ranks)
         if experts is not None:
@@ -70,10 +67,7 @@ class Shard:
         kept = torch.cat([run.view(pieces, -1)[place] for run in runs])
         if isinstance(whole, Quantized) and axis:
             if shape[1] % GROUP:
-                raise ConfigError(
-                    f"{name} has quantized rows of {size} numbers in groups of {GROUP}, which cannot be cut into parts "
-                    f"of {shape[1]}: use a smaller --tensor-parallel-size."
-                )
+                raise ConfigError(problem("model.groups", name=name, size=size, group=GROUP, part=shape[1]))
             return whole.columns(int(kept[0]), shape[1])
         if isinstance(whole, Quantized):
             return whole[kept]

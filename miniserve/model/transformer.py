@@ -1,27 +1,25 @@
 """One decoder-only transformer for all families: which parts its layers have, their configuration says."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from miniserve.model import attention, delta_net, mlp, rope
 from miniserve.model.config import ModelConfig
 from miniserve.model.passes import Pass
-from miniserve.ops import Ops
+from miniserve.ops import FusedOps, StepOps
 from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import Attention, Weights
+from miniserve.ops.decoder import Attention, Head, Weights
 from miniserve.ops.group import Group
-
-Head = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class Transformer:
     """The model on one device: a batch of new tokens in, logits of the wanted rows out."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, max_len: int, group: Group | None = None
+        self, config: ModelConfig, weights: Weights, ops: StepOps | FusedOps, max_len: int, group: Group | None = None
     ) -> None:
         """`weights` may be those of one rank of a `group`, which all make the same calls."""
         self.config = config
@@ -30,14 +28,14 @@ class Transformer:
         self._weights = weights
         tables = [rope.angles(kind, config.rotary_dim, max_len) for kind in config.ropes]
         self._rotary = [ops.rotary(table, weights.embedding.dtype) for table in tables]
-        self._fused = ops.fuse(weights, self._rotary, self.group)
+        self._fused = ops.fuse(weights, self._rotary, self.group) if isinstance(ops, FusedOps) else None
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """The float32 logits `[rows, vocab]` of hidden states `[rows, hidden]`; of several ranks only the first has
         them."""
         return self._logits(self._weights.head(hidden))
 
-    def _logits(self, made: torch.Tensor) -> torch.Tensor:
+    def _logits(self, made: Tensor) -> Tensor:
         """From what each rank has made."""
         return self.group.gather(made)[:, : self.config.vocab_size]
 
@@ -46,7 +44,7 @@ class Transformer:
         return self._weights.embedding.device
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: torch.Tensor, state: State | None = None, head: Head = None) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: Tensor, state: State | None = None, head: Head | None = None) -> Tensor:
         """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV,
         and over the recurrent `state`, which goes on by them, where the model has one.
 
@@ -54,19 +52,22 @@ class Transformer:
         `[len(batch.outputs), hidden]` instead.
         """
         new = self.ops.plan(batch, kv, state), batch.tokens, batch.positions, batch.outputs
-        return self._logits(self._fused(*new)) if head is None and self._fused else self.compute(*new, head)
+        if self._fused is None:
+            return self.compute(*new, head)
+        made = self._fused(*new, head is not None)
+        return self._logits(made) if head is None else head(made)
 
     @torch.inference_mode()
     def compute(
-        self, plan: Any, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, head: Head = None
-    ) -> torch.Tensor:
+        self, plan: Any, tokens: Tensor, positions: Tensor, outputs: Tensor | None, head: Head | None = None
+    ) -> Tensor:
         """The part of `forward` that the device does: nothing in here looks at a value, so it can be recorded as a CUDA
         graph. Without `outputs` the logits of all rows are wanted.
 
         In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows. What the ranks of a
         group make of a layer is added up, the residual in the first one's.
         """
-        ops, weights, group = self.ops, self._weights, self.group
+        ops, weights, group = cast(StepOps, self.ops), self._weights, self.group
         now = Pass(ops, plan, [table(positions) for table in self._rotary], weights.eps)
         x = F.embedding(tokens, weights.embedding)  # [T, hidden]
         if weights.scale != 1:

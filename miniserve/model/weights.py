@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from miniserve.model import attention, delta_net, mlp
 from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Safetensors, checked
@@ -20,7 +21,7 @@ from miniserve.model.gguf import GgufTensors
 from miniserve.model.loader import Loader, check_groups, random
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
-from miniserve.ops.decoder import Attention, DeltaNet, Layer, Weights
+from miniserve.ops.decoder import Layer, Weights
 from miniserve.ops.quantized import Quantized, Weight
 
 log = logging.getLogger("miniserve.model")
@@ -91,10 +92,10 @@ def _build(loader: Loader, show: Progress) -> Weights:
         tied = config.tie_embeddings and torch.equal(loader.dense(matrix), embedding)
         if config.tie_embeddings and not tied:
             log.warning("config.json says tie_word_embeddings, but the files have another %s: it is used.", HEAD)
-    if loader.bits and isinstance(matrix, torch.Tensor):
+    if loader.bits and isinstance(matrix, Tensor):
         matrix = Quantized.of(matrix, 8)
     on_cpu = loader.device.type == "cpu"
-    if tied and (isinstance(matrix, torch.Tensor) or not on_cpu):
+    if tied and (isinstance(matrix, Tensor) or not on_cpu):
         head: Weight = loader.shard.head(embedding)
     else:
         head = loader.shard.head(matrix if isinstance(matrix, Quantized) else loader.dense(matrix))
@@ -108,19 +109,16 @@ def _layer(loader: Loader, at: str, layer: LayerConfig, index: int) -> Layer:
     """The layer whose tensors are named `at`; `index` is its number among those that attend, or do not, as it does."""
     config, extra = loader.config, loader.config.family.after_norms
 
-    def norm(name: str) -> torch.Tensor:
+    def norm(name: str) -> Tensor:
         return loader.norm(f"{at}{name}_layernorm.weight", config.hidden_size)
 
-    mixer: Attention | DeltaNet
-    if layer.attends:
-        mixer = attention.load(loader, f"{at}self_attn.", config, layer, index)
-    else:
-        mixer = delta_net.load(loader, f"{at}linear_attn.", config, index)
     return Layer(
         input_norm=norm("input"),
-        mixer=mixer,
+        mixer=attention.load(loader, f"{at}self_attn.", layer, index)
+        if layer.attends
+        else delta_net.load(loader, f"{at}linear_attn.", index),
         mixer_norm=norm("post_attention") if extra else None,
         post_norm=norm("pre_feedforward" if extra else "post_attention"),
-        mlp=mlp.load(loader, at, config, layer),
+        mlp=mlp.load(loader, at, layer),
         mlp_norm=norm("post_feedforward") if extra else None,
     )

@@ -25,7 +25,6 @@ class DecisionLog:
         except (OSError, RuntimeError) as error:  # the latter for the home directory of an unknown user
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"--decision-log {path!r} cannot be written to: {reason}.") from error
-        self._broken = False
         self.write({"kind": "start", "policy": policy, "time": now, "unix_time": time.time()})
 
     def close(self) -> None:
@@ -33,10 +32,10 @@ class DecisionLog:
         self._file.close()
 
     def write(self, record: Record) -> None:
-        if self._broken:
+        if self._file.closed:
             return
         try:
             self._file.write(msgspec.json.encode(record) + b"\n")
-        except (OSError, ValueError) as error:
-            self._broken = True
+        except OSError as error:
             log.error("the decision log ends here: %s", error)
+            self.close()

@@ -1,23 +1,25 @@
 """The few kernels a model needs, behind one small interface. `make_ops` picks the implementation for a device."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
-from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
+from miniserve.ops.batch import Batch, Sizes, State
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp, Weights
 from miniserve.ops.group import Group
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
 from miniserve.ops.torch_ops import TorchOps
 
-Compute = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""A plan, tokens, positions, and the rows that are wanted -> their logits."""
+Compute = Callable[[Any, Tensor, Tensor, Tensor, bool], Tensor]
+"""A plan, tokens, positions, and the rows that are wanted -> their logits, or their hidden states if so asked."""
 
 
 class Ops(Protocol):
-    """Kernels over one KV pool. T is the number of new tokens in the batch, H and Hkv are heads, D the head's size."""
+    """Kernels over one KV pool: those that both `StepOps` and `FusedOps` have. T is the number of new tokens in the
+    batch, H and Hkv are heads, D the head's size."""
 
     layout: str
     """The order of the numbers in each half, keys or values, of a layer of a page. Only these kernels read them, but
@@ -26,42 +28,23 @@ class Ops(Protocol):
     """Up to so many rows a step takes little longer than with one row, since all weights are read anyway: as many as a
     sequence and its draft may fill."""
 
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout. One of 4 or 8 bits is
         computed with as it is (`CpuOps`), or dequantized to the dtype that these `Ops` are for."""
 
-    def plain(self, weight: torch.Tensor) -> Linear:
-        """Prepare a small matrix whose rows are few or odd in number."""
+    def head(self, weight: Weight) -> Head:
+        """Prepare a matrix of any number of rows, like the last one, `[vocab, hidden]`: the result makes float32 logits
+        of `[rows, hidden]`."""
 
-    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Prepare the last matrix, `[vocab, hidden]`: the result makes float32 logits of `[rows, hidden]`."""
+    def rotary(self, angles: Tensor, dtype: torch.dtype) -> Any:
+        """Prepare the angles of all positions, float32 `[positions, D / 2]` (radians, `model/rope.py`). The result of
+        `StepOps` makes `cos_sin` for the positions `[T]` of a batch."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm over the last dimension."""
-
-    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
-        """Prepare the angles of all positions, float32 `[positions, D / 2]` (radians, `model/rope.py`). The result
-        makes `cos_sin` for the positions `[T]` of a batch."""
-
-    def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: of the first R numbers of a head, as many as
-        there are angles for twice, each with the one R / 2 away."""
-
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
+    def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> Linear:
         """Prepare `[2 * I, in]`, of which the first half are gates: the result makes activation(gate) * up, `[T, I]`.
         The `activation` is `silu` or `gelu_tanh`."""
 
-    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the experts `ids` make of each row of `x` `[T, hidden]`, added up with their `weights`, both
-        `[T, chosen]`; the shared expert is not among them."""
-
-    def delta(self, plan: Any, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
-        """The convolution of `qkv` `[T, channels]`, and the delta rule with `ba` `[T, 2 * v_heads]`: what is read from
-        the state, `[T, v_heads, v_dim]`. The state goes on by the new tokens (`ops/delta.py`)."""
-
-    def filter(
-        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def filter(self, probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor | None, Tensor]:
         """Candidates of `probs` `[n, vocab]`: (ids, weights); the weight of one that is filtered out is 0. Without ids
         the weights are those of the whole vocabulary, else of `ids` `[n, candidates]`.
 
@@ -69,23 +52,43 @@ class Ops(Protocol):
         leave; the likeliest always stays.
         """
 
-    def fuse(self, weights: Weights, rotary: list[Any], group: Group) -> Compute | None:
-        """A whole model in one call, where a backend has one: the same as `model.Transformer.compute`, which makes one
-        call for each operation, up to the logits of this rank of the `group`. These `Ops` have prepared `weights` and
-        `rotary`."""
-
-    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Any:
+    def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> Any:
         """What attention needs to know of a batch, worked out once for all layers.
 
         `kv` is the pool `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of
         `layout`.
         """
 
-    def attention(
-        self, plan: Any, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0
-    ) -> torch.Tensor:
-        """Store the new tokens' `k`, `v` `[T, Hkv, D]` in the pool, then attend causally, to the last `window` tokens
-        if that is not 0: `q` -> `[T, H, D]`."""
+
+class StepOps(Ops, Protocol):
+    """`Ops` with a call for each operation."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root mean square norm over the last dimension."""
+
+    def rope(self, q: Tensor, k: Tensor, cos_sin: Any) -> tuple[Tensor, Tensor]:
+        """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: of the first R numbers of a head, as many as
+        there are angles for twice, each with the one R / 2 away."""
+
+    def mixture(self, part: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """What the experts `ids` make of each row of `x` `[T, hidden]`, added up with their `weights`, both
+        `[T, chosen]`; the shared expert is not among them."""
+
+    def delta(self, plan: Any, part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
+        """The convolution of `qkv` `[T, channels]`, and the delta rule with `ba` `[T, 2 * v_heads]`: what is read from
+        the state, `[T, v_heads, v_dim]`. The state goes on by the new tokens (`ops/delta.py`)."""
+
+    def attention(self, plan: Any, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new tokens' `k`, `v` `[T, Hkv, D]` in the pool, then attend causally: `q` -> `[T, H, D]`."""
+
+
+@runtime_checkable
+class FusedOps(Ops, Protocol):
+    """`Ops` with the whole model in one call."""
+
+    def fuse(self, weights: Weights, rotary: list[Any], group: Group) -> Compute:
+        """The same as `model.Transformer.compute` makes of `StepOps`, up to the logits of this rank of the `group`.
+        These `Ops` have prepared `weights` and `rotary`."""
 
 
 @runtime_checkable
@@ -99,24 +102,16 @@ class StackingOps(Protocol):
 def make_ops(
     device: torch.device,
     dtype: torch.dtype,
-    heads: int,
-    head_dim: int,
-    widths: list[int],
+    sizes: Sizes,
     page_tokens: int = 16,
-    state_dims: Sequence[int] = (),
     *,
-    scale: float | None = None,
-    windows: Iterable[int] = (0,),
     native: bool = True,
     progress: Callable[[str], None] = lambda line: None,
-) -> tuple[Ops, str]:
-    """The implementation for `device`, and its name or why it is a slower one.
+) -> tuple[StepOps | FusedOps, str]:
+    """The implementation for `device`, for pages of `page_tokens`, and its name or why it is a slower one.
 
-    `heads` are those of queries; `head_dim` and `widths` are the sizes of the rows that it will see: heads, hidden
-    states, MLP activations and others that matrices are multiplied with; `page_tokens` is the size of a page,
-    `state_dims` are those of keys and values in a recurrent state. Scores are multiplied with `scale`, else with that
-    of `head_dim`; `windows` are those of the layers. Without `native` it is plain torch. A CPU gets compiled kernels
-    where a compiler is installed; `progress` gets a line if they have to be compiled first.
+    Without `native` it is plain torch. A CPU gets compiled kernels where a compiler is installed; `progress` gets a
+    line if they have to be compiled first.
     """
     if not native:
         return TorchOps(device, dtype), "torch"
@@ -124,9 +119,9 @@ def make_ops(
         if device.type == "cuda":
             from miniserve.ops.cuda_ops import CudaOps
 
-            return CudaOps(device, dtype, heads, head_dim, scale or head_dim**-0.5, windows), "flashinfer"
+            return CudaOps(device, dtype, sizes), "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
-        return CpuOps(dtype, head_dim, widths, page_tokens, state_dims, progress), "native"
+        return CpuOps(dtype, sizes, page_tokens, progress), "native"
     except NoKernels as reason:
         return TorchOps(device, dtype), f"torch, slower than native ones: {reason}"

@@ -1,8 +1,24 @@
-"""What one forward pass works on."""
+"""What one forward pass works on, and the sizes that kernels are chosen for."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model, what kernels are chosen and planned for: its `heads` of queries, of `head_dim` numbers; the `widths`
+    of the rows that they will see (hidden states, MLP activations, heads together), which matrices are multiplied with;
+    those of keys and values in a recurrent state. Scores are multiplied with `scale`, else with that of `head_dim`;
+    `windows` are those of the layers, with 0 for those that see all tokens."""
+
+    heads: int
+    head_dim: int
+    widths: Sequence[int]
+    state_dims: tuple[int, ...] = ()
+    scale: float | None = None
+    windows: Collection[int] = (0,)
 
 
 @dataclass(frozen=True)
@@ -15,9 +31,9 @@ class Batch:
     wanted. All are on the model's device.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    outputs: torch.Tensor
+    tokens: Tensor
+    positions: Tensor
+    outputs: Tensor
     lengths: list[int]
     contexts: list[int]
     pages: list[list[int]]
@@ -30,5 +46,5 @@ class State:
     inputs of the convolution, the newest last; `delta` float32 `[slot, layer, v_head, k_dim, v_dim]` is what the delta
     rule has learned."""
 
-    conv: torch.Tensor
-    delta: torch.Tensor
+    conv: Tensor
+    delta: Tensor

@@ -72,8 +72,8 @@ void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, int6
 
 // --- the model -------------------------------------------------------------------------------------------------------
 
-// The parts of a layer as in ops/decoder.py, of which ops/cpu_structs.py has the same structs. q, k, v and gates are one
-// matrix; the norms may be null. cos and sin are [positions, rotary] as in `rope`.
+// The parts of a layer as in ops/decoder.py; ops/cpu_structs.py reads the fields here. q, k, v and gates are one matrix;
+// the norms may be null. cos and sin are [positions, rotary] as in `rope`.
 template <typename T>
 struct Attention {
     int32_t index, heads, window, gated, rotary;
@@ -125,10 +125,11 @@ void attend(const Attention<T>& part, const Batch& batch, int64_t rows, const in
               part.gated ? gates : nullptr, found, scratch);
 }
 
-// The same as `Transformer.compute`: float logits [outputs, columns of the head] of the rows `wanted`, in rising order.
+// The same as `Transformer.compute`: float logits [outputs, columns of the head] of the rows `wanted`, in rising order, or
+// where there is room for these in place of logits their hidden states [outputs, hidden].
 template <typename T>
 void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int64_t* tokens, const int64_t* positions,
-             int64_t outputs, const int64_t* wanted, float* logits) {
+             int64_t outputs, const int64_t* wanted, float* logits, T* normed) {
     const int64_t hidden = model.hidden;
     int64_t in = 0, mixed = 0, inner = 0;  // numbers of a row, in the layer where they are most
     Mixing<T> mixing;
@@ -197,8 +198,8 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
             }
             add_made(layer.mlp_norm);
         }
-        rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, h, hidden);
-        product<T, float>(h, rows, model.head, nullptr, logits, scratch);
+        rms_norm(x, hidden, rows, 1, hidden, model.norm, model.eps, logits ? h : normed, hidden);
+        if (logits) product<T, float>(h, rows, model.head, nullptr, logits, scratch);
         release_tiles();
     }
 }
@@ -216,8 +217,8 @@ void forward(const Model<T>& model, const Batch& batch, int64_t rows, const int6
 #define EXPORT(T, NAME)                                                                                             \
     extern "C" void forward_##NAME(const Model<T>* model, const Batch* batch, int64_t rows, const int64_t* tokens,  \
                                    const int64_t* positions, int64_t outputs, const int64_t* wanted,                \
-                                   float* logits) {                                                                 \
-        forward(*model, *batch, rows, tokens, positions, outputs, wanted, logits);                                  \
+                                   float* logits, T* normed) {                                                      \
+        forward(*model, *batch, rows, tokens, positions, outputs, wanted, logits, normed);                          \
     }                                                                                                               \
     extern "C" void attention_##NAME(const Batch* batch, int layer, int heads, float scale, int window, const T* q, \
                                      int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,  \

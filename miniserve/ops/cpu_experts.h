@@ -16,7 +16,7 @@
 
 namespace {
 
-// As in ops/decoder.py; ops/cpu_structs.py has the same structs.
+// As in ops/decoder.py; ops/cpu_structs.py reads the fields here.
 template <typename T>
 struct Mlp {
     Matrix<T> gate_up, down;

@@ -7,22 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from miniserve.ops.cpu_structs import (
-    BLOCK,
-    NativeAttention,
-    NativeDeltaNet,
-    NativeExperts,
-    NativeLayer,
-    NativeMatrix,
-    NativeMlp,
-    NativeModel,
-    NativePlan,
-    Rotary,
-)
+from miniserve.ops.cpu_structs import BLOCK, STRUCTS, NativePlan
 from miniserve.ops.decoder import Attention, DeltaNet, Experts, Layer, Mlp, Weights
 from miniserve.ops.group import Group
-from miniserve.ops.quantized import GROUP, Quantized
+from miniserve.ops.quantized import GROUP, Quantized, Weight
 
 ARENA_BYTES = 64 * 2**20
 
@@ -34,23 +24,21 @@ class Arena:
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
-    def pack(self, function: Any, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` `[columns, size]` in blocks of `BLOCK` columns, by the kernel `function`."""
+    def pack(self, plain: Any, codes: Any, weight: Weight) -> Tensor:
+        """`weight` `[columns, size]` in blocks of `BLOCK` columns, by a kernel for `plain` ones or for `codes`."""
         columns, size = weight.shape
-        packed = self._take(-(-columns // BLOCK) * BLOCK * size * weight.itemsize)
-        function(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
+        rows = -(-columns // BLOCK) * BLOCK
+        if isinstance(weight, Quantized):
+            halves = size // GROUP * (2 if weight.minimums is None else 4)
+            packed = self._take(rows * (size * weight.bits // 8 + halves))
+            parts = weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.minimums)
+            codes(*parts, columns, size, weight.bits, packed.data_ptr())
+        else:
+            packed = self._take(rows * size * weight.itemsize)
+            plain(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
         return packed
 
-    def pack_codes(self, function: Any, weight: Quantized) -> torch.Tensor:
-        """The same for a quantized weight."""
-        columns, size = weight.shape
-        blocks, halves = -(-columns // BLOCK), 2 if weight.minimums is None else 4
-        packed = self._take(blocks * BLOCK * size * weight.bits // 8 + blocks * BLOCK * (size // GROUP) * halves)
-        parts = weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.minimums)
-        function(*parts, columns, size, weight.bits, packed.data_ptr())
-        return packed
-
-    def _take(self, size: int) -> torch.Tensor:
+    def _take(self, size: int) -> Tensor:
         if size > len(self._rest):
             memory = mmap.mmap(-1, max(size, ARENA_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # this system has none: only slower
@@ -60,7 +48,7 @@ class Arena:
         return taken
 
 
-def address(tensor: torch.Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers begin; a null pointer for None."""
     return None if tensor is None else tensor.data_ptr()
 
@@ -68,19 +56,23 @@ def address(tensor: torch.Tensor | None) -> int | None:
 @dataclass(frozen=True)
 class PackedMatrix:
     """A `Linear` by the kernel `product`, or by `logits` with sums that stay in float32: a bf16 logit of 20 has steps
-    of 0.125, and many ties. `packed` and `bias` are what `native` points into."""
+    of 0.125, and many ties. `packed` and `bias` are what `native`, a `Matrix`, points into."""
 
     kernel: Any
     dtype: torch.dtype
-    native: NativeMatrix
-    packed: torch.Tensor
-    bias: torch.Tensor | None
+    native: Any
+    packed: Tensor
+    bias: Tensor | None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         columns = self.native.columns // 2 if self.native.gate else self.native.columns
         out = torch.empty((x.shape[0], columns), dtype=self.dtype)
         self.kernel(x.data_ptr(), x.shape[0], ctypes.byref(self.native), address(residual), out.data_ptr())
         return out
+
+
+Tables = tuple[Tensor, Tensor]
+"""Those of `torch_ops.rotary_tables`, `[positions, R]`."""
 
 
 class Structs:
@@ -91,66 +83,65 @@ class Structs:
 
     def delta(self, part: DeltaNet) -> int:
         """Where the struct of a part is."""
-        return self._at(NativeDeltaNet, part, taps=part.conv.shape[0])
+        return self._at("DeltaNet", part, taps=part.conv.shape[0])
 
     def experts(self, part: Experts) -> int:
         """The shared expert is the last in the array of all."""
-        every = part.experts if part.shared is None else [*part.experts, part.shared]
-        mlps = (NativeMlp * len(every))(*(_struct(NativeMlp, mlp) for mlp in every))
-        shared = part.shared is not None
-        return self._at(NativeExperts, part, experts=self._keep(mlps), count=len(part.experts), shared=shared)
+        mlps = self._all("Mlp", [_struct("Mlp", mlp) for mlp in (*part.experts, part.shared) if mlp is not None])
+        return self._at("Experts", part, experts=mlps, count=len(part.experts), shared=part.shared is not None)
 
-    def layers(self, layers: list[Layer], rotary: list[Rotary]) -> int:
-        return self._keep((NativeLayer * len(layers))(*(self._layer(layer, rotary) for layer in layers)))
+    def layers(self, layers: list[Layer], rotary: list[Tables]) -> int:
+        return self._all("Layer", [self._layer(layer, rotary) for layer in layers])
 
-    def _layer(self, layer: Layer, rotary: list[Rotary]) -> Any:
+    def _layer(self, layer: Layer, rotary: list[Tables]) -> Any:
         mixer, mlp = layer.mixer, layer.mlp
-        made = (
-            {"mlp": self._at(NativeMlp, mlp)} if isinstance(mlp, Mlp) else {"mlp": None, "experts": self.experts(mlp)}
-        )
+        made = {"mlp": self._at("Mlp", mlp)} if isinstance(mlp, Mlp) else {"mlp": None, "experts": self.experts(mlp)}
         if isinstance(mixer, Attention):
-            cos, sin = rotary[mixer.rope].cos, rotary[mixer.rope].sin
-            made["attention"] = self._at(NativeAttention, mixer, cos=cos, sin=sin, rotary=cos.shape[1])
+            cos, sin = rotary[mixer.rope]
+            made["attention"] = self._at("Attention", mixer, cos=cos, sin=sin, rotary=cos.shape[1])
         else:
             made["delta"] = self.delta(mixer)
-        return _struct(NativeLayer, layer, **made)
+        return _struct("Layer", layer, **made)
 
-    def _at(self, kind: Any, part: Any, **more: Any) -> int:
-        return self._keep(_struct(kind, part, **more))
+    def _at(self, kind: str, part: Any, **more: Any) -> int:
+        return self._all(kind, [_struct(kind, part, **more)])
 
-    def _keep(self, made: Any) -> int:
-        self._kept.append(made)
-        return ctypes.addressof(made)
+    def _all(self, kind: str, made: list[Any]) -> int:
+        self._kept.append((STRUCTS[kind] * len(made))(*made))
+        return ctypes.addressof(self._kept[-1])
 
 
-def _struct(kind: Any, part: Any, **more: Any) -> Any:
+def _struct(name: str, part: Any, **more: Any) -> Any:
     """A struct of what is found under the names of its fields in `more` or else in `part`: numbers, tensors, matrices;
     zeros where there is nothing."""
-    found = {name: more.get(name, getattr(part, name, None)) for name, *_ in kind._fields_}
+    kind = STRUCTS[name]
+    found = {name: more.get(name, getattr(part, name, None)) for name, _ in kind._fields_}
     for name, value in found.items():
-        if isinstance(value, torch.Tensor | PackedMatrix):
-            found[name] = address(value) if isinstance(value, torch.Tensor) else value.native
+        if isinstance(value, Tensor | PackedMatrix):
+            found[name] = address(value) if isinstance(value, Tensor) else value.native
     return kind(**{name: value for name, value in found.items() if value is not None})
 
 
 class FusedForward:
     """A `Compute` by the kernel `forward`: a step of a hundred and more kernels whose threads never go to sleep."""
 
-    def __init__(self, forward: Any, weights: Weights, rotary: list[Rotary], group: Group) -> None:
+    def __init__(self, forward: Any, weights: Weights, rotary: list[Tables], group: Group) -> None:
         assert isinstance(weights.head, PackedMatrix)
         self._forward = forward
-        self._vocab = weights.head.native.columns
+        self._vocab, self._dtype = weights.head.native.columns, weights.embedding.dtype
         structs, layers = Structs(), len(weights.layers)
         layer = structs.layers(weights.layers, rotary)
-        hidden = weights.embedding.shape[1]
-        self._model = _struct(NativeModel, weights, hidden=hidden, layers=layers, layer=layer, group=group.address)
+        hidden = self._hidden = weights.embedding.shape[1]
+        self._model = _struct("Model", weights, hidden=hidden, layers=layers, layer=layer, group=group.address)
         self._kept = structs, weights, rotary, group  # `_model` points into them
 
-    def __call__(
-        self, plan: NativePlan, tokens: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor
-    ) -> torch.Tensor:
-        logits = torch.empty((len(outputs), self._vocab), dtype=torch.float32)
+    def __call__(self, plan: NativePlan, tokens: Tensor, positions: Tensor, outputs: Tensor, headless: bool) -> Tensor:
+        order = outputs.argsort() if headless else None
+        outputs = outputs if order is None else outputs[order]  # the kernel wants rising rows, as those of logits are
+        width, dtype = (self._hidden, self._dtype) if headless else (self._vocab, torch.float32)
+        made = torch.empty((len(outputs), width), dtype=dtype)
         new = len(tokens), tokens.data_ptr(), positions.data_ptr()
-        wanted = len(outputs), outputs.data_ptr(), logits.data_ptr()
-        self._forward(ctypes.byref(self._model), ctypes.byref(plan.native), *new, *wanted)
-        return logits
+        there = (None, made.data_ptr()) if headless else (made.data_ptr(), None)
+        of = ctypes.byref(self._model), ctypes.byref(plan.native), *new
+        self._forward(*of, len(outputs), outputs.data_ptr(), *there)
+        return made if order is None else made[order.argsort()]

@@ -1,14 +1,14 @@
-"""What `cpu.cpp` declares, for ctypes: its structs field by field, and the arguments of its functions."""
+"""The structs of `cpu.cpp` and its headers for ctypes, read from there, and what Python keeps beside them."""
 
 import ctypes
+import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from miniserve.ops.batch import State
-
-_int, _long, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+from miniserve.ops.native import NUMBERS, read_sources
 
 BLOCK = 64
 """Columns of a product whose weights are packed together: KEYS in cpu_vectors.h. Of gates and ups half are either."""
@@ -16,121 +16,32 @@ ROWS = 6
 """Rows of a product that vectors compute at once; tiles take 16."""
 GATES = {"silu": 1, "gelu_tanh": 2}
 """`Gate` in cpu_packing.h."""
+FIELDS = re.compile(r"^    (?:const )?(\w+)(?:<T>)?( ?\*)? ?(\w[\w, *]*);", re.MULTILINE)
+"""A line of a struct: the type, whether it is a pointer, the names."""
 
 
-def _each(kind: Any, names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
+def _structs(*names: str) -> dict[str, Any]:
+    """Those of these `names`, each after what it contains. Their fields end where a blank line follows."""
+    source, made = "\n".join(read_sources()), dict[str, Any]()
+    for name in names:
+        body = source.partition(f"struct {name} {{\n")[2].partition("\n}")[0].partition("\n\n")[0]
+        fields = [
+            (field.strip(" *"), ctypes.c_void_p if pointer else made.get(kind) or NUMBERS[kind])
+            for kind, pointer, listed in FIELDS.findall(body)
+            for field in listed.split(",")
+        ]
+        made[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return made
 
 
-class NativeBatch(ctypes.Structure):
-    """`Batch` in cpu_attention.h."""
-
-    _fields_ = [
-        ("sequences", _int),
-        *_each(_pointer, "starts lengths contexts tables slots pages pool"),
-        *_each(_int, "layers page_tokens kv_heads dim"),
-        *_each(_pointer, "conv delta"),
-        *_each(_long, "conv_slot delta_slot"),
-    ]
-
-
-class NativeMatrix(ctypes.Structure):
-    """`Matrix` in cpu_packing.h."""
-
-    _fields_ = [*_each(_pointer, "packed bias"), *_each(_int, "columns size bits minimums gate")]
-
-
-class NativeAttention(ctypes.Structure):
-    """`Attention` in cpu.cpp."""
-
-    _fields_ = [
-        *_each(_int, "index heads window gated rotary"),
-        ("scale", _float),
-        *_each(_pointer, "cos sin q_norm k_norm"),
-        *_each(NativeMatrix, "qkv out"),
-    ]
-
-
-class NativeDeltaNet(ctypes.Structure):
-    """`DeltaNet` in cpu_delta.h."""
-
-    _fields_ = [
-        *_each(_int, "index k_heads v_heads k_dim v_dim taps"),
-        *_each(_pointer, "conv rate bias norm"),
-        *_each(NativeMatrix, "qkvz ba out"),
-    ]
-
-
-class NativeMlp(ctypes.Structure):
-    """`Mlp` in cpu_experts.h."""
-
-    _fields_ = [*_each(NativeMatrix, "gate_up down")]
-
-
-class NativeExperts(ctypes.Structure):
-    """`Experts` in cpu_experts.h."""
-
-    _fields_ = [
-        *_each(_int, "count chosen renormed shared"),
-        *_each(NativeMatrix, "router shared_gate"),
-        ("experts", _pointer),
-    ]
-
-
-class NativeLayer(ctypes.Structure):
-    """`Layer` in cpu.cpp."""
-
-    _fields_ = [*_each(_pointer, "input_norm mixer_norm post_norm mlp_norm attention delta mlp experts")]
-
-
-class NativeModel(ctypes.Structure):
-    """`Model` in cpu.cpp."""
-
-    _fields_ = [
-        *_each(_long, "hidden layers"),
-        *_each(_float, "eps scale"),
-        *_each(_pointer, "embedding norm"),
-        ("head", NativeMatrix),
-        *_each(_pointer, "layer group"),
-    ]
-
-
-class NativeGroup(ctypes.Structure):
-    """`Group` in cpu_group.h."""
-
-    _fields_ = [*_each(_int, "rank ranks round"), ("memory", _pointer)]
-
-
-PACK_CODES: list[Any] = [_pointer, _pointer, _pointer, _long, _long, _int, _pointer]
-"""Arguments of `pack_codes`, which is the same for all dtypes."""
-ARGUMENTS: dict[str, list[Any]] = {
-    "forward": [_pointer, _pointer, _long, _pointer, _pointer, _long, _pointer, _pointer],
-    "attention": [_pointer, _int, _int, _float, _int, _pointer, _long, _pointer, _long, _pointer, _long, _pointer],
-    "delta": [_pointer, _pointer, _long, _pointer, _long, _pointer, _pointer],
-    "mixture": [_pointer, _pointer, _long, _pointer, _pointer, _pointer],
-    "rms_norm": [_pointer, _long, _long, _long, _long, _pointer, _float, _pointer],
-    "rope": [_pointer, _long, _long, _long, _long, _long, _pointer, _pointer, _pointer],
-    "pack": [_pointer, _long, _long, _pointer],
-    "product": [_pointer, _long, _pointer, _pointer, _pointer],
-    "logits": [_pointer, _long, _pointer, _pointer, _pointer],
-}
+STRUCTS = _structs("Batch", "Matrix", "Attention", "DeltaNet", "Mlp", "Experts", "Layer", "Model", "Group")
+NativeGroup = STRUCTS["Group"]
 
 
 @dataclass(frozen=True)
 class NativePlan:
-    """A batch as the kernels read it. `numbers` and `state` are the memory that `native` points into."""
+    """A batch as the kernels read it. `numbers` and `state` are the memory that `native`, a `Batch`, points into."""
 
-    native: NativeBatch
-    numbers: torch.Tensor
+    native: Any
+    numbers: Tensor
     state: State | None
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The tables of `torch_ops.rotary_tables`, `[positions, R]`."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return positions, self.cos, self.sin

@@ -7,6 +7,7 @@ nothing looks at a number on the host: a CUDA graph can be recorded. `ops/delta.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from miniserve.ops.batch import State
 from miniserve.ops.decoder import DeltaNet
@@ -18,9 +19,7 @@ COLUMNS = tl.constexpr(16)
 for others when it adds up a column."""
 
 
-def delta(
-    state: State, slots: torch.Tensor, starts: torch.Tensor, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor
-) -> torch.Tensor:
+def delta(state: State, slots: Tensor, starts: Tensor, part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
     """`Ops.delta` for sequences with rows `starts[i]` to `starts[i + 1]` and their state in slot `slots[i]`, both int32
     on the device."""
     past, memory = state.conv[:, part.index], state.delta[:, part.index]

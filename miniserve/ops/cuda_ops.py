@@ -5,15 +5,17 @@ The pool stays page-major: a layer of it is a strided view, whose strides these 
 
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from miniserve.ops.batch import Sizes
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
-from miniserve.ops.decoder import DeltaNet, Experts, Linear, Mlp, Weights
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight, dense
 
@@ -24,11 +26,11 @@ HEAD_DIMS = (64, 128, 256)
 class Product:
     """cuBLAS, which adds the residual where it is: that is the add of a fused add and norm."""
 
-    weight: torch.Tensor
-    turned: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Tensor
+    turned: Tensor
+    bias: Tensor | None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is None:
             return F.linear(x, self.weight, self.bias)
         out = residual.addmm_(x, self.turned)
@@ -40,9 +42,9 @@ class Gated:
     """A product of gates and what they let through."""
 
     product: Product
-    act: Callable[..., torch.Tensor]
+    act: Callable[..., Tensor]
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.act(input=self.product(x))
 
 
@@ -50,10 +52,10 @@ class Gated:
 class Stacked:
     """The experts `ids`: `gate_up` `[experts, hidden, 2 * I]`, `down` `[experts, I, hidden]`, by columns."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    act: Callable[..., torch.Tensor]
-    ids: torch.Tensor
+    gate_up: Tensor
+    down: Tensor
+    act: Callable[..., Tensor]
+    ids: Tensor
 
 
 class CudaOps(CudaPlanner):
@@ -65,43 +67,33 @@ class CudaOps(CudaPlanner):
     """A decode is bound by memory up to far more rows; so many are what a draft is likely to hold."""
 
     def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        heads: int,
-        head_dim: int,
-        scale: float,
-        windows: Iterable[int],
-        kernels: Any = None,
-        delta: Any = None,
+        self, device: torch.device, dtype: torch.dtype, sizes: Sizes, kernels: Any = None, delta: Any = None
     ) -> None:
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
-        super().__init__(
-            kernels or _flashinfer(device, dtype, head_dim), device, dtype, heads, head_dim, scale, windows
-        )
+        super().__init__(kernels or _flashinfer(device, dtype, sizes.head_dim), device, dtype, sizes)
         self._delta = delta
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
         self.records_mixtures = device.type != "cuda" or (hopper and dtype is torch.bfloat16)
 
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Product:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Product:
         plain = dense(weight, self._dtype)
         return Product(plain, plain.t(), bias)
 
-    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self, weight: Weight) -> Head:
         """The logits are rounded to 16 bits before they become float32."""
         plain = dense(weight, self._dtype)
         return lambda x: F.linear(x, plain).float()
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return self._fi.norm.rmsnorm(input=x, weight=weight, eps=eps, out=out)
 
-    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
+    def rotary(self, angles: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Any]:
         """The kernel looks the positions up itself: cosines, then sines, in float32 `[positions, R]`."""
         table = torch.cat((angles.cos(), angles.sin()), -1).to(self._device)
         return lambda positions: (positions, table)
 
-    def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, q: Tensor, k: Tensor, cos_sin: Any) -> tuple[Tensor, Tensor]:
         positions, table = cos_sin
         self._fi.rope.apply_rope_with_cos_sin_cache_inplace(
             positions=positions,
@@ -113,10 +105,7 @@ class CudaOps(CudaPlanner):
         )
         return q, k
 
-    def plain(self, weight: torch.Tensor) -> Linear:
-        return self.linear(weight)
-
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
+    def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> Linear:
         act = self._fi.activation.silu_and_mul if activation == "silu" else self._fi.activation.gelu_tanh_and_mul
         return Gated(self.linear(weight, bias), act)
 
@@ -127,7 +116,7 @@ class CudaOps(CudaPlanner):
         ids = torch.arange(len(experts), device=self._device)
         return Stacked(gate_up.mT, down.mT, gates[0].act, ids)
 
-    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def mixture(self, part: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Two products over the rows of all experts, in the order of these. How many each has the device alone knows,
         so that the host need not wait, and a graph can be recorded."""
         stacked: Stacked = part.stacked
@@ -138,15 +127,13 @@ class CudaOps(CudaPlanner):
         found = torch.empty_like(made).index_copy_(0, order, made).view(*ids.shape, -1)
         return torch.bmm(weights.to(x.dtype).unsqueeze(1), found).squeeze(1)
 
-    def delta(self, plan: CudaPlan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    def delta(self, plan: CudaPlan, part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
         assert plan.state is not None
         if self._delta is None:
             self._delta = importlib.import_module("miniserve.ops.cuda_delta").delta
         return self._delta(plan.state, plan.slots, plan.starts, part, qkv, ba)
 
-    def filter(
-        self, probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-    ) -> tuple[None, torch.Tensor]:
+    def filter(self, probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[None, Tensor]:
         """Weights of the whole vocabulary: nothing is sorted, and the host does not wait."""
         kept = torch.where(probs >= min_p * probs.amax(-1, keepdim=True), probs, 0.0)
         kept = self._fi.sampling.top_k_renorm_probs(probs=kept, top_k=top_k.squeeze(1))
@@ -154,37 +141,16 @@ class CudaOps(CudaPlanner):
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
 
-    def fuse(self, weights: Weights, rotary: list[Any], group: Any) -> None:
-        """There is no such kernel; CUDA graphs spare the host its calls."""
-
-    def attention(
-        self,
-        plan: CudaPlan,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        window: int = 0,
-    ) -> torch.Tensor:
-        assert scale == self.scale, "what was planned for"
-        pages = plan.layers[layer]
-        self._fi.page.append_paged_kv_cache(
-            append_key=k,
-            append_value=v,
-            batch_indices=plan.sequence,
-            positions=plan.position,
-            paged_kv_cache=pages,
-            kv_indices=plan.indices,
-            kv_indptr=plan.indptr,
-            kv_last_page_len=plan.last,
-            kv_layout="NHD",
-        )
+    def attention(self, plan: CudaPlan, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert part.scale == self.scale, "what was planned for"
+        pages = plan.layers[part.index]
+        new = {"append_key": k, "append_value": v, "paged_kv_cache": pages}
+        self._fi.page.append_paged_kv_cache(**new, **plan.places, kv_layout="NHD")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if plan.decode:
-            plan.decode[window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])
+            plan.decode[part.window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])
         if plan.prefill:
-            plan.prefill[window].run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
+            plan.prefill[part.window].run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
         return out
 
 

@@ -1,15 +1,15 @@
 """Page tables on a GPU and FlashInfer's plans over them: for all layers of a step, or to stay for a CUDA graph."""
 
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.batch import Batch, Sizes, State
 
 WORKSPACE_BYTES = 384 * 2**20
 """For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""
@@ -23,29 +23,27 @@ class CudaPlan:
     attends them; `prefill` attends the others. Both have a wrapper for each window, or none. All tensors are int32 on
     the device.
 
-    Sequence i has rows `starts[i]` to `starts[i + 1]`, and pages `indices[indptr[i] : indptr[i + 1]]`, with `last[i]`
-    tokens in the last one. Row r is of sequence `sequence[r]`, at `position[r]`. If the model has a recurrent `state`,
-    that of sequence i is in slot `slots[i]`.
+    `places` are where new keys and values go, as FlashInfer calls them. Sequence i has pages `kv_indices[kv_indptr[i] :
+    kv_indptr[i + 1]]`, with `kv_last_page_len[i]` tokens in the last one; row r is of sequence `batch_indices[r]`, at
+    `positions[r]`. Sequence i has rows `starts[i]` to `starts[i + 1]`; if the model has a recurrent `state`, its own is
+    in slot `slots[i]`.
     """
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    layers: list[tuple[Tensor, Tensor]]
     decodes: int
     decode: dict[int, Any]
     prefill: dict[int, Any]
-    starts: torch.Tensor
-    sequence: torch.Tensor
-    position: torch.Tensor
-    indices: torch.Tensor
-    indptr: torch.Tensor
-    last: torch.Tensor
+    places: dict[str, Tensor]
+    starts: Tensor
     state: State | None
-    slots: torch.Tensor
+    slots: Tensor
 
 
 def page_tables(
     contexts: list[int], pages: list[list[int]], page_tokens: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """`indptr`, `last` and `indices`, as in `CudaPlan`, of sequences with so many tokens, the new ones included."""
+    """`kv_indptr`, `kv_last_page_len` and `kv_indices`, as in `CudaPlan`, of sequences with so many tokens, the new
+    ones included."""
     counts = [-(-context // page_tokens) for context in contexts]
     last = [(context - 1) % page_tokens + 1 for context in contexts]
     indices = list(chain.from_iterable(table[:count] for table, count in zip(pages, counts, strict=True)))
@@ -53,114 +51,95 @@ def page_tables(
 
 
 class CudaPlanner:
-    """Plans attention with FlashInfer's wrappers over pools of `dtype`: one for each of the model's `windows`, where 0
-    is that of layers which see all tokens. Scores are multiplied with `scale`. `fi` is the module flashinfer."""
+    """Plans attention with FlashInfer's wrappers over pools of `dtype`: one for each of the model's windows. Scores are
+    multiplied with `scale`. `fi` is the module flashinfer."""
 
-    def __init__(
-        self, fi: Any, device: torch.device, dtype: torch.dtype, heads: int, dim: int, scale: float, windows: Iterable
-    ) -> None:
-        self.scale = scale
+    def __init__(self, fi: Any, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> None:
+        self.scale = sizes.scale or sizes.head_dim**-0.5
         self._fi = fi
         self._device = device
         self._dtype = dtype
-        self._heads = heads
-        self._dim = dim
+        self._heads, self._dim = sizes.heads, sizes.head_dim
         self._pinned = device.type == "cuda"
         # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
         self._workspace = torch.zeros(WORKSPACE_BYTES if self._pinned else 2**10, dtype=torch.uint8, device=device)
         wrapper = partial(fi.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
-        self._prefill = {window: wrapper() for window in sorted(windows)}
+        self._prefill = {window: wrapper() for window in sorted(sizes.windows)}
         self._decode: dict[int, Any] = {}
         self._planned: torch.cuda.Event | None = None
 
-    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> CudaPlan:
+    def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> CudaPlan:
         """Page tables on the device, and what FlashInfer plans of them on the host."""
         size, count = kv.shape[3], len(batch.lengths)
         decodes = next((i for i, length in enumerate(batch.lengths) if length > 1), count)
-        begins, last_lengths, numbers = page_tables(batch.contexts, batch.pages, size)
-        split = begins[decodes]
-        prefills = [0, *accumulate(batch.lengths[decodes:])]
-        later = [at - split for at in begins[decodes:]]
-        row_of = [i for i, length in enumerate(batch.lengths) for _ in range(length)]
-        parts = begins, last_lengths, prefills, later, row_of, numbers, [0, *accumulate(batch.lengths)], batch.slots
-        host = self._host(list(chain(*parts)))
-        sizes = [len(part) for part in parts]
-        indptr, last, prefills_host, later_host = host.split(sizes)[:4]
-        on_device = host.to(self._device, non_blocking=True).split(sizes)
-        indices = on_device[5]
+        indptr, last, indices = page_tables(batch.contexts, batch.pages, size)
+        split = indptr[decodes]
+        parts = {
+            "kv_indptr": indptr,
+            "kv_last_page_len": last,
+            "kv_indices": indices,
+            "batch_indices": [i for i, length in enumerate(batch.lengths) for _ in range(length)],
+            "starts": [0, *accumulate(batch.lengths)],
+            "slots": batch.slots,
+            "prefills": [0, *accumulate(batch.lengths[decodes:])],
+            "later": [at - split for at in indptr[decodes:]],
+        }
+        numbers, sizes = self._host(list(chain(*parts.values()))), [len(part) for part in parts.values()]
+        host = dict(zip(parts, numbers.split(sizes), strict=True))
+        made = dict(zip(parts, numbers.to(self._device, non_blocking=True).split(sizes), strict=True))
+        last_lengths = host["kv_last_page_len"]
         self._begin_planning()
         if decodes:
             self._decode = self._decode or self._decode_wrappers(kv)
-            tables = {"indptr": indptr[: decodes + 1], "indices": indices[:split], "last_page_len": last[:decodes]}
-            self._plan_decode(self._decode, kv, **tables)
+            begins, those = host["kv_indptr"][: decodes + 1], made["kv_indices"][:split]
+            self._plan_decode(self._decode, kv, indptr=begins, indices=those, last_page_len=last_lengths[:decodes])
         for window, wrapper in self._prefill.items() if decodes < count else ():
             wrapper.plan(
-                qo_indptr=prefills_host,
-                paged_kv_indptr=later_host,
-                paged_kv_indices=indices[split:],
-                paged_kv_last_page_len=last[decodes:],
+                qo_indptr=host["prefills"],
+                paged_kv_indptr=host["later"],
+                paged_kv_indices=made["kv_indices"][split:],
+                paged_kv_last_page_len=last_lengths[decodes:],
                 **self._shape(kv),
                 head_dim_qk=self._dim,
                 causal=True,
                 window_left=window - 1,
             )
         self._end_planning()
-        return CudaPlan(
-            layers=_views(kv),
-            decodes=decodes,
-            decode=self._decode if decodes else {},
-            prefill=self._prefill if decodes < count else {},
-            starts=on_device[6],
-            sequence=on_device[4],
-            position=batch.positions.int(),
-            indices=indices,
-            indptr=on_device[0],
-            last=on_device[1],
-            state=state,
-            slots=on_device[7],
-        )
+        wrappers = self._decode if decodes else {}, self._prefill if decodes < count else {}
+        names = "kv_indptr", "kv_last_page_len", "kv_indices", "batch_indices"
+        places = {name: made[name] for name in names} | {"positions": batch.positions.int()}
+        return CudaPlan(_views(kv), decodes, *wrappers, places, made["starts"], state, made["slots"])
 
     # --- plans of CUDA graphs ---------------------------------------------------------------------------------------
 
-    def fixed_plan(self, size: int, kv: torch.Tensor, state: State | None, tables: int) -> CudaPlan:
+    def fixed_plan(self, size: int, kv: Tensor, state: State | None, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
         `tables` page numbers."""
         numbers = partial(torch.zeros, dtype=torch.int32, device=self._device)
-        indptr, last, indices = numbers(size + 1), numbers(size), numbers(tables)
         starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
-        plan = CudaPlan(
-            layers=_views(kv),
-            decodes=size,
-            decode=self._decode_wrappers(
-                kv,
-                use_cuda_graph=True,
-                paged_kv_indptr_buffer=indptr,
-                paged_kv_indices_buffer=indices,
-                paged_kv_last_page_len_buffer=last,
-            ),
-            prefill={},
-            starts=starts,
-            sequence=starts[:size],
-            position=numbers(size),
-            indices=indices,
-            indptr=indptr,
-            last=last,
-            state=state,
-            slots=numbers(size),
-        )
+        places = {
+            "kv_indptr": numbers(size + 1),
+            "kv_last_page_len": numbers(size),
+            "kv_indices": numbers(tables),
+            "batch_indices": starts[:size],
+            "positions": numbers(size),
+        }
+        fixed = {f"paged_{name}_buffer": places[name] for name in places if name.startswith("kv")}
+        decode = self._decode_wrappers(kv, use_cuda_graph=True, **fixed)
+        plan = CudaPlan(_views(kv), size, decode, {}, places, starts, state, numbers(size))
         nothing = numbers(0)
         self.fill(plan, Batch(nothing, nothing, nothing, [], [], []), kv)
         return plan
 
-    def fill(self, plan: CudaPlan, batch: Batch, kv: torch.Tensor) -> None:
+    def fill(self, plan: CudaPlan, batch: Batch, kv: Tensor) -> None:
         """Set a fixed plan to `batch`, of as many decodes or fewer. Rows that are left over have the last slot."""
         count = len(batch.contexts)
         scratch = kv.shape[0] - 1
         more = plan.decodes - count
         tables = page_tables([*batch.contexts, *[1] * more], [*batch.pages, *[[scratch]] * more], kv.shape[3])
         indptr, last, indices = self._host(list(chain(*tables))).split([len(table) for table in tables])
-        plan.position[:count].copy_(batch.positions)
-        plan.position[count:].zero_()
+        plan.places["positions"][:count].copy_(batch.positions)
+        plan.places["positions"][count:].zero_()
         if plan.state is not None:
             plan.slots.copy_(self._host([*batch.slots, *[len(plan.state.delta) - 1] * more]), non_blocking=True)
         self._begin_planning()
@@ -171,16 +150,16 @@ class CudaPlanner:
 
     # --- what both kinds take ---------------------------------------------------------------------------------------
 
-    def _decode_wrappers(self, kv: torch.Tensor, **fixed: Any) -> dict[int, Any]:
+    def _decode_wrappers(self, kv: Tensor, **fixed: Any) -> dict[int, Any]:
         tensor_cores = self._heads // kv.shape[4] >= TENSOR_CORE_GROUP
         made = partial(self._fi.BatchDecodeWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
         return {window: made(use_tensor_cores=tensor_cores, **fixed) for window in self._prefill}
 
-    def _plan_decode(self, wrappers: dict[int, Any], kv: torch.Tensor, **tables: torch.Tensor) -> None:
+    def _plan_decode(self, wrappers: dict[int, Any], kv: Tensor, **tables: Tensor) -> None:
         for window, wrapper in wrappers.items():
             wrapper.plan(**tables, **self._shape(kv), head_dim=self._dim, window_left=window - 1)
 
-    def _shape(self, kv: torch.Tensor) -> dict[str, Any]:
+    def _shape(self, kv: Tensor) -> dict[str, Any]:
         return {
             "num_qo_heads": self._heads,
             "num_kv_heads": kv.shape[4],
@@ -190,7 +169,7 @@ class CudaPlanner:
             "kv_data_type": self._dtype,
         }
 
-    def _host(self, numbers: list[int]) -> torch.Tensor:
+    def _host(self, numbers: list[int]) -> Tensor:
         # By way of an array, which takes a list of thousands of numbers in a third of the time that a tensor does.
         host = torch.empty(len(numbers), dtype=torch.int32, pin_memory=self._pinned)
         return host.copy_(torch.frombuffer(array("i", numbers), dtype=torch.int32))
@@ -207,6 +186,6 @@ class CudaPlanner:
             self._planned.record()
 
 
-def _views(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _views(kv: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, `[page, slot, kv_head, head_dim]`."""
     return list(zip(kv[:, :, 0].unbind(1), kv[:, :, 1].unbind(1), strict=True))

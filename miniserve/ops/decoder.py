@@ -4,14 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 
 class Linear(Protocol):
     """A weight prepared for its device."""
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`x` `[T, in]` -> `x @ weight.T + bias (+ residual)` `[T, out]`, perhaps written over `residual`."""
+
+
+Head = Callable[[Tensor], Tensor]
+"""A matrix prepared for its device: `[T, in]` -> float32 `[T, out]`."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Attention:
     rope: int
     gated: bool
     qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     out: Linear
 
 
@@ -65,11 +69,11 @@ class DeltaNet(DeltaSizes):
 
     index: int
     qkvz: Linear
-    ba: Linear
-    conv: torch.Tensor
-    rate: torch.Tensor
-    bias: torch.Tensor
-    norm: torch.Tensor
+    ba: Head
+    conv: Tensor
+    rate: Tensor
+    bias: Tensor
+    norm: Tensor
     out: Linear
 
 
@@ -89,11 +93,11 @@ class Experts:
 
     chosen: int
     renormed: bool
-    router: Linear
+    router: Head
     experts: list[Mlp]
     stacked: Any
     shared: Mlp | None
-    shared_gate: Linear | None
+    shared_gate: Head | None
 
 
 @dataclass(frozen=True)
@@ -101,23 +105,23 @@ class Layer:
     """One layer: `mixer` looks at other tokens, `mlp` at each alone. What either adds to the residual is normed by
     `mixer_norm` and `mlp_norm`, where the model has these."""
 
-    input_norm: torch.Tensor
+    input_norm: Tensor
     mixer: Attention | DeltaNet
-    mixer_norm: torch.Tensor | None
-    post_norm: torch.Tensor
+    mixer_norm: Tensor | None
+    post_norm: Tensor
     mlp: Mlp | Experts
-    mlp_norm: torch.Tensor | None
+    mlp_norm: Tensor | None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights. `embedding` is `[vocab, hidden]`, its rows are multiplied with `scale`; `head` makes float32 logits
-    of hidden states; `eps` is that of all norms."""
+    """All weights. `embedding` is `[vocab, hidden]`, its rows are multiplied with `scale`; `head` makes logits of
+    hidden states; `eps` is that of all norms."""
 
-    embedding: torch.Tensor
+    embedding: Tensor
     scale: float
     layers: list[Layer]
-    norm: torch.Tensor
+    norm: Tensor
     eps: float
-    head: Callable[[torch.Tensor], torch.Tensor]
+    head: Head
     num_bytes: int

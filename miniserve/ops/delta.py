@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from miniserve.ops.batch import State
 from miniserve.ops.decoder import DeltaNet
@@ -10,9 +11,7 @@ BLOCK = 64
 """Tokens that are computed together: within a block by matrix products, from block to block through the state."""
 
 
-def delta(
-    state: State, pieces: list[tuple[int, slice]], part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor
-) -> torch.Tensor:
+def delta(state: State, pieces: list[tuple[int, slice]], part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
     """`Ops.delta`, sequence by sequence, each in blocks of tokens: `pieces` has the slot and the rows of each."""
     learned, rates = ba.float().chunk(2, -1)  # 2 x [T, v_heads]
     log_decay = part.rate * F.softplus(rates + part.bias)
@@ -27,7 +26,7 @@ def delta(
     return out
 
 
-def short_convolution(x: torch.Tensor, taps: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+def short_convolution(x: Tensor, taps: Tensor, past: Tensor) -> Tensor:
     """Each channel of `x` `[T, channels]` is weighed with its last values by `taps` `[taps, channels]`. `past`
     `[taps - 1, channels]` are the values before, and goes on by T tokens."""
     every = torch.cat((past, x))
@@ -36,14 +35,7 @@ def short_convolution(x: torch.Tensor, taps: torch.Tensor, past: torch.Tensor) -
     return sum(weighed[1:], weighed[0]).to(x.dtype)
 
 
-def delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    learned: torch.Tensor,
-    state: torch.Tensor,
-) -> torch.Tensor:
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, learned: Tensor, state: Tensor) -> Tensor:
     """What `q` reads, `[T, v_heads, v_dim]`, after each token was learned; `state` `[v_heads, k_dim, v_dim]` goes on.
 
     `q` and `k` are `[T, k_heads, k_dim]` before their norm, `v` `[T, v_heads, v_dim]`; `log_decay` (0 and below) and

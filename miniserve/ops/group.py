@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import mmap
 import os
@@ -75,6 +76,7 @@ class TorchGroup(Group):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=ranks)
+        atexit.register(torch.distributed.destroy_process_group)  # its threads must not outlive the interpreter
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(x)

@@ -1,21 +1,27 @@
 """Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result."""
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from miniserve.config import cache_dir
+from miniserve.config import cache_dir, make_once
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 PARTS = "vectors", "tiles", "matrix", "packing", "products", "experts", "attention", "delta", "group"
 HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in PARTS]
+FUNCTION = re.compile(r'extern "C" void (\w+?)(_##NAME)?\((.*?)\) \{', re.DOTALL)
+DTYPES = "float32", "bfloat16"
+"""Which a function may be there for, one for each."""
+NUMBERS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float} | dict.fromkeys(
+    ("int", "int32_t", "uint32_t", "Gate"), ctypes.c_int32
+)
 COMPILERS = ("g++", "c++")
 """`cpu.cpp` needs GCC for its vectors; $CXX comes first where it is set."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -45,33 +51,39 @@ def load(progress: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
         raise NoKernels(f"MINISERVE_CPU_ISA={isa} is unknown: use {', '.join(ISAS)}")
     flags = (*FLAGS, *ISAS[isa])
     # Machines of different kinds may share a home directory: what was compiled for one must not run on another.
-    sources = [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
+    sources = read_sources()
     facts = ("flags", "Features", "model name")
     cpu = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(facts)}
     identity = [*sources, *flags, compiler, str(os.stat(compiler).st_mtime), platform.machine(), *sorted(cpu)]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{name}.so"
+
+    def compile(out: Path) -> None:
+        progress("compiling CPU kernels (once)")
+        done = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = done.stderr.splitlines()
+            reason = next((line for line in lines if "error" in line), f"exit code {done.returncode}")
+            raise NoKernels(f"{compiler} failed: {reason.strip()}")
+
     try:
-        if not library.exists():
-            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Workers start at the same time: one compiles, the others wait for it.
-            with (library.parent / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not library.exists():
-                    progress("compiling CPU kernels (once)")
-                    _compile([compiler, *flags], library)
-        return ctypes.CDLL(str(library))
+        return _declared(ctypes.CDLL(str(make_once(library, compile))), sources[0])
     except OSError as error:
         raise NoKernels(f"{library}: {error.strerror or error}") from error
 
 
-def _compile(command: list[str], library: Path) -> None:
-    """Compile to a file beside `library` and move it there: it appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as work:
-        out = Path(work) / "cpu.so"
-        done = subprocess.run([*command, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stderr.splitlines()
-            reason = next((line for line in lines if "error" in line), f"exit code {done.returncode}")
-            raise NoKernels(f"{command[0]} failed: {reason.strip()}")
-        os.replace(out, library)
+def read_sources() -> list[str]:
+    """The text of `cpu.cpp`, then that of its headers."""
+    return [path.read_text("utf-8") for path in (SOURCE, *HEADERS)]
+
+
+def _declared(library: ctypes.CDLL, source: str) -> ctypes.CDLL:
+    """The library, whose functions take what `source` declares: numbers, and pointers to all else."""
+    for name, each, arguments in FUNCTION.findall(source):
+        kinds: list[Any] = [
+            ctypes.c_void_p if "*" in argument else NUMBERS[argument.split()[-2]] for argument in arguments.split(",")
+        ]
+        for full in [f"{name}_{dtype}" for dtype in DTYPES] if each else [name]:
+            if (function := getattr(library, full, None)) is not None:
+                function.argtypes, function.restype = kinds, None
+    return library

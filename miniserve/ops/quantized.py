@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 GROUP = 32
 """Numbers along the inner dimension that share a scale. A format with larger groups repeats its scales."""
@@ -24,9 +25,9 @@ class Quantized:
     """
 
     bits: int
-    codes: torch.Tensor
-    scales: torch.Tensor
-    minimums: torch.Tensor | None = None
+    codes: Tensor
+    scales: Tensor
+    minimums: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -42,7 +43,7 @@ class Quantized:
         minimums = None if self.minimums is None else self.minimums.to(device)
         return Quantized(self.bits, self.codes.to(device), self.scales.to(device), minimums)
 
-    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         """`[out, in]`, each number computed in float32 and rounded once; what stays in the cache at a time."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         step = max(1, 2**19 // self.shape[1])
@@ -55,7 +56,7 @@ class Quantized:
             out[rows] = groups.flatten(1)
         return out
 
-    def __getitem__(self, rows: torch.Tensor) -> Quantized:
+    def __getitem__(self, rows: Tensor) -> Quantized:
         minimums = None if self.minimums is None else self.minimums[rows]
         return Quantized(self.bits, self.codes[rows], self.scales[rows], minimums)
 
@@ -67,7 +68,7 @@ class Quantized:
         return Quantized(self.bits, codes, self.scales[:, groups].contiguous(), minimums)
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bits: int) -> Quantized:
+    def of(cls, weight: Tensor, bits: int) -> Quantized:
         """The nearest to a weight `[out, in]` of any float dtype, symmetric. `in` must be a multiple of `GROUP`.
 
         8 bits: the largest number of a group becomes 127. 4 bits: it becomes that of `PEAKS` with the least squared
@@ -106,15 +107,15 @@ class Quantized:
         return Quantized(self.bits, self.codes + 8, self.scales, self.scales * -8)
 
 
-Weight = torch.Tensor | Quantized
+Weight = Tensor | Quantized
 
 
-def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """A weight as plain numbers: dequantized to `dtype`, or as it is."""
     return weight.dequantized(dtype) if isinstance(weight, Quantized) else weight
 
 
-def _rounded(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+def _rounded(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The codes nearest to `groups` for these scales, as floats."""
     inverse = (1 / scales).nan_to_num(posinf=0.0, neginf=0.0)  # 1 / 1e-39 is infinite, and such a scale is 0 in float16
     return (groups * inverse).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -10,32 +10,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import DeltaNet, Experts, Linear, Weights
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear
 from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
 vocabulary."""
-QUERY_BLOCK = 128
-"""Queries that attend together in a prefill chunk: keys beyond the block's end are never looked at."""
 
 
-def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+CosSin = tuple[Tensor, Tensor]
+"""cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = F.linear(x, weight, bias)
         return out if residual is None else out.add_(residual)
 
     return product
 
 
-def onednn_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def onednn_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """A bf16 matrix product by oneDNN with the weight packed once, in blocks as its kernels want them.
 
     F.linear packs anew in each call, which costs a decode step more than the product itself. These are the operators
@@ -44,7 +46,7 @@ def onednn_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128)  # rows it may expect
     pointwise = torch.ops.mkldnn._linear_pointwise
 
-    def product(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is None:
             return pointwise(x, packed, bias, "none", [], None)
         return pointwise.binary(x, residual, packed, bias, "add")
@@ -53,60 +55,47 @@ def onednn_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 
 @dataclass(frozen=True)
-class Decodes:
-    """Sequences with one new token each and contexts of like length, attended together, padded to the longest."""
+class Together:
+    """Sequences that attend together, B of `new` tokens each, padded to the longest context."""
 
-    queries: torch.Tensor | None
-    """Rows in the batch, int64 `[B]`; None where they are all rows in their order."""
-    rows: torch.Tensor
+    queries: Tensor | None
+    """Rows in the batch, int64 `[B * new]`; None where they are all rows in their order."""
+    rows: Tensor
     """Per layer, the pool's rows of all keys' pages and then all values' pages, int64 `[layer, 2 * B * pages]`."""
     keys: int
     """Keys that are looked at: the longest context."""
-    ends: torch.Tensor
-    """The contexts, int64 `[B, 1]`."""
+    ends: Tensor
+    """Of each query the tokens up to itself, int64 `[B, new, 1]`."""
     equal: bool
-    """Whether all contexts are equally long."""
+    """Whether all queries have all keys before them."""
 
-    def mask(self, window: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Added to the scores `[B, 1, 1, keys]`: 0, or -inf outside of a sequence or, if that is not 0, of its last
-        `window` tokens; None where all keys are seen."""
+    def mask(self, window: int, group: int, dtype: torch.dtype) -> Tensor | None:
+        """Added to the scores `[B, 1, group * new, keys]` of a `group` of heads: 0, or -inf for keys after a query or,
+        if that is not 0, out of its last `window` tokens; None where all keys are seen."""
         if self.equal and not 0 < window < self.keys:
             return None
         at = torch.arange(self.keys, device=self.ends.device)
         hidden = (at >= self.ends) | (at < self.ends - (window or self.keys))
-        return torch.where(hidden, -torch.inf, 0.0).to(dtype)[:, None, None]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of one sequence's prompt: `length` new tokens from row `start` of the batch."""
-
-    start: int
-    length: int
-    context: int
-    rows: torch.Tensor
+        return torch.where(hidden, -torch.inf, 0.0).to(dtype).repeat(1, group, 1).unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A batch, as the pool is addressed: the pool is seen as rows of one layer's keys (or values) of one page."""
 
-    slots: torch.Tensor
+    slots: Tensor
     """Per layer, where the new keys and then the new values go, counted in slots: int64 `[layer, 2 * T]`."""
-    opened: torch.Tensor | None
+    opened: Tensor | None
     """Per layer, the rows of pages that get their first token but are not filled: int64 `[layer, rows]`."""
-    by_page: torch.Tensor
-    by_slot: torch.Tensor
-    decodes: list[Decodes]
-    chunks: list[Chunk]
+    by_page: Tensor
+    by_slot: Tensor
+    together: list[Together]
     state: State | None
     pieces: list[tuple[int, slice]]
     """The slot of each sequence, if it has one, and its rows in the batch."""
 
 
-def filter_sorted(
-    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def filter_sorted(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
     """`Ops.filter`: the candidates in falling order. A few are sorted first, and all only if that was too few."""
     vocab = probs.shape[1]
     for width in (min(SORTED, vocab), vocab):
@@ -135,113 +124,108 @@ class TorchOps:
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._device = device
         self._dtype = dtype
-        # Adding this to the last keys of a block of queries hides what comes after each query.
-        self._causal = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=device).triu_(1)
 
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         weight = dense(weight, self._dtype)
         packed = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and native_bf16()
         return onednn_linear(weight, bias) if packed else dense_linear(weight, bias)
 
-    def head(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(self, weight: Weight) -> Head:
         """In 16 bits the logits are rounded before they become float32."""
         product = self.linear(weight)
         return lambda x: product(x).float()
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The layer norm of (x, -x), whose mean is zero and whose variance is the mean square of x. On a CPU layer norm
         is one kernel, where F.rms_norm is nine (a decode step of 16 sequences: 48.2 -> 46.5 ms)."""
         size = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size] * weight
 
-    def rotary(self, angles: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], CosSin]:
+    def rotary(self, angles: Tensor, dtype: torch.dtype) -> Callable[[Tensor], CosSin]:
         cos, sin = (table.unsqueeze(1) for table in rotary_tables(angles.to(self._device), dtype))
         return lambda positions: (cos[positions], sin[positions])
 
-    def rope(self, q: torch.Tensor, k: torch.Tensor, cos_sin: CosSin) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, q: Tensor, k: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
         """Rotate pairs of numbers half a head apart: a roll brings each to its partner."""
         cos, sin = cos_sin  # each [T, 1, R]
         size = cos.shape[-1]
 
-        def turned(x: torch.Tensor) -> torch.Tensor:
+        def turned(x: Tensor) -> Tensor:
             part = x[..., :size]
             part = torch.addcmul(part * cos, part.roll(size // 2, -1), sin)
             return part if size == x.shape[-1] else torch.cat((part, x[..., size:]), -1)
 
         return turned(q), turned(k)
 
-    def plain(self, weight: torch.Tensor) -> Linear:
-        return dense_linear(weight, None)
-
-    def gated(self, weight: Weight, bias: torch.Tensor | None = None, activation: str = "silu") -> Linear:
+    def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> Linear:
         product = self.linear(weight, bias)
         act = F.silu if activation == "silu" else partial(F.gelu, approximate="tanh")
 
-        def activated(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        def activated(x: Tensor, residual: Tensor | None = None) -> Tensor:
             gate, up = product(x).chunk(2, -1)
             return act(gate).mul_(up)
 
         return activated
 
-    def mixture(self, part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return mixture(part, x, ids, weights)
+    def mixture(self, part: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The tokens of one expert after the other's. What experts add to a token is rounded each time."""
+        out = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            rows, place = torch.where(ids == expert)
+            mlp = part.experts[expert]
+            made = mlp.down(mlp.gate_up(x[rows])) * weights[rows, place, None]
+            out.index_add_(0, rows, made.to(x.dtype))
+        return out
 
-    def delta(self, plan: Plan, part: DeltaNet, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    def delta(self, plan: Plan, part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
         assert plan.state is not None
         return delta(plan.state, plan.pieces, part, qkv, ba)
 
-    def fuse(self, weights: Weights, rotary: list[Any], group: Any) -> None:
-        """There is no such kernel."""
-
-    def plan(self, batch: Batch, kv: torch.Tensor, state: State | None = None) -> Plan:
+    def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> Plan:
         """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
-        padded to its longest."""
+        padded to its longest; a prompt's piece is a group by itself."""
         layers, size = kv.shape[1], kv.shape[3]
         by_page = kv.view(-1, size, *kv.shape[4:])
         layer_rows = torch.arange(layers, device=self._device).unsqueeze(1) * 2
 
-        def rows(pages: list[int]) -> torch.Tensor:
+        def rows(pages: list[int]) -> Tensor:
             keys = layer_rows + torch.tensor(pages, device=self._device) * (layers * 2)
             return torch.cat((keys, keys + 1), 1)
 
         slots: list[int] = []
         opened: list[int] = []
         groups: dict[int, list[int]] = {}
-        chunks = []
         starts = [0, *accumulate(batch.lengths)]
         for i, (length, context, pages) in enumerate(zip(batch.lengths, batch.contexts, batch.pages, strict=True)):
             slots += [pages[p // size] * (layers * 2 * size) + p % size for p in range(context - length, context)]
             used = -(-context // size)
             if 0 < context % size <= length:
                 opened.append(pages[used - 1])
-            if length == 1:
-                groups.setdefault(used.bit_length(), []).append(i)
-            else:
-                chunks.append(Chunk(starts[i], length, context, rows(pages[:used])))
+            groups.setdefault(used.bit_length() if length == 1 else -i, []).append(i)
         first = layer_rows * size + torch.tensor(slots, device=self._device)
         slot_rows = torch.cat((first, first + size), 1)
         opened_rows = rows(opened) if opened else None
         pieces = [(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(starts), strict=False)]
-        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], chunks, state, pieces)
+        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], state, pieces)
         for members in groups.values():
-            contexts = [batch.contexts[i] for i in members]
+            contexts, new = [batch.contexts[i] for i in members], batch.lengths[members[0]]
             longest = max(contexts)
             width = -(-longest // size)
             padded = [(batch.pages[i] + [batch.pages[i][0]] * width)[:width] for i in members]
-            ends = torch.tensor(contexts, device=self._device).unsqueeze(1)
+            back = torch.arange(new - 1, -1, -1, device=self._device)
+            ends = (torch.tensor(contexts, device=self._device).unsqueeze(1) - back).unsqueeze(2)
             queries = None
-            if len(members) < len(batch.lengths) or chunks:
-                queries = torch.tensor([starts[i] for i in members], device=self._device)
+            if len(groups) > 1:
+                firsts = torch.tensor([starts[i + 1] for i in members], device=self._device).unsqueeze(1)
+                queries = (firsts - 1 - back).flatten()
             every = rows([p for pages in padded for p in pages])
-            plan.decodes.append(Decodes(queries, every, longest, ends, min(contexts) == longest))
+            plan.together.append(Together(queries, every, longest, ends, new == 1 and min(contexts) == longest))
         return plan
 
-    def attention(
-        self, plan: Plan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0
-    ) -> torch.Tensor:
+    def attention(self, plan: Plan, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store, gather, attend. Query heads that share a key head are handled as more queries of that head: in the
         shapes, group is the number of query heads per key head."""
-        count = k.shape[0]
+        count, layer = k.shape[0], part.index
         if plan.opened is not None:
             # Numbers of an earlier sequence could be NaN, which no mask makes harmless.
             plan.by_page.index_fill_(0, plan.opened[layer], 0)
@@ -250,61 +234,25 @@ class TorchOps:
         kv_heads, dim = k.shape[1:]
         group = q.shape[1] // kv_heads
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [T, heads, dim]
-        for decodes in plan.decodes:
-            asking = q if decodes.queries is None else q.index_select(0, decodes.queries)  # [B, heads, dim]
-            size = asking.shape[0]
-            gathered = plan.by_page.index_select(0, decodes.rows[layer])  # [2 * B * pages, slots, kv_heads, dim]
+        for those in plan.together:
+            asking = q if those.queries is None else q.index_select(0, those.queries)  # [B * new, heads, dim]
+            size, new = those.ends.shape[:2]
+            gathered = plan.by_page.index_select(0, those.rows[layer])  # [2 * B * pages, slots, kv_heads, dim]
             keys, values = (
-                x[:, : decodes.keys].transpose(1, 2)  # [B, kv_heads, keys, dim]
+                x[:, : those.keys].transpose(1, 2)  # [B, kv_heads, keys, dim]
                 for x in gathered.view(2, size, -1, kv_heads, dim)
             )
-            folded = asking.view(size, kv_heads, group, dim)
-            mask = decodes.mask(window, q.dtype)
-            attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)
-            attended = attended.reshape(size, -1, dim)  # [B, heads, dim]
-            if decodes.queries is None:
+            folded = asking.view(size, new, kv_heads, group, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            mask = those.mask(part.window, group if new > 1 else 1, q.dtype)
+            attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=part.scale)
+            attended = attended.unflatten(2, (group, new)).permute(0, 3, 1, 2, 4).reshape(asking.shape)
+            if those.queries is None:
                 return attended
-            out.index_copy_(0, decodes.queries, attended)
-        for chunk in plan.chunks:
-            keys, values = plan.by_page.index_select(0, chunk.rows[layer]).view(2, -1, kv_heads, dim)
-            keys = keys[: chunk.context].permute(1, 2, 0)  # [kv_heads, dim, context]
-            values = values[: chunk.context].transpose(0, 1)  # [kv_heads, context, dim]
-            rows = slice(chunk.start, chunk.start + chunk.length)
-            folded = (q[rows] * scale).view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)  # [kv_heads, group, T, dim]
-            before = chunk.context - chunk.length
-            for start in range(0, chunk.length, QUERY_BLOCK):
-                end = min(start + QUERY_BLOCK, chunk.length)
-                block = end - start
-                queries = folded[:, :, start:end].reshape(kv_heads, -1, dim)  # [kv_heads, group * block, dim]
-                scores = torch.bmm(queries, keys[:, :, : before + end])  # [kv_heads, group * block, before + end]
-                scores.view(kv_heads, group, block, -1)[..., -block:] += self._causal[:block, :block]
-                if window:
-                    at = torch.arange(before + end, device=q.device)
-                    beyond = at[-block:, None] - at >= window  # [block, before + end]
-                    scores.view(kv_heads, group, block, -1).masked_fill_(beyond, -torch.inf)
-                weights = scores.softmax(-1)
-                attended = torch.bmm(weights, values[:, : before + end])  # [kv_heads, group * block, dim]
-                attended = attended.view(kv_heads, group, block, dim)
-                out[chunk.start + start : chunk.start + end] = attended.permute(2, 0, 1, 3).reshape(block, -1, dim)
+            out.index_copy_(0, those.queries, attended)
         return out
 
 
-CosSin = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
-
-
-def mixture(part: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`Ops.mixture`: the tokens of one expert after the other's. What experts add to a token is rounded each time."""
-    out = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
-        rows, place = torch.where(ids == expert)
-        mlp = part.experts[expert]
-        made = mlp.down(mlp.gate_up(x[rows])) * weights[rows, place, None]
-        out.index_add_(0, rows, made.to(x.dtype))
-    return out
-
-
-def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of `angles` `[positions, D / 2]` in `dtype`, as `[positions, D]`. The first half of sin is negated:
     x * cos + roll(x, D / 2) * sin is the rotation."""
     cos, sin = angles.cos(), angles.sin()

@@ -9,19 +9,6 @@ from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.workers import Cluster, WorkerView
 
 
-class InOrder:
-    """What these policies have in common: turns are served strictly in order and at home, and steps take as long as
-    they take."""
-
-    step_stretch = 0.0
-
-    def elsewhere(self, worker: WorkerView) -> float:
-        return 0.0
-
-    def patience(self, need: Need, cluster: Cluster) -> float:
-        return 0.0
-
-
 def at_home(need: Need, cluster: Cluster) -> WorkerView | None:
     """The decoder of the turn: home, or for a conversation without one the decoder with the most free KV that fits."""
     home = cluster.worker(need.conversation.home)
@@ -35,15 +22,15 @@ def least_queued(cluster: Cluster) -> WorkerView:
     return min(cluster.prefillers, key=lambda p: p.queued_prefill_tokens)
 
 
-class Colocated(InOrder):
+class Colocated(Policy):
     """Every turn is prefilled and decoded at home: what a cluster of ordinary servers with sticky routing does."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = at_home(need, cluster)
-        return Placement(home.name, reason="home") if home else None
+        return Placement(Option(home.name), "home") if home else None
 
 
-class Disaggregated(InOrder):
+class Disaggregated(Policy):
     """Every turn is prefilled by a prefiller, the one that has most of it cached, and moves to its decoder: full
     disaggregation as in DistServe (arXiv 2401.09670), with prefix caching on both sides. What the decoder has stays
     there; the prefiller computes again what the decoder has generated."""
@@ -51,12 +38,12 @@ class Disaggregated(InOrder):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = at_home(need, cluster)
         if home is None or not cluster.prefillers:
-            return Placement(home.name, reason="no prefiller") if home else None
+            return Placement(Option(home.name), "no prefiller") if home else None
         prefiller = max(cluster.prefillers, key=lambda p: (need.known[p.name], -p.queued_prefill_tokens))
-        return Placement(home.name, prefiller.name, reason="every turn")
+        return Placement(Option(home.name, prefiller.name), "every turn")
 
 
-class Conserve(InOrder):
+class Conserve(Policy):
     """The paper's rule (arXiv 2606.01839): the first turn is prefilled by a prefiller and its KV moves once to the
     decoder with the most free KV; the rest stays there."""
 
@@ -67,11 +54,11 @@ class Conserve(InOrder):
         # Where the home has died the conversation begins anew. A turn that comes beside the first waits for
         # the KV that is on its way to the home.
         if need.conversation.home or not cluster.prefillers:
-            return Placement(home.name, reason="later turn" if need.conversation.home else "no prefiller")
-        return Placement(home.name, least_queued(cluster).name, reason="first turn")
+            return Placement(Option(home.name), "later turn" if need.conversation.home else "no prefiller")
+        return Placement(Option(home.name, least_queued(cluster).name), "first turn")
 
 
-class Ampd(InOrder):
+class Ampd(Policy):
     """AMPD's rule (arXiv 2602.14516): the first turn goes to a prefiller. A later one goes wherever its first token is
     expected earlier: at home, `T_local = Q_d + T_pre(hist, new)`, or at a prefiller, `T_remote = Q_p + T_kv(hist, d->p)
     + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured.
@@ -87,22 +74,17 @@ class Ampd(InOrder):
         if home is None:
             return None
         if not cluster.prefillers:
-            return Placement(home.name, reason="no prefiller")
+            return Placement(Option(home.name), "no prefiller")
         if not conversation.home:
-            return Placement(home.name, least_queued(cluster).name, reason="first turn")
+            return Placement(Option(home.name, least_queued(cluster).name), "first turn")
         history = need.known[home.name]
         local = Option(home.name, queue=home.queue_seconds, prefill=home.speed.prefill(need.new(home.name), history))
         remote = [self._remote(need, cluster, home, p) for p in cluster.prefillers_for(home, need.known)]
         best = min(remote, key=lambda option: option.first_token)
         away = best.first_token < local.first_token
         wrong = _draw(f"{conversation.key}:{conversation.turns}") < self._mispredict
-        return Placement(
-            home.name,
-            best.prefill_at if away != wrong else "",
-            share_history=True,
-            reason="mispredicted" if wrong else "earlier first token",
-            options=(local, *remote),
-        )
+        reason = "mispredicted" if wrong else "earlier first token"
+        return Placement(best if away != wrong else local, reason, (local, *remote), share_history=True)
 
     def _remote(self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView) -> Option:
         here, there = need.known[home.name], need.known[p.name]

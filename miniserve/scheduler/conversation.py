@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from miniserve.scheduler.forecast import History
-from miniserve.scheduler.prompts import PromptMark
 
 
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -24,6 +23,8 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the server itself knows that the turn goes on with the conversation of its key."""
     tools: bool = False
     """Whether the request offers tools."""
+    tool_result: bool = False
+    """Whether the prompt ends in the result of one."""
     priority: int = 0
     """Turns with a lower one are placed before others that wait."""
     osl: int | None = None
@@ -41,6 +42,15 @@ class Change(NamedTuple):
     before: bytes
     after: bytes
     first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMark:
+    """A prompt of `length` tokens: the chain hash of its full pages, and the bytes of the tokens after them."""
+
+    digest: bytes
+    tail: bytes
+    length: int
 
 
 @dataclass(slots=True)

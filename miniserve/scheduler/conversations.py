@@ -85,8 +85,8 @@ class Conversations:
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
         self._families: dict[str | int, dict[str | int, Conversation]] = {}
         """By the client's id: its conversations, side requests left out, the one that had a turn last behind."""
-        self._prompts: PromptIndex[Conversation] = PromptIndex(page_tokens)
-        self._first: FirstPages[Conversation] = FirstPages()
+        self._prompts = PromptIndex(page_tokens)
+        self._first = FirstPages()
         self._last = LastPrompts(kept_bytes)
         self._made = 0
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from miniserve.config import Role
-from miniserve.scheduler.placement import Need, Option, Placement
+from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.workers import Cluster, WorkerView
 
 MARGIN_SHARE, MARGIN_SECONDS = 0.1, 0.02
@@ -28,7 +28,7 @@ TYPICAL_OUTPUT = 256
 """Tokens that such a turn generates."""
 
 
-class Observe:
+class Observe(Policy):
     """The cheapest place by the sum of all delays, in seconds: those of this turn (queue, prefill, transfer of KV,
     decode) and those that it causes to the streams beside it.
 
@@ -66,7 +66,7 @@ class Observe:
         near = [o for o in options if o.cost <= best.cost + self._margin(best)]
         views = {home.name: home for home in homes}
         best = max(near, key=lambda o: (not o.prefill_at, views[o.home].role is Role.DECODER, views[o.home].free))
-        return self._placement(best, tuple(options), "cheapest for a first turn")
+        return Placement(best, "cheapest for a first turn", options, share_history=True)
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
         if home.name in cluster.open and home.fits(need.pages) and not (home.turns and home.room < need.pages):
@@ -76,8 +76,8 @@ class Observe:
             fair = [o for o in options if o.first_token <= (1 + PATIENCE) * here.first_token + MARGIN_SECONDS]
             best = min(fair, key=lambda option: option.cost)
             if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
-                return self._placement(best, tuple(options), "an append beside others")
-            return self._placement(here, tuple(options), "at home")
+                return Placement(best, "an append beside others", options, share_history=True)
+            return Placement(here, "at home", options)
         if need.conversation.active > 1:
             return self._stay(need, cluster, home)  # Other turns of this conversation run there.
         stay = self._stay(need, cluster, home)
@@ -89,11 +89,11 @@ class Observe:
             return stay
         options = [option for d in roomy for option in self._options(need, cluster, d)]
         best = min(options, key=lambda option: option.cost)
-        return self._placement(best, tuple(options), "its home is full")
+        return Placement(best, "its home is full", options, share_history=True)
 
     def _stay(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
         if home.name in cluster.open and home.fits(need.pages):
-            return Placement(home.name, reason="nowhere better")
+            return Placement(Option(home.name), "nowhere better")
         return None
 
     def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
@@ -206,13 +206,3 @@ class Observe:
 
     def _margin(self, option: Option) -> float:
         return MARGIN_SHARE * (option.first_token + option.harm) + MARGIN_SECONDS
-
-    def _placement(self, option: Option, options: tuple[Option, ...], reason: str) -> Placement:
-        return Placement(
-            option.home,
-            option.prefill_at,
-            option.history_at,
-            share_history=bool(option.prefill_at),
-            reason=reason,
-            options=options,
-        )

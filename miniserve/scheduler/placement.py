@@ -3,8 +3,8 @@
 To add a policy, write a class like those in `baselines.py`, and list it in `POLICIES` there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
@@ -32,7 +32,9 @@ class Need:
 
 
 class Option(msgspec.Struct, frozen=True):
-    """One way to serve a turn, and what it is expected to cost, in seconds.
+    """One way to serve a turn: `home` decodes; `prefill_at` is the prefiller, "" where home prefills itself;
+    `history_at` is the worker from which home fetches the KV of earlier turns, "" for none. And what that is expected
+    to cost, in seconds.
 
     To this turn: `queue` before its prefill, the `prefill`, `transfer` of KV that nothing hides, and `decode`. To
     others: `harm`, the delay of all streams beside it, added up.
@@ -59,32 +61,33 @@ class Option(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Placement:
-    """`home` decodes; `prefill_at` is the prefiller, "" where home prefills itself. `history_at` is the worker from
-    which home fetches the KV of earlier turns, "" for none; with `share_history` the prefiller may fetch it from home.
-    `options` are what was compared, `reason` says in a word why this one was chosen."""
+    """The option that was chosen, `reason` says in a word why. With `share_history` its prefiller may fetch the KV of
+    earlier turns from home. `options` are what was compared, if anything was."""
 
-    home: str
-    prefill_at: str = ""
-    history_at: str = ""
-    share_history: bool = False
+    option: Option
     reason: str = ""
-    options: tuple[Option, ...] = field(default=(), compare=False)
+    options: Sequence[Option] = field(default=(), compare=False)
+    share_history: bool = False
 
 
-class Policy(Protocol):
-    """A pure function of what was observed."""
+class Policy:
+    """A pure function of what was observed. If it says nothing else, turns are served strictly in order and at home,
+    and steps take as long as they take."""
 
-    step_stretch: float
+    step_stretch = 0.0
     """How many times longer than the step of a lone stream a step may take in which prompts are computed beside
     streams; 0 for as long as it takes."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn, at a home in `cluster.open` that has room for `need`; None if it has to wait."""
+        raise NotImplementedError
 
     def elsewhere(self, worker: WorkerView) -> float:
         """The most pages that a turn may need for `place` to move its conversation to this worker, if that is open and
         its home is not or is full; 0 if it moves none. It never moves one of which other turns wait or run."""
+        return 0.0
 
     def patience(self, need: Need, cluster: Cluster) -> float:
         """For how many seconds a newcomer, whose conversation has no home yet, lets turns pass that have one; then it
-        claims the workers that it waits for. 0 for policies that serve strictly in order."""
+        claims the workers that it waits for."""
+        return 0.0

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Keep, Run
+from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.forecast import Forecast
 from miniserve.scheduler.ledger import Ledger
-from miniserve.scheduler.placement import Need, Placement, Policy
-from miniserve.scheduler.queue import WaitingQueue
+from miniserve.scheduler.placement import Need, Option, Placement, Policy
+from miniserve.scheduler.queue import Group, WaitingQueue
 from miniserve.scheduler.records import decision
 from miniserve.scheduler.turns import TRIED_AFTER, Phases, Turn, TurnState
 from miniserve.scheduler.workers import Cluster, Known, PrefixIndex, WorkerView
@@ -73,19 +74,19 @@ class Placer:
         tried, decoders = self.tried, self.cluster.decoders
         if tried is not None and tried.suspected and tried.state in (TurnState.PREFILL, TurnState.DECODE):
             return [], {str(tried.home)}
-        if not self.queue.suspects or not decoders:
+        if not (suspects := self.queue.line(Group.SUSPECTS)) or not decoders:
             return [], set()
-        turn = self.queue.suspects[0][1]
+        turn = suspects[0][1]
         others = Counter(other.home for other in self.turns.values() if other.losses < TRIED_AFTER)
         home = min(decoders, key=lambda d: (others[d.name], len(d.leaving), not d.fits(turn.pages)))
         if others[home.name] or home.leaving or not home.fits(turn.pages):
             return [], {home.name}
         self.tried = turn
         self.queue.remove(turn, self.cluster.changed)
-        placement = Placement(home.name, reason=f"alone, since {turn.losses} workers died under it")
+        placement = Placement(Option(home.name), f"alone, since {turn.losses} workers died under it")
         before = turn.conversation.home
         commands = self._begin(turn, self._need(turn, now), placement, notes)
-        self.queue.follow(turn.conversation, before)
+        self.queue.follow(turn.conversation, before or Group.ANYWHERE)
         return commands, {home.name}
 
     def _has_patience(self, turn: Turn, now: float) -> bool:
@@ -122,17 +123,15 @@ class Placer:
         commands: list[Command] = []
         if notes:
             commands.append(Note(decision(self.policy_name, turn, need, placement, self.cluster)))
-        conversation, home, now = turn.conversation, self.cluster.workers[placement.home], need.now
-        prefills = self.cluster.workers[placement.prefill_at] if placement.prefill_at else home
+        option, conversation, now = placement.option, turn.conversation, need.now
+        home, prefills = (self.cluster.workers[name] for name in (option.home, option.prefill_at or option.home))
         turn.move(TurnState.PREFILL)
         turn.runs += 1
         turn.run = f"{turn.id}.{turn.runs}"
-        turn.home, turn.prefill_at = home.name, placement.prefill_at or None
+        turn.home, turn.prefill_at = home.name, option.prefill_at or None
         if turn.first_token is None:
             turn.placed, turn.phases = now, Phases()
-        turn.chosen = next(
-            (o for o in placement.options if (o.home, o.prefill_at) == (home.name, placement.prefill_at)), None
-        )
+        turn.chosen = option if placement.options else None
         if conversation.home not in (None, home.name):
             conversation.moves += 1
             conversation.moved_at = conversation.turns + 1
@@ -152,15 +151,20 @@ class Placer:
             turn.delivered,
             turn.prefill_at,
             placement.share_history,
-            placement.history_at or None,
-            self.keep(conversation, len(turn.tokens), home, turn.number),
+            option.history_at or None,
+            self._keep(conversation, len(turn.tokens), home, turn.number),
         )
         return [*commands, Send(home.name, run)]
 
-    def keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int | None = None) -> Keep:
-        """How soon the home will need this conversation's pages again, for when it runs out of pages between turns;
-        with `turns` it will have had so many."""
-        gap, chance = self.forecast.outlook(conversation.history, turns or conversation.turns)
-        last_page = max(tokens - self.page_tokens, 0)
-        seconds = home.speed.prefill(self.page_tokens, last_page)
+    def bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
+        """The message by which a home gets the KV of an idle conversation from another worker, as the run `name`."""
+        keep, params = self._keep(conversation, len(tokens), home, conversation.turns), SamplingParams(max_tokens=1)
+        run = Run(name, tokens, params, 0, conversation.salt, history_at=source, only_history=True, keep=keep)
+        return Send(home.name, run)
+
+    def _keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int) -> Keep:
+        """How soon the home will need this conversation's pages again after so many turns, for when it runs out of
+        pages between turns."""
+        gap, chance = self.forecast.outlook(conversation.history, turns)
+        seconds = home.speed.prefill(self.page_tokens, max(tokens - self.page_tokens, 0))
         return Keep(str(conversation.key), gap, chance, seconds)

@@ -4,10 +4,9 @@ where a new prompt differs from the one before."""
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 from miniserve.kv.hashing import page_hashes, root_hash
+from miniserve.scheduler.conversation import Conversation, PromptMark
 
 ALIKE = 64
 """How many owners of the very same prompt the index keeps."""
@@ -17,23 +16,7 @@ KEPT_BYTES = 2**28
 """Of last prompts: those of the latest 3,300 conversations, if they are 20,000 tokens long."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptMark:
-    """A prompt of `length` tokens: the chain hash of its full pages, and the bytes of the tokens after them."""
-
-    digest: bytes
-    tail: bytes
-    length: int
-
-
-class Owner(Protocol):
-    marks: list[PromptMark]
-
-
-T = TypeVar("T", bound=Owner)
-
-
-class PromptIndex(Generic[T]):
+class PromptIndex:
     """Marks and their owners. A lookup takes one step for each page of the prompt, however many marks there are.
 
     Nearly every mark is alone under its digest. There its owner alone is kept, which saves memory; where several marks
@@ -42,7 +25,7 @@ class PromptIndex(Generic[T]):
 
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
-        self._owners: dict[bytes, T | dict[bytes, tuple[T, ...]]] = {}
+        self._owners: dict[bytes, Conversation | dict[bytes, tuple[Conversation, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -57,7 +40,7 @@ class PromptIndex(Generic[T]):
             return False
         return mark.tail == _bytes(tokens[full * self._page_tokens : mark.length])
 
-    def add(self, mark: PromptMark, owner: T) -> None:
+    def add(self, mark: PromptMark, owner: Conversation) -> None:
         """`owner` has this prompt; `mark` is among its marks already."""
         there = self._owners.get(mark.digest)
         if there is None:
@@ -71,7 +54,7 @@ class PromptIndex(Generic[T]):
             forgotten.marks.remove(mark)  # what the index does not have is not among its owner's marks
         there[mark.tail] = owners[-ALIKE:]
 
-    def remove(self, mark: PromptMark, owner: T) -> None:
+    def remove(self, mark: PromptMark, owner: Conversation) -> None:
         """The index no longer finds `owner` by this prompt."""
         there = self._owners.get(mark.digest)
         if isinstance(there, dict):
@@ -85,7 +68,7 @@ class PromptIndex(Generic[T]):
         elif there is owner:
             del self._owners[mark.digest]
 
-    def longest(self, tokens: Sequence[int], chain: list[bytes]) -> tuple[PromptMark, tuple[T, ...]] | None:
+    def longest(self, tokens: Sequence[int], chain: list[bytes]) -> tuple[PromptMark, tuple[Conversation, ...]] | None:
         """The longest mark that `tokens` begin with or are, and its owners."""
         size = self._page_tokens
         for behind, there in enumerate(map(self._owners.get, reversed(chain)), 1):
@@ -104,17 +87,17 @@ class PromptIndex(Generic[T]):
         return None
 
 
-class FirstPages(Generic[T]):
+class FirstPages:
     """Owners by a few pages of their first prompts, each four times as far in as the one before: which prompts share at
     least a quarter of what they share at most takes a few look-ups, and a kilobyte for each owner."""
 
     def __init__(self) -> None:
-        self._owners: dict[bytes, list[T]] = {}
+        self._owners: dict[bytes, list[Conversation]] = {}
 
     def __len__(self) -> int:
         return len(self._owners)
 
-    def add(self, chain: list[bytes], owner: T) -> tuple[bytes, ...]:
+    def add(self, chain: list[bytes], owner: Conversation) -> tuple[bytes, ...]:
         """Where `owner` stands now; `remove` wants that again."""
         places = tuple(chain[page] for page in _places(len(chain)))
         for place in places:
@@ -123,7 +106,7 @@ class FirstPages(Generic[T]):
             del owners[:-ALIKE_AT_FIRST]
         return places
 
-    def remove(self, places: tuple[bytes, ...], owner: T) -> None:
+    def remove(self, places: tuple[bytes, ...], owner: Conversation) -> None:
         for place in places:
             left = [other for other in self._owners.get(place, ()) if other is not owner]
             if left:
@@ -131,7 +114,7 @@ class FirstPages(Generic[T]):
             else:
                 self._owners.pop(place, None)
 
-    def alike(self, chain: list[bytes]) -> list[T]:
+    def alike(self, chain: list[bytes]) -> list[Conversation]:
         """The owners that share the most of these pages, the latest first."""
         for page in reversed(_places(len(chain))):
             if owners := self._owners.get(chain[page]):

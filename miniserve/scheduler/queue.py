@@ -14,10 +14,12 @@ worker has changed: if it is the first that waits for that one, or could move th
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from enum import Enum
 from heapq import heappop, heappush
 from itertools import count, takewhile
 from math import inf
+from operator import itemgetter
 
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.turns import Turn
@@ -27,6 +29,16 @@ PRIORITY = 2**48
 Waiting = tuple[int, Turn]
 """A turn that waits, with its number in the order of all."""
 Place = Callable[[Turn, Set[str]], bool]
+
+
+class Group(Enum):
+    """Turns that wait for no home of their own."""
+
+    NEWCOMERS = "newcomers that still have patience"
+    ANYWHERE = "those whose patience is over"
+    SUSPECTS = "suspected turns, which `Placer` tries one after the other"
+
+    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
 class WaitingQueue:
@@ -40,15 +52,11 @@ class WaitingQueue:
         elsewhere: Callable[[str], float],
     ) -> None:
         self._has_patience, self._fits, self._elsewhere = has_patience, fits, elsewhere
-        self._lines: dict[str | None, list[Waiting]] = {}
-        """By their homes; no line is empty."""
+        self._lines: dict[str | Group, list[Waiting]] = {}
+        """By their homes, or by groups; no line is empty."""
         self._sizes: list[tuple[int, int, Turn]] = []
         """(pages, number, turn) of those with a home, the smallest first."""
         self._numbers, self._numbers_before = count(), count(-1, -1)
-        self.newcomers: list[Waiting] = []
-        """Newcomers that still have patience."""
-        self.suspects: list[Waiting] = []
-        """Suspected turns, which `Placer` tries one after the other."""
         self._fresh: dict[int, Turn] = {}
         """Those with a home that were not tried since they came."""
         self._refused: set[int] = set()
@@ -57,66 +65,61 @@ class WaitingQueue:
         """Workers that have changed while one of these claims all: those behind it were not tried there."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values())) + len(self.newcomers) + len(self.suspects)
+        return sum(map(len, self._lines.values()))
 
     def __bool__(self) -> bool:
-        return bool(self._lines or self.newcomers or self.suspects)
+        return bool(self._lines)
 
-    def append(self, turn: Turn, now: float) -> None:
-        self._add((next(self._numbers) + turn.said.priority * PRIORITY, turn), now)
+    def line(self, of: str | Group) -> Sequence[Waiting]:
+        """Those that wait for a home, or are of a group, in their order."""
+        return self._lines.get(of, ())
 
-    def appendleft(self, turn: Turn, now: float) -> None:
-        """Let a turn that has lost its worker wait before the others."""
-        self._add((next(self._numbers_before), turn), now)
+    def append(self, turn: Turn, now: float, *, first: bool = False) -> None:
+        """Let a turn wait: `first`, before all others, if it has lost its worker."""
+        number = next(self._numbers_before) if first else next(self._numbers) + turn.said.priority * PRIORITY
+        where = Group.SUSPECTS if turn.suspected else turn.conversation.home
+        if not where:
+            where = Group.NEWCOMERS if self._has_patience(turn, now) else Group.ANYWHERE
+        self._line_up(where, (number, turn))
 
-    def _add(self, waiting: Waiting, now: float) -> None:
-        turn = waiting[1]
-        if turn.suspected:
-            insort(self.suspects, waiting)
-        elif not turn.conversation.home and self._has_patience(turn, now):
-            insort(self.newcomers, waiting)
-        else:
-            self._line_up(waiting)
-
-    def _line_up(self, waiting: Waiting) -> None:
+    def _line_up(self, where: str | Group, waiting: Waiting) -> None:
         number, turn = waiting
-        insort(self._lines.setdefault(turn.conversation.home, []), waiting)
-        if turn.conversation.home:
+        insort(self._lines.setdefault(where, []), waiting)
+        if isinstance(where, str):
             insort(self._sizes, (turn.pages, *waiting))
             self._fresh[number] = turn
 
-    def _leave(self, home: str | None, waiting: Waiting) -> None:
-        """A turn leaves the line of a home, or the newcomers."""
+    def _leave(self, where: str | Group, waiting: Waiting) -> None:
         number, turn = waiting
-        line = self._lines.get(home, [])
-        if (at := bisect_left(line, (number,))) < len(line) and line[at][1] is turn:
-            del line[at]
-            if home:
-                del self._sizes[bisect_left(self._sizes, (turn.pages, number))]
-            if not line:
-                del self._lines[home]
-        else:
-            self.newcomers.remove(waiting)
+        line = self._lines[where]
+        del line[bisect_left(line, (number,))]
+        if not line:
+            del self._lines[where]
+        if isinstance(where, str):
+            del self._sizes[bisect_left(self._sizes, (turn.pages, number))]
         self._fresh.pop(number, None)
         self._refused.discard(number)
 
     def remove(self, turn: Turn, changed: set[str]) -> None:
-        """A turn was cancelled; it may be in any queue. A worker that it claimed has `changed`."""
-        self.suspects[:] = [waiting for waiting in self.suspects if waiting[1] is not turn]
+        """A turn does not wait any more. A worker that it claimed has `changed`."""
         home = turn.conversation.home
-        for waiting in [w for w in (*self._lines.get(home, ()), *self.newcomers) if w[1] is turn]:
-            self._leave(home, waiting)
-            changed.update([home] if home else [])
+        lines: list[str | Group] = [*Group, *([home] if home else [])]
+        for where in lines:
+            for waiting in [waiting for waiting in self.line(where) if waiting[1] is turn]:
+                self._leave(where, waiting)
+                changed.update([home] if home else [])
 
     def homes_lost(self, now: float) -> None:
         """Some conversations have lost their home: their turns are newcomers again, and wait before the others."""
-        waiting = sorted(waiting for line in self._lines.values() for waiting in line)
-        self._lines, self._sizes, self._fresh, self._refused = {}, [], {}, set()
-        for each in waiting:
-            if each[1].conversation.home:
-                self._line_up(each)
-        for _, turn in reversed([each for each in waiting if not each[1].conversation.home]):
-            self.appendleft(turn, now)
+        lost = [
+            (waiting, where)
+            for where, line in self._lines.items()
+            if where is Group.ANYWHERE or (isinstance(where, str) and not line[0][1].conversation.home)
+            for waiting in line
+        ]
+        for waiting, where in sorted(lost, reverse=True, key=itemgetter(0)):
+            self._leave(where, waiting)
+            self.append(waiting[1], now, first=True)
 
     def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
         """Place the turns that can be placed. `changed` names the workers that may have room now for what they have
@@ -125,12 +128,12 @@ class WaitingQueue:
         `place(turn, open_workers)` places a turn on open ones of the `workers`, or returns False if it has to wait; if
         it raises, no turn is lost.
         """
-        while everyone := self._lines.get(None):
-            first = everyone[0]
-            if first[0] not in self._refused:
+        while everyone := self.line(Group.ANYWHERE):
+            number, _ = first = everyone[0]
+            if number not in self._refused:
                 self._let_go(changed)
-            self._serve_lines(place, workers, changed, first[0])
-            if not self._place_anywhere(first, place, self._open(workers, first[0]), changed):
+            self._serve_lines(place, workers, changed, number)
+            if not self._place_anywhere(Group.ANYWHERE, first, place, self._open(workers, number), changed):
                 self._held |= changed | {str(turn.conversation.home) for turn in self._fresh.values()}
                 changed.clear()
                 self._fresh.clear()
@@ -138,15 +141,14 @@ class WaitingQueue:
             self._let_go(changed)
         self._let_go(changed)
         self._serve_lines(place, workers, changed, inf)
-        while self.newcomers and (open_workers := self._open(workers, inf)):
-            waiting = self.newcomers[0]
-            turn = waiting[1]
-            if self._place_anywhere(waiting, place, open_workers, changed):
+        while (newcomers := self.line(Group.NEWCOMERS)) and (open_workers := self._open(workers, inf)):
+            _, turn = first = newcomers[0]
+            if self._place_anywhere(Group.NEWCOMERS, first, place, open_workers, changed):
                 if turn.conversation.active > 1:  # Others that have found a home with it are tried next.
                     self._serve_lines(place, workers, changed, inf)
                 continue
             if not self._has_patience(turn, now):
-                self._leave(None, waiting)
+                self._leave(Group.NEWCOMERS, first)
                 self.append(turn, now)
                 return
             break  # It keeps its place, and those behind it wait for it.
@@ -162,9 +164,9 @@ class WaitingQueue:
         due: dict[int, Turn] = {}
         order: list[int] = []
 
-        def try_too(waiting: Iterable[Waiting], after: float = -inf) -> None:
+        def try_too(waiting: Iterable[Waiting], after: float = -inf, before: float = until) -> None:
             for number, turn in waiting:
-                if after < number < until and turn.conversation.home and number not in due:
+                if after < number < before and number not in due:
                     due[number] = turn
                     heappush(order, number)
 
@@ -174,21 +176,22 @@ class WaitingQueue:
         try_too(self._up_to(max(spare.values(), default=0.0)))
         while order:
             number = heappop(order)
-            turn, home = due[number], due[number].conversation.home
+            turn = due[number]
+            home = str(turn.conversation.home)
             line = self._lines[home]
-            fits = line[0][0] == number and home in workers and self._fits(turn)
+            is_first = line[0][0] == number
+            fits = is_first and home in workers and self._fits(turn)
             if not (self._fresh.pop(number, None) or fits or self._could_move(number, turn, spare)):
                 continue
             if not self._place(home, (number, turn), place, self._open(workers, number)):
                 continue
             for name in spare.keys() & {home, turn.conversation.home}:
                 spare[name] = self._elsewhere(name)
-            if home in self._lines:
-                try_too(line[:1], number)
-            elif home is not None and home in workers:  # Nobody claims it any more.
+            if is_first and home in workers:  # It is open now to those before the next one in this line.
                 changed.add(home)
                 spare[home] = self._elsewhere(home)
-                try_too(self._up_to(spare[home]), number)
+                try_too(self._up_to(spare[home]), number, min(line[0][0], until) if line else until)
+            try_too(line[:1], number)
 
     def _up_to(self, pages: float) -> Iterator[Waiting]:
         """Turns that could move to a worker with room for so many pages."""
@@ -205,26 +208,28 @@ class WaitingQueue:
         return line is None or line[0][0] >= number
 
     def _open(self, workers: Set[str], number: float) -> Set[str]:
-        claimed = {home for home, line in self._lines.items() if line[0][0] < number}
-        return workers - claimed if claimed else workers
+        return workers - {home for home, line in self._lines.items() if line[0][0] < number}
 
-    def _place_anywhere(self, waiting: Waiting, place: Place, open_workers: Set[str], changed: set[str]) -> bool:
+    def _place_anywhere(
+        self, group: Group, waiting: Waiting, place: Place, open_workers: Set[str], changed: set[str]
+    ) -> bool:
         """Place a turn that has no home; what has refused it is asked again when it has changed."""
         asked = open_workers & changed if waiting[0] in self._refused else open_workers
         self._refused.add(waiting[0])
-        return bool(asked) and self._place(None, waiting, place, asked)
+        return bool(asked) and self._place(group, waiting, place, asked)
 
-    def _place(self, home: str | None, waiting: Waiting, place: Place, open_workers: Set[str]) -> bool:
+    def _place(self, where: str | Group, waiting: Waiting, place: Place, open_workers: Set[str]) -> bool:
         if not place(waiting[1], open_workers):
             return False
-        self._leave(home, waiting)
-        self.follow(waiting[1].conversation, home)
+        self._leave(where, waiting)
+        self.follow(waiting[1].conversation, where)
         return True
 
-    def follow(self, conversation: Conversation, before: str | None) -> None:
+    def follow(self, conversation: Conversation, before: str | Group) -> None:
         """A turn was placed, and its conversation may have another home than before: its other turns wait for that."""
-        if conversation.home != before and conversation.active > 1:
-            others = (*self._lines.get(before, ()), *(self.newcomers if before is None else ()))
-            for other in [other for other in others if other[1].conversation is conversation]:
-                self._leave(before, other)
-                self._line_up(other)
+        home = conversation.home
+        if home and home != before and conversation.active > 1:
+            for where in (before,) if isinstance(before, str) else (Group.ANYWHERE, Group.NEWCOMERS):
+                for other in [other for other in self.line(where) if other[1].conversation is conversation]:
+                    self._leave(where, other)
+                    self._line_up(home, other)

@@ -36,9 +36,7 @@ def decision(policy: str, turn: Turn, need: Need, placement: Placement, cluster:
         "queued": need.now - turn.arrived,
         "workers": workers,
         "options": placement.options,
-        "home": placement.home,
-        "prefill_at": placement.prefill_at,
-        "history_at": placement.history_at,
+        **{name: getattr(placement.option, name) for name in ("home", "prefill_at", "history_at")},
         "reason": placement.reason,
     }
 
@@ -82,7 +80,7 @@ def remembered(turn: Turn, names: list[str], finish: TurnEnd, now: float) -> Tur
         decode=now - first,
         home=names.index(turn.home),
         prefill_at=names.index(turn.prefill_at) if turn.prefill_at else None,
-        tool=turn.tool,
+        tool=turn.said.tool_result,
         runs=turn.runs,
         finish=FINISHES.index(finish),
         **vars(turn.phases),

@@ -11,18 +11,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
-from miniserve.cluster.messages import (
-    Abort,
-    Ended,
-    Failed,
-    FirstToken,
-    Peer,
-    Peers,
-    Report,
-    Run,
-    TurnOutput,
-    WorkerStats,
-)
+from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
@@ -45,7 +34,7 @@ MOST_CLIENTS = 64
 
 
 class QueueFull(RuntimeError):
-    """Too many turns wait already; try again in `retry_after` seconds."""
+    """Too many turns wait already; try again in `retry_after` whole seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -127,13 +116,9 @@ class Scheduler:
         return {name: view.stats for name, view in self.workers.items() if view.stats is not None}
 
     @property
-    def decoders(self) -> list[WorkerView]:
-        return self.cluster.decoders
-
-    @property
     def can_serve(self) -> bool:
         """Whether a turn will be served: by a decoder that lives, or by one that is being started again."""
-        return bool(self.decoders or self._returning)
+        return bool(self.cluster.decoders or self._returning)
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
@@ -192,7 +177,7 @@ class Scheduler:
     def retire(self, name: str, now: float) -> list[Command]:
         """A worker is to go: nothing more is placed there, and conversations move to other homes as soon as none of
         their turns runs there. `retired` says when it has nothing left to do. Raises `NoDecoder` for the last one."""
-        if not [decoder for decoder in self.decoders if decoder.name != name]:
+        if not [decoder for decoder in self.cluster.decoders if decoder.name != name]:
             raise NoDecoder(f"{name} is the last decoder: add another one before it goes.")
         self.cluster.retire(name)
         running = {turn.conversation.key for turn in self._turns.values() if turn.home == name}
@@ -211,20 +196,22 @@ class Scheduler:
         before, tokens = conversation.home, self.conversations.tokens(conversation)
         pages = self._ledger.pages(len(tokens))
         self._ledger.let_go(conversation)
-        home = max(self.decoders, key=lambda decoder: decoder.room)
-        worth = conversation.turns and tokens and home.room >= pages
-        conversation.home = home.name if worth else None
-        self._queue.follow(conversation, before)
-        if not worth or before is None:
+        queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
+        for turn in queued:
+            self._queue.remove(turn, self.cluster.changed)
+        home = max(self.cluster.decoders, key=lambda decoder: decoder.room, default=None)
+        worth = home is not None and conversation.turns and tokens and home.room >= pages
+        conversation.home = home.name if home and worth else None
+        for turn in reversed(queued):
+            self._queue.append(turn, now, first=True)
+        if home is None or not worth or before is None:
             return []
         self._moved += 1
-        move, keep = f"move-{self._moved}", self._placer.keep(conversation, len(tokens), home)
+        move = f"move-{self._moved}"
         self._moves[move] = before, home.name
         if not conversation.active:
             self._ledger.hold(conversation, now)
-        params = SamplingParams(max_tokens=1)
-        run = Run(move, tokens, params, 0, conversation.salt, history_at=before, only_history=True, keep=keep)
-        return [Send(home.name, run)]
+        return [self._placer.bring(move, conversation, tokens, before, home)]
 
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
@@ -250,15 +237,10 @@ class Scheduler:
         """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
         submit all of its turns."""
         if self.queued >= self._max_queued:
+            # The queue is likely to move on at the rate at which turns ended lately.
+            seconds = self.queued * max(now - self._ends[0], 0.1) / len(self._ends) if self._ends else 5
             waiting = f"{self.queued} requests are waiting already (--max-num-queued-reqs)."
-            raise QueueFull(waiting, self._retry_after(now))
-
-    def _retry_after(self, now: float) -> int:
-        """Whole seconds in which the queue is likely to move on, from the rate at which turns ended lately."""
-        if not self._ends:
-            return 5
-        rate = len(self._ends) / max(now - self._ends[0], 0.1)
-        return max(1, min(60, round(self.queued / rate)))
+            raise QueueFull(waiting, retry_after=max(1, min(60, round(seconds))))
 
     def submit(
         self,
@@ -269,12 +251,10 @@ class Scheduler:
         conversation: str | int,
         salt: str,
         now: float,
-        *,
-        tool: bool = False,
         said: Said = UNSAID,
     ) -> list[Command]:
-        """Accept a turn: place it, or queue it. `conversation` is a key, or "" for none; `tool` is whether the prompt
-        ends in a tool's result; `said` is what else the client says of it.
+        """Accept a turn: place it, or queue it. `conversation` is a key, or "" for none; `said` is what else the client
+        says of it.
 
         Raises `NoDecoder`, and then changes nothing.
         """
@@ -285,6 +265,8 @@ class Scheduler:
         of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
         self._forecast.arrived(of.turns, gap)
+        if of.home in self.cluster.retired and not of.active:  # a fork of one that runs there
+            of.home = None
         of.active, of.salt = of.active + 1, salt
         self._ledger.let_go(of)
         output = self._forecast.output(of.history, params.max_tokens, said.osl)
@@ -301,7 +283,6 @@ class Scheduler:
             said=said,
             arrived=now,
             gap=gap,
-            tool=tool,
             output=output,
             pages=self._ledger.pages(len(tokens) + output),
             given=len(tokens),
@@ -425,7 +406,7 @@ class Scheduler:
         turn.move(TurnState.QUEUED)
         turn.run = turn.home = turn.prefill_at = None
         turn.early.clear()
-        self._queue.appendleft(turn, now)
+        self._queue.append(turn, now, first=True)
         return commands
 
     def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:

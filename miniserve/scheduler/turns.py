@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from miniserve.cluster.messages import Ended, FirstToken, Tokens
+from miniserve.config import tables
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.conversation import UNSAID, Change, Conversation, Said
 from miniserve.scheduler.placement import Option
-from miniserve.states import follow
+from miniserve.states import follow, transitions
 
 TRIED_AFTER = 2
 """Workers that die under a turn before it is suspected: they may have died of it."""
@@ -28,23 +29,7 @@ class TurnState(Enum):
     __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
-TRANSITIONS: dict[TurnState, dict[TurnState, str]] = {
-    TurnState.QUEUED: {
-        TurnState.PREFILL: "placed",
-        TurnState.ENDED: "cancelled, its trial killed a worker, or none is left",
-    },
-    TurnState.PREFILL: {
-        TurnState.DECODE: "first token",
-        TurnState.QUEUED: "its worker died",
-        TurnState.ENDED: "cancelled, or failed",
-    },
-    TurnState.DECODE: {
-        TurnState.QUEUED: "its worker died, or drew another first token than the client has",
-        TurnState.ENDED: "stop, length, cancelled, or failed",
-    },
-    TurnState.ENDED: {},
-}
-"""What may follow on each state, and why. docs/architecture.md has the diagram."""
+TRANSITIONS = transitions(TurnState, tables("states.toml")["turn"])
 
 
 @dataclass
@@ -80,7 +65,6 @@ class Turn:
     arrived: float
     gap: float | None
     """Seconds since the conversation's turn before; None if there was none, or if it still ran."""
-    tool: bool
     output: int
     """Tokens it is expected to generate."""
     pages: int

@@ -2,7 +2,7 @@
 them. The types of fields here are those of all requests."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -141,6 +141,18 @@ Content = Annotated[TextOr[ContentParts], text_or("Content must be a string or a
 def joined(content: str | list[Any]) -> str:
     """A content's text, or the texts of its parts with line breaks between."""
     return content if isinstance(content, str) else "\n".join(part.text for part in content if part.text)
+
+
+def complaint(error: Mapping[str, Any]) -> tuple[str, str]:
+    """Where in a value the first thing is that pydantic does not like, as `messages[0].content`, and why. Parts of a
+    location in angle brackets name branches of a union."""
+    path = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<") and part != "[key]":
+            path += f".{part}" if path else part
+    return path, error["msg"].removeprefix("Value error, ").rstrip(".")
 
 
 def _no_function_call(value: Any) -> None:

@@ -47,16 +47,17 @@ def merged(parts: list[Part]) -> list[Part]:
     """`parts` with neighbours of the same kind as one."""
     out: list[Part] = []
     for part in parts:
-        if out and isinstance(part, str) and isinstance(last := out[-1], str):
-            out[-1] = last + part
-        elif out and isinstance(part, Reasoning) and isinstance(last := out[-1], Reasoning):
-            out[-1] = Reasoning(last.text + part.text)
-        elif out and isinstance(part, MoreArguments) and isinstance(last := out[-1], ToolCall):
-            out[-1] = msgspec.structs.replace(last, arguments=last.arguments + part.text)
-        elif out and isinstance(part, MoreArguments) and isinstance(last := out[-1], MoreArguments):
-            out[-1] = MoreArguments(part.index, last.text + part.text)
-        else:
-            out.append(part)
+        match out[-1] if out else None, part:
+            case str(before), str(text):
+                out[-1] = before + text
+            case Reasoning(before), Reasoning(text):
+                out[-1] = Reasoning(before + text)
+            case ToolCall(index, id, name, before), MoreArguments(_, text):
+                out[-1] = ToolCall(index, id, name, before + text)
+            case MoreArguments(index, before), MoreArguments(_, text):
+                out[-1] = MoreArguments(index, before + text)
+            case _:
+                out.append(part)
     return out
 
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
-from pathlib import Path
 
 import torch
 
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import RankCommand
-from miniserve.config import ConfigError, EngineConfig, format_bytes
-from miniserve.hub.check import Checked, check_folder
+from miniserve.config import ConfigError, EngineConfig, format_bytes, problem
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
-from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import PagePool
-from miniserve.kv.states import StateMemory, StateShape
+from miniserve.kv.states import StateMemory
 from miniserve.model.config import ModelConfig
-from miniserve.model.shards import Shard
 from miniserve.model.transformer import Transformer
-from miniserve.model.weights import QUANTIZATIONS, load_weights
-from miniserve.ops import Ops, make_ops
-from miniserve.ops.batch import State
+from miniserve.model.weights import load_weights
+from miniserve.ops import make_ops
 from miniserve.ops.group import Group, make_group
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
@@ -66,69 +60,6 @@ class Built:
     phases: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What follows from the settings, the model's files and the machine, before anything large is read. `shard` is
-    what this rank has of the model, `budget` the tokens of a step, `swap_pages` the size of the swap space; so many
-    `sequences` may run at once."""
-
-    folder: Path
-    files: Checked
-    shard: Shard
-    device: torch.device
-    dtype: torch.dtype
-    max_model_len: int
-    shape: PageShape
-    state: StateShape | None
-    sequences: int
-    budget: int
-    swap_pages: int
-
-    @classmethod
-    def of(cls, config: EngineConfig, rank: int) -> Choices:
-        """Raises `ConfigError`."""
-        folder = Path(config.model)
-        files = check_folder(folder, config.load_format == "dummy")
-        check_quantization(config.quantization, files.method)
-        shard = Shard(ModelConfig.from_hf(files.config), rank, config.tensor_parallel_size)
-        model = shard.config
-        device = sizing.choose_device(config.device, rank)
-        dtype = sizing.choose_dtype(config.dtype, model, device)
-        shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
-        state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None
-        default_budget = sizing.CPU_BATCHED_TOKENS if device.type == "cpu" else sizing.CUDA_BATCHED_TOKENS
-        budget, swap_pages = config.max_num_batched_tokens or default_budget, sizing.swap_pages(config, shape)
-        max_model_len = sizing.choose_max_model_len(config.max_model_len, model)
-        slot = state.pages(shape.bytes) * shape.bytes if state else 0
-        sequences = sizing.choose_sequences(config, slot, device)
-        return cls(folder, files, shard, device, dtype, max_model_len, shape, state, sequences, budget, swap_pages)
-
-    @property
-    def snapshot(self) -> int:
-        """Pages of a snapshot of recurrent state."""
-        return self.state.pages(self.shape.bytes) if self.state else 0
-
-    def layout(self, config: EngineConfig, ops: Ops) -> str:
-        """A fingerprint of all that pages of two workers must have in common."""
-        folder, dtype = str(self.folder.resolve()), str(self.dtype)
-        made = config.load_format, config.quantization in QUANTIZATIONS and config.quantization
-        identity = [folder, self.files.config, dtype, config.block_size, self.shard.ranks, ops.layout, *made]
-        return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def check_quantization(asked: str | None, method: str) -> None:
-    """Raises `ConfigError` where --quantization asks for something else than the files are, or may become. `method` is
-    that of the files."""
-    if method and asked not in (None, method):
-        raise ConfigError(
-            f"The model is quantized already ({method}), so it cannot be {asked}: leave --quantization out."
-        )
-    if not method and asked is not None and asked not in QUANTIZATIONS:
-        raise ConfigError(
-            f"--quantization {asked}: the model's files are not quantized. Give such a model, or int8 or int4."
-        )
-
-
 def build(
     config: EngineConfig,
     progress: Progress | None = None,
@@ -145,13 +76,12 @@ def build(
     def lap(phase: str) -> None:
         phases[phase] = time.monotonic() - began - sum(phases.values())
 
-    choices = Choices.of(config, spec.rank if spec else 0)
+    choices = sizing.Choices.of(config, spec.rank if spec else 0)
     model, device = choices.shard.config, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
-    # With a scratch slot on a GPU.
-    threads, slots = 1, (choices.sequences + (device.type == "cuda")) * choices.snapshot * choices.shape.bytes
+    threads = 1
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and kernels belong to the current one
     else:
@@ -159,21 +89,9 @@ def build(
         # Before the weights are read: a model that does not fit should say so at once, not meet the OOM killer.
         bits = SIZES.get(config.quantization or "", choices.files.bits)
         estimate = sizing.weight_bytes(model, choices.dtype, *(bits if config.cpu_kernels == "auto" else (None, None)))
-        sized = choices.shape, choices.max_model_len, estimate, device
-        size = sizing.size_pool(config, *sized, state=slots, snapshot=choices.snapshot)
-    ops, kernels = make_ops(
-        device,
-        choices.dtype,
-        model.heads,
-        model.head_dim,
-        model.widths,
-        config.block_size,
-        (model.delta.k_dim, model.delta.v_dim) if model.delta else (),
-        scale=model.attention_scale,
-        windows={layer.window for layer in model.layers if layer.attends},
-        native=config.cpu_kernels != "torch",
-        progress=lambda line: show(line, 0, 0),
-    )
+        size = sizing.size_pool(config, choices, estimate)
+    of = device, choices.dtype, model.sizes, config.block_size
+    ops, kernels = make_ops(*of, native=config.cpu_kernels != "torch", progress=lambda line: show(line, 0, 0))
     group = make_group(device, spec, config.tensor_parallel_size)
     choices = replace(choices, sequences=_least(group, choices.sequences, device))
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
@@ -198,18 +116,13 @@ def build(
         weights_bytes = weights.num_bytes
         lap("weights")
         if device.type == "cuda":
-            most = min(choices.budget, choices.sequences * choices.max_model_len)
-            step = sizing.step_bytes(transformer, choices.shape, choices.state, choices.sequences, most)
+            step = sizing.step_bytes(transformer, choices)
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, choices.sequences)
-            sized = choices.shape, choices.max_model_len, weights_bytes, device
-            size = sizing.size_pool(config, *sized, step, state=slots, snapshot=choices.snapshot)
+            size = sizing.size_pool(config, choices, weights_bytes, step)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(
-            f"The GPU's memory does not hold the weights and a step of {choices.budget} tokens ({error}). Use a "
-            "smaller model, a smaller --max-num-batched-tokens or --max-num-seqs, or another GPU."
-        ) from error
+        raise ConfigError(problem("worker.out_of_memory", tokens=choices.budget, error=error)) from error
     num_pages, kv_note = _least(group, size[0], device), size[1]
     if group.ranks > 1:
         kv_note += f"; {num_pages} pages on each of {group.ranks} ranks"
@@ -227,7 +140,7 @@ def build(
     lap("kv")
     longest = -(-choices.max_model_len // config.block_size)
     states = StateMemory(choices.state, choices.sequences, memory, tell) if choices.state else None
-    state = State(states.conv, states.delta) if states else None
+    state = states.state if states else None
     graphs = None
     if graph_ops is not None:
         graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, choices.sequences, longest)
@@ -262,7 +175,7 @@ def _least(group: Group, number: int, device: torch.device) -> int:
 
 def _make_engine(
     config: EngineConfig,
-    choices: Choices,
+    choices: sizing.Choices,
     runner: ModelRunner,
     host: HostPool | None,
     states: StateMemory | None,

@@ -257,7 +257,7 @@ class Engine:
 
     def _collect(self, step: InFlight) -> StepResult:
         """Wait for a batch, and take in what it computed and sampled for each sequence."""
-        sampled = step.launched.wait()
+        sampled = step.launched()
         now = self.clock()
         # The device began with it when the step before had ended.
         seconds, self._ended = now - max(step.started, self._ended), now

@@ -113,8 +113,12 @@ class EveryTransfer:
     own: Transfer
     peer: str
 
-    def fetch(self, pages: list[int], lease: float = math.inf) -> EveryCopy:
-        return EveryCopy(self, self.own.fetch(pages, lease), pages, lease)
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = math.inf) -> EveryCopy:
+        number = next(self.ranks.numbers)
+        self.ranks.tell(messages.Store(number, self.peer, theirs, ours, lease))
+        copy = EveryCopy(self.ranks, number, self.own.fetch(theirs, ours, lease), len(self.ranks.pools))
+        self.ranks.storing[number] = copy
+        return copy
 
     def close(self) -> None:
         """The others close theirs when they hear that the peer is gone."""
@@ -125,32 +129,15 @@ class EveryTransfer:
 class EveryCopy:
     """A `Copy` by all ranks. `missing` of the others have not stored it yet."""
 
-    way: EveryTransfer
+    ranks: Ranks
+    number: int
     own: Copy
-    pages: list[int]
-    lease: float
-    number: int = 0
-    missing: int = 0
+    missing: int
     error: str = ""
 
     @property
     def seconds(self) -> float:
         return self.own.seconds
-
-    @property
-    def ready(self) -> bool:
-        return self.own.ready
-
-    def store(self, ours: list[int]) -> None:
-        ranks = self.way.ranks
-        self.number, self.missing = next(ranks.numbers), len(ranks.pools)
-        ranks.storing[self.number] = self
-        ranks.tell(messages.Store(self.number, self.way.peer, self.pages, ours, self.lease))
-        try:
-            self.own.store(ours)
-        except TransferError:
-            self.abandon()
-            raise
 
     @property
     def stored(self) -> bool:
@@ -163,7 +150,7 @@ class EveryCopy:
             raise
 
     def abandon(self) -> None:
-        self.way.ranks.tell(messages.Abandon(self.number))
+        self.ranks.tell(messages.Abandon(self.number))
         self.own.abandon()
 
 
@@ -175,9 +162,8 @@ class Follower:
     built: Built
     peers: PeerTable
     reply: Callable[[messages.Stored | messages.RankReady], None]
-    storing: dict[int, tuple[Copy, list[int]]] = field(default_factory=dict)
-    """Copies that are not done, and to which pages; those that have begun are in `begun`."""
-    begun: set[int] = field(default_factory=set)
+    storing: dict[int, Copy] = field(default_factory=dict)
+    """Copies that are not done."""
 
     def do(self, command: object) -> None:
         """Carry out one command."""
@@ -199,33 +185,26 @@ class Follower:
                 self.peers.replace(peers)
             case messages.Store(number, peer, theirs, ours, lease):
                 if (transfer := self.peers.transfer(peer)) is not None:
-                    self.storing[number] = transfer.fetch(theirs, lease), ours
+                    self.storing[number] = transfer.fetch(theirs, ours, lease)
                 else:
-                    self.reply(messages.Stored(self.rank, number, f"rank {self.rank} has no way to its pages"))
+                    self.reply(messages.Stored(number, f"rank {self.rank} has no way to its pages"))
             case messages.Abandon(number):
-                if (found := self.storing.pop(number, None)) and number in self.begun:
-                    self.begun.remove(number)
-                    found[0].abandon()
+                if copy := self.storing.pop(number, None):
+                    copy.abandon()
             case other:
                 raise TypeError(f"ranks do not take a {type(other).__name__}")
 
     def poll(self) -> None:
-        """Store what has come, and say what is done."""
-        for number, (copy, ours) in list(self.storing.items()):
+        """Say which copies are done."""
+        for number, copy in list(self.storing.items()):
             error = ""
             try:
-                if number not in self.begun:
-                    if not copy.ready:
-                        continue
-                    copy.store(ours)
-                    self.begun.add(number)
                 if not copy.stored:
                     continue
             except TransferError as failure:
                 error = str(failure)
             del self.storing[number]
-            self.begun.discard(number)
-            self.reply(messages.Stored(self.rank, number, error))
+            self.reply(messages.Stored(number, error))
 
 
 def open_pool(spec: WorkerSpec, built: Built) -> tuple[Door, messages.PoolInfo]:

@@ -17,8 +17,8 @@ log = logging.getLogger("miniserve.handoff")
 
 @dataclass
 class Pull:
-    """A handoff under way: `sequence` is filled from `source`, at most until `deadline`. Its first `reached` tokens
-    have their pages. The first of `arriving` may be `storing`: being written to the pages of `sequence`."""
+    """A handoff under way: `sequence` is filled from `source`, at most until `deadline`. The pages of its first
+    `reached` tokens are there, or `arriving`."""
 
     sequence: Sequence
     source: Peer
@@ -29,7 +29,6 @@ class Pull:
     pages: int = 0
     seconds: float = 0.0
     arriving: deque[tuple[Publish, Copy | None]] = field(default_factory=deque)
-    storing: Copy | None = None
 
     def __post_init__(self) -> None:
         self.near = self.source.address != self.source.far
@@ -109,38 +108,39 @@ class Receiver:
             return
         if not pull.near:
             pull.ahead = min(pull.ahead, self.clock() - message.finished_at)
-        pages = message.pages + message.state
-        copy = pull.transfer.fetch(pages, message.deadline) if pages else None
         pull.deadline = self.clock() + self.patience
+        if reason := self._misfit(pull, message):
+            self._give_up(message.turn, reason)
+            return
+        copy = None
+        if pages := message.pages + message.state:
+            started, sequence, end = self.clock(), pull.sequence, message.first + len(message.pages)
+            ours = sequence.pages[message.first : end] + sequence.arriving[: len(message.state)]
+            copy = pull.transfer.fetch(pages, ours, message.deadline)
+            pull.seconds += self.clock() - started
+            pull.reached = min(end * self.engine.page_tokens, sequence.given)
         pull.arriving.append((message, copy))
-        self._store(pull)
+        self._advance(pull)
 
     def poll(self) -> None:
-        """Store what has arrived, and give up what will not come any more. Call it between steps."""
+        """Take in what has arrived, and give up what will not come any more. Call it between steps."""
         now = self.clock()
         for turn, pull in list(self.pulls.items()):
-            self._store(pull)
+            self._advance(pull)
             if self.pulls.get(turn) is pull and now > pull.deadline:
                 self._give_up(turn, f"nothing has come for {self.patience:g} s")
 
-    def _store(self, pull: Pull) -> None:
-        """Put what has arrived where it belongs, in its order, as far as that goes without waiting."""
+    def _advance(self, pull: Pull) -> None:
+        """Take in what has arrived, in its order, as far as that goes without waiting."""
         while pull.arriving and self.pulls.get(pull.sequence.turn) is pull:
             message, copy = pull.arriving[0]
             failure = ""
-            if pull.storing is None:
-                if copy is not None and not copy.ready:
-                    return
-                if reason := self._misfit(pull, message):
-                    self._give_up(message.turn, reason)
-                    return
             try:
-                if copy is not None and not self._stored(pull, message, copy):
+                if copy is not None and not copy.stored:
                     return
             except TransferError as error:
                 failure = str(error)
             pull.arriving.popleft()
-            pull.storing = None
             self._take(pull, message, copy, failure)
 
     def _misfit(self, pull: Pull, message: Publish) -> str:
@@ -156,18 +156,6 @@ class Receiver:
             return "the pages hold other tokens than ours"
         return ""
 
-    def _stored(self, pull: Pull, message: Publish, copy: Copy) -> bool:
-        """Whether `copy` has written to the pages of the sequence, which it is let do first. Raises `TransferError`."""
-        if pull.storing is None:
-            started = self.clock()
-            try:
-                ours = pull.sequence.pages[message.first : message.first + len(message.pages)]
-                copy.store(ours + pull.sequence.arriving[: len(message.state)])
-            finally:
-                pull.seconds += self.clock() - started
-            pull.storing = copy
-        return copy.stored
-
     def _take(self, pull: Pull, message: Publish, copy: Copy | None, failure: str) -> None:
         """The pages of one publication are stored, or there was a failure."""
         sequence, size = pull.sequence, self.engine.page_tokens
@@ -178,10 +166,9 @@ class Receiver:
                 failure = "the lease ended before the pages were copied"  # the sender may have reused one by then
             if not failure:
                 pull.pages += len(message.pages) + len(message.state)
-                pull.reached = min(end * size, sequence.given)
             # Without the state after them, pages are of no use, and will be computed once more.
             if not failure and (snapshots is None or message.state):
-                sequence.computed = pull.reached
+                sequence.computed = min(end * size, sequence.given)
                 if snapshots is not None:
                     snapshots.arrive(sequence, sequence.computed, self.clock())
                 self.engine.register(sequence)
@@ -229,8 +216,9 @@ class Receiver:
     def _drop(self, turn: str) -> Pull:
         """Nothing more is stored for this pull: its pages may be computed here, or be another's, at once."""
         pull = self.pulls.pop(turn)
-        if pull.storing is not None:
-            pull.storing.abandon()
+        for _, copy in pull.arriving:
+            if copy is not None:
+                copy.abandon()
         return pull
 
     def _give_up(self, turn: str, reason: str) -> None:

@@ -12,25 +12,7 @@ from miniserve.ops.batch import Batch, State
 from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.sampler import SCORED_LOGITS, Sampler, Samples, put, score
 from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Sampled, Work
-
-
-class DeviceStep:
-    """A step on the device. Behind it, what it scores and samples is already on its way to the host."""
-
-    def __init__(self, samples: list[Samples], device: torch.device) -> None:
-        self._samples = samples
-        self._done: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._samples = [part.to_host() for part in samples]
-            self._done = torch.cuda.Event()
-            self._done.record()
-
-    def wait(self) -> Sampled:
-        """Block until it is done; what it has sampled. Pages that it filled may be shown to others from then on."""
-        if self._done is not None:
-            self._done.synchronize()
-        return [found for part in self._samples for found in part.read()]
+from miniserve.worker.step import Launched, Sampled, Work
 
 
 @dataclass(eq=False)
@@ -53,8 +35,8 @@ class ModelRunner:
         """What the step launched last samples: the row of each sequence, and the tokens."""
 
     @torch.inference_mode()
-    def launch(self, batch: list[Work]) -> DeviceStep:
-        """Begin a step. Nothing in here waits for the device."""
+    def launch(self, batch: list[Work]) -> Launched:
+        """Begin a step; nothing in here waits for the device. Pages may be shown to others when the step is done."""
         tokens: list[int] = []
         positions: list[int] = []
         outputs: list[int] = []
@@ -106,7 +88,7 @@ class ModelRunner:
         samples = self._sampler.sample(logits, complete, ahead) if complete else None
         rows_of = {sequence: row for row, sequence in enumerate(complete)}
         self._latest = (rows_of, samples.tokens) if samples is not None else None
-        return DeviceStep([*parts, samples] if samples is not None else parts, self.device)
+        return self._brought([*parts, samples] if samples is not None else parts)
 
     @torch.inference_mode()
     def follow(self, forward: Forward) -> None:
@@ -142,6 +124,19 @@ class ModelRunner:
         if logits is None:
             logits = model.forward(batch, self.memory.pages, self.state, head if scored else None)
         return logits
+
+    def _brought(self, samples: list[Samples]) -> Launched:
+        """What was scored and sampled, already on its way to the host."""
+        if self.device.type != "cuda":
+            return lambda: [found for part in samples for found in part.read()]
+        parts, done = [part.to_host() for part in samples], torch.cuda.Event()
+        done.record()
+
+        def wait() -> Sampled:
+            done.synchronize()
+            return [found for part in parts for found in part.read()]
+
+        return wait
 
     def _put(self, values: list[int]) -> torch.Tensor:
         return put(values, self.device)

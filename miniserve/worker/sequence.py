@@ -8,10 +8,11 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
+from miniserve.config import tables
 from miniserve.kv.hashing import extend_hash, page_hashes, root_hash
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
-from miniserve.states import follow
+from miniserve.states import follow, transitions
 from miniserve.worker.drafts import Drafter
 
 if TYPE_CHECKING:
@@ -41,30 +42,7 @@ class State(Enum):
     __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
-TRANSITIONS: dict[State, dict[State, str]] = {
-    State.COMPILING: {State.WAITING: "grammar compiled", State.FINISHED: "grammar refused, or aborted"},
-    State.WAITING: {
-        State.COMPILING: "has a grammar",
-        State.FETCHING: "pages reserved, history elsewhere",
-        State.RECEIVING: "pages reserved, prefill elsewhere",
-        State.RUNNING: "pages reserved",
-        State.FINISHED: "aborted, or ended by a step under way",
-    },
-    State.FETCHING: {
-        State.RECEIVING: "history here, prefill elsewhere",
-        State.RUNNING: "history here, or given up",
-        State.FINISHED: "aborted",
-    },
-    State.RECEIVING: {State.RUNNING: "committed, or given up", State.FINISHED: "ended by its first token, or aborted"},
-    State.RUNNING: {
-        State.WAITING: "preempted: a page is missing",
-        State.PUBLISHED: "prefilled for another worker",
-        State.FINISHED: "stop, length, grammar failed, or aborted",
-    },
-    State.PUBLISHED: {State.FINISHED: "lease ended"},
-    State.FINISHED: {},
-}
-"""What may follow on each state, and why. docs/architecture.md has the diagram."""
+TRANSITIONS = transitions(State, tables("states.toml")["sequence"])
 
 
 class Admission(Enum):

@@ -1,16 +1,24 @@
 """What a worker chooses from the model and the machine: device, dtype, context, size of the KV pool."""
 
+from __future__ import annotations
+
+import json
 import os
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
-from miniserve.config import ConfigError, EngineConfig, format_bytes
+from miniserve.config import ConfigError, EngineConfig, format_bytes, problem
+from miniserve.hub.check import Checked, check_folder
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.states import StateMemory, StateShape
 from miniserve.model.config import DTYPES, ModelConfig
+from miniserve.model.shards import Shard
 from miniserve.model.transformer import Transformer
-from miniserve.ops.batch import State
+from miniserve.model.weights import QUANTIZATIONS
+from miniserve.ops import Ops
 from miniserve.ops.torch_ops import native_bf16
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.runner import ModelRunner
@@ -27,6 +35,70 @@ CUDA_BATCHED_TOKENS = 8192
 CUDA_RUNTIME_BYTES = 1200 * 2**20
 """What a process takes on a GPU beside weights, KV and the activations of a step: CUDA's context, graphs, workspaces. A
 guess (docs/gpu.md)."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What follows from the settings, the model's files and the machine, before anything large is read. `shard` is
+    what this rank has of the model, `budget` the tokens of a step, `swap_pages` the size of the swap space; so many
+    `sequences` may run at once."""
+
+    folder: Path
+    files: Checked
+    shard: Shard
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    shape: PageShape
+    state: StateShape | None
+    sequences: int
+    budget: int
+    swap_pages: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, rank: int) -> Choices:
+        """Raises `ConfigError`."""
+        folder = Path(config.model)
+        files = check_folder(folder, config.load_format == "dummy")
+        check_quantization(config.quantization, files.method)
+        shard = Shard(ModelConfig.from_hf(files.config), rank, config.tensor_parallel_size)
+        model = shard.config
+        device = choose_device(config.device, rank)
+        dtype = choose_dtype(config.dtype, model, device)
+        shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
+        state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None
+        default_budget = CPU_BATCHED_TOKENS if device.type == "cpu" else CUDA_BATCHED_TOKENS
+        budget, swap = config.max_num_batched_tokens or default_budget, swap_pages(config, shape)
+        max_model_len = choose_max_model_len(config.max_model_len, model)
+        slot = state.pages(shape.bytes) * shape.bytes if state else 0
+        sequences = choose_sequences(config, slot, device)
+        return cls(folder, files, shard, device, dtype, max_model_len, shape, state, sequences, budget, swap)
+
+    @property
+    def snapshot(self) -> int:
+        """Pages of a snapshot of recurrent state."""
+        return self.state.pages(self.shape.bytes) if self.state else 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the recurrent state of all sequences, on a GPU with a scratch slot."""
+        return (self.sequences + (self.device.type == "cuda")) * self.snapshot * self.shape.bytes
+
+    def layout(self, config: EngineConfig, ops: Ops) -> str:
+        """A fingerprint of all that pages of two workers must have in common."""
+        folder, dtype = str(self.folder.resolve()), str(self.dtype)
+        made = config.load_format, config.quantization in QUANTIZATIONS and config.quantization
+        identity = [folder, self.files.config, dtype, config.block_size, self.shard.ranks, ops.layout, *made]
+        return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def check_quantization(asked: str | None, method: str) -> None:
+    """Raises `ConfigError` where --quantization asks for something else than the files are, or may become. `method` is
+    that of the files."""
+    if method and asked not in (None, method):
+        raise ConfigError(problem("worker.quantized_already", method=method, asked=asked))
+    if not method and asked is not None and asked not in QUANTIZATIONS:
+        raise ConfigError(problem("worker.not_quantized", asked=asked))
 
 
 def choose_device(name: str, rank: int = 0) -> torch.device:
@@ -135,23 +207,11 @@ def memory_available() -> int:
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def size_pool(
-    config: EngineConfig,
-    shape: PageShape,
-    max_model_len: int,
-    weights: int,
-    device: torch.device,
-    activations: int = 0,
-    *,
-    state: int = 0,
-    snapshot: int = 0,
-) -> tuple[int, str]:
+def size_pool(config: EngineConfig, choices: Choices, weights: int, activations: int = 0) -> tuple[int, str]:
     """Pages in the pool, and the arithmetic in words. `weights` is their size in bytes, loaded already on a GPU, where
-    a step takes up to `activations` bytes on top. The recurrent `state` of all sequences takes so many bytes, and a
-    `snapshot` of one so many pages.
-
-    Raises `ConfigError` if not even one sequence of `max_model_len` tokens fits.
-    """
+    a step takes up to `activations` bytes on top. Raises `ConfigError` if not even one sequence of the longest fits."""
+    shape, device, max_model_len = choices.shape, choices.device, choices.max_model_len
+    state, snapshot = choices.state_bytes, choices.snapshot
     if config.kv_cache_memory is not None:
         size, how = config.kv_cache_memory, "--kv-cache-memory"
     elif device.type == "cuda" and config.sharing > 1:
@@ -173,19 +233,16 @@ def size_pool(
             + (f" and {format_bytes(state, up=True)} for recurrent state" if state else "")
         )
     else:
-        available = memory_available()
-        room = int(available * config.gpu_memory_utilization / config.workers) - weights - CPU_RUNTIME_BYTES
-        room -= config.swap_space + state  # they come out of the same memory
+        available, swap = memory_available(), config.swap_space
+        parts = {"weights": weights, "runtime": CPU_RUNTIME_BYTES, "swap space": swap, "recurrent state": state}
+        room = int(available * config.gpu_memory_utilization / config.workers) - sum(parts.values())
+        less = " - ".join(f"{format_bytes(part)} {what}" for what, part in parts.items() if part)
         want = max(4 * max_model_len, CPU_POOL_TOKENS) * shape.token_bytes + CPU_SNAPSHOTS * snapshot * shape.bytes
         size = min(want, room)
         how = (
             f"{format_bytes(available)} free x {config.gpu_memory_utilization:.2f} / {config.workers} workers "
-            f"- {format_bytes(weights)} weights - {format_bytes(CPU_RUNTIME_BYTES)} runtime "
-            + (f"- {format_bytes(config.swap_space)} swap space " if config.swap_space else "")
-            + (f"- {format_bytes(state)} recurrent state " if state else "")
-            + "= "
-            f"{format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens is taken"
-            + (f", and {CPU_SNAPSHOTS} snapshots" if snapshot else "")
+            f"- {less} = {format_bytes(max(room, 0))}, of which the larger of 4 contexts and {CPU_POOL_TOKENS} tokens "
+            "is taken" + (f", and {CPU_SNAPSHOTS} snapshots" if snapshot else "")
         )
     pages = max(size, 0) // shape.bytes
     needed = -(-max_model_len // shape.page_tokens) + snapshot
@@ -196,10 +253,8 @@ def size_pool(
         if config.kv_cache_memory is None:
             ways += ["a smaller --max-num-seqs"] if state else []
             ways.append("a smaller model, or fewer workers")
-        raise ConfigError(
-            f"One sequence of {max_model_len} tokens takes {format_bytes(needed * shape.bytes)} of KV cache, but there "
-            f"is room for {format_bytes(max(size, 0))} ({how}). Use {' or '.join(ways)}."
-        )
+        takes, has, use = format_bytes(needed * shape.bytes), format_bytes(max(size, 0)), " or ".join(ways)
+        raise ConfigError(problem("worker.no_room", tokens=max_model_len, takes=takes, has=has, how=how, use=use))
     note = (
         f"{pages} pages x {shape.page_tokens} tokens x {shape.token_bytes / 1024:g} KiB = "
         f"{format_bytes(pages * shape.bytes)} ({how})"
@@ -207,26 +262,27 @@ def size_pool(
     return pages, note
 
 
-def step_bytes(transformer: Transformer, shape: PageShape, state: StateShape | None, seqs: int, budget: int) -> int:
-    """Bytes that the largest step takes on a GPU beside weights and KV, measured: `budget` tokens, shared by `seqs`
-    sequences, each of which samples with all filters. One sequence must be able to have so many."""
-    device = transformer.device
-    count = min(seqs, budget)
+def step_bytes(transformer: Transformer, choices: Choices) -> int:
+    """Bytes that the largest step takes on a GPU beside weights and KV, measured: all tokens of the budget, as far as
+    all sequences have so many, shared by them; each samples with all filters."""
+    shape, device = choices.shape, choices.device
+    budget = min(choices.budget, choices.sequences * choices.max_model_len)
+    count = min(choices.sequences, budget)
     params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, logprobs=20, prompt_logprobs=20)
     batch, pages = [], -(-budget // count // shape.page_tokens) + 1
     for i in range(count):
         sequence = Sequence(str(i), [0] * (budget // count), params, 0, b"")
         sequence.pages = list(range(i * pages, (i + 1) * pages))
-        sequence.slot = 0 if state else None  # all write there: only the bytes matter
+        sequence.slot = 0 if choices.state else None  # all write there: only the bytes matter
         batch.append(Work.next(sequence, budget // count))
     memory = KVMemory(shape, count * pages, device)
-    states = StateMemory(state, 1, memory) if state else None
+    states = StateMemory(choices.state, 1, memory) if choices.state else None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    made = State(states.conv, states.delta) if states else None
-    ModelRunner(transformer, memory, frozenset(), device, state=made).launch(batch).wait()
+    state = states.state if states else None
+    ModelRunner(transformer, memory, frozenset(), device, state=state).launch(batch)()
     taken = torch.cuda.max_memory_allocated(device) - before
-    del memory, states, made
+    del memory, states, state
     torch.cuda.empty_cache()
     return taken
 
@@ -234,8 +290,5 @@ def step_bytes(transformer: Transformer, shape: PageShape, state: StateShape | N
 def swap_pages(config: EngineConfig, shape: PageShape) -> int:
     """Pages that fit the swap space, 0 if there is to be none. Raises `ConfigError` for one that holds nothing."""
     if 0 < config.swap_space < shape.bytes:
-        raise ConfigError(
-            f"--swap-space {config.swap_space} is {config.swap_space} bytes, less than one page of KV cache "
-            f"({format_bytes(shape.bytes, up=True)}). Write it like 4GiB, or leave it out."
-        )
+        raise ConfigError(problem("worker.swap", given=config.swap_space, page=format_bytes(shape.bytes, up=True)))
     return config.swap_space // shape.bytes if config.enable_prefix_caching else 0

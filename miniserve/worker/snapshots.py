@@ -13,7 +13,7 @@ need, kept in host memory, handed over and checked as pages are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.hashing import snapshot_names
@@ -23,23 +23,7 @@ from miniserve.worker.step import Work
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool
-    from miniserve.kv.side import Fence
-
-
-class Slots(Protocol):
-    """Where the bytes are (`kv/states.py`): `slots` of them, each of which fills `pages` pages of the pool."""
-
-    slots: int
-    pages: int
-
-    def clear(self, slot: int) -> None:
-        """The state before the first token."""
-
-    def save(self, slot: int, pages: list[int]) -> Fence:
-        """Copy a slot to pages, after all that was launched. The pages are complete when the fence is passed."""
-
-    def load(self, slot: int, pages: list[int]) -> None:
-        """Copy pages to a slot."""
+    from miniserve.kv.states import StateMemory
 
 
 @dataclass(eq=False)
@@ -47,7 +31,7 @@ class Snapshots:
     """Gives slots to sequences, and saves, finds and drops snapshots. Saving never takes a page that a running sequence
     may need soon: a hundredth stays free, and a turn without a snapshot only costs its successor more."""
 
-    slots: Slots
+    slots: StateMemory
     pool: PagePool
     host: HostPool | None
     page_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,11 +60,8 @@ def step_time(batch: list[Work]) -> StepTime:
     return StepTime(prefill, context, decodes, decode_context, 0.0)
 
 
-class Launched(Protocol):
-    """A step that the device works on."""
-
-    def wait(self) -> Sampled:
-        """Block until the step is done; what it has sampled."""
+Launched = Callable[[], Sampled]
+"""A step that the device works on: the call blocks until it is done, and gives what it has sampled."""
 
 
 class Runner(Protocol):
@@ -74,17 +72,6 @@ class Runner(Protocol):
 
     def launch(self, batch: list[Work]) -> Launched:
         """Begin a step. A token that is still being sampled comes from the step launched before."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """A step that was done as soon as it was launched."""
-
-    sampled: Sampled
-
-    def wait(self) -> Sampled:
-        """What it has sampled."""
-        return self.sampled
 
 
 @dataclass(frozen=True)

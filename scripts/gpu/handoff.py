@@ -6,8 +6,9 @@ import hashlib
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,7 +19,7 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer.connect import connect
 from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import Transfer
-from miniserve.kv.transfer.mapped import PulledTransfer
+from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.kv.transfer.remote import RemoteTransfer
 from miniserve.model.config import ModelConfig
 from scripts.gpu import ceilings
@@ -66,20 +67,11 @@ def way(memory: KVMemory, us: str, peer: Peer, run_dir: str, nccl: bool) -> Tran
 
 def fetch(transfer: Transfer, publications: list[list[int]], ours: list[int]) -> None:
     """Get the pages of each publication into `ours`, in order; all of it is there afterwards."""
-    copies = [(transfer.fetch(pages), len(pages)) for pages in publications]
-    at, end = 0, time.monotonic() + PATIENCE
-
-    def until(done: Callable[[], bool]) -> None:
-        while not done():
+    left, end = iter(ours), time.monotonic() + PATIENCE
+    for copy in [transfer.fetch(pages, list(islice(left, len(pages)))) for pages in publications]:
+        while not copy.stored:
             if time.monotonic() > end:
                 raise TimeoutError("pages did not come")
-
-    for copy, count in copies:
-        until(lambda copy=copy: copy.ready)
-        copy.store(ours[at : at + count])
-        at += count
-    for copy, _ in copies:
-        until(lambda copy=copy: copy.stored)
 
 
 def other(control: Connection, device: str, shape: PageShape, num_pages: int, run_dir: str, nccl: bool) -> None:
@@ -153,7 +145,7 @@ def same_bytes(run: Setting, nccl: bool = False) -> Figures:
     shape = PageShape(layers=3, page_tokens=16, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     everything, pick = list(range(2 * half)), random.Random(0)
     with pair(run, shape, 2 * half, nccl) as (memory, transfer, command):
-        ways = (RemoteTransfer, "NCCL") if nccl else (PulledTransfer, "mapped")
+        ways = (RemoteTransfer, "NCCL") if nccl else (MappedTransfer, "mapped")
         yield Figure("way", ways[1] if isinstance(transfer, ways[0]) else "another", "", "==", ways[1])
         # Lower halves are given away, upper halves are written to.
         sent, back = pick.sample(range(half), half // 2), pick.sample(range(half), half // 2)
@@ -181,7 +173,7 @@ def speed(run: Setting, preset: str) -> Figures:
     count, chunk = (TOKENS // 16, CHUNK // 16) if not run.small else (64, 32)
     ceiling = ceilings.measured(run)
     with pair(run, shape, 2 * count) as (memory, transfer, command):
-        yield Figure("way", "mapped" if isinstance(transfer, PulledTransfer) else "another")
+        yield Figure("way", "mapped" if isinstance(transfer, MappedTransfer) else "another")
         times = []
         for repeat in range(6):
             order = random.Random(repeat).sample(range(count), count)

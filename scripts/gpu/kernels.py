@@ -10,8 +10,9 @@ import torch
 from miniserve.model import rope
 from miniserve.model.rope import RopeConfig
 from miniserve.ops import make_ops
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, Sizes
 from scripts.gpu.common import Figure, Figures, Setting
+from tests.support.parts import attention_part
 
 LIMIT = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2}
 """Largest error, as a part of the largest value: 4 units in the last place of bf16 (2^-8); 42 of fp32 (2^-23), whose
@@ -74,7 +75,7 @@ def _attend(
     heads, device, numbers = kv_heads * group, torch.device(run.device), generator(run, group)
     # The CPU's own kernels keep a pool in another order; tests/test_ops.py knows it.
     native, windows = device.type == "cuda", {0, window}
-    ops, kernels = make_ops(device, dtype, heads, dim, [heads * dim], windows=windows, native=native)
+    ops, kernels = make_ops(device, dtype, Sizes(heads, dim, [heads * dim], windows=windows), native=native)
     counts = [-(-context // PAGE) for _, context in sequences]
     order = list(range(sum(counts) + 2))
     random.Random(group).shuffle(order)
@@ -105,7 +106,7 @@ def _attend(
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         wanted[rows] = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
         start += new
-    out = ops.attention(ops.plan(batch, kv), layer, q, k, v, dim**-0.5, window)
+    out = ops.attention(ops.plan(batch, kv), attention_part(layer, dim**-0.5, window), q, k, v)
     run.sync()
     for (_, context), table in zip(sequences, pages, strict=True):
         if after := context % PAGE:  # what comes after the last token may have been cleared
@@ -128,7 +129,7 @@ def between(run: Setting) -> Figures:
 
 def _between(run: Setting, device: torch.device, dtype: torch.dtype, dim: int, rows: int) -> list[tuple[str, float]]:
     width, numbers = 576, generator(run, rows)
-    ops, _ = make_ops(device, dtype, 8, dim, (width,))
+    ops, _ = make_ops(device, dtype, Sizes(8, dim, (width,)), native=device.type == "cuda")
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=numbers, device=device).to(dtype)
@@ -188,7 +189,7 @@ def _product(run: Setting, device: torch.device, dtype: torch.dtype, columns: in
         return torch.randn(shape, generator=numbers, device=device).to(dtype)
 
     weight, bias, x, residual = normal(columns, size), normal(columns), normal(200, size), normal(200, columns)
-    ops, _ = make_ops(device, dtype, 8, 64, (size,))
+    ops, _ = make_ops(device, dtype, Sizes(8, 64, (size,)))
     plain: Any = ops.linear(weight.clone())
     biased, head = ops.linear(weight.clone(), bias), ops.head(weight.clone())
     product, worst = x.double() @ weight.double().T, 0.0

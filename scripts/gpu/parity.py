@@ -19,7 +19,7 @@ from miniserve.model.shards import Shard
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.batch import Batch, Sizes
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
@@ -161,10 +161,7 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     """Ours of all positions, computed in two chunks over shuffled pages."""
     files = check_folder(folder, dummy=False)
     device, config = torch.device(run.device), ModelConfig.from_hf(files.config)
-    windows = {layer.window for layer in config.layers if layer.attends}
-    sizes = config.heads, config.head_dim, config.widths
-    more: dict[str, Any] = {"scale": config.attention_scale, "windows": windows}
-    ops, _ = make_ops(device, dtype, *sizes, **more, native=device.type == "cuda")
+    ops, _ = make_ops(device, dtype, config.sizes, native=device.type == "cuda")
     transformer = Transformer(
         config, load_weights(files.weights, Shard(config), ops, dtype, device, packing={}), ops, config.max_len
     )
@@ -175,7 +172,7 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     if (delta := config.delta) is not None:
         shape = StateShape(**vars(delta), layers=config.state_layers, dtype=dtype)
         slots = StateMemory(shape, 1, memory)
-        state = State(slots.conv, slots.delta)
+        state = slots.state
     found = []
     for start, end in ((0, len(tokens) // 3), (len(tokens) // 3, len(tokens))):
         rows = torch.arange(end - start, device=device)
@@ -282,7 +279,7 @@ def sampling(run: Setting) -> Figures:
 def _by_kernels(run: Setting, count: int) -> Figures:
     """The same of the kernels that serve, over given logits of a larger vocabulary."""
     device, vocab = torch.device(run.device), 1000 if run.small else 32000
-    ops, kernels = make_ops(device, run.half, 8, 64, (576,))
+    ops, kernels = make_ops(device, run.half, Sizes(8, 64, (576,)))
     raw = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) * 3
     for name, filters in FILTERS.items():
         params = SamplingParams(temperature=0.9, ignore_eos=True, **filters)

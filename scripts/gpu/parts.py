@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from miniserve.ops import StackingOps, make_ops
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.batch import Batch, Sizes, State
 from miniserve.ops.decoder import DeltaNet, Experts, Mlp
 from miniserve.ops.delta import delta
 from miniserve.ops.torch_ops import TorchOps
@@ -24,7 +24,7 @@ def experts(run: Setting) -> Figures:
     """A mixture of a few rows and of many."""
     device = torch.device(run.device)
     for dtype in dtypes(run):
-        ops, _ = make_ops(device, dtype, 8, 64, [HIDDEN, INNER], native=run.cuda)
+        ops, _ = make_ops(device, dtype, Sizes(8, 64, [HIDDEN, INNER]), native=run.cuda)
         exact, numbers, worst = TorchOps(device, torch.float64), generator(run, 1), 0.0
 
         def normal(*shape: int, by: torch.Generator = numbers, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -33,7 +33,7 @@ def experts(run: Setting) -> Figures:
         matrices = [(normal(2 * INNER, HIDDEN) / 16, normal(HIDDEN, INNER) / 16) for _ in range(EXPERTS)]
         single = [Mlp(ops.gated(up), ops.linear(down)) for up, down in matrices]
         true = [Mlp(exact.gated(up.double()), exact.linear(down.double())) for up, down in matrices]
-        router = ops.plain(normal(EXPERTS, HIDDEN))
+        router = ops.head(normal(EXPERTS, HIDDEN))
         stacked = ops.stack(single) if isinstance(ops, StackingOps) else None
         part = Experts(CHOSEN, True, router, [] if stacked is not None else single, stacked, None, None)
         for rows in (1, 7, 300):
@@ -52,7 +52,7 @@ def state(run: Setting) -> Figures:
     channels = 2 * k_heads * k_dim + v_heads * v_dim
     nothing: Any = None
     for dtype in dtypes(run):
-        ops, _ = make_ops(device, dtype, 8, 64, [HIDDEN], native=run.cuda)
+        ops, _ = make_ops(device, dtype, Sizes(8, 64, [HIDDEN]), native=run.cuda)
         numbers, worst = generator(run, 2), [0.0, 0.0, 0.0]
 
         def normal(*shape: int, by: torch.Generator = numbers) -> torch.Tensor:

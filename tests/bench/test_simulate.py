@@ -21,6 +21,7 @@ from miniserve.bench.simulate.run import alone, simulate
 from miniserve.cli import main as cli
 from miniserve.scheduler.baselines import POLICIES
 from tests.support.simulated import PLAIN, scripts, simulated
+from tests.support.whole import check_pool
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +142,7 @@ def test_every_token_of_the_trace_is_served_once(policy: str, topology: str):
     made.now += 1e6
     made.scheduler.on_tick(made.now)
     for name, worker in made.workers.items():
-        worker.pool.check()
+        check_pool(worker.pool)
         view = made.scheduler.workers[name]
         assert (worker.pool.num_held, view.reserved, view.turns) == (0, 0, 0)
         assert view.wanted == pytest.approx(0.0, abs=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from miniserve.bench.replay.server import Event, TargetServer, TokenCounts
+from miniserve.bench.replay.server import Event, TargetServer
 
 
 def test_events_of_vllm_and_of_servers_without_ids() -> None:
@@ -14,7 +14,7 @@ def test_events_of_vllm_and_of_servers_without_ids() -> None:
     assert about.event(b'{"choices": [{"text": "ab"}]}') == Event(1)
     assert about.event(b'{"choices": [{"text": ""}], "usage": null}') == Event()
     usage = b'"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": '
-    assert about.event(b'{"choices": [], "usage": {%snull}}' % usage) == Event(usage=TokenCounts(None, 2))
-    assert about.event(b'{"choices": [], "usage": {%s{"cached_tokens": 4}}}' % usage) == Event(usage=TokenCounts(4, 2))
+    assert about.event(b'{"choices": [], "usage": {%snull}}' % usage) == Event(output=2)
+    assert about.event(b'{"choices": [], "usage": {%s{"cached_tokens": 4}}}' % usage) == Event(cached=4, output=2)
     assert about.event(b'{"error": {"message": "no", "code": 500}}') == Event(error="no")
     assert about.event(b"[DONE]") == Event(done=True)

@@ -17,6 +17,7 @@ import pytest
 from miniserve import __version__
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError, EngineConfig, KvTransfer, ServeConfig, Topology, tables
+from miniserve.hub.fetch import DEFAULT_MODEL
 from miniserve.scheduler.baselines import POLICIES
 
 
@@ -27,8 +28,7 @@ def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[st
 
 def config(line: str) -> ServeConfig:
     """The settings of `miniserve serve LINE`."""
-    args = cli.make_parser().parse_args(["serve", *shlex.split(line)])
-    return cli.serve_config(args, args.model or args.positional_model or "default")
+    return cli.asked(cli.make_parser().parse_args(["serve", *shlex.split(line)]))
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded() -> None:
 
 
 def test_without_flags_the_defaults_are_those_of_the_settings() -> None:
-    assert config("") == ServeConfig(engine=EngineConfig(model="default"), served_model_names=["default"])
+    assert config("") == ServeConfig(engine=EngineConfig(model=DEFAULT_MODEL), served_model_names=[DEFAULT_MODEL])
 
 
 def test_every_flag_arrives() -> None:

@@ -189,7 +189,8 @@ def test_workers_on_one_gpu_split_its_memory(monkeypatch: pytest.MonkeyPatch) ->
 
     def size(sharing: int) -> tuple[int, str]:
         config = EngineConfig(model="m", sharing=sharing)
-        pages, note = size_pool(config, shape, 1024, 7 * GIB, torch.device("cuda:1"), GIB)
+        sizes = {"shape": shape, "max_model_len": 1024, "state_bytes": 0, "snapshot": 0}
+        pages, note = size_pool(config, SimpleNamespace(device=torch.device("cuda:1"), **sizes), 7 * GIB, GIB)
         return pages * shape.bytes, note
 
     assert size(1)[0] == pytest.approx(61 * GIB, abs=shape.bytes)

@@ -17,7 +17,7 @@ import zmq
 
 from miniserve.cluster.channels import Keys, Outboxes
 from miniserve.cluster.messages import Abort, Failed, Run
-from miniserve.config import EngineConfig, ServeConfig, Topology
+from miniserve.config import EngineConfig, Role, ServeConfig, Topology
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import resolve
 from miniserve.kv.transfer.door import Door
@@ -204,6 +204,21 @@ async def test_a_lost_raylet_comes_back_elsewhere(hosts: Hosts, tiny_folder: Pat
         print(f"raylet of {victim}: turns after {served:.1f} s, all there after {time.monotonic() - began:.1f} s")
         assert at(client, victim) != lost
     hosts.start_ray(lost, cpus=2)
+
+
+async def test_workers_of_two_ranks_come_and_go(hosts: Hosts, tiny_folder: Path) -> None:
+    """A handoff between hosts is rank to rank. A worker that is added has a bundle of its own; the conversation of one
+    that goes moves to another host."""
+    items = prompts(3, seed=8, shortest=60)
+    texts = reference(tiny_folder, items, 24)
+    async with cluster(hosts, tiny_folder, "1P1D", tensor_parallel_size=2) as client:
+        assert await asyncio.gather(*(collect(client, item, greedy(24)) for item in items)) == texts
+        assert client.scheduler.links["p0", "d0"].pages > 0
+        name = await client.add_worker(Role.DECODER)
+        assert len({at(client, each) for each in ("p0", "d0", name)}) == 3
+        await client.remove_worker("d0")
+        assert client.scheduler.links["d0", name].pages > 0
+        assert await asyncio.gather(*(collect(client, item, greedy(24)) for item in items)) == texts
 
 
 async def test_a_stranger_gets_nothing(hosts: Hosts, tiny_folder: Path) -> None:

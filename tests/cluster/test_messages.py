@@ -58,7 +58,7 @@ MESSAGES: list[m.Message] = [
     m.Store(3, "p0", [1, 2], [3, 4], 12345.5),
     m.Abandon(3),
     m.Settle(),
-    m.Stored(1, 3, "the peer is gone"),
+    m.Stored(3, "the peer is gone"),
     m.RankReady(1, POOL),
     m.Loading("weights", 3, 30),
     m.Ready(

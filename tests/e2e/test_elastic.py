@@ -77,3 +77,36 @@ async def test_one_that_goes_may_die_on_the_way(tiny_folder: Path) -> None:
         await going
         assert set(client.scheduler.workers) == {"d0", "d2"}
         assert set(client.workers.processes) == {"d0", "d2"}
+
+
+async def test_over_http(tiny_folder: Path) -> None:
+    """Every answer of the two routes."""
+    import httpx
+
+    from miniserve.cli.serve import http_app
+    from miniserve.config import EngineConfig, ServeConfig
+    from miniserve.hub.resolve import resolve
+    from miniserve.monitor.events import Feed
+
+    async with cluster(tiny_folder, "1D", "observe") as client:
+        config = ServeConfig(engine=EngineConfig(model=str(tiny_folder)), served_model_names=["m"], api_key="k")
+        app = http_app(config, resolve(str(tiny_folder)), client, Feed(client.scheduler, "observe"))
+        headers = {"Authorization": "Bearer k"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://m", headers=headers, timeout=60) as http:
+            last = await http.delete("/v1/workers/d0")
+            assert last.status_code == 409
+            assert last.json()["error"]["code"] == "last_decoder"
+            wrong = await http.post("/v1/workers", json={"role": "dekoder"})
+            assert wrong.status_code == 400
+            assert "'decoder' or 'prefiller'" in wrong.json()["error"]["message"]
+            added = await http.post("/v1/workers", json={"role": "prefiller"})
+            assert added.status_code == 200
+            name = added.json()["name"]
+            assert [card["name"] for card in (await http.get("/v1/workers")).json()["data"]] == ["d0", name]
+            gone = await http.delete(f"/v1/workers/{name}")
+            assert gone.json() == {"id": name, "object": "worker.deleted", "deleted": True}
+            missing = await http.delete(f"/v1/workers/{name}")
+            assert missing.status_code == 404
+            assert missing.json()["error"]["code"] == "worker_not_found"
+            assert (await http.post("/v1/workers", json={}, headers={"Authorization": "no"})).status_code == 401

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import random
 from collections import defaultdict, deque
+from contextlib import suppress
 from types import SimpleNamespace
 
 import msgspec
@@ -32,7 +33,7 @@ from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.commands import Command, Note, Send
-from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 from miniserve.scheduler.turns import TRIED_AFTER
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -40,8 +41,10 @@ from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.snapshots import Snapshots
-from miniserve.worker.step import Done, Work
+from miniserve.worker.step import Launched, Work
 from tests.support.anywhere import Anywhere
+from tests.support.doors import NO_DOOR
+from tests.support.whole import check_pool
 
 PAGE, LONGEST, VOCAB = 4, 64, 1000
 EOS = frozenset(range(30))
@@ -91,7 +94,7 @@ class Model:
         self._slots = slots
         self._latest: dict[Sequence, int] = {}
 
-    def launch(self, batch: list[Work]) -> Done:
+    def launch(self, batch: list[Work]) -> Launched:
         latest: dict[Sequence, int] = {}
         sampled: list[int] = []
         for work in batch:
@@ -118,20 +121,21 @@ class Model:
                 sampled += [next_token(tokens[:known], sequence.seed) for known in range(start + count, end + 1)]
                 latest[sequence] = sampled[-1]
         self._latest = latest
-        return Done([(token, None) for token in sampled])
+        found: list = [(token, None) for token in sampled]
+        return lambda: found
 
 
 class Slow:
     """A transfer whose pages take their time, and now and then do not come: as `collective`, but in our hands. They are
-    written at any time after `store`, as by a GPU beside its steps."""
+    written at any time after `fetch`, as by a GPU beside its steps."""
 
     def __init__(self, world: World, memory: KVMemory, wire: tuple[str, str]) -> None:
         self.world, self.memory, self.wire = world, memory, wire
         self.writing: list[SlowCopy] = []
         world.slow_ways[wire[0]].append(self)
 
-    def fetch(self, pages: list[int], lease: float) -> Copy:
-        return SlowCopy(self, self.world.memories[self.wire[1]].pages[pages].clone())
+    def fetch(self, theirs: list[int], ours: list[int], lease: float) -> Copy:
+        return SlowCopy(self, self.world.memories[self.wire[1]].pages[theirs].clone(), ours)
 
     def close(self) -> None:
         pass
@@ -140,25 +144,19 @@ class Slow:
 class SlowCopy:
     seconds = 0.0
 
-    def __init__(self, transfer: Slow, content: torch.Tensor) -> None:
-        self.transfer, self.content = transfer, content
-        self.left = transfer.world.pick.choice([0, 0, 1, 3, 10])
-
-    @property
-    def ready(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-    def store(self, ours: list[int]) -> None:
-        if self.transfer.world.pick.random() < 0.05:
-            raise TransferError("lost on its way")
-        self.ours, self.left = ours, self.transfer.world.pick.choice([1, 1, 2, 4, 10])
-        self.transfer.writing.append(self)
+    def __init__(self, transfer: Slow, content: torch.Tensor, ours: list[int]) -> None:
+        self.transfer, self.content, self.ours = transfer, content, ours
+        self.left = transfer.world.pick.choice([0, 0, 1, 1, 1, 2, 4, 10])
+        self.lost = transfer.world.pick.random() < 0.05
+        transfer.writing.append(self)
 
     @property
     def stored(self) -> bool:
         self.left -= 1
         if self.left <= 0 and self in self.transfer.writing:
+            if self.lost:
+                self.transfer.writing.remove(self)
+                raise TransferError("lost on its way")
             if self.transfer.world.pick.random() < 0.03:
                 self.transfer.writing.remove(self)
                 self.transfer.memory.pages[self.ours[:1]] = self.content[:1]
@@ -256,7 +254,7 @@ class World:
         def way(peer: Peer) -> Transfer | None:
             if self.slow:
                 return Slow(self, memory, (address, peer.address))
-            return connect(memory, "L", (name, epoch), peer, "", "mapped")
+            return connect(memory, memory.info("L"), NO_DOOR, peer, "mapped")
 
         handoffs = Handoffs(engine, memory.shape.bytes, "L", 30.0, outboxes.send, way, engine.clock)
         made = Worker(name, engine, handoffs, outboxes, "frontend", layout="L", vocab_size=VOCAB, clock=engine.clock)
@@ -315,9 +313,9 @@ class World:
             worker._step()
         if until > 2:
             worker._report(0.0)
-        worker.engine.pool.check()
+        check_pool(worker.engine.pool)
         if worker.engine.host:
-            worker.engine.host.check()
+            check_pool(worker.engine.host)
 
     def listen(self) -> None:
         """The frontend hears one message."""
@@ -357,6 +355,13 @@ class World:
             name, epoch = self.unnoticed.pop(0).split(".")
             self.absent.append((name, int(epoch) + 1))
             self.carry_out(self.scheduler.worker_down(name, returns=True, now=self.now))
+
+    def retire(self) -> None:
+        """A worker is to go; it is never ended here, and returns to the others if it dies."""
+        names = [name for name in self.scheduler.workers if name not in self.scheduler.cluster.retired]
+        if names and self.pick.random() < 0.5:
+            with suppress(NoDecoder):
+                self.carry_out(self.scheduler.retire(self.pick.choice(names), self.now))
 
     def come_back(self) -> None:
         if self.absent:
@@ -403,6 +408,8 @@ class World:
                 self.notice()
             elif what < 0.22:
                 self.come_back()
+            elif what < 0.23:
+                self.retire()
             elif what < 0.5:
                 self.listen()
             elif self.alive:
@@ -413,6 +420,7 @@ class World:
             while self.absent:
                 self.come_back()
             self.now += 0.5
+            self.carry_out(self.scheduler.on_tick(self.now))
             for name in list(self.alive):
                 self.step(name)
             for _ in range(20):
@@ -455,6 +463,10 @@ class World:
             assert view.wanted == pytest.approx(sum(c.wanted for c in at_home), abs=1e-6)
         assert not self.scheduler.turns
         assert not self.scheduler.queued
+        assert not self.scheduler._moves
+        for name in self.scheduler.cluster.retired:
+            assert self.scheduler.retired(name)
+            assert not [c for c in self.scheduler.conversations if c.home == name]
         self.scheduler.on_tick(self.now + 1e6)
         assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in self.scheduler.workers.values())
 

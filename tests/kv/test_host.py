@@ -14,6 +14,7 @@ from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import Evicted, PagePool
 from tests.support.one_token_pages import KEEPS, LATER, SOON, Turn, cache, hashes
+from tests.support.whole import check_pool
 
 
 class PoolAndHost(RuleBasedStateMachine):
@@ -86,8 +87,8 @@ class PoolAndHost(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        self.pool.check()
-        self.host.check()
+        check_pool(self.pool)
+        check_pool(self.host)
         held = {page for turn in self.turns for page in turn.pages}
         assert self.pool.num_held == len(held)
         assert self.pool.num_free + self.pool.num_cached + len(held) == self.pool.num_pages
@@ -175,7 +176,7 @@ def test_a_full_host_drops_what_is_needed_least() -> None:
     assert both.restored(3, 4, now=11.0) == []
     assert both.restored(5, 6, now=11.0) == [5, 6]
     assert both.restored(1, 2, now=11.0) == [1, 2]
-    both.host.check()
+    check_pool(both.host)
 
 
 def test_a_conversation_is_due_no_later_for_having_been_evicted() -> None:
@@ -239,7 +240,7 @@ def test_slots_about_to_be_restored_are_not_given_away() -> None:
     both.cache(3, 4)
     assert both.restored(1, 2) == [1, 2]  # evicts 3 and 4, for which there is no room
     assert both.host.offloaded == 2
-    both.host.check()
+    check_pool(both.host)
 
 
 def test_what_is_computed_sooner_than_copied_is_not_restored() -> None:

@@ -17,7 +17,8 @@ from miniserve.kv.memory import KVMemory
 from miniserve.kv.transfer import remote
 from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.remote import RemoteCopy, RemoteTransfer
+from miniserve.kv.transfer.pair import PairCopy
+from miniserve.kv.transfer.remote import RemoteTransfer
 from miniserve.worker.sequence import State
 from tests.support.doors import door
 from tests.support.handoff_pair import Pair
@@ -32,12 +33,12 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> list[QuietSide]:
     return QuietSide.made
 
 
-def lost(copy: RemoteCopy) -> bool:
+def lost(copy: PairCopy) -> bool:
     return copy.over.is_set() and not copy.came
 
 
-def store(copy: RemoteCopy, ours: list[int]) -> None:
-    copy.store(ours)
+def store(transfer: RemoteTransfer, theirs: list[int], ours: list[int]) -> None:
+    copy = transfer.fetch(theirs, ours)
     until(lambda: copy.stored)
 
 
@@ -60,9 +61,7 @@ def test_both_directions_at_once(ends: tuple[End, End]) -> None:
     copies = []
     for chunk, ours in zip(chunks, landing, strict=True):
         for here in (left, right):
-            copies.append(here.transfer.fetch(chunk))
-            assert copies[-1].ready
-            copies[-1].store(ours)
+            copies.append(here.transfer.fetch(chunk, ours))
     until(lambda: all(copy.stored for copy in copies))
     assert [copy.seconds for copy in copies] == [0.5] * 6
     for chunk, ours in zip(chunks, landing, strict=True):
@@ -70,30 +69,18 @@ def test_both_directions_at_once(ends: tuple[End, End]) -> None:
         assert left.content(*ours) == right.content(*chunk)
 
 
-def test_pages_that_nobody_stores_are_not_asked_for(ends: tuple[End, End]) -> None:
-    left, right = ends
-    for number in range(9):
-        copy = right.transfer.fetch([number])
-        if number % 3 == 0:
-            store(copy, [11])
-            assert right.content(11) == left.content(number)
-    assert right.asked == [[11]] * 3
-
-
 def test_what_is_stored_follows_the_engine(ends: tuple[End, End], sides: list[QuietSide]) -> None:
     _, right = ends
-    store(right.transfer.fetch([1]), [7])
+    store(right.transfer, [1], [7])
     assert sides[3].calls == ["follow"], "the side stream of what comes to the second end"
 
 
 def test_what_is_abandoned_goes_elsewhere_or_is_waited_for(ends: tuple[End, End], sides: list[QuietSide]) -> None:
     left, right = ends
-    store(right.transfer.fetch([0]), [11])
+    store(right.transfer, [0], [11])
     left.go.clear()
-    coming, asked = right.transfer.fetch([1, 2]), right.transfer.fetch([3, 4])
     before = right.content(8, 9)
-    coming.store([6, 7])
-    asked.store([8, 9])
+    coming, asked = right.transfer.fetch([1, 2], [6, 7]), right.transfer.fetch([3, 4], [8, 9])
     until(lambda: coming.fence)
     sides[3].calls.clear()
     asked.abandon()
@@ -101,7 +88,7 @@ def test_what_is_abandoned_goes_elsewhere_or_is_waited_for(ends: tuple[End, End]
     coming.abandon()
     assert sides[3].calls == ["lead"], "the engine's next step begins when the pages have come"
     left.go.set()
-    until(lambda: coming.stored and asked.stored)
+    until(lambda: coming.stored and asked.over.is_set())
     assert right.content(6, 7) == left.content(1, 2)
     assert right.content(8, 9) == before
     assert right.asked == [[11], [6, 7]], "what was given up in time is not asked for"
@@ -115,22 +102,21 @@ def test_what_is_abandoned_and_stuck_is_not_waited_for_long(
     """The engine waits on the GPU for the end of what is being written: then a stuck peer must not hold it."""
     monkeypatch.setattr(remote, "ABANDONED_SECONDS", 0.1)
     left, right = ends
-    store(right.transfer.fetch([0]), [11])
+    store(right.transfer, [0], [11])
     left.go.clear()
-    copy = right.transfer.fetch([1])
-    copy.store([7])
+    copy = right.transfer.fetch([1], [7])
     until(lambda: copy.fence)
     copy.abandon()
     assert sides[3].calls == ["follow", "follow", "lead"]
     until(lambda: lost(copy), PROMPT)
     left.go.set()
-    store(right.transfer.fetch([2]), [8])
+    store(right.transfer, [2], [8])
     assert right.content(8) == left.content(2)
 
 
 def test_what_the_device_says_breaks_the_connection_too(ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = ends
-    store(right.transfer.fetch([0]), [11])
+    store(right.transfer, [0], [11])
     receive = SocketCommunicator.receive
 
     def fail(communicator: SocketCommunicator, pages: list[int]) -> SocketFence:
@@ -138,18 +124,15 @@ def test_what_the_device_says_breaks_the_connection_too(ends: tuple[End, End], m
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(SocketCommunicator, "receive", fail)
-    copy = right.transfer.fetch([1])
-    copy.store([7])
+    copy = right.transfer.fetch([1], [7])
     until(lambda: lost(copy), PROMPT)
-    store(right.transfer.fetch([1]), [7])
+    store(right.transfer, [1], [7])
     assert right.content(7) == left.content(1)
 
 
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     early = End("d0", "p0", tmp_path, 1)
-    wanted, unwanted = early.transfer.fetch([1, 2]), early.transfer.fetch([3])
-    unwanted.store([5])
-    wanted.store([3, 4])
+    unwanted, wanted = early.transfer.fetch([3], [5]), early.transfer.fetch([1, 2], [3, 4])
     unwanted.abandon()
     time.sleep(0.3)
     assert not wanted.stored
@@ -163,11 +146,9 @@ def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
 
 def test_close_is_prompt_and_loses_what_is_under_way(ends: tuple[End, End]) -> None:
     left, right = ends
-    store(right.transfer.fetch([0]), [11])
+    store(right.transfer, [0], [11])
     left.go.clear()
-    copies = [right.transfer.fetch([page]) for page in range(3)]
-    for copy in copies:
-        copy.store([6])
+    copies = [right.transfer.fetch([page], [6]) for page in range(3)]
     until(lambda: copies[0].fence)
     started = time.monotonic()
     right.transfer.close()
@@ -176,8 +157,7 @@ def test_close_is_prompt_and_loses_what_is_under_way(ends: tuple[End, End]) -> N
         until(lambda copy=copy: lost(copy), PROMPT)
         with pytest.raises(TransferError, match="broke"):
             _ = copy.stored
-    late = right.transfer.fetch([1])
-    late.store([6])
+    late = right.transfer.fetch([1], [6])
     assert lost(late)
     for thread in right.threads:
         thread.join(PROMPT)
@@ -186,8 +166,7 @@ def test_close_is_prompt_and_loses_what_is_under_way(ends: tuple[End, End]) -> N
 
 def test_close_before_the_peer_has_come(tmp_path: Path) -> None:
     alone = End("d0", "p0", tmp_path, 1)
-    copy = alone.transfer.fetch([1])
-    copy.store([2])
+    copy = alone.transfer.fetch([1], [2])
     alone.transfer.close()
     until(lambda: lost(copy), PROMPT)
     for thread in alone.threads:
@@ -198,15 +177,14 @@ def test_close_before_the_peer_has_come(tmp_path: Path) -> None:
 def test_a_pair_that_was_parted_meets_again(ends: tuple[End, End], tmp_path: Path) -> None:
     left, right = ends
     for end in ends:
-        store(end.transfer.fetch([0]), [11])
+        store(end.transfer, [0], [11])
     right.transfer.close()
     again = End("d0", "p0", tmp_path, 3)
-    store(again.transfer.fetch([1]), [10])
+    store(again.transfer, [1], [10])
     assert again.content(10) == left.content(1)
-    over_the_old = left.transfer.fetch([2])
-    over_the_old.store([9])
+    over_the_old = left.transfer.fetch([2], [9])
     until(lambda: lost(over_the_old))
-    store(left.transfer.fetch([2]), [9])
+    store(left.transfer, [2], [9])
     assert left.content(9) == again.content(2)
     again.transfer.close()
 
@@ -216,26 +194,23 @@ def test_pages_that_are_not_the_peers_are_refused(
     ends: tuple[End, End], pages: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     left, right = ends
-    copy = right.transfer.fetch(pages)
-    copy.store([7] * len(pages))
+    copy = right.transfer.fetch(pages, [7] * len(pages))
     until(lambda: lost(copy))
     assert f"of {PAGES}" in caplog.text
-    store(right.transfer.fetch([1]), [7])  # over the next connection
+    store(right.transfer, [1], [7])  # over the next connection
     assert right.content(7) == left.content(1)
 
 
 def test_a_peer_that_is_stuck_in_the_middle_breaks_the_connection(tmp_path: Path) -> None:
     stuck, waits = End("p0", "d0", tmp_path, 1, timeout=0.4), End("d0", "p0", tmp_path, 2)
-    store(waits.transfer.fetch([0]), [11])
+    store(waits.transfer, [0], [11])
     stuck.go.clear()
-    copies = [waits.transfer.fetch([1, 2]), waits.transfer.fetch([3])]
     started = time.monotonic()
-    for copy in copies:
-        copy.store([6, 7][: len(copy.theirs)])
+    copies = [waits.transfer.fetch([1, 2], [6, 7]), waits.transfer.fetch([3], [6])]
     until(lambda: all(lost(copy) for copy in copies), 0.4 + PROMPT)
     assert time.monotonic() - started > 0.3
     stuck.go.set()
-    store(waits.transfer.fetch([3]), [7])
+    store(waits.transfer, [3], [7])
     assert waits.content(7) == stuck.content(3)
     for end in (stuck, waits):
         end.transfer.close()
@@ -297,16 +272,14 @@ def child(tmp_path: Path) -> Iterator[tuple[multiprocessing.process.BaseProcess,
 def test_a_killed_peer_fails_its_copies_at_once(child, midway: bool, tmp_path: Path) -> None:
     process, control, content = child
     end = End("d0", "p0", tmp_path, 2)
-    store(end.transfer.fetch([3]), [7])
+    store(end.transfer, [3], [7])
     assert end.content(7) == content[3 * SHAPE.bytes : 4 * SHAPE.bytes]
-    copies = [end.transfer.fetch([1, 2]), end.transfer.fetch([3])]
     if midway:
         control.send(None)
         control.recv()
     else:
         stop(process.pid)
-    for copy in copies:
-        copy.store([8, 9][: len(copy.theirs)])
+    copies = [end.transfer.fetch([1, 2], [8, 9]), end.transfer.fetch([3], [8])]
     if midway:
         until(lambda: copies[0].fence)
     assert not any(copy.stored for copy in copies)
@@ -319,12 +292,11 @@ def test_a_killed_peer_fails_its_copies_at_once(child, midway: bool, tmp_path: P
 def test_a_stopped_peer_blocks_no_call_and_goes_on(child, tmp_path: Path) -> None:
     process, _, content = child
     end = End("d0", "p0", tmp_path, 2)
-    store(end.transfer.fetch([3]), [7])
+    store(end.transfer, [3], [7])
     stop(process.pid)
     started, copies = time.monotonic(), []
     for number in range(5000):
-        copies.append(end.transfer.fetch([number % PAGES]))
-        copies[-1].store([8])
+        copies.append(end.transfer.fetch([number % PAGES], [8]))
     assert time.monotonic() - started < PROMPT
     before = end.content(8)
     time.sleep(0.1)  # the first one is asked for
@@ -334,6 +306,6 @@ def test_a_stopped_peer_blocks_no_call_and_goes_on(child, tmp_path: Path) -> Non
     until(lambda: all(copy.over.is_set() for copy in copies))
     assert end.content(8) == before
     assert end.asked == [[7], [PAGES]]
-    store(end.transfer.fetch([0]), [8])
+    store(end.transfer, [0], [8])
     assert end.content(8) == content[: SHAPE.bytes]
     end.transfer.close()

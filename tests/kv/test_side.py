@@ -22,9 +22,10 @@ from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted
 from miniserve.kv.transfer import mapped as mapping
 from miniserve.kv.transfer.connect import connect, way
-from miniserve.kv.transfer.mapped import CudaMappedTransfer
+from miniserve.kv.transfer.mapped import MappedTransfer
 from tests.support.doors import NO_DOOR
 from tests.support.kv_pools import DEVICE_PAGES, DEVICE_SHAPE, device_memory
+from tests.support.whole import check_pool
 
 CPU = torch.device("cpu")
 SHAPE, PAGES = DEVICE_SHAPE, DEVICE_PAGES
@@ -95,7 +96,7 @@ def content(memory: KVMemory, *pages: int) -> bytes:
 
 
 @pytest.fixture
-def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMappedTransfer]:
+def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, MappedTransfer]:
     ours, theirs = device_memory(1), device_memory(2)
 
     def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
@@ -103,19 +104,16 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, CudaMap
 
     monkeypatch.setattr(mapping, "map_pool", map_pool)
     before = content(ours, *range(PAGES))
-    transfer = CudaMappedTransfer(ours, Peer("p0", 1, "", PoolInfo(1, -1, PAGES, SHAPE.bytes, "L")))
+    transfer = MappedTransfer(ours, Peer("p0", 1, "", PoolInfo(1, -1, PAGES, SHAPE.bytes, "L")))
     assert content(ours, *range(PAGES)) == before, "the first copy lands on the scratch page"
     assert content(ours, PAGES) == content(theirs, 0)
     transfer.side.calls.clear()
     return ours, theirs, transfer
 
 
-def test_a_mapped_copy_is_stored_when_the_gpu_says_so(mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer]) -> None:
+def test_a_mapped_copy_is_stored_when_the_gpu_says_so(mapped: tuple[KVMemory, KVMemory, MappedTransfer]) -> None:
     ours, theirs, transfer = mapped
-    copy = transfer.fetch([3, 1])
-    assert copy.ready
-    assert not copy.stored
-    copy.store([6, 0])
+    copy = transfer.fetch([3, 1], [6, 0])
     assert not copy.stored
     transfer.side.advance()
     assert copy.stored
@@ -125,11 +123,10 @@ def test_a_mapped_copy_is_stored_when_the_gpu_says_so(mapped: tuple[KVMemory, KV
 
 
 def test_a_mapped_copy_that_is_abandoned_overwrites_nothing(
-    mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
+    mapped: tuple[KVMemory, KVMemory, MappedTransfer],
 ) -> None:
     ours, _, transfer = mapped
-    copy = transfer.fetch([3])
-    copy.store([6])
+    copy = transfer.fetch([3], [6])
     copy.abandon()
     ours.bytes[6] = 77  # the engine computes the page, or another copy writes it
     transfer.side.drain()
@@ -137,12 +134,11 @@ def test_a_mapped_copy_that_is_abandoned_overwrites_nothing(
 
 
 def test_close_waits_for_readers(
-    mapped: tuple[KVMemory, KVMemory, CudaMappedTransfer],
+    mapped: tuple[KVMemory, KVMemory, MappedTransfer],
 ) -> None:
     _, _, transfer = mapped
     assert transfer.side.calls == [], "what is published is complete"
-    copy = transfer.fetch([3])
-    copy.store([6])
+    copy = transfer.fetch([3], [6])
     transfer.close()
     assert copy.stored
 
@@ -207,7 +203,7 @@ def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStre
     assert streams[0].calls == ["run", "lead", "follow", "run", "lead"]
     assert content(memory, 6) == kept, "the next step reads the page"
     assert (swap.offloaded, swap.restored) == (1, 1)
-    swap.check()
+    check_pool(swap)
 
 
 def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:

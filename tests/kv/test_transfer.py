@@ -22,12 +22,18 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer import sockets
 from miniserve.kv.transfer.interface import Transfer, TransferError
 from miniserve.kv.transfer.mapped import MappedTransfer
-from miniserve.kv.transfer.sockets import SocketCopy, SocketTransfer
+from miniserve.kv.transfer.pair import PairCopy
+from miniserve.kv.transfer.sockets import SocketTransfer
 from tests.support.doors import door
 from tests.support.kv_pools import PAGES, SHAPES, content, device_memory, new_memory, peer_of
 from tests.support.waiting import PROMPT, stop, until
 
 pytestmark = pytest.mark.slow
+
+
+def store(transfer: Transfer, theirs: list[int], ours: list[int]) -> None:
+    copy = transfer.fetch(theirs, ours)
+    until(lambda: copy.stored)
 
 
 class Side:
@@ -76,13 +82,10 @@ def test_both_directions_at_once(sides: tuple[Side, Side]) -> None:
     before = {side: side.content(list(range(12))) for side in sides}
     rest = {side: side.content([17, 18, 21, 22, 23]) for side in sides}
     copies = []
-    for chunk in chunks:
-        copies.append([right.transfer.fetch(chunk), left.transfer.fetch(chunk)])
-    for to_right, to_left in copies:
-        until(lambda one=to_right, other=to_left: one.ready and other.ready)
-    for (to_right, to_left), ours in zip(copies, landing, strict=True):
-        to_left.store(ours)
-        to_right.store(ours)
+    for chunk, ours in zip(chunks, landing, strict=True):
+        copies += [right.transfer.fetch(chunk, ours), left.transfer.fetch(chunk, ours)]
+    for copy in copies:
+        until(lambda copy=copy: copy.stored)
     for chunk, ours in zip(chunks, landing, strict=True):
         assert right.content(ours) == left.content(chunk)
         assert left.content(ours) == right.content(chunk)
@@ -96,18 +99,18 @@ def test_many_publications_arrive_in_order_and_unwanted_ones_do_not_disturb(side
     for number in range(60):
         chunk = [(number + i) % 12 for i in range(1 + number % 5)]
         ours = [12 + page for page in chunk]
-        copy = right.transfer.fetch(chunk)
         if number % 3 == 0:
-            continue  # the turn has ended, and it may still be on its way
-        copy.store(ours)
+            right.transfer.fetch(chunk, ours).abandon()  # the turn has ended, and it may still be on its way
+            continue
+        store(right.transfer, chunk, ours)
         assert right.content(ours) == left.content(chunk), number
 
 
 def test_a_queue_of_publications(sides: tuple[Side, Side]) -> None:
     left, right = sides
-    copies = [right.transfer.fetch([page]) for page in range(12)]
+    copies = [right.transfer.fetch([page], [12 + page]) for page in range(12)]
     for page in reversed(range(12)):
-        copies[page].store([12 + page])
+        until(lambda copy=copies[page]: copy.stored)
     assert right.content(list(range(12, 24))) == left.content(list(range(12)))
 
 
@@ -122,36 +125,41 @@ def pair(tmp_path: Path) -> Iterator[tuple[Side, Side]]:
         side.transfer.close()
 
 
+def lost(copy: PairCopy, seconds: float = PROMPT) -> bool:
+    """Whether it fails in so many seconds."""
+    until(copy.over.is_set, seconds)
+    with pytest.raises(TransferError, match="broke"):
+        _ = copy.stored
+    return True
+
+
 def threads(transfer: SocketTransfer) -> list[threading.Thread]:
-    return [transfer._receiving.thread, transfer._sending.thread]
+    return [transfer.receiving.thread, transfer.giving.thread]
 
 
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
     early = SocketTransfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left))
-    copy = early.fetch([1, 2])
+    copy = early.fetch([1, 2], [3, 4])
     time.sleep(0.3)
-    assert not copy.ready
+    assert not copy.stored
     late = SocketTransfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
-    copy.store([3, 4])
+    until(lambda: copy.stored)
     assert content(right, [3, 4]) == content(left, [1, 2])
     early.close()
     late.close()
 
 
-def test_what_does_not_come_in_time_is_given_up_and_not_asked_for(tmp_path: Path) -> None:
+def test_what_is_given_up_before_the_peer_comes_is_not_asked_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
-    early = SocketTransfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left), timeout=1.0)
-    given_up = early.fetch([0])
-    assert not given_up.ready
-    until(lambda: given_up.ready, 1.0 + PROMPT)
+    early = SocketTransfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left))
     before = content(right, [3])
-    with pytest.raises(TransferError, match="does not answer"):
-        given_up.store([3])
+    given_up = early.fetch([0], [3])
+    given_up.abandon()
     late = SocketTransfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
-    early.fetch([1, 2]).store([4, 5])
+    store(early, [1, 2], [4, 5])
     assert content(right, [3, 4, 5]) == before + content(left, [1, 2])
-    assert given_up.data is None
+    assert given_up.seconds == 0
     early.close()
     late.close()
 
@@ -162,42 +170,40 @@ def test_pages_that_are_not_the_peers_are_refused(
 ) -> None:
     left, right = pair
     with pytest.raises(TransferError, match="broke"):
-        right.transfer.fetch(pages).store([12] * len(pages))
+        store(right.transfer, pages, [12] * len(pages))
     assert f"of {PAGES}" in caplog.text
-    right.transfer.fetch([1]).store([14])  # over the next connection
+    store(right.transfer, [1], [14])  # over the next connection
     assert right.content([14]) == left.content([1])
-    left.transfer.fetch([2]).store([16])
+    store(left.transfer, [2], [16])
     assert left.content([16]) == right.content([2])
 
 
 def test_close_is_prompt(pair: tuple[Side, Side], tmp_path: Path) -> None:
     left, right = pair
-    right.transfer.fetch([0]).store([12])
+    store(right.transfer, [0], [12])
     alone = SocketTransfer(right.memory, door(("d1", 1), str(tmp_path)), peer_of("p1", 1, left.memory))
-    waiting = alone.fetch([1]), alone.fetch([2])
+    waiting = alone.fetch([1], [13]), alone.fetch([2], [13])
     started = time.monotonic()
     for transfer in (right.transfer, alone):
         transfer.close()
     assert time.monotonic() - started < 0.25
-    for copy in (*waiting, right.transfer.fetch([1])):
-        until(lambda copy=copy: copy.ready, PROMPT)
-        with pytest.raises(TransferError):
-            copy.store([13])
+    for copy in (*waiting, right.transfer.fetch([1], [13])):
+        assert lost(copy)
     for transfer in (right.transfer, alone):
         until(lambda transfer=transfer: not any(thread.is_alive() for thread in threads(transfer)), PROMPT)
 
 
 def test_a_pair_that_was_parted_meets_again(pair: tuple[Side, Side], tmp_path: Path) -> None:
     left, right = pair
-    right.transfer.fetch([0]).store([12])
-    left.transfer.fetch([0]).store([12])
+    store(right.transfer, [0], [12])
+    store(left.transfer, [0], [12])
     right.transfer.close()
     again = SocketTransfer(right.memory, door(("d0", 7), str(tmp_path)), peer_of("p0", 7, left.memory))
-    again.fetch([1]).store([13])
+    store(again, [1], [13])
     assert right.content([13]) == left.content([1])
     with pytest.raises(TransferError, match="broke"):
-        left.transfer.fetch([2]).store([14])  # over the old connection
-    left.transfer.fetch([2]).store([14])
+        store(left.transfer, [2], [14])  # over the old connection
+    store(left.transfer, [2], [14])
     assert left.content([14]) == right.content([2])
     again.close()
 
@@ -209,8 +215,7 @@ def test_pages_of_a_gpu_come_by_way_of_host_memory(tmp_path: Path) -> None:
         us: SocketTransfer(memories[us], door((us, 1), str(tmp_path)), Peer(them, 1, "", PoolInfo(1, -1, 8, 512, "")))
         for us, them in (("p0", "d0"), ("d0", "p0"))
     }
-    copy = ends["d0"].fetch([1, 4])
-    copy.store([7, 3])
+    store(ends["d0"], [1, 4], [7, 3])
     assert memories["d0"].bytes[[7, 3]].equal(memories["p0"].bytes[[1, 4]])
     for end in ends.values():
         end.close()
@@ -230,7 +235,7 @@ def be_a_peer(control: Connection, shape: str, us: tuple[str, int], peer: Peer, 
             case ("show", pages):
                 control.send(content(memory, pages))
             case ("fetch", pages):
-                transfer.fetch(pages).store(pages)
+                store(transfer, pages, pages)
                 control.send(content(memory, pages))
 
 
@@ -255,11 +260,11 @@ class Child:
 
     def check(self) -> None:
         """Pages get through in both directions."""
-        self.transfer.fetch([1, 2]).store([3, 4])
+        store(self.transfer, [1, 2], [3, 4])
         assert content(self.memory, [3, 4]) == self.ask("show", [1, 2])
         assert self.ask("fetch", [5]) == content(self.memory, [5])
 
-    def fetch_a_part(self, monkeypatch: pytest.MonkeyPatch) -> SocketCopy:
+    def fetch_a_part(self, monkeypatch: pytest.MonkeyPatch) -> PairCopy:
         """All pages of the peer, of which only the first bytes are here when this returns."""
         room: list[np.ndarray] = []
 
@@ -269,7 +274,8 @@ class Child:
 
         with monkeypatch.context() as patch:
             patch.setattr(sockets.np, "empty", empty)
-            copy, end = self.transfer.fetch(list(range(PAGES))), time.monotonic() + 20
+            everything, end = list(range(PAGES)), time.monotonic() + 20
+            copy = self.transfer.fetch(everything, everything)
             while not (room and room[0][0].any()):  # without a pause, in which all might come
                 assert time.monotonic() < end
         return copy
@@ -307,21 +313,18 @@ def test_a_killed_peer_fails_its_copies_at_once_and_no_others(
     before.process.join()
     killed = time.monotonic()
     with pytest.raises(TransferError):
-        before.transfer.fetch([1]).store([7])
+        store(before.transfer, [1], [7])
     assert time.monotonic() - killed < PROMPT
     # One dies while it is waited for.
     stop(waiting.process.pid)
-    copies = [waiting.transfer.fetch([1]), waiting.transfer.fetch([2])]
+    copies = [waiting.transfer.fetch([1], [1]), waiting.transfer.fetch([2], [1])]
     time.sleep(0.1)
-    assert not any(copy.ready for copy in copies)
+    assert not any(copy.stored for copy in copies)
     waiting.kill()
     # One dies in the middle of its pages.
     copies.append(midway.fetch_a_part(monkeypatch))
     midway.kill()
-    for copy in copies:
-        until(lambda copy=copy: copy.ready, PROMPT)
-        with pytest.raises(TransferError, match="broke"):
-            copy.store([1])
+    assert all(lost(copy) for copy in copies)
     bystander.check()
 
 
@@ -336,15 +339,11 @@ def test_a_stopped_peer_times_out_and_comes_back(
     stop(peer.process.pid)
     started = time.monotonic()
     copies = [copy] if midway else []
-    copies += [peer.transfer.fetch([1]) for _ in range(20)]
+    copies += [peer.transfer.fetch([1], [7]) for _ in range(20)]
     assert time.monotonic() - started < 0.5  # no call waits for the peer
-    assert not copies[0].ready
-    for copy in copies:
-        until(lambda copy=copy: copy.ready)
-        with pytest.raises(TransferError):
-            copy.store([7] * len(copy.theirs))
+    assert not copies[0].stored
+    assert all(lost(copy, 1.5 + PROMPT) for copy in copies)
     assert 1.0 < time.monotonic() - started < 1.5 + PROMPT
-    until(lambda: all(copy.over.is_set() for copy in copies), PROMPT)
     os.kill(peer.process.pid, signal.SIGCONT)
     peer.check()
     peer.check()
@@ -364,11 +363,13 @@ if child == 0:
     there = SocketTransfer(theirs, door(("p0", 1), sys.argv[1]), peer_of("d0", 1, ours))
     time.sleep(60)
 connected = SocketTransfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p0", 1, theirs))
-connected.fetch([0]).store([1])
+first = connected.fetch([0], [1])
+while not first.stored:
+    time.sleep(0.01)
 os.kill(child, signal.SIGSTOP)
-waiting = connected.fetch([0])
+waiting = connected.fetch([0], [1])
 alone = SocketTransfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p1", 1, theirs))
-alone.fetch([0])
+alone.fetch([0], [1])
 
 class Last:
     def __del__(self):  # while the interpreter is torn down, a thread finds out that its peer is gone

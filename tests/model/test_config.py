@@ -11,7 +11,7 @@ import torch
 
 from miniserve.config import ConfigError
 from miniserve.model.config import ModelConfig
-from miniserve.model.rope import RopeConfig, inverse_frequencies
+from miniserve.model.rope import RopeConfig, angles
 from tests.support import tiny
 
 LLAMA: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_what_is_left_out_or_said_twice_is_as_in_transformers(arch: str, said: d
     assert model.ropes[0].kind == theirs.rope_parameters["rope_type"]
     if model.ropes[0].kind != "default":
         frequencies, _ = ROPE_INIT_FUNCTIONS[model.ropes[0].kind](theirs, torch.device("cpu"))
-        torch.testing.assert_close(inverse_frequencies(model.ropes[0], model.head_dim), frequencies)
+        torch.testing.assert_close(angles(model.ropes[0], model.head_dim, 2)[1], frequencies)
     with torch.device("meta"):
         layer = transformers.AutoModelForCausalLM.from_config(theirs).model.layers[0]
     attention = layer.self_attn

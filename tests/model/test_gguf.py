@@ -21,7 +21,7 @@ from miniserve.hub.resolve import resolve
 from miniserve.model.checkpoints import Costs
 from miniserve.model.config import ModelConfig
 from miniserve.model.gguf import GgufTensors
-from miniserve.model.rope import RopeConfig, inverse_frequencies
+from miniserve.model.rope import RopeConfig, angles
 from miniserve.ops.quantized import Quantized, dense
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import tiny
@@ -127,7 +127,7 @@ def test_llama_3_scaling_is_told_by_its_factors(tiny_folder: Path, tmp_path: Pat
         ModelConfig.from_hf(json.loads((tiny_folder / "config.json").read_text())), ropes=(RopeConfig(1e4),)
     )
     scaled = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 8192)
-    factors = inverse_frequencies(model.ropes[0], 32) / inverse_frequencies(scaled, 32)
+    factors = angles(model.ropes[0], 32, 2)[1] / angles(scaled, 32, 2)[1]
     file = write_gguf(tiny_folder, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})
     assert resolve(str(file)).config["rope_scaling"] == said
     write_gguf(tiny_folder, file, extra={"rope_freqs.weight": factors + torch.arange(16)})

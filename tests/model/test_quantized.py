@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from miniserve.config import ConfigError, parse_quantization
 from miniserve.ops.quantized import GROUP, Quantized
-from miniserve.worker.build import check_quantization
+from miniserve.worker.sizing import check_quantization
 from tests.support import tiny
 from tests.support.engines import KERNELS, greedy, small
 

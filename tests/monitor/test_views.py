@@ -216,7 +216,7 @@ async def test_the_key_is_asked_for(tokenizer: Tokenizer, path: str) -> None:
 
 @pytest.mark.parametrize("path", ROUTES)
 async def test_they_are_only_looked_at(api: Api, path: str) -> None:
-    for method in ("POST", "PUT", "DELETE"):
+    for method in ("PUT", "DELETE", *([] if path == "/v1/workers" else ["POST"])):  # which adds one
         assert error_of(await api.http.request(method, path), 405)
 
 

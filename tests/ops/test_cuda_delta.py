@@ -15,7 +15,7 @@ from miniserve.ops.decoder import DeltaNet
 from miniserve.ops.torch_ops import TorchOps
 from tests.support import reference_flashinfer
 
-PLAIN: Any = TorchOps(torch.device("cpu")).plain(torch.zeros(1, 1))
+PLAIN: Any = TorchOps(torch.device("cpu")).head(torch.zeros(1, 1))
 """Matrices that are not multiplied with here."""
 
 

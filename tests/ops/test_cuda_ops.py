@@ -16,7 +16,7 @@ import torch
 
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
-from miniserve.ops.batch import Batch
+from miniserve.ops.batch import Batch, Sizes
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.ops.cuda_plan import page_tables
 from miniserve.ops.decoder import Experts, Mlp
@@ -29,6 +29,7 @@ from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 from tests.support import tiny
 from tests.support.engines import clean, greedy, prompts
+from tests.support.parts import attention_part
 from tests.support.reference_flashinfer import delta, reference
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ WINDOWS = [0, 3]
 
 
 def ops(heads: int = 4, head_dim: int = 64) -> CudaOps:
-    return CudaOps(CPU, BF16, heads, head_dim, head_dim**-0.5, set(WINDOWS), reference(), delta)
+    return CudaOps(CPU, BF16, Sizes(heads, head_dim, (), windows=WINDOWS), reference(), delta)
 
 
 def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> Batch:
@@ -81,7 +82,8 @@ def test_attention_equals_the_reference_path(lengths: list[int], contexts: list[
     for made in (ops(), TorchOps(CPU)):
         pool = kv.clone()
         plan = made.plan(batch, pool)
-        layers = [made.attention(plan, layer, q, k, v, 64**-0.5, WINDOWS[layer % 2]) for layer in range(3)]
+        parts = [attention_part(layer, 64**-0.5, WINDOWS[layer % 2]) for layer in range(3)]
+        layers = [made.attention(plan, part, q, k, v) for part in parts]
         found.append((torch.stack(layers), pool))
     pools = found[0][1], found[1][1]
     for context, pages in zip(contexts, batch.pages, strict=True):
@@ -130,7 +132,7 @@ def test_experts_together_are_those_one_by_one(rows: int) -> None:
     )
     x, ids = torch.randn(rows, 48).to(BF16), torch.randn(rows, 5).topk(2).indices  # never the last one
     weights = torch.rand(rows, 2)
-    router = plain.plain(x)
+    router = plain.head(x)
     wanted = plain.mixture(Experts(2, True, router, single, None, None, None), x, ids, weights)
     got = made.mixture(Experts(2, True, router, [], made.stack(together), None, None), x, ids, weights)
     torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)
@@ -144,7 +146,7 @@ def test_tables() -> None:
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (BF16, 80)])
 def test_other_dtypes_and_sizes_have_no_kernels(dtype: torch.dtype, dim: int) -> None:
     with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
-        CudaOps(CPU, dtype, 4, dim, dim**-0.5, {0})
+        CudaOps(CPU, dtype, Sizes(4, dim, ()))
 
 
 def test_nothing_imports_flashinfer_on_a_cpu() -> None:
@@ -179,10 +181,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
     def make(folder: Path, *, eager: bool = False, **engine: Any) -> tuple[LLM, Recorder]:
         recorder = Recorder()
 
-        def cuda_ops(
-            device: Any, dtype: Any, heads: int, dim: int, *rest: Any, scale: float, windows: set[int], **more: Any
-        ) -> tuple[CudaOps, str]:
-            return CudaOps(CPU, dtype, heads, dim, scale, windows, reference(), delta), "flashinfer"
+        def cuda_ops(device: Any, dtype: Any, sizes: Sizes, *rest: Any, **more: Any) -> tuple[CudaOps, str]:
+            return CudaOps(CPU, dtype, sizes, reference(), delta), "flashinfer"
 
         def memory(shape: PageShape, num_pages: int, device: torch.device, *more: int) -> KVMemory:
             made = KVMemory(shape, num_pages + 1, device, *more)

@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.ops import Ops, make_ops, native
-from miniserve.ops.batch import Batch
+from miniserve.ops import StepOps, make_ops, native
+from miniserve.ops.batch import Batch, Sizes
 from miniserve.ops.cpu_ops import CpuOps
 from miniserve.ops.quantized import GROUP, Quantized
 from miniserve.ops.torch_ops import native_bf16
+from tests.support.native_kernels import NativeKernels
+from tests.support.parts import attention_part
 
 CPU = torch.device("cpu")
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
@@ -30,13 +32,13 @@ CASES += [(kind, bf16) for kind in ("native", "avx512", "tiles-emulated", "torch
 every_kind = pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
 
 
-def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64, page: int = 16) -> Ops:
+def ops(kind: str, dtype: torch.dtype, head_dim: int = 64, width: int = 64, page: int = 16) -> StepOps:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINISERVE_CPU_ISA", kind if kind in ISAS else "")
-        made, said = make_ops(CPU, dtype, 4, head_dim, (width,), page, native=kind in ISAS)
+        made, said = make_ops(CPU, dtype, Sizes(4, head_dim, (width,)), page, native=kind in ISAS)
     if kind in ISAS and not isinstance(made, CpuOps):
         pytest.skip(said)
-    return made
+    return NativeKernels(made) if isinstance(made, CpuOps) else made
 
 
 def assert_close(
@@ -48,7 +50,7 @@ def assert_close(
     assert error < (limit or LIMIT[found.dtype]), f"relative error {error:.2e}"
 
 
-def in_order(kernels: Ops, kv: torch.Tensor) -> torch.Tensor:
+def in_order(kernels: StepOps, kv: torch.Tensor) -> torch.Tensor:
     """The pool as `[page, layer, k/v, slot, kv_head, head_dim]`, from the order in which the kernels keep it."""
     if not isinstance(kernels, CpuOps):
         return kv
@@ -112,7 +114,7 @@ def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
         rows = torch.zeros(total, dtype=torch.int64)
         batch = Batch(rows, rows, rows[:1], lengths, contexts, tables)
-        return q, k, v, kernels.attention(kernels.plan(batch, kv), layer, q, k, v, dim**-0.5, window)
+        return q, k, v, kernels.attention(kernels.plan(batch, kv), attention_part(layer, dim**-0.5, window), q, k, v)
 
     old = [(context - new, table) for (new, context), table in zip(sequences, pages, strict=True) if context > new]
     wanted = in_order(kernels, kv).clone()
@@ -272,7 +274,7 @@ def test_logits(kind: str, dtype: torch.dtype, vocab: int) -> None:
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    made, said = make_ops(CPU, torch.float32, 4, 64, (64,))
+    made, said = make_ops(CPU, torch.float32, Sizes(4, 64, (64,)))
     assert not isinstance(made, CpuOps)
     assert "no g++ found" in said
 
@@ -306,9 +308,9 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 
 
 def test_sizes_that_do_not_fill_vectors_are_left_to_torch() -> None:
-    assert not isinstance(make_ops(CPU, torch.float32, 4, 40, (64,))[0], CpuOps)
-    assert not isinstance(make_ops(CPU, torch.float16, 4, 64, (64,))[0], CpuOps)
-    assert not isinstance(make_ops(CPU, torch.float32, 4, 64, (64,), 12)[0], CpuOps)
-    made, said = make_ops(CPU, torch.float32, 4, 64, (64,), 16, (32, 36))
+    assert not isinstance(make_ops(CPU, torch.float32, Sizes(4, 40, (64,)))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float16, Sizes(4, 64, (64,)))[0], CpuOps)
+    assert not isinstance(make_ops(CPU, torch.float32, Sizes(4, 64, (64,)), 12)[0], CpuOps)
+    made, said = make_ops(CPU, torch.float32, Sizes(4, 64, (64,), (32, 36)))
     assert not isinstance(made, CpuOps)
     assert "g++" in said or "recurrent state of 32 and 36 numbers do not fill vectors" in said

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.ops import Ops
+from miniserve.ops import StepOps
 from miniserve.ops.batch import Batch, State
 from miniserve.ops.decoder import DeltaNet, Experts, Mlp
 from miniserve.ops.quantized import Quantized, dense
@@ -19,7 +19,7 @@ from tests.ops.test_ops import ISAS, assert_close, every_kind, ops
 Gated = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
-def experts(kernels: Ops, weights: list[tuple[Any, Any]], chosen: int, activation: str = "silu") -> Experts:
+def experts(kernels: StepOps, weights: list[tuple[Any, Any]], chosen: int, activation: str = "silu") -> Experts:
     made = [Mlp(kernels.gated(up, None, activation), kernels.linear(down)) for up, down in weights]
     part: Any = {"stacked": None, "router": None, "shared": None, "shared_gate": None}
     return Experts(chosen=chosen, renormed=True, experts=made, **part)
@@ -85,7 +85,7 @@ class Net:
         delta = torch.zeros(slots, 3, self.part.v_heads, self.part.k_dim, self.part.v_dim)[:, :2]
         return State(conv, delta)
 
-    def run(self, kernels: Ops, state: State, slots: list[int], pieces: list[Any], before: list[int]) -> list[Any]:
+    def run(self, kernels: StepOps, state: State, slots: list[int], pieces: list[Any], before: list[int]) -> list[Any]:
         """What is read for `pieces` (qkv, ba) of some sequences, each behind so many tokens."""
         lengths = [len(qkv) for qkv, _ in pieces]
         ends = [*accumulate(lengths)]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from miniserve.cluster.messages import Report, Run
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
+from miniserve.scheduler.queue import Group
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import Turn
 from tests.support.scheduling import (
@@ -153,7 +154,7 @@ def check_wanted(made: Scheduler, policy: str) -> None:
     for name, view in made.workers.items():
         assert view.wanted == pytest.approx(here[name], abs=1e-6)
         assert view.reserved >= 0
-    assert all(turn.conversation.home or policy == "observe" for _, turn in made._queue.newcomers)
+    assert all(turn.conversation.home or policy == "observe" for _, turn in made._queue.line(Group.NEWCOMERS))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -49,7 +49,7 @@ def need(tokens: int = 1000, output: int = 100, home: str | None = None, turns: 
 
 
 def where(placement: Placement | None) -> tuple[str, str] | None:
-    return None if placement is None else (placement.home, placement.prefill_at)
+    return None if placement is None else (placement.option.home, placement.option.prefill_at)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -134,7 +134,7 @@ def test_observe_moves_a_conversation_whose_home_is_full_once():
     full, roomy = worker("d0", turns=64), worker("d1")
     turn = need(1020, home="d0", turns=1, d0=1000)
     placed = observe.place(turn, cluster(full, roomy))
-    assert (placed.home, placed.history_at) == ("d1", "d0")
+    assert (placed.option.home, placed.option.history_at) == ("d1", "d0")
     assert observe.place(turn, cluster(full, worker("d1", resident=950))) is None, "no better there"
     crowded = worker("d0", turns=1, resident=960)
     assert where(observe.place(turn, cluster(crowded, roomy))) == ("d1", "")
@@ -164,7 +164,7 @@ def test_a_prefiller_is_a_home_where_that_is_better_for_all():
     assert where(observe.place(turn, queued)) == ("p0", ""), "it stays, though others' prompts wait there"
     full = cluster(worker("p0", turns=64), worker("d0"), bandwidth=1e9)
     placed = observe.place(turn, full)
-    assert (placed.home, placed.history_at) == ("d0", "p0")
+    assert (placed.option.home, placed.option.history_at) == ("d0", "p0")
 
 
 def test_a_newcomer_waits_rather_than_drive_out_what_is_needed():
@@ -210,11 +210,13 @@ def test_a_full_home_is_left_for_any_worker_with_room():
     full = worker("d0", turns=2, resident=960)
     turn = need(1020, home="d0", turns=1, d0=1000)
     placed = Observe().place(turn, cluster(full, worker("d1", turns=1, resident=950), worker("p0", turns=1)))
-    assert (placed.home, placed.prefill_at, placed.history_at) == ("p0", "", "d0"), "the prefiller has room, d1 has not"
+    assert where(placed) == ("p0", ""), "the prefiller has room, d1 has not"
+    assert placed.option.history_at == "d0"
     left = worker("d1", turns=1, resident=950)
     left.wanted = 0.0
     placed = Observe().place(turn, cluster(full, left))
-    assert (placed.home, placed.history_at) == ("d1", "d0"), "d1's pages are full of what is not needed again"
+    assert where(placed) == ("d1", ""), "d1's pages are full of what is not needed again"
+    assert placed.option.history_at == "d0"
     placed = Observe().place(turn, cluster(full, worker("d1", turns=1, resident=950), worker("p0", resident=950)))
     assert where(placed) == ("d0", ""), "where no worker has room it is best off at home"
     full.wanted = 0.0
@@ -228,7 +230,7 @@ def test_other_policies_know_neither_room_nor_newcomers_nor_pace(name):
     some = cluster(worker("p0"), worker("d0"))
     assert (policy.patience(need(), some), policy.step_stretch) == (0.0, 0.0)
     placed = policy.place(need(2000, 10), cluster(worker("p0"), worker("d0", turns=2, resident=1500)))
-    assert placed.home == "d0", "what rests there is driven out"
+    assert placed.option.home == "d0", "what rests there is driven out"
 
 
 def test_a_newcomer_waits_no_longer_than_it_is_worth():
@@ -281,7 +283,7 @@ def test_observe_prefers_the_prefiller_and_the_home_of_the_same_host() -> None:
     seen.open = {"d0", "d1", "d2"}
     placed = Observe().place(need(1020, home="d0", turns=2, d0=1000), seen)
     assert placed is not None
-    assert (placed.home, placed.history_at) == ("d2", "d0")
+    assert (placed.option.home, placed.option.history_at) == ("d2", "d0")
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -292,5 +294,5 @@ def test_of_many_workers_the_idle_one_is_found(name: str) -> None:
     few = cluster(*busy, *(worker(f"p{n}", queued=0 if n == 7 else 5000) for n in range(20)))
     placed = make_policy(name).place(need(), few)
     assert placed is not None
-    assert placed.home == "d137"
-    assert placed.prefill_at in ("", "p7")
+    assert placed.option.home == "d137"
+    assert placed.option.prefill_at in ("", "p7")

@@ -36,20 +36,13 @@ class AgentEngine(LiveClient):
         conversation: str | int = "",
         salt: str = "",
         request_id: str = "",
-        tool: bool = False,
         said: Said = UNSAID,
     ) -> FakeTurn:
-        turn = super().submit(
-            tokens, params, conversation=conversation, salt=salt, request_id=request_id, tool=tool, said=said
-        )
+        turn = super().submit(tokens, params, conversation=conversation, salt=salt, request_id=request_id, said=said)
         self.made += 1
         turn.cached = min(self.found, len(tokens) - 1)
         turn.id = f"t{self.made}"
-        self.carry_out(
-            self.scheduler.submit(
-                turn.id, tokens, params, 0, conversation, salt, time.monotonic(), tool=tool, said=said
-            )
-        )
+        self.carry_out(self.scheduler.submit(turn.id, tokens, params, 0, conversation, salt, time.monotonic(), said))
         accepted = self.scheduler.turn(turn.id)
         assert accepted is not None
         turn.conversation, turn.number, turn.change = accepted.conversation.key, accepted.number, accepted.change

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 
-from miniserve.scheduler.placement import Need, Placement
+from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.workers import Cluster, WorkerView
 
 
-class Anywhere:
+class Anywhere(Policy):
     """Any home, any prefiller, history from anywhere or nowhere: conversations are forced to move all the time."""
-
-    step_stretch = 0.0
 
     def __init__(self, pick: random.Random) -> None:
         self._pick = pick
@@ -30,4 +28,5 @@ class Anywhere:
             return None
         home = self._pick.choice(homes)
         others = ["", *(w.name for w in workers if w.name != home)]
-        return Placement(home, self._pick.choice(others), self._pick.choice(others), self._pick.random() < 0.5)
+        option = Option(home, self._pick.choice(others), self._pick.choice(others))
+        return Placement(option, share_history=self._pick.random() < 0.5)

@@ -6,6 +6,7 @@ import random
 
 from miniserve.llm import LLM
 from miniserve.sampling_params import SamplingParams
+from tests.support.whole import check_pool
 
 KERNELS = ("torch", "auto")
 """Values of --cpu-kernels with which weights of 4 and 8 bits are tested."""
@@ -31,5 +32,5 @@ def small(folder, **engine) -> LLM:
 
 def clean(llm: LLM) -> bool:
     """No page is held and none is lost."""
-    llm.engine.pool.check()
+    check_pool(llm.engine.pool)
     return llm.engine.pool.num_held == 0

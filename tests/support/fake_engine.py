@@ -127,9 +127,9 @@ class Played:
         for name in ("p0", "d0"):
             self.commands += self.scheduler.worker_up(peer(name), now=self.now)
 
-    def submit(self, turn: str, tokens: list[int], key: str = "", *, tool: bool = False) -> None:
+    def submit(self, turn: str, tokens: list[int], key: str = "", said: Said = UNSAID) -> None:
         params = SamplingParams(max_tokens=16)
-        self.commands += self.scheduler.submit(turn, tokens, params, 0, key, "", self.now, tool=tool)
+        self.commands += self.scheduler.submit(turn, tokens, params, 0, key, "", self.now, said)
 
     def report(
         self, worker: str, said: Sequence[TurnOutput] = (), moves: Sequence[Move] = (), steps: Sequence[StepTime] = ()
@@ -164,7 +164,7 @@ def played(now: float) -> Scheduler:
     play.first("b", waited=0.0, prefill=1.0, exposed=0.25)
     play.end("b", decode=1.0)
     play.now += 10
-    play.submit("c", [1] * 60 + [7, 8, 9] + [3] * 20, "c1", tool=True)
+    play.submit("c", [1] * 60 + [7, 8, 9] + [3] * 20, "c1", Said(tool_result=True))
     play.first("c", waited=0.5, prefill=0.25, cached=48)
     play.end("c", decode=1.0)
     play.submit("d", [4] * 60)
@@ -207,7 +207,6 @@ class FakeClient:
         conversation: str | int = "",
         salt: str = "",
         request_id: str = "",
-        tool: bool = False,
         said: Said = UNSAID,
     ) -> FakeTurn:
         if self.refuse is not None:

@@ -14,6 +14,7 @@ from miniserve.worker.handoff import Handoffs
 from miniserve.worker.sequence import Sequence
 from tests.support.doors import NO_DOOR
 from tests.support.tiny import prompts, reference
+from tests.support.whole import check_pool
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPT = prompts(1, seed=8, shortest=100, longest=100)[0]
@@ -101,6 +102,6 @@ class Pair:
     def check(self) -> None:
         """Neither side holds a page."""
         for side in (self.p, self.d):
-            side.engine.pool.check()
+            check_pool(side.engine.pool)
             assert side.engine.pool.num_held == 0
             assert not side.handoffs.sender.leases

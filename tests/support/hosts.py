@@ -116,7 +116,7 @@ class Hosts:
         environment = os.environ | {
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "5",
+            "RAY_health_check_failure_threshold": "12",
             "RAY_DISABLE_MEMORY_MONITOR": "1",
             "RAY_memory_monitor_refresh_ms": "0",
         }

@@ -20,6 +20,7 @@ from miniserve.worker.engine import Engine
 from miniserve.worker.peers import PeerTable
 from miniserve.worker.ranks import Follower
 from miniserve.worker.sequence import Sequence
+from tests.support.whole import check_pool
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def generate(engine: Engine, items: list[list[int]], params: SamplingParams) -> 
         engine.admit()
         for output in engine.step().outputs:
             found[int(output.turn)].append(output)
-    engine.pool.check()
+    check_pool(engine.pool)
     assert engine.pool.num_held == 0
     return found
 

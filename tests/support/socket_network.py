@@ -159,7 +159,7 @@ class End:
 
     @property
     def threads(self) -> list[threading.Thread]:
-        return [self.transfer._receiving.thread, self.transfer._sending.thread]
+        return [self.transfer.receiving.thread, self.transfer.giving.thread]
 
     @property
     def asked(self) -> list[list[int]]:

@@ -9,7 +9,8 @@ from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence, State
-from miniserve.worker.step import Done, Work
+from miniserve.worker.step import Launched, Work
+from tests.support.whole import check_pool
 
 PAGE = 4
 
@@ -17,8 +18,9 @@ PAGE = 4
 class Model:
     eos: frozenset[int] = frozenset()
 
-    def launch(self, batch: list[Work]) -> Done:
-        return Done([(1, None) for work in batch if work.samples])
+    def launch(self, batch: list[Work]) -> Launched:
+        sampled = [(1, None) for work in batch if work.samples]
+        return lambda: sampled
 
 
 class World:
@@ -57,7 +59,7 @@ class World:
         for _ in range(count):
             self.engine.admit()
             self.engine.step()
-            self.pool.check()
+            check_pool(self.pool)
         return self.matched - before
 
 

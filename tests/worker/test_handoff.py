@@ -11,6 +11,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.worker.sequence import Sequence, State
 from tests.support.handoff_pair import GREEDY, PROMPT, Pair
 from tests.support.tiny import prompts, reference
+from tests.support.whole import check_pool
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_losing_p(pair, published):
         pair.d.handoffs.receiver.on_publish(message, "p0")
     assert pair.finish() == pair.text
     assert pair.d.engine.pool.num_held == 0
-    pair.d.engine.pool.check()
+    check_pool(pair.d.engine.pool)
 
 
 @pytest.mark.parametrize("steps", range(6))

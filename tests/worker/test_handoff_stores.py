@@ -1,4 +1,4 @@
-"""Handoffs whose copies take their time, as on a GPU: stores go on beside steps, aborts and failures."""
+"""Handoffs whose copies take their time, as on a GPU: they go on beside steps, aborts and failures."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ def pair(tiny_folder):
 
 
 class SlowStore:
-    """Every copy to `side`, written and `stored` only when `finish` says so. `log` is what was done to copies."""
+    """Every copy to `side`; the first is written and `stored` only when `finish` says so. `log` is what was done to
+    copies."""
 
     def __init__(self, side: Side, monkeypatch) -> None:
         self.log: list[str] = []
         self.unfinished: list[Storing] = []
         transfer = side.handoffs.peers.transfer("p0")
         fetch = transfer.fetch
-        monkeypatch.setattr(transfer, "fetch", lambda pages, lease: Storing(self, fetch(pages, lease)))
+        monkeypatch.setattr(transfer, "fetch", lambda *what: Storing(self, lambda: fetch(*what)))
 
     def finish(self) -> None:
-        for copy in self.unfinished:
-            copy.write()
-        self.unfinished = []
+        self.unfinished.pop(0).write()
 
 
 class Storing:
-    ready = True
     seconds = 2.0
 
-    def __init__(self, slow: SlowStore, copy) -> None:
-        self.slow, self.copy = slow, copy
+    def __init__(self, slow: SlowStore, fetch) -> None:
+        self.slow, self.fetch = slow, fetch
         self.written = self.broken = False
+        slow.log.append("fetch")
+        slow.unfinished.append(self)
 
     @property
     def stored(self) -> bool:
@@ -45,19 +45,15 @@ class Storing:
             raise TransferError("the connection to the peer broke")
         return self.written
 
-    def store(self, ours: list[int]) -> None:
-        self.slow.log.append("store")
-        self.slow.unfinished.append(self)
-        self.ours = ours
-
     def write(self) -> None:
-        self.copy.store(self.ours)
+        self.fetch()
         self.written = True
 
     def abandon(self) -> None:
         """The last moment at which it may still be written."""
         self.slow.log.append("abandon")
-        self.slow.finish()
+        self.slow.unfinished.remove(self)
+        self.write()
 
 
 def test_a_store_that_takes_several_polls(pair, monkeypatch):
@@ -70,7 +66,7 @@ def test_a_store_that_takes_several_polls(pair, monkeypatch):
         for _ in range(3):
             pair.d.handoffs.receiver.poll()
             pair.d.step()
-        assert len(slow.log) == len(done), "one after the other, each begun once"
+        assert slow.log == ["fetch"] * 4, "each is begun once, when it is published"
         assert sequence.computed == done[-1], "nothing counts before it is stored"
         assert pair.d.handoffs.receiver.copying
         assert not pair.d.take(Release)
@@ -84,7 +80,7 @@ def test_a_store_that_takes_several_polls(pair, monkeypatch):
     assert pair.d.handoffs.receiver.moves[0].seconds == 8.0
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 0
-    assert slow.log == ["store"] * 4
+    assert slow.log == ["fetch"] * 4
     pair.check()
 
 
@@ -100,7 +96,7 @@ def test_an_abort_while_pages_are_stored(pair, monkeypatch, before):
         pair.d.handoffs.receiver.poll()
     pair.d.handoffs.receiver.abort("t")
     pair.d.engine.abort("t")
-    assert slow.log == ["store"] * (before + 1) + ["abandon"]
+    assert slow.log == ["fetch"] * 4 + ["abandon"] * (4 - before)
     assert pair.d.take(Release)
     pair.p.handoffs.sender.on_release("t")
     pair.d.handoffs.receiver.poll()
@@ -137,7 +133,7 @@ def test_giving_up_while_pages_are_stored(pair, monkeypatch, why, before):
             pair.d.handoffs.receiver.poll()
     assert sequence.state is State.RUNNING
     assert sequence.computed == before * 32
-    assert slow.log == ["store"] * (before + 1) + ["abandon"] * (why not in ("late", "broken")), (
+    assert slow.log == ["fetch"] * 3 + ["abandon"] * (3 - before - (why in ("late", "broken"))), (
         "what is over needs no abandoning"
     )
     pair.p.handoffs.sender.on_release("t")

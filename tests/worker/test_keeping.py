@@ -16,6 +16,7 @@ from miniserve.worker.build import Built, build
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
 from tests.support.tiny import prompts, reference
+from tests.support.whole import check_pool
 
 PAGE_BYTES = 2 * 2 * 16 * 2 * 32 * 4
 """Of the tiny model in fp32: layers, keys and values, tokens, heads, their size, bytes."""
@@ -58,10 +59,10 @@ def run(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
         engine.admit()
         engine.step()
         assert engine.pool.num_free + engine.pool.num_cached + engine.pool.num_held == engine.pool.num_pages
-    engine.pool.check()
+    check_pool(engine.pool)
     assert engine.pool.num_held == 0
     if engine.host is not None:
-        engine.host.check()
+        check_pool(engine.host)
     return [turn.tokens[turn.given :] for turn in sequences]
 
 

@@ -9,8 +9,9 @@ from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Sampled, Work
+from miniserve.worker.step import Launched, Sampled, Work
 from tests.support.engines import prompts, small
+from tests.support.whole import check_pool
 
 END = 99
 
@@ -26,7 +27,7 @@ class Device:
         self._end_at = end_at
         self._said: dict[str, int] = {}
 
-    def launch(self, batch: list[Work]) -> Waiting:
+    def launch(self, batch: list[Work]) -> Launched:
         number = sum(line.startswith("launch") for line in self.log)
         self.log.append(f"launch {number}: " + ", ".join(f"{w.sequence.turn} {w.count}" for w in batch))
         tokens = []
@@ -35,16 +36,12 @@ class Device:
                 turn = work.sequence.turn
                 said = self._said[turn] = self._said.get(turn, 0) + 1
                 tokens.append(END if said == self._end_at else said)
-        return Waiting(self.log, number, tokens)
 
+        def wait() -> Sampled:
+            self.log.append(f"wait {number}")
+            return [(token, None) for token in tokens]
 
-class Waiting:
-    def __init__(self, log: list[str], number: int, tokens: list[int]) -> None:
-        self._log, self._number, self._tokens = log, number, tokens
-
-    def wait(self) -> Sampled:
-        self._log.append(f"wait {self._number}")
-        return [(token, None) for token in self._tokens]
+        return wait
 
 
 def engine(device: Device, pages: int = 100) -> Engine:
@@ -77,7 +74,7 @@ def rounds(made: Engine, said: dict[str, list[int]], most: int) -> dict[str, lis
 def run(made: Engine) -> dict[str, list[int]]:
     """Until nothing is left; what each turn said."""
     said = rounds(made, {}, 1000)
-    made.pool.check()
+    check_pool(made.pool)
     assert made.pool.num_held == 0
     return said
 
@@ -120,7 +117,7 @@ def test_an_abort_between_launch_and_wait() -> None:
     made.abort("a")
     assert made.pool.num_held == 2, "b's: its prompt, and the token that is under way"
     assert rounds(made, said, 100) == {"a": [1], "b": [1, 2, 3, 4, 5]}
-    made.pool.check()
+    check_pool(made.pool)
     assert made.pool.num_held == 0
 
 
@@ -179,5 +176,5 @@ def test_what_is_sampled_is_the_same(tiny_models, params) -> None:
         llm = small(tiny_models["llama"], async_scheduling=overlap)
         all_params = [SamplingParams(max_tokens=20, **params) for _ in items]
         found.append([g.outputs for g in llm.generate(items, all_params, progress=False)])
-        llm.engine.pool.check()
+        check_pool(llm.engine.pool)
     assert found[0] == found[1]

@@ -15,7 +15,7 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.pace import LEAST_SHARE, Pace
 from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Done, Work
+from miniserve.worker.step import Launched, Work
 
 LONE, TOKEN = 0.01, 0.001
 
@@ -136,14 +136,15 @@ class Machine:
         self.steps: list[tuple[int, int, float]] = []
         self.shares: list[dict[str, int]] = []
 
-    def launch(self, batch: list[Work]) -> Done:
+    def launch(self, batch: list[Work]) -> Launched:
         prompts = sum(work.count for work in batch if not work.is_decode)
         streams = sum(work.is_decode for work in batch)
         seconds = LONE + TOKEN * prompts
         self.now += seconds
         self.steps.append((prompts, streams, seconds))
         self.shares.append({work.sequence.turn: work.count for work in batch})
-        return Done([(7, None) for work in batch if work.samples])
+        sampled = [(7, None) for work in batch if work.samples]
+        return lambda: sampled
 
 
 @pytest.mark.parametrize("stretch", [5.0, 9.0])

@@ -14,8 +14,10 @@ from tests.model.test_layouts import fused, laid
 from tests.model.test_quantized import dequantized
 from tests.support import tiny
 from tests.support.engines import prompts, small
+from tests.support.native_kernels import op_by_op
 from tests.support.packed import awq, fp8, gptq, write_packed
 from tests.support.ranks import generate, greedy, several
+from tests.support.whole import check_pool
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +61,7 @@ def test_torch_kernels(wide, arch):
 def test_op_by_op(wide, arch):
     with several(wide[arch], 2) as built:
         for one in built:
-            one.runner.transformer._fused = None
+            one.runner.transformer = op_by_op(one.runner.transformer)
         assert greedy(built[0].engine, ITEMS, TOKENS) == tiny.reference(wide[arch], ITEMS, TOKENS)
 
 
@@ -131,7 +133,7 @@ def test_pages_leave_and_come_back(wide):
         assert engine.host.offloaded > 0
         assert engine.host.restored > 0
         assert engine.snapshots.used > 0
-        engine.pool.check()
+        check_pool(engine.pool)
 
 
 def test_scores_of_prompts(wide, monkeypatch):

@@ -21,6 +21,7 @@ from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Work
 from tests.support.handoff_pair import Pair, Side
 from tests.support.tiny import reference
+from tests.support.whole import check_pool
 
 PAGE = 16
 SIZE = 3
@@ -40,12 +41,12 @@ def run(engine: Engine, *sequences: Sequence) -> list[list[int]]:
     while engine.waiting or engine.running:
         engine.admit()
         engine.step()
-    engine.pool.check()
+    check_pool(engine.pool)
     assert engine.pool.num_held == 0
     assert engine.snapshots is not None
     assert len(engine.snapshots._free) == engine.snapshots.slots.slots
     if engine.host is not None:
-        engine.host.check()
+        check_pool(engine.host)
     return [sequence.tokens[sequence.given :] for sequence in sequences]
 
 
@@ -294,7 +295,7 @@ def test_a_prefiller_keeps_room_for_the_states_that_it_hands_over(hybrid_folder:
             p.handoffs.sender.on_release(message.turn)
         commits += done
     assert [len(message.state) for message in commits] == [SIZE, SIZE]
-    p.engine.pool.check()
+    check_pool(p.engine.pool)
     assert p.engine.pool.num_held == 0
 
 

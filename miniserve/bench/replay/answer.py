@@ -8,7 +8,7 @@ import aiohttp
 import msgspec
 
 from miniserve.bench.replay.metrics import TurnTimes
-from miniserve.bench.replay.server import Event, TargetServer, TokenCounts, body_message
+from miniserve.bench.replay.server import Event, TargetServer, body_message
 
 CONNECT_SECONDS = 10.0
 KEEP_SECONDS = 4.0
@@ -31,7 +31,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     tokens: int = 0
     times: list[float] = field(default_factory=list)
-    usage: TokenCounts | None = None
+    counts: tuple[int | None, int] | None = None
+    """The server's own ones: tokens of the prompt that it found cached, and of the output."""
 
     def take(self, event: Event, now: float) -> None:
         """Add an event that came at `now`. Raises `TurnError` for one that reports an error."""
@@ -42,12 +43,13 @@ class Answer:
             self.tokens += event.tokens
         if event.ids:
             self.ids += event.ids
-        self.usage = event.usage or self.usage
+        if event.output is not None:
+            self.counts = event.cached, event.output
 
     def turn(self, sent: float, error: str) -> TurnTimes:
         """The turn, which ends now. The server's count of output tokens goes before that of its events."""
         times = self.times or [time.monotonic()]
-        cached, output = (self.usage.cached, self.usage.output) if self.usage else (None, self.tokens)
+        cached, output = self.counts or (None, self.tokens)
         return TurnTimes(sent, times[0], times[-1], self.prompt, cached, output, error)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from miniserve.bench.replay.workload import Script
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 
 BURST = 8
 """Conversations that arrive at once with `burst`."""
@@ -39,9 +39,7 @@ class Distribution(NamedTuple):
             if parsed.kind not in kinds or not least <= parsed.low <= parsed.high < 1e9:
                 raise ValueError
         except ValueError:
-            raise ConfigError(
-                f"{text!r} is not a number or distribution: write 5, 0..30 (uniform), log:67..8000 or exp:10 (mean)"
-            ) from None
+            raise ConfigError(problem("bench.no_distribution", text=text)) from None
         return parsed
 
     def __str__(self) -> str:

@@ -27,7 +27,7 @@ from miniserve.bench.replay.energy import Energy
 from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
 from miniserve.bench.replay.workload import Script, Workload
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 VOCAB = 32_000
@@ -90,11 +90,8 @@ def _check_length(config: ReplayConfig, server: TargetServer) -> None:
     if server.max_model_len is not None and longest > server.max_model_len:
         fits = config.scale_tokens * server.max_model_len / longest
         digits = 10 ** (1 - math.floor(math.log10(fits)))
-        raise ConfigError(
-            f"The longest conversation has {longest:,} tokens, the server's context {server.max_model_len:,}: "
-            f"--scale-tokens {math.floor(fits * digits) / digits:g} would fit, or fewer --max-turns, or a larger "
-            "--max-model-len of the server."
-        )
+        factor = math.floor(fits * digits) / digits
+        raise ConfigError(problem("bench.too_long", longest=longest, context=server.max_model_len, factor=factor))
 
 
 class Replay:
@@ -173,10 +170,7 @@ class Replay:
                 seed = self._workload.seed + ALONE * (n + 1)
                 times = await self._converse(script, seed, time.monotonic(), gaps=False)
                 if times.failed:
-                    raise ConfigError(
-                        f"Conversation {script.key!r} failed even alone on the server, so there is nothing to compare "
-                        f"with: {times.turns[-1].error}"
-                    )
+                    raise ConfigError(problem("bench.failed_alone", key=script.key, error=times.turns[-1].error))
                 known[sizes] = latency(times)
             self.standalone[script.key] = known[sizes]
 

@@ -11,7 +11,7 @@ import numpy as np
 from miniserve.bench.replay.distributions import Distribution, arrivals, choose, generator
 from miniserve.bench.replay.traces import read_trace
 from miniserve.bench.replay.workload import Script, TurnSize, Workload
-from miniserve.config import ConfigError, tables
+from miniserve.config import ConfigError, problem, tables
 
 COUNT = 255
 """Scripts of a made-up workload by default: as many as in the paper's evaluation."""
@@ -71,8 +71,7 @@ def load(text: str, count: int | None, seed: int) -> list[Script]:
     if text in _GENERATORS or text.startswith("mix:"):
         return generate(text, COUNT if count is None else count, seed)
     if not (path := Path(text)).exists():
-        known = ", ".join((*_GENERATORS, "or a mix like mix:swe-agent=0.5,chat=0.5"))
-        raise ConfigError(f"{text!r} is neither a trace's file nor a workload: {known}.")
+        raise ConfigError(problem("bench.no_workload", text=text, known=", ".join(_GENERATORS)))
     return choose(read_trace(path), count, seed)
 
 
@@ -148,10 +147,7 @@ def _mix(text: str) -> tuple[list[str], list[float]]:
         except ValueError:
             weight = 0.0
         if name not in _GENERATORS or name in weights or not 0 < weight < math.inf:
-            raise ConfigError(
-                f"{text!r} is no mix: write mix:swe-agent=0.5,chat=0.5, each name once with a weight above 0; "
-                f"known are {', '.join(_GENERATORS)}."
-            )
+            raise ConfigError(problem("bench.no_mix", text=text, known=", ".join(_GENERATORS)))
         weights[name] = weight
     return list(weights), [weight / sum(weights.values()) for weight in weights.values()]
 

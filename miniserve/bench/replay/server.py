@@ -13,26 +13,21 @@ import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from miniserve.config import ConfigError, Topology
+from miniserve.config import ConfigError, Topology, problem
 
 ASK_SECONDS = 10.0
 """How long a server may take to answer a question about itself."""
 
 
-class TokenCounts(NamedTuple):
-    """The server's own count of a turn's tokens; `cached` is None where it does not report it."""
-
-    cached: int | None
-    output: int
-
-
 class Event(NamedTuple):
     """An event of a stream: `tokens` came with it; `ids` are theirs, None where the server does not send them; `done`
-    marks the last one."""
+    marks the last one. `cached` and `output` are the server's own counts of the turn's tokens, None where it does not
+    report them."""
 
     tokens: int = 0
     ids: list[int] | None = None
-    usage: TokenCounts | None = None
+    cached: int | None = None
+    output: int | None = None
     done: bool = False
     error: str = ""
 
@@ -86,18 +81,19 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
         if data == b"[DONE]":
             return Event(done=True)
         chunk = _chunk.decode(data)
-        error, usage = error_message(chunk.error), None
+        error = error_message(chunk.error)
         if self.native:
-            if chunk.stop:
-                usage = TokenCounts((chunk.timings or {}).get("cache_n"), chunk.tokens_predicted)
-            return Event(len(chunk.tokens), chunk.tokens, usage, chunk.stop, error)
+            event = Event(len(chunk.tokens), chunk.tokens, error=error)
+            cached, output = (chunk.timings or {}).get("cache_n"), chunk.tokens_predicted
+            return event._replace(cached=cached, output=output, done=True) if chunk.stop else event
         tokens, ids = 0, None
         for choice in chunk.choices:
             ids = choice.token_ids
             tokens = len(ids) if ids is not None else int(bool(choice.text))
-        if said := chunk.usage:
-            usage = TokenCounts((said.prompt_tokens_details or {}).get("cached_tokens"), said.completion_tokens)
-        return Event(tokens, ids, usage, error=error)
+        if not (said := chunk.usage):
+            return Event(tokens, ids, error=error)
+        cached = (said.prompt_tokens_details or {}).get("cached_tokens")
+        return Event(tokens, ids, cached, said.completion_tokens, error=error)
 
 
 async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> TargetServer:
@@ -111,10 +107,7 @@ async def describe(http: aiohttp.ClientSession, url: str, model: str | None) -> 
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
         raise ConfigError(f"--url {url!r} is no address: write it like http://127.0.0.1:8000.") from error
     except (aiohttp.ClientError, OSError) as error:
-        raise ConfigError(
-            f"No server answers at {url} ({str(error) or type(error).__name__}). Start one with `miniserve serve`, or "
-            "name another with --url."
-        ) from error
+        raise ConfigError(problem("cli.no_server", url=url, cause=str(error) or type(error).__name__)) from error
     if status in (401, 403):
         raise ConfigError(f"The server at {url} wants an API key: give it with --api-key.")
     try:

@@ -5,7 +5,7 @@ asks for the next token; and a `SimulatedLink` moves no bytes, it lets the time 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 from miniserve.bench.simulate.hardware import Hardware
@@ -18,7 +18,7 @@ from miniserve.worker.handoff import Handoffs
 from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Done, Work
+from miniserve.worker.step import Launched, Sampled, Work
 
 LAYOUT = "simulated"
 PATIENCE = 30.0
@@ -30,59 +30,51 @@ Span = tuple[float, float, str]
 """Start, end, and what it was: prefill, decode, mixed or transfer."""
 
 
+@dataclass(eq=False)
 class SimulatedWorker:
     """One worker of the cluster, with its inbox. The simulation calls `round` when it is due. `speak` returns the next
     token of a complete sequence."""
 
+    name: str
+    role: Role
+    host: str
+    hardware: Hardware
+    speak: Callable[[Sequence], int]
+    deliver: Send
+    max_model_len: int
+    stretch: float
+    caching: bool
+    record: bool
     eos: frozenset[int] = frozenset()
+    now: float = 0.0
+    """Its own time, which its steps move on."""
+    busy: float = 0.0
+    """Seconds in which the device computed."""
+    inbox: list[Envelope] = field(default_factory=list)
+    due: float = inf
+    """The time of its next round; infinite while none is due."""
+    spans: list[Span] = field(default_factory=list)
+    """With `record`: what the device did, and when KV was on its way to this worker."""
+    kv: list[tuple[float, int, int]] = field(default_factory=list)
+    """With `record`: (time, held, cached pages) after each round."""
 
-    def __init__(
-        self,
-        name: str,
-        role: Role,
-        host: str,
-        hardware: Hardware,
-        speak: Callable[[Sequence], int],
-        send: Send,
-        *,
-        max_model_len: int,
-        stretch: float,
-        caching: bool,
-        record: bool,
-    ) -> None:
-        self.name = name
-        self.role = role
-        self.host = host
-        self.hardware = hardware
-        self.now = 0.0
-        """Its own time, which its steps move on."""
-        self.busy = 0.0
-        """Seconds in which the device computed."""
-        self.inbox: list[Envelope] = []
-        self.due = inf
-        """The time of its next round; infinite while none is due."""
-        self.spans: list[Span] = []
-        """With `record`: what the device did, and when KV was on its way to this worker."""
-        self.kv: list[tuple[float, int, int]] = []
-        """With `record`: (time, held, cached pages) after each round."""
-        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order("expected"), caching=caching)
-        self._speak = speak
-        self._send = send
+    def __post_init__(self) -> None:
+        hardware, clock = self.hardware, self.clock
+        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order("expected"), caching=self.caching)
         self._page_bytes = hardware.page_tokens * hardware.kv_bytes_per_token
-        self.record = record
         engine = Engine(
             self,
             self.pool,
             page_tokens=hardware.page_tokens,
             max_num_batched_tokens=hardware.max_num_batched_tokens,
             max_num_seqs=hardware.max_num_seqs,
-            max_model_len=max_model_len,
-            pace=Pace(hardware.max_num_batched_tokens, stretch) if stretch else None,
-            clock=self.clock,
+            max_model_len=self.max_model_len,
+            pace=Pace(hardware.max_num_batched_tokens, self.stretch) if self.stretch else None,
+            clock=clock,
         )
-        handoffs = Handoffs(engine, self._page_bytes, LAYOUT, PATIENCE, self.send, self._connect, self.clock)
+        handoffs = Handoffs(engine, self._page_bytes, LAYOUT, PATIENCE, self.send, self._connect, clock)
         self.worker = Worker(
-            name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=2**31, clock=self.clock
+            self.name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=2**31, clock=clock
         )
 
     @property
@@ -96,7 +88,7 @@ class SimulatedWorker:
     def clock(self) -> float:
         return self.now
 
-    def launch(self, batch: list[Work]) -> Done:
+    def launch(self, batch: list[Work]) -> Launched:
         """Make a step that takes as long as on the hardware."""
         started = self.now
         chunks = [(work.count, work.start) for work in batch if not work.is_decode]
@@ -107,7 +99,8 @@ class SimulatedWorker:
         if self.record:
             kind = "decode" if not chunks else "prefill" if len(chunks) == len(batch) else "mixed"
             self.spans.append((started, self.now, kind))
-        return Done([(self._speak(work.sequence), None) for work in batch if work.samples])
+        sampled: Sampled = [(self.speak(work.sequence), None) for work in batch if work.samples]
+        return lambda: sampled
 
     def round(self, now: float) -> float:
         """Run its loop once from `now` on; returns when the next round is due if no message comes before."""
@@ -119,7 +112,7 @@ class SimulatedWorker:
         return self.now + self.worker.rest
 
     def send(self, address: str, body: Message) -> None:
-        self._send(self.name, address, self.now, body)
+        self.deliver(self.name, address, self.now, body)
 
     def forget(self, address: str) -> None: ...
 
@@ -133,8 +126,8 @@ class SimulatedLink:
     near: bool
     free: float = 0.0
 
-    def fetch(self, pages: list[int], lease: float = inf) -> "SimulatedCopy":
-        begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(pages), self.near)
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = inf) -> "SimulatedCopy":
+        begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(theirs), self.near)
         self.free = begin + seconds
         if self.worker.record:
             self.worker.spans.append((begin, self.free, "transfer"))
@@ -150,12 +143,9 @@ class SimulatedCopy:
     seconds: float
     at: float
     worker: SimulatedWorker
-    stored: bool = True
 
     @property
-    def ready(self) -> bool:
+    def stored(self) -> bool:
         return self.worker.now >= self.at
-
-    def store(self, ours: list[int]) -> None: ...
 
     def abandon(self) -> None: ...

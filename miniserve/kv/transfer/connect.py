@@ -35,9 +35,9 @@ def connect(memory: KVMemory, ours: PoolInfo, door: Door, peer: Peer, how: str) 
             from miniserve.kv.transfer.remote import RemoteTransfer
 
             return RemoteTransfer(Nccl(memory), door, peer)
-        from miniserve.kv.transfer.mapped import CudaMappedTransfer, MappedTransfer
+        from miniserve.kv.transfer.mapped import MappedTransfer
 
-        return CudaMappedTransfer(memory, peer) if memory.shared is None else MappedTransfer(memory, peer)
+        return MappedTransfer(memory, peer)
     # Another process may have the number of a dead one by now.
     except (OSError, ValueError, RuntimeError) as error:
         log.warning("no way to the pool of %s: %s", peer.name, error)

@@ -13,36 +13,29 @@ class TransferError(RuntimeError):
 
 
 class Copy(Protocol):
-    """Pages on their way here."""
+    """Pages on their way to ours."""
 
     @property
     def seconds(self) -> float:
-        """How long they were on their way beside our steps, once `stored`; what `store` itself takes comes on top."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether `store` would return at once."""
-
-    def store(self, ours: list[int]) -> None:
-        """Begin to write them to our pages `ours`, as many and in the order of `fetch`. Raises `TransferError`."""
+        """How long they were on their way beside our steps, once `stored`; what `fetch` itself takes comes on top."""
 
     @property
     def stored(self) -> bool:
-        """Whether what `store` has begun is done, so that every reader may read the pages. On a CPU, when it returns.
-        Raises `TransferError` if it will never be; nothing is written to the pages then."""
+        """Whether all are written, so that every reader may read the pages. Raises `TransferError` if they will never
+        be; nothing is written to the pages then."""
 
     def abandon(self) -> None:
-        """Give up what `store` has begun. From now on the pages may be given to other sequences: whatever is still
-        written to them is written before all that the engine computes, or another copy writes, from here on."""
+        """Give them up. From now on the pages may be given to other sequences: whatever is still written to them is
+        written before all that the engine computes, or another copy writes, from here on."""
 
 
 class Transfer(Protocol):
     """The way between one peer's pool and our own, both directions."""
 
-    def fetch(self, pages: list[int], lease: float = math.inf) -> Copy:
-        """Begin to get `pages` of the peer's pool, which are complete on its device. If the peer sends them, they do
-        not come when its clock shows more than `lease` at the end. Who copies them itself, on the peer's host, reads
-        the same clock."""
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = math.inf) -> Copy:
+        """Begin to write pages `theirs` of the peer's pool, which are complete on its device, to our pages `ours`, as
+        many and in this order. If the peer sends them, they do not count when its clock shows more than `lease` at the
+        end. Who copies them itself, on the peer's host, reads the same clock."""
 
     def close(self) -> None:
         """The peer is gone."""

@@ -3,85 +3,70 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, SharedMemory
-from miniserve.kv.side import Fence, FencedCopy, PassedFence, SideStream, copy_pages
+from miniserve.kv.side import Fence, PassedFence, SideStream, copy_pages
 
 
-class PulledTransfer(ABC):
-    """A `Transfer` in which the receiver copies the pages itself, on `side`; without one the copies are complete when
-    `pull` returns."""
+@dataclass(frozen=True)
+class MappedCopy:
+    """A `Copy` that is made on `side`, up to `fence`; on a CPU it has been made."""
 
-    side: SideStream | None = None
+    fence: Fence
+    side: SideStream | None
 
-    def fetch(self, pages: list[int], lease: float = math.inf) -> PulledCopy:
-        return PulledCopy(self, pages)
+    @property
+    def stored(self) -> bool:
+        return self.fence.done
 
-    @abstractmethod
-    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
-        """Begin to copy page `theirs[i]` of the peer to our page `ours[i]`."""
+    @property
+    def seconds(self) -> float:
+        return self.fence.seconds
+
+    def abandon(self) -> None:
+        if self.side is not None:
+            self.side.lead()
+
+
+class MappedTransfer:
+    """A `Transfer` in which the receiver copies the pages itself. On a CPU the peer's shared memory is mapped into this
+    process once; a page is copied by one memcpy. Of a pool on a GPU, ours or another that ours can read, pages are
+    copied beside our steps, on `side`: unverified (docs/gpu.md)."""
+
+    def __init__(self, memory: KVMemory, peer: Peer) -> None:
+        """Raises OSError or RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
+        pool, self.side = peer.pool, None if memory.shared is not None else SideStream(memory.pages.device)
+        self._ours: Any
+        self._theirs: Any
+        if self.side is None:
+            self._ours = memory.bytes.numpy()
+            theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes)
+            self._theirs = theirs.reshape(pool.num_pages, pool.page_bytes)
+        else:
+            self._ours = memory.bytes.view(torch.int64)
+            self._theirs = map_pool(pool, memory.pages.device)
+            # Proves that the way is open before a turn needs it. No step reads the scratch page.
+            self.fetch([0], [memory.num_pages]).fence.wait()
+
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = math.inf) -> MappedCopy:
+        """As `Transfer.fetch`. A GPU begins when nothing given to the engine's stream before can still read or write
+        our pages."""
+        if self.side is None:
+            for source, destination in zip(theirs, ours, strict=True):
+                self._ours[destination] = self._theirs[source]
+            return MappedCopy(PassedFence(), None)
+        self.side.follow()
+        return MappedCopy(self.side.run(lambda: copy_pages(self._theirs, theirs, self._ours, ours)), self.side)
 
     def close(self) -> None:
         """The mapping goes with its last reader, which must not be a kernel that still runs."""
         if self.side is not None:
             self.side.drain()
-
-
-@dataclass(eq=False)
-class PulledCopy(FencedCopy):
-    """A `Copy` of pages that can be read at any time."""
-
-    transfer: PulledTransfer
-    pages: list[int]
-    ready = True
-
-    def store(self, ours: list[int]) -> None:
-        self.fence = self.transfer.pull(self.pages, ours)
-
-    def abandon(self) -> None:
-        if self.transfer.side is not None:
-            self.transfer.side.lead()
-
-
-class MappedTransfer(PulledTransfer):
-    """The peer's shared memory is mapped into this process once; a page is copied by one memcpy."""
-
-    def __init__(self, memory: KVMemory, peer: Peer) -> None:
-        """Raises OSError if the peer's process is gone."""
-        pool = peer.pool
-        self._ours = memory.bytes.numpy()
-        theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes)
-        self._theirs = theirs.reshape(pool.num_pages, pool.page_bytes)
-
-    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
-        for source, destination in zip(theirs, ours, strict=True):
-            self._ours[destination] = self._theirs[source]
-        return PassedFence()
-
-
-class CudaMappedTransfer(PulledTransfer):
-    """The same for a pool on a GPU, ours or another that ours can read: pages are copied beside our steps. Unverified
-    on a GPU (docs/gpu.md)."""
-
-    side: SideStream
-
-    def __init__(self, memory: KVMemory, peer: Peer) -> None:
-        """Raises RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
-        self._ours = memory.bytes.view(torch.int64)
-        self._theirs = map_pool(peer.pool, memory.pages.device)
-        self.side = SideStream(memory.pages.device)
-        # Proves that the way is open before a turn needs it. No step reads the scratch page.
-        self.pull([0], [memory.num_pages]).wait()
-
-    def pull(self, theirs: list[int], ours: list[int]) -> Fence:
-        """The copy begins when nothing given to the engine's stream before can still read or write our pages."""
-        self.side.follow()
-        return self.side.run(lambda: copy_pages(self._theirs, theirs, self._ours, ours))
 
 
 def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:

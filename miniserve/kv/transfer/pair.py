@@ -1,23 +1,28 @@
 """How two workers meet whose pools cannot be mapped: each direction is a connection of its own, on which the receiver
-asks.
+asks, and its `Line` carries the pages.
 
 What is asked for is the numbers of pages of the owner's pool. A peer that dies breaks only its own pair: a connection
 that breaks takes along what was asked for on it, then both sides meet again. The receiver notices that when it asks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
+import math
 import socket
 import struct
 import threading
 import time
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Generic, TypeVar
 
 from miniserve.cluster.messages import Peer
+from miniserve.kv.memory import KVMemory
+from miniserve.kv.side import Fence
 from miniserve.kv.transfer.door import Door, receive
 from miniserve.kv.transfer.interface import TransferError
 
@@ -29,13 +34,41 @@ REQUEST = struct.Struct("<Id")
 """What comes before the numbers of the pages that are asked for: how many, and until when they are on lease."""
 
 
+class Line:
+    """Carries pages of `memory` in one direction. The engine's thread makes it, and calls `follow` and `lead`; the
+    direction's thread calls the others, which raise OSError or RuntimeError."""
+
+    def __init__(self, memory: KVMemory) -> None:
+        self.memory = memory
+
+    def follow(self) -> None:
+        """What is asked for from now on is written after all that the engine's stream was given."""
+
+    def lead(self) -> None:
+        """What is being received, up to the `fence` of its copy, was given up: it comes before all that the engine's
+        stream is given next."""
+
+    @contextlib.contextmanager
+    def opened(self, channel: socket.socket, closed: threading.Event) -> Iterator[None]:
+        """What it needs of a connection, until that breaks or `closed` is set."""
+        yield
+
+    def send(self, channel: socket.socket, pages: list[int]) -> None:
+        """Give pages that the peer has asked for."""
+        raise NotImplementedError
+
+    def receive(self, channel: socket.socket, copy: PairCopy) -> None:
+        """Write pages that were asked for to those of the copy; nowhere, if it is given up by then."""
+        raise NotImplementedError
+
+
 class Direction(ABC):
     """One direction of a pair. Its thread, to be started by the one who makes it, meets the `peer` again and again
     until `close`."""
 
-    def __init__(self, door: Door, peer: Peer, timeout: float) -> None:
+    def __init__(self, line: Line, door: Door, peer: Peer, timeout: float) -> None:
         """A peer that has begun and does not end within `timeout` seconds is taken for hung."""
-        self.door, self.peer, self.timeout = door, peer, timeout
+        self.line, self.door, self.peer, self.timeout = line, door, peer, timeout
         self.closed = threading.Event()
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -56,7 +89,8 @@ class Direction(ABC):
                     self._channel = channel
                 try:
                     if not self.closed.is_set():
-                        self._converse(channel)
+                        with self.line.opened(channel, self.closed):
+                            self._converse(channel)
                 except (OSError, RuntimeError) as error:  # RuntimeError: a `TransferError`, or what CUDA says
                     if not self.closed.is_set():
                         log.warning("the connection with %s broke: %s", self.peer.name, error)
@@ -75,11 +109,10 @@ class Direction(ABC):
 
 
 class Giving(Direction):
-    """The direction in which we give what we are asked for, pages below `num_pages`."""
+    """The direction in which we give what we are asked for."""
 
-    def __init__(self, door: Door, peer: Peer, num_pages: int, timeout: float) -> None:
-        super().__init__(door, peer, timeout)
-        self._num_pages = num_pages
+    def __init__(self, line: Line, door: Door, peer: Peer, timeout: float) -> None:
+        super().__init__(line, door, peer, timeout)
         self._guests: SimpleQueue[socket.socket | None] = SimpleQueue()
         door.expect((peer.name, peer.epoch), self._guests)
 
@@ -93,47 +126,60 @@ class Giving(Direction):
             raise TransferError("closed")
         return channel
 
-    def asked(self, channel: socket.socket) -> tuple[list[int], float]:
-        """The pages that are asked for next, and until when they are on lease. Raises OSError or `TransferError`."""
-        channel.settimeout(None)
-        count, deadline = REQUEST.unpack(receive(channel, REQUEST.size))
-        channel.settimeout(self.timeout)
-        if not 0 < count <= self._num_pages:
-            raise TransferError(f"it asks for {count} pages of {self._num_pages}")
-        pages = array("i", receive(channel, 4 * count)).tolist()
-        if not 0 <= min(pages) <= max(pages) < self._num_pages:
-            raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {self._num_pages}")
-        return pages, deadline
-
-    @staticmethod
-    def judge(channel: socket.socket, deadline: float) -> None:
-        """All are given: say whether they were still on lease, by our clock, which is the lease's."""
-        channel.sendall(struct.pack("?", time.monotonic() <= deadline))
+    def _converse(self, channel: socket.socket) -> None:
+        most = self.line.memory.num_pages
+        while True:
+            channel.settimeout(None)
+            count, deadline = REQUEST.unpack(receive(channel, REQUEST.size))
+            channel.settimeout(self.timeout)
+            if not 0 < count <= most:
+                raise TransferError(f"it asks for {count} pages of {most}")
+            pages = array("i", receive(channel, 4 * count)).tolist()
+            if not 0 <= min(pages) <= max(pages) < most:
+                raise TransferError(f"it asks for pages {min(pages)} to {max(pages)} of {most}")
+            self.line.send(channel, pages)
+            # Whether they were still on lease, by our clock, which is the lease's.
+            channel.sendall(struct.pack("?", time.monotonic() <= deadline))
 
 
 @dataclass(eq=False)
-class Asked:
-    """Pages of the peer's pool, which are on lease until its clock shows `lease`. When they are `over`, they `came`, or
-    are lost."""
+class PairCopy:
+    """A `Copy` of pages that the peer has on lease until its clock shows `lease`. When they are `over`, they `came`, or
+    are lost. `ours`, empty when it is given up, and `fence`, the end of what a device writes, are guarded by the lock
+    of the direction."""
 
+    receiving: Receiving
     theirs: list[int]
+    ours: list[int]
     lease: float
-    over: threading.Event = field(default_factory=threading.Event, kw_only=True)
-    came: bool = field(default=False, kw_only=True)
+    over: threading.Event = field(default_factory=threading.Event)
+    came: bool = False
+    seconds: float = 0.0
+    fence: Fence | None = None
+
+    @property
+    def stored(self) -> bool:
+        if self.over.is_set() and not self.came:
+            raise TransferError("the lease ended before the pages were copied, or the connection to the peer broke")
+        return self.came
+
+    def abandon(self) -> None:
+        with self.receiving.lock:
+            self.ours = []
+            if self.fence is not None and not self.over.is_set():
+                self.receiving.line.lead()
 
 
-T = TypeVar("T", bound=Asked)
-
-
-class Receiving(Direction, Generic[T]):
+class Receiving(Direction):
     """The direction in which we receive: pages of one `ask` after the other."""
 
-    def __init__(self, door: Door, peer: Peer, timeout: float) -> None:
-        super().__init__(door, peer, timeout)
-        self._queue: SimpleQueue[T | None] = SimpleQueue()
+    def __init__(self, line: Line, door: Door, peer: Peer, timeout: float) -> None:
+        super().__init__(line, door, peer, timeout)
+        self._queue: SimpleQueue[PairCopy | None] = SimpleQueue()
 
-    def ask(self, copy: T) -> None:
+    def ask(self, copy: PairCopy) -> None:
         """Get pages when it is their turn. Belongs to the thread that calls `close`."""
+        self.line.follow()
         if self.closed.is_set():
             copy.over.set()
         else:
@@ -150,27 +196,15 @@ class Receiving(Direction, Generic[T]):
         channel.settimeout(self.timeout)
         while (copy := self._queue.get()) is not None:
             try:
-                copy.came = self._receive(channel, copy)
+                if copy.ours:
+                    channel.sendall(REQUEST.pack(len(copy.theirs), copy.lease) + array("i", copy.theirs).tobytes())
+                    self.line.receive(channel, copy)
+                    copy.came = receive(channel, 1) != b"\0"
             except BaseException:
                 self._lose_all()  # before it shows that the connection broke: what is asked for then is not lost
                 raise
             finally:
                 copy.over.set()
-
-    @abstractmethod
-    def _receive(self, channel: socket.socket, copy: T) -> bool:
-        """Ask for the pages, and return when they are here: whether they came in time. Raises OSError or
-        RuntimeError."""
-
-    @staticmethod
-    def request(channel: socket.socket, copy: Asked) -> None:
-        """Ask for the pages."""
-        channel.sendall(REQUEST.pack(len(copy.theirs), copy.lease) + array("i", copy.theirs).tobytes())
-
-    @staticmethod
-    def judged(channel: socket.socket) -> bool:
-        """What the owner says of the lease when all pages are here. Raises OSError or `TransferError`."""
-        return receive(channel, 1) != b"\0"
 
     def _lose_all(self) -> None:
         while not self._queue.empty():
@@ -180,3 +214,22 @@ class Receiving(Direction, Generic[T]):
     def _run(self) -> None:
         super()._run()
         self._lose_all()
+
+
+class PairTransfer:
+    """A `Transfer` over a `Line` for each direction, made once for each pair of incarnations. `door` is ours."""
+
+    def __init__(self, sends: Line, receives: Line, door: Door, peer: Peer, timeout: float) -> None:
+        self.giving, self.receiving = Giving(sends, door, peer, timeout), Receiving(receives, door, peer, timeout)
+        for direction in (self.giving, self.receiving):
+            direction.thread.start()
+
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = math.inf) -> PairCopy:
+        copy = PairCopy(self.receiving, theirs, ours, lease)
+        self.receiving.ask(copy)
+        return copy
+
+    def close(self) -> None:
+        """Nothing waits for the threads: what has not come by now is lost."""
+        self.receiving.close()
+        self.giving.close()
