@@ -27,6 +27,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # their tests take half as long.
 os.environ.update(SPINNING)
 
+# Clusters of Ray that tests start write no token into this user's home, and ask for none.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
 USERS_CACHE = os.environ.get("MINISERVE_CACHE")
 
 

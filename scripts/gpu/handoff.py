@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,18 +99,17 @@ def pair(
     """Our pool, the way to the other process's, and a function that gives it commands. With `nccl` that is on the
     second GPU, where there is one."""
     memory = new_memory(run.device, shape, num_pages, seed=1)
-    run_dir = run.folder / f"handoff-{time.monotonic_ns()}"
-    run_dir.mkdir(mode=0o700)
+    run_dir = tempfile.mkdtemp(prefix="handoff-")  # a short path, as sockets want it
     context = multiprocessing.get_context("spawn")
     control, theirs = context.Pipe()
     device = "cuda:1" if nccl and torch.cuda.device_count() > 1 else run.device
-    process = context.Process(target=other, args=(theirs, device, shape, num_pages, str(run_dir), nccl), daemon=True)
+    process = context.Process(target=other, args=(theirs, device, shape, num_pages, run_dir, nccl), daemon=True)
     process.start()
     theirs.close()
     try:
         peer = _heard(control)
         control.send(peer_of("here", memory))
-        transfer = way(memory, "here", peer, str(run_dir), nccl)
+        transfer = way(memory, "here", peer, run_dir, nccl)
 
         def command(*job: Any) -> Any:
             control.send(job)

@@ -25,7 +25,8 @@ from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 from scripts.gpu.common import Figure, Figures, Setting, drain, greedy
 from scripts.gpu.kernels import short
-from tests.support import tiny
+
+from tests.support.whole import check_poolfrom tests.support import tiny
 from tests.support.engines import prompts
 
 ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128} | dict.fromkeys(tiny.NEWER, 64)
@@ -198,7 +199,7 @@ def text(llm: LLM, items: list[list[int]], params: SamplingParams | list[Samplin
 def leaks(llm: LLM) -> Figure:
     """Pages still held when all is over."""
     drain(llm.engine)  # a step may be in flight
-    llm.engine.pool.check()
+    check_pool(llm.engine.pool)
     return Figure("pages held afterwards", llm.engine.pool.num_held, "", "==", 0)
 
 
