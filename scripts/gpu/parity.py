@@ -25,9 +25,9 @@ from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 from scripts.gpu.common import Figure, Figures, Setting, drain, greedy
 from scripts.gpu.kernels import short
-
-from tests.support.whole import check_poolfrom tests.support import tiny
+from tests.support import tiny
 from tests.support.engines import prompts
+from tests.support.whole import check_pool
 
 ARCHITECTURES = {"llama": 64, "qwen2": 64, "qwen3": 128, "mistral": 128} | dict.fromkeys(tiny.NEWER, 64)
 """Each with a size of heads that FlashInfer's kernels are compiled for."""
