@@ -135,3 +135,14 @@ def smollm2_plain(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory
     from tests.support.gguf_files import plain_copy
 
     return plain_copy(smollm2_folder, tmp_path_factory.mktemp("plain") / "smollm2")
+
+
+@pytest.fixture
+def compiled_kernels() -> None:
+    """Skips a test where the native kernels of a CPU cannot be compiled."""
+    from miniserve.ops.native import NoKernels, load
+
+    try:
+        load()
+    except NoKernels as reason:
+        pytest.skip(str(reason))

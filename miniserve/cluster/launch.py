@@ -64,7 +64,7 @@ class Started(Protocol):
         """How it has ended, as a verb and more; None while it runs."""
 
     def stop(self, timeout: float) -> None:
-        """Give a worker that was told to leave up to `timeout` seconds, then end it."""
+        """Give a worker that the supervisor has sent `Shutdown` up to `timeout` seconds, then end it."""
 
     def kill(self) -> None:
         """End it at once, and all that belongs to it."""

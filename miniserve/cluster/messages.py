@@ -251,7 +251,7 @@ class PrefillRefused(Wire, frozen=True):
 PeerMessage = Prefill | Fetch | Publish | Release | PrefillRefused
 
 
-# --- rank 0 of a worker -> its other ranks, which do what they are told in this order -------------------------------
+# --- rank 0 of a worker -> its other ranks, which carry these out in their order -------------------------------
 
 
 class Forward(Wire, frozen=True):
@@ -306,7 +306,7 @@ class Stored(Wire, frozen=True):
 
 
 class RankReady(Wire, frozen=True):
-    """A rank does what it is told from now on, and has this pool."""
+    """A rank carries out commands from now on, and has this pool."""
 
     rank: int
     pool: PoolInfo

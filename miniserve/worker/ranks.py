@@ -45,7 +45,7 @@ class Ranks:
         self.pools: list[messages.PoolInfo] = []
         """Those of the others in their order, after `meet`."""
         self.storing: WeakValueDictionary[int, EveryCopy] = WeakValueDictionary()
-        """Copies that all ranks have been told to store, by their numbers."""
+        """Copies that rank 0 has had all ranks store, by their numbers."""
         self.numbers = count(1)
         self._outboxes, self._closing = outboxes, False
         others = range(1, 1 if spec.rank else spec.engine.tensor_parallel_size)
@@ -74,7 +74,7 @@ class Ranks:
         os._exit(EXPLAINED)
 
     def meet(self, inbox: Inbox) -> None:
-        """Wait until all others do what they are told."""
+        """Wait until all others carry out commands."""
         pools: dict[int, messages.PoolInfo] = {}
         while len(pools) < len(self._processes):
             for envelope in inbox.receive(1000):
@@ -83,7 +83,7 @@ class Ranks:
         self.pools = [pools[rank] for rank in sorted(pools)]
 
     def tell(self, command: messages.RankCommand | messages.Peers) -> None:
-        """Have the others do something, after all that they were told before."""
+        """Have the others do something, after all commands before."""
         for address in self._addresses:
             self._outboxes.send(address, command)
 
@@ -156,7 +156,7 @@ class EveryCopy:
 
 @dataclass(eq=False)
 class Follower:
-    """Another rank than 0: it does what it is told. `reply` takes what rank 0 is to hear."""
+    """Another rank than 0: it carries out rank 0's commands. `reply` takes what rank 0 is to hear."""
 
     rank: int
     built: Built

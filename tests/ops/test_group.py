@@ -14,18 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.ops.group import PIECE, SharedGroup, make_group
-from miniserve.ops.native import NoKernels, load
 from tests.support.ranks import region
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> None:
-    try:
-        load()
-    except NoKernels as reason:
-        pytest.skip(str(reason))
 
 
 def on_each(ranks: int, work) -> list:

@@ -8,7 +8,6 @@ import pytest
 
 from miniserve.config import ConfigError
 from miniserve.llm import LLM
-from miniserve.ops.native import NoKernels, load
 from miniserve.sampling_params import SamplingParams
 from tests.model.test_layouts import fused, laid
 from tests.model.test_quantized import dequantized
@@ -19,19 +18,11 @@ from tests.support.packed import awq, fp8, gptq, write_packed
 from tests.support.ranks import generate, greedy, several
 from tests.support.whole import check_pool
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_kernels")]
 
 TOKENS = 24
 ITEMS = prompts(4, 60, seed=2)
 AWQ, GPTQ = {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4}
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> None:
-    try:
-        load()
-    except NoKernels as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")

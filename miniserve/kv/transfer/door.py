@@ -1,6 +1,6 @@
 """Where a worker's peers ask for its pages: a socket in the run's directory, and a TCP port for those on other hosts.
 
-Whoever calls proves that it has the run's key before it gets anything, and so does the one who is called: each side
+A worker that calls proves that it has the run's key before it gets anything, and so does its peer: each side
 answers the other's random number with a MAC. What is carried afterwards is neither encrypted nor signed: it is for
 networks where a stranger can connect, not for those where one can change what others send.
 """
@@ -31,7 +31,7 @@ NONCE_BYTES = MAC_BYTES = 32
 
 class Door:
     """Listens for the peers of a worker, named by `us`, its name and epoch, on the `host` of this name. With an
-    `address` of that host also at a TCP port: `far` is what peers on other hosts are to be told; "" without one."""
+    `address` of that host also at a TCP port: `far` is what the frontend announces to other hosts; "" without one."""
 
     def __init__(self, us: tuple[str, int], run_dir: str, key: bytes, host: str = "", address: str = "") -> None:
         """Raises OSError if there can be no socket in `run_dir`, or none at `address`."""
