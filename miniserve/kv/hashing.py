@@ -1,5 +1,6 @@
 """The chain hash that names a page by all tokens up to its end. It imports no torch: the scheduler uses it too."""
 
+import struct
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -12,9 +13,14 @@ def root_hash(layout: str, salt: str = "") -> bytes:
     return blake2b(f"{len(layout)}:{layout}{salt}".encode(), digest_size=HASH_BYTES).digest()
 
 
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Four bytes a token. Of a list `struct` makes them in half the time that `array` takes."""
+    return tokens.tobytes() if isinstance(tokens, array) else struct.pack(f"{len(tokens)}i", *tokens)
+
+
 def extend_hash(parent: bytes, tokens: list[int]) -> bytes:
     """The hash of a page that holds `tokens` (1 to a page full) after all tokens that `parent` stands for."""
-    return blake2b(parent + array("i", tokens).tobytes(), digest_size=HASH_BYTES).digest()
+    return blake2b(parent + token_bytes(tokens), digest_size=HASH_BYTES).digest()
 
 
 def snapshot_names(digest: bytes, pages: int) -> list[bytes]:
@@ -32,7 +38,7 @@ def page_hashes(root: bytes, tokens: Sequence[int], page_tokens: int, known: lis
     hashes = list(known or ())
     parent = hashes[-1] if hashes else root
     size = page_tokens * 4
-    data = array("i", tokens[len(hashes) * page_tokens :]).tobytes()
+    data = token_bytes(tokens[len(hashes) * page_tokens :])
     for end in range(size, len(data) + 1, size):
         parent = blake2b(parent + data[end - size : end], digest_size=HASH_BYTES).digest()
         hashes.append(parent)

@@ -10,6 +10,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import NamedTuple
 
+from miniserve.kv.hashing import token_bytes
 from miniserve.scheduler.conversation import UNSAID, Change, Conversation, Said
 from miniserve.scheduler.forecast import TURNS
 from miniserve.scheduler.prompts import KEPT_BYTES, FirstPages, LastPrompts, PromptIndex, common_run
@@ -148,7 +149,7 @@ class Conversations:
         """The tokens that were generated behind the last prompt."""
         if prompt := self._last.get(conversation.key):
             prompt = prompt[: 4 * conversation.last]  # without the answer to another choice of the same request
-            self._last.put(conversation.key, prompt + array("i", tokens).tobytes())
+            self._last.put(conversation.key, prompt + token_bytes(tokens))
 
     def tokens(self, conversation: Conversation) -> list[int]:
         """Of its last turn, prompt and answer; none if they are not kept any more."""
@@ -173,8 +174,6 @@ class Conversations:
             for mark in conversation.marks:
                 self._prompts.remove(mark, conversation)
         return gone
-
-    # --- by prompts -------------------------------------------------------------------------------------------------
 
     def _of_all(self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said) -> Match:
         """The conversation that a prompt without a key continues or edits; else the one whose prompt is its longest
@@ -212,8 +211,6 @@ class Conversations:
         start = max(4 * (shared - NEEDLE), 0)
         found = [at for needle in ends if len(needle) == 4 * NEEDLE and (at := tokens.find(needle, start)) >= 0]
         return bool(found) and min(found) + 6 * NEEDLE < len(tokens)
-
-    # --- by keys ----------------------------------------------------------------------------------------------------
 
     def _among(self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said) -> Match:
         """The same among the conversations of a key."""
@@ -254,8 +251,6 @@ class Conversations:
 
     def _seen(self, of: Conversation, prompt: array[int], chain: list[bytes]) -> int:
         return next((mark.length for mark in reversed(of.marks) if self._prompts.begins(mark, prompt, chain)), 0)
-
-    # --- new ones ---------------------------------------------------------------------------------------------------
 
     def _begun(
         self, key: str | int, near: Conversation | None, known: int, length: int, root: bytes, now: float, said: Said

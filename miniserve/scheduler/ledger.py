@@ -29,8 +29,6 @@ class Ledger:
     def pages(self, tokens: int) -> int:
         return -(-tokens // self._page_tokens) + 2 * self.snapshot_pages
 
-    # --- turns that run ---------------------------------------------------------------------------------------------
-
     def reserve(self, turn: Turn, now: float) -> None:
         """A turn was placed: its pages are reserved at its home, and those of its prompt at its prefiller."""
         if home := self._view(turn.home):
@@ -56,8 +54,6 @@ class Ledger:
         self.end_prefill(turn)
         if home := self._view(turn.home):
             home.drop_turn(turn.pages, now)
-
-    # --- conversations between turns --------------------------------------------------------------------------------
 
     def hold(self, conversation: Conversation, now: float) -> None:
         """The conversation is idle: it holds all its tokens at home, and is expected to come back for them."""

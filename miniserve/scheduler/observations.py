@@ -116,16 +116,16 @@ class Plane:
     def measured(self) -> bool:
         return bool(self._cells)
 
-    def add(self, x: tuple[float, ...], seconds: float) -> None:
-        key = tuple(int(math.log2(value + 1)) for value in x)
-        cell = self._cells.setdefault(key, [0.0] * (3 + len(x)))
+    def add(self, a: float, b: float, c: float, seconds: float) -> None:
+        key = int(a + 1).bit_length(), int(b + 1).bit_length(), int(c + 1).bit_length()
+        cell = self._cells.get(key) or self._cells.setdefault(key, [0.0] * 6)
         self._count += 1
-        cell[0] = min(cell[0] + 1, CELL_MEMORY)
-        cell[1] = self._count
-        if cell[0] > 4:
+        count = min(cell[0] + 1, CELL_MEMORY)
+        if count > 4:
             seconds = min(seconds, 4 * cell[2])  # a hiccup of the machine
-        for i, value in enumerate((seconds, *x), 2):
-            cell[i] += (value - cell[i]) / cell[0]
+        _, _, mean, x, y, z = cell
+        means = mean + (seconds - mean) / count, x + (a - x) / count, y + (b - y) / count, z + (c - z) / count
+        cell[:] = count, self._count, *means
         if self._count % REFIT == 0 or (self._count < REFIT and self._count & (self._count - 1) == 0):
             self._fit()
 
@@ -161,12 +161,12 @@ class Speed:
         if self._fleet is not None:
             self._fleet.observe(step)
         if not step.prefill:
-            self.decodes.add((1.0, step.decodes, step.decode_context), step.seconds)
+            self.decodes.add(1.0, step.decodes, step.decode_context, step.seconds)
             return
         self._chunk = max(self._chunk, step.prefill)
         beside = max(self.decode(step.decodes, step.decode_context) - self.decode(0, 0), 0.0) if step.decodes else 0.0
         seconds = max(step.seconds - beside, 0.1 * step.seconds)
-        self.prefills.add((step.prefill, step.prefill_context, 1.0), seconds)
+        self.prefills.add(step.prefill, step.prefill_context, 1.0, seconds)
 
     def prefill(self, tokens: int, context: int = 0) -> float:
         """Seconds to compute `tokens` of a prompt after `context` others, with nothing beside it."""

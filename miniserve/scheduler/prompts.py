@@ -1,11 +1,10 @@
 """Prompts of conversations: which one had the longest prompt that a new prompt begins with, which ones began alike, and
 where a new prompt differs from the one before."""
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from miniserve.kv.hashing import page_hashes, root_hash
+from miniserve.kv.hashing import page_hashes, root_hash, token_bytes
 from miniserve.scheduler.conversation import Conversation, PromptMark
 
 ALIKE = 64
@@ -31,14 +30,14 @@ class PromptIndex:
         return len(self._owners)
 
     def mark(self, tokens: Sequence[int], chain: list[bytes]) -> PromptMark:
-        return PromptMark(chain[-1], _bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
+        return PromptMark(chain[-1], token_bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
 
     def begins(self, mark: PromptMark, tokens: Sequence[int], chain: list[bytes]) -> bool:
         """Whether `tokens` begin with the prompt of `mark`, and go on."""
         full = mark.length // self._page_tokens
         if mark.length >= len(tokens) or chain[full] != mark.digest:
             return False
-        return mark.tail == _bytes(tokens[full * self._page_tokens : mark.length])
+        return mark.tail == token_bytes(tokens[full * self._page_tokens : mark.length])
 
     def add(self, mark: PromptMark, owner: Conversation) -> None:
         """`owner` has this prompt; `mark` is among its marks already."""
@@ -75,7 +74,7 @@ class PromptIndex:
             if there is None:
                 continue
             pages = len(chain) - behind
-            rest = _bytes(tokens[pages * size : (pages + 1) * size])
+            rest = token_bytes(tokens[pages * size : (pages + 1) * size])
             if not isinstance(there, dict):
                 mark = next(m for m in there.marks if m.digest == chain[pages])
                 if rest.startswith(mark.tail):
@@ -165,7 +164,3 @@ def page_chain(tokens: Sequence[int], salt: str, page_tokens: int) -> list[bytes
     """The chain hashes of a prompt's full pages, after the hash that stands for no token at all."""
     root = root_hash("", salt)
     return [root, *page_hashes(root, tokens, page_tokens)]
-
-
-def _bytes(tokens: Sequence[int]) -> bytes:
-    return array("i", tokens).tobytes()

@@ -9,10 +9,12 @@ of its turn, so that nothing is repeated or skipped when a worker dies and anoth
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats
 from miniserve.config import Role
+from miniserve.kv.hashing import token_bytes
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
 from miniserve.scheduler.conversation import UNSAID, Conversation, Said
@@ -119,8 +121,6 @@ class Scheduler:
     def can_serve(self) -> bool:
         """Whether a turn will be served: by a decoder that lives, or by one that is being started again."""
         return bool(self.cluster.decoders or self._returning)
-
-    # --- workers ----------------------------------------------------------------------------------------------------
 
     def worker_up(self, peer: Peer, *, now: float = 0.0) -> list[Command]:
         """A worker is ready, or ready again: announce it to all, and place the turns that it has room for."""
@@ -231,8 +231,6 @@ class Scheduler:
         peers = list(self._peers.values())
         return [Send(name, Peers(peers)) for name in self._peers]
 
-    # --- turns ------------------------------------------------------------------------------------------------------
-
     def check_room(self, now: float) -> None:
         """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
         submit all of its turns."""
@@ -245,7 +243,7 @@ class Scheduler:
     def submit(
         self,
         turn: str,
-        tokens: list[int],
+        tokens: Sequence[int],
         params: SamplingParams,
         seed: int,
         conversation: str | int,
@@ -260,7 +258,7 @@ class Scheduler:
         """
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
-        prompt = array("i", tokens)
+        prompt = array("i", token_bytes(tokens))
         chain = page_chain(prompt, salt, self._page_tokens)
         of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
@@ -340,8 +338,6 @@ class Scheduler:
     def _turn_of(self, run: str) -> Turn | None:
         turn = self._turns.get(run.rpartition(".")[0])
         return turn if turn is not None and turn.run == run else None
-
-    # --- a turn's delivery ------------------------------------------------------------------------------------------
 
     def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
         """Deliver an output if it is the next one; keep it if it is early; drop it if the client has it."""

@@ -10,14 +10,12 @@ from itertools import count
 from math import inf
 from typing import Any
 
-import msgspec
-
 from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
 from miniserve.bench.replay.workload import Script, Workload
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
-from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Prefill, Report, Run, TurnOutput
+from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Report, TurnOutput
 from miniserve.config import Role, Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
@@ -112,8 +110,6 @@ class Simulation:
         self.now, _, happen, what = heappop(self._events)
         happen(*what)
 
-    # --- events -----------------------------------------------------------------------------------------------------
-
     def _at(self, when: float, happen: Callable[..., None], *what: Any) -> None:
         heappush(self._events, (when, next(self._order), happen, what))
 
@@ -123,8 +119,6 @@ class Simulation:
 
     def _carry(self, sender: str, to: str, at: float, body: Message) -> None:
         """Send a message: it arrives after the latency of messages."""
-        if isinstance(body, Run | Prefill):
-            body = msgspec.structs.replace(body, tokens=list(body.tokens))  # as it is now
         if isinstance(body, Report):
             self._at(at + self._latency, lambda: self._carry_out(self.scheduler.on_report(sender, body, self.now)))
         else:
@@ -154,8 +148,6 @@ class Simulation:
             elif isinstance(command, Send):
                 self._carry("frontend", command.worker, self.now, command.message)
 
-    # --- agents -----------------------------------------------------------------------------------------------------
-
     def _arrive(self, number: int) -> None:
         script = self._workload.scripts[number]
         times = ConversationTimes(script.key, self.now)
@@ -165,13 +157,13 @@ class Simulation:
     def _ask(self, agent: Agent) -> None:
         number = len(agent.times.turns)
         size = agent.script.turns[number]
-        agent.said.extend(agent.text.take(size.new))
+        agent.said.fromlist(agent.text.take(size.new))
         agent.answer = agent.text.take(size.output)
         agent.sent, agent.received, agent.cached = self.now, 0, 0
         name = f"{agent.number}.{number}"
         self._agents[name] = agent
         params = SamplingParams(temperature=0.0, max_tokens=size.output, ignore_eos=True)
-        self._carry_out(self.scheduler.submit(name, agent.said.tolist(), params, agent.number, "", "", self.now))
+        self._carry_out(self.scheduler.submit(name, agent.said, params, agent.number, "", "", self.now))
 
     def _deliver(self, turn: str, output: TurnOutput) -> None:
         agent = self._agents[turn]
@@ -193,7 +185,7 @@ class Simulation:
         times, turns = agent.times, agent.script.turns
         tokens = len(agent.said), agent.cached, agent.received
         times.turns.append(TurnTimes(agent.sent, agent.first, agent.last, *tokens))
-        agent.said.extend(agent.answer)
+        agent.said.fromlist(agent.answer)
         if len(times.turns) == len(turns):
             self._done += 1
             self._progress()
