@@ -1,5 +1,6 @@
 """The rules of others, to compare with, and the list of all policies; miniserve's own one is in `observe.py`."""
 
+import math
 from collections.abc import Callable
 from hashlib import blake2b
 
@@ -8,13 +9,21 @@ from miniserve.scheduler.observe import Observe
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.workers import Cluster, WorkerView
 
+MOST_UNCACHED, MOST_UNCACHED_SHARE = 2048, 0.7
+"""Tokens, and the share of a prompt, below both of which `Threshold` prefills at home."""
+FEW_APPENDED = 512
+"""New tokens below which `Ppd` prefills a later turn at home."""
+MATCH_SHARE, LOAD_GAP, LOAD_RATIO = 0.3, 64, 1.5
+"""Of `CacheAware`: `--cache-threshold`, `--balance-abs-threshold` and `--balance-rel-threshold` as SGLang has them."""
+SESSION_SECONDS = 300.0
+"""How long `Affinity` keeps a session where it was; prompt caches are commonly sold for as long."""
+
 
 def at_home(need: Need, cluster: Cluster) -> WorkerView | None:
     """The decoder of the turn: home, or for a conversation without one the decoder with the most free KV that fits."""
     home = cluster.worker(need.conversation.home)
     # A home that is a prefiller is another policy's.
-    candidates = cluster.decoders if home is None else [home] if home.role is Role.DECODER else []
-    fitting = [d for d in candidates if d.name in cluster.open and d.fits(need.pages)]
+    fitting = [d for d in _fitting(need, cluster) if home is None or d is home]
     return max(fitting, key=lambda d: d.free, default=None)
 
 
@@ -94,6 +103,97 @@ class Ampd(Policy):
         return Option(home.name, p.name, queue=p.queue_seconds, prefill=prefill, transfer=moved)
 
 
+class Threshold(Policy):
+    """By uncached tokens: the decoder first, as llm-d chooses (its `pd-profile-handler`); then a prefiller too, unless
+    fewer than `MOST_UNCACHED` tokens and `MOST_UNCACHED_SHARE` of the prompt are not cached at the decoder, which is
+    NVIDIA Dynamo's conditional disaggregation by effective input length."""
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        home = at_home(need, cluster)
+        if home is None or not cluster.prefillers:
+            return Placement(Option(home.name), "no prefiller") if home else None
+        new = need.new(home.name)
+        if new < MOST_UNCACHED and new < MOST_UNCACHED_SHARE * need.tokens:
+            return Placement(Option(home.name), "little is uncached")
+        return Placement(Option(home.name, least_queued(cluster).name), "much is uncached", share_history=True)
+
+
+class Ppd(Policy):
+    """PPD's rule (arXiv 2603.13358): the first turn goes to a prefiller. A later one with fewer than `FEW_APPENDED` new
+    tokens stays at home; a longer one goes where the relative loss of TTFT and of TPOT is less, both with weight 1. PPD
+    reads them from a table that it has measured beforehand, without queues; we from what was measured until now."""
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        home = at_home(need, cluster)
+        if home is None or not cluster.prefillers:
+            return Placement(Option(home.name), "no prefiller") if home else None
+        prefiller = least_queued(cluster)
+        away = Option(home.name, prefiller.name)
+        if not need.conversation.home:
+            return Placement(away, "first turn")
+        new, known = need.new(home.name), need.known[home.name]
+        if new < FEW_APPENDED:
+            return Placement(Option(home.name), "a short append")
+        step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
+        local = home.speed.prefill(new, known)
+        moved = cluster.copy_seconds(home, prefiller, known) + cluster.copy_seconds(prefiller, home, new)
+        ttft = (prefiller.speed.prefill(new, known) + moved) / max(local, 1e-9)
+        tpot = 1 + home.speed.held_up(new, known) / max(need.output * step, 1e-9)
+        return Placement(away if ttft < tpot else Option(home.name), "by the table", share_history=True)
+
+
+class Moving(Policy):
+    """A policy whose turns may leave their home for any decoder that has room."""
+
+    def elsewhere(self, worker: WorkerView) -> float:
+        if worker.role is Role.PREFILLER or worker.turns >= worker.max_turns:
+            return 0.0
+        return worker.total_pages - worker.reserved if worker.turns else math.inf
+
+
+class Affinity(Moving):
+    """Sessions stay where they were, for `SESSION_SECONDS` after a turn, as with a router's session affinity (NVIDIA
+    Dynamo's, or Continuum's time to live, arXiv 2511.02230, with one time for all). Each turn is prefilled there; a
+    session that comes later, or is new, goes to the decoder with the most free KV."""
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        of = need.conversation
+        if of.active > 1 or need.now - need.waited - of.last_end <= SESSION_SECONDS:
+            home = at_home(need, cluster)
+            return Placement(Option(home.name), "in its session") if home else None
+        home = max(_fitting(need, cluster), key=lambda d: d.free, default=None)
+        return Placement(Option(home.name), "the session has ended") if home else None
+
+
+class CacheAware(Moving):
+    """The rule of SGLang's router (`cache_aware`) over colocated workers: the shortest queue while loads differ by more
+    than `LOAD_GAP` turns and `LOAD_RATIO`; else the worker that has cached the most of the prompt, if that is more than
+    `MATCH_SHARE`; else the one that has cached the least of all. It sends where we would wait for room; turns of one
+    conversation that run at the same time stay together here."""
+
+    def place(self, need: Need, cluster: Cluster) -> Placement | None:
+        fitting = _fitting(need, cluster)
+        if need.conversation.active > 1 and need.conversation.home:
+            home, reason = at_home(need, cluster), "beside others of its conversation"
+        elif _unbalanced([d.turns for d in cluster.decoders]):
+            home, reason = min(fitting, key=lambda d: d.turns, default=None), "the shortest queue"
+        else:
+            best = max(cluster.decoders, key=lambda d: need.known[d.name], default=None)
+            if best is not None and need.known[best.name] > MATCH_SHARE * need.tokens:
+                home, reason = best if best in fitting else None, "the most of it cached"
+            else:
+                home, reason = max(fitting, key=lambda d: d.free, default=None), "the least cached"
+        return Placement(Option(home.name), reason) if home else None
+
+
+def _unbalanced(loads: list[int]) -> bool:
+    return bool(loads) and max(loads) - min(loads) > LOAD_GAP and max(loads) > LOAD_RATIO * min(loads)
+
+
+def _fitting(need: Need, cluster: Cluster) -> list[WorkerView]:
+    return [d for d in cluster.decoders if d.name in cluster.open and d.fits(need.pages)]
+
+
 def _draw(text: str) -> float:
     """A number in [0, 1) that looks random and is the same for the same text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
@@ -104,6 +204,10 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "disaggregated": Disaggregated,
     "ampd": Ampd,
     "conserve": Conserve,
+    "threshold": Threshold,
+    "ppd": Ppd,
+    "affinity": Affinity,
+    "cache-aware": CacheAware,
     "observe": Observe,
 }
 

@@ -96,6 +96,50 @@ def test_ampd_compares_first_tokens_and_mispredicts_as_often_as_asked():
     assert 70 < wrong < 130
 
 
+def test_threshold_prefills_at_home_what_is_mostly_cached():
+    workers = cluster(worker("p0", queued=10), worker("p1"), worker("d0"))
+    rule = make_policy("threshold")
+    assert where(rule.place(need(3000), workers)) == ("d0", "p1")
+    assert where(rule.place(need(1000), workers)) == ("d0", "p1"), "few tokens, but all of the prompt"
+    assert where(rule.place(need(5000, home="d0", turns=1, d0=3500), workers)) == ("d0", "")
+    assert where(rule.place(need(9000, home="d0", turns=1, d0=6900), workers)) == ("d0", "p1"), "more than 2,048"
+
+
+def test_ppd_weighs_long_appends_by_ttft_and_tpot():
+    rule = make_policy("ppd")
+    near, far = ([worker("p0"), worker("d0")] for _ in range(2))
+    fast, slow = cluster(*near, bandwidth=1e9), cluster(*far, bandwidth=1e4)
+    assert where(rule.place(need(), fast)) == ("d0", "p0")
+    assert where(rule.place(need(3000, home="d0", turns=1, d0=2500), fast)) == ("d0", ""), "fewer than 512 new ones"
+    long = need(3000, output=20, home="d0", turns=1, d0=1000)
+    assert where(rule.place(long, fast)) == ("d0", "p0"), "2 s of prefill beside 20 tokens of 20 ms"
+    assert where(rule.place(long, slow)) == ("d0", ""), "KV that travels for seconds"
+
+
+def test_affinity_ends_with_its_time():
+    rule, workers = make_policy("affinity"), cluster(worker("d0", resident=500), worker("d1"))
+    turn = need(1020, home="d0", turns=1, d0=1000)
+    assert where(rule.place(turn, workers)) == ("d0", "")
+    turn.conversation.last_end = -301.0
+    assert where(rule.place(turn, workers)) == ("d1", "")
+    turn.conversation.active = 2
+    assert where(rule.place(turn, workers)) == ("d0", ""), "another turn of the session runs there"
+
+
+def test_cache_aware_routes_by_match_unless_loads_differ():
+    rule = make_policy("cache-aware")
+    d0, d1 = worker("d0", resident=500), worker("d1")
+    even = cluster(d0, d1)
+    assert where(rule.place(need(1000, d0=310), even)) == ("d0", "")
+    assert where(rule.place(need(1000, d0=290), even)) == ("d1", ""), "less than 30 %: where the least is cached"
+    assert where(rule.place(need(1000, home="d1", turns=1, d0=700, d1=600), even)) == ("d0", ""), "not by its home"
+    assert where(rule.place(need(1000, d0=900), cluster(worker("d0", turns=63), d1))) == ("d0", "")
+    d0.max_turns = 100
+    for _ in range(65):
+        d0.add_turn(1, 0.0)
+    assert where(rule.place(need(1000, d0=900), cluster(d0, d1))) == ("d1", ""), "65 turns more than the other"
+
+
 def test_observe_keeps_a_first_turn_at_an_idle_home_and_sends_it_away_from_streams():
     observe = Observe()
     assert where(observe.place(need(), cluster(worker("p0"), worker("d0")))) == ("d0", "")

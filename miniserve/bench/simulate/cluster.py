@@ -35,6 +35,8 @@ class SimulationConfig:
     hardware: tuple[Hardware, Hardware]
     policy: str = "observe"
     mispredict: float = 0.0
+    warm_up: float = 0.0
+    """The share of the conversations that come first and are not counted: the cluster is empty then."""
     window: tuple[float, float] | None = None
     """Seconds of which a timeline is recorded."""
     enable_prefix_caching: bool = True

@@ -5,6 +5,7 @@ from typing import Any
 
 from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, seconds, summary
 from miniserve.bench.replay.workload import Script
+from miniserve.bench.simulate.bound import bound
 from miniserve.bench.simulate.cluster import Simulation, SimulationConfig
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
@@ -19,6 +20,9 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
     duration = simulation.now - min(workload.starts)
     hardware = config.hardware[0 if config.topology.prefillers else 1]
     standalone = {script.key: alone(script, hardware) for script in workload.scripts}
+    first = workload.starts[int(config.warm_up * len(workload.starts))]
+    counted = [times for times in simulation.times if times.arrival >= first]
+    most = bound(workload.scripts, [worker.hardware for worker in workers.values()], config.topology.prefillers)
     result = {
         "policy": config.policy,
         "topology": str(config.topology),
@@ -26,7 +30,10 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "rate": workload.rate,
         "seed": workload.seed,
         "mispredict": config.mispredict,
-        **summary(simulation.times, standalone, duration),
+        "warm_up": config.warm_up,
+        **summary(counted, standalone, simulation.now - first),
+        "steady_state": steady(simulation.times, first, max(workload.starts), most["conversations_per_s"]),
+        "bound": most,
         "token_gap_s": seconds(simulation.gaps),
         "kv_transfer": {"bytes": sum(link.bytes for link in links), "seconds": sum(link.seconds for link in links)},
         "placements": {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
@@ -38,6 +45,15 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
     if config.window is not None:
         result["timeline"] = _timeline(config, simulation, *config.window)
     return result
+
+
+def steady(times: Iterable[ConversationTimes], start: float, end: float, bound: float) -> dict[str, float] | None:
+    """Conversations a second that ended between the first counted arrival and the last one, and the share of the bound
+    that they are; None where there is no such time."""
+    if end <= start:
+        return None
+    rate = sum(start <= one.turns[-1].last < end for one in times) / (end - start)
+    return {"conversations_per_s": rate, "bound_share": rate / bound}
 
 
 def alone(script: Script, hardware: Hardware) -> Latency:
