@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from miniserve.bench.replay.generators import WorkloadConfig
+from miniserve.bench.simulate.cluster import SimulationConfig
+from miniserve.bench.simulate.hardware import load_roles
 from miniserve.cli.evaluate import counting
 from miniserve.cli.flags import VALUES, Parser, add_flags, checked, filled
-from miniserve.config import ConfigError, Topology, tables
+from miniserve.config import ConfigError, Topology, parse_seconds, tables
 from miniserve.scheduler.baselines import POLICIES
 from scripts.figures.tables import markdown, print_tables
 
@@ -49,6 +51,7 @@ def compare(args: Namespace, workload: WorkloadConfig) -> int:
         raise ConfigError("--window draws simulated workers: use it with --out and without --serve.")
     if args.out is not None:
         from scripts.figures.plots import draw  # before the runs: matplotlib may be missing
+        from scripts.figures.timeline import timeline
         from scripts.figures.timeline_plot import draw_timeline
     grid = list(_grid(args))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server outlives this process
@@ -57,16 +60,28 @@ def compare(args: Namespace, workload: WorkloadConfig) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     print_tables(results, Console())
-    timelines = {result["label"]: timeline for result in results if (timeline := result.pop("timeline", None))}
     if args.out is not None:
         (args.out / "cells.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         (args.out / "tables.md").write_text(markdown(results), "utf-8")
         paths = draw(results, args.out)
-        for label, timeline in timelines.items():
-            paths += draw_timeline(timeline, args.out, f"timeline-{label.replace(' ', '-')}")
+        for cell in grid if args.window else []:
+            if (cell.rate, cell.seed) == (max(args.rates), args.seeds[0]):
+                shown = timeline(_simulation(args, workload, cell), *args.window)
+                paths += draw_timeline(shown, args.out, f"timeline-{cell.label.replace(' ', '-')}")
         for path in paths:
             print(path)
     return 1 if any(result["errors"] for result in results) else 0
+
+
+def _simulation(args: Namespace, workload: WorkloadConfig, cell: GridCell) -> SimulationConfig:
+    return SimulationConfig(
+        workload=workload.load(cell.rate, cell.seed),
+        topology=cell.topology,
+        hardware=load_roles(args.hardware, args.tensor_parallel_size),
+        policy=cell.policy,
+        mispredict=cell.mispredict,
+        enable_prefix_caching=args.enable_prefix_caching,
+    )
 
 
 def workload_flags(workload: WorkloadConfig, rate: float, seed: int) -> list[str]:
@@ -112,9 +127,8 @@ async def _run_all(args: Namespace, workload: WorkloadConfig, grid: list[GridCel
                     serve = ["serve", args.serve, *flags(**how, port=0, mispredict=wrong), *args.serve_args]
                     result = {**await _on_server(serve, ["replay", *named]), "mispredict": cell.mispredict}
                 else:
-                    drawn = args.window and (cell.rate, cell.seed) == (max(args.rates), args.seeds[0])
-                    window = f"{args.window[0]:g}..{args.window[1]:g}" if drawn else None
-                    how |= {"mispredict": cell.mispredict, "window": window, "hardware": args.hardware}
+                    how |= {"mispredict": cell.mispredict, "hardware": args.hardware, "warm_up": args.warm_up}
+                    how["tensor_parallel_size"] = args.tensor_parallel_size
                     without = not args.enable_prefix_caching
                     result = await _run(["simulate", *named, *flags(**how, no_enable_prefix_caching=without)])
             progress()
@@ -168,6 +182,15 @@ async def _on_server(serve: list[str], command: list[str]) -> dict[str, Any]:
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
+def _span(text: str) -> tuple[float, float]:
+    """A time span in seconds, like 20..60."""
+    low, dots, high = text.partition("..")
+    start, end = parse_seconds(low), parse_seconds(high) if dots else 0.0
+    if not start < end:
+        raise ConfigError(f"{text!r} is not a time span, like 20..60")
+    return start, end
+
+
 def _listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return checked(lambda text: [parse(part) for part in text.split(",")])
 
@@ -201,7 +224,7 @@ FLAGS: dict[str, Any] = {
         "help": "more flags for `miniserve serve`",
     },
     "--window": {
-        "type": "span",
+        "type": checked(_span),
         "metavar": "START..END",
         "help": "draw what workers did in these seconds, simulated, at the highest rate; with --out",
     },

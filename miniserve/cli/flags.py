@@ -57,15 +57,6 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return check
 
 
-def span(text: str) -> tuple[float, float]:
-    """A time span in seconds, like 20..60."""
-    low, dots, high = text.partition("..")
-    start, end = parse_seconds(low), parse_seconds(high) if dots else 0.0
-    if not start < end:
-        raise ConfigError(f"{text!r} is not a time span, like 20..60")
-    return start, end
-
-
 def policy(text: str) -> str:
     if text not in POLICIES:
         raise ConfigError(f"{text!r} is not one of {', '.join(POLICIES)}")
@@ -85,7 +76,6 @@ VALUES: dict[str, Callable[[str], Any]] = {
     "share": parse_share,
     "seconds": parse_seconds,
     "interval": number(float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"),
-    "span": span,
     "rate": number(float, lambda n: 0 < n < 1e6, "a rate above 0"),
     "scale": number(float, lambda n: 0 < n <= 1000, "a factor above 0"),
     "distribution": distribution,

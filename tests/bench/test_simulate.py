@@ -20,6 +20,7 @@ from miniserve.bench.simulate.hardware import PRESETS, Hardware
 from miniserve.bench.simulate.run import alone, simulate
 from miniserve.cli import main as cli
 from miniserve.scheduler.baselines import POLICIES
+from scripts.figures.timeline import timeline
 from tests.support.simulated import PLAIN, scripts, simulated
 from tests.support.whole import check_pool
 
@@ -164,17 +165,16 @@ def test_observe_waits_rather_than_computes_again():
 
 
 def test_a_timeline_shows_what_workers_did():
-    result = simulate(simulated(scripts(10), "1P1D", "conserve", window=(1.0, 3.0)))
-    timeline = result["timeline"]
-    assert timeline["window"] == [1.0, 3.0]
-    kinds = {worker: {kind for _, _, kind in spans} for worker, spans in timeline["spans"].items()}
+    shown = timeline(simulated(scripts(10), "1P1D", "conserve"), 1.0, 3.0)
+    assert shown["window"] == [1.0, 3.0]
+    kinds = {worker: {kind for _, _, kind in spans} for worker, spans in shown["spans"].items()}
     assert kinds["p0"] == {"prefill"}
     assert kinds["d0"] >= {"decode", "transfer"}
-    for spans in timeline["spans"].values():
+    for spans in shown["spans"].values():
         steps = sorted(span for span in spans if span[2] != "transfer")
         assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(steps)), "one step at a time"
         assert all(end > 1.0 and start < 3.0 for start, end, _ in steps)
-    assert all(0 <= held <= timeline["pages"][name] for name, kv in timeline["kv"].items() for _, held, _ in kv)
+    assert all(0 <= held <= shown["pages"][name] for name, kv in shown["kv"].items() for _, held, _ in kv)
 
 
 def test_memory_does_not_grow_with_what_is_over():

@@ -37,8 +37,6 @@ class SimulationConfig:
     mispredict: float = 0.0
     warm_up: float = 0.0
     """The share of the conversations that come first and are not counted: the cluster is empty then."""
-    window: tuple[float, float] | None = None
-    """Seconds of which a timeline is recorded."""
     enable_prefix_caching: bool = True
 
 
@@ -67,7 +65,12 @@ class Simulation:
     Everything that happens is an event in one heap; events of the same moment happen in the order they were caused.
     """
 
-    def __init__(self, config: SimulationConfig, progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: SimulationConfig,
+        progress: Callable[[], None] = lambda: None,
+        worker: type[SimulatedWorker] = SimulatedWorker,
+    ) -> None:
         self.now = 0.0
         self.times: list[ConversationTimes] = []
         self.gaps = array("f")
@@ -84,7 +87,7 @@ class Simulation:
         self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31, kept_bytes=0)
         hosts = _hosts(config.topology, decoder.devices_per_host)
         self.workers = {
-            name: SimulatedWorker(
+            name: worker(
                 name,
                 role,
                 hosts[name],
@@ -94,7 +97,6 @@ class Simulation:
                 max_model_len=max(script.tokens for script in config.workload.scripts) + 1,
                 stretch=policy.step_stretch,
                 caching=config.enable_prefix_caching,
-                record=config.window is not None,
             )
             for name, role in config.topology.roles.items()
         }

@@ -12,7 +12,7 @@ from miniserve.bench.simulate.worker import SimulatedWorker
 
 
 def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """The result object of the contract (docs/evaluation.md); with `config.window` it has a `timeline` too."""
+    """The result object of the contract (docs/evaluation.md)."""
     simulation = Simulation(config, progress)
     simulation.run()
     scheduler, workers, workload = simulation.scheduler, simulation.workers, config.workload
@@ -23,7 +23,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
     first = workload.starts[int(config.warm_up * len(workload.starts))]
     counted = [times for times in simulation.times if times.arrival >= first]
     most = bound(workload.scripts, [worker.hardware for worker in workers.values()], config.topology.prefillers)
-    result = {
+    return {
         "policy": config.policy,
         "topology": str(config.topology),
         "hardware": ",".join(dict.fromkeys(hardware.name for hardware in config.hardware)),
@@ -42,9 +42,6 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "busy": {name: worker.busy / duration for name, worker in workers.items()},
         "energy": _energy(workers.values(), duration, simulation.times),
     }
-    if config.window is not None:
-        result["timeline"] = _timeline(config, simulation, *config.window)
-    return result
 
 
 def steady(times: Iterable[ConversationTimes], start: float, end: float, bound: float) -> dict[str, float] | None:
@@ -89,17 +86,3 @@ def _energy(
             return energy(None, times)
         joules += worker.busy * busy + max(duration - worker.busy, 0.0) * idle
     return energy(joules, times)
-
-
-def _timeline(config: SimulationConfig, simulation: Simulation, start: float, end: float) -> dict[str, Any]:
-    """What workers did between `start` and `end`, for `figures.timeline_plot`."""
-    workers = simulation.workers.items()
-    return {
-        "policy": config.policy,
-        "topology": str(config.topology),
-        "rate": config.workload.rate,
-        "window": [start, end],
-        "spans": {name: [span for span in w.spans if span[1] > start and span[0] < end] for name, w in workers},
-        "kv": {name: [row for row in w.kv if start <= row[0] <= end] for name, w in workers},
-        "pages": {name: w.pool.num_pages for name, w in workers},
-    }

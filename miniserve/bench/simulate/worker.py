@@ -26,8 +26,6 @@ PATIENCE = 30.0
 
 Send = Callable[[str, str, float, Message], None]
 """Sender, receiver, the time of sending, message."""
-Span = tuple[float, float, str]
-"""Start, end, and what it was: prefill, decode, mixed or transfer."""
 
 
 @dataclass(eq=False)
@@ -44,7 +42,6 @@ class SimulatedWorker:
     max_model_len: int
     stretch: float
     caching: bool
-    record: bool
     eos: frozenset[int] = frozenset()
     now: float = 0.0
     """Its own time, which its steps move on."""
@@ -53,10 +50,6 @@ class SimulatedWorker:
     inbox: list[Envelope] = field(default_factory=list)
     due: float = inf
     """The time of its next round; infinite while none is due."""
-    spans: list[Span] = field(default_factory=list)
-    """With `record`: what the device did, and when KV was on its way to this worker."""
-    kv: list[tuple[float, int, int]] = field(default_factory=list)
-    """With `record`: (time, held, cached pages) after each round."""
 
     def __post_init__(self) -> None:
         hardware, clock = self.hardware, self.clock
@@ -72,7 +65,7 @@ class SimulatedWorker:
             pace=Pace(hardware.max_num_batched_tokens, self.stretch) if self.stretch else None,
             clock=clock,
         )
-        handoffs = Handoffs(engine, self._page_bytes, LAYOUT, PATIENCE, self.send, self._connect, clock)
+        handoffs = Handoffs(engine, self._page_bytes, LAYOUT, PATIENCE, self.send, self.connect, clock)
         self.worker = Worker(
             self.name, engine, handoffs, self, "frontend", layout=LAYOUT, vocab_size=2**31, clock=clock
         )
@@ -82,7 +75,7 @@ class SimulatedWorker:
         pool = PoolInfo(0, -1, self.pool.num_pages, self._page_bytes, LAYOUT, host=self.host)
         return Peer(self.name, 1, self.name, pool, self.role)
 
-    def _connect(self, peer: Peer) -> "SimulatedLink":
+    def connect(self, peer: Peer) -> "SimulatedLink":
         return SimulatedLink(self, peer.pool.host == self.host)
 
     def clock(self) -> float:
@@ -90,15 +83,11 @@ class SimulatedWorker:
 
     def launch(self, batch: list[Work]) -> Launched:
         """Make a step that takes as long as on the hardware."""
-        started = self.now
         chunks = [(work.count, work.start) for work in batch if not work.is_decode]
         kv_tokens = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
         seconds = self.hardware.step_seconds(chunks, len(batch) - len(chunks), kv_tokens)
         self.now += seconds
         self.busy += seconds
-        if self.record:
-            kind = "decode" if not chunks else "prefill" if len(chunks) == len(batch) else "mixed"
-            self.spans.append((started, self.now, kind))
         sampled: Sampled = [(self.speak(work.sequence), None) for work in batch if work.samples]
         return lambda: sampled
 
@@ -107,8 +96,6 @@ class SimulatedWorker:
         self.now = now
         messages, self.inbox = self.inbox, []
         self.worker.work(messages)
-        if self.record:
-            self.kv.append((self.now, self.pool.num_held, self.pool.num_cached))
         return self.now + self.worker.rest
 
     def send(self, address: str, body: Message) -> None:
@@ -129,8 +116,6 @@ class SimulatedLink:
     def fetch(self, theirs: list[int], ours: list[int], lease: float = inf) -> "SimulatedCopy":
         begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(theirs), self.near)
         self.free = begin + seconds
-        if self.worker.record:
-            self.worker.spans.append((begin, self.free, "transfer"))
         return SimulatedCopy(seconds, self.free, self.worker)
 
     def close(self) -> None: ...
