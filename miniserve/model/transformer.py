@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniserve.model import attention, delta_net, mlp, rope
+from miniserve.model import rope
 from miniserve.model.config import ModelConfig
-from miniserve.model.passes import Pass
+from miniserve.model.layers import Pass, attend, recur, think
 from miniserve.ops import FusedOps, StepOps
 from miniserve.ops.batch import Batch, State
 from miniserve.ops.decoder import Attention, Head, Weights
@@ -75,9 +75,9 @@ class Transformer:
         for layer in weights.layers:
             h = ops.rms_norm(x, layer.input_norm, weights.eps)  # [T, hidden]
             if isinstance(layer.mixer, Attention):
-                mixed = attention.attend(layer.mixer, h, now)  # [T, width]
+                mixed = attend(layer.mixer, h, now)  # [T, width]
             else:
-                mixed = delta_net.recur(layer.mixer, h, now)  # [T, width]
+                mixed = recur(layer.mixer, h, now)  # [T, width]
             if layer is weights.layers[-1] and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
                 if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
@@ -89,7 +89,7 @@ class Transformer:
                 x = x + ops.rms_norm(group.sum(layer.mixer.out(mixed)), layer.mixer_norm, weights.eps)
             h = ops.rms_norm(x, layer.post_norm, weights.eps)  # [T, hidden]
             if layer.mlp_norm is None:
-                x = group.sum(mlp.think(layer.mlp, h, None if group.rank else x, now))  # [T, hidden]
+                x = group.sum(think(layer.mlp, h, None if group.rank else x, now))  # [T, hidden]
             else:
-                x = x + ops.rms_norm(group.sum(mlp.think(layer.mlp, h, None, now)), layer.mlp_norm, weights.eps)
+                x = x + ops.rms_norm(group.sum(think(layer.mlp, h, None, now)), layer.mlp_norm, weights.eps)
         return (head or self.head)(ops.rms_norm(x, weights.norm, weights.eps))  # [T, vocab]

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from miniserve.model import attention, delta_net, mlp
 from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Safetensors, checked
 from miniserve.model.config import LayerConfig
 from miniserve.model.gguf import GgufTensors
+from miniserve.model.layers import load_attention, load_delta_net, load_mlp
 from miniserve.model.loader import Loader, check_groups, random
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
@@ -114,11 +114,11 @@ def _layer(loader: Loader, at: str, layer: LayerConfig, index: int) -> Layer:
 
     return Layer(
         input_norm=norm("input"),
-        mixer=attention.load(loader, f"{at}self_attn.", layer, index)
+        mixer=load_attention(loader, f"{at}self_attn.", layer, index)
         if layer.attends
-        else delta_net.load(loader, f"{at}linear_attn.", index),
+        else load_delta_net(loader, f"{at}linear_attn.", index),
         mixer_norm=norm("post_attention") if extra else None,
         post_norm=norm("pre_feedforward" if extra else "post_attention"),
-        mlp=mlp.load(loader, at, layer),
+        mlp=load_mlp(loader, at, layer),
         mlp_norm=norm("post_feedforward") if extra else None,
     )

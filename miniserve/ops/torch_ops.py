@@ -4,8 +4,6 @@ Paged attention without a kernel of its own: the pages of a sequence are gathere
 contiguous keys and values. A gather reads each byte once more, which is small beside the matrix products that follow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """From a configuration to a running engine: the same for a worker process and for `LLM`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +25,10 @@ from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
+from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
 from miniserve.worker.graphs import DecodeGraphs, GraphOps
-from miniserve.worker.pace import Pace
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.snapshots import Snapshots
@@ -133,7 +131,7 @@ def build(
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:
         raise ConfigError(error.message) from error
-    runner = ModelRunner(transformer, memory, eos, device, graphs, state, tell)
+    runner = ModelRunner(transformer, memory, eos, graphs, state, tell)
     order, on_evict = make_order(config.kv_eviction), None if host is None else host.store
     pool = PagePool(num_pages, order, caching=config.enable_prefix_caching, on_evict=on_evict)
     engine = Engine(
@@ -150,26 +148,19 @@ def build(
         overlap=choices.overlap,
         draft_rows=ops.draft_rows if choices.drafts else 0,
     )
-    return Built(
-        engine=engine,
-        runner=runner,
-        grammars=grammars,
-        memory=memory,
-        model=model,
-        layout=choices.layout(config, ops),
-        facts=Facts(
-            dtype=str(choices.dtype).removeprefix("torch."),
-            device=str(device),
-            kernels=kernels,
-            threads=threads,
-            weights_bytes=weights_bytes,
-            page_tokens=config.block_size,
-            max_model_len=choices.max_model_len,
-            vocab_size=model.vocab_size,
-            phases=phases,
-            kv_note=kv_note,
-        ),
+    facts = Facts(
+        dtype=str(choices.dtype).removeprefix("torch."),
+        device=str(device),
+        kernels=kernels,
+        threads=threads,
+        weights_bytes=weights_bytes,
+        page_tokens=config.block_size,
+        max_model_len=choices.max_model_len,
+        vocab_size=model.vocab_size,
+        phases=phases,
+        kv_note=kv_note,
     )
+    return Built(engine, runner, grammars, memory, model, choices.layout(config, ops), facts)
 
 
 def _least(group: Group, number: int, device: torch.device) -> int:

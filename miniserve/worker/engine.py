@@ -17,17 +17,16 @@ import msgspec
 from miniserve.cluster.messages import Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
 from miniserve.kv.pages import PagePool
 from miniserve.worker.admission import Admissions
-from miniserve.worker.batching import Batching
+from miniserve.worker.batching import Batching, Pace
 from miniserve.worker.drafts import Drafter
-from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Admission, Sequence, State
+from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Counters, InFlight, Runner, Sampled, StepResult, Work, step_time
 
 if TYPE_CHECKING:
     # They need torch or llguidance, which the simulator does not.
     from miniserve.kv.host import HostPool
     from miniserve.worker.grammar import Grammars
-    from miniserve.worker.snapshots import Snapshots
 
 
 @dataclass(eq=False)
@@ -172,8 +171,6 @@ class Engine:
             self.snapshots.saved = self.snapshots.used = 0
         self.counters = Counters()
 
-    # --- admission --------------------------------------------------------------------------------------------------
-
     def admit(self) -> list[Sequence]:
         """Give pages to waiting sequences in their order, as many as fit. One that waits for its grammar, or for a page
         that is just being computed, lets the others pass.
@@ -221,8 +218,6 @@ class Engine:
         sequence.computed = sequence.under_way = sequence.registered = 0
         sequence.move(State.WAITING)
         self.waiting.appendleft(sequence)
-
-    # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
         """Run one batch; an empty result if there is nothing to compute. With `overlap` that launches a batch and
@@ -336,8 +331,6 @@ class Engine:
         sequence.register(self.pool, self.page_tokens)
         if self.snapshots is not None:
             self.snapshots.register(sequence, self.clock())
-
-    # --- KV that comes from elsewhere -------------------------------------------------------------------------------
 
     def handed(self, sequence: Sequence) -> int:
         """How many of its given tokens a prefiller hands over."""

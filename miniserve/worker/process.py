@@ -185,8 +185,6 @@ class Worker:
             return
         self.engine.add(Sequence.of(run, self.layout))
 
-    # --- reports ----------------------------------------------------------------------------------------------------
-
     def _report(self, now: float) -> None:
         report = messages.Report(self._outputs, self._moves, self._stats(), self._steps, self._stopped)
         self.outboxes.send(self.frontend, report)
