@@ -9,8 +9,7 @@ from miniserve.config import ConfigError, problem
 from miniserve.families import FAMILIES, Family
 from miniserve.model import rope
 from miniserve.model.values import flag, number, whole
-from miniserve.ops.batch import Sizes
-from miniserve.ops.decoder import DeltaSizes
+from miniserve.ops.decoder import DeltaSizes, Sizes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

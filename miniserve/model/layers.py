@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miniserve.model.config import LayerConfig
 from miniserve.model.loader import Loader
-from miniserve.ops import StackingOps, StepOps
+from miniserve.ops import StepOps
 from miniserve.ops.decoder import Attention, DeltaNet, Experts, Mlp
 
 
@@ -140,14 +140,12 @@ def load_mlp(loader: Loader, at: str, layer: LayerConfig) -> Mlp | Experts:
     else:
         named = ([f"{at}{where}.{i}.{part}" for part in parts] for i in range(sizes.count))
         experts = [_mlp(loader, names, sizes.inner) for names in named]
-    stacked = loader.ops.stack(experts) if isinstance(loader.ops, StackingOps) else None
     inner, shared = sizes.shared_inner, [f"{at}mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
     return Experts(
         chosen=sizes.chosen,
         renormed=sizes.renormed,
         router=loader.plain({at + router: sizes.count}, config.hidden_size),
-        experts=experts if stacked is None else [],
-        stacked=stacked,
+        experts=loader.ops.stack(experts),
         shared=_mlp(loader, shared, inner) if inner else None,
         shared_gate=loader.plain({f"{at}mlp.shared_expert_gate": 1}, config.hidden_size) if inner else None,
     )

@@ -10,8 +10,7 @@ from miniserve.model import rope
 from miniserve.model.config import ModelConfig
 from miniserve.model.layers import Pass, attend, recur, think
 from miniserve.ops import FusedOps, StepOps
-from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import Attention, Head, Weights
+from miniserve.ops.decoder import Attention, Batch, Head, State, Weights
 from miniserve.ops.group import Group
 
 

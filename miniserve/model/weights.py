@@ -14,9 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Safetensors, checked
+from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, GgufTensors, Safetensors, checked
 from miniserve.model.config import LayerConfig
-from miniserve.model.gguf import GgufTensors
 from miniserve.model.layers import load_attention, load_delta_net, load_mlp
 from miniserve.model.loader import Loader, check_groups, random
 from miniserve.model.shards import Shard

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.ops.batch import Batch, Sizes, State
+from miniserve.ops.decoder import Batch, Sizes, State
 
 WORKSPACE_BYTES = 384 * 2**20
 """For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""

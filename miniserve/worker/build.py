@@ -54,14 +54,13 @@ class Built:
 
 def build(
     config: EngineConfig,
-    progress: Progress | None = None,
+    progress: Progress = lambda phase, done, total: None,
     spec: WorkerSpec | None = None,
     tell: Callable[[RankCommand], None] = lambda command: None,
 ) -> Built:
     """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Each
     rank of several, which `spec` is of, builds the same at the same time; the engine of rank 0 is that of the worker,
     and the others are to `tell` of what it does. Raises `ConfigError` with what to do about it."""
-    show = progress or (lambda phase, done, total: None)
     phases: dict[str, float] = {}
     began = time.monotonic()
 
@@ -83,7 +82,7 @@ def build(
         estimate = sizing.weight_bytes(model, choices.dtype, *(bits if config.cpu_kernels == "auto" else (None, None)))
         size = sizing.size_pool(config, choices, estimate)
     of = device, choices.dtype, model.sizes, config.block_size
-    ops, kernels = make_ops(*of, native=config.cpu_kernels != "torch", progress=lambda line: show(line, 0, 0))
+    ops, kernels = make_ops(*of, native=config.cpu_kernels != "torch", progress=lambda line: progress(line, 0, 0))
     group = make_group(device, spec, config.tensor_parallel_size)
     choices = replace(choices, sequences=_least(group, choices.sequences, device))
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
@@ -91,19 +90,18 @@ def build(
         graph_ops = None
     lap("kernels")
     try:
-        shown = partial(show, "weights")
+        shown = partial(progress, "weights")
         shown(0, len(model.layers))
         given = choices.files.weights, choices.shard, ops, choices.dtype, device
         packing = choices.files.config.get("quantization_config") or {}
         weights = load_weights(*given, packing=packing, quantization=config.quantization, progress=shown)
         transformer = Transformer(model, weights, ops, choices.max_model_len, group)
-        weights_bytes = weights.num_bytes
         lap("weights")
         if device.type == "cuda":
             step = sizing.step_bytes(transformer, choices)
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, choices.sequences)
-            size = sizing.size_pool(config, choices, weights_bytes, step)
+            size = sizing.size_pool(config, choices, weights.num_bytes, step)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(problem("worker.out_of_memory", tokens=choices.budget, error=error)) from error
@@ -124,9 +122,8 @@ def build(
     longest = -(-choices.max_model_len // config.block_size)
     states = StateMemory(choices.state, choices.sequences, memory, tell) if choices.state else None
     state = states.state if states else None
-    graphs = None
-    if graph_ops is not None:
-        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, choices.sequences, longest)
+    replayed = transformer, graph_ops, memory.pages, state, choices.sequences, longest
+    graphs = DecodeGraphs(*replayed) if graph_ops else None
     try:  # some models name an end token that they have no row for; it can never be sampled
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:
@@ -153,7 +150,7 @@ def build(
         device=str(device),
         kernels=kernels,
         threads=threads,
-        weights_bytes=weights_bytes,
+        weights_bytes=weights.num_bytes,
         page_tokens=config.block_size,
         max_model_len=choices.max_model_len,
         vocab_size=model.vocab_size,

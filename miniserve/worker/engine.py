@@ -120,11 +120,10 @@ class Engine:
         """The unfinished sequence of a turn."""
         return self._turns.get(turn)
 
-    def abort(self, turn: str) -> Sequence | None:
-        """Drop a turn and free its pages at once; returns it if it was here."""
+    def abort(self, turn: str) -> None:
+        """Drop a turn, if it is here, and free its pages at once."""
         if sequence := self._turns.get(turn):
             self.finish(sequence)
-        return sequence
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out and give its pages back."""

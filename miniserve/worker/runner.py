@@ -8,7 +8,7 @@ import torch
 from miniserve.cluster.messages import Forward
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.decoder import Batch, State
 from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.sampler import SCORED_LOGITS, Sampler, Samples, put, score
 from miniserve.worker.sequence import Sequence
