@@ -24,6 +24,7 @@ import zmq
 
 from miniserve.cluster.channels import Inbox, Keys, Outboxes
 from miniserve.cluster.launch import Launcher, RunDir, WorkerSpec
+from miniserve.cluster.messages import Settle
 from miniserve.config import EngineConfig
 from miniserve.hub.resolve import resolve
 from miniserve.worker.build import build

@@ -1,5 +1,5 @@
-"""The tensors of files by the names that Hugging Face's plain models give them: of safetensors plain ones, and those that
-AWQ, GPTQ and compressed-tensors have packed; of GGUF all."""
+"""The tensors of files by the names that Hugging Face's plain models give them: of safetensors, plain or as AWQ, GPTQ
+and compressed-tensors have packed them, and of GGUF."""
 
 import re
 from collections import defaultdict
@@ -62,14 +62,12 @@ class Safetensors:
         module = name.removesuffix("weight")
         if (tensor := self._get(name)) is not None:
             plain = tensor.is_floating_point() and tensor.itemsize > 1
-            weight: Weight = tensor if plain else self._scaled(name, module, tensor)
-        elif (words := self._get(f"{module}qweight")) is not None:
-            weight = self._awq(module, words) if len(words) == shape[1] else self._gptq(module, words, shape[1])
-        elif (words := self._get(f"{module}weight_packed")) is not None:
-            weight = self._packed(module, words, shape)
-        else:
-            weight = self._need(name)
-        return weight
+            return tensor if plain else self._scaled(name, module, tensor)
+        if (words := self._get(f"{module}qweight")) is not None:
+            return self._awq(module, words) if len(words) == shape[1] else self._gptq(module, words, shape[1])
+        if (words := self._get(f"{module}weight_packed")) is not None:
+            return self._packed(module, words, shape)
+        return self._need(name)
 
     def _get(self, name: str) -> Tensor | None:
         return self._need(name) if name in self._where else None
@@ -150,6 +148,12 @@ class Safetensors:
         return Quantized(bits, codes, halves, minimums)
 
 
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """The numbers in int32 `[rows, n]`, those in the lowest bits first: uint8 `[rows, n * 32 / bits]`."""
+    bytes_ = words.contiguous().view(torch.uint8)
+    return bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(1)
+
+
 class GgufTensors:
     """The tensors of the GGUF `file` by the index that `hub/gguf.py` has made of it; `names` are those of all. Each is
     read when it is asked for.
@@ -173,17 +177,14 @@ class GgufTensors:
         offset, size, kind, stored, heads = self._index[name]
         data = self._bytes[offset : offset + size]
         if kind in FLOATS:
-            weight: Weight = _turned(data.view(FLOATS[kind]).view(stored), heads)
-        elif kind in BLOCKS:
-            weight = _blocks(data, kind, stored, heads)
-        else:
-            import gguf
+            return _turned(data.view(FLOATS[kind]).view(stored), heads)
+        if kind in BLOCKS:
+            return _blocks(data, kind, stored, heads)
+        import gguf
 
-            rows = data.view(stored[0], -1).numpy()
-            plain = gguf.dequantize(rows, gguf.GGMLQuantizationType[kind])
-            weight = _turned(torch.from_numpy(plain).view(stored), heads)
-            self._costs.add(kind, weight.numel(), size)
-        return weight
+        plain = gguf.dequantize(data.view(stored[0], -1).numpy(), gguf.GGMLQuantizationType[kind])
+        self._costs.add(kind, plain.size, size)
+        return _turned(torch.from_numpy(plain).view(stored), heads)
 
 
 def _blocks(data: Tensor, kind: str, shape: list[int], heads: int) -> Quantized:
@@ -207,12 +208,6 @@ def _turned(rows: Tensor, heads: int) -> Tensor:
     """Rows in Hugging Face's order: llama.cpp keeps the two numbers that rope turns together side by side in a head,
     Hugging Face half a head apart."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape) if heads else rows
-
-
-def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """The numbers in int32 `[rows, n]`, those in the lowest bits first: uint8 `[rows, n * 32 / bits]`."""
-    bytes_ = words.contiguous().view(torch.uint8)
-    return bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(1)
 
 
 def missing(folder: Path, name: str) -> ConfigError:

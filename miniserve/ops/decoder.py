@@ -132,9 +132,9 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture: `router` makes a logit for each of the `experts`, which `Ops.stack` has made of a list. The `chosen` best
-    of a token are weighed by their softmax, `renormed` to a sum of 1 or not. The `shared` one is for all tokens, weighed
-    by the sigmoid of what `shared_gate` makes."""
+    """A mixture: `router` makes a logit for each of the `experts`, which are as `Ops.stack` has made them. The `chosen`
+    best of a token are weighed by their softmax, `renormed` to a sum of 1 or not. The `shared` one is for all tokens,
+    weighed by the sigmoid of what `shared_gate` makes."""
 
     chosen: int
     renormed: bool

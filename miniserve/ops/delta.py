@@ -1,4 +1,4 @@
-"""The gated delta rule and its short convolution in plain torch: the reference for `model/layers.py`."""
+"""The gated delta rule and its short convolution in plain torch: the reference for `model/transformer.py`."""
 
 import torch
 import torch.nn.functional as F

@@ -122,8 +122,9 @@ def build(
     longest = -(-choices.max_model_len // config.block_size)
     states = StateMemory(choices.state, choices.sequences, memory, tell) if choices.state else None
     state = states.state if states else None
-    replayed = transformer, graph_ops, memory.pages, state, choices.sequences, longest
-    graphs = DecodeGraphs(*replayed) if graph_ops else None
+    graphs = None
+    if graph_ops is not None:
+        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, choices.sequences, longest)
     try:  # some models name an end token that they have no row for; it can never be sampled
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:

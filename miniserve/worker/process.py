@@ -142,8 +142,7 @@ class Worker:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _meet(self, peers: list[messages.Peer]) -> None:
-        away = [peer.far if peer.pool.host != self.host else "" for peer in peers]
-        peers = [msgspec.structs.replace(p, address=far) if far else p for p, far in zip(peers, away, strict=True)]
+        peers = [msgspec.structs.replace(p, address=p.far) if p.far and p.pool.host != self.host else p for p in peers]
         others = [peer for peer in peers if peer.name != self.name]
         if self.ranks is not None:
             self.ranks.tell(messages.Peers(others))

@@ -280,13 +280,12 @@ def step_bytes(transformer: Transformer, choices: Choices) -> int:
         sequence.slot = 0 if choices.state else None  # all write there: only the bytes matter
         batch.append(Work.next(sequence, budget // count))
     memory = KVMemory(shape, count * pages, device)
-    states = StateMemory(choices.state, 1, memory) if choices.state else None
+    state = StateMemory(choices.state, 1, memory).state if choices.state else None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    state = states.state if states else None
     ModelRunner(transformer, memory, frozenset(), state=state).launch(batch)()
     taken = torch.cuda.max_memory_allocated(device) - before
-    del memory, states, state
+    del memory, state
     torch.cuda.empty_cache()
     return taken
 
