@@ -127,15 +127,12 @@ def _attention(loader: Loader, at: str, layer: LayerConfig, index: int) -> Atten
     on the output."""
     config = loader.config
     q, kv, hidden = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.hidden_size
-    gated, order = config.family.gated, None
+    gated, normed, order = config.family.gated, config.family.qk_norm, None
     if gated:
         # In the files each head's gate follows on its queries; here all gates come last.
         heads = torch.arange(2 * q).view(config.heads, 2, -1)
         order = torch.cat((heads[:, 0].flatten(), torch.arange(2 * q, 2 * q + 2 * kv), heads[:, 1].flatten()))
     rows = {f"{at}q_proj": q * (1 + gated), f"{at}k_proj": kv, f"{at}v_proj": kv}
-    norms = [
-        loader.norm(f"{at}{name}_norm.weight", config.head_dim) if config.family.qk_norm else None for name in "qk"
-    ]
     return Attention(
         index=index,
         heads=config.heads,
@@ -146,8 +143,8 @@ def _attention(loader: Loader, at: str, layer: LayerConfig, index: int) -> Atten
         rope=layer.rope,
         gated=gated,
         qkv=loader.linear(rows, hidden, config.qkv_bias, order=order),
-        q_norm=norms[0],
-        k_norm=norms[1],
+        q_norm=loader.norm(f"{at}q_norm.weight", config.head_dim) if normed else None,
+        k_norm=loader.norm(f"{at}k_norm.weight", config.head_dim) if normed else None,
         out=loader.linear({f"{at}o_proj": hidden}, q, config.output_bias),
     )
 
@@ -161,9 +158,8 @@ def _delta_net(loader: Loader, at: str, index: int) -> DeltaNet:
         # One group of rows for each head of keys: what belongs to it and to its heads of values.
         shared = sizes.v_heads // sizes.k_heads
         parts = sizes.k_dim, sizes.k_dim, shared * sizes.v_dim, shared * sizes.v_dim
-        qkvz = loader.linear(
-            {f"{at}in_proj_qkvz": sizes.channels + values}, hidden, order=_by_kind(sizes.k_heads, *parts)
-        )
+        order = _by_kind(sizes.k_heads, *parts)
+        qkvz = loader.linear({f"{at}in_proj_qkvz": sizes.channels + values}, hidden, order=order)
         order = _by_kind(sizes.k_heads, shared, shared)
         ba = loader.plain({f"{at}in_proj_ba": 2 * sizes.v_heads}, hidden, order)
     else:

@@ -20,6 +20,8 @@ from miniserve.ops.quantized import GROUP, Quantized, Weight
 from miniserve.ops.torch_ops import filter_sorted, rotary_tables
 
 ARENA_BYTES = 64 * 2**20
+Tables = tuple[Tensor, Tensor]
+"""Those of `torch_ops.rotary_tables`, `[positions, R]`."""
 
 
 class Arena:
@@ -74,10 +76,6 @@ class PackedMatrix:
         out = torch.empty((x.shape[0], columns), dtype=self.dtype)
         self.kernel(x.data_ptr(), x.shape[0], ctypes.byref(self.native), address(residual), out.data_ptr())
         return out
-
-
-Tables = tuple[Tensor, Tensor]
-"""Those of `torch_ops.rotary_tables`, `[positions, R]`."""
 
 
 class Structs:
@@ -161,9 +159,7 @@ class CpuOps:
     filter = staticmethod(filter_sorted)
     rotary = staticmethod(rotary_tables)
 
-    def __init__(
-        self, dtype: torch.dtype, sizes: Sizes, page_tokens: int, progress: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, sizes: Sizes, page_tokens: int, progress: Callable[[str], None]) -> None:
         """Raises `NoKernels` where they cannot be compiled, or are not made for this dtype or these sizes."""
         library = load(progress)
         name = str(dtype).removeprefix("torch.")
