@@ -29,7 +29,8 @@ class ModelRunner:
     tell: Callable[[Forward], None] = lambda forward: None
 
     def __post_init__(self) -> None:
-        self._sampler, self._device = Sampler(self.eos, self.transformer.ops), self.transformer.device
+        self._device = self.transformer.device
+        self._sampler = Sampler(self.eos, self.transformer.ops)
         self._latest: tuple[dict[Sequence, int], torch.Tensor] | None = None
         """What the step launched last samples: the row of each sequence, and the tokens."""
 

@@ -119,7 +119,8 @@ class Sampler:
 
     def _follow_grammars(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
         """Rule out in the rows of sequences that have a grammar what may not come next. Before `min_tokens` that is an
-        end too, unless nothing else may come. A grammar that fails lets everything through; its matcher says so."""
+        end (`eos` and stop tokens) too, unless nothing else may come. A grammar that fails lets everything through; its
+        matcher says so."""
         found = [(row, s, s.matcher) for row, s in enumerate(sequences) if s.matcher is not None]
         if not found:
             return
