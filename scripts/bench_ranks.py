@@ -24,6 +24,7 @@ import zmq
 
 from miniserve.cluster.channels import Inbox, Keys, Outboxes
 from miniserve.cluster.launch import Launcher, RunDir, WorkerSpec
+from miniserve.cluster.messages import Settle
 from miniserve.config import EngineConfig
 from miniserve.hub.resolve import resolve
 from miniserve.worker.build import build
@@ -52,7 +53,7 @@ def one(model: str, ranks: int, threads: int, steps: int, context: int, dtype: s
     inbox, outboxes = Inbox(messages, spec.address, keys), Outboxes(messages, "d0", 1, keys)
     others = Ranks(spec, outboxes)
     try:
-        built = build(config, None, others.spec, others.tell)
+        built = build(config, spec=others.spec, tell=others.tell)
         others.meet(inbox)
         found = {
             name: measure(built, None, decodes, context, chunk, steps)["step"]
@@ -62,7 +63,8 @@ def one(model: str, ranks: int, threads: int, steps: int, context: int, dtype: s
         for _ in range(300 if ranks > 1 else 0):
             time.sleep(0.002)
             begun = time.perf_counter()
-            others.settle(built.runner)
+            others.tell(Settle())
+            built.runner.settle()
             waits.append(time.perf_counter() - begun)
         return found | {"message, us": 1e6 * sorted(waits)[150] if waits else 0.0}
     finally:

@@ -8,8 +8,7 @@ import torch
 from miniserve.cluster.messages import Copied
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, copy_pages, passing
-from miniserve.ops.batch import State
-from miniserve.ops.decoder import DeltaSizes
+from miniserve.ops.decoder import DeltaSizes, State
 
 
 @dataclass(frozen=True)

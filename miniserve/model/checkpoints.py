@@ -1,5 +1,5 @@
-"""The tensors of safetensors by the names that Hugging Face's plain models give them: plain ones, and those that AWQ,
-GPTQ and compressed-tensors have packed."""
+"""The tensors of files by the names that Hugging Face's plain models give them: of safetensors, plain or as AWQ, GPTQ
+and compressed-tensors have packed them, and of GGUF."""
 
 import re
 from collections import defaultdict
@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from miniserve.config import ConfigError, format_bytes, problem
+from miniserve.config import ConfigError, format_bytes, problem, read_object
 from miniserve.ops.quantized import GROUP, Quantized, Weight
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FP8_BLOCK = 128
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+"""Bytes of a block."""
 Read = Callable[[str, tuple[int, ...]], Weight]
 """The tensor of a name, which must have that shape. Raises `ConfigError`."""
 
@@ -58,14 +62,12 @@ class Safetensors:
         module = name.removesuffix("weight")
         if (tensor := self._get(name)) is not None:
             plain = tensor.is_floating_point() and tensor.itemsize > 1
-            weight: Weight = tensor if plain else self._scaled(name, module, tensor)
-        elif (words := self._get(f"{module}qweight")) is not None:
-            weight = self._awq(module, words) if len(words) == shape[1] else self._gptq(module, words, shape[1])
-        elif (words := self._get(f"{module}weight_packed")) is not None:
-            weight = self._packed(module, words, shape)
-        else:
-            weight = self._need(name)
-        return weight
+            return tensor if plain else self._scaled(name, module, tensor)
+        if (words := self._get(f"{module}qweight")) is not None:
+            return self._awq(module, words) if len(words) == shape[1] else self._gptq(module, words, shape[1])
+        if (words := self._get(f"{module}weight_packed")) is not None:
+            return self._packed(module, words, shape)
+        return self._need(name)
 
     def _get(self, name: str) -> Tensor | None:
         return self._need(name) if name in self._where else None
@@ -150,6 +152,62 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
     """The numbers in int32 `[rows, n]`, those in the lowest bits first: uint8 `[rows, n * 32 / bits]`."""
     bytes_ = words.contiguous().view(torch.uint8)
     return bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(1)
+
+
+class GgufTensors:
+    """The tensors of the GGUF `file` by the index that `hub/gguf.py` has made of it; `names` are those of all. Each is
+    read when it is asked for.
+
+    Blocks of 32 numbers, as llama.cpp lays them out: a float16 scale d, in Q4_1 a float16 minimum m, then the codes. Of
+    4 bits the low halves of 16 bytes are the first 16 numbers, the high halves the others. Q4_0 means (code - 8) * d,
+    Q4_1 code * d + m, Q8_0 code * d.
+    """
+
+    def __init__(self, file: Path, costs: Costs) -> None:
+        self._folder, self._costs = file.parent, costs
+        self._index = read_object(file.with_suffix(".json"))
+        self._bytes = torch.from_numpy(np.memmap(file, mode="c"))
+        self.names = set(self._index)
+        self.unread = set(self._index)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Weight:
+        if name not in self._index:
+            raise missing(self._folder, name)
+        self.unread.discard(name)
+        offset, size, kind, stored, heads = self._index[name]
+        data = self._bytes[offset : offset + size]
+        if kind in FLOATS:
+            return _turned(data.view(FLOATS[kind]).view(stored), heads)
+        if kind in BLOCKS:
+            return _blocks(data, kind, stored, heads)
+        import gguf
+
+        plain = gguf.dequantize(data.view(stored[0], -1).numpy(), gguf.GGMLQuantizationType[kind])
+        self._costs.add(kind, plain.size, size)
+        return _turned(torch.from_numpy(plain).view(stored), heads)
+
+
+def _blocks(data: Tensor, kind: str, shape: list[int], heads: int) -> Quantized:
+    blocks = data.view(-1, BLOCKS[kind])
+    numbers = blocks[:, 4 if kind == "Q4_1" else 2 :]
+    if kind == "Q8_0":
+        codes = numbers.contiguous().view(torch.int8)
+    else:
+        codes = torch.cat((numbers & 15, numbers >> 4), 1).view(torch.int8)
+        codes -= 8 if kind == "Q4_0" else 0
+
+    def halves(start: int) -> Tensor:
+        column = blocks[:, start : start + 2].contiguous().view(torch.float16)
+        return _turned(column.view(shape[0], -1), heads)
+
+    codes = _turned(codes.reshape(shape), heads)
+    return Quantized(8 if kind == "Q8_0" else 4, codes, halves(0), halves(2) if kind == "Q4_1" else None)
+
+
+def _turned(rows: Tensor, heads: int) -> Tensor:
+    """Rows in Hugging Face's order: llama.cpp keeps the two numbers that rope turns together side by side in a head,
+    Hugging Face half a head apart."""
+    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape) if heads else rows
 
 
 def missing(folder: Path, name: str) -> ConfigError:

@@ -1,9 +1,7 @@
 """The shape of a model, from Hugging Face's config.json in its older and newer spellings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -11,8 +9,7 @@ from miniserve.config import ConfigError, problem
 from miniserve.families import FAMILIES, Family
 from miniserve.model import rope
 from miniserve.model.values import flag, number, whole
-from miniserve.ops.batch import Sizes
-from miniserve.ops.decoder import DeltaSizes
+from miniserve.ops.decoder import DeltaSizes, Sizes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -110,7 +107,7 @@ class ModelConfig:
         return total + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
+    def from_hf(cls, config: dict[str, Any]) -> Self:
         """Read the content of config.json, with transformers' defaults for what it leaves out. Raises `ConfigError` for
         what this decoder cannot do."""
         arch = config["architectures"][0]

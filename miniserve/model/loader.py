@@ -1,7 +1,7 @@
 """Reads the tensors that a part of a model asks for, and has some `Ops` prepare them for their device."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
 @dataclass
 class Loader:
     """`read_tensor` gets a whole tensor of a name and a shape, `names` are those of all there are, `shard` says what of
-    them is wanted here. Plain matrices become quantized
-    ones of so many `bits`, if any. `num_bytes` counts what was made."""
+    them is wanted here. Plain matrices become quantized ones of so many `bits`, if any. `num_bytes` counts what was
+    made."""
 
     read_tensor: Read
     names: set[str]
@@ -29,7 +29,7 @@ class Loader:
     device: torch.device
     bits: int | None
     costs: Costs
-    num_bytes: int = field(default=0)
+    num_bytes: int = 0
 
     @property
     def config(self) -> ModelConfig:

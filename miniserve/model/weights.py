@@ -14,14 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from miniserve.model import attention, delta_net, mlp
-from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, Safetensors, checked
+from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, GgufTensors, Safetensors, checked
 from miniserve.model.config import LayerConfig
-from miniserve.model.gguf import GgufTensors
 from miniserve.model.loader import Loader, check_groups, random
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
-from miniserve.ops.decoder import Layer, Weights
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Layer, Mlp, Weights
 from miniserve.ops.quantized import Quantized, Weight
 
 log = logging.getLogger("miniserve.model")
@@ -114,11 +112,114 @@ def _layer(loader: Loader, at: str, layer: LayerConfig, index: int) -> Layer:
 
     return Layer(
         input_norm=norm("input"),
-        mixer=attention.load(loader, f"{at}self_attn.", layer, index)
+        mixer=_attention(loader, f"{at}self_attn.", layer, index)
         if layer.attends
-        else delta_net.load(loader, f"{at}linear_attn.", index),
+        else _delta_net(loader, f"{at}linear_attn.", index),
         mixer_norm=norm("post_attention") if extra else None,
         post_norm=norm("pre_feedforward" if extra else "post_attention"),
-        mlp=mlp.load(loader, at, layer),
+        mlp=_mlp(loader, at, layer),
         mlp_norm=norm("post_feedforward") if extra else None,
+    )
+
+
+def _attention(loader: Loader, at: str, layer: LayerConfig, index: int) -> Attention:
+    """The attention of a layer whose tensors are named `at`: grouped heads, perhaps norms of q and k, a window, a gate
+    on the output."""
+    config = loader.config
+    q, kv, hidden = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.hidden_size
+    gated, normed, order = config.family.gated, config.family.qk_norm, None
+    if gated:
+        # In the files each head's gate follows on its queries; here all gates come last.
+        heads = torch.arange(2 * q).view(config.heads, 2, -1)
+        order = torch.cat((heads[:, 0].flatten(), torch.arange(2 * q, 2 * q + 2 * kv), heads[:, 1].flatten()))
+    rows = {f"{at}q_proj": q * (1 + gated), f"{at}k_proj": kv, f"{at}v_proj": kv}
+    return Attention(
+        index=index,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        dim=config.head_dim,
+        scale=config.attention_scale,
+        window=layer.window,
+        rope=layer.rope,
+        gated=gated,
+        qkv=loader.linear(rows, hidden, config.qkv_bias, order=order),
+        q_norm=loader.norm(f"{at}q_norm.weight", config.head_dim) if normed else None,
+        k_norm=loader.norm(f"{at}k_norm.weight", config.head_dim) if normed else None,
+        out=loader.linear({f"{at}o_proj": hidden}, q, config.output_bias),
+    )
+
+
+def _delta_net(loader: Loader, at: str, index: int) -> DeltaNet:
+    """The delta net of a layer whose tensors are named `at`."""
+    sizes, hidden = loader.config.delta, loader.config.hidden_size
+    assert sizes is not None
+    values = sizes.v_heads * sizes.v_dim
+    if loader.has(f"{at}in_proj_qkvz"):
+        # One group of rows for each head of keys: what belongs to it and to its heads of values.
+        shared = sizes.v_heads // sizes.k_heads
+        parts = sizes.k_dim, sizes.k_dim, shared * sizes.v_dim, shared * sizes.v_dim
+        order = _by_kind(sizes.k_heads, *parts)
+        qkvz = loader.linear({f"{at}in_proj_qkvz": sizes.channels + values}, hidden, order=order)
+        order = _by_kind(sizes.k_heads, shared, shared)
+        ba = loader.plain({f"{at}in_proj_ba": 2 * sizes.v_heads}, hidden, order)
+    else:
+        qkvz = loader.linear({f"{at}in_proj_qkv": sizes.channels, f"{at}in_proj_z": values}, hidden)
+        ba = loader.plain({f"{at}in_proj_b": sizes.v_heads, f"{at}in_proj_a": sizes.v_heads}, hidden)
+    conv = loader.get(f"{at}conv1d.weight", sizes.channels, 1, sizes.taps)
+    return DeltaNet(
+        **vars(sizes),
+        index=index,
+        qkvz=qkvz,
+        ba=ba,
+        conv=conv.squeeze(1).t().contiguous(),
+        rate=-loader.get(f"{at}A_log", sizes.v_heads, exact=True).exp(),
+        bias=loader.get(f"{at}dt_bias", sizes.v_heads, exact=True),
+        norm=loader.get(f"{at}norm.weight", sizes.v_dim),
+        out=loader.linear({f"{at}out_proj": hidden}, values),
+    )
+
+
+def _by_kind(groups: int, *sizes: int) -> Tensor:
+    """The order that brings together what each of `groups` groups of rows has first, second and so on: so many rows of
+    each kind."""
+    rows = torch.arange(groups * sum(sizes)).view(groups, -1)
+    return torch.cat([kind.flatten() for kind in rows.split(sizes, 1)])
+
+
+def _mlp(loader: Loader, at: str, layer: LayerConfig) -> Mlp | Experts:
+    """The MLP, or the experts of which a few work on a token, of the layer whose tensors are named `at`."""
+    config = loader.config
+    sizes = config.experts if layer.experts else None
+    if sizes is None:
+        names = [f"{at}mlp.{name}_proj" for name in ("gate", "up", "down")]
+        return _gated(loader, names, config.intermediate_size, bias=config.mlp_bias)
+    router, where, *parts = config.family.experts
+    # transformers and newer files have all experts in one tensor, older files each by itself.
+    together = f"{at}mlp.experts.gate_up_proj", f"{at}mlp.experts.down_proj"
+    if loader.has(together[0]):
+        gate_up = loader.dense(loader.read(together[0], sizes.count, 2 * sizes.inner, config.hidden_size))
+        down = loader.dense(loader.read(together[1], sizes.count, config.hidden_size, sizes.inner))
+        experts = [
+            Mlp(loader.prepared([up], None, gated=config.activation), loader.prepared([back], None))
+            for up, back in zip(gate_up, down, strict=True)
+        ]
+    else:
+        named = ([f"{at}{where}.{i}.{part}" for part in parts] for i in range(sizes.count))
+        experts = [_gated(loader, names, sizes.inner) for names in named]
+    inner, shared = sizes.shared_inner, [f"{at}mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    return Experts(
+        chosen=sizes.chosen,
+        renormed=sizes.renormed,
+        router=loader.plain({at + router: sizes.count}, config.hidden_size),
+        experts=loader.ops.stack(experts),
+        shared=_gated(loader, shared, inner) if inner else None,
+        shared_gate=loader.plain({f"{at}mlp.shared_expert_gate": 1}, config.hidden_size) if inner else None,
+    )
+
+
+def _gated(loader: Loader, names: list[str], inner: int, bias: bool = False) -> Mlp:
+    (gate, up, down), config = names, loader.config
+    return Mlp(
+        loader.linear({gate: inner, up: inner}, config.hidden_size, bias, gated=config.activation),
+        loader.linear({down: config.hidden_size}, inner, bias),
     )

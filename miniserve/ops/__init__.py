@@ -6,8 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from miniserve.ops.batch import Batch, Sizes, State
-from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp, Weights
+from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Head, Linear, Mlp, Sizes, State, Weights
 from miniserve.ops.group import Group
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
@@ -43,6 +42,9 @@ class Ops(Protocol):
     def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> Linear:
         """Prepare `[2 * I, in]`, of which the first half are gates: the result makes activation(gate) * up, `[T, I]`.
         The `activation` is `silu` or `gelu_tanh`."""
+
+    def stack(self, experts: list[Mlp]) -> Any:
+        """The experts of a layer as a mixture wants them: it becomes `Experts.experts`."""
 
     def filter(self, probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor | None, Tensor]:
         """Candidates of `probs` `[n, vocab]`: (ids, weights); the weight of one that is filtered out is 0. Without ids
@@ -89,14 +91,6 @@ class FusedOps(Ops, Protocol):
     def fuse(self, weights: Weights, rotary: list[Any], group: Group) -> Compute:
         """The same as `model.Transformer.compute` makes of `StepOps`, up to the logits of this rank of the `group`.
         These `Ops` have prepared `weights` and `rotary`."""
-
-
-@runtime_checkable
-class StackingOps(Protocol):
-    """`Ops` whose `mixture` wants all experts of a layer together."""
-
-    def stack(self, experts: list[Mlp]) -> Any:
-        """What becomes `Experts.stacked`, in place of the list."""
 
 
 def make_ops(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from miniserve.ops.batch import State
+from miniserve.ops.decoder import State
 from miniserve.ops.native import NUMBERS, read_sources
 
 BLOCK = 64
@@ -35,7 +35,6 @@ def _structs(*names: str) -> dict[str, Any]:
 
 
 STRUCTS = _structs("Batch", "Matrix", "Attention", "DeltaNet", "Mlp", "Experts", "Layer", "Model", "Group")
-NativeGroup = STRUCTS["Group"]
 
 
 @dataclass(frozen=True)

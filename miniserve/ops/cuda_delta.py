@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from miniserve.ops.batch import State
-from miniserve.ops.decoder import DeltaNet
+from miniserve.ops.decoder import DeltaNet, State
 
 ROWS, CHANNELS = tl.constexpr(8), tl.constexpr(128)
 """Of the convolution, what a program computes at a time."""

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniserve.ops.batch import Sizes
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
-from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp
+from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp, Sizes
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight, dense
 
@@ -119,7 +118,7 @@ class CudaOps(CudaPlanner):
     def mixture(self, part: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Two products over the rows of all experts, in the order of these. How many each has the device alone knows,
         so that the host need not wait, and a graph can be recorded."""
-        stacked: Stacked = part.stacked
+        stacked: Stacked = part.experts
         chosen, order = ids.flatten().sort(stable=True)  # 2 x [T * chosen]
         ends = torch.searchsorted(chosen, stacked.ids, right=True, out_int32=True)  # [experts]
         made = F.grouped_mm(x[order // part.chosen], stacked.gate_up, offs=ends)

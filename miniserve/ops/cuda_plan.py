@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.ops.batch import Batch, Sizes, State
+from miniserve.ops.decoder import Batch, Sizes, State
 
 WORKSPACE_BYTES = 384 * 2**20
 """For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""
@@ -110,8 +110,6 @@ class CudaPlanner:
         places = {name: made[name] for name in names} | {"positions": batch.positions.int()}
         return CudaPlan(_views(kv), decodes, *wrappers, places, made["starts"], state, made["slots"])
 
-    # --- plans of CUDA graphs ---------------------------------------------------------------------------------------
-
     def fixed_plan(self, size: int, kv: Tensor, state: State | None, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
         `tables` page numbers."""
@@ -147,8 +145,6 @@ class CudaPlanner:
         indices = indices.to(self._device, non_blocking=True)
         self._plan_decode(plan.decode, kv, indptr=indptr, indices=indices, last_page_len=last)
         self._end_planning()
-
-    # --- what both kinds take ---------------------------------------------------------------------------------------
 
     def _decode_wrappers(self, kv: Tensor, **fixed: Any) -> dict[int, Any]:
         tensor_cores = self._heads // kv.shape[4] >= TENSOR_CORE_GROUP

@@ -1,11 +1,10 @@
-"""The gated delta rule and its short convolution in plain torch: the reference for `model/delta_net.py`."""
+"""The gated delta rule and its short convolution in plain torch: the reference for `model/transformer.py`."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniserve.ops.batch import State
-from miniserve.ops.decoder import DeltaNet
+from miniserve.ops.decoder import DeltaNet, State
 
 BLOCK = 64
 """Tokens that are computed together: within a block by matrix products, from block to block through the state."""

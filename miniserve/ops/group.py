@@ -1,7 +1,5 @@
 """The ranks of a worker: what each makes of the same batch is added up, or laid side by side."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import mmap
@@ -12,9 +10,8 @@ import torch
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.config import ConfigError
 from miniserve.ops import native
-from miniserve.ops.cpu_structs import NativeGroup
+from miniserve.ops.cpu_structs import STRUCTS
 
-_pointer, _long = ctypes.c_void_p, ctypes.c_int64
 LINE, PIECE = 64, 2**19
 """Bytes that each rank has of the memory for what it says, and twice for what it gives: `PIECE` in cpu_group.h."""
 
@@ -48,7 +45,7 @@ class SharedGroup(Group):
             os.ftruncate(file.fileno(), size)
             self._memory = mmap.mmap(file.fileno(), size)
         place = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._native = NativeGroup(rank=rank, ranks=ranks, memory=place)
+        self._native = STRUCTS["Group"](rank=rank, ranks=ranks, memory=place)
         self.address = ctypes.addressof(self._native)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,14 +53,14 @@ class SharedGroup(Group):
             return self.sum(x.float()).to(x.dtype)
         x = x.contiguous()
         add = self._library.group_sum_float32 if x.dtype is torch.float32 else self._library.group_sum_bfloat16
-        add(_pointer(self.address), _pointer(x.data_ptr()), _long(x.numel()))
+        add(self.address, x.data_ptr(), x.numel())
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(0 if self.rank else len(x), self.ranks * x.shape[1])
-        sizes = _long(len(x)), _long(x.itemsize * x.shape[1])
-        there = _pointer(None if self.rank else out.data_ptr())
-        self._library.group_gather(_pointer(self.address), _pointer(x.contiguous().data_ptr()), *sizes, there)
+        there = None if self.rank else out.data_ptr()
+        width = x.itemsize * x.shape[1]
+        self._library.group_gather(self.address, x.contiguous().data_ptr(), len(x), width, there)
         return out
 
 

@@ -4,8 +4,6 @@ Paged attention without a kernel of its own: the pages of a sequence are gathere
 contiguous keys and values. A gather reads each byte once more, which is small beside the matrix products that follow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear
+from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Head, Linear, Mlp, State
 from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 
@@ -166,6 +163,9 @@ class TorchOps:
             return act(gate).mul_(up)
 
         return activated
+
+    def stack(self, experts: list[Mlp]) -> list[Mlp]:
+        return experts
 
     def mixture(self, part: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The tokens of one expert after the other's. What experts add to a token is rounded each time."""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Admission, Deferral, Sequence, State
+from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Counters
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
-    from miniserve.worker.snapshots import Snapshots
 
 
 @dataclass(eq=False)

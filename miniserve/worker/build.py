@@ -1,7 +1,5 @@
 """From a configuration to a running engine: the same for a worker process and for `LLM`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +25,10 @@ from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from miniserve.worker import sizing
+from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
 from miniserve.worker.graphs import DecodeGraphs, GraphOps
-from miniserve.worker.pace import Pace
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.snapshots import Snapshots
@@ -56,14 +54,13 @@ class Built:
 
 def build(
     config: EngineConfig,
-    progress: Progress | None = None,
+    progress: Progress = lambda phase, done, total: None,
     spec: WorkerSpec | None = None,
     tell: Callable[[RankCommand], None] = lambda command: None,
 ) -> Built:
     """Load the model in `config.model` and allocate the KV pool. `progress` is called with (phase, done, total). Each
     rank of several, which `spec` is of, builds the same at the same time; the engine of rank 0 is that of the worker,
     and the others are to `tell` of what it does. Raises `ConfigError` with what to do about it."""
-    show = progress or (lambda phase, done, total: None)
     phases: dict[str, float] = {}
     began = time.monotonic()
 
@@ -85,7 +82,7 @@ def build(
         estimate = sizing.weight_bytes(model, choices.dtype, *(bits if config.cpu_kernels == "auto" else (None, None)))
         size = sizing.size_pool(config, choices, estimate)
     of = device, choices.dtype, model.sizes, config.block_size
-    ops, kernels = make_ops(*of, native=config.cpu_kernels != "torch", progress=lambda line: show(line, 0, 0))
+    ops, kernels = make_ops(*of, native=config.cpu_kernels != "torch", progress=lambda line: progress(line, 0, 0))
     group = make_group(device, spec, config.tensor_parallel_size)
     choices = replace(choices, sequences=_least(group, choices.sequences, device))
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
@@ -93,19 +90,18 @@ def build(
         graph_ops = None
     lap("kernels")
     try:
-        shown = partial(show, "weights")
+        shown = partial(progress, "weights")
         shown(0, len(model.layers))
         given = choices.files.weights, choices.shard, ops, choices.dtype, device
         packing = choices.files.config.get("quantization_config") or {}
         weights = load_weights(*given, packing=packing, quantization=config.quantization, progress=shown)
         transformer = Transformer(model, weights, ops, choices.max_model_len, group)
-        weights_bytes = weights.num_bytes
         lap("weights")
         if device.type == "cuda":
             step = sizing.step_bytes(transformer, choices)
             if graph_ops is not None:
                 step += DecodeGraphs.logits_bytes(model.vocab_size, choices.sequences)
-            size = sizing.size_pool(config, choices, weights_bytes, step)
+            size = sizing.size_pool(config, choices, weights.num_bytes, step)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(problem("worker.out_of_memory", tokens=choices.budget, error=error)) from error
@@ -133,7 +129,7 @@ def build(
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:
         raise ConfigError(error.message) from error
-    runner = ModelRunner(transformer, memory, eos, device, graphs, state, tell)
+    runner = ModelRunner(transformer, memory, eos, graphs, state, tell)
     order, on_evict = make_order(config.kv_eviction), None if host is None else host.store
     pool = PagePool(num_pages, order, caching=config.enable_prefix_caching, on_evict=on_evict)
     engine = Engine(
@@ -150,26 +146,19 @@ def build(
         overlap=choices.overlap,
         draft_rows=ops.draft_rows if choices.drafts else 0,
     )
-    return Built(
-        engine=engine,
-        runner=runner,
-        grammars=grammars,
-        memory=memory,
-        model=model,
-        layout=choices.layout(config, ops),
-        facts=Facts(
-            dtype=str(choices.dtype).removeprefix("torch."),
-            device=str(device),
-            kernels=kernels,
-            threads=threads,
-            weights_bytes=weights_bytes,
-            page_tokens=config.block_size,
-            max_model_len=choices.max_model_len,
-            vocab_size=model.vocab_size,
-            phases=phases,
-            kv_note=kv_note,
-        ),
+    facts = Facts(
+        dtype=str(choices.dtype).removeprefix("torch."),
+        device=str(device),
+        kernels=kernels,
+        threads=threads,
+        weights_bytes=weights.num_bytes,
+        page_tokens=config.block_size,
+        max_model_len=choices.max_model_len,
+        vocab_size=model.vocab_size,
+        phases=phases,
+        kv_note=kv_note,
     )
+    return Built(engine, runner, grammars, memory, model, choices.layout(config, ops), facts)
 
 
 def _least(group: Group, number: int, device: torch.device) -> int:

@@ -17,17 +17,16 @@ import msgspec
 from miniserve.cluster.messages import Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
 from miniserve.kv.pages import PagePool
 from miniserve.worker.admission import Admissions
-from miniserve.worker.batching import Batching
+from miniserve.worker.batching import Batching, Pace
 from miniserve.worker.drafts import Drafter
-from miniserve.worker.pace import Pace
 from miniserve.worker.sequence import Admission, Sequence, State
+from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Counters, InFlight, Runner, Sampled, StepResult, Work, step_time
 
 if TYPE_CHECKING:
     # They need torch or llguidance, which the simulator does not.
     from miniserve.kv.host import HostPool
     from miniserve.worker.grammar import Grammars
-    from miniserve.worker.snapshots import Snapshots
 
 
 @dataclass(eq=False)
@@ -121,11 +120,10 @@ class Engine:
         """The unfinished sequence of a turn."""
         return self._turns.get(turn)
 
-    def abort(self, turn: str) -> Sequence | None:
-        """Drop a turn and free its pages at once; returns it if it was here."""
+    def abort(self, turn: str) -> None:
+        """Drop a turn, if it is here, and free its pages at once."""
         if sequence := self._turns.get(turn):
             self.finish(sequence)
-        return sequence
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out and give its pages back."""
@@ -171,8 +169,6 @@ class Engine:
         if self.snapshots is not None:
             self.snapshots.saved = self.snapshots.used = 0
         self.counters = Counters()
-
-    # --- admission --------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Sequence]:
         """Give pages to waiting sequences in their order, as many as fit. One that waits for its grammar, or for a page
@@ -221,8 +217,6 @@ class Engine:
         sequence.computed = sequence.under_way = sequence.registered = 0
         sequence.move(State.WAITING)
         self.waiting.appendleft(sequence)
-
-    # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
         """Run one batch; an empty result if there is nothing to compute. With `overlap` that launches a batch and
@@ -336,8 +330,6 @@ class Engine:
         sequence.register(self.pool, self.page_tokens)
         if self.snapshots is not None:
             self.snapshots.register(sequence, self.clock())
-
-    # --- KV that comes from elsewhere -------------------------------------------------------------------------------
 
     def handed(self, sequence: Sequence) -> int:
         """How many of its given tokens a prefiller hands over."""

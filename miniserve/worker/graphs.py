@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from miniserve.model.transformer import Transformer
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.decoder import Batch, State
 
 log = logging.getLogger("miniserve.graphs")
 
@@ -73,8 +73,8 @@ class CudaRecorder:
 
 @dataclass(eq=False)
 class DecodeGraphs:
-    """Records a graph when a batch of its size comes for the first time. `seconds` is how long that took, by size;
-    `record` makes a replay of what a function does."""
+    """Records a graph when a batch of its size comes for the first time: `recorded` are those, by size. `record` makes
+    a replay of what a function does."""
 
     transformer: Transformer
     ops: GraphOps
@@ -84,11 +84,10 @@ class DecodeGraphs:
     max_pages: int
     """Batches of up to `most` sequences with up to so many pages each are replayed, as far as the ladder goes."""
     record: Callable[[Callable[[], object]], Replay] = field(default_factory=CudaRecorder)
-    seconds: dict[int, float] = field(default_factory=dict)
+    recorded: dict[int, Recorded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._sizes = [size for size in LADDER if size < self.most] + [self.most] * (self.most <= LADDER[-1])
-        self._recorded: dict[int, Recorded] = {}
         # One for all sizes: each graph would keep logits of its own, in all a gigabyte for a large vocabulary.
         vocab = self.transformer.config.vocab_size
         self._logits = torch.zeros((self._sizes[-1], vocab), dtype=torch.float32, device=self.kv.device)
@@ -105,7 +104,7 @@ class DecodeGraphs:
         if count > self._sizes[-1] or not len(batch.tokens) == len(batch.outputs) == count:
             return None
         size = self._sizes[bisect_left(self._sizes, count)]
-        recorded = self._recorded.get(size) or self._make(size)
+        recorded = self.recorded.get(size) or self._make(size)
         recorded.tokens[:count].copy_(batch.tokens)
         recorded.positions[:count].copy_(batch.positions)
         recorded.positions[count:].zero_()
@@ -118,7 +117,6 @@ class DecodeGraphs:
         plan = self.ops.fixed_plan(size, self.kv, self.state, size * self.max_pages)
         tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self.kv.device)
         replay = self.record(lambda: self._logits[:size].copy_(self.transformer.compute(plan, tokens, positions, None)))
-        recorded = self._recorded[size] = Recorded(plan, tokens, positions, replay)
-        self.seconds[size] = time.monotonic() - started
-        log.info("recorded a CUDA graph of %d decodes in %.2f s", size, self.seconds[size])
-        return recorded
+        self.recorded[size] = Recorded(plan, tokens, positions, replay)
+        log.info("recorded a CUDA graph of %d decodes in %.2f s", size, time.monotonic() - started)
+        return self.recorded[size]

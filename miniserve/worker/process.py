@@ -19,7 +19,7 @@ from miniserve.kv.transfer.interface import Transfer
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
-from miniserve.worker.ranks import EveryTransfer, Ranks, open_pool
+from miniserve.worker.ranks import IDLE_SECONDS, SOON_SECONDS, EveryTransfer, Ranks, open_pool
 from miniserve.worker.sender import SIGNS_OF_LIFE
 from miniserve.worker.sequence import Sequence
 
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from miniserve.worker.build import Built  # needs torch, which the simulator does not
 
 log = logging.getLogger("miniserve.worker")
-
-IDLE_SECONDS = 1.0
-"""How often an idle worker looks at its leases and reports."""
-COPY_SECONDS = 0.001
-"""How often an otherwise idle worker looks for what is about to come: pages on their way here, compiled grammars."""
 
 
 class MessageSink(Protocol):
@@ -85,7 +80,7 @@ class Worker:
         if not self._idle:
             return 0.0
         soon = self.handoffs.receiver.copying or self.engine.compiling
-        return COPY_SECONDS if soon else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
+        return SOON_SECONDS if soon else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
 
     def work(self, heard: list[messages.Envelope]) -> None:
         """One round: handle the messages `heard`, admit, step, and report if there is something to report."""
@@ -147,8 +142,7 @@ class Worker:
                 log.error("dropped a %s: workers do not take it", type(other).__name__)
 
     def _meet(self, peers: list[messages.Peer]) -> None:
-        away = [peer.far if peer.pool.host != self.host else "" for peer in peers]
-        peers = [msgspec.structs.replace(p, address=far) if far else p for p, far in zip(peers, away, strict=True)]
+        peers = [msgspec.structs.replace(p, address=p.far) if p.far and p.pool.host != self.host else p for p in peers]
         others = [peer for peer in peers if peer.name != self.name]
         if self.ranks is not None:
             self.ranks.tell(messages.Peers(others))
@@ -185,8 +179,6 @@ class Worker:
             return
         self.engine.add(Sequence.of(run, self.layout))
 
-    # --- reports ----------------------------------------------------------------------------------------------------
-
     def _report(self, now: float) -> None:
         report = messages.Report(self._outputs, self._moves, self._stats(), self._steps, self._stopped)
         self.outboxes.send(self.frontend, report)
@@ -220,8 +212,9 @@ def make_worker(
     spec: WorkerSpec, built: Built, pool: messages.PoolInfo, door: Door, outboxes: MessageSink, ranks: Ranks
 ) -> Worker:
     def send(address: str, message: messages.Message) -> None:
-        if isinstance(message, messages.Publish) and (message.pages or message.state):
-            ranks.settle(built.runner)
+        if ranks.pools and isinstance(message, messages.Publish) and (message.pages or message.state):
+            ranks.tell(messages.Settle())
+            built.runner.settle()  # peers may read the pages when all that was begun so far is done on all ranks
         outboxes.send(address, message)
 
     def way(peer: messages.Peer) -> Transfer | None:

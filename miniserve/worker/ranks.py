@@ -29,10 +29,10 @@ from miniserve.worker.peers import PeerTable
 
 if TYPE_CHECKING:
     from miniserve.worker.build import Built
-    from miniserve.worker.runner import ModelRunner
 
-IDLE_SECONDS, COPY_SECONDS = 1.0, 0.001
-"""How long a rank waits for what rank 0 says: without, and with pages on their way here."""
+IDLE_SECONDS, SOON_SECONDS = 1.0, 0.001
+"""How long a process waits for messages, at most: an idle worker then looks at its leases and reports; and while pages
+or a compiled grammar are about to come."""
 EXPLAINED = 1
 """The exit code of a rank that has told the frontend why it ends."""
 
@@ -86,12 +86,6 @@ class Ranks:
         """Have the others do something, after all commands before."""
         for address in self._addresses:
             self._outboxes.send(address, command)
-
-    def settle(self, runner: ModelRunner) -> None:
-        """Block until all that was begun so far is done on all ranks: peers may read the pages."""
-        if self._processes:
-            self.tell(messages.Settle())
-            runner.settle()
 
     def heard(self, stored: messages.Stored) -> None:
         if copy := self.storing.get(stored.number):
@@ -229,6 +223,6 @@ def follow(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> 
     follower = Follower(spec.rank, built, PeerTable(way), lambda body: outboxes.send(spec.leader, body))
     follower.reply(messages.RankReady(spec.rank, pool))
     while True:
-        for envelope in inbox.receive(int((COPY_SECONDS if follower.storing else IDLE_SECONDS) * 1000)):
+        for envelope in inbox.receive(int((SOON_SECONDS if follower.storing else IDLE_SECONDS) * 1000)):
             follower.do(envelope.body)
         follower.poll()

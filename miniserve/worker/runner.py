@@ -8,7 +8,7 @@ import torch
 from miniserve.cluster.messages import Forward
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.decoder import Batch, State
 from miniserve.worker.graphs import DecodeGraphs
 from miniserve.worker.sampler import SCORED_LOGITS, Sampler, Samples, put, score
 from miniserve.worker.sequence import Sequence
@@ -24,12 +24,12 @@ class ModelRunner:
     transformer: Transformer
     memory: KVMemory
     eos: frozenset[int]
-    device: torch.device
     graphs: DecodeGraphs | None = None
     state: State | None = None
     tell: Callable[[Forward], None] = lambda forward: None
 
     def __post_init__(self) -> None:
+        self._device = self.transformer.device
         self._sampler = Sampler(self.eos, self.transformer.ops)
         self._latest: tuple[dict[Sequence, int], torch.Tensor] | None = None
         """What the step launched last samples: the row of each sequence, and the tokens."""
@@ -76,8 +76,8 @@ class ModelRunner:
         if fed:
             assert self._latest is not None
             rows, sampled = self._latest
-            wanted = sampled[self._put([rows[sequence] for _, sequence in fed])]
-            model_batch.tokens.index_copy_(0, self._put([row for row, _ in fed]), wanted)
+            wanted = sampled[put([rows[sequence] for _, sequence in fed], self._device)]
+            model_batch.tokens.index_copy_(0, put([row for row, _ in fed], self._device), wanted)
         parts = list[Samples]()
 
         def take(first: int, logits: torch.Tensor) -> None:
@@ -97,13 +97,13 @@ class ModelRunner:
 
     def settle(self) -> None:
         """Block until the device has done all it was given, on every rank of which each calls this."""
-        self.transformer.group.gather(torch.empty(0, 1, device=self.device))
-        if self.device.type == "cuda":  # it is the last that the device was given, on all ranks
-            torch.cuda.synchronize(self.device)
+        self.transformer.group.gather(torch.empty(0, 1, device=self._device))
+        if self._device.type == "cuda":  # it is the last that the device was given, on all ranks
+            torch.cuda.synchronize(self._device)
 
     def _batch(self, forward: Forward) -> Batch:
         new = forward.tokens, forward.positions, forward.outputs
-        tokens, positions, outputs = (self._put(numbers) for numbers in new)
+        tokens, positions, outputs = (put(numbers, self._device) for numbers in new)
         return Batch(tokens, positions, outputs, forward.lengths, forward.contexts, forward.pages, forward.slots)
 
     def _forward(self, batch: Batch, forward: Forward, take: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
@@ -127,7 +127,7 @@ class ModelRunner:
 
     def _brought(self, samples: list[Samples]) -> Launched:
         """What was scored and sampled, already on its way to the host."""
-        if self.device.type != "cuda":
+        if self._device.type != "cuda":
             return lambda: [found for part in samples for found in part.read()]
         parts, done = [part.to_host() for part in samples], torch.cuda.Event()
         done.record()
@@ -137,6 +137,3 @@ class ModelRunner:
             return [found for part in parts for found in part.read()]
 
         return wait
-
-    def _put(self, values: list[int]) -> torch.Tensor:
-        return put(values, self.device)

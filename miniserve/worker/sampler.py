@@ -3,19 +3,21 @@
 So the same request gives the same text whatever shares its batch, after a preemption, and on another worker.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import repeat
+from typing import Self
 
+import numpy as np
 import torch
+from llguidance import LLExecutor
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.ops import Ops
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.masks import Masks
+from miniserve.text.grammar import failure
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Sampled
 
@@ -31,46 +33,37 @@ SCORED_LOGITS = 2**23
 
 
 @dataclass(frozen=True)
-class LogprobRows:
-    """What the API reports of the tokens in some `rows`; `counts` says how many of the likeliest ones are wanted.
-    `found` are of each row the token's own log-probability and rank from 1, then the likeliest ids and theirs."""
-
-    rows: list[int]
-    counts: list[int]
-    found: list[torch.Tensor]
-
-    @classmethod
-    def of(cls, logprobs: torch.Tensor, tokens: torch.Tensor, rows: list[int], counts: list[int]) -> LogprobRows:
-        """From `logprobs` `[len(rows), vocab]` and the `tokens` of these rows."""
-        own = logprobs.gather(1, tokens.unsqueeze(1))
-        top, ids = logprobs.topk(max(counts))
-        return cls(rows, counts, [own.squeeze(1), (logprobs > own).sum(-1) + 1, ids, top])
-
-
-@dataclass(frozen=True)
 class Samples:
-    """Sampled or scored `tokens`, int64 `[n]`, and what is reported of some. The device may still be at work."""
+    """Sampled or scored `tokens`, int64 `[n]`, and what the API reports of those in some `rows`: `counts` says how many
+    of the likeliest ones are wanted, `found` are of each row the token's own log-probability and rank from 1, then the
+    likeliest ids and theirs. The device may still be at work."""
 
     tokens: torch.Tensor
-    logprobs: LogprobRows | None = None
+    rows: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    found: list[torch.Tensor] = field(default_factory=list)
 
-    def to_host(self) -> Samples:
+    @classmethod
+    def of(cls, tokens: torch.Tensor, logprobs: torch.Tensor, rows: list[int], counts: list[int]) -> Self:
+        """With the `logprobs` `[len(rows), vocab]` of these rows."""
+        own = logprobs.gather(1, _rows(tokens, rows).unsqueeze(1))
+        top, ids = logprobs.topk(max(counts))
+        return cls(tokens, rows, counts, [own.squeeze(1), (logprobs > own).sum(-1) + 1, ids, top])
+
+    def to_host(self) -> Self:
         """The same in pinned memory, where it will be as soon as the device has done all that it was given."""
-        rows = self.logprobs
-        if rows is not None:
-            rows = replace(rows, found=[pinned(x) for x in rows.found])
-        return Samples(pinned(self.tokens), rows)
+        return replace(self, tokens=pinned(self.tokens), found=[pinned(x) for x in self.found])
 
     def read(self) -> Sampled:
         """Wait for them: one token for each row, with its log-probability where the request asks for it."""
         tokens = self.tokens.tolist()
-        found: list[TokenLogprob | None] = [None] * len(tokens)
-        if wanted := self.logprobs:
-            own, rank, ids, top = (x.tolist() for x in wanted.found)
-            for i, (row, count) in enumerate(zip(wanted.rows, wanted.counts, strict=True)):
-                best = list(zip(ids[i][:count], top[i][:count], strict=True))
-                found[row] = TokenLogprob(tokens[row], own[i], rank[i], best)
-        return list(zip(tokens, found, strict=True))
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        if self.rows:
+            found = zip(self.rows, self.counts, *(x.tolist() for x in self.found), strict=True)
+            for row, count, own, rank, ids, top in found:
+                best = list(zip(ids[:count], top[:count], strict=True))
+                logprobs[row] = TokenLogprob(tokens[row], own, rank, best)
+        return list(zip(tokens, logprobs, strict=True))
 
 
 @dataclass
@@ -80,7 +73,7 @@ class Sampler:
 
     eos: frozenset[int]
     ops: Ops
-    masks: Masks = field(default_factory=Masks)
+    _executor: LLExecutor = field(default_factory=LLExecutor)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: list[Sequence], ahead: list[int] | None = None) -> Samples:
@@ -91,7 +84,7 @@ class Sampler:
         raw = _rows(logits, reported).log_softmax(-1) if reported else None
         for row, sequence in enumerate(sequences):
             self._shape(logits[row], sequence, numbers[row])
-        self.masks.apply(logits, sequences, self.eos)
+        self._follow_grammars(logits, sequences)
         tokens = logits.argmax(-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:
@@ -101,7 +94,7 @@ class Sampler:
         if raw is None:
             return Samples(tokens)
         counts = [sequences[row].params.logprobs or 0 for row in reported]
-        return Samples(tokens, LogprobRows.of(raw, _rows(tokens, reported), reported, counts))
+        return Samples.of(tokens, raw, reported, counts)
 
     def _shape(self, row: torch.Tensor, sequence: Sequence, number: int) -> None:
         """Apply what a request wants changed in the logits of output `number`: bias, penalties, no end before
@@ -124,6 +117,37 @@ class Sampler:
             ends = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos)]
             row[put(ends, row.device)] = -torch.inf
 
+    def _follow_grammars(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
+        """Rule out in the rows of sequences that have a grammar what may not come next. Before `min_tokens` that is an
+        end (`eos` and stop tokens) too, unless nothing else may come. A grammar that fails lets everything through; its
+        matcher says so."""
+        found = [(row, s, s.matcher) for row, s in enumerate(sequences) if s.matcher is not None]
+        if not found:
+            return
+        vocab = logits.shape[1]
+        for _, sequence, matcher in found:
+            matcher.follow(sequence.outputs)
+        bits = allocate_token_bitmask(len(found), found[0][2].vocab_size)
+        fill_next_token_bitmask_par(self._executor, [(m.matcher, i) for i, (_, _, m) in enumerate(found)], bits)
+        ruled_out = torch.empty(len(found), vocab, dtype=torch.bool, pin_memory=logits.device.type == "cuda")
+        allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=vocab, bitorder="little")
+        for i, (_, sequence, matcher) in enumerate(found):
+            matcher.error = matcher.error or failure(matcher.matcher)
+            if sequence.num_outputs < sequence.params.min_tokens:
+                rest = allowed[i].copy()
+                rest[[*self.eos, *sequence.params.stop_token_ids]] = 0
+                allowed[i] = rest if rest.any() else allowed[i]
+            if matcher.error or not allowed[i].any():
+                matcher.error = matcher.error or "no token of this model may come next."
+                allowed[i] = 1
+        np.equal(allowed, 0, out=ruled_out.numpy())
+        mask = ruled_out.to(logits.device, non_blocking=True)
+        if len(found) == len(sequences):
+            logits.masked_fill_(mask, -torch.inf)
+        else:
+            rows = put([row for row, _, _ in found], logits.device)
+            logits.index_copy_(0, rows, logits[rows].masked_fill_(mask, -torch.inf))
+
     def _draw(self, logits: torch.Tensor, params: list[SamplingParams], points: list[float]) -> torch.Tensor:
         """Draw one id a row by inverting the cumulative distribution at the request's own random number (`points`)."""
 
@@ -145,7 +169,7 @@ class Sampler:
 def score(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> Samples:
     """Given `tokens`, one for each row of `logits` (float32 `[n, vocab]`), with `counts` of the likeliest ones."""
     given = put(tokens, logits.device)
-    return Samples(given, LogprobRows.of(logits.log_softmax(-1), given, [*range(len(tokens))], counts))
+    return Samples.of(given, logits.log_softmax(-1), [*range(len(tokens))], counts)
 
 
 def put(values: list[int] | list[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:

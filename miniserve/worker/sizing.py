@@ -1,12 +1,12 @@
 """What a worker chooses from the model and the machine: device, dtype, context, size of the KV pool."""
 
-from __future__ import annotations
-
+import ctypes
 import json
 import os
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -58,7 +58,7 @@ class Choices:
     drafts: bool
 
     @classmethod
-    def of(cls, config: EngineConfig, rank: int) -> Choices:
+    def of(cls, config: EngineConfig, rank: int) -> Self:
         """Raises `ConfigError`."""
         folder = Path(config.model)
         files = check_folder(folder, config.load_format == "dummy")
@@ -184,8 +184,6 @@ def keep_freed_memory() -> None:
     Activations are megabytes, freed and taken again thousands of times a second; by default each time costs a mmap
     and its page faults. Measured on 2 cores of an EPYC: linears of a 512-token prefill, 457 -> 308 ms.
     """
-    import ctypes
-
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -282,13 +280,12 @@ def step_bytes(transformer: Transformer, choices: Choices) -> int:
         sequence.slot = 0 if choices.state else None  # all write there: only the bytes matter
         batch.append(Work.next(sequence, budget // count))
     memory = KVMemory(shape, count * pages, device)
-    states = StateMemory(choices.state, 1, memory) if choices.state else None
+    state = StateMemory(choices.state, 1, memory).state if choices.state else None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    state = states.state if states else None
-    ModelRunner(transformer, memory, frozenset(), device, state=state).launch(batch)()
+    ModelRunner(transformer, memory, frozenset(), state=state).launch(batch)()
     taken = torch.cuda.max_memory_allocated(device) - before
-    del memory, states, state
+    del memory, state
     torch.cuda.empty_cache()
     return taken
 

@@ -44,8 +44,6 @@ class Snapshots:
         self._free = list(range(self.slots.slots))
         self._watermark = max(1, self.pool.num_pages // 100)
 
-    # --- finding ----------------------------------------------------------------------------------------------------
-
     def find(self, sequence: Sequence, most: int, now: float) -> tuple[int, list[int], list[int]]:
         """After how many of its first `most` pages there is a snapshot, the pages of that in the pool and the slots of
         host memory for what follows them, all with a reference more."""
@@ -96,8 +94,6 @@ class Snapshots:
             return any(snapshot.tokens == end and not snapshot.named for snapshot in other.snapshots)
         other.stops = sorted({*other.stops, end})
         return True
-
-    # --- the life of a sequence -------------------------------------------------------------------------------------
 
     def reserved(self, sequence: Sequence) -> int:
         """Pages that a sequence gets with those of its tokens: for a state that comes from another worker, or that is

@@ -1,10 +1,8 @@
 """One step of an engine: what goes in, what computes it, what comes out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 from miniserve.cluster.messages import FirstToken, StepTime, TokenLogprob, TurnOutput
 from miniserve.worker.sequence import Sequence
@@ -30,7 +28,7 @@ class Work:
     scored: int = 0
 
     @classmethod
-    def next(cls, sequence: Sequence, count: int, draft: list[int] | None = None) -> Work:
+    def next(cls, sequence: Sequence, count: int, draft: list[int] | None = None) -> Self:
         """The next `count` tokens of a sequence, behind those that are under way."""
         start = sequence.computed + sequence.under_way
         scored = max(min(count, sequence.given - 1 - start), 0) if sequence.scoring else 0

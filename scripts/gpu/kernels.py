@@ -10,7 +10,7 @@ import torch
 from miniserve.model import rope
 from miniserve.model.rope import RopeConfig
 from miniserve.ops import make_ops
-from miniserve.ops.batch import Batch, Sizes
+from miniserve.ops.decoder import Batch, Sizes
 from scripts.gpu.common import Figure, Figures, Setting
 from tests.support.parts import attention_part
 

@@ -19,7 +19,7 @@ from miniserve.model.shards import Shard
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
 from miniserve.ops import make_ops
-from miniserve.ops.batch import Batch, Sizes
+from miniserve.ops.decoder import Batch, Sizes
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence

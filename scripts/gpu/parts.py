@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from miniserve.ops import StackingOps, make_ops
-from miniserve.ops.batch import Batch, Sizes, State
-from miniserve.ops.decoder import DeltaNet, Experts, Mlp
+from miniserve.ops import make_ops
+from miniserve.ops.decoder import Batch, DeltaNet, Experts, Mlp, Sizes, State
 from miniserve.ops.delta import delta
 from miniserve.ops.torch_ops import TorchOps
 from scripts.gpu.common import Figure, Figures, Setting
@@ -34,13 +33,12 @@ def experts(run: Setting) -> Figures:
         single = [Mlp(ops.gated(up), ops.linear(down)) for up, down in matrices]
         true = [Mlp(exact.gated(up.double()), exact.linear(down.double())) for up, down in matrices]
         router = ops.head(normal(EXPERTS, HIDDEN))
-        stacked = ops.stack(single) if isinstance(ops, StackingOps) else None
-        part = Experts(CHOSEN, True, router, [] if stacked is not None else single, stacked, None, None)
+        part = Experts(CHOSEN, True, router, ops.stack(single), None, None)
         for rows in (1, 7, 300):
             x = normal(rows, HIDDEN)
             weights, ids = router(x).float().softmax(-1).topk(CHOSEN)
             found = ops.mixture(part, x, ids, weights)
-            wanted = exact.mixture(Experts(CHOSEN, True, router, true, None, None, None), x.double(), ids, weights)
+            wanted = exact.mixture(Experts(CHOSEN, True, router, true, None, None), x.double(), ids, weights)
             worst = max(worst, relative(found, wanted))
         yield Figure(f"mixture, {short(dtype)}", worst, "relative error", "<=", LIMIT[dtype])
 

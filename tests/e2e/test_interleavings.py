@@ -35,9 +35,9 @@ from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 from miniserve.scheduler.turns import TRIED_AFTER
+from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
-from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.snapshots import Snapshots

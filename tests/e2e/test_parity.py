@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from miniserve.ops.batch import Batch, State
+from miniserve.ops.decoder import Batch, State
 from miniserve.ops.torch_ops import native_bf16
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import engine as worker_engine

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from miniserve.config import ConfigError
 from miniserve.hub.check import ModelError, check_folder
 from miniserve.hub.resolve import resolve
-from miniserve.model.checkpoints import Costs
+from miniserve.model.checkpoints import Costs, GgufTensors
 from miniserve.model.config import ModelConfig
-from miniserve.model.gguf import GgufTensors
 from miniserve.model.rope import RopeConfig, angles
 from miniserve.ops.quantized import Quantized, dense
 from miniserve.text.tokenizer import Tokenizer

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from miniserve.ops.batch import State
-from miniserve.ops.decoder import DeltaNet
+from miniserve.ops.decoder import DeltaNet, State
 from miniserve.ops.torch_ops import TorchOps
 from tests.support import reference_flashinfer
 

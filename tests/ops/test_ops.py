@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.ops import StepOps, make_ops, native
-from miniserve.ops.batch import Batch, Sizes
 from miniserve.ops.cpu_ops import CpuOps
+from miniserve.ops.decoder import Batch, Sizes
 from miniserve.ops.quantized import GROUP, Quantized
 from miniserve.ops.torch_ops import native_bf16
 from tests.support.native_kernels import NativeKernels

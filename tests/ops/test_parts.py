@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.ops import StepOps
-from miniserve.ops.batch import Batch, State
-from miniserve.ops.decoder import DeltaNet, Experts, Mlp
+from miniserve.ops.decoder import Batch, DeltaNet, Experts, Mlp, State
 from miniserve.ops.quantized import Quantized, dense
 from tests.ops.test_ops import ISAS, assert_close, every_kind, ops
 
@@ -21,7 +20,7 @@ Gated = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 def experts(kernels: StepOps, weights: list[tuple[Any, Any]], chosen: int, activation: str = "silu") -> Experts:
     made = [Mlp(kernels.gated(up, None, activation), kernels.linear(down)) for up, down in weights]
-    part: Any = {"stacked": None, "router": None, "shared": None, "shared_gate": None}
+    part: Any = {"router": None, "shared": None, "shared_gate": None}
     return Experts(chosen=chosen, renormed=True, experts=made, **part)
 
 

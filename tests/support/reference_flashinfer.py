@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from miniserve.ops import torch_ops
-from miniserve.ops.batch import State
-from miniserve.ops.decoder import DeltaNet
+from miniserve.ops.decoder import DeltaNet, State
 
 
 def real() -> Any:

@@ -12,8 +12,8 @@ from miniserve.cluster.messages import StepTime
 from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
+from miniserve.worker.batching import LEAST_SHARE, Pace
 from miniserve.worker.engine import Engine
-from miniserve.worker.pace import LEAST_SHARE, Pace
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Launched, Work
 

@@ -13,9 +13,9 @@ from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
 from miniserve.config import Role
 from miniserve.kv.eviction import make_order
 from miniserve.kv.pages import PagePool
+from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
-from miniserve.worker.pace import Pace
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Launched, Sampled, Work
