@@ -71,8 +71,6 @@ class Service:
         self._grammars = GrammarChecks(compiler)
         self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {self.names[0]}".encode()).hexdigest()[:10]
 
-    # --- routes that generate ---------------------------------------------------------------------------------------
-
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Answer a conversation; with `stream` true as server-sent events."""
         renderer = ChatRenderer(self.tokenizer, self.dialect, body)
@@ -92,8 +90,6 @@ class Service:
             chat = await asyncio.to_thread(body.chat, self._config.normalize_prompts)
             renderer = ChatRenderer(self.tokenizer, self.dialect, chat)
             return await self.generate(request, body, chat, renderer, MessagesWriter(head))
-
-    # --- the way of a turn ------------------------------------------------------------------------------------------
 
     async def generate(
         self,
@@ -214,8 +210,6 @@ class Service:
         size = self._client.vocab_size
         if tokens and max(tokens) >= size:
             raise ApiError(400, f"`{field}` holds token id {max(tokens)}: ids go from 0 to {size - 1}.", param=field)
-
-    # --- routes that do not generate --------------------------------------------------------------------------------
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` for a name that is none of the model's."""

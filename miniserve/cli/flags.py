@@ -42,9 +42,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """`parse` as argparse wants it: the message of its `ConfigError` is shown as it is."""
 
@@ -96,9 +93,6 @@ VALUES: dict[str, Callable[[str], Any]] = {
 """How values are parsed, by their names in commands.toml."""
 
 
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
 def add_commands(parsers: Any, rows: dict[str, Any]) -> dict[str, Parser]:
     """The commands of commands.toml, by name, with their flags. What does the work of one is imported for it only."""
     made: dict[str, Parser] = {}
@@ -139,9 +133,6 @@ def api_key(args: argparse.Namespace) -> str | None:
     return None
 
 
-# --- flags of settings ----------------------------------------------------------------------------------------------
-
-
 def add_settings(
     parser: argparse.ArgumentParser, config: type[msgspec.Struct], choices: Mapping[str, Collection[str]]
 ) -> None:
@@ -173,9 +164,6 @@ def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInf
     for field in msgspec.structs.fields(config):
         is_config = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
         yield from _settings(field.type) if is_config else [field]
-
-
-# --- flags of vLLM that are no settings -----------------------------------------------------------------------------
 
 
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:

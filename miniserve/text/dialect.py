@@ -126,9 +126,6 @@ def _find_reasoning(tokenizer: Tokenizer) -> ReasoningMarks | None:
     return None
 
 
-# --- what some templates insist on ----------------------------------------------------------------------------------
-
-
 def _with_system(messages: list[Message], text: str) -> list[Message]:
     """`text` at the end of the system message, which is put in front where there is none."""
     if messages and messages[0]["role"] == "system":

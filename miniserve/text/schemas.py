@@ -48,8 +48,6 @@ def referred(reference: Any, root: Any) -> Any:
     return found
 
 
-# --- what a schema says ---------------------------------------------------------------------------------------------
-
 Way = list[dict[str, Any]]
 """The parts of a schema that all have to hold for one of the ways to fit it: itself, and what it refers to."""
 
@@ -151,9 +149,6 @@ def typed(text: str, schema: Any, root: Any = None) -> Any:
     except (ValueError, RecursionError):
         return text
     return text if "string" in allowed and type_of(value) not in allowed else value
-
-
-# --- what a grammar can hold ----------------------------------------------------------------------------------------
 
 
 def held(schema: Any, root: Any, relaxed: set[str] | None) -> dict[str, Any]:

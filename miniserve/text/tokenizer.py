@@ -196,9 +196,6 @@ class Tokenizer:
         return self._guarded.encode(hidden.split(text))
 
 
-# --- reading a model's folder ---------------------------------------------------------------------------------------
-
-
 def _token_text(value: Any) -> str | None:
     """A special token in tokenizer_config.json is its text or an object around it."""
     text = value.get("content") if isinstance(value, dict) else value

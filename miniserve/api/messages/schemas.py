@@ -28,8 +28,6 @@ BILLING = "x-anthropic-billing-header:"
 else in a prompt, it would leave no prefix to find again."""
 
 
-# --- the blocks of a content ------------------------------------------------------------------------------------------
-
 SERVER_BLOCKS = re.compile(
     "server_tool_use|mcp_(tool_use|tool_result|tool_listing)|container_upload|"
     "(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)_tool_result|tool_(addition|removal)"
@@ -103,9 +101,6 @@ TextOrBlocks = Annotated[TextOr[Blocks], text_or("Content must be a string or a 
 class MessageParam(Body):
     role: Literal["user", "assistant", "system"]
     content: TextOrBlocks | None
-
-
-# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 class ThinkingSettings(Body):

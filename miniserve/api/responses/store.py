@@ -101,9 +101,6 @@ def continuing(previous: Stored | None) -> Iterator[str | int]:
         raise
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
-
-
 class MetadataRequest(RequestBody):
     metadata: Metadata | None = None
 
@@ -136,8 +133,6 @@ class Conversations:
     def __init__(self) -> None:
         self._stored = ResponseStore("conversation")
 
-    # --- for /v1/responses ------------------------------------------------------------------------------------------
-
     def items(self, id: str) -> Sequence[Item]:
         return self._get(id).items
 
@@ -145,8 +140,6 @@ class Conversations:
         """Add what a turn has brought, unless the conversation has been deleted meanwhile."""
         if (stored := self._stored.get(id)) is not None:
             self._put(id, (*stored.items, *items), stored.tokens + _tokens(items), stored.answer)
-
-    # --- routes -----------------------------------------------------------------------------------------------------
 
     async def create(self, body: ConversationRequest) -> Response:
         """Begin a conversation, with items or none."""
@@ -196,8 +189,6 @@ class Conversations:
         left = [one for one in stored.items if one is not gone]
         self._put(conversation, left, stored.tokens - _tokens([gone]), stored.answer)
         return await self.retrieve(conversation)
-
-    # --- inside -----------------------------------------------------------------------------------------------------
 
     def _get(self, id: str) -> Stored:
         return self._stored.find(id, param="conversation", code="conversation_not_found")

@@ -133,8 +133,6 @@ class ResponsesWriter:
         self.keep(answer, choice)
         return answer
 
-    # --- items --------------------------------------------------------------------------------------------------------
-
     def _fed(self, choice: Choice) -> list[NamedEvent]:
         """What has come since the last time, and the end. An answer of nothing at all is an empty message."""
         parts, logprobs = choice.take()
@@ -160,8 +158,6 @@ class ResponsesWriter:
                 self._logprobs = []
                 return [*self._opened("message"), *self._say(part, shown)]
 
-    # --- text -------------------------------------------------------------------------------------------------------
-
     def _opened(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
         if self._open is not None and self._open["type"] == kind:
             return []
@@ -185,8 +181,6 @@ class ResponsesWriter:
             part["logprobs"] += logprobs
             delta["logprobs"] = logprobs
         return [(f"response.{part['type']}.delta", delta)]
-
-    # --- calls ------------------------------------------------------------------------------------------------------
 
     def _begin_call(self, call: ToolCall) -> list[NamedEvent]:
         found = self.offered.get(call.name)
@@ -223,8 +217,6 @@ class ResponsesWriter:
                 with suppress(ValueError, RecursionError):  # it was cut off, or is too deep to be sent back
                     item["arguments"] = sound_json(json.loads(self._arguments))
                 return []
-
-    # --- any item ---------------------------------------------------------------------------------------------------
 
     def _add(self, item: dict[str, Any]) -> NamedEvent:
         self._open = item
