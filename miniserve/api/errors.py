@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Message
 
-from miniserve.config import tables
+from miniserve.config import problem, tables
 from miniserve.dispatcher import EngineError
 from miniserve.monitor.events import TooManyListeners
 from miniserve.sampling_params import ParameterError
@@ -100,6 +100,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"})
         case EngineError():
             return ApiError(503, str(error), code="engine_unavailable", headers=RETRY_SOON)
+        case RoutingError(__cause__=UnicodeDecodeError() as cause):
+            return ApiError(400, problem("api.not_utf8", cause=cause), code="invalid_json")
         case RoutingError(__cause__=ValueError() | RecursionError() as cause):
             return ApiError(400, f"The body is not valid JSON: {cause}.", code="invalid_json")
         case RoutingError():
@@ -132,8 +134,8 @@ async def answer(request: Request, error: Exception) -> Response:
     answered = as_api_error(error)
     if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
         methods = await _methods(request) if error.status_code == 405 else []
-        problem = "The wrong method:" if methods else "There is nothing at"
-        message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
+        wrong = "The wrong method:" if methods else "There is nothing at"
+        message = f"{wrong} {request.method} {request.url.path}. GET /docs shows what there is."
         allow = {"Allow": ", ".join(methods)} if methods else None
         answered = ApiError(405 if methods else 404, message, headers=allow)
     return answered.response(request.scope)

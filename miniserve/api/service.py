@@ -19,7 +19,7 @@ from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody, ignored_header
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import AnswerHead, Choice, Generation, Renderer, ResponseWriter
 from miniserve.api.identity import speaker
 from miniserve.api.messages.schemas import MESSAGES_NAMES, CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
@@ -27,7 +27,6 @@ from miniserve.api.openai.chat import ChatRenderer, ChatWriter, chat_tokens
 from miniserve.api.openai.completions import CompletionRenderer, CompletionWriter
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
 from miniserve.api.structured import GrammarChecks, requested
 from miniserve.config import ServeConfig, problem

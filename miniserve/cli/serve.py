@@ -21,8 +21,7 @@ from miniserve.config import ConfigError, ServeConfig, problem
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.check import generation_defaults
 from miniserve.hub.resolve import ModelFiles
-from miniserve.monitor.decision_log import DecisionLog
-from miniserve.monitor.events import Feed
+from miniserve.monitor.events import DecisionLog, Feed
 from miniserve.sampling_params import ParameterError
 
 BACKLOG = 2048

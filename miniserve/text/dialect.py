@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from miniserve.text.demands import Demands
 from miniserve.text.formats import DESCRIPTION, FORMATS, REASONING_MARKS, SIGNS, ReasoningMarks, ToolFormat
 from miniserve.text.reader import CallScanner, Reader
-from miniserve.text.template import Message
+from miniserve.text.template import Demands, Message
 from miniserve.text.tokenizer import Tokenizer
 
 TAIL_TOKENS = 16

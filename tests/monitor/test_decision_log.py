@@ -16,7 +16,7 @@ from miniserve.cluster.messages import Peer, PoolInfo, Report
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import ModelFiles
-from miniserve.monitor.decision_log import DecisionLog
+from miniserve.monitor.events import DecisionLog
 from miniserve.monitor.views import SCHEMAS
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Note

@@ -6,10 +6,9 @@ from typing import Any
 
 import msgspec
 
-from miniserve.api.generation import Choice
+from miniserve.api.generation import AnswerHead, Choice
 from miniserve.api.openai.answers import LOWEST, ChunkWriter, prompt_logprobs
 from miniserve.api.openai.schemas import CompletionRequest
-from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.config import problem
 from miniserve.sampling_params import ParameterError, SamplingParams

@@ -9,9 +9,8 @@ from itertools import count
 from typing import Any, Literal
 
 from miniserve.api.errors import ApiError
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import AnswerHead, Choice, Generation
 from miniserve.api.openai.answers import chat_logprobs
-from miniserve.api.protocols import AnswerHead
 from miniserve.api.responses.items import new_id
 from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.tools import Offered, custom_input
