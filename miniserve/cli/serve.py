@@ -89,15 +89,9 @@ def bind_path(path: str) -> socket.socket:
     return listener
 
 
-def signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events for SIGTERM and SIGINT: the first one asks to drain, the second to stop."""
-    first, second = asyncio.Event(), asyncio.Event()
-    heed(first, second)
-    return first, second
-
-
 def heed(first: asyncio.Event, second: asyncio.Event) -> None:
-    """Set the events at signals from now on, whatever a library has made of these meanwhile, as Ray does."""
+    """Set the events at the first and second SIGTERM or SIGINT from now on, whatever a library has made of these signals
+    meanwhile, as Ray does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
 
@@ -111,7 +105,8 @@ class HttpServer(uvicorn.Server):
 
 
 async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.socket]) -> int:
-    drain, stop = signals()
+    drain, stop = asyncio.Event(), asyncio.Event()
+    heed(drain, stop)
     progress = LoadingLines()
     log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
     client = Dispatcher(config, files, progress.show, [log.write] if log else [])

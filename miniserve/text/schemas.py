@@ -197,11 +197,8 @@ class _Holder:
         for one in islice(found, MAX_WAYS):  # which grow meanwhile
             node = referred(one, self._root)
             every = node.get("allOf") if isinstance(node, dict) else None
-            inner = [
-                part.get("$ref")
-                for part in (node, *(every if isinstance(every, list) else ()))
-                if isinstance(part, dict)
-            ]
+            parts = [node, *every] if isinstance(every, list) else [node]
+            inner = [part.get("$ref") for part in parts if isinstance(part, dict)]
             if pointer in inner:
                 return True
             found += {ref for ref in inner if isinstance(ref, str)} - set(found)

@@ -243,14 +243,8 @@ def _byte_reader(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     decoder = repr(backend.decoder)
     if "ByteLevel" in decoder:
         byte_of = {character: byte for byte, character in byte_alphabet().items()}
-
-        def byte_level(text: str) -> bytes:
-            try:
-                return bytes([byte_of[character] for character in text])
-            except KeyError:  # not a spelling in bytes
-                return text.encode()
-
-        return byte_level
+        # What is not spelled in bytes stands for itself.
+        return lambda text: bytes(map(byte_of.__getitem__, text)) if byte_of.keys() >= {*text} else text.encode()
     if "ByteFallback" in decoder or "\u2581" in decoder:
 
         def sentencepiece(text: str) -> bytes:

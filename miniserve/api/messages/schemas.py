@@ -25,12 +25,7 @@ ERROR = "Error: "
 BILLING = "x-anthropic-billing-header:"
 """Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
 else in a prompt, it would leave no prefix to find again."""
-
-
-SERVER_BLOCKS = re.compile(
-    "server_tool_use|mcp_(tool_use|tool_result|tool_listing)|container_upload|"
-    "(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)_tool_result|tool_(addition|removal)"
-)
+SERVER_BLOCKS = re.compile(TABLES["left_out"]["blocks"])
 """What tools of Anthropic's servers leave in a history: left out."""
 
 
