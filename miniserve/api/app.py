@@ -4,7 +4,6 @@ Endpoints build their answers themselves. `answers.toml` has a JSON schema of ea
 `monitor/views.toml` has those of views. Tests hold all answers against these schemas.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -64,8 +63,7 @@ def create_app(
     )
     responses = ResponsesRoutes(service)
     views = dashboard.Views(client, feed, service.metrics, service.doctor)
-    parts = {"service": service, "responses": responses, "conversations": responses.conversations, "views": views}
-    app.add_routes(parts)
+    app.add_routes(service=service, responses=responses, conversations=responses.conversations, views=views)
     return app
 
 
@@ -81,7 +79,7 @@ class App(FastAPI):
             document["components"]["schemas"][name] = schema
         return document
 
-    def add_routes(self, parts: Mapping[str, object]) -> None:
+    def add_routes(self, **parts: object) -> None:
         """Add all routes. The methods of `parts`, one for each table of routes.toml, are the handlers."""
         for part, routes in ROUTES.items():
             for route, row in routes.items():

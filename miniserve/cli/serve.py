@@ -90,7 +90,7 @@ def bind_path(path: str) -> socket.socket:
 
 
 def heed(first: asyncio.Event, second: asyncio.Event) -> None:
-    """Set the events at the first and second SIGTERM or SIGINT from now on, whatever a library has made of these signals
+    """Set the events at the first and second SIGTERM or SIGINT from now on, whatever a library has made of these
     meanwhile, as Ray does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())

@@ -69,7 +69,7 @@ def resolve(
         if own.is_file() or _is_gguf(own):
             return files(gguf_folder(own, progress), str(own))
         return files(own, f"folder {own}")
-    known = presets()
+    known, hub_id = presets(), model
     if (alias := model.strip().lower()) in known:
         preset = known[alias]
         if dummy:
@@ -81,8 +81,6 @@ def resolve(
         hub_id = preset["hub"]
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(_unknown(model, known))
-    else:
-        hub_id = model
     from huggingface_hub.errors import HFValidationError
 
     try:

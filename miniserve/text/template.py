@@ -1,4 +1,4 @@
-"""Chat templates: finding a model's, rendering messages with it in jinja's sandbox, and meeting what it demands of them.
+"""Chat templates: finding a model's, rendering messages with it in jinja's sandbox, meeting what it demands of them.
 
 Templates refuse what their models were not trained on (a second system message, two user turns in a row), or leave it
 out without a word. Which of it is found once, by rendering probes. All that is put elsewhere stays in its place from

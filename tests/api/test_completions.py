@@ -172,7 +172,7 @@ async def test_both_kinds_of_prompt_logprobs_have_their_own_count(api: Api) -> N
 def test_offsets_of_a_prompt(tiny_folder: Any, text: str, tokens: list[Any], offsets: list[int]) -> None:
     tokenizer = Tokenizer.load(tiny_folder)
     ids = [token if isinstance(token, int) else tokenizer.encode(token)[0] for token in tokens]
-    writer = CompletionLogprobWriter(tokenizer, 0, skip_special_tokens=True)
+    writer = CompletionLogprobWriter(tokenizer, SamplingParams(logprobs=0))
     entries = [TokenLogprob(token, -1.0, 1, []) for token in [*ids, ord("z"), ord("z")]]
     prompt = [(ids[0], None), *((token, entry) for token, entry in zip(ids[1:], entries[1:], strict=False))]
     out = writer.write(entries[len(ids) :], text, prompt)

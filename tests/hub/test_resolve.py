@@ -188,7 +188,7 @@ def test_half_a_model_in_the_cache_is_completed(
 
 def test_an_alias_without_a_source_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     calls = fake_hub(monkeypatch, folder, AssertionError("the network was asked"))
-    found = resolve("llama-3-8b")
+    assert resolve("llama-3-8b").folder == folder
     assert calls[0]["repo_id"] == "meta-llama/Meta-Llama-3-8B-Instruct"
 
 

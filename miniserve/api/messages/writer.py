@@ -6,11 +6,11 @@ from typing import Any, Literal
 import msgspec
 
 from miniserve.api.errors import ApiError
-from miniserve.api.generation import AnswerHead, Choice, Generation
+from miniserve.api.generation import AnswerHead, Choice, Finish, Generation
 from miniserve.api.streaming import NamedEvent, named_event
 from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
 
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+STOP_REASONS: dict[Finish | None, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessagesWriter:

@@ -105,8 +105,8 @@ class CompletionWriter(ChunkWriter):
 
 
 class CompletionLogprobWriter:
-    """Log-probabilities as completions have them, with as many of the likeliest tokens beside each one as `params` say. A
-    writer is for one choice: it counts the characters of its text."""
+    """Log-probabilities as completions have them, with as many of the likeliest tokens beside each one as `params` say.
+    A writer is for one choice: it counts the characters of its text."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self._tokenizer = tokenizer
