@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Message
 
+from miniserve.api import fields
 from miniserve.config import problem, tables
 from miniserve.dispatcher import EngineError
 from miniserve.monitor.events import TooManyListeners
@@ -110,9 +111,9 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 @contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors about a chat request that was made from a request to another API name that API's parameters. `names` are
-    patterns of a chat's parameters, and the other API's names of them."""
+def renamed(api: str) -> Iterator[None]:
+    """Errors about a chat request that was made from a request to another `api` of parameters.toml name that API's
+    parameters."""
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:
@@ -122,7 +123,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         else:
             about_chat = as_api_error(error)
         param = about_chat.param or ""
-        for pattern, name in names.items():
+        for pattern, name in fields.TABLES["names"][api].items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
         about_chat.message = about_chat.message.replace(f"`{about_chat.param}`", f"`{param}`")
         about_chat.param = param or None

@@ -155,12 +155,13 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
 def http_app(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> ASGIApp:
     """What answers requests, and all it needs. Raises `ConfigError` and `ParameterError`."""
     from miniserve.api.app import create_app
+    from miniserve.api.service import Service
     from miniserve.text.grammar import Compiler
     from miniserve.text.tokenizer import Tokenizer
 
     defaults = generation_defaults(files.folder, config.generation_config)
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    return create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+    return create_app(Service(config, client, tokenizer, defaults, Compiler(tokenizer)), feed)
 
 
 def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from miniserve.api.openai.completions import CompletionLogprobWriter
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.sampling_params import SamplingParams
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import HI, Api, deltas, error_of, events, make_app
 from tests.support.fake_engine import EOS, FakeClient, spell

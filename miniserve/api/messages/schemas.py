@@ -17,8 +17,6 @@ from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Body, Json, Text, TextOr, by_type, readable, text_or
 
-MESSAGES_NAMES: Mapping[str, str] = TABLES["names"]["messages"]
-"""Patterns of a chat's parameters, and this API's names of them."""
 TOOL_KEYS = ("name", "description", "input_schema", "strict")
 ERROR = "Error: "
 """Begins the result of a tool that failed: chat templates have no other way to say so."""

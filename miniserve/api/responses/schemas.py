@@ -14,8 +14,6 @@ from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.messages import Body, Text, TextOr, text_or
 
-RESPONSES_NAMES: Mapping[str, str] = TABLES["names"]["responses"]
-"""Patterns of a chat's parameters, and this API's names of them."""
 MAX_METADATA = 16
 LOGPROBS = "message.output_text.logprobs"
 Metadata = Annotated[
