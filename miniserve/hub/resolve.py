@@ -73,7 +73,7 @@ def resolve(
     if (alias := model.strip().lower()) in known:
         preset = known[alias]
         if dummy:
-            folder = _dummy_folder(cache_dir() / "dummy", alias, preset)
+            folder = dummy_folder(cache_dir() / "dummy", alias, preset)
             return files(folder, f"random weights in the shape of {preset['hub']}")
         if "source" in preset and revision is None:
             folder = fetch_source(alias, preset["source"], preset["config"], progress)
@@ -117,7 +117,7 @@ def _unknown(model: str, known: dict[str, Any]) -> str:
     return problem("hub.unknown", model=model, guess=guess, known=", ".join(known))
 
 
-def _dummy_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
+def dummy_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
     """A folder under `root` made from the preset's `config` and `generation_config`, or the one made before."""
     config, generation = text_model(preset["config"]), preset["generation_config"]
     named = {"bos_token": config.get("bos_token_id"), "eos_token": generation["eos_token_id"]}
