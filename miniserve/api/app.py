@@ -4,7 +4,6 @@ Endpoints build their answers themselves. `answers.toml` has a JSON schema of ea
 `monitor/views.toml` has those of views. Tests hold all answers against these schemas.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,16 +13,14 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.responses import Response
 
 from miniserve import __version__
-from miniserve.api import dashboard, errors
+from miniserve.api import errors
+from miniserve.api.dashboard import Views
 from miniserve.api.middleware import ApiKey, BodyLimit, Edge
 from miniserve.api.responses.routes import ResponsesRoutes
 from miniserve.api.service import Service
-from miniserve.config import ServeConfig, tables
-from miniserve.dispatcher import Dispatcher
+from miniserve.config import tables
 from miniserve.monitor.events import Feed
 from miniserve.monitor.views import SCHEMAS
-from miniserve.text.grammar import Compiler
-from miniserve.text.tokenizer import Tokenizer
 
 EXPOSED = ["X-Request-Id", "X-Ignored-Parameters", "Retry-After"]
 """Headers of answers that a browser shows to scripts of other origins."""
@@ -31,21 +28,9 @@ ROUTES = tables("api/routes.toml")
 ANSWERS = tables("api/answers.toml") | SCHEMAS
 
 
-def create_app(
-    config: ServeConfig,
-    client: Dispatcher,
-    feed: Feed,
-    tokenizer: Tokenizer,
-    generation_defaults: dict[str, Any],
-    compiler: Compiler,
-) -> FastAPI:
-    """The API as an ASGI app.
-
-    `client` need not have started yet; `feed` gives the events of its scheduler. `generation_defaults` is the model's
-    generation_config.json, or empty for neutral sampling. `compiler` checks grammars. Raises `ConfigError` for the name
-    of a parser that does not exist.
-    """
-    service = Service(config, client, tokenizer, generation_defaults, compiler)
+def create_app(service: Service, feed: Feed) -> FastAPI:
+    """The API as an ASGI app; `feed` gives the events of the scheduler."""
+    config = service.config
     middleware = [Middleware(Edge, config.root_path, service.metrics)]
     if config.allowed_origins:  # before the key, which preflights do not carry
         middleware.append(Middleware(CORSMiddleware, config.allowed_origins, ["*"], ["*"], expose_headers=EXPOSED))
@@ -62,10 +47,8 @@ def create_app(
         responses=problems("ErrorBody"),
         redirect_slashes=False,
     )
-    responses = ResponsesRoutes(service)
-    views = dashboard.Views(client, feed, service.metrics, service.doctor)
-    parts = {"service": service, "responses": responses, "conversations": responses.conversations, "views": views}
-    app.add_routes(parts)
+    responses, views = ResponsesRoutes(service), Views(service, feed)
+    app.add_routes(service=service, responses=responses, conversations=responses.conversations, views=views)
     return app
 
 
@@ -81,7 +64,7 @@ class App(FastAPI):
             document["components"]["schemas"][name] = schema
         return document
 
-    def add_routes(self, parts: Mapping[str, object]) -> None:
+    def add_routes(self, **parts: object) -> None:
         """Add all routes. The methods of `parts`, one for each table of routes.toml, are the handlers."""
         for part, routes in ROUTES.items():
             for route, row in routes.items():

@@ -13,13 +13,12 @@ from starlette.staticfiles import StaticFiles
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody
+from miniserve.api.service import Service
 from miniserve.api.streaming import EventStream, json_answer
 from miniserve.cluster.launch import StartupError
 from miniserve.config import ConfigError, Role, tables
-from miniserve.dispatcher import Dispatcher
-from miniserve.monitor.doctor import Doctor
 from miniserve.monitor.events import Feed
-from miniserve.monitor.metrics import CONTENT_TYPE, Metrics
+from miniserve.monitor.metrics import CONTENT_TYPE
 from miniserve.monitor.views import MOST_LISTED, conversation_detail, conversation_list, worker_list
 from miniserve.scheduler.scheduler import NoDecoder
 
@@ -36,8 +35,8 @@ class WorkerRequest(RequestBody):
 class Views:
     """The routes at which a running server is seen."""
 
-    def __init__(self, client: Dispatcher, feed: Feed, collected: Metrics, doctor: Doctor) -> None:
-        self._client, self._feed, self._metrics, self._doctor = client, feed, collected, doctor
+    def __init__(self, service: Service, feed: Feed) -> None:
+        self._service, self._client, self._feed = service, service.client, feed
         self._files = StaticFiles(directory=FOLDER)
         self._under_way: set[asyncio.Task] = set()
 
@@ -53,7 +52,7 @@ class Views:
 
     async def conversation(self, conversation: str) -> Response:
         """One of them: what was observed of its last turns, and where their time went."""
-        found = conversation_detail(self._client.scheduler, self._doctor.misses, conversation, time.monotonic())
+        found = conversation_detail(self._client.scheduler, self._service.doctor.misses, conversation, time.monotonic())
         if found is None:
             problem = f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations."
             raise ApiError(404, problem, code="conversation_not_found")
@@ -91,7 +90,7 @@ class Views:
 
     async def examined(self) -> Response:
         """What each client's turns computed that earlier ones had computed already, and why."""
-        return json_answer(self._doctor.report(self._client.scheduler.reuse))
+        return json_answer(self._service.doctor.report(self._client.scheduler.reuse))
 
     async def events(self) -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
@@ -100,7 +99,7 @@ class Views:
 
     async def metrics(self) -> Response:
         """Prometheus metrics."""
-        return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(self._service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _live_events(feed: Feed) -> AsyncGenerator[bytes, None]:

@@ -19,7 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Message
 
-from miniserve.config import tables
+from miniserve.api import fields
+from miniserve.config import problem, tables
 from miniserve.dispatcher import EngineError
 from miniserve.monitor.events import TooManyListeners
 from miniserve.sampling_params import ParameterError
@@ -100,6 +101,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, f"{error} Try again later.", code="too_many_listeners", headers={"Retry-After": "30"})
         case EngineError():
             return ApiError(503, str(error), code="engine_unavailable", headers=RETRY_SOON)
+        case RoutingError(__cause__=UnicodeDecodeError() as cause):
+            return ApiError(400, problem("api.not_utf8", cause=cause), code="invalid_json")
         case RoutingError(__cause__=ValueError() | RecursionError() as cause):
             return ApiError(400, f"The body is not valid JSON: {cause}.", code="invalid_json")
         case RoutingError():
@@ -108,9 +111,9 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 @contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors about a chat request that was made from a request to another API name that API's parameters. `names` are
-    patterns of a chat's parameters, and the other API's names of them."""
+def renamed(api: str) -> Iterator[None]:
+    """Errors about a chat request that was made from a request to another `api` of parameters.toml name that API's
+    parameters."""
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:
@@ -120,7 +123,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         else:
             about_chat = as_api_error(error)
         param = about_chat.param or ""
-        for pattern, name in names.items():
+        for pattern, name in fields.TABLES["names"][api].items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
         about_chat.message = about_chat.message.replace(f"`{about_chat.param}`", f"`{param}`")
         about_chat.param = param or None
@@ -132,8 +135,8 @@ async def answer(request: Request, error: Exception) -> Response:
     answered = as_api_error(error)
     if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
         methods = await _methods(request) if error.status_code == 405 else []
-        problem = "The wrong method:" if methods else "There is nothing at"
-        message = f"{problem} {request.method} {request.url.path}. GET /docs shows what there is."
+        wrong = "The wrong method:" if methods else "There is nothing at"
+        message = f"{wrong} {request.method} {request.url.path}. GET /docs shows what there is."
         allow = {"Allow": ", ".join(methods)} if methods else None
         answered = ApiError(405 if methods else 404, message, headers=allow)
     return answered.response(request.scope)

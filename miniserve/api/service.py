@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,15 +20,14 @@ from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody, ignored_header
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import AnswerHead, Choice, Generation, Renderer, ResponseWriter
 from miniserve.api.identity import speaker
-from miniserve.api.messages.schemas import MESSAGES_NAMES, CountTokensRequest, MessagesRequest
+from miniserve.api.messages.schemas import CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
 from miniserve.api.openai.chat import ChatRenderer, ChatWriter, chat_tokens
 from miniserve.api.openai.completions import CompletionRenderer, CompletionWriter
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.api.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miniserve.api.protocols import AnswerHead, Renderer, ResponseWriter
 from miniserve.api.streaming import EventStream, answer_events, json_answer, whole_answer
 from miniserve.api.structured import GrammarChecks, requested
 from miniserve.config import ServeConfig, problem
@@ -47,31 +47,26 @@ LIMITS = "max_output_tokens", "max_completion_tokens", "max_tokens"
 Prompts = list[tuple[list[int], SamplingParams]]
 
 
+@dataclass(eq=False)
 class Service:
-    """`defaults` is the model's generation_config.json. Raises `ConfigError` for a parser that does not exist."""
+    """`client` need not have started yet. `defaults` is the model's generation_config.json, or empty for neutral
+    sampling. `compiler` checks grammars. Raises `ConfigError` for the name of a parser that does not exist."""
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        client: Dispatcher,
-        tokenizer: Tokenizer,
-        defaults: Mapping[str, Any],
-        compiler: Compiler,
-    ) -> None:
-        self.names = config.served_model_names or [config.engine.model]
-        self.tokenizer = tokenizer
-        self.dialect = find_dialect(tokenizer, config.tool_call_parser, config.reasoning_parser)
-        self.metrics = Metrics(client, self.names[0])
-        self.doctor = Doctor(lambda ids: tokenizer.decode(ids, False), consent=config.log_prompts)
-        self._config = config
-        self._client = client
-        self._defaults = defaults
+    config: ServeConfig
+    client: Dispatcher
+    tokenizer: Tokenizer
+    defaults: Mapping[str, Any]
+    compiler: InitVar[Compiler]
+
+    def __post_init__(self, compiler: Compiler) -> None:
+        self.names = self.config.served_model_names or [self.config.engine.model]
+        self.dialect = find_dialect(self.tokenizer, self.config.tool_call_parser, self.config.reasoning_parser)
+        self.metrics = Metrics(self.client, self.names[0])
+        self.doctor = Doctor(lambda ids: self.tokenizer.decode(ids, False), consent=self.config.log_prompts)
         self._examining: set[asyncio.Task[None]] = set()
         self._created = int(time.time())
         self._grammars = GrammarChecks(compiler)
         self._fingerprint = "fp_" + hashlib.sha256(f"{__version__} {self.names[0]}".encode()).hexdigest()[:10]
-
-    # --- routes that generate ---------------------------------------------------------------------------------------
 
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
         """Answer a conversation; with `stream` true as server-sent events."""
@@ -88,12 +83,10 @@ class Service:
     async def messages(self, request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation as the Anthropic API does; with `stream` true as server-sent events."""
         head = self.head(f"msg_{request.state.request_id}", body.model)
-        with errors.renamed(MESSAGES_NAMES):
-            chat = await asyncio.to_thread(body.chat, self._config.normalize_prompts)
+        with errors.renamed("messages"):
+            chat = await asyncio.to_thread(body.chat, self.config.normalize_prompts)
             renderer = ChatRenderer(self.tokenizer, self.dialect, chat)
             return await self.generate(request, body, chat, renderer, MessagesWriter(head))
-
-    # --- the way of a turn ------------------------------------------------------------------------------------------
 
     async def generate(
         self,
@@ -107,14 +100,14 @@ class Service:
         """`body` is what the client has `asked`, as a chat or completion. `conversation` is that of the turn before, if
         the server knows it; the client's own name goes first."""
         arrived = time.perf_counter()
-        named, said = speaker(request.headers, body, self._config.conversation_headers)
+        named, said = speaker(request.headers, body, self.config.conversation_headers)
         if not named and conversation:
             said = msgspec.structs.replace(said, sure=True)
         prompts = await self._prepare(asked, body, renderer)
         id, conversation = writer.head.id, named or conversation
 
         def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
-            return self._client.submit(
+            return self.client.submit(
                 prompt,
                 params,
                 # Choices share a prompt: they belong where its KV is.
@@ -131,11 +124,11 @@ class Service:
                 examining.add_done_callback(self._examining.discard)
 
         # The turns start before a stream's status is sent: with a full queue that is 503.
-        self._client.check_room()
+        self.client.check_room()
         generation = Generation(prompts, submit, self.tokenizer, self.metrics, arrived, renderer.reader, begun)
         generation.start()
         if body.stream:
-            answer: Response = EventStream(answer_events(generation, writer), self._config.sse_ping, writer.ping)
+            answer: Response = EventStream(answer_events(generation, writer), self.config.sse_ping, writer.ping)
         else:
             answer = await whole_answer(generation, writer, request.receive)
         answer.headers.update(ignored_header([*asked.ignored, *renderer.relaxed]))
@@ -144,14 +137,14 @@ class Service:
     async def _prepare(self, asked: RequestBody, body: GenerationRequest, renderer: Renderer) -> Prompts:
         """Check the request, render its prompts, compile their grammars. Raises `ApiError`, `ParameterError`."""
         self.check_model(body.model)
-        params = body.sampling(self._defaults, self._client.vocab_size)
+        params = body.sampling(self.defaults, self.client.vocab_size)
         wanted = None
         if body.format_field is not None:
             wanted = await asyncio.to_thread(requested, body, renderer.relaxed)
             await self._grammars.check(wanted, body.format_field)
             params = msgspec.structs.replace(params, grammar=wanted)
         # That of a completion is set even where the request has none, and `params` do not have it.
-        default_limit = body.max_tokens or self._defaults.get("max_new_tokens")
+        default_limit = body.max_tokens or self.defaults.get("max_new_tokens")
 
         def render() -> Prompts:
             prompts = renderer.prompts()
@@ -179,7 +172,7 @@ class Service:
             self.doctor.examine, turn.number, turn.change, cached, body.segments, body.tool_names
         )
         if found is not None:
-            counted = client if client in self._client.scheduler.reuse else ""
+            counted = client if client in self.client.scheduler.reuse else ""
             self.doctor.note(counted, turn.conversation, found)
             self.metrics.missed(found[0]["kind"], found[0]["lost"])
 
@@ -196,7 +189,7 @@ class Service:
         if not prompt:
             raise ApiError(400, f"`{field}` holds no tokens: send at least one.", param=field)
         self._check_vocabulary(prompt, field)
-        limit = self.max_model_len
+        limit = self.client.max_model_len
         if (room := limit - len(prompt)) < 1:
             said = problem("api.long_prompt", limit=limit, field=field, tokens=len(prompt))
             anthropic = f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum"
@@ -206,16 +199,10 @@ class Service:
         least = min(params.min_tokens, most) if params.max_tokens else params.min_tokens
         return msgspec.structs.replace(params, max_tokens=most, min_tokens=least).validate()
 
-    @property
-    def max_model_len(self) -> int:
-        return self._client.max_model_len
-
     def _check_vocabulary(self, tokens: list[int], field: str) -> None:
-        size = self._client.vocab_size
+        size = self.client.vocab_size
         if tokens and max(tokens) >= size:
             raise ApiError(400, f"`{field}` holds token id {max(tokens)}: ids go from 0 to {size - 1}.", param=field)
-
-    # --- routes that do not generate --------------------------------------------------------------------------------
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` for a name that is none of the model's."""
@@ -226,8 +213,8 @@ class Service:
     async def count_tokens(self, body: CountTokensRequest) -> Response:
         """How many tokens the prompt of such a request has."""
         self.check_model(body.model)
-        with errors.renamed(MESSAGES_NAMES):
-            chat = await asyncio.to_thread(body.chat, self._config.normalize_prompts)
+        with errors.renamed("messages"):
+            chat = await asyncio.to_thread(body.chat, self.config.normalize_prompts)
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, chat)
         return json_answer({"input_tokens": len(tokens)}, body.ignored)
 
@@ -240,7 +227,7 @@ class Service:
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body)
         answer = {
             "count": len(tokens),
-            "max_model_len": self.max_model_len,
+            "max_model_len": self.client.max_model_len,
             "tokens": tokens,
             "token_strs": [self.tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
         }
@@ -270,13 +257,13 @@ class Service:
             day = datetime.fromtimestamp(self._created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             return {"type": "model", "id": name, "display_name": name, "created_at": day}
         about = {"id": name, "object": "model", "created": self._created, "owned_by": "miniserve"}
-        sizes = {"max_model_len": self.max_model_len, "vocab_size": self._client.vocab_size}
-        return {**about, "root": self._config.engine.model, **sizes}
+        sizes = {"max_model_len": self.client.max_model_len, "vocab_size": self.client.vocab_size}
+        return {**about, "root": self.config.engine.model, **sizes}
 
     async def health(self) -> Response:
         """Whether the engine can serve; needs no API key."""
-        if not self._client.healthy:
-            raise EngineError(self._client.unhealthy_reason)
+        if not self.client.healthy:
+            raise EngineError(self.client.unhealthy_reason)
         return json_answer({"status": "ok"})
 
     async def version(self) -> Response:

@@ -13,8 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from miniserve.api.errors import as_api_error
 from miniserve.api.fields import ignored_header
-from miniserve.api.generation import Generation
-from miniserve.api.protocols import ResponseWriter
+from miniserve.api.generation import Generation, ResponseWriter
 from miniserve.api.race import Stopped, unless
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,10 @@ from string import Template
 from typing import Any
 from urllib.parse import urlsplit
 
-from miniserve.cli.client import ApiClient
+from miniserve.cli.client import PATIENCE_SECONDS, ApiClient
 from miniserve.cli.flags import api_key
 from miniserve.config import ConfigError
 
-PATIENCE_SECONDS = 10.0
 MOST_OUTPUT = 32000
 """Tokens of an answer, at most: agents keep room for as many, and so use that much less of the context."""
 FOLDER = "<private folder of miniserve>"

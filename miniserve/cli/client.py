@@ -14,6 +14,8 @@ import httpx
 from miniserve.config import ConfigError, problem
 
 CONNECT_SECONDS = 10.0
+PATIENCE_SECONDS = 10.0
+"""How long an answer may take that is no text of a model."""
 
 
 class ApiClient:

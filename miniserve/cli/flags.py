@@ -42,9 +42,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """`parse` as argparse wants it: the message of its `ConfigError` is shown as it is."""
 
@@ -84,9 +81,6 @@ VALUES: dict[str, Callable[[str], Any]] = {
     "path": Path,
 }
 """How values are parsed, by their names in commands.toml."""
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
 
 
 def add_commands(parsers: Any, rows: dict[str, Any]) -> dict[str, Parser]:
@@ -129,9 +123,6 @@ def api_key(args: argparse.Namespace) -> str | None:
     return None
 
 
-# --- flags of settings ----------------------------------------------------------------------------------------------
-
-
 def add_settings(
     parser: argparse.ArgumentParser, config: type[msgspec.Struct], choices: Mapping[str, Collection[str]]
 ) -> None:
@@ -163,9 +154,6 @@ def _settings(config: type[msgspec.Struct]) -> Iterator[msgspec.structs.FieldInf
     for field in msgspec.structs.fields(config):
         is_config = isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
         yield from _settings(field.type) if is_config else [field]
-
-
-# --- flags of vLLM that are no settings -----------------------------------------------------------------------------
 
 
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:

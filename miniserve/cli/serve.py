@@ -21,8 +21,7 @@ from miniserve.config import ConfigError, ServeConfig, problem
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.check import generation_defaults
 from miniserve.hub.resolve import ModelFiles
-from miniserve.monitor.decision_log import DecisionLog
-from miniserve.monitor.events import Feed
+from miniserve.monitor.events import DecisionLog, Feed
 from miniserve.sampling_params import ParameterError
 
 BACKLOG = 2048
@@ -90,15 +89,9 @@ def bind_path(path: str) -> socket.socket:
     return listener
 
 
-def signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events for SIGTERM and SIGINT: the first one asks to drain, the second to stop."""
-    first, second = asyncio.Event(), asyncio.Event()
-    heed(first, second)
-    return first, second
-
-
 def heed(first: asyncio.Event, second: asyncio.Event) -> None:
-    """Set the events at signals from now on, whatever a library has made of these meanwhile, as Ray does."""
+    """Set the events at the first and second SIGTERM or SIGINT from now on, whatever a library has made of these
+    meanwhile, as Ray does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
 
@@ -112,7 +105,8 @@ class HttpServer(uvicorn.Server):
 
 
 async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.socket]) -> int:
-    drain, stop = signals()
+    drain, stop = asyncio.Event(), asyncio.Event()
+    heed(drain, stop)
     progress = LoadingLines()
     log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
     client = Dispatcher(config, files, progress.show, [log.write] if log else [])
@@ -161,12 +155,13 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
 def http_app(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> ASGIApp:
     """What answers requests, and all it needs. Raises `ConfigError` and `ParameterError`."""
     from miniserve.api.app import create_app
+    from miniserve.api.service import Service
     from miniserve.text.grammar import Compiler
     from miniserve.text.tokenizer import Tokenizer
 
     defaults = generation_defaults(files.folder, config.generation_config)
     tokenizer = Tokenizer.load(files.folder, config.chat_template)
-    return create_app(config, client, feed, tokenizer, defaults, Compiler(tokenizer))
+    return create_app(Service(config, client, tokenizer, defaults, Compiler(tokenizer)), feed)
 
 
 def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:

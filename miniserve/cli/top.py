@@ -1,4 +1,5 @@
-"""`miniserve top`: a live view of a running server in the terminal, from GET /v1/workers and /conversations."""
+"""What a running server says of itself, in the terminal: `miniserve top` is a live view, from GET /v1/workers and
+/conversations; `miniserve doctor` says in sentences what agents make it compute again, from GET /v1/doctor."""
 
 import contextlib
 import io
@@ -10,22 +11,24 @@ from argparse import Namespace
 from rich.console import Console
 from rich.live import Live
 
-from miniserve.cli.client import ApiClient
+from miniserve.cli.client import PATIENCE_SECONDS, ApiClient
 from miniserve.cli.flags import api_key
-from miniserve.cli.screen import Snapshot, screen
+from miniserve.cli.screen import Snapshot, clean, screen
 from miniserve.config import ConfigError
+from miniserve.monitor.views import Card
 
-PATIENCE_SECONDS = 5.0
-"""How long an answer may take."""
+LIVE_SECONDS = 5.0
+"""How long an answer may take that is shown live."""
 ROWS = 20
 """Conversations that are asked for where the output is no terminal."""
 MOST_ROWS = 200
+MOST_CAUSES = 5
 
 
 def top(args: Namespace) -> int:
     """Show the server at `url`, asked every `interval` seconds, until Ctrl-C; `once`, or where the output is no
     terminal, print what it says now. The exit code. Raises `ConfigError` if that cannot be done."""
-    client = ApiClient(args.url, api_key(args), PATIENCE_SECONDS)
+    client = ApiClient(args.url, api_key(args), LIVE_SECONDS)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # ids may be in any script, terminals not
     console = Console(highlight=False)
@@ -60,3 +63,23 @@ def _ask(client: ApiClient, rows: int) -> Snapshot:
     """A snapshot with the `rows` latest conversations."""
     latest = f"/../conversations?limit={rows}"  # beside /v1, not in it
     return Snapshot(client.get("/workers"), client.get(latest))
+
+
+def doctor(args: Namespace) -> int:
+    """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
+    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).get("/doctor")
+    print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
+    return 0
+
+
+def _lines(one: Card) -> list[str]:
+    share = one["computed_tokens"] / max(one["prompt_tokens"], 1)
+    counts = f"{one['turns']:,} turns, {share:.0%} of {one['prompt_tokens']:,} prompt tokens computed"
+    lines = [f"{clean(one['client'])}: {counts}{'' if one['causes'] else ', and no prompt had changed'}"]
+    for cause in one["causes"][:MOST_CAUSES]:
+        where = {"tools": "the tools", "system": "the system prompt"}.get(
+            cause["where"], f"the {cause['where']} messages"
+        )
+        lines.append(f"  {cause['share']:.0%} of that because of {where}: {cause['says']} ({cause['turns']:,} turns)")
+        lines.append(f"    {cause['advice']}")
+    return lines

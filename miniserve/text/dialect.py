@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from miniserve.text.demands import Demands
 from miniserve.text.formats import DESCRIPTION, FORMATS, REASONING_MARKS, SIGNS, ReasoningMarks, ToolFormat
 from miniserve.text.reader import CallScanner, Reader
-from miniserve.text.template import Message
+from miniserve.text.template import Demands, Message
 from miniserve.text.tokenizer import Tokenizer
 
 TAIL_TOKENS = 16
@@ -124,9 +123,6 @@ def _find_reasoning(tokenizer: Tokenizer) -> ReasoningMarks | None:
         if None not in (tokenizer.control_id(marks.start), tokenizer.control_id(marks.end)):
             return marks
     return None
-
-
-# --- what some templates insist on ----------------------------------------------------------------------------------
 
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:

@@ -65,9 +65,6 @@ class GrammarError(ValueError):
     """A grammar that cannot be followed; the message says why, in a sentence."""
 
 
-# --- made -----------------------------------------------------------------------------------------------------------
-
-
 def json_grammar(schema: dict[str, Any], *, strict: bool = False, relaxed: set[str] | None = None) -> Grammar:
     """The grammar of JSON that fits `schema`. Unless `strict`, `oneOf` is taken for `anyOf`: the parser cannot rule out
     that two alternatives match, and schemas made from code mean alternatives that exclude each other. Keywords that
@@ -92,9 +89,6 @@ def lark_grammar(text: str) -> Grammar:
 def quoted(text: str) -> str:
     found = re.sub(r"\\u00([01][0-9a-f])", r"\\x\1", json.dumps(text, ensure_ascii=False))
     return found.replace("\x7f", "\\x7f").replace("%", "\\x25")  # which would begin a directive to `check_bounds`
-
-
-# --- compiled -------------------------------------------------------------------------------------------------------
 
 
 class Compiler:
@@ -148,9 +142,6 @@ def failure(matcher: LLMatcher) -> str:
     if matcher.is_stopped() and not matcher.is_accepting():
         return "no text matches it."
     return ""
-
-
-# --- bounded --------------------------------------------------------------------------------------------------------
 
 
 def check_bounds(grammar: Grammar) -> None:

@@ -98,9 +98,7 @@ UNREADABLE: dict[str, str] = tables("text/contents.toml")["unreadable"]
 def readable(part: Any) -> Any:
     """A part of a content as text, whatever it is, where its type is known; else as it came."""
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str):
-        return part
-    if kind not in UNREADABLE:
+    if not isinstance(kind, str) or kind not in UNREADABLE:
         return part
     return {"type": "text", "text": f"[{what}: this model reads text only]" if (what := UNREADABLE[kind]) else ""}
 

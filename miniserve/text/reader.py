@@ -7,6 +7,7 @@ content, and only white space beside the marks of calls and reasoning is dropped
 
 import re
 import secrets
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -172,29 +173,25 @@ Phase = Literal["undecided", "reasoning", "answer"]
 come may still be the beginning of reasoning, or of its first mark."""
 
 
+@dataclass(eq=False)
 class Reader:
     """Reads one answer: reasoning first, if the model has any, then content with calls among it.
 
-    `thinking` is None for models that do not reason, and `opened` says that the prompt has begun the reasoning already.
+    `marks` is None for models that do not reason, and `opened` says that the prompt has begun the reasoning already.
     Without a `scanner` there are no calls. `visible` are special tokens whose text the reader needs to see, `ends` is
     the token that ends the reasoning, if it is a single one. `has_thought` says whether there was any reasoning.
     """
 
-    def __init__(
-        self,
-        thinking: ReasoningMarks | None,
-        opened: bool,
-        scanner: CallScanner | None,
-        visible: frozenset[int] = frozenset(),
-        ends: int | None = None,
-    ) -> None:
-        self.visible = visible
-        self.ends = ends
-        self.has_thought = opened
-        self._marks = thinking or ReasoningMarks("", "")
-        self._phase: Phase = "undecided" if thinking else "answer"
-        self._opened = opened
-        self._scanner = scanner
+    marks: ReasoningMarks | None
+    opened: bool
+    scanner: CallScanner | None
+    visible: frozenset[int] = frozenset()
+    ends: int | None = None
+
+    def __post_init__(self) -> None:
+        self.has_thought = self.opened
+        self._marks = self.marks or ReasoningMarks("", "")
+        self._phase: Phase = "undecided" if self.marks else "answer"
         self._held = ""
         self._trim = False  # white space at the beginning of reasoning, or behind it
 
@@ -206,11 +203,11 @@ class Reader:
     @property
     def called(self) -> bool:
         """Whether there are calls, none of them broken off: all may be run."""
-        return self._scanner is not None and self._scanner.calls > 0 and not self._scanner.broken
+        return self.scanner is not None and self.scanner.calls > 0 and not self.scanner.broken
 
     @property
     def done(self) -> bool:
-        return self._scanner is not None and self._scanner.done
+        return self.scanner is not None and self.scanner.done
 
     def read(self, text: str, final: bool = False) -> list[Part]:
         """The parts that are certain with `text`, the next piece; all of them if it is the `final` one."""
@@ -223,8 +220,8 @@ class Reader:
         if self._phase == "answer":
             text = self._held.lstrip() if self._trim else self._held
             self._trim, self._held = self._trim and not text, ""
-            if self._scanner is not None:
-                parts += self._scanner.read(text, final)
+            if self.scanner is not None:
+                parts += self.scanner.read(text, final)
             elif text:
                 parts.append(text)
         return parts
@@ -237,7 +234,7 @@ class Reader:
             self.has_thought = True
         elif self._marks.start.startswith(seen) and not final:
             return
-        elif not self._opened:
+        elif not self.opened:
             self._phase = "answer"
             return
         self._phase, self._trim = "reasoning", True

@@ -48,8 +48,6 @@ def referred(reference: Any, root: Any) -> Any:
     return found
 
 
-# --- what a schema says ---------------------------------------------------------------------------------------------
-
 Way = list[dict[str, Any]]
 """The parts of a schema that all have to hold for one of the ways to fit it: itself, and what it refers to."""
 
@@ -153,9 +151,6 @@ def typed(text: str, schema: Any, root: Any = None) -> Any:
     return text if "string" in allowed and type_of(value) not in allowed else value
 
 
-# --- what a grammar can hold ----------------------------------------------------------------------------------------
-
-
 def held(schema: Any, root: Any, relaxed: set[str] | None) -> dict[str, Any]:
     """`schema`, a part of `root`, as llguidance knows to hold it, with all that it refers to. What it cannot hold is
     left out and named in `relaxed`; if that is None it stays, to be refused."""
@@ -202,11 +197,8 @@ class _Holder:
         for one in islice(found, MAX_WAYS):  # which grow meanwhile
             node = referred(one, self._root)
             every = node.get("allOf") if isinstance(node, dict) else None
-            inner = [
-                part.get("$ref")
-                for part in (node, *(every if isinstance(every, list) else ()))
-                if isinstance(part, dict)
-            ]
+            parts = [node, *every] if isinstance(every, list) else [node]
+            inner = [part.get("$ref") for part in parts if isinstance(part, dict)]
             if pointer in inner:
                 return True
             found += {ref for ref in inner if isinstance(ref, str)} - set(found)

@@ -196,9 +196,6 @@ class Tokenizer:
         return self._guarded.encode(hidden.split(text))
 
 
-# --- reading a model's folder ---------------------------------------------------------------------------------------
-
-
 def _token_text(value: Any) -> str | None:
     """A special token in tokenizer_config.json is its text or an object around it."""
     text = value.get("content") if isinstance(value, dict) else value
@@ -246,14 +243,8 @@ def _byte_reader(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     decoder = repr(backend.decoder)
     if "ByteLevel" in decoder:
         byte_of = {character: byte for byte, character in byte_alphabet().items()}
-
-        def byte_level(text: str) -> bytes:
-            try:
-                return bytes([byte_of[character] for character in text])
-            except KeyError:  # not a spelling in bytes
-                return text.encode()
-
-        return byte_level
+        # What is not spelled in bytes stands for itself.
+        return lambda text: bytes(map(byte_of.__getitem__, text)) if byte_of.keys() >= {*text} else text.encode()
     if "ByteFallback" in decoder or "\u2581" in decoder:
 
         def sentencepiece(text: str) -> bytes:

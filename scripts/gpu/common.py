@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from miniserve.config import EngineConfig
-from miniserve.hub import dummy
 from miniserve.hub import resolve as hub
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import Built, build
@@ -106,7 +105,7 @@ def model_folder(run: Setting, preset: str) -> Path:
     if run.small:
         config |= SMALL
         generation = {"bos_token_id": 1, "eos_token_id": 2}
-    return dummy.make_folder(run.folder, preset, {"config": config, "generation_config": generation})
+    return hub.dummy_folder(run.folder, preset, {"config": config, "generation_config": generation})
 
 
 def shaped(run: Setting, preset: str, **engine: Any) -> Built:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from miniserve.api.generation import Generation
+from miniserve.api.generation import AnswerHead, Generation
 from miniserve.api.openai.chat import ChatWriter
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.protocols import AnswerHead
 from miniserve.monitor.metrics import Metrics
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.scheduler import QueueFull

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from miniserve.api.openai.completions import CompletionLogprobWriter
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.sampling_params import SamplingParams
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import HI, Api, deltas, error_of, events, make_app
 from tests.support.fake_engine import EOS, FakeClient, spell
@@ -172,7 +173,7 @@ async def test_both_kinds_of_prompt_logprobs_have_their_own_count(api: Api) -> N
 def test_offsets_of_a_prompt(tiny_folder: Any, text: str, tokens: list[Any], offsets: list[int]) -> None:
     tokenizer = Tokenizer.load(tiny_folder)
     ids = [token if isinstance(token, int) else tokenizer.encode(token)[0] for token in tokens]
-    writer = CompletionLogprobWriter(tokenizer, 0, skip_special_tokens=True)
+    writer = CompletionLogprobWriter(tokenizer, SamplingParams(logprobs=0))
     entries = [TokenLogprob(token, -1.0, 1, []) for token in [*ids, ord("z"), ord("z")]]
     prompt = [(ids[0], None), *((token, entry) for token, entry in zip(ids[1:], entries[1:], strict=False))]
     out = writer.write(entries[len(ids) :], text, prompt)

@@ -69,10 +69,10 @@ async def test_half_surrogates_in_free_form_json(api: Api) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "can't decode byte 0xff in position 43"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "in position 43: invalid start byte): send JSON"),
         (b'{"messages": ' + b"[" * 100_000, "recursion"),
         (b'{"seed": ' + b"1" * 5000 + b"}", "4300 digits"),
-        (gzip.compress(json.dumps({"messages": HI}).encode()), "can't decode byte 0x8b"),
+        (gzip.compress(json.dumps({"messages": HI}).encode()), "not compressed (no gzip, no `Content-Encoding`)"),
     ],
     ids=["latin-1", "deep", "digits", "gzip"],
 )

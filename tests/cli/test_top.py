@@ -105,7 +105,7 @@ def test_a_server_that_does_not_answer_is_an_error(
 ) -> None:
     hangs = threading.Event()
     server.answer = lambda path: (200, b"late" if hangs.wait(10) else b"")
-    monkeypatch.setattr(terminal_top, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(terminal_top, "LIVE_SECONDS", 0.2)
     assert "has not answered for 0.2 s" in failure(capsys, "--url", server.url, "--once")
     hangs.set()
 
@@ -136,7 +136,7 @@ def test_an_answer_that_is_late_is_waited_for_no_longer(trickles: bool) -> None:
 
 
 def test_a_server_that_hangs_is_asked_again(server: WatchedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal_top, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(terminal_top, "LIVE_SECONDS", 0.2)
     hangs = threading.Event()
     shown: list[str] = []
     answer = server.answer

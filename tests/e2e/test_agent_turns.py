@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from miniserve.api.app import create_app
+from miniserve.api.service import Service
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.dispatcher import Dispatcher
 from miniserve.monitor.events import Feed
@@ -57,7 +58,7 @@ async def api(client: Dispatcher, tokenizer: Tokenizer) -> AsyncIterator[openai.
     """The stock client of a server around `client`."""
     config = ServeConfig(engine=EngineConfig(model="m"), served_model_names=["m"])
     feed = Feed(client.scheduler, client.policy_name)
-    app = create_app(config, client, feed, tokenizer, {}, Compiler(tokenizer))
+    app = create_app(Service(config, client, tokenizer, {}, Compiler(tokenizer)), feed)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=120) as http:
         yield openai.AsyncOpenAI(base_url="http://m/v1", api_key="none", max_retries=0, http_client=http)
 

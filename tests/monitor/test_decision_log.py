@@ -16,7 +16,7 @@ from miniserve.cluster.messages import Peer, PoolInfo, Report
 from miniserve.config import ConfigError, EngineConfig, ServeConfig
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import ModelFiles
-from miniserve.monitor.decision_log import DecisionLog
+from miniserve.monitor.events import DecisionLog
 from miniserve.monitor.views import SCHEMAS
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Note
@@ -164,7 +164,7 @@ async def test_serving_goes_on_whether_or_not_there_is_room(tmp_path: Path, full
     path = Path("/dev/full") if full else tmp_path / "log.jsonl"
     log = DecisionLog(str(path), "observe", 0.0)
     config = ServeConfig(engine=EngineConfig(model="tiny"))
-    dispatcher = Dispatcher(config, ModelFiles("tiny", Path("."), {}, "nowhere"), observers=[log.write])
+    dispatcher = Dispatcher(config, ModelFiles(Path("."), {}, "nowhere"), observers=[log.write])
     dispatcher.max_model_len = 100
     dispatcher.scheduler.worker_up(Peer("d0", 1, "d0", PoolInfo(1, 1, 100, 4096, "")))
     ends = dispatcher.submit([1] * 60, SamplingParams(max_tokens=4))

@@ -15,6 +15,7 @@ import uvicorn
 
 from miniserve.api.app import create_app
 from miniserve.api.middleware import Connection
+from miniserve.api.service import Service
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ compiler = cache(Compiler)
 def make_app(tokenizer: Tokenizer, engine: FakeClient, defaults: dict[str, Any] | None = None, **config: Any) -> Any:
     names = config.pop("served_model_names", ["tiny", "alias"])
     settings = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=names, **config)
-    return create_app(settings, engine, engine.feed, tokenizer, defaults or {}, compiler(tokenizer))
+    return create_app(Service(settings, engine, tokenizer, defaults or {}, compiler(tokenizer)), engine.feed)
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from miniserve.api.app import create_app
+from miniserve.api.service import Service
 from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.workload import Script, TurnSize
 from miniserve.config import EngineConfig, ServeConfig
@@ -66,7 +67,7 @@ def listening() -> Iterator[socket.socket]:
 def serving(engine: FakeClient, tokenizer: Tokenizer) -> Iterator[str]:
     """miniserve's app over `engine` in a thread: its URL."""
     config = ServeConfig(engine=EngineConfig(model="tiny"), served_model_names=["tiny"])
-    app = create_app(config, engine, engine.feed, tokenizer, {}, Compiler(tokenizer))  # type: ignore[arg-type]
+    app = create_app(Service(config, engine, tokenizer, {}, Compiler(tokenizer)), engine.feed)  # type: ignore[arg-type]
     http = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     with listening() as listener:
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[listener])))

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.text.demands import Demands
 from miniserve.text.dialect import Dialect, find_dialect
-from miniserve.text.template import Message
+from miniserve.text.template import Demands, Message
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import dialects
 

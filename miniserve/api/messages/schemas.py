@@ -10,30 +10,20 @@ from pydantic import Field
 
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts
-from miniserve.api.openai.parameters import SAMPLING_NAMES, ResponseFormat, SamplingFields
+from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
 from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Body, Json, Text, TextOr, by_type, readable, text_or
 
-MESSAGES_NAMES: Mapping[str, str] = TABLES["names"]["messages"]
-"""Patterns of a chat's parameters, and this API's names of them."""
-SAME_NAMES = {*SAMPLING_NAMES, "max_tokens"}
 TOOL_KEYS = ("name", "description", "input_schema", "strict")
 ERROR = "Error: "
 """Begins the result of a tool that failed: chat templates have no other way to say so."""
 BILLING = "x-anthropic-billing-header:"
 """Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
 else in a prompt, it would leave no prefix to find again."""
-
-
-# --- the blocks of a content ------------------------------------------------------------------------------------------
-
-SERVER_BLOCKS = re.compile(
-    "server_tool_use|mcp_(tool_use|tool_result|tool_listing)|container_upload|"
-    "(web_search|web_fetch|advisor|(bash_|text_editor_)?code_execution|tool_search)_tool_result|tool_(addition|removal)"
-)
+SERVER_BLOCKS = re.compile(TABLES["left_out"]["blocks"])
 """What tools of Anthropic's servers leave in a history: left out."""
 
 
@@ -105,9 +95,6 @@ class MessageParam(Body):
     content: TextOrBlocks | None
 
 
-# --- requests ---------------------------------------------------------------------------------------------------------
-
-
 class ThinkingSettings(Body):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -145,16 +132,13 @@ class CountTokensRequest(RequestBody):
         kinds = {tool["type"] for tool in tools if not _own(tool)}
         return [*self._ignored, *thinking, *(f"tools.{key}" for key in keys | kinds)]
 
-    def chat(self, normalize: bool = True) -> ChatRequest:
-        """As a chat; with `normalize` without what changes from request to request and means nothing to a model. Raises
-        `ParameterError`, `ValidationError`, `ApiError`."""
+    def chat(self, normalize: bool = True, **more: Any) -> ChatRequest:
+        """As a chat with `more` fields; with `normalize` without what changes from request to request and means nothing
+        to a model. Raises `ParameterError`, `ValidationError`, `ApiError`."""
         if self.thread:
             # The official client sends the whole conversation then, without `thread`.
             unsupported = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
             raise ApiError(400, problem("api.thread"), param="thread", details=unsupported)
-        return ChatRequest.model_validate(self._fields(normalize))
-
-    def _fields(self, normalize: bool) -> dict[str, Any]:
         own = {number: _chat_tool(number, tool) for number, tool in enumerate(self.tools or []) if _own(tool)}
         check_tools([*own.values()], [*own])
         tools: dict[str, Tool] = {tool["function"]["name"]: tool for tool in own.values()}
@@ -167,21 +151,20 @@ class CountTokensRequest(RequestBody):
         if continued and "tool_calls" in messages[-1]:
             raise ParameterError("messages", "`messages` ends with a `tool_use`: answer it with a `tool_result`.")
         thinking, choice, config = self.thinking, self.tool_choice, self.output_config
-        fields: dict[str, Any] = {
-            "messages": messages,
-            "model": self.model,
-            "tools": [t for name, t in tools.items() if not deferred(t) or name in history.referred] or None,
-            "tool_choice": choice and _chat_choice(choice),
-            "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
-            "reasoning_effort": config and config.effort,
-            "response_format": config and config.format,
+        return ChatRequest.of(
+            self,
+            messages=messages,
+            tools=[t for name, t in tools.items() if not deferred(t) or name in history.referred] or None,
+            tool_choice=choice and _chat_choice(choice),
+            parallel_tool_calls=False if choice and choice.disable_parallel_tool_use else None,
+            reasoning_effort=config and config.effort,
+            response_format=config and config.format,
+            chat_template_kwargs=thinking and {"enable_thinking": thinking.type != "disabled"},
             # An answer that has begun already goes on.
-            "continue_final_message": continued,
-            "add_generation_prompt": not continued,
-        }
-        if thinking is not None:
-            fields["chat_template_kwargs"] = {"enable_thinking": thinking.type != "disabled"}
-        return fields
+            continue_final_message=continued,
+            add_generation_prompt=not continued,
+            **more,
+        )
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
@@ -190,12 +173,8 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
     max_tokens: Amount
     stop_sequences: StopTexts | None = None
 
-    def _fields(self, normalize: bool) -> dict[str, Any]:
-        return {
-            **super()._fields(normalize),
-            **self.model_dump(include=SAME_NAMES, by_alias=True),
-            "stop": self.stop_sequences,
-        }
+    def chat(self, normalize: bool = True, **more: Any) -> ChatRequest:
+        return super().chat(normalize, stop=self.stop_sequences, **more)
 
 
 def _system_text(system: str | list[TextBlock], normalize: bool) -> str:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import msgspec
 
 from miniserve.api.errors import ApiError
-from miniserve.api.generation import Choice, Generation
-from miniserve.api.protocols import AnswerHead
+from miniserve.api.generation import AnswerHead, Choice, Finish, Generation
 from miniserve.api.streaming import NamedEvent, named_event
 from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
+
+STOP_REASONS: dict[Finish | None, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessagesWriter:
@@ -25,12 +26,11 @@ class MessagesWriter:
     def response(self, generation: Generation) -> dict[str, Any]:
         (choice,) = generation.choices
         self._fed(choice)
-        return self._message(choice, self._blocks)
+        return self._message(choice)
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         (choice,) = generation.choices
-        begun = {**self._message(choice, []), "stop_reason": None}
-        yield named_event("message_start", {"message": begun}) + self.ping
+        yield named_event("message_start", {"message": self._message(choice)}) + self.ping
         async for _ in generation.updates():
             events = self._fed(choice)
             if choice.finish is not None:
@@ -43,14 +43,14 @@ class MessagesWriter:
     def error_events(self, error: ApiError) -> bytes:
         return named_event("error", {"error": error.anthropic_body["error"]})
 
-    def _message(self, choice: Choice, blocks: list[Any]) -> dict[str, Any]:
+    def _message(self, choice: Choice) -> dict[str, Any]:
         reason, sequence = _stop(choice)
         return {
             "id": self.head.id,
             "type": "message",
             "role": "assistant",
             "model": self.head.model,
-            "content": blocks,
+            "content": self._blocks,
             "stop_reason": reason,
             "stop_sequence": sequence,
             "usage": _usage(choice),
@@ -111,14 +111,10 @@ class MessagesWriter:
         return "content_block_delta", {"index": self._index, "delta": delta}
 
 
-def _stop(choice: Choice) -> tuple[str, str | None]:
-    if choice.finish == "tool_calls":
-        return "tool_use", None
-    if choice.finish == "length":
-        return "max_tokens", None
-    if isinstance(choice.stop_reason, str):
+def _stop(choice: Choice) -> tuple[str | None, str | None]:
+    if choice.finish == "stop" and isinstance(choice.stop_reason, str):
         return "stop_sequence", choice.stop_reason
-    return "end_turn", None
+    return STOP_REASONS.get(choice.finish), None
 
 
 def _usage(choice: Choice) -> dict[str, Any]:

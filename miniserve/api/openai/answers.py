@@ -5,9 +5,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from miniserve.api.errors import ApiError
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import AnswerHead, Choice, Generation
 from miniserve.api.openai.parameters import GenerationRequest, StreamOptions
-from miniserve.api.protocols import AnswerHead
 from miniserve.api.streaming import COMMENT, data_event
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.text.reader import Part

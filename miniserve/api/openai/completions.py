@@ -6,10 +6,9 @@ from typing import Any
 
 import msgspec
 
-from miniserve.api.generation import Choice
+from miniserve.api.generation import AnswerHead, Choice
 from miniserve.api.openai.answers import LOWEST, ChunkWriter, prompt_logprobs
 from miniserve.api.openai.schemas import CompletionRequest
-from miniserve.api.protocols import AnswerHead
 from miniserve.cluster.messages import TokenLogprob
 from miniserve.config import problem
 from miniserve.sampling_params import ParameterError, SamplingParams
@@ -65,8 +64,7 @@ class CompletionWriter(ChunkWriter):
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: CompletionRequest) -> None:
         super().__init__(head, tokenizer, request)
         self._request = request
-        self._logprob_writers: dict[int, CompletionLogprobWriter] = {}
-        self._opened: set[int] = set()
+        self._scores: dict[int, CompletionLogprobWriter] = {}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         # The prompt's log-probabilities come with the first output.
@@ -76,8 +74,8 @@ class CompletionWriter(ChunkWriter):
     def shown(
         self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
     ) -> dict[str, Any]:
-        opens = choice.index not in self._opened
-        self._opened.add(choice.index)
+        if opens := choice.index not in self._scores:
+            self._scores[choice.index] = CompletionLogprobWriter(self._tokenizer, choice.params)
         echo = self._echo(choice) if opens and self._request.echo else None
         answer: dict[str, Any] = {
             "index": choice.index,
@@ -100,28 +98,24 @@ class CompletionWriter(ChunkWriter):
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> dict[str, list[Any]] | None:
-        params = choice.params
-        if params.logprobs is None:
+        if choice.params.logprobs is None:
             return None
-        if choice.index not in self._logprob_writers:
-            writer = CompletionLogprobWriter(self._tokenizer, params.logprobs, params.skip_special_tokens)
-            self._logprob_writers[choice.index] = writer
         prompt = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
-        return self._logprob_writers[choice.index].write(new, echo or "", prompt)
+        return self._scores[choice.index].write(new, echo or "", prompt)
 
 
 class CompletionLogprobWriter:
-    """Log-probabilities as completions have them, with `count` of the likeliest tokens beside each one. A writer is for
-    one choice: it counts the characters of its text."""
+    """Log-probabilities as completions have them, with as many of the likeliest tokens beside each one as `params` say.
+    A writer is for one choice: it counts the characters of its text."""
 
-    def __init__(self, tokenizer: Tokenizer, count: int, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self._tokenizer = tokenizer
-        self._count = count
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._count = params.logprobs
+        self._skip = tokenizer.special_ids if params.skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def write(self, entries: list[TokenLogprob], text: str = "", prompt: Scored = ()) -> dict[str, list[Any]]:
+    def write(self, entries: list[TokenLogprob], text: str, prompt: Scored) -> dict[str, list[Any]]:
         """The next tokens, first those of the `prompt` if it is echoed as `text`. They stand there as far as they were
         written: no special ones that the tokenizer has added, nor its space before the first word."""
         out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -131,9 +131,6 @@ class SamplingFields(RequestBody):
         return {**rest, "structured_outputs": {CONSTRAINTS[given[0]]: data[given[0]]}}
 
 
-SAMPLING_NAMES = frozenset(SamplingFields.model_fields)
-
-
 class GenerationRequest(SamplingFields, ABC):
     """The fields that chat and text completions share: OpenAI's first, then vLLM's."""
 

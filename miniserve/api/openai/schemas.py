@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from miniserve.api.fields import TABLES, Amount, Count, Effort, Off, On, Prompts, RequestBody, TokenIds
 from miniserve.api.openai.parameters import GenerationRequest, SamplingFields
@@ -41,7 +41,14 @@ class ChatRequest(TemplateFields, GenerationRequest):
     reasoning_effort: Effort | None = None
     """A variable of the chat template; "none" also sets the variables that switch thinking off."""
 
-    _allowed_calls: AllowedCalls = PrivateAttr()
+    _allowed_calls: AllowedCalls
+
+    @classmethod
+    def of(cls, other: RequestBody, **own: Any) -> Self:
+        """The chat of another API's request: its `own` fields, and those of `other` that chats have under the same
+        names. Raises `ParameterError`, `ValidationError`."""
+        same = cls.model_fields.keys() & type(other).model_fields.keys() - own.keys()
+        return cls.model_validate({**other.model_dump(include=same, by_alias=True), **own})
 
     @property
     def tool_names(self) -> list[str]:

@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
+from miniserve.api.fields import TABLES
 from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
 from miniserve.api.tools import DEFERRED, FewTools
 from miniserve.text.messages import Body, Content, ContentParts, Json, Text, by_type, joined, types_of
 
-LEFT_OUT = re.compile(
-    r"\w+_call(_output)?|mcp_\w+|\w*compaction\w*|program(_output)?|configuration_update|ghost_snapshot"
-)
+LEFT_OUT = re.compile(TABLES["left_out"]["items"])
 """Other types of items: what servers' tools did, and what only OpenAI's can read."""
 CallId = Annotated[Text, Field(min_length=1)]
 

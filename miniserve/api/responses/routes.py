@@ -16,7 +16,7 @@ from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
 from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolSearchOutputItem, with_ids
-from miniserve.api.responses.schemas import RESPONSES_NAMES, InputTokensRequest, ResponsesRequest
+from miniserve.api.responses.schemas import InputTokensRequest, ResponsesRequest
 from miniserve.api.responses.store import Conversations, Limit, Order, ResponseStore, Stored, continuing, page
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.service import Service
@@ -32,7 +32,7 @@ class ResponsesRenderer(ChatRenderer):
         super().__init__(service.tokenizer, service.dialect, self.chat)
         self._body = body
         self._items = items
-        room = service.max_model_len
+        room = service.client.max_model_len
         self._most = room - min(self.chat.max_completion_tokens or room // 8, room // 2)
 
     def prompts(self) -> list[list[int]]:
@@ -83,7 +83,7 @@ class ResponsesRoutes:
 
         # The id is a key to the stored response, so clients cannot choose it.
         head = self._service.head(f"resp_{uuid.uuid4().hex}", body.model)
-        with errors.renamed(RESPONSES_NAMES):
+        with errors.renamed("responses"):
             renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, items)
             writer = ResponsesWriter(head, body, renderer.offered, self._service.tokenizer, keep)
             with continuing(previous) as conversation:
@@ -94,7 +94,7 @@ class ResponsesRoutes:
         """How many tokens the prompt of such a request has."""
         self._service.check_model(body.model)
         past = self._past(body, self._previous(body))
-        with errors.renamed(RESPONSES_NAMES):
+        with errors.renamed("responses"):
             renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, [*past, *body.items])
             (prompt,) = await asyncio.to_thread(renderer.prompts)
         return json_answer({"object": "response.input_tokens", "input_tokens": len(prompt)}, body.ignored)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
-from miniserve.api.openai.parameters import SAMPLING_NAMES, ResponseFormat, SamplingFields
+from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
 from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
@@ -14,9 +14,6 @@ from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.messages import Body, Text, TextOr, text_or
 
-RESPONSES_NAMES: Mapping[str, str] = TABLES["names"]["responses"]
-"""Patterns of a chat's parameters, and this API's names of them."""
-SAME_NAMES = {*SAMPLING_NAMES, "stop", "parallel_tool_calls", "prompt_cache_key"}
 MAX_METADATA = 16
 LOGPROBS = "message.output_text.logprobs"
 Metadata = Annotated[
@@ -56,8 +53,8 @@ class InputTokensRequest(RequestBody):
     truncation: Literal["auto", "disabled"] | None = None
     """With `auto` the oldest items are left out of a prompt that would be too long."""
 
-    _offered: dict[str, Offered] = PrivateAttr(default_factory=dict)
-    _left_out: list[str] = PrivateAttr(default_factory=list)
+    _offered: dict[str, Offered]
+    _left_out: list[str]
 
     @model_validator(mode="after")
     def _tools_and_past(self) -> "InputTokensRequest":
@@ -78,25 +75,23 @@ class InputTokensRequest(RequestBody):
     def items(self) -> list[Item]:
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
 
-    def chat(self, items: Sequence[Item]) -> tuple[ChatRequest, Mapping[str, Offered]]:
-        """As a chat about `items`, the whole conversation, and the tools that calls may be of, by their names there.
-        Raises `ParameterError`, `ValidationError`."""
+    def chat(self, items: Sequence[Item], **more: Any) -> tuple[ChatRequest, Mapping[str, Offered]]:
+        """As a chat about `items`, the whole conversation, with `more` fields, and the tools that calls may be of, by
+        their names there. Raises `ParameterError`, `ValidationError`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         messages, found = messages_of(items)
         offered = {name: one for name, one in self._offered.items() if not deferred(one.tool)} | found
-        fields = {
+        chat = ChatRequest.of(
+            self,
             # A probe without input is answered, too.
-            "messages": [*system, *messages] or [{"role": "user", "content": ""}],
-            **self._same_fields(),
-            "tools": [one.tool for one in offered.values()] or None,
-            "tool_choice": spoken_choice(self.tool_choice),
-            "response_format": self.text and self.text.format,
-            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
-        }
-        return ChatRequest.model_validate(fields), offered
-
-    def _same_fields(self) -> dict[str, Any]:
-        return {"model": self.model, "parallel_tool_calls": self.parallel_tool_calls}
+            messages=[*system, *messages] or [{"role": "user", "content": ""}],
+            tools=[one.tool for one in offered.values()] or None,
+            tool_choice=spoken_choice(self.tool_choice),
+            response_format=self.text and self.text.format,
+            reasoning_effort=self.reasoning and self.reasoning.effort,
+            **more,
+        )
+        return chat, offered
 
 
 class ResponsesRequest(InputTokensRequest, SamplingFields):
@@ -114,14 +109,13 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
 
     @property
     def ignored(self) -> list[str]:
-        unknown, unscored = set(self.include or []) - {LOGPROBS}, LOGPROBS not in (self.include or [])
-        own = {"include": unknown, "top_logprobs": self.top_logprobs and unscored}
+        own = {"include": set(self.include or []) - {LOGPROBS}, "top_logprobs": self.top_logprobs and not self._scored}
         return [*super().ignored, *(name for name, ignored in own.items() if ignored)]
 
-    def _same_fields(self) -> dict[str, Any]:
-        wanted = {"logprobs": True, "top_logprobs": self.top_logprobs} if LOGPROBS in (self.include or []) else {}
-        return {
-            **self.model_dump(include=SAME_NAMES, by_alias=True),
-            "max_completion_tokens": self.max_output_tokens,
-            **wanted,
-        }
+    @property
+    def _scored(self) -> bool:
+        return LOGPROBS in (self.include or [])
+
+    def chat(self, items: Sequence[Item], **more: Any) -> tuple[ChatRequest, Mapping[str, Offered]]:
+        more |= {"logprobs": self._scored, "top_logprobs": self.top_logprobs if self._scored else None}
+        return super().chat(items, max_completion_tokens=self.max_output_tokens, **more)

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import msgspec
@@ -101,9 +101,6 @@ def continuing(previous: Stored | None) -> Iterator[str | int]:
         raise
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
-
-
 class MetadataRequest(RequestBody):
     metadata: Metadata | None = None
 
@@ -136,24 +133,21 @@ class Conversations:
     def __init__(self) -> None:
         self._stored = ResponseStore("conversation")
 
-    # --- for /v1/responses ------------------------------------------------------------------------------------------
-
     def items(self, id: str) -> Sequence[Item]:
         return self._get(id).items
 
     def extend(self, id: str, items: Sequence[Item]) -> None:
         """Add what a turn has brought, unless the conversation has been deleted meanwhile."""
         if (stored := self._stored.get(id)) is not None:
-            self._put(id, (*stored.items, *items), stored.tokens + _tokens(items), stored.answer)
-
-    # --- routes -----------------------------------------------------------------------------------------------------
+            tokens = stored.tokens + _tokens(items)
+            self._stored.put(id, replace(stored, items=(*stored.items, *items), tokens=tokens))
 
     async def create(self, body: ConversationRequest) -> Response:
         """Begin a conversation, with items or none."""
         id, now = f"conv_{secrets.token_hex(24)}", int(time.time())
         made = {"id": id, "object": "conversation", "created_at": now, "metadata": body.metadata or {}}
         items = with_ids(body.items or [])
-        self._put(id, items, _tokens(items), msgspec.json.encode(made))
+        self._stored.put(id, Stored((*items,), _tokens(items), id, msgspec.json.encode(made)))
         return json_answer(made, body.ignored)
 
     async def retrieve(self, conversation: str) -> Response:
@@ -164,7 +158,7 @@ class Conversations:
         """Give a conversation other metadata."""
         stored = self._get(conversation)
         made = {**msgspec.json.decode(stored.answer), "metadata": body.metadata or {}}
-        self._put(conversation, stored.items, stored.tokens, msgspec.json.encode(made))
+        self._stored.put(conversation, replace(stored, answer=msgspec.json.encode(made)))
         return json_answer(made, body.ignored)
 
     async def delete(self, conversation: str) -> Response:
@@ -193,11 +187,9 @@ class Conversations:
     async def delete_item(self, conversation: str, item: str) -> Response:
         """Take an item out of a conversation."""
         stored, gone = self._get(conversation), self._item(conversation, item)
-        left = [one for one in stored.items if one is not gone]
-        self._put(conversation, left, stored.tokens - _tokens([gone]), stored.answer)
+        left = tuple(one for one in stored.items if one is not gone)
+        self._stored.put(conversation, replace(stored, items=left, tokens=stored.tokens - _tokens([gone])))
         return await self.retrieve(conversation)
-
-    # --- inside -----------------------------------------------------------------------------------------------------
 
     def _get(self, id: str) -> Stored:
         return self._stored.find(id, param="conversation", code="conversation_not_found")
@@ -207,9 +199,6 @@ class Conversations:
         if found is None:
             raise ApiError(404, f"This conversation has no item {id[:128]!r}.", param="item", code="item_not_found")
         return found
-
-    def _put(self, id: str, items: Sequence[Item], tokens: int, answer: bytes) -> None:
-        self._stored.put(id, Stored(tuple(items), tokens, id, answer))
 
 
 def _tokens(items: Sequence[Item]) -> int:

@@ -9,9 +9,8 @@ from itertools import count
 from typing import Any, Literal
 
 from miniserve.api.errors import ApiError
-from miniserve.api.generation import Choice, Generation
+from miniserve.api.generation import AnswerHead, Choice, Generation
 from miniserve.api.openai.answers import chat_logprobs
-from miniserve.api.protocols import AnswerHead
 from miniserve.api.responses.items import new_id
 from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.tools import Offered, custom_input
@@ -133,8 +132,6 @@ class ResponsesWriter:
         self.keep(answer, choice)
         return answer
 
-    # --- items --------------------------------------------------------------------------------------------------------
-
     def _fed(self, choice: Choice) -> list[NamedEvent]:
         """What has come since the last time, and the end. An answer of nothing at all is an empty message."""
         parts, logprobs = choice.take()
@@ -160,8 +157,6 @@ class ResponsesWriter:
                 self._logprobs = []
                 return [*self._opened("message"), *self._say(part, shown)]
 
-    # --- text -------------------------------------------------------------------------------------------------------
-
     def _opened(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
         if self._open is not None and self._open["type"] == kind:
             return []
@@ -185,8 +180,6 @@ class ResponsesWriter:
             part["logprobs"] += logprobs
             delta["logprobs"] = logprobs
         return [(f"response.{part['type']}.delta", delta)]
-
-    # --- calls ------------------------------------------------------------------------------------------------------
 
     def _begin_call(self, call: ToolCall) -> list[NamedEvent]:
         found = self.offered.get(call.name)
@@ -223,8 +216,6 @@ class ResponsesWriter:
                 with suppress(ValueError, RecursionError):  # it was cut off, or is too deep to be sent back
                     item["arguments"] = sound_json(json.loads(self._arguments))
                 return []
-
-    # --- any item ---------------------------------------------------------------------------------------------------
 
     def _add(self, item: dict[str, Any]) -> NamedEvent:
         self._open = item
