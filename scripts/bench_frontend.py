@@ -157,7 +157,7 @@ def serve(folder: str, port: int, case: Case, log: str) -> int:
     """`miniserve serve` with such workers."""
     import miniserve.dispatcher
     from miniserve.cli.main import main
-    from miniserve.cluster.launch import LocalLauncher, WorkerProcess, WorkerSpec, import_path
+    from miniserve.cluster.launch import Launcher, WorkerProcess, WorkerSpec, import_path
 
     class MadeUp(WorkerProcess):
         """A worker's process that this script is."""
@@ -170,11 +170,11 @@ def serve(folder: str, port: int, case: Case, log: str) -> int:
             self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
             self._process.stdin.flush()
 
-    class Launcher(LocalLauncher):
+    class OurLauncher(Launcher):
         def start(self, spec: WorkerSpec, far: str) -> WorkerProcess:
             return MadeUp(spec)
 
-    miniserve.dispatcher.LocalLauncher = Launcher  # type: ignore[misc]
+    miniserve.dispatcher.Launcher = OurLauncher  # type: ignore[misc]
     drafts = "--prompt-lookup" if case.tokens_a_message > 1 else "--no-prompt-lookup"
     sizes = f"--kv-cache-memory 2GiB --max-num-batched-tokens 64k --max-num-seqs {case.streams} {drafts}"
     place = f"--port {port} --topology {case.topology} --device cpu --threads 1"
