@@ -84,7 +84,7 @@ def work(log: str, interval: float, tokens_a_message: int) -> int:
         def __init__(self, sampled: Sampled, at: float) -> None:
             self.sampled, self.at = sampled, at
 
-        def wait(self) -> Sampled:
+        def __call__(self) -> Sampled:
             time.sleep(max(self.at - time.monotonic(), 0.0))
             return self.sampled
 
