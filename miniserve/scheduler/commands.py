@@ -1,27 +1,24 @@
 """What the scheduler wants done. The server and the simulator carry commands out in their order."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from miniserve.cluster.messages import Message, TurnOutput
 from miniserve.scheduler.records import Record
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(NamedTuple):
     worker: str
     message: Message
 
 
-@dataclass(frozen=True)
-class Deliver:
+class Deliver(NamedTuple):
     """Give `output` to the client of `turn`."""
 
     turn: str
     output: TurnOutput
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """Show `record` to the observers: the decision log, and listeners of events."""
 
     record: Record

@@ -70,8 +70,8 @@ class Batching:
 
     def compose(self, running: list[Sequence], now: float) -> list[Work]:
         """The batch of the next step: decodes first, then prompts."""
-        ready = [s for s in running if s.state is State.RUNNING and s.can_go_on(self.max_model_len)]
-        decodes = [s for s in ready if s.to_launch == 1]
+        ready = [s for s in running if s.state is State.RUNNING]
+        decodes = [s for s in ready if s.to_launch == 1 and (not s.sampling or s.can_go_on(self.max_model_len))]
         # Growing may preempt a sequence that has grown before: the youngest ones come last.
         grown = [s for s in decodes if s.state is State.RUNNING and self._grow(s, running, now)]
         batch = self._draft([s for s in grown if s.state is State.RUNNING], now)
@@ -79,7 +79,7 @@ class Batching:
         budget = max(self.max_num_batched_tokens - len(batch), 1)
         if batch and self.pace is not None:
             budget = min(budget, self.pace.tokens)
-        return batch + self._share(budget, running)
+        return batch + self._share(budget, ready) if len(ready) > len(decodes) else batch
 
     def _grow(self, sequence: Sequence, running: list[Sequence], now: float) -> bool:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
@@ -117,11 +117,11 @@ class Batching:
             batch.append(Work.next(sequence, 1, draft))
         return batch
 
-    def _share(self, budget: int, running: list[Sequence]) -> list[Work]:
+    def _share(self, budget: int, ready: list[Sequence]) -> list[Work]:
         """Divide at most `budget` tokens of a step among prompts, oldest first. Up to `SHORT_SHARE` of them goes to
         short prompts first. Beside these long ones get no more than the rest of that share, and at least a little: so
         what follows in a conversation waits for a step not much longer than its own, beside any long prompt."""
-        prompts = [s for s in running if s.state is State.RUNNING and s.to_launch > 1]
+        prompts = [s for s in ready if s.state is State.RUNNING and s.to_launch > 1]
         counts = [0] * len(prompts)
 
         def give(tokens: int, longest: int) -> None:

@@ -264,8 +264,8 @@ class Engine:
             scores = sampled[first_score : first_score + work.scored]
             found = sampled[first_row : first_row + work.num_sampled]
             first_score, first_row = first_score + work.scored, first_row + work.num_sampled
-            # What a preemption made a step compute again takes the place of what was there.
-            work.sequence.scores[work.start : work.start + work.scored] = [score for _, score in scores if score]
+            if scores:  # what a preemption made a step compute again takes the place of what was there
+                work.sequence.scores[work.start : work.start + work.scored] = [score for _, score in scores if score]
             if work.sequence.state is State.FINISHED:
                 continue
             self._computed(work)
