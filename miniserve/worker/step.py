@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
+
+import msgspec
 
 from miniserve.cluster.messages import FirstToken, StepTime, TokenLogprob, TurnOutput
 from miniserve.worker.sequence import Sequence
@@ -12,7 +14,7 @@ Sampled = list[tuple[int, TokenLogprob | None]]
 scored, then for each `Work` that samples the next token, and one after each token of its draft."""
 
 
-class Work(NamedTuple):
+class Work(msgspec.Struct, frozen=True, eq=False):
     """What a step does for one sequence: it computes the KV of the next `count` tokens from position `start` on. One
     that `samples` is complete with these: the step samples its next token. Then it also computes the tokens of `draft`,
     which may follow on that one, and samples what comes after each of them. Of its first tokens `scored` tell the
