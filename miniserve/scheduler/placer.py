@@ -82,7 +82,7 @@ class Placer:
         if others[home.name] or home.leaving or not home.fits(turn.pages):
             return [], {home.name}
         self.tried = turn
-        self.queue.remove(turn, self.cluster.changed)
+        self.queue.remove(turn, self.cluster.changed, served=True)
         placement = Placement(Option(home.name), f"alone, since {turn.losses} workers died under it")
         before = turn.conversation.home
         commands = self._begin(turn, self._need(turn, now), placement, notes)
@@ -140,6 +140,8 @@ class Placer:
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
         self.cluster.touch(prefills.name)
+        if not self.ledger.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
+            self.prefixes.add(turn.chain, prefills.name)
         key = (prefills.name, home.name)
         self.placements[key] = self.placements.get(key, 0) + 1
         run = Run(

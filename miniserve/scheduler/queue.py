@@ -9,11 +9,15 @@ A *newcomer* is a turn whose conversation has no home. A policy may give newcome
 in a queue of their own, which is served last and claims nothing, so that turns with a home pass them. When a
 newcomer's patience is over it moves to the first queue and claims all workers.
 
+Turns of one *group*, an agent and its sub-agents, do not all count from when they came: `Shares` gives each a place as
+if groups were served side by side. So an agent with fifty sub-agents does not hold up another one with a single turn.
+
 What a worker has refused it refuses until it changes. So a turn is tried when it comes, and after that only when a
 worker has changed: if it is the first that waits for that one, or could move there. No long queue makes that slow.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from enum import Enum
 from heapq import heappop, heappush
@@ -24,8 +28,8 @@ from operator import itemgetter
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.turns import Turn
 
-PRIORITY = 2**48
-"""More turns than will ever wait: those of a lower `priority` have lower numbers, whenever they came."""
+PRIORITY, SHARE = 2**80, 2**32
+"""In numbers of turns a lower `priority` counts before all else, then `Shares`, then when they came."""
 Waiting = tuple[int, Turn]
 """A turn that waits, with its number in the order of all."""
 Place = Callable[[Turn, Set[str]], bool]
@@ -39,6 +43,34 @@ class Group(Enum):
     SUSPECTS = "suspected turns, which `Placer` tries one after the other"
 
     __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
+
+
+class Shares:
+    """Which service, in tokens, a turn begins at: start-time fair queueing (Goyal, Vin and Cheng, 1996) between the
+    groups that have turns waiting. One whose group has no other begins at the present, and so in the order of arrival;
+    others begin where the one before them ends. The present moves on by what is served, divided by the groups."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._ends: dict[str | int, float] = {}
+        """By group: where the service of its waiting turns ends."""
+        self._waiting: Counter[str | int] = Counter()
+
+    def begin(self, turn: Turn) -> int:
+        """A turn waits."""
+        group = turn.conversation.group
+        start = max(self._now, self._ends.get(group, 0.0))
+        self._ends[group] = start + turn.service
+        self._waiting[group] += 1
+        return int(start)
+
+    def end(self, turn: Turn, served: bool) -> None:
+        group = turn.conversation.group
+        if served:
+            self._now += turn.service / len(self._waiting)
+        self._waiting[group] -= 1
+        if not self._waiting[group]:
+            del self._waiting[group], self._ends[group]
 
 
 class WaitingQueue:
@@ -56,7 +88,7 @@ class WaitingQueue:
         """By their homes, or by groups; no line is empty."""
         self._sizes: list[tuple[int, int, Turn]] = []
         """(pages, number, turn) of those with a home, the smallest first."""
-        self._numbers, self._numbers_before = count(), count(-1, -1)
+        self._numbers, self._numbers_before, self._shares = count(), count(-1, -1), Shares()
         self._fresh: dict[int, Turn] = {}
         """Those with a home that were not tried since they came."""
         self._refused: set[int] = set()
@@ -76,7 +108,9 @@ class WaitingQueue:
 
     def append(self, turn: Turn, now: float, *, first: bool = False) -> None:
         """Let a turn wait: `first`, before all others, if it has lost its worker."""
-        number = next(self._numbers_before) if first else next(self._numbers) + turn.said.priority * PRIORITY
+        start = self._shares.begin(turn)
+        after = turn.said.priority * PRIORITY + start * SHARE + next(self._numbers)
+        number = next(self._numbers_before) if first else after
         where = Group.SUSPECTS if turn.suspected else turn.conversation.home
         if not where:
             where = Group.NEWCOMERS if self._has_patience(turn, now) else Group.ANYWHERE
@@ -100,13 +134,14 @@ class WaitingQueue:
         self._fresh.pop(number, None)
         self._refused.discard(number)
 
-    def remove(self, turn: Turn, changed: set[str]) -> None:
-        """A turn does not wait any more. A worker that it claimed has `changed`."""
+    def remove(self, turn: Turn, changed: set[str], *, served: bool = False) -> None:
+        """A turn does not wait any more, since it is `served` or has ended. A worker that it claimed has `changed`."""
         home = turn.conversation.home
         lines: list[str | Group] = [*Group, *([home] if home else [])]
         for where in lines:
             for waiting in [waiting for waiting in self.line(where) if waiting[1] is turn]:
                 self._leave(where, waiting)
+                self._shares.end(turn, served)
                 changed.update([home] if home else [])
 
     def homes_lost(self, now: float) -> None:
@@ -118,8 +153,12 @@ class WaitingQueue:
             for waiting in line
         ]
         for waiting, where in sorted(lost, reverse=True, key=itemgetter(0)):
-            self._leave(where, waiting)
-            self.append(waiting[1], now, first=True)
+            self._wait_anew(where, waiting, now, first=True)
+
+    def _wait_anew(self, where: str | Group, waiting: Waiting, now: float, *, first: bool = False) -> None:
+        self._leave(where, waiting)
+        self._shares.end(waiting[1], served=False)
+        self.append(waiting[1], now, first=first)
 
     def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
         """Place the turns that can be placed. `changed` names the workers that may have room now for what they have
@@ -148,8 +187,7 @@ class WaitingQueue:
                     self._serve_lines(place, workers, changed, inf)
                 continue
             if not self._has_patience(turn, now):
-                self._leave(Group.NEWCOMERS, first)
-                self.append(turn, now)
+                self._wait_anew(Group.NEWCOMERS, first, now)
                 return
             break  # It keeps its place, and those behind it wait for it.
         changed.clear()
@@ -222,6 +260,7 @@ class WaitingQueue:
         if not place(waiting[1], open_workers):
             return False
         self._leave(where, waiting)
+        self._shares.end(waiting[1], served=True)
         self.follow(waiting[1].conversation, where)
         return True
 

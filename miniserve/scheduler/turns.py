@@ -100,6 +100,11 @@ class Turn:
         """Go to another state. Raises `IllegalTransition`."""
         self.state = follow(TRANSITIONS, self.state, state)
 
+    @property
+    def service(self) -> int:
+        """What it takes, in tokens: an output counts twice a prompt's new one, as in VTC (arXiv 2401.00588)."""
+        return self.given - self.known + 2 * self.output
+
     def runs_on(self, worker: str) -> bool:
         return worker == self.home or (worker == self.prefill_at and self.state is TurnState.PREFILL)
 

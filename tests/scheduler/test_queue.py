@@ -370,6 +370,45 @@ def test_turns_of_a_new_conversation_line_up_for_the_home_that_the_first_one_fin
     assert [run.turn for _, run in sent(end(made, "d0", "a0.1", 0.3), Run)] == ["a1.1"]
 
 
+def test_one_agent_with_fifty_sub_agents_does_not_hold_up_another() -> None:
+    """Of two groups that wait the one with a single turn is served next, and what the other has waits no longer than
+    its share: newcomers that keep coming do not pass it for ever."""
+    made = scheduler("d0", policy="colocated", max_turns=1, max_queued=999)
+    run = run_of(submit(made, "first", [9] * 40, key="z"))[1].turn
+    for n in range(50):
+        submit(made, f"sub{n}", [1, n] * 40, key=f"s{n}", said=Said(parent="agent"))
+    served = []
+    for n in range(60):
+        submit(made, f"other{n}", [2, n] * 40, key=f"o{n}")
+        ((_, placed),) = sent(end(made, "d0", run, 0.1 * n), Run)
+        run = placed.turn
+        served.append(run.partition(".")[0])
+    assert served[:2] == ["sub0", "other0"], "the first one came before the other"
+    subs = [sum(name.startswith("sub") for name in served[:count]) for count in (10, 20, 40, 60)]
+    assert subs == sorted(set(subs)), "it goes on, with the share of one among more and more groups"
+
+
+def test_sub_agents_that_come_at_once_follow_the_prefix_that_the_first_one_computes() -> None:
+    made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=9)
+    for name in ("d0", "d1"):
+        report_steps(made, name, *(StepTime(size, size * size // 2, 0, 0, size * 1e-3) for size in (64, 128, 256, 512)))
+    homes = [run_of(submit(made, name, [ord(name[0])] * 320, key=name))[0] for name in ("sub0", "other")]
+    assert homes == ["d0", "d1"]
+    shared = [run_of(submit(made, f"sub{n}", [ord("s")] * 320 + [n] * 10, key=f"sub{n}"))[0] for n in range(1, 4)]
+    assert shared == ["d0"] * 3, "the prefix is under way there"
+
+
+def test_turns_of_groups_of_one_are_served_in_the_order_in_which_they_came() -> None:
+    made = scheduler("d0", policy="colocated", max_turns=1, max_queued=99)
+    run = run_of(submit(made, "first", [9] * 40, key="z"))[1].turn
+    for n in range(20):
+        submit(made, f"t{n}", [1, n] * random.Random(n).randrange(20, 60), key=f"t{n}", said=Said())
+    for n in range(20):
+        ((_, placed),) = sent(end(made, "d0", run), Run)
+        run = placed.turn
+        assert run == f"t{n}.1"
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @given(seed=st.integers(0, 2**32))
 @example(seed=12828)  # The first of a line moves away, and a turn before the next one of that line takes its home.
@@ -395,7 +434,7 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
         if what < 0.5:
             key, first = pick.choice("abcdefgh"), pick.choice([16, 40, 200, 700])
             tokens = [ord(key)] * first + [number] * pick.choice([0, 20])
-            said = Said(priority=pick.choice([0, 0, 0, 1]))
+            said = Said(priority=pick.choice([0, 0, 0, 1]), parent=pick.choice(["", "", "a"]))
             key += "" if number % 3 else str(number)  # Some begin a conversation of their own.
             happens(submit, f"t{number}", tokens, key, now, said)
         elif what < 0.85 and running:

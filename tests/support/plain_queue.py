@@ -29,9 +29,12 @@ class PlainQueue(WaitingQueue):
         else:
             insort(self.all, waiting)
 
-    def remove(self, turn: Turn, changed: set[str]) -> None:
-        self.all[:] = [waiting for waiting in self.all if waiting[1] is not turn]
-        super().remove(turn, set())
+    def remove(self, turn: Turn, changed: set[str], *, served: bool = False) -> None:
+        left = [waiting for waiting in self.all if waiting[1] is not turn]
+        if len(left) < len(self.all):
+            self.all[:] = left
+            self._shares.end(turn, served)
+        super().remove(turn, set(), served=served)
 
     def homes_lost(self, now: float) -> None:
         lost = [turn for _, turn in self.all if not turn.conversation.home]
@@ -67,6 +70,6 @@ class PlainQueue(WaitingQueue):
         return False
 
     def _placed(self, turn: Turn) -> bool:
-        self.remove(turn, set())
+        self.remove(turn, set(), served=True)
         self.follow(turn.conversation, Group.NEWCOMERS)
         return True
