@@ -219,10 +219,6 @@ class Dispatcher:
                         stream.put(output)
 
     @property
-    def healthy(self) -> bool:
-        return not self.unhealthy_reason
-
-    @property
     def unhealthy_reason(self) -> str:
         """Empty while all workers that are needed live."""
         if self._draining:
@@ -240,13 +236,13 @@ class Dispatcher:
         """(from, to) -> how KV travels, for all pairs: a conversation's history may move from any worker to any."""
 
         def how(source: str, home: str) -> str:
-            kind = way(self.ready[source].pool, self.ready[home].pool, self._kv_transfer)
-            if kind is None:
-                return "none (prefills at home)"
-            far = self.ready[source].pool.host != self.ready[home].pool.host
-            why = ", between hosts" if far else ", their GPUs cannot read each other"
-            why = why if far or self._kv_transfer == "auto" else ""
-            return "mapped" if kind == "mapped" else f"collective ({'NCCL' if kind == 'nccl' else 'sockets'}{why})"
+            one, other = self.ready[source].pool, self.ready[home].pool
+            kind = way(one, other, self._kv_transfer)
+            if kind is None or kind == "mapped":
+                return kind or "none (prefills at home)"
+            why = ", their GPUs cannot read each other" if self._kv_transfer == "auto" else ""
+            why = ", between hosts" if one.host != other.host else why
+            return f"collective ({'NCCL' if kind == 'nccl' else kind}{why})"
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
 

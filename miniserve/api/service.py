@@ -275,8 +275,8 @@ class Service:
 
     async def health(self) -> Response:
         """Whether the engine can serve; needs no API key."""
-        if not self._client.healthy:
-            raise EngineError(self._client.unhealthy_reason)
+        if reason := self._client.unhealthy_reason:
+            raise EngineError(reason)
         return json_answer({"status": "ok"})
 
     async def version(self) -> Response:

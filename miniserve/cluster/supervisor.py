@@ -115,7 +115,8 @@ class Supervisor:
             await asyncio.sleep(WATCH_START_SECONDS)
         if name not in self._ready:
             reason = self.failed.get(name, "The server is shutting down.")
-            await self.remove(name)
+            if name in self.processes:
+                await self.remove(name)
             raise StartupError(reason)
 
     async def remove(self, name: str) -> None:
