@@ -1,7 +1,5 @@
 """Every setting, in one place, typed. `cli/flags.toml` says what each means, for the help of `miniserve serve`."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -13,14 +11,11 @@ import tomllib
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import msgspec
 
 Number = TypeVar("Number", int, float)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
 METHODS = ("gguf", "compressed-tensors", "awq", "gptq", "fp8")
 """The kinds of quantized checkpoints that are served, as vLLM calls them."""
 LFS_POINTER = b"version https://git-lfs"
@@ -89,9 +84,6 @@ def make_once(path: Path, make: Callable[[Path], None], whole: Callable[[Path], 
     return path
 
 
-# --- values as people write them; each parser raises `ConfigError` --------------------------------------------------
-
-
 def number(kind: Callable[[str], Number], ok: Callable[[Number], bool], what: str) -> Callable[[str], Number]:
     """A parser of numbers of a `kind` that are `ok`; `what` says which these are."""
 
@@ -127,7 +119,8 @@ def parse_bytes(text: str) -> int:
     m = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ki|mi|gi|k|m|g|)b?", text.strip().lower())
     if m is None:
         raise ConfigError(f"{text!r} is not a size: write it like 2GiB, 512M or a number of bytes.")
-    return round(float(m[1]) * _UNITS[m[2]])
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+    return round(float(m[1]) * units[m[2]])
 
 
 def parse_swap(text: str) -> int:
@@ -174,9 +167,6 @@ def parse_devices(text: str) -> list[str]:
     return [f"cuda:{int(m[1])}" for m in found if m]
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
-
-
 class Role(StrEnum):
     """What a worker is for. Both run the same engine."""
 
@@ -191,7 +181,7 @@ class Topology(msgspec.Struct, frozen=True):
     decoders: int
 
     @classmethod
-    def parse(cls, text: str) -> Topology:
+    def parse(cls, text: str) -> Self:
         """From `[nP]mD`. Raises `ConfigError`."""
         m = re.fullmatch(r"(?:(\d+)[pP])?(\d+)[dD]", text.strip())
         if m is None or int(m[2]) < 1:
@@ -206,9 +196,6 @@ class Topology(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return (f"{self.prefillers}P" if self.prefillers else "") + f"{self.decoders}D"
-
-
-KvTransfer = Literal["auto", "mapped", "collective"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,7 +217,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prompt_lookup: bool | None = None
     enforce_eager: bool = False
     async_scheduling: bool | None = None
-    kv_transfer: KvTransfer = "auto"
+    kv_transfer: Literal["auto", "mapped", "collective"] = "auto"
     kv_cache_memory: Annotated[int | None, parse_bytes] = None
     gpu_memory_utilization: Annotated[float, parse_fraction] = 0.9
     block_size: Annotated[int, parse_positive] = 16

@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import permutations
 
 import msgspec
@@ -15,7 +16,7 @@ from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Repo
 from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import ConfigError, Role, ServeConfig
 from miniserve.hub.resolve import ModelFiles
-from miniserve.kv.transfer.connect import way
+from miniserve.kv.transfer.interface import way
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
@@ -34,19 +35,19 @@ class EngineError(RuntimeError):
     """The engine cannot serve now."""
 
 
+@dataclass(eq=False)
 class TurnStream:
     """The outputs of one turn. Iterating gives them in order, `Ended` or `Failed` last. `conversation` is the key of
     the conversation that the scheduler found it to belong to; it is turn number `number` of that, and `change` is how
     its prompt differs from what it could have begun with."""
 
-    def __init__(self, id: str, cancel: Callable[[str], None]) -> None:
-        self.id = id
-        self.conversation: str | int = ""
-        self.number = 0
-        self.change: Change | None = None
-        self._cancel = cancel
-        self._outputs: asyncio.Queue[TurnOutput] = asyncio.Queue()
-        self._ended = False
+    id: str
+    _cancel: Callable[[str], None]
+    conversation: str | int = ""
+    number: int = 0
+    change: Change | None = None
+    _outputs: asyncio.Queue[TurnOutput] = field(default_factory=asyncio.Queue)
+    _ended: bool = False
 
     def put(self, output: TurnOutput) -> None:
         """Add the next output; ignored after the last one."""
@@ -120,15 +121,9 @@ class Dispatcher:
         """Workers that were added since the start."""
         self._draining = self._stopped = False
 
-    # --- life -------------------------------------------------------------------------------------------------------
-
     async def start(self) -> None:
         """Spawn the workers and wait until all are ready. Raises `StartupError`; then nothing is left running."""
-        try:
-            await self.workers.start()
-        except BaseException:
-            await self.stop()
-            raise
+        await self.workers.start()
         first = next(iter(self.ready.values()))
         self.max_model_len, self.vocab_size = first.max_model_len, first.vocab_size
         self._ticking = asyncio.create_task(self._tick())
@@ -163,8 +158,6 @@ class Dispatcher:
         if self.ready.pop(name, None):  # else it is removed already
             await self.workers.remove(name)
             self._worker_down(name, returns=False)
-
-    # --- turns ------------------------------------------------------------------------------------------------------
 
     def check_room(self) -> None:
         """Raises `QueueFull` or `EngineError` where a new request should be refused."""
@@ -225,12 +218,6 @@ class Dispatcher:
                     if stream is not None:
                         stream.put(output)
 
-    # --- what is going on -------------------------------------------------------------------------------------------
-
-    @property
-    def healthy(self) -> bool:
-        return not self.unhealthy_reason
-
     @property
     def unhealthy_reason(self) -> str:
         """Empty while all workers that are needed live."""
@@ -249,17 +236,15 @@ class Dispatcher:
         """(from, to) -> how KV travels, for all pairs: a conversation's history may move from any worker to any."""
 
         def how(source: str, home: str) -> str:
-            kind = way(self.ready[source].pool, self.ready[home].pool, self._kv_transfer)
-            if kind is None:
-                return "none (prefills at home)"
-            far = self.ready[source].pool.host != self.ready[home].pool.host
-            why = ", between hosts" if far else ", their GPUs cannot read each other"
-            why = why if far or self._kv_transfer == "auto" else ""
-            return "mapped" if kind == "mapped" else f"collective ({'NCCL' if kind == 'nccl' else 'sockets'}{why})"
+            one, other = self.ready[source].pool, self.ready[home].pool
+            kind = way(one, other, self._kv_transfer)
+            if kind is None or kind == "mapped":
+                return kind or "none (prefills at home)"
+            why = ", their GPUs cannot read each other" if self._kv_transfer == "auto" else ""
+            why = ", between hosts" if one.host != other.host else why
+            return f"collective ({'NCCL' if kind == 'nccl' else kind}{why})"
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
-
-    # --- what workers and time bring ---------------------------------------------------------------------------------
 
     def _worker_up(self, peer: Peer, ready: Ready) -> None:
         self.ready[peer.name] = ready

@@ -101,14 +101,14 @@ class LLM:
             params = [SamplingParams() if params is None else params] * len(items)
         if len(params) != len(items):
             raise ParameterError("params", f"{len(items)} prompts came with {len(params)} sampling parameters.")
-        tokens = [self._tokens(prompt) for prompt in items]
-        for ids, p in zip(tokens, params, strict=True):
-            self._check(ids, p)
-        texts = [
-            prompt if isinstance(prompt, str) else self.tokenizer.decode(ids, False)
-            for prompt, ids in zip(items, tokens, strict=True)
-        ]
-        return self._run(texts, tokens, params, progress, salt)
+        generations = []
+        for prompt, p in zip(items, params, strict=True):
+            tokens = self._tokens(prompt)
+            self._check(tokens, p)
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens, False)
+            generations.append(RequestOutput(text, tokens, []))
+        self._run(generations, params, progress, salt)
+        return generations
 
     def chat(
         self,
@@ -126,15 +126,10 @@ class LLM:
         prompts = [self.tokenizer.chat(_for_template(conversation), **template) for conversation in conversations]
         return self.generate(prompts, params, progress=progress, salt=salt)
 
-    def _run(
-        self, texts: list[str], prompts: list[list[int]], params: list[SamplingParams], progress: bool, salt: str
-    ) -> list[RequestOutput]:
+    def _run(self, generations: list[RequestOutput], params: list[SamplingParams], progress: bool, salt: str) -> None:
         root = root_hash(self._built.layout, salt)
-        generations = []
         open_turns: dict[str, _Turn] = {}
-        for text, tokens, p in zip(texts, prompts, params, strict=True):
-            generation = RequestOutput(text, tokens, [])
-            generations.append(generation)
+        for generation, p in zip(generations, params, strict=True):
             for index in range(p.n):
                 completion = CompletionOutput(index, logprobs=None if p.logprobs is None else [])
                 generation.outputs.append(completion)
@@ -143,7 +138,7 @@ class LLM:
                 own = p.nth(index)
                 seed = time.time_ns() + self._turns if own.seed is None else own.seed
                 open_turns[turn] = _Turn(generation, completion, IncrementalDetokenizer(self.tokenizer, own))
-                self.engine.add(Sequence(turn, tokens, own, seed, root))
+                self.engine.add(Sequence(turn, generation.prompt_token_ids, own, seed, root))
         try:
             with Progress(*PROGRESS, disable=not progress) as bar:
                 task, started, count = bar.add_task("Generating", total=len(open_turns), rate=0.0), time.monotonic(), 0
@@ -161,7 +156,6 @@ class LLM:
         finally:
             for turn in open_turns:  # Ctrl-C in a notebook leaves the engine usable
                 self.engine.abort(turn)
-        return generations
 
     def _tokens(self, prompt: Any) -> list[int]:
         """Token ids of a prompt. Raises `ParameterError` for what is none."""

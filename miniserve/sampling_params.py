@@ -1,9 +1,7 @@
 """Sampling parameters: one typed struct used by the HTTP API, the library and the wire."""
 
-from __future__ import annotations
-
 import re
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Self, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -97,19 +95,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         penalised = self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
         return penalised or self.grammar is not None
 
-    def nth(self, i: int) -> SamplingParams:
+    def nth(self, i: int) -> Self:
         """The parameters of a prompt's choice number `i`: its own seed, and no second look at the prompt."""
         if i == 0:
             return self
         seed = None if self.seed is None else (self.seed + i + 2**63) % 2**64 - 2**63
         return msgspec.structs.replace(self, seed=seed, prompt_logprobs=None)
 
-    def validate(self, vocab_size: int | None = None) -> SamplingParams:
+    def validate(self, vocab_size: int | None = None) -> Self:
         """Return self, or raise `ParameterError` for the first value of a wrong type or out of bounds.
 
         `vocab_size` (tokens) also checks the token ids in `logit_bias` and `stop_token_ids`.
         """
-
         if problem := mistyped(self):
             raise ParameterError(*problem)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

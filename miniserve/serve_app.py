@@ -5,7 +5,6 @@ other bundles of the placement group of the replica.
 and values of flags of `miniserve serve`.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
@@ -31,7 +30,7 @@ def app(args: dict[str, str]) -> serve.Application:
     worker = {kind: float(config.engine.tensor_parallel_size)}
     config = msgspec.structs.replace(config, topology=topology, launcher="ray")
     deployment: Any = serve.deployment(
-        serve.ingress(_maker(config))(),
+        serve.ingress(lambda: _replica(config))(),
         name="miniserve",
         max_ongoing_requests=MOST_REQUESTS,
         ray_actor_options={"num_cpus": 1},
@@ -41,28 +40,24 @@ def app(args: dict[str, str]) -> serve.Application:
     return cast(serve.Application, deployment.bind())
 
 
-def _maker(config: ServeConfig) -> Callable[[], ASGIApp]:
-    """Makes a replica's ASGI application, which starts its workers when Serve starts it."""
+def _replica(config: ServeConfig) -> ASGIApp:
+    """A replica's ASGI application, which starts its workers when Serve starts it."""
+    files = found(config)
+    client = Dispatcher(config, files)
+    feed = Feed(client.scheduler, config.policy)
+    client.observers.append(feed.note)
+    http = http_app(config, files, client, feed)
 
-    def make() -> ASGIApp:
-        files = found(config)
-        client = Dispatcher(config, files)
-        feed = Feed(client.scheduler, config.policy)
-        client.observers.append(feed.note)
-        http = http_app(config, files, client, feed)
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await http(scope, receive, send)
+            return
+        await receive()
+        await client.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        feed.close()
+        await client.stop()
+        await send({"type": "lifespan.shutdown.complete"})
 
-        async def application(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "lifespan":
-                await http(scope, receive, send)
-                return
-            await receive()
-            await client.start()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            feed.close()
-            await client.stop()
-            await send({"type": "lifespan.shutdown.complete"})
-
-        return application
-
-    return make
+    return application

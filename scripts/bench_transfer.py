@@ -28,7 +28,7 @@ from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.transfer.door import Door
 from miniserve.kv.transfer.interface import Transfer
 from miniserve.kv.transfer.mapped import MappedTransfer
-from miniserve.kv.transfer.sockets import SocketTransfer
+from miniserve.kv.transfer.pair import Line, PairTransfer
 from miniserve.worker.sizing import keep_freed_memory
 from scripts.harness import flags, in_turns, write
 
@@ -54,7 +54,7 @@ def source(control: Connection, run_dir: str, peer: Peer, num_pages: int) -> Non
     prepare()
     memory = KVMemory(SHAPE, num_pages, torch.device("cpu"))
     memory.pages.view(torch.int16).random_()
-    asked = SocketTransfer(memory, Door(("source", 1), run_dir, b"key"), peer)
+    asked = PairTransfer(Line(memory), Line(memory), Door(("source", 1), run_dir, b"key"), peer)
     control.send(peer_of("source", memory))
     wire = socket.create_connection(("127.0.0.1", control.recv()))
     assert memory.shared is not None
@@ -89,7 +89,7 @@ class Bench:
         mapped = MappedTransfer(self.memory, peer)
         self.transfers: dict[str, Transfer] = {
             "mapped": mapped,
-            "collective": SocketTransfer(self.memory, Door(("here", 1), run_dir, b"key"), peer),
+            "collective": PairTransfer(Line(self.memory), Line(self.memory), Door(("here", 1), run_dir, b"key"), peer),
         }
         self.theirs = mapped._theirs
         self.ours = self.memory.bytes.numpy()

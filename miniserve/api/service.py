@@ -262,8 +262,8 @@ class Service:
 
     async def health(self) -> Response:
         """Whether the engine can serve; needs no API key."""
-        if not self.client.healthy:
-            raise EngineError(self.client.unhealthy_reason)
+        if reason := self.client.unhealthy_reason:
+            raise EngineError(reason)
         return json_answer({"status": "ok"})
 
     async def version(self) -> Response:

@@ -92,20 +92,16 @@ class Outboxes:
                     found.add(address)
         return found
 
-    def forget(self, address: str) -> None:
-        """Close the way to an inbox whose owner is gone."""
+    def forget(self, address: str, linger_ms: int = 0) -> None:
+        """Close the way to an inbox whose owner is gone, or once what is on its way has left, within `linger_ms`."""
         if self.monitors.pop(address, None) is not None:
             self.sockets[address].disable_monitor()
         if socket := self.sockets.pop(address, None):
-            socket.close(0)
+            socket.close(linger_ms)
 
     def close(self, linger_ms: int = 0) -> None:
-        for address in list(self.monitors):
-            self.sockets[address].disable_monitor()
-        self.monitors.clear()
-        for socket in self.sockets.values():
-            socket.close(linger_ms)
-        self.sockets.clear()
+        for address in list(self.sockets):
+            self.forget(address, linger_ms)
 
 
 class Inbox:

@@ -26,7 +26,10 @@ def place(
     if devices and elsewhere:
         raise ConfigError("--devices names GPUs of this machine, but workers run where Ray places them: leave it out.")
     if devices and engine.device in ("auto", "cuda"):
-        _check(devices)
+        count = count_gpus()  # 0 where they cannot be counted
+        for named in devices:
+            if 0 < count <= int(named.removeprefix("cuda:")):
+                raise ConfigError(f"--devices names {named}, but there are {count} GPUs to be seen, from cuda:0 on.")
     elif devices:
         raise ConfigError(f"--devices names GPUs, --device {engine.device} does not: leave one of them out.")
     ranks, every = engine.tensor_parallel_size, [engine.device] if elsewhere else _all(engine.device)
@@ -71,14 +74,6 @@ def _all(device: str) -> list[str]:
     """All devices of the kind that `--device` names."""
     wanted = device == "cuda" or (device == "auto" and _torch_has_cuda())
     return [f"cuda:{n}" for n in range(count_gpus() if wanted else 0)] or [device]
-
-
-def _check(devices: list[str]) -> None:
-    """Raise `ConfigError` for a GPU that is not there, as far as they can be counted."""
-    count = count_gpus()
-    for device in devices:
-        if 0 < count <= int(device.removeprefix("cuda:")):
-            raise ConfigError(f"--devices names {device}, but there are {count} GPUs to be seen, from cuda:0 on.")
 
 
 def count_gpus() -> int:

@@ -2,8 +2,6 @@
 `cluster/ray_launcher.py` on the hosts of a Ray cluster.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -108,7 +106,7 @@ def sweep(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class WorkerProcess:
+class WorkerProcess(subprocess.Popen[bytes]):
     """A spawned `python -m miniserve.worker`, which cannot outlive this process.
 
     Its stdin is a pipe. It carries the worker's specification and then nothing; when it closes, whatever killed this
@@ -122,43 +120,35 @@ class WorkerProcess:
         self.spec = spec
         # One thread pool of torch's is enough; the others only cost start-up time and memory.
         ours = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"} | import_path()
-        self._process = subprocess.Popen(
+        super().__init__(
             [sys.executable, "-m", "miniserve.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=SPINNING | CUDA_QUEUES | os.environ | ours,
         )
-        assert self._process.stdin is not None
+        assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: see `ended`
-            self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
-            self._process.stdin.flush()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+            self.stdin.write(msgspec.json.encode(spec) + b"\n")
+            self.stdin.flush()
 
     @property
     def ended(self) -> str | None:
-        code = self._process.poll()
+        code = self.poll()
         return None if code is None else f"ended with exit code {code}"
-
-    def wait(self) -> int:
-        """Block until it has ended: its exit code."""
-        return self._process.wait()
 
     def stop(self, timeout: float) -> None:
         """Close its stdin, wait up to `timeout` seconds, then kill."""
-        assert self._process.stdin is not None
+        assert self.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self.stdin.close()
         try:
-            self._process.wait(timeout)
+            self.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        super().kill()
+        self.wait()
 
 
 class Launcher:

@@ -8,14 +8,11 @@ from typing import Literal
 
 import msgspec
 
+from miniserve.cluster.rank_messages import RankCommand, Stored, Wire
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-class Wire(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Base of all messages: tagged, immutable, encoded as arrays."""
 
 
 class CudaHandle(Wire, frozen=True):
@@ -130,9 +127,6 @@ TurnOutput = FirstToken | Tokens | Ended | Failed
 """What a worker reports of a turn; `turn` is what `Run` called it."""
 
 
-# --- frontend -> worker ---------------------------------------------------------------------------------------------
-
-
 class Peers(Wire, frozen=True):
     """The workers that are ready, sent to all of them whenever the set changes. A peer missing here is dead, or
     not up yet."""
@@ -188,9 +182,6 @@ class Abort(Wire, frozen=True):
 
 class Shutdown(Wire, frozen=True):
     """Leave the step loop and exit."""
-
-
-# --- worker <-> worker ----------------------------------------------------------------------------------------------
 
 
 class Prefill(Run, frozen=True):
@@ -251,71 +242,11 @@ class PrefillRefused(Wire, frozen=True):
 PeerMessage = Prefill | Fetch | Publish | Release | PrefillRefused
 
 
-# --- rank 0 of a worker -> its other ranks, which carry these out in their order -------------------------------
-
-
-class Forward(Wire, frozen=True):
-    """Compute a batch, as `ops.Batch` describes it; of the first `scored` outputs the logits are made block by block.
-    With `fed` some tokens are still on rank 0's device, and come from there."""
-
-    tokens: list[int]
-    positions: list[int]
-    outputs: list[int]
-    lengths: list[int]
-    contexts: list[int]
-    pages: list[list[int]]
-    slots: list[int]
-    scored: int = 0
-    fed: bool = False
-
-
-class Copied(Wire, frozen=True):
-    """Copy between slots of recurrent state (`save`, `load`; `clear` has no target), or of host memory (`offload`,
-    `restore`), and pages."""
-
-    what: Literal["clear", "save", "load", "offload", "restore"]
-    sources: list[int]
-    targets: list[int]
-
-
-class Store(Wire, frozen=True):
-    """Copy pages `theirs` of the same rank of `peer` to `ours`; the answer is `Stored` with this `number`."""
-
-    number: int
-    peer: str
-    theirs: list[int]
-    ours: list[int]
-    lease: float
-
-
-class Abandon(Wire, frozen=True):
-    """Give up a `Store`."""
-
-    number: int
-
-
-class Settle(Wire, frozen=True):
-    """Wait until the devices of all ranks have come this far."""
-
-
-class Stored(Wire, frozen=True):
-    """A rank has stored what rank 0 told it to; or it cannot, because of `error`."""
-
-    number: int
-    error: str
-
-
 class RankReady(Wire, frozen=True):
     """A rank carries out commands from now on, and has this pool."""
 
     rank: int
     pool: PoolInfo
-
-
-RankCommand = Forward | Copied | Store | Abandon | Settle
-
-
-# --- worker -> frontend ---------------------------------------------------------------------------------------------
 
 
 class Loading(Wire, frozen=True):
@@ -383,12 +314,26 @@ class StepTime(Wire, frozen=True):
     seconds: float
 
 
-class WorkerStats(Wire, frozen=True):
-    """A snapshot of one worker; the counters only grow within an epoch. free + cached + held = total pages.
+class Counters(msgspec.Struct, array_like=True, kw_only=True):
+    """What an engine has done since it started; only grows. `held_tokens` of the drafted ones were sampled as
+    drafted."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    held_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class WorkerStats(Counters):
+    """A snapshot of one worker. free + cached + held = total pages.
 
     `host_pages` of `host_total` pages of host memory hold evicted KV; `offloaded` and `restored` count pages copied
-    there and back, `held_tokens` of the `drafted_tokens` that were sampled as drafted. Of snapshots of recurrent state
-    there are `snapshots` in the pool; `snapshots_saved` and `snapshots_used` count."""
+    there and back. Of snapshots of recurrent state there are `snapshots` in the pool; `snapshots_saved` and
+    `snapshots_used` count."""
 
     total_pages: int
     free_pages: int
@@ -398,19 +343,11 @@ class WorkerStats(Wire, frozen=True):
     waiting: int
     queued_prefill_tokens: int
     leases: int
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
     busy_seconds: float = 0.0
     host_total: int = 0
     host_pages: int = 0
     offloaded: int = 0
     restored: int = 0
-    drafted_tokens: int = 0
-    held_tokens: int = 0
     snapshots: int = 0
     snapshots_saved: int = 0
     snapshots_used: int = 0

@@ -39,9 +39,8 @@ class WorkerActor:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
             engine = msgspec.structs.replace(engine, device=f"cuda:{gpus[0]}")
         listen = ray.util.get_node_ip_address()
-        spec = msgspec.structs.replace(spec, engine=engine, host=here, listen=listen)
-        if here != host:
-            spec = msgspec.structs.replace(spec, frontend=frontend)
+        inbox = spec.frontend if here == host else frontend
+        spec = msgspec.structs.replace(spec, engine=engine, host=here, listen=listen, frontend=inbox)
         directory = RunDir(Path(base), Path(spec.run_dir))
         try:
             return int(import_module("miniserve.worker.__main__").run(spec))  # by its name, as processes are started

@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import msgspec
 import zmq
-import zmq.asyncio
 
-from miniserve.cluster.channels import Inbox, Keys, Outboxes, decode
+from miniserve.cluster.channels import Inbox, Keys, Outboxes
 from miniserve.cluster.health import Health
 from miniserve.cluster.launch import Launcher, RunDir, Started, StartupError, WorkerSpec
 from miniserve.cluster.messages import Envelope, Loading, Message, Peer, Ready, Report, Shutdown, StartFailed
@@ -63,9 +62,7 @@ class Supervisor:
         self._started = False
         """Whether all workers have served once. Until then one that ends is not replaced: the start has failed."""
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task] = []
-
-    # --- life -------------------------------------------------------------------------------------------------------
+        self._watching: asyncio.Task | None = None
 
     async def start(self) -> None:
         """Spawn the workers and wait, however long they load, until all are ready. Raises `StartupError`; then nothing
@@ -91,12 +88,13 @@ class Supervisor:
             self.run_dir = RunDir(self._launcher.base)
         except OSError as error:
             raise StartupError(f"No directory for sockets: {error}") from error
-        self._context = zmq.asyncio.Context()
-        self._outboxes = Outboxes(zmq.Context.shadow(self._context), "frontend", 0, self._keys)
+        self._context = zmq.Context()
+        self._outboxes = Outboxes(self._context, "frontend", 0, self._keys)
         self._inbox = Inbox(self._context, self.run_dir.address("frontend"), self._keys, self._launcher.address)
+        self._watching = asyncio.create_task(self._watch())
+        asyncio.get_running_loop().add_reader(self._inbox.socket.fileno(), self._receive)
         for name in self.engines:
             self._start_worker(name, 1)
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
     def _start_worker(self, name: str, epoch: int) -> None:
         assert self.run_dir is not None
@@ -117,7 +115,8 @@ class Supervisor:
             await asyncio.sleep(WATCH_START_SECONDS)
         if name not in self._ready:
             reason = self.failed.get(name, "The server is shutting down.")
-            await self.remove(name)
+            if name in self.processes:
+                await self.remove(name)
             raise StartupError(reason)
 
     async def remove(self, name: str) -> None:
@@ -140,10 +139,11 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Tell the workers to leave, end those that do not, remove the run's directory. Safe at any time, and twice."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        if self._watching is not None:
+            asyncio.get_running_loop().remove_reader(self._inbox.socket.fileno())
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+            self._watching = None
         for name in self.processes:
             self.send(name, Shutdown())
         await asyncio.gather(*(asyncio.to_thread(process.stop, 2.0) for process in self.processes.values()))
@@ -155,8 +155,6 @@ class Supervisor:
             await asyncio.to_thread(self._launcher.close)
             self.run_dir.remove()
             self.run_dir = None
-
-    # --- messages ---------------------------------------------------------------------------------------------------
 
     def send(self, name: str, message: Message) -> None:
         """Queue a message for a worker; returns at once. A worker that is not there is none to wait for."""
@@ -170,14 +168,9 @@ class Supervisor:
             return self.processes[name].spec.address
         return ready.far
 
-    async def _receive(self) -> None:
-        while True:
-            data = await self._inbox.socket.recv()
-            try:
-                envelope = decode(data)
-            except msgspec.MsgspecError as error:
-                log.error("dropped a message that is none of ours: %s", error)
-                continue
+    def _receive(self) -> None:
+        """Take in all that has come. The event loop calls it when something has since: ZeroMQ says that only once."""
+        for envelope in self._inbox.receive():
             try:
                 self._handle(envelope)
             except Exception:
@@ -213,8 +206,6 @@ class Supervisor:
         self.failed[name] = reason
         self._explained.add(name)
         self._changed.set()
-
-    # --- watch ------------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:

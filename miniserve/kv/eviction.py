@@ -77,9 +77,6 @@ class ExpectedNeed:
     def __len__(self) -> int:
         return len(self._group_of)
 
-    def __contains__(self, page: int) -> bool:
-        return page in self._group_of
-
     def release(self, pages: list[int], keep: Keep, now: float) -> None:
         """A turn of the conversation ends: the pages are cached from now on. They join its group as the last to go, and
         what is known now counts for all pages of the group."""

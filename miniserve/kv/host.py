@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 
-from miniserve.cluster.messages import Copied, Keep
+from miniserve.cluster.messages import Keep
+from miniserve.cluster.rank_messages import Copied
 from miniserve.kv.eviction import UNKNOWN, ExpectedNeed
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted, PagePool
-from miniserve.kv.side import Fence, PassedFence, beside, copy_pages, pin
+from miniserve.kv.side import Fence, PassedFence, SideStream, copy_pages, pin
 
 RESTORED = Keep(conversation="\0restored", gap=1.0, chance=0.0)
 """Of slots whose content is on the device as well: until it is evicted there again no turn needs them, so they go
@@ -44,7 +45,7 @@ class HostPool(PagePool):
         """Seconds to copy a page, a running average over both directions; 0 before the first."""
         self._clock, self._tell = clock, tell
         self._device = memory.pages
-        self._side = beside(self._device.device)
+        self._side = SideStream(self._device.device) if memory.shared is None else None
         self._uncounted: deque[tuple[Fence, int]] = deque()
         """Copies on the side stream that `page_seconds` does not contain yet, and of how many pages."""
         self._restoring: Fence = PassedFence()

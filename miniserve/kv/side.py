@@ -84,11 +84,6 @@ class SideStream:
         self._stream.synchronize()
 
 
-def beside(device: torch.device) -> SideStream | None:
-    """A side stream of a GPU; None on a CPU, where copies are made at once."""
-    return SideStream(device) if device.type == "cuda" else None
-
-
 def copy_pages(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos: list[int]) -> None:
     """Give the current stream the copies of `source[froms[i]]` to `target[tos[i]]`, at least one. On one GPU these are
     a few kernels for all pages, which load four elements at a time."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.cluster.messages import Copied
+from miniserve.cluster.rank_messages import Copied
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, copy_pages, passing
 from miniserve.ops.decoder import DeltaSizes, State

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from miniserve.cluster.messages import Counters
 from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Admission, Deferral, Sequence, State
 from miniserve.worker.snapshots import Snapshots
-from miniserve.worker.step import Counters
 
 if TYPE_CHECKING:
     from miniserve.kv.host import HostPool  # needs torch, which the simulator does not

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from miniserve.cluster.launch import WorkerSpec
-from miniserve.cluster.messages import Facts, RankCommand
+from miniserve.cluster.messages import Facts
+from miniserve.cluster.rank_messages import RankCommand
 from miniserve.config import ConfigError, EngineConfig, format_bytes, problem
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool

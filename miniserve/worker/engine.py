@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from miniserve.cluster.messages import Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
+from miniserve.cluster.messages import Counters, Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
 from miniserve.kv.pages import PagePool
 from miniserve.worker.admission import Admissions
 from miniserve.worker.batching import Batching, Pace
 from miniserve.worker.drafts import Drafter
 from miniserve.worker.sequence import Admission, Sequence, State
 from miniserve.worker.snapshots import Snapshots
-from miniserve.worker.step import Counters, InFlight, Runner, Sampled, StepResult, Work, step_time
+from miniserve.worker.step import InFlight, Runner, Sampled, StepResult, Work, step_time
 
 if TYPE_CHECKING:
     # They need torch or llguidance, which the simulator does not.

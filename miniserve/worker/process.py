@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from miniserve.cluster import messages
+from miniserve.cluster import messages, rank_messages
 from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerSpec
-from miniserve.kv.transfer.connect import connect
 from miniserve.kv.transfer.door import Door
-from miniserve.kv.transfer.interface import Transfer
+from miniserve.kv.transfer.interface import Transfer, connect
 from miniserve.sampling_params import ParameterError
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -134,7 +133,7 @@ class Worker:
                 self._stopped.append(turn)
             case messages.Peers(peers):
                 self._meet(peers)
-            case messages.Stored() as stored if self.ranks is not None:
+            case rank_messages.Stored() as stored if self.ranks is not None:
                 self.ranks.heard(stored)
             case messages.Shutdown():
                 self.stopping = True
@@ -196,7 +195,7 @@ class Worker:
             waiting=len(engine.waiting),
             queued_prefill_tokens=engine.queued_prefill_tokens,
             leases=len(self.handoffs.sender.leases),
-            **vars(engine.counters),
+            **msgspec.structs.asdict(engine.counters),
             busy_seconds=self._busy,
             host_total=host.num_pages if host else 0,
             host_pages=host.num_used if host else 0,
@@ -213,7 +212,7 @@ def make_worker(
 ) -> Worker:
     def send(address: str, message: messages.Message) -> None:
         if ranks.pools and isinstance(message, messages.Publish) and (message.pages or message.state):
-            ranks.tell(messages.Settle())
+            ranks.tell(rank_messages.Settle())
             built.runner.settle()  # peers may read the pages when all that was begun so far is done on all ranks
         outboxes.send(address, message)
 

@@ -19,12 +19,11 @@ from weakref import WeakValueDictionary
 import msgspec
 import zmq
 
-from miniserve.cluster import messages
+from miniserve.cluster import messages, rank_messages
 from miniserve.cluster.channels import Inbox, Outboxes
 from miniserve.cluster.launch import WorkerProcess, WorkerSpec
-from miniserve.kv.transfer.connect import connect
-from miniserve.kv.transfer.door import Door
-from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
+from miniserve.kv.transfer.door import Door, TransferError
+from miniserve.kv.transfer.interface import Copy, Transfer, connect
 from miniserve.worker.peers import PeerTable
 
 if TYPE_CHECKING:
@@ -82,12 +81,12 @@ class Ranks:
                     pools[envelope.body.rank] = envelope.body.pool
         self.pools = [pools[rank] for rank in sorted(pools)]
 
-    def tell(self, command: messages.RankCommand | messages.Peers) -> None:
+    def tell(self, command: rank_messages.RankCommand | messages.Peers) -> None:
         """Have the others do something, after all commands before."""
         for address in self._addresses:
             self._outboxes.send(address, command)
 
-    def heard(self, stored: messages.Stored) -> None:
+    def heard(self, stored: rank_messages.Stored) -> None:
         if copy := self.storing.get(stored.number):
             copy.missing -= 1
             copy.error = copy.error or stored.error
@@ -109,7 +108,7 @@ class EveryTransfer:
 
     def fetch(self, theirs: list[int], ours: list[int], lease: float = math.inf) -> EveryCopy:
         number = next(self.ranks.numbers)
-        self.ranks.tell(messages.Store(number, self.peer, theirs, ours, lease))
+        self.ranks.tell(rank_messages.Store(number, self.peer, theirs, ours, lease))
         copy = EveryCopy(self.ranks, number, self.own.fetch(theirs, ours, lease), len(self.ranks.pools))
         self.ranks.storing[number] = copy
         return copy
@@ -144,7 +143,7 @@ class EveryCopy:
             raise
 
     def abandon(self) -> None:
-        self.ranks.tell(messages.Abandon(self.number))
+        self.ranks.tell(rank_messages.Abandon(self.number))
         self.own.abandon()
 
 
@@ -155,7 +154,7 @@ class Follower:
     rank: int
     built: Built
     peers: PeerTable
-    reply: Callable[[messages.Stored | messages.RankReady], None]
+    reply: Callable[[rank_messages.Stored | messages.RankReady], None]
     storing: dict[int, Copy] = field(default_factory=dict)
     """Copies that are not done."""
 
@@ -163,26 +162,26 @@ class Follower:
         """Carry out one command."""
         host, snapshots = self.built.engine.host, self.built.engine.snapshots
         match command:
-            case messages.Forward():
+            case rank_messages.Forward():
                 self.built.runner.follow(command)
-            case messages.Copied("offload" | "restore" as what, sources, targets) if host is not None:
+            case rank_messages.Copied("offload" | "restore" as what, sources, targets) if host is not None:
                 host.copy(what, sources, targets)
-            case messages.Copied("clear", [slot]) if snapshots is not None:
+            case rank_messages.Copied("clear", [slot]) if snapshots is not None:
                 snapshots.slots.clear(slot)
-            case messages.Copied("save", [slot], pages) if snapshots is not None:
+            case rank_messages.Copied("save", [slot], pages) if snapshots is not None:
                 snapshots.slots.save(slot, pages)
-            case messages.Copied("load", pages, [slot]) if snapshots is not None:
+            case rank_messages.Copied("load", pages, [slot]) if snapshots is not None:
                 snapshots.slots.load(slot, pages)
-            case messages.Settle():
+            case rank_messages.Settle():
                 self.built.runner.settle()
             case messages.Peers(peers):
                 self.peers.replace(peers)
-            case messages.Store(number, peer, theirs, ours, lease):
+            case rank_messages.Store(number, peer, theirs, ours, lease):
                 if (transfer := self.peers.transfer(peer)) is not None:
                     self.storing[number] = transfer.fetch(theirs, ours, lease)
                 else:
-                    self.reply(messages.Stored(number, f"rank {self.rank} has no way to its pages"))
-            case messages.Abandon(number):
+                    self.reply(rank_messages.Stored(number, f"rank {self.rank} has no way to its pages"))
+            case rank_messages.Abandon(number):
                 if copy := self.storing.pop(number, None):
                     copy.abandon()
             case other:
@@ -198,7 +197,7 @@ class Follower:
             except TransferError as failure:
                 error = str(failure)
             del self.storing[number]
-            self.reply(messages.Stored(number, error))
+            self.reply(rank_messages.Stored(number, error))
 
 
 def open_pool(spec: WorkerSpec, built: Built) -> tuple[Door, messages.PoolInfo]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Ended, Fetch, Message, Move, Peer, PrefillRefused, Publish, Release, TurnOutput
-from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
+from miniserve.kv.transfer.door import TransferError
+from miniserve.kv.transfer.interface import Copy, Transfer
 from miniserve.worker.engine import Engine
 from miniserve.worker.peers import PeerTable
 from miniserve.worker.sequence import Sequence, State

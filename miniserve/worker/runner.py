@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.cluster.messages import Forward
+from miniserve.cluster.rank_messages import Forward
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
 from miniserve.ops.decoder import Batch, State

@@ -93,18 +93,3 @@ class StepResult:
     refused: list[tuple[Sequence, str]] = field(default_factory=list)
     """Prefills for other workers that cannot be finished here, and why."""
     time: StepTime | None = None
-
-
-@dataclass
-class Counters:
-    """What the engine has done since it started; only grows. `held_tokens` of the drafted ones were sampled as
-    drafted."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    held_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0

@@ -17,11 +17,10 @@ import torch
 
 from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer.connect import connect
 from miniserve.kv.transfer.door import Door
-from miniserve.kv.transfer.interface import Transfer
+from miniserve.kv.transfer.interface import Transfer, connect
 from miniserve.kv.transfer.mapped import MappedTransfer
-from miniserve.kv.transfer.remote import RemoteTransfer
+from miniserve.kv.transfer.pair import PairTransfer
 from miniserve.model.config import ModelConfig
 from scripts.gpu import ceilings
 from scripts.gpu.common import Figure, Figures, Setting, drop_engine, model_folder, read_json
@@ -57,9 +56,9 @@ def way(memory: KVMemory, us: str, peer: Peer, run_dir: str, nccl: bool) -> Tran
     """How pages come from `peer`: as between workers, or by NCCL."""
     door = Door((us, 1), run_dir, b"key")
     if nccl:
-        from miniserve.kv.transfer.nccl import Nccl
+        from miniserve.kv.transfer.nccl import Nccl, nccl_transfer
 
-        return RemoteTransfer(Nccl(memory), door, peer)
+        return nccl_transfer(Nccl(memory), door, peer)
     transfer = connect(memory, memory.info(LAYOUT), door, peer, "auto")
     if transfer is None:
         raise RuntimeError("connect() found no way between two pools on this device")
@@ -145,7 +144,7 @@ def same_bytes(run: Setting, nccl: bool = False) -> Figures:
     shape = PageShape(layers=3, page_tokens=16, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     everything, pick = list(range(2 * half)), random.Random(0)
     with pair(run, shape, 2 * half, nccl) as (memory, transfer, command):
-        ways = (RemoteTransfer, "NCCL") if nccl else (MappedTransfer, "mapped")
+        ways = (PairTransfer, "NCCL") if nccl else (MappedTransfer, "mapped")
         yield Figure("way", ways[1] if isinstance(transfer, ways[0]) else "another", "", "==", ways[1])
         # Lower halves are given away, upper halves are written to.
         sent, back = pick.sample(range(half), half // 2), pick.sample(range(half), half // 2)

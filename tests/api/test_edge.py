@@ -91,7 +91,7 @@ async def test_a_page_reads_answers_and_errors_alike(tokenizer: Tokenizer, statu
     if status == 500:
         api.engine.refuse = ZeroDivisionError("boom")
     if status == 503:
-        api.engine.healthy, api.engine.unhealthy_reason = False, "No decoder is alive."
+        api.engine.unhealthy_reason = "No decoder is alive."
     body: dict[str, Any] = {"messages": HI, "model": "tiny"}
     body |= {400: {"temperature": -1}, 404: {"model": "x"}, 413: {"user": "x" * 1000}}.get(status, {})
     if status == 503:

@@ -156,7 +156,7 @@ async def test_the_engine_refuses(api: Api) -> None:
     response = await api.complete()
     assert error_of(response, 503)["message"] == "No decoder is alive."
     assert "retry-after" in response.headers
-    api.engine.healthy, api.engine.unhealthy_reason = False, "d0 is gone."
+    api.engine.unhealthy_reason = "d0 is gone."
     assert error_of(await api.http.get("/health"), 503)["message"] == "d0 is gone."
 
 

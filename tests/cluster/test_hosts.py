@@ -20,8 +20,7 @@ from miniserve.cluster.messages import Abort, Failed, Run
 from miniserve.config import EngineConfig, Role, ServeConfig, Topology
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import resolve
-from miniserve.kv.transfer.door import Door
-from miniserve.kv.transfer.interface import TransferError
+from miniserve.kv.transfer.door import Door, TransferError
 from miniserve.sampling_params import SamplingParams
 from tests.support.hosts import Hosts, possible
 from tests.support.tiny import prompts, reference

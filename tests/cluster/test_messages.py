@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.cluster import messages as m
+from miniserve.cluster import rank_messages as r
 from miniserve.cluster.channels import decode
 from miniserve.sampling_params import SamplingParams
 
@@ -53,12 +54,12 @@ MESSAGES: list[m.Message] = [
     m.Fetch("t1", 3, [b"\x00" * 16]),
     m.Release("t1"),
     m.PrefillRefused("t1", "no pages"),
-    m.Forward([1, 2], [3, 4], [1], [2], [5], [[7, 8]], [0], scored=1, fed=True),
-    m.Copied("save", [1], [4, 5]),
-    m.Store(3, "p0", [1, 2], [3, 4], 12345.5),
-    m.Abandon(3),
-    m.Settle(),
-    m.Stored(3, "the peer is gone"),
+    r.Forward([1, 2], [3, 4], [1], [2], [5], [[7, 8]], [0], scored=1, fed=True),
+    r.Copied("save", [1], [4, 5]),
+    r.Store(3, "p0", [1, 2], [3, 4], 12345.5),
+    r.Abandon(3),
+    r.Settle(),
+    r.Stored(3, "the peer is gone"),
     m.RankReady(1, POOL),
     m.Loading("weights", 3, 30),
     m.Ready(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from miniserve.cluster import supervisor as module
-from miniserve.cluster.launch import Launcher, WorkerSpec
+from miniserve.cluster.launch import Launcher, StartupError, WorkerSpec
 from miniserve.cluster.messages import Envelope, StartFailed
 from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import EngineConfig
@@ -96,3 +96,13 @@ async def test_one_that_was_silent_ended_of_that(watched: Supervisor, monkeypatc
     assert watched.failed["d0"] == "The worker d0 was silent for 61 s and was ended."
     await end(watched, 3)
     assert "exit code 3" in watched.failed["d0"]
+
+
+async def test_a_worker_that_loads_while_all_are_stopped_is_told_so(watched: Supervisor) -> None:
+    adding = asyncio.create_task(watched.add("d1", EngineConfig(model="m")))
+    async with asyncio.timeout(5):
+        while "d1" not in watched.processes:
+            await asyncio.sleep(0.01)
+        await watched.stop()
+        with pytest.raises(StartupError, match="shutting down"):
+            await adding

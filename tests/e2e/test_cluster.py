@@ -188,7 +188,7 @@ async def test_losing_the_prefiller_in_mid_flight(models, arch, seconds):
         await asyncio.sleep(seconds)
         os.kill(client.workers.processes["p0"].pid, signal.SIGKILL)
         assert await asyncio.gather(*tasks) == texts
-        assert client.healthy
+        assert not client.unhealthy_reason
         assert await collect(client, items[0], greedy(32)) == texts[0]
         await settled(client)
 
@@ -204,7 +204,7 @@ async def test_losing_a_decoder_in_mid_flight(models, arch, seconds):
         await asyncio.sleep(seconds)
         os.kill(client.workers.processes["d1"].pid, signal.SIGKILL)
         assert await asyncio.gather(*tasks) == texts
-        assert client.healthy
+        assert not client.unhealthy_reason
         await settled(client)
 
 
@@ -224,7 +224,7 @@ async def test_a_worker_that_breaks_is_as_dead_as_a_killed_one(tiny_models):
         os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
         await back(client, ("d0", 2))
         assert await asyncio.gather(*tasks) == texts
-        assert client.healthy
+        assert not client.unhealthy_reason
         await settled(client)
 
 
@@ -271,12 +271,12 @@ async def test_losing_every_worker_once(tiny_models):
         tasks.append(asyncio.create_task(collect(client, items[0], greedy(120))))
         await asyncio.sleep(0.1)
         os.kill(client.workers.processes["d0"].pid, signal.SIGKILL)
-        while client.healthy:
+        while not client.unhealthy_reason:
             await asyncio.sleep(0.05)
         assert "is being started again" in client.unhealthy_reason
         late = asyncio.create_task(collect(client, items[1], greedy(120)))  # taken, and served when d0 is back
         await back(client, ("d0", 2))
-        assert client.healthy
+        assert not client.unhealthy_reason
         assert await asyncio.gather(*tasks, late) == [*texts, texts[0], texts[1]]
         before = sum(h.count for h in client.scheduler.links.values())
         assert await collect(client, [*items[2], 1], greedy(8)) == reference(folder, [[*items[2], 1]], 8)[0]
@@ -363,7 +363,7 @@ async def test_a_replacement_that_hangs_while_it_loads_is_replaced(tiny_models, 
         monkeypatch.undo()  # the third one may take its time where other programs are busy too
         await back(client, ("d0", 3))
         assert await asyncio.gather(*tasks) == texts
-        assert client.healthy
+        assert not client.unhealthy_reason
         await settled(client)
 
 
@@ -378,7 +378,6 @@ async def test_a_worker_that_dies_over_and_over_is_given_up(tiny_folder, monkeyp
         outputs = [output async for output in turn]
         assert isinstance(outputs[-1], Failed)
         assert "no decoder is left" in outputs[-1].error
-        assert not client.healthy
         assert "restart the server (d0" in client.unhealthy_reason
         with pytest.raises(EngineError, match="restart the server"):
             client.submit([1, 2, 3], greedy())

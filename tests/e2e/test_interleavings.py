@@ -28,8 +28,8 @@ from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
-from miniserve.kv.transfer.connect import connect
-from miniserve.kv.transfer.interface import Copy, Transfer, TransferError
+from miniserve.kv.transfer.door import TransferError
+from miniserve.kv.transfer.interface import Copy, Transfer, connect
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
 from miniserve.scheduler.commands import Command, Note, Send

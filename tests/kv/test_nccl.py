@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniserve.kv.transfer import connect as transfer
-from miniserve.kv.transfer import nccl
-from miniserve.kv.transfer.interface import TransferError
+from miniserve.kv.transfer import interface, nccl
+from miniserve.kv.transfer.door import TransferError
 from miniserve.kv.transfer.nccl import RECEIVER, SENDER, Nccl
 from tests.support.doors import door
 from tests.support.socket_network import SHAPE, QuietSide, new_memory, peer
@@ -120,9 +119,9 @@ def test_without_nccl_there_is_no_way_and_a_line_says_so(
         raise OSError("libnccl.so.2: cannot open shared object file")
 
     monkeypatch.setattr(nccl, "load", load)
-    monkeypatch.setattr(transfer, "way", lambda one, other, how: "nccl")
+    monkeypatch.setattr(interface, "way", lambda one, other, how: "nccl")
     assert (
-        transfer.connect(new_memory(1), new_memory(1).info(""), door(("d0", 1), str(tmp_path)), peer("p0"), "auto")
+        interface.connect(new_memory(1), new_memory(1).info(""), door(("d0", 1), str(tmp_path)), peer("p0"), "auto")
         is None
     )
     assert "no way to the pool of p0: libnccl.so.2: cannot open" in caplog.text

@@ -21,7 +21,7 @@ from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted
 from miniserve.kv.transfer import mapped as mapping
-from miniserve.kv.transfer.connect import connect, way
+from miniserve.kv.transfer.interface import connect, way
 from miniserve.kv.transfer.mapped import MappedTransfer
 from tests.support.doors import NO_DOOR
 from tests.support.kv_pools import DEVICE_PAGES, DEVICE_SHAPE, device_memory
@@ -83,7 +83,7 @@ class LazyStream:
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[LazyStream]:
     monkeypatch.setattr(LazyStream, "made", [])
     monkeypatch.setattr(mapping, "SideStream", LazyStream)
-    monkeypatch.setattr(host, "beside", LazyStream)
+    monkeypatch.setattr(host, "SideStream", LazyStream)
     monkeypatch.setattr(host, "pin", lambda memory: None)
     return LazyStream.made
 

@@ -19,13 +19,13 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer import sockets
-from miniserve.kv.transfer.interface import Transfer, TransferError
+from miniserve.kv.transfer import pair as pairs
+from miniserve.kv.transfer.door import TransferError
+from miniserve.kv.transfer.interface import Transfer
 from miniserve.kv.transfer.mapped import MappedTransfer
-from miniserve.kv.transfer.pair import PairCopy
-from miniserve.kv.transfer.sockets import SocketTransfer
+from miniserve.kv.transfer.pair import PairCopy, PairTransfer
 from tests.support.doors import door
-from tests.support.kv_pools import PAGES, SHAPES, content, device_memory, new_memory, peer_of
+from tests.support.kv_pools import PAGES, SHAPES, content, device_memory, new_memory, peer_of, socket_transfer
 from tests.support.waiting import PROMPT, stop, until
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def two_sides(backend: str, run_dir: Path, shape: PageShape = SHAPES["bf16"], **
         if backend == "mapped":
             sides.append(Side(names[us], MappedTransfer(names[us], peer)))
         else:
-            sides.append(Side(names[us], SocketTransfer(names[us], door((us, 7), str(run_dir)), peer, **kwargs)))
+            sides.append(Side(names[us], socket_transfer(names[us], door((us, 7), str(run_dir)), peer, **kwargs)))
     return sides[0], sides[1]
 
 
@@ -133,17 +133,17 @@ def lost(copy: PairCopy, seconds: float = PROMPT) -> bool:
     return True
 
 
-def threads(transfer: SocketTransfer) -> list[threading.Thread]:
+def threads(transfer: PairTransfer) -> list[threading.Thread]:
     return [transfer.receiving.thread, transfer.giving.thread]
 
 
 def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
-    early = SocketTransfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left))
+    early = socket_transfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left))
     copy = early.fetch([1, 2], [3, 4])
     time.sleep(0.3)
     assert not copy.stored
-    late = SocketTransfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
+    late = socket_transfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
     until(lambda: copy.stored)
     assert content(right, [3, 4]) == content(left, [1, 2])
     early.close()
@@ -152,11 +152,11 @@ def test_a_peer_that_comes_late_is_waited_for(tmp_path: Path) -> None:
 
 def test_what_is_given_up_before_the_peer_comes_is_not_asked_for(tmp_path: Path) -> None:
     left, right = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
-    early = SocketTransfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left))
+    early = socket_transfer(right, door(("d0", 1), str(tmp_path)), peer_of("p0", 1, left))
     before = content(right, [3])
     given_up = early.fetch([0], [3])
     given_up.abandon()
-    late = SocketTransfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
+    late = socket_transfer(left, door(("p0", 1), str(tmp_path)), peer_of("d0", 1, right))
     store(early, [1, 2], [4, 5])
     assert content(right, [3, 4, 5]) == before + content(left, [1, 2])
     assert given_up.seconds == 0
@@ -181,7 +181,7 @@ def test_pages_that_are_not_the_peers_are_refused(
 def test_close_is_prompt(pair: tuple[Side, Side], tmp_path: Path) -> None:
     left, right = pair
     store(right.transfer, [0], [12])
-    alone = SocketTransfer(right.memory, door(("d1", 1), str(tmp_path)), peer_of("p1", 1, left.memory))
+    alone = socket_transfer(right.memory, door(("d1", 1), str(tmp_path)), peer_of("p1", 1, left.memory))
     waiting = alone.fetch([1], [13]), alone.fetch([2], [13])
     started = time.monotonic()
     for transfer in (right.transfer, alone):
@@ -198,7 +198,7 @@ def test_a_pair_that_was_parted_meets_again(pair: tuple[Side, Side], tmp_path: P
     store(right.transfer, [0], [12])
     store(left.transfer, [0], [12])
     right.transfer.close()
-    again = SocketTransfer(right.memory, door(("d0", 7), str(tmp_path)), peer_of("p0", 7, left.memory))
+    again = socket_transfer(right.memory, door(("d0", 7), str(tmp_path)), peer_of("p0", 7, left.memory))
     store(again, [1], [13])
     assert right.content([13]) == left.content([1])
     with pytest.raises(TransferError, match="broke"):
@@ -212,7 +212,7 @@ def test_pages_of_a_gpu_come_by_way_of_host_memory(tmp_path: Path) -> None:
     """Laid out as on a GPU, with a scratch page and no shared memory."""
     memories = {"p0": device_memory(1), "d0": device_memory(2)}
     ends = {
-        us: SocketTransfer(memories[us], door((us, 1), str(tmp_path)), Peer(them, 1, "", PoolInfo(1, -1, 8, 512, "")))
+        us: socket_transfer(memories[us], door((us, 1), str(tmp_path)), Peer(them, 1, "", PoolInfo(1, -1, 8, 512, "")))
         for us, them in (("p0", "d0"), ("d0", "p0"))
     }
     store(ends["d0"], [1, 4], [7, 3])
@@ -228,7 +228,7 @@ def be_a_peer(control: Connection, shape: str, us: tuple[str, int], peer: Peer, 
     """Another process: obeys commands until it is killed."""
     torch.set_num_threads(1)
     memory = new_memory(SHAPES[shape], us[1])
-    transfer = SocketTransfer(memory, door(us, run_dir), peer, timeout)
+    transfer = socket_transfer(memory, door(us, run_dir), peer, timeout)
     control.send(None)
     while True:
         match control.recv():
@@ -251,7 +251,7 @@ class Child:
         self.process.start()
         self.control.recv()
         them = Peer("p0", epoch, "", PoolInfo(self.process.pid, -1, PAGES, self.memory.shape.bytes, ""))
-        self.transfer = SocketTransfer(self.memory, door(("d0", 1), str(run_dir)), them, timeout)
+        self.transfer = socket_transfer(self.memory, door(("d0", 1), str(run_dir)), them, timeout)
 
     def ask(self, *command: object):
         self.control.send(command)
@@ -273,7 +273,7 @@ class Child:
             return room[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(sockets.np, "empty", empty)
+            patch.setattr(pairs.np, "empty", empty)
             everything, end = list(range(PAGES)), time.monotonic() + 20
             copy = self.transfer.fetch(everything, everything)
             while not (room and room[0][0].any()):  # without a pause, in which all might come
@@ -288,7 +288,7 @@ class Child:
 def child(tmp_path: Path) -> Iterator[Callable[[int, float], Child]]:
     """Starts peers: epoch, timeout, shape."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["miniserve.kv.transfer.sockets"])
+    context.set_forkserver_preload(["miniserve.kv.transfer.pair"])
     children = []
 
     def start(epoch: int, timeout: float = 30.0, shape: str = "bf16") -> Child:
@@ -353,22 +353,21 @@ EXIT = """
 import os, signal, sys, time
 import torch
 sys.path.insert(0, sys.argv[2])
-from miniserve.kv.transfer.sockets import SocketTransfer
 from tests.support.doors import door
-from tests.support.kv_pools import SHAPES, new_memory, peer_of
+from tests.support.kv_pools import SHAPES, new_memory, peer_of, socket_transfer
 ours, theirs = new_memory(SHAPES["bf16"], 1), new_memory(SHAPES["bf16"], 2)
 child = os.fork()
 if child == 0:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    there = SocketTransfer(theirs, door(("p0", 1), sys.argv[1]), peer_of("d0", 1, ours))
+    there = socket_transfer(theirs, door(("p0", 1), sys.argv[1]), peer_of("d0", 1, ours))
     time.sleep(60)
-connected = SocketTransfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p0", 1, theirs))
+connected = socket_transfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p0", 1, theirs))
 first = connected.fetch([0], [1])
 while not first.stored:
     time.sleep(0.01)
 os.kill(child, signal.SIGSTOP)
 waiting = connected.fetch([0], [1])
-alone = SocketTransfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p1", 1, theirs))
+alone = socket_transfer(ours, door(("d0", 1), sys.argv[1]), peer_of("p1", 1, theirs))
 alone.fetch([0], [1])
 
 class Last:

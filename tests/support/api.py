@@ -45,7 +45,7 @@ def shared_app(tokenizer: Tokenizer, engine: type[FakeClient] = FakeClient, **co
 
 def reset(engine: FakeClient, **play: Any) -> None:
     """Let an engine forget what it was asked and how to refuse; `play` are its turns to come."""
-    vars(engine).update(play=lambda tokens, params: play, turns=[], refuse=None, healthy=True, unhealthy_reason="")
+    vars(engine).update(play=lambda tokens, params: play, turns=[], refuse=None, unhealthy_reason="")
 
 
 class Api:

@@ -187,7 +187,6 @@ class FakeClient:
         self.refuse: Exception | None = None
         self.max_model_len = 512
         self.vocab_size = 49152
-        self.healthy = True
         self.unhealthy_reason = ""
         self.policy_name = "conserve"
         self.watchers: list[Callable[[str, Report], None]] = []

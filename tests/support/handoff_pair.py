@@ -7,7 +7,7 @@ import os
 from miniserve.cluster.messages import Peer, PoolInfo, Prefill, Publish
 from miniserve.config import EngineConfig
 from miniserve.kv.hashing import root_hash
-from miniserve.kv.transfer.connect import connect
+from miniserve.kv.transfer.interface import connect
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import build
 from miniserve.worker.handoff import Handoffs
@@ -65,7 +65,7 @@ class Side:
 
 class Pair:
     """p and d, and the clock they share. `ask` brings them to the point where P has the prompt; `connect` is as
-    `kv.transfer.connect.connect`."""
+    `kv.transfer.interface.connect`."""
 
     def __init__(self, folder, prompt: list[int] = PROMPT, connect=connect) -> None:
         self.now = 100.0

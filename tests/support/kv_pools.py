@@ -8,6 +8,8 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
+from miniserve.kv.transfer.door import Door
+from miniserve.kv.transfer.pair import Line, PairTransfer
 
 PAGES = 24
 SHAPES = {
@@ -30,6 +32,11 @@ def content(memory: KVMemory, pages: list[int]) -> bytes:
 
 def peer_of(name: str, epoch: int, memory: KVMemory) -> Peer:
     return Peer(name, epoch, "", PoolInfo(os.getpid(), memory.shared.fd, PAGES, memory.shape.bytes, ""))
+
+
+def socket_transfer(memory: KVMemory, door: Door, peer: Peer, timeout: float = 30.0) -> PairTransfer:
+    """Pages through sockets, as `connect` makes it."""
+    return PairTransfer(Line(memory, timeout), Line(memory, timeout), door, peer)
 
 
 DEVICE_PAGES = 8

@@ -16,8 +16,7 @@ import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory, PageShape
-from miniserve.kv.transfer.nccl import ID_BYTES, RECEIVER
-from miniserve.kv.transfer.remote import RemoteTransfer
+from miniserve.kv.transfer.nccl import ID_BYTES, RECEIVER, nccl_transfer
 from tests.support.doors import door
 
 PAGES = 12
@@ -152,7 +151,7 @@ class End:
         self.go = threading.Event()
         self.go.set()
         self.network = SocketNetwork(self.memory, self.go.wait)
-        self.transfer = RemoteTransfer(self.network, door((us, 1), str(run_dir)), peer(them), timeout)
+        self.transfer = nccl_transfer(self.network, door((us, 1), str(run_dir)), peer(them), timeout)
 
     def content(self, *pages: int) -> bytes:
         return self.memory.bytes.numpy()[list(pages)].tobytes()

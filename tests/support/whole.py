@@ -10,8 +10,8 @@ def check_pool(pool: PagePool) -> None:
     free, order = set(pool._free), pool._order
     assert len(free) == len(pool._free)
     for page in range(pool.num_pages):
-        assert not (page in free and page in order)
-        unused = page in free or page in order
+        assert not (page in free and page in order._group_of)
+        unused = page in free or page in order._group_of
         assert (pool._refs[page] == 0) == unused, f"page {page} has {pool._refs[page]} references"
     assert pool.num_free + pool.num_cached + pool.num_held == pool.num_pages
     assert all(pool._hash_of[page] == digest for digest, page in pool._page_of.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from miniserve.cluster.messages import PrefillRefused, Release
-from miniserve.kv.transfer.interface import TransferError
+from miniserve.kv.transfer.door import TransferError
 from miniserve.worker.sequence import State
 from tests.support.handoff_pair import Pair, Side
 

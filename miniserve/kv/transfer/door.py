@@ -16,7 +16,6 @@ import time
 from queue import SimpleQueue
 
 from miniserve.cluster.messages import Peer
-from miniserve.kv.transfer.interface import TransferError
 
 log = logging.getLogger("miniserve.transfer")
 
@@ -29,16 +28,20 @@ SILENT_SECONDS = 5
 NONCE_BYTES = MAC_BYTES = 32
 
 
+class TransferError(RuntimeError):
+    """The pages did not come: the peer is gone, or stuck."""
+
+
 class Door:
     """Listens for the peers of a worker, named by `us`, its name and epoch, on the `host` of this name. With an
-    `address` of that host also at a TCP port: `far` is what the frontend announces to other hosts; "" without one."""
+    `address` of that host also at a TCP port: `far` is what the frontend announces to other hosts; "" without one. One
+    thread says who is expected."""
 
     def __init__(self, us: tuple[str, int], run_dir: str, key: bytes, host: str = "", address: str = "") -> None:
         """Raises OSError if there can be no socket in `run_dir`, or none at `address`."""
         self.host = host
         self._us, self._run_dir, self._key = us, run_dir, key
-        self._lock = threading.Lock()
-        self._guests: dict[tuple[str, int], SimpleQueue[socket.socket | None]] = {}
+        self._guests: dict[bytes, SimpleQueue[socket.socket | None]] = {}
         self._greeting = threading.Semaphore(MOST_GREETINGS)
         near = socket.socket(socket.AF_UNIX)
         near.bind(self._near(us))
@@ -60,14 +63,12 @@ class Door:
 
     def expect(self, peer: tuple[str, int], guests: SimpleQueue[socket.socket | None]) -> None:
         """Put connections of `peer`, its name and epoch, into `guests` from now on."""
-        with self._lock:
-            self._guests[peer] = guests
+        self._guests[_named(peer)] = guests
 
     def forget(self, peer: tuple[str, int], guests: SimpleQueue[socket.socket | None]) -> None:
         """Turn `peer` away, unless others expect it by now."""
-        with self._lock:
-            if self._guests.get(peer) is guests:
-                del self._guests[peer]
+        if self._guests.get(_named(peer)) is guests:
+            del self._guests[_named(peer)]
 
     def call(self, peer: Peer) -> socket.socket:
         """A connection to the door of a peer. Raises OSError or `TransferError` if there is none."""
@@ -121,9 +122,7 @@ class Door:
             theirs, proof = receive(channel, NONCE_BYTES, until), receive(channel, MAC_BYTES, until)
             name = receive(channel, struct.unpack("<H", receive(channel, 2, until))[0], until)
             if hmac.compare_digest(proof, self._mac(b"asks", ours, theirs, name)):
-                with self._lock:
-                    guests = next((at for peer, at in self._guests.items() if _named(peer) == name), None)
-                if guests is not None:
+                if (guests := self._guests.get(name)) is not None:
                     channel.sendall(self._mac(b"owns", theirs, ours))
                     _ready(channel)
                     guests.put(channel)

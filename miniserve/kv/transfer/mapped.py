@@ -1,7 +1,5 @@
 """KV pages of a peer whose pool this process can read: on a CPU by shared memory, on a GPU by CUDA IPC."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -41,15 +39,12 @@ class MappedTransfer:
     def __init__(self, memory: KVMemory, peer: Peer) -> None:
         """Raises OSError or RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
         pool, self.side = peer.pool, None if memory.shared is not None else SideStream(memory.pages.device)
-        self._ours: Any
-        self._theirs: Any
         if self.side is None:
-            self._ours = memory.bytes.numpy()
             theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes)
-            self._theirs = theirs.reshape(pool.num_pages, pool.page_bytes)
+            self._theirs: Any = theirs.reshape(pool.num_pages, pool.page_bytes)
+            self._ours: Any = memory.bytes.numpy()
         else:
-            self._ours = memory.bytes.view(torch.int64)
-            self._theirs = map_pool(pool, memory.pages.device)
+            self._theirs, self._ours = map_pool(pool, memory.pages.device), memory.bytes.view(torch.int64)
             # Proves that the way is open before a turn needs it. No step reads the scratch page.
             self.fetch([0], [memory.num_pages]).fence.wait()
 

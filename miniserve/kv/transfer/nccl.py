@@ -1,23 +1,36 @@
-"""NCCL's communicators of two, between pools.
+"""KV pages between GPUs that cannot map each other's memory: the receiver asks, and NCCL carries the pages from
+pool to pool, each straight to its place.
 
-This declares only the functions of NCCL that they take, by ctypes, as nccl.h has them since 2.18; torch brings the
+Each direction of a pair has a communicator of its own beside its socket, so a send never waits for a receive. The
+receiver posts its receive when the sender has said that it sends, so no kernel waits on a GPU for a peer that is slow
+to begin.
+
+This declares only the functions of NCCL that it takes, by ctypes, as nccl.h has them since 2.18; torch brings the
 library along. torch's own process groups have one communicator for both directions of a pair, and end the process when
 a peer is late. Not run on two GPUs yet (docs/gpu.md).
 """
 
-from __future__ import annotations
-
 import ctypes
+import select
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
+from miniserve.cluster.messages import Peer
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, SideStream
-from miniserve.kv.transfer.interface import TransferError
+from miniserve.kv.transfer.door import Door, TransferError, receive
+from miniserve.kv.transfer.pair import Line, PairCopy, PairTransfer
 
+ABANDONED_SECONDS = 0.5
+"""How long abandoned pages may still be on their way: the engine's next step waits for their end."""
+COMING = b"!"
+"""What the sender says before it sends."""
 POLL_SECONDS = 100e-6
 """How often a thread looks whether pages have come: a small part of the milliseconds that a publication takes."""
 RECEIVER, SENDER = 0, 1
@@ -90,7 +103,7 @@ class Nccl:
         call(self.library, "ncclGetUniqueId", ctypes.byref(identity))
         return bytes(identity)
 
-    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> NcclCommunicator:
+    def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> "NcclCommunicator":
         """Our end of a communicator that works on `side`, once both ends are there; raises `TransferError`. Whenever it
         has to wait for the peer, also later, `check` is called; what that raises ends the wait."""
         return NcclCommunicator(self, identity, rank, side, check)
@@ -104,12 +117,9 @@ class NcclCommunicator:
     """
 
     def __init__(self, network: Nccl, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> None:
-        self._library = network.library
-        self._call = partial(call, network.library)
+        self._library, self._call = network.library, partial(call, network.library)
         self._base, self._page_bytes = network.memory.pages.data_ptr(), network.memory.shape.bytes
-        self._peer = 1 - rank
-        self._side = side
-        self._check = check
+        self._peer, self._side, self._check = 1 - rank, side, check
         self._communicator = _pointer()
         config = Config(size=ctypes.sizeof(Config), magic=0xCAFEBEEF, version=21700, blocking=0)
         for option in ("cgaClusterSize", "minCTAs", "maxCTAs", "splitShare"):
@@ -160,6 +170,74 @@ class NcclCommunicator:
                 raise TransferError(f"NCCL: {text(self._library, state.value)}")
             self._check()
             time.sleep(POLL_SECONDS)
+
+
+class NcclLine(Line):
+    """Our end of one direction: `rank` is SENDER or RECEIVER, and a page may be on its way for `timeout` seconds. What
+    is given up while the peer is asked for it is written to our page `scratch`."""
+
+    def __init__(self, network: Nccl, rank: int, timeout: float) -> None:
+        super().__init__(network.memory, timeout)
+        self._network, self._rank = network, rank
+        self._side = SideStream(network.memory.pages.device)
+        self._scratch = network.memory.num_pages
+        self._deadline = 0.0
+
+    def follow(self) -> None:
+        self._side.follow()
+
+    def lead(self) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + ABANDONED_SECONDS)
+        self._side.lead()
+
+    @contextmanager
+    def opened(self, channel: socket.socket, closed: threading.Event) -> Iterator[None]:
+        hangup = select.poll()
+        hangup.register(channel, select.POLLRDHUP)
+
+        def check() -> None:
+            if closed.is_set() or hangup.poll(0):
+                raise TransferError("the peer has left")
+
+        self._check = check
+        self._network.enter_thread()
+        identity = self._network.identity() if self._rank == SENDER else receive(channel, ID_BYTES)
+        if self._rank == SENDER:
+            channel.sendall(identity)
+        self._communicator = self._network.join(identity, self._rank, self._side, check)
+        try:
+            # Proves that the way is open, and sets it up before a turn needs it. No step reads the scratch page.
+            self._deadline, one = time.monotonic() + self.timeout, self._communicator
+            self._finish(one.send([0]) if self._rank == SENDER else one.receive([self._scratch]))
+            yield
+        finally:
+            self._communicator.abort()
+
+    def send(self, channel: socket.socket, pages: list[int]) -> None:
+        channel.sendall(COMING)
+        self._deadline = time.monotonic() + self.timeout
+        self._finish(self._communicator.send(pages))
+
+    def receive(self, channel: socket.socket, copy: PairCopy) -> None:
+        receive(channel, len(COMING))
+        with self.lock:
+            self._deadline = time.monotonic() + self.timeout
+            copy.fence = self._communicator.receive(copy.ours or [self._scratch] * len(copy.theirs))
+        self._finish(copy.fence)
+        copy.seconds = copy.fence.seconds
+
+    def _finish(self, fence: Fence) -> None:
+        """Wait for pages on their way. Raises `TransferError` if the peer leaves, or they take longer than allowed."""
+        while not fence.done:
+            self._check()
+            if time.monotonic() > self._deadline:
+                raise TransferError("the peer is stuck")
+            time.sleep(POLL_SECONDS)
+
+
+def nccl_transfer(network: Nccl, door: Door, peer: Peer, timeout: float = 30.0) -> PairTransfer:
+    """Between pools on GPUs."""
+    return PairTransfer(NcclLine(network, SENDER, timeout), NcclLine(network, RECEIVER, timeout), door, peer)
 
 
 def call(library: ctypes.CDLL, function: str, *arguments: object) -> None:

@@ -14,11 +14,10 @@ import pytest
 
 from miniserve.cluster.messages import Peer, PoolInfo
 from miniserve.kv.memory import KVMemory
-from miniserve.kv.transfer import remote
-from miniserve.kv.transfer.door import Door
-from miniserve.kv.transfer.interface import TransferError
-from miniserve.kv.transfer.pair import PairCopy
-from miniserve.kv.transfer.remote import RemoteTransfer
+from miniserve.kv.transfer import nccl
+from miniserve.kv.transfer.door import Door, TransferError
+from miniserve.kv.transfer.nccl import nccl_transfer
+from miniserve.kv.transfer.pair import PairCopy, PairTransfer
 from miniserve.worker.sequence import State
 from tests.support.doors import door
 from tests.support.handoff_pair import Pair
@@ -29,7 +28,7 @@ from tests.support.waiting import PROMPT, stop, until
 @pytest.fixture(autouse=True)
 def sides(monkeypatch: pytest.MonkeyPatch) -> list[QuietSide]:
     monkeypatch.setattr(QuietSide, "made", [])
-    monkeypatch.setattr(remote, "SideStream", QuietSide)
+    monkeypatch.setattr(nccl, "SideStream", QuietSide)
     return QuietSide.made
 
 
@@ -37,7 +36,7 @@ def lost(copy: PairCopy) -> bool:
     return copy.over.is_set() and not copy.came
 
 
-def store(transfer: RemoteTransfer, theirs: list[int], ours: list[int]) -> None:
+def store(transfer: PairTransfer, theirs: list[int], ours: list[int]) -> None:
     copy = transfer.fetch(theirs, ours)
     until(lambda: copy.stored)
 
@@ -100,7 +99,7 @@ def test_what_is_abandoned_and_stuck_is_not_waited_for_long(
     ends: tuple[End, End], sides: list[QuietSide], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine waits on the GPU for the end of what is being written: then a stuck peer must not hold it."""
-    monkeypatch.setattr(remote, "ABANDONED_SECONDS", 0.1)
+    monkeypatch.setattr(nccl, "ABANDONED_SECONDS", 0.1)
     left, right = ends
     store(right.transfer, [0], [11])
     left.go.clear()
@@ -219,9 +218,9 @@ def test_a_peer_that_is_stuck_in_the_middle_breaks_the_connection(tmp_path: Path
 def test_a_handoff(tiny_folder: Path, tmp_path: Path) -> None:
     ways = []
 
-    def connect(memory: KVMemory, ours: PoolInfo, us: Door, peer: Peer, how: str) -> RemoteTransfer:
+    def connect(memory: KVMemory, ours: PoolInfo, us: Door, peer: Peer, how: str) -> PairTransfer:
         name = "d0" if peer.name == "p0" else "p0"
-        ways.append(RemoteTransfer(SocketNetwork(memory), door((name, 1), str(tmp_path)), peer))
+        ways.append(nccl_transfer(SocketNetwork(memory), door((name, 1), str(tmp_path)), peer))
         return ways[-1]
 
     pair = Pair(tiny_folder, connect=connect)
@@ -248,7 +247,7 @@ def test_a_handoff(tiny_folder: Path, tmp_path: Path) -> None:
 
 def be_a_peer(control: Connection, run_dir: str) -> None:
     """Another process, in which there are pages until it is killed."""
-    remote.SideStream = QuietSide  # type: ignore[misc,assignment]
+    nccl.SideStream = QuietSide  # type: ignore[misc,assignment]
     end = End("p0", "d0", Path(run_dir), 1)
     control.send(end.content(*range(PAGES)))
     while True:
