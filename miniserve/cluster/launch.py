@@ -99,11 +99,12 @@ class RunDir:
         sweep(self.path)
 
 
-def sweep(path: Path) -> None:
-    """Delete the directory of a run whose processes have gone."""
+def sweep(path: Path) -> bool:
+    """Delete the directory of a run whose processes have gone; whether it is not there any more."""
     with contextlib.suppress(OSError), (path / "lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path, ignore_errors=True)
+    return not path.exists()
 
 
 class WorkerProcess(subprocess.Popen[bytes]):

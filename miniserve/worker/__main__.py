@@ -19,6 +19,9 @@ from miniserve.config import ConfigError
 from miniserve.worker.ranks import Ranks, follow
 
 _born = time.monotonic()
+SWEEPS = 20
+"""How often a worker tries to delete the run's directory: of a frontend that was killed the kernel may close our pipe
+before it lets go of the lock."""
 
 
 def main() -> int:
@@ -84,7 +87,10 @@ def _leave_with_frontend(spec: WorkerSpec) -> None:
     # os.read, not sys.stdin: nothing else must wait for a lock of the interpreter's own stdin at exit.
     while os.read(0, 1):
         pass
-    sweep(Path(spec.run_dir))
+    for _ in range(SWEEPS):
+        if spec.rank or sweep(Path(spec.run_dir)):
+            break
+        time.sleep(0.01)
     os._exit(0)
 
 
