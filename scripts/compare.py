@@ -106,7 +106,7 @@ def _grid(args: Namespace) -> Iterator[GridCell]:
         if policy not in POLICIES:
             raise ConfigError(f"--policies: {policy!r} is not one of {', '.join(POLICIES)}.")
         topology = Topology.parse(own) if own else args.topology
-        if policy == "colocated" and not own:
+        if policy in ("colocated", "affinity", "cache-aware") and not own:
             topology = Topology(0, topology.prefillers + topology.decoders)
         for wrong, rate, seed in product(args.mispredict if policy == "ampd" else [0.0], args.rates, args.seeds):
             yield GridCell(policy, topology, wrong, rate, seed)
@@ -130,7 +130,7 @@ async def _run_all(args: Namespace, workload: WorkloadConfig, grid: list[GridCel
                     how |= {"mispredict": cell.mispredict, "hardware": args.hardware, "warm_up": args.warm_up}
                     how["tensor_parallel_size"] = args.tensor_parallel_size
                     without = not args.enable_prefix_caching
-                    result = await _run(["simulate", *named, *flags(**how, no_enable_prefix_caching=without)])
+                    result = await run(["simulate", *named, *flags(**how, no_enable_prefix_caching=without)])
             progress()
             return {**result, "label": cell.label}
 
@@ -143,7 +143,7 @@ async def _start(command: list[str], stderr: int) -> asyncio.subprocess.Process:
     )
 
 
-async def _run(command: list[str]) -> dict[str, Any]:
+async def run(command: list[str]) -> dict[str, Any]:
     """The JSON that a command of miniserve prints, with the command itself. Raises `ConfigError` if it fails."""
     process = await _start(command, asyncio.subprocess.PIPE)
     try:
@@ -170,7 +170,7 @@ async def _on_server(serve: list[str], command: list[str]) -> dict[str, Any]:
         else:
             raise ConfigError(f"`miniserve {shlex.join(serve)}` did not start: {''.join(output).strip()}")
         draining = asyncio.create_task(process.stdout.read())  # a full pipe would block the server
-        result = await _run([*command, "--url", url])
+        result = await run([*command, "--url", url])
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGINT)
@@ -203,7 +203,7 @@ FLAGS: dict[str, Any] = {
     "--topology": {
         "type": "topology",
         "default": "1P3D",
-        "help": "of those that have none of their own; colocated has as many decoders instead; default: %(default)s",
+        "help": "of those without one of their own; colocated ones have as many decoders; default: %(default)s",
     },
     "--rates": {
         "type": _listed(VALUES["rate"]),
