@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -77,7 +78,8 @@ class Scenarios:
     async def turn(self, prompt: list[int], output: int) -> tuple[TurnTimes, Answer]:
         """`output` greedy tokens after the prompt."""
         answer = Answer(len(prompt))
-        turn = await ask(self._http, self._server, self._server.body(prompt, output, {}), answer, self._timeout)
+        post = partial(self._http.post, self._server.generate_url, data=self._server.body(prompt, output, {}))
+        turn = await ask(post, self._server, answer, self._timeout)
         if turn.error:
             raise TurnError(turn.error)
         return turn, answer

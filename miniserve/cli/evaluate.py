@@ -37,7 +37,7 @@ def simulate(args: Namespace) -> int:
     workload = filled(WorkloadConfig, args).load(args.rate, args.seed)
     hardware = load_roles(args.hardware, args.tensor_parallel_size)
     config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
-    with counting("conversations", len(config.workload.scripts)) as progress:
+    with counting("conversations", len(workload.conversations)) as progress:
         result = run.simulate(config, progress)
     return _write(result, args.json)
 

@@ -54,6 +54,15 @@ def test_later_turns_read_what_is_there_and_every_kind_of_work_goes_where_it_is_
     assert two["compute"] == pytest.approx(2 * one["compute"])
 
 
+def test_what_is_compacted_away_is_not_read_and_a_parent_s_prefix_is_not_computed() -> None:
+    reads = msgspec.structs.replace(DEVICE, per_context=1e-4, per_kv_token=1e-5)
+    script = Script("a", (TurnSize(100, 1), TurnSize(50, 3, keep=40)), prefix=60)
+    seconds = bound([script], [reads], 0)["device_seconds"]
+    assert seconds["first_prefill"] == pytest.approx(100 * 0.001 + 60 * 1e-4)
+    assert seconds["appends"] == pytest.approx(50 * 0.001 + 40 * 1e-4)
+    assert seconds["decode"] == pytest.approx(2 * 0.002 + 1e-5 * 2 * (90 + 1.5))
+
+
 def test_the_paper_s_cell() -> None:
     """Five turns of 16k tokens and some output each: prefill and appends as the paper's artifact has them."""
     script = Script("a", (TurnSize(16_000, 100), *(TurnSize(67, 150) for _ in range(4))))

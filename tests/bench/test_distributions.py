@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from miniserve.bench.replay.distributions import Distribution, Text, arrivals, choose, generator
 from miniserve.bench.replay.generators import WorkloadConfig
-from miniserve.bench.replay.workload import Script, TurnSize
+from miniserve.bench.replay.workload import Script, TurnSize, Workload
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,22 @@ def test_shape_cuts_scales_and_replaces() -> None:
     assert shape.apply(script, 0) == shaped != shape.apply(script, 1)
 
 
+def test_shape_keeps_what_is_kept_and_sub_agents_of_turns_that_are_left() -> None:
+    early = Script("a/0", (TurnSize(40, 10, 9.0), TurnSize(10, 10, 900)), block=10, after=0, prefix=50)
+    late = Script("a/1", (TurnSize(40, 10),), block=10, after=1, until=2)
+    turns = (TurnSize(100, 10), TurnSize(50, 10, 7200.0, 60), TurnSize(50, 10, 5.0, 0))
+    script = Script("a", turns, block=10, agents=(early, late))
+    assert script.tokens == 120
+    assert WorkloadConfig(trace="t").apply(script, 0) == script
+    shape = WorkloadConfig(trace="t", max_turns=1, scale_tokens=0.1)
+    few = Script("a/0", (TurnSize(4, 1, 9.0),), block=1, prefix=5)
+    assert shape.apply(script, 0) == Script("a", (TurnSize(10, 1),), block=1, agents=(few,))
+    shaped = WorkloadConfig(trace="t", max_gap=60, scale_tokens=0.1).apply(script, 0)
+    assert shaped.turns == (TurnSize(10, 1), TurnSize(5, 1, 60, 6), TurnSize(5, 1, 5.0, 0))
+    assert [turn.gap for turn in shaped.agents[0].turns] == [9.0, 60]
+    assert shaped.agents[1].after == 1
+
+
 def test_choose_draws_each_once_before_any_twice() -> None:
     scripts = [Script(str(n), (TurnSize(n + 1, 1),)) for n in range(10)]
     assert choose(scripts, None, 0) == scripts
@@ -68,6 +85,11 @@ def test_choose_draws_each_once_before_any_twice() -> None:
     assert set(many[:10]) == set(scripts)
     assert len({script.key for script in many}) == 25
     assert {script.turns for script in many[10:20]} == {script.turns for script in scripts}
+    assert len({one.key for one in Workload(scripts=many, starts=[]).conversations}) == 25
+    child = Script("3/x", (TurnSize(1, 1),))
+    with_child = choose([replace(script, agents=(child,) if script.key == "3" else ()) for script in scripts], 30, 0)
+    keys = [agent.key for script in with_child for agent in script.agents]
+    assert keys == ["3/x", "3+1/x", "3+2/x"]
     timed = [Script(str(n), (TurnSize(1, 1),), arrival=float(n)) for n in range(10)]
     assert choose(timed, 4, 0) == timed[:4]
 
@@ -96,6 +118,18 @@ def test_text_is_a_scripts_own_but_for_shared_blocks() -> None:
     assert len({tuple(tokens[20:]) for tokens in (alone, one, two, text("b", 1, 2, seed=1))}) == 4
     assert all(5 <= token < 1000 for tokens in (alone, one, two) for token in tokens)
     assert one == text("b", 1, 2)
+
+
+def test_a_prompt_has_what_is_kept_and_what_is_new() -> None:
+    script = Script("a", (TurnSize(10, 2), TurnSize(3, 2, 0.0, 4), TurnSize(1, 1)))
+    own, text = Text(script, 0), Text(script, 0, said=[7, 8])
+    first = [7, 8, *own.take(10)]
+    assert text.prompt(script.turns[0]).tolist() == first
+    text.said.extend([1, 2])
+    second = first[:4] + own.take(3)
+    assert text.prompt(script.turns[1]).tolist() == second
+    text.said.extend([3])
+    assert text.prompt(script.turns[2]).tolist() == [*second, 3, *own.take(1)]
 
 
 def test_text_goes_on_where_it_left_off() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from miniserve.bench.replay.distributions import choose
 from miniserve.bench.replay.generators import COUNT, WorkloadConfig, generate, load
 from miniserve.bench.replay.traces import read_trace
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, tables
 
 HEADER = "conversation_id,turn,new_input_tokens,output_tokens"
 
@@ -50,7 +51,60 @@ def test_chat_and_deep_research_keep_to_their_ranges() -> None:
     assert np.median([turn.new for turn in later]) == pytest.approx(8**0.5 * 1000, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["swe-agent", "chat", "deep-research", "mix:swe-agent=1,chat=3"])
+@pytest.mark.slow
+def test_coding_agents_do_what_tracelab_saw() -> None:
+    """Published numbers, within what docs/evaluation.md says of them; how long KV is worth keeping was not fitted."""
+    scripts = generate("coding-agent", 2000, seed=1)
+    counts = [len(script.turns) for script in scripts]
+    assert np.percentile(counts, (25, 50, 90, 99)) == pytest.approx((5, 16, 152, 1236), rel=0.25)
+    assert np.mean(counts) == pytest.approx(82.5, rel=0.15)
+    rows = []
+    compacted = []
+    for script in scripts:
+        said = last = 0
+        drops = [False]
+        for turn in script.turns:
+            kept = min(said, turn.keep)
+            rows.append((kept, turn.new, turn.output, turn.gap))
+            drops.append(last - kept - turn.new >= 50_000)
+            last, said = kept + turn.new, kept + turn.new + turn.output
+        compacted.append(any(drops))
+    kept, new, output, gap = np.array(rows).T
+    assert np.percentile(kept, 50) == pytest.approx(121_000, rel=0.1)
+    assert np.percentile(kept, 99) == pytest.approx(880_000, rel=0.1)
+    assert np.percentile(new, 50) == pytest.approx(870, rel=0.1)
+    assert np.mean((new >= 256) & (new <= 8000)) > 0.75
+    assert np.percentile(output, 50) == pytest.approx(210, rel=0.15)
+    assert np.percentile(output, 90) < 1700
+    assert 0.045 < np.mean(compacted) < 0.184
+    prompts = (kept + new).sum()
+    hits = [kept[gap <= seconds].sum() / prompts for seconds in (60, 300, 3600)]
+    assert hits == pytest.approx((0.854, 0.94, 0.986), abs=0.025)
+    agents = [agent for script in scripts for agent in script.agents]
+    assert len(agents) > 500
+    assert all(agent.until == agent.after + 1 and agent.prefix for agent in agents)
+    assert all(agent.turns[0].gap == 0 and agent.key.startswith("coding-agent-") for agent in agents)
+    assert max(script.tokens for script in scripts) < 1_000_000
+
+
+def test_tools_and_people_take_as_long_as_tracelab_saw() -> None:
+    def shares(name: str, kind: dict[str, Any], *limits: float) -> list[float]:
+        """The share of waits below each limit, and of the time."""
+        quantiles, values = zip(*kind[name], strict=True)
+        waits = np.exp(np.interp(np.linspace(0, 1, 1_000_001), quantiles, np.log(values)))
+        below = [waits < limit for limit in limits]
+        return [*(float(np.mean(some)) for some in below), float(waits[below[-1]].sum() / waits.sum())]
+
+    claude, codex = tables("bench/replay/agents.toml")["coding-agent"]
+    assert shares("tool", claude, 0.129, 1, 60) == pytest.approx([0.5, 0.7, 0.951, 0.08], abs=0.01)
+    assert shares("tool", codex, 0.626, 10, 60) == pytest.approx([0.5, 0.88, 0.969, 0.39], abs=0.01)
+    assert shares("tool", claude, 1)[-1] < 0.01
+    assert shares("person", claude, 300, 3600)[:2] == pytest.approx([0.796, 0.964], abs=0.01)
+    assert shares("person", codex, 300, 3600)[:2] == pytest.approx([0.698, 0.949], abs=0.01)
+    assert claude["share"] + codex["share"] == 1
+
+
+@pytest.mark.parametrize("name", ["swe-agent", "chat", "deep-research", "coding-agent", "mix:swe-agent=1,chat=3"])
 def test_a_script_depends_on_its_number_and_the_seed_only(name: str) -> None:
     scripts = generate(name, 40, seed=3)
     assert generate(name, 7, seed=3) == scripts[:7]
@@ -79,7 +133,7 @@ def test_load_takes_a_path_or_a_name(tmp_path: Path) -> None:
     assert load("chat", None, seed=2) == generate("chat", COUNT, seed=2)
     assert load("chat", 0, seed=2) == []
     for wrong in (str(tmp_path / "none.csv"), "swe_agent", ""):
-        with pytest.raises(ConfigError, match=r"swe-agent, chat, deep-research, or a mix|cannot be read"):
+        with pytest.raises(ConfigError, match=r"swe-agent, chat, deep-research, coding-agent, or a mix|cannot be read"):
             load(wrong, None, seed=0)
 
 

@@ -12,6 +12,7 @@ from miniserve.bench.replay.metrics import (
     ConversationTimes,
     Latency,
     TurnTimes,
+    groups,
     latency,
     normalised,
     percentile,
@@ -21,7 +22,7 @@ from miniserve.bench.replay.metrics import (
 
 # Arrives at 10; its tool takes 2 seconds. TTFT 1 and 0.5, TTFET 3.5 - 2, last-turn TBT 2/4, E2E 5.5 - 2.
 TWO = ConversationTimes(
-    "two", 10.0, [TurnTimes(10, 11, 11, 100, 0, 1), TurnTimes(13, 13.5, 15.5, 120, 90, 5)], gaps=2.0
+    "two", 10.0, [TurnTimes(10, 11, 11, 100, 0, 1), TurnTimes(13, 13.5, 15.5, 120, 90, 5)], gaps=2.0, tools=2.0
 )
 # One turn of one token: no TBT. TTFT = TTFET = E2E = 4.
 ONE = ConversationTimes("one", 20.0, [TurnTimes(20, 24, 24, 50, None, 1)])
@@ -56,7 +57,8 @@ def test_normalised() -> None:
 def test_summary_without_standalone() -> None:
     result = summary([TWO, ONE, FAILED], None, duration=8.0)
     median = {key: value["p50"] for key, value in result.items() if key.endswith("_s") and isinstance(value, dict)}
-    assert median == {"ttft_s": 1, "later_ttft_s": 0.5, "ttfet_s": 2.75, "last_turn_tbt_s": 0.5, "e2e_s": 3.75}
+    ends = {"e2e_s": 3.75, "group_e2e_s": 3.75}
+    assert median == {"ttft_s": 1, "later_ttft_s": 0.5, "ttfet_s": 2.75, "last_turn_tbt_s": 0.5} | ends
     assert {key: value for key, value in result.items() if key not in median} == {
         "conversations": 3,
         "turns": 5,
@@ -72,6 +74,20 @@ def test_summary_without_standalone() -> None:
         "prompt_tokens": 286,
         "errors": 1,
     }
+
+
+def test_a_group_ends_with_its_last_sub_agent() -> None:
+    """The parent waits 6 s, of which its tool takes 2, and ends at 9; a sub-agent ends at 7, one in the background at
+    11. What sub-agents' own tools take counts: the parent waits for it."""
+    turns = [TurnTimes(0, 1, 2, 9, 0, 5), TurnTimes(8, 8.5, 9, 20, 9, 2)]
+    parent = ConversationTimes("p", 0.0, turns, gaps=6.0, tools=2.0)
+    joined = ConversationTimes("p/0", 2.0, [TurnTimes(2, 3, 3, 9, 0, 1), TurnTimes(6, 6, 7, 9, 0, 2)], 3.0, 3.0, parent)
+    background = ConversationTimes("p/1", 9.0, [TurnTimes(9, 10, 11, 9, 0, 5)], parent=parent)
+    failed = ConversationTimes("p/2", 2.0, FAILED.turns, parent=parent)
+    assert groups([parent, joined]) == [9 - 2]
+    assert groups([background, joined, TWO, parent]) == [3.5, 11 - 2]
+    assert groups([parent, joined, failed, ONE]) == [4]
+    assert latency(parent).e2e == 9 - 6
 
 
 def test_summary_is_normalised_by_the_same_conversation_alone() -> None:

@@ -15,6 +15,8 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from aiohttp import web
 
 from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.driver import ALONE, ReplayConfig, replay
-from miniserve.bench.replay.workload import Script, Workload
+from miniserve.bench.replay.workload import Script, TurnSize, Workload
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError
 from miniserve.sampling_params import SamplingParams
@@ -111,6 +113,76 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
     assert report["last_turn_tbt_s"]["p50"] > 0.0002
     assert report["ttft_norm"] is None
     msgspec.json.encode(report)
+
+
+FAMILY = Script(
+    "p",
+    (TurnSize(40, 6), TurnSize(10, 5, 0.05, keep=25), TurnSize(8, 4, 0.05)),
+    agents=(
+        replace(script("p/0", (12, 8, 0.1), (5, 3, 0.1)), prefix=43),
+        replace(script("p/1", (20, 60, 0)), until=2),
+        replace(script("p/2", (9, 100, 0)), after=2, until=3),
+    ),
+)
+
+
+@pytest.mark.parametrize("ids", ["returned", "made up"])
+def test_kept_prefixes_and_sub_agents(tokenizer: Tokenizer, ids: str) -> None:
+    """A sub-agent begins with the very tokens of its parent, answers too; the parent waits for those that it joins."""
+    engine = SpokenEngine()
+    extra = {"return_token_ids": None} if ids == "made up" else {}
+    with serving(engine, tokenizer) as url:
+        report = replay(config(url, [FAMILY], seed=3, extra=extra))
+
+    def said(text: Text, turn: TurnSize) -> list[int]:
+        prompt = text.prompt(turn).tolist()
+        text.said.fromlist(spoken(prompt, turn.output) if ids == "returned" else text.take(turn.output))
+        return prompt
+
+    parent = Text(FAMILY, 3, 1000, VOCAB)
+    prompts = {"p": [said(parent, FAMILY.turns[0])]}
+    for one in FAMILY.agents:
+        text = Text(one, 3, 1000, VOCAB, parent.said[: one.prefix])
+        prompts[one.key] = [said(text, turn) for turn in one.turns]
+    assert len(prompts["p/0"][0]) == 43 + 12, "40 tokens of the prompt, 3 of the answer"
+    prompts["p"] += [said(parent, turn) for turn in FAMILY.turns[1:]]
+    assert [len(prompt) for prompt in prompts["p"]] == [40, 35, 48]
+    at = {tuple(turn.tokens): time for turn, time in zip(engine.turns, engine.times, strict=True)}
+    assert sorted(at) == sorted(tuple(prompt) for each in prompts.values() for prompt in each)
+    times = {key: [at[tuple(prompt)] for prompt in each] for key, each in prompts.items()}
+    assert times["p/0"][0] >= times["p"][0] + 6 * 0.002 + 0.1
+    assert times["p/1"][0] < times["p/0"][0], "each after its own gap"
+    assert times["p"][1] >= times["p/0"][1] + 3 * 0.002, "the next turn waits for the first one"
+    assert times["p"][2] >= max(times["p"][1] + 5 * 0.002 + 0.05, times["p/1"][0] + 60 * 0.002)
+    assert times["p/2"][0] >= times["p"][2] + 4 * 0.002, "this one is not waited for"
+    assert (report["conversations"], report["turns"], report["unfinished"], report["errors"]) == (4, 7, 0, 0)
+    assert report["stale_cached_tokens"] == 0
+    assert report["e2e_s"]["p99"] < report["group_e2e_s"]["p50"] < report["duration_s"]
+    assert {(turn.conversation, turn.said.parent, turn.said.client) for turn in engine.turns} == {("", "", "python")}
+
+
+def test_groups_are_named_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    engine = SpokenEngine()
+    with serving(engine, tokenizer) as url:
+        report = replay(config(url, [FAMILY, SCRIPTS[2]], name_groups=True, standalone=1))
+    alone, turns = engine.turns[:7], engine.turns[7:]
+    assert [len(turn.tokens) for turn in alone] == [40, 35, 48, 55, 68, 20, 9], "each alone, with a prefix of its own"
+    assert {turn.conversation for turn in alone} == {""}
+    assert not {turn.tokens[0] for turn in alone} & {turn.tokens[0] for turn in turns}
+    named = Counter((turn.conversation, turn.said.parent) for turn in turns)
+    assert named == {("p", ""): 3, ("p/0", "p"): 2, ("p/1", "p"): 1, ("p/2", "p"): 1, ("c", ""): 1}
+    assert {turn.said.client for turn in turns} == {"miniserve-replay"}
+    assert not any(turn.said.side for turn in turns)
+    assert report["e2e_norm"]["gmean"] > 0
+
+
+def test_a_parent_that_fails_starts_no_more_sub_agents(tokenizer: Tokenizer) -> None:
+    engine = SpokenEngine()
+    engine.trouble = lambda tokens: {"finish": "error", "error": "out of luck"} if len(tokens) == 48 else {}
+    with serving(engine, tokenizer) as url:
+        report = replay(config(url, [FAMILY]))
+    assert (report["conversations"], report["errors"], report["unfinished"]) == (3, 1, 1)
+    assert report["group_e2e_s"] is None
 
 
 def test_failures_stay_with_their_conversation(tokenizer: Tokenizer) -> None:

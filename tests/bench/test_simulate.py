@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 
 from miniserve.bench.replay.distributions import Distribution
 from miniserve.bench.replay.generators import WorkloadConfig
-from miniserve.bench.replay.metrics import latency
-from miniserve.bench.replay.workload import Script, TurnSize
-from miniserve.bench.simulate.cluster import Simulation
+from miniserve.bench.replay.metrics import groups, latency
+from miniserve.bench.replay.workload import WHOLE, Script, TurnSize
+from miniserve.bench.simulate.cluster import Agent, Simulation
 from miniserve.bench.simulate.hardware import PRESETS, Hardware
 from miniserve.bench.simulate.run import alone, simulate
 from miniserve.cli import main as cli
@@ -118,6 +119,67 @@ def test_the_same_prompt_is_computed_once():
     assert set(cached[1:]) == {1520}
 
 
+# --- kept prefixes and sub-agents ----------------------------------------------------------------------------------
+
+
+def test_a_compacted_conversation_computes_only_what_it_lost():
+    """Of 320 tokens 100 stay, of which 96 are found; the next turn finds the full pages of what there is then."""
+    work = [Script("t", (TurnSize(300, 20), TurnSize(30, 5, 1.0, 100), TurnSize(10, 3)))]
+    found = simulation(work, "1D", "observe").times[0]
+    assert [(turn.prompt, turn.cached) for turn in found.turns] == [(300, 0), (130, 96), (145, 128)]
+    assert latency(found)[1:] == pytest.approx(alone(work[0], PLAIN)[1:])
+    assert latency(found).ttft == pytest.approx(alone(work[0], PLAIN).ttft)
+
+
+def test_sub_agents_run_side_by_side_and_their_parent_waits():
+    """Two begin after the parent's first turn, one of them with its tokens, and a third one runs in the background."""
+    near = Script("t/0", (TurnSize(10, 30, 0.5), TurnSize(20, 30, 1.0)), until=1, prefix=200)
+    other = Script("t/1", (TurnSize(50, 10),), until=2)
+    behind = Script("t/2", (TurnSize(40, 900),), after=1, until=9)
+    parent = Script(
+        "t", (TurnSize(300, 20), TurnSize(30, 5, 0.2), TurnSize(10, 3, 0.1, 50)), agents=(near, other, behind)
+    )
+    made = simulation([parent, Script("u", (TurnSize(20, 2),))], "2D", "observe")
+    times = {one.key: one for one in made.times}
+    assert times.keys() == {"t", "t/0", "t/1", "t/2", "u"}
+    t, sub = times["t"], times["t/0"]
+    assert (sub.parent, t.parent, times["u"].parent) == (t, None, None)
+    assert sub.arrival == pytest.approx(t.turns[0].last + 0.5)
+    assert [(turn.prompt, turn.cached) for turn in sub.turns] == [(210, 192), (260, 224)]
+    assert times["t/1"].arrival == t.turns[0].last
+    assert (times["t/1"].turns[0].prompt, times["t/1"].turns[0].cached) == (50, 0)
+    assert t.turns[1].sent == sub.turns[1].last > times["t/1"].turns[0].last
+    assert t.turns[2].sent == pytest.approx(t.turns[1].last + 0.1), "what runs in the background is not waited for"
+    assert times["t/2"].turns[0].last > t.turns[2].last
+    assert (t.tools, sub.tools) == pytest.approx((0.3, 1.0))
+    assert t.gaps == pytest.approx(0.1 + sub.turns[1].last - t.turns[0].last)
+    took = [times["t/2"].turns[0].last - t.arrival - 0.3, times["u"].turns[0].last - times["u"].arrival]
+    assert sorted(groups(made.times)) == pytest.approx(sorted(took))
+
+
+def test_sub_agents_have_sub_agents():
+    """Each level begins with all that the one above has said; each waits for the one below."""
+    lowest = Script("t/0/0", (TurnSize(10, 4),), prefix=400)
+    middle = Script("t/0", (TurnSize(20, 4), TurnSize(5, 4)), agents=(lowest,), prefix=400)
+    made = simulation([Script("t", (TurnSize(100, 4), TurnSize(5, 4)), agents=(middle,))], "1D", "observe")
+    top, mid, low = made.times
+    assert [turn.prompt for times in (top, mid, low) for turn in times.turns] == [100, 109, 124, 133, 138]
+    assert top.turns[0].last == mid.turns[0].sent < mid.turns[0].last == low.turns[0].sent
+    assert low.turns[0].last == mid.turns[1].sent < mid.turns[1].last == top.turns[1].sent
+    assert low.root is mid.root is top
+    assert groups(made.times) == [top.turns[1].last - top.arrival]
+
+
+def test_sub_agents_are_named_where_that_is_asked_for():
+    child = Script("t/0", (TurnSize(10, 3), TurnSize(5, 3)), prefix=64)
+    work = [Script("t", (TurnSize(100, 3), TurnSize(10, 3)), agents=(child,))]
+    for named in (False, True):
+        made = Simulation(simulated(work, "1D", "observe", name_groups=named))
+        made.run()
+        found = {c.key: (c.group, c.by, c.turns) for c in made.scheduler.conversations}
+        assert found == ({"t": ("t", "", 2), "t/0": ("t", "header", 2)} if named else {1: (1, "", 2), 2: (2, "", 2)})
+
+
 # --- what must hold -------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +215,28 @@ def test_every_token_of_the_trace_is_served_once(policy: str, topology: str):
 def test_a_seed_means_one_result(policy: str):
     one, other = (simulate(simulated(scripts(12), "1P2D", policy, mispredict=0.3)) for _ in range(2))
     assert json.dumps(one) == json.dumps(other)
+
+
+def test_coding_agents_end_on_small_pools_and_leave_nothing():
+    """Compaction, sub-agents and waits of hours, scaled down; the same seed means the same result."""
+    shape = WorkloadConfig(trace="coding-agent", conversations=12, scale_tokens=0.008, max_turns=150, max_gap=20)
+    workload = shape.load(0.5, seed=2)
+    keys = [script.key for script in workload.conversations]
+    assert len(keys) > 12, "some have sub-agents"
+    assert any(turn.keep < WHOLE for script in workload.conversations for turn in script.turns)
+    room = msgspec.structs.replace(PLAIN, kv_tokens=2 * 8192)
+    config = replace(simulated([], "1P2D", "observe", hardware=room), workload=workload)
+    made = Simulation(config)
+    made.run()
+    assert sorted(times.key for times in made.times) == sorted(keys)
+    sizes = {script.key: script for script in workload.conversations}
+    for times in made.times:
+        length = sizes[times.key].prefix
+        for turn, size in zip(times.turns, sizes[times.key].turns, strict=True):
+            length = min(length, size.keep) + size.new
+            assert turn.prompt == length
+            length += turn.output
+    assert json.dumps(simulate(config)) == json.dumps(simulate(config))
 
 
 def test_observe_waits_rather_than_computes_again():
@@ -193,6 +277,20 @@ def test_memory_does_not_grow_with_what_is_over():
     used(5)  # what is loaded once
     few, many = used(10), used(40)
     assert (many - few) / 30 < 8_000
+
+
+def test_an_agent_that_has_ended_holds_no_tokens_while_its_sub_agents_run():
+    child = Script("", (TurnSize(9, 3), TurnSize(9, 3, 10_000.0)), after=1, until=9, prefix=20)
+    work = [replace(one, agents=(child.renamed(f"{one.key}/0"),)) for one in scripts(5, first=2000)]
+    ended: list[int] = []
+    made = Simulation(simulated(work, "1D", "colocated", rate=0.2), lambda: ended.append(1))
+    while len(ended) < 5:
+        made.step()
+    agents = [found for found in gc.get_objects() if type(found) is Agent]
+    assert sorted(len(agent.text.said) for agent in agents) == [0] * 5 + [32] * 5
+    agents.clear()
+    made.run()
+    assert not [found for found in gc.get_objects() if type(found) is Agent]
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

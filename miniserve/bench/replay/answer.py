@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -16,6 +18,9 @@ KEEP_SECONDS = 4.0
 sent at that moment would be lost."""
 LEAST_WAIT = 0.05
 """Seconds between two requests to a server that is full, even if its Retry-After is 0."""
+
+
+Post = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
 
 class TurnError(Exception):
@@ -62,16 +67,14 @@ def session(api_key: str | None) -> aiohttp.ClientSession:
     )
 
 
-async def ask(
-    http: aiohttp.ClientSession, server: TargetServer, body: bytes, answer: Answer, timeout: float
-) -> TurnTimes:
-    """Send `body` and fill in `answer` until it is whole, within `timeout` seconds. A full server is asked again after
-    its Retry-After. The turn's `error` says what failed."""
+async def ask(post: Post, server: TargetServer, answer: Answer, timeout: float) -> TurnTimes:
+    """Send a request by `post` and fill in `answer` until it is whole, within `timeout` seconds. A full server is asked
+    again after its Retry-After. The turn's `error` says what failed."""
     full, error = "", ""
     sent = time.monotonic()
     try:
         async with asyncio.timeout(timeout):
-            while wait := await _stream(http, server, body, answer):
+            while wait := await _stream(post, server, answer):
                 full = ": it was full"
                 await asyncio.sleep(wait)
     except TurnError as failure:
@@ -85,9 +88,9 @@ async def ask(
     return answer.turn(sent, error)
 
 
-async def _stream(http: aiohttp.ClientSession, server: TargetServer, body: bytes, answer: Answer) -> float:
+async def _stream(post: Post, server: TargetServer, answer: Answer) -> float:
     """Ask once: 0, or the seconds after which to ask again."""
-    async with http.post(server.generate_url, data=body) as reply:
+    async with post() as reply:
         if reply.status in (429, 503) and (after := reply.headers.get("Retry-After", "")).isdigit():
             await reply.read()
             return max(float(after), LEAST_WAIT)

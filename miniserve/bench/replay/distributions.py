@@ -4,15 +4,18 @@ Everything is drawn from a seed: the same command replays the same workload. Tok
 scripts share a prefix unless the trace says so.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from miniserve.bench.replay.workload import Script
+from miniserve.bench.replay.workload import Script, TurnSize
 from miniserve.config import ConfigError, problem
 
 BURST = 8
@@ -70,7 +73,7 @@ def choose(scripts: Sequence[Script], count: int | None, seed: int) -> list[Scri
     rng = generator(seed, "choose")
     rounds = range(-(-count // len(scripts)))
     order = [(scripts[n], f"+{again}" if again else "") for again in rounds for n in rng.permutation(len(scripts))]
-    return [replace(script, key=f"{script.key}{again}", arrival=None) for script, again in order[:count]]
+    return [replace(script.renamed(f"{script.key}{again}"), arrival=None) for script, again in order[:count]]
 
 
 def arrivals(kind: str, rate: float, count: int, seed: int) -> list[float]:
@@ -85,12 +88,16 @@ def arrivals(kind: str, rate: float, count: int, seed: int) -> list[float]:
 
 
 class Text:
-    """The token ids of one script, from its beginning on: `take` continues where it left off.
+    """The token ids of one script. `said` are those of its conversation so far, at first what it shares with its
+    parent. New ones are made up by `take`, which continues where it left off.
 
     Ids lie in [low, high): below are control tokens, above ends the vocabulary.
     """
 
-    def __init__(self, script: Script, seed: int, low: int = 1000, high: int = 32_000) -> None:
+    def __init__(
+        self, script: Script, seed: int, low: int = 1000, high: int = 32_000, said: Iterable[int] = ()
+    ) -> None:
+        self.said = array("i", said)
         self._range = (low, high)
         self._rng = generator(seed, "text", script.key)
         blocks = [generator(seed, "block", str(n)).integers(low, high, script.block) for n in script.shared]
@@ -100,3 +107,9 @@ class Text:
     def take(self, count: int) -> list[int]:
         shared, self._shared = self._shared[:count], self._shared[count:]
         return shared + self._rng.integers(*self._range, count - len(shared)).tolist()
+
+    def prompt(self, turn: TurnSize) -> array[int]:
+        """What a turn keeps of what was said, and its new tokens: `said` from now on."""
+        del self.said[turn.keep :]
+        self.said.fromlist(self.take(turn.new))
+        return self.said

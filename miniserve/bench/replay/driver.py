@@ -11,7 +11,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,6 +58,8 @@ class ReplayConfig:
     """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
     """Of one turn."""
+    name_groups: bool = False
+    """Whether headers name each conversation and its parent, in miniserve's words (docs/conversations.md)."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of each request; one that is None removes a field."""
 
@@ -101,6 +105,8 @@ class Replay:
         self.ended: list[ConversationTimes] = []
         self.standalone: dict[str, Latency] | None = None
         self._workload = config.workload
+        self._count = len(config.workload.conversations)
+        self._group: asyncio.TaskGroup
         self._http = http
         high = config.vocab or server.vocab or VOCAB
         self._ids = (min(CONTROL, high // 4), high)
@@ -127,9 +133,9 @@ class Replay:
                 self._energy.start()
             self._began = time.monotonic()
             try:
-                async with asyncio.TaskGroup() as group:
+                async with asyncio.TaskGroup() as self._group:
                     for script, start in zip(self._workload.scripts, self._workload.starts, strict=True):
-                        group.create_task(self._arrive(script, self._began + start))
+                        self._group.create_task(self._arrive(script, self._began + start, (), None))
             finally:
                 self._over = time.monotonic()
         finally:
@@ -155,50 +161,59 @@ class Replay:
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
             "stale_cached_tokens": self._stale,
-            "unfinished": len(self._workload.scripts) - len(self.ended),
+            "unfinished": self._count - len(self.ended),
             "interrupted": interrupted,
             "failures": dict(failures.most_common(MOST_FAILURES)),
         }
 
     async def _measure_alone(self) -> None:
         self.standalone = {}
-        known: dict[tuple[tuple[int, int], ...], Latency] = {}
-        for n, script in enumerate(self._workload.scripts[: self.config.standalone]):
-            sizes = tuple((turn.new, turn.output) for turn in script.turns)
+        known: dict[tuple[Any, ...], Latency] = {}
+        chosen = replace(self._workload, scripts=self._workload.scripts[: self.config.standalone])
+        for n, script in enumerate(chosen.conversations):
+            sizes = (script.prefix, *((turn.new, turn.output, turn.keep) for turn in script.turns))
             if sizes not in known:
-                # With seeds of their own: blocks that scripts share are not cached here either.
-                seed = self._workload.seed + ALONE * (n + 1)
-                times = await self._converse(script, seed, time.monotonic(), gaps=False)
+                # With seeds of their own: what scripts share is not cached here either.
+                text = Text(script, self._workload.seed + ALONE * (n + 1), *self._ids)
+                text.said.fromlist(text.take(script.prefix))
+                times = ConversationTimes(script.key, time.monotonic())
+                await self._converse(script, text, times, alone=True)
                 if times.failed:
                     raise ConfigError(problem("bench.failed_alone", key=script.key, error=times.turns[-1].error))
                 known[sizes] = latency(times)
             self.standalone[script.key] = known[sizes]
 
-    async def _arrive(self, script: Script, when: float) -> None:
+    async def _arrive(self, script: Script, when: float, said: Iterable[int], parent: ConversationTimes | None) -> None:
         await asyncio.sleep(when - time.monotonic())
         self._running += 1
-        self.ended.append(await self._converse(script, self._workload.seed, when))
+        text = Text(script, self._workload.seed, *self._ids, said)
+        times = ConversationTimes(script.key, when, parent=parent)
+        await self._converse(script, text, times)
+        self.ended.append(times)
         self._running -= 1
 
-    async def _converse(self, script: Script, seed: int, arrival: float, gaps: bool = True) -> ConversationTimes:
-        """All turns of a conversation, or those up to one that fails."""
-        times = ConversationTimes(script.key, arrival)
-        text = Text(script, seed, *self._ids)
-        prompt: list[int] = []
-        ended = arrival
+    async def _converse(self, script: Script, text: Text, times: ConversationTimes, alone: bool = False) -> None:
+        """All turns of a conversation, or those up to one that fails; `alone` without gaps, names and sub-agents."""
+        headers = {} if alone or not self.config.name_groups else _names(times)
+        agents: list[tuple[int, asyncio.Task[None]]] = []
+        ended = times.arrival
         for n, turn in enumerate(script.turns):
-            prompt += text.take(turn.new)
-            body = self.server.body(prompt, turn.output, self.config.extra)
-            if n and gaps:
+            prompt = text.prompt(turn)
+            body = self.server.body(prompt.tolist(), turn.output, self.config.extra)
+            post = partial(self._http.post, self.server.generate_url, data=body, headers=headers)
+            if n and not alone:
                 await asyncio.sleep(ended + turn.gap - time.monotonic())
+                await asyncio.gather(*(agent for until, agent in agents if until == n))
             answer = Answer(len(prompt))
             self._answers.add(answer)
             try:
-                measured = await ask(self._http, self.server, body, answer, self.config.timeout)
+                measured = await ask(post, self.server, answer, self.config.timeout)
             finally:
                 self._answers.remove(answer)
                 self._tokens += answer.tokens
-            times.gaps += measured.sent - ended if n else 0.0
+            if n:
+                times.gaps += measured.sent - ended
+                times.tools += turn.gap
             ended = time.monotonic()
             times.turns.append(measured)
             if measured.error:
@@ -206,11 +221,14 @@ class Replay:
             self._ttfts.append(measured.ttft)
             self._short += measured.output < turn.output
             if not n:  # a first prompt can be known only as far as it is shared
-                self._stale += max(0, (measured.cached or 0) - len(script.shared) * script.block)
+                self._stale += max(0, (measured.cached or 0) - len(script.shared) * script.block - script.prefix)
             missing = max(measured.output - len(answer.ids), 0)
             self._made_up = self._made_up or missing > 0
-            prompt += answer.ids + text.take(missing)
-        return times
+            text.said.fromlist(answer.ids + text.take(missing))
+            for agent in script.agents if not alone else ():
+                if agent.after == n:
+                    begins = self._arrive(agent, ended + agent.turns[0].gap, text.said[: agent.prefix], times)
+                    agents.append((agent.until, self._group.create_task(begins)))
 
     async def _watch(self) -> None:
         """Progress on stderr: in place on a terminal, else a line every ten seconds."""
@@ -236,6 +254,12 @@ class Replay:
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
         phase, done = ("replay", len(self.ended)) if self._began else ("alone", len(self.standalone or ()))
         return (
-            f"{phase}: {done} of {len(self._workload.scripts)} conversations done, {self._running} running"
+            f"{phase}: {done} of {self._count} conversations done, {self._running} running"
             f", {len(ttfts)} turns, {speed:.0f} tokens/s, {first}{sum(times.failed for times in self.ended)} errors"
         )
+
+
+def _names(times: ConversationTimes) -> dict[str, str]:
+    """The headers by which a miniserve knows a conversation and its parent."""
+    parent = {"X-Parent-Session-ID": times.parent.key} if times.parent else {}
+    return {"User-Agent": "miniserve-replay", "X-Session-ID": times.key} | parent

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from miniserve.bench.replay.distributions import Distribution, arrivals, choose, generator
 from miniserve.bench.replay.traces import read_trace
-from miniserve.bench.replay.workload import Script, TurnSize, Workload
+from miniserve.bench.replay.workload import WHOLE, Script, TurnSize, Workload
 from miniserve.config import ConfigError, problem, tables
 
 COUNT = 255
@@ -25,13 +27,15 @@ class WorkloadConfig:
     `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` how they come.
 
     The scripts are changed: at most `max_turns` of each, token counts times `scale_tokens`, and instead of the trace's,
-    `gap` seconds between turns and `append` new tokens in later ones. With `same_prompt` all first prompts are
-    beginnings of one, so that their KV is computed once for all, as in the paper's artifact.
+    `gap` seconds between turns, of which none is longer than `max_gap`, and `append` new tokens in later ones. With
+    `same_prompt` all first prompts are beginnings of one, so that their KV is computed once for all, as in the paper's
+    artifact.
     """
 
     trace: str
     max_turns: int | None = None
     gap: Distribution | None = None
+    max_gap: float | None = None
     append: Distribution | None = None
     same_prompt: bool = False
     scale_tokens: float = 1.0
@@ -59,10 +63,18 @@ class WorkloadConfig:
         turns = []
         for n, turn in enumerate(script.turns[: self.max_turns]):
             gap = self.gap.draw(gaps) if self.gap and n else turn.gap
+            gap = gap if self.max_gap is None else min(gap, self.max_gap)
             new = max(1, round(self.append.draw(appends))) if self.append and n else turn.new
-            turns.append(TurnSize(scaled(new), scaled(turn.output), gap))
-        shared = tuple(range(script.turns[0].new // script.block)) if self.same_prompt else script.shared
-        return replace(script, turns=tuple(turns), shared=shared, block=scaled(script.block))
+            keep = WHOLE if turn.keep == WHOLE else round(turn.keep * self.scale_tokens)
+            turns.append(TurnSize(scaled(new), scaled(turn.output), gap, keep))
+        return replace(
+            script,
+            turns=tuple(turns),
+            shared=tuple(range(script.turns[0].new // script.block)) if self.same_prompt else script.shared,
+            block=scaled(script.block),
+            agents=tuple(self.apply(agent, seed) for agent in script.agents if agent.after < len(turns)),
+            prefix=round(script.prefix * self.scale_tokens),
+        )
 
 
 def load(text: str, count: int | None, seed: int) -> list[Script]:
@@ -84,7 +96,7 @@ def generate(name: str, count: int, seed: int) -> list[Script]:
     return [_script(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
 
 
-def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
+def _swe_agent(rng: np.random.Generator) -> Script:
     """Ten turns of a coding agent without gaps, 67 tokens appended at each, as mini-swe-agent has on SWE-bench. Sizes
     are drawn from the quantiles in swe_agent.toml, which says how well they fit. Outputs of a conversation correlate
     through a normal variable they have in common."""
@@ -96,45 +108,58 @@ def _swe_agent(rng: np.random.Generator) -> list[TurnSize]:
     common = rng.standard_normal() * math.sqrt(_SWE["correlation"])
     own = rng.standard_normal(len(_SWE["outputs"])) * math.sqrt(1 - _SWE["correlation"])
     outputs = (between(NormalDist().cdf(common + z), row) for z, row in zip(own, _SWE["outputs"], strict=True))
-    return [TurnSize(67 if n else first, output) for n, output in enumerate(outputs)]
+    return Script("", tuple(TurnSize(67 if n else first, output) for n, output in enumerate(outputs)))
 
 
-def _chat(rng: np.random.Generator) -> list[TurnSize]:
-    """A person: a first prompt of 100 to 500 tokens, shorter ones later, answers of 250, three turns on average, 10 to
-    60 seconds to read and write. A plausible choice, no fit."""
-    return [
-        TurnSize(
-            _lognormal(rng, 60 if n else 220, 0.8 if n else 0.5, 4000),
-            _lognormal(rng, 180, 0.8, 2000),
-            round(float(rng.lognormal(math.log(25), 0.55)), 3) if n else 0.0,
-        )
-        for n in range(min(int(rng.geometric(1 / 3)), 30))
+def _agent(kinds: list[dict[str, Any]], rng: np.random.Generator) -> Script:
+    """An agent of one of the `kinds` in agents.toml, which says what their tables mean and how well they fit: requests
+    of a person, each of which takes steps with tools in between. A context that becomes too long is compacted: the
+    beginning of the first prompt stays, and a summary. Sub-agents begin like that too, and the next turn waits for
+    them."""
+    kind = kinds[rng.choice(len(kinds), p=[kind["share"] for kind in kinds])]
+
+    def draw(name: str, count: int = 1) -> list[float]:
+        quantiles, values = zip(*kind[name], strict=True)
+        return np.exp(np.interp(rng.random(count), quantiles, np.log(values))).tolist()
+
+    def sizes(name: str, count: int = 1) -> list[int]:
+        return [round(value) for value in draw(name, count)]
+
+    def turns(first: int, requests: list[int], said: int) -> tuple[TurnSize, ...]:
+        made: list[TurnSize] = []
+        (limit,) = sizes("context")
+        for steps in requests:
+            appends = [*sizes("asked"), *sizes("append", steps - 1)]
+            gaps = [*draw("person"), *(sum(draw("tool", calls)) for calls in sizes("calls", steps - 1))]
+            for new, output, gap in zip(appends, sizes("output", steps), gaps, strict=True):
+                turn = TurnSize(new, output, round(gap, 3)) if made else TurnSize(first, output)
+                if made and said + new + output > limit:
+                    turn, said = TurnSize(new + sizes("summary")[0], output, turn.gap, system), system
+                made.append(turn)
+                said += turn.new + output
+        return tuple(made)
+
+    (first,) = sizes("first")
+    system = min(first, *sizes("system"))
+    requests = [*sizes("steps"), *sizes("later_steps", *(count - 1 for count in sizes("requests")))]
+    agents = [
+        Script(f"/{n}.{m}", turns(sizes("asked")[0], sizes("steps"), system), after=n, until=n + 1, prefix=system)
+        for n in np.flatnonzero(rng.random(sum(requests) - 1) < kind["delegates"]).tolist()
+        for m in range(*sizes("agents"))
     ]
+    return Script("", turns(first, requests, 0), agents=tuple(agents))
 
 
-def _deep_research(rng: np.random.Generator) -> list[TurnSize]:
-    """A research agent: 5 to 15 turns, pages of 1,000 to 8,000 tokens appended, tools that take 1 to 30 seconds. A
-    plausible choice, no fit."""
-    return [
-        TurnSize(
-            round((Distribution("log", 1000, 8000) if n else Distribution("uniform", 2000, 4000)).draw(rng)),
-            round(Distribution("log", 100, 600).draw(rng)),
-            round(Distribution("log", 1, 30).draw(rng), 3) if n else 0.0,
-        )
-        for n in range(int(rng.integers(5, 16)))
-    ]
-
-
-_GENERATORS: dict[str, Callable[[np.random.Generator], list[TurnSize]]] = {
+_KINDS = tables("bench/replay/agents.toml")
+_GENERATORS: dict[str, Callable[[np.random.Generator], Script]] = {
     "swe-agent": _swe_agent,
-    "chat": _chat,
-    "deep-research": _deep_research,
+    **{name: partial(_agent, kinds) for name, kinds in _KINDS.items()},
 }
 
 
 def _script(name: str, number: int, seed: int) -> Script:
     key = f"{name}-{number}"
-    return Script(key, tuple(_GENERATORS[name](generator(seed, "workload", key))))
+    return _GENERATORS[name](generator(seed, "workload", key)).renamed(key)
 
 
 def _mix(text: str) -> tuple[list[str], list[float]]:
@@ -150,7 +175,3 @@ def _mix(text: str) -> tuple[list[str], list[float]]:
             raise ConfigError(problem("bench.no_mix", text=text, known=", ".join(_GENERATORS)))
         weights[name] = weight
     return list(weights), [weight / sum(weights.values()) for weight in weights.values()]
-
-
-def _lognormal(rng: np.random.Generator, median: float, sigma: float, most: int) -> int:
-    return min(max(round(float(rng.lognormal(math.log(median), sigma))), 1), most)

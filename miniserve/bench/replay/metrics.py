@@ -5,8 +5,10 @@ each turn once for TTFT. Normalised figures divide by what the same conversation
 its tools took is left out of TTFET and E2E: it is not the server's, and would hide what is.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
@@ -41,16 +43,23 @@ class TurnTimes(NamedTuple):
 
 @dataclass
 class ConversationTimes:
-    """A conversation's turns so far. `arrival` is in seconds, `gaps` the seconds its tools took between turns."""
+    """A conversation's turns so far. `arrival` is in seconds, `gaps` the seconds between turns: of these, `tools` is
+    what its tools took, the rest it waited for sub-agents. `parent` is the one whose sub-agent it is."""
 
     key: str
     arrival: float
     turns: list[TurnTimes] = field(default_factory=list)
     gaps: float = 0.0
+    tools: float = 0.0
+    parent: "ConversationTimes | None" = None
 
     @property
     def failed(self) -> bool:
         return any(turn.error for turn in self.turns)
+
+    @property
+    def root(self) -> "ConversationTimes":
+        return self.parent.root if self.parent else self
 
 
 class Latency(NamedTuple):
@@ -66,6 +75,17 @@ class Latency(NamedTuple):
 def latency(times: ConversationTimes) -> Latency:
     last, since = times.turns[-1], times.arrival + times.gaps
     return Latency(tuple(turn.ttft for turn in times.turns), last.first - since, last.tbt, last.last - since)
+
+
+def groups(conversations: Sequence[ConversationTimes]) -> list[float]:
+    """What each agent took with all its sub-agents: the seconds from its arrival to the last token of any of them, but
+    for its own tools' time. A group of which one failed is left out."""
+    ends: defaultdict[str, float] = defaultdict(float)
+    for times in conversations:
+        end = times.turns[-1].last if times.turns and not times.failed else inf
+        ends[times.root.key] = max(ends[times.root.key], end)
+    roots = [times for times in conversations if times.parent is None and ends[times.key] < inf]
+    return [ends[times.key] - times.arrival - times.tools for times in roots]
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -120,6 +140,7 @@ def summary(
         "ttfet_s": seconds(value.ttfet for value in done.values()),
         "last_turn_tbt_s": seconds(tbts.values()),
         "e2e_s": seconds(value.e2e for value in done.values()),
+        "group_e2e_s": seconds(groups(conversations)),
         **{f"{name}_norm": normalised(pairs) for name, pairs in ratios.items()},
         "slo_violation": {
             name: _violations(pairs, failed) if standalone else None for name, pairs in ratios.items() if name != "ttft"

@@ -1,4 +1,4 @@
-"""Two formats of traces: CSV of token sizes by conversation and turn, and Mooncake's JSONL of requests."""
+"""Formats of traces: CSV of sizes by turn, with own columns or TraceLab's; JSONL of scripts, or Mooncake's requests."""
 
 import csv
 import io
@@ -10,23 +10,21 @@ from typing import Annotated
 
 import msgspec
 
-from miniserve.bench.replay.workload import BLOCK_TOKENS, Script, TurnSize
+from miniserve.bench.replay.workload import BLOCK_TOKENS, WHOLE, Count, Script, Seconds, Tokens, TurnSize
 from miniserve.config import ConfigError
 
-_LIMIT = 2**31
-_Tokens = Annotated[int, msgspec.Meta(ge=1, lt=_LIMIT)]
-_Seconds = Annotated[float, msgspec.Meta(ge=0, lt=_LIMIT)]
+_Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=WHOLE * 1000)]
 
 
 def read_trace(path: Path) -> list[Script]:
     """The conversations of a trace, in order of their first turns, or of their arrivals where it has them.
 
-    CSV: a header, then a row for each turn: `conversation_id,turn,new_input_tokens,output_tokens[,gap_s][,arrival_s]`,
-    columns in any order. Turns count from 0; conversations may be interleaved. `gap_s` is the seconds since the end of
-    the turn before, `arrival_s` (turn 0 only) those since the start.
+    CSV: a header, then a row for each turn, columns in any order, conversations interleaved or not. The header is
+    `conversation_id,turn,new_input_tokens,output_tokens[,gap_s][,arrival_s]` (`_Row`) or TraceLab's (`_Round`).
 
-    JSONL, as in github.com/kvcache-ai/Mooncake: a request on each line; `_requests` makes conversations of them. A
-    file without one of the known endings is JSONL if it begins with a brace. Raises `ConfigError`.
+    JSONL: a `Script` on each line, which has a key and turns `[new, output, gap, keep]`; or a request on each, as in
+    github.com/kvcache-ai/Mooncake, of which `_requests` makes conversations. A file without one of the known endings is
+    JSONL if it begins with a brace. Raises `ConfigError`.
     """
     try:
         data = path.read_bytes()
@@ -45,8 +43,10 @@ def read_trace(path: Path) -> list[Script]:
         for number, line in enumerate(io.StringIO(text, newline="\n"), 1):  # noqa: B007
             yield line
 
+    csv_file = not named.get(path.suffix.lower(), text.lstrip()[:1] == "{")
+    read = _rows if csv_file else _scripts if '"turns"' in text.lstrip().partition("\n")[0] else _requests
     try:
-        scripts = (_requests if named.get(path.suffix.lower(), text.lstrip()[:1] == "{") else _rows)(lines())
+        scripts = read(lines())
         if not scripts:
             raise ValueError("no turns; a trace has at least one")
     except (ValueError, csv.Error, msgspec.DecodeError) as e:
@@ -55,50 +55,89 @@ def read_trace(path: Path) -> list[Script]:
 
 
 class _Row(msgspec.Struct, forbid_unknown_fields=True):
-    """A row of a CSV trace."""
+    """A turn; they count from 0. `gap_s` is the seconds since the end of the turn before, `arrival_s` (of turn 0 only)
+    those since the start."""
 
     conversation_id: str
-    turn: Annotated[int, msgspec.Meta(ge=0)]
-    new_input_tokens: _Tokens
-    output_tokens: _Tokens
-    gap_s: _Seconds = 0.0
-    arrival_s: _Seconds | None = None
+    turn: Count
+    new_input_tokens: Tokens
+    output_tokens: Tokens
+    gap_s: Seconds = 0.0
+    arrival_s: Seconds | None = None
+
+
+class _Round(msgspec.Struct, forbid_unknown_fields=True):
+    """A turn as TraceLab has it (arXiv 2606.30560; github.com/uw-syfi/TraceLab, replay/README.md). The first
+    `prefix_len` tokens of what was said stay, `input_len` are new; what the prefix has beyond all that was said, which
+    a cache knew from elsewhere, is new here. Times are in ms: the session's `arrival_time` since the start, and
+    `tool_wait_after_ms` until the next turn. `session_id` may be called `id`."""
+
+    session_id: str
+    round_idx: Count
+    prefix_len: Count
+    input_len: Tokens
+    output_len: Tokens
+    tool_wait_after_ms: _Milliseconds
+    arrival_time: _Milliseconds | None = None
 
 
 def _rows(lines: Iterable[str]) -> list[Script]:
     """Scripts of a CSV file. An empty cell is as good as none. Raises ValueError or csv.Error."""
     reader = csv.reader(lines, strict=True)
     header = [name.strip() for name in next(reader, [])]
+    kind: type[_Row | _Round] = _Row
+    if "round_idx" in header:
+        kind, header = _Round, ["session_id" if name == "id" else name for name in header]
     turns: dict[str, list[TurnSize]] = {}
     arrivals: dict[str, float | None] = {}
+    said: dict[str, tuple[int, float]] = {}  # of TraceLab: tokens, and how long the tools of the last turn take
     for cells in filter(None, reader):
         if len(cells) != len(header):
             raise ValueError(f"{len(cells)} values for the {len(header)} columns of the header")
         given = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
         try:
-            row = msgspec.convert(given, _Row, strict=False)
+            row = msgspec.convert(given, kind, strict=False)
         except msgspec.ValidationError as e:
-            raise ValueError(f"{e}; the first line is a header: {','.join(_Row.__struct_fields__)}") from None
-        key, before = row.conversation_id, turns.setdefault(row.conversation_id, [])
-        if row.turn != len(before):
-            should = f"should be turn {len(before)}: they count from 0, each once, in order"
-            raise ValueError(f"turn {row.turn} of conversation {key!r} {should}")
-        if not row.turn and row.gap_s:
-            raise ValueError("gap_s of turn 0 should be 0 or empty: nothing comes before it")
-        if row.turn and row.arrival_s is not None:
-            raise ValueError("only turn 0 has an arrival_s, later turns have a gap_s")
-        arrivals.setdefault(key, row.arrival_s)
-        before.append(TurnSize(row.new_input_tokens, row.output_tokens, row.gap_s))
+            raise ValueError(f"{e}; the first line is a header: {','.join(kind.__struct_fields__)}") from None
+        if isinstance(row, _Round):
+            key, number, arrival = row.session_id, row.round_idx, row.arrival_time and row.arrival_time / 1000
+            before, gap = said.get(key, (0, 0.0))
+            new = row.input_len + max(row.prefix_len - before, 0)
+            size = TurnSize(new, row.output_len, gap, row.prefix_len if row.prefix_len < before else WHOLE)
+            said[key] = row.prefix_len + row.input_len + row.output_len, row.tool_wait_after_ms / 1000
+        else:
+            key, number, arrival = row.conversation_id, row.turn, row.arrival_s
+            size = TurnSize(row.new_input_tokens, row.output_tokens, row.gap_s)
+            if not number and size.gap:
+                raise ValueError("gap_s of turn 0 should be 0 or empty: nothing comes before it")
+            if number and arrival is not None:
+                raise ValueError("only turn 0 has an arrival_s, later turns have a gap_s")
+        sizes = turns.setdefault(key, [])
+        if number != len(sizes):
+            should = f"should be turn {len(sizes)}: they count from 0, each once, in order"
+            raise ValueError(f"turn {number} of conversation {key!r} {should}")
+        arrivals.setdefault(key, arrival)
+        sizes.append(size)
     scripts = [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
     return sorted(scripts, key=lambda script: script.arrival or 0.0)
+
+
+def _scripts(lines: Iterable[str]) -> list[Script]:
+    """Scripts as they are. Raises ValueError or msgspec.DecodeError."""
+    decoder, found = msgspec.json.Decoder(Script), dict[str, Script]()
+    for line in filter(str.strip, lines):
+        script = decoder.decode(line)
+        if found.setdefault(script.key, script) is not script:
+            raise ValueError(f"key {script.key!r} is there twice; each script has its own")
+    return sorted(found.values(), key=lambda script: script.arrival or 0.0)
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A line of Mooncake's traces: `timestamp` in ms, lengths in tokens, ids of the prompt's blocks."""
 
-    timestamp: Annotated[float, msgspec.Meta(ge=0, lt=_LIMIT * 1000)]
-    input_length: _Tokens
-    output_length: _Tokens
+    timestamp: _Milliseconds
+    input_length: Tokens
+    output_length: Tokens
     hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
 
     @property

@@ -40,12 +40,12 @@ def _work(script: Script, hardware: Hardware) -> dict[str, float]:
     """What a conversation takes of a device beyond the constants of steps, by kind, and of its memory."""
     lone, each = hardware.step_seconds((), 1, 0), hardware.per_sequence
     work = dict.fromkeys(("first_prefill", "appends", "decode", "token_seconds"), 0.0)
-    length = 0
+    length = script.prefix  # which its parent has computed
     for number, turn in enumerate(script.turns):
-        count, before = turn.new, length
+        count, before = turn.new, min(length, turn.keep)
         prefill = hardware.per_token * count + hardware.per_pair * count * (before + count / 2)
         work["appends" if number else "first_prefill"] += prefill + hardware.per_context * before
-        length += count + turn.output
+        length = before + count + turn.output
         read = (turn.output - 1) * (before + count + turn.output / 2)  # the sum of its lengths at each token but one
         work["decode"] += each * (turn.output - 1) + hardware.per_kv_token * read
         work["token_seconds"] += prefill * (before + count) + lone * read

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
@@ -20,6 +21,7 @@ from miniserve.config import Role, Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command, Deliver, Send
+from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.worker.sequence import Sequence
 
@@ -38,24 +40,29 @@ class SimulationConfig:
     warm_up: float = 0.0
     """The share of the conversations that come first and are not counted: the cluster is empty then."""
     enable_prefix_caching: bool = True
+    name_groups: bool = False
+    """Whether agents name their conversations and parents, as `replay` does in headers."""
 
 
 @dataclass(slots=True)
 class Agent:
-    """Plays one script: `said` are the tokens of its conversation so far, `answer` is what the model will say in this
-    turn, of which `received` tokens have come."""
+    """Plays one script: `text` has the tokens of its conversation so far, `answer` is what the model will say in this
+    turn, of which `received` tokens have come. Between turns, its gap ends at `due`; `running` counts its sub-agents by
+    the turn that waits for them."""
 
     script: Script
     number: int
     text: Text
     times: ConversationTimes
-    said: array[int] = field(default_factory=lambda: array("i"))
+    parent: Agent | None
     answer: list[int] = field(default_factory=list)
     sent: float = 0.0
     first: float = 0.0
     last: float = 0.0
     cached: int = 0
     received: int = 0
+    due: float = inf
+    running: Counter[int] = field(default_factory=Counter)
 
 
 class Simulation:
@@ -75,8 +82,8 @@ class Simulation:
         self.times: list[ConversationTimes] = []
         self.gaps = array("f")
         """Seconds between two tokens of a turn, all of them."""
-        self._workload = config.workload
-        self._done = 0
+        self._seed, self._name_groups = config.workload.seed, config.name_groups
+        self._left = len(config.workload.conversations)
         self._progress = progress
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()
@@ -102,12 +109,12 @@ class Simulation:
         }
         ups = [self.scheduler.worker_up(worker.peer) for worker in self.workers.values()]
         self._carry_out(ups[-1])  # It announces all of them to all.
-        for number, start in enumerate(config.workload.starts):
-            self._at(start, self._arrive, number)
+        for script, start in zip(config.workload.scripts, config.workload.starts, strict=True):
+            self._at(start, self._begin, script)
         self._at(TICK_SECONDS, self._tick)
 
     def run(self) -> None:
-        while self._done < len(self._workload.scripts):
+        while self._left:
             self.step()
 
     def step(self) -> None:
@@ -152,22 +159,32 @@ class Simulation:
             elif isinstance(command, Send):
                 self._carry("frontend", command.worker, self.now, command.message)
 
-    def _arrive(self, number: int) -> None:
-        script = self._workload.scripts[number]
-        times = ConversationTimes(script.key, self.now)
+    def _begin(self, script: Script, said: Iterable[int] = (), parent: Agent | None = None) -> None:
+        times = ConversationTimes(script.key, self.now, parent=parent.times if parent else None)
         self.times.append(times)
-        self._ask(Agent(script, number, Text(script, self._workload.seed), times))
+        self._ask(Agent(script, len(self.times) - 1, Text(script, self._seed, said=said), times, parent))
+
+    def _go_on(self, agent: Agent) -> None:
+        """Ask if the gap is over and no sub-agent runs that the turn waits for."""
+        if agent.due <= self.now and not agent.running[len(agent.times.turns)]:
+            self._ask(agent)
 
     def _ask(self, agent: Agent) -> None:
-        number = len(agent.times.turns)
+        times, number = agent.times, len(agent.times.turns)
         size = agent.script.turns[number]
-        agent.said.fromlist(agent.text.take(size.new))
+        if number:
+            times.gaps += self.now - agent.last
+            times.tools += size.gap
+        prompt = agent.text.prompt(size)
         agent.answer = agent.text.take(size.output)
-        agent.sent, agent.received, agent.cached = self.now, 0, 0
+        agent.sent, agent.received, agent.cached, agent.due = self.now, 0, 0, inf
         name = f"{agent.number}.{number}"
         self._agents[name] = agent
         params = SamplingParams(temperature=0.0, max_tokens=size.output, ignore_eos=True)
-        self._carry_out(self.scheduler.submit(name, agent.said, params, agent.number, "", "", self.now))
+        key, said = "", UNSAID
+        if self._name_groups:
+            key, said = times.key, Said(parent=times.parent.key if times.parent else "")
+        self._carry_out(self.scheduler.submit(name, prompt, params, agent.number, key, "", self.now, said))
 
     def _deliver(self, turn: str, output: TurnOutput) -> None:
         agent = self._agents[turn]
@@ -186,17 +203,24 @@ class Simulation:
 
     def _end(self, turn: str, agent: Agent) -> None:
         del self._agents[turn]
-        times, turns = agent.times, agent.script.turns
-        tokens = len(agent.said), agent.cached, agent.received
-        times.turns.append(TurnTimes(agent.sent, agent.first, agent.last, *tokens))
-        agent.said.fromlist(agent.answer)
-        if len(times.turns) == len(turns):
-            self._done += 1
-            self._progress()
+        turns, said = agent.times.turns, agent.text.said
+        tokens = len(said), agent.cached, agent.received
+        turns.append(TurnTimes(agent.sent, agent.first, agent.last, *tokens))
+        said.fromlist(agent.answer)
+        for script in agent.script.agents:
+            if script.after == len(turns) - 1:
+                agent.running[script.until] += 1
+                self._at(self.now + script.turns[0].gap, self._begin, script, said[: script.prefix], agent)
+        if len(turns) < len(agent.script.turns):
+            agent.due = self.now + agent.script.turns[len(turns)].gap
+            self._at(agent.due, self._go_on, agent)
             return
-        gap = turns[len(times.turns)].gap
-        times.gaps += gap
-        self._at(self.now + gap, self._ask, agent)
+        del said[:]  # sub-agents that still run hold it
+        self._left -= 1
+        self._progress()
+        if agent.parent:
+            agent.parent.running[agent.script.until] -= 1
+            self._go_on(agent.parent)
 
     def _speak(self, sequence: Sequence) -> int:
         return self._agents[sequence.turn.rpartition(".")[0]].answer[sequence.num_outputs]

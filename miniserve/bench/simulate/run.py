@@ -19,10 +19,10 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
     links = scheduler.links.values()
     duration = simulation.now - min(workload.starts)
     hardware = config.hardware[0 if config.topology.prefillers else 1]
-    standalone = {script.key: alone(script, hardware) for script in workload.scripts}
+    standalone = {script.key: alone(script, hardware) for script in workload.conversations}
     first = workload.starts[int(config.warm_up * len(workload.starts))]
     counted = [times for times in simulation.times if times.arrival >= first]
-    most = bound(workload.scripts, [worker.hardware for worker in workers.values()], config.topology.prefillers)
+    most = bound(workload.conversations, [worker.hardware for worker in workers.values()], config.topology.prefillers)
     return {
         "policy": config.policy,
         "topology": str(config.topology),
@@ -54,14 +54,15 @@ def steady(times: Iterable[ConversationTimes], start: float, end: float, bound: 
 
 
 def alone(script: Script, hardware: Hardware) -> Latency:
-    """What a conversation takes alone on an idle worker: the sum of its steps, as the engine would make them."""
+    """What a conversation takes alone on an idle worker: the sum of its steps, as the engine would make them. What it
+    shares with its parent is computed too."""
     page, budget, steps = hardware.page_tokens, hardware.max_num_batched_tokens, hardware.step_seconds
     ttft: list[float] = []
-    length, total, tbt = 0, 0.0, None
+    length, known, total, tbt = script.prefix, 0, 0.0, None
     for turn in script.turns:
         # The KV of the last token is not there yet, and only full pages are found again.
-        done = max(length - 1, 0) // page * page
-        length += turn.new
+        done = min(known, turn.keep) // page * page
+        length = min(length, turn.keep) + turn.new
         first = 2 * hardware.message_seconds
         while done < length:
             count = min(budget, length - done)
@@ -70,6 +71,7 @@ def alone(script: Script, hardware: Hardware) -> Latency:
             done += count
         decode = sum(steps((), 1, length + n) for n in range(1, turn.output))
         length += turn.output
+        known = length - 1
         ttft.append(first)
         total += first + decode
         tbt = decode / (turn.output - 1) if turn.output > 1 else None
