@@ -19,6 +19,8 @@ WORTH = 8.0
 """A newcomer for which there is no room waits for so many times what it would cost all turns to compute again what it
 drives out. Once would be right if that happened once; it happens at each turn of all that then share too little room.
 """
+MOST_PREFILLING = 0.75
+"""A larger share of a worker's time that prompts took says little about what comes."""
 STEP_STRETCH = 6.0
 """Of `Policy.step_stretch`. Where streams are many, a step takes half of that without any prompt."""
 FEW_HOMES, LIKELY_HOMES, SPECIAL_HOMES = 8, 16, 4
@@ -37,7 +39,9 @@ class Observe(Policy):
     find an idle home stay; long prompts beside many streams leave. The number of streams is the mean over the last half
     minute, or how many there are now, if that is more.
 
-    Every worker may be a home. At a prefiller steps count as longer, by the share of its time that prompts take.
+    Every worker may be a home. Steps count as longer by the share of a worker's time that prompts take, whatever its
+    role: a prefiller is a home like others while few prompts come, and a decoder is none for more streams while it
+    computes prompts of its own.
 
     A newcomer (a turn whose conversation has no home) waits while no worker has room: beside what runs there, room is
     kept for conversations that are expected back soon. What the newcomer would drive out would have to be computed
@@ -197,9 +201,9 @@ class Observe(Policy):
         return output * step, output * home.turns * max(more, 0.0)
 
     def _step(self, tokens: int, home: WorkerView) -> float:
-        """Seconds of a decode step with this turn in it; at a prefiller, with prompts in it as on average."""
+        """Seconds of a decode step with this turn in it, and with prompts in it as on average."""
         step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
-        return step / (1 - min(home.prefilling.value, 0.75)) if home.role is Role.PREFILLER else step
+        return step / (1 - min(home.prefilling.value, MOST_PREFILLING))
 
     def _streams(self, worker: WorkerView) -> float:
         return max(worker.turns, worker.load.value)
