@@ -4,7 +4,7 @@ MODEL ?= smollm2-135m
 ARGS ?=
 PYTEST_ARGS ?=
 # A process for each core; files of tests are divided among them.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-fast test-clients lint format venv clean

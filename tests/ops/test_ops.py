@@ -91,7 +91,7 @@ def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int,
 
 
 @every_kind
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(case=batches())
 def test_paged_attention(kind: str, dtype: torch.dtype, case) -> None:
     sequences, heads, kv_heads, dim, size, window, seed = case
@@ -239,18 +239,26 @@ def test_products_of_quantized_weights(kind: str, bits: int, dtype: torch.dtype,
     wanted = x.double() @ exact.view(columns, size).T
     # Sums in fp32 are off by a part of what they add up, however little is left of it.
     added = (x.double().abs() @ terms.view(columns, size).T).max() + bias.double().abs().max()
+    # Weights that are rounded are off by a part of what such terms add up to at random, however much of that cancels.
+    random = (x.double().square() @ terms.view(columns, size).square().T).sqrt().max()
     linear, head = kernels.linear(weight, bias), kernels.head(weight)
     for rows in {1, data.draw(st.integers(2, 16)), data.draw(st.integers(17, 120))}:
         in_fp32 = dtype is torch.float32
         limit = 1e-6 if in_fp32 else 3e-2 if kind == "torch" else 0  # there weights are rounded too
-        assert_close(linear(x[:rows]), (wanted + bias.double())[:rows], limit, added if in_fp32 else None)
+        biased = (wanted + bias.double())[:rows]
+        assert_close(linear(x[:rows]), biased, limit, added if in_fp32 else torch.maximum(random, biased.abs().max()))
         # Codes are multiplied as they are, unless there are many rows: then they are rounded to the dtype first.
         few = rows <= 64 // bits
         rounded = not in_fp32 and (kind == "torch" or not few)
         if kind in ISAS and (in_fp32 or few):
             assert torch.equal(linear(x[:rows])[-1], linear(x[rows - 1 : rows])[0]), "the same in any such company"
         if rounded:
-            assert_close(head(x[:rows]), wanted[:rows], max(LIMIT[dtype], limit))
+            assert_close(
+                head(x[:rows]),
+                wanted[:rows],
+                max(LIMIT[dtype], limit),
+                torch.maximum(random, wanted[:rows].abs().max()),
+            )
         else:
             assert_close(head(x[:rows]), wanted[:rows], 1e-6, added)
 
