@@ -73,14 +73,24 @@ def _script(contents: dict[str, str], environment: dict[str, str], command: list
 
 
 def _run(environment: dict[str, str], command: list[str]) -> int:
-    """Run a command; its exit code, as a shell gives it. Signals are passed on, but for a Ctrl-C that both have got."""
+    """Run a command; its exit code, as a shell gives it. Signals are passed on, but for a Ctrl-C that both have got;
+    those that come before it runs, too."""
+    started: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        if number == signal.SIGINT and os.isatty(0):
+            return
+        if started is None:
+            early.append(number)
+        else:
+            started.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, pass_on)
     with subprocess.Popen(command, env=os.environ | environment) as process:
-
-        def pass_on(number: int, _: Any) -> None:
-            if number != signal.SIGINT or not os.isatty(0):
-                process.send_signal(number)
-
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, pass_on)
+        started = process
+        for missed in early:
+            process.send_signal(missed)
         code = process.wait()
     return code if code >= 0 else 128 - code
