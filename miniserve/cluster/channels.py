@@ -108,7 +108,7 @@ class Inbox:
     """Receives at `address` (bound here), and with `host`, an address of ours, also at the TCP port `far` of it."""
 
     def __init__(self, context: zmq.Context, address: str, keys: Keys, host: str = "") -> None:
-        """Raises `zmq.ZMQError`, an OSError, where there can be no such socket."""
+        """Raises `zmq.ZMQError` where there can be no such socket."""
         self.socket = context.socket(zmq.PULL)
         self.socket.set_hwm(0)
         self.socket.bind(address)

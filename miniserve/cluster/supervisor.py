@@ -86,11 +86,11 @@ class Supervisor:
     def _spawn(self) -> None:
         try:
             self.run_dir = RunDir(self._launcher.base)
-        except OSError as error:
-            raise StartupError(f"No directory for sockets: {error}") from error
-        self._context = zmq.Context()
-        self._outboxes = Outboxes(self._context, "frontend", 0, self._keys)
-        self._inbox = Inbox(self._context, self.run_dir.address("frontend"), self._keys, self._launcher.address)
+            self._context = zmq.Context()
+            self._outboxes = Outboxes(self._context, "frontend", 0, self._keys)
+            self._inbox = Inbox(self._context, self.run_dir.address("frontend"), self._keys, self._launcher.address)
+        except (OSError, zmq.ZMQError) as error:
+            raise StartupError(f"No place for sockets: {error}") from error
         self._watching = asyncio.create_task(self._watch())
         asyncio.get_running_loop().add_reader(self._inbox.socket.fileno(), self._receive)
         for name in self.engines:
@@ -123,13 +123,14 @@ class Supervisor:
         """End a worker for good."""
         self.send(name, Shutdown())
         address, process = self._address(name), self.processes.pop(name)
-        await asyncio.to_thread(process.stop, 2.0)
-        self._outboxes.forget(address)
-        self._health.forget(name)
-        self._launcher.release(name)
-        for books in (self.engines, self._ready, self._restarts, self.failed):
+        for books in (self._ready, self._restarts, self.failed):
             books.pop(name, None)
         self._explained.discard(name)
+        self._health.forget(name)
+        await asyncio.to_thread(process.stop, 2.0)
+        self._outboxes.forget(address)
+        self._launcher.release(name)
+        self.engines.pop(name, None)  # not before: its device is free now
 
     def _admit(self, name: str) -> None:
         """A worker is up: the owner makes it known to the others."""
@@ -150,8 +151,7 @@ class Supervisor:
         self.processes.clear()
         if self.run_dir is not None:
             self._outboxes.close()
-            self._inbox.close()
-            self._context.term()
+            self._context.destroy(linger=0)
             await asyncio.to_thread(self._launcher.close)
             self.run_dir.remove()
             self.run_dir = None
@@ -232,6 +232,8 @@ class Supervisor:
             else:
                 self._health.started(name, now)
         for name, reason in reasons.items():
+            if name not in self.processes:
+                continue  # removed meanwhile
             log.error("worker %s %s: it is ended", name, reason)
             self._explain(name, f"The worker {name} {reason} and was ended.")
             await asyncio.to_thread(self.processes[name].kill)
@@ -240,6 +242,8 @@ class Supervisor:
                 continue
             # What it still had to say may lie in the inbox: a reason is better than an exit code.
             await asyncio.sleep(0.1)
+            if name not in self.processes:
+                continue  # removed meanwhile
             if name not in self._explained:
                 self._explain(name, f"The worker {name} {end}.")
             self._explained.remove(name)

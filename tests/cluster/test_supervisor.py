@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,53 @@ async def test_a_worker_that_loads_while_all_are_stopped_is_told_so(watched: Sup
         await watched.stop()
         with pytest.raises(StartupError, match="shutting down"):
             await adding
+
+
+async def test_a_worker_that_takes_its_time_to_leave_does_not_disturb_the_watch(
+    watched: Supervisor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await added(watched, "d1")
+    monkeypatch.setattr(watched.processes["d1"], "stop", lambda seconds: time.sleep(0.2))
+    monkeypatch.setattr(watched._health, "silent", lambda now: {})
+    await watched.remove("d1")
+    assert not caplog.records
+
+
+async def test_a_worker_that_is_removed_as_it_ends_is_not_started_again(watched: Supervisor) -> None:
+    await added(watched, "d1")
+    watched.processes["d1"].ended = "ended with exit code 1"
+    await asyncio.sleep(0.05)  # the watch has seen it, and waits for what it still has to say
+    await watched.remove("d1")
+    await asyncio.sleep(0.2)
+    assert set(watched.processes) == {"d0"}
+    assert not watched.failed
+    await end(watched, 3)  # others are still watched
+
+
+async def test_an_address_that_is_not_ours_is_what_the_start_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    launcher, ignore = Fake(), lambda *told: None
+    launcher.address = "192.0.2.1"
+    made = Supervisor({"d0": EngineConfig(model="m")}, 60.0, launcher, up=ignore, down=ignore, report=ignore, loading=ignore)
+    with pytest.raises(StartupError, match=r"192\.0\.2\.1"):
+        await made.start()
+    assert not list(tmp_path.glob("*/*"))
+
+
+async def test_a_directory_whose_name_is_too_long_for_sockets_is_what_the_start_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    ignore = lambda *told: None
+    made = Supervisor({"d0": EngineConfig(model="m")}, 60.0, Fake(), up=ignore, down=ignore, report=ignore, loading=ignore)
+    with pytest.raises(StartupError):
+        await made.start()
+
+
+async def added(workers: Supervisor, name: str) -> None:
+    adding = asyncio.create_task(workers.add(name, EngineConfig(model="m")))
+    async with asyncio.timeout(5):
+        while name not in workers.processes:
+            await asyncio.sleep(0.01)
+        workers._handle(Envelope(name, 1, READY))
+        await adding
