@@ -48,26 +48,30 @@ class Group(Enum):
 class Shares:
     """Which service, in tokens, a turn begins at: start-time fair queueing (Goyal, Vin and Cheng, 1996) between the
     groups that have turns waiting. One whose group has no other begins at the present, and so in the order of arrival;
-    others begin where the one before them ends. The present moves on by what is served, divided by the groups."""
+    others begin where the one before them ends. `now`, the present, moves on by what is served, divided by the
+    groups."""
 
     def __init__(self) -> None:
-        self._now = 0.0
+        self.now = 0.0
         self._ends: dict[str | int, float] = {}
         """By group: where the service of its waiting turns ends."""
         self._waiting: Counter[str | int] = Counter()
 
-    def begin(self, turn: Turn) -> int:
+    def begin(self, turn: Turn) -> float:
         """A turn waits."""
         group = turn.conversation.group
-        start = max(self._now, self._ends.get(group, 0.0))
+        start = max(self.now, self._ends.get(group, 0.0))
         self._ends[group] = start + turn.service
         self._waiting[group] += 1
-        return int(start)
+        return start
 
     def end(self, turn: Turn, served: bool) -> None:
+        """It does not wait any more; its group is not charged for what is not served."""
         group = turn.conversation.group
         if served:
-            self._now += turn.service / len(self._waiting)
+            self.now += turn.service / len(self._waiting)
+        else:
+            self._ends[group] -= turn.service
         self._waiting[group] -= 1
         if not self._waiting[group]:
             del self._waiting[group], self._ends[group]
@@ -108,13 +112,20 @@ class WaitingQueue:
 
     def append(self, turn: Turn, now: float, *, first: bool = False) -> None:
         """Let a turn wait: `first`, before all others, if it has lost its worker."""
-        start = self._shares.begin(turn)
-        after = turn.said.priority * PRIORITY + start * SHARE + next(self._numbers)
+        after = self._number(turn, self._shares.begin(turn))
         number = next(self._numbers_before) if first else after
         where = Group.SUSPECTS if turn.suspected else turn.conversation.home
         if not where:
             where = Group.NEWCOMERS if self._has_patience(turn, now) else Group.ANYWHERE
         self._line_up(where, (number, turn))
+
+    def _number(self, turn: Turn, start: float) -> int:
+        return turn.said.priority * PRIORITY + int(start) * SHARE + next(self._numbers)
+
+    def _out_of_patience(self, newcomer: Waiting) -> Waiting:
+        """It keeps its place among groups, if that has not passed while it let others pass."""
+        number, turn = newcomer
+        return max(number, self._number(turn, self._shares.now)), turn
 
     def _line_up(self, where: str | Group, waiting: Waiting) -> None:
         number, turn = waiting
@@ -153,12 +164,9 @@ class WaitingQueue:
             for waiting in line
         ]
         for waiting, where in sorted(lost, reverse=True, key=itemgetter(0)):
-            self._wait_anew(where, waiting, now, first=True)
-
-    def _wait_anew(self, where: str | Group, waiting: Waiting, now: float, *, first: bool = False) -> None:
-        self._leave(where, waiting)
-        self._shares.end(waiting[1], served=False)
-        self.append(waiting[1], now, first=first)
+            self._leave(where, waiting)
+            self._shares.end(waiting[1], served=False)
+            self.append(waiting[1], now, first=True)
 
     def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
         """Place the turns that can be placed. `changed` names the workers that may have room now for what they have
@@ -187,7 +195,8 @@ class WaitingQueue:
                     self._serve_lines(place, workers, changed, inf)
                 continue
             if not self._has_patience(turn, now):
-                self._wait_anew(Group.NEWCOMERS, first, now)
+                self._leave(Group.NEWCOMERS, first)
+                self._line_up(Group.ANYWHERE, self._out_of_patience(first))
                 return
             break  # It keeps its place, and those behind it wait for it.
         changed.clear()

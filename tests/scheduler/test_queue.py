@@ -32,9 +32,9 @@ from tests.support.scheduling import (
 )
 
 
-def waiting(id: str, home: str | None, beside: Turn | None = None) -> Turn:
+def waiting(id: str, home: str | None, beside: Turn | None = None, group: str = "") -> Turn:
     """A turn of a conversation of its own, or of the same conversation as `beside`."""
-    conversation = beside.conversation if beside else Conversation(id, home=home)
+    conversation = beside.conversation if beside else Conversation(id, group=group, home=home)
     conversation.active += 1
     return Turn(id, [1], SamplingParams(), 0, "", conversation, [], 0, 0.0, None, 1, 1, 1, 1)
 
@@ -386,6 +386,29 @@ def test_one_agent_with_fifty_sub_agents_does_not_hold_up_another() -> None:
     assert served[:2] == ["sub0", "other0"], "the first one came before the other"
     subs = [sum(name.startswith("sub") for name in served[:count]) for count in (10, 20, 40, 60)]
     assert subs == sorted(set(subs)), "it goes on, with the share of one among more and more groups"
+
+
+def test_a_group_is_not_charged_for_what_is_cancelled() -> None:
+    queue = Served(lambda turn, now: False).queue
+    queue.append(waiting("a0", None, group="a"), 0.0)
+    for _ in range(5):
+        again = waiting("again", None, group="a")
+        queue.append(again, 0.0)
+        queue.remove(again, set())
+    for name in ("a1", "b0", "b1", "a2"):
+        queue.append(waiting(name, None, group=name[0]), 0.0)
+    assert [turn.id for _, turn in queue.line(Group.ANYWHERE)] == ["a0", "b0", "a1", "b1", "a2"]
+
+
+def test_a_newcomer_whose_patience_is_over_keeps_the_place_of_its_group() -> None:
+    served = Served(lambda turn, now: now < 1)
+    for n in range(9):
+        served.queue.append(waiting(f"sub{n}", None, group="agent"), 0.0)
+    full = {"d0", "d1"}
+    served.serve(full, set(full), 2.0)
+    assert [turn.id for _, turn in served.queue.line(Group.ANYWHERE)] == ["sub0"]
+    served.queue.append(waiting("home", "d0"), 2.0)
+    assert served.serve(set(), set(full), 2.0)[:2] == ["sub0", "home"], "not behind all that its group still wants"
 
 
 def test_sub_agents_that_come_at_once_follow_the_prefix_that_the_first_one_computes() -> None:

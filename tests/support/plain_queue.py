@@ -61,12 +61,13 @@ class PlainQueue(WaitingQueue):
         newcomers = self.line(Group.NEWCOMERS)
         if not newcomers or not open_workers:
             return False
-        turn = newcomers[0][1]
+        newcomer = newcomers[0]
+        turn = newcomer[1]
         if place(turn, open_workers):
             return self._placed(turn)
         if not self._has_patience(turn, now):
-            self.remove(turn, set())
-            self.append(turn, now)
+            self._leave(Group.NEWCOMERS, newcomer)
+            insort(self.all, self._out_of_patience(newcomer))
         return False
 
     def _placed(self, turn: Turn) -> bool:
