@@ -186,10 +186,20 @@ class Scheduler:
         return [*commands, *self._place_queued(now, everywhere=True)]
 
     def retired(self, name: str) -> bool:
-        """Whether no turn runs on a worker, and no conversation moves away from it."""
+        """Whether no turn runs on a worker, no other one has its pages on lease, and no conversation moves away."""
+        if (view := self.workers.get(name)) and view.stats is not None and view.stats.leases:
+            return False
         return not any(turn.runs_on(name) for turn in self._turns.values()) and all(
             name != source for source, _ in self._moves.values()
         )
+
+    def _leave_retired(self, conversation: Conversation, now: float) -> list[Command]:
+        """Move a conversation whose home is to go, as soon as none of its turns runs."""
+        if conversation.home in self.cluster.retired and not any(
+            other.conversation is conversation and other.home for other in self._turns.values()
+        ):
+            return self._move(conversation, now)
+        return []
 
     def _move(self, conversation: Conversation, now: float) -> list[Command]:
         """Move the KV of a conversation to the decoder with the most room; where there is none, it is computed anew."""
@@ -403,7 +413,7 @@ class Scheduler:
         turn.run = turn.home = turn.prefill_at = None
         turn.early.clear()
         self._queue.append(turn, now, first=True)
-        return commands
+        return commands + self._leave_retired(turn.conversation, now)
 
     def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:
         """Settle the ledger; the conversation's KV stays at home."""
@@ -428,8 +438,4 @@ class Scheduler:
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
         commands: list[Command] = [Note(outcome(turn, finish, now))] if self.notes and turn.runs else []
-        if conversation.home in self.cluster.retired and not any(
-            other.conversation is conversation and other.home for other in self._turns.values()
-        ):
-            commands += self._move(conversation, now)
-        return commands
+        return commands + self._leave_retired(conversation, now)
