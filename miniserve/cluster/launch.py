@@ -75,7 +75,8 @@ class RunDir:
     def __init__(self, base: Path, path: Path | None = None) -> None:
         """Raises OSError."""
         base.mkdir(mode=0o700, exist_ok=True)
-        if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
+        found = base.lstat()  # a link of someone else may lead to what is ours: it has all permissions
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise OSError(f"{base} is not a private directory of this user: remove it, or set XDG_RUNTIME_DIR.")
         # One process at a time, so that none sweeps away what another has made and not locked yet.
         handle = os.open(base, os.O_RDONLY)
