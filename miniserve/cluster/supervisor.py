@@ -109,7 +109,12 @@ class Supervisor:
 
     async def add(self, name: str, engine: EngineConfig) -> None:
         """Start one more worker, and wait until it serves. Raises `StartupError`; then it is not there."""
-        self.engines |= await asyncio.to_thread(self._launcher.prepare, {name: engine})
+        self.engines[name] = engine  # at once: its device is not for another one
+        try:
+            self.engines |= await asyncio.to_thread(self._launcher.prepare, {name: engine})
+        except BaseException:
+            del self.engines[name]
+            raise
         self._start_worker(name, 1)
         while name not in self._ready and name not in self.failed and name in self.processes:
             await asyncio.sleep(WATCH_START_SECONDS)

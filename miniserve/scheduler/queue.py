@@ -154,6 +154,8 @@ class WaitingQueue:
                 self._leave(where, waiting)
                 self._shares.end(turn, served)
                 changed.update([home] if home else [])
+                if where is Group.ANYWHERE:
+                    self._let_go(changed)
 
     def homes_lost(self, now: float) -> None:
         """Some conversations have lost their home: their turns are newcomers again, and wait before the others."""

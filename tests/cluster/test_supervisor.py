@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from miniserve.cluster import devices
 from miniserve.cluster import supervisor as module
+from miniserve.cluster.devices import one_more
 from miniserve.cluster.launch import Launcher, StartupError, WorkerSpec
 from miniserve.cluster.messages import Envelope, StartFailed
 from miniserve.cluster.supervisor import Supervisor
-from miniserve.config import EngineConfig
+from miniserve.config import EngineConfig, Role
 from tests.support.fake_engine import READY
 
 
@@ -39,16 +42,21 @@ class Fake(Launcher):
         return Process(spec)
 
 
+def supervisor() -> Supervisor:
+    """Of one worker, for an owner that does not care."""
+    ignore = lambda *told: None  # noqa: E731
+    return Supervisor(
+        {"d0": EngineConfig(model="m")}, 60.0, Fake(), up=ignore, down=ignore, report=ignore, loading=ignore
+    )
+
+
 @pytest.fixture
 async def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """One worker that has served; it is started again at once when it ends."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(module, "WATCH_START_SECONDS", 0.01)
-    ignore = lambda *told: None  # noqa: E731
-    made = Supervisor(
-        {"d0": EngineConfig(model="m")}, 60.0, Fake(), up=ignore, down=ignore, report=ignore, loading=ignore
-    )
+    made = supervisor()
     monkeypatch.setattr(made._health, "died", lambda name, now: 0.0)
     starting = asyncio.create_task(made.start())
     while not made.processes:
@@ -114,7 +122,6 @@ async def test_a_worker_that_takes_its_time_to_leave_does_not_disturb_the_watch(
 ) -> None:
     await added(watched, "d1")
     monkeypatch.setattr(watched.processes["d1"], "stop", lambda seconds: time.sleep(0.2))
-    monkeypatch.setattr(watched._health, "silent", lambda now: {})
     await watched.remove("d1")
     assert not caplog.records
 
@@ -130,28 +137,49 @@ async def test_a_worker_that_is_removed_as_it_ends_is_not_started_again(watched:
     await end(watched, 3)  # others are still watched
 
 
-async def test_an_address_that_is_not_ours_is_what_the_start_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    launcher, ignore = Fake(), lambda *told: None
-    launcher.address = "192.0.2.1"
-    made = Supervisor({"d0": EngineConfig(model="m")}, 60.0, launcher, up=ignore, down=ignore, report=ignore, loading=ignore)
-    with pytest.raises(StartupError, match=r"192\.0\.2\.1"):
+@pytest.mark.parametrize(("address", "deep", "why"), [("192.0.2.1", "", "192.0.2.1"), ("", "x" * 100, "longer than")])
+async def test_a_start_without_sockets_says_why_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, deep: str, why: str
+) -> None:
+    (tmp_path / deep).mkdir(exist_ok=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / deep))
+    monkeypatch.setattr(Fake, "address", address)
+    made = supervisor()
+    with pytest.raises(StartupError, match=re.escape(why)):
         await made.start()
-    assert not list(tmp_path.glob("*/*"))
+    assert not list((tmp_path / deep).glob("miniserve-*/*"))
 
 
-async def test_a_directory_whose_name_is_too_long_for_sockets_is_what_the_start_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    deep = tmp_path / ("x" * 100)
-    deep.mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
-    ignore = lambda *told: None
-    made = Supervisor({"d0": EngineConfig(model="m")}, 60.0, Fake(), up=ignore, down=ignore, report=ignore, loading=ignore)
-    with pytest.raises(StartupError):
-        await made.start()
+async def test_two_workers_that_are_added_at_once_do_not_get_one_device(
+    watched: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "count_gpus", lambda: 3)
+    monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
+    watched.engines["d0"] = EngineConfig(model="m", device="cuda:0")
+    adding = [asyncio.create_task(added(watched, name)) for name in ("d1", "d2")]
+    await asyncio.gather(*adding)
+    assert sorted(engine.device for engine in watched.engines.values()) == ["cuda:0", "cuda:1", "cuda:2"]
+
+
+async def test_one_that_there_is_no_room_for_has_no_device(
+    watched: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Fake, engines: Any) -> Any:
+        raise StartupError("There is no room.")
+
+    monkeypatch.setattr(Fake, "prepare", full)
+    with pytest.raises(StartupError, match="no room"):
+        await watched.add("d1", EngineConfig(model="m"))
+    assert set(watched.engines) == {"d0"}
 
 
 async def added(workers: Supervisor, name: str) -> None:
-    adding = asyncio.create_task(workers.add(name, EngineConfig(model="m")))
+    """One more worker serves."""
+
+    async def add() -> None:
+        await workers.add(name, one_more(workers.engines, Role.DECODER))
+
+    adding = asyncio.create_task(add())
     async with asyncio.timeout(5):
         while name not in workers.processes:
             await asyncio.sleep(0.01)

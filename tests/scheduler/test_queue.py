@@ -89,6 +89,19 @@ def test_only_what_waits_for_a_worker_that_has_changed_is_tried_again() -> None:
     assert [turn.id for _, turn in served.queue.line("d1")] == ["b"]
 
 
+def test_what_a_cancelled_turn_has_claimed_is_tried_by_those_behind_it() -> None:
+    served = Served(lambda turn, now: False)
+    first, before = waiting("a", None), waiting("b", None)
+    before.said = Said(priority=-1)
+    served.queue.append(first, 0.0)
+    served.serve({"d0", "d1"}, {"d0", "d1"})
+    served.queue.append(before, 0.0)
+    changed = {"d0"}  # still too small for b
+    assert served.serve({"d0", "d1"}, changed) == ["b"]
+    served.queue.remove(before, changed)
+    assert served.serve(set(), changed) == ["a"]
+
+
 def test_a_newcomer_claims_nothing_while_it_has_patience_and_keeps_those_behind_it_waiting() -> None:
     served = Served(lambda turn, now: now < 1.0)
     queue, both = served.queue, {"d0", "d1"}
