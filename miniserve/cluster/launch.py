@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ with anything else to do one waits for another that does not even run."""
 CUDA_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 """Streams that share one of the GPU's queues wait for each other. By default there are 8, and a worker has a stream for
 each direction of each peer, some of which wait for that peer."""
+
+KILL_SECONDS = 5.0
+"""How long a killed process is waited for."""
 
 
 class StartupError(RuntimeError):
@@ -150,7 +154,10 @@ class WorkerProcess(subprocess.Popen[bytes]):
 
     def kill(self) -> None:
         super().kill()
-        self.wait()
+        try:
+            self.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.returncode = -signal.SIGKILL  # a driver that hangs holds it; nothing of it runs any more
 
 
 class Launcher:
