@@ -53,13 +53,13 @@ class Shares:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._ends: dict[str | int, float] = {}
-        """By group: where the service of its waiting turns ends."""
-        self._waiting: Counter[str | int] = Counter()
+        self._ends: dict[tuple[str | int, int], float] = {}
+        """By group and priority: where the service of its waiting turns ends."""
+        self._waiting: Counter[tuple[str | int, int]] = Counter()
 
     def begin(self, turn: Turn) -> float:
         """A turn waits."""
-        group = turn.conversation.group
+        group = turn.conversation.group, turn.said.priority
         start = max(self.now, self._ends.get(group, 0.0))
         self._ends[group] = start + turn.service
         self._waiting[group] += 1
@@ -67,7 +67,7 @@ class Shares:
 
     def end(self, turn: Turn, served: bool) -> None:
         """It does not wait any more; its group is not charged for what is not served."""
-        group = turn.conversation.group
+        group = turn.conversation.group, turn.said.priority
         if served:
             self.now += turn.service / len(self._waiting)
         else:

@@ -413,6 +413,15 @@ def test_a_group_is_not_charged_for_what_is_cancelled() -> None:
     assert [turn.id for _, turn in queue.line(Group.ANYWHERE)] == ["a0", "b0", "a1", "b1", "a2"]
 
 
+def test_a_group_does_not_wait_for_what_it_lets_others_pass() -> None:
+    queue = Served(lambda turn, now: False).queue
+    for name, priority in (("a-later", 1), ("a0", 0), ("b0", 0)):
+        turn = waiting(name, None, group=name[0])
+        turn.said = Said(priority=priority)
+        queue.append(turn, 0.0)
+    assert [turn.id for _, turn in queue.line(Group.ANYWHERE)] == ["a0", "b0", "a-later"]
+
+
 def test_a_newcomer_whose_patience_is_over_keeps_the_place_of_its_group() -> None:
     served = Served(lambda turn, now: now < 1)
     for n in range(9):
