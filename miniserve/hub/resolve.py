@@ -154,4 +154,5 @@ def _dummy_tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]
         vocab[alphabet[byte]] = byte if byte not in special else next(i for i in spare if i not in special)
     taken = set(vocab.values()) | special.keys()
     vocab |= {f"\u0120t{i}": i for i in range(vocab_size) if i not in taken}
-    return byte_level_bpe(vocab | {text: i for i, text in special.items()}, [], special, use_regex=False)
+    vocab |= {text: i for i, text in special.items()}
+    return json.loads(byte_level_bpe(vocab, [], special.values(), use_regex=False).to_str())

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from miniserve.config import problem, read_object
 from miniserve.families import text_model
@@ -34,25 +36,20 @@ def byte_alphabet() -> dict[int, str]:
 
 def byte_level_bpe(
     vocab: dict[str, int],
-    merges: list[list[str]],
-    special: dict[int, str],
+    merges: Iterable[tuple[str, str]],
+    special: Iterable[str],
     *,
     use_regex: bool = True,
-    before: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE. `vocab` maps all tokens, spelled in `byte_alphabet`, to ids; `special`
-    maps ids to special texts. `use_regex` splits text into words as GPT-2 does, after the pre-tokenizers `before`."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": special[i], **flags} for i in sorted(special)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
+    before: Sequence[Any] = (),
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE. `vocab` maps tokens, spelled in `byte_alphabet`, to ids; `special` texts that are not there get
+    the next ones. `use_regex` splits text into words as GPT-2 does, after the pre-tokenizers `before`."""
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    made = tokenizers.Tokenizer(BPE(vocab, [*merges]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*before, byte_level])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([*special])
+    return made
 
 
 class Tokenizer:
