@@ -66,8 +66,8 @@ class Doctor:
                 lost = {"turns": self._turns[name, kind, where], "tokens": tokens}
                 share = min(tokens / max(computed, 1), 1.0)
                 causes.append(card("Cause", kind=kind, where=where, share=share, **lost, **KINDS[kind]))
-        counts = {"prompt_tokens": seen.prompt, "computed_tokens": computed}
-        return card("ClientReport", seen, client=client or "other clients", causes=causes, **counts)
+        name = client or "other clients"
+        return card("ClientReport", seen, client=name, causes=causes, computed_tokens=computed)
 
     def note(self, client: str, conversation: str | int, found: tuple[Card, str]) -> None:
         """Remember a miss and the role of the message that it is in."""
