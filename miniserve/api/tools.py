@@ -120,11 +120,13 @@ class AllowedCalls:
         choice: Literal["none", "auto", "required"] | dict[str, Any] | None,
         parallel: bool | None,
     ) -> None:
-        tools = tools or []
         mode, names = _read_choice(choice)
         if not tools and mode not in ("none", "auto"):
             raise ParameterError("tool_choice", "A `tool_choice` that asks for a call needs `tools`.")
-        chosen = tools if names is None else [_named(tools, name) for name in names]
+        known = {tool["function"]["name"]: tool for tool in tools or []}
+        if unknown := [name for name in names or () if name not in known]:
+            raise ParameterError("tool_choice", f"`tool_choice` names {unknown[0][:128]!r}, which is none of `tools`.")
+        chosen = [known[name] for name in (known if names is None else names)]
         self.callable = [] if mode == "none" else chosen
         self.forced = chosen if mode in ("required", "named") else []
         self.single = parallel is False or mode == "named"
@@ -149,10 +151,3 @@ def _name_in(tool: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise ParameterError("tool_choice", problem("api.tool_choice"))
     return name
-
-
-def _named(tools: list[Tool], name: str) -> Tool:
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            return tool
-    raise ParameterError("tool_choice", f"`tool_choice` names {name[:128]!r}, which is none of `tools`.")
