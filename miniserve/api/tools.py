@@ -85,18 +85,19 @@ def check_function(function: dict[str, Any], at: str) -> None:
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ParameterError(f"{at}.name", problem("api.tool_name", at=at, name=str(name)[:64]))
-    if not isinstance(function.get("description") or "", str):
-        raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")
-    parameters = without_nulls(function.get("parameters"))
-    if parameters is None:
-        return
-    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-        raise ParameterError(f"{at}.parameters", f"`{at}.parameters` must be a JSON schema of the type object.")
-    if not isinstance(parameters.get("properties", {}), dict):
-        raise ParameterError(f"{at}.parameters.properties", f"`{at}.parameters.properties` must be an object.")
+    given = without_nulls(function.get("parameters"))
+    parameters = given if isinstance(given, dict) else {}
     required = parameters.get("required", [])
-    if not (isinstance(required, list) and all(isinstance(key, str) for key in required)):
-        raise ParameterError(f"{at}.parameters.required", f"`{at}.parameters.required` must be a list of strings.")
+    listed = isinstance(required, list) and all(isinstance(key, str) for key in required)
+    schema = isinstance(given, dict | None) and parameters.get("type", "object") == "object"
+    for place, right, what in (
+        ("description", isinstance(function.get("description") or "", str), "a string"),
+        ("parameters", schema, "a JSON schema of the type object"),
+        ("parameters.properties", isinstance(parameters.get("properties", {}), dict), "an object"),
+        ("parameters.required", listed, "a list of strings"),
+    ):
+        if not right:
+            raise ParameterError(f"{at}.{place}", f"`{at}.{place}` must be {what}.")
 
 
 def with_all_keys(tool: Tool) -> Tool:
