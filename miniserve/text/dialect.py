@@ -77,7 +77,7 @@ class Dialect(msgspec.Struct, frozen=True):
             example = self.form.write([("name_of_tool", {"name_of_parameter": "value"})])
             told = json.dumps(tools, ensure_ascii=False)
             messages = _with_system(messages, DESCRIPTION.format(tools=told, example=example))
-        if not self.knows_calls or self.demands.no_tool:
+        if not self.knows_calls or "no_tool" in self.demands:
             messages = [self._spelled(message) for message in messages]
         elif not self.form.parallel:
             messages = _one_by_one(messages)
