@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +132,14 @@ def dummy_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
         },
     }
     texts = {name: json.dumps(data) for name, data in files.items()}
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        for name, text in texts.items():
+            (out / name).write_text(text, "utf-8")
+
     # Named after its content, so that it never changes under a process that reads it.
-    return make_once(root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}", partial(_write, texts))
-
-
-def _write(texts: dict[str, str], out: Path) -> None:
-    out.mkdir()
-    for name, text in texts.items():
-        (out / name).write_text(text, "utf-8")
+    return make_once(root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}", make)
 
 
 def _dummy_tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:

@@ -118,9 +118,8 @@ def _find_format(tokenizer: Tokenizer, knows_tools: bool) -> str:
 
 def _find_reasoning(tokenizer: Tokenizer) -> ReasoningMarks | None:
     for marks in REASONING_MARKS.values():
-        if any(mark in tokenizer.template_text for mark in (marks.start, marks.end)):
-            return marks
-        if None not in (tokenizer.control_id(marks.start), tokenizer.control_id(marks.end)):
+        both = marks.start, marks.end
+        if any(mark in tokenizer.template_text for mark in both) or None not in map(tokenizer.control_id, both):
             return marks
     return None
 
