@@ -56,13 +56,10 @@ def json_calls(text: str, name: str = "") -> list[Call]:
 
 
 def _call(written: _Written) -> Call | None:
-    name, arguments = written.name, written.arguments or written.parameters
-    if written.function:
-        inner = msgspec.json.decode(written.function, type=str | _Written)
-        if isinstance(inner, str):
-            name = name or inner
-        else:
-            name, arguments = name or inner.name, arguments or inner.arguments or inner.parameters
+    said = msgspec.json.decode(written.function or b'""', type=str | _Written)
+    inner = _Written(said) if isinstance(said, str) else said
+    name = written.name or inner.name
+    arguments = written.arguments or written.parameters or inner.arguments or inner.parameters
     return _call_with(name, bytes(arguments or b"{}").decode()) if name else None
 
 
