@@ -104,18 +104,9 @@ class Doctor:
             return None
         if change.first and (kind == "tools" or (place.role not in ("tools", "system") and not leads)):
             return None  # a session that begins alike, of other tools or with other words of its user
-        miss = {
-            "turn": turn,
-            "kind": kind,
-            "field": place.field,
-            "token": at,
-            "lost": lost,
-            "before": old if self._consent else None,
-            "after": new if self._consent else None,
-            "before_hash": self._digest(old),
-            "after_hash": self._digest(new),
-        }
-        return miss, place.role
+        texts = {"before": old if self._consent else None, "after": new if self._consent else None}
+        hashes = {"before_hash": self._digest(old), "after_hash": self._digest(new)}
+        return card("Miss", place, turn=turn, kind=kind, token=at, lost=lost, **texts, **hashes), place.role
 
     def _digest(self, text: str) -> str:
         return blake2b(text.encode(), digest_size=6, key=self._secret).hexdigest()
