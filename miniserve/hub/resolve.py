@@ -65,7 +65,8 @@ def resolve(
         return ModelFiles(folder, found.config, f"{source}, {found.format}" if found.format else source)
 
     if own := _own_folder(model):
-        if own.is_file() or _is_gguf(own):
+        ready = any(own.glob("*.safetensors")) or (own / GGUF_INDEX).is_file()
+        if own.is_file() or (any(own.glob("*.gguf")) and not ready):
             return files(gguf_folder(own, progress), str(own))
         return files(own, f"folder {own}")
     known, hub_id = presets(), model
@@ -87,11 +88,6 @@ def resolve(
     except HFValidationError as error:
         raise ModelError(_unknown(hub_id, known)) from error
     return files(folder, f"{hub_id} from the Hugging Face hub, in {folder}")
-
-
-def _is_gguf(folder: Path) -> bool:
-    """Whether the only weights in it are GGUF."""
-    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")) and not (folder / GGUF_INDEX).is_file()
 
 
 def _own_folder(model: str) -> Path | None:

@@ -193,18 +193,12 @@ class TagParser(CallParser):
 
     def _function(self, body: str) -> list[Call]:
         head = self._HEAD.match(body)
-        if head is None:
+        if head is None or self._PARAMETER.sub("", body[head.end() :]):  # something stands between its parameters
             return []
         schema = self._schemas.get(head[1])
         arguments: dict[str, Any] = {}
-        at = head.end()
-        while at < len(body):
-            found = self._PARAMETER.match(body, at)
-            if found is None:
-                return []
-            text = found[2].removeprefix("\n").removesuffix("\n")
-            arguments[found[1]] = typed(text, argument(schema, found[1]), schema)
-            at = found.end()
+        for key, text in self._PARAMETER.findall(body, head.end()):
+            arguments[key] = typed(text.removeprefix("\n").removesuffix("\n"), argument(schema, key), schema)
         return [Call(head[1], json.dumps(arguments, ensure_ascii=False))]
 
 
