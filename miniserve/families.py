@@ -1,9 +1,12 @@
-"""The families of models that are served, and what tells one from another (`families.toml`)."""
+"""The families of models that are served, what tells one from another (`families.toml`), and the values of a model's
+config.json, checked."""
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from miniserve.config import tables
+from miniserve.config import ConfigError, tables
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,24 @@ def text_model(config: dict[str, Any]) -> dict[str, Any]:
     outer = {key: value for key, value in config.items() if not key.endswith("_config") or key.startswith("quant")}
     text = {key: value for key, value in text.items() if key != "architectures"}
     return text | outer | {key: value for key, value in text.items() if value is not None}
+
+
+def number(config: dict[str, Any], name: str, default: float | None = None, kind: type = float) -> Any:
+    """A number above zero, of the type `kind`. Raises `ConfigError`."""
+    value = default if config.get(name) is None else config[name]
+    if value is None:
+        raise ConfigError(f"The model's config.json has no {name!r}.")
+    if type(value) not in (int, kind) or not 0 < value < math.inf:
+        number = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"The model's config.json has {name!r}: {value!r:.60}, which must be {number} above zero.")
+    return value
+
+
+whole = partial(number, kind=int)
+
+
+def flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise ConfigError(f"The model's config.json has {name!r}: {value!r:.60}, which must be true or false.")
+    return bool(value)

@@ -1,7 +1,6 @@
 """The engine in this process: no server, no other processes. `LLM("smollm2-135m").generate("Once upon a time")`."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ class LLM:
 
     def _run(self, generations: list[RequestOutput], params: list[SamplingParams], progress: bool, salt: str) -> None:
         root = root_hash(self._built.layout, salt)
-        open_turns: dict[str, _Turn] = {}
+        open_turns: dict[str, tuple[RequestOutput, CompletionOutput, IncrementalDetokenizer]] = {}
         for generation, p in zip(generations, params, strict=True):
             for index in range(p.n):
                 completion = CompletionOutput(index, logprobs=None if p.logprobs is None else [])
@@ -137,7 +136,7 @@ class LLM:
                 turn = str(self._turns)
                 own = p.nth(index)
                 seed = time.time_ns() + self._turns if own.seed is None else own.seed
-                open_turns[turn] = _Turn(generation, completion, IncrementalDetokenizer(self.tokenizer, own))
+                open_turns[turn] = generation, completion, IncrementalDetokenizer(self.tokenizer, own)
                 self.engine.add(Sequence(turn, generation.prompt_token_ids, own, seed, root))
         try:
             with Progress(*PROGRESS, disable=not progress) as bar:
@@ -147,7 +146,7 @@ class LLM:
                     if self.engine.compiling and not self.engine.has_work:
                         time.sleep(COMPILING_SECONDS)
                     for output in self.engine.step().outputs:
-                        ended = open_turns[output.turn].take(output)
+                        ended = _take(output, *open_turns[output.turn])
                         if ended:
                             del open_turns[output.turn]
                             self.engine.abort(output.turn)  # it knows nothing of stop strings
@@ -187,31 +186,21 @@ class LLM:
             raise ParameterError("prompts", f"A prompt has a token id outside 0 to {vocab - 1}.")
 
 
-@dataclass
-class _Turn:
-    """A completion while it is made."""
-
-    generation: RequestOutput
-    completion: CompletionOutput
-    words: IncrementalDetokenizer
-
-    def take(self, output: TurnOutput) -> bool:
-        """Add one step's output to the completion; whether it ends with that."""
-        done = self.completion
-        if isinstance(output, Failed):
-            done.text += self.words.flush()
-            done.error = output.error
-            return True
-        text, count = self.words.feed(output)
-        done.text += text
-        done.token_ids += output.tokens[:count]
-        if done.logprobs is not None:
-            done.logprobs += (output.logprobs or [])[:count]
-        if done.index == 0 and isinstance(output, FirstToken):
-            self.generation.cached_tokens = output.cached_tokens
-            self.generation.prompt_logprobs = output.prompt_logprobs
-        done.finish_reason, done.stop_reason = self.words.finish, self.words.stop_reason
-        return done.finish_reason is not None
+def _take(output: TurnOutput, made: RequestOutput, done: CompletionOutput, words: IncrementalDetokenizer) -> bool:
+    """Add one step's output to a completion that is `made`; whether it ends with that."""
+    if isinstance(output, Failed):
+        done.text += words.flush()
+        done.error = output.error
+        return True
+    text, count = words.feed(output)
+    done.text += text
+    done.token_ids += output.tokens[:count]
+    if done.logprobs is not None:
+        done.logprobs += (output.logprobs or [])[:count]
+    if done.index == 0 and isinstance(output, FirstToken):
+        made.cached_tokens, made.prompt_logprobs = output.cached_tokens, output.prompt_logprobs
+    done.finish_reason, done.stop_reason = words.finish, words.stop_reason
+    return done.finish_reason is not None
 
 
 def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:

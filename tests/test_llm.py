@@ -13,7 +13,7 @@ from miniserve.api.generation import Choice
 from miniserve.cluster.messages import Ended, TokenLogprob, Tokens, TurnOutput
 from miniserve.config import ConfigError
 from miniserve.hub.check import ModelError
-from miniserve.llm import LLM, CompletionOutput, RequestOutput, _Turn
+from miniserve.llm import LLM, CompletionOutput, RequestOutput, _take
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.detokenizer import IncrementalDetokenizer
 from tests.support.whole import check_pool
@@ -106,13 +106,13 @@ def test_the_same_tokens_give_what_the_server_gives(llm: LLM, said: list[TurnOut
     choice = Choice(0, [1], params, llm.tokenizer)
     completion = CompletionOutput(0, logprobs=None if params.logprobs is None else [])
     words = IncrementalDetokenizer(llm.tokenizer, params)
-    turn = _Turn(RequestOutput("", [1], [completion]), completion, words)
+    turn = RequestOutput("", [1], [completion]), completion, words
     for output in said:
         logprobs = [TokenLogprob(token, -0.5, 1, []) for token in output.tokens]
         if params.logprobs is not None:
             output = msgspec.structs.replace(output, logprobs=logprobs)
         choice.feed(output)
-        assert turn.take(output) is (choice.finish is not None)
+        assert _take(output, *turn) is (choice.finish is not None)
     parts, logprobs = choice.take()
     assert (completion.text, completion.logprobs or []) == ("".join(map(str, parts)), logprobs)
     assert (completion.finish_reason, completion.stop_reason) == (choice.finish, choice.stop_reason)

@@ -131,9 +131,7 @@ class Generation:
         self._metrics = metrics
         self._arrived = arrived
         self._tasks: list[asyncio.Task[None]] = []
-        self._updated: dict[int, Choice] = {}
-        self._wake = asyncio.Event()
-        self._failure: Exception | None = None
+        self._news: asyncio.Queue[Choice | Exception] = asyncio.Queue()
         self._groups = [
             [Choice(p * params.n + i, prompt, params.nth(i), tokenizer, reader(prompt)) for i in range(params.n)]
             for p, (prompt, params) in enumerate(prompts)
@@ -160,14 +158,12 @@ class Generation:
         """The choices that have gone on since the last time, until all have ended. Raises what a choice failed with."""
         running = len(self.choices)
         while running:
-            while not self._updated and self._failure is None:
-                self._wake.clear()
-                await self._wake.wait()
-            if not self._updated and self._failure is not None:
-                raise self._failure
-            updated, self._updated = list(self._updated.values()), {}
-            running -= sum(choice.finish is not None for choice in updated)
-            yield updated
+            news = [await self._news.get(), *(self._news.get_nowait() for _ in range(self._news.qsize()))]
+            if updated := [*dict.fromkeys(one for one in news if isinstance(one, Choice))]:
+                running -= sum(choice.finish is not None for choice in updated)
+                yield updated
+            for failure in (one for one in news if isinstance(one, Exception)):
+                raise failure
 
     async def finish(self) -> None:
         async for _ in self.updates():
@@ -185,8 +181,7 @@ class Generation:
             self._metrics.ended("error", self._arrived)
             turn.cancel()
             choice.turn = None
-            self._failure = error
-            self._wake.set()
+            self._news.put_nowait(error)
 
     async def _read(self, choice: Choice, turn: TurnStream, siblings: list[Choice]) -> None:
         first = before = None
@@ -211,8 +206,7 @@ class Generation:
                     turn.cancel()
                 self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
                 self._measure(choice, first - choice.began, prefill, now - first)
-            self._updated[choice.index] = choice
-            self._wake.set()
+            self._news.put_nowait(choice)
             if choice.finish is not None:
                 return
         raise EngineError("The engine has lost this request: send it again.")

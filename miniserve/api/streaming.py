@@ -8,7 +8,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 import msgspec
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from miniserve.api.errors import as_api_error
@@ -39,22 +39,16 @@ COMMENT = b": ping\n\n"
 """An event without fields: parsers pass over it, and connections are seen to be alive."""
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Sends `events`, and closes them when the client disconnects. When there was none for `seconds` it sends `ping`;
     never, if that is 0. The status goes with the first event: what is raised before it is an answer of its own."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], seconds: float = 0.0, ping: bytes = COMMENT) -> None:
-        # The base class would render a body, and announce its length.
-        self.status_code = 200
-        self.background = None
-        self._events = events
-        self._seconds = seconds
-        self._ping = ping
-        self._sent = 0.0
         # Proxies that buffer (nginx) would hold back tokens.
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events, self._seconds, self._ping, self._sent = events, seconds, ping, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):

@@ -85,18 +85,19 @@ def check_function(function: dict[str, Any], at: str) -> None:
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ParameterError(f"{at}.name", problem("api.tool_name", at=at, name=str(name)[:64]))
-    if not isinstance(function.get("description") or "", str):
-        raise ParameterError(f"{at}.description", f"`{at}.description` must be a string.")
-    parameters = without_nulls(function.get("parameters"))
-    if parameters is None:
-        return
-    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-        raise ParameterError(f"{at}.parameters", f"`{at}.parameters` must be a JSON schema of the type object.")
-    if not isinstance(parameters.get("properties", {}), dict):
-        raise ParameterError(f"{at}.parameters.properties", f"`{at}.parameters.properties` must be an object.")
+    given = without_nulls(function.get("parameters"))
+    parameters = given if isinstance(given, dict) else {}
     required = parameters.get("required", [])
-    if not (isinstance(required, list) and all(isinstance(key, str) for key in required)):
-        raise ParameterError(f"{at}.parameters.required", f"`{at}.parameters.required` must be a list of strings.")
+    listed = isinstance(required, list) and all(isinstance(key, str) for key in required)
+    schema = isinstance(given, dict | None) and parameters.get("type", "object") == "object"
+    for place, right, what in (
+        ("description", isinstance(function.get("description") or "", str), "a string"),
+        ("parameters", schema, "a JSON schema of the type object"),
+        ("parameters.properties", isinstance(parameters.get("properties", {}), dict), "an object"),
+        ("parameters.required", listed, "a list of strings"),
+    ):
+        if not right:
+            raise ParameterError(f"{at}.{place}", f"`{at}.{place}` must be {what}.")
 
 
 def with_all_keys(tool: Tool) -> Tool:
@@ -120,11 +121,13 @@ class AllowedCalls:
         choice: Literal["none", "auto", "required"] | dict[str, Any] | None,
         parallel: bool | None,
     ) -> None:
-        tools = tools or []
         mode, names = _read_choice(choice)
         if not tools and mode not in ("none", "auto"):
             raise ParameterError("tool_choice", "A `tool_choice` that asks for a call needs `tools`.")
-        chosen = tools if names is None else [_named(tools, name) for name in names]
+        known = {tool["function"]["name"]: tool for tool in tools or []}
+        if unknown := [name for name in names or () if name not in known]:
+            raise ParameterError("tool_choice", f"`tool_choice` names {unknown[0][:128]!r}, which is none of `tools`.")
+        chosen = [known[name] for name in (known if names is None else names)]
         self.callable = [] if mode == "none" else chosen
         self.forced = chosen if mode in ("required", "named") else []
         self.single = parallel is False or mode == "named"
@@ -149,10 +152,3 @@ def _name_in(tool: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise ParameterError("tool_choice", problem("api.tool_choice"))
     return name
-
-
-def _named(tools: list[Tool], name: str) -> Tool:
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            return tool
-    raise ParameterError("tool_choice", f"`tool_choice` names {name[:128]!r}, which is none of `tools`.")

@@ -16,6 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Regex, normalizers
+from tokenizers.pre_tokenizers import Digits, Split
+from tokenizers.processors import TemplateProcessing
+
 from miniserve.cluster.launch import import_path
 from miniserve.config import cache_dir, make_once, problem, read_object, tables
 from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN, ModelError
@@ -189,28 +193,25 @@ def _tokenizer(file: Path, meta: dict[str, Any]) -> str:
     if kind != "gpt2" or split is None:
         raise ValueError(problem("hub.tokenizer", kind=kind, pre=pre))
     types, regex, whole = meta["tokenizer.ggml.token_type"], split["regex"], split.get("whole", False)
-    before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if "digits" in split else []
-    if regex:
-        before = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}]
+    before: list[Any] = [Digits(individual_digits=True)] if "digits" in split else []
     made = byte_level_bpe(
         {token: i for i, token in enumerate(tokens)},
-        [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
-        {i: token for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)},
+        (tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]),
+        (token for token, type in zip(tokens, types, strict=True) if type == CONTROL),
         use_regex=not regex,
-        before=before,
+        before=[Split(Regex(regex), "isolated")] if regex else before,
     )
-    made["model"]["ignore_merges"] = whole
-    for added in made["added_tokens"]:
-        added["special"] = types[added["id"]] == CONTROL
+    others = (token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED)
+    made.add_tokens([AddedToken(token, normalized=False) for token in others])
+    made.model.ignore_merges = whole
     if "normalizer" in split:
-        made["normalizer"] = {"type": split["normalizer"]}
+        made.normalizer = getattr(normalizers, split["normalizer"])()
     bos = meta.get("tokenizer.ggml.bos_token_id")
     if bos is not None and meta.get("tokenizer.ggml.add_bos_token", whole):
-        first, text = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-        known = {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}
-        pieces = {"single": [first, text], "pair": [first, text, first, {"Sequence": {"id": "B", "type_id": 1}}]}
-        made["post_processor"] = {"type": "TemplateProcessing", **pieces, "special_tokens": known}
-    return json.dumps(made, ensure_ascii=False)
+        first = [tokens[bos], "$A"]
+        pair = [*first, tokens[bos], "$B:1"]
+        made.post_processor = TemplateProcessing(single=first, pair=pair, special_tokens=[(tokens[bos], bos)])
+    return made.to_str()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,8 @@ def resolve(
         return ModelFiles(folder, found.config, f"{source}, {found.format}" if found.format else source)
 
     if own := _own_folder(model):
-        if own.is_file() or _is_gguf(own):
+        ready = any(own.glob("*.safetensors")) or (own / GGUF_INDEX).is_file()
+        if own.is_file() or (any(own.glob("*.gguf")) and not ready):
             return files(gguf_folder(own, progress), str(own))
         return files(own, f"folder {own}")
     known, hub_id = presets(), model
@@ -88,11 +88,6 @@ def resolve(
     except HFValidationError as error:
         raise ModelError(_unknown(hub_id, known)) from error
     return files(folder, f"{hub_id} from the Hugging Face hub, in {folder}")
-
-
-def _is_gguf(folder: Path) -> bool:
-    """Whether the only weights in it are GGUF."""
-    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")) and not (folder / GGUF_INDEX).is_file()
 
 
 def _own_folder(model: str) -> Path | None:
@@ -133,14 +128,14 @@ def dummy_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
         },
     }
     texts = {name: json.dumps(data) for name, data in files.items()}
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        for name, text in texts.items():
+            (out / name).write_text(text, "utf-8")
+
     # Named after its content, so that it never changes under a process that reads it.
-    return make_once(root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}", partial(_write, texts))
-
-
-def _write(texts: dict[str, str], out: Path) -> None:
-    out.mkdir()
-    for name, text in texts.items():
-        (out / name).write_text(text, "utf-8")
+    return make_once(root / f"{alias}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:8]}", make)
 
 
 def _dummy_tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:
@@ -154,4 +149,5 @@ def _dummy_tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]
         vocab[alphabet[byte]] = byte if byte not in special else next(i for i in spare if i not in special)
     taken = set(vocab.values()) | special.keys()
     vocab |= {f"\u0120t{i}": i for i in range(vocab_size) if i not in taken}
-    return byte_level_bpe(vocab | {text: i for i, text in special.items()}, [], special, use_regex=False)
+    vocab |= {text: i for i, text in special.items()}
+    return json.loads(byte_level_bpe(vocab, [], special.values(), use_regex=False).to_str())

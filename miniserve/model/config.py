@@ -6,9 +6,8 @@ from typing import Any, Self
 import torch
 
 from miniserve.config import ConfigError, problem
-from miniserve.families import FAMILIES, Family
+from miniserve.families import FAMILIES, Family, flag, number, whole
 from miniserve.model import rope
-from miniserve.model.values import flag, number, whole
 from miniserve.ops.decoder import DeltaSizes, Sizes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

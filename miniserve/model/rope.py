@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miniserve.config import ConfigError
-from miniserve.model.values import number, whole
+from miniserve.families import number, whole
 
 PARTIAL = "partial_rotary_factor"
 ATTENTIONS = ("full_attention", "sliding_attention")

@@ -66,8 +66,8 @@ class Doctor:
                 lost = {"turns": self._turns[name, kind, where], "tokens": tokens}
                 share = min(tokens / max(computed, 1), 1.0)
                 causes.append(card("Cause", kind=kind, where=where, share=share, **lost, **KINDS[kind]))
-        counts = {"prompt_tokens": seen.prompt, "computed_tokens": computed}
-        return card("ClientReport", seen, client=client or "other clients", causes=causes, **counts)
+        name = client or "other clients"
+        return card("ClientReport", seen, client=name, causes=causes, computed_tokens=computed)
 
     def note(self, client: str, conversation: str | int, found: tuple[Card, str]) -> None:
         """Remember a miss and the role of the message that it is in."""
@@ -104,18 +104,9 @@ class Doctor:
             return None
         if change.first and (kind == "tools" or (place.role not in ("tools", "system") and not leads)):
             return None  # a session that begins alike, of other tools or with other words of its user
-        miss = {
-            "turn": turn,
-            "kind": kind,
-            "field": place.field,
-            "token": at,
-            "lost": lost,
-            "before": old if self._consent else None,
-            "after": new if self._consent else None,
-            "before_hash": self._digest(old),
-            "after_hash": self._digest(new),
-        }
-        return miss, place.role
+        texts = {"before": old if self._consent else None, "after": new if self._consent else None}
+        hashes = {"before_hash": self._digest(old), "after_hash": self._digest(new)}
+        return card("Miss", place, turn=turn, kind=kind, token=at, lost=lost, **texts, **hashes), place.role
 
     def _digest(self, text: str) -> str:
         return blake2b(text.encode(), digest_size=6, key=self._secret).hexdigest()

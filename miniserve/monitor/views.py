@@ -4,6 +4,7 @@ Each is a card: JSON that has a schema in `views.toml`, which OpenAPI shows too.
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from miniserve.cluster.messages import WorkerStats
@@ -15,6 +16,11 @@ from miniserve.scheduler.turns import Turn, TurnState
 from miniserve.scheduler.workers import Link, WorkerView
 
 SCHEMAS = tables("monitor/views.toml")
+SOURCES = {
+    kind: {name: schema.pop("of", name) for name, schema in table["properties"].items()}
+    for kind, table in SCHEMAS.items()
+}
+"""Which attribute each property of a card shows."""
 Card = dict[str, Any]
 MOST_LISTED = 1000
 """Conversations in one answer; the latest come first."""
@@ -23,10 +29,11 @@ MOST_LISTED = 1000
 def card(kind: str, /, *sources: object, **own: Any) -> Card:
     """A `kind` of views.toml: properties that are not among `own` are those of the first source that has them."""
 
-    def value(name: str) -> Any:
-        return own[name] if name in own else next(getattr(source, name) for source in sources if hasattr(source, name))
+    def found(path: str) -> Any:
+        first = path.partition(".")[0]
+        return attrgetter(path)(next(source for source in sources if hasattr(source, first)))
 
-    return {name: value(name) for name in SCHEMAS[kind]["properties"]}
+    return {name: own[name] if name in own else found(path) for name, path in SOURCES[kind].items()}
 
 
 def conversation_list(scheduler: Scheduler, now: float, limit: int) -> Card:
@@ -79,7 +86,6 @@ def _card(scheduler: Scheduler, conversation: Conversation, turns: list[Turn], n
         id=str(conversation.key),
         object="conversation",
         kind="side" if scheduler.conversations.is_side(conversation) else kind,
-        client=conversation.said.client,
         group=str(group),
         parent=None if parent is None else str(parent),
         by=by,
@@ -96,11 +102,9 @@ def _went_on(parent: Conversation | None, child: Conversation) -> bool:
 
 
 def _turn(record: TurnRecord, names: list[str]) -> Card:
-    tokens = {f"{name}_tokens": getattr(record, name) for name in ("prompt", "new", "cached", "output")}
     return card(
         "TurnCard",
         record,
-        **tokens,
         after_tool=bool(record.tool),
         home=names[record.home],
         prefill_at=names[record.home if record.prefill_at is None else record.prefill_at],
@@ -112,8 +116,7 @@ def _turn(record: TurnRecord, names: list[str]) -> Card:
 def _running(turn: Turn, now: float) -> Card:
     # A turn that runs again decodes, as its client sees it.
     state = "queued" if turn.state is TurnState.QUEUED else "decode" if turn.delivered else "prefill"
-    own = {"request": turn.id, "state": state, "conversation": str(turn.conversation.key), "turn": turn.number}
-    own |= {"prompt_tokens": turn.given, "output_tokens": turn.delivered, "age": now - turn.arrived}
+    own = {"state": state, "conversation": str(turn.conversation.key), "age": now - turn.arrived}
     return card("RunningTurn", turn, **own, prefill_at=turn.prefill_at or turn.home)
 
 
@@ -125,24 +128,19 @@ def worker_list(scheduler: Scheduler, policy: str, now: float) -> Card:
 
 def _link(source: str, destination: str, link: Link) -> Card:
     rate = link.bandwidth.value if link.bandwidth.count else None
-    own = {"source": source, "destination": destination, "moves": link.count, "exposed": link.exposed.value}
-    return card("LinkCard", link, **own, bandwidth=rate)
+    return card("LinkCard", link, source=source, destination=destination, bandwidth=rate)
 
 
 def _worker(view: WorkerView, now: float) -> Card:
     speed = view.speed
     # A worker that has not reported yet is untouched.
     stats = view.stats or WorkerStats(view.total_pages, view.total_pages, 0, 0, 0, 0, 0, 0)
-    pages = {"total": view.total_pages, "free": stats.free_pages, "cached": stats.cached_pages}
     return card(
         "WorkerCard",
         view,
         stats,
-        role=view.role.value,
         last_heard=now - view.reported if view.stats else None,
-        load=view.load.value,
-        prefilling=view.prefilling.value,
-        kv=card("Kv", view, stats, **pages, held=stats.held_pages, host_used=stats.host_pages),
+        kv=card("Kv", view, stats),
         rates={
             "prefill_512": speed.prefill(512) if speed.prefills.measured else None,
             "prefill_2048": speed.prefill(2048) if speed.prefills.measured else None,

@@ -72,7 +72,7 @@ void rope(T* x, int64_t x_stride, int64_t rows, int64_t heads, int64_t dim, int6
 
 // --- the model -------------------------------------------------------------------------------------------------------
 
-// The parts of a layer as in ops/decoder.py; ops/cpu_structs.py reads the fields here. q, k, v and gates are one matrix;
+// The parts of a layer as in ops/decoder.py; ops/native.py reads the fields here. q, k, v and gates are one matrix;
 // the norms may be null. cos and sin are [positions, rotary] as in `rope`.
 template <typename T>
 struct Attention {

@@ -10,7 +10,7 @@
 
 #include "cpu_products.h"
 
-// What all layers of a step share; ops/cpu_structs.py reads its fields here. Counts are in elements unless said otherwise.
+// What all layers of a step share; ops/native.py reads its fields here. Counts are in elements unless said otherwise.
 struct Batch {
     int32_t sequences;
     const int32_t *starts, *lengths, *contexts;  // [sequences]: first row, new tokens, tokens with these

@@ -13,7 +13,7 @@
 
 namespace {
 
-// As in ops/decoder.py; ops/cpu_structs.py reads the fields here.
+// As in ops/decoder.py; ops/native.py reads the fields here.
 template <typename T>
 struct DeltaNet {
     int32_t index, k_heads, v_heads, k_dim, v_dim, taps;

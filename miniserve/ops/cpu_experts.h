@@ -16,7 +16,7 @@
 
 namespace {
 
-// As in ops/decoder.py; ops/cpu_structs.py reads the fields here.
+// As in ops/decoder.py; ops/native.py reads the fields here.
 template <typename T>
 struct Mlp {
     Matrix<T> gate_up, down;

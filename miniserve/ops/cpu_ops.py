@@ -12,13 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.ops.cpu_structs import BLOCK, GATES, ROWS, STRUCTS, NativePlan
 from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Layer, Mlp, Sizes, State, Weights
 from miniserve.ops.group import Group
-from miniserve.ops.native import NoKernels, load
+from miniserve.ops.native import STRUCTS, NoKernels, load
 from miniserve.ops.quantized import GROUP, Quantized, Weight
 from miniserve.ops.torch_ops import filter_sorted, rotary_tables
 
+BLOCK = 64
+"""Columns of a product whose weights are packed together: KEYS in cpu_vectors.h. Of gates and ups half are either."""
+ROWS = 6
+"""Rows of a product that vectors compute at once; tiles take 16."""
+GATES = {"silu": 1, "gelu_tanh": 2}
+"""`Gate` in cpu_packing.h."""
 ARENA_BYTES = 64 * 2**20
 Tables = tuple[Tensor, Tensor]
 """Those of `torch_ops.rotary_tables`, `[positions, R]`."""
@@ -123,6 +128,15 @@ def _struct(name: str, part: Any, **more: Any) -> Any:
         if isinstance(value, Tensor | PackedMatrix):
             found[name] = address(value) if isinstance(value, Tensor) else value.native
     return kind(**{name: value for name, value in found.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """A batch as the kernels read it. `numbers` and `state` are the memory that `native`, a `Batch`, points into."""
+
+    native: Any
+    numbers: Tensor
+    state: State | None
 
 
 class FusedForward:

@@ -24,7 +24,7 @@ constexpr int GROUP = 32;  // numbers that share a scale: GROUP in ops/quantized
 // What the gates of a product go through, if it has any.
 enum Gate : int32_t { NO_GATE, SILU, GELU_TANH };
 
-// A weight [columns, size] and its bias or null; ops/cpu_structs.py reads the fields here, up to the blank line.
+// A weight [columns, size] and its bias or null; ops/native.py reads the fields here, up to the blank line.
 template <typename T>
 struct Matrix {
     const uint32_t* packed;

@@ -10,7 +10,6 @@ import torch
 from miniserve.cluster.launch import WorkerSpec
 from miniserve.config import ConfigError
 from miniserve.ops import native
-from miniserve.ops.cpu_structs import STRUCTS
 
 LINE, PIECE = 64, 2**19
 """Bytes that each rank has of the memory for what it says, and twice for what it gives: `PIECE` in cpu_group.h."""
@@ -45,7 +44,7 @@ class SharedGroup(Group):
             os.ftruncate(file.fileno(), size)
             self._memory = mmap.mmap(file.fileno(), size)
         place = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._native = STRUCTS["Group"](rank=rank, ranks=ranks, memory=place)
+        self._native = native.STRUCTS["Group"](rank=rank, ranks=ranks, memory=place)
         self.address = ctypes.addressof(self._native)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:

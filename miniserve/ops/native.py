@@ -1,4 +1,7 @@
-"""Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result."""
+"""Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result.
+
+What its functions take and its structs hold is read from the sources.
+"""
 
 import ctypes
 import hashlib
@@ -17,6 +20,8 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 PARTS = "vectors", "tiles", "matrix", "packing", "products", "experts", "attention", "delta", "group"
 HEADERS = [SOURCE.with_name(f"cpu_{part}.h") for part in PARTS]
 FUNCTION = re.compile(r'extern "C" void (\w+?)(_##NAME)?\((.*?)\) \{', re.DOTALL)
+FIELDS = re.compile(r"^    (?:const )?(\w+)(?:<T>)?( ?\*)? ?(\w[\w, *]*);", re.MULTILINE)
+"""A line of a struct: the type, whether it is a pointer, the names."""
 DTYPES = "float32", "bfloat16"
 """Which a function may be there for, one for each."""
 NUMBERS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float} | dict.fromkeys(
@@ -87,3 +92,20 @@ def _declared(library: ctypes.CDLL, source: str) -> ctypes.CDLL:
             if (function := getattr(library, full, None)) is not None:
                 function.argtypes, function.restype = kinds, None
     return library
+
+
+def _structs(*names: str) -> dict[str, Any]:
+    """Those of these `names`, each after what it contains. Their fields end where a blank line follows."""
+    source, made = "\n".join(read_sources()), dict[str, Any]()
+    for name in names:
+        body = source.partition(f"struct {name} {{\n")[2].partition("\n}")[0].partition("\n\n")[0]
+        fields = [
+            (field.strip(" *"), ctypes.c_void_p if pointer else made.get(kind) or NUMBERS[kind])
+            for kind, pointer, listed in FIELDS.findall(body)
+            for field in listed.split(",")
+        ]
+        made[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return made
+
+
+STRUCTS = _structs("Batch", "Matrix", "Attention", "DeltaNet", "Mlp", "Experts", "Layer", "Model", "Group")

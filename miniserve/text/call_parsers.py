@@ -6,10 +6,29 @@ and ends with the calls that stand there, or with the finding that this is no ca
 
 import json
 import re
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeVar
 
-from miniserve.text.calls import Begun, Call, Schemas, call_with, json_calls, sound
+from miniserve.text.calls import Begun, Call, Schemas, json_calls, sound
 from miniserve.text.schemas import argument, typed
+
+T = TypeVar("T")
+Parsing = Generator[None, None, T]
+"""Yields where it needs more text than there is, and goes on from there."""
+
+SPACE = re.compile(r"[ \t\n\r]*")
+ATOM = re.compile(r"[\w.+-]*")
+ANY = re.compile(r'(?:[^"\\]+|\\.)*+', re.DOTALL)
+SOUND = re.compile(
+    r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
+    r"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+"
+)
+"""In a string: what is valid, and what ends behind a whole escape."""
+LONGEST_ESCAPE = 12
+VALUE, KEY, MORE = '{["0', '"', ",]}"
+"""What may follow in JSON, by its first character; "0" stands for numbers and words."""
+TAG_MARKS = ("<parameter=", "</parameter>", "<function=", "</function>")
+"""Around the arguments of Qwen3-Coder's calls, and their names."""
 
 
 class ParsedCalls(NamedTuple):
@@ -26,122 +45,92 @@ class CallParser:
     `begun` are the calls whose arguments have begun; the last may get longer. Empty where calls come whole.
     """
 
-    _SPACE = re.compile(r"[ \t\n\r]*")
-    _ATOM = re.compile(r"[\w.+-]*")
-    _ANY = re.compile(r'(?:[^"\\]+|\\.)*+', re.DOTALL)
-    _SOUND = re.compile(
-        r'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
-        r"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+"
-    )
-    _LONGEST_ESCAPE = 12
-    _VALUE, _KEY, _MORE = '{["0', '"', ",]}"
-    """What may follow, by its first character; "0" stands for numbers and words."""
-
     def __init__(self, schemas: Schemas) -> None:
         self.begun: list[Begun] = []
         self._schemas = schemas
         self._known_only = False  # what does not name a tool may be no call
-        self._at = 0  # so far the JSON was looked at
-        self._passed = 0  # so far a number or word was
-        self._open: list[str] = []  # brackets
-        self._quoted = -1  # where the string begins that it is in
-        self._next = self._VALUE
-        self._strict = True  # it was valid so far
-        self._key = self._name = ""  # in the object of a call
-        self._depth = 0  # of arguments that have not ended
+        self._text, self._final = "", False
+        self._parsing = self._parse()
 
     def read(self, text: str, final: bool) -> ParsedCalls | None:
         """`text` begins where a call may, and is longer each time; None until it needs more. `final`: no more comes."""
+        self._text, self._final = text, final
+        try:
+            next(self._parsing)
+        except StopIteration as end:
+            return end.value
+        return None
+
+    def _parse(self) -> Parsing[ParsedCalls]:
         raise NotImplementedError
 
-    def _json_end(self, text: str, start: int, name: str = "") -> int | ParsedCalls | None:
-        """Where the JSON ends that begins with a bracket at `start`: the arguments of `name`, or one call or a list.
-        None while more text is needed, the finding that this is no call for what stands in no JSON."""
-        self._at = max(self._at, start)
-        while self._at == start or self._open:
-            went = self._token(text, name) if self._quoted < 0 else self._string(text)
-            self._note()
-            if not went:
-                return ParsedCalls([], self._at) if went is False else None
-            self._depth = self._depth if len(self._open) >= self._depth else 0
-        return self._at
+    def _json(self, start: int, called: str = "") -> Parsing[int]:
+        """Where the JSON ends that begins with a bracket at `start`: the arguments of `called`, or one call or a list.
+        Where something stands that is none of JSON, it ends there."""
+        at, expected, strict = start, VALUE, True
+        opened: list[str] = []  # brackets
+        key = name = ""  # in the object of a call
+        depth = 0  # of arguments that have not ended
 
-    def _note(self) -> None:
-        if self._depth and self._strict:
-            self.begun[-1] = self.begun[-1]._replace(end=self._at)
+        def note() -> None:
+            if depth and strict:
+                self.begun[-1] = self.begun[-1]._replace(end=at)
 
-    def _token(self, text: str, name: str) -> bool | None:
-        """Go on behind the next token. None while more text is needed, False if it is none of JSON."""
-        self._at = self._passed_by(self._SPACE, text, self._at)
-        if self._at == len(text):
-            return None
-        kind, end = text[self._at], self._at + 1
-        if kind not in '{}[],:"':
-            kind, end = "0", self._passed_by(self._ATOM, text, max(self._at, self._passed))
-            self._passed = end
-            if end in (self._at, len(text)):
-                return None if end > self._at else False
-        opening = {"]": "[", "}": "{"}.get(kind)
-        wrong = kind not in self._next or (opening and self._open[-1] != opening)
-        if wrong or (kind == "0" and not sound(text[self._at : end])):
-            self._note()
-            self._strict = False
-        if kind == '"':
-            self._quoted = self._at
-        elif kind in "{[":
-            self._enter(kind, name)
-            self._next = self._KEY + "}" if kind == "{" else self._VALUE + "]"
-        elif opening:
-            self._open.pop()
-            self._next = self._MORE
-        else:
-            of_list = self._open[-1] == "["
-            self._next = {"0": self._MORE, ":": self._VALUE}.get(kind, self._VALUE if of_list else self._KEY)
-        self._at = end
-        return True
-
-    def _enter(self, bracket: str, name: str) -> None:
-        of_call = not name and self._open in (["{"], ["[", "{"])
-        found = self._name if of_call and self._key in ("arguments", "parameters") and bracket == "{" else ""
-        found = name if not self._open else found
-        if found and self._strict and (found in self._schemas or not self._known_only):
-            self.begun.append(Begun(found, self._at, self._at))
-            self._depth = len(self._open) + 1
-        if self._open in ([], ["["]) or found:
-            self._key = self._name = ""
-        self._open.append(bracket)
-
-    def _string(self, text: str) -> bool | None:
-        """Go on in a string, and behind it if it ends."""
-        passed = self._SOUND if self._strict else self._ANY
-        self._at = self._passed_by(passed, text, self._at + (self._at == self._quoted))
-        rest = text[self._at : self._at + self._LONGEST_ESCAPE]
-        if text.startswith('"', self._at):
-            self._at += 1
-            if self._strict and self._open in (["{"], ["[", "{"]):
-                said = json.loads(text[self._quoted : self._at])
-                if self._next.startswith(self._KEY):
-                    self._key = said
-                elif self._key == "name":
-                    self._name = said
-            self._next = ":" if self._next.startswith(self._KEY) else self._MORE
-            self._quoted = -1
-        elif rest and self._strict and (rest[0] != "\\" or len(rest) == self._LONGEST_ESCAPE):
-            self._note()
-            self._strict = False
-        else:
-            return None
-        return True
-
-    @staticmethod
-    def _passed_by(expression: re.Pattern[str], text: str, start: int) -> int:
-        passed = expression.match(text, start)
-        assert passed is not None  # they match nothing, too
-        return passed.end()
+        while at == start or opened:
+            while (at := _past(SPACE, self._text, at)) == len(self._text):
+                note()
+                yield
+            note()
+            kind, end = self._text[at], at + 1
+            if kind not in '{}[],:"':
+                kind, end = "0", at
+                while (end := _past(ATOM, self._text, end)) == len(self._text):
+                    yield
+                if end == at:
+                    return at
+            opening, in_call = {"]": "[", "}": "{"}.get(kind), opened in (["{"], ["[", "{"])
+            wrong = kind not in expected or (opening and opened[-1] != opening)
+            strict = strict and not wrong and (kind != "0" or sound(self._text[at:end]))
+            if kind == '"':
+                at += 1
+                while not self._text.startswith('"', at := _past(SOUND if strict else ANY, self._text, at)):
+                    rest = self._text[at : at + LONGEST_ESCAPE]
+                    note()
+                    if rest and strict and (rest[0] != "\\" or len(rest) == LONGEST_ESCAPE):
+                        strict = False
+                    else:
+                        yield
+                if strict and in_call:
+                    said = json.loads(self._text[end - 1 : at + 1])
+                    key, name = (said, name) if expected.startswith(KEY) else (key, said if key == "name" else name)
+                end = at + 1
+                expected = ":" if expected.startswith(KEY) else MORE
+            elif kind in "{[":
+                found = name if in_call and not called and key in ("arguments", "parameters") and kind == "{" else ""
+                found = found if opened else called
+                if found and strict and (found in self._schemas or not self._known_only):
+                    self.begun.append(Begun(found, at, at))
+                    depth = len(opened) + 1
+                if opened in ([], ["["]) or found:
+                    key = name = ""
+                opened.append(kind)
+                expected = KEY + "}" if kind == "{" else VALUE + "]"
+            elif opening:
+                opened.pop()
+                expected = MORE
+            else:
+                expected = {"0": MORE, ":": VALUE}.get(kind, VALUE if opened[-1] == "[" else KEY)
+            at = end
+            note()
+            depth = depth if len(opened) >= depth else 0
+        return at
 
 
-TAG_MARKS = ("<parameter=", "</parameter>", "<function=", "</function>")
-"""Around the arguments of Qwen3-Coder's calls, and their names."""
+def _past(expression: re.Pattern[str], text: str, start: int) -> int:
+    """Where ends what an expression that matches nothing, too, matches at `start`."""
+    passed = expression.match(text, start)
+    assert passed is not None
+    return passed.end()
 
 
 class TagParser(CallParser):
@@ -157,78 +146,59 @@ class TagParser(CallParser):
     _OPEN = re.compile(r"(?:<tool_call>)?\s*")
     _CLOSE = "</tool_call>"
     _FUNCTION, _FUNCTION_END = TAG_MARKS[2:]
-    _MARK = re.compile("|".join(TAG_MARKS))
+    _MARKS = re.compile("|".join(TAG_MARKS))
     _HEAD = re.compile(r"<function=([^<>\s]+)>\s*")
     _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>(.*?)</parameter>\s*", re.DOTALL)
 
-    def __init__(self, schemas: Schemas) -> None:
-        super().__init__(schemas)
-        self._searched = 0
-        self._inside = False  # of an argument
-        self._broken = ""  # what closes a call with a mark in an argument
+    def _parse(self) -> Parsing[ParsedCalls]:
+        while self._FUNCTION.startswith(rest := self._text[(start := _past(self._OPEN, self._text, 0)) :]):
+            yield
+        if rest.startswith(self._FUNCTION):
+            return (yield from self._parse_function(start))
+        if rest[0] not in "{[":
+            return ParsedCalls([], start)
+        end = yield from self._json(start)
+        close = yield from self._closing(end)
+        return ParsedCalls(json_calls(self._text[start:end]) if close else [], close or end)
 
-    def read(self, text: str, final: bool) -> ParsedCalls | None:
-        start = self._passed_by(self._OPEN, text, 0)
-        head = text[start : start + len(self._FUNCTION)]
-        if head.startswith(("{", "[")):
-            return self._read_json(text, start, final)
-        if head == self._FUNCTION:
-            return self._read_function(text, start, final)
-        return None if self._FUNCTION.startswith(head) else ParsedCalls([], start)
-
-    def _read_json(self, text: str, start: int, final: bool) -> ParsedCalls | None:
-        end = self._json_end(text, start)
-        if not isinstance(end, int):
-            return end
-        close = self._closing(text, end, final)
-        if close is None:
-            return None
-        return ParsedCalls(json_calls(text[start:end]) if close else [], close or end)
-
-    def _read_function(self, text: str, start: int, final: bool) -> ParsedCalls | None:
-        self._searched = max(self._searched, start + len(self._FUNCTION))
-        while not self._broken and (mark := self._MARK.search(text, self._searched)):
-            if mark[0] == self._FUNCTION_END and not self._inside:
-                close = self._closing(text, mark.end(), final)
-                if close is None:
-                    return None
+    def _parse_function(self, start: int) -> Parsing[ParsedCalls]:
+        at, inside = start + len(self._FUNCTION), False  # of an argument
+        while True:
+            mark = yield from self._found(self._MARKS, at)
+            if mark[0] == self._FUNCTION_END and not inside:
+                close = yield from self._closing(mark.end())
                 # Without <tool_call> before it, none need close it.
-                calls = self._function(text[start : mark.start()]) if close or not start else []
+                calls = self._function(self._text[start : mark.start()]) if close or not start else []
                 return ParsedCalls(calls, close or mark.end())
-            if mark[0] == ("</parameter>" if self._inside else "<parameter="):
-                self._inside, self._searched = not self._inside, mark.end()
-            else:
-                self._broken = self._CLOSE if start else self._FUNCTION_END
-                self._searched = mark.start()
-        if self._broken and (at := text.find(self._broken, self._searched)) >= 0:
-            return ParsedCalls([], at + len(self._broken))
-        self._searched = max(self._searched, len(text) - len(self._CLOSE) + 1)
-        return None
+            if mark[0] != ("</parameter>" if inside else "<parameter="):
+                closing = yield from self._found(re.compile(self._CLOSE if start else self._FUNCTION_END), mark.start())
+                return ParsedCalls([], closing.end())
+            at, inside = mark.end(), not inside
 
-    def _closing(self, text: str, end: int, final: bool) -> int | None:
-        """Where the closing tag after `end` ends; 0 if something else stands there, None if that cannot be known yet.
-        A model that stops before it has still said all there is to say."""
-        rest = text[end:].lstrip()
-        if rest.startswith(self._CLOSE):
-            return len(text) - len(rest) + len(self._CLOSE)
-        if not self._CLOSE.startswith(rest):
-            return 0
-        return len(text) if final else None
+    def _found(self, marks: re.Pattern[str], at: int) -> Parsing[re.Match[str]]:
+        """The first of `marks` behind `at`."""
+        while not (found := marks.search(self._text, at)):
+            at = max(at, len(self._text) - len(self._CLOSE) + 1)  # none is longer
+            yield
+        return found
+
+    def _closing(self, end: int) -> Parsing[int]:
+        """Where the closing tag after `end` ends; 0 if something else stands there. A model that stops before it has
+        still said all there is to say."""
+        while not (rest := self._text[end:].lstrip()).startswith(self._CLOSE):
+            if self._final or not self._CLOSE.startswith(rest):
+                return len(self._text) if self._CLOSE.startswith(rest) else 0
+            yield
+        return len(self._text) - len(rest) + len(self._CLOSE)
 
     def _function(self, body: str) -> list[Call]:
         head = self._HEAD.match(body)
-        if head is None:
+        if head is None or self._PARAMETER.sub("", body[head.end() :]):  # something stands between its parameters
             return []
         schema = self._schemas.get(head[1])
         arguments: dict[str, Any] = {}
-        at = head.end()
-        while at < len(body):
-            found = self._PARAMETER.match(body, at)
-            if found is None:
-                return []
-            text = found[2].removeprefix("\n").removesuffix("\n")
-            arguments[found[1]] = typed(text, argument(schema, found[1]), schema)
-            at = found.end()
+        for key, text in self._PARAMETER.findall(body, head.end()):
+            arguments[key] = typed(text.removeprefix("\n").removesuffix("\n"), argument(schema, key), schema)
         return [Call(head[1], json.dumps(arguments, ensure_ascii=False))]
 
 
@@ -237,27 +207,24 @@ class LlamaParser(CallParser):
     itself it is a call if it has arguments or names a tool: other objects have names, too."""
 
     _OPEN = re.compile(r"(?:<\|python_tag\|>)?\s*")
-    _FIRST = re.compile(r'\{\s*(?:"(\w*)("?))?')
-    _FIRST_KEYS = ("name", "function", "arguments", "parameters", "type", "id")
+    _FIRST = re.compile(r'\{\s*(?:"(\w*"?))?')
+    _FIRST_KEYS = ('name"', 'function"', 'arguments"', 'parameters"', 'type"', 'id"')
 
-    def read(self, text: str, final: bool) -> ParsedCalls | None:
-        start = self._passed_by(self._OPEN, text, 0)
-        if start == len(text):
-            return None
-        first = self._FIRST.match(text, start)
-        if first is None:
+    def _parse(self) -> Parsing[ParsedCalls]:
+        while (start := _past(self._OPEN, self._text, 0)) == len(self._text):
+            yield
+        while first := self._FIRST.match(self._text, start):
+            key = first[1] or ""
+            if key in self._FIRST_KEYS:
+                break
+            if first.end() < len(self._text) or not any(known.startswith(key) for known in self._FIRST_KEYS):
+                return ParsedCalls([], start + 1)
+            yield
+        else:
             return ParsedCalls([], start)
-        key, whole = first[1] or "", first[2]
-        if not whole:
-            may_be = first.end() == len(text) and any(known.startswith(key) for known in self._FIRST_KEYS)
-            return None if may_be else ParsedCalls([], start + 1)
-        if key not in self._FIRST_KEYS:
-            return ParsedCalls([], start + 1)
         self._known_only = not start
-        end = self._json_end(text, start)
-        if not isinstance(end, int):
-            return end
-        calls = json_calls(text[start:end])
+        end = yield from self._json(start)
+        calls = json_calls(self._text[start:end])
         sure = start > 0 or all(call.name in self._schemas or call.arguments != "{}" for call in calls)
         return ParsedCalls(calls if sure else [], end)
 
@@ -266,28 +233,20 @@ class MistralParser(CallParser):
     """Mistral: [TOOL_CALLS] and a list of objects, or in newer models a name, [ARGS] and the arguments."""
 
     _MARK = "[TOOL_CALLS]"
-    _HEAD = re.compile(r"\s*(?:(?P<name>[\w.-]+)(?:\[CALL_ID\]\s*[\w-]*)?(?:\[ARGS\])?\s*)?")
+    _HEAD = re.compile(r"\s*(?:([\w.-]+)(?:\[CALL_ID\]\s*[\w-]*)?(?:\[ARGS\])?\s*)?")
     _INNER = ("[CALL_ID]", "[ARGS]")
 
-    def read(self, text: str, final: bool) -> ParsedCalls | None:
-        head = self._HEAD.match(text, len(self._MARK))
-        assert head is not None
-        start, name = head.end(), head["name"]
-        rest = text[start : start + len("[CALL_ID]")]
-        if not rest or (name and any(inner.startswith(rest) for inner in self._INNER)):
-            return None
+    def _parse(self) -> Parsing[ParsedCalls]:
+        while head := self._HEAD.match(self._text, len(self._MARK)):
+            start, name = head.end(), head[1] or ""
+            rest = self._text[start : start + len("[CALL_ID]")]
+            if rest and not (name and any(inner.startswith(rest) for inner in self._INNER)):
+                break
+            yield
         if rest[0] != "{" and (name or rest[0] != "["):
             return ParsedCalls([], start)
-        end = self._json_end(text, start, name or "")
-        if not isinstance(end, int):
-            return end
-        if not name:
-            return ParsedCalls(json_calls(text[start:end]), end)
-        try:
-            call = call_with(name, text[start:end])
-        except (ValueError, RecursionError):
-            call = None
-        return ParsedCalls([call] if call else [], end)
+        end = yield from self._json(start, name)
+        return ParsedCalls(json_calls(self._text[start:end], name), end)
 
 
 PARSERS: dict[str, type[CallParser]] = {"tags": TagParser, "llama": LlamaParser, "mistral": MistralParser}

@@ -40,29 +40,30 @@ class _Written(msgspec.Struct):
     parameters: msgspec.Raw = NOTHING
 
 
-def json_calls(text: str) -> list[Call]:
-    """The calls that a JSON object or a list of them describes; none if only one of them is not in order."""
+def json_calls(text: str, name: str = "") -> list[Call]:
+    """The calls that a JSON object or a list of them describes, or the call of `name` with such arguments; none if only
+    one of them is not in order."""
     try:
         value = msgspec.json.decode(text)  # strict everywhere: what is passed on as raw text below is sound
-        written = msgspec.json.decode(text if isinstance(value, list) else f"[{text}]", type=list[_Written])
-        calls = [_call(entry) for entry in written]
+        if name:
+            calls = [_call_with(name, text)]
+        else:
+            written = msgspec.json.decode(text if isinstance(value, list) else f"[{text}]", type=list[_Written])
+            calls = [_call(entry) for entry in written]
     except (ValueError, RecursionError):
         return []
     return [call for call in calls if call is not None] if None not in calls else []
 
 
 def _call(written: _Written) -> Call | None:
-    name, arguments = written.name, written.arguments or written.parameters
-    if written.function:
-        inner = msgspec.json.decode(written.function, type=str | _Written)
-        if isinstance(inner, str):
-            name = name or inner
-        else:
-            name, arguments = name or inner.name, arguments or inner.arguments or inner.parameters
-    return call_with(name, bytes(arguments or b"{}").decode()) if name else None
+    said = msgspec.json.decode(written.function or b'""', type=str | _Written)
+    inner = _Written(said) if isinstance(said, str) else said
+    name = written.name or inner.name
+    arguments = written.arguments or written.parameters or inner.arguments or inner.parameters
+    return _call_with(name, bytes(arguments or b"{}").decode()) if name else None
 
 
-def call_with(name: str, text: str) -> Call | None:
+def _call_with(name: str, text: str) -> Call | None:
     """The call with the arguments `text`, kept as the model wrote them; a JSON string is taken for the text inside.
     None if they are no object. Raises `ValueError` or `RecursionError` for what is no JSON."""
     value = msgspec.json.decode(text)

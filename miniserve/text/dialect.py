@@ -77,7 +77,7 @@ class Dialect(msgspec.Struct, frozen=True):
             example = self.form.write([("name_of_tool", {"name_of_parameter": "value"})])
             told = json.dumps(tools, ensure_ascii=False)
             messages = _with_system(messages, DESCRIPTION.format(tools=told, example=example))
-        if not self.knows_calls or self.demands.no_tool:
+        if not self.knows_calls or "no_tool" in self.demands:
             messages = [self._spelled(message) for message in messages]
         elif not self.form.parallel:
             messages = _one_by_one(messages)
@@ -118,9 +118,8 @@ def _find_format(tokenizer: Tokenizer, knows_tools: bool) -> str:
 
 def _find_reasoning(tokenizer: Tokenizer) -> ReasoningMarks | None:
     for marks in REASONING_MARKS.values():
-        if any(mark in tokenizer.template_text for mark in (marks.start, marks.end)):
-            return marks
-        if None not in (tokenizer.control_id(marks.start), tokenizer.control_id(marks.end)):
+        both = marks.start, marks.end
+        if any(mark in tokenizer.template_text for mark in both) or None not in map(tokenizer.control_id, both):
             return marks
     return None
 

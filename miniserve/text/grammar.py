@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+from miniserve.config import tables
 from miniserve.sampling_params import Grammar
 from miniserve.text.messages import levels
 from miniserve.text.schemas import held
@@ -25,34 +26,9 @@ from miniserve.text.tokenizer import Tokenizer
 WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
 """Between the parts of JSON: one space, or a new line and its indentation. Nothing else in a grammar would stop a small
 model from filling its whole answer with blanks."""
-MAX_CHARS = {"json_schema": 65536, "regex": 4096, "lark": 2**20}
-"""Most characters of a grammar. Those of Lark are ours where tools are forced, and hold a schema for each tool."""
-MAX_RULE_CHARS = 131072
-"""Most characters of a Lark grammar beside the schemas in it: Qwen3-Coder's calls have a rule for each argument."""
-MAX_DEPTH = 64
-MAX_PROPERTIES = 1000
-"""Most properties of a schema, in all of its objects together."""
-MAX_PATTERN_CHARS = 1024
-MAX_COMBINED_PATTERNS = 8
-"""Most different patterns of a schema whose strings may have to match several of them: the library's search for a text
-that does is bounded by nothing, and doubles with each."""
-MAX_PATTERN_PROPERTIES = 32
-"""Most `patternProperties` of a schema. Each pair of them is shown to exclude each other: 600 take 70 s, 32 some 10 ms,
-and there may be a schema for each of many tools."""
-MAX_MULTIPLE = 10_000
-"""The least common multiple of all `multipleOf`: remainders are states, and 100,003 of them take 0.3 s."""
-MAX_CACHED = 128
-MAX_CACHED_CHARS = 4 * 2**20
-"""Compiled grammars that are kept: how many, and how many characters they may have had together."""
-
-# Each token: at most some 5 ms (measured, SmolLM2's vocabulary) before the grammar is given up as too complex.
-_LIMITS = LLParserLimits(
-    step_lexer_fuel=100_000,
-    step_max_items=20_000,
-    max_lexer_states=20_000,  # of 1 to 2 KB
-    max_grammar_size=200_000,
-    verbose_errors=False,
-)
+TABLES = tables("text/grammar.toml")
+BOUNDS: dict[str, int] = TABLES["bounds"]
+_LIMITS = LLParserLimits(**TABLES["limits"], verbose_errors=False)
 _LARK = re.compile(r"^[ \t]*(%llguidance\b|start\s*:)", re.MULTILINE)
 """What makes a text Lark, not GBNF. The library's own search blocks all else for 2 s where 16,000 lines are empty."""
 _JSON = re.compile(r"%json\s*")
@@ -127,10 +103,9 @@ class Compiler:
             raise GrammarError(reason)
         with self._lock:
             self._cache[grammar] = made
-            while (
-                len(self._cache) > MAX_CACHED or sum(len(known.text) for known in self._cache) > MAX_CACHED_CHARS
-            ) and len(self._cache) > 1:
-                self._cache.popitem(last=False)
+            chars = sum(len(known.text) for known in self._cache)
+            while len(self._cache) > 1 and (len(self._cache) > BOUNDS["cached"] or chars > BOUNDS["cached_chars"]):
+                chars -= len(self._cache.popitem(last=False)[0].text)
             return made.deep_copy()
 
 
@@ -146,7 +121,7 @@ def failure(matcher: LLMatcher) -> str:
 
 def check_bounds(grammar: Grammar) -> None:
     """Raises `GrammarError` for a grammar that is too large to be tried."""
-    text, most = grammar.text, MAX_CHARS[grammar.kind]
+    text, most = grammar.text, TABLES["chars"][grammar.kind]
     if len(text) > most:
         raise GrammarError(f"it has {len(text)} characters, and at most {most} are allowed.")
     if grammar.kind == "json_schema":
@@ -158,8 +133,8 @@ def check_bounds(grammar: Grammar) -> None:
             schema, end = _parsed(text, found.end())
             _check_schema(schema)
         rules += text[end:]
-        if len(rules) > MAX_RULE_CHARS:
-            raise GrammarError(f"its rules have {len(rules)} characters, and at most {MAX_RULE_CHARS} are allowed.")
+        if len(rules) > (most := BOUNDS["rule_chars"]):
+            raise GrammarError(f"its rules have {len(rules)} characters, and at most {most} are allowed.")
         if re.search("[&~]", _PLAIN.sub("", rules)):
             # Whether such a term matches anything at all may take for ever to find out.
             raise GrammarError("the operators & and ~ are not allowed: write the expression without them.")
@@ -178,8 +153,8 @@ def _check_schema(schema: Any) -> None:
     different: set[str] = set()
     combined = False
     for depth, value in levels(schema):
-        if depth > MAX_DEPTH:
-            raise GrammarError(f"the schema is nested more than {MAX_DEPTH} levels deep.")
+        if depth > BOUNDS["depth"]:
+            raise GrammarError(f"the schema is nested more than {BOUNDS['depth']} levels deep.")
         if not isinstance(value, dict):
             continue
         if isinstance(found := value.get("properties"), dict):
@@ -191,19 +166,15 @@ def _check_schema(schema: Any) -> None:
         different |= set(patterns)
         # Beside a pattern, those of a reference or of alternatives count, too.
         combined |= "allOf" in value or ("pattern" in value and not value.keys().isdisjoint(("$ref", "anyOf", "oneOf")))
-        if any(len(pattern) > MAX_PATTERN_CHARS for pattern in patterns):
-            raise GrammarError(f"a pattern has more than {MAX_PATTERN_CHARS} characters.")
+        if any(len(pattern) > BOUNDS["pattern_chars"] for pattern in patterns):
+            raise GrammarError(f"a pattern has more than {BOUNDS['pattern_chars']} characters.")
         factor = value.get("multipleOf")
         if isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0:
             digits = Decimal(str(factor)).normalize().as_tuple().digits
             multiple = math.lcm(multiple, int("".join(map(str, digits))))
-            if multiple > MAX_MULTIPLE:
-                raise GrammarError(f"the least common multiple of all `multipleOf` is above {MAX_MULTIPLE}.")
-    together = "different patterns, and it combines patterns as `allOf` does"
-    for count, most, what in (
-        (len(different) if combined else 0, MAX_COMBINED_PATTERNS, together),
-        (named_by_pattern, MAX_PATTERN_PROPERTIES, "`patternProperties`"),
-        (properties, MAX_PROPERTIES, "properties"),
-    ):
-        if count > most:
-            raise GrammarError(f"the schema has {count} {what}: at most {most} are allowed.")
+            if multiple > BOUNDS["multiple"]:
+                raise GrammarError(f"the least common multiple of all `multipleOf` is above {BOUNDS['multiple']}.")
+    counts = {"combined": combined and len(different), "named_by_pattern": named_by_pattern, "properties": properties}
+    for name, row in TABLES["counted"].items():
+        if counts[name] > row["most"]:
+            raise GrammarError(f"the schema has {counts[name]} {row['what']}: at most {row['most']} are allowed.")

@@ -11,7 +11,6 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 import tokenizers
@@ -111,26 +110,22 @@ class GuardedEncoder:
     def encode(self, parts: list[tuple[str, bool]]) -> list[int]:
         """Token ids of (text, was hidden) parts, as `HiddenTexts.split` gives them. Control tokens come only from texts
         that were not hidden. Raises `ParameterError` for a vocabulary that cannot spell a text without one."""
-        parts = [(text, literal) for text, literal in parts if text]
-        texts = [text for text, literal in parts if not literal]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        pieces: list[str | int] = []
+        shown = [text for text, literal in parts if not literal]
+        encodings = iter(self._backend.encode_batch(shown, add_special_tokens=False))
+        runs, controls = [""], []  # a control token follows on each run of plain text but the last
         for text, literal in parts:
             start = 0
             if not literal:
                 encoding = next(encodings)
                 for i, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
                     if i in self._control:
-                        pieces += [text[start:left], i]
+                        runs[-1] += text[start:left]
+                        runs.append("")
+                        controls.append(i)
                         start = right
-            pieces.append(text[start:])
-        found: list[str | int] = []  # runs of plain text and the control tokens between them
-        for kind, group in groupby((piece for piece in pieces if piece != ""), type):
-            alike = list(group)
-            found += alike if kind is int else ["".join(map(str, alike))]
-        runs = [item for item in found if isinstance(item, str)]
-        plain = iter(self._plain_ids(runs, first=runs[:1] == found[:1]))
-        return [i for item in found for i in (next(plain) if isinstance(item, str) else (item,))]
+            runs[-1] += text[start:]
+        first, *rest = self._plain_ids(runs)
+        return [*first, *(i for control, ids in zip(controls, rest, strict=True) for i in (control, *ids))]
 
     def _hidden(self, value: Any, guard: Guard, hidden: HiddenTexts) -> Any:
         if isinstance(value, str):
@@ -145,13 +140,10 @@ class GuardedEncoder:
             return [self._hidden(item, guard, hidden) for item in value]
         return value
 
-    def _plain_ids(self, runs: list[str], first: bool) -> list[list[int]]:
-        """Token ids of texts that hold no control tokens, whatever they spell.
-
-        `first` says that the first of them begins the whole text.
-        """
+    def _plain_ids(self, runs: list[str]) -> list[list[int]]:
+        """Token ids of texts that hold no control tokens, whatever they spell; the first begins the whole text."""
         start, inner = self._plain_backends
-        ids = [*encode_all(start, runs[:first]), *encode_all(inner, runs[first:])]
+        ids = [*encode_all(start, runs[:1]), *encode_all(inner, runs[1:])]
         for number, run in enumerate(runs):
             if not self._control.keys().isdisjoint(ids[number]):
                 # A vocabulary whose merges spell a control token: character by character they cannot.

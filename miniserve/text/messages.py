@@ -55,15 +55,11 @@ def sound_json(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def kind_of(value: Any) -> str | None:
-    """The branch of a union of text, lists and objects that `value` means; errors are about that one only."""
-    kinds: dict[type, str] = {str: "<text>", list: "<list>", dict: "<object>"}
-    return kinds.get(type(value))
-
-
 def text_or(problem: str) -> Discriminator:
-    """For a union of text and a list (`TextOr`) or an object; `problem` is the error for what is neither."""
-    return Discriminator(kind_of, "kind", problem)
+    """For a union of text and a list (`TextOr`) or an object; `problem` is the error for what is neither. Other errors
+    are about the branch that a value means."""
+    kinds: dict[type, str] = {str: "<text>", list: "<list>", dict: "<object>"}
+    return Discriminator(lambda value: kinds.get(type(value)), "kind", problem)
 
 
 T = TypeVar("T")

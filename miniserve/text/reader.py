@@ -7,8 +7,8 @@ content, and only white space beside the marks of calls and reasoning is dropped
 
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import msgspec
 
@@ -168,11 +168,6 @@ class CallScanner:
             parts.append(text)
 
 
-Phase = Literal["undecided", "reasoning", "answer"]
-"""Where a `Reader` is. It goes from the first to the last, and may leave the middle one out. In the first, what has
-come may still be the beginning of reasoning, or of its first mark."""
-
-
 @dataclass(eq=False)
 class Reader:
     """Reads one answer: reasoning first, if the model has any, then content with calls among it.
@@ -189,16 +184,12 @@ class Reader:
     ends: int | None = None
 
     def __post_init__(self) -> None:
-        self.has_thought = self.opened
-        self._marks = self.marks or ReasoningMarks("", "")
-        self._phase: Phase = "undecided" if self.marks else "answer"
-        self._held = ""
-        self._trim = False  # white space at the beginning of reasoning, or behind it
-
-    @property
-    def thinking(self) -> bool:
+        self.thinking = self.marks is not None
         """Whether the reasoning is not over yet, or it is not known yet if there is any."""
-        return self._phase != "answer"
+        self.has_thought = self.opened
+        self._parts: list[Part] = []
+        self._held, self._final = "", False
+        self._reading = self._read()
 
     @property
     def called(self) -> bool:
@@ -211,46 +202,44 @@ class Reader:
 
     def read(self, text: str, final: bool = False) -> list[Part]:
         """The parts that are certain with `text`, the next piece; all of them if it is the `final` one."""
-        parts: list[Part] = []
-        self._held += text
-        if self._phase == "undecided":
-            self._decide(final)
-        if self._phase == "reasoning":
-            self._reason(parts, final)
-        if self._phase == "answer":
-            text = self._held.lstrip() if self._trim else self._held
-            self._trim, self._held = self._trim and not text, ""
+        self._held, self._final, self._parts = self._held + text, final, []
+        next(self._reading)
+        return self._parts
+
+    def _read(self) -> Iterator[None]:
+        """Gives out what is certain, and yields where it needs more text."""
+        if self.marks is not None:
+            yield from self._reason(self.marks)
+        self.thinking = False
+        while True:
+            text, self._held = self._held, ""
             if self.scanner is not None:
-                parts += self.scanner.read(text, final)
+                self._parts += self.scanner.read(text, self._final)
             elif text:
-                parts.append(text)
-        return parts
+                self._parts.append(text)
+            yield
 
-    def _decide(self, final: bool) -> None:
-        """Go on to the next phase, if it is known now whether there is any reasoning."""
-        seen = self._held.lstrip()
-        if seen.startswith(self._marks.start):
-            self._held = seen[len(self._marks.start) :]
-            self.has_thought = True
-        elif self._marks.start.startswith(seen) and not final:
-            return
-        elif not self.opened:
-            self._phase = "answer"
-            return
-        self._phase, self._trim = "reasoning", True
-
-    def _reason(self, parts: list[Part], final: bool) -> None:
-        """Give out what is certainly reasoning, and go on to the answer where the mark stands that ends it."""
-        if self._trim:
-            self._held = self._held.lstrip()
-            self._trim = not self._held
-        text, mark, rest = self._held.partition(self._marks.end)
-        if mark:
-            text, self._held = text.rstrip(), rest
-            self._phase, self._trim = "answer", True
+    def _reason(self, marks: ReasoningMarks) -> Iterator[None]:
+        """Goes up to the first text of the answer. White space at both ends of the reasoning is no part of it."""
+        while not (seen := self._held.lstrip()).startswith(marks.start):
+            if self._final or not marks.start.startswith(seen):
+                break
+            yield
         else:
-            if not final:
-                text = text[: len(text) - beginning(text, (self._marks.end,))].rstrip()
-            self._held = self._held[len(text) :]
-        if text:
-            parts.append(Reasoning(text))
+            self._held, self.has_thought = seen.removeprefix(marks.start), True
+        if not self.has_thought:
+            return
+        while not (held := self._held.lstrip()):
+            yield
+        while marks.end not in held:
+            text = held if self._final else held[: len(held) - beginning(held, (marks.end,))].rstrip()
+            self._parts += [Reasoning(text)] if text else []
+            self._held = held[len(text) :]
+            yield
+            held = self._held
+        text, _, self._held = held.partition(marks.end)
+        self._parts += [Reasoning(text.rstrip())] if text.rstrip() else []
+        self.thinking = False
+        while not (held := self._held.lstrip()):
+            yield
+        self._held = held

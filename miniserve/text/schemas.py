@@ -154,85 +154,80 @@ def typed(text: str, schema: Any, root: Any = None) -> Any:
 def held(schema: Any, root: Any, relaxed: set[str] | None) -> dict[str, Any]:
     """`schema`, a part of `root`, as llguidance knows to hold it, with all that it refers to. What it cannot hold is
     left out and named in `relaxed`; if that is None it stays, to be refused."""
-    holder = _Holder(root, relaxed)
-    made = holder.part(schema, 0)
-    made = made if isinstance(made, dict) else {"allOf": [made]}
-    defs: dict[str, Any] = {}
-    for number, pointer in enumerate(holder.pointers):  # which grow meanwhile
-        defs[f"r{number}"] = holder.part(referred(pointer, root), 0)
-    return {**made, "$defs": defs} if defs else made
+    pointers: list[str] = []
+    numbers: dict[str, int] = {}
 
-
-class _Holder:
-    def __init__(self, root: Any, relaxed: set[str] | None) -> None:
-        self.pointers: list[str] = []
-        self._numbers: dict[str, int] = {}
-        self._root = root
-        self._relaxed = relaxed
-
-    def part(self, node: Any, depth: int) -> Any:
+    def part(node: Any, depth: int = 0) -> Any:
         if node is None or not isinstance(node, dict) or depth > MAX_DEPTH:
             return True if node is None else node
         out: dict[str, Any] = {}
         for key, value in node.items():
-            if key == "$ref" and isinstance(value, str) and self._circles(value):
+            if key == "$ref" and isinstance(value, str) and _circles(value, root):
                 continue  # it says nothing
             if key == "const" or (key in _KEPT | UNHELD and says(key, value)):
-                out[key] = self._parts(key, value, depth + 1)
-        for key in [key for key in out if not self._holds(key, out)]:
-            if self._relax(key):
+                out[key] = parts(key, value, depth + 1)
+        for key in [key for key in out if not _holds(key, out)]:
+            if relax(key):
                 del out[key]
                 if key == "patternProperties":
                     out.pop("additionalProperties", None)  # it is about what these did not name
         required, listed = out.get("required"), out.get("properties")
         if out.get("additionalProperties") is False and isinstance(required, list) and "patternProperties" not in out:
             known = [key for key in required if isinstance(key, str) and isinstance(listed, dict) and key in listed]
-            if known != required and self._relax("required"):
+            if known != required and relax("required"):
                 out["required"] = known
         return out
 
-    def _circles(self, pointer: str) -> bool:
-        """Whether a reference leads back to itself before it has come to a value's parts."""
-        found = [pointer]
-        for one in islice(found, MAX_WAYS):  # which grow meanwhile
-            node = referred(one, self._root)
-            every = node.get("allOf") if isinstance(node, dict) else None
-            parts = [node, *every] if isinstance(every, list) else [node]
-            inner = [part.get("$ref") for part in parts if isinstance(part, dict)]
-            if pointer in inner:
-                return True
-            found += {ref for ref in inner if isinstance(ref, str)} - set(found)
-        return False
-
-    def _parts(self, key: str, value: Any, depth: int) -> Any:
-        if key == "$ref" and referred(value, self._root) is not None:
-            if value not in self._numbers:
-                self._numbers[value] = len(self.pointers)
-                self.pointers.append(value)
-            return f"#/$defs/r{self._numbers[value]}"
+    def parts(key: str, value: Any, depth: int) -> Any:
+        if key == "$ref" and referred(value, root) is not None:
+            if value not in numbers:
+                numbers[value] = len(pointers)
+                pointers.append(value)
+            return f"#/$defs/r{numbers[value]}"
         if key not in PARTS | UNIONS | {"allOf"}:
             return value
         if isinstance(value, list):
-            return [self.part(inner, depth) for inner in value]
+            return [part(inner, depth) for inner in value]
         if key in ("properties", "patternProperties") and isinstance(value, dict):
-            return {name: self.part(inner, depth) for name, inner in value.items()}
-        return self.part(value, depth)
+            return {name: part(inner, depth) for name, inner in value.items()}
+        return part(value, depth)
 
-    def _holds(self, key: str, node: dict[str, Any]) -> bool:
-        value, kind = node[key], node.get("type", "string")
-        match key:
-            case "pattern" | "format":
-                return "string" not in str(kind) or not isinstance(value, str) or _known(key, value)
-            case "patternProperties":
-                return not isinstance(value, dict) or all(_known("pattern", name) for name in value)
-            case "required":
-                return isinstance(value, list)
-        return key not in UNHELD
+    def relax(key: str) -> bool:
+        if relaxed is not None:
+            relaxed.add(key)
+        return relaxed is not None
 
-    def _relax(self, key: str) -> bool:
-        if self._relaxed is not None:
-            self._relaxed.add(key)
-        return self._relaxed is not None
+    made = part(schema)
+    made = made if isinstance(made, dict) else {"allOf": [made]}
+    # They grow meanwhile.
+    defs = {f"r{number}": part(referred(pointer, root)) for number, pointer in enumerate(pointers)}
+    return {**made, "$defs": defs} if defs else made
+
+
+def _circles(pointer: str, root: Any) -> bool:
+    """Whether a reference leads back to itself before it has come to a value's parts."""
+    found = [pointer]
+    for one in islice(found, MAX_WAYS):  # which grow meanwhile
+        node = referred(one, root)
+        every = node.get("allOf") if isinstance(node, dict) else None
+        parts = [node, *every] if isinstance(every, list) else [node]
+        inner = [part.get("$ref") for part in parts if isinstance(part, dict)]
+        if pointer in inner:
+            return True
+        found += {ref for ref in inner if isinstance(ref, str)} - set(found)
+    return False
+
+
+def _holds(key: str, node: dict[str, Any]) -> bool:
+    value, kind = node[key], node.get("type", "string")
+    match key:
+        case "pattern" | "format":
+            return "string" not in str(kind) or not isinstance(value, str) or _known(key, value)
+        case "patternProperties":
+            return not isinstance(value, dict) or all(_known("pattern", name) for name in value)
+        case "required":
+            return isinstance(value, list)
+    return key not in UNHELD
 
 
 @lru_cache(1024)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jinja2
 from jinja2.ext import Extension
@@ -26,7 +26,9 @@ THINKING_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort
 """Requests may set these for every model: clients send them to models that do not think, too."""
 Render = Callable[[list[Message]], str | None]
 """A conversation as the template renders it; None where it refuses."""
-PROBES: dict[str, Message] = tables("text/demands.toml")
+TABLES = tables("text/demands.toml")
+PROBES: dict[str, Message] = TABLES["probes"]
+DEMANDS: dict[str, list[list[str]]] = TABLES["demands"]
 
 
 class ChatTemplates:
@@ -138,25 +140,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-class Demands(NamedTuple):
-    """What a template does not render as it is; all false for one that renders anything."""
-
-    no_system: bool = False
-    """There is no system message: it is user text."""
-    one_system: bool = False
-    """System messages at the beginning are one."""
-    system_first: bool = False
-    """A later one is user text."""
-    no_tool: bool = False
-    """There are no results of tools: they are user text."""
-    tool_after_call: bool = False
-    """Results that answer no call are user text."""
-    no_user_after_tool: bool = False
-    """User text behind a result is a part of it."""
-    alternate: bool = False
-    """Neighbours of the same role are one message."""
-    user_first: bool = False
-    """An empty user message stands before what is none."""
+class Demands(frozenset[str]):
+    """What a template does not render as it is, by its names in demands.toml; empty for one that renders anything."""
 
     @classmethod
     def of(cls, render: Render) -> Self:
@@ -166,49 +151,42 @@ class Demands(NamedTuple):
             places = [-1 if text is None else text.find(message["content"]) for message in messages]
             return min(places) < 0 or ("late" in probes and places != sorted(places))
 
-        if refuses("ask"):  # nothing to learn from such a one
-            return cls()
-        calls = not refuses("ask call result")
-        no_system = refuses("system ask")
-        alternate = refuses("ask more") or refuses("ask said said more")
-        return cls(
-            no_system=no_system,
-            one_system=not no_system and refuses("system late ask"),
-            system_first=no_system or refuses("system ask said late more") or refuses("ask said late more"),
-            no_tool=not calls and refuses("ask said result"),
-            # Where turns alternate a result that answers nothing would be neither the one's turn nor the other's.
-            tool_after_call=alternate or refuses("result ask") or refuses("ask said result"),
-            no_user_after_tool=calls and refuses("ask call result more"),
-            alternate=alternate,
-            user_first=refuses("said ask") or (not no_system and refuses("system")),
-        )
+        def holds(condition: str) -> bool:
+            plain = condition.removeprefix("!")
+            return (plain in found if plain in DEMANDS else refuses(plain)) == (plain == condition)
+
+        found: set[str] = set()
+        if not refuses("ask"):  # else there is nothing to learn from it
+            for name, cases in DEMANDS.items():
+                found |= {name} if any(all(map(holds, case)) for case in cases) else set()
+        return cls(found)
 
     def met(self, messages: list[Message]) -> list[Message]:
         """The conversation as the template takes it."""
-        if not any(self):
+        if not self:
             return messages
         leading = list(takewhile(lambda message: message["role"] == "system", messages))
         rest = messages[len(leading) :]
-        if self.one_system and leading:
+        if "one_system" in self and leading:
             leading = [{**leading[0], "content": _joined(*leading)}]
-        if self.no_system:
+        if "no_system" in self:
             leading, rest = [], leading + rest
         out: list[Message] = []
         called = False  # by the last message that was no result
         for message in rest:
-            if message["role"] == "tool" and (self.no_tool or (self.tool_after_call and not called)):
+            if message["role"] == "tool" and ("no_tool" in self or ("tool_after_call" in self and not called)):
                 message = {"role": "user", "content": message["content"]}
-            elif message["role"] == "system" and self.system_first:
+            elif message["role"] == "system" and "system_first" in self:
                 message = {**message, "role": "user"}
             if message["role"] != "tool":
                 called = bool(message.get("tool_calls"))
             last = out[-1] if out else {"role": None}
-            behind_tool = self.no_user_after_tool and (last["role"], message["role"]) == ("tool", "user")
-            if behind_tool or (self.alternate and last["role"] == message["role"] in ("user", "assistant")):
+            behind_tool = "no_user_after_tool" in self and (last["role"], message["role"]) == ("tool", "user")
+            if behind_tool or ("alternate" in self and last["role"] == message["role"] in ("user", "assistant")):
                 out[-1] = _one(last, message)
             else:
                 out.append(message)
-        if self.user_first and (not out or out[0]["role"] != "user"):
+        if "user_first" in self and (not out or out[0]["role"] != "user"):
             out.insert(0, {"role": "user", "content": ""})
         return leading + out
 

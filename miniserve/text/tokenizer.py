@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from miniserve.config import problem, read_object
 from miniserve.families import text_model
@@ -34,25 +36,20 @@ def byte_alphabet() -> dict[int, str]:
 
 def byte_level_bpe(
     vocab: dict[str, int],
-    merges: list[list[str]],
-    special: dict[int, str],
+    merges: Iterable[tuple[str, str]],
+    special: Iterable[str],
     *,
     use_regex: bool = True,
-    before: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE. `vocab` maps all tokens, spelled in `byte_alphabet`, to ids; `special`
-    maps ids to special texts. `use_regex` splits text into words as GPT-2 does, after the pre-tokenizers `before`."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": special[i], **flags} for i in sorted(special)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
+    before: Sequence[Any] = (),
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE. `vocab` maps tokens, spelled in `byte_alphabet`, to ids; `special` texts that are not there get
+    the next ones. `use_regex` splits text into words as GPT-2 does, after the pre-tokenizers `before`."""
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    made = tokenizers.Tokenizer(BPE(vocab, [*merges]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*before, byte_level])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([*special])
+    return made
 
 
 class Tokenizer:
@@ -64,17 +61,9 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        eos_token_ids: Iterable[int] = (),
-        templates: dict[str, str] | None = None,
-        special_texts: dict[str, str] | None = None,
-        model_type: str = "",
-        response_template: Any = None,
+        self, backend: tokenizers.Tokenizer, folder: Path, settings: dict[str, Any], chat_template: str | None = None
     ) -> None:
-        """`templates` maps names (`default`, `tool_use`) to jinja text; `special_texts` maps `bos_token` and the like
-        to their text, for the templates. `response_template` is what the checkpoint says of how answers are parsed."""
+        """As `load`. `settings` are what tokenizer_config.json says: the templates see its special tokens."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -83,16 +72,23 @@ class Tokenizer:
         control = {i: token.content for i, token in added.items() if is_control(token.content, token.special)}
         self._control_ids = {text: i for i, text in control.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.eos_token_ids = frozenset(eos_token_ids)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._bytes: dict[int, bytes] = {}
         self._bytes_of = _byte_reader(backend)
-        self._templates = ChatTemplates(templates or {}, special_texts or {})
         self._guarded = GuardedEncoder(backend, control, self.special_ids)
-        self.model_type = model_type
-        self.template_text = "\n".join((templates or {}).values())
-        if response_template:
+        special = read_object(folder / "special_tokens_map.json") | settings
+        texts = {name: text for name, value in special.items() if (text := _token_text(value)) and "_token" in name}
+        templates = find_templates(folder, settings, chat_template)
+        self._templates = ChatTemplates(templates, texts)
+        self.template_text = "\n".join(templates.values())
+        if response_template := settings.get("response_template"):  # how answers are parsed
             self.template_text += "\n" + json.dumps(response_template, ensure_ascii=False)
+        config = text_model(read_object(folder / "config.json"))
+        self.model_type = str(config.get("model_type", ""))
+        self.eos_token_ids = frozenset(_end_tokens(folder, config, texts, backend))
+        if isinstance(rows := config.get("vocab_size"), int) and self.vocab_size > rows:
+            last = self.vocab_size - 1
+            log.warning("The tokenizer has ids up to %d, the model those below %d: texts with others fail.", last, rows)
 
     @classmethod
     def load(cls, folder: str | Path, chat_template: str | None = None) -> Self:
@@ -111,21 +107,7 @@ class Tokenizer:
                 raise ParameterError("model", f"{path} cannot be read: {_line(error)}.") from error
         else:
             backend, settings = _from_transformers(folder, settings)
-        special = read_object(folder / "special_tokens_map.json") | settings
-        texts = {name: text for name, value in special.items() if (text := _token_text(value)) and "_token" in name}
-        config = text_model(read_object(folder / "config.json"))
-        found = cls(
-            backend,
-            eos_token_ids=_end_tokens(folder, config, texts, backend),
-            templates=find_templates(folder, settings, chat_template),
-            special_texts=texts,
-            model_type=str(config.get("model_type", "")),
-            response_template=settings.get("response_template"),
-        )
-        if isinstance(rows := config.get("vocab_size"), int) and found.vocab_size > rows:
-            last = found.vocab_size - 1
-            log.warning("The tokenizer has ids up to %d, the model those below %d: texts with others fail.", last, rows)
-        return found
+        return cls(backend, folder, settings, chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. Control tokens spelled in it are parsed; it is the client's own prompt."""

@@ -192,12 +192,12 @@ def test_offsets_of_a_prompt(tiny_folder: Any, text: str, tokens: list[Any], off
         ["<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"],
     ],
 )
-async def test_a_suffix_fills_in_the_middle(tiny_folder: Any, tokens: list[str]) -> None:
+async def test_a_suffix_fills_in_the_middle(tiny_folder: Any, tmp_path: Any, tokens: list[str]) -> None:
     plain = Tokenizer.load(tiny_folder)
     backend = Backend.from_file(str(tiny_folder / "tokenizer.json"))
     backend.add_tokens(tokens)
     engine = FakeClient(steps=[*spell("b")], finish="length")
-    api = Api(make_app(Tokenizer(backend), engine), engine)
+    api = Api(make_app(Tokenizer(backend, tmp_path, {}), engine), engine)
     answer = (await api.complete(prompt="a(", suffix=") c", n=2)).json()
     assert [choice["text"] for choice in answer["choices"]] == ["b", "b"]
     before, gap, after = map(backend.token_to_id, tokens)

@@ -155,7 +155,7 @@ async def test_a_slow_compilation_stops_neither_the_loop_nor_others(tokenizer, m
     engine = FakeClient(steps=[*spell("Hello"), [EOS]], stop_token=EOS)
     api = Api(make_app(tokenizer, engine), engine)
     assert (await api.chat(structured_outputs={"regex": "warm"})).status_code == 200
-    monkeypatch.setattr(grammar, "MAX_MULTIPLE", 10**9)
+    monkeypatch.setitem(grammar.BOUNDS, "multiple", 10**9)
     monkeypatch.setattr(structured, "SECONDS", 0.1)
     worst, last = 0.0, time.perf_counter()
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 
 from miniserve.model.transformer import Transformer
-from miniserve.ops.cpu_ops import CpuOps, Structs
-from miniserve.ops.cpu_structs import NativePlan
+from miniserve.ops.cpu_ops import CpuOps, NativePlan, Structs
 from miniserve.ops.decoder import Attention, DeltaNet, Experts
 from miniserve.ops.torch_ops import rotary_tables
 

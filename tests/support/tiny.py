@@ -185,12 +185,12 @@ def write_tokenizer(folder: Path, vocab: int = 320) -> None:
     """Write tokenizer.json and tokenizer_config.json: bytes are their own ids, then merges, then `SPECIAL`."""
     alphabet = byte_alphabet()
     ids = {alphabet[byte]: byte for byte in range(256)}
-    merges: list[list[str]] = []
+    merges: list[tuple[str, str]] = []
 
     def merge(left: str, right: str) -> None:
         if left + right not in ids:
             ids[left + right] = len(ids)
-            merges.append([left, right])
+            merges.append((left, right))
 
     for raw in (*(text.encode() for text in MERGED), *MERGED_BYTES):
         text = "".join(alphabet[byte] for byte in raw)
@@ -202,8 +202,6 @@ def write_tokenizer(folder: Path, vocab: int = 320) -> None:
         merge(*next(pairs))
     if len(ids) + len(SPECIAL) != vocab:
         raise ValueError(f"the tiny tokenizer needs at least {len(ids) + len(SPECIAL)} tokens, not {vocab}")
-    special = {len(ids) + i: text for i, text in enumerate(SPECIAL)}
-    tokenizer = byte_level_bpe(ids, merges, special)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL[0],
@@ -212,7 +210,7 @@ def write_tokenizer(folder: Path, vocab: int = 320) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHATML,
     }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    byte_level_bpe(ids, merges, SPECIAL).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

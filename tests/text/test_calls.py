@@ -146,6 +146,7 @@ def test_malformed_calls_are_text(form: str, text: str) -> None:
         ("llama3_json", '<|python_tag|>{"name": "f"}', [("f", {})]),
         ("mistral", '[TOOL_CALLS]f[CALL_ID]a1[ARGS]{"a": 1}[TOOL_CALLS]g{}', [("f", {"a": 1}), ("g", {})]),
         ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "123456789"}]', [("f", {})]),
+        ("mistral_args", '[TOOL_CALLS]f[ARGS]{"name": 5, "arguments": "x"}', [("f", {"name": 5, "arguments": "x"})]),
     ],
 )
 def test_variants(form: str, text: str, calls: list[Any]) -> None:

@@ -128,7 +128,7 @@ def test_what_a_family_speaks(models: dict[str, tuple[Tokenizer, Dialect]], name
     assert dialect.form.name == form
     assert (dialect.thinking == REASONING_MARKS["qwen3"]) == thinks == (dialect.thinking is not None)
     assert dialect.knows_tools == dialect.knows_calls == (form != "smollm2")
-    assert {key for key, found in dialect.demands._asdict().items() if found} == demands
+    assert dialect.demands == demands
 
 
 def rendered(model: tuple[Tokenizer, Dialect], messages: list[dict[str, Any]], tools: Any = None, **how: Any) -> str:

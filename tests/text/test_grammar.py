@@ -29,8 +29,8 @@ def compiler(tokenizer: Tokenizer) -> Compiler:
 
 def test_the_cache_is_bounded(tokenizer, monkeypatch):
     compiler = Compiler(tokenizer)
-    monkeypatch.setattr(grammar, "MAX_CACHED", 3)
-    monkeypatch.setattr(grammar, "MAX_CACHED_CHARS", 2000)
+    monkeypatch.setitem(grammar.BOUNDS, "cached", 3)
+    monkeypatch.setitem(grammar.BOUNDS, "cached_chars", 2000)
     for number in range(5):
         compiler.compile(Grammar("regex", f"a{number}"))
     assert [known.text for known in compiler._cache] == ["a2", "a3", "a4"]

@@ -130,13 +130,13 @@ def test_a_vocabulary_larger_than_the_models_is_pointed_out(folder: Path, caplog
     assert "ids up to 319, the model those below 319" in caplog.text
 
 
-def test_sentencepiece_tokens_as_bytes() -> None:
+def test_sentencepiece_tokens_as_bytes(tmp_path: Path) -> None:
     vocab = {"<unk>": 0, "<0xE2>": 1, "\u2581hi": 2, "<0x": 3}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
     backend.decoder = tokenizers.decoders.Sequence(
         [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
     )
-    found = Tokenizer(backend)
+    found = Tokenizer(backend, tmp_path, {})
     assert [found.token_bytes(i) for i in (1, 2, 3)] == [b"\xe2", b" hi", b"<0x"]
 
 

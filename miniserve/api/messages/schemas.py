@@ -143,10 +143,8 @@ class CountTokensRequest(RequestBody):
         check_tools([*own.values()], [*own])
         tools: dict[str, Tool] = {tool["function"]["name"]: tool for tool in own.values()}
         system = _system_text(self.system or "", normalize)
-        messages = [{"role": "system", "content": system}] if system else []
-        history = _History(tools)
-        for number, message in enumerate(self.messages):
-            messages += history.chat_messages(message, f"messages[{number}]")
+        messages, referred = _chat_messages(self.messages, tools)
+        messages = [{"role": "system", "content": system}, *messages] if system else messages
         continued = self.messages[-1].role == "assistant"
         if continued and "tool_calls" in messages[-1]:
             raise ParameterError("messages", "`messages` ends with a `tool_use`: answer it with a `tool_result`.")
@@ -154,7 +152,7 @@ class CountTokensRequest(RequestBody):
         return ChatRequest.of(
             self,
             messages=messages,
-            tools=[t for name, t in tools.items() if not deferred(t) or name in history.referred] or None,
+            tools=[t for name, t in tools.items() if not deferred(t) or name in referred] or None,
             tool_choice=choice and _chat_choice(choice),
             parallel_tool_calls=False if choice and choice.disable_parallel_tool_use else None,
             reasoning_effort=config and config.effort,
@@ -184,50 +182,47 @@ def _system_text(system: str | list[TextBlock], normalize: bool) -> str:
     return "\n".join(text for text in texts if text)
 
 
-class _History:
-    """Makes messages of a chat of a conversation whose request has `tools`, by name. `referred` are those that it
-    refers to: a deferred tool is described where that happens first, so that the prompt before it stays as it was."""
+def _chat_messages(history: list[MessageParam], tools: Mapping[str, Tool]) -> tuple[list[dict[str, Any]], set[str]]:
+    """The messages of a chat, in which the results of tools are messages of their own; and the `tools` that they refer
+    to, by name. A deferred one is described where that happens first, so that the prompt before it stays as it was."""
+    messages: list[dict[str, Any]] = []
+    referred: set[str] = set()
 
-    def __init__(self, tools: Mapping[str, Tool]) -> None:
-        self.referred: set[str] = set()
-        self._tools = tools
-
-    def chat_messages(self, message: MessageParam, at: str) -> list[dict[str, Any]]:
-        """A message as those of a chat, in which the results of tools are messages of their own."""
-        if isinstance(content := message.content or "", str):
-            return [{"role": message.role, "content": content}]
-        if message.role == "assistant":
-            return [_answer(content, at)]
-        messages: list[dict[str, Any]] = []
-        texts: list[str] = []
-
-        def flush() -> None:
-            if texts:
-                parts = [{"type": "text", "text": text} for text in texts]
-                messages.append({"role": message.role, "content": parts if len(parts) > 1 else texts[0]})
-                texts.clear()
-
-        for number, block in enumerate(content):
-            if isinstance(block, TextBlock | ToolReferenceBlock):
-                texts += [text] if (text := self._text(block)) else []
-            elif isinstance(block, ToolResultBlock) and message.role == "user":
-                flush()
-                parts = [block.content] if isinstance(block.content, str) else map(self._text, block.content or [])
-                result = (ERROR if block.is_error else "") + "\n".join(filter(None, parts))
-                messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
-            else:
-                raise _misplaced(block, message.role, f"{at}.content[{number}]")
-        flush()
-        return messages or [{"role": message.role, "content": ""}]
-
-    def _text(self, block: TextBlock | ToolReferenceBlock) -> str:
+    def said(block: TextBlock | ToolReferenceBlock) -> str:
         if isinstance(block, TextBlock):
             return block.text
-        tool = self._tools.get(block.tool_name)
-        if tool is None or not deferred(tool) or block.tool_name in self.referred:
+        tool = tools.get(block.tool_name)
+        if tool is None or not deferred(tool) or block.tool_name in referred:
             return block.tool_name
-        self.referred.add(block.tool_name)
+        referred.add(block.tool_name)
         return json.dumps(tool["function"], ensure_ascii=False)
+
+    for number, message in enumerate(history):
+        at, role, content = f"messages[{number}]", message.role, message.content or ""
+        if isinstance(content, str):
+            messages.append({"role": role, "content": content})
+            continue
+        if role == "assistant":
+            messages.append(_answer(content, at))
+            continue
+        own: list[dict[str, Any]] = []
+        texts: list[str] = []
+        for index, block in enumerate([*content, None]):  # None is the end
+            if isinstance(block, TextBlock | ToolReferenceBlock):
+                texts += [text] if (text := said(block)) else []
+                continue
+            if texts:
+                parts = [{"type": "text", "text": text} for text in texts]
+                own.append({"role": role, "content": parts if len(parts) > 1 else texts[0]})
+                texts = []
+            if isinstance(block, ToolResultBlock) and role == "user":
+                given = [block.content] if isinstance(block.content, str) else map(said, block.content or [])
+                result = (ERROR if block.is_error else "") + "\n".join(filter(None, given))
+                own.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
+            elif block is not None:
+                raise _misplaced(block, role, f"{at}.content[{index}]")
+        messages += own or [{"role": role, "content": ""}]
+    return messages, referred
 
 
 def _answer(blocks: list[Any], at: str) -> dict[str, Any]:

@@ -16,17 +16,13 @@ from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.tools import Offered, custom_input
 from miniserve.api.streaming import COMMENT, NamedEvent, named_event
 from miniserve.cluster.messages import TokenLogprob
+from miniserve.config import tables
 from miniserve.text.calls import sound
 from miniserve.text.messages import sound_json
 from miniserve.text.reader import MoreArguments, Part, Reasoning, ToolCall
 from miniserve.text.tokenizer import Tokenizer
 
-REPEATED = {"instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"}
-"""Parameters that an answer repeats as they came."""
-SAMPLED = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
-"""Those that it repeats as they were used."""
-NOTHING_YET = ("completed_at", "error", "incomplete_details", "usage", "max_tool_calls", "safety_identifier", "user")
-"""Fields that are null, most of them until the end."""
+RESPONSE = tables("api/answers.toml")["ResponseOut"]
 
 
 @dataclass(eq=False)
@@ -86,27 +82,24 @@ class ResponsesWriter:
         form = text.format.model_dump(by_alias=True, exclude_none=True) if text and text.format else {"type": "text"}
         functions = {"description": None, "parameters": None, "strict": None}
         tools = [{**(functions if tool["type"] == "function" else {}), **tool} for tool in asked.tools or []]
+        fields = {name: schema for name, schema in RESPONSE["properties"].items() if name not in RESPONSE["optional"]}
         begun: dict[str, Any] = {
+            # Parameters are repeated as they were used, else as they came. Other fields are null, most until the end.
+            **{n: s.get("const", getattr(choice.params, n, getattr(asked, n, None))) for n, s in fields.items()},
             "id": self.head.id,
-            "object": "response",
             "created_at": self.head.created,
             "status": "in_progress",
             "model": self.head.model,
             "output": [],
-            **asked.model_dump(include=REPEATED),
-            **{name: getattr(choice.params, name) for name in SAMPLED},
-            "background": False,
             "metadata": asked.metadata or {},
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
-            "service_tier": "default",
             "store": asked.store is not False,
             "text": {"format": form},
             "tool_choice": asked.tool_choice or "auto",
             "tools": tools,
             "top_logprobs": asked.top_logprobs or 0,
             "truncation": asked.truncation or "disabled",
-            **dict.fromkeys(NOTHING_YET),
         }
         if asked.conversation:
             begun["conversation"] = {"id": asked.conversation}
