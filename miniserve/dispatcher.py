@@ -19,9 +19,8 @@ from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.interface import way
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Deliver, Note, Send
+from miniserve.scheduler.commands import Command, Deliver, Note, Record, Send
 from miniserve.scheduler.conversation import UNSAID, Change, Said
-from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
 
 log = logging.getLogger("miniserve.dispatcher")
@@ -100,7 +99,6 @@ class Dispatcher:
             config.engine.block_size,
             config.engine.max_num_seqs,
             config.max_num_queued_reqs,
-            policy_name=config.policy,
             notes=bool(self.observers),
         )
         engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
@@ -194,7 +192,7 @@ class Dispatcher:
         except NoDecoder as error:
             raise EngineError(self.unhealthy_reason or str(error)) from error
         self._streams[stream.id] = stream
-        if (turn := self.scheduler.turn(stream.id)) is not None:
+        if (turn := self.scheduler.turns.get(stream.id)) is not None:
             stream.conversation, stream.number, stream.change = turn.conversation.key, turn.number, turn.change
         self._carry_out(commands)
         return stream

@@ -162,7 +162,7 @@ class Round:
     def victims(self, phase: str) -> list[str]:
         """Workers that a turn in this phase depends on."""
         found: list[str] = []
-        for turn in self.client.scheduler.turns:
+        for turn in self.client.scheduler.turns.values():
             if phase == "waiting" and not turn.home:
                 found += list(self.client.scheduler.workers)
             elif phase == "prefill" and turn.home and not turn.delivered:

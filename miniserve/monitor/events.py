@@ -18,7 +18,7 @@ import msgspec
 
 from miniserve.config import ConfigError
 from miniserve.monitor.views import live_turns, worker_list
-from miniserve.scheduler.records import Record
+from miniserve.scheduler.commands import Record
 from miniserve.scheduler.scheduler import Scheduler
 
 log = logging.getLogger("miniserve.events")

@@ -1,9 +1,11 @@
 """What the scheduler wants done. The server and the simulator carry commands out in their order."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from miniserve.cluster.messages import Message, TurnOutput
-from miniserve.scheduler.records import Record
+
+Record = dict[str, Any]
+"""A `Decision` or an `Outcome` of monitor/views.toml, which says what is in it: a line of the decision log."""
 
 
 class Send(NamedTuple):

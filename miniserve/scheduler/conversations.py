@@ -11,8 +11,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from miniserve.kv.hashing import token_bytes
-from miniserve.scheduler.conversation import UNSAID, Change, Conversation, Said
-from miniserve.scheduler.forecast import TURNS
+from miniserve.scheduler.conversation import TURNS, UNSAID, Change, Conversation, Said
 from miniserve.scheduler.prompts import KEPT_BYTES, FirstPages, LastPrompts, PromptIndex, common_run
 
 SLACK = 4
@@ -22,6 +21,8 @@ NEEDLE = 16
 """Tokens by which the end of a prompt or an answer is found again behind a change: fewer are mostly the template's."""
 MOST_MEMBERS = 16
 """Conversations under one key that a prompt is compared with, the latest ones."""
+MAX_IDLE = 3600.0
+"""Seconds after which an idle conversation is forgotten."""
 GROUP_SECONDS = 10.0
 """How soon after a turn of another conversation a sub-agent begins that no header announces."""
 
@@ -69,19 +70,11 @@ class Conversations:
     still the session's if it shares half of the first prompt, and offers tools as that did.
 
     Lookups hash the prompt once, whatever the number of conversations. `capacity` conversations are kept; beyond it,
-    and after `max_idle` seconds, those idle for longest are forgotten, which costs nothing but a placement made anew.
+    and after `MAX_IDLE`, those idle for longest are forgotten, which costs nothing but a placement made anew.
     """
 
-    def __init__(
-        self,
-        page_tokens: int,
-        *,
-        capacity: int = 100_000,
-        max_idle: float = 3600.0,
-        kept_bytes: int = KEPT_BYTES,
-    ) -> None:
+    def __init__(self, page_tokens: int, *, capacity: int = 100_000, kept_bytes: int = KEPT_BYTES) -> None:
         self._capacity = capacity
-        self._max_idle = max_idle
         # Least recently active first.
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
         self._families: dict[str | int, dict[str | int, Conversation]] = {}
@@ -159,7 +152,7 @@ class Conversations:
         gone: list[Conversation] = []
         for conversation in self._by_key.values():
             too_many = len(self._by_key) - len(gone) > self._capacity
-            if not conversation.active and (too_many or now - conversation.last_end > self._max_idle):
+            if not conversation.active and (too_many or now - conversation.last_end > MAX_IDLE):
                 gone.append(conversation)
             elif not too_many and not conversation.active:
                 break  # All others had a turn later.

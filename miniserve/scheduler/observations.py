@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import StepTime
@@ -25,32 +26,32 @@ GUESS_TOKEN, GUESS_STEP = 1e-3, 20e-3
 for all workers, and gone with the first steps."""
 
 
+@dataclass
 class Average:
     """A running mean that forgets: the last `memory` values count."""
 
-    def __init__(self, memory: int = 16) -> None:
-        self.count = 0
-        self.value = 0.0
-        self._memory = memory
+    memory: int = 16
+    count: int = 0
+    value: float = 0.0
 
     def add(self, value: float) -> None:
         self.count += 1
-        self.value += (value - self.value) / min(self.count, self._memory)
+        self.value += (value - self.value) / min(self.count, self.memory)
 
 
+@dataclass
 class TimeAverage:
-    """The mean of a quantity over time, the last `window` seconds counting most."""
+    """The mean of a quantity over time until `at`, the last `window` seconds counting most."""
 
-    def __init__(self, window: float, now: float = 0.0) -> None:
-        self.value = 0.0
-        self._window = window
-        self._at = now
+    window: float
+    at: float = 0.0
+    value: float = 0.0
 
     def update(self, value: float, now: float) -> None:
         """The quantity has been `value` since the last update."""
-        kept = math.exp(-max(now - self._at, 0.0) / self._window)
+        kept = math.exp(-max(now - self.at, 0.0) / self.window)
         self.value = self.value * kept + value * (1 - kept)
-        self._at = now
+        self.at = now
 
 
 class Recent:

@@ -30,6 +30,15 @@ TYPICAL_OUTPUT = 256
 """Tokens that such a turn generates."""
 
 
+def away(need: Need, cluster: Cluster, home: WorkerView, prefiller: WorkerView) -> tuple[int, int, float, float]:
+    """A prefill away from home: tokens that it computes, tokens before these, and the seconds of the copies it takes:
+    of what only home has of the history to the prefiller, and back of what home does not have."""
+    here, there = need.known[home.name], need.known[prefiller.name]
+    known = max(here, there)
+    history = cluster.copy_seconds(home, prefiller, here - there)
+    return max(need.tokens - known, 1), known, history, cluster.copy_seconds(prefiller, home, need.tokens - here)
+
+
 class Observe(Policy):
     """The cheapest place by the sum of all delays, in seconds: those of this turn (queue, prefill, transfer of KV,
     decode) and those that it causes to the streams beside it.
@@ -73,7 +82,8 @@ class Observe(Policy):
         return Placement(best, "cheapest for a first turn", options, share_history=True)
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
-        if home.name in cluster.open and home.fits(need.pages) and not (home.turns and home.room < need.pages):
+        fits = home.name in cluster.open and home.fits(need.pages)
+        if fits and not (home.turns and home.room < need.pages):
             options = self._options(need, cluster, home)
             here = options[0]
             # This turn may wait a little for a prefiller to spare the streams at home, but not long: its client waits.
@@ -82,11 +92,9 @@ class Observe(Policy):
             if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
                 return Placement(best, "an append beside others", options, share_history=True)
             return Placement(here, "at home", options)
-        if need.conversation.active > 1:
-            return self._stay(need, cluster, home)  # Other turns of this conversation run there.
-        stay = self._stay(need, cluster, home)
-        # A conversation that has just moved stays, unless it would have to wait.
-        if stay is not None and need.conversation.moved_at == need.conversation.turns:
+        stay = Placement(Option(home.name), "nowhere better") if fits else None
+        # Other turns of this conversation run there, or it has just moved: then it stays, unless it would have to wait.
+        if need.conversation.active > 1 or (fits and need.conversation.moved_at == need.conversation.turns):
             return stay
         roomy = self._likely(need, cluster, self._may_join)
         if not roomy:
@@ -95,15 +103,10 @@ class Observe(Policy):
         best = min(options, key=lambda option: option.cost)
         return Placement(best, "its home is full", options, share_history=True)
 
-    def _stay(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
-        if home.name in cluster.open and home.fits(need.pages):
-            return Placement(Option(home.name), "nowhere better")
-        return None
-
     def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
         if worker.name not in cluster.open or not worker.fits(need.pages):
             return False
-        if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
+        if worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
             # The turn would drive out what is needed soon.
             return need.waited > 0 and need.waited > self._worth(need, worker)
         return True
@@ -169,9 +172,8 @@ class Observe(Policy):
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
-        if (
-            home.role is Role.PREFILLER or not remote
-        ):  # Two that prefill for each other might wait for each other's pages.
+        # Two that prefill for each other might wait for each other's pages.
+        if home.role is Role.PREFILLER or not remote:
             return [local]
         prefillers = cluster.prefillers_for(home, need.known)
         return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in prefillers)]
@@ -179,11 +181,7 @@ class Observe(Policy):
     def _remote(
         self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float
     ) -> Option:
-        here, there = need.known[home.name], need.known[p.name]
-        known = max(here, there)
-        new = max(need.tokens - known, 1)
-        history = cluster.copy_seconds(home, p, here - there)
-        back = cluster.copy_seconds(p, home, need.tokens - here)
+        new, known, history, back = away(need, cluster, home, p)
         return Option(
             home.name,
             p.name,

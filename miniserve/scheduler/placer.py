@@ -6,30 +6,29 @@ from dataclasses import dataclass, field
 
 from miniserve.cluster.messages import Keep, Run
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.commands import Command, Note, Send
-from miniserve.scheduler.conversation import Conversation
-from miniserve.scheduler.forecast import Forecast
+from miniserve.scheduler.commands import Command, Note, Record, Send
+from miniserve.scheduler.conversation import Conversation, Forecast
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
+from miniserve.scheduler.prompts import Known
 from miniserve.scheduler.queue import Group, WaitingQueue
-from miniserve.scheduler.records import decision
 from miniserve.scheduler.turns import TRIED_AFTER, Phases, Turn, TurnState
-from miniserve.scheduler.workers import Cluster, Known, PrefixIndex, WorkerView
+from miniserve.scheduler.workers import Cluster, WorkerView
+
+READ = "free", "reserved", "turns", "queued_prefill_tokens"
+"""What of a worker's view is in a decision as it is."""
 
 
 @dataclass
 class Placer:
-    """The queue of waiting turns, and what decisions about them read. `policy_name` is for the records of decisions.
-    `cluster` and `turns` are the scheduler's own, and change."""
+    """The queue of waiting turns, and what decisions about them read. `cluster` and `turns` are the scheduler's own,
+    and change."""
 
     policy: Policy
-    policy_name: str
-    page_tokens: int
     cluster: Cluster
     turns: Mapping[str, Turn]
     ledger: Ledger
     forecast: Forecast
-    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     placements: dict[tuple[str, str], int] = field(default_factory=dict)
     """(prefilled at, home) -> turns."""
     tried: Turn | None = None
@@ -103,7 +102,7 @@ class Placer:
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""
         conversation = turn.conversation
-        known = Known(self.prefixes.find(turn.chain), self.page_tokens)
+        known = Known(self.cluster.prefixes.find(turn.chain), self.cluster.page_tokens)
         if conversation.copy_at:
             known.learn(conversation.copy_at, self._reusable(turn, min(conversation.copy_tokens, turn.known)))
         if conversation.home:
@@ -113,16 +112,16 @@ class Placer:
     def _reusable(self, turn: Turn, known: int) -> int:
         """Of so many tokens that the turn's conversation has seen, those that a worker need not compute: where the
         model has a recurrent state, up to the last snapshot."""
-        if not self.ledger.snapshot_pages:
+        if not self.cluster.snapshot_pages:
             return known
-        size = self.page_tokens
+        size = self.cluster.page_tokens
         return max([end // size * size for end in turn.conversation.ends if end // size * size <= known], default=0)
 
     def _begin(self, turn: Turn, need: Need, placement: Placement, notes: bool) -> list[Command]:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
         commands: list[Command] = []
         if notes:
-            commands.append(Note(decision(self.policy_name, turn, need, placement, self.cluster)))
+            commands.append(Note(self._decision(turn, need, placement)))
         option, conversation, now = placement.option, turn.conversation, need.now
         home, prefills = (self.cluster.workers[name] for name in (option.home, option.prefill_at or option.home))
         turn.move(TurnState.PREFILL)
@@ -140,8 +139,8 @@ class Placer:
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
         self.cluster.touch(prefills.name)
-        if not self.ledger.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
-            self.prefixes.add(turn.chain, prefills.name)
+        if not self.cluster.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
+            self.cluster.prefixes.add(turn.chain, prefills.name)
         key = (prefills.name, home.name)
         self.placements[key] = self.placements.get(key, 0) + 1
         run = Run(
@@ -149,7 +148,7 @@ class Placer:
             turn.tokens,
             turn.params,
             turn.seed,
-            turn.salt,
+            conversation.salt,
             turn.delivered,
             turn.prefill_at,
             placement.share_history,
@@ -168,5 +167,33 @@ class Placer:
         """How soon the home will need this conversation's pages again after so many turns, for when it runs out of
         pages between turns."""
         gap, chance = self.forecast.outlook(conversation.history, turns)
-        seconds = home.speed.prefill(self.page_tokens, max(tokens - self.page_tokens, 0))
+        page = self.cluster.page_tokens
+        seconds = home.speed.prefill(page, max(tokens - page, 0))
         return Keep(str(conversation.key), gap, chance, seconds)
+
+    def _decision(self, turn: Turn, need: Need, placement: Placement) -> Record:
+        """The record of a turn that was placed."""
+        workers = {
+            w.name: {name: getattr(w, name) for name in READ}
+            | {"load": w.load.value, "prefilling": w.prefilling.value, "known": need.known[w.name]}
+            for w in (*self.cluster.prefillers, *self.cluster.decoders)
+        }
+        return {
+            "kind": "decision",
+            "time": need.now,
+            "run": f"{turn.id}.{turn.runs + 1}",
+            "conversation": turn.conversation.key,
+            "turn": turn.number,
+            "group": turn.conversation.group,
+            "parent": turn.conversation.parent,
+            "said": turn.said,
+            "policy": self.policy.name,
+            "tokens": need.tokens,
+            "expected_output": need.output,
+            "pages": need.pages,
+            "queued": need.now - turn.arrived,
+            "workers": workers,
+            "options": placement.options,
+            **{name: getattr(placement.option, name) for name in ("home", "prefill_at", "history_at")},
+            "reason": placement.reason,
+        }

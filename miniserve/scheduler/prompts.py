@@ -1,8 +1,8 @@
-"""Prompts of conversations: which one had the longest prompt that a new prompt begins with, which ones began alike, and
-where a new prompt differs from the one before."""
+"""Prompts: which conversation had the longest one that a new one begins with, which ones began alike, where a new one
+differs from the one before, and which workers have computed its beginning."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from miniserve.kv.hashing import page_hashes, root_hash, token_bytes
 from miniserve.scheduler.conversation import Conversation, PromptMark
@@ -98,7 +98,7 @@ class FirstPages:
 
     def add(self, chain: list[bytes], owner: Conversation) -> tuple[bytes, ...]:
         """Where `owner` stands now; `remove` wants that again."""
-        places = tuple(chain[page] for page in _places(len(chain)))
+        places = tuple(chain[page] for page in _powers(4, len(chain)))
         for place in places:
             owners = self._owners.setdefault(place, [])
             owners.append(owner)
@@ -115,15 +115,10 @@ class FirstPages:
 
     def alike(self, chain: list[bytes]) -> list[Conversation]:
         """The owners that share the most of these pages, the latest first."""
-        for page in reversed(_places(len(chain))):
+        for page in reversed(_powers(4, len(chain))):
             if owners := self._owners.get(chain[page]):
                 return owners[::-1]
         return []
-
-
-def _places(pages: int) -> list[int]:
-    """1, 4, 16, ... below `pages`."""
-    return [4**n for n in range(12) if 4**n < pages]
 
 
 class LastPrompts:
@@ -146,6 +141,69 @@ class LastPrompts:
             self._kept[key] = tokens
         while self.size > self._most:
             self.size -= len(self._kept.popitem(last=False)[1])
+
+
+class PrefixIndex:
+    """The workers that have computed the first 1, 2, 4, 8, ... pages of prompts, for the last `capacity` of these
+    prefixes: system prompts, and tasks that share a beginning.
+
+    Powers of two: a prompt of a thousand pages leaves ten entries, most of them shared with others like it; what is
+    found is at least half of what was there. Workers evict pages without a message: it is an estimate.
+    """
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        self._capacity = capacity
+        self._workers: OrderedDict[bytes, set[str]] = OrderedDict()
+
+    def add(self, chain: list[bytes], worker: str) -> None:
+        """`worker` has computed the prompt with this `page_chain`."""
+        for page in _powers(2, len(chain)):
+            known = self._workers[chain[page]] = self._workers.pop(chain[page], set())
+            known.add(worker)
+        while len(self._workers) > self._capacity:
+            self._workers.popitem(last=False)
+
+    def find(self, chain: list[bytes]) -> list[tuple[int, Set[str]]]:
+        """(pages, the workers that have computed at least so many of this prompt), the most pages first."""
+        found: list[tuple[int, Set[str]]] = []
+        for page in _powers(2, len(chain)):
+            workers = self._workers.get(chain[page])
+            if workers is None:
+                break
+            found.append((page, workers))
+        return found[::-1]
+
+    def drop(self, worker: str) -> None:
+        for known in self._workers.values():
+            known.discard(worker)
+
+
+class Known(dict[str, int]):
+    """Tokens of a prompt that each worker probably holds: those of the conversation itself, and what `PrefixIndex` has
+    `found`, which is looked up for a worker that is asked for."""
+
+    def __init__(self, found: list[tuple[int, Set[str]]], page_tokens: int) -> None:
+        self._found = found
+        self._page_tokens = page_tokens
+
+    def __missing__(self, worker: str) -> int:
+        for pages, workers in self._found:
+            if worker in workers:
+                return pages * self._page_tokens
+        return 0
+
+    def learn(self, worker: str, tokens: int) -> None:
+        self[worker] = max(self[worker], tokens)
+
+    @property
+    def best(self) -> Set[str]:
+        """The workers that hold the most of what others have computed."""
+        return self._found[0][1] if self._found else frozenset()
+
+
+def _powers(base: int, pages: int) -> list[int]:
+    """1, `base`, its square, ... below `pages`."""
+    return [power for power in (base**n for n in range(pages.bit_length())) if power < pages]
 
 
 def common_run(before: bytes, tokens: bytes) -> int:

@@ -17,15 +17,13 @@ from miniserve.config import Role
 from miniserve.kv.hashing import token_bytes
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversation import UNSAID, Conversation, Said
+from miniserve.scheduler.conversation import UNSAID, Conversation, Forecast, Said, TurnEnd
 from miniserve.scheduler.conversations import Conversations
-from miniserve.scheduler.forecast import Forecast, TurnEnd
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.observations import Speed
 from miniserve.scheduler.placement import Policy
 from miniserve.scheduler.placer import Placer
 from miniserve.scheduler.prompts import KEPT_BYTES, page_chain
-from miniserve.scheduler.records import outcome, remembered
 from miniserve.scheduler.turns import Turn, TurnState
 from miniserve.scheduler.workers import Cluster, WorkerView
 
@@ -58,8 +56,8 @@ class Reuse:
 
 class Scheduler:
     """Places conversations on workers. Methods take the time in seconds where they need it, and return commands to be
-    carried out in order. `policy_name` is for records of decisions, which are made only while `notes` is set;
-    `kept_bytes` are for prompts, to compare later ones with."""
+    carried out in order. Records of decisions and outcomes are made only while `notes` is set, which may change at any
+    time; `kept_bytes` are for prompts, to compare later ones with."""
 
     def __init__(
         self,
@@ -68,33 +66,30 @@ class Scheduler:
         max_turns: int,
         max_queued: int,
         *,
-        policy_name: str = "",
         notes: bool = False,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self.conversations = Conversations(page_tokens, kept_bytes=kept_bytes)
-        self.cluster = Cluster()
+        self.cluster = Cluster(page_tokens)
         self.workers, self.links = self.cluster.workers, self.cluster.links
+        self.turns: dict[str, Turn] = {}
+        """Those that wait or run, by their ids."""
         self.names: list[str] = []
         """All workers that ever lived, in the order of their numbers in `TurnRecord`."""
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
         self.notes = notes
-        """Whether to make records of decisions and outcomes; may change at any time."""
-        self._page_tokens = page_tokens
         self._max_turns = max_turns
         self._max_queued = max_queued
         self._speed = Speed()
         """Of all workers together."""
         self._forecast = Forecast()
-        self._ledger = Ledger(self.cluster, self._forecast, page_tokens)
-        self._turns: dict[str, Turn] = {}
-        self._placer = Placer(policy, policy_name, page_tokens, self.cluster, self._turns, self._ledger, self._forecast)
+        self._ledger = Ledger(self.cluster, self._forecast)
+        self._placer = Placer(policy, self.cluster, self.turns, self._ledger, self._forecast)
         self._queue = self._placer.queue
         self.placements = self._placer.placements
         """(prefilled at, home) -> turns."""
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
-        self._peers: dict[str, Peer] = {}
         self._returning: set[str] = set()
         """Decoders that are being started again."""
         self._moves: dict[str, tuple[str, str]] = {}
@@ -107,11 +102,7 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        return len(self._turns)
-
-    @property
-    def turns(self) -> list[Turn]:
-        return list(self._turns.values())
+        return len(self.turns)
 
     @property
     def stats(self) -> dict[str, WorkerStats]:
@@ -125,24 +116,9 @@ class Scheduler:
     def worker_up(self, peer: Peer, *, now: float = 0.0) -> list[Command]:
         """A worker is ready, or ready again: announce it to all, and place the turns that it has room for."""
         self._returning.discard(peer.name)
-        view = WorkerView(
-            name=peer.name,
-            role=peer.role,
-            total_pages=peer.pool.num_pages,
-            max_turns=self._max_turns,
-            page_tokens=self._page_tokens,
-            epoch=peer.epoch,
-            host=peer.pool.host,
-            page_bytes=peer.pool.page_bytes,
-            snapshot_pages=peer.pool.snapshot_pages,
-            speed=Speed(self._speed),
-            reported=now,
-        )
-        self.cluster.join(view)
-        self._ledger.snapshot_pages = peer.pool.snapshot_pages
+        self.cluster.join(WorkerView(peer, self._max_turns, self.cluster.page_tokens, Speed(self._speed), now))
         if peer.name not in self.names:
             self.names.append(peer.name)
-        self._peers[peer.name] = peer
         return [*self._announce(), *self._place_queued(now, everywhere=True)]
 
     def worker_down(self, name: str, *, returns: bool, now: float = 0.0) -> list[Command]:
@@ -154,9 +130,8 @@ class Scheduler:
             self._returning.discard(name)
         elif view is not None and view.role is Role.DECODER:
             self._returning.add(name)
-        self._peers.pop(name, None)
         commands = self._announce()
-        under = [turn for turn in self._turns.values() if turn.runs_on(name)]
+        under = [turn for turn in self.turns.values() if turn.runs_on(name)]
         self._forget_worker(name)
         self._queue.homes_lost(now)
         for turn in reversed(under):
@@ -169,7 +144,7 @@ class Scheduler:
                 commands += self._fail(turn, f"{died}. See the server's log.", now)
         if not self.can_serve:
             # Turns whose home is a prefiller that lives have all they need.
-            for turn in [turn for turn in self._turns.values() if turn.state is TurnState.QUEUED]:
+            for turn in [turn for turn in self.turns.values() if turn.state is TurnState.QUEUED]:
                 reason = f"The worker {name} died and no decoder is left. Restart the server."
                 commands += self._fail(turn, reason, now)
         return [*commands, *self._place_queued(now, everywhere=True)]
@@ -180,14 +155,14 @@ class Scheduler:
         if not [decoder for decoder in self.cluster.decoders if decoder.name != name]:
             raise NoDecoder(f"{name} is the last decoder: add another one before it goes.")
         self.cluster.retire(name)
-        running = {turn.conversation.key for turn in self._turns.values() if turn.home == name}
+        running = {turn.conversation.key for turn in self.turns.values() if turn.home == name}
         homes = [c for c in self.conversations if c.home == name and c.key not in running]
         commands = [command for conversation in homes for command in self._move(conversation, now)]
         return [*commands, *self._place_queued(now, everywhere=True)]
 
     def retired(self, name: str) -> bool:
         """Whether no turn runs on a worker, and no conversation moves away from it."""
-        return not any(turn.runs_on(name) for turn in self._turns.values()) and all(
+        return not any(turn.runs_on(name) for turn in self.turns.values()) and all(
             name != source for source, _ in self._moves.values()
         )
 
@@ -196,7 +171,7 @@ class Scheduler:
         before, tokens = conversation.home, self.conversations.tokens(conversation)
         pages = self._ledger.pages(len(tokens))
         self._ledger.let_go(conversation)
-        queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
+        queued = [t for t in self.turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
         for turn in queued:
             self._queue.remove(turn, self.cluster.changed)
         home = max(self.cluster.decoders, key=lambda decoder: decoder.room, default=None)
@@ -216,20 +191,19 @@ class Scheduler:
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
         self._moves = {move: way for move, way in self._moves.items() if name not in way}
-        self._placer.prefixes.drop(name)
         for conversation in self.conversations:
             if conversation.home == name:
                 conversation.home = None
                 self._ledger.let_go(conversation)
             if conversation.copy_at == name:
                 conversation.copy_at, conversation.copy_tokens = None, 0
-        for turn in self._turns.values():
+        for turn in self.turns.values():
             if turn.prefill_at == name:
                 turn.prefill_at, turn.lent_pages = None, 0
 
     def _announce(self) -> list[Command]:
-        peers = list(self._peers.values())
-        return [Send(name, Peers(peers)) for name in self._peers]
+        peers = Peers([view.peer for view in self.workers.values()])
+        return [Send(name, peers) for name in self.workers]
 
     def check_room(self, now: float) -> None:
         """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
@@ -259,7 +233,7 @@ class Scheduler:
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
         prompt = array("i", token_bytes(tokens))
-        chain = page_chain(prompt, salt, self._page_tokens)
+        chain = page_chain(prompt, salt, self.cluster.page_tokens)
         of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
         self._forecast.arrived(of.turns, gap)
@@ -273,7 +247,6 @@ class Scheduler:
             tokens=list(tokens),
             params=params,
             seed=seed,
-            salt=salt,
             conversation=of,
             chain=chain,
             known=known,
@@ -283,20 +256,14 @@ class Scheduler:
             gap=gap,
             output=output,
             pages=self._ledger.pages(len(tokens) + output),
-            given=len(tokens),
-            number=of.turns + 1,
         )
-        self._turns[turn] = accepted
+        self.turns[turn] = accepted
         self._queue.append(accepted, now)
         return self._place_queued(now)
 
-    def turn(self, id: str) -> Turn | None:
-        """One that waits or runs; None when it has ended."""
-        return self._turns.get(id)
-
     def cancel(self, turn: str, now: float) -> list[Command]:
         """The client has left: free everything at once. Unknown turns are ignored."""
-        found = self._turns.get(turn)
+        found = self.turns.get(turn)
         if found is None:
             return []
         return [*self._abort(found), *self._end(found, "abort", now), *self._place_queued(now)]
@@ -336,7 +303,7 @@ class Scheduler:
         return self._placer.place_queued(now, notes=self.notes)
 
     def _turn_of(self, run: str) -> Turn | None:
-        turn = self._turns.get(run.rpartition(".")[0])
+        turn = self.turns.get(run.rpartition(".")[0])
         return turn if turn is not None and turn.run == run else None
 
     def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
@@ -375,11 +342,11 @@ class Scheduler:
             reuse.prompt += turn.given
             reuse.cached += first.cached_tokens
         # Of a prefix that others share only what was found once has a snapshot for sure.
-        whole = not self._ledger.snapshot_pages
-        prefix = turn.chain if whole else turn.chain[: first.cached_tokens // self._page_tokens + 1]
+        whole = not self.cluster.snapshot_pages
+        prefix = turn.chain if whole else turn.chain[: first.cached_tokens // self.cluster.page_tokens + 1]
         for worker in (turn.prefill_at, turn.home):
             if worker is not None:
-                self._placer.prefixes.add(prefix, worker)
+                self.cluster.prefixes.add(prefix, worker)
         if turn.prefill_at is not None:
             turn.conversation.copy_at, turn.conversation.copy_tokens = turn.prefill_at, turn.given
         turn.chain = []
@@ -407,7 +374,7 @@ class Scheduler:
 
     def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:
         """Settle the ledger; the conversation's KV stays at home."""
-        del self._turns[turn.id]
+        del self.turns[turn.id]
         conversation = turn.conversation
         conversation.active -= 1
         if turn.state is TurnState.QUEUED:
@@ -419,7 +386,7 @@ class Scheduler:
             conversation.ends = turn.given, len(turn.tokens) - 1
             self.conversations.answered(conversation, turn.tokens[turn.given :])
             if turn.first_token is not None:
-                record = remembered(turn, self.names, finish, now)
+                record = turn.remembered(self.names, finish, now)
                 conversation.history.append(record)
                 self._forecast.ended(record)
         turn.move(TurnState.ENDED)
@@ -427,9 +394,9 @@ class Scheduler:
             self._ledger.hold(conversation, now)
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
-        commands: list[Command] = [Note(outcome(turn, finish, now))] if self.notes and turn.runs else []
+        commands: list[Command] = [Note(turn.outcome(finish, now))] if self.notes and turn.runs else []
         if conversation.home in self.cluster.retired and not any(
-            other.conversation is conversation and other.home for other in self._turns.values()
+            other.conversation is conversation and other.home for other in self.turns.values()
         ):
             commands += self._move(conversation, now)
         return commands

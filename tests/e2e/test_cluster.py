@@ -254,7 +254,7 @@ async def test_what_waited_for_a_step_does_not_wait_for_a_message(tiny_folder):
 async def back(client: Dispatcher, *epochs: tuple[str, int]) -> None:
     """Wait until these incarnations serve."""
     async with asyncio.timeout(30):
-        while not all((p := client.scheduler._peers.get(name)) and p.epoch == epoch for name, epoch in epochs):
+        while not all((p := client.scheduler.workers.get(name)) and p.epoch == epoch for name, epoch in epochs):
             await asyncio.sleep(0.1)
 
 

@@ -443,7 +443,7 @@ class World:
 
     def check(self, deaths: int) -> None:
         for turn, wanted in self.wanted.items():
-            assert turn in self.ends, f"{turn} hangs: {self.scheduler._turns[turn]}"
+            assert turn in self.ends, f"{turn} hangs: {self.scheduler.turns[turn]}"
             if self.ends[turn] in ("abort", "error"):
                 assert self.ends[turn] == "abort" or deaths > TRIED_AFTER or turn in self.deadly
                 assert self.got[turn] == wanted[: len(self.got[turn])]

@@ -8,9 +8,8 @@ from array import array
 
 import pytest
 
-from miniserve.scheduler.conversation import Conversation, Said
+from miniserve.scheduler.conversation import TURNS, Conversation, History, Said, TurnRecord
 from miniserve.scheduler.conversations import Conversations
-from miniserve.scheduler.forecast import TURNS, History, TurnRecord
 from miniserve.scheduler.prompts import ALIKE, page_chain
 
 PAGE = 4
@@ -210,7 +209,7 @@ def test_history_keeps_the_last_turns_as_they_were():
     assert [row.turn for row in rows] == list(range(3, TURNS + 3))
     assert (rows[0].arrived, rows[0].prefill, rows[0].prefill_at, rows[0].tool) == (1.5, 0.25, None, True)
     assert isinstance(rows[0].prompt, int)
-    assert history.column("output") == [float(n) for n in range(3, TURNS + 3)]
+    assert [row.output for row in rows] == list(range(3, TURNS + 3))
     assert history.quantile("output", 0.5) == 3 + TURNS // 2
     assert History().quantile("output", 0.5) is None
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 
 from miniserve.cluster.messages import Move, StepTime
-from miniserve.config import Role
 from miniserve.scheduler.baselines import POLICIES, Ampd, make_policy
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.observe import Observe
 from miniserve.scheduler.placement import Need, Placement
-from miniserve.scheduler.workers import Cluster, Known, WorkerView
+from miniserve.scheduler.prompts import Known
+from miniserve.scheduler.workers import Cluster, WorkerView
+from tests.support.peers import peer
 
 PAGE, CHUNK, TOKEN, STEP = 16, 512, 1e-3, 0.02
 """Every worker here takes a millisecond for a token of a prompt, 20 for a decode step, and 5 more for each sequence."""
 
 
 def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, resident: int = 0) -> WorkerView:
-    made = WorkerView(name, Role.PREFILLER if name.startswith("p") else Role.DECODER, pages, 64, PAGE, page_bytes=1000)
+    made = WorkerView(peer(name, pages=pages, page_bytes=1000), 64, PAGE)
     for tokens in (16, 64, 256, CHUNK, CHUNK):
         made.speed.observe(StepTime(tokens, tokens * tokens // 2, 0, 0, TOKEN * tokens))
     for batch in (1, 2, 4, 8, 16):
@@ -30,7 +31,7 @@ def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, res
 
 
 def cluster(*workers: WorkerView, closed: tuple[str, ...] = (), bandwidth: float = 0.0) -> Cluster:
-    made = Cluster()
+    made = Cluster(PAGE)
     for each in workers:
         made.join(each)
     made.open = {w.name for w in workers} - set(closed)

@@ -36,7 +36,7 @@ def waiting(id: str, home: str | None, beside: Turn | None = None) -> Turn:
     """A turn of a conversation of its own, or of the same conversation as `beside`."""
     conversation = beside.conversation if beside else Conversation(id, home=home)
     conversation.active += 1
-    return Turn(id, [1], SamplingParams(), 0, "", conversation, [], 0, 0.0, None, 1, 1, 1, 1)
+    return Turn(id, [1], SamplingParams(), 0, conversation, [], 0, 0.0, None, 1, 1)
 
 
 class Served:
@@ -429,7 +429,7 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
 
     for number in range(150):
         now += pick.choice([0.0, 0.1, 1.0, 20.0])
-        running = [turn for turn in plain.turns if turn.run]
+        running = [turn for turn in plain.turns.values() if turn.run]
         what = pick.random()
         if what < 0.5:
             key, first = pick.choice("abcdefgh"), pick.choice([16, 40, 200, 700])
@@ -442,7 +442,7 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
             home, run, at = str(turn.home), str(turn.run), turn.delivered
             happens(report, home, run, at, 5, now, finish=finish, cached_tokens=0)
         elif what < 0.95 and plain.active:
-            gone = pick.choice([turn.id for turn in plain.turns])
+            gone = pick.choice([*plain.turns])
             happens(Scheduler.cancel, gone, now)
         elif what < 0.97:
             name = pick.choice(workers)

@@ -6,7 +6,7 @@ from typing import Any
 
 from miniserve.cluster.messages import Abort, Message, Report, Run, StepTime, WorkerStats
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.baselines import POLICIES
+from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.commands import Command, Deliver, Send
 from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
@@ -20,7 +20,7 @@ STATS = WorkerStats(100, 100, 0, 0, 0, 0, 0, 0)
 
 def scheduler(*workers: str, policy: str = "conserve", max_turns: int = 4, max_queued: int = 4, **more) -> Scheduler:
     """With workers of 100 pages each; names that begin with p are prefillers."""
-    made = Scheduler(POLICIES[policy](), PAGE, max_turns, max_queued, **more)
+    made = Scheduler(make_policy(policy), PAGE, max_turns, max_queued, **more)
     for name in workers:
         join(made, name)
     return made
