@@ -94,14 +94,9 @@ class Dispatcher:
         self._kv_transfer = config.engine.kv_transfer
         policy = make_policy(config.policy, config.mispredict)
         stretch = policy.step_stretch if config.engine.step_stretch is None else config.engine.step_stretch
-        self.scheduler = Scheduler(
-            policy,
-            config.engine.block_size,
-            config.engine.max_num_seqs,
-            config.max_num_queued_reqs,
-            notes=bool(self.observers),
-        )
         engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
+        self.scheduler = Scheduler(policy, engine.block_size, engine.max_num_seqs, config.max_num_queued_reqs)
+        self.scheduler.notes = bool(self.observers)
         elsewhere = config.launcher == "ray"
         self.topology, engines = place(config.topology, config.devices, engine, elsewhere=elsewhere)
         self.workers = Supervisor(

@@ -31,7 +31,7 @@ class Ledger:
     def reserve(self, turn: Turn, now: float) -> None:
         """A turn was placed: its pages are reserved at its home, and those of its prompt at its prefiller."""
         if home := self._view(turn.home):
-            home.add_turn(turn.pages, now)
+            home.change(1, turn.pages, now)
         if prefiller := self._view(turn.prefill_at):
             turn.lent_pages = self.pages(len(turn.tokens))
             prefiller.reserved += turn.lent_pages
@@ -52,7 +52,7 @@ class Ledger:
     def release(self, turn: Turn, now: float) -> None:
         self.end_prefill(turn)
         if home := self._view(turn.home):
-            home.drop_turn(turn.pages, now)
+            home.change(-1, -turn.pages, now)
 
     def hold(self, conversation: Conversation, now: float) -> None:
         """The conversation is idle: it holds all its tokens at home, and is expected to come back for them."""

@@ -1,6 +1,7 @@
 """miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 
 from miniserve.config import Role
@@ -67,7 +68,7 @@ class Observe(Policy):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = cluster.worker(need.conversation.home)
         if home is None:
-            return self._first(need, cluster, self._likely(need, cluster, self._may_take))
+            return self._first(need, cluster, self._likely(need, cluster, partial(self._may_take, need)))
         return self._later(need, cluster, home)
 
     def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
@@ -96,25 +97,23 @@ class Observe(Policy):
         # Other turns of this conversation run there, or it has just moved: then it stays, unless it would have to wait.
         if need.conversation.active > 1 or (fits and need.conversation.moved_at == need.conversation.turns):
             return stay
-        roomy = self._likely(need, cluster, self._may_join)
+        roomy = self._likely(need, cluster, partial(self._may_join, need))
         if not roomy:
             return stay
         options = [option for d in roomy for option in self._options(need, cluster, d)]
         best = min(options, key=lambda option: option.cost)
         return Placement(best, "its home is full", options, share_history=True)
 
-    def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
-        if worker.name not in cluster.open or not worker.fits(need.pages):
+    def _may_take(self, need: Need, worker: WorkerView) -> bool:
+        if not worker.fits(need.pages):
             return False
-        if worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
-            # The turn would drive out what is needed soon.
-            return need.waited > 0 and need.waited > self._worth(need, worker)
-        return True
+        # A turn that would drive out what is needed soon waits.
+        crowded = worker.turns > 0 and worker.room - need.pages < ROOM * worker.total_pages
+        return not crowded or need.waited > max(self._worth(need, worker), 0.0)
 
-    def _may_join(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
+    def _may_join(self, need: Need, worker: WorkerView) -> bool:
         """Whether a conversation may leave its home for this worker."""
-        other = worker.name in cluster.open and worker.name != need.conversation.home
-        return other and need.pages <= self.elsewhere(worker)
+        return worker.name != need.conversation.home and need.pages <= self.elsewhere(worker)
 
     def elsewhere(self, worker: WorkerView) -> float:
         free = not worker.turns or worker.turns < worker.max_turns
@@ -126,12 +125,10 @@ class Observe(Policy):
         workers = all_of_few if few else islice(cluster.ranked(need.tokens, self._burden), FEW_HOMES)
         return min((self._worth(need, worker) for worker in workers), default=0.0)
 
-    def _likely(
-        self, need: Need, cluster: Cluster, may: Callable[[Need, Cluster, WorkerView], bool]
-    ) -> list[WorkerView]:
-        """The workers that `may` be the turn's home and are worth comparing: decoders first."""
+    def _likely(self, need: Need, cluster: Cluster, may: Callable[[WorkerView], bool]) -> list[WorkerView]:
+        """The open workers that `may` be the turn's home and are worth comparing: decoders first."""
         if len(cluster.workers) <= FEW_HOMES:
-            return [w for w in (*cluster.decoders, *cluster.prefillers) if may(need, cluster, w)]
+            return [w for w in (*cluster.decoders, *cluster.prefillers) if w.name in cluster.open and may(w)]
         ranked = list(cluster.ranked(need.tokens, self._burden))
         home = cluster.worker(need.conversation.home)
         host, best = home.host if home else "", need.known.best
@@ -139,7 +136,7 @@ class Observe(Policy):
         found = {
             worker.name: worker
             for some, count in ((ranked, LIKELY_HOMES), (special, SPECIAL_HOMES))
-            for worker in islice((w for w in some if may(need, cluster, w)), count)
+            for worker in islice((w for w in some if w.name in cluster.open and may(w)), count)
         }
         return sorted(found.values(), key=lambda worker: worker.role is Role.PREFILLER)
 
@@ -172,25 +169,22 @@ class Observe(Policy):
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
+        options = [local]
         # Two that prefill for each other might wait for each other's pages.
-        if home.role is Role.PREFILLER or not remote:
-            return [local]
-        prefillers = cluster.prefillers_for(home, need.known)
-        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in prefillers)]
-
-    def _remote(
-        self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float
-    ) -> Option:
-        new, known, history, back = away(need, cluster, home, p)
-        return Option(
-            home.name,
-            p.name,
-            queue=p.queue_seconds,
-            prefill=p.speed.prefill(new, known),
-            transfer=history + cluster.exposed_seconds(p, home),
-            decode=decode,
-            harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
-        )
+        remote = remote and home.role is not Role.PREFILLER
+        for p in cluster.prefillers_for(home, need.known) if remote else ():
+            new, known, history, back = away(need, cluster, home, p)
+            other = Option(
+                home.name,
+                p.name,
+                queue=p.queue_seconds,
+                prefill=p.speed.prefill(new, known),
+                transfer=history + cluster.exposed_seconds(p, home),
+                decode=decode,
+                harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
+            )
+            options.append(other)
+        return options
 
     def _decode(self, tokens: int, output: int, home: WorkerView) -> tuple[float, float]:
         """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""

@@ -35,7 +35,7 @@ class Placer:
     """The suspected turn that was begun last."""
 
     def __post_init__(self) -> None:
-        self.queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere)
+        self.queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere, self.cluster.changed)
         self._closed: set[str] = set()
         """Workers that are kept for a suspected turn."""
 
@@ -60,7 +60,7 @@ class Placer:
             return placement is not None
 
         workers = cluster.workers.keys()
-        self.queue.serve(place, workers - closed if closed else workers, cluster.changed, now)
+        self.queue.serve(place, workers - closed if closed else workers, now)
         return commands
 
     def _try_suspect(self, now: float, notes: bool) -> tuple[list[Command], set[str]]:
@@ -81,7 +81,7 @@ class Placer:
         if others[home.name] or home.leaving or not home.fits(turn.pages):
             return [], {home.name}
         self.tried = turn
-        self.queue.remove(turn, self.cluster.changed, served=True)
+        self.queue.remove(turn, served=True)
         placement = Placement(Option(home.name), f"alone, since {turn.losses} workers died under it")
         before = turn.conversation.home
         commands = self._begin(turn, self._need(turn, now), placement, notes)
@@ -103,10 +103,10 @@ class Placer:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""
         conversation = turn.conversation
         known = Known(self.cluster.prefixes.find(turn.chain), self.cluster.page_tokens)
-        if conversation.copy_at:
-            known.learn(conversation.copy_at, self._reusable(turn, min(conversation.copy_tokens, turn.known)))
-        if conversation.home:
-            known.learn(conversation.home, self._reusable(turn, turn.known))
+        copied = min(conversation.copy_tokens, turn.known)
+        for worker, tokens in ((conversation.copy_at, copied), (conversation.home, turn.known)):
+            if worker:
+                known[worker] = max(known[worker], self._reusable(turn, tokens))
         return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
 
     def _reusable(self, turn: Turn, known: int) -> int:

@@ -4,7 +4,7 @@ differs from the one before, and which workers have computed its beginning."""
 from collections import OrderedDict
 from collections.abc import Sequence, Set
 
-from miniserve.kv.hashing import page_hashes, root_hash, token_bytes
+from miniserve.kv.hashing import page_hashes, root_hash
 from miniserve.scheduler.conversation import Conversation, PromptMark
 
 ALIKE = 64
@@ -16,28 +16,28 @@ KEPT_BYTES = 2**28
 
 
 class PromptIndex:
-    """Marks and their owners. A lookup takes one step for each page of the prompt, however many marks there are.
+    """Marks and their owners. A lookup takes one step for each page of the prompt, however many marks there are. A
+    prompt is given as 4 bytes a token, with its `page_chain`.
 
     Nearly every mark is alone under its digest. There its owner alone is kept, which saves memory; where several marks
     share a digest, a dict leads from their tails to their owners.
     """
 
     def __init__(self, page_tokens: int) -> None:
-        self._page_tokens = page_tokens
+        self._page_bytes = 4 * page_tokens
         self._owners: dict[bytes, Conversation | dict[bytes, tuple[Conversation, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self._owners)
 
-    def mark(self, tokens: Sequence[int], chain: list[bytes]) -> PromptMark:
-        return PromptMark(chain[-1], token_bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
+    def mark(self, prompt: bytes, chain: list[bytes]) -> PromptMark:
+        return PromptMark(chain[-1], prompt[(len(chain) - 1) * self._page_bytes :], len(prompt) // 4)
 
-    def begins(self, mark: PromptMark, tokens: Sequence[int], chain: list[bytes]) -> bool:
-        """Whether `tokens` begin with the prompt of `mark`, and go on."""
-        full = mark.length // self._page_tokens
-        if mark.length >= len(tokens) or chain[full] != mark.digest:
-            return False
-        return mark.tail == token_bytes(tokens[full * self._page_tokens : mark.length])
+    def begins(self, mark: PromptMark, prompt: bytes, chain: list[bytes]) -> bool:
+        """Whether a prompt begins with that of `mark`, and goes on."""
+        end = 4 * mark.length
+        full = end // self._page_bytes
+        return end < len(prompt) and chain[full] == mark.digest and prompt[full * self._page_bytes : end] == mark.tail
 
     def add(self, mark: PromptMark, owner: Conversation) -> None:
         """`owner` has this prompt; `mark` is among its marks already."""
@@ -67,14 +67,14 @@ class PromptIndex:
         elif there is owner:
             del self._owners[mark.digest]
 
-    def longest(self, tokens: Sequence[int], chain: list[bytes]) -> tuple[PromptMark, tuple[Conversation, ...]] | None:
-        """The longest mark that `tokens` begin with or are, and its owners."""
-        size = self._page_tokens
+    def longest(self, prompt: bytes, chain: list[bytes]) -> tuple[PromptMark, tuple[Conversation, ...]] | None:
+        """The longest mark that a prompt begins with or is, and its owners."""
+        size = self._page_bytes
         for behind, there in enumerate(map(self._owners.get, reversed(chain)), 1):
             if there is None:
                 continue
             pages = len(chain) - behind
-            rest = token_bytes(tokens[pages * size : (pages + 1) * size])
+            rest = prompt[pages * size : (pages + 1) * size]
             if not isinstance(there, dict):
                 mark = next(m for m in there.marks if m.digest == chain[pages])
                 if rest.startswith(mark.tail):
@@ -82,7 +82,7 @@ class PromptIndex:
                 continue
             for end in range(len(rest), -1, -4):
                 if owners := there.get(rest[:end]):
-                    return PromptMark(chain[pages], rest[:end], pages * size + end // 4), owners
+                    return PromptMark(chain[pages], rest[:end], (pages * size + end) // 4), owners
         return None
 
 
@@ -191,9 +191,6 @@ class Known(dict[str, int]):
             if worker in workers:
                 return pages * self._page_tokens
         return 0
-
-    def learn(self, worker: str, tokens: int) -> None:
-        self[worker] = max(self[worker], tokens)
 
     @property
     def best(self) -> Set[str]:

@@ -60,14 +60,7 @@ class Scheduler:
     time; `kept_bytes` are for prompts, to compare later ones with."""
 
     def __init__(
-        self,
-        policy: Policy,
-        page_tokens: int,
-        max_turns: int,
-        max_queued: int,
-        *,
-        notes: bool = False,
-        kept_bytes: int = KEPT_BYTES,
+        self, policy: Policy, page_tokens: int, max_turns: int, max_queued: int, *, kept_bytes: int = KEPT_BYTES
     ) -> None:
         self.conversations = Conversations(page_tokens, kept_bytes=kept_bytes)
         self.cluster = Cluster(page_tokens)
@@ -78,7 +71,7 @@ class Scheduler:
         """All workers that ever lived, in the order of their numbers in `TurnRecord`."""
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
-        self.notes = notes
+        self.notes = False
         self._max_turns = max_turns
         self._max_queued = max_queued
         self._speed = Speed()
@@ -173,13 +166,14 @@ class Scheduler:
         self._ledger.let_go(conversation)
         queued = [t for t in self.turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
         for turn in queued:
-            self._queue.remove(turn, self.cluster.changed)
+            self._queue.remove(turn)
         home = max(self.cluster.decoders, key=lambda decoder: decoder.room, default=None)
-        worth = home is not None and conversation.turns and tokens and home.room >= pages
-        conversation.home = home.name if home and worth else None
+        if home is not None and not (conversation.turns and tokens and home.room >= pages):
+            home = None
+        conversation.home = home.name if home else None
         for turn in reversed(queued):
             self._queue.append(turn, now, first=True)
-        if home is None or not worth or before is None:
+        if home is None or before is None:
             return []
         self._moved += 1
         move = f"move-{self._moved}"
@@ -232,8 +226,8 @@ class Scheduler:
         """
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
-        prompt = array("i", token_bytes(tokens))
-        chain = page_chain(prompt, salt, self.cluster.page_tokens)
+        prompt = token_bytes(tokens)
+        chain = page_chain(array("i", prompt), salt, self.cluster.page_tokens)
         of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
         self._forecast.arrived(of.turns, gap)
@@ -378,7 +372,7 @@ class Scheduler:
         conversation = turn.conversation
         conversation.active -= 1
         if turn.state is TurnState.QUEUED:
-            self._queue.remove(turn, self.cluster.changed)
+            self._queue.remove(turn)
         else:
             self._ledger.release(turn, now)
             conversation.turns += 1

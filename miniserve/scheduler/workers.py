@@ -73,15 +73,11 @@ class WorkerView:
             return True
         return self.turns < self.max_turns and self.reserved + pages <= self.total_pages
 
-    def add_turn(self, pages: int, now: float) -> None:
+    def change(self, turns: int, pages: int, now: float) -> None:
+        """So many turns begin here, for which so many pages are reserved; below zero if they end."""
         self.load.update(self.turns, now)
+        self.turns += turns
         self.reserved += pages
-        self.turns += 1
-
-    def drop_turn(self, pages: int, now: float) -> None:
-        self.load.update(self.turns, now)
-        self.reserved -= pages
-        self.turns -= 1
 
     def observe(self, report: Report, now: float) -> None:
         self.stats = report.stats

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution, Text, arrivals, choose, generator
 from miniserve.bench.replay.generators import WorkloadConfig
-from miniserve.bench.replay.workload import Script, TurnSize, Workload
+from miniserve.bench.replay.workload import Distribution, Script, Text, TurnSize, Workload, arrivals, choose, generator
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,8 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.driver import ALONE, ReplayConfig, replay
-from miniserve.bench.replay.workload import Script, TurnSize, Workload
+from miniserve.bench.replay.workload import Script, Text, TurnSize, Workload
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError
 from miniserve.sampling_params import SamplingParams

@@ -212,7 +212,8 @@ class World:
         self.slow_ways: dict[str, list[Slow]] = defaultdict(list)
         self.now = 100.0
         chosen = Anywhere(self.pick) if policy == "anywhere" else make_policy(policy, 0.3)
-        self.scheduler = Scheduler(chosen, PAGE, 6, 100, notes=True)
+        self.scheduler = Scheduler(chosen, PAGE, 6, 100)
+        self.scheduler.notes = True
         self.pages = self.pick.choice([17, 24, 40]) + self.recurrent * Slots.pages
         for name in self.pick.choice(TOPOLOGIES):
             self.start(name, 1)

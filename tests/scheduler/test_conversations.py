@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-from array import array
 
 import pytest
 
+from miniserve.kv.hashing import token_bytes
 from miniserve.scheduler.conversation import TURNS, Conversation, History, Said, TurnRecord
 from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.prompts import ALIKE, page_chain
@@ -29,7 +29,7 @@ class Book:
 
     def find(self, tokens: list[int], key: str | int = "", salt: str = "", **said) -> Conversation:
         chain = page_chain(tokens, salt, PAGE)
-        conversation, self.known, self.change = self.all.find(key, array("i", tokens), chain, self.now, Said(**said))
+        conversation, self.known, self.change = self.all.find(key, token_bytes(tokens), chain, self.now, Said(**said))
         return conversation
 
     def turn(self, tokens: list[int], key: str | int = "", salt: str = "", **said) -> Conversation:
@@ -188,7 +188,7 @@ def test_an_idle_conversation_is_small():
     before = tracemalloc.take_snapshot()
     for p, of_turns in zip(prompts, chains, strict=True):
         for turn, chain in enumerate(of_turns):
-            conversation, _, _ = all.find("", array("i", p[: 50 * (turn + 1)]), chain, 0.5 * turn)
+            conversation, _, _ = all.find("", token_bytes(p[: 50 * (turn + 1)]), chain, 0.5 * turn)
             conversation.turns += 1
             conversation.tokens = 50 * (turn + 1)
             conversation.last_end = turn + 0.25

@@ -24,7 +24,7 @@ def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, res
     for batch in (1, 2, 4, 8, 16):
         made.speed.observe(StepTime(0, 0, batch, 100 * batch, STEP + 0.005 * (batch - 1)))
     for _ in range(turns):
-        made.add_turn(10, 0.0)
+        made.change(1, 10, 0.0)
     made.resident = made.wanted = resident
     made.queued_prefill_tokens = queued
     return made
@@ -137,7 +137,7 @@ def test_cache_aware_routes_by_match_unless_loads_differ():
     assert where(rule.place(need(1000, d0=900), cluster(worker("d0", turns=63), d1))) == ("d0", "")
     d0.max_turns = 100
     for _ in range(65):
-        d0.add_turn(1, 0.0)
+        d0.change(1, 1, 0.0)
     assert where(rule.place(need(1000, d0=900), cluster(d0, d1))) == ("d1", ""), "65 turns more than the other"
 
 

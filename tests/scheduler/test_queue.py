@@ -45,7 +45,7 @@ class Served:
     def __init__(self, has_patience: Callable[[Turn, float], bool]) -> None:
         self.full: set[str] = set()
         self.tried: list[str] = []
-        self.queue = WaitingQueue(has_patience, self.fits, lambda worker: 0.0)
+        self.queue = WaitingQueue(has_patience, self.fits, lambda worker: 0.0, set())
 
     def fits(self, turn: Turn) -> bool:
         return turn.conversation.home not in self.full
@@ -60,7 +60,8 @@ class Served:
     def serve(self, full: set[str], changed: set[str], now: float = 0.0) -> list[str]:
         """The turns that are tried."""
         self.full, self.tried = full, []
-        self.queue.serve(self.place, {"d0", "d1"}, changed, now)
+        self.queue.changed |= changed
+        self.queue.serve(self.place, {"d0", "d1"}, now)
         return self.tried
 
 
@@ -173,9 +174,9 @@ def test_a_queued_turn_whose_home_has_died_blocks_no_turn_with_a_home() -> None:
     lost, run = run_of(submit(made, "a", [1] * 40, key="a"))
     end(made, lost, run.turn, 0.1)
     other = {"d0": "d1", "d1": "d0"}[lost]
-    made.workers[lost].add_turn(1, 0.1)
+    made.workers[lost].change(1, 1, 0.1)
     run_of(submit(made, "b", [2] * 40, key="b", now=0.1))
-    made.workers[lost].add_turn(1, 0.1)
+    made.workers[lost].change(1, 1, 0.1)
     made.workers[other].wanted = 95.0
     assert sent(submit(made, "a2", [1] * 60, key="a", now=0.2), Run) == []
     made.worker_down(lost, returns=True, now=0.2)
@@ -283,10 +284,10 @@ def test_room_that_appears_is_given_to_newcomers_in_their_order() -> None:
 def test_a_turn_beside_a_newcomer_of_its_conversation_follows_it_home() -> None:
     made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=9)
     for view in made.workers.values():
-        view.add_turn(95, 0.0)
+        view.change(1, 95, 0.0)
     for name in ("c1", "c2", "c3"):
         assert sent(submit(made, name, [3] * 160, key="c"), Run) == []
-    made.workers["d1"].drop_turn(95, 0.0)
+    made.workers["d1"].change(-1, -95, 0.0)
     placed = sent(made.on_tick(0.1), Run)
     assert [(home, run.turn) for home, run in placed] == [("d1", "c1.1"), ("d1", "c2.1"), ("d1", "c3.1")]
     assert made.queued == 0
@@ -307,7 +308,7 @@ def test_turns_of_a_conversation_that_has_found_its_home_do_not_wait_behind_a_ne
 def test_a_tick_asks_the_policy_once_for_all_newcomers_that_wait_and_a_report_does_not(waiting: int) -> None:
     made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=1000)
     for view in made.workers.values():
-        view.add_turn(95, 0.0)
+        view.change(1, 95, 0.0)
     for n in range(waiting):
         submit(made, f"t{n}", [n + 1] * 160)
     asked = []
@@ -328,8 +329,8 @@ def test_no_policy_is_asked_about_turns_that_wait_for_a_full_home(policy: str, w
         home, run = run_of(submit(made, f"t{n}", [n + 1] * 160, key=n + 1))
         end(made, home, run.turn, 0.1)
         made.conversations.get(n + 1).home = "d0"
-    made.workers["d0"].add_turn(95, 0.1)
-    made.workers["d1"].add_turn(75, 0.1)
+    made.workers["d0"].change(1, 95, 0.1)
+    made.workers["d1"].change(1, 75, 0.1)
     for n in range(waiting):
         assert submit(made, f"w{n}", [n + 1] * 400, key=n + 1, now=0.1) == [], "10 of 100 pages have to stay free"
     asked = []
@@ -338,7 +339,7 @@ def test_no_policy_is_asked_about_turns_that_wait_for_a_full_home(policy: str, w
     assert report_steps(made, "d1", now=0.2) == []
     assert made.on_tick(0.2) == []
     assert not asked, "none fits"
-    made.workers["d0"].drop_turn(95, 0.3)
+    made.workers["d0"].change(-1, -95, 0.3)
     assert [run.turn for _, run in sent(made.on_tick(0.3), Run)][:2] == ["w0.1", "w1.1"]
 
 
@@ -348,8 +349,8 @@ def test_a_turn_finds_room_elsewhere_behind_one_for_which_there_is_none() -> Non
         home, run = run_of(submit(made, f"t{key}", [key] * 40, key=key))
         end(made, home, run.turn, 0.1)
         made.conversations.get(key).home = "d0"
-    made.workers["d0"].add_turn(99, 0.1)
-    made.workers["d1"].add_turn(60, 0.1)
+    made.workers["d0"].change(1, 99, 0.1)
+    made.workers["d1"].change(1, 60, 0.1)
     assert submit(made, "large", [1] * 800, key=1, now=0.2) == []
     assert submit(made, "larger", [2] * 900, key=2, now=0.2) == []
     assert run_of(submit(made, "small", [3] * 80, key=3, now=0.2))[0] == "d1"
@@ -359,13 +360,13 @@ def test_a_turn_finds_room_elsewhere_behind_one_for_which_there_is_none() -> Non
 def test_turns_of_a_new_conversation_line_up_for_the_home_that_the_first_one_finds() -> None:
     made = scheduler("d0", "d1", policy="colocated", max_turns=1, max_queued=9)
     for view in made.workers.values():
-        view.add_turn(1, 0.0)
+        view.change(1, 1, 0.0)
     for n in range(3):
         submit(made, f"a{n}", [1] * 40, key="a")
     submit(made, "b", [2] * 40, key="b")
-    made.workers["d0"].drop_turn(1, 0.0)
+    made.workers["d0"].change(-1, -1, 0.0)
     assert [(home, run.turn) for home, run in sent(made.on_tick(0.1), Run)] == [("d0", "a0.1")]
-    made.workers["d1"].drop_turn(1, 0.1)
+    made.workers["d1"].change(-1, -1, 0.1)
     assert [(home, run.turn) for home, run in sent(made.on_tick(0.2), Run)] == [("d1", "b.1")], "passes those of d0"
     assert [run.turn for _, run in sent(end(made, "d0", "a0.1", 0.3), Run)] == ["a1.1"]
 

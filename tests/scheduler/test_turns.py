@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from types import SimpleNamespace
 
 import pytest
 
 from miniserve.cluster.messages import Abort, Failed, Run, StepTime
+from miniserve.kv.hashing import token_bytes
 from miniserve.scheduler.commands import Deliver, Note
 from miniserve.scheduler.conversation import Said
 from miniserve.scheduler.prompts import Known, PrefixIndex, page_chain
@@ -117,7 +117,7 @@ def test_turns_wait_for_a_decoder_that_returns() -> None:
 
 def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", array("i", [1]), page_chain([1], "", PAGE), 0.0).conversation
+    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0).conversation
     found.home = "p0"
     home, run = run_of(submit(made, "t", [1] * 40, key="a"))
     assert home == "p0"
@@ -129,7 +129,7 @@ def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
 
 def test_a_conversation_that_lives_on_a_prefiller_goes_on_while_the_decoder_is_away() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", array("i", [1]), page_chain([1], "", PAGE), 0.0).conversation
+    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0).conversation
     found.home = "p0"
     _, run = run_of(submit(made, "t", [1] * 40, key="a"))
     end(made, "p0", run.turn)
@@ -182,7 +182,7 @@ def test_a_placement_elsewhere_is_a_move_and_the_new_home_fetches_the_history() 
     _, blocker = run_of(submit(made, "b", [3] * 40, key="b"))
     if made.conversations.get("b").home != home:  # fill the home of "a", not the other one
         end(made, other, blocker.turn)
-        made.workers[home].add_turn(1, 0.0)
+        made.workers[home].change(1, 1, 0.0)
     worker, again = run_of(submit(made, "u", [1] * 60, key="a"))
     assert (worker, again.history_at) == (other, home)
     found = made.conversations.get("a")
@@ -196,7 +196,7 @@ def test_a_conversation_lives_on_a_prefiller_as_on_any_worker() -> None:
     for name in ("p0", "d0"):
         report_steps(made, name, *steps)
     for _ in range(16):
-        made.workers["d0"].add_turn(1, 0.0)
+        made.workers["d0"].change(1, 1, 0.0)
     home, run = run_of(submit(made, "a1", [1] * 40, key="a"))
     assert (home, run.prefill_at, run.history_at) == ("p0", None, None)
     view = made.workers["p0"]
@@ -225,7 +225,8 @@ def test_the_home_gets_the_forecast_of_a_conversation() -> None:
 def test_records_are_made_only_while_notes_are_on() -> None:
     made = scheduler("p0", "d0")
     assert not [c for c in submit(made, "t", [1] * 40) if isinstance(c, Note)]
-    made = scheduler("p0", "d0", policy="observe", notes=True)
+    made = scheduler("p0", "d0", policy="observe")
+    made.notes = True
     commands = submit(made, "t", [1] * 40)
     (decision,) = (SimpleNamespace(**c.record) for c in commands if isinstance(c, Note))
     assert (decision.policy, decision.home, decision.tokens, decision.turn) == ("observe", "d0", 40, 1)

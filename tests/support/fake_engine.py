@@ -120,7 +120,8 @@ class Played:
     notes: bool = False
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(make_policy("conserve"), 16, max_turns=1, max_queued=8, notes=self.notes)
+        self.scheduler = Scheduler(make_policy("conserve"), 16, max_turns=1, max_queued=8)
+        self.scheduler.notes = self.notes
         self.commands: list[Command] = []
         for name in ("p0", "d0"):
             self.commands += self.scheduler.worker_up(peer(name), now=self.now)

@@ -14,8 +14,7 @@ import uvicorn
 
 from miniserve.api.app import create_app
 from miniserve.api.service import Service
-from miniserve.bench.replay.distributions import Text
-from miniserve.bench.replay.workload import Script, TurnSize
+from miniserve.bench.replay.workload import Script, Text, TurnSize
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.grammar import Compiler

@@ -24,11 +24,10 @@ from rich.console import Console
 from rich.live import Live
 
 from miniserve.bench.replay.answer import Answer, ask, session
-from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.energy import Energy
 from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
-from miniserve.bench.replay.workload import Script, Workload
+from miniserve.bench.replay.workload import Script, Text, Workload
 from miniserve.config import ConfigError, problem
 
 LOCAL = ("localhost", "127.0.0.1", "::1")

@@ -130,6 +130,11 @@ def summary(
         "last_turn_tbt": [(tbts[key], a.tbt) for key, a in alone.items() if key in tbts and a.tbt],
         "e2e": [(done[key].e2e, a.e2e) for key, a in alone.items()],
     }
+    broken = {
+        name: (sum(value > SLO * standard for value, standard in pairs) + failed) / max(len(pairs) + failed, 1)
+        for name, pairs in ratios.items()
+        if name != "ttft"
+    }
     return {
         "conversations": len(conversations),
         "turns": len(turns),
@@ -142,9 +147,7 @@ def summary(
         "e2e_s": seconds(value.e2e for value in done.values()),
         "group_e2e_s": seconds(groups(conversations)),
         **{f"{name}_norm": normalised(pairs) for name, pairs in ratios.items()},
-        "slo_violation": {
-            name: _violations(pairs, failed) if standalone else None for name, pairs in ratios.items() if name != "ttft"
-        },
+        "slo_violation": broken if standalone else dict.fromkeys(broken),
         "throughput": {
             "conversations_per_s": len(done) / duration if duration > 0 else 0.0,
             "output_tokens_per_s": output / duration if duration > 0 else 0.0,
@@ -165,9 +168,3 @@ def energy(joules: float | None, conversations: Sequence[ConversationTimes]) -> 
         "tokens_per_joule": every / joules if joules else None,
         "output_tokens_per_joule": output / joules if joules else None,
     }
-
-
-def _violations(pairs: Sequence[tuple[float, float]], failed: int) -> float:
-    """The share of conversations that took more than `SLO` times standalone, or failed."""
-    broken = sum(value > SLO * alone for value, alone in pairs) + failed
-    return broken / max(len(pairs) + failed, 1)

@@ -11,9 +11,8 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
-from miniserve.bench.replay.workload import Script, Workload
+from miniserve.bench.replay.workload import Script, Text, Workload
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
 from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Report, TurnOutput
