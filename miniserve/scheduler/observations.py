@@ -3,8 +3,6 @@
 Pure: times come in as arguments, in seconds.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -79,7 +77,7 @@ def quantile(ordered: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-def non_negative_fit(rows: np.ndarray, counts: np.ndarray, ridge: float) -> np.ndarray:
+def non_negative_fit(rows: "np.ndarray", counts: "np.ndarray", ridge: float) -> "np.ndarray":
     """The least squares of `rows @ x = 1` with no x below zero: features whose weight comes out below zero are left
     out, the lowest one first. A row counts `counts` times; a `ridge` on all but the first feature decides what the rows
     leave open."""
@@ -152,7 +150,7 @@ class Speed:
     that it looks back on, and a constant for each step.
     """
 
-    def __init__(self, fleet: Speed | None = None) -> None:
+    def __init__(self, fleet: "Speed | None" = None) -> None:
         self._fleet = fleet
         self.decodes = Plane()
         self.prefills = Plane()

@@ -22,14 +22,15 @@ READ = "free", "reserved", "turns", "queued_prefill_tokens"
 @dataclass
 class Placer:
     """The queue of waiting turns, and what decisions about them read. `cluster` and `turns` are the scheduler's own,
-    and change."""
+    and change; what is to be done is added to its `commands`."""
 
     policy: Policy
     cluster: Cluster
     turns: Mapping[str, Turn]
     ledger: Ledger
     forecast: Forecast
-    placements: dict[tuple[str, str], int] = field(default_factory=dict)
+    commands: list[Command]
+    placements: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(prefilled at, home) -> turns."""
     tried: Turn | None = None
     """The suspected turn that was begun last."""
@@ -39,15 +40,14 @@ class Placer:
         self._closed: set[str] = set()
         """Workers that are kept for a suspected turn."""
 
-    def place_queued(self, now: float, *, notes: bool) -> list[Command]:
+    def place_queued(self, now: float, *, notes: bool) -> None:
         """Place the waiting turns that can be placed. With `notes`, each decision is noted."""
         cluster = self.cluster
         if not self.queue:
             cluster.changed.clear()
-            return []
+            return
         self.ledger.give_up_late(now)
-        commands, closed = self._try_suspect(now, notes)
-        closed |= cluster.retired
+        closed = self._try_suspect(now, notes) | cluster.retired
         cluster.changed |= self._closed - closed
         self._closed = closed
 
@@ -56,15 +56,14 @@ class Placer:
             need = self._need(turn, now)
             placement = self.policy.place(need, cluster)
             if placement is not None:
-                commands.extend(self._begin(turn, need, placement, notes))
+                self._begin(turn, need, placement, notes)
             return placement is not None
 
         workers = cluster.workers.keys()
         self.queue.serve(place, workers - closed if closed else workers, now)
-        return commands
 
-    def _try_suspect(self, now: float, notes: bool) -> tuple[list[Command], set[str]]:
-        """Begin with the next suspected turn, unless one is being tried; and the workers that no other turn may take.
+    def _try_suspect(self, now: float, notes: bool) -> set[str]:
+        """Begin with the next suspected turn, unless one is being tried. Returns the workers that no other may take.
 
         One is tried at a time, on a decoder that has nothing left to stop, and where only turns run that were suspected
         before it and are not any more: so it is this one that the decoder dies of. If there is none, the one with the
@@ -72,21 +71,21 @@ class Placer:
         """
         tried, decoders = self.tried, self.cluster.decoders
         if tried is not None and tried.suspected and tried.state in (TurnState.PREFILL, TurnState.DECODE):
-            return [], {str(tried.home)}
+            return {str(tried.home)}
         if not (suspects := self.queue.line(Group.SUSPECTS)) or not decoders:
-            return [], set()
+            return set()
         turn = suspects[0][1]
         others = Counter(other.home for other in self.turns.values() if other.losses < TRIED_AFTER)
         home = min(decoders, key=lambda d: (others[d.name], len(d.leaving), not d.fits(turn.pages)))
         if others[home.name] or home.leaving or not home.fits(turn.pages):
-            return [], {home.name}
+            return {home.name}
         self.tried = turn
         self.queue.remove(turn, served=True)
         placement = Placement(Option(home.name), f"alone, since {turn.losses} workers died under it")
         before = turn.conversation.home
-        commands = self._begin(turn, self._need(turn, now), placement, notes)
+        self._begin(turn, self._need(turn, now), placement, notes)
         self.queue.follow(turn.conversation, before or Group.ANYWHERE)
-        return commands, {home.name}
+        return {home.name}
 
     def _has_patience(self, turn: Turn, now: float) -> bool:
         need = self._need(turn, now)
@@ -117,11 +116,10 @@ class Placer:
         size = self.cluster.page_tokens
         return max([end // size * size for end in turn.conversation.ends if end // size * size <= known], default=0)
 
-    def _begin(self, turn: Turn, need: Need, placement: Placement, notes: bool) -> list[Command]:
+    def _begin(self, turn: Turn, need: Need, placement: Placement, notes: bool) -> None:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
-        commands: list[Command] = []
         if notes:
-            commands.append(Note(self._decision(turn, need, placement)))
+            self.commands.append(Note(self._decision(turn, need, placement)))
         option, conversation, now = placement.option, turn.conversation, need.now
         home, prefills = (self.cluster.workers[name] for name in (option.home, option.prefill_at or option.home))
         turn.move(TurnState.PREFILL)
@@ -141,8 +139,7 @@ class Placer:
         self.cluster.touch(prefills.name)
         if not self.cluster.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
             self.cluster.prefixes.add(turn.chain, prefills.name)
-        key = (prefills.name, home.name)
-        self.placements[key] = self.placements.get(key, 0) + 1
+        self.placements[prefills.name, home.name] += 1
         run = Run(
             turn.run,
             turn.tokens,
@@ -155,7 +152,7 @@ class Placer:
             option.history_at or None,
             self._keep(conversation, len(turn.tokens), home, turn.number),
         )
-        return [*commands, Send(home.name, run)]
+        self.commands.append(Send(home.name, run))
 
     def bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
         """The message by which a home gets the KV of an idle conversation from another worker, as the run `name`."""

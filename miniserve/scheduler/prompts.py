@@ -27,9 +27,6 @@ class PromptIndex:
         self._page_bytes = 4 * page_tokens
         self._owners: dict[bytes, Conversation | dict[bytes, tuple[Conversation, ...]]] = {}
 
-    def __len__(self) -> int:
-        return len(self._owners)
-
     def mark(self, prompt: bytes, chain: list[bytes]) -> PromptMark:
         return PromptMark(chain[-1], prompt[(len(chain) - 1) * self._page_bytes :], len(prompt) // 4)
 
@@ -92,9 +89,6 @@ class FirstPages:
 
     def __init__(self) -> None:
         self._owners: dict[bytes, list[Conversation]] = {}
-
-    def __len__(self) -> int:
-        return len(self._owners)
 
     def add(self, chain: list[bytes], owner: Conversation) -> tuple[bytes, ...]:
         """Where `owner` stands now; `remove` wants that again."""

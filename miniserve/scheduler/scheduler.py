@@ -78,7 +78,9 @@ class Scheduler:
         """Of all workers together."""
         self._forecast = Forecast()
         self._ledger = Ledger(self.cluster, self._forecast)
-        self._placer = Placer(policy, self.cluster, self.turns, self._ledger, self._forecast)
+        self._commands: list[Command] = []
+        """What is to be done, until a method gives it out."""
+        self._placer = Placer(policy, self.cluster, self.turns, self._ledger, self._forecast, self._commands)
         self._queue = self._placer.queue
         self.placements = self._placer.placements
         """(prefilled at, home) -> turns."""
@@ -112,7 +114,8 @@ class Scheduler:
         self.cluster.join(WorkerView(peer, self._max_turns, self.cluster.page_tokens, Speed(self._speed), now))
         if peer.name not in self.names:
             self.names.append(peer.name)
-        return [*self._announce(), *self._place_queued(now, everywhere=True)]
+        self._announce()
+        return self._place_queued(now, everywhere=True)
 
     def worker_down(self, name: str, *, returns: bool, now: float = 0.0) -> list[Command]:
         """A worker has died, and perhaps `returns`. Its turns go on elsewhere, from their tokens, or wait for a decoder
@@ -123,7 +126,7 @@ class Scheduler:
             self._returning.discard(name)
         elif view is not None and view.role is Role.DECODER:
             self._returning.add(name)
-        commands = self._announce()
+        self._announce()
         under = [turn for turn in self.turns.values() if turn.runs_on(name)]
         self._forget_worker(name)
         self._queue.homes_lost(now)
@@ -131,16 +134,16 @@ class Scheduler:
             tried = turn.suspected  # It ran, so it was tried.
             turn.lose()
             if turn.home == name or turn.suspected:
-                commands += self._run_again(turn, now)
+                self._run_again(turn, now)
             if tried:
                 died = f"{turn.losses} workers died while they served this request, the last one served it alone"
-                commands += self._fail(turn, f"{died}. See the server's log.", now)
+                self._fail(turn, f"{died}. See the server's log.", now)
         if not self.can_serve:
             # Turns whose home is a prefiller that lives have all they need.
             for turn in [turn for turn in self.turns.values() if turn.state is TurnState.QUEUED]:
                 reason = f"The worker {name} died and no decoder is left. Restart the server."
-                commands += self._fail(turn, reason, now)
-        return [*commands, *self._place_queued(now, everywhere=True)]
+                self._fail(turn, reason, now)
+        return self._place_queued(now, everywhere=True)
 
     def retire(self, name: str, now: float) -> list[Command]:
         """A worker is to go: nothing more is placed there, and conversations move to other homes as soon as none of
@@ -149,9 +152,10 @@ class Scheduler:
             raise NoDecoder(f"{name} is the last decoder: add another one before it goes.")
         self.cluster.retire(name)
         running = {turn.conversation.key for turn in self.turns.values() if turn.home == name}
-        homes = [c for c in self.conversations if c.home == name and c.key not in running]
-        commands = [command for conversation in homes for command in self._move(conversation, now)]
-        return [*commands, *self._place_queued(now, everywhere=True)]
+        for conversation in self.conversations:
+            if conversation.home == name and conversation.key not in running:
+                self._move(conversation, now)
+        return self._place_queued(now, everywhere=True)
 
     def retired(self, name: str) -> bool:
         """Whether no turn runs on a worker, and no conversation moves away from it."""
@@ -159,7 +163,7 @@ class Scheduler:
             name != source for source, _ in self._moves.values()
         )
 
-    def _move(self, conversation: Conversation, now: float) -> list[Command]:
+    def _move(self, conversation: Conversation, now: float) -> None:
         """Move the KV of a conversation to the decoder with the most room; where there is none, it is computed anew."""
         before, tokens = conversation.home, self.conversations.tokens(conversation)
         pages = self._ledger.pages(len(tokens))
@@ -174,13 +178,13 @@ class Scheduler:
         for turn in reversed(queued):
             self._queue.append(turn, now, first=True)
         if home is None or before is None:
-            return []
+            return
         self._moved += 1
         move = f"move-{self._moved}"
         self._moves[move] = before, home.name
         if not conversation.active:
             self._ledger.hold(conversation, now)
-        return [self._placer.bring(move, conversation, tokens, before, home)]
+        self._commands.append(self._placer.bring(move, conversation, tokens, before, home))
 
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
@@ -195,9 +199,9 @@ class Scheduler:
             if turn.prefill_at == name:
                 turn.prefill_at, turn.lent_pages = None, 0
 
-    def _announce(self) -> list[Command]:
+    def _announce(self) -> None:
         peers = Peers([view.peer for view in self.workers.values()])
-        return [Send(name, peers) for name in self.workers]
+        self._commands += [Send(name, peers) for name in self.workers]
 
     def check_room(self, now: float) -> None:
         """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
@@ -257,15 +261,14 @@ class Scheduler:
 
     def cancel(self, turn: str, now: float) -> list[Command]:
         """The client has left: free everything at once. Unknown turns are ignored."""
-        found = self.turns.get(turn)
-        if found is None:
-            return []
-        return [*self._abort(found), *self._end(found, "abort", now), *self._place_queued(now)]
+        if found := self.turns.get(turn):
+            self._abort(found)
+            self._end(found, "abort", now)
+        return self._place_queued(now)
 
     def on_report(self, worker: str, report: Report, now: float) -> list[Command]:
         """A worker has stepped: outputs for clients, finished handoffs, its state."""
-        view = self.workers.get(worker)
-        if view is None:
+        if (view := self.workers.get(worker)) is None:
             return []
         view.observe(report, now)
         self.cluster.touch(worker)
@@ -275,13 +278,12 @@ class Scheduler:
                 turn.phases.transfer += move.seconds
                 turn.phases.exposed += move.exposed
                 turn.phases.moved_pages += move.pages
-        commands: list[Command] = []
         for output in report.outputs:
             if turn := self._turn_of(output.turn):
-                commands += self._take(turn, output, worker, now)
+                self._take(turn, output, worker, now)
             else:
                 self._moves.pop(output.turn, None)
-        return [*commands, *self._place_queued(now)]
+        return self._place_queued(now)
 
     def on_tick(self, now: float) -> list[Command]:
         """Time has passed: forget conversations that have been idle too long, and what is late."""
@@ -291,38 +293,42 @@ class Scheduler:
         return self._place_queued(now, everywhere=True)
 
     def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
-        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible."""
+        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible. Gives
+        out all commands."""
         if everywhere:
             self.cluster.changed.update(self.workers)
-        return self._placer.place_queued(now, notes=self.notes)
+        self._placer.place_queued(now, notes=self.notes)
+        commands = self._commands.copy()
+        self._commands.clear()
+        return commands
 
     def _turn_of(self, run: str) -> Turn | None:
         turn = self.turns.get(run.rpartition(".")[0])
         return turn if turn is not None and turn.run == run else None
 
-    def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
+    def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> None:
         """Deliver an output if it is the next one; keep it if it is early; drop it if the client has it."""
         if isinstance(output, Failed):
-            return self._fail(turn, output.error, now, output.invalid)
+            self._fail(turn, output.error, now, output.invalid)
+            return
         if output.index < turn.delivered:
             known = turn.tokens[turn.given + output.index :][: len(output.tokens)]
-            if output.tokens == known or worker != turn.home:
-                return []  # What a prefiller reports late is not what the home decodes on from.
-            # P gave the client a first token and died; D, which does not know of it, drew another one. D has to go on
-            # from what the client has.
-            return self._run_again(turn, now)
+            # What a prefiller reports late is not what the home decodes on from.
+            if output.tokens != known and worker == turn.home:
+                # P gave the client a first token and died; D, which does not know of it, drew another one. D has to go
+                # on from what the client has.
+                self._run_again(turn, now)
+            return
         turn.early[output.index] = output
-        commands: list[Command] = []
         while (ready := turn.early.pop(turn.delivered, None)) is not None:
             turn.tokens += ready.tokens
-            commands.append(Deliver(turn.id, ready))
+            self._commands.append(Deliver(turn.id, ready))
             if isinstance(ready, FirstToken) and turn.state is TurnState.PREFILL:
                 self._prefilled(turn, ready, now)
             elif isinstance(ready, Ended):
-                commands += self._end(turn, ready.finish, now)
-                break
+                self._end(turn, ready.finish, now)
+                return
             self._ledger.grow(turn)
-        return commands
 
     def _prefilled(self, turn: Turn, first: FirstToken, now: float) -> None:
         turn.move(TurnState.DECODE)
@@ -345,28 +351,27 @@ class Scheduler:
             turn.conversation.copy_at, turn.conversation.copy_tokens = turn.prefill_at, turn.given
         turn.chain = []
 
-    def _abort(self, turn: Turn) -> list[Command]:
-        if turn.home is None or turn.run is None or turn.home not in self.workers:
-            return []
-        self.workers[turn.home].leaving.add(turn.run)
-        return [Send(turn.home, Abort(turn.run))]
+    def _abort(self, turn: Turn) -> None:
+        if (home := self.cluster.worker(turn.home)) and turn.run:
+            home.leaving.add(turn.run)
+            self._commands.append(Send(home.name, Abort(turn.run)))
 
-    def _fail(self, turn: Turn, reason: str, now: float, invalid: bool = False) -> list[Command]:
-        failed = Failed(turn.id, turn.delivered, reason, invalid)
-        return [*self._abort(turn), *self._end(turn, "error", now), Deliver(turn.id, failed)]
+    def _fail(self, turn: Turn, reason: str, now: float, invalid: bool = False) -> None:
+        self._abort(turn)
+        self._end(turn, "error", now)
+        self._commands.append(Deliver(turn.id, Failed(turn.id, turn.delivered, reason, invalid)))
 
-    def _run_again(self, turn: Turn, now: float) -> list[Command]:
+    def _run_again(self, turn: Turn, now: float) -> None:
         """End the turn's run, if its worker still lives, and put it at the head of the queue; it goes on from its
         tokens."""
-        commands = self._abort(turn)
+        self._abort(turn)
         self._ledger.release(turn, now)
         turn.move(TurnState.QUEUED)
         turn.run = turn.home = turn.prefill_at = None
         turn.early.clear()
         self._queue.append(turn, now, first=True)
-        return commands
 
-    def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:
+    def _end(self, turn: Turn, finish: TurnEnd, now: float) -> None:
         """Settle the ledger; the conversation's KV stays at home."""
         del self.turns[turn.id]
         conversation = turn.conversation
@@ -388,9 +393,9 @@ class Scheduler:
             self._ledger.hold(conversation, now)
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
-        commands: list[Command] = [Note(turn.outcome(finish, now))] if self.notes and turn.runs else []
+        if self.notes and turn.runs:
+            self._commands.append(Note(turn.outcome(finish, now)))
         if conversation.home in self.cluster.retired and not any(
             other.conversation is conversation and other.home for other in self.turns.values()
         ):
-            commands += self._move(conversation, now)
-        return commands
+            self._move(conversation, now)

@@ -140,7 +140,7 @@ def test_forgetting_leaves_nothing(book):
     assert list(book.all) == [running]
     running.active = 0
     book.all.expire(book.now)
-    assert (len(book.all), len(book.all._prompts)) == (0, 0)
+    assert (len(book.all), len(book.all._prompts._owners)) == (0, 0)
 
 
 def test_capacity_forgets_the_longest_idle():

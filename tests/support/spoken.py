@@ -85,4 +85,4 @@ def script(key: str, *turns: tuple[int, int, float]) -> Script:
 
 
 def first_id(of: Script, seed: int = 0) -> int:
-    return Text(of, seed, 1000, VOCAB).take(1)[0]
+    return Text(of, seed, (1000, VOCAB)).take(1)[0]

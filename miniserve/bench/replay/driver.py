@@ -27,14 +27,10 @@ from miniserve.bench.replay.answer import Answer, ask, session
 from miniserve.bench.replay.energy import Energy
 from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
-from miniserve.bench.replay.workload import Script, Text, Workload
+from miniserve.bench.replay.workload import IDS, Script, Text, Workload
 from miniserve.config import ConfigError, problem
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-VOCAB = 32_000
-"""Ids of prompts lie below it where neither the user nor the server says how large the vocabulary is."""
-CONTROL = 1000
-"""And above this, or a quarter of a small vocabulary: control tokens are usually the first ones."""
 ALONE = 1_000_003
 """Seeds of standalone conversations lie this far above the run's, which finds nothing of theirs in a cache."""
 MOST_FAILURES = 10
@@ -52,7 +48,7 @@ class ReplayConfig:
     scale_tokens: float = 1.0
     """The factor that the trace's token counts were multiplied by: an error message recommends another one."""
     vocab: int | None = None
-    """None: the server's, else `VOCAB`."""
+    """How many ids there are. None: as many as the server says, else those of `IDS`."""
     standalone: int = 0
     """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
@@ -107,8 +103,8 @@ class Replay:
         self._count = len(config.workload.conversations)
         self._group: asyncio.TaskGroup
         self._http = http
-        high = config.vocab or server.vocab or VOCAB
-        self._ids = (min(CONTROL, high // 4), high)
+        vocab = config.vocab or server.vocab or IDS[1]
+        self._ids = min(IDS[0], vocab // 4), vocab
         self._made_up = False
         self._short = self._stale = 0
         self._energy = Energy() if urlsplit(server.root).hostname in LOCAL else None
@@ -173,7 +169,7 @@ class Replay:
             sizes = (script.prefix, *((turn.new, turn.output, turn.keep) for turn in script.turns))
             if sizes not in known:
                 # With seeds of their own: what scripts share is not cached here either.
-                text = Text(script, self._workload.seed + ALONE * (n + 1), *self._ids)
+                text = Text(script, self._workload.seed + ALONE * (n + 1), self._ids)
                 text.said.fromlist(text.take(script.prefix))
                 times = ConversationTimes(script.key, time.monotonic())
                 await self._converse(script, text, times, alone=True)
@@ -185,7 +181,7 @@ class Replay:
     async def _arrive(self, script: Script, when: float, said: Iterable[int], parent: ConversationTimes | None) -> None:
         await asyncio.sleep(when - time.monotonic())
         self._running += 1
-        text = Text(script, self._workload.seed, *self._ids, said)
+        text = Text(script, self._workload.seed, self._ids, said)
         times = ConversationTimes(script.key, when, parent=parent)
         await self._converse(script, text, times)
         self.ended.append(times)
@@ -205,11 +201,9 @@ class Replay:
                 await asyncio.gather(*(agent for until, agent in agents if until == n))
             answer = Answer(len(prompt))
             self._answers.add(answer)
-            try:
-                measured = await ask(post, self.server, answer, self.config.timeout)
-            finally:
-                self._answers.remove(answer)
-                self._tokens += answer.tokens
+            measured = await ask(post, self.server, answer, self.config.timeout)
+            self._answers.remove(answer)
+            self._tokens += answer.tokens
             if n:
                 times.gaps += measured.sent - ended
                 times.tools += turn.gap

@@ -3,8 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -145,15 +144,8 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.hash_ids[: self.input_length // BLOCK_TOKENS]
 
 
-@dataclass(slots=True, eq=False)
-class _Chain:
-    """Requests of which each continues the one before: a conversation that is being put together."""
-
-    key: str
-    arrival: float
-    first: _Request
-    last: _Request
-    turns: list[TurnSize] = field(default_factory=list)
+_Chain = list[_Request]
+"""Requests of which each continues the one before: a conversation."""
 
 
 def _requests(lines: Iterable[str]) -> list[Script]:
@@ -171,28 +163,27 @@ def _requests(lines: Iterable[str]) -> list[Script]:
     """
     owners: dict[tuple[int, int], _Chain] = {}  # By place in the prompt and id: the chain that had the block first.
     common: set[tuple[int, int]] = set()
-    chains: list[_Chain] = []
-    start = now = 0.0
+    chains: dict[str, _Chain] = {}
+    now = 0.0
     for number, request in _decoded(lines):
         if request.timestamp < now:
             raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
         now = request.timestamp
-        start = start if chains else now
         chain = _continued(request, owners)
         if chain is None:
-            chain = _Chain(f"line-{number}", (now - start) / 1000, request, request)
-            chains.append(chain)
-            turn = TurnSize(request.input_length, request.output_length)
-        else:
-            new = max(1, request.input_length - chain.last.input_length - chain.last.output_length)
-            turn = TurnSize(new, request.output_length, (now - chain.last.timestamp) / 1000)
-        chain.turns.append(turn)
-        chain.last = request
+            chain = chains[f"line-{number}"] = []
+        chain.append(request)
         common.update(block for block in enumerate(request.blocks) if owners.setdefault(block, chain) is not chain)
-    scripts = []
-    for chain in chains:
-        shared = takewhile(common.__contains__, enumerate(chain.first.blocks))
-        scripts.append(Script(chain.key, tuple(chain.turns), chain.arrival, tuple(block for _, block in shared)))
+    scripts: list[Script] = []
+    start = next(iter(chains.values()))[0].timestamp if chains else 0.0
+    for key, chain in chains.items():
+        first = chain[0]
+        turns = [TurnSize(first.input_length, first.output_length)]
+        for before, request in pairwise(chain):
+            new = max(1, request.input_length - before.input_length - before.output_length)
+            turns.append(TurnSize(new, request.output_length, (request.timestamp - before.timestamp) / 1000))
+        shared = tuple(block for _, block in takewhile(common.__contains__, enumerate(first.blocks)))
+        scripts.append(Script(key, tuple(turns), (first.timestamp - start) / 1000, shared))
     return scripts
 
 
@@ -200,9 +191,9 @@ def _continued(request: _Request, owners: dict[tuple[int, int], _Chain]) -> _Cha
     blocks = request.blocks
     for place in reversed(range(len(blocks))):
         chain = owners.get((place, blocks[place]))
-        if chain is None or len(chain.last.blocks) != place + 1 or chain.last.blocks != blocks[: place + 1]:
+        if chain is None or len(chain[-1].blocks) != place + 1 or chain[-1].blocks != blocks[: place + 1]:
             continue
-        if request.timestamp > chain.last.timestamp and request.input_length > chain.last.input_length:
+        if request.timestamp > chain[-1].timestamp and request.input_length > chain[-1].input_length:
             return chain
     return None
 

@@ -20,6 +20,8 @@ BLOCK_TOKENS = 512
 """Tokens of a shared block: those that `hash_ids` of Mooncake's traces stand for."""
 WHOLE = 2**31
 """More tokens than any conversation has."""
+IDS = 1000, 32_000
+"""Ids of tokens that any vocabulary has, none of them a control token."""
 BURST = 8
 """Conversations that arrive at once with `burst`."""
 Tokens = Annotated[int, msgspec.Meta(ge=1, lt=WHOLE)]
@@ -161,22 +163,19 @@ class Text:
     """The token ids of one script. `said` are those of its conversation so far, at first what it shares with its
     parent. New ones are made up by `take`, which continues where it left off.
 
-    Ids lie in [low, high): below are control tokens, above ends the vocabulary.
+    `ids` are at least the first and below the second: below are control tokens, above ends the vocabulary.
     """
 
-    def __init__(
-        self, script: Script, seed: int, low: int = 1000, high: int = 32_000, said: Iterable[int] = ()
-    ) -> None:
-        self.said = array("i", said)
-        self._range = (low, high)
+    def __init__(self, script: Script, seed: int, ids: tuple[int, int] = IDS, said: Iterable[int] = ()) -> None:
+        self.said, self._ids = array("i", said), ids
         self._rng = generator(seed, "text", script.key)
-        blocks = [generator(seed, "block", str(n)).integers(low, high, script.block) for n in script.shared]
+        blocks = [generator(seed, "block", str(n)).integers(*ids, script.block) for n in script.shared]
         shared = [int(token) for block in blocks for token in block]
         self._shared = shared[: script.turns[0].new]  # scaling rounds blocks and prompts separately
 
     def take(self, count: int) -> list[int]:
         shared, self._shared = self._shared[:count], self._shared[count:]
-        return shared + self._rng.integers(*self._range, count - len(shared)).tolist()
+        return shared + self._rng.integers(*self._ids, count - len(shared)).tolist()
 
     def prompt(self, turn: TurnSize) -> "array[int]":
         """What a turn keeps of what was said, and its new tokens: `said` from now on."""

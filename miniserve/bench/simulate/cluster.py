@@ -1,7 +1,5 @@
 """A cluster on a virtual clock: the server's scheduler, workers without devices, and agents that wait for answers."""
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -53,7 +51,7 @@ class Agent:
     number: int
     text: Text
     times: ConversationTimes
-    parent: Agent | None
+    parent: "Agent | None"
     answer: list[int] = field(default_factory=list)
     sent: float = 0.0
     first: float = 0.0
