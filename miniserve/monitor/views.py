@@ -144,8 +144,8 @@ def _worker(view: WorkerView, now: float) -> Card:
         prefilling=view.prefilling.value,
         kv=card("Kv", view, stats, **pages, held=stats.held_pages, host_used=stats.host_pages),
         rates={
-            "prefill_512": speed.prefill(512) if speed.prefills.measured else None,
-            "prefill_2048": speed.prefill(2048) if speed.prefills.measured else None,
-            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.decodes.measured else None,
+            "prefill_512": speed.prefill(512) if speed.prefills.count else None,
+            "prefill_2048": speed.prefill(2048) if speed.prefills.count else None,
+            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.decodes.count else None,
         },
     )

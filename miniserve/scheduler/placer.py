@@ -1,8 +1,7 @@
 """Places the turns that wait: asks the policy, and makes of its answer the message to the turn's home."""
 
 from collections import Counter
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Set
 
 from miniserve.cluster.messages import Keep, Run
 from miniserve.sampling_params import SamplingParams
@@ -19,35 +18,45 @@ READ = "free", "reserved", "turns", "queued_prefill_tokens"
 """What of a worker's view is in a decision as it is."""
 
 
-@dataclass
 class Placer:
-    """The queue of waiting turns, and what decisions about them read. `cluster` and `turns` are the scheduler's own,
-    and change; what is to be done is added to its `commands`."""
+    """The turns, the queue of those that wait, and what decisions about them read."""
 
-    policy: Policy
-    cluster: Cluster
-    turns: Mapping[str, Turn]
-    ledger: Ledger
-    forecast: Forecast
-    commands: list[Command]
-    placements: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(prefilled at, home) -> turns."""
-    tried: Turn | None = None
-    """The suspected turn that was begun last."""
-
-    def __post_init__(self) -> None:
-        self.queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere, self.cluster.changed)
+    def __init__(self, policy: Policy, page_tokens: int) -> None:
+        self.policy = policy
+        self.cluster = Cluster(page_tokens)
+        self.turns: dict[str, Turn] = {}
+        """Those that wait or run, by their ids."""
+        self.placements = Counter[tuple[str, str]]()
+        """(prefilled at, home) -> turns."""
+        self.notes = False
+        """Whether to make records of decisions and outcomes; may change at any time."""
+        self._forecast = Forecast()
+        self._ledger = Ledger(self.cluster, self._forecast)
+        self._queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere, self.cluster.changed)
+        self._commands: list[Command] = []
+        """What is to be done, until a method gives it out."""
+        self._tried: Turn | None = None
+        """The suspected turn that was begun last."""
         self._closed: set[str] = set()
         """Workers that are kept for a suspected turn."""
 
-    def place_queued(self, now: float, *, notes: bool) -> None:
-        """Place the waiting turns that can be placed. With `notes`, each decision is noted."""
+    def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
+        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible. Gives
+        out all commands."""
+        if everywhere:
+            self.cluster.changed.update(self.cluster.workers)
+        if self._queue:
+            self._place_waiting(now)
+        else:
+            self.cluster.changed.clear()
+        commands = self._commands.copy()
+        self._commands.clear()
+        return commands
+
+    def _place_waiting(self, now: float) -> None:
         cluster = self.cluster
-        if not self.queue:
-            cluster.changed.clear()
-            return
-        self.ledger.give_up_late(now)
-        closed = self._try_suspect(now, notes) | cluster.retired
+        self._ledger.give_up_late(now)
+        closed = self._try_suspect(now) | cluster.retired
         cluster.changed |= self._closed - closed
         self._closed = closed
 
@@ -56,35 +65,35 @@ class Placer:
             need = self._need(turn, now)
             placement = self.policy.place(need, cluster)
             if placement is not None:
-                self._begin(turn, need, placement, notes)
+                self._begin(turn, need, placement)
             return placement is not None
 
         workers = cluster.workers.keys()
-        self.queue.serve(place, workers - closed if closed else workers, now)
+        self._queue.serve(place, workers - closed if closed else workers, now)
 
-    def _try_suspect(self, now: float, notes: bool) -> set[str]:
+    def _try_suspect(self, now: float) -> set[str]:
         """Begin with the next suspected turn, unless one is being tried. Returns the workers that no other may take.
 
         One is tried at a time, on a decoder that has nothing left to stop, and where only turns run that were suspected
         before it and are not any more: so it is this one that the decoder dies of. If there is none, the one with the
         least others is closed until they have ended. All other workers serve as ever.
         """
-        tried, decoders = self.tried, self.cluster.decoders
+        tried, decoders = self._tried, self.cluster.decoders
         if tried is not None and tried.suspected and tried.state in (TurnState.PREFILL, TurnState.DECODE):
             return {str(tried.home)}
-        if not (suspects := self.queue.line(Group.SUSPECTS)) or not decoders:
+        if not (suspects := self._queue.line(Group.SUSPECTS)) or not decoders:
             return set()
         turn = suspects[0][1]
         others = Counter(other.home for other in self.turns.values() if other.losses < TRIED_AFTER)
         home = min(decoders, key=lambda d: (others[d.name], len(d.leaving), not d.fits(turn.pages)))
         if others[home.name] or home.leaving or not home.fits(turn.pages):
             return {home.name}
-        self.tried = turn
-        self.queue.remove(turn, served=True)
+        self._tried = turn
+        self._queue.remove(turn, served=True)
         placement = Placement(Option(home.name), f"alone, since {turn.losses} workers died under it")
         before = turn.conversation.home
-        self._begin(turn, self._need(turn, now), placement, notes)
-        self.queue.follow(turn.conversation, before or Group.ANYWHERE)
+        self._begin(turn, self._need(turn, now), placement)
+        self._queue.follow(turn.conversation, before or Group.ANYWHERE)
         return {home.name}
 
     def _has_patience(self, turn: Turn, now: float) -> bool:
@@ -116,10 +125,10 @@ class Placer:
         size = self.cluster.page_tokens
         return max([end // size * size for end in turn.conversation.ends if end // size * size <= known], default=0)
 
-    def _begin(self, turn: Turn, need: Need, placement: Placement, notes: bool) -> None:
+    def _begin(self, turn: Turn, need: Need, placement: Placement) -> None:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
-        if notes:
-            self.commands.append(Note(self._decision(turn, need, placement)))
+        if self.notes:
+            self._commands.append(Note(self._decision(turn, need, placement)))
         option, conversation, now = placement.option, turn.conversation, need.now
         home, prefills = (self.cluster.workers[name] for name in (option.home, option.prefill_at or option.home))
         turn.move(TurnState.PREFILL)
@@ -133,7 +142,7 @@ class Placer:
             conversation.moves += 1
             conversation.moved_at = conversation.turns + 1
         conversation.home = home.name
-        self.ledger.reserve(turn, now)
+        self._ledger.reserve(turn, now)
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
         self.cluster.touch(prefills.name)
@@ -152,9 +161,9 @@ class Placer:
             option.history_at or None,
             self._keep(conversation, len(turn.tokens), home, turn.number),
         )
-        self.commands.append(Send(home.name, run))
+        self._commands.append(Send(home.name, run))
 
-    def bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
+    def _bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
         """The message by which a home gets the KV of an idle conversation from another worker, as the run `name`."""
         keep, params = self._keep(conversation, len(tokens), home, conversation.turns), SamplingParams(max_tokens=1)
         run = Run(name, tokens, params, 0, conversation.salt, history_at=source, only_history=True, keep=keep)
@@ -163,7 +172,7 @@ class Placer:
     def _keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int) -> Keep:
         """How soon the home will need this conversation's pages again after so many turns, for when it runs out of
         pages between turns."""
-        gap, chance = self.forecast.outlook(conversation.history, turns)
+        gap, chance = self._forecast.outlook(conversation.history, turns)
         page = self.cluster.page_tokens
         seconds = home.speed.prefill(page, max(tokens - page, 0))
         return Keep(str(conversation.key), gap, chance, seconds)

@@ -3,8 +3,8 @@
 It owns what is true of a turn: which tokens the client has been given. A worker's output counts only as the next token
 of its turn, so that nothing is repeated or skipped when a worker dies and another one goes on.
 
-`Scheduler` keeps the lives of workers and turns. Which turn goes where is decided in `placer.py` (by the policies in
-`observe.py` and `baselines.py`), in the order of `queue.py`; `ledger.py` counts the pages.
+`Scheduler` keeps the lives of workers and turns. As a `Placer` it decides which turn goes where: by the policies in
+`observe.py` and `baselines.py`, in the order of `queue.py`; `ledger.py` counts the pages.
 """
 
 from array import array
@@ -17,15 +17,14 @@ from miniserve.config import Role
 from miniserve.kv.hashing import token_bytes
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversation import UNSAID, Conversation, Forecast, Said, TurnEnd
+from miniserve.scheduler.conversation import UNSAID, Conversation, Said, TurnEnd
 from miniserve.scheduler.conversations import Conversations
-from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.observations import Speed
 from miniserve.scheduler.placement import Policy
 from miniserve.scheduler.placer import Placer
 from miniserve.scheduler.prompts import KEPT_BYTES, page_chain
 from miniserve.scheduler.turns import Turn, TurnState
-from miniserve.scheduler.workers import Cluster, WorkerView
+from miniserve.scheduler.workers import WorkerView
 
 RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
@@ -54,36 +53,24 @@ class Reuse:
     cached: int = 0
 
 
-class Scheduler:
+class Scheduler(Placer):
     """Places conversations on workers. Methods take the time in seconds where they need it, and return commands to be
-    carried out in order. Records of decisions and outcomes are made only while `notes` is set, which may change at any
-    time; `kept_bytes` are for prompts, to compare later ones with."""
+    carried out in order. `kept_bytes` are for prompts, to compare later ones with."""
 
     def __init__(
         self, policy: Policy, page_tokens: int, max_turns: int, max_queued: int, *, kept_bytes: int = KEPT_BYTES
     ) -> None:
+        super().__init__(policy, page_tokens)
         self.conversations = Conversations(page_tokens, kept_bytes=kept_bytes)
-        self.cluster = Cluster(page_tokens)
         self.workers, self.links = self.cluster.workers, self.cluster.links
-        self.turns: dict[str, Turn] = {}
-        """Those that wait or run, by their ids."""
         self.names: list[str] = []
         """All workers that ever lived, in the order of their numbers in `TurnRecord`."""
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
-        self.notes = False
         self._max_turns = max_turns
         self._max_queued = max_queued
         self._speed = Speed()
         """Of all workers together."""
-        self._forecast = Forecast()
-        self._ledger = Ledger(self.cluster, self._forecast)
-        self._commands: list[Command] = []
-        """What is to be done, until a method gives it out."""
-        self._placer = Placer(policy, self.cluster, self.turns, self._ledger, self._forecast, self._commands)
-        self._queue = self._placer.queue
-        self.placements = self._placer.placements
-        """(prefilled at, home) -> turns."""
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
         self._returning: set[str] = set()
         """Decoders that are being started again."""
@@ -184,7 +171,7 @@ class Scheduler:
         self._moves[move] = before, home.name
         if not conversation.active:
             self._ledger.hold(conversation, now)
-        self._commands.append(self._placer.bring(move, conversation, tokens, before, home))
+        self._commands.append(self._bring(move, conversation, tokens, before, home))
 
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
@@ -291,16 +278,6 @@ class Scheduler:
         for conversation in self.conversations.expire(now):
             self._ledger.let_go(conversation)
         return self._place_queued(now, everywhere=True)
-
-    def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
-        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible. Gives
-        out all commands."""
-        if everywhere:
-            self.cluster.changed.update(self.workers)
-        self._placer.place_queued(now, notes=self.notes)
-        commands = self._commands.copy()
-        self._commands.clear()
-        return commands
 
     def _turn_of(self, run: str) -> Turn | None:
         turn = self.turns.get(run.rpartition(".")[0])

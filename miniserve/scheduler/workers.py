@@ -69,9 +69,8 @@ class WorkerView:
 
     def fits(self, pages: int) -> bool:
         """Whether a turn that needs `pages` can start here now. One turn alone always can."""
-        if self.turns == 0:
-            return True
-        return self.turns < self.max_turns and self.reserved + pages <= self.total_pages
+        room = self.turns < self.max_turns and self.reserved + pages <= self.total_pages
+        return room or self.turns == 0
 
     def change(self, turns: int, pages: int, now: float) -> None:
         """So many turns begin here, for which so many pages are reserved; below zero if they end."""

@@ -134,11 +134,11 @@ def test_a_policy_that_breaks_loses_no_turn() -> None:
     made = scheduler("d0", max_turns=1)
     _, run = run_of(submit(made, "a", [1] * 40))
     submit(made, "b", [2] * 40)
-    place, made._placer.policy.place = made._placer.policy.place, lambda need, cluster: 1 / 0
+    place, made.policy.place = made.policy.place, lambda need, cluster: 1 / 0
     submit(made, "c", [3] * 40)
     with pytest.raises(ZeroDivisionError):
         made.on_tick(0.0)
-    made._placer.policy.place = place
+    made.policy.place = place
     assert made.queued == 2
     assert run_of(end(made, "d0", run.turn))[1].turn == "b.1"
 
@@ -312,8 +312,8 @@ def test_a_tick_asks_the_policy_once_for_all_newcomers_that_wait_and_a_report_do
     for n in range(waiting):
         submit(made, f"t{n}", [n + 1] * 160)
     asked = []
-    place = made._placer.policy.place
-    made._placer.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
+    place = made.policy.place
+    made.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
     assert report_steps(made, "d0", now=0.1) == []
     assert not asked, "nothing has changed"
     assert made.on_tick(0.1) == []
@@ -334,8 +334,8 @@ def test_no_policy_is_asked_about_turns_that_wait_for_a_full_home(policy: str, w
     for n in range(waiting):
         assert submit(made, f"w{n}", [n + 1] * 400, key=n + 1, now=0.1) == [], "10 of 100 pages have to stay free"
     asked = []
-    place = made._placer.policy.place
-    made._placer.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
+    place = made.policy.place
+    made.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
     assert report_steps(made, "d1", now=0.2) == []
     assert made.on_tick(0.2) == []
     assert not asked, "none fits"
@@ -420,7 +420,7 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
     workers = pick.choice([("d0",), ("d0", "d1"), ("p0", "d0", "d1"), ("p0", "d0", "d1", "d2", "d3")])
     both = [scheduler(*workers, policy=policy, max_turns=t, max_queued=10**6) for t in [pick.choice([1, 3, 9])] * 2]
     plain = both[1]
-    plain._queue = plain._placer.queue = PlainQueue(plain._queue)
+    plain._queue = PlainQueue(plain._queue)
     epochs = dict.fromkeys(workers, 1)
 
     def happens(event: Callable[..., list[Command]], *args: Any, **named: Any) -> None:

@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.live import Live
 
 from miniserve.bench.replay.answer import Answer, ask, session
-from miniserve.bench.replay.energy import Energy
-from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, latency, percentile, summary
+from miniserve.bench.replay.metrics import ConversationTimes, Energy, Latency, energy, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
 from miniserve.bench.replay.workload import IDS, Script, Text, Workload
 from miniserve.config import ConfigError, problem
@@ -107,7 +106,7 @@ class Replay:
         self._ids = min(IDS[0], vocab // 4), vocab
         self._made_up = False
         self._short = self._stale = 0
-        self._energy = Energy() if urlsplit(server.root).hostname in LOCAL else None
+        self._energy = Energy(here=urlsplit(server.root).hostname in LOCAL)
         self._before: Totals | None = None
         self._began = self._over = 0.0
         # For the progress line.
@@ -124,8 +123,7 @@ class Replay:
                 await self._measure_alone()
             self._ttfts = []
             self._before = await totals(self._http, self.server)
-            if self._energy:
-                self._energy.start()
+            self._energy.start()
             self._began = time.monotonic()
             try:
                 async with asyncio.TaskGroup() as self._group:
@@ -139,7 +137,7 @@ class Replay:
 
     async def report(self, interrupted: bool) -> dict[str, Any]:
         """The keys of the contract, and more about the server and the run."""
-        joules = self._energy.joules() if self._energy and self._began else None
+        joules = self._energy.joules() if self._began else None
         after = await totals(self._http, self.server) if self._before else None
         moved = after.since(self._before) if after and self._before else None
         figures = summary(self.ended, self.standalone, self._over - self._began)
@@ -151,7 +149,7 @@ class Replay:
             "seed": self._workload.seed,
             "kv_transfer": {"bytes": moved and moved.bytes, "seconds": moved and moved.seconds},
             "placements": moved and dict(moved.placements),
-            "energy": energy(joules, self.ended) | {"source": self._energy.source if self._energy else None},
+            "energy": energy(joules, self.ended) | {"source": self._energy.source},
             "server": msgspec.to_builtins(self.server) | {"url": self.config.url},
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
@@ -239,7 +237,7 @@ class Replay:
                     live.update(line, refresh=True)
                 else:
                     console.print(line, soft_wrap=True)
-                if self._energy and self._began:
+                if self._began:
                     self._energy.joules()  # before a counter wraps around
 
     def _line(self, speed: float) -> str:
