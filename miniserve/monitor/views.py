@@ -142,7 +142,7 @@ def _worker(view: WorkerView, now: float) -> Card:
         last_heard=now - view.reported if view.stats else None,
         load=view.load.value,
         prefilling=view.prefilling.value,
-        kv=card("Kv", view, stats, **pages, held=stats.held_pages, host_used=stats.host_pages),
+        kv=card("Kv", view, stats, view.peer.pool, **pages, held=stats.held_pages, host_used=stats.host_pages),
         rates={
             "prefill_512": speed.prefill(512) if speed.prefills.count else None,
             "prefill_2048": speed.prefill(2048) if speed.prefills.count else None,
