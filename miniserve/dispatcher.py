@@ -19,9 +19,9 @@ from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.interface import way
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Deliver, Note, Record, Send
 from miniserve.scheduler.conversation import UNSAID, Change, Said
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
+from miniserve.scheduler.turns import Command, Deliver, Note, Record, Send
 
 log = logging.getLogger("miniserve.dispatcher")
 

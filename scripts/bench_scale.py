@@ -31,8 +31,8 @@ from miniserve.cluster.messages import Ended, FirstToken, Peer, PoolInfo, Report
 from miniserve.config import Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
-from miniserve.scheduler.commands import Command, Send
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Send
 from scripts.harness import flags, write
 
 PAGE, PAGES, STEP = 16, 8192, 0.02

@@ -56,7 +56,7 @@ def conversation_detail(
 def live_turns(scheduler: Scheduler, now: float) -> Card:
     """The turns that wait or run, those that came first of them first."""
     data = [_running(turn, now) for turn in islice(scheduler.turns.values(), MOST_LISTED)]
-    return {"time": now, "total": scheduler.active, "conversations": len(scheduler.conversations), "data": data}
+    return {"time": now, "total": len(scheduler.turns), "conversations": len(scheduler.conversations), "data": data}
 
 
 def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:

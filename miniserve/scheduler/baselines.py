@@ -167,10 +167,10 @@ class CacheAware(Moving):
     conversation that run at the same time stay together here."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        fitting = _fitting(need, cluster)
+        fitting, loads = _fitting(need, cluster), [d.turns for d in cluster.decoders] or [0]
         if need.conversation.active > 1 and need.conversation.home:
             home, reason = at_home(need, cluster), "beside others of its conversation"
-        elif _unbalanced([d.turns for d in cluster.decoders]):
+        elif max(loads) - min(loads) > LOAD_GAP and max(loads) > LOAD_RATIO * min(loads):
             home, reason = min(fitting, key=lambda d: d.turns, default=None), "the shortest queue"
         else:
             best = max(cluster.decoders, key=lambda d: need.known[d.name], default=None)
@@ -179,10 +179,6 @@ class CacheAware(Moving):
             else:
                 home, reason = max(fitting, key=lambda d: d.free, default=None), "the least cached"
         return Placement(Option(home.name), reason) if home else None
-
-
-def _unbalanced(loads: list[int]) -> bool:
-    return bool(loads) and max(loads) - min(loads) > LOAD_GAP and max(loads) > LOAD_RATIO * min(loads)
 
 
 def _fitting(need: Need, cluster: Cluster) -> list[WorkerView]:

@@ -187,15 +187,12 @@ class Observe(Policy):
         return options
 
     def _decode(self, tokens: int, output: int, home: WorkerView) -> tuple[float, float]:
-        """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""
-        step = self._step(tokens, home)
+        """How long the decode takes at `home`, with prompts in its steps as on average, and by how much it slows down
+        the streams there, in all."""
+        step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
+        step /= 1 - min(home.prefilling.value, MOST_PREFILLING)
         more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0
         return output * step, output * home.turns * max(more, 0.0)
-
-    def _step(self, tokens: int, home: WorkerView) -> float:
-        """Seconds of a decode step with this turn in it, and with prompts in it as on average."""
-        step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
-        return step / (1 - min(home.prefilling.value, MOST_PREFILLING))
 
     def _streams(self, worker: WorkerView) -> float:
         return max(worker.turns, worker.load.value)

@@ -5,13 +5,12 @@ from collections.abc import Set
 
 from miniserve.cluster.messages import Keep, Run
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.commands import Command, Note, Record, Send
 from miniserve.scheduler.conversation import Conversation, Forecast
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.prompts import Known
 from miniserve.scheduler.queue import Group, WaitingQueue
-from miniserve.scheduler.turns import TRIED_AFTER, Phases, Turn, TurnState
+from miniserve.scheduler.turns import TRIED_AFTER, Command, Note, Phases, Record, Send, Turn, TurnState
 from miniserve.scheduler.workers import Cluster, WorkerView
 
 READ = "free", "reserved", "turns", "queued_prefill_tokens"
@@ -49,8 +48,7 @@ class Placer:
             self._place_waiting(now)
         else:
             self.cluster.changed.clear()
-        commands = self._commands.copy()
-        self._commands.clear()
+        commands, self._commands = self._commands, []
         return commands
 
     def _place_waiting(self, now: float) -> None:

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats
-from miniserve.config import Role
+from miniserve.config import Role, problem
 from miniserve.kv.hashing import token_bytes
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.commands import Command, Deliver, Note, Send
 from miniserve.scheduler.conversation import UNSAID, Conversation, Said, TurnEnd
 from miniserve.scheduler.conversations import Conversations
 from miniserve.scheduler.observations import Speed
 from miniserve.scheduler.placement import Policy
 from miniserve.scheduler.placer import Placer
 from miniserve.scheduler.prompts import KEPT_BYTES, page_chain
-from miniserve.scheduler.turns import Turn, TurnState
+from miniserve.scheduler.turns import Command, Deliver, Note, Send, Turn, TurnState
 from miniserve.scheduler.workers import WorkerView
 
 RECENT_ENDS = 64
@@ -67,8 +66,7 @@ class Scheduler(Placer):
         """All workers that ever lived, in the order of their numbers in `TurnRecord`."""
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
-        self._max_turns = max_turns
-        self._max_queued = max_queued
+        self._max_turns, self._max_queued = max_turns, max_queued
         self._speed = Speed()
         """Of all workers together."""
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
@@ -81,10 +79,6 @@ class Scheduler(Placer):
     @property
     def queued(self) -> int:
         return len(self._queue)
-
-    @property
-    def active(self) -> int:
-        return len(self.turns)
 
     @property
     def stats(self) -> dict[str, WorkerStats]:
@@ -123,13 +117,11 @@ class Scheduler(Placer):
             if turn.home == name or turn.suspected:
                 self._run_again(turn, now)
             if tried:
-                died = f"{turn.losses} workers died while they served this request, the last one served it alone"
-                self._fail(turn, f"{died}. See the server's log.", now)
+                self._fail(turn, problem("scheduler.deadly", losses=turn.losses), now)
         if not self.can_serve:
             # Turns whose home is a prefiller that lives have all they need.
             for turn in [turn for turn in self.turns.values() if turn.state is TurnState.QUEUED]:
-                reason = f"The worker {name} died and no decoder is left. Restart the server."
-                self._fail(turn, reason, now)
+                self._fail(turn, problem("scheduler.last_died", name=name), now)
         return self._place_queued(now, everywhere=True)
 
     def retire(self, name: str, now: float) -> list[Command]:
@@ -146,9 +138,8 @@ class Scheduler(Placer):
 
     def retired(self, name: str) -> bool:
         """Whether no turn runs on a worker, and no conversation moves away from it."""
-        return not any(turn.runs_on(name) for turn in self.turns.values()) and all(
-            name != source for source, _ in self._moves.values()
-        )
+        moving = {source for source, _ in self._moves.values()}
+        return name not in moving and not any(turn.runs_on(name) for turn in self.turns.values())
 
     def _move(self, conversation: Conversation, now: float) -> None:
         """Move the KV of a conversation to the decoder with the most room; where there is none, it is computed anew."""
@@ -196,8 +187,7 @@ class Scheduler(Placer):
         if self.queued >= self._max_queued:
             # The queue is likely to move on at the rate at which turns ended lately.
             seconds = self.queued * max(now - self._ends[0], 0.1) / len(self._ends) if self._ends else 5
-            waiting = f"{self.queued} requests are waiting already (--max-num-queued-reqs)."
-            raise QueueFull(waiting, retry_after=max(1, min(60, round(seconds))))
+            raise QueueFull(problem("scheduler.full", queued=self.queued), max(1, min(60, round(seconds))))
 
     def submit(
         self,

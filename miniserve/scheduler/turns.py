@@ -1,16 +1,18 @@
-"""A turn from `submit` to its end: its state, the times of its phases, and what is kept of them."""
+"""A turn from `submit` to its end: its state, its phases and their times, and the commands that get it served."""
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, NamedTuple
 
-from miniserve.cluster.messages import Ended, FirstToken, Tokens
+from miniserve.cluster.messages import Ended, FirstToken, Message, Tokens, TurnOutput
 from miniserve.config import tables
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.commands import Record
 from miniserve.scheduler.conversation import FINISHES, UNSAID, Change, Conversation, Said, TurnEnd, TurnRecord
 from miniserve.scheduler.placement import Option
 from miniserve.states import follow, transitions
 
+Record = dict[str, Any]
+"""A `Decision` or an `Outcome` of monitor/views.toml, which says what is in it: a line of the decision log."""
 TRIED_AFTER = 2
 """Workers that die under a turn before it is suspected: they may have died of it."""
 PROOF = 16
@@ -173,3 +175,25 @@ class Turn:
             "decode": now - first,
             **vars(self.phases),
         }
+
+
+class Send(NamedTuple):
+    worker: str
+    message: Message
+
+
+class Deliver(NamedTuple):
+    """Give `output` to the client of `turn`."""
+
+    turn: str
+    output: TurnOutput
+
+
+class Note(NamedTuple):
+    """Show `record` to the observers: the decision log, and listeners of events."""
+
+    record: Record
+
+
+Command = Send | Deliver | Note
+"""What the scheduler wants done. The server and the simulator carry commands out in their order."""

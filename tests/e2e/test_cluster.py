@@ -79,7 +79,7 @@ async def settled(client: Dispatcher) -> None:
     for name, s in client.scheduler.stats.items():
         assert (s.held_pages, s.leases, s.running, s.waiting) == (0, 0, 0, 0), (name, s)
         assert s.free_pages + s.cached_pages == s.total_pages
-    assert client.scheduler.active == client.scheduler.queued == 0
+    assert len(client.scheduler.turns) == client.scheduler.queued == 0
     assert all(w.reserved == 0 and w.turns == 0 for w in client.scheduler.workers.values())
 
 

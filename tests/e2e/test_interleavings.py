@@ -32,9 +32,8 @@ from miniserve.kv.transfer.door import TransferError
 from miniserve.kv.transfer.interface import Copy, Transfer, connect
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
-from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
-from miniserve.scheduler.turns import TRIED_AFTER
+from miniserve.scheduler.turns import TRIED_AFTER, Command, Note, Send
 from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs

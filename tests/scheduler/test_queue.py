@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from miniserve.cluster.messages import Run, StepTime
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.scheduler.commands import Command
 from miniserve.scheduler.conversation import Conversation, Said
 from miniserve.scheduler.queue import Group, WaitingQueue
 from miniserve.scheduler.scheduler import QueueFull, Scheduler
-from miniserve.scheduler.turns import Turn
+from miniserve.scheduler.turns import Command, Turn
 from tests.support.plain_queue import PlainQueue
 from tests.support.scheduling import (
     end,
@@ -442,7 +441,7 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
             turn, finish = pick.choice(running), pick.choice(["stop", None])
             home, run, at = str(turn.home), str(turn.run), turn.delivered
             happens(report, home, run, at, 5, now, finish=finish, cached_tokens=0)
-        elif what < 0.95 and plain.active:
+        elif what < 0.95 and len(plain.turns):
             gone = pick.choice([*plain.turns])
             happens(Scheduler.cancel, gone, now)
         elif what < 0.97:

@@ -8,8 +8,7 @@ import pytest
 
 from miniserve.cluster.messages import Abort, Failed, Run
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.scheduler.commands import Command, Deliver
-from miniserve.scheduler.turns import PROOF
+from miniserve.scheduler.turns import PROOF, Command, Deliver
 from tests.support.scheduling import delivered, join, report, report_stopped, run_of, scheduler, sent, submit
 
 TOKENS = 40

@@ -8,11 +8,10 @@ import pytest
 
 from miniserve.cluster.messages import Abort, Failed, Run, StepTime
 from miniserve.kv.hashing import token_bytes
-from miniserve.scheduler.commands import Deliver, Note
 from miniserve.scheduler.conversation import Said
 from miniserve.scheduler.prompts import Known, PrefixIndex, page_chain
 from miniserve.scheduler.scheduler import NoDecoder
-from miniserve.scheduler.turns import TurnState
+from miniserve.scheduler.turns import Deliver, Note, TurnState
 from miniserve.states import IllegalTransition
 from tests.support.scheduling import (
     PAGE,
@@ -96,7 +95,7 @@ def test_a_turn_under_which_three_workers_die_ends() -> None:
     (output,) = ends
     assert isinstance(output, Failed)
     assert "3 workers died" in output.error
-    assert made.active == 0
+    assert len(made.turns) == 0
 
 
 def test_turns_wait_for_a_decoder_that_returns() -> None:

@@ -22,9 +22,9 @@ from miniserve.cluster.messages import (
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command
 from miniserve.scheduler.conversation import UNSAID, Change, Said
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command
 from tests.support.outputs import outputs
 from tests.support.peers import peer
 

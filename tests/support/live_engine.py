@@ -9,8 +9,8 @@ from miniserve.cluster.messages import Move, Report
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Note
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Note
 from tests.support.fake_engine import STATS, FakeClient
 from tests.support.outputs import outputs
 from tests.support.peers import peer

@@ -7,9 +7,9 @@ from typing import Any
 from miniserve.cluster.messages import Abort, Message, Report, Run, StepTime, WorkerStats
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Deliver, Send
 from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Deliver, Send
 from tests.support.outputs import outputs
 from tests.support.peers import peer
 

@@ -19,7 +19,6 @@ sent at that moment would be lost."""
 LEAST_WAIT = 0.05
 """Seconds between two requests to a server that is full, even if its Retry-After is 0."""
 
-
 Post = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
 

@@ -99,7 +99,6 @@ class Replay:
         self.ended: list[ConversationTimes] = []
         self.standalone: dict[str, Latency] | None = None
         self._workload = config.workload
-        self._count = len(config.workload.conversations)
         self._group: asyncio.TaskGroup
         self._http = http
         vocab = config.vocab or server.vocab or IDS[1]
@@ -154,7 +153,7 @@ class Replay:
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
             "stale_cached_tokens": self._stale,
-            "unfinished": self._count - len(self.ended),
+            "unfinished": len(self._workload.conversations) - len(self.ended),
             "interrupted": interrupted,
             "failures": dict(failures.most_common(MOST_FAILURES)),
         }
@@ -187,7 +186,10 @@ class Replay:
 
     async def _converse(self, script: Script, text: Text, times: ConversationTimes, alone: bool = False) -> None:
         """All turns of a conversation, or those up to one that fails; `alone` without gaps, names and sub-agents."""
-        headers = {} if alone or not self.config.name_groups else _names(times)
+        headers = {}
+        if self.config.name_groups and not alone:
+            headers = {"User-Agent": "miniserve-replay", "X-Session-ID": times.key}
+            headers |= {"X-Parent-Session-ID": times.parent.key} if times.parent else {}
         agents: list[tuple[int, asyncio.Task[None]]] = []
         ended = times.arrival
         for n, turn in enumerate(script.turns):
@@ -245,12 +247,6 @@ class Replay:
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
         phase, done = ("replay", len(self.ended)) if self._began else ("alone", len(self.standalone or ()))
         return (
-            f"{phase}: {done} of {self._count} conversations done, {self._running} running"
+            f"{phase}: {done} of {len(self._workload.conversations)} conversations done, {self._running} running"
             f", {len(ttfts)} turns, {speed:.0f} tokens/s, {first}{sum(times.failed for times in self.ended)} errors"
         )
-
-
-def _names(times: ConversationTimes) -> dict[str, str]:
-    """The headers by which a miniserve knows a conversation and its parent."""
-    parent = {"X-Parent-Session-ID": times.parent.key} if times.parent else {}
-    return {"User-Agent": "miniserve-replay", "X-Session-ID": times.key} | parent

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from miniserve.bench.replay.workload import BLOCK_TOKENS, WHOLE, Count, Script, Seconds, Tokens, TurnSize
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 
 _Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=WHOLE * 1000)]
 
@@ -113,8 +113,7 @@ def _rows(lines: Iterable[str]) -> list[Script]:
                 raise ValueError("only turn 0 has an arrival_s, later turns have a gap_s")
         sizes = turns.setdefault(key, [])
         if number != len(sizes):
-            should = f"should be turn {len(sizes)}: they count from 0, each once, in order"
-            raise ValueError(f"turn {number} of conversation {key!r} {should}")
+            raise ValueError(problem("bench.no_turn", turn=number, key=key, next=len(sizes)))
         arrivals.setdefault(key, arrival)
         sizes.append(size)
     scripts = [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
@@ -144,10 +143,6 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.hash_ids[: self.input_length // BLOCK_TOKENS]
 
 
-_Chain = list[_Request]
-"""Requests of which each continues the one before: a conversation."""
-
-
 def _requests(lines: Iterable[str]) -> list[Script]:
     """Conversations of a trace that has only requests: `{"timestamp": ms, "input_length": tokens, "output_length":
     tokens, "hash_ids": [...]}` on each line, in order of time. An id stands for a block of 512 tokens and all before.
@@ -161,9 +156,9 @@ def _requests(lines: Iterable[str]) -> list[Script]:
     A script's `shared` are the full blocks that its first prompt begins with and other conversations have too. Raises
     ValueError or msgspec.DecodeError.
     """
-    owners: dict[tuple[int, int], _Chain] = {}  # By place in the prompt and id: the chain that had the block first.
+    owners: dict[tuple[int, int], list[_Request]] = {}  # By place and id: the conversation that had the block first.
     common: set[tuple[int, int]] = set()
-    chains: dict[str, _Chain] = {}
+    chains: dict[str, list[_Request]] = {}
     now = 0.0
     for number, request in _decoded(lines):
         if request.timestamp < now:
@@ -187,7 +182,7 @@ def _requests(lines: Iterable[str]) -> list[Script]:
     return scripts
 
 
-def _continued(request: _Request, owners: dict[tuple[int, int], _Chain]) -> _Chain | None:
+def _continued(request: _Request, owners: dict[tuple[int, int], list[_Request]]) -> list[_Request] | None:
     blocks = request.blocks
     for place in reversed(range(len(blocks))):
         chain = owners.get((place, blocks[place]))
@@ -207,8 +202,7 @@ def _decoded(lines: Iterable[str]) -> Iterator[tuple[int, _Request]]:
         try:
             request = decoder.decode(line)
         except msgspec.DecodeError as e:
-            how = 'a line is {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [...]}'
-            raise ValueError(f"{e}; {how}") from None
+            raise ValueError(problem("bench.no_request", error=e)) from None
         ids, blocks = len(request.hash_ids), -(-request.input_length // BLOCK_TOKENS)
         if ids != blocks:
             raise ValueError(f"{ids} hash_ids; {request.input_length} tokens have {blocks} (512 each)")

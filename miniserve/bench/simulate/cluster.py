@@ -17,9 +17,9 @@ from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Mess
 from miniserve.config import Role, Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Deliver, Send
 from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Deliver, Send
 from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
