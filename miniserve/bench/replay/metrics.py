@@ -22,7 +22,7 @@ POWERCAP = Path("/sys/class/powercap")
 ZONES = ("package", "dram")
 """Beginnings of the names of RAPL's zones that add up: `core` and `uncore` are parts of a package, `psys` is all."""
 
-Counter = tuple[Callable[[], int | str], int, float]
+Meter = tuple[Callable[[], int | str], int, float]
 """How it is read, where it wraps around (0: never), and its unit in joules."""
 
 
@@ -207,7 +207,7 @@ class Energy:
         return self._joules if self._counters else None
 
 
-def _gpus() -> list[Counter]:
+def _gpus() -> list[Meter]:
     """The total energy of each GPU since its driver was loaded."""
     try:
         import pynvml
@@ -222,8 +222,8 @@ def _gpus() -> list[Counter]:
     return [(read, 0, 1e-3) for read in reads]
 
 
-def _zones(powercap: Path) -> list[Counter]:
-    zones: list[Counter] = []
+def _zones(powercap: Path) -> list[Meter]:
+    zones: list[Meter] = []
     for folder in sorted(powercap.glob("intel-rapl:*")):  # AMD's have that name too
         try:
             if not (folder / "name").read_text().startswith(ZONES):
