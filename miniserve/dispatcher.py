@@ -19,10 +19,9 @@ from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.interface import way
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Deliver, Note, Send
 from miniserve.scheduler.conversation import UNSAID, Change, Said
-from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
+from miniserve.scheduler.turns import Command, Deliver, Note, Record, Send
 
 log = logging.getLogger("miniserve.dispatcher")
 
@@ -95,15 +94,9 @@ class Dispatcher:
         self._kv_transfer = config.engine.kv_transfer
         policy = make_policy(config.policy, config.mispredict)
         stretch = policy.step_stretch if config.engine.step_stretch is None else config.engine.step_stretch
-        self.scheduler = Scheduler(
-            policy,
-            config.engine.block_size,
-            config.engine.max_num_seqs,
-            config.max_num_queued_reqs,
-            policy_name=config.policy,
-            notes=bool(self.observers),
-        )
         engine = msgspec.structs.replace(config.engine, model=str(files.folder.resolve()), step_stretch=stretch)
+        self.scheduler = Scheduler(policy, engine.block_size, engine.max_num_seqs, config.max_num_queued_reqs)
+        self.scheduler.notes = bool(self.observers)
         elsewhere = config.launcher == "ray"
         self.topology, engines = place(config.topology, config.devices, engine, elsewhere=elsewhere)
         self.workers = Supervisor(
@@ -194,7 +187,7 @@ class Dispatcher:
         except NoDecoder as error:
             raise EngineError(self.unhealthy_reason or str(error)) from error
         self._streams[stream.id] = stream
-        if (turn := self.scheduler.turn(stream.id)) is not None:
+        if (turn := self.scheduler.turns.get(stream.id)) is not None:
             stream.conversation, stream.number, stream.change = turn.conversation.key, turn.number, turn.change
         self._carry_out(commands)
         return stream

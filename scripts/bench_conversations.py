@@ -97,7 +97,7 @@ async def disturbed(client: Dispatcher, pick: random.Random) -> dict[str, float]
         reading.append(asyncio.create_task(read(client, prompt(pick, 100), 4000, f"s{pick.random()}", stream)))
         while not stream.times:
             await asyncio.sleep(0.01)
-    homes = [turn.home for turn in client.scheduler.turns if turn.home]
+    homes = [turn.home for turn in client.scheduler.turns.values() if turn.home]
     quiet = time.monotonic()
     await asyncio.sleep(QUIET_SECONDS)
     begun = time.monotonic()

@@ -23,6 +23,7 @@ from starlette.datastructures import Headers
 from miniserve.api.identity import speaker
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.hub.resolve import resolve
+from miniserve.kv.hashing import token_bytes
 from miniserve.monitor.doctor import Doctor, Segment
 from miniserve.scheduler.conversation import Change, Said
 from miniserve.scheduler.conversations import Conversations
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> int:
     times: dict[str, list[float]] = {}
 
     def find(kind: str, key: str, tokens: list[int], now: float) -> Any:
-        prompt = array("i", tokens)
-        chain = page_chain(prompt, "", PAGE)
+        prompt = token_bytes(tokens)
+        chain = page_chain(tokens, "", PAGE)
         started = time.perf_counter()
         found = known.find(key, prompt, chain, now, SAID)
         if kind:

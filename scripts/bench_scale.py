@@ -31,8 +31,8 @@ from miniserve.cluster.messages import Ended, FirstToken, Peer, PoolInfo, Report
 from miniserve.config import Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
-from miniserve.scheduler.commands import Command, Send
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Send
 from scripts.harness import flags, write
 
 PAGE, PAGES, STEP = 16, 8192, 0.02
@@ -222,7 +222,8 @@ def jam(policy: str, topology: Topology, waiting: int, case: str) -> dict[str, A
         conversation.home = home
         conversation.moved_at = conversation.turns if case == "just moved" else 0
     for name, view in scheduler.workers.items():
-        view.add_turn(PAGES - 12 if name == home else PAGES * 9 // 10 - 12 if case != "full" else PAGES, 3.0)
+        taken = PAGES - 12 if name == home else PAGES * 9 // 10 - 12 if case != "full" else PAGES
+        view.change(1, taken, 3.0)
         if case == "full":
             view.turns = 256
     scheduler.submit("head", [waiting] * 1600, params, 0, f"k{waiting}", "", 3.0)

@@ -22,8 +22,8 @@ from miniserve.cluster.messages import Ended, FirstToken, Peer, PoolInfo, Report
 from miniserve.config import Role
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
-from miniserve.scheduler.commands import Send
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Send
 from scripts.harness import flags, write
 
 PAGE, PAGES, TURNS = 16, 4_000_000, 5

@@ -77,7 +77,7 @@ class Round:
         self.what = f"{topology} {policy} {engine.kv_transfer} {pages} pages, swap {engine.swap_space // PAGE_BYTES}"
         async with cluster(engine, topology, "observe" if policy == "anywhere" else policy) as self.client:
             if policy == "anywhere":
-                self.client.scheduler._placer.policy = Anywhere(random.Random(self.seed))
+                self.client.scheduler.policy = Anywhere(random.Random(self.seed))
             killer = asyncio.create_task(self.killer())
             talks = [self.conversation(random.Random(self.seed * 1000 + n)) for n in range(pick.randint(6, 16))]
             await asyncio.gather(*talks)
@@ -162,7 +162,7 @@ class Round:
     def victims(self, phase: str) -> list[str]:
         """Workers that a turn in this phase depends on."""
         found: list[str] = []
-        for turn in self.client.scheduler.turns:
+        for turn in self.client.scheduler.turns.values():
             if phase == "waiting" and not turn.home:
                 found += list(self.client.scheduler.workers)
             elif phase == "prefill" and turn.home and not turn.delivered:

@@ -61,7 +61,7 @@ def policy(text: str) -> str:
 
 
 def distribution(text: str) -> Any:
-    from miniserve.bench.replay.distributions import Distribution  # which needs numpy
+    from miniserve.bench.replay.workload import Distribution  # which needs numpy
 
     return Distribution.parse(text)
 

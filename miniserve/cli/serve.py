@@ -176,11 +176,11 @@ def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, fee
 async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, stop: asyncio.Event) -> None:
     """Let running requests end, for a while, or until `stop`."""
     client.drain()
-    if client.scheduler.active:
-        say(problem("cli.draining", active=client.scheduler.active, seconds=config.shutdown_timeout))
+    if len(client.scheduler.turns):
+        say(problem("cli.draining", active=len(client.scheduler.turns), seconds=config.shutdown_timeout))
 
     async def ended() -> None:
-        while client.scheduler.active:
+        while len(client.scheduler.turns):
             await asyncio.sleep(0.05)
         feed.close()  # the dashboard's streams of events count as requests, and would never end
         await _flushed(http)
@@ -188,8 +188,8 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
     try:
         await unless(stop.wait(), asyncio.wait_for(ended(), config.shutdown_timeout))
     except (TimeoutError, Stopped):
-        if client.scheduler.active:
-            say(f"Ending {client.scheduler.active} requests that still run.")
+        if len(client.scheduler.turns):
+            say(f"Ending {len(client.scheduler.turns)} requests that still run.")
 
 
 async def _flushed(http: HttpServer) -> None:

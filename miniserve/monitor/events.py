@@ -18,8 +18,8 @@ import msgspec
 
 from miniserve.config import ConfigError
 from miniserve.monitor.views import live_turns, worker_list
-from miniserve.scheduler.records import Record
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Record
 
 log = logging.getLogger("miniserve.events")
 

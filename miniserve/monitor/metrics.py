@@ -97,7 +97,7 @@ class Metrics(Collector):
         total = sum(stats.total_pages for _, stats in workers)
         usage = sum(stats.held_pages for _, stats in workers) / total if total else 0.0
         waiting = scheduler.queued
-        server = SimpleNamespace(running=scheduler.active - waiting, waiting=waiting, usage=usage)
+        server = SimpleNamespace(running=len(scheduler.turns) - waiting, waiting=waiting, usage=usage)
         states = ("free", "cached", "held")
         policy = self._dispatcher.policy_name
         # By table of metrics.toml: for values of its labels, a number or what has it as a field.

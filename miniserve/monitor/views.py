@@ -4,13 +4,13 @@ Each is a card: JSON that has a schema in `views.toml`, which OpenAPI shows too.
 """
 
 from collections.abc import Callable
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
 from miniserve.cluster.messages import WorkerStats
 from miniserve.config import tables
-from miniserve.scheduler.conversation import Conversation
-from miniserve.scheduler.forecast import FINISHES, TurnRecord
+from miniserve.scheduler.conversation import FINISHES, Conversation, TurnRecord
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import Turn, TurnState
 from miniserve.scheduler.workers import Link, WorkerView
@@ -62,14 +62,14 @@ def conversation_detail(
 
 def live_turns(scheduler: Scheduler, now: float) -> Card:
     """The turns that wait or run, those that came first of them first."""
-    data = [_running(turn, now) for turn in scheduler.turns[:MOST_LISTED]]
-    return {"time": now, "total": scheduler.active, "conversations": len(scheduler.conversations), "data": data}
+    data = [_running(turn, now) for turn in islice(scheduler.turns.values(), MOST_LISTED)]
+    return {"time": now, "total": len(scheduler.turns), "conversations": len(scheduler.conversations), "data": data}
 
 
 def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
     """By the identity of conversations: their turns that wait or run."""
     turns: dict[int, list[Turn]] = {}
-    for turn in scheduler.turns:
+    for turn in scheduler.turns.values():
         turns.setdefault(id(turn.conversation), []).append(turn)
     return turns
 
@@ -142,8 +142,8 @@ def _worker(view: WorkerView, now: float) -> Card:
         last_heard=now - view.reported if view.stats else None,
         kv=card("Kv", view, stats),
         rates={
-            "prefill_512": speed.prefill(512) if speed.prefills.measured else None,
-            "prefill_2048": speed.prefill(2048) if speed.prefills.measured else None,
-            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.decodes.measured else None,
+            "prefill_512": speed.prefill(512) if speed.prefills.count else None,
+            "prefill_2048": speed.prefill(2048) if speed.prefills.count else None,
+            "decode_step": speed.decode(max(view.turns, 1), view.tokens_in_use) if speed.decodes.count else None,
         },
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from miniserve.config import Role
-from miniserve.scheduler.observe import Observe
+from miniserve.scheduler.observe import Observe, away
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
 from miniserve.scheduler.workers import Cluster, WorkerView
 
@@ -39,35 +39,42 @@ class Colocated(Policy):
         return Placement(Option(home.name), "home") if home else None
 
 
-class Disaggregated(Policy):
-    """Every turn is prefilled by a prefiller, the one that has most of it cached, and moves to its decoder: full
-    disaggregation as in DistServe (arXiv 2401.09670), with prefix caching on both sides. What the decoder has stays
-    there; the prefiller computes again what the decoder has generated."""
+class Prefilling(Policy):
+    """A policy whose turns decode at home, and are prefilled where `prefill` says if there is any prefiller."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = at_home(need, cluster)
         if home is None or not cluster.prefillers:
             return Placement(Option(home.name), "no prefiller") if home else None
+        return self.prefill(need, cluster, home)
+
+    def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
+        raise NotImplementedError
+
+
+class Disaggregated(Prefilling):
+    """Every turn is prefilled by a prefiller, the one that has most of it cached, and moves to its decoder: full
+    disaggregation as in DistServe (arXiv 2401.09670), with prefix caching on both sides. What the decoder has stays
+    there; the prefiller computes again what the decoder has generated."""
+
+    def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
         prefiller = max(cluster.prefillers, key=lambda p: (need.known[p.name], -p.queued_prefill_tokens))
         return Placement(Option(home.name, prefiller.name), "every turn")
 
 
-class Conserve(Policy):
+class Conserve(Prefilling):
     """The paper's rule (arXiv 2606.01839): the first turn is prefilled by a prefiller and its KV moves once to the
     decoder with the most free KV; the rest stays there."""
 
-    def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        home = at_home(need, cluster)
-        if home is None:
-            return None
+    def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
         # Where the home has died the conversation begins anew. A turn that comes beside the first waits for
         # the KV that is on its way to the home.
-        if need.conversation.home or not cluster.prefillers:
-            return Placement(Option(home.name), "later turn" if need.conversation.home else "no prefiller")
+        if need.conversation.home:
+            return Placement(Option(home.name), "later turn")
         return Placement(Option(home.name, least_queued(cluster).name), "first turn")
 
 
-class Ampd(Policy):
+class Ampd(Prefilling):
     """AMPD's rule (arXiv 2602.14516): the first turn goes to a prefiller. A later one goes wherever its first token is
     expected earlier: at home, `T_local = Q_d + T_pre(hist, new)`, or at a prefiller, `T_remote = Q_p + T_kv(hist, d->p)
     + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured.
@@ -78,12 +85,8 @@ class Ampd(Policy):
     def __init__(self, mispredict: float = 0.0) -> None:
         self._mispredict = mispredict
 
-    def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        conversation, home = need.conversation, at_home(need, cluster)
-        if home is None:
-            return None
-        if not cluster.prefillers:
-            return Placement(Option(home.name), "no prefiller")
+    def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
+        conversation = need.conversation
         if not conversation.home:
             return Placement(Option(home.name, least_queued(cluster).name), "first turn")
         history = need.known[home.name]
@@ -96,37 +99,29 @@ class Ampd(Policy):
         return Placement(best if away != wrong else local, reason, (local, *remote), share_history=True)
 
     def _remote(self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView) -> Option:
-        here, there = need.known[home.name], need.known[p.name]
-        history = max(here, there)
-        moved = cluster.copy_seconds(home, p, here - there) + cluster.copy_seconds(p, home, need.tokens - here)
-        prefill = p.speed.prefill(max(need.tokens - history, 1), history)
-        return Option(home.name, p.name, queue=p.queue_seconds, prefill=prefill, transfer=moved)
+        new, known, history, back = away(need, cluster, home, p)
+        prefill = p.speed.prefill(new, known)
+        return Option(home.name, p.name, queue=p.queue_seconds, prefill=prefill, transfer=history + back)
 
 
-class Threshold(Policy):
+class Threshold(Prefilling):
     """By uncached tokens: the decoder first, as llm-d chooses (its `pd-profile-handler`); then a prefiller too, unless
     fewer than `MOST_UNCACHED` tokens and `MOST_UNCACHED_SHARE` of the prompt are not cached at the decoder, which is
     NVIDIA Dynamo's conditional disaggregation by effective input length."""
 
-    def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        home = at_home(need, cluster)
-        if home is None or not cluster.prefillers:
-            return Placement(Option(home.name), "no prefiller") if home else None
+    def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
         new = need.new(home.name)
         if new < MOST_UNCACHED and new < MOST_UNCACHED_SHARE * need.tokens:
             return Placement(Option(home.name), "little is uncached")
         return Placement(Option(home.name, least_queued(cluster).name), "much is uncached", share_history=True)
 
 
-class Ppd(Policy):
+class Ppd(Prefilling):
     """PPD's rule (arXiv 2603.13358): the first turn goes to a prefiller. A later one with fewer than `FEW_APPENDED` new
     tokens stays at home; a longer one goes where the relative loss of TTFT and of TPOT is less, both with weight 1. PPD
     reads them from a table that it has measured beforehand, without queues; we from what was measured until now."""
 
-    def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        home = at_home(need, cluster)
-        if home is None or not cluster.prefillers:
-            return Placement(Option(home.name), "no prefiller") if home else None
+    def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
         prefiller = least_queued(cluster)
         away = Option(home.name, prefiller.name)
         if not need.conversation.home:
@@ -172,10 +167,10 @@ class CacheAware(Moving):
     conversation that run at the same time stay together here."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
-        fitting = _fitting(need, cluster)
+        fitting, loads = _fitting(need, cluster), [d.turns for d in cluster.decoders] or [0]
         if need.conversation.active > 1 and need.conversation.home:
             home, reason = at_home(need, cluster), "beside others of its conversation"
-        elif _unbalanced([d.turns for d in cluster.decoders]):
+        elif max(loads) - min(loads) > LOAD_GAP and max(loads) > LOAD_RATIO * min(loads):
             home, reason = min(fitting, key=lambda d: d.turns, default=None), "the shortest queue"
         else:
             best = max(cluster.decoders, key=lambda d: need.known[d.name], default=None)
@@ -184,10 +179,6 @@ class CacheAware(Moving):
             else:
                 home, reason = max(fitting, key=lambda d: d.free, default=None), "the least cached"
         return Placement(Option(home.name), reason) if home else None
-
-
-def _unbalanced(loads: list[int]) -> bool:
-    return bool(loads) and max(loads) - min(loads) > LOAD_GAP and max(loads) > LOAD_RATIO * min(loads)
 
 
 def _fitting(need: Need, cluster: Cluster) -> list[WorkerView]:
@@ -213,4 +204,6 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 
 def make_policy(name: str, mispredict: float = 0.0) -> Policy:
-    return Ampd(mispredict) if name == "ampd" else POLICIES[name]()
+    policy = Ampd(mispredict) if name == "ampd" else POLICIES[name]()
+    policy.name = name
+    return policy

@@ -1,11 +1,24 @@
-"""What is known of a conversation, and what a client says of a turn."""
+"""What is known of a conversation: what its client says of a turn, its last turns, and what to expect of the next."""
 
+import math
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_type_hints
 
 import msgspec
 
-from miniserve.scheduler.forecast import History
+from miniserve.cluster.messages import FinishReason
+from miniserve.scheduler.observations import Recent, quantile
+
+TURNS = 16
+"""Turns of a conversation that are remembered one by one: behaviour changes, and memory is bounded."""
+RESERVED_OUTPUT = 256
+"""Output tokens expected of a turn before any was seen."""
+OUTPUT_QUANTILE = 0.9
+"""The share of turns that should get by with the pages they were given at their start."""
+TurnEnd = FinishReason | Literal["error"]
+FINISHES: tuple[TurnEnd, ...] = ("stop", "length", "abort", "error")
 
 
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -51,6 +64,74 @@ class PromptMark:
     digest: bytes
     tail: bytes
     length: int
+
+
+class TurnRecord(NamedTuple):
+    """One turn that has ended. Times in seconds; lengths in tokens.
+
+    `arrived` counts from the conversation's first turn, `gap` from the end of the turn before (None for the first). The
+    phases follow each other: `queued` for a placement, `waited` at its workers for steps of others and for pages,
+    `prefill`; these make up the time to the `first_token`; then `decode`. Beside them: `transfer` is the time of
+    copying KV, `exposed` what of it began when the prefill was done (so it is part of `decode`) or held up a prefill.
+    `home` and `prefill_at` are numbers of workers (`prefill_at` None: at home); `tool` is whether the prompt ended in a
+    tool's result: the turn before has called one.
+    """
+
+    turn: int
+    arrived: float
+    gap: float | None
+    prompt: int
+    new: int
+    cached: int
+    output: int
+    queued: float
+    waited: float
+    prefill: float
+    transfer: float
+    exposed: float
+    first_token: float
+    decode: float
+    moved_pages: int
+    home: int
+    prefill_at: int | None
+    tool: bool
+    runs: int
+    finish: int
+    """Which of `FINISHES`."""
+
+
+COLUMNS = len(TurnRecord._fields)
+WHOLE = tuple(i for i, kind in enumerate(get_type_hints(TurnRecord).values()) if kind in (int, bool, int | None))
+
+
+class History:
+    """The last `TURNS` turns of a conversation, in 4 bytes a number: float32, with NaN for None."""
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers = array("f")
+
+    def __len__(self) -> int:
+        return len(self._numbers) // COLUMNS
+
+    def __iter__(self) -> Iterator[TurnRecord]:
+        for start in range(0, len(self._numbers), COLUMNS):
+            row = [None if math.isnan(number) else number for number in self._numbers[start : start + COLUMNS]]
+            for i in WHOLE:
+                row[i] = None if (number := row[i]) is None else int(number)
+            yield TurnRecord(*row)  # type: ignore[arg-type]
+
+    def append(self, record: TurnRecord) -> None:
+        if len(self) == TURNS:
+            del self._numbers[:COLUMNS]
+        self._numbers.extend(math.nan if value is None else value for value in record)
+
+    def quantile(self, name: str, q: float) -> float | None:
+        """A quantile of one number over the turns that have it; None with fewer than two such turns."""
+        column = self._numbers[TurnRecord._fields.index(name) :: COLUMNS]
+        values = sorted(number for number in column if not math.isnan(number))
+        return quantile(values, q) if len(values) > 1 else None
 
 
 @dataclass(slots=True)
@@ -109,3 +190,45 @@ class Conversation:
     """Tokens of the last one."""
     places: tuple[bytes, ...] = field(default=(), repr=False)
     """Where it stands in `FirstPages`."""
+
+
+class Forecast:
+    """Outputs, gaps and the chance of another turn. What all conversations did lately counts where one's own history
+    is too short."""
+
+    def __init__(self) -> None:
+        self._outputs = Recent()
+        self._gaps = Recent()
+        # By the number of a turn: how many have ended, and after how many of those another turn came.
+        self._ended = [0] * (TURNS + 1)
+        self._continued = [0] * (TURNS + 1)
+
+    def arrived(self, turns: int, gap: float | None) -> None:
+        """A turn came `gap` seconds after turn number `turns` had ended; None: no turn was before it."""
+        if gap is not None:
+            self._gaps.add(gap)
+            self._continued[min(turns, TURNS)] += 1
+
+    def ended(self, record: TurnRecord) -> None:
+        self._outputs.add(record.output)
+        self._ended[min(record.turn, TURNS)] += 1
+
+    def output(self, history: History, max_tokens: int | None, said: int | None = None) -> int:
+        """Tokens a turn should be given room for: a high quantile of its own conversation's outputs, else what the
+        client has `said`, else a quantile of all; never more than it may generate."""
+        own = history.quantile("output", OUTPUT_QUANTILE)
+        if own is None:
+            own = said
+        expected = self._outputs.quantile(OUTPUT_QUANTILE, RESERVED_OUTPUT) if own is None else own
+        return max(1, min(int(expected), max_tokens or int(expected)))
+
+    def outlook(self, history: History, turn: int) -> tuple[float, float]:
+        """After turn number `turn`: the gap to expect in seconds (the conversation's own median, else that of all), and
+        the chance that another turn comes at all (the share of such turns that were followed by one).
+
+        The chance begins at 2/3: agents' conversations go on, and those that are idle now may still do.
+        """
+        own = history.quantile("gap", 0.5)
+        gap = self._gaps.quantile(0.5, 0.0) if own is None else own
+        n = min(turn, TURNS)
+        return gap, min((self._continued[n] + 2) / (self._ended[n] + 3), 1.0)

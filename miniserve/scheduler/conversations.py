@@ -1,7 +1,5 @@
 """Which conversation a turn belongs to, and which conversations belong together."""
 
-from __future__ import annotations
-
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,8 +9,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from miniserve.kv.hashing import token_bytes
-from miniserve.scheduler.conversation import UNSAID, Change, Conversation, Said
-from miniserve.scheduler.forecast import TURNS
+from miniserve.scheduler.conversation import TURNS, UNSAID, Change, Conversation, Said
 from miniserve.scheduler.prompts import KEPT_BYTES, FirstPages, LastPrompts, PromptIndex, common_run
 
 SLACK = 4
@@ -22,6 +19,8 @@ NEEDLE = 16
 """Tokens by which the end of a prompt or an answer is found again behind a change: fewer are mostly the template's."""
 MOST_MEMBERS = 16
 """Conversations under one key that a prompt is compared with, the latest ones."""
+MAX_IDLE = 3600.0
+"""Seconds after which an idle conversation is forgotten."""
 GROUP_SECONDS = 10.0
 """How soon after a turn of another conversation a sub-agent begins that no header announces."""
 
@@ -69,19 +68,11 @@ class Conversations:
     still the session's if it shares half of the first prompt, and offers tools as that did.
 
     Lookups hash the prompt once, whatever the number of conversations. `capacity` conversations are kept; beyond it,
-    and after `max_idle` seconds, those idle for longest are forgotten, which costs nothing but a placement made anew.
+    and after `MAX_IDLE`, those idle for longest are forgotten, which costs nothing but a placement made anew.
     """
 
-    def __init__(
-        self,
-        page_tokens: int,
-        *,
-        capacity: int = 100_000,
-        max_idle: float = 3600.0,
-        kept_bytes: int = KEPT_BYTES,
-    ) -> None:
+    def __init__(self, page_tokens: int, *, capacity: int = 100_000, kept_bytes: int = KEPT_BYTES) -> None:
         self._capacity = capacity
-        self._max_idle = max_idle
         # Least recently active first.
         self._by_key: OrderedDict[str | int, Conversation] = OrderedDict()
         self._families: dict[str | int, dict[str | int, Conversation]] = {}
@@ -114,23 +105,23 @@ class Conversations:
         """The latest conversations of a client's id, the latest first."""
         return islice(reversed(self._families.get(family, {}).values()), MOST_MEMBERS)
 
-    def find(self, key: str | int, prompt: array[int], chain: list[bytes], now: float, said: Said = UNSAID) -> Found:
-        """The conversation of a prompt: one that it continues or edits, or a new one. `key` is the client's, "" for
-        none; `chain` is the prompt's `page_chain`."""
-        tokens, change = prompt.tobytes(), None
-        of, relation, known, near = (self._among if key else self._of_all)(key, prompt, tokens, chain, said)
+    def find(self, key: str | int, prompt: bytes, chain: list[bytes], now: float, said: Said = UNSAID) -> Found:
+        """The conversation of a prompt, of 4 bytes a token: one that it continues or edits, or a new one. `key` is the
+        client's, "" for none; `chain` is the prompt's `page_chain`."""
+        change, length = None, len(prompt) // 4
+        of, relation, known, near = (self._among if key else self._of_all)(key, prompt, chain, said)
         if of is not None and relation is not Relation.NEW:
             before = self._last.get(of.key)
-            if before and (shared := common_run(before, tokens)) < min(len(before), len(tokens)) // 4:
-                known, change = shared, Change(shared, before, tokens, first=False)
+            if before and (shared := common_run(before, prompt)) < min(len(before), len(prompt)) // 4:
+                known, change = shared, Change(shared, before, prompt, first=False)
             of.edits += relation is Relation.EDITS
         else:
-            of = self._begun(key, of, known, len(prompt), chain[0], now, said)
-            near += self._alike(tokens, chain, said) if key else []
+            of = self._begun(key, of, known, length, chain[0], now, said)
+            near += self._alike(prompt, chain, said) if key else []
             if near and not said.side:
                 shared, other = max(near, key=itemgetter(0))
                 if before := self._last.get(other.key):
-                    change = Change(shared, before, tokens, first=True)
+                    change = Change(shared, before, prompt, first=True)
                 if other.by == "prefix":  # two sub-agents of the same one
                     other = self._by_key.get(other.parent or 0, other)
                 if of.parent is None and not key and self._starts(other, shared, of):
@@ -142,8 +133,8 @@ class Conversations:
             self._first.remove(of.places, of)
             of.places = self._first.add(chain, of)
         self._mark(of, prompt, chain)
-        self._last.put(of.key, tokens)
-        return Found(of, min(known, len(prompt)), change)
+        self._last.put(of.key, prompt)
+        return Found(of, min(known, length), change)
 
     def answered(self, conversation: Conversation, tokens: list[int]) -> None:
         """The tokens that were generated behind the last prompt."""
@@ -159,7 +150,7 @@ class Conversations:
         gone: list[Conversation] = []
         for conversation in self._by_key.values():
             too_many = len(self._by_key) - len(gone) > self._capacity
-            if not conversation.active and (too_many or now - conversation.last_end > self._max_idle):
+            if not conversation.active and (too_many or now - conversation.last_end > MAX_IDLE):
                 gone.append(conversation)
             elif not too_many and not conversation.active:
                 break  # All others had a turn later.
@@ -175,7 +166,7 @@ class Conversations:
                 self._prompts.remove(mark, conversation)
         return gone
 
-    def _of_all(self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said) -> Match:
+    def _of_all(self, key: str | int, prompt: bytes, chain: list[bytes], said: Said) -> Match:
         """The conversation that a prompt without a key continues or edits; else the one whose prompt is its longest
         prefix, which may still run or share its first prompt alone."""
         parent, known = None, 0
@@ -185,21 +176,21 @@ class Conversations:
             parent = max(owners, key=lambda owner: (not owner.active, owner.marks[-1] == mark))
             is_first, is_last = mark == parent.marks[0], mark == parent.marks[-1]
             known = parent.tokens if is_last and not parent.active else mark.length
-            if not parent.active and (not is_first or (is_last and mark.length < len(prompt))):
+            if not parent.active and (not is_first or (is_last and 4 * mark.length < len(prompt))):
                 return Match(parent, Relation.CONTINUES if is_last else Relation.EDITS, known, near)
         if parent is None or not parent.active:
-            near = self._alike(tokens, chain, said)
+            near = self._alike(prompt, chain, said)
             for seen, other in sorted(near, key=itemgetter(0), reverse=True):
-                if not other.active and 2 * seen > other.first and self._resumed(other, seen, tokens):
+                if not other.active and 2 * seen > other.first and self._resumed(other, seen, prompt):
                     goes_on = seen >= other.last - SLACK
                     return Match(other, Relation.CONTINUES if goes_on else Relation.EDITS, seen, near)
         return Match(parent, Relation.NEW, known, near)
 
-    def _alike(self, tokens: bytes, chain: list[bytes], said: Said) -> Near:
+    def _alike(self, prompt: bytes, chain: list[bytes], said: Said) -> Near:
         alike = [other for other in self._first.alike(chain) if other.said.client == said.client]
-        return [(common_run(before, tokens), other) for other in alike if (before := self._last.get(other.key))]
+        return [(common_run(before, prompt), other) for other in alike if (before := self._last.get(other.key))]
 
-    def _resumed(self, of: Conversation, shared: int, tokens: bytes) -> bool:
+    def _resumed(self, of: Conversation, shared: int, prompt: bytes) -> bool:
         """Whether a prompt that shares some tokens with the last one of a conversation shares more than the first one,
         or holds the end of the last one or its answer behind them, and goes on."""
         before, end = self._last.get(of.key), 4 * of.last
@@ -209,10 +200,10 @@ class Conversations:
         if len(before) > end + 4 * NEEDLE:
             ends.append(before[-4 * NEEDLE - 4 : -4])  # without the token that ended the answer
         start = max(4 * (shared - NEEDLE), 0)
-        found = [at for needle in ends if len(needle) == 4 * NEEDLE and (at := tokens.find(needle, start)) >= 0]
-        return bool(found) and min(found) + 6 * NEEDLE < len(tokens)
+        found = [at for needle in ends if len(needle) == 4 * NEEDLE and (at := prompt.find(needle, start)) >= 0]
+        return bool(found) and min(found) + 6 * NEEDLE < len(prompt)
 
-    def _among(self, key: str | int, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said) -> Match:
+    def _among(self, key: str | int, prompt: bytes, chain: list[bytes], said: Said) -> Match:
         """The same among the conversations of a key."""
         named = self._by_key.get(key)
         _, owners = self._prompts.longest(prompt, chain) or (None, ())
@@ -221,36 +212,32 @@ class Conversations:
         members = (*begun_alike, *([named] if named else []), *self._members(family))
         best = Match(None, Relation.NEW, 0, [])
         for of in (of for of in members if of.root == chain[0]):
-            relation, known = self._relation(of, prompt, tokens, chain, said)
+            relation, known = self._relation(of, prompt, chain, said)
             if best.conversation is None or (relation, known) > best[1:3]:
                 best = Match(of, relation, known, [(known, of)])
             if relation is Relation.CONTINUES:
                 break
         return best
 
-    def _relation(
-        self, of: Conversation, prompt: array[int], tokens: bytes, chain: list[bytes], said: Said
-    ) -> tuple[Relation, int]:
+    def _relation(self, of: Conversation, prompt: bytes, chain: list[bytes], said: Said) -> tuple[Relation, int]:
         """What a prompt with its key is to a conversation, and how many tokens that has seen of it."""
-        first, last = of.first, of.last
+        first, last, length = of.first, of.last, len(prompt) // 4
         before = self._last.get(of.key)
-        shared = common_run(before, tokens) if before else self._seen(of, prompt, chain)
+        seen = (mark.length for mark in reversed(of.marks) if self._prompts.begins(mark, prompt, chain))
+        shared = common_run(before, prompt) if before else next(seen, 0)
         if said.side != of.said.side:
             return Relation.NEW, shared
-        if shared >= last == len(prompt):  # the same again, or one more choice
+        if shared >= last == length:  # the same again, or one more choice
             return Relation.CONTINUES, shared
         if of.active:
             return Relation.NEW, shared
-        if shared >= last - min(SLACK, last // 8) and len(prompt) > last:
+        if shared >= last - min(SLACK, last // 8) and length > last:
             return Relation.CONTINUES, of.tokens
         half = 2 * shared >= first
         lost_history = half and said.session and not said.side and of.said.tools == said.tools
-        resumed = (half or said.session) and bool(before) and self._resumed(of, shared, tokens)
+        resumed = (half or said.session) and bool(before) and self._resumed(of, shared, prompt)
         edits = shared >= first or lost_history or said.sure or resumed
         return (Relation.EDITS if edits else Relation.NEW), shared
-
-    def _seen(self, of: Conversation, prompt: array[int], chain: list[bytes]) -> int:
-        return next((mark.length for mark in reversed(of.marks) if self._prompts.begins(mark, prompt, chain)), 0)
 
     def _begun(
         self, key: str | int, near: Conversation | None, known: int, length: int, root: bytes, now: float, said: Said
@@ -281,14 +268,14 @@ class Conversations:
         waits = not parent.active and parent.turns and made.began - parent.last_end < GROUP_SECONDS
         return bool(alike and waits and 2 * shared >= parent.first)
 
-    def _mark(self, conversation: Conversation, tokens: array[int], chain: list[bytes]) -> None:
+    def _mark(self, conversation: Conversation, prompt: bytes, chain: list[bytes]) -> None:
         """Make this the conversation's last prompt, and forget earlier ones that it does not begin with."""
-        kept = [mark for mark in conversation.marks if self._prompts.begins(mark, tokens, chain)]
+        kept = [mark for mark in conversation.marks if self._prompts.begins(mark, prompt, chain)]
         kept = kept[:1] + kept[1:][-(TURNS - 2) :]
         for mark in conversation.marks:
             if mark not in kept:
                 self._prompts.remove(mark, conversation)
-        newest = self._prompts.mark(tokens, chain)
+        newest = self._prompts.mark(prompt, chain)
         conversation.marks = [*kept, newest]
         conversation.first, conversation.last = conversation.marks[0].length, newest.length
         self._prompts.add(newest, conversation)

@@ -1,10 +1,11 @@
 """The ledger of KV pages: what is promised to turns that run, and what idle conversations hold at their homes."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 
-from miniserve.scheduler.conversation import Conversation
-from miniserve.scheduler.forecast import Forecast
+from miniserve.scheduler.conversation import Conversation, Forecast
 from miniserve.scheduler.turns import Turn
 from miniserve.scheduler.workers import Cluster, WorkerView
 
@@ -12,27 +13,25 @@ LATE_GAPS, LATE_SECONDS = 3.0, 1.0
 """A conversation that has not come back after so many of its gaps and so many seconds is not expected any more."""
 
 
+@dataclass
 class Ledger:
     """Keeps `reserved`, `resident` and `wanted` in the workers' views: the sums of what turns and conversations hold
     there. A worker that dies takes its view and these sums with it, so its entries need no settling."""
 
-    def __init__(self, cluster: Cluster, forecast: Forecast, page_tokens: int) -> None:
-        self._cluster = cluster
-        self._forecast = forecast
-        self._page_tokens = page_tokens
-        self.snapshot_pages = 0
-        """Of a snapshot of recurrent state, of which a turn leaves two."""
-        self.late: list[tuple[float, int, Conversation]] = []
-        """A heap of (time, number of the expectation, conversation): after that time it is not expected any more."""
-        self._numbers = count(1)
+    cluster: Cluster
+    forecast: Forecast
+    late: list[tuple[float, int, Conversation]] = field(default_factory=list)
+    """A heap of (time, number of the expectation, conversation): after that time it is not expected any more."""
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
     def pages(self, tokens: int) -> int:
-        return -(-tokens // self._page_tokens) + 2 * self.snapshot_pages
+        """A turn leaves two snapshots of recurrent state."""
+        return -(-tokens // self.cluster.page_tokens) + 2 * self.cluster.snapshot_pages
 
     def reserve(self, turn: Turn, now: float) -> None:
         """A turn was placed: its pages are reserved at its home, and those of its prompt at its prefiller."""
         if home := self._view(turn.home):
-            home.add_turn(turn.pages, now)
+            home.change(1, turn.pages, now)
         if prefiller := self._view(turn.prefill_at):
             turn.lent_pages = self.pages(len(turn.tokens))
             prefiller.reserved += turn.lent_pages
@@ -53,18 +52,18 @@ class Ledger:
     def release(self, turn: Turn, now: float) -> None:
         self.end_prefill(turn)
         if home := self._view(turn.home):
-            home.drop_turn(turn.pages, now)
+            home.change(-1, -turn.pages, now)
 
     def hold(self, conversation: Conversation, now: float) -> None:
         """The conversation is idle: it holds all its tokens at home, and is expected to come back for them."""
         self.let_go(conversation)
         pages = self.pages(conversation.tokens)
         if (home := self._view(conversation.home)) and pages:
-            gap, chance = self._forecast.outlook(conversation.history, conversation.turns)
+            gap, chance = self.forecast.outlook(conversation.history, conversation.turns)
             conversation.resident, conversation.wanted = pages, pages * chance
             home.resident += conversation.resident
             home.wanted += conversation.wanted
-            conversation.expectation = next(self._numbers)
+            conversation.expectation = next(self.numbers)
             heappush(self.late, (now + LATE_GAPS * gap + LATE_SECONDS, conversation.expectation, conversation))
 
     def let_go(self, conversation: Conversation) -> None:
@@ -88,7 +87,7 @@ class Ledger:
 
     def _view(self, worker: str | None) -> WorkerView | None:
         """A worker whose books change."""
-        if (view := self._cluster.worker(worker)) is not None:
-            self._cluster.touch(view.name)
-            self._cluster.changed.add(view.name)
+        if (view := self.cluster.worker(worker)) is not None:
+            self.cluster.touch(view.name)
+            self.cluster.changed.add(view.name)
         return view

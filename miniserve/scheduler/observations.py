@@ -3,10 +3,9 @@
 Pure: times come in as arguments, in seconds.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import StepTime
@@ -25,32 +24,32 @@ GUESS_TOKEN, GUESS_STEP = 1e-3, 20e-3
 for all workers, and gone with the first steps."""
 
 
+@dataclass
 class Average:
     """A running mean that forgets: the last `memory` values count."""
 
-    def __init__(self, memory: int = 16) -> None:
-        self.count = 0
-        self.value = 0.0
-        self._memory = memory
+    memory: int = 16
+    count: int = 0
+    value: float = 0.0
 
     def add(self, value: float) -> None:
         self.count += 1
-        self.value += (value - self.value) / min(self.count, self._memory)
+        self.value += (value - self.value) / min(self.count, self.memory)
 
 
+@dataclass
 class TimeAverage:
-    """The mean of a quantity over time, the last `window` seconds counting most."""
+    """The mean of a quantity over time until `at`, the last `window` seconds counting most."""
 
-    def __init__(self, window: float, now: float = 0.0) -> None:
-        self.value = 0.0
-        self._window = window
-        self._at = now
+    window: float
+    at: float = 0.0
+    value: float = 0.0
 
     def update(self, value: float, now: float) -> None:
         """The quantity has been `value` since the last update."""
-        kept = math.exp(-max(now - self._at, 0.0) / self._window)
+        kept = math.exp(-max(now - self.at, 0.0) / self.window)
         self.value = self.value * kept + value * (1 - kept)
-        self._at = now
+        self.at = now
 
 
 class Recent:
@@ -78,7 +77,7 @@ def quantile(ordered: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-def non_negative_fit(rows: np.ndarray, counts: np.ndarray, ridge: float) -> np.ndarray:
+def non_negative_fit(rows: "np.ndarray", counts: "np.ndarray", ridge: float) -> "np.ndarray":
     """The least squares of `rows @ x = 1` with no x below zero: features whose weight comes out below zero are left
     out, the lowest one first. A row counts `counts` times; a `ridge` on all but the first feature decides what the rows
     leave open."""
@@ -110,23 +109,20 @@ class Plane:
         self._cells: dict[tuple[int, ...], list[float]] = {}
         """Key -> count, number of the last measurement, mean seconds, mean of each feature."""
         self._weights = [0.0] * 3
-        self._count = 0
-
-    @property
-    def measured(self) -> bool:
-        return bool(self._cells)
+        self.count = 0
+        """Of measurements."""
 
     def add(self, a: float, b: float, c: float, seconds: float) -> None:
         key = int(a + 1).bit_length(), int(b + 1).bit_length(), int(c + 1).bit_length()
         cell = self._cells.get(key) or self._cells.setdefault(key, [0.0] * 6)
-        self._count += 1
+        self.count += 1
         count = min(cell[0] + 1, CELL_MEMORY)
         if count > 4:
             seconds = min(seconds, 4 * cell[2])  # a hiccup of the machine
         _, _, mean, x, y, z = cell
         means = mean + (seconds - mean) / count, x + (a - x) / count, y + (b - y) / count, z + (c - z) / count
-        cell[:] = count, self._count, *means
-        if self._count % REFIT == 0 or (self._count < REFIT and self._count & (self._count - 1) == 0):
+        cell[:] = count, self.count, *means
+        if self.count % REFIT == 0 or (self.count < REFIT and self.count & (self.count - 1) == 0):
             self._fit()
 
     def at(self, a: float, b: float, c: float) -> float:
@@ -139,7 +135,7 @@ class Plane:
         cells = np.array([cell for cell in self._cells.values() if cell[2] > 0])
         if not len(cells):
             return
-        counts = cells[:, 0] / (1 + (self._count - cells[:, 1]) / FADE)
+        counts = cells[:, 0] / (1 + (self.count - cells[:, 1]) / FADE)
         self._weights = non_negative_fit(cells[:, 3:] / cells[:, 2:3], counts, 1e-2).tolist()
 
 
@@ -151,7 +147,7 @@ class Speed:
     that it looks back on, and a constant for each step.
     """
 
-    def __init__(self, fleet: Speed | None = None) -> None:
+    def __init__(self, fleet: "Speed | None" = None) -> None:
         self._fleet = fleet
         self.decodes = Plane()
         self.prefills = Plane()
@@ -172,7 +168,7 @@ class Speed:
         """Seconds to compute `tokens` of a prompt after `context` others, with nothing beside it."""
         if tokens <= 0:
             return 0.0
-        if not self.prefills.measured:
+        if not self.prefills.count:
             return self._fleet.prefill(tokens, context) if self._fleet else tokens * GUESS_TOKEN
         pairs = tokens * context + tokens * tokens / 2
         return self.prefills.at(tokens, pairs, math.ceil(tokens / self._chunk))
@@ -180,11 +176,11 @@ class Speed:
     def held_up(self, tokens: int, context: int = 0) -> float:
         """By how many seconds such a prefill delays each stream beside it: its steps would have been made anyway, but
         shorter."""
-        steps = math.ceil(tokens / self._chunk) if self.prefills.measured else 1
+        steps = math.ceil(tokens / self._chunk) if self.prefills.count else 1
         return max(self.prefill(tokens, context) - steps * self.decode(0, 0), 0.0)
 
     def decode(self, batch: int, context: int) -> float:
         """Seconds of a step that decodes `batch` sequences with `context` tokens in all."""
-        if not self.decodes.measured:
+        if not self.decodes.count:
             return self._fleet.decode(batch, context) if self._fleet else GUESS_STEP
         return self.decodes.at(1.0, batch, context)

@@ -1,6 +1,7 @@
 """miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 
 from miniserve.config import Role
@@ -28,6 +29,15 @@ FEW_HOMES, LIKELY_HOMES, SPECIAL_HOMES = 8, 16, 4
 the best of those that hold most of the prompt, or are on the old home's host; of these as many with prefillers."""
 TYPICAL_OUTPUT = 256
 """Tokens that such a turn generates."""
+
+
+def away(need: Need, cluster: Cluster, home: WorkerView, prefiller: WorkerView) -> tuple[int, int, float, float]:
+    """A prefill away from home: tokens that it computes, tokens before these, and the seconds of the copies it takes:
+    of what only home has of the history to the prefiller, and back of what home does not have."""
+    here, there = need.known[home.name], need.known[prefiller.name]
+    known = max(here, there)
+    history = cluster.copy_seconds(home, prefiller, here - there)
+    return max(need.tokens - known, 1), known, history, cluster.copy_seconds(prefiller, home, need.tokens - here)
 
 
 class Observe(Policy):
@@ -58,7 +68,7 @@ class Observe(Policy):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = cluster.worker(need.conversation.home)
         if home is None:
-            return self._first(need, cluster, self._likely(need, cluster, self._may_take))
+            return self._first(need, cluster, self._likely(need, cluster, partial(self._may_take, need)))
         return self._later(need, cluster, home)
 
     def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
@@ -73,7 +83,8 @@ class Observe(Policy):
         return Placement(best, "cheapest for a first turn", options, share_history=True)
 
     def _later(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
-        if home.name in cluster.open and home.fits(need.pages) and not (home.turns and home.room < need.pages):
+        fits = home.name in cluster.open and home.fits(need.pages)
+        if fits and not (home.turns and home.room < need.pages):
             options = self._options(need, cluster, home)
             here = options[0]
             # This turn may wait a little for a prefiller to spare the streams at home, but not long: its client waits.
@@ -82,36 +93,27 @@ class Observe(Policy):
             if best.cost + self._margin(best) + AWAY_SECONDS < here.cost:
                 return Placement(best, "an append beside others", options, share_history=True)
             return Placement(here, "at home", options)
-        if need.conversation.active > 1:
-            return self._stay(need, cluster, home)  # Other turns of this conversation run there.
-        stay = self._stay(need, cluster, home)
-        # A conversation that has just moved stays, unless it would have to wait.
-        if stay is not None and need.conversation.moved_at == need.conversation.turns:
+        stay = Placement(Option(home.name), "nowhere better") if fits else None
+        # Other turns of this conversation run there, or it has just moved: then it stays, unless it would have to wait.
+        if need.conversation.active > 1 or (fits and need.conversation.moved_at == need.conversation.turns):
             return stay
-        roomy = self._likely(need, cluster, self._may_join)
+        roomy = self._likely(need, cluster, partial(self._may_join, need))
         if not roomy:
             return stay
         options = [option for d in roomy for option in self._options(need, cluster, d)]
         best = min(options, key=lambda option: option.cost)
         return Placement(best, "its home is full", options, share_history=True)
 
-    def _stay(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement | None:
-        if home.name in cluster.open and home.fits(need.pages):
-            return Placement(Option(home.name), "nowhere better")
-        return None
-
-    def _may_take(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
-        if worker.name not in cluster.open or not worker.fits(need.pages):
+    def _may_take(self, need: Need, worker: WorkerView) -> bool:
+        if not worker.fits(need.pages):
             return False
-        if not need.conversation.home and worker.turns and worker.room - need.pages < ROOM * worker.total_pages:
-            # The turn would drive out what is needed soon.
-            return need.waited > 0 and need.waited > self._worth(need, worker)
-        return True
+        # A turn that would drive out what is needed soon waits.
+        crowded = worker.turns > 0 and worker.room - need.pages < ROOM * worker.total_pages
+        return not crowded or need.waited > max(self._worth(need, worker), 0.0)
 
-    def _may_join(self, need: Need, cluster: Cluster, worker: WorkerView) -> bool:
+    def _may_join(self, need: Need, worker: WorkerView) -> bool:
         """Whether a conversation may leave its home for this worker."""
-        other = worker.name in cluster.open and worker.name != need.conversation.home
-        return other and need.pages <= self.elsewhere(worker)
+        return worker.name != need.conversation.home and need.pages <= self.elsewhere(worker)
 
     def elsewhere(self, worker: WorkerView) -> float:
         free = not worker.turns or worker.turns < worker.max_turns
@@ -123,12 +125,10 @@ class Observe(Policy):
         workers = all_of_few if few else islice(cluster.ranked(need.tokens, self._burden), FEW_HOMES)
         return min((self._worth(need, worker) for worker in workers), default=0.0)
 
-    def _likely(
-        self, need: Need, cluster: Cluster, may: Callable[[Need, Cluster, WorkerView], bool]
-    ) -> list[WorkerView]:
-        """The workers that `may` be the turn's home and are worth comparing: decoders first."""
+    def _likely(self, need: Need, cluster: Cluster, may: Callable[[WorkerView], bool]) -> list[WorkerView]:
+        """The open workers that `may` be the turn's home and are worth comparing: decoders first."""
         if len(cluster.workers) <= FEW_HOMES:
-            return [w for w in (*cluster.decoders, *cluster.prefillers) if may(need, cluster, w)]
+            return [w for w in (*cluster.decoders, *cluster.prefillers) if w.name in cluster.open and may(w)]
         ranked = list(cluster.ranked(need.tokens, self._burden))
         home = cluster.worker(need.conversation.home)
         host, best = home.host if home else "", need.known.best
@@ -136,7 +136,7 @@ class Observe(Policy):
         found = {
             worker.name: worker
             for some, count in ((ranked, LIKELY_HOMES), (special, SPECIAL_HOMES))
-            for worker in islice((w for w in some if may(need, cluster, w)), count)
+            for worker in islice((w for w in some if w.name in cluster.open and may(w)), count)
         }
         return sorted(found.values(), key=lambda worker: worker.role is Role.PREFILLER)
 
@@ -169,41 +169,30 @@ class Observe(Policy):
             decode=decode,
             harm=beside + self._streams(home) * home.speed.held_up(new, known),
         )
-        if (
-            home.role is Role.PREFILLER or not remote
-        ):  # Two that prefill for each other might wait for each other's pages.
-            return [local]
-        prefillers = cluster.prefillers_for(home, need.known)
-        return [local, *(self._remote(need, cluster, home, p, decode, beside) for p in prefillers)]
-
-    def _remote(
-        self, need: Need, cluster: Cluster, home: WorkerView, p: WorkerView, decode: float, beside: float
-    ) -> Option:
-        here, there = need.known[home.name], need.known[p.name]
-        known = max(here, there)
-        new = max(need.tokens - known, 1)
-        history = cluster.copy_seconds(home, p, here - there)
-        back = cluster.copy_seconds(p, home, need.tokens - here)
-        return Option(
-            home.name,
-            p.name,
-            queue=p.queue_seconds,
-            prefill=p.speed.prefill(new, known),
-            transfer=history + cluster.exposed_seconds(p, home),
-            decode=decode,
-            harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
-        )
+        options = [local]
+        # Two that prefill for each other might wait for each other's pages.
+        remote = remote and home.role is not Role.PREFILLER
+        for p in cluster.prefillers_for(home, need.known) if remote else ():
+            new, known, history, back = away(need, cluster, home, p)
+            other = Option(
+                home.name,
+                p.name,
+                queue=p.queue_seconds,
+                prefill=p.speed.prefill(new, known),
+                transfer=history + cluster.exposed_seconds(p, home),
+                decode=decode,
+                harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
+            )
+            options.append(other)
+        return options
 
     def _decode(self, tokens: int, output: int, home: WorkerView) -> tuple[float, float]:
-        """How long the decode takes at `home`, and by how much it slows down the streams there, in all."""
-        step = self._step(tokens, home)
+        """How long the decode takes at `home`, with prompts in its steps as on average, and by how much it slows down
+        the streams there, in all."""
+        step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
+        step /= 1 - min(home.prefilling.value, MOST_PREFILLING)
         more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0
         return output * step, output * home.turns * max(more, 0.0)
-
-    def _step(self, tokens: int, home: WorkerView) -> float:
-        """Seconds of a decode step with this turn in it, and with prompts in it as on average."""
-        step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
-        return step / (1 - min(home.prefilling.value, MOST_PREFILLING))
 
     def _streams(self, worker: WorkerView) -> float:
         return max(worker.turns, worker.load.value)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from miniserve.scheduler.conversation import Conversation
-from miniserve.scheduler.workers import Cluster, Known, WorkerView
+from miniserve.scheduler.prompts import Known
+from miniserve.scheduler.workers import Cluster, WorkerView
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Policy:
     """A pure function of what was observed. If it says nothing else, turns are served strictly in order and at home,
     and steps take as long as they take."""
 
+    name = ""
+    """Of the policy in `POLICIES`, for records of decisions."""
     step_stretch = 0.0
     """How many times longer than the step of a lone stream a step may take in which prompts are computed beside
     streams; 0 for as long as it takes."""

@@ -1,54 +1,60 @@
 """Places the turns that wait: asks the policy, and makes of its answer the message to the turn's home."""
 
 from collections import Counter
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Set
 
 from miniserve.cluster.messages import Keep, Run
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.commands import Command, Note, Send
-from miniserve.scheduler.conversation import Conversation
-from miniserve.scheduler.forecast import Forecast
+from miniserve.scheduler.conversation import Conversation, Forecast
 from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.placement import Need, Option, Placement, Policy
+from miniserve.scheduler.prompts import Known
 from miniserve.scheduler.queue import Group, WaitingQueue
-from miniserve.scheduler.records import decision
-from miniserve.scheduler.turns import TRIED_AFTER, Phases, Turn, TurnState
-from miniserve.scheduler.workers import Cluster, Known, PrefixIndex, WorkerView
+from miniserve.scheduler.turns import TRIED_AFTER, Command, Note, Phases, Record, Send, Turn, TurnState
+from miniserve.scheduler.workers import Cluster, WorkerView
+
+READ = "free", "reserved", "turns", "queued_prefill_tokens"
+"""What of a worker's view is in a decision as it is."""
 
 
-@dataclass
 class Placer:
-    """The queue of waiting turns, and what decisions about them read. `policy_name` is for the records of decisions.
-    `cluster` and `turns` are the scheduler's own, and change."""
+    """The turns, the queue of those that wait, and what decisions about them read."""
 
-    policy: Policy
-    policy_name: str
-    page_tokens: int
-    cluster: Cluster
-    turns: Mapping[str, Turn]
-    ledger: Ledger
-    forecast: Forecast
-    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
-    placements: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(prefilled at, home) -> turns."""
-    tried: Turn | None = None
-    """The suspected turn that was begun last."""
-
-    def __post_init__(self) -> None:
-        self.queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere)
+    def __init__(self, policy: Policy, page_tokens: int) -> None:
+        self.policy = policy
+        self.cluster = Cluster(page_tokens)
+        self.turns: dict[str, Turn] = {}
+        """Those that wait or run, by their ids."""
+        self.placements = Counter[tuple[str, str]]()
+        """(prefilled at, home) -> turns."""
+        self.notes = False
+        """Whether to make records of decisions and outcomes; may change at any time."""
+        self._forecast = Forecast()
+        self._ledger = Ledger(self.cluster, self._forecast)
+        self._queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere, self.cluster.changed)
+        self._commands: list[Command] = []
+        """What is to be done, until a method gives it out."""
+        self._tried: Turn | None = None
+        """The suspected turn that was begun last."""
         self._closed: set[str] = set()
         """Workers that are kept for a suspected turn."""
 
-    def place_queued(self, now: float, *, notes: bool) -> list[Command]:
-        """Place the waiting turns that can be placed. With `notes`, each decision is noted."""
+    def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
+        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible. Gives
+        out all commands."""
+        if everywhere:
+            self.cluster.changed.update(self.cluster.workers)
+        if self._queue:
+            self._place_waiting(now)
+        else:
+            self.cluster.changed.clear()
+        commands, self._commands = self._commands, []
+        return commands
+
+    def _place_waiting(self, now: float) -> None:
         cluster = self.cluster
-        if not self.queue:
-            cluster.changed.clear()
-            return []
-        self.ledger.give_up_late(now)
-        commands, closed = self._try_suspect(now, notes)
-        closed |= cluster.retired
+        self._ledger.give_up_late(now)
+        closed = self._try_suspect(now) | cluster.retired
         cluster.changed |= self._closed - closed
         self._closed = closed
 
@@ -57,37 +63,36 @@ class Placer:
             need = self._need(turn, now)
             placement = self.policy.place(need, cluster)
             if placement is not None:
-                commands.extend(self._begin(turn, need, placement, notes))
+                self._begin(turn, need, placement)
             return placement is not None
 
         workers = cluster.workers.keys()
-        self.queue.serve(place, workers - closed if closed else workers, cluster.changed, now)
-        return commands
+        self._queue.serve(place, workers - closed if closed else workers, now)
 
-    def _try_suspect(self, now: float, notes: bool) -> tuple[list[Command], set[str]]:
-        """Begin with the next suspected turn, unless one is being tried; and the workers that no other turn may take.
+    def _try_suspect(self, now: float) -> set[str]:
+        """Begin with the next suspected turn, unless one is being tried. Returns the workers that no other may take.
 
         One is tried at a time, on a decoder that has nothing left to stop, and where only turns run that were suspected
         before it and are not any more: so it is this one that the decoder dies of. If there is none, the one with the
         least others is closed until they have ended. All other workers serve as ever.
         """
-        tried, decoders = self.tried, self.cluster.decoders
+        tried, decoders = self._tried, self.cluster.decoders
         if tried is not None and tried.suspected and tried.state in (TurnState.PREFILL, TurnState.DECODE):
-            return [], {str(tried.home)}
-        if not (suspects := self.queue.line(Group.SUSPECTS)) or not decoders:
-            return [], set()
+            return {str(tried.home)}
+        if not (suspects := self._queue.line(Group.SUSPECTS)) or not decoders:
+            return set()
         turn = suspects[0][1]
         others = Counter(other.home for other in self.turns.values() if other.losses < TRIED_AFTER)
         home = min(decoders, key=lambda d: (others[d.name], len(d.leaving), not d.fits(turn.pages)))
         if others[home.name] or home.leaving or not home.fits(turn.pages):
-            return [], {home.name}
-        self.tried = turn
-        self.queue.remove(turn, self.cluster.changed, served=True)
+            return {home.name}
+        self._tried = turn
+        self._queue.remove(turn, served=True)
         placement = Placement(Option(home.name), f"alone, since {turn.losses} workers died under it")
         before = turn.conversation.home
-        commands = self._begin(turn, self._need(turn, now), placement, notes)
-        self.queue.follow(turn.conversation, before or Group.ANYWHERE)
-        return commands, {home.name}
+        self._begin(turn, self._need(turn, now), placement)
+        self._queue.follow(turn.conversation, before or Group.ANYWHERE)
+        return {home.name}
 
     def _has_patience(self, turn: Turn, now: float) -> bool:
         need = self._need(turn, now)
@@ -103,26 +108,25 @@ class Placer:
     def _need(self, turn: Turn, now: float) -> Need:
         """What a policy reads of a turn. A run after the first one finds only what the conversation had before."""
         conversation = turn.conversation
-        known = Known(self.prefixes.find(turn.chain), self.page_tokens)
-        if conversation.copy_at:
-            known.learn(conversation.copy_at, self._reusable(turn, min(conversation.copy_tokens, turn.known)))
-        if conversation.home:
-            known.learn(conversation.home, self._reusable(turn, turn.known))
+        known = Known(self.cluster.prefixes.find(turn.chain), self.cluster.page_tokens)
+        copied = min(conversation.copy_tokens, turn.known)
+        for worker, tokens in ((conversation.copy_at, copied), (conversation.home, turn.known)):
+            if worker:
+                known[worker] = max(known[worker], self._reusable(turn, tokens))
         return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
 
     def _reusable(self, turn: Turn, known: int) -> int:
         """Of so many tokens that the turn's conversation has seen, those that a worker need not compute: where the
         model has a recurrent state, up to the last snapshot."""
-        if not self.ledger.snapshot_pages:
+        if not self.cluster.snapshot_pages:
             return known
-        size = self.page_tokens
+        size = self.cluster.page_tokens
         return max([end // size * size for end in turn.conversation.ends if end // size * size <= known], default=0)
 
-    def _begin(self, turn: Turn, need: Need, placement: Placement, notes: bool) -> list[Command]:
+    def _begin(self, turn: Turn, need: Need, placement: Placement) -> None:
         """Begin a run of the turn: enter it into all books, and make the message to its home."""
-        commands: list[Command] = []
-        if notes:
-            commands.append(Note(decision(self.policy_name, turn, need, placement, self.cluster)))
+        if self.notes:
+            self._commands.append(Note(self._decision(turn, need, placement)))
         option, conversation, now = placement.option, turn.conversation, need.now
         home, prefills = (self.cluster.workers[name] for name in (option.home, option.prefill_at or option.home))
         turn.move(TurnState.PREFILL)
@@ -136,29 +140,28 @@ class Placer:
             conversation.moves += 1
             conversation.moved_at = conversation.turns + 1
         conversation.home = home.name
-        self.ledger.reserve(turn, now)
+        self._ledger.reserve(turn, now)
         # Its next report corrects this; but other turns may be placed before that comes.
         prefills.queued_prefill_tokens += need.new(prefills.name)
         self.cluster.touch(prefills.name)
-        if not self.ledger.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
-            self.prefixes.add(turn.chain, prefills.name)
-        key = (prefills.name, home.name)
-        self.placements[key] = self.placements.get(key, 0) + 1
+        if not self.cluster.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
+            self.cluster.prefixes.add(turn.chain, prefills.name)
+        self.placements[prefills.name, home.name] += 1
         run = Run(
             turn.run,
             turn.tokens,
             turn.params,
             turn.seed,
-            turn.salt,
+            conversation.salt,
             turn.delivered,
             turn.prefill_at,
             placement.share_history,
             option.history_at or None,
             self._keep(conversation, len(turn.tokens), home, turn.number),
         )
-        return [*commands, Send(home.name, run)]
+        self._commands.append(Send(home.name, run))
 
-    def bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
+    def _bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
         """The message by which a home gets the KV of an idle conversation from another worker, as the run `name`."""
         keep, params = self._keep(conversation, len(tokens), home, conversation.turns), SamplingParams(max_tokens=1)
         run = Run(name, tokens, params, 0, conversation.salt, history_at=source, only_history=True, keep=keep)
@@ -167,6 +170,34 @@ class Placer:
     def _keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int) -> Keep:
         """How soon the home will need this conversation's pages again after so many turns, for when it runs out of
         pages between turns."""
-        gap, chance = self.forecast.outlook(conversation.history, turns)
-        seconds = home.speed.prefill(self.page_tokens, max(tokens - self.page_tokens, 0))
+        gap, chance = self._forecast.outlook(conversation.history, turns)
+        page = self.cluster.page_tokens
+        seconds = home.speed.prefill(page, max(tokens - page, 0))
         return Keep(str(conversation.key), gap, chance, seconds)
+
+    def _decision(self, turn: Turn, need: Need, placement: Placement) -> Record:
+        """The record of a turn that was placed."""
+        workers = {
+            w.name: {name: getattr(w, name) for name in READ}
+            | {"load": w.load.value, "prefilling": w.prefilling.value, "known": need.known[w.name]}
+            for w in (*self.cluster.prefillers, *self.cluster.decoders)
+        }
+        return {
+            "kind": "decision",
+            "time": need.now,
+            "run": f"{turn.id}.{turn.runs + 1}",
+            "conversation": turn.conversation.key,
+            "turn": turn.number,
+            "group": turn.conversation.group,
+            "parent": turn.conversation.parent,
+            "said": turn.said,
+            "policy": self.policy.name,
+            "tokens": need.tokens,
+            "expected_output": need.output,
+            "pages": need.pages,
+            "queued": need.now - turn.arrived,
+            "workers": workers,
+            "options": placement.options,
+            **{name: getattr(placement.option, name) for name in ("home", "prefill_at", "history_at")},
+            "reason": placement.reason,
+        }

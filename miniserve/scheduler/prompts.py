@@ -1,10 +1,10 @@
-"""Prompts of conversations: which one had the longest prompt that a new prompt begins with, which ones began alike, and
-where a new prompt differs from the one before."""
+"""Prompts: which conversation had the longest one that a new one begins with, which ones began alike, where a new one
+differs from the one before, and which workers have computed its beginning."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
-from miniserve.kv.hashing import page_hashes, root_hash, token_bytes
+from miniserve.kv.hashing import page_hashes, root_hash
 from miniserve.scheduler.conversation import Conversation, PromptMark
 
 ALIKE = 64
@@ -16,28 +16,25 @@ KEPT_BYTES = 2**28
 
 
 class PromptIndex:
-    """Marks and their owners. A lookup takes one step for each page of the prompt, however many marks there are.
+    """Marks and their owners. A lookup takes one step for each page of the prompt, however many marks there are. A
+    prompt is given as 4 bytes a token, with its `page_chain`.
 
     Nearly every mark is alone under its digest. There its owner alone is kept, which saves memory; where several marks
     share a digest, a dict leads from their tails to their owners.
     """
 
     def __init__(self, page_tokens: int) -> None:
-        self._page_tokens = page_tokens
+        self._page_bytes = 4 * page_tokens
         self._owners: dict[bytes, Conversation | dict[bytes, tuple[Conversation, ...]]] = {}
 
-    def __len__(self) -> int:
-        return len(self._owners)
+    def mark(self, prompt: bytes, chain: list[bytes]) -> PromptMark:
+        return PromptMark(chain[-1], prompt[(len(chain) - 1) * self._page_bytes :], len(prompt) // 4)
 
-    def mark(self, tokens: Sequence[int], chain: list[bytes]) -> PromptMark:
-        return PromptMark(chain[-1], token_bytes(tokens[(len(chain) - 1) * self._page_tokens :]), len(tokens))
-
-    def begins(self, mark: PromptMark, tokens: Sequence[int], chain: list[bytes]) -> bool:
-        """Whether `tokens` begin with the prompt of `mark`, and go on."""
-        full = mark.length // self._page_tokens
-        if mark.length >= len(tokens) or chain[full] != mark.digest:
-            return False
-        return mark.tail == token_bytes(tokens[full * self._page_tokens : mark.length])
+    def begins(self, mark: PromptMark, prompt: bytes, chain: list[bytes]) -> bool:
+        """Whether a prompt begins with that of `mark`, and goes on."""
+        end = 4 * mark.length
+        full = end // self._page_bytes
+        return end < len(prompt) and chain[full] == mark.digest and prompt[full * self._page_bytes : end] == mark.tail
 
     def add(self, mark: PromptMark, owner: Conversation) -> None:
         """`owner` has this prompt; `mark` is among its marks already."""
@@ -67,14 +64,14 @@ class PromptIndex:
         elif there is owner:
             del self._owners[mark.digest]
 
-    def longest(self, tokens: Sequence[int], chain: list[bytes]) -> tuple[PromptMark, tuple[Conversation, ...]] | None:
-        """The longest mark that `tokens` begin with or are, and its owners."""
-        size = self._page_tokens
+    def longest(self, prompt: bytes, chain: list[bytes]) -> tuple[PromptMark, tuple[Conversation, ...]] | None:
+        """The longest mark that a prompt begins with or is, and its owners."""
+        size = self._page_bytes
         for behind, there in enumerate(map(self._owners.get, reversed(chain)), 1):
             if there is None:
                 continue
             pages = len(chain) - behind
-            rest = token_bytes(tokens[pages * size : (pages + 1) * size])
+            rest = prompt[pages * size : (pages + 1) * size]
             if not isinstance(there, dict):
                 mark = next(m for m in there.marks if m.digest == chain[pages])
                 if rest.startswith(mark.tail):
@@ -82,7 +79,7 @@ class PromptIndex:
                 continue
             for end in range(len(rest), -1, -4):
                 if owners := there.get(rest[:end]):
-                    return PromptMark(chain[pages], rest[:end], pages * size + end // 4), owners
+                    return PromptMark(chain[pages], rest[:end], (pages * size + end) // 4), owners
         return None
 
 
@@ -93,12 +90,9 @@ class FirstPages:
     def __init__(self) -> None:
         self._owners: dict[bytes, list[Conversation]] = {}
 
-    def __len__(self) -> int:
-        return len(self._owners)
-
     def add(self, chain: list[bytes], owner: Conversation) -> tuple[bytes, ...]:
         """Where `owner` stands now; `remove` wants that again."""
-        places = tuple(chain[page] for page in _places(len(chain)))
+        places = tuple(chain[page] for page in _powers(4, len(chain)))
         for place in places:
             owners = self._owners.setdefault(place, [])
             owners.append(owner)
@@ -115,15 +109,10 @@ class FirstPages:
 
     def alike(self, chain: list[bytes]) -> list[Conversation]:
         """The owners that share the most of these pages, the latest first."""
-        for page in reversed(_places(len(chain))):
+        for page in reversed(_powers(4, len(chain))):
             if owners := self._owners.get(chain[page]):
                 return owners[::-1]
         return []
-
-
-def _places(pages: int) -> list[int]:
-    """1, 4, 16, ... below `pages`."""
-    return [4**n for n in range(12) if 4**n < pages]
 
 
 class LastPrompts:
@@ -146,6 +135,66 @@ class LastPrompts:
             self._kept[key] = tokens
         while self.size > self._most:
             self.size -= len(self._kept.popitem(last=False)[1])
+
+
+class PrefixIndex:
+    """The workers that have computed the first 1, 2, 4, 8, ... pages of prompts, for the last `capacity` of these
+    prefixes: system prompts, and tasks that share a beginning.
+
+    Powers of two: a prompt of a thousand pages leaves ten entries, most of them shared with others like it; what is
+    found is at least half of what was there. Workers evict pages without a message: it is an estimate.
+    """
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        self._capacity = capacity
+        self._workers: OrderedDict[bytes, set[str]] = OrderedDict()
+
+    def add(self, chain: list[bytes], worker: str) -> None:
+        """`worker` has computed the prompt with this `page_chain`."""
+        for page in _powers(2, len(chain)):
+            known = self._workers[chain[page]] = self._workers.pop(chain[page], set())
+            known.add(worker)
+        while len(self._workers) > self._capacity:
+            self._workers.popitem(last=False)
+
+    def find(self, chain: list[bytes]) -> list[tuple[int, Set[str]]]:
+        """(pages, the workers that have computed at least so many of this prompt), the most pages first."""
+        found: list[tuple[int, Set[str]]] = []
+        for page in _powers(2, len(chain)):
+            workers = self._workers.get(chain[page])
+            if workers is None:
+                break
+            found.append((page, workers))
+        return found[::-1]
+
+    def drop(self, worker: str) -> None:
+        for known in self._workers.values():
+            known.discard(worker)
+
+
+class Known(dict[str, int]):
+    """Tokens of a prompt that each worker probably holds: those of the conversation itself, and what `PrefixIndex` has
+    `found`, which is looked up for a worker that is asked for."""
+
+    def __init__(self, found: list[tuple[int, Set[str]]], page_tokens: int) -> None:
+        self._found = found
+        self._page_tokens = page_tokens
+
+    def __missing__(self, worker: str) -> int:
+        for pages, workers in self._found:
+            if worker in workers:
+                return pages * self._page_tokens
+        return 0
+
+    @property
+    def best(self) -> Set[str]:
+        """The workers that hold the most of what others have computed."""
+        return self._found[0][1] if self._found else frozenset()
+
+
+def _powers(base: int, pages: int) -> list[int]:
+    """1, `base`, its square, ... below `pages`."""
+    return [power for power in (base**n for n in range(pages.bit_length())) if power < pages]
 
 
 def common_run(before: bytes, tokens: bytes) -> int:

@@ -19,6 +19,7 @@ worker has changed: if it is the first that waits for that one, or could move th
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from enum import Enum
 from heapq import heappop, heappush
 from itertools import count, takewhile
@@ -77,17 +78,18 @@ class Shares:
             del self._waiting[group], self._ends[group]
 
 
+@dataclass(eq=False)
 class WaitingQueue:
     """Turns that wait. `has_patience(turn, now)` says whether a newcomer still lets others pass at a time, `fits(turn)`
-    whether its home has room for it, `elsewhere(worker)` is that of the policy."""
+    whether its home has room for it, `elsewhere(worker)` is that of the policy. `changed` names the workers that may
+    have room now for what they have refused: others add to it too."""
 
-    def __init__(
-        self,
-        has_patience: Callable[[Turn, float], bool],
-        fits: Callable[[Turn], bool],
-        elsewhere: Callable[[str], float],
-    ) -> None:
-        self._has_patience, self._fits, self._elsewhere = has_patience, fits, elsewhere
+    has_patience: Callable[[Turn, float], bool]
+    fits: Callable[[Turn], bool]
+    elsewhere: Callable[[str], float]
+    changed: set[str]
+
+    def __post_init__(self) -> None:
         self._lines: dict[str | Group, list[Waiting]] = {}
         """By their homes, or by groups; no line is empty."""
         self._sizes: list[tuple[int, int, Turn]] = []
@@ -116,7 +118,7 @@ class WaitingQueue:
         number = next(self._numbers_before) if first else after
         where = Group.SUSPECTS if turn.suspected else turn.conversation.home
         if not where:
-            where = Group.NEWCOMERS if self._has_patience(turn, now) else Group.ANYWHERE
+            where = Group.NEWCOMERS if self.has_patience(turn, now) else Group.ANYWHERE
         self._line_up(where, (number, turn))
 
     def _number(self, turn: Turn, start: float) -> int:
@@ -145,17 +147,17 @@ class WaitingQueue:
         self._fresh.pop(number, None)
         self._refused.discard(number)
 
-    def remove(self, turn: Turn, changed: set[str], *, served: bool = False) -> None:
-        """A turn does not wait any more, since it is `served` or has ended. A worker that it claimed has `changed`."""
+    def remove(self, turn: Turn, *, served: bool = False) -> None:
+        """A turn does not wait any more, since it is `served` or has ended. A worker that it claimed has changed."""
         home = turn.conversation.home
         lines: list[str | Group] = [*Group, *([home] if home else [])]
         for where in lines:
             for waiting in [waiting for waiting in self.line(where) if waiting[1] is turn]:
                 self._leave(where, waiting)
                 self._shares.end(turn, served)
-                changed.update([home] if home else [])
+                self.changed.update([home] if home else [])
                 if where is Group.ANYWHERE:
-                    self._let_go(changed)
+                    self._let_go()
 
     def homes_lost(self, now: float) -> None:
         """Some conversations have lost their home: their turns are newcomers again, and wait before the others."""
@@ -170,9 +172,8 @@ class WaitingQueue:
             self._shares.end(waiting[1], served=False)
             self.append(waiting[1], now, first=True)
 
-    def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
-        """Place the turns that can be placed. `changed` names the workers that may have room now for what they have
-        refused; it is cleared.
+    def serve(self, place: Place, workers: Set[str], now: float) -> None:
+        """Place the turns that can be placed. Then no worker counts as changed any more.
 
         `place(turn, open_workers)` places a turn on open ones of the `workers`, or returns False if it has to wait; if
         it raises, no turn is lost.
@@ -180,35 +181,35 @@ class WaitingQueue:
         while everyone := self.line(Group.ANYWHERE):
             number, _ = first = everyone[0]
             if number not in self._refused:
-                self._let_go(changed)
-            self._serve_lines(place, workers, changed, number)
-            if not self._place_anywhere(Group.ANYWHERE, first, place, self._open(workers, number), changed):
-                self._held |= changed | {str(turn.conversation.home) for turn in self._fresh.values()}
-                changed.clear()
+                self._let_go()
+            self._serve_lines(place, workers, number)
+            if not self._place_anywhere(Group.ANYWHERE, first, place, self._open(workers, number)):
+                self._held |= self.changed | {str(turn.conversation.home) for turn in self._fresh.values()}
+                self.changed.clear()
                 self._fresh.clear()
                 return
-            self._let_go(changed)
-        self._let_go(changed)
-        self._serve_lines(place, workers, changed, inf)
+            self._let_go()
+        self._let_go()
+        self._serve_lines(place, workers, inf)
         while (newcomers := self.line(Group.NEWCOMERS)) and (open_workers := self._open(workers, inf)):
             _, turn = first = newcomers[0]
-            if self._place_anywhere(Group.NEWCOMERS, first, place, open_workers, changed):
+            if self._place_anywhere(Group.NEWCOMERS, first, place, open_workers):
                 if turn.conversation.active > 1:  # Others that have found a home with it are tried next.
-                    self._serve_lines(place, workers, changed, inf)
+                    self._serve_lines(place, workers, inf)
                 continue
-            if not self._has_patience(turn, now):
+            if not self.has_patience(turn, now):
                 self._leave(Group.NEWCOMERS, first)
                 self._line_up(Group.ANYWHERE, self._out_of_patience(first))
                 return
             break  # It keeps its place, and those behind it wait for it.
-        changed.clear()
+        self.changed.clear()
 
-    def _let_go(self, changed: set[str]) -> None:
+    def _let_go(self) -> None:
         """No turn claims all workers any more, or another one does."""
-        changed |= self._held
+        self.changed |= self._held
         self._held = set()
 
-    def _serve_lines(self, place: Place, workers: Set[str], changed: set[str], until: float) -> None:
+    def _serve_lines(self, place: Place, workers: Set[str], until: float) -> None:
         """Place turns that have a home, and come before number `until`."""
         due: dict[int, Turn] = {}
         order: list[int] = []
@@ -219,8 +220,8 @@ class WaitingQueue:
                     due[number] = turn
                     heappush(order, number)
 
-        spare = {name: self._elsewhere(name) for name in workers & changed} if self._sizes else {}
-        try_too(line[0] for home in changed if (line := self._lines.get(home)))
+        spare = {name: self.elsewhere(name) for name in workers & self.changed} if self._sizes else {}
+        try_too(line[0] for home in self.changed if (line := self._lines.get(home)))
         try_too(self._fresh.items())
         try_too(self._up_to(max(spare.values(), default=0.0)))
         while order:
@@ -229,16 +230,16 @@ class WaitingQueue:
             home = str(turn.conversation.home)
             line = self._lines[home]
             is_first = line[0][0] == number
-            fits = is_first and home in workers and self._fits(turn)
+            fits = is_first and home in workers and self.fits(turn)
             if not (self._fresh.pop(number, None) or fits or self._could_move(number, turn, spare)):
                 continue
             if not self._place(home, (number, turn), place, self._open(workers, number)):
                 continue
             for name in spare.keys() & {home, turn.conversation.home}:
-                spare[name] = self._elsewhere(name)
+                spare[name] = self.elsewhere(name)
             if is_first and home in workers:  # It is open now to those before the next one in this line.
-                changed.add(home)
-                spare[home] = self._elsewhere(home)
+                self.changed.add(home)
+                spare[home] = self.elsewhere(home)
                 try_too(self._up_to(spare[home]), number, min(line[0][0], until) if line else until)
             try_too(line[:1], number)
 
@@ -248,22 +249,17 @@ class WaitingQueue:
 
     def _could_move(self, number: int, turn: Turn, spare: dict[str, float]) -> bool:
         return turn.conversation.active == 1 and any(
-            turn.pages <= pages and name != turn.conversation.home and self._is_open(name, number)
+            turn.pages <= pages and name != turn.conversation.home
             for name, pages in spare.items()
+            if name not in self._lines or self._lines[name][0][0] >= number
         )
-
-    def _is_open(self, worker: str, number: float) -> bool:
-        line = self._lines.get(worker)
-        return line is None or line[0][0] >= number
 
     def _open(self, workers: Set[str], number: float) -> Set[str]:
         return workers - {home for home, line in self._lines.items() if line[0][0] < number}
 
-    def _place_anywhere(
-        self, group: Group, waiting: Waiting, place: Place, open_workers: Set[str], changed: set[str]
-    ) -> bool:
+    def _place_anywhere(self, group: Group, waiting: Waiting, place: Place, open_workers: Set[str]) -> bool:
         """Place a turn that has no home; what has refused it is asked again when it has changed."""
-        asked = open_workers & changed if waiting[0] in self._refused else open_workers
+        asked = open_workers & self.changed if waiting[0] in self._refused else open_workers
         self._refused.add(waiting[0])
         return bool(asked) and self._place(group, waiting, place, asked)
 

@@ -3,8 +3,8 @@
 It owns what is true of a turn: which tokens the client has been given. A worker's output counts only as the next token
 of its turn, so that nothing is repeated or skipped when a worker dies and another one goes on.
 
-`Scheduler` keeps the lives of workers and turns. Which turn goes where is decided in `placer.py` (by the policies in
-`observe.py` and `baselines.py`), in the order of `queue.py`; `ledger.py` counts the pages.
+`Scheduler` keeps the lives of workers and turns. As a `Placer` it decides which turn goes where: by the policies in
+`observe.py` and `baselines.py`, in the order of `queue.py`; `ledger.py` counts the pages.
 """
 
 from array import array
@@ -13,21 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import Abort, Ended, Failed, FirstToken, Peer, Peers, Report, TurnOutput, WorkerStats
-from miniserve.config import Role
+from miniserve.config import Role, problem
 from miniserve.kv.hashing import token_bytes
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.commands import Command, Deliver, Note, Send
-from miniserve.scheduler.conversation import UNSAID, Conversation, Said
+from miniserve.scheduler.conversation import UNSAID, Conversation, Said, TurnEnd
 from miniserve.scheduler.conversations import Conversations
-from miniserve.scheduler.forecast import Forecast, TurnEnd
-from miniserve.scheduler.ledger import Ledger
 from miniserve.scheduler.observations import Speed
 from miniserve.scheduler.placement import Policy
 from miniserve.scheduler.placer import Placer
 from miniserve.scheduler.prompts import KEPT_BYTES, page_chain
-from miniserve.scheduler.records import outcome, remembered
-from miniserve.scheduler.turns import Turn, TurnState
-from miniserve.scheduler.workers import Cluster, WorkerView
+from miniserve.scheduler.turns import Command, Deliver, Note, Send, Turn, TurnState
+from miniserve.scheduler.workers import WorkerView
 
 RECENT_ENDS = 64
 """Ends of turns from which the speed of the queue is estimated."""
@@ -56,45 +52,24 @@ class Reuse:
     cached: int = 0
 
 
-class Scheduler:
+class Scheduler(Placer):
     """Places conversations on workers. Methods take the time in seconds where they need it, and return commands to be
-    carried out in order. `policy_name` is for records of decisions, which are made only while `notes` is set;
-    `kept_bytes` are for prompts, to compare later ones with."""
+    carried out in order. `kept_bytes` are for prompts, to compare later ones with."""
 
     def __init__(
-        self,
-        policy: Policy,
-        page_tokens: int,
-        max_turns: int,
-        max_queued: int,
-        *,
-        policy_name: str = "",
-        notes: bool = False,
-        kept_bytes: int = KEPT_BYTES,
+        self, policy: Policy, page_tokens: int, max_turns: int, max_queued: int, *, kept_bytes: int = KEPT_BYTES
     ) -> None:
+        super().__init__(policy, page_tokens)
         self.conversations = Conversations(page_tokens, kept_bytes=kept_bytes)
-        self.cluster = Cluster()
         self.workers, self.links = self.cluster.workers, self.cluster.links
         self.names: list[str] = []
         """All workers that ever lived, in the order of their numbers in `TurnRecord`."""
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
-        self.notes = notes
-        """Whether to make records of decisions and outcomes; may change at any time."""
-        self._page_tokens = page_tokens
-        self._max_turns = max_turns
-        self._max_queued = max_queued
+        self._max_turns, self._max_queued = max_turns, max_queued
         self._speed = Speed()
         """Of all workers together."""
-        self._forecast = Forecast()
-        self._ledger = Ledger(self.cluster, self._forecast, page_tokens)
-        self._turns: dict[str, Turn] = {}
-        self._placer = Placer(policy, policy_name, page_tokens, self.cluster, self._turns, self._ledger, self._forecast)
-        self._queue = self._placer.queue
-        self.placements = self._placer.placements
-        """(prefilled at, home) -> turns."""
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
-        self._peers: dict[str, Peer] = {}
         self._returning: set[str] = set()
         """Decoders that are being started again."""
         self._moves: dict[str, tuple[str, str]] = {}
@@ -104,14 +79,6 @@ class Scheduler:
     @property
     def queued(self) -> int:
         return len(self._queue)
-
-    @property
-    def active(self) -> int:
-        return len(self._turns)
-
-    @property
-    def turns(self) -> list[Turn]:
-        return list(self._turns.values())
 
     @property
     def stats(self) -> dict[str, WorkerStats]:
@@ -125,25 +92,11 @@ class Scheduler:
     def worker_up(self, peer: Peer, *, now: float = 0.0) -> list[Command]:
         """A worker is ready, or ready again: announce it to all, and place the turns that it has room for."""
         self._returning.discard(peer.name)
-        view = WorkerView(
-            name=peer.name,
-            role=peer.role,
-            total_pages=peer.pool.num_pages,
-            max_turns=self._max_turns,
-            page_tokens=self._page_tokens,
-            epoch=peer.epoch,
-            host=peer.pool.host,
-            page_bytes=peer.pool.page_bytes,
-            snapshot_pages=peer.pool.snapshot_pages,
-            speed=Speed(self._speed),
-            reported=now,
-        )
-        self.cluster.join(view)
-        self._ledger.snapshot_pages = peer.pool.snapshot_pages
+        self.cluster.join(WorkerView(peer, self._max_turns, self.cluster.page_tokens, Speed(self._speed), now))
         if peer.name not in self.names:
             self.names.append(peer.name)
-        self._peers[peer.name] = peer
-        return [*self._announce(), *self._place_queued(now, everywhere=True)]
+        self._announce()
+        return self._place_queued(now, everywhere=True)
 
     def worker_down(self, name: str, *, returns: bool, now: float = 0.0) -> list[Command]:
         """A worker has died, and perhaps `returns`. Its turns go on elsewhere, from their tokens, or wait for a decoder
@@ -154,25 +107,22 @@ class Scheduler:
             self._returning.discard(name)
         elif view is not None and view.role is Role.DECODER:
             self._returning.add(name)
-        self._peers.pop(name, None)
-        commands = self._announce()
-        under = [turn for turn in self._turns.values() if turn.runs_on(name)]
+        self._announce()
+        under = [turn for turn in self.turns.values() if turn.runs_on(name)]
         self._forget_worker(name)
         self._queue.homes_lost(now)
         for turn in reversed(under):
             tried = turn.suspected  # It ran, so it was tried.
             turn.lose()
             if turn.home == name or turn.suspected:
-                commands += self._run_again(turn, now)
+                self._run_again(turn, now)
             if tried:
-                died = f"{turn.losses} workers died while they served this request, the last one served it alone"
-                commands += self._fail(turn, f"{died}. See the server's log.", now)
+                self._fail(turn, problem("scheduler.deadly", losses=turn.losses), now)
         if not self.can_serve:
             # Turns whose home is a prefiller that lives have all they need.
-            for turn in [turn for turn in self._turns.values() if turn.state is TurnState.QUEUED]:
-                reason = f"The worker {name} died and no decoder is left. Restart the server."
-                commands += self._fail(turn, reason, now)
-        return [*commands, *self._place_queued(now, everywhere=True)]
+            for turn in [turn for turn in self.turns.values() if turn.state is TurnState.QUEUED]:
+                self._fail(turn, problem("scheduler.last_died", name=name), now)
+        return self._place_queued(now, everywhere=True)
 
     def retire(self, name: str, now: float) -> list[Command]:
         """A worker is to go: nothing more is placed there, and conversations move to other homes as soon as none of
@@ -180,66 +130,65 @@ class Scheduler:
         if not [decoder for decoder in self.cluster.decoders if decoder.name != name]:
             raise NoDecoder(f"{name} is the last decoder: add another one before it goes.")
         self.cluster.retire(name)
-        running = {turn.conversation.key for turn in self._turns.values() if turn.home == name}
-        homes = [c for c in self.conversations if c.home == name and c.key not in running]
-        commands = [command for conversation in homes for command in self._move(conversation, now)]
-        return [*commands, *self._place_queued(now, everywhere=True)]
+        running = {turn.conversation.key for turn in self.turns.values() if turn.home == name}
+        for conversation in self.conversations:
+            if conversation.home == name and conversation.key not in running:
+                self._move(conversation, now)
+        return self._place_queued(now, everywhere=True)
 
     def retired(self, name: str) -> bool:
         """Whether no turn runs on a worker, no other one has its pages on lease, and no conversation moves away."""
         if (view := self.workers.get(name)) and view.stats is not None and view.stats.leases:
             return False
-        return not any(turn.runs_on(name) for turn in self._turns.values()) and all(
-            name != source for source, _ in self._moves.values()
-        )
+        moving = {source for source, _ in self._moves.values()}
+        return name not in moving and not any(turn.runs_on(name) for turn in self.turns.values())
 
-    def _leave_retired(self, conversation: Conversation, now: float) -> list[Command]:
+    def _leave_retired(self, conversation: Conversation, now: float) -> None:
         """Move a conversation whose home is to go, as soon as none of its turns runs."""
         if conversation.home in self.cluster.retired and not any(
-            other.conversation is conversation and other.home for other in self._turns.values()
+            other.conversation is conversation and other.home for other in self.turns.values()
         ):
-            return self._move(conversation, now)
-        return []
+            self._move(conversation, now)
 
-    def _move(self, conversation: Conversation, now: float) -> list[Command]:
+    def _move(self, conversation: Conversation, now: float) -> None:
         """Move the KV of a conversation to the decoder with the most room; where there is none, it is computed anew."""
         before, tokens = conversation.home, self.conversations.tokens(conversation)
         pages = self._ledger.pages(len(tokens))
         self._ledger.let_go(conversation)
-        queued = [t for t in self._turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
+        queued = [t for t in self.turns.values() if t.conversation is conversation and t.state is TurnState.QUEUED]
         for turn in queued:
-            self._queue.remove(turn, self.cluster.changed)
+            self._queue.remove(turn)
         home = max(self.cluster.decoders, key=lambda decoder: decoder.room, default=None)
-        worth = home is not None and conversation.turns and tokens and home.room >= pages
-        conversation.home = home.name if home and worth else None
+        if home is not None and not (conversation.turns and tokens and home.room >= pages):
+            home = None
+        conversation.home = home.name if home else None
         for turn in reversed(queued):
             self._queue.append(turn, now, first=True)
-        if home is None or not worth or before is None:
-            return []
+        if home is None or before is None:
+            return
         self._moved += 1
         move = f"move-{self._moved}"
         self._moves[move] = before, home.name
         if not conversation.active:
             self._ledger.hold(conversation, now)
-        return [self._placer.bring(move, conversation, tokens, before, home)]
+        self._commands.append(self._bring(move, conversation, tokens, before, home))
 
     def _forget_worker(self, name: str) -> None:
         """A worker that returns has nothing of what it had."""
         self._moves = {move: way for move, way in self._moves.items() if name not in way}
-        self._placer.prefixes.drop(name)
         for conversation in self.conversations:
             if conversation.home == name:
                 conversation.home = None
                 self._ledger.let_go(conversation)
             if conversation.copy_at == name:
                 conversation.copy_at, conversation.copy_tokens = None, 0
-        for turn in self._turns.values():
+        for turn in self.turns.values():
             if turn.prefill_at == name:
                 turn.prefill_at, turn.lent_pages = None, 0
 
-    def _announce(self) -> list[Command]:
-        peers = list(self._peers.values())
-        return [Send(name, Peers(peers)) for name in self._peers]
+    def _announce(self) -> None:
+        peers = Peers([view.peer for view in self.workers.values()])
+        self._commands += [Send(name, peers) for name in self.workers]
 
     def check_room(self, now: float) -> None:
         """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
@@ -247,8 +196,7 @@ class Scheduler:
         if self.queued >= self._max_queued:
             # The queue is likely to move on at the rate at which turns ended lately.
             seconds = self.queued * max(now - self._ends[0], 0.1) / len(self._ends) if self._ends else 5
-            waiting = f"{self.queued} requests are waiting already (--max-num-queued-reqs)."
-            raise QueueFull(waiting, retry_after=max(1, min(60, round(seconds))))
+            raise QueueFull(problem("scheduler.full", queued=self.queued), max(1, min(60, round(seconds))))
 
     def submit(
         self,
@@ -268,8 +216,8 @@ class Scheduler:
         """
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
-        prompt = array("i", token_bytes(tokens))
-        chain = page_chain(prompt, salt, self._page_tokens)
+        prompt = token_bytes(tokens)
+        chain = page_chain(array("i", prompt), salt, self.cluster.page_tokens)
         of, known, change = self.conversations.find(conversation, prompt, chain, now, said)
         gap = max(now - of.last_end, 0.0) if len(of.history) and not of.active else None
         self._forecast.arrived(of.turns, gap)
@@ -283,7 +231,6 @@ class Scheduler:
             tokens=list(tokens),
             params=params,
             seed=seed,
-            salt=salt,
             conversation=of,
             chain=chain,
             known=known,
@@ -293,28 +240,21 @@ class Scheduler:
             gap=gap,
             output=output,
             pages=self._ledger.pages(len(tokens) + output),
-            given=len(tokens),
-            number=of.turns + 1,
         )
-        self._turns[turn] = accepted
+        self.turns[turn] = accepted
         self._queue.append(accepted, now)
         return self._place_queued(now)
 
-    def turn(self, id: str) -> Turn | None:
-        """One that waits or runs; None when it has ended."""
-        return self._turns.get(id)
-
     def cancel(self, turn: str, now: float) -> list[Command]:
         """The client has left: free everything at once. Unknown turns are ignored."""
-        found = self._turns.get(turn)
-        if found is None:
-            return []
-        return [*self._abort(found), *self._end(found, "abort", now), *self._place_queued(now)]
+        if found := self.turns.get(turn):
+            self._abort(found)
+            self._end(found, "abort", now)
+        return self._place_queued(now)
 
     def on_report(self, worker: str, report: Report, now: float) -> list[Command]:
         """A worker has stepped: outputs for clients, finished handoffs, its state."""
-        view = self.workers.get(worker)
-        if view is None:
+        if (view := self.workers.get(worker)) is None:
             return []
         view.observe(report, now)
         self.cluster.touch(worker)
@@ -324,13 +264,12 @@ class Scheduler:
                 turn.phases.transfer += move.seconds
                 turn.phases.exposed += move.exposed
                 turn.phases.moved_pages += move.pages
-        commands: list[Command] = []
         for output in report.outputs:
             if turn := self._turn_of(output.turn):
-                commands += self._take(turn, output, worker, now)
+                self._take(turn, output, worker, now)
             else:
                 self._moves.pop(output.turn, None)
-        return [*commands, *self._place_queued(now)]
+        return self._place_queued(now)
 
     def on_tick(self, now: float) -> list[Command]:
         """Time has passed: forget conversations that have been idle too long, and what is late."""
@@ -339,39 +278,33 @@ class Scheduler:
             self._ledger.let_go(conversation)
         return self._place_queued(now, everywhere=True)
 
-    def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
-        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible."""
-        if everywhere:
-            self.cluster.changed.update(self.workers)
-        return self._placer.place_queued(now, notes=self.notes)
-
     def _turn_of(self, run: str) -> Turn | None:
-        turn = self._turns.get(run.rpartition(".")[0])
+        turn = self.turns.get(run.rpartition(".")[0])
         return turn if turn is not None and turn.run == run else None
 
-    def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> list[Command]:
+    def _take(self, turn: Turn, output: TurnOutput, worker: str, now: float) -> None:
         """Deliver an output if it is the next one; keep it if it is early; drop it if the client has it."""
         if isinstance(output, Failed):
-            return self._fail(turn, output.error, now, output.invalid)
+            self._fail(turn, output.error, now, output.invalid)
+            return
         if output.index < turn.delivered:
             known = turn.tokens[turn.given + output.index :][: len(output.tokens)]
-            if output.tokens == known or worker != turn.home:
-                return []  # What a prefiller reports late is not what the home decodes on from.
-            # P gave the client a first token and died; D, which does not know of it, drew another one. D has to go on
-            # from what the client has.
-            return self._run_again(turn, now)
+            # What a prefiller reports late is not what the home decodes on from.
+            if output.tokens != known and worker == turn.home:
+                # P gave the client a first token and died; D, which does not know of it, drew another one. D has to go
+                # on from what the client has.
+                self._run_again(turn, now)
+            return
         turn.early[output.index] = output
-        commands: list[Command] = []
         while (ready := turn.early.pop(turn.delivered, None)) is not None:
             turn.tokens += ready.tokens
-            commands.append(Deliver(turn.id, ready))
+            self._commands.append(Deliver(turn.id, ready))
             if isinstance(ready, FirstToken) and turn.state is TurnState.PREFILL:
                 self._prefilled(turn, ready, now)
             elif isinstance(ready, Ended):
-                commands += self._end(turn, ready.finish, now)
-                break
+                self._end(turn, ready.finish, now)
+                return
             self._ledger.grow(turn)
-        return commands
 
     def _prefilled(self, turn: Turn, first: FirstToken, now: float) -> None:
         turn.move(TurnState.DECODE)
@@ -385,43 +318,43 @@ class Scheduler:
             reuse.prompt += turn.given
             reuse.cached += first.cached_tokens
         # Of a prefix that others share only what was found once has a snapshot for sure.
-        whole = not self._ledger.snapshot_pages
-        prefix = turn.chain if whole else turn.chain[: first.cached_tokens // self._page_tokens + 1]
+        whole = not self.cluster.snapshot_pages
+        prefix = turn.chain if whole else turn.chain[: first.cached_tokens // self.cluster.page_tokens + 1]
         for worker in (turn.prefill_at, turn.home):
             if worker is not None:
-                self._placer.prefixes.add(prefix, worker)
+                self.cluster.prefixes.add(prefix, worker)
         if turn.prefill_at is not None:
             turn.conversation.copy_at, turn.conversation.copy_tokens = turn.prefill_at, turn.given
         turn.chain = []
 
-    def _abort(self, turn: Turn) -> list[Command]:
-        if turn.home is None or turn.run is None or turn.home not in self.workers:
-            return []
-        self.workers[turn.home].leaving.add(turn.run)
-        return [Send(turn.home, Abort(turn.run))]
+    def _abort(self, turn: Turn) -> None:
+        if (home := self.cluster.worker(turn.home)) and turn.run:
+            home.leaving.add(turn.run)
+            self._commands.append(Send(home.name, Abort(turn.run)))
 
-    def _fail(self, turn: Turn, reason: str, now: float, invalid: bool = False) -> list[Command]:
-        failed = Failed(turn.id, turn.delivered, reason, invalid)
-        return [*self._abort(turn), *self._end(turn, "error", now), Deliver(turn.id, failed)]
+    def _fail(self, turn: Turn, reason: str, now: float, invalid: bool = False) -> None:
+        self._abort(turn)
+        self._end(turn, "error", now)
+        self._commands.append(Deliver(turn.id, Failed(turn.id, turn.delivered, reason, invalid)))
 
-    def _run_again(self, turn: Turn, now: float) -> list[Command]:
+    def _run_again(self, turn: Turn, now: float) -> None:
         """End the turn's run, if its worker still lives, and put it at the head of the queue; it goes on from its
         tokens."""
-        commands = self._abort(turn)
+        self._abort(turn)
         self._ledger.release(turn, now)
         turn.move(TurnState.QUEUED)
         turn.run = turn.home = turn.prefill_at = None
         turn.early.clear()
         self._queue.append(turn, now, first=True)
-        return commands + self._leave_retired(turn.conversation, now)
+        self._leave_retired(turn.conversation, now)
 
-    def _end(self, turn: Turn, finish: TurnEnd, now: float) -> list[Command]:
+    def _end(self, turn: Turn, finish: TurnEnd, now: float) -> None:
         """Settle the ledger; the conversation's KV stays at home."""
-        del self._turns[turn.id]
+        del self.turns[turn.id]
         conversation = turn.conversation
         conversation.active -= 1
         if turn.state is TurnState.QUEUED:
-            self._queue.remove(turn, self.cluster.changed)
+            self._queue.remove(turn)
         else:
             self._ledger.release(turn, now)
             conversation.turns += 1
@@ -429,7 +362,7 @@ class Scheduler:
             conversation.ends = turn.given, len(turn.tokens) - 1
             self.conversations.answered(conversation, turn.tokens[turn.given :])
             if turn.first_token is not None:
-                record = remembered(turn, self.names, finish, now)
+                record = turn.remembered(self.names, finish, now)
                 conversation.history.append(record)
                 self._forecast.ended(record)
         turn.move(TurnState.ENDED)
@@ -437,5 +370,6 @@ class Scheduler:
             self._ledger.hold(conversation, now)
         conversation.last_end = max(conversation.last_end, now)
         self._ends.append(now)
-        commands: list[Command] = [Note(outcome(turn, finish, now))] if self.notes and turn.runs else []
-        return commands + self._leave_retired(conversation, now)
+        if self.notes and turn.runs:
+            self._commands.append(Note(turn.outcome(finish, now)))
+        self._leave_retired(conversation, now)

@@ -1,15 +1,18 @@
-"""A turn from `submit` to its end: its state, and the times of its phases."""
+"""A turn from `submit` to its end: its state, its phases and their times, and the commands that get it served."""
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, NamedTuple
 
-from miniserve.cluster.messages import Ended, FirstToken, Tokens
+from miniserve.cluster.messages import Ended, FirstToken, Message, Tokens, TurnOutput
 from miniserve.config import tables
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.conversation import UNSAID, Change, Conversation, Said
+from miniserve.scheduler.conversation import FINISHES, UNSAID, Change, Conversation, Said, TurnEnd, TurnRecord
 from miniserve.scheduler.placement import Option
 from miniserve.states import follow, transitions
 
+Record = dict[str, Any]
+"""A `Decision` or an `Outcome` of monitor/views.toml, which says what is in it: a line of the decision log."""
 TRIED_AFTER = 2
 """Workers that die under a turn before it is suspected: they may have died of it."""
 PROOF = 16
@@ -56,7 +59,6 @@ class Turn:
     tokens: list[int]
     params: SamplingParams
     seed: int
-    salt: str
     conversation: Conversation
     chain: list[bytes]
     """The prompt's `page_chain`, until it is computed for the first time; then empty."""
@@ -69,9 +71,6 @@ class Turn:
     """Tokens it is expected to generate."""
     pages: int
     """What the ledger holds for it at its home."""
-    given: int
-    number: int
-    """Which turn of its conversation this is, from 1."""
     said: Said = UNSAID
     change: Change | None = None
     """How the prompt differs from what it could have begun with."""
@@ -95,6 +94,11 @@ class Turn:
     """The option that was placed, where the policy gave any."""
     early: dict[int, FirstToken | Tokens | Ended] = field(default_factory=dict)
     """Outputs that overtook an earlier one: first tokens come from P, the next ones from D."""
+
+    def __post_init__(self) -> None:
+        self.given = len(self.tokens)
+        self.number = self.conversation.turns + 1
+        """Which turn of its conversation this is, from 1."""
 
     def move(self, state: TurnState) -> None:
         """Go to another state. Raises `IllegalTransition`."""
@@ -123,3 +127,73 @@ class Turn:
     def delivered(self) -> int:
         """Output tokens the client has."""
         return len(self.tokens) - self.given
+
+    def outcome(self, finish: TurnEnd, now: float) -> Record:
+        """Of a turn that has ended and was placed at least once."""
+        return {
+            "kind": "outcome",
+            "time": now,
+            "run": f"{self.id}.{self.runs}",
+            "conversation": self.conversation.key,
+            "finish": finish,
+            "tokens": self.given,
+            "expected_first_token": self.chosen.first_token if self.chosen else None,
+            **self._measured(now),
+        }
+
+    def remembered(self, names: list[str], finish: TurnEnd, now: float) -> TurnRecord:
+        """Of a turn that has ended on a worker, for its conversation's history. `names` are all workers, in the order
+        of their numbers."""
+        assert self.home is not None
+        assert self.placed is not None
+        assert self.first_token is not None
+        measured = self._measured(now) | {"first_token": self.first_token - self.arrived}
+        return TurnRecord(
+            arrived=self.arrived - self.conversation.began,
+            gap=self.gap,
+            prompt=self.given,
+            new=self.given - self.known,
+            queued=self.placed - self.arrived,
+            home=names.index(self.home),
+            prefill_at=names.index(self.prefill_at) if self.prefill_at else None,
+            tool=self.said.tool_result,
+            finish=FINISHES.index(finish),
+            **measured,
+        )
+
+    def _measured(self, now: float) -> Record:
+        """What both say. Seconds of the run until the `first_token` (`now` if none has come), and of these the ones in
+        which it `waited`: its prompt was not computed."""
+        assert self.placed is not None
+        first = now if self.first_token is None else self.first_token
+        return {
+            "turn": self.number,
+            "runs": self.runs,
+            "output": self.delivered,
+            "first_token": first - self.placed,
+            "waited": max(first - self.placed - self.phases.prefill, 0.0),
+            "decode": now - first,
+            **vars(self.phases),
+        }
+
+
+class Send(NamedTuple):
+    worker: str
+    message: Message
+
+
+class Deliver(NamedTuple):
+    """Give `output` to the client of `turn`."""
+
+    turn: str
+    output: TurnOutput
+
+
+class Note(NamedTuple):
+    """Show `record` to the observers: the decision log, and listeners of events."""
+
+    record: Record
+
+
+Command = Send | Deliver | Note
+"""What the scheduler wants done. The server and the simulator carry commands out in their order."""

@@ -1,17 +1,14 @@
-"""What the scheduler knows of the workers: KV and load of each, the links between them, the prefixes they hold."""
-
-from __future__ import annotations
+"""What the scheduler knows of the workers: KV and load of each, and the links between them."""
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from operator import attrgetter
 
-from miniserve.cluster.messages import Move, Report, WorkerStats
+from miniserve.cluster.messages import Move, Peer, Report, WorkerStats
 from miniserve.config import Role
 from miniserve.scheduler.observations import Average, Speed, TimeAverage
+from miniserve.scheduler.prompts import Known, PrefixIndex
 
 FEW_PREFILLERS, SHORTEST_QUEUES = 8, 2
 """Of more prefillers than that, those with so many of the shortest queues are compared."""
@@ -19,26 +16,17 @@ LOAD_WINDOW = 30.0
 """Seconds over which a worker's load is averaged: what the next few turns will find there."""
 
 
-_queued = attrgetter("queued_prefill_tokens")
-
-
 @dataclass(eq=False)
 class WorkerView:
-    """A worker that lives. KV is counted in pages, times in seconds. The `Ledger` keeps `reserved`, `resident` and
-    `wanted`."""
+    """A worker that lives, as `peer` says what it is. KV is counted in pages, times in seconds. The `Ledger` keeps
+    `reserved`, `resident` and `wanted`."""
 
-    name: str
-    role: Role
-    total_pages: int
+    peer: Peer
     max_turns: int
     page_tokens: int
-    epoch: int = 1
-    host: str = ""
-    """Between workers of one host KV travels fast; "" where it is not known."""
-    page_bytes: int = 0
-    snapshot_pages: int = 0
-    """Of a snapshot of recurrent state, which goes with KV wherever that goes."""
     speed: Speed = field(default_factory=Speed)
+    reported: float = 0.0
+    """When its last report came, or when it came up."""
     reserved: int = 0
     resident: int = 0
     """Held by conversations between turns; the worker may evict it."""
@@ -48,18 +36,16 @@ class WorkerView:
     turns: int = 0
     """Turns whose home it is now, those that are prefilled elsewhere included."""
     queued_prefill_tokens: int = 0
-    reported: float = 0.0
-    """When its last report came, or when it came up."""
     stats: WorkerStats | None = None
     leaving: set[str] = field(default_factory=set)
     """Runs that the scheduler has asked it to stop, until it reports them stopped: it may still die of them."""
-    load: TimeAverage = field(init=False)
-    prefilling: TimeAverage = field(init=False)
-    """The share of its time that it spends on prompts."""
 
     def __post_init__(self) -> None:
+        self.name, self.role, self.epoch = self.peer.name, self.peer.role, self.peer.epoch
+        self.total_pages, self.host = self.peer.pool.num_pages, self.peer.pool.host
         self.load = TimeAverage(LOAD_WINDOW, self.reported)
         self.prefilling = TimeAverage(LOAD_WINDOW, self.reported)
+        """The share of its time that it spends on prompts."""
 
     @property
     def free(self) -> int:
@@ -83,19 +69,14 @@ class WorkerView:
 
     def fits(self, pages: int) -> bool:
         """Whether a turn that needs `pages` can start here now. One turn alone always can."""
-        if self.turns == 0:
-            return True
-        return self.turns < self.max_turns and self.reserved + pages <= self.total_pages
+        room = self.turns < self.max_turns and self.reserved + pages <= self.total_pages
+        return room or self.turns == 0
 
-    def add_turn(self, pages: int, now: float) -> None:
+    def change(self, turns: int, pages: int, now: float) -> None:
+        """So many turns begin here, for which so many pages are reserved; below zero if they end."""
         self.load.update(self.turns, now)
+        self.turns += turns
         self.reserved += pages
-        self.turns += 1
-
-    def drop_turn(self, pages: int, now: float) -> None:
-        self.load.update(self.turns, now)
-        self.reserved -= pages
-        self.turns -= 1
 
     def observe(self, report: Report, now: float) -> None:
         self.stats = report.stats
@@ -148,7 +129,10 @@ class Cluster:
     """All that a policy may look at beside the turn. `open` names the workers that may take this turn: the others are
     claimed by turns that wait before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, page_tokens: int) -> None:
+        self.page_tokens = page_tokens
+        self.snapshot_pages = 0
+        """Of a snapshot of recurrent state, which goes with KV wherever that goes."""
         self.workers: dict[str, WorkerView] = {}
         """Those that live."""
         self.prefillers: list[WorkerView] = []
@@ -157,6 +141,7 @@ class Cluster:
         self.retired: set[str] = set()
         self.links: dict[tuple[str, str], Link] = {}
         """(from, to) -> KV that was moved."""
+        self.prefixes = PrefixIndex()
         self.changed: set[str] = set()
         """Workers whose KV was reserved or given back since the queue was served last."""
         self._kinds = {True: Link(), False: Link()}
@@ -168,6 +153,7 @@ class Cluster:
     def join(self, worker: WorkerView) -> None:
         self.leave(worker.name)
         self.workers[worker.name] = worker
+        self.snapshot_pages = worker.peer.pool.snapshot_pages
         (self.prefillers if worker.role is Role.PREFILLER else self.decoders).append(worker)
         self._rankings.clear()
         self._shortest = []
@@ -176,6 +162,7 @@ class Cluster:
         self.retire(name)
         self.retired.discard(name)
         self.workers.pop(name, None)
+        self.prefixes.drop(name)
 
     def retire(self, name: str) -> None:
         """A worker lives, but nothing more is to be placed there."""
@@ -215,7 +202,8 @@ class Cluster:
         queues, those on the host of its home, and those that have computed the conversation."""
         if len(self.prefillers) <= FEW_PREFILLERS:
             return self.prefillers
-        self._shortest = self._shortest or nsmallest(SHORTEST_QUEUES, self.prefillers, _queued)
+        if not self._shortest:
+            self._shortest = nsmallest(SHORTEST_QUEUES, self.prefillers, lambda p: p.queued_prefill_tokens)
         host = home.host or None
         return [p for p in self.prefillers if p.host == host or p.name in known or p in self._shortest]
 
@@ -240,72 +228,9 @@ class Cluster:
         if tokens <= 0:
             return 0.0
         bandwidth = self._link(source, destination).bandwidth
-        pages = tokens / source.page_tokens + source.snapshot_pages
-        return pages * source.page_bytes / bandwidth.value if bandwidth.count else 0.0
+        pages = tokens / self.page_tokens + self.snapshot_pages
+        return pages * source.peer.pool.page_bytes / bandwidth.value if bandwidth.count else 0.0
 
     def exposed_seconds(self, source: WorkerView, destination: WorkerView) -> float:
         """What a handoff costs beyond the prefill itself; 0 where none was measured."""
         return self._link(source, destination).exposed.value
-
-
-class PrefixIndex:
-    """The workers that have computed the first 1, 2, 4, 8, ... pages of prompts, for the last `capacity` of these
-    prefixes: system prompts, and tasks that share a beginning.
-
-    Powers of two: a prompt of a thousand pages leaves ten entries, most of them shared with others like it; what is
-    found is at least half of what was there. Workers evict pages without a message: it is an estimate.
-    """
-
-    def __init__(self, capacity: int = 65_536) -> None:
-        self._capacity = capacity
-        self._workers: OrderedDict[bytes, set[str]] = OrderedDict()
-
-    def add(self, chain: list[bytes], worker: str) -> None:
-        """`worker` has computed the prompt with this `page_chain`."""
-        for page in _powers(len(chain)):
-            known = self._workers[chain[page]] = self._workers.pop(chain[page], set())
-            known.add(worker)
-        while len(self._workers) > self._capacity:
-            self._workers.popitem(last=False)
-
-    def find(self, chain: list[bytes]) -> list[tuple[int, Set[str]]]:
-        """(pages, the workers that have computed at least so many of this prompt), the most pages first."""
-        found: list[tuple[int, Set[str]]] = []
-        for page in _powers(len(chain)):
-            workers = self._workers.get(chain[page])
-            if workers is None:
-                break
-            found.append((page, workers))
-        return found[::-1]
-
-    def drop(self, worker: str) -> None:
-        for known in self._workers.values():
-            known.discard(worker)
-
-
-class Known(dict[str, int]):
-    """Tokens of a prompt that each worker probably holds: those of the conversation itself, and what `PrefixIndex` has
-    `found`, which is looked up for a worker that is asked for."""
-
-    def __init__(self, found: list[tuple[int, Set[str]]], page_tokens: int) -> None:
-        self._found = found
-        self._page_tokens = page_tokens
-
-    def __missing__(self, worker: str) -> int:
-        for pages, workers in self._found:
-            if worker in workers:
-                return pages * self._page_tokens
-        return 0
-
-    def learn(self, worker: str, tokens: int) -> None:
-        self[worker] = max(self[worker], tokens)
-
-    @property
-    def best(self) -> Set[str]:
-        """The workers that hold the most of what others have computed."""
-        return self._found[0][1] if self._found else frozenset()
-
-
-def _powers(length: int) -> list[int]:
-    """1, 2, 4, ... below `length`."""
-    return [1 << n for n in range(max(length - 1, 0).bit_length())]

@@ -5,9 +5,8 @@ import pytest
 
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
 from miniserve.bench.replay.workload import Script, TurnSize
-from miniserve.bench.simulate.bound import bound
 from miniserve.bench.simulate.hardware import PRESETS, Hardware
-from miniserve.bench.simulate.run import steady
+from miniserve.bench.simulate.run import bound, steady
 
 DEVICE = Hardware(
     name="made up",

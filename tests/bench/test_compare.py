@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution
 from miniserve.bench.replay.generators import WorkloadConfig
+from miniserve.bench.replay.workload import Distribution
 from miniserve.cli import main as cli
 from scripts import compare
 

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution, Text, arrivals, choose, generator
 from miniserve.bench.replay.generators import WorkloadConfig
-from miniserve.bench.replay.workload import Script, TurnSize, Workload
+from miniserve.bench.replay.workload import Distribution, Script, Text, TurnSize, Workload, arrivals, choose, generator
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def test_arrivals() -> None:
 
 def test_text_is_a_scripts_own_but_for_shared_blocks() -> None:
     def text(key: str, *shared: int, seed: int = 0) -> list[int]:
-        return Text(Script(key, (TurnSize(30, 1),), shared=shared, block=10), seed, 5, 1000).take(30)
+        return Text(Script(key, (TurnSize(30, 1),), shared=shared, block=10), seed, (5, 1000)).take(30)
 
     alone, one, two = text("a"), text("b", 1, 2), text("c", 1, 3)
     assert one[:10] == two[:10]

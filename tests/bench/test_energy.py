@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from miniserve.bench.replay.energy import Energy
+from miniserve.bench.replay.metrics import Energy
 
 
 def test_energy_of_rapl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("miniserve.bench.replay.energy._gpus", list)
+    monkeypatch.setattr("miniserve.bench.replay.metrics._gpus", list)
 
     def zone(folder: str, name: str, energy: int, limit: int = 1_000_000_000) -> Path:
         (tmp_path / folder).mkdir(exist_ok=True)

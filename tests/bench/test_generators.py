@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miniserve.bench.replay.distributions import choose
 from miniserve.bench.replay.generators import COUNT, WorkloadConfig, generate, load
 from miniserve.bench.replay.traces import read_trace
+from miniserve.bench.replay.workload import choose
 from miniserve.config import ConfigError, tables
 
 HEADER = "conversation_id,turn,new_input_tokens,output_tokens"

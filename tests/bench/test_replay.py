@@ -24,9 +24,8 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.driver import ALONE, ReplayConfig, replay
-from miniserve.bench.replay.workload import Script, TurnSize, Workload
+from miniserve.bench.replay.workload import Script, Text, TurnSize, Workload
 from miniserve.cli import main as cli
 from miniserve.config import ConfigError
 from miniserve.sampling_params import SamplingParams
@@ -80,7 +79,7 @@ def test_conversations_grow_and_every_token_is_served_once(tokenizer: Tokenizer,
 
     cached = prompts = 0
     for of, start in zip(SCRIPTS, (0.0, 0.2, 0.1), strict=True):
-        text = Text(of, 3, 1000, VOCAB)
+        text = Text(of, 3, (1000, VOCAB))
         want: list[int] = []
         due = began + start
         turns = engine.conversation(first_id(of, 3))
@@ -139,10 +138,10 @@ def test_kept_prefixes_and_sub_agents(tokenizer: Tokenizer, ids: str) -> None:
         text.said.fromlist(spoken(prompt, turn.output) if ids == "returned" else text.take(turn.output))
         return prompt
 
-    parent = Text(FAMILY, 3, 1000, VOCAB)
+    parent = Text(FAMILY, 3, (1000, VOCAB))
     prompts = {"p": [said(parent, FAMILY.turns[0])]}
     for one in FAMILY.agents:
-        text = Text(one, 3, 1000, VOCAB, parent.said[: one.prefix])
+        text = Text(one, 3, (1000, VOCAB), parent.said[: one.prefix])
         prompts[one.key] = [said(text, turn) for turn in one.turns]
     assert len(prompts["p/0"][0]) == 43 + 12, "40 tokens of the prompt, 3 of the answer"
     prompts["p"] += [said(parent, turn) for turn in FAMILY.turns[1:]]
@@ -274,7 +273,7 @@ def test_standalone(tokenizer: Tokenizer, standalone: int, alone: int) -> None:
     before, after = engine.turns[:alone], engine.turns[alone:]
     assert [len(turn.tokens) for turn in before] == [30, 42, 49, 20][:alone]
     assert engine.times[1] - engine.times[0] < 0.2 < 0.3 <= report["duration_s"]
-    assert before[0].tokens == Text(SCRIPTS[0], ALONE, 1000, VOCAB).take(30)
+    assert before[0].tokens == Text(SCRIPTS[0], ALONE, (1000, VOCAB)).take(30)
     assert not {turn.tokens[0] for turn in before} & {turn.tokens[0] for turn in after}
     assert report["turns"] == 5
     assert 0.1 < report["e2e_norm"]["gmean"] < 10
@@ -356,7 +355,7 @@ def test_llama_server_and_streams_that_break_off() -> None:
             loop.call_soon_threadsafe(stop.set)
             thread.join()
             loop.close()
-    text = Text(of, 0, 1000, 5000)
+    text = Text(of, 0, (1000, 5000))
     want = text.take(20)
     assert prompts[0] == {
         "prompt": want,

@@ -12,10 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from miniserve.bench.replay.distributions import Distribution
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.metrics import groups, latency
-from miniserve.bench.replay.workload import WHOLE, Script, TurnSize
+from miniserve.bench.replay.workload import WHOLE, Distribution, Script, TurnSize
 from miniserve.bench.simulate.cluster import Agent, Simulation
 from miniserve.bench.simulate.hardware import PRESETS, Hardware
 from miniserve.bench.simulate.run import alone, simulate

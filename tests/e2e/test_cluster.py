@@ -79,7 +79,7 @@ async def settled(client: Dispatcher) -> None:
     for name, s in client.scheduler.stats.items():
         assert (s.held_pages, s.leases, s.running, s.waiting) == (0, 0, 0, 0), (name, s)
         assert s.free_pages + s.cached_pages == s.total_pages
-    assert client.scheduler.active == client.scheduler.queued == 0
+    assert len(client.scheduler.turns) == client.scheduler.queued == 0
     assert all(w.reserved == 0 and w.turns == 0 for w in client.scheduler.workers.values())
 
 
@@ -254,7 +254,7 @@ async def test_what_waited_for_a_step_does_not_wait_for_a_message(tiny_folder):
 async def back(client: Dispatcher, *epochs: tuple[str, int]) -> None:
     """Wait until these incarnations serve."""
     async with asyncio.timeout(30):
-        while not all((p := client.scheduler._peers.get(name)) and p.epoch == epoch for name, epoch in epochs):
+        while not all((p := client.scheduler.workers.get(name)) and p.epoch == epoch for name, epoch in epochs):
             await asyncio.sleep(0.1)
 
 

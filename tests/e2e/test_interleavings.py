@@ -32,9 +32,8 @@ from miniserve.kv.transfer.door import TransferError
 from miniserve.kv.transfer.interface import Copy, Transfer, connect
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES, make_policy
-from miniserve.scheduler.commands import Command, Note, Send
 from miniserve.scheduler.scheduler import NoDecoder, Scheduler
-from miniserve.scheduler.turns import TRIED_AFTER
+from miniserve.scheduler.turns import TRIED_AFTER, Command, Note, Send
 from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
@@ -212,7 +211,8 @@ class World:
         self.slow_ways: dict[str, list[Slow]] = defaultdict(list)
         self.now = 100.0
         chosen = Anywhere(self.pick) if policy == "anywhere" else make_policy(policy, 0.3)
-        self.scheduler = Scheduler(chosen, PAGE, 6, 100, notes=True)
+        self.scheduler = Scheduler(chosen, PAGE, 6, 100)
+        self.scheduler.notes = True
         self.pages = self.pick.choice([17, 24, 40]) + self.recurrent * Slots.pages
         for name in self.pick.choice(TOPOLOGIES):
             self.start(name, 1)
@@ -443,7 +443,7 @@ class World:
 
     def check(self, deaths: int) -> None:
         for turn, wanted in self.wanted.items():
-            assert turn in self.ends, f"{turn} hangs: {self.scheduler._turns[turn]}"
+            assert turn in self.ends, f"{turn} hangs: {self.scheduler.turns[turn]}"
             if self.ends[turn] in ("abort", "error"):
                 assert self.ends[turn] == "abort" or deaths > TRIED_AFTER or turn in self.deadly
                 assert self.got[turn] == wanted[: len(self.got[turn])]

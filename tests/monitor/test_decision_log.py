@@ -19,7 +19,7 @@ from miniserve.hub.resolve import ModelFiles
 from miniserve.monitor.events import DecisionLog
 from miniserve.monitor.views import SCHEMAS
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.commands import Note
+from miniserve.scheduler.turns import Note
 from tests.support.fake_engine import STATS, Played
 from tests.support.outputs import outputs
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-from array import array
 
 import pytest
 
-from miniserve.scheduler.conversation import Conversation, Said
+from miniserve.kv.hashing import token_bytes
+from miniserve.scheduler.conversation import TURNS, Conversation, History, Said, TurnRecord
 from miniserve.scheduler.conversations import Conversations
-from miniserve.scheduler.forecast import TURNS, History, TurnRecord
 from miniserve.scheduler.prompts import ALIKE, page_chain
 
 PAGE = 4
@@ -30,7 +29,7 @@ class Book:
 
     def find(self, tokens: list[int], key: str | int = "", salt: str = "", **said) -> Conversation:
         chain = page_chain(tokens, salt, PAGE)
-        conversation, self.known, self.change = self.all.find(key, array("i", tokens), chain, self.now, Said(**said))
+        conversation, self.known, self.change = self.all.find(key, token_bytes(tokens), chain, self.now, Said(**said))
         return conversation
 
     def turn(self, tokens: list[int], key: str | int = "", salt: str = "", **said) -> Conversation:
@@ -141,7 +140,7 @@ def test_forgetting_leaves_nothing(book):
     assert list(book.all) == [running]
     running.active = 0
     book.all.expire(book.now)
-    assert (len(book.all), len(book.all._prompts)) == (0, 0)
+    assert (len(book.all), len(book.all._prompts._owners)) == (0, 0)
 
 
 def test_capacity_forgets_the_longest_idle():
@@ -189,7 +188,7 @@ def test_an_idle_conversation_is_small():
     before = tracemalloc.take_snapshot()
     for p, of_turns in zip(prompts, chains, strict=True):
         for turn, chain in enumerate(of_turns):
-            conversation, _, _ = all.find("", array("i", p[: 50 * (turn + 1)]), chain, 0.5 * turn)
+            conversation, _, _ = all.find("", token_bytes(p[: 50 * (turn + 1)]), chain, 0.5 * turn)
             conversation.turns += 1
             conversation.tokens = 50 * (turn + 1)
             conversation.last_end = turn + 0.25
@@ -210,7 +209,7 @@ def test_history_keeps_the_last_turns_as_they_were():
     assert [row.turn for row in rows] == list(range(3, TURNS + 3))
     assert (rows[0].arrived, rows[0].prefill, rows[0].prefill_at, rows[0].tool) == (1.5, 0.25, None, True)
     assert isinstance(rows[0].prompt, int)
-    assert history.column("output") == [float(n) for n in range(3, TURNS + 3)]
+    assert [row.output for row in rows] == list(range(3, TURNS + 3))
     assert history.quantile("output", 0.5) == 3 + TURNS // 2
     assert History().quantile("output", 0.5) is None
 

@@ -181,7 +181,7 @@ def test_forgetting_leaves_nothing_behind_keys(book):
         book.turn(words(n), "a", side=True)
     book.now += 10_000
     book.all.expire(book.now)
-    assert (len(book.all), len(book.all._families), len(book.all._first), book.all._last.size) == (0, 0, 0, 0)
+    assert (len(book.all), len(book.all._families), len(book.all._first._owners), book.all._last.size) == (0, 0, 0, 0)
 
 
 def test_last_prompts_are_bounded():
@@ -210,7 +210,7 @@ def test_a_fork_takes_no_name_that_a_client_has_given(book):
     assert len(book.all) == 9
     assert [book.turn(prompt(n, 60), f"a~{n}") is one for n, one in enumerate(theirs, 2)] == [True] * 7
     book.all.expire(1e9)
-    assert (len(book.all), len(book.all._families), len(book.all._prompts)) == (0, 0, 0)
+    assert (len(book.all), len(book.all._families), len(book.all._prompts._owners)) == (0, 0, 0)
 
 
 def test_many_sessions_that_begin_with_the_same_prompt_go_on(book):

@@ -46,7 +46,7 @@ def test_a_turn_that_generates_more_than_expected_takes_its_pages_in_the_ledger_
     _, run = run_of(submit(made, "t", [1] * 40))
     view = made.workers["d0"]
     assert view.reserved == 4, "40 tokens and 16 of output"
-    made._turns["t"].params = SamplingParams()
+    made.turns["t"].params = SamplingParams()
     for i in range(60):
         report(made, "d0", run.turn, i, 7)
     assert view.reserved == 7, "100 tokens and the next one"
@@ -64,9 +64,9 @@ def test_a_turn_gets_the_pages_that_its_conversation_has_needed() -> None:
             report(made, "d0", run.turn, i, 7, n + 0.5, finish="stop" if i == 199 else None, cached_tokens=i and None)
         tokens = tokens + [7] * 200
     made.submit("t3", tokens, SamplingParams(max_tokens=None), 0, "c", "", 9)
-    assert made._turns["t3"].output == 200
+    assert made.turns["t3"].output == 200
     made.submit("new", [2] * 40, SamplingParams(max_tokens=10), 0, "", "", 9)
-    assert made._turns["new"].output == 10
+    assert made.turns["new"].output == 10
 
 
 def test_what_a_prefiller_lends_is_given_back_once() -> None:
@@ -170,7 +170,7 @@ def test_the_ledger_returns_to_zero(policy: str, seed: int) -> None:
     number = 0
 
     def running() -> list[Turn]:
-        return [turn for turn in made.turns if turn.run]
+        return [turn for turn in made.turns.values() if turn.run]
 
     def step(turn: Turn) -> None:
         finish = pick.choice(["stop", None])
@@ -192,8 +192,8 @@ def test_the_ledger_returns_to_zero(policy: str, seed: int) -> None:
             submit(made, f"t{number}", tokens + [number] * pick.choice([0, 20]), pick.choice(["", "a", "b", "c"]), now)
         elif what < 0.75 and running():
             step(pick.choice(running()))
-        elif what < 0.85 and made.active:
-            made.cancel(pick.choice([turn.id for turn in made.turns]), now)
+        elif what < 0.85 and len(made.turns):
+            made.cancel(pick.choice([*made.turns]), now)
         elif what < 0.88:
             name = pick.choice(workers)
             made.worker_down(name, returns=True, now=now)
@@ -203,14 +203,14 @@ def test_the_ledger_returns_to_zero(policy: str, seed: int) -> None:
             made.on_tick(now + pick.choice([0, 5000]))
         check_wanted(made, policy)
     for _ in range(10_000):
-        if not made.active:
+        if not len(made.turns):
             break
         now += 1.0
         stop()
         assert running(), "a turn waits though none runs"
         step(running()[0])
         check_wanted(made, policy)
-    assert (made.active, made.queued) == (0, 0)
+    assert (len(made.turns), made.queued) == (0, 0)
     made.on_tick(now + 3000)
     assert all(view.wanted == pytest.approx(0, abs=1e-6) for view in made.workers.values())
     made.on_tick(now + 1e6)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from miniserve.cluster.messages import StepTime
-from miniserve.scheduler.forecast import RESERVED_OUTPUT, Forecast, History, TurnRecord
+from miniserve.scheduler.conversation import RESERVED_OUTPUT, Forecast, History, TurnRecord
 from miniserve.scheduler.observations import Average, Recent, Speed, TimeAverage
 
 

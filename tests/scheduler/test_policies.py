@@ -5,32 +5,33 @@ from __future__ import annotations
 import pytest
 
 from miniserve.cluster.messages import Move, StepTime
-from miniserve.config import Role
 from miniserve.scheduler.baselines import POLICIES, Ampd, make_policy
 from miniserve.scheduler.conversation import Conversation
 from miniserve.scheduler.observe import Observe
 from miniserve.scheduler.placement import Need, Placement
-from miniserve.scheduler.workers import Cluster, Known, WorkerView
+from miniserve.scheduler.prompts import Known
+from miniserve.scheduler.workers import Cluster, WorkerView
+from tests.support.peers import peer
 
 PAGE, CHUNK, TOKEN, STEP = 16, 512, 1e-3, 0.02
 """Every worker here takes a millisecond for a token of a prompt, 20 for a decode step, and 5 more for each sequence."""
 
 
 def worker(name: str, *, turns: int = 0, pages: int = 1000, queued: int = 0, resident: int = 0) -> WorkerView:
-    made = WorkerView(name, Role.PREFILLER if name.startswith("p") else Role.DECODER, pages, 64, PAGE, page_bytes=1000)
+    made = WorkerView(peer(name, pages=pages, page_bytes=1000), 64, PAGE)
     for tokens in (16, 64, 256, CHUNK, CHUNK):
         made.speed.observe(StepTime(tokens, tokens * tokens // 2, 0, 0, TOKEN * tokens))
     for batch in (1, 2, 4, 8, 16):
         made.speed.observe(StepTime(0, 0, batch, 100 * batch, STEP + 0.005 * (batch - 1)))
     for _ in range(turns):
-        made.add_turn(10, 0.0)
+        made.change(1, 10, 0.0)
     made.resident = made.wanted = resident
     made.queued_prefill_tokens = queued
     return made
 
 
 def cluster(*workers: WorkerView, closed: tuple[str, ...] = (), bandwidth: float = 0.0) -> Cluster:
-    made = Cluster()
+    made = Cluster(PAGE)
     for each in workers:
         made.join(each)
     made.open = {w.name for w in workers} - set(closed)
@@ -136,7 +137,7 @@ def test_cache_aware_routes_by_match_unless_loads_differ():
     assert where(rule.place(need(1000, d0=900), cluster(worker("d0", turns=63), d1))) == ("d0", "")
     d0.max_turns = 100
     for _ in range(65):
-        d0.add_turn(1, 0.0)
+        d0.change(1, 1, 0.0)
     assert where(rule.place(need(1000, d0=900), cluster(d0, d1))) == ("d1", ""), "65 turns more than the other"
 
 

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from miniserve.cluster.messages import Run, StepTime
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.scheduler.commands import Command
 from miniserve.scheduler.conversation import Conversation, Said
 from miniserve.scheduler.queue import Group, WaitingQueue
 from miniserve.scheduler.scheduler import QueueFull, Scheduler
-from miniserve.scheduler.turns import Turn
+from miniserve.scheduler.turns import Command, Turn
 from tests.support.plain_queue import PlainQueue
 from tests.support.scheduling import (
     end,
@@ -36,7 +35,7 @@ def waiting(id: str, home: str | None, beside: Turn | None = None, group: str = 
     """A turn of a conversation of its own, or of the same conversation as `beside`."""
     conversation = beside.conversation if beside else Conversation(id, group=group, home=home)
     conversation.active += 1
-    return Turn(id, [1], SamplingParams(), 0, "", conversation, [], 0, 0.0, None, 1, 1, 1, 1)
+    return Turn(id, [1], SamplingParams(), 0, conversation, [], 0, 0.0, None, 1, 1)
 
 
 class Served:
@@ -45,7 +44,7 @@ class Served:
     def __init__(self, has_patience: Callable[[Turn, float], bool]) -> None:
         self.full: set[str] = set()
         self.tried: list[str] = []
-        self.queue = WaitingQueue(has_patience, self.fits, lambda worker: 0.0)
+        self.queue = WaitingQueue(has_patience, self.fits, lambda worker: 0.0, set())
 
     def fits(self, turn: Turn) -> bool:
         return turn.conversation.home not in self.full
@@ -60,7 +59,8 @@ class Served:
     def serve(self, full: set[str], changed: set[str], now: float = 0.0) -> list[str]:
         """The turns that are tried."""
         self.full, self.tried = full, []
-        self.queue.serve(self.place, {"d0", "d1"}, changed, now)
+        self.queue.changed |= changed
+        self.queue.serve(self.place, {"d0", "d1"}, now)
         return self.tried
 
 
@@ -98,7 +98,7 @@ def test_what_a_cancelled_turn_has_claimed_is_tried_by_those_behind_it() -> None
     served.queue.append(before, 0.0)
     changed = {"d0"}  # still too small for b
     assert served.serve({"d0", "d1"}, changed) == ["b"]
-    served.queue.remove(before, changed)
+    served.queue.remove(before)
     assert served.serve(set(), changed) == ["a"]
 
 
@@ -146,11 +146,11 @@ def test_a_policy_that_breaks_loses_no_turn() -> None:
     made = scheduler("d0", max_turns=1)
     _, run = run_of(submit(made, "a", [1] * 40))
     submit(made, "b", [2] * 40)
-    place, made._placer.policy.place = made._placer.policy.place, lambda need, cluster: 1 / 0
+    place, made.policy.place = made.policy.place, lambda need, cluster: 1 / 0
     submit(made, "c", [3] * 40)
     with pytest.raises(ZeroDivisionError):
         made.on_tick(0.0)
-    made._placer.policy.place = place
+    made.policy.place = place
     assert made.queued == 2
     assert run_of(end(made, "d0", run.turn))[1].turn == "b.1"
 
@@ -186,9 +186,9 @@ def test_a_queued_turn_whose_home_has_died_blocks_no_turn_with_a_home() -> None:
     lost, run = run_of(submit(made, "a", [1] * 40, key="a"))
     end(made, lost, run.turn, 0.1)
     other = {"d0": "d1", "d1": "d0"}[lost]
-    made.workers[lost].add_turn(1, 0.1)
+    made.workers[lost].change(1, 1, 0.1)
     run_of(submit(made, "b", [2] * 40, key="b", now=0.1))
-    made.workers[lost].add_turn(1, 0.1)
+    made.workers[lost].change(1, 1, 0.1)
     made.workers[other].wanted = 95.0
     assert sent(submit(made, "a2", [1] * 60, key="a", now=0.2), Run) == []
     made.worker_down(lost, returns=True, now=0.2)
@@ -296,10 +296,10 @@ def test_room_that_appears_is_given_to_newcomers_in_their_order() -> None:
 def test_a_turn_beside_a_newcomer_of_its_conversation_follows_it_home() -> None:
     made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=9)
     for view in made.workers.values():
-        view.add_turn(95, 0.0)
+        view.change(1, 95, 0.0)
     for name in ("c1", "c2", "c3"):
         assert sent(submit(made, name, [3] * 160, key="c"), Run) == []
-    made.workers["d1"].drop_turn(95, 0.0)
+    made.workers["d1"].change(-1, -95, 0.0)
     placed = sent(made.on_tick(0.1), Run)
     assert [(home, run.turn) for home, run in placed] == [("d1", "c1.1"), ("d1", "c2.1"), ("d1", "c3.1")]
     assert made.queued == 0
@@ -320,12 +320,12 @@ def test_turns_of_a_conversation_that_has_found_its_home_do_not_wait_behind_a_ne
 def test_a_tick_asks_the_policy_once_for_all_newcomers_that_wait_and_a_report_does_not(waiting: int) -> None:
     made = scheduler("d0", "d1", policy="observe", max_turns=9, max_queued=1000)
     for view in made.workers.values():
-        view.add_turn(95, 0.0)
+        view.change(1, 95, 0.0)
     for n in range(waiting):
         submit(made, f"t{n}", [n + 1] * 160)
     asked = []
-    place = made._placer.policy.place
-    made._placer.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
+    place = made.policy.place
+    made.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
     assert report_steps(made, "d0", now=0.1) == []
     assert not asked, "nothing has changed"
     assert made.on_tick(0.1) == []
@@ -341,17 +341,17 @@ def test_no_policy_is_asked_about_turns_that_wait_for_a_full_home(policy: str, w
         home, run = run_of(submit(made, f"t{n}", [n + 1] * 160, key=n + 1))
         end(made, home, run.turn, 0.1)
         made.conversations.get(n + 1).home = "d0"
-    made.workers["d0"].add_turn(95, 0.1)
-    made.workers["d1"].add_turn(75, 0.1)
+    made.workers["d0"].change(1, 95, 0.1)
+    made.workers["d1"].change(1, 75, 0.1)
     for n in range(waiting):
         assert submit(made, f"w{n}", [n + 1] * 400, key=n + 1, now=0.1) == [], "10 of 100 pages have to stay free"
     asked = []
-    place = made._placer.policy.place
-    made._placer.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
+    place = made.policy.place
+    made.policy.place = lambda need, cluster: asked.append(need) or place(need, cluster)
     assert report_steps(made, "d1", now=0.2) == []
     assert made.on_tick(0.2) == []
     assert not asked, "none fits"
-    made.workers["d0"].drop_turn(95, 0.3)
+    made.workers["d0"].change(-1, -95, 0.3)
     assert [run.turn for _, run in sent(made.on_tick(0.3), Run)][:2] == ["w0.1", "w1.1"]
 
 
@@ -361,8 +361,8 @@ def test_a_turn_finds_room_elsewhere_behind_one_for_which_there_is_none() -> Non
         home, run = run_of(submit(made, f"t{key}", [key] * 40, key=key))
         end(made, home, run.turn, 0.1)
         made.conversations.get(key).home = "d0"
-    made.workers["d0"].add_turn(99, 0.1)
-    made.workers["d1"].add_turn(60, 0.1)
+    made.workers["d0"].change(1, 99, 0.1)
+    made.workers["d1"].change(1, 60, 0.1)
     assert submit(made, "large", [1] * 800, key=1, now=0.2) == []
     assert submit(made, "larger", [2] * 900, key=2, now=0.2) == []
     assert run_of(submit(made, "small", [3] * 80, key=3, now=0.2))[0] == "d1"
@@ -372,13 +372,13 @@ def test_a_turn_finds_room_elsewhere_behind_one_for_which_there_is_none() -> Non
 def test_turns_of_a_new_conversation_line_up_for_the_home_that_the_first_one_finds() -> None:
     made = scheduler("d0", "d1", policy="colocated", max_turns=1, max_queued=9)
     for view in made.workers.values():
-        view.add_turn(1, 0.0)
+        view.change(1, 1, 0.0)
     for n in range(3):
         submit(made, f"a{n}", [1] * 40, key="a")
     submit(made, "b", [2] * 40, key="b")
-    made.workers["d0"].drop_turn(1, 0.0)
+    made.workers["d0"].change(-1, -1, 0.0)
     assert [(home, run.turn) for home, run in sent(made.on_tick(0.1), Run)] == [("d0", "a0.1")]
-    made.workers["d1"].drop_turn(1, 0.1)
+    made.workers["d1"].change(-1, -1, 0.1)
     assert [(home, run.turn) for home, run in sent(made.on_tick(0.2), Run)] == [("d1", "b.1")], "passes those of d0"
     assert [run.turn for _, run in sent(end(made, "d0", "a0.1", 0.3), Run)] == ["a1.1"]
 
@@ -407,7 +407,7 @@ def test_a_group_is_not_charged_for_what_is_cancelled() -> None:
     for _ in range(5):
         again = waiting("again", None, group="a")
         queue.append(again, 0.0)
-        queue.remove(again, set())
+        queue.remove(again)
     for name in ("a1", "b0", "b1", "a2"):
         queue.append(waiting(name, None, group=name[0]), 0.0)
     assert [turn.id for _, turn in queue.line(Group.ANYWHERE)] == ["a0", "b0", "a1", "b1", "a2"]
@@ -464,7 +464,7 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
     workers = pick.choice([("d0",), ("d0", "d1"), ("p0", "d0", "d1"), ("p0", "d0", "d1", "d2", "d3")])
     both = [scheduler(*workers, policy=policy, max_turns=t, max_queued=10**6) for t in [pick.choice([1, 3, 9])] * 2]
     plain = both[1]
-    plain._queue = plain._placer.queue = PlainQueue(plain._queue)
+    plain._queue = PlainQueue(plain._queue)
     epochs = dict.fromkeys(workers, 1)
 
     def happens(event: Callable[..., list[Command]], *args: Any, **named: Any) -> None:
@@ -474,7 +474,7 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
 
     for number in range(150):
         now += pick.choice([0.0, 0.1, 1.0, 20.0])
-        running = [turn for turn in plain.turns if turn.run]
+        running = [turn for turn in plain.turns.values() if turn.run]
         what = pick.random()
         if what < 0.5:
             key, first = pick.choice("abcdefgh"), pick.choice([16, 40, 200, 700])
@@ -486,8 +486,8 @@ def test_commands_are_those_of_a_queue_that_tries_everything_at_each_event(polic
             turn, finish = pick.choice(running), pick.choice(["stop", None])
             home, run, at = str(turn.home), str(turn.run), turn.delivered
             happens(report, home, run, at, 5, now, finish=finish, cached_tokens=0)
-        elif what < 0.95 and plain.active:
-            gone = pick.choice([turn.id for turn in plain.turns])
+        elif what < 0.95 and len(plain.turns):
+            gone = pick.choice([*plain.turns])
             happens(Scheduler.cancel, gone, now)
         elif what < 0.97:
             name = pick.choice(workers)

@@ -8,8 +8,7 @@ import pytest
 
 from miniserve.cluster.messages import Abort, Failed, Run
 from miniserve.scheduler.baselines import POLICIES
-from miniserve.scheduler.commands import Command, Deliver
-from miniserve.scheduler.turns import PROOF
+from miniserve.scheduler.turns import PROOF, Command, Deliver
 from tests.support.scheduling import delivered, join, report, report_stopped, run_of, scheduler, sent, submit
 
 TOKENS = 40
@@ -124,7 +123,7 @@ def test_turns_on_other_workers_go_on_while_suspected_ones_are_tried() -> None:
     workers = Workers("d0", "d1", policy="colocated", deadly={"t0": 2}, max_turns=4)
     for n in range(6):
         workers.submit(f"t{n}", [n + 1] * 40)
-    suspects = [turn for turn in workers.made.turns if turn.home == "d0"]
+    suspects = [turn for turn in workers.made.turns.values() if turn.home == "d0"]
     for turn in suspects:
         turn.lose()  # a worker has died under them before
     while not workers.deaths:
@@ -143,11 +142,11 @@ def test_a_suspected_turn_runs_beside_no_unproven_one_until_it_has_gone_on() -> 
     home, _ = run_of(submit(made, "a", [1] * 40, key="a"))
     for epoch in (2, 3):
         made.worker_down(home, returns=True)
-        home = next(turn.home for turn in made.turns if turn.id == "a") or home
+        home = made.turns["a"].home or home
         for name in ("d0", "d1"):
             if name not in made.workers:
                 join(made, name, epoch)
-    turn = made.turns[0]
+    turn = next(iter(made.turns.values()))
     assert (turn.losses, turn.suspected) == (2, True)
     assert turn.home is not None
     other = {"d0": "d1", "d1": "d0"}[turn.home]
@@ -166,7 +165,7 @@ def test_a_suspected_turn_waits_until_a_worker_is_empty_and_that_one_takes_no_ot
     for epoch in (2, 3):
         made.worker_down("d0", returns=True)
         join(made, "d0", epoch)
-    a, b = made.turns
+    a, b = made.turns.values()
     assert (a.home, b.home) == ("d0", None), "one after the other"
     assert sent(submit(made, "c", [3] * 40), Run) == []
     cancelled = made.cancel("a", 0.0)
@@ -181,7 +180,7 @@ def test_a_turn_that_a_prefiller_made_suspected_leaves_its_home() -> None:
     submit(made, "b", [2] * 40)
     made.worker_down("d0", returns=True)
     join(made, "d0", 2)
-    a, b = made.turns
+    a, b = made.turns.values()
     assert (a.losses, a.prefill_at) == (1, "p0")
     commands = made.worker_down("p0", returns=True)
     assert sorted(abort.turn for _, abort in sent(commands, Abort)) == ["a.2", "b.2"]
@@ -194,7 +193,7 @@ def test_each_further_death_under_a_turn_asks_for_twice_the_proof() -> None:
     """It is not what it was tried for that the worker dies of: it gets further than that each time."""
     workers = Workers("d0", policy="colocated", deadly={}, max_turns=9)
     workers.submit("a", [1] * 40)
-    (turn,) = workers.made.turns
+    (turn,) = workers.made.turns.values()
     asked = []
     for _ in range(4):
         turn.lose()

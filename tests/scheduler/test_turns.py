@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
 from types import SimpleNamespace
 
 import pytest
 
 from miniserve.cluster.messages import Abort, Failed, Run, StepTime
-from miniserve.scheduler.commands import Deliver, Note
+from miniserve.kv.hashing import token_bytes
 from miniserve.scheduler.conversation import Said
-from miniserve.scheduler.prompts import page_chain
+from miniserve.scheduler.prompts import Known, PrefixIndex, page_chain
 from miniserve.scheduler.scheduler import NoDecoder
-from miniserve.scheduler.turns import TurnState
-from miniserve.scheduler.workers import Known, PrefixIndex
+from miniserve.scheduler.turns import Deliver, Note, TurnState
 from miniserve.states import IllegalTransition
 from tests.support.scheduling import (
     PAGE,
@@ -33,7 +31,7 @@ def test_a_turn_goes_through_its_states_in_order() -> None:
     made = scheduler("p0", "d0", max_turns=1)
     _, run = run_of(submit(made, "t", [1] * 40))
     submit(made, "u", [2] * 40)
-    turn, queued = made.turns
+    turn, queued = made.turns.values()
     assert (turn.state, queued.state) == (TurnState.PREFILL, TurnState.QUEUED)
     assert (queued.run, queued.home, queued.placed) == (None, None, None)
     report(made, "p0", run.turn, 0, 7, cached_tokens=0)
@@ -97,7 +95,7 @@ def test_a_turn_under_which_three_workers_die_ends() -> None:
     (output,) = ends
     assert isinstance(output, Failed)
     assert "3 workers died" in output.error
-    assert made.active == 0
+    assert len(made.turns) == 0
 
 
 def test_turns_wait_for_a_decoder_that_returns() -> None:
@@ -118,7 +116,7 @@ def test_turns_wait_for_a_decoder_that_returns() -> None:
 
 def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", array("i", [1]), page_chain([1], "", PAGE), 0.0).conversation
+    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0).conversation
     found.home = "p0"
     home, run = run_of(submit(made, "t", [1] * 40, key="a"))
     assert home == "p0"
@@ -130,7 +128,7 @@ def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
 
 def test_a_conversation_that_lives_on_a_prefiller_goes_on_while_the_decoder_is_away() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", array("i", [1]), page_chain([1], "", PAGE), 0.0).conversation
+    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0).conversation
     found.home = "p0"
     _, run = run_of(submit(made, "t", [1] * 40, key="a"))
     end(made, "p0", run.turn)
@@ -156,16 +154,16 @@ def test_a_conversation_is_found_by_the_key_that_it_was_given() -> None:
     """Even with a prompt that does not continue the last one, where the server itself knows."""
     made = scheduler("p0", "d0", "d1")
     home, first = run_of(submit(made, "t", [1] * 40))
-    name = made.turn("t").conversation.key
+    name = made.turns["t"].conversation.key
     assert isinstance(name, int)
     submit(made, "k", [3] * 40, key="mine")
-    assert made.turn("k").conversation.key == "mine"
+    assert made.turns["k"].conversation.key == "mine"
     end(made, home, first.turn)
-    assert made.turn("t") is None
+    assert "t" not in made.turns
     again, _ = run_of(submit(made, "u", [2] * 40, key=name, said=Said(sure=True)))
-    assert (again, made.turn("u").conversation.key) == (home, name)
+    assert (again, made.turns["u"].conversation.key) == (home, name)
     submit(made, "v", [4] * 40)
-    assert made.turn("v").conversation.key not in (name, "mine")
+    assert made.turns["v"].conversation.key not in (name, "mine")
 
 
 def test_choices_of_one_request_move_once() -> None:
@@ -183,7 +181,7 @@ def test_a_placement_elsewhere_is_a_move_and_the_new_home_fetches_the_history() 
     _, blocker = run_of(submit(made, "b", [3] * 40, key="b"))
     if made.conversations.get("b").home != home:  # fill the home of "a", not the other one
         end(made, other, blocker.turn)
-        made.workers[home].add_turn(1, 0.0)
+        made.workers[home].change(1, 1, 0.0)
     worker, again = run_of(submit(made, "u", [1] * 60, key="a"))
     assert (worker, again.history_at) == (other, home)
     found = made.conversations.get("a")
@@ -197,7 +195,7 @@ def test_a_conversation_lives_on_a_prefiller_as_on_any_worker() -> None:
     for name in ("p0", "d0"):
         report_steps(made, name, *steps)
     for _ in range(16):
-        made.workers["d0"].add_turn(1, 0.0)
+        made.workers["d0"].change(1, 1, 0.0)
     home, run = run_of(submit(made, "a1", [1] * 40, key="a"))
     assert (home, run.prefill_at, run.history_at) == ("p0", None, None)
     view = made.workers["p0"]
@@ -226,7 +224,8 @@ def test_the_home_gets_the_forecast_of_a_conversation() -> None:
 def test_records_are_made_only_while_notes_are_on() -> None:
     made = scheduler("p0", "d0")
     assert not [c for c in submit(made, "t", [1] * 40) if isinstance(c, Note)]
-    made = scheduler("p0", "d0", policy="observe", policy_name="observe", notes=True)
+    made = scheduler("p0", "d0", policy="observe")
+    made.notes = True
     commands = submit(made, "t", [1] * 40)
     (decision,) = (SimpleNamespace(**c.record) for c in commands if isinstance(c, Note))
     assert (decision.policy, decision.home, decision.tokens, decision.turn) == ("observe", "d0", 40, 1)
@@ -267,7 +266,7 @@ def test_a_prefiller_that_died_holds_no_prompt_when_it_returns() -> None:
     join(made, "p0", 2)
     report(made, "d0", run.turn, 0, 7, cached_tokens=0)
     assert made.conversations.get("a").copy_at is None
-    assert made._placer.prefixes.find(page_chain([1] * 400, "", PAGE))[0] == (16, {"d0"})
+    assert made.cluster.prefixes.find(page_chain([1] * 400, "", PAGE))[0] == (16, {"d0"})
 
 
 def test_turns_of_a_lower_priority_number_are_placed_first() -> None:
@@ -287,10 +286,10 @@ def test_an_expected_length_counts_until_outputs_were_seen() -> None:
     made = scheduler("d0")
     submit(made, "a", [1] * 40, said=Said(osl=7))
     submit(made, "b", [2] * 40)
-    assert [turn.output for turn in made.turns] == [7, 16], "the other one may generate 16"
+    assert [turn.output for turn in made.turns.values()] == [7, 16], "the other one may generate 16"
     for n in range(3):
         _, run = run_of(submit(made, f"c{n}", [3] * (40 + n * 20), key="c"))
         report(made, "d0", run.turn, 0, 7, cached_tokens=0)
         report(made, "d0", run.turn, 1, 8, finish="stop")
     submit(made, "d", [3] * 120, key="c", said=Said(osl=9))
-    assert made.turn("d").output == 2, "as observed"
+    assert made.turns["d"].output == 2, "as observed"

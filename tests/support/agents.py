@@ -43,7 +43,7 @@ class AgentEngine(LiveClient):
         turn.cached = min(self.found, len(tokens) - 1)
         turn.id = f"t{self.made}"
         self.carry_out(self.scheduler.submit(turn.id, tokens, params, 0, conversation, salt, time.monotonic(), said))
-        accepted = self.scheduler.turn(turn.id)
+        accepted = self.scheduler.turns.get(turn.id)
         assert accepted is not None
         turn.conversation, turn.number, turn.change = accepted.conversation.key, accepted.number, accepted.change
         if not self.holds:

@@ -22,9 +22,9 @@ from miniserve.cluster.messages import (
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command
 from miniserve.scheduler.conversation import UNSAID, Change, Said
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command
 from tests.support.outputs import outputs
 from tests.support.peers import peer
 
@@ -120,9 +120,8 @@ class Played:
     notes: bool = False
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            make_policy("conserve"), 16, max_turns=1, max_queued=8, policy_name="conserve", notes=self.notes
-        )
+        self.scheduler = Scheduler(make_policy("conserve"), 16, max_turns=1, max_queued=8)
+        self.scheduler.notes = self.notes
         self.commands: list[Command] = []
         for name in ("p0", "d0"):
             self.commands += self.scheduler.worker_up(peer(name), now=self.now)

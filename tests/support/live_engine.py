@@ -9,8 +9,8 @@ from miniserve.cluster.messages import Move, Report
 from miniserve.monitor.events import Feed
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Note
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Note
 from tests.support.fake_engine import STATS, FakeClient
 from tests.support.outputs import outputs
 from tests.support.peers import peer
@@ -21,7 +21,7 @@ class LiveClient(FakeClient):
 
     def __init__(self, policy: str = "observe", **play: Any) -> None:
         super().__init__(**play)
-        self.scheduler = Scheduler(make_policy(policy), 16, max_turns=600, max_queued=600, policy_name=policy)
+        self.scheduler = Scheduler(make_policy(policy), 16, max_turns=600, max_queued=600)
         self.feed = Feed(self.scheduler, policy)
         self.policy_name = policy
         for name in ("p0", "d0"):
@@ -42,7 +42,7 @@ class LiveClient(FakeClient):
 
     def report(self, turn: str, index: int, tokens: list[int], finish: Any = None, **more: Any) -> None:
         """From the home of `turn`; with the first token come the pages that were moved."""
-        (found,) = [t for t in self.scheduler.turns if t.id == turn]
+        found = self.scheduler.turns[turn]
         moves = [Move(f"{turn}.1", "p0", 4, 4 * 4096, 0.002, 0.001)] if found.prefill_at and index == 0 else []
         cached = 0 if index == 0 else None
         said = outputs(f"{turn}.1", index, tokens, finish=finish, cached_tokens=cached, **more)

@@ -14,7 +14,7 @@ class PlainQueue(WaitingQueue):
     """All turns without patience in one line."""
 
     def __init__(self, of: WaitingQueue) -> None:
-        super().__init__(of._has_patience, of._fits, of._elsewhere)
+        super().__init__(of.has_patience, of.fits, of.elsewhere, set())
         self.all: list[tuple[int, Turn]] = []
 
     def __len__(self) -> int:
@@ -29,17 +29,17 @@ class PlainQueue(WaitingQueue):
         else:
             insort(self.all, waiting)
 
-    def remove(self, turn: Turn, changed: set[str], *, served: bool = False) -> None:
+    def remove(self, turn: Turn, *, served: bool = False) -> None:
         left = [waiting for waiting in self.all if waiting[1] is not turn]
         if len(left) < len(self.all):
             self.all[:] = left
             self._shares.end(turn, served)
-        super().remove(turn, set(), served=served)
+        super().remove(turn, served=served)
 
     def homes_lost(self, now: float) -> None:
         lost = [turn for _, turn in self.all if not turn.conversation.home]
         for turn in reversed(lost):
-            self.remove(turn, set())
+            self.remove(turn)
             self.append(turn, now, first=True)
 
     def follow(self, conversation: Conversation, before: str | Group) -> None:
@@ -48,7 +48,7 @@ class PlainQueue(WaitingQueue):
             self._leave(Group.NEWCOMERS, waiting)
             insort(self.all, waiting)
 
-    def serve(self, place: Place, workers: Set[str], changed: set[str], now: float) -> None:
+    def serve(self, place: Place, workers: Set[str], now: float) -> None:
         while self._place_one(place, set(workers), now):
             pass
 
@@ -65,12 +65,12 @@ class PlainQueue(WaitingQueue):
         turn = newcomer[1]
         if place(turn, open_workers):
             return self._placed(turn)
-        if not self._has_patience(turn, now):
+        if not self.has_patience(turn, now):
             self._leave(Group.NEWCOMERS, newcomer)
             insort(self.all, self._out_of_patience(newcomer))
         return False
 
     def _placed(self, turn: Turn) -> bool:
-        self.remove(turn, set(), served=True)
+        self.remove(turn, served=True)
         self.follow(turn.conversation, Group.NEWCOMERS)
         return True

@@ -6,10 +6,10 @@ from typing import Any
 
 from miniserve.cluster.messages import Abort, Message, Report, Run, StepTime, WorkerStats
 from miniserve.sampling_params import SamplingParams
-from miniserve.scheduler.baselines import POLICIES
-from miniserve.scheduler.commands import Command, Deliver, Send
+from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Deliver, Send
 from tests.support.outputs import outputs
 from tests.support.peers import peer
 
@@ -20,7 +20,7 @@ STATS = WorkerStats(100, 100, 0, 0, 0, 0, 0, 0)
 
 def scheduler(*workers: str, policy: str = "conserve", max_turns: int = 4, max_queued: int = 4, **more) -> Scheduler:
     """With workers of 100 pages each; names that begin with p are prefillers."""
-    made = Scheduler(POLICIES[policy](), PAGE, max_turns, max_queued, **more)
+    made = Scheduler(make_policy(policy), PAGE, max_turns, max_queued, **more)
     for name in workers:
         join(made, name)
     return made

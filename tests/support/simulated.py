@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from miniserve.bench.replay.distributions import arrivals
-from miniserve.bench.replay.workload import Script, TurnSize, Workload
+from miniserve.bench.replay.workload import Script, TurnSize, Workload, arrivals
 from miniserve.bench.simulate.cluster import SimulationConfig
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.config import Topology

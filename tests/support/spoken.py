@@ -14,8 +14,7 @@ import uvicorn
 
 from miniserve.api.app import create_app
 from miniserve.api.service import Service
-from miniserve.bench.replay.distributions import Text
-from miniserve.bench.replay.workload import Script, TurnSize
+from miniserve.bench.replay.workload import Script, Text, TurnSize
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.sampling_params import SamplingParams
 from miniserve.text.grammar import Compiler
@@ -86,4 +85,4 @@ def script(key: str, *turns: tuple[int, int, float]) -> Script:
 
 
 def first_id(of: Script, seed: int = 0) -> int:
-    return Text(of, seed, 1000, VOCAB).take(1)[0]
+    return Text(of, seed, (1000, VOCAB)).take(1)[0]

@@ -19,7 +19,6 @@ sent at that moment would be lost."""
 LEAST_WAIT = 0.05
 """Seconds between two requests to a server that is full, even if its Retry-After is 0."""
 
-
 Post = Callable[[], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
 
@@ -51,12 +50,6 @@ class Answer:
         if event.output is not None:
             self.counts = event.cached, event.output
 
-    def turn(self, sent: float, error: str) -> TurnTimes:
-        """The turn, which ends now. The server's count of output tokens goes before that of its events."""
-        times = self.times or [time.monotonic()]
-        cached, output = self.counts or (None, self.tokens)
-        return TurnTimes(sent, times[0], times[-1], self.prompt, cached, output, error)
-
 
 def session(api_key: str | None) -> aiohttp.ClientSession:
     key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -85,7 +78,9 @@ async def ask(post: Post, server: TargetServer, answer: Answer, timeout: float) 
         error = f"The server did not finish within {timeout:g} s{full}"
     except msgspec.DecodeError as failure:
         error = f"The stream holds what is no chunk: {failure}"
-    return answer.turn(sent, error)
+    times = answer.times or [time.monotonic()]
+    cached, output = answer.counts or (None, answer.tokens)  # the server's count goes before that of its events
+    return TurnTimes(sent, times[0], times[-1], answer.prompt, cached, output, error)
 
 
 async def _stream(post: Post, server: TargetServer, answer: Answer) -> float:

@@ -24,18 +24,12 @@ from rich.console import Console
 from rich.live import Live
 
 from miniserve.bench.replay.answer import Answer, ask, session
-from miniserve.bench.replay.distributions import Text
-from miniserve.bench.replay.energy import Energy
-from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, latency, percentile, summary
+from miniserve.bench.replay.metrics import ConversationTimes, Energy, Latency, energy, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
-from miniserve.bench.replay.workload import Script, Workload
+from miniserve.bench.replay.workload import IDS, Script, Text, Workload
 from miniserve.config import ConfigError, problem
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-VOCAB = 32_000
-"""Ids of prompts lie below it where neither the user nor the server says how large the vocabulary is."""
-CONTROL = 1000
-"""And above this, or a quarter of a small vocabulary: control tokens are usually the first ones."""
 ALONE = 1_000_003
 """Seeds of standalone conversations lie this far above the run's, which finds nothing of theirs in a cache."""
 MOST_FAILURES = 10
@@ -53,7 +47,7 @@ class ReplayConfig:
     scale_tokens: float = 1.0
     """The factor that the trace's token counts were multiplied by: an error message recommends another one."""
     vocab: int | None = None
-    """None: the server's, else `VOCAB`."""
+    """How many ids there are. None: as many as the server says, else those of `IDS`."""
     standalone: int = 0
     """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
@@ -105,14 +99,13 @@ class Replay:
         self.ended: list[ConversationTimes] = []
         self.standalone: dict[str, Latency] | None = None
         self._workload = config.workload
-        self._count = len(config.workload.conversations)
         self._group: asyncio.TaskGroup
         self._http = http
-        high = config.vocab or server.vocab or VOCAB
-        self._ids = (min(CONTROL, high // 4), high)
+        vocab = config.vocab or server.vocab or IDS[1]
+        self._ids = min(IDS[0], vocab // 4), vocab
         self._made_up = False
         self._short = self._stale = 0
-        self._energy = Energy() if urlsplit(server.root).hostname in LOCAL else None
+        self._energy = Energy(here=urlsplit(server.root).hostname in LOCAL)
         self._before: Totals | None = None
         self._began = self._over = 0.0
         # For the progress line.
@@ -129,8 +122,7 @@ class Replay:
                 await self._measure_alone()
             self._ttfts = []
             self._before = await totals(self._http, self.server)
-            if self._energy:
-                self._energy.start()
+            self._energy.start()
             self._began = time.monotonic()
             try:
                 async with asyncio.TaskGroup() as self._group:
@@ -144,7 +136,7 @@ class Replay:
 
     async def report(self, interrupted: bool) -> dict[str, Any]:
         """The keys of the contract, and more about the server and the run."""
-        joules = self._energy.joules() if self._energy and self._began else None
+        joules = self._energy.joules() if self._began else None
         after = await totals(self._http, self.server) if self._before else None
         moved = after.since(self._before) if after and self._before else None
         figures = summary(self.ended, self.standalone, self._over - self._began)
@@ -156,12 +148,12 @@ class Replay:
             "seed": self._workload.seed,
             "kv_transfer": {"bytes": moved and moved.bytes, "seconds": moved and moved.seconds},
             "placements": moved and dict(moved.placements),
-            "energy": energy(joules, self.ended) | {"source": self._energy.source if self._energy else None},
+            "energy": energy(joules, self.ended) | {"source": self._energy.source},
             "server": msgspec.to_builtins(self.server) | {"url": self.config.url},
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
             "stale_cached_tokens": self._stale,
-            "unfinished": self._count - len(self.ended),
+            "unfinished": len(self._workload.conversations) - len(self.ended),
             "interrupted": interrupted,
             "failures": dict(failures.most_common(MOST_FAILURES)),
         }
@@ -174,7 +166,7 @@ class Replay:
             sizes = (script.prefix, *((turn.new, turn.output, turn.keep) for turn in script.turns))
             if sizes not in known:
                 # With seeds of their own: what scripts share is not cached here either.
-                text = Text(script, self._workload.seed + ALONE * (n + 1), *self._ids)
+                text = Text(script, self._workload.seed + ALONE * (n + 1), self._ids)
                 text.said.fromlist(text.take(script.prefix))
                 times = ConversationTimes(script.key, time.monotonic())
                 await self._converse(script, text, times, alone=True)
@@ -186,7 +178,7 @@ class Replay:
     async def _arrive(self, script: Script, when: float, said: Iterable[int], parent: ConversationTimes | None) -> None:
         await asyncio.sleep(when - time.monotonic())
         self._running += 1
-        text = Text(script, self._workload.seed, *self._ids, said)
+        text = Text(script, self._workload.seed, self._ids, said)
         times = ConversationTimes(script.key, when, parent=parent)
         await self._converse(script, text, times)
         self.ended.append(times)
@@ -194,7 +186,10 @@ class Replay:
 
     async def _converse(self, script: Script, text: Text, times: ConversationTimes, alone: bool = False) -> None:
         """All turns of a conversation, or those up to one that fails; `alone` without gaps, names and sub-agents."""
-        headers = {} if alone or not self.config.name_groups else _names(times)
+        headers = {}
+        if self.config.name_groups and not alone:
+            headers = {"User-Agent": "miniserve-replay", "X-Session-ID": times.key}
+            headers |= {"X-Parent-Session-ID": times.parent.key} if times.parent else {}
         agents: list[tuple[int, asyncio.Task[None]]] = []
         ended = times.arrival
         for n, turn in enumerate(script.turns):
@@ -206,11 +201,9 @@ class Replay:
                 await asyncio.gather(*(agent for until, agent in agents if until == n))
             answer = Answer(len(prompt))
             self._answers.add(answer)
-            try:
-                measured = await ask(post, self.server, answer, self.config.timeout)
-            finally:
-                self._answers.remove(answer)
-                self._tokens += answer.tokens
+            measured = await ask(post, self.server, answer, self.config.timeout)
+            self._answers.remove(answer)
+            self._tokens += answer.tokens
             if n:
                 times.gaps += measured.sent - ended
                 times.tools += turn.gap
@@ -246,7 +239,7 @@ class Replay:
                     live.update(line, refresh=True)
                 else:
                     console.print(line, soft_wrap=True)
-                if self._energy and self._began:
+                if self._began:
                     self._energy.joules()  # before a counter wraps around
 
     def _line(self, speed: float) -> str:
@@ -254,12 +247,6 @@ class Replay:
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
         phase, done = ("replay", len(self.ended)) if self._began else ("alone", len(self.standalone or ()))
         return (
-            f"{phase}: {done} of {self._count} conversations done, {self._running} running"
+            f"{phase}: {done} of {len(self._workload.conversations)} conversations done, {self._running} running"
             f", {len(ttfts)} turns, {speed:.0f} tokens/s, {first}{sum(times.failed for times in self.ended)} errors"
         )
-
-
-def _names(times: ConversationTimes) -> dict[str, str]:
-    """The headers by which a miniserve knows a conversation and its parent."""
-    parent = {"X-Parent-Session-ID": times.parent.key} if times.parent else {}
-    return {"User-Agent": "miniserve-replay", "X-Session-ID": times.key} | parent

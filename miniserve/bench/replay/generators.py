@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from miniserve.bench.replay.distributions import Distribution, arrivals, choose, generator
 from miniserve.bench.replay.traces import read_trace
-from miniserve.bench.replay.workload import WHOLE, Script, TurnSize, Workload
+from miniserve.bench.replay.workload import WHOLE, Distribution, Script, TurnSize, Workload, arrivals, choose, generator
 from miniserve.config import ConfigError, problem, tables
 
 COUNT = 255

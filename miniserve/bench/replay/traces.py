@@ -3,15 +3,14 @@
 import csv
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
 from miniserve.bench.replay.workload import BLOCK_TOKENS, WHOLE, Count, Script, Seconds, Tokens, TurnSize
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 
 _Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=WHOLE * 1000)]
 
@@ -114,8 +113,7 @@ def _rows(lines: Iterable[str]) -> list[Script]:
                 raise ValueError("only turn 0 has an arrival_s, later turns have a gap_s")
         sizes = turns.setdefault(key, [])
         if number != len(sizes):
-            should = f"should be turn {len(sizes)}: they count from 0, each once, in order"
-            raise ValueError(f"turn {number} of conversation {key!r} {should}")
+            raise ValueError(problem("bench.no_turn", turn=number, key=key, next=len(sizes)))
         arrivals.setdefault(key, arrival)
         sizes.append(size)
     scripts = [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
@@ -145,17 +143,6 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.hash_ids[: self.input_length // BLOCK_TOKENS]
 
 
-@dataclass(slots=True, eq=False)
-class _Chain:
-    """Requests of which each continues the one before: a conversation that is being put together."""
-
-    key: str
-    arrival: float
-    first: _Request
-    last: _Request
-    turns: list[TurnSize] = field(default_factory=list)
-
-
 def _requests(lines: Iterable[str]) -> list[Script]:
     """Conversations of a trace that has only requests: `{"timestamp": ms, "input_length": tokens, "output_length":
     tokens, "hash_ids": [...]}` on each line, in order of time. An id stands for a block of 512 tokens and all before.
@@ -169,40 +156,39 @@ def _requests(lines: Iterable[str]) -> list[Script]:
     A script's `shared` are the full blocks that its first prompt begins with and other conversations have too. Raises
     ValueError or msgspec.DecodeError.
     """
-    owners: dict[tuple[int, int], _Chain] = {}  # By place in the prompt and id: the chain that had the block first.
+    owners: dict[tuple[int, int], list[_Request]] = {}  # By place and id: the conversation that had the block first.
     common: set[tuple[int, int]] = set()
-    chains: list[_Chain] = []
-    start = now = 0.0
+    chains: dict[str, list[_Request]] = {}
+    now = 0.0
     for number, request in _decoded(lines):
         if request.timestamp < now:
             raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
         now = request.timestamp
-        start = start if chains else now
         chain = _continued(request, owners)
         if chain is None:
-            chain = _Chain(f"line-{number}", (now - start) / 1000, request, request)
-            chains.append(chain)
-            turn = TurnSize(request.input_length, request.output_length)
-        else:
-            new = max(1, request.input_length - chain.last.input_length - chain.last.output_length)
-            turn = TurnSize(new, request.output_length, (now - chain.last.timestamp) / 1000)
-        chain.turns.append(turn)
-        chain.last = request
+            chain = chains[f"line-{number}"] = []
+        chain.append(request)
         common.update(block for block in enumerate(request.blocks) if owners.setdefault(block, chain) is not chain)
-    scripts = []
-    for chain in chains:
-        shared = takewhile(common.__contains__, enumerate(chain.first.blocks))
-        scripts.append(Script(chain.key, tuple(chain.turns), chain.arrival, tuple(block for _, block in shared)))
+    scripts: list[Script] = []
+    start = next(iter(chains.values()))[0].timestamp if chains else 0.0
+    for key, chain in chains.items():
+        first = chain[0]
+        turns = [TurnSize(first.input_length, first.output_length)]
+        for before, request in pairwise(chain):
+            new = max(1, request.input_length - before.input_length - before.output_length)
+            turns.append(TurnSize(new, request.output_length, (request.timestamp - before.timestamp) / 1000))
+        shared = tuple(block for _, block in takewhile(common.__contains__, enumerate(first.blocks)))
+        scripts.append(Script(key, tuple(turns), (first.timestamp - start) / 1000, shared))
     return scripts
 
 
-def _continued(request: _Request, owners: dict[tuple[int, int], _Chain]) -> _Chain | None:
+def _continued(request: _Request, owners: dict[tuple[int, int], list[_Request]]) -> list[_Request] | None:
     blocks = request.blocks
     for place in reversed(range(len(blocks))):
         chain = owners.get((place, blocks[place]))
-        if chain is None or len(chain.last.blocks) != place + 1 or chain.last.blocks != blocks[: place + 1]:
+        if chain is None or len(chain[-1].blocks) != place + 1 or chain[-1].blocks != blocks[: place + 1]:
             continue
-        if request.timestamp > chain.last.timestamp and request.input_length > chain.last.input_length:
+        if request.timestamp > chain[-1].timestamp and request.input_length > chain[-1].input_length:
             return chain
     return None
 
@@ -216,8 +202,7 @@ def _decoded(lines: Iterable[str]) -> Iterator[tuple[int, _Request]]:
         try:
             request = decoder.decode(line)
         except msgspec.DecodeError as e:
-            how = 'a line is {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [...]}'
-            raise ValueError(f"{e}; {how}") from None
+            raise ValueError(problem("bench.no_request", error=e)) from None
         ids, blocks = len(request.hash_ids), -(-request.input_length // BLOCK_TOKENS)
         if ids != blocks:
             raise ValueError(f"{ids} hash_ids; {request.input_length} tokens have {blocks} (512 each)")

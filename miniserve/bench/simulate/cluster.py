@@ -1,7 +1,5 @@
 """A cluster on a virtual clock: the server's scheduler, workers without devices, and agents that wait for answers."""
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,18 +9,17 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from miniserve.bench.replay.distributions import Text
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
-from miniserve.bench.replay.workload import Script, Workload
+from miniserve.bench.replay.workload import Script, Text, Workload
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
 from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Report, TurnOutput
 from miniserve.config import Role, Topology
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.baselines import make_policy
-from miniserve.scheduler.commands import Command, Deliver, Send
 from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.turns import Command, Deliver, Send
 from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
@@ -54,7 +51,7 @@ class Agent:
     number: int
     text: Text
     times: ConversationTimes
-    parent: Agent | None
+    parent: "Agent | None"
     answer: list[int] = field(default_factory=list)
     sent: float = 0.0
     first: float = 0.0

@@ -1,11 +1,10 @@
-"""One simulated run: its figures, and what the same conversations take alone."""
+"""One simulated run: its figures, what the same conversations take alone, and what any scheduler could do with them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from miniserve.bench.replay.metrics import ConversationTimes, Latency, energy, seconds, summary
+from miniserve.bench.replay.metrics import SLO, ConversationTimes, Latency, energy, seconds, summary
 from miniserve.bench.replay.workload import Script
-from miniserve.bench.simulate.bound import bound
 from miniserve.bench.simulate.cluster import Simulation, SimulationConfig
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.bench.simulate.worker import SimulatedWorker
@@ -40,7 +39,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
         "busy": {name: worker.busy / duration for name, worker in workers.items()},
-        "energy": _energy(workers.values(), duration, simulation.times),
+        "energy": energy(_joules(workers.values(), duration), simulation.times),
     }
 
 
@@ -78,13 +77,54 @@ def alone(script: Script, hardware: Hardware) -> Latency:
     return Latency(tuple(ttft), total - decode, tbt, total)
 
 
-def _energy(
-    workers: Iterable[SimulatedWorker], duration: float, times: list[ConversationTimes]
-) -> dict[str, float | None]:
+def bound(scripts: Sequence[Script], workers: Sequence[Hardware], prefillers: int) -> dict[str, Any]:
+    """What a workload and the hardware let any scheduler do: conversations a second, none of them late in steady state.
+    A bound, not a goal: it takes every prompt for found in a cache as far as it was there before, every batch for as
+    large as its step may take, and no worker for idle. Means over `scripts` on these `workers`, of which the first ones
+    are `prefillers`.
+
+    `compute`: a step of at most `SLO` times that of a lone stream spends `overhead` and `base` on no sequence; what is
+    left of all workers' time bears so many times the device seconds that a conversation needs, each at the worker that
+    needs fewest. `memory`: a conversation holds its tokens for as long as a turn takes alone, and no longer. The lower
+    one is `conversations_per_s`. `links` binds only those who move each first prompt once: the prefillers' links.
+    """
+    kinds = [[_work(script, hardware) for script in scripts] for hardware in dict.fromkeys(workers)]
+    seconds = {name: min(sum(one[name] for one in each) / len(scripts) for each in kinds) for name in kinds[0][0]}
+    held = seconds.pop("token_seconds")
+    shares = [1 - (w.base + w.overhead) / (SLO * w.step_seconds((), 1, 0)) for w in workers]
+    compute, memory = sum(shares) / sum(seconds.values()), sum(w.kv_tokens for w in workers) / held
+    first = sum(script.turns[0].new for script in scripts) / len(scripts)
+    rates = [1 / w.transfer_seconds(round(first / w.page_tokens)) for w in workers[:prefillers]]
+    return {
+        "conversations_per_s": min(compute, memory),
+        "compute": compute,
+        "memory": memory,
+        "links": sum(rates) if rates else None,
+        "device_seconds": seconds,
+    }
+
+
+def _work(script: Script, hardware: Hardware) -> dict[str, float]:
+    """What a conversation takes of a device beyond the constants of steps, by kind, and of its memory."""
+    lone, each = hardware.step_seconds((), 1, 0), hardware.per_sequence
+    work = dict.fromkeys(("first_prefill", "appends", "decode", "token_seconds"), 0.0)
+    length = script.prefix  # which its parent has computed
+    for number, turn in enumerate(script.turns):
+        count, before = turn.new, min(length, turn.keep)
+        prefill = hardware.per_token * count + hardware.per_pair * count * (before + count / 2)
+        work["appends" if number else "first_prefill"] += prefill + hardware.per_context * before
+        length = before + count + turn.output
+        read = (turn.output - 1) * (before + count + turn.output / 2)  # the sum of its lengths at each token but one
+        work["decode"] += each * (turn.output - 1) + hardware.per_kv_token * read
+        work["token_seconds"] += prefill * (before + count) + lone * read
+    return work
+
+
+def _joules(workers: Iterable[SimulatedWorker], duration: float) -> float | None:
     joules = 0.0
     for worker in workers:
         busy, idle = worker.hardware.busy_watts, worker.hardware.idle_watts
         if busy is None or idle is None:
-            return energy(None, times)
+            return None
         joules += worker.busy * busy + max(duration - worker.busy, 0.0) * idle
-    return energy(joules, times)
+    return joules
