@@ -3,8 +3,8 @@ PY := .venv/bin/python
 MODEL ?= smollm2-135m
 ARGS ?=
 PYTEST_ARGS ?=
-# A process for each core and one more, since many tests wait; files of tests are divided among them.
-PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A process for each core; files of tests are divided among them.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-fast test-clients lint format venv clean

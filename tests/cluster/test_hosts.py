@@ -149,7 +149,7 @@ async def test_a_host_is_lost(hosts: Hosts, tiny_folder: Path, what: str, phase:
             turns = [asyncio.create_task(collect(client, item, greedy())) for item in items]
             if phase == "decode":
                 async with asyncio.timeout(20):
-                    while sum(turn.delivered > 20 for turn in client.scheduler.turns) < 4:
+                    while sum(turn.delivered > 20 for turn in client.scheduler.turns.values()) < 4:
                         await asyncio.sleep(0.001)
             else:
                 await asyncio.sleep(random.uniform(0.0, 0.02))
