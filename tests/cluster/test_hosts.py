@@ -113,6 +113,7 @@ async def test_text_is_the_same_on_three_hosts(hosts: Hosts, tiny_folder: Path, 
             assert sum(link.pages for link in client.scheduler.links.values()) > 0
 
 
+@pytest.mark.long
 async def test_delay_and_loss_change_nothing(hosts: Hosts, tiny_folder: Path) -> None:
     items = prompts(4, seed=3, shortest=60)
     texts = reference(tiny_folder, items, 24)
@@ -134,7 +135,7 @@ KILLS: dict[str, Callable[[Hosts, int], None]] = {
 }
 
 
-@pytest.mark.parametrize("phase", ["handoff", "decode"])
+@pytest.mark.parametrize("phase", ["handoff", pytest.param("decode", marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", KILLS)
 async def test_a_host_is_lost(hosts: Hosts, tiny_folder: Path, what: str, phase: str) -> None:
     """Whoever is lost in whatever phase of several turns at once: each goes on where the client has left off."""
@@ -170,6 +171,7 @@ async def test_a_host_is_lost(hosts: Hosts, tiny_folder: Path, what: str, phase:
             assert served < 15
 
 
+@pytest.mark.long
 async def test_two_workers_that_do_not_reach_each_other(hosts: Hosts, tiny_folder: Path) -> None:
     """Each decoder prefills for itself what the prefiller cannot hand over."""
     items = prompts(4, seed=5, shortest=60)
@@ -205,6 +207,7 @@ async def test_a_lost_raylet_comes_back_elsewhere(hosts: Hosts, tiny_folder: Pat
     hosts.start_ray(lost, cpus=2)
 
 
+@pytest.mark.long
 async def test_workers_of_two_ranks_come_and_go(hosts: Hosts, tiny_folder: Path) -> None:
     """A handoff between hosts is rank to rank. A worker that is added has a bundle of its own; the conversation of one
     that goes moves to another host."""

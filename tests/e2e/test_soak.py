@@ -30,6 +30,7 @@ def soak():
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.long
 def test_ten_seconds(soak):
     result = soak.soak(10.0, int(time.time()), quiet=True)
     assert result["tokens compared"] > 100
