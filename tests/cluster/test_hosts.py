@@ -136,7 +136,7 @@ KILLS: dict[str, Callable[[Hosts, int], None]] = {
 
 
 @pytest.mark.parametrize("phase", ["handoff", pytest.param("decode", marks=pytest.mark.long)])
-@pytest.mark.parametrize("what", KILLS)
+@pytest.mark.parametrize("what", ["worker", pytest.param("cable", marks=pytest.mark.long)])
 async def test_a_host_is_lost(hosts: Hosts, tiny_folder: Path, what: str, phase: str) -> None:
     """Whoever is lost in whatever phase of several turns at once: each goes on where the client has left off."""
     items = prompts(8, seed=4, shortest=100, longest=160)
@@ -187,6 +187,7 @@ async def test_two_workers_that_do_not_reach_each_other(hosts: Hosts, tiny_folde
             hosts.part(p, d, mend=True)
 
 
+@pytest.mark.long
 async def test_a_lost_raylet_comes_back_elsewhere(hosts: Hosts, tiny_folder: Path) -> None:
     items = prompts(6, seed=6, shortest=60)
     texts = reference(tiny_folder, items, TOKENS)
