@@ -100,7 +100,8 @@ def flags(**given: object) -> list[str]:
     return found
 
 
-def _grid(args: Namespace) -> Iterator[GridCell]:
+def chosen(args: Namespace) -> Iterator[tuple[str, Topology]]:
+    """The policies that are asked for, each with its topology. Raises `ConfigError`."""
     for text in args.policies or POLICIES:
         policy, _, own = text.partition("@")
         if policy not in POLICIES:
@@ -108,6 +109,18 @@ def _grid(args: Namespace) -> Iterator[GridCell]:
         topology = Topology.parse(own) if own else args.topology
         if policy in ("colocated", "affinity", "cache-aware") and not own:
             topology = Topology(0, topology.prefillers + topology.decoders)
+        yield policy, topology
+
+
+def cluster_flags(args: Namespace, policy: str, topology: Topology, **more: object) -> list[str]:
+    """The flags of `miniserve simulate` that name the simulated cluster."""
+    without = not args.enable_prefix_caching
+    same = {name: getattr(args, name) for name in ("hardware", "tensor_parallel_size", "warm_up")}
+    return flags(policy=policy, topology=topology, **same, no_enable_prefix_caching=without, **more)
+
+
+def _grid(args: Namespace) -> Iterator[GridCell]:
+    for policy, topology in chosen(args):
         for wrong, rate, seed in product(args.mispredict if policy == "ampd" else [0.0], args.rates, args.seeds):
             yield GridCell(policy, topology, wrong, rate, seed)
 
@@ -120,17 +133,15 @@ async def _run_all(args: Namespace, workload: WorkloadConfig, grid: list[GridCel
 
         async def one(cell: GridCell) -> dict[str, Any]:
             named = workload_flags(workload, cell.rate, cell.seed)
-            how: dict[str, Any] = {"policy": cell.policy, "topology": cell.topology}
             async with room:
                 if args.serve:
                     wrong = cell.mispredict if cell.policy == "ampd" else None
-                    serve = ["serve", args.serve, *flags(**how, port=0, mispredict=wrong), *args.serve_args]
+                    how = flags(policy=cell.policy, topology=cell.topology, port=0, mispredict=wrong)
+                    serve = ["serve", args.serve, *how, *args.serve_args]
                     result = {**await _on_server(serve, ["replay", *named]), "mispredict": cell.mispredict}
                 else:
-                    how |= {"mispredict": cell.mispredict, "hardware": args.hardware, "warm_up": args.warm_up}
-                    how["tensor_parallel_size"] = args.tensor_parallel_size
-                    without = not args.enable_prefix_caching
-                    result = await run(["simulate", *named, *flags(**how, no_enable_prefix_caching=without)])
+                    how = cluster_flags(args, cell.policy, cell.topology, mispredict=cell.mispredict)
+                    result = await run(["simulate", *named, *how])
             progress()
             return {**result, "label": cell.label}
 
@@ -191,13 +202,13 @@ def _span(text: str) -> tuple[float, float]:
     return start, end
 
 
-def _listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return checked(lambda text: [parse(part) for part in text.split(",")])
 
 
 FLAGS: dict[str, Any] = {
     "--policies": {
-        "type": _listed(str),
+        "type": listed(str),
         "help": "which, each perhaps with a topology of its own, like colocated@4D,conserve; default: all",
     },
     "--topology": {
@@ -206,13 +217,13 @@ FLAGS: dict[str, Any] = {
         "help": "of those without one of their own; colocated ones have as many decoders; default: %(default)s",
     },
     "--rates": {
-        "type": _listed(VALUES["rate"]),
+        "type": listed(VALUES["rate"]),
         "default": "1",
         "help": "conversations a second, like 0.5,1,1.5; default: %(default)s",
     },
-    "--seeds": {"type": _listed(VALUES["whole"]), "default": "0", "help": "like 1,2,3; default: %(default)s"},
+    "--seeds": {"type": listed(VALUES["whole"]), "default": "0", "help": "like 1,2,3; default: %(default)s"},
     "--mispredict": {
-        "type": _listed(VALUES["share"]),
+        "type": listed(VALUES["share"]),
         "default": "0.1",
         "help": "shares of ampd's wrong predictions; default: %(default)s",
     },

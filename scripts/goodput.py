@@ -20,10 +20,9 @@ from rich.table import Table
 
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.cli.evaluate import counting
-from miniserve.cli.flags import VALUES, Parser, add_flags, checked, filled
+from miniserve.cli.flags import VALUES, Parser, add_flags, filled
 from miniserve.config import ConfigError, Topology, tables
-from miniserve.scheduler.baselines import POLICIES
-from scripts.compare import flags, run, workload_flags
+from scripts.compare import chosen, cluster_flags, listed, run, workload_flags
 from scripts.figures.tables import GOOD, SLOS
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -59,10 +58,9 @@ async def bisect(args: Namespace, workload: WorkloadConfig, policy: str, topolog
     low, high, cells = args.low, args.high, []
 
     async def at(rate: float) -> bool:
-        own = {"policy": policy, "topology": topology, "hardware": args.hardware, "warm_up": args.warm_up}
-        own |= {"tensor_parallel_size": args.tensor_parallel_size}
+        command = ["simulate", *workload_flags(workload, rate, seed), *cluster_flags(args, policy, topology)]
         async with args.room:
-            cells.append(await run(["simulate", *workload_flags(workload, rate, seed), *flags(**own)]))
+            cells.append(await run(command))
         return is_good(cells[-1])
 
     if not await at(low):
@@ -75,13 +73,7 @@ async def bisect(args: Namespace, workload: WorkloadConfig, policy: str, topolog
 
 async def search(args: Namespace, workload: WorkloadConfig) -> list[Found]:
     args.room = asyncio.Semaphore(args.jobs or os.cpu_count() or 1)
-    wanted = []
-    for text in args.policies or POLICIES:
-        policy, _, own = text.partition("@")
-        topology = Topology.parse(own) if own else args.topology
-        if policy in ("colocated", "affinity", "cache-aware") and not own:
-            topology = Topology(0, topology.prefillers + topology.decoders)
-        wanted += [(policy, topology, seed) for seed in args.seeds]
+    wanted = [(*each, seed) for each in chosen(args) for seed in args.seeds]
     with counting("searches", len(wanted)) as progress:
 
         async def one(policy: str, topology: Topology, seed: int) -> Found:
@@ -103,14 +95,10 @@ def show(found: list[Found], console: Console) -> None:
     console.print(table)
 
 
-def listed(name: str) -> Any:
-    return checked(lambda text: [VALUES[name](part) if name else part for part in text.split(",")])
-
-
 FLAGS: dict[str, Any] = {
-    "--policies": {"type": listed(""), "help": "like colocated@4D,observe; default: all"},
+    "--policies": {"type": listed(str), "help": "like colocated@4D,observe; default: all"},
     "--topology": {"type": "topology", "default": "1P3D", "help": "colocated ones have as many decoders instead"},
-    "--seeds": {"type": listed("whole"), "default": "0", "help": "like 1,2,3; default: %(default)s"},
+    "--seeds": {"type": listed(VALUES["whole"]), "default": "0", "help": "like 1,2,3; default: %(default)s"},
     "--low": {"type": "rate", "default": 0.5, "help": "a rate that is expected to be good; default: %(default)s"},
     "--high": {"type": "rate", "default": 1.5, "help": "one that is not; default: %(default)s"},
     "--within": {"type": "rate", "default": 0.02, "help": "how far apart both are at the end; default: %(default)s"},

@@ -14,9 +14,10 @@ MOST_UNCACHED, MOST_UNCACHED_SHARE = 2048, 0.7
 FEW_APPENDED = 512
 """New tokens below which `Ppd` prefills a later turn at home."""
 MATCH_SHARE, LOAD_GAP, LOAD_RATIO = 0.3, 64, 1.5
-"""Of `CacheAware`: `--cache-threshold`, `--balance-abs-threshold` and `--balance-rel-threshold` as SGLang has them."""
+"""Of `CacheAware`: `--cache-threshold`, `--balance-abs-threshold` and `--balance-rel-threshold` as the documents of SMG
+have them, the gateway of SGLang (github.com/lightseekorg/smg)."""
 SESSION_SECONDS = 300.0
-"""How long `Affinity` keeps a session where it was; prompt caches are commonly sold for as long."""
+"""How long `Affinity` keeps a session where it was: our choice, and how long Anthropic's prompt cache lasts."""
 
 
 def at_home(need: Need, cluster: Cluster) -> WorkerView | None:
@@ -49,6 +50,7 @@ class Prefilling(Policy):
         return self.prefill(need, cluster, home)
 
     def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
+        """Place a turn that `home` decodes; there are prefillers."""
         raise NotImplementedError
 
 
@@ -123,18 +125,17 @@ class Ppd(Prefilling):
 
     def prefill(self, need: Need, cluster: Cluster, home: WorkerView) -> Placement:
         prefiller = least_queued(cluster)
-        away = Option(home.name, prefiller.name)
+        local, remote = Option(home.name), Option(home.name, prefiller.name)
         if not need.conversation.home:
-            return Placement(away, "first turn")
-        new, known = need.new(home.name), need.known[home.name]
-        if new < FEW_APPENDED:
-            return Placement(Option(home.name), "a short append")
+            return Placement(remote, "first turn")
+        appended, before = need.new(home.name), need.known[home.name]
+        if appended < FEW_APPENDED:
+            return Placement(local, "a short append")
+        new, known, history, back = away(need, cluster, home, prefiller)
         step = home.speed.decode(home.turns + 1, home.tokens_in_use + need.tokens)
-        local = home.speed.prefill(new, known)
-        moved = cluster.copy_seconds(home, prefiller, known) + cluster.copy_seconds(prefiller, home, new)
-        ttft = (prefiller.speed.prefill(new, known) + moved) / max(local, 1e-9)
-        tpot = 1 + home.speed.held_up(new, known) / max(need.output * step, 1e-9)
-        return Placement(away if ttft < tpot else Option(home.name), "by the table", share_history=True)
+        ttft = (prefiller.speed.prefill(new, known) + history + back) / max(home.speed.prefill(appended, before), 1e-9)
+        tpot = 1 + home.speed.held_up(appended, before) / max(need.output * step, 1e-9)
+        return Placement(remote if ttft < tpot else local, "by the table", share_history=True)
 
 
 class Moving(Policy):

@@ -5,22 +5,11 @@ import pytest
 
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
 from miniserve.bench.replay.workload import Script, TurnSize
-from miniserve.bench.simulate.hardware import PRESETS, Hardware
+from miniserve.bench.simulate.hardware import PRESETS
 from miniserve.bench.simulate.run import bound, steady
+from tests.support.simulated import PLAIN
 
-DEVICE = Hardware(
-    name="made up",
-    source="this test",
-    base=0.01,
-    per_token=0.001,
-    per_pair=0.0,
-    per_sequence=0.002,
-    per_kv_token=0.0,
-    kv_bytes_per_token=1000,
-    kv_tokens=10_000,
-    page_tokens=10,
-    transfer_bytes_per_second=1e6,
-)
+DEVICE = msgspec.structs.replace(PLAIN, per_sequence=0.002, kv_tokens=10_000, page_tokens=10)
 
 
 def test_one_kind_of_device() -> None:

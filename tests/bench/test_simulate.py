@@ -247,6 +247,13 @@ def test_observe_waits_rather_than_computes_again():
     assert found["observe"]["ttfet_s"]["p95"] < found["colocated"]["ttfet_s"]["p95"]
 
 
+@pytest.mark.parametrize(("share", "counted"), [(0.0, 10), (0.35, 7), (1.0, 1)])
+def test_conversations_that_come_first_are_not_counted(share: float, counted: int) -> None:
+    result = simulate(simulated(scripts(10), "1P1D", "observe", warm_up=share))
+    assert result["conversations"] == counted
+    assert result["turns"] == 3 * counted
+
+
 def test_a_timeline_shows_what_workers_did():
     shown = timeline(simulated(scripts(10), "1P1D", "conserve"), 1.0, 3.0)
     assert shown["window"] == [1.0, 3.0]

@@ -19,7 +19,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
     duration = simulation.now - min(workload.starts)
     hardware = config.hardware[0 if config.topology.prefillers else 1]
     standalone = {script.key: alone(script, hardware) for script in workload.conversations}
-    first = workload.starts[int(config.warm_up * len(workload.starts))]
+    first = workload.starts[min(int(config.warm_up * len(workload.starts)), len(workload.starts) - 1)]
     counted = [times for times in simulation.times if times.arrival >= first]
     most = bound(workload.conversations, [worker.hardware for worker in workers.values()], config.topology.prefillers)
     return {
