@@ -3,8 +3,8 @@ PY := .venv/bin/python
 MODEL ?= smollm2-135m
 ARGS ?=
 PYTEST_ARGS ?=
-# A process for each core; files of tests are divided among them.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+# A process for each core; files of tests are divided among them, in the order of tests/conftest.py.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-fast test-clients lint format venv clean

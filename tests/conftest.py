@@ -30,7 +30,14 @@ os.environ.update(SPINNING)
 # Clusters of Ray that tests start write no token into this user's home, and ask for none.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
+FIRST = ("test_hosts.py", "test_cluster.py", "test_parity.py", "test_ops.py", "test_server.py", "test_interleavings.py")
+"""Files that take longest: what begins last would keep one core busy alone."""
 USERS_CACHE = os.environ.get("MINISERVE_CACHE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

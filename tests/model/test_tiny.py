@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.support import tiny
 
@@ -18,3 +20,13 @@ def test_greedy_text_wanders_and_sees_the_whole_prompt(tiny_models: dict[str, Pa
     assert one != two
     whole = tiny.reference_logits(tiny_models[name], prompt + one).argmax(-1).tolist()
     assert whole[len(prompt) - 1 : -1] == one
+
+
+def test_models_may_be_loaded_at_once(tmp_path: Path) -> None:
+    """Their weights are tied, and so are those of models that are loaded later."""
+    folders = [tiny.make_model(tmp_path / str(number), "llama", tie=True, seed=number) for number in range(6)]
+    ties = transformers.PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(len(folders)) as pool:
+        loaded = list(pool.map(tiny.reference_logits, folders, [[1, 2, 3]] * len(folders)))
+    assert transformers.PreTrainedModel.tie_weights is ties
+    assert all(logits.isfinite().all() and logits.abs().max() < 1e3 for logits in loaded)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -268,8 +269,18 @@ def _continued(folder: Path, prompt: tuple[int, ...], max_tokens: int) -> tuple[
     return tuple(answer)
 
 
-@lru_cache(maxsize=16)
+LOADING = Lock()
+"""`from_pretrained` replaces methods of its classes while it runs. Two at once leave them replaced: models loaded later
+have no tied weights, but what was in memory."""
+
+
 def _load(folder: Path) -> Any:
+    with LOADING:
+        return _loaded(folder)
+
+
+@lru_cache(maxsize=16)
+def _loaded(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
