@@ -116,11 +116,11 @@ def parse_tokens(text: str) -> int:
 
 def parse_bytes(text: str) -> int:
     """Bytes from `2GiB`, `512M`, `1.5g`, `1073741824`. Raises `ConfigError`."""
-    m = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ki|mi|gi|k|m|g|)b?", text.strip().lower())
+    m = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ki|mi|gi|ti|k|m|g|t|)b?", text.strip().lower())
     if m is None:
         raise ConfigError(f"{text!r} is not a size: write it like 2GiB, 512M or a number of bytes.")
-    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-    return round(float(m[1]) * units[m[2]])
+    power = " kmgt".index(m[2][:1] or " ")
+    return round(float(m[1]) * (1024 if m[2].endswith("i") else 1000) ** power)
 
 
 def parse_swap(text: str) -> int:

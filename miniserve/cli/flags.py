@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 
 import msgspec
 
-from miniserve.config import ConfigError, Topology, number, parse_positive, parse_seconds, parse_share, problem, tables
+from miniserve.config import (
+    ConfigError,
+    Topology,
+    number,
+    parse_positive,
+    parse_seconds,
+    parse_share,
+    parse_swap,
+    problem,
+    tables,
+)
 from miniserve.scheduler.baselines import POLICIES
 
 T = TypeVar("T")
@@ -79,6 +89,7 @@ VALUES: dict[str, Callable[[str], Any]] = {
     "topology": Topology.parse,
     "policy": policy,
     "path": Path,
+    "swap": parse_swap,
 }
 """How values are parsed, by their names in commands.toml."""
 

@@ -17,6 +17,7 @@ from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import PagePool
 from miniserve.kv.states import StateMemory
+from miniserve.kv.swap import SwapSpace
 from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
@@ -112,7 +113,7 @@ def build(
     memory = KVMemory(choices.shape, num_pages, device, choices.snapshot)
     host = None
     if choices.swap_pages:
-        host = HostPool(memory, choices.swap_pages, make_order(config.kv_eviction), tell=tell)
+        host = HostPool(SwapSpace(memory, choices.swap_pages, tell=tell), make_order(config.kv_eviction))
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
     if choices.state:
         kv_note += (

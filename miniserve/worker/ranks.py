@@ -165,7 +165,7 @@ class Follower:
             case rank_messages.Forward():
                 self.built.runner.follow(command)
             case rank_messages.Copied("offload" | "restore" as what, sources, targets) if host is not None:
-                host.copy(what, sources, targets)
+                host.slots.copy(what, sources, targets)
             case rank_messages.Copied("clear", [slot]) if snapshots is not None:
                 snapshots.slots.clear(slot)
             case rank_messages.Copied("save", [slot], pages) if snapshots is not None:

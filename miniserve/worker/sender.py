@@ -96,7 +96,7 @@ class Sender:
         """Publish what is here of a conversation's history."""
         pages = self.engine.pool.match(message.hashes)
         if self.engine.host is not None:
-            self.engine.host.settle()  # a page may be known that is only on its way back from there
+            self.engine.host.slots.settle()  # a page may be known that is only on its way back from there
         count, state = len(pages), list[int]()
         if (snapshots := self.engine.snapshots) is not None:
             # As far as there is a snapshot.

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 from miniserve.cluster.messages import Keep
 from miniserve.kv.hashing import snapshot_names
+from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Sequence, Snapshot, State
 from miniserve.worker.step import Work
 
 if TYPE_CHECKING:
-    from miniserve.kv.host import HostPool
     from miniserve.kv.states import StateMemory
 
 

@@ -316,3 +316,48 @@ def test_the_command(tmp_path: Path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     assert cli.main(["simulate", str(tmp_path / "nothing.csv")]) == 1
     assert "nothing.csv" in capsys.readouterr().err
+
+
+# --- host memory ----------------------------------------------------------------------------------------------------
+
+PAGE = PLAIN.page_tokens * PLAIN.kv_bytes_per_token
+
+
+def with_host(pages: int) -> Simulation:
+    """60 conversations with pauses of a minute on two workers that have room for half of them."""
+    hardware = msgspec.structs.replace(PLAIN, host_bytes_per_second=1e7)
+    work = scripts(60, turns=4, first=300, gap=60.0)
+    made = Simulation(simulated(work, "2D", "observe", rate=1.0, hardware=hardware, swap_space=pages * PAGE))
+    made.run()
+    for worker in made.workers.values():
+        check_pool(worker.pool)
+        assert worker.num_pages == pages
+    return made
+
+
+def later_ttft(made: Simulation) -> float:
+    return sum(turn.first - turn.sent for times in made.times for turn in times.turns[1:])
+
+
+def test_what_does_not_fit_gains_from_host_memory():
+    without, some, much = (with_host(pages) for pages in (0, 300, 1000))
+    assert sum(worker.worker._stats().restored for worker in some.workers.values()) > 500
+    assert later_ttft(some) < 0.8 * later_ttft(without)
+    assert later_ttft(much) < 0.8 * later_ttft(some)
+
+
+def test_with_host_memory_it_is_the_same_each_time():
+    assert [times.turns for times in with_host(300).times] == [times.turns for times in with_host(300).times]
+
+
+def test_copies_to_host_memory_by_hand():
+    """A token has 1000 bytes, a page 16 tokens."""
+    hardware = msgspec.structs.replace(PLAIN, host_latency=0.5)
+    assert hardware.host_seconds(3) == pytest.approx(0.5 + 3 * 0.016), "as fast as to another device"
+    assert msgspec.structs.replace(hardware, host_bytes_per_second=1e5).host_seconds(1) == pytest.approx(0.5 + 0.16)
+
+
+def test_the_flag_of_serve_gives_host_memory(tmp_path: Path):
+    args = "simulate swe-agent --topology 2D --rate 2 --conversations 12 --max-turns 4 --swap-space 16GiB --json"
+    assert cli.main([*args.split(), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out").read_text())["turns"] > 12

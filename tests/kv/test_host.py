@@ -13,6 +13,7 @@ from miniserve.kv.eviction import UNKNOWN, ExpectedNeed, make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import Evicted, PagePool
+from miniserve.kv.swap import SwapSpace
 from tests.support.one_token_pages import KEEPS, LATER, SOON, Turn, cache, hashes
 from tests.support.whole import check_pool
 
@@ -27,7 +28,7 @@ class PoolAndHost(RuleBasedStateMachine):
         memory = KVMemory(PageShape(1, 1, 1, 1, torch.int64), pages, torch.device("cpu"))
         order = "lru" if lru else "expected"
         self.bytes = memory.pages.view(pages, -1)
-        self.host = HostPool(memory, slots, make_order(order))
+        self.host = HostPool(SwapSpace(memory, slots), make_order(order))
         self.pool = PagePool(pages, make_order(order), on_evict=self.evict)
         self.at_once = at_once
         self.now = 1.0
@@ -96,7 +97,7 @@ class PoolAndHost(RuleBasedStateMachine):
 
     @invariant()
     def what_has_a_name_holds_what_it_says(self) -> None:
-        slots = self.host._host.view(self.host.num_pages, -1)
+        slots = self.host.slots.pages.view(self.host.num_pages, -1)
         assert all(self.holds(self.bytes[page], digest) for digest, page in self.pool._page_of.items())
         assert all(self.holds(slots[slot], digest) for digest, slot in self.host._page_of.items())
         for turn in self.turns:
@@ -131,7 +132,7 @@ class Offloading:
         self.seconds_a_copy = seconds_a_copy
         memory = KVMemory(PageShape(1, 1, 1, 1, torch.int64), pages, torch.device("cpu"))
         self.bytes = memory.pages.view(pages, -1)
-        self.host = HostPool(memory, slots, ExpectedNeed(), clock=self.clock)
+        self.host = HostPool(SwapSpace(memory, slots, clock=self.clock), ExpectedNeed())
         self.pool = PagePool(pages, ExpectedNeed(), on_evict=self.host.store)
 
     def clock(self) -> float:
@@ -247,7 +248,7 @@ def test_what_is_computed_sooner_than_copied_is_not_restored() -> None:
     both = Offloading(2, 2, seconds_a_copy=0.5)
     both.cache(1, 2)
     both.evict(2)
-    assert both.host.page_seconds == pytest.approx(0.25)  # the clock is read twice
+    assert both.host.slots.page_seconds == pytest.approx(0.25)  # the clock is read twice
     assert both.restored(1, 2, keep=Keep("a", page_seconds=0.2)) == []
     assert both.restored(1, 2, keep=Keep("a", page_seconds=0.3)) == [1, 2]
     assert both.restored(1, 2, keep=UNKNOWN) == [1, 2]
@@ -257,9 +258,9 @@ def test_the_seconds_of_a_copy_are_a_running_average_of_pages() -> None:
     both = Offloading(4, 4, seconds_a_copy=0.4)
     both.cache(1, 2, 3, 4)
     both.evict(4)
-    assert both.host.page_seconds == pytest.approx(0.2)
+    assert both.host.slots.page_seconds == pytest.approx(0.2)
     both.restored(1, 2, 3, 4)  # 0.2 s for all of them
-    assert both.host.page_seconds == pytest.approx(0.2 + (0.05 - 0.2) / 8)
+    assert both.host.slots.page_seconds == pytest.approx(0.2 + (0.05 - 0.2) / 8)
 
 
 def test_a_cleared_host_has_nothing() -> None:

@@ -15,11 +15,12 @@ import torch
 
 from miniserve.cluster.channels import decode
 from miniserve.cluster.messages import CudaHandle, Envelope, Keep, Peer, Peers, PoolInfo
-from miniserve.kv import host
+from miniserve.kv import swap as swapping
 from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import Evicted
+from miniserve.kv.swap import SwapSpace
 from miniserve.kv.transfer import mapped as mapping
 from miniserve.kv.transfer.interface import connect, way
 from miniserve.kv.transfer.mapped import MappedTransfer
@@ -83,8 +84,8 @@ class LazyStream:
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[LazyStream]:
     monkeypatch.setattr(LazyStream, "made", [])
     monkeypatch.setattr(mapping, "SideStream", LazyStream)
-    monkeypatch.setattr(host, "SideStream", LazyStream)
-    monkeypatch.setattr(host, "pin", lambda memory: None)
+    monkeypatch.setattr(swapping, "SideStream", LazyStream)
+    monkeypatch.setattr(swapping, "pin", lambda memory: None)
     return LazyStream.made
 
 
@@ -194,7 +195,7 @@ def evicted(page: int) -> Evicted:
 
 def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStream]) -> None:
     memory = device_memory(1)
-    swap = HostPool(memory, 4, ExpectedNeed())
+    swap = HostPool(SwapSpace(memory, 4), ExpectedNeed())
     kept = content(memory, 3)
     swap.store(evicted(3), 0.0)
     memory.bytes[3] = 0  # the next step writes to the page
@@ -208,19 +209,19 @@ def test_an_evicted_page_is_read_before_it_is_overwritten(streams: list[LazyStre
 
 def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
     memory = device_memory(1)
-    swap = HostPool(memory, 4, ExpectedNeed())
+    swap = HostPool(SwapSpace(memory, 4), ExpectedNeed())
     kept = content(memory, 3)
     swap.store(evicted(3), 0.0)
     monkeypatch.setattr(LazyStream, "lead", lambda self: None)
     swap.restore(swap.match([bytes([3]) * 16], Keep()), [6], 0.0)
     assert content(memory, 6) != kept
-    swap.settle()
+    swap.slots.settle()
     assert content(memory, 6) == kept
 
 
 def test_a_slot_is_restored_before_it_is_used_again(streams: list[LazyStream]) -> None:
     memory = device_memory(1)
-    swap = HostPool(memory, 1, ExpectedNeed())
+    swap = HostPool(SwapSpace(memory, 1), ExpectedNeed())
     kept = content(memory, 3)
     swap.store(evicted(3), 0.0)
     swap.restore(swap.match([bytes([3]) * 16], Keep()), [6], 0.0)
@@ -232,11 +233,11 @@ def test_a_slot_is_restored_before_it_is_used_again(streams: list[LazyStream]) -
 def test_copies_are_timed_by_the_gpu(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LazyStream, "lead", lambda self: None)
     memory = device_memory(1)
-    swap = HostPool(memory, 4, ExpectedNeed(), clock=lambda: pytest.fail("the host's clock knows nothing of it"))
+    swap = HostPool(SwapSpace(memory, 4, clock=lambda: pytest.fail("not the host's clock")), ExpectedNeed())
     swap.store(evicted(3), 0.0)
-    assert swap.page_seconds == 0.0
+    assert swap.slots.page_seconds == 0.0
     assert swap.match([bytes([3]) * 16], Keep(page_seconds=1.0)), "not known yet: as good as computing"
     swap.release([0], Keep(), 0.0)
     streams[0].drain()
     assert not swap.match([bytes([3]) * 16], Keep(page_seconds=1.0))
-    assert swap.page_seconds == 3.0
+    assert swap.slots.page_seconds == 3.0

@@ -50,6 +50,12 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     far_bytes_per_second: float | None = None
     far_latency: float = 0.0
     """Of transfers between hosts: how fast each device's are (None: as within a host), and what they take on top."""
+    swap_space: int = 0
+    """Of host memory for evicted KV; 0: none."""
+    host_bytes_per_second: float | None = None
+    host_latency: float = 0.0
+    """Of copies between a device and host memory: how fast they are (None: as to another device), and what each takes
+    on top."""
     message_seconds: float = 0.0
     busy_watts: float | None = None
     idle_watts: float | None = None
@@ -80,7 +86,8 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         hops, sums = 2 * (ranks - 1), 2 * self.layers
         token = sums * hops / ranks * 2 * self.hidden_size / self.transfer_bytes_per_second
         changes = {name: getattr(self, name) / ranks for name in ("per_pair", "per_context", "per_kv_token")}
-        for name in ("kv_tokens", "transfer_bytes_per_second", "busy_watts", "idle_watts"):
+        more = "kv_tokens", "transfer_bytes_per_second", "host_bytes_per_second", "busy_watts", "idle_watts"
+        for name in more:
             changes[name] = ranks * getattr(self, name) if getattr(self, name) is not None else None
         return msgspec.structs.replace(
             self,
@@ -96,6 +103,11 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if not near:
             rate, latency = self.far_bytes_per_second or rate, latency + self.far_latency
         return latency + pages * self.page_tokens * (self.kv_bytes_per_token / rate + self.transfer_token_seconds)
+
+    def host_seconds(self, pages: int) -> float:
+        """The time of `pages` to host memory, or back."""
+        rate = self.host_bytes_per_second or self.transfer_bytes_per_second
+        return self.host_latency + pages * self.page_tokens * self.kv_bytes_per_token / rate
 
 
 PRESETS = msgspec.toml.decode(Path(__file__).with_name("hardware.toml").read_bytes(), type=dict[str, Hardware])

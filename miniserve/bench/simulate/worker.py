@@ -1,7 +1,8 @@
 """A worker without a device: the engine, the page pool, the handoffs and the loop of a real one, on a virtual clock.
 
-Only two things are replaced: the worker is its engine's runner, which has no model but lets the time of a step pass and
-asks for the next token; and a `SimulatedLink` moves no bytes, it lets the time of a copy pass.
+Only what a device does is replaced: the worker is its engine's runner, which has no model but lets the time of a step
+pass and asks for the next token, and its host memory; there and on a `SimulatedLink` the time of a copy passes, and no
+bytes are moved.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
 from miniserve.config import Role
 from miniserve.kv.eviction import make_order
+from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
 from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
@@ -45,6 +47,8 @@ class SimulatedWorker:
     eos: frozenset[int] = frozenset()
     now: float = 0.0
     """Its own time, which its steps move on."""
+    copied: float = 0.0
+    """When all copies to and from host memory are done."""
     busy: float = 0.0
     """Seconds in which the device computed."""
     inbox: list[Envelope] = field(default_factory=list)
@@ -53,8 +57,11 @@ class SimulatedWorker:
 
     def __post_init__(self) -> None:
         hardware, clock = self.hardware, self.clock
-        self.pool = PagePool(hardware.kv_tokens // hardware.page_tokens, make_order("expected"), caching=self.caching)
         self._page_bytes = hardware.page_tokens * hardware.kv_bytes_per_token
+        self.num_pages = hardware.swap_space // self._page_bytes
+        host = HostPool(self, make_order("expected")) if self.num_pages else None
+        pages, on_evict = hardware.kv_tokens // hardware.page_tokens, host.store if host is not None else None
+        self.pool = PagePool(pages, make_order("expected"), caching=self.caching, on_evict=on_evict)
         engine = Engine(
             self,
             self.pool,
@@ -62,6 +69,7 @@ class SimulatedWorker:
             max_num_batched_tokens=hardware.max_num_batched_tokens,
             max_num_seqs=hardware.max_num_seqs,
             max_model_len=self.max_model_len,
+            host=host,
             pace=Pace(hardware.max_num_batched_tokens, self.stretch) if self.stretch else None,
             clock=clock,
         )
@@ -86,10 +94,22 @@ class SimulatedWorker:
         chunks = [(work.count, work.start) for work in batch if not work.is_decode]
         kv_tokens = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
         seconds = self.hardware.step_seconds(chunks, len(batch) - len(chunks), kv_tokens)
+        self.settle()
         self.now += seconds
         self.busy += seconds
         sampled: Sampled = [(self.speak(work.sequence), None) for work in batch if work.samples]
         return lambda: sampled
+
+    @property
+    def page_seconds(self) -> float:
+        return self.hardware.host_seconds(1)
+
+    def copy(self, what: str, sources: list[int], targets: list[int]) -> None:
+        """Copy pages to or from host memory, one after the other, beside what else happens until the next step."""
+        self.copied = max(self.copied, self.now) + self.hardware.host_seconds(len(sources))
+
+    def settle(self) -> None:
+        self.now = max(self.now, self.copied)
 
     def round(self, now: float) -> float:
         """Run its loop once from `now` on; returns when the next round is due if no message comes before."""
