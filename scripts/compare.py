@@ -81,6 +81,7 @@ def _simulation(args: Namespace, workload: WorkloadConfig, cell: GridCell) -> Si
         policy=cell.policy,
         mispredict=cell.mispredict,
         enable_prefix_caching=args.enable_prefix_caching,
+        swap_space=args.swap_space,
     )
 
 
@@ -115,7 +116,7 @@ def chosen(args: Namespace) -> Iterator[tuple[str, Topology]]:
 def cluster_flags(args: Namespace, policy: str, topology: Topology, **more: object) -> list[str]:
     """The flags of `miniserve simulate` that name the simulated cluster."""
     without = not args.enable_prefix_caching
-    same = {name: getattr(args, name) for name in ("hardware", "tensor_parallel_size", "warm_up")}
+    same = {name: getattr(args, name) for name in ("hardware", "tensor_parallel_size", "warm_up", "swap_space")}
     return flags(policy=policy, topology=topology, **same, no_enable_prefix_caching=without, **more)
 
 
