@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from miniserve.cluster.messages import Counters
+from miniserve.cluster.messages import Counters, Keep
 from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Admission, Deferral, Sequence, State
 from miniserve.worker.snapshots import Snapshots
@@ -70,6 +70,25 @@ class Admissions:
         else:
             sequence.move(State.RUNNING if sequence.prefill_at is None else State.RECEIVING)
         return Admission.ADMITTED
+
+    def history(self, hashes: list[bytes], now: float) -> list[int]:
+        """The pages, held and whole, of what is here of the chain `hashes`. What is in host memory comes back first, as
+        far as there is room; not with snapshots, which would have to come too."""
+        pages = self.pool.match(hashes)
+        if self.host is None:
+            return pages
+        if self.snapshots is None:
+            slots = self.host.match(hashes[len(pages) :])
+            back = self.pool.allocate(min(len(slots), max(self.pool.num_available - self.watermark, 0)), now)
+            self.host.release(slots[len(back) :], Keep(), now)
+            if back:
+                self.host.restore(slots[: len(back)], back, now)
+            for page in back:
+                at = len(pages)
+                self.pool.register(page, hashes[at], hashes[at - 1] if at else None)
+                pages.append(page)
+        self.host.slots.settle()  # also what was on its way back before
+        return pages
 
     def _holds(self, deferral: Deferral, sequence: Sequence, running: list[Sequence], now: float) -> bool:
         """Whether a sequence would have to wait once more if it was matched anew, which takes long with a long one."""

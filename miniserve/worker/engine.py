@@ -137,6 +137,10 @@ class Engine:
             self.running.remove(sequence)
         self.unpublish(sequence)
 
+    def history(self, hashes: list[bytes]) -> list[int]:
+        """The pages, held, of what is here of the chain `hashes`, in the pool or in host memory."""
+        return self._admissions.history(hashes, self.clock())
+
     def publish(self, sequence: Sequence) -> None:
         """A sequence has been prefilled for another worker: its pages stay held until `unpublish`."""
         del self._turns[sequence.turn]

@@ -94,9 +94,7 @@ class Sender:
 
     def on_fetch(self, message: Fetch, destination: str) -> None:
         """Publish what is here of a conversation's history."""
-        pages = self.engine.pool.match(message.hashes)
-        if self.engine.host is not None:
-            self.engine.host.slots.settle()  # a page may be known that is only on its way back from there
+        pages = self.engine.history(message.hashes)
         count, state = len(pages), list[int]()
         if (snapshots := self.engine.snapshots) is not None:
             # As far as there is a snapshot.

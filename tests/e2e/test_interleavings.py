@@ -28,6 +28,7 @@ from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.kv.pages import PagePool
+from miniserve.kv.swap import SwapSpace
 from miniserve.kv.transfer.door import TransferError
 from miniserve.kv.transfer.interface import Copy, Transfer, connect
 from miniserve.sampling_params import SamplingParams
@@ -231,7 +232,8 @@ class World:
         snapshot = Slots.pages if self.recurrent else 0
         memory = KVMemory(PageShape(1, PAGE, 1, 1, torch.int64), pages, torch.device("cpu"), snapshot)
         order = self.pick.choice(["expected", "lru"])
-        host = HostPool(memory, self.pick.choice([6, 60]), make_order(order)) if self.pick.random() < 0.5 else None
+        swap = self.pick.choice([6, 60])
+        host = HostPool(SwapSpace(memory, swap), make_order(order)) if self.pick.random() < 0.5 else None
         pool, slots = PagePool(pages, make_order(order), on_evict=host and host.store), Slots(memory)
         engine = Engine(
             Model(memory, slots if self.recurrent else None),

@@ -67,10 +67,10 @@ class Pair:
     """p and d, and the clock they share. `ask` brings them to the point where P has the prompt; `connect` is as
     `kv.transfer.interface.connect`."""
 
-    def __init__(self, folder, prompt: list[int] = PROMPT, connect=connect) -> None:
+    def __init__(self, folder, prompt: list[int] = PROMPT, connect=connect, **engine) -> None:
         self.now = 100.0
-        self.p = Side("p0", folder, lambda: self.now, prompt, connect)
-        self.d = Side("d0", folder, lambda: self.now, prompt, connect)
+        self.p = Side("p0", folder, lambda: self.now, prompt, connect, **engine)
+        self.d = Side("d0", folder, lambda: self.now, prompt, connect, **engine)
         self.text = reference(folder, [prompt], 12)[0]
         for side, other in ((self.p, self.d), (self.d, self.p)):
             side.handoffs.set_peers([other.peer])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from miniserve.cluster.messages import Fetch, Prefill, Publish, Release
+from miniserve.cluster.messages import Fetch, Keep, Prefill, Publish, Release
 from miniserve.kv.hashing import root_hash
 from miniserve.worker.sequence import Sequence
 from tests.support.handoff_pair import GREEDY, PROMPT, Pair, Side
+from tests.support.whole import check_pool
 
 
 @pytest.fixture
@@ -72,6 +73,29 @@ def test_a_new_home_fetches_the_history_from_the_old_one(pair):
     pair.p.handoffs.sender.on_release("t")
     assert pair.finish() == pair.text
     assert pair.d.engine.counters.prompt_tokens == 20
+    pair.check()
+
+
+@pytest.mark.parametrize("room", [7, 4, 0])
+def test_history_in_host_memory_comes_back_as_far_as_there_is_room(tiny_folder, room):
+    pair = Pair(tiny_folder, swap_space=2**22)
+    warm(pair.p, 90)
+    pool, watermark = pair.p.engine.pool, max(1, pair.p.engine.pool.num_pages // 100)
+    pages = pool.allocate(pool.num_pages, 0.0)
+    assert pair.p.engine.host.num_used >= 5, "all were evicted"
+    pool.release(pages[: room + watermark], Keep(), 0.0)
+    sequence = pair.d.sequence(history_at="p0")
+    pair.d.engine.add(sequence)
+    pair.d.step()
+    for message in fetched(pair.p, pair.d):
+        pair.d.handoffs.receiver.on_publish(message, "p0")
+    assert sequence.cached == 16 * min(5, room)
+    assert pair.p.engine.host.restored == min(5, room)
+    pair.p.handoffs.sender.on_release("t")
+    assert pair.finish() == pair.text
+    pool.release(pages[room + watermark :], Keep(), 0.0)
+    check_pool(pair.p.engine.host)
+    assert pair.p.engine.host.num_held == 0
     pair.check()
 
 
