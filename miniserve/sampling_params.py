@@ -86,8 +86,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def greedy(self) -> bool:
-        """True where the arg max is taken. Temperatures under 1e-5 would overflow the logits, so they are greedy."""
-        return self.temperature < 1e-5
+        """True where the arg max is taken: with one candidate, or a temperature that would overflow the logits."""
+        return self.temperature < 1e-5 or self.top_k == 1
 
     @property
     def looks_back(self) -> bool:

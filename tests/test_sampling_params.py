@@ -152,3 +152,8 @@ def test_each_choice_has_a_seed_of_its_own(seed: int | None, seeds: list[int | N
 def test_defaults_do_not_travel() -> None:
     assert msgspec.json.encode(SamplingParams(top_k=5)) == b'{"top_k":5}'
     assert msgspec.json.decode(b"{}", type=SamplingParams) == SamplingParams()
+
+
+def test_one_candidate_is_greedy() -> None:
+    assert SamplingParams(temperature=0.8, top_k=1).greedy
+    assert not SamplingParams(temperature=0.8, top_k=2).greedy

@@ -78,7 +78,7 @@ class ModelConfig:
         """What kernels are chosen for."""
         windows = {layer.window for layer in self.layers if layer.attends}
         state = (self.delta.k_dim, self.delta.v_dim) if self.delta else ()
-        return Sizes(self.heads, self.head_dim, self.widths, state, self.attention_scale, windows)
+        return Sizes(self.heads, self.head_dim, self.widths, state, self.attention_scale, windows, self.kv_heads)
 
     @property
     def widths(self) -> list[int]:

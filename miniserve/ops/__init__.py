@@ -113,7 +113,9 @@ def make_ops(
         if device.type == "cuda":
             from miniserve.ops.cuda_ops import CudaOps
 
-            return CudaOps(device, dtype, sizes), "flashinfer"
+            made = CudaOps(device, dtype, sizes)
+            made.try_out()
+            return made, "flashinfer"
         from miniserve.ops.cpu_ops import CpuOps
 
         return CpuOps(dtype, sizes, page_tokens, progress), "native"

@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -79,8 +80,10 @@ class CudaOps(CudaPlanner):
         return Product(plain, plain.t(), bias)
 
     def head(self, weight: Weight) -> Head:
-        """The logits are rounded to 16 bits before they become float32."""
+        """On a GPU the sums of the product are float32, and never rounded to 16 bits."""
         plain = dense(weight, self._dtype)
+        if self._pinned:
+            return partial(torch.mm, mat2=plain.t(), out_dtype=torch.float32)
         return lambda x: F.linear(x, plain).float()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from miniserve.ops.decoder import Batch, Sizes, State
+from miniserve.ops.native import NoKernels
 
-WORKSPACE_BYTES = 384 * 2**20
-"""For the partial sums of a split attention: a few hundred sequences of many heads, as SGLang and vLLM size it."""
+MOST_DECODES = 512
+"""Of one CUDA graph."""
 TENSOR_CORE_GROUP = 4
 """Query heads that share a key head, from which on a decode is faster by tensor cores (FlashInfer's advice)."""
 
@@ -50,6 +51,18 @@ def page_tables(
     return [0, *accumulate(counts)], last, indices
 
 
+def workspace_bytes(heads: int, kv_heads: int, head_dim: int, processors: int) -> int:
+    """What FlashInfer's FA2 takes at most for the partial sums of a split attention, on a GPU with so many
+    multiprocessors: `PrefillPlan` and `PrefillSplitQOKVIndptr` in its attention/scheduler.cuh (0.6). A prompt is split
+    into no more blocks than run at once; a graph of decodes has room for a tile of each sequence besides."""
+    group, blocks = heads // kv_heads, 2 * processors // kv_heads
+    widest = 128 if head_dim < 256 else 64
+    tile = min(widest, next((rows for rows in (16, 64) if group <= rows), 128))
+    tiles = -(-MOST_DECODES * group // tile) + MOST_DECODES - 1
+    rows = max(widest * blocks, tile * max(blocks, tiles))
+    return 4 * heads * rows * (head_dim + 1) + 2**10  # a sum for each number of a row; both parts are aligned
+
+
 class CudaPlanner:
     """Plans attention with FlashInfer's wrappers over pools of `dtype`: one for each of the model's windows. Scores are
     multiplied with `scale`. `fi` is the module flashinfer."""
@@ -59,10 +72,12 @@ class CudaPlanner:
         self._fi = fi
         self._device = device
         self._dtype = dtype
-        self._heads, self._dim = sizes.heads, sizes.head_dim
+        self._heads, self._kv_heads, self._dim = sizes.heads, sizes.kv_heads or sizes.heads, sizes.head_dim
         self._pinned = device.type == "cuda"
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if self._pinned else 1
+        room = workspace_bytes(self._heads, self._kv_heads, self._dim, processors)
         # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
-        self._workspace = torch.zeros(WORKSPACE_BYTES if self._pinned else 2**10, dtype=torch.uint8, device=device)
+        self._workspace = torch.zeros(room if self._pinned else 2**10, dtype=torch.uint8, device=device)
         wrapper = partial(fi.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
         self._prefill = {window: wrapper() for window in sorted(sizes.windows)}
         self._decode: dict[int, Any] = {}
@@ -109,6 +124,21 @@ class CudaPlanner:
         names = "kv_indptr", "kv_last_page_len", "kv_indices", "batch_indices"
         places = {name: made[name] for name in names} | {"positions": batch.positions.int()}
         return CudaPlan(_views(kv), decodes, *wrappers, places, made["starts"], state, made["slots"])
+
+    def try_out(self) -> None:
+        """Attend a decode and a prompt. Raises `NoKernels` with FlashInfer's reason why it cannot: it has compiled a
+        kernel for these heads neither before nor now."""
+        numbers = partial(torch.zeros, device=self._device)
+        rows, kv = numbers(5, dtype=torch.int64), numbers(2, 1, 2, 16, self._kv_heads, self._dim, dtype=self._dtype)
+        q = numbers(4, self._heads, self._dim, dtype=self._dtype)
+        try:
+            plan = self.plan(Batch(rows, rows, rows[:0], [1, 4], [1, 4], [[0], [1]]), kv)
+            for wrappers, count in ((plan.decode, 1), (plan.prefill, 4)):
+                for wrapper in wrappers.values():
+                    wrapper.run(q=q[:count], paged_kv_cache=plan.layers[0], out=torch.empty_like(q[:count]))
+            rows.tolist()  # waits
+        except Exception as error:  # of a compiler, a loader or CUDA
+            raise NoKernels(f"FlashInfer cannot attend here ({error})") from error
 
     def fixed_plan(self, size: int, kv: Tensor, state: State | None, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for

@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model, what kernels are chosen and planned for: its `heads` of queries, of `head_dim` numbers; the `widths`
-    of the rows that they will see (hidden states, MLP activations, heads together), which matrices are multiplied with;
-    those of keys and values in a recurrent state. Scores are multiplied with `scale`, else with that of `head_dim`;
-    `windows` are those of the layers, with 0 for those that see all tokens."""
+    """Of a model, what kernels are chosen and planned for: its `heads` of queries, of `head_dim` numbers, as many of
+    keys or `kv_heads` of them; the `widths` of the rows that they will see (hidden states, MLP activations, heads
+    together), which matrices are multiplied with; those of keys and values in a recurrent state. Scores are multiplied
+    with `scale`, else with that of `head_dim`; `windows` are those of the layers, with 0 for those that see all."""
 
     heads: int
     head_dim: int
@@ -21,6 +21,7 @@ class Sizes:
     state_dims: tuple[int, ...] = ()
     scale: float | None = None
     windows: Collection[int] = (0,)
+    kv_heads: int = 0
 
 
 @dataclass(frozen=True)

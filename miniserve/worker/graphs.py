@@ -14,11 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from miniserve.model.transformer import Transformer
+from miniserve.ops.cuda_plan import MOST_DECODES
 from miniserve.ops.decoder import Batch, State
 
 log = logging.getLogger("miniserve.graphs")
 
-LADDER = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 513, 32))
+LADDER = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, MOST_DECODES + 1, 32))
 """Batch sizes that are recorded: at most a fifth of the rows is padding, from 32 on."""
 
 Replay = Callable[[], None]

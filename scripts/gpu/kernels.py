@@ -60,6 +60,8 @@ def attention(run: Setting, kind: str, window: int = 0) -> Figures:
             for group in GROUPS:
                 error, untouched, kernels = _attend(run, BATCHES[kind], dtype, dim, group, window)
                 worst, spoilt = max(worst, error), spoilt + (not untouched)
+            if run.cuda and dtype is torch.bfloat16 and not window:  # what torch computes instead says nothing of it
+                yield Figure(f"FlashInfer attends heads of {dim}: {kernels}", int(kernels == "flashinfer"), "", "==", 1)
             limit = ROUNDED if dtype is torch.bfloat16 and kernels.startswith("torch") else LIMIT[dtype]
             what = f"{kind} attention" + f" to the last {window} tokens" * bool(window)
             name = f"{what}, {short(dtype)}, head_dim {dim}, groups {', '.join(map(str, GROUPS))} ({kernels})"
@@ -75,7 +77,9 @@ def _attend(
     heads, device, numbers = kv_heads * group, torch.device(run.device), generator(run, group)
     # The CPU's own kernels keep a pool in another order; tests/test_ops.py knows it.
     native, windows = device.type == "cuda", {0, window}
-    ops, kernels = make_ops(device, dtype, Sizes(heads, dim, [heads * dim], windows=windows), native=native)
+    ops, kernels = make_ops(
+        device, dtype, Sizes(heads, dim, [heads * dim], windows=windows, kv_heads=kv_heads), native=native
+    )
     counts = [-(-context // PAGE) for _, context in sequences]
     order = list(range(sum(counts) + 2))
     random.Random(group).shuffle(order)

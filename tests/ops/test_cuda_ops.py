@@ -17,7 +17,7 @@ import torch
 from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.ops.cuda_ops import CudaOps
-from miniserve.ops.cuda_plan import page_tables
+from miniserve.ops.cuda_plan import page_tables, workspace_bytes
 from miniserve.ops.decoder import Batch, Experts, Mlp, Sizes
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
@@ -146,6 +146,37 @@ def test_tables() -> None:
 def test_other_dtypes_and_sizes_have_no_kernels(dtype: torch.dtype, dim: int) -> None:
     with pytest.raises(NoKernels, match="FlashInfer has no kernels for"):
         CudaOps(CPU, dtype, Sizes(4, dim, ()))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "fits"),
+    [(32, 8, 128, True), (28, 4, 128, True), (64, 8, 128, False), (64, 4, 128, False), (48, 1, 128, False)],
+)
+def test_the_workspace_is_as_large_as_flashinfer_wants(heads: int, kv_heads: int, dim: int, fits: bool) -> None:
+    """On an H200, of 132 multiprocessors; those that do not fit 384 MiB overflowed when they did not have more."""
+    assert (workspace_bytes(heads, kv_heads, dim, 132) <= 384 * 2**20) == fits
+
+
+def test_the_workspace_by_hand() -> None:
+    # Graphs of 512 decodes of 4 heads a key: 128 full tiles of 16 rows, and 511 that may be begun. 33 blocks are less.
+    assert workspace_bytes(32, 8, 128, 132) == 4 * 32 * 16 * (128 + 511) * 129 + 1024
+    # 48 rows a decode: 384 full tiles of 64 rows, and 511 begun; 264 blocks of 128 rows of a prompt are less.
+    assert workspace_bytes(48, 1, 128, 132) == 4 * 48 * 64 * (384 + 511) * 129 + 1024
+    # 132 blocks of 128 rows of a prompt; 512 decodes make less.
+    assert workspace_bytes(2, 2, 64, 132) == 4 * 2 * 128 * 132 * 65 + 1024
+
+
+def test_kernels_are_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FlashInfer has none for these heads, torch computes, and the banner says why."""
+    made = CudaOps(CPU, BF16, Sizes(4, 64, (), windows=WINDOWS, kv_heads=2), reference())
+    made.try_out()
+
+    def missing(self: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no module for head_dim 64, and no nvcc")
+
+    monkeypatch.setattr("tests.support.reference_flashinfer.Wrapper.plan", missing)
+    with pytest.raises(NoKernels, match=r"cannot attend here \(no module for head_dim 64"):
+        made.try_out()
 
 
 def test_nothing_imports_flashinfer_on_a_cpu() -> None:
