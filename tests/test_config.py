@@ -26,6 +26,7 @@ from miniserve.config import ConfigError, EngineConfig, Role, Topology, cache_di
         ("1.5GB", 1_500_000_000),
         (".5k", 500),
         ("3KiB", 3072),
+        ("2TiB", 2 * 2**40),
         ("7b", 7),
     ],
 )
@@ -33,7 +34,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1G", "1e9", "2TiB", "1.2.3M", "two", "1 000", "1G G", "nan", "inf"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1G", "1e9", "2PiB", "1.2.3M", "two", "1 000", "1G G", "nan", "inf"])
 def test_what_is_no_size_says_how_to_write_one(text: str) -> None:
     with pytest.raises(ConfigError, match="write it like 2GiB"):
         parse_bytes(text)
