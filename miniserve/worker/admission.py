@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from miniserve.cluster.messages import Counters, Keep
+from miniserve.cluster.messages import Counters
+from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Admission, Deferral, Sequence, State
 from miniserve.worker.snapshots import Snapshots
-
-if TYPE_CHECKING:
-    from miniserve.kv.host import HostPool  # needs torch, which the simulator does not
 
 
 @dataclass(eq=False)
@@ -78,11 +75,11 @@ class Admissions:
         if self.host is None:
             return pages
         if self.snapshots is None:
-            slots = self.host.match(hashes[len(pages) :])
-            back = self.pool.allocate(min(len(slots), max(self.pool.num_available - self.watermark, 0)), now)
-            self.host.release(slots[len(back) :], Keep(), now)
-            if back:
-                self.host.restore(slots[: len(back)], back, now)
+            room = max(self.pool.num_available - self.watermark, 0)
+            slots = self.host.match(hashes[len(pages) :][:room])
+            back = self.pool.allocate(len(slots), now)
+            if slots:
+                self.host.restore(slots, back, now)
             for page in back:
                 at = len(pages)
                 self.pool.register(page, hashes[at], hashes[at - 1] if at else None)

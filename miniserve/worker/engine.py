@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from miniserve.cluster.messages import Counters, Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
+from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
 from miniserve.worker.admission import Admissions
 from miniserve.worker.batching import Batching, Pace
@@ -24,9 +25,7 @@ from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import InFlight, Runner, Sampled, StepResult, Work, step_time
 
 if TYPE_CHECKING:
-    # They need torch or llguidance, which the simulator does not.
-    from miniserve.kv.host import HostPool
-    from miniserve.worker.grammar import Grammars
+    from miniserve.worker.grammar import Grammars  # needs llguidance, which the simulator does not
 
 
 @dataclass(eq=False)

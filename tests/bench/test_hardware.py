@@ -47,6 +47,7 @@ def test_a_divided_model_computes_in_parts_and_adds_them_up():
     assert two.transfer_seconds(9) < A40.transfer_seconds(9)
     assert 0.5 < two.step_seconds([(8000, 0)], 0, 0) / A40.step_seconds([(8000, 0)], 0, 0) < 0.7
     assert load_roles(A40.name, 2) == (two, two)
+    assert load_roles(A40.name, 2, 10**9)[0].swap_space == 2 * 10**9, "as with serve, each rank has so much"
     with pytest.raises(ConfigError, match="no layers and hidden_size"):
         PLAIN.divided(2)
 

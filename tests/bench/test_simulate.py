@@ -325,9 +325,10 @@ PAGE = PLAIN.page_tokens * PLAIN.kv_bytes_per_token
 
 def with_host(pages: int) -> Simulation:
     """60 conversations with pauses of a minute on two workers that have room for half of them."""
-    hardware = msgspec.structs.replace(PLAIN, host_bytes_per_second=1e7)
-    work = scripts(60, turns=4, first=300, gap=60.0)
-    made = Simulation(simulated(work, "2D", "observe", rate=1.0, hardware=hardware, swap_space=pages * PAGE))
+    hardware = msgspec.structs.replace(PLAIN, host_bytes_per_second=1e7, swap_space=pages * PAGE)
+    made = Simulation(
+        simulated(scripts(60, turns=4, first=300, gap=60.0), "2D", "observe", rate=1.0, hardware=hardware)
+    )
     made.run()
     for worker in made.workers.values():
         check_pool(worker.pool)
@@ -358,6 +359,14 @@ def test_copies_to_host_memory_by_hand():
 
 
 def test_the_flag_of_serve_gives_host_memory(tmp_path: Path):
-    args = "simulate swe-agent --topology 2D --rate 2 --conversations 12 --max-turns 4 --swap-space 16GiB --json"
-    assert cli.main([*args.split(), str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out").read_text())["turns"] > 12
+    profile = tmp_path / "small.json"
+    profile.write_bytes(msgspec.json.encode(msgspec.structs.replace(PLAIN, name="small", kv_tokens=12_000)))
+    args = (
+        f"simulate swe-agent --topology 2D --hardware {profile} --scale-tokens 0.3 --rate 1 --conversations 12 --gap 20"
+    )
+
+    def cached(*flags: str) -> int:
+        assert cli.main([*args.split(), "--max-turns", "4", *flags, "--json", str(tmp_path / "out")]) == 0
+        return json.loads((tmp_path / "out").read_text())["cached_tokens"]
+
+    assert cached("--swap-space", "16GiB") > 1.1 * cached()

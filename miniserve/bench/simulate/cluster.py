@@ -9,8 +9,6 @@ from itertools import count
 from math import inf
 from typing import Any
 
-import msgspec
-
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
 from miniserve.bench.replay.workload import Script, Text, Workload
 from miniserve.bench.simulate.hardware import Hardware
@@ -41,8 +39,6 @@ class SimulationConfig:
     enable_prefix_caching: bool = True
     name_groups: bool = False
     """Whether agents name their conversations and parents, as `replay` does in headers."""
-    swap_space: int = 0
-    """Bytes of host memory of each worker; 0: as the hardware says."""
 
 
 @dataclass(slots=True)
@@ -89,8 +85,7 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()
         self._agents: dict[str, Agent] = {}
-        given = {"swap_space": config.swap_space} if config.swap_space else {}
-        prefiller, decoder = (msgspec.structs.replace(hardware, **given) for hardware in config.hardware)
+        prefiller, decoder = config.hardware
         policy = make_policy(config.policy, config.mispredict)
         self._latency = max(prefiller.message_seconds, decoder.message_seconds)
         self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31, kept_bytes=0)

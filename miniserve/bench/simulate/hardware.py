@@ -51,7 +51,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     far_latency: float = 0.0
     """Of transfers between hosts: how fast each device's are (None: as within a host), and what they take on top."""
     swap_space: int = 0
-    """Of host memory for evicted KV; 0: none."""
+    """Bytes of host memory for evicted KV; 0: none."""
     host_bytes_per_second: float | None = None
     host_latency: float = 0.0
     """Of copies between a device and host memory: how fast they are (None: as to another device), and what each takes
@@ -86,8 +86,8 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         hops, sums = 2 * (ranks - 1), 2 * self.layers
         token = sums * hops / ranks * 2 * self.hidden_size / self.transfer_bytes_per_second
         changes = {name: getattr(self, name) / ranks for name in ("per_pair", "per_context", "per_kv_token")}
-        more = "kv_tokens", "transfer_bytes_per_second", "host_bytes_per_second", "busy_watts", "idle_watts"
-        for name in more:
+        ways = "transfer_bytes_per_second", "host_bytes_per_second"
+        for name in ("kv_tokens", "swap_space", *ways, "busy_watts", "idle_watts"):
             changes[name] = ranks * getattr(self, name) if getattr(self, name) is not None else None
         return msgspec.structs.replace(
             self,
@@ -127,9 +127,9 @@ def load_hardware(text: str) -> Hardware:
         raise ConfigError(f"{path} is not a hardware profile: {error}.") from error
 
 
-def load_roles(text: str, ranks: int = 1) -> tuple[Hardware, Hardware]:
-    """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`; each worker has `ranks` of it. Raises
-    `ConfigError`."""
+def load_roles(text: str, ranks: int = 1, swap_space: int = 0) -> tuple[Hardware, Hardware]:
+    """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`; each worker has `ranks` of it, each
+    with `swap_space` bytes of host memory if that is not 0. Raises `ConfigError`."""
     pairs = [part.partition("=")[::2] for part in text.split(",")] if "=" in text else [("P", text), ("D", text)]
     roles = dict(pairs)
     if set(roles) != {"P", "D"}:
@@ -137,4 +137,6 @@ def load_roles(text: str, ranks: int = 1) -> tuple[Hardware, Hardware]:
     prefiller, decoder = load_hardware(roles["P"]), load_hardware(roles["D"])
     if (prefiller.page_tokens, prefiller.kv_bytes_per_token) != (decoder.page_tokens, decoder.kv_bytes_per_token):
         raise ConfigError(f"--hardware {text!r}: {prefiller.name} and {decoder.name} have KV pages of different sizes.")
-    return prefiller.divided(ranks), decoder.divided(ranks)
+    given = {"swap_space": swap_space} if swap_space else {}
+    prefiller, decoder = (msgspec.structs.replace(one, **given).divided(ranks) for one in (prefiller, decoder))
+    return prefiller, decoder

@@ -47,6 +47,8 @@ class SimulatedWorker:
     eos: frozenset[int] = frozenset()
     now: float = 0.0
     """Its own time, which its steps move on."""
+    num_pages: int = field(init=False)
+    """Of host memory, whose `Slots` it is too."""
     copied: float = 0.0
     """When all copies to and from host memory are done."""
     busy: float = 0.0
