@@ -97,8 +97,6 @@ class MessageParam(Body):
 
 class ThinkingSettings(Body):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
-    display: Text | None = None
 
 
 class ToolChoiceParam(Body):
@@ -126,11 +124,10 @@ class CountTokensRequest(RequestBody):
 
     @property
     def ignored(self) -> list[str]:
-        thinking = [f"thinking.{key}" for key in ("budget_tokens", "display") if getattr(self.thinking, key, None)]
         tools = self.tools or []
         keys = {key for tool in tools if _own(tool) for key in tool if key not in (*TOOL_KEYS, "type", DEFERRED)}
         kinds = {tool["type"] for tool in tools if not _own(tool)}
-        return [*self._ignored, *thinking, *(f"tools.{key}" for key in keys | kinds)]
+        return [*self._ignored, *(f"tools.{key}" for key in keys | kinds)]
 
     def chat(self, normalize: bool = True, **more: Any) -> ChatRequest:
         """As a chat with `more` fields; with `normalize` without what changes from request to request and means nothing

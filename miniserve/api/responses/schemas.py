@@ -26,13 +26,10 @@ ConversationId = Annotated[Key, BeforeValidator(lambda given: given.get("id") if
 
 class TextSettings(Body):
     format: ResponseFormat | None = None
-    verbosity: Text | None = None
 
 
 class ReasoningSettings(Body):
     effort: Effort | None = None
-    summary: Text | None = None
-    generate_summary: Text | None = None
 
 
 class InputTokensRequest(RequestBody):
@@ -65,11 +62,8 @@ class InputTokensRequest(RequestBody):
 
     @property
     def ignored(self) -> list[str]:
-        verbosity = ["text.verbosity"] if self.text and self.text.verbosity else []
-        summary = self.reasoning and (self.reasoning.summary or self.reasoning.generate_summary)
         brought = [name for item in self.items if isinstance(item, ToolsItem) for name in offered_tools(item.tools)[1]]
-        left_out = [*self._left_out, *(f"input[].{name}" for name in brought)]
-        return [*self._ignored, *left_out, *verbosity, *(["reasoning.summary"] if summary else [])]
+        return [*self._ignored, *self._left_out, *(f"input[].{name}" for name in brought)]
 
     @property
     def items(self) -> list[Item]:
