@@ -1,8 +1,7 @@
 """What happens to every request before and after its route: its id, the API key, bounds on its head and its body.
 
 All of it is plain ASGI that buffers no stream, but for `Connection`: uvicorn keeps whatever a client sends as a head,
-for as long as the client likes, and calls no ASGI app before a head is complete; and it knows chunks as the only way to
-send a body of unknown length, which clients of HTTP/1.0 do not know.
+for as long as the client likes, and calls no ASGI app before a head is complete.
 """
 
 import asyncio
@@ -11,12 +10,11 @@ import hmac
 import re
 import time
 import uuid
-from functools import partial
 from typing import Any
 
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniserve.api.errors import ApiError, is_anthropic
 from miniserve.config import problem
@@ -152,20 +150,8 @@ async def _linger(receive: Receive) -> None:
                 pass
 
 
-async def _send_plainly(cycle: RequestResponseCycle, send: Send, message: Message) -> None:
-    """Send without chunks: the connection's end is the end of a body whose length was not announced, or after which a
-    client of HTTP/1.0 does not expect more."""
-    if message["type"] == "http.response.start":
-        names = {name.lower() for name, _ in message["headers"]}
-        cycle.keep_alive = cycle.keep_alive and b"content-length" in names
-        if cycle.keep_alive and b"connection" not in names:
-            message["headers"] = [*message["headers"], (b"connection", b"keep-alive")]
-    cycle.chunked_encoding, cycle.expected_content_length = False, len(message.get("body", b""))
-    await send(message)
-
-
 class Connection(HttpToolsProtocol):
-    """A connection of uvicorn's that refuses large heads, closes when a head takes long, and speaks HTTP/1.0, too."""
+    """A connection of uvicorn's that refuses large heads, and closes when a head takes long."""
 
     _bytes = 0  # of this head so far, or of head and body
     _whole = False  # the head is complete
@@ -186,9 +172,6 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._arrived()
         super().on_headers_complete()
-        if self.scope["http_version"] == "1.0":
-            self.cycle.keep_alive = self.parser.should_keep_alive()
-            self.cycle.send = partial(_send_plainly, self.cycle, self.cycle.send)  # type: ignore
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
