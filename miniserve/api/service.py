@@ -225,12 +225,7 @@ class Service:
             tokens = await asyncio.to_thread(self.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body)
-        answer = {
-            "count": len(tokens),
-            "max_model_len": self.client.max_model_len,
-            "tokens": tokens,
-            "token_strs": [self.tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
-        }
+        answer = {"count": len(tokens), "max_model_len": self.client.max_model_len, "tokens": tokens}
         return json_answer(answer, body.ignored)
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:

@@ -123,7 +123,6 @@ class TokenizeRequest(TemplateFields):
     prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: On = True
-    return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
