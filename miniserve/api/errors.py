@@ -16,8 +16,6 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
-from starlette.routing import Match
-from starlette.types import Message
 
 from miniserve.api import fields
 from miniserve.config import problem, tables
@@ -134,34 +132,19 @@ async def answer(request: Request, error: Exception) -> Response:
     """The answer for any exception, in a running app."""
     answered = as_api_error(error)
     if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
-        methods = await _methods(request) if error.status_code == 405 else []
+        # Where only a parameter takes a path nothing is there: other servers have it, like /v1/responses/compact.
+        here = [route for route in request.app.routes if route.path == request.scope["path"]]
+        methods = {method for route in here for method in route.methods}
+        methods |= {"HEAD"} if "GET" in methods else set()
         wrong = "The wrong method:" if methods else "There is nothing at"
         message = f"{wrong} {request.method} {request.url.path}. GET /docs shows what there is."
-        allow = {"Allow": ", ".join(methods)} if methods else None
+        allow = {"Allow": ", ".join(sorted(methods))} if methods else None
         answered = ApiError(405 if methods else 404, message, headers=allow)
     return answered.response(request.scope)
 
 
 FORESEEN = ParameterError, RequestValidationError, QueueFull, TooManyListeners, EngineError, RoutingError
 """What routes raise. All else goes on to uvicorn behind its answer, which logs the traceback."""
-
-
-async def _methods(request: Request) -> list[str]:
-    """The methods of what is at a path: none where only a parameter takes it, and GET finds nothing by that. So routes
-    that other servers have, like /v1/responses/compact, are no responses for which this is the wrong method."""
-    statuses: list[int | None] = []
-
-    async def note(message: Message) -> None:
-        statuses.append(message.get("status"))
-
-    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    methods = {method for route in matching for method in route.methods}
-    if "GET" in methods and request.path_params:
-        get = next(route for route in matching if "GET" in route.methods)
-        await get.handle({**request.scope, "method": "GET"}, request.receive, note)
-        if statuses[0] != 200:
-            return []
-    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _rejected(first: Mapping[str, Any]) -> ApiError:
