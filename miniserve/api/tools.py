@@ -115,12 +115,7 @@ class AllowedCalls:
     """What `tool_choice` asks for. `callable` are the tools that the model may call, `forced` those of which it has to
     call one, and `single` allows no second call. Raises `ParameterError`."""
 
-    def __init__(
-        self,
-        tools: list[Tool] | None,
-        choice: Literal["none", "auto", "required"] | dict[str, Any] | None,
-        parallel: bool | None,
-    ) -> None:
+    def __init__(self, tools: list[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool | None) -> None:
         mode, names = _read_choice(choice)
         if not tools and mode not in ("none", "auto"):
             raise ParameterError("tool_choice", "A `tool_choice` that asks for a call needs `tools`.")
@@ -133,22 +128,32 @@ class AllowedCalls:
         self.single = parallel is False or mode == "named"
 
 
-def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[Any] | None]:
-    """`none`, `auto`, `required` or `named`, and of which tools, None for all. Raises `ParameterError`."""
+def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[str] | None]:
+    """`none`, `auto`, `required` or `named`, and of which tools, None for all. `choice` is in the words of any of the
+    APIs. Raises `ParameterError`."""
     if not isinstance(choice, dict):
         return choice or "auto", None
-    if choice.get("type") == "function":
-        return "named", [_name_in(choice)]
-    allowed = choice.get("allowed_tools", choice)
-    if choice.get("type") == "allowed_tools" and isinstance(allowed, dict):
+    kind, allowed = choice.get("type"), choice.get("allowed_tools", choice)
+    if kind in ("none", "auto", "any"):
+        return "required" if kind == "any" else kind, None
+    if kind in ("function", "custom", "tool") and (names := _names_in([choice])):
+        return "named", names
+    if kind == "allowed_tools" and isinstance(allowed, dict):
         mode, tools = allowed.get("mode", "auto"), allowed.get("tools")
-        if mode in ("auto", "required") and isinstance(tools, list) and tools:
-            return mode, [_name_in(tool) for tool in tools]
-    raise ParameterError("tool_choice", problem("api.tool_choice"))
+        if mode in ("auto", "required") and isinstance(tools, list) and (names := _names_in(tools)):
+            return mode, names
+        if mode == "auto" and tools:  # all of them were left out of the tools, too
+            return "none", None
+    raise ParameterError("tool_choice", problem("api.tool_choice", kind=str(kind)[:64]))
 
 
-def _name_in(tool: Any) -> Any:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
-        raise ParameterError("tool_choice", problem("api.tool_choice"))
-    return name
+def _names_in(tools: list[Any]) -> list[str]:
+    """The names of those that have one: all but those that other servers run."""
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    named = [one for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str)]
+    return [flat_name(one["name"], one.get("namespace")) for one in named]
+
+
+def flat_name(name: str, namespace: str | None) -> str:
+    """The name of a tool of a namespace among all those of a request, as vLLM makes it."""
+    return f"{namespace}__{name}" if namespace else name

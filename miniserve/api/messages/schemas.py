@@ -12,7 +12,7 @@ from miniserve.api.errors import ApiError
 from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts
 from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
+from miniserve.api.tools import DEFERRED, FewTools, Tool, ToolChoice, check_tools, deferred
 from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Body, Json, Text, TextOr, by_type, readable, text_or
@@ -99,12 +99,6 @@ class ThinkingSettings(Body):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
-class ToolChoiceParam(Body):
-    type: Literal["auto", "any", "tool", "none"]
-    name: Text | None = None
-    disable_parallel_tool_use: bool | None = None
-
-
 class OutputConfig(Body):
     effort: Effort | None = None
     format: ResponseFormat | None = None
@@ -117,7 +111,7 @@ class CountTokensRequest(RequestBody):
     model: Text | None = None
     system: SystemText | None = None
     tools: FewTools | None = None
-    tool_choice: ToolChoiceParam | None = None
+    tool_choice: ToolChoice | None = None
     thinking: ThinkingSettings | None = None
     output_config: OutputConfig | None = None
     thread: Json | None = None
@@ -145,13 +139,13 @@ class CountTokensRequest(RequestBody):
         continued = self.messages[-1].role == "assistant"
         if continued and "tool_calls" in messages[-1]:
             raise ParameterError("messages", "`messages` ends with a `tool_use`: answer it with a `tool_result`.")
-        thinking, choice, config = self.thinking, self.tool_choice, self.output_config
+        single = isinstance(self.tool_choice, dict) and self.tool_choice.get("disable_parallel_tool_use")
+        thinking, config = self.thinking, self.output_config
         return ChatRequest.of(
             self,
             messages=messages,
             tools=[t for name, t in tools.items() if not deferred(t) or name in referred] or None,
-            tool_choice=choice and _chat_choice(choice),
-            parallel_tool_calls=False if choice and choice.disable_parallel_tool_use else None,
+            parallel_tool_calls=False if single else None,
             reasoning_effort=config and config.effort,
             response_format=config and config.format,
             chat_template_kwargs=thinking and {"enable_thinking": thinking.type != "disabled"},
@@ -256,11 +250,3 @@ def _chat_tool(number: int, tool: dict[str, Any]) -> Tool:
     # Marks for a cache and the like move from turn to turn: they must not be part of the prompt.
     function = {names.get(key, key): tool[key] for key in tool if key in TOOL_KEYS and tool[key] is not None}
     return {"type": "function", "function": function, **({DEFERRED: True} if tool.get(DEFERRED) else {})}
-
-
-def _chat_choice(choice: ToolChoiceParam) -> str | dict[str, Any]:
-    if choice.type != "tool":
-        return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
-    if choice.name is None:
-        raise ParameterError("tool_choice.name", "`tool_choice` of the type 'tool' needs `name`.")
-    return {"type": "function", "function": {"name": choice.name}}

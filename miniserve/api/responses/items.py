@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from miniserve.api.fields import TABLES
-from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
-from miniserve.api.tools import DEFERRED, FewTools
+from miniserve.api.responses.tools import INPUT, SEARCH, Offered, offered_tools
+from miniserve.api.tools import DEFERRED, FewTools, flat_name
 from miniserve.text.messages import Body, Content, ContentParts, Json, Text, by_type, joined, types_of
 
 LEFT_OUT = re.compile(TABLES["left_out"]["items"])

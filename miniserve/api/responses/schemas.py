@@ -9,7 +9,7 @@ from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops,
 from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
-from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
+from miniserve.api.responses.tools import Offered, offered_tools
 from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.messages import Body, Text, TextOr, text_or
@@ -80,7 +80,6 @@ class InputTokensRequest(RequestBody):
             # A probe without input is answered, too.
             messages=[*system, *messages] or [{"role": "user", "content": ""}],
             tools=[one.tool for one in offered.values()] or None,
-            tool_choice=spoken_choice(self.tool_choice),
             response_format=self.text and self.text.format,
             reasoning_effort=self.reasoning and self.reasoning.effort,
             **more,

@@ -8,8 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from miniserve.api.tools import DEFERRED, Tool, check_function
-from miniserve.config import problem
+from miniserve.api.tools import DEFERRED, Tool, check_function, flat_name
 from miniserve.sampling_params import ParameterError
 from miniserve.text.schemas import spelled
 
@@ -30,11 +29,6 @@ INPUT = "input"
 """The argument of a custom tool."""
 SEARCH = "tool_search"
 SEARCH_PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
-
-
-def flat_name(name: str, namespace: str | None) -> str:
-    """The name of a tool among all those of a request, as vLLM makes it."""
-    return f"{namespace}__{name}" if namespace else name
 
 
 def offered_tools(tools: list[dict[str, Any]]) -> tuple[dict[str, Offered], list[str]]:
@@ -90,27 +84,6 @@ def _custom_function(tool: Mapping[str, Any]) -> dict[str, Any]:
         text |= {"pattern": f"^(?:{definition})$"} if form.get("syntax") == "regex" else {}
     parameters = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
     return {"name": tool.get("name"), "description": "\n\n".join(described), "parameters": parameters}
-
-
-def spoken_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    """`tool_choice` as a chat has it. Raises `ParameterError`."""
-    if not isinstance(choice, dict):
-        return choice
-    kind, tools = choice.get("type"), choice.get("tools")
-    if kind == "allowed_tools" and isinstance(tools, list):
-        # What was left out of the tools is left out here, too.
-        named = [_named(tool) for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
-        none_left = tools and not named and choice.get("mode", "auto") == "auto"
-        return "none" if none_left else {**choice, "tools": named}
-    if kind in ("function", "custom") and isinstance(choice.get("name"), str):
-        return _named(choice)
-    raise ParameterError("tool_choice", problem("api.spoken_choice", kind=str(kind)[:64]))
-
-
-def _named(tool: Mapping[str, Any]) -> dict[str, Any]:
-    namespace = tool.get("namespace")
-    name = flat_name(tool["name"], namespace if isinstance(namespace, str) else None)
-    return {"type": "function", "function": {"name": name}}
 
 
 def custom_input(arguments: str) -> str:
