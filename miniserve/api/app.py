@@ -75,12 +75,8 @@ class App(FastAPI):
                 if "media" in row:
                     content[row["media"]] = {}
                 responses = {200: {"content": content}, **problems(row.get("error", "ErrorBody"))}
-                handler = getattr(parts[part], row["run"])
-                how: dict[str, Any] = {
-                    "methods": [method],
-                    "responses": responses,
-                    "include_in_schema": "hidden" not in row,
-                }
+                handler, shown = getattr(parts[part], row["run"]), "hidden" not in row
+                how: dict[str, Any] = {"methods": [method], "responses": responses, "include_in_schema": shown}
                 self.add_api_route(path, handler, response_class=Response, **how)
 
 

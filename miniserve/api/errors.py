@@ -91,7 +91,8 @@ def as_api_error(error: Exception) -> ApiError:
         case ParameterError():
             return ApiError(400, error.message, param=error.param or None)
         case RequestValidationError():
-            return _rejected(error.errors()[0])
+            first = error.errors()[0]
+            return _rejected({**first, "loc": first["loc"][1:]})  # which part of the request it is: the body, the query
         case QueueFull():
             after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             return ApiError(503, str(error), code="queue_full", headers=after)
@@ -115,11 +116,7 @@ def renamed(api: str) -> Iterator[None]:
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            about_chat = _rejected({**first, "loc": ("body", *first["loc"])})
-        else:
-            about_chat = as_api_error(error)
+        about_chat = _rejected(error.errors()[0]) if isinstance(error, ValidationError) else as_api_error(error)
         param = about_chat.param or ""
         for pattern, name in fields.TABLES["names"][api].items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
@@ -152,7 +149,7 @@ def _rejected(first: Mapping[str, Any]) -> ApiError:
     if first["type"] == "json_invalid":
         reason, at = first["ctx"]["error"], first["loc"][-1]
         return ApiError(400, f"The body is not valid JSON: {reason} at character {at}.", code="invalid_json")
-    path, reason = complaint({**first, "loc": first["loc"][1:]})
+    path, reason = complaint(first)
     if not path:
         if isinstance(cause := first.get("ctx", {}).get("error"), ParameterError):
             return ApiError(400, cause.message, param=cause.param)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -68,23 +68,23 @@ ToolChoice = Annotated[
 
 def check_tools(tools: list[Tool], numbers: Sequence[int] | None = None) -> None:
     """Raises `ParameterError` for the first that is not in order; `numbers` are their places in the request."""
-    names: set[str] = set()
+    taken: set[str] = set()
     for number, tool in zip(numbers or range(len(tools)), tools, strict=True):
         at = f"tools[{number}]"
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict):
             raise ParameterError(at, f"`{at}` must look like {TOOL_EXAMPLE}: other kinds of tools are not supported.")
-        check_function(function, f"{at}.function")
-        if function["name"] in names:
-            raise ParameterError(f"{at}.function.name", f"Two tools are called {function['name']!r}: rename one.")
-        names.add(function["name"])
+        check_function(function, f"{at}.function", taken)
+        taken.add(function["name"])
 
 
-def check_function(function: dict[str, Any], at: str) -> None:
-    """Raises `ParameterError` about the place `at` if it is not in order."""
+def check_function(function: dict[str, Any], at: str, taken: Container[str]) -> None:
+    """Raises `ParameterError` about the place `at` if it is not in order, or has a name that others have `taken`."""
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ParameterError(f"{at}.name", problem("api.tool_name", at=at, name=str(name)[:64]))
+    if name in taken:
+        raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
     given = without_nulls(function.get("parameters"))
     parameters = given if isinstance(given, dict) else {}
     required = parameters.get("required", [])

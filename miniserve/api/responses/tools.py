@@ -45,9 +45,8 @@ def offered_tools(tools: list[dict[str, Any]]) -> tuple[dict[str, Offered], list
             at, kind = f"{here}.tools[{index}]" if spaced else here, one.get("type")
             if kind in ("function", "custom") or (kind == SEARCH and not spaced and one.get("execution") == "client"):
                 found = _offered(one, at, tool.get("name") if spaced else "")
-                if (name := found.tool["function"]["name"]) in offered:
-                    raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
-                offered[name] = found
+                check_function(found.tool["function"], at, taken=offered)
+                offered[found.tool["function"]["name"]] = found
             elif spaced or isinstance(kind, str):
                 left_out.append(f"tools.{kind}")
             else:
@@ -70,7 +69,6 @@ def _offered(tool: Mapping[str, Any], at: str, namespace: Any) -> Offered:
         function = {key: value for key, value in {"name": SEARCH, **known}.items() if value}
     named = isinstance(name, str) and isinstance(namespace, str)
     function["name"] = flat_name(name, namespace) if named else None
-    check_function(function, at)
     made = {"type": "function", "function": function, **({DEFERRED: True} if tool.get(DEFERRED) else {})}
     return Offered(made, kind, name, namespace)
 
