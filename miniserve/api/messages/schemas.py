@@ -197,21 +197,17 @@ def _chat_messages(history: list[MessageParam], tools: Mapping[str, Tool]) -> tu
             messages.append(_answer(content, at))
             continue
         own: list[dict[str, Any]] = []
-        texts: list[str] = []
-        for index, block in enumerate([*content, None]):  # None is the end
-            if isinstance(block, TextBlock | ToolReferenceBlock):
-                texts += [text] if (text := said(block)) else []
-                continue
-            if texts:
-                parts = [{"type": "text", "text": text} for text in texts]
-                own.append({"role": role, "content": parts if len(parts) > 1 else texts[0]})
-                texts = []
+        for index, block in enumerate(content):
             if isinstance(block, ToolResultBlock) and role == "user":
                 given = [block.content] if isinstance(block.content, str) else map(said, block.content or [])
                 result = (ERROR if block.is_error else "") + "\n".join(filter(None, given))
                 own.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
-            elif block is not None:
+            elif not isinstance(block, TextBlock | ToolReferenceBlock):
                 raise _misplaced(block, role, f"{at}.content[{index}]")
+            elif text := said(block):
+                if not own or own[-1]["role"] != role:
+                    own.append({"role": role, "content": []})
+                own[-1]["content"].append({"type": "text", "text": text})
         messages += own or [{"role": role, "content": ""}]
     return messages, referred
 
