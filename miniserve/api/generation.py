@@ -33,7 +33,6 @@ class Choice:
         """Without a `reader` all text is content."""
         self.index = index
         self.prompt = prompt
-        self.prompt_tokens = len(prompt)
         self.params = params
         self.turn: TurnStream | None = None
         self.began = 0.0
@@ -192,7 +191,7 @@ class Generation:
             now = time.perf_counter()
             if first is None or before is None:
                 first, prefill = now, out.prefill if isinstance(out, FirstToken) else 0.0
-                self._metrics.first_token(now - self._arrived, choice.prompt_tokens)
+                self._metrics.first_token(now - self._arrived, len(choice.prompt))
                 self._begun(choice)
                 for sibling in siblings:
                     sibling.prompt_logprobs = choice.prompt_logprobs
@@ -220,7 +219,7 @@ class Generation:
             request_decode_time_seconds=decode,
             request_inference_time_seconds=prefill + decode,
             request_time_per_output_token_seconds=decode / (count - 1) if count > 1 else None,
-            request_prompt_tokens=choice.prompt_tokens,
+            request_prompt_tokens=len(choice.prompt),
             request_generation_tokens=count,
             request_params_max_tokens=choice.params.max_tokens,
         )

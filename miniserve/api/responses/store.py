@@ -52,10 +52,8 @@ class Stored:
 class ResponseStore:
     """The least recently used response goes first. `what` is stored is for errors."""
 
-    def __init__(self, what: str, max_responses: int = MAX_RESPONSES, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, what: str) -> None:
         self._what = what
-        self._max_responses = max_responses
-        self._max_tokens = max_tokens
         self._tokens = 0
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
@@ -63,7 +61,7 @@ class ResponseStore:
         self.delete(id)
         self._stored[id] = stored
         self._tokens += stored.size
-        while len(self._stored) > self._max_responses or self._tokens > self._max_tokens:
+        while len(self._stored) > MAX_RESPONSES or self._tokens > MAX_TOKENS:
             self.delete(next(iter(self._stored)))
 
     def get(self, id: str) -> Stored | None:
@@ -71,11 +69,10 @@ class ResponseStore:
             self._stored.move_to_end(id)
         return self._stored.get(id)
 
-    def delete(self, id: str) -> bool:
-        """Forget a response; whether it was there. Responses behind it keep the items that they share with it."""
-        gone = self._stored.pop(id, None)
-        self._tokens -= gone.size if gone else 0
-        return gone is not None
+    def delete(self, id: str) -> None:
+        """Forget a response, if it is there. Responses behind it keep the items that they share with it."""
+        if (gone := self._stored.pop(id, None)) is not None:
+            self._tokens -= gone.size
 
     def find(self, id: str, more: str = ".", *, code: str, param: str | None = None) -> Stored:
         """As `get`. Raises `ApiError` with `code` if it is not here; `more` is the end of its message."""

@@ -114,11 +114,11 @@ class ResponsesWriter:
             "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
             "output": self._items,
             "usage": {
-                "input_tokens": choice.prompt_tokens,
+                "input_tokens": len(choice.prompt),
                 "input_tokens_details": {"cached_tokens": choice.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": choice.output_tokens,
                 "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
-                "total_tokens": choice.prompt_tokens + choice.output_tokens,
+                "total_tokens": len(choice.prompt) + choice.output_tokens,
             },
         }
         # A client may go on as soon as it has read the last event, so the answer is kept before that.
