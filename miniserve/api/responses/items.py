@@ -59,17 +59,12 @@ class ToolSearchCallItem(ItemBody):
 
 
 class ToolsItem(ItemBody):
+    """Tools that were searched for with the call `call_id`, or that a `role` brings up."""
+
+    type: Literal["tool_search_output", "additional_tools"]
     tools: Annotated[FewTools, AfterValidator(lambda tools: offered_tools(tools) and tools)]
-
-
-class ToolSearchOutputItem(ToolsItem):
-    type: Literal["tool_search_output"]
-    call_id: CallId
+    call_id: CallId | None = None
     execution: Text | None = None
-
-
-class AdditionalToolsItem(ToolsItem):
-    type: Literal["additional_tools"]
     role: Text | None = None
 
 
@@ -114,8 +109,7 @@ ItemKinds = (
     | CustomToolCallItem
     | ReasoningItem
     | ToolSearchCallItem
-    | ToolSearchOutputItem
-    | AdditionalToolsItem
+    | ToolsItem
     | LeftOutItem
 )
 ITEMS = types_of(ItemKinds)
@@ -163,10 +157,10 @@ def messages_of(items: Sequence[Item]) -> tuple[list[dict[str, Any]], dict[str, 
                 continue
             case CallOutputItem():
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
-            case ToolSearchOutputItem():
+            case ToolsItem(type="tool_search_output"):
                 content = _described(item.tools, found)
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
-            case AdditionalToolsItem():
+            case ToolsItem():
                 content = f"These tools are at hand, too:\n<tools>{_described(item.tools, found)}</tools>"
                 messages.append({"role": "developer", "content": content})
             case MessageItem() if item.role != "assistant":

@@ -15,7 +15,7 @@ from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
-from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolSearchOutputItem, with_ids
+from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolsItem, with_ids
 from miniserve.api.responses.schemas import InputTokensRequest, ResponsesRequest
 from miniserve.api.responses.store import Conversations, Limit, Order, ResponseStore, Stored, continuing, page
 from miniserve.api.responses.writer import ResponsesWriter
@@ -41,7 +41,7 @@ class ResponsesRenderer(ChatRenderer):
             return prompts
         self.relaxed.add("input")
         # A result without its call would say nothing.
-        results = CallOutputItem, ToolSearchOutputItem
+        results = CallOutputItem, ToolsItem
         calls = {item.call_id: number for number, item in enumerate(self._items) if isinstance(item, Call)}
         needs = [calls.get(item.call_id, n) if isinstance(item, results) else n for n, item in enumerate(self._items)]
         needed = [*accumulate(reversed(needs), min)][::-1]  # from there on
@@ -62,7 +62,7 @@ class ResponsesRoutes:
     def __init__(self, service: Service) -> None:
         self.conversations = Conversations()
         self._service = service
-        self._store = ResponseStore("response")
+        self._store = ResponseStore("response", ", unless `store` is false or they failed")
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
@@ -103,18 +103,18 @@ class ResponsesRoutes:
         """A response that is stored, as it was answered."""
         if stream:
             raise ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
-        return json_answer(msgspec.Raw(self._stored(response).answer))
+        return json_answer(msgspec.Raw(self._store.find(response).answer))
 
     async def list_input(
         self, response: str, limit: Limit = 20, order: Order = "desc", after: str | None = None
     ) -> Response:
         """The items that a response was made from, those of earlier turns, too; the latest first."""
-        stored = self._stored(response)
+        stored = self._store.find(response)
         return page(stored.items[: len(stored.items) - stored.output], limit, order, after)
 
     async def delete(self, response: str) -> Response:
         """Forget a response; those that have gone on behind it stay as they are."""
-        self._stored(response)
+        self._store.find(response)
         self._store.delete(response)
         return json_answer({"id": response, "object": "response", "deleted": True})
 
@@ -126,8 +126,5 @@ class ResponsesRoutes:
     def _previous(self, body: InputTokensRequest) -> Stored | None:
         """The response that a request continues, None if it names none. Raises `ApiError` if it is not here."""
         param, id = "previous_response_id", body.previous_response_id
-        more = f". Send the whole conversation as `input`, without `{param}`."
-        return None if id is None else self._store.find(id, more, param=param, code="previous_response_not_found")
-
-    def _stored(self, id: str) -> Stored:
-        return self._store.find(id, ", unless `store` is false or they failed.", code="response_not_found")
+        more = f" Send the whole conversation as `input`, without `{param}`."
+        return None if id is None else self._store.find(id, param, more)

@@ -50,10 +50,10 @@ class Stored:
 
 
 class ResponseStore:
-    """The least recently used response goes first. `what` is stored is for errors."""
+    """The least recently used response goes first. `what` is stored, `unless` what, is for errors."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, unless: str = "") -> None:
+        self._what, self._unless = what, unless
         self._tokens = 0
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
@@ -74,12 +74,13 @@ class ResponseStore:
         if (gone := self._stored.pop(id, None)) is not None:
             self._tokens -= gone.size
 
-    def find(self, id: str, more: str = ".", *, code: str, param: str | None = None) -> Stored:
-        """As `get`. Raises `ApiError` with `code` if it is not here; `more` is the end of its message."""
+    def find(self, id: str, param: str | None = None, more: str = "") -> Stored:
+        """As `get`. Raises `ApiError` about `param` if it is not here; `more` is the end of its message."""
         if (stored := self.get(id)) is None:
-            kept = "the latest ones are kept, until the server stops"
-            problem = f"There is no {self._what} {id[:128]!r} here (any more): {kept}{more}"
-            raise ApiError(404, problem, param=param, code=code)
+            param = param or self._what
+            kept = f"the latest ones are kept, until the server stops{self._unless}"
+            problem = f"There is no {self._what} {id[:128]!r} here (any more): {kept}.{more}"
+            raise ApiError(404, problem, param=param, code=f"{param.removesuffix('_id')}_not_found")
         return stored
 
 
@@ -131,7 +132,7 @@ class Conversations:
         self._stored = ResponseStore("conversation")
 
     def items(self, id: str) -> Sequence[Item]:
-        return self._get(id).items
+        return self._stored.find(id).items
 
     def extend(self, id: str, items: Sequence[Item]) -> None:
         """Add what a turn has brought, unless the conversation has been deleted meanwhile."""
@@ -149,18 +150,18 @@ class Conversations:
 
     async def retrieve(self, conversation: str) -> Response:
         """What is known of a conversation beside its items."""
-        return json_answer(msgspec.Raw(self._get(conversation).answer))
+        return json_answer(msgspec.Raw(self._stored.find(conversation).answer))
 
     async def update(self, conversation: str, body: MetadataRequest) -> Response:
         """Give a conversation other metadata."""
-        stored = self._get(conversation)
+        stored = self._stored.find(conversation)
         made = {**msgspec.json.decode(stored.answer), "metadata": body.metadata or {}}
         self._stored.put(conversation, replace(stored, answer=msgspec.json.encode(made)))
         return json_answer(made, body.ignored)
 
     async def delete(self, conversation: str) -> Response:
         """Forget a conversation and its items."""
-        self._get(conversation)
+        self._stored.find(conversation)
         self._stored.delete(conversation)
         return json_answer({"id": conversation, "object": "conversation.deleted", "deleted": True})
 
@@ -172,7 +173,7 @@ class Conversations:
 
     async def add_items(self, conversation: str, body: ItemsRequest) -> Response:
         """Add items at the end of a conversation."""
-        self._get(conversation)
+        self._stored.find(conversation)
         added = with_ids(body.items)
         self.extend(conversation, added)
         return page(added, len(added), "asc", None, body.ignored)
@@ -183,13 +184,10 @@ class Conversations:
 
     async def delete_item(self, conversation: str, item: str) -> Response:
         """Take an item out of a conversation."""
-        stored, gone = self._get(conversation), self._item(conversation, item)
+        stored, gone = self._stored.find(conversation), self._item(conversation, item)
         left = tuple(one for one in stored.items if one is not gone)
         self._stored.put(conversation, replace(stored, items=left, tokens=stored.tokens - _tokens([gone])))
         return await self.retrieve(conversation)
-
-    def _get(self, id: str) -> Stored:
-        return self._stored.find(id, param="conversation", code="conversation_not_found")
 
     def _item(self, conversation: str, id: str) -> Item:
         found = next((item for item in self.items(conversation) if item.id == id), None)

@@ -134,7 +134,7 @@ class ResponsesWriter:
         if choice.finish is None:
             return events
         if not self._items:
-            events += self._begin("message")
+            events += self._opened("message")
         return events + self._close("incomplete" if choice.finish == "length" else "completed")
 
     def _feed(self, part: Part, scored: bool) -> list[NamedEvent]:
@@ -153,9 +153,7 @@ class ResponsesWriter:
     def _opened(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
         if self._open is not None and self._open["type"] == kind:
             return []
-        return [*self._close("completed"), *self._begin(kind)]
-
-    def _begin(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
+        ended = self._close("completed")
         if kind == "message":
             own: dict[str, Any] = {"role": "assistant"}
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -163,7 +161,7 @@ class ResponsesWriter:
             own, part = {"summary": []}, {"type": "reasoning_text", "text": ""}
         added = self._add({"type": kind, "id": new_id(kind), "status": "in_progress", **own, "content": []})
         self._items[-1]["content"].append(part)
-        return [added, ("response.content_part.added", {**self._place(0), "part": {**part}})]
+        return [*ended, added, ("response.content_part.added", {**self._place(0), "part": {**part}})]
 
     def _say(self, text: str, logprobs: list[Any]) -> list[NamedEvent]:
         part = self._items[-1]["content"][0]
