@@ -155,22 +155,24 @@ class Connection(HttpToolsProtocol):
 
     _bytes = 0  # of this head so far, or of head and body
     _whole = False  # the head is complete
-    _late: asyncio.TimerHandle | None = None
+    _late: asyncio.TimerHandle
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._expect()
+        self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._arrived()
+        self._late.cancel()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._expect()
+        self._late.cancel()
+        self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def on_headers_complete(self) -> None:
-        self._arrived()
+        self._late.cancel()
+        self._whole = True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -182,17 +184,6 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if not self._whole and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse()
-
-    def _expect(self) -> None:
-        self._whole = False
-        if self._late is None:
-            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def _arrived(self) -> None:
-        self._whole = True
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
 
     def _refuse(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
