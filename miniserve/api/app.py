@@ -1,7 +1,7 @@
 """The HTTP API: its parts, their routes (`routes.toml`), what OpenAPI says of them, and what is around them.
 
-Endpoints build their answers themselves. `answers.toml` has a JSON schema of each, and of the events of streams, and
-`monitor/views.toml` has those of views. Tests hold all answers against these schemas.
+Endpoints build their answers themselves. Tests hold these against the JSON schemas in `answers.toml` and
+`monitor/views.toml`.
 """
 
 from typing import Any

@@ -1,8 +1,5 @@
-"""Errors as clients get them, whatever went wrong.
-
-The OpenAI API's shape is `{"error": {"message", "type", "param", "code"}}`; routes of the Anthropic API answer the same
-errors in that API's shape.
-"""
+"""Errors as clients get them, whatever went wrong: `{"error": {"message", "type", "param", "code"}}` as in the OpenAI
+API, or on routes of the Anthropic API in that API's shape."""
 
 import math
 import re
@@ -53,7 +50,7 @@ class ApiError(HTTPException):
         anthropic: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """`anthropic` are the words that clients of that API look for, if there are such, `details` what it adds."""
+        """`anthropic` are the words that clients of that API look for, if any, `details` what it adds."""
         # What clients sent may hold lone surrogates, which no UTF-8 body can carry.
         self.message = message.encode("utf-8", "backslashreplace").decode()
         self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()

@@ -1,10 +1,7 @@
-"""The types of a request's fields, whatever the API, and the account of fields that mean nothing here.
+"""The types of a request's fields, whatever the API, and the account of those that mean nothing here: refused if they
+would change the answer, else ignored and named, as docs/api.md has them.
 
-Parameters that would change the answer are refused, with what to do instead. All others are ignored, and the answer's
-`X-Ignored-Parameters` names them, keys inside of messages and the like too (docs/api.md has the tables).
-
-Every list is `fail_fast`: a client gets one error, since an error for each of a million wrong items would cost a
-gigabyte.
+Every list is `fail_fast`: an error for each of a million wrong items would cost a gigabyte.
 """
 
 import re

@@ -1,8 +1,5 @@
-"""The endpoints: from a valid request to the engine and back.
-
-Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiError`, `ParameterError` and
-`EngineError`, which errors.py makes answers of.
-"""
+"""The endpoints: from a valid request to the engine and back. Each is the handler of a route; its docstring stands in
+OpenAPI. All raise `ApiError`, `ParameterError` and `EngineError`, which errors.py makes answers of."""
 
 import asyncio
 import hashlib

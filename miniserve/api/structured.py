@@ -1,7 +1,5 @@
-"""Structured output: what a request says of the form of its output becomes a grammar, compiled once to check it.
-
-Compiling happens in a few threads that let the event loop run, and no request waits for long.
-"""
+"""Structured output: what a request says of the form of its output becomes a grammar, compiled once to check it, in a
+few threads that let the event loop run."""
 
 import asyncio
 import json

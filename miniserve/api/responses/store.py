@@ -1,6 +1,5 @@
-"""What the server keeps: responses, which a later request may continue as its previous response, and OpenAI's
-Conversations API, item by item, for /v1/responses to go on with. All of it in memory, within bounds.
-"""
+"""What the server keeps in memory, within bounds: responses, which a later request may continue as its previous
+response, and OpenAI's Conversations API, item by item, for /v1/responses to go on with."""
 
 import secrets
 import time

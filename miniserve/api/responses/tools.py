@@ -1,8 +1,6 @@
-"""The tools of /v1/responses: how a chat offers each of them, and how a call of it looks in this API.
-
-A chat knows functions only. Free text for a `custom` tool is its one argument, a function of a `namespace` is called by
-both names, and what runs on OpenAI's servers is left out.
-"""
+"""The tools of /v1/responses: how a chat, which knows functions only, offers each of them. Free text for a `custom`
+tool is its one argument, a function of a `namespace` is called by both names, what runs on OpenAI's servers is left
+out."""
 
 import json
 from collections.abc import Mapping
