@@ -47,16 +47,14 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
-        anthropic: str = "",
-        details: Mapping[str, Any] | None = None,
+        anthropic: Mapping[str, Any] | None = None,
     ) -> None:
-        """`anthropic` are the words that clients of that API look for, if any, `details` what it adds."""
+        """`anthropic` is what clients of that API look for: other words, `details`."""
         # What clients sent may hold lone surrogates, which no UTF-8 body can carry.
         self.message = message.encode("utf-8", "backslashreplace").decode()
         self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
         self.code = code
-        self.anthropic = anthropic
-        self.details = details
+        self.anthropic = anthropic or {}
         super().__init__(status, self.message, dict(headers or {}))
 
     @property
@@ -67,10 +65,7 @@ class ApiError(HTTPException):
     @property
     def anthropic_body(self) -> dict[str, Any]:
         kind = TABLES["anthropic_types"].get(str(self.status_code), "invalid_request_error")
-        error: dict[str, Any] = {"type": kind, "message": self.anthropic or self.message}
-        if self.details:
-            error["details"] = self.details
-        return {"type": "error", "error": error}
+        return {"type": "error", "error": {"type": kind, "message": self.message, **self.anthropic}}
 
     def response(self, scope: Mapping[str, Any]) -> Response:
         """The whole answer to a request, in the shape that its client expects."""

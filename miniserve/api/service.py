@@ -189,7 +189,7 @@ class Service:
         limit = self.client.max_model_len
         if (room := limit - len(prompt)) < 1:
             said = problem("api.long_prompt", limit=limit, field=field, tokens=len(prompt))
-            anthropic = f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum"
+            anthropic = {"message": f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum"}
             raise ApiError(400, said, param=field, code="context_length_exceeded", anthropic=anthropic)
         wanted = params.max_tokens if params.max_tokens is not None else default_limit or room
         most = min(wanted, room)

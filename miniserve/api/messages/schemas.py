@@ -129,7 +129,7 @@ class CountTokensRequest(RequestBody):
         if self.thread:
             # The official client sends the whole conversation then, without `thread`.
             unsupported = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-            raise ApiError(400, problem("api.thread"), param="thread", details=unsupported)
+            raise ApiError(400, problem("api.thread"), param="thread", anthropic={"details": unsupported})
         own = {number: _chat_tool(number, tool) for number, tool in enumerate(self.tools or []) if _own(tool)}
         check_tools([*own.values()], [*own])
         tools: dict[str, Tool] = {tool["function"]["name"]: tool for tool in own.values()}

@@ -82,12 +82,10 @@ class ChatRequest(TemplateFields, GenerationRequest):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        own: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            own["reasoning_effort"] = self.reasoning_effort
-        if self.reasoning_effort == "none":
-            own |= {"enable_thinking": False, "thinking": False}
-        return own | super().template_variables
+        effort = self.reasoning_effort
+        own = {} if effort is None else {"reasoning_effort": effort}
+        off = {"enable_thinking": False, "thinking": False} if effort == "none" else {}
+        return {**own, **off, **super().template_variables}
 
     def output_params(self) -> dict[str, int | None]:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
