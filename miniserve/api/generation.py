@@ -42,7 +42,7 @@ class Choice:
         self.thinks = reader is not None and reader.thinking
         self._reader = reader
         self._words = IncrementalDetokenizer(tokenizer, params, reader.visible if reader else frozenset())
-        self._parts: list[Part] = []
+        self.parts: list[Part] = []
         self.tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -59,15 +59,11 @@ class Choice:
     def stop_reason(self) -> str | int | None:
         return self._words.stop_reason
 
-    @property
-    def has_parts(self) -> bool:
-        return bool(self._parts) or self.finish is not None
-
     def take(self) -> tuple[list[Part], list[TokenLogprob]]:
         """The parts of the answer since the last time, and the log-probabilities of their tokens if the request wants
         any. Neighbours are never of the same kind, unless they are calls."""
-        parts, logprobs = self._parts, self._logprobs
-        self._parts, self._logprobs = [], []
+        parts, logprobs = self.parts, self._logprobs
+        self.parts, self._logprobs = [], []
         return merged(parts), logprobs
 
     def take_tokens(self) -> list[int]:
@@ -85,11 +81,11 @@ class Choice:
         if self._reader is not None:
             self._read(self._reader, text, out.tokens[:count])
         elif text:
-            self._parts.append(text)
+            self.parts.append(text)
 
     def _read(self, reader: Reader, text: str, tokens: list[int]) -> None:
         thinking = reader.thinking
-        self._parts += reader.read(text, final=self._words.finish is not None)
+        self.parts += reader.read(text, final=self._words.finish is not None)
         if thinking and reader.has_thought:
             last = reader.ends if not reader.thinking else None
             self.reasoning_tokens += tokens.index(last) + 1 if last in tokens else len(tokens)

@@ -83,7 +83,7 @@ class MessagesWriter:
             block = self._blocks[-1]
             block["input"] = msgspec.Raw(block["input"].encode())
         self._open = None
-        return [*signed, ("content_block_stop", {"index": self._index})]
+        return [*signed, ("content_block_stop", {"index": len(self._blocks) - 1})]
 
     def _say(self, kind: Literal["text", "thinking"], text: str, more: dict[str, str]) -> list[NamedEvent]:
         events: list[NamedEvent] = []
@@ -99,16 +99,12 @@ class MessagesWriter:
     def _begin(self, block: dict[str, Any], shown: dict[str, Any]) -> NamedEvent:
         """Open `block`; the event that says so has what is `shown` of it in addition."""
         self._open = block["type"]
-        event = "content_block_start", {"index": self._index + 1, "content_block": {**block, **shown}}
+        event = "content_block_start", {"index": len(self._blocks), "content_block": {**block, **shown}}
         self._blocks.append({**block, "input": ""} if block["type"] == "tool_use" else block)
         return event
 
-    @property
-    def _index(self) -> int:
-        return len(self._blocks) - 1
-
     def _delta(self, delta: dict[str, str]) -> NamedEvent:
-        return "content_block_delta", {"index": self._index, "delta": delta}
+        return "content_block_delta", {"index": len(self._blocks) - 1, "delta": delta}
 
 
 def _stop(choice: Choice) -> tuple[str | None, str | None]:

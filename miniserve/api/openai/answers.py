@@ -72,7 +72,7 @@ class ChunkWriter(ABC):
             chunks: list[bytes] = []
             for choice in updated:
                 by_token = self.token_ids and bool(choice.tokens)
-                if not (choice.has_parts or by_token):
+                if not (choice.parts or by_token or choice.finish is not None):
                     continue
                 parts, logprobs = choice.take()
                 for part in parts or ([""] if logprobs or by_token else []):

@@ -42,7 +42,7 @@ class ResponsesRenderer(ChatRenderer):
         self.relaxed.add("input")
         # A result without its call would say nothing.
         results = CallOutputItem, ToolsItem
-        calls = {item.call_id: number for number, item in enumerate(self._items) if isinstance(item, Call)}
+        calls: dict[str | None, int] = {item.call_id: n for n, item in enumerate(self._items) if isinstance(item, Call)}
         needs = [calls.get(item.call_id, n) if isinstance(item, results) else n for n, item in enumerate(self._items)]
         needed = [*accumulate(reversed(needs), min)][::-1]  # from there on
         if starts := [number for number, first in enumerate(needed) if 0 < number == first]:
@@ -74,7 +74,7 @@ class ResponsesRoutes:
             output = OUTPUT.validate_python(answer["output"])
             if body.conversation:
                 self.conversations.extend(body.conversation, [*new, *output])
-            if body.store is not False:
+            if body.store:
                 assert choice.turn is not None
                 tokens = len(choice.prompt) + choice.output_tokens
                 whole = (*items, *output)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
+from miniserve.api.fields import TABLES, Count, Effort, Key, On, RequestBody, Stops, at_most
 from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
@@ -44,7 +44,7 @@ class InputTokensRequest(RequestBody):
     conversation: ConversationId | None = None
     tools: FewTools | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: On = True
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -94,8 +94,8 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
     max_output_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """How many alternatives stand beside each token where `include` asks for log-probabilities."""
-    store: bool | None = None
-    """Whether `previous_response_id` can name this response; yes, unless it is false."""
+    store: On = True
+    """Whether `previous_response_id` can name this response."""
     metadata: Metadata | None = None
     include: Annotated[list[Text], Field(max_length=16)] | None = None
     prompt_cache_key: Key | None = None
