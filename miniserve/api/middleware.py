@@ -182,10 +182,8 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
         super().data_received(data)
-        if not self._whole and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse()
-
-    def _refuse(self) -> None:
+        if self._whole or self._bytes <= MAX_HEAD_BYTES or self.transport.is_closing():
+            return
         if self.cycle is None or self.cycle.response_complete:
             error = ApiError(431, problem("api.long_head", most=MAX_HEAD_BYTES))
             body = error.response({"path": ""}).body

@@ -34,9 +34,8 @@ class MessagesWriter:
         async for _ in generation.updates():
             events = self._fed(choice)
             if choice.finish is not None:
-                reason, sequence = _stop(choice)
-                delta = {"stop_reason": reason, "stop_sequence": sequence}
-                events += [("message_delta", {"delta": delta, "usage": _usage(choice)}), ("message_stop", {})]
+                ended = {"delta": _stop(choice), "usage": _usage(choice)}
+                events += [("message_delta", ended), ("message_stop", {})]
             if events:
                 yield b"".join(named_event(*event) for event in events)
 
@@ -44,15 +43,13 @@ class MessagesWriter:
         return named_event("error", {"error": error.anthropic_body["error"]})
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        reason, sequence = _stop(choice)
         return {
             "id": self.head.id,
             "type": "message",
             "role": "assistant",
             "model": self.head.model,
             "content": self._blocks,
-            "stop_reason": reason,
-            "stop_sequence": sequence,
+            **_stop(choice),
             "usage": _usage(choice),
         }
 
@@ -107,10 +104,10 @@ class MessagesWriter:
         return "content_block_delta", {"index": len(self._blocks) - 1, "delta": delta}
 
 
-def _stop(choice: Choice) -> tuple[str | None, str | None]:
+def _stop(choice: Choice) -> dict[str, str | None]:
     if choice.finish == "stop" and isinstance(choice.stop_reason, str):
-        return "stop_sequence", choice.stop_reason
-    return STOP_REASONS.get(choice.finish), None
+        return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
+    return {"stop_reason": STOP_REASONS.get(choice.finish), "stop_sequence": None}
 
 
 def _usage(choice: Choice) -> dict[str, Any]:
