@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from miniserve.api.errors import ApiError
-from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts
+from miniserve.api.fields import TABLES, Amount, Effort, StopTexts
 from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.tools import DEFERRED, FewTools, Tool, ToolChoice, check_tools, deferred
@@ -104,11 +104,14 @@ class OutputConfig(Body):
     format: ResponseFormat | None = None
 
 
-class CountTokensRequest(RequestBody):
-    """The fields of a request that its prompt is made of."""
+class CountTokensRequest(SamplingFields):
+    """The fields of a request; to count its prompt it need have no limit of its output."""
+
+    refused = {**SamplingFields.refused, **TABLES["refused"]["messages"]}
 
     messages: Annotated[list[MessageParam], Field(fail_fast=True, min_length=1)]
-    model: Text | None = None
+    max_tokens: Amount | None = None
+    stop_sequences: StopTexts | None = None
     system: SystemText | None = None
     tools: FewTools | None = None
     tool_choice: ToolChoice | None = None
@@ -123,9 +126,9 @@ class CountTokensRequest(RequestBody):
         kinds = {tool["type"] for tool in tools if not _own(tool)}
         return [*self._ignored, *(f"tools.{key}" for key in keys | kinds)]
 
-    def chat(self, normalize: bool = True, **more: Any) -> ChatRequest:
-        """As a chat with `more` fields; with `normalize` without what changes from request to request and means nothing
-        to a model. Raises `ParameterError`, `ValidationError`, `ApiError`."""
+    def chat(self, normalize: bool = True) -> ChatRequest:
+        """As a chat; with `normalize` without what changes from request to request and means nothing to a model. Raises
+        `ParameterError`, `ValidationError`, `ApiError`."""
         if self.thread:
             # The official client sends the whole conversation then, without `thread`.
             unsupported = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
@@ -145,6 +148,7 @@ class CountTokensRequest(RequestBody):
             self,
             messages=messages,
             tools=[t for name, t in tools.items() if not deferred(t) or name in referred] or None,
+            stop=self.stop_sequences,
             parallel_tool_calls=False if single else None,
             reasoning_effort=config and config.effort,
             response_format=config and config.format,
@@ -152,18 +156,11 @@ class CountTokensRequest(RequestBody):
             # An answer that has begun already goes on.
             continue_final_message=continued,
             add_generation_prompt=not continued,
-            **more,
         )
 
 
-class MessagesRequest(CountTokensRequest, SamplingFields):
-    refused = {**SamplingFields.refused, **TABLES["refused"]["messages"]}
-
+class MessagesRequest(CountTokensRequest):
     max_tokens: Amount
-    stop_sequences: StopTexts | None = None
-
-    def chat(self, normalize: bool = True, **more: Any) -> ChatRequest:
-        return super().chat(normalize, stop=self.stop_sequences, **more)
 
 
 def _system_text(system: str | list[TextBlock], normalize: bool) -> str:

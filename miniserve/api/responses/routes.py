@@ -16,7 +16,7 @@ from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
 from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolsItem, with_ids
-from miniserve.api.responses.schemas import InputTokensRequest, ResponsesRequest
+from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.store import Conversations, Limit, Order, ResponseStore, Stored, continuing, page
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.service import Service
@@ -27,7 +27,7 @@ class ResponsesRenderer(ChatRenderer):
     """The prompt of a response to `items`. Where `truncation` allows, the oldest are left out of one that would leave
     no room for an answer. Many items take a while, so it is not made on the event loop."""
 
-    def __init__(self, service: Service, body: InputTokensRequest, items: Sequence[Item]) -> None:
+    def __init__(self, service: Service, body: ResponsesRequest, items: Sequence[Item]) -> None:
         self.chat, self.offered = body.chat(items)
         super().__init__(service.tokenizer, service.dialect, self.chat)
         self._body = body
@@ -90,7 +90,7 @@ class ResponsesRoutes:
                 known = conversation or body.conversation or ""
                 return await self._service.generate(request, body, renderer.chat, renderer, writer, known)
 
-    async def count_input(self, body: InputTokensRequest) -> Response:
+    async def count_input(self, body: ResponsesRequest) -> Response:
         """How many tokens the prompt of such a request has."""
         self._service.check_model(body.model)
         past = self._past(body, self._previous(body))
@@ -118,12 +118,12 @@ class ResponsesRoutes:
         self._store.delete(response)
         return json_answer({"id": response, "object": "response", "deleted": True})
 
-    def _past(self, body: InputTokensRequest, previous: Stored | None) -> Sequence[Item]:
+    def _past(self, body: ResponsesRequest, previous: Stored | None) -> Sequence[Item]:
         if body.conversation:
             return self.conversations.items(body.conversation)
         return previous.items if previous else ()
 
-    def _previous(self, body: InputTokensRequest) -> Stored | None:
+    def _previous(self, body: ResponsesRequest) -> Stored | None:
         """The response that a request continues, None if it names none. Raises `ApiError` if it is not here."""
         param, id = "previous_response_id", body.previous_response_id
         more = f" Send the whole conversation as `input`, without `{param}`."

@@ -1,11 +1,11 @@
 """What requests for /v1/responses may hold, and the chat request that each of them is another spelling of."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from miniserve.api.fields import TABLES, Count, Effort, Key, On, RequestBody, Stops, at_most
+from miniserve.api.fields import TABLES, Count, Effort, Key, On, Stops, at_most
 from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
@@ -32,13 +32,10 @@ class ReasoningSettings(Body):
     effort: Effort | None = None
 
 
-class InputTokensRequest(RequestBody):
-    """The fields of a request that its prompt is made of."""
-
-    refused = TABLES["refused"]["responses_input"]
+class ResponsesRequest(SamplingFields):
+    refused = {**SamplingFields.refused, **TABLES["refused"]["responses"]}
 
     input: Annotated[TextOr[Items], text_or("Input must be a string or a list of items")] | None = None
-    model: Text | None = None
     instructions: Text | None = None
     previous_response_id: Key | None = None
     conversation: ConversationId | None = None
@@ -49,47 +46,6 @@ class InputTokensRequest(RequestBody):
     reasoning: ReasoningSettings | None = None
     truncation: Literal["auto", "disabled"] | None = None
     """With `auto` the oldest items are left out of a prompt that would be too long."""
-
-    _offered: dict[str, Offered]
-    _left_out: list[str]
-
-    @model_validator(mode="after")
-    def _tools_and_past(self) -> "InputTokensRequest":
-        if self.conversation and self.previous_response_id:
-            raise ParameterError("conversation", "Give `conversation` or `previous_response_id`, not both.")
-        self._offered, self._left_out = offered_tools(self.tools or [])
-        return self
-
-    @property
-    def ignored(self) -> list[str]:
-        brought = [name for item in self.items if isinstance(item, ToolsItem) for name in offered_tools(item.tools)[1]]
-        return [*self._ignored, *self._left_out, *(f"input[].{name}" for name in brought)]
-
-    @property
-    def items(self) -> list[Item]:
-        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
-
-    def chat(self, items: Sequence[Item], **more: Any) -> tuple[ChatRequest, Mapping[str, Offered]]:
-        """As a chat about `items`, the whole conversation, with `more` fields, and the tools that calls may be of, by
-        their names there. Raises `ParameterError`, `ValidationError`."""
-        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages, found = messages_of(items)
-        offered = {name: one for name, one in self._offered.items() if not deferred(one.tool)} | found
-        chat = ChatRequest.of(
-            self,
-            # A probe without input is answered, too.
-            messages=[*system, *messages] or [{"role": "user", "content": ""}],
-            tools=[one.tool for one in offered.values()] or None,
-            response_format=self.text and self.text.format,
-            reasoning_effort=self.reasoning and self.reasoning.effort,
-            **more,
-        )
-        return chat, offered
-
-
-class ResponsesRequest(InputTokensRequest, SamplingFields):
-    refused = {**SamplingFields.refused, **TABLES["refused"]["responses_input"], **TABLES["refused"]["responses"]}
-
     stop: Stops | None = None
     max_output_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -100,15 +56,46 @@ class ResponsesRequest(InputTokensRequest, SamplingFields):
     include: Annotated[list[Text], Field(max_length=16)] | None = None
     prompt_cache_key: Key | None = None
 
+    _offered: dict[str, Offered]
+    _left_out: list[str]
+
+    @model_validator(mode="after")
+    def _tools_and_past(self) -> Self:
+        if self.conversation and self.previous_response_id:
+            raise ParameterError("conversation", "Give `conversation` or `previous_response_id`, not both.")
+        self._offered, self._left_out = offered_tools(self.tools or [])
+        return self
+
     @property
     def ignored(self) -> list[str]:
+        brought = [name for item in self.items if isinstance(item, ToolsItem) for name in offered_tools(item.tools)[1]]
         own = {"include": set(self.include or []) - {LOGPROBS}, "top_logprobs": self.top_logprobs and not self._scored}
-        return [*super().ignored, *(name for name, ignored in own.items() if ignored)]
+        names = [*self._ignored, *self._left_out, *(f"input[].{name}" for name in brought)]
+        return names + [name for name, ignored in own.items() if ignored]
 
     @property
     def _scored(self) -> bool:
         return LOGPROBS in (self.include or [])
 
-    def chat(self, items: Sequence[Item], **more: Any) -> tuple[ChatRequest, Mapping[str, Offered]]:
-        more |= {"logprobs": self._scored, "top_logprobs": self.top_logprobs if self._scored else None}
-        return super().chat(items, max_completion_tokens=self.max_output_tokens, **more)
+    @property
+    def items(self) -> list[Item]:
+        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
+
+    def chat(self, items: Sequence[Item]) -> tuple[ChatRequest, Mapping[str, Offered]]:
+        """As a chat about `items`, the whole conversation, and the tools that calls may be of, by their names there.
+        Raises `ParameterError`, `ValidationError`."""
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages, found = messages_of(items)
+        offered = {name: one for name, one in self._offered.items() if not deferred(one.tool)} | found
+        chat = ChatRequest.of(
+            self,
+            # A probe without input is answered, too.
+            messages=[*system, *messages] or [{"role": "user", "content": ""}],
+            tools=[one.tool for one in offered.values()] or None,
+            response_format=self.text and self.text.format,
+            reasoning_effort=self.reasoning and self.reasoning.effort,
+            max_completion_tokens=self.max_output_tokens,
+            logprobs=self._scored,
+            top_logprobs=self.top_logprobs if self._scored else None,
+        )
+        return chat, offered
