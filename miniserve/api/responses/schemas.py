@@ -57,21 +57,16 @@ class ResponsesRequest(SamplingFields):
     prompt_cache_key: Key | None = None
 
     _offered: dict[str, Offered]
-    _left_out: list[str]
 
     @model_validator(mode="after")
     def _tools_and_past(self) -> Self:
         if self.conversation and self.previous_response_id:
             raise ParameterError("conversation", "Give `conversation` or `previous_response_id`, not both.")
-        self._offered, self._left_out = offered_tools(self.tools or [])
-        return self
-
-    @property
-    def ignored(self) -> list[str]:
+        self._offered, left_out = offered_tools(self.tools or [])
         brought = [name for item in self.items if isinstance(item, ToolsItem) for name in offered_tools(item.tools)[1]]
         own = {"include": set(self.include or []) - {LOGPROBS}, "top_logprobs": self.top_logprobs and not self._scored}
-        names = [*self._ignored, *self._left_out, *(f"input[].{name}" for name in brought)]
-        return names + [name for name, ignored in own.items() if ignored]
+        self._ignored += [*left_out, *(f"input[].{name}" for name in brought), *(name for name in own if own[name])]
+        return self
 
     @property
     def _scored(self) -> bool:
