@@ -61,8 +61,8 @@ class MessagesWriter:
     def _feed(self, part: Part) -> list[NamedEvent]:
         match part:
             case ToolCall():
-                block = {"type": "tool_use", "id": part.id, "name": part.name}
-                return [*self._close(), self._begin(block, {"input": {}}), *self._argue(part.arguments)]
+                block = {"type": "tool_use", "id": part.id, "name": part.name, "input": ""}
+                return [*self._close(), self._begin(block), *self._argue(part.arguments)]
             case MoreArguments():
                 return self._argue(part.text)
             case Reasoning():
@@ -85,7 +85,7 @@ class MessagesWriter:
     def _say(self, kind: Literal["text", "thinking"], text: str, more: dict[str, str]) -> list[NamedEvent]:
         events: list[NamedEvent] = []
         if self._open != kind:
-            events += [*self._close(), self._begin({"type": kind, kind: "", **more}, {})]
+            events += [*self._close(), self._begin({"type": kind, kind: "", **more})]
         self._blocks[-1][kind] += text
         return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
 
@@ -93,12 +93,11 @@ class MessagesWriter:
         self._blocks[-1]["input"] += text
         return [self._delta({"type": "input_json_delta", "partial_json": text})] if text else []
 
-    def _begin(self, block: dict[str, Any], shown: dict[str, Any]) -> NamedEvent:
-        """Open `block`; the event that says so has what is `shown` of it in addition."""
+    def _begin(self, block: dict[str, Any]) -> NamedEvent:
         self._open = block["type"]
-        event = "content_block_start", {"index": len(self._blocks), "content_block": {**block, **shown}}
-        self._blocks.append({**block, "input": ""} if block["type"] == "tool_use" else block)
-        return event
+        self._blocks.append(block)
+        shown = {**block, "input": {}} if "input" in block else {**block}
+        return "content_block_start", {"index": len(self._blocks) - 1, "content_block": shown}
 
     def _delta(self, delta: dict[str, str]) -> NamedEvent:
         return "content_block_delta", {"index": len(self._blocks) - 1, "delta": delta}

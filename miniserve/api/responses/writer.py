@@ -44,7 +44,7 @@ class ResponsesWriter:
         self._items: list[Any] = []
         self._open: dict[str, Any] | None = None
         self._arguments = ""  # of the call that is open
-        self._begun: dict[str, Any] | None = None
+        self._begun: dict[str, Any] = {}
         self._logprobs: list[TokenLogprob] = []  # of text that is still to come
         self._reasoned = 0  # tokens whose log-probabilities were passed over
 
@@ -68,11 +68,8 @@ class ResponsesWriter:
     def error_events(self, error: ApiError) -> bytes:
         code = "server_error" if error.status_code >= 500 else "invalid_prompt"
         about = {"code": error.code or code, "message": error.message, "param": error.param}
-        events: list[NamedEvent] = [("error", about)]
-        if self._begun is not None:
-            response = {**self._begun, "status": "failed", "error": {"code": code, "message": error.message}}
-            events.append(("response.failed", {"response": response}))
-        return self._encoded(events)
+        response = {**self._begun, "status": "failed", "error": {"code": code, "message": error.message}}
+        return self._encoded([("error", about), ("response.failed", {"response": response})])
 
     def _encoded(self, events: Sequence[NamedEvent]) -> bytes:
         return b"".join(named_event(name, {"sequence_number": next(self._numbers), **data}) for name, data in events)
@@ -128,14 +125,14 @@ class ResponsesWriter:
         parts, logprobs = choice.take()
         self._logprobs += logprobs[choice.reasoning_tokens - self._reasoned :]
         self._reasoned = choice.reasoning_tokens
-        events = [event for part in parts for event in self._feed(part, choice.params.logprobs is not None)]
+        events = [event for part in parts for event in self._feed(part)]
         if choice.finish is None:
             return events
         if not self._items:
             events += self._opened("message")
         return events + self._close("incomplete" if choice.finish == "length" else "completed")
 
-    def _feed(self, part: Part, scored: bool) -> list[NamedEvent]:
+    def _feed(self, part: Part) -> list[NamedEvent]:
         match part:
             case ToolCall():
                 return [*self._close("completed"), *self._begin_call(part), *self._argue(part.arguments)]
@@ -144,8 +141,7 @@ class ResponsesWriter:
             case Reasoning():
                 return [*self._opened("reasoning"), *self._say(part.text, [])]
             case _:  # texts have log-probabilities, reasoning has none
-                shown = list(chat_logprobs(self.tokenizer, self._logprobs)["content"]) if scored else []
-                self._logprobs = []
+                shown, self._logprobs = chat_logprobs(self.tokenizer, self._logprobs)["content"], []
                 return [*self._opened("message"), *self._say(part, shown)]
 
     def _opened(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
