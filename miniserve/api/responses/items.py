@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
 from miniserve.api.fields import TABLES
 from miniserve.api.responses.tools import INPUT, SEARCH, Offered, offered_tools
@@ -16,6 +16,8 @@ from miniserve.text.messages import Body, Content, ContentParts, Json, Text, by_
 LEFT_OUT = re.compile(TABLES["left_out"]["items"])
 """Other types of items: what servers' tools did, and what only OpenAI's can read."""
 CallId = Annotated[Text, Field(min_length=1)]
+OrNull = BeforeValidator(lambda text: "" if text is None else text)
+"""Clients have null where there is no text."""
 
 
 class ItemBody(Body):
@@ -26,7 +28,7 @@ class ItemBody(Body):
 class MessageItem(ItemBody):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Content
+    content: Annotated[Content, OrNull]
 
 
 class NamedCallItem(ItemBody):
@@ -37,18 +39,18 @@ class NamedCallItem(ItemBody):
 
 class FunctionCallItem(NamedCallItem):
     type: Literal["function_call"]
-    arguments: Text
+    arguments: Annotated[Text, OrNull]
 
 
 class CustomToolCallItem(NamedCallItem):
     type: Literal["custom_tool_call"]
-    input: Text
+    input: Annotated[Text, OrNull]
 
 
 class CallOutputItem(ItemBody):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: CallId
-    output: Content
+    output: Annotated[Content, OrNull]
 
 
 class ToolSearchCallItem(ItemBody):
@@ -83,10 +85,6 @@ class LeftOutItem(ItemBody):
     was: Text
 
 
-EMPTY_TEXTS = {"content", "output", "input", "arguments"}
-"""Clients have null for these where there is no text."""
-
-
 def _known(value: Any) -> Any:
     """The type of messages may be left out. What a server has searched for has no `call_id`, and no need of a place."""
     if not isinstance(value, dict):
@@ -98,24 +96,14 @@ def _known(value: Any) -> Any:
     searched = kind.startswith(SEARCH) and value.get("call_id") is None
     if (kind in ITEMS and searched) or (kind not in ITEMS and LEFT_OUT.fullmatch(kind)):
         return {"type": "left_out", "was": kind, "id": value.get("id")}
-    empty = EMPTY_TEXTS if kind != "reasoning" else ()
-    return {**value, "type": kind, **{key: "" for key in empty if key in value and value[key] is None}}
+    return {**value, "type": kind}
 
 
-ItemKinds = (
-    MessageItem
-    | FunctionCallItem
-    | CallOutputItem
-    | CustomToolCallItem
-    | ReasoningItem
-    | ToolSearchCallItem
-    | ToolsItem
-    | LeftOutItem
-)
+Call = FunctionCallItem | CustomToolCallItem | ToolSearchCallItem
+ItemKinds = MessageItem | Call | CallOutputItem | ReasoningItem | ToolsItem | LeftOutItem
 ITEMS = types_of(ItemKinds)
 Item = Annotated[ItemKinds, by_type("Items", ItemKinds, _known)]
 Items = Annotated[list[Item], Field(fail_fast=True)]
-Call = FunctionCallItem | CustomToolCallItem | ToolSearchCallItem
 OUTPUT: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 """Reads the items of an answer as input of the next one."""
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
