@@ -8,7 +8,8 @@ with it; the `ResponseWriter` makes the answer of the generation, whole or as a 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, NamedTuple, Protocol
 
 from miniserve.api.errors import ApiError
 from miniserve.cluster.messages import Ended, Failed, FirstToken, TokenLogprob, Tokens, TurnOutput
@@ -20,6 +21,8 @@ from miniserve.text.reader import Part, Reader, merged
 from miniserve.text.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "tool_calls"]
+Prompts = list[tuple[list[int], SamplingParams]]
+"""Token ids and parameters of each."""
 Submit = Callable[[list[int], SamplingParams, int], TurnStream]
 """Starts a turn, given its prompt, its parameters, and the choice's index. Raises `EngineError`."""
 
@@ -102,7 +105,7 @@ def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
     return output
 
 
-class Generation:
+class Generation(AbstractAsyncContextManager):
     """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
 
     Each prompt has `n` choices, in order. The first choice of a prompt starts at once, and the others with its first
@@ -111,7 +114,7 @@ class Generation:
 
     def __init__(
         self,
-        prompts: list[tuple[list[int], SamplingParams]],
+        prompts: Prompts,
         submit: Submit,
         tokenizer: Tokenizer,
         metrics: Metrics,
@@ -119,8 +122,8 @@ class Generation:
         reader: Callable[[list[int]], Reader | None] = lambda prompt: None,
         begun: Callable[[Choice], None] = lambda choice: None,
     ) -> None:
-        """`prompts` are token ids and parameters, `arrived` is when the request arrived (`time.perf_counter`), `reader`
-        makes a reader of one answer to a prompt, `begun` gets each choice with its first token."""
+        """`arrived` is when the request arrived (`time.perf_counter`), `reader` makes a reader of one answer to a
+        prompt, `begun` gets each choice with its first token."""
         self._submit = submit
         self._begun = begun
         self._metrics = metrics
@@ -141,9 +144,6 @@ class Generation:
         except Exception:
             self._cancel()
             raise
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *error: object) -> None:
         self._cancel()

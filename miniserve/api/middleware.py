@@ -108,9 +108,8 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        refusal = ApiError(
-            413, f"The body is larger than {self._limit} bytes.", code="request_too_large", headers=CLOSE
-        )
+        large = f"The body is larger than {self._limit} bytes."
+        refusal = ApiError(413, large, code="request_too_large", headers=CLOSE)
         length = _header(scope, b"content-length")
         # Python does not read numbers of thousands of digits.
         if length.isdigit() and (len(length) > 15 or int(length) > self._limit):
@@ -186,9 +185,7 @@ class Connection(HttpToolsProtocol):
             return
         if self.cycle is None or self.cycle.response_complete:
             error = ApiError(431, problem("api.long_head", most=MAX_HEAD_BYTES))
-            body = error.response({"path": ""}).body
-            head = f"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: {len(body)}\r\n"
-            self.transport.write(
-                f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + bytes(body)
-            )
+            body = bytes(error.response({"path": ""}).body)
+            about = f"Content-Length: {len(body)}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\n%s\r\n" % about.encode() + body)
         self.transport.close()

@@ -17,7 +17,7 @@ from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody, ignored_header
-from miniserve.api.generation import AnswerHead, Choice, Generation, Renderer, ResponseWriter
+from miniserve.api.generation import AnswerHead, Choice, Generation, Prompts, Renderer, ResponseWriter
 from miniserve.api.identity import speaker
 from miniserve.api.messages.schemas import CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
@@ -40,8 +40,6 @@ MAX_SCORES = 2**16
 """Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
 LIMITS = "max_output_tokens", "max_completion_tokens", "max_tokens"
 """The fields that bound an output; of several the first counts."""
-
-Prompts = list[tuple[list[int], SamplingParams]]
 
 
 @dataclass(eq=False)
@@ -165,9 +163,8 @@ class Service:
     async def _examine(self, turn: TurnStream, cached: int, client: str, body: GenerationRequest) -> None:
         """Find out why no more than `cached` tokens of a prompt were found, which differs from the one before."""
         assert turn.change is not None
-        found = await asyncio.to_thread(
-            self.doctor.examine, turn.number, turn.change, cached, body.segments, body.tool_names
-        )
+        seen = turn.number, turn.change, cached, body.segments, body.tool_names
+        found = await asyncio.to_thread(self.doctor.examine, *seen)
         if found is not None:
             counted = client if client in self.client.scheduler.reuse else ""
             self.doctor.note(counted, turn.conversation, found)

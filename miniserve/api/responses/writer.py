@@ -154,7 +154,7 @@ class ResponsesWriter:
         else:  # the content is the reasoning itself, so there is no summary
             own, part = {"summary": []}, {"type": "reasoning_text", "text": ""}
         added = self._add({"type": kind, "id": new_id(kind), "status": "in_progress", **own, "content": []})
-        self._items[-1]["content"].append(part)
+        self._items[-1]["content"] = [part]
         return [*ended, added, ("response.content_part.added", {**self._place(0), "part": {**part}})]
 
     def _say(self, text: str, logprobs: list[Any]) -> list[NamedEvent]:
@@ -205,8 +205,7 @@ class ResponsesWriter:
     def _add(self, item: dict[str, Any]) -> NamedEvent:
         self._open = item
         self._items.append(item)
-        added = {**item, "content": []} if "content" in item else {**item}
-        return "response.output_item.added", {"output_index": len(self._items) - 1, "item": added}
+        return "response.output_item.added", {"output_index": len(self._items) - 1, "item": {**item}}
 
     def _close(self, status: str) -> list[NamedEvent]:
         if (item := self._open) is None:
