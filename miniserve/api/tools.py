@@ -16,7 +16,6 @@ from miniserve.text.messages import Json, JsonList, text_or
 MAX_TOOLS = 256
 MAX_TOOLS_CHARS = 256 * 1024
 """Of all tools as JSON; a model reads all of it before it answers."""
-TOOL_EXAMPLE = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
 TOOL_SCHEMA: dict[str, Any] = TABLES["tool"]
 """A tool for OpenAPI. Tools stay as they came: a template renders the keys in the client's order."""
 NAME = re.compile(TOOL_SCHEMA["properties"]["function"]["properties"]["name"]["pattern"])
@@ -73,7 +72,7 @@ def check_tools(tools: list[Tool], numbers: Sequence[int] | None = None) -> None
         at = f"tools[{number}]"
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict):
-            raise ParameterError(at, f"`{at}` must look like {TOOL_EXAMPLE}: other kinds of tools are not supported.")
+            raise ParameterError(at, problem("api.tool", at=at))
         check_function(function, f"{at}.function", taken)
         taken.add(function["name"])
 

@@ -74,8 +74,7 @@ class StructuredOutputs(Body):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        forms = (self.json_, self.regex, self.choice, self.grammar, self.json_object)
-        if sum(form is not None for form in forms) != 1:
+        if sum(form is not None for _, form in self) != 1:
             raise ValueError("Give exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`")
         return self
 

@@ -18,6 +18,7 @@ from miniserve.api.fields import RequestBody
 from miniserve.api.responses.items import Item, Items, item_out, with_ids
 from miniserve.api.responses.schemas import Metadata
 from miniserve.api.streaming import json_answer
+from miniserve.config import problem
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
@@ -77,9 +78,8 @@ class ResponseStore:
         """As `get`. Raises `ApiError` about `param` if it is not here; `more` is the end of its message."""
         if (stored := self.get(id)) is None:
             param = param or self._what
-            kept = f"the latest ones are kept, until the server stops{self._unless}"
-            problem = f"There is no {self._what} {id[:128]!r} here (any more): {kept}.{more}"
-            raise ApiError(404, problem, param=param, code=f"{param.removesuffix('_id')}_not_found")
+            said = problem("api.not_kept", what=self._what, id=id[:128], unless=self._unless, more=more)
+            raise ApiError(404, said, param=param, code=f"{param.removesuffix('_id')}_not_found")
         return stored
 
 
