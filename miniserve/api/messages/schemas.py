@@ -24,7 +24,6 @@ BILLING = "x-anthropic-billing-header:"
 """Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
 else in a prompt, it would leave no prefix to find again."""
 SERVER_BLOCKS = re.compile(TABLES["left_out"]["blocks"])
-"""What tools of Anthropic's servers leave in a history: left out."""
 
 
 class TextBlock(Body):
@@ -54,11 +53,9 @@ def as_text(block: Any) -> Any:
     kind, source = (block.get("type"), block.get("source")) if isinstance(block, dict) else (None, None)
     if kind == "document" and isinstance(source, dict) and source.get("type") in ("text", "content"):
         said = source.get("data", source.get("content"))
-        texts = [block.get("title"), block.get("context"), *([said] if isinstance(said, str) else _texts_in(said))]
-    elif kind == "search_result":
+        texts = [block.get("title"), block.get("context"), *_texts_in(said)]
+    elif kind in ("search_result", "compaction"):
         texts = [block.get("title"), block.get("source"), *_texts_in(block.get("content"))]
-    elif kind == "compaction":
-        texts = [block.get("content")]
     elif isinstance(kind, str) and SERVER_BLOCKS.fullmatch(kind):
         return {"type": "text", "text": ""}
     else:
@@ -66,8 +63,9 @@ def as_text(block: Any) -> Any:
     return {"type": "text", "text": "\n".join(text for text in texts if isinstance(text, str))}
 
 
-def _texts_in(blocks: Any) -> list[Any]:
-    return [item.get("text") for item in blocks if isinstance(item, dict)] if isinstance(blocks, list) else []
+def _texts_in(content: Any) -> list[Any]:
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    return [block.get("text") for block in blocks if isinstance(block, dict)]
 
 
 ResultKinds = TextBlock | ToolReferenceBlock

@@ -83,11 +83,9 @@ class MessagesWriter:
         return [*signed, ("content_block_stop", {"index": len(self._blocks) - 1})]
 
     def _say(self, kind: Literal["text", "thinking"], text: str, more: dict[str, str]) -> list[NamedEvent]:
-        events: list[NamedEvent] = []
-        if self._open != kind:
-            events += [*self._close(), self._begin({"type": kind, kind: "", **more})]
+        opened = [] if self._open == kind else [*self._close(), self._begin({"type": kind, kind: "", **more})]
         self._blocks[-1][kind] += text
-        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+        return [*opened, self._delta({"type": f"{kind}_delta", kind: text})]
 
     def _argue(self, text: str) -> list[NamedEvent]:
         self._blocks[-1]["input"] += text

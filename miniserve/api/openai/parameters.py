@@ -18,7 +18,6 @@ LEAST_TOP_P = 1e-6
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384
 CONSTRAINTS: Mapping[str, str] = TABLES["constraints"]
-"""What other servers call a form of `structured_outputs`."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 

@@ -14,7 +14,6 @@ from miniserve.api.tools import DEFERRED, FewTools, flat_name
 from miniserve.text.messages import Body, Content, ContentParts, Json, Text, by_type, joined, types_of
 
 LEFT_OUT = re.compile(TABLES["left_out"]["items"])
-"""Other types of items: what servers' tools did, and what only OpenAI's can read."""
 CallId = Annotated[Text, Field(min_length=1)]
 OrNull = BeforeValidator(lambda text: "" if text is None else text)
 """Clients have null where there is no text."""

@@ -1,6 +1,5 @@
-"""The tools of /v1/responses: how a chat, which knows functions only, offers each of them. Free text for a `custom`
-tool is its one argument, a function of a `namespace` is called by both names, what runs on OpenAI's servers is left
-out."""
+"""The tools of /v1/responses as a chat offers them, which knows functions only: free text for a `custom` tool is its
+one argument, a function of a `namespace` is called by both names, what runs on OpenAI's servers is left out."""
 
 import json
 from collections.abc import Mapping

@@ -167,13 +167,12 @@ class ResponsesWriter:
         return [(f"response.{part['type']}.delta", delta)]
 
     def _begin_call(self, call: ToolCall) -> list[NamedEvent]:
-        found = self.offered.get(call.name)
-        kind, name = (found.kind, found.name) if found else ("function_call", call.name)
-        base = {"type": kind, "id": new_id(kind), "call_id": call.id, "status": "in_progress"}
+        found = self.offered.get(call.name) or Offered({}, "function_call", call.name)
+        base = {"type": found.kind, "id": new_id(found.kind), "call_id": call.id, "status": "in_progress"}
         empty: dict[str, Any] = {"execution": "client", "arguments": {}}
-        if kind != "tool_search_call":
-            empty = {"name": name, "input" if kind == "custom_tool_call" else "arguments": ""}
-        if found and found.namespace:
+        if found.kind != "tool_search_call":
+            empty = {"name": found.name, "input" if found.kind == "custom_tool_call" else "arguments": ""}
+        if found.namespace:
             empty["namespace"] = found.namespace
         self._arguments = ""
         return [self._add({**base, **empty})]
