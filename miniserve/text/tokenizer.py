@@ -130,10 +130,6 @@ class Tokenizer:
             self._bytes[token] = found
         return found
 
-    def token_str(self, token: int) -> str:
-        """A token as the vocabulary spells it (`\u0120hello`); empty for ids the tokenizer does not know."""
-        return self._backend.id_to_token(token) or ""
-
     def control_id(self, text: str) -> int | None:
         return self._control_ids.get(text)
 
