@@ -77,7 +77,7 @@ def _simulation(args: Namespace, workload: WorkloadConfig, cell: GridCell) -> Si
     return SimulationConfig(
         workload=workload.load(cell.rate, cell.seed),
         topology=cell.topology,
-        hardware=load_roles(args.hardware, args.tensor_parallel_size, args.swap_space),
+        hardware=load_roles(args.hardware, args.tensor_parallel_size, args.swap_space, args.kv_disk_size),
         policy=cell.policy,
         mispredict=cell.mispredict,
         enable_prefix_caching=args.enable_prefix_caching,
