@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from miniserve.cluster.messages import FirstToken
-from tests.e2e.test_cluster import back, cluster, collect, greedy, settled
+from tests.e2e.test_cluster import back, cluster, greedy, settled
 from tests.support.tiny import prompts, reference
 
 pytestmark = pytest.mark.slow
