@@ -39,11 +39,11 @@ SPARE = 0.05
 
 class Piece(msgspec.Struct, frozen=True):
     """Consecutive pages of a conversation, by their `hashes`; `parent` is that of the page before them, `sums` are
-    checksums. `keep` is what was known of the conversation when its turn ended, `end` seconds after the epoch."""
+    their checksums. `keep` is what was known of the conversation when its turn ended, `end` seconds after the epoch."""
 
     hashes: list[bytes]
     parent: bytes | None
-    sums: list[bytes]
+    sums: list[int]
     keep: Keep
     end: float
 

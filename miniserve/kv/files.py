@@ -10,15 +10,14 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b
 from io import BufferedReader
 from pathlib import Path
+from zlib import crc32
 
 import msgspec
 import numpy as np
 
 from miniserve.kv.disk import Piece, Pieces
-from miniserve.kv.hashing import HASH_BYTES
 
 SCAN_SECONDS = 5.0
 """How long a worker may not see what others have written or deleted."""
@@ -153,5 +152,6 @@ def _head(file: BufferedReader) -> Piece:
     return msgspec.msgpack.decode(file.read(size), type=Piece)
 
 
-def _sum(digest: bytes, page: memoryview) -> bytes:
-    return blake2b(page, key=digest, digest_size=HASH_BYTES).digest()
+def _sum(digest: bytes, page: memoryview) -> int:
+    """Of a page and its name. CRC-32 finds what disks and crashes do, at 3 GB/s; nobody else may write here."""
+    return crc32(page, crc32(digest))
