@@ -28,10 +28,10 @@ DAMAGED = (OSError, EOFError, ValueError, msgspec.MsgspecError)
 
 class Folder:
     """At most `size` bytes of files in `path`, shared with others. `memory` is the uint8 `[slot, byte]` of host memory.
-    A thread reads, and one writes. Raises OSError for a folder that cannot be used."""
+    A thread reads; another one writes, deletes and learns what others did. Raises OSError for a folder that cannot be
+    used."""
 
     def __init__(self, path: Path, size: int, memory: np.ndarray) -> None:
-        path.mkdir(parents=True, mode=0o700, exist_ok=True)
         self._path, self._size, self._memory = path, size, memory
         self._pieces = Pieces()
         self._reader, self._writer = ThreadPoolExecutor(1, "disk-reader"), ThreadPoolExecutor(1, "disk-writer")
@@ -66,7 +66,7 @@ class Folder:
             except DAMAGED:
                 count = 0
             if not count:
-                self._delete(first)
+                self._writer.submit(self._delete, first)
                 break
             at += count
         if at:
@@ -116,6 +116,7 @@ class Folder:
     def _scan(self) -> None:
         """Learn what others have written and deleted since."""
         self._scanned = time.monotonic()
+        self._path.mkdir(parents=True, mode=0o700, exist_ok=True)  # somebody may have deleted it
         there = set()
         with os.scandir(self._path) as entries:
             for entry in entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_another_engine_finds_what_one_has_left(tiny_folder: Path, told: tuple[P
     assert all(path.stat().st_mode & 0o077 == 0 for path in (disk, *pieces(disk)) if path != disk)
 
 
-@pytest.mark.parametrize("what", ["torn", "page", "name", "head", "length", "empty", "gone", "folder"])
+@pytest.mark.parametrize("what", ["torn", "page", "name", "head", "length", "empty", "gone", "folder", "all"])
 def test_what_is_damaged_is_computed(tiny_folder: Path, told: tuple[Path, list[int], list[int]], what: str) -> None:
     disk, second, answer = told
     engine = make(tiny_folder, disk)  # it has seen the files as they were
@@ -90,7 +91,9 @@ def test_what_is_damaged_is_computed(tiny_folder: Path, told: tuple[Path, list[i
         "empty": b"",
     }
     piece.unlink()
-    if what == "folder":
+    if what == "all":
+        shutil.rmtree(disk)
+    elif what == "folder":
         piece.mkdir()
     elif what != "gone":
         piece.write_bytes(damage[what])
@@ -99,6 +102,7 @@ def test_what_is_damaged_is_computed(tiny_folder: Path, told: tuple[Path, list[i
     kept = {"torn": 3, "page": 1}.get(what, 0)
     assert one.cached == kept * 16
     fresh = turn(make(tiny_folder, disk), "one", [*second, *[1] * 20])
+    assert fresh.cached == (0 if what == "folder" else len(second) // 16 * 16)
     assert fresh.tokens[fresh.given :] == reference(tiny_folder, [[*second, *[1] * 20]], ANSWER)[0]
 
 
