@@ -9,13 +9,12 @@ import signal
 import pytest
 
 from miniserve.cluster.messages import FirstToken
-from tests.e2e.test_cluster import back, cluster, greedy, settled
+from tests.e2e.test_cluster import back, cluster, greedy, long, settled
 from tests.support.tiny import prompts, reference
 
 pytestmark = pytest.mark.slow
 
 TOKENS = 24
-OTHERS = [("2D", "colocated"), ("1P1D", "conserve")]
 
 
 async def written(client) -> int:
@@ -48,7 +47,7 @@ async def turns(client, folder, histories, cached=None) -> None:
 
 @pytest.mark.parametrize(
     ("topology", "policy"),
-    [("1P2D", "observe"), *(pytest.param(*other, marks=pytest.mark.long) for other in OTHERS)],
+    [("1P2D", "observe"), long("2D", "colocated"), long("1P1D", "conserve")],
 )
 async def test_a_restart_of_the_server_loses_nothing_that_was_on_disk(tiny_models, tmp_path, topology, policy):
     folder, histories = tiny_models["qwen3"], prompts(6, seed=3, shortest=60, longest=200)
