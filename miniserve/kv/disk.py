@@ -134,6 +134,9 @@ class Store(Protocol):
     def find(self, hashes: list[bytes]) -> int:
         """How many pages of the chain are there, from its first on. Does not wait for the disk."""
 
+    def refresh(self) -> None:
+        """Look for what others have written, at times; does not wait for that."""
+
     def read(self, hashes: list[bytes], slots: list[int]) -> Job: ...
 
     def write(self, piece: Piece, slots: list[int], copied: Callable[[], None], age: float) -> Job:
@@ -213,7 +216,8 @@ class Disk:
         return load
 
     def poll(self, now: float) -> None:
-        """Take in what was read, and write on. Call it between steps."""
+        """Take in what was read, and write on. Call it between steps, and now and then while there are none."""
+        self.store.refresh()
         for load in [*self._loads]:
             if load.job is not None and load.job.done():
                 self._loads.remove(load)

@@ -19,8 +19,8 @@ import numpy as np
 
 from miniserve.kv.disk import Piece, Pieces
 
-SCAN_SECONDS = 5.0
-"""How long a worker may not see what others have written or deleted."""
+SCAN_SECONDS = 0.5
+"""How often a worker looks for what others have written or deleted."""
 ABANDONED = 600.0
 """Seconds after which a file without its name is nobody's any more."""
 DAMAGED = (OSError, EOFError, ValueError, msgspec.MsgspecError)
@@ -37,15 +37,17 @@ class Folder:
         self._reader, self._writer = ThreadPoolExecutor(1, "disk-reader"), ThreadPoolExecutor(1, "disk-writer")
         self.page_seconds = 0.0
         """A running average; 0 before the first."""
-        self._scanned = 0.0
-        """When it was last seen what there is."""
+        self._asked, self._changed = time.monotonic(), 0
+        """When it was last asked what there is; when the folder had last changed then, in ns since the epoch."""
         self._scan()
 
     def find(self, hashes: list[bytes]) -> int:
-        if time.monotonic() - self._scanned > SCAN_SECONDS:
-            self._scanned = time.monotonic()
-            self._writer.submit(self._scan)
         return self._pieces.find(hashes)
+
+    def refresh(self) -> None:
+        if time.monotonic() - self._asked > SCAN_SECONDS:
+            self._asked = time.monotonic()
+            self._writer.submit(self._scan)
 
     def read(self, hashes: list[bytes], slots: list[int]) -> Future[int]:
         return self._reader.submit(self._read, hashes, slots)
@@ -115,8 +117,9 @@ class Folder:
 
     def _scan(self) -> None:
         """Learn what others have written and deleted since."""
-        self._scanned = time.monotonic()
         self._path.mkdir(parents=True, mode=0o700, exist_ok=True)  # somebody may have deleted it
+        if (changed := self._path.stat().st_mtime_ns) == self._changed:
+            return
         there = set()
         with os.scandir(self._path) as entries:
             for entry in entries:
@@ -136,6 +139,7 @@ class Folder:
                     continue  # not ours, or gone, or of no use
         for first in self._pieces.sizes.keys() - there:
             self._pieces.drop(first)
+        self._changed = changed
 
     def _delete(self, first: bytes) -> None:
         self._pieces.drop(first)

@@ -59,6 +59,8 @@ class Admissions:
         sequence.pages, sequence.arriving = matched + pages[:missing], pages[missing:]
         sequence.computed = found * self.page_tokens
         sequence.registered = len(matched)
+        if sequence.load is not None and sequence.load.hashes and sequence.missing < sequence.computed:
+            sequence.prefill_at = None  # who chose a prefiller could not know that most of it is on disk
         if self.host is not None and slots:
             self.host.restore(slots, sequence.pages[len(matched) : found], now)
             sequence.register(self.pool, self.page_tokens)

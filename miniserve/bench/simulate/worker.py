@@ -192,6 +192,8 @@ class SimulatedDisk:
     def find(self, hashes: list[bytes]) -> int:
         return self.disk.pieces.find(hashes)
 
+    def refresh(self) -> None: ...
+
     def read(self, hashes: list[bytes], slots: list[int]) -> DiskJob:
         return DiskJob(self.worker, self._busy(len(slots)), len(slots))
 
