@@ -35,7 +35,7 @@ def simulate(args: Namespace) -> int:
     from miniserve.bench.simulate.hardware import load_roles
 
     workload = filled(WorkloadConfig, args).load(args.rate, args.seed)
-    hardware = load_roles(args.hardware, args.tensor_parallel_size, args.swap_space)
+    hardware = load_roles(args.hardware, args.tensor_parallel_size, args.swap_space, args.kv_disk_size)
     config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
     with counting("conversations", len(workload.conversations)) as progress:
         result = run.simulate(config, progress)

@@ -294,4 +294,6 @@ def swap_pages(config: EngineConfig, shape: PageShape) -> int:
     """Pages that fit the swap space, 0 if there is to be none. Raises `ConfigError` for one that holds nothing."""
     if 0 < config.swap_space < shape.bytes:
         raise ConfigError(problem("worker.swap", given=config.swap_space, page=format_bytes(shape.bytes, up=True)))
+    if config.kv_disk and not config.swap_space:
+        raise ConfigError(problem("worker.disk_alone"))
     return config.swap_space // shape.bytes if config.enable_prefix_caching else 0

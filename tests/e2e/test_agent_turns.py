@@ -152,7 +152,11 @@ def answers() -> list[list[tuple[str, str]]]:
     return []
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+OFTEN = "observe", "disaggregated"
+CASES = [*OFTEN, *(pytest.param(policy, marks=pytest.mark.long) for policy in POLICIES if policy not in OFTEN)]
+
+
+@pytest.mark.parametrize("policy", CASES)
 async def test_six_turns_of_calls(folder: Path, policy: str, answers: list[list[tuple[str, str]]]) -> None:
     answers.append(await six_turns(folder, policy))
     assert answers[-1] == answers[0]

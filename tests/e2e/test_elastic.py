@@ -26,7 +26,7 @@ async def turn(client, tokens: list[int], key: str, count: int) -> tuple[list[in
     return text, cached
 
 
-@pytest.mark.parametrize("model", ["tiny_folder", "hybrid_folder"])
+@pytest.mark.parametrize("model", ["tiny_folder", pytest.param("hybrid_folder", marks=pytest.mark.long)])
 async def test_conversations_move_before_their_home_goes(request: pytest.FixtureRequest, model: str) -> None:
     folder: Path = request.getfixturevalue(model)
     items = prompts(4, seed=1, shortest=60)

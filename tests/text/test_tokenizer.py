@@ -160,7 +160,7 @@ def test_many_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
         assert list(pool.map(tokenizer.chat, said)) == expected
 
 
-@pytest.mark.parametrize("how", ["encode", "chat", "forged", "decode"])
+@pytest.mark.parametrize("how", ["encode", "chat", pytest.param("forged", marks=pytest.mark.long), "decode"])
 def test_long_texts_leave_other_threads_running(tokenizer: Tokenizer, how: str) -> None:
     """A thread that tokenizes must not hold the interpreter: the event loop streams to others meanwhile."""
     text = "hello the 你好 😀 " * 150_000

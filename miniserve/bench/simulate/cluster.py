@@ -12,7 +12,7 @@ from typing import Any
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
 from miniserve.bench.replay.workload import Script, Text, Workload
 from miniserve.bench.simulate.hardware import Hardware
-from miniserve.bench.simulate.worker import SimulatedWorker
+from miniserve.bench.simulate.worker import HostDisk, SimulatedWorker
 from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Report, TurnOutput
 from miniserve.config import Role, Topology
 from miniserve.sampling_params import SamplingParams
@@ -90,6 +90,7 @@ class Simulation:
         self._latency = max(prefiller.message_seconds, decoder.message_seconds)
         self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31, kept_bytes=0)
         hosts = _hosts(config.topology, decoder.devices_per_host)
+        disks = {host: HostDisk() for host in hosts.values()}
         self.workers = {
             name: worker(
                 name,
@@ -101,6 +102,7 @@ class Simulation:
                 max_model_len=max(script.tokens for script in config.workload.scripts) + 1,
                 stretch=policy.step_stretch,
                 caching=config.enable_prefix_caching,
+                disk=disks[hosts[name]],
             )
             for name, role in config.topology.roles.items()
         }
