@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -24,12 +23,11 @@ from rich.console import Console
 from rich.live import Live
 
 from miniserve.bench.replay.answer import Answer, ask, session
-from miniserve.bench.replay.metrics import ConversationTimes, Energy, Latency, energy, latency, percentile, summary
+from miniserve.bench.replay.metrics import ConversationTimes, Latency, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
 from miniserve.bench.replay.workload import IDS, Script, Text, Workload
 from miniserve.config import ConfigError, problem
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
 ALONE = 1_000_003
 """Seeds of standalone conversations lie this far above the run's, which finds nothing of theirs in a cache."""
 MOST_FAILURES = 10
@@ -105,7 +103,6 @@ class Replay:
         self._ids = min(IDS[0], vocab // 4), vocab
         self._made_up = False
         self._short = self._stale = 0
-        self._energy = Energy(here=urlsplit(server.root).hostname in LOCAL)
         self._before: Totals | None = None
         self._began = self._over = 0.0
         # For the progress line.
@@ -122,7 +119,6 @@ class Replay:
                 await self._measure_alone()
             self._ttfts = []
             self._before = await totals(self._http, self.server)
-            self._energy.start()
             self._began = time.monotonic()
             try:
                 async with asyncio.TaskGroup() as self._group:
@@ -136,7 +132,6 @@ class Replay:
 
     async def report(self, interrupted: bool) -> dict[str, Any]:
         """The keys of the contract, and more about the server and the run."""
-        joules = self._energy.joules() if self._began else None
         after = await totals(self._http, self.server) if self._before else None
         moved = after.since(self._before) if after and self._before else None
         figures = summary(self.ended, self.standalone, self._over - self._began)
@@ -148,7 +143,7 @@ class Replay:
             "seed": self._workload.seed,
             "kv_transfer": {"bytes": moved and moved.bytes, "seconds": moved and moved.seconds},
             "placements": moved and dict(moved.placements),
-            "energy": energy(joules, self.ended) | {"source": self._energy.source},
+            "energy": None,
             "server": msgspec.to_builtins(self.server) | {"url": self.config.url},
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
@@ -239,8 +234,6 @@ class Replay:
                     live.update(line, refresh=True)
                 else:
                     console.print(line, soft_wrap=True)
-                if self._began:
-                    self._energy.joules()  # before a counter wraps around
 
     def _line(self, speed: float) -> str:
         ttfts = self._ttfts
