@@ -85,7 +85,6 @@ class Dispatcher:
         observers: Iterable[Callable[[Record], None]] = (),
     ) -> None:
         self.ready: dict[str, Ready] = {}
-        self.policy_name = config.policy
         self.max_model_len = 0
         self.vocab_size = 0
         self.observers = list(observers)

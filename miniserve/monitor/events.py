@@ -80,9 +80,8 @@ class Feed:
     """Gives all listeners the decisions and outcomes as they are made, and once a second the state of workers and
     turns. `note` is to be called with each record."""
 
-    def __init__(self, scheduler: Scheduler, policy: str) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._policy = policy
         self._always_notes = scheduler.notes
         self._listeners: set[Listener] = set()
         self._snapshots: asyncio.Task[None] | None = None
@@ -95,7 +94,7 @@ class Feed:
             raise TooManyListeners(f"{MOST_LISTENERS} listen already.")
         listener = Listener()
         now = time.monotonic()
-        start = FeedEvent.of("start", {"policy": self._policy, "time": now, "unix_time": time.time()})
+        start = FeedEvent.of("start", {"policy": self._scheduler.policy.name, "time": now, "unix_time": time.time()})
         for event in (start, *self._state(now)):
             listener.put(event)
         if self._closed:
@@ -138,7 +137,7 @@ class Feed:
                 log.exception("a snapshot failed; the next one may not")
 
     def _state(self, now: float) -> list[FeedEvent]:
-        workers = worker_list(self._scheduler, self._policy, now)
+        workers = worker_list(self._scheduler, now)
         return [FeedEvent.of("workers", workers), FeedEvent.of("turns", live_turns(self._scheduler, now))]
 
 

@@ -99,7 +99,6 @@ class Metrics(Collector):
         waiting = scheduler.queued
         server = SimpleNamespace(running=len(scheduler.turns) - waiting, waiting=waiting, usage=usage)
         states = ("free", "cached", "held")
-        policy = self._dispatcher.policy_name
         # By table of metrics.toml: for values of its labels, a number or what has it as a field.
         sources: dict[str, Iterable[tuple[tuple[str, ...], Any]]] = {
             "server": [((model,), server)],
@@ -109,7 +108,7 @@ class Metrics(Collector):
             "worker": [((name,), stats) for name, stats in workers],
             "pages": [((name, at), getattr(stats, f"{at}_pages")) for name, stats in workers for at in states],
             "pair": scheduler.links.items(),
-            "placement": [((*pair, policy), count) for pair, count in scheduler.placements.items()],
+            "placement": [((*pair, scheduler.policy.name), count) for pair, count in scheduler.placements.items()],
         }
         for source, found in sources.items():
             for name, row in TABLES[source].items():

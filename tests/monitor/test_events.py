@@ -78,7 +78,7 @@ async def test_the_state_of_workers_and_turns_comes_first(tokenizer: Tokenizer) 
         start = await until(stream, "start")
         assert start["policy"] == "observe"
         assert start["unix_time"] == pytest.approx(time.time(), abs=5)
-        expected = worker_list(engine.scheduler, "observe", start["time"])
+        expected = worker_list(engine.scheduler, start["time"])
         workers = await until(stream, "workers")
         assert [(w["name"], w["kv"]) for w in workers["data"]] == [(w["name"], w["kv"]) for w in expected["data"]]
         turns = await until(stream, "turns")
@@ -135,7 +135,7 @@ async def test_no_records_are_made_without_a_listener() -> None:
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == 1, "snapshots are made no longer"
     engine.scheduler.notes = True  # as with --decision-log
-    feed = Feed(engine.scheduler, "observe")
+    feed = Feed(engine.scheduler)
     with feed.listener():
         pass
     assert engine.scheduler.notes
