@@ -12,7 +12,7 @@ import msgspec
 
 from miniserve.cluster.devices import one_more, place
 from miniserve.cluster.launch import Launcher
-from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput
+from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Report, TurnOutput
 from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import ConfigError, Role, ServeConfig
 from miniserve.hub.resolve import ModelFiles
@@ -84,7 +84,6 @@ class Dispatcher:
         on_progress: Callable[[str, Loading], None] = lambda worker, loading: None,
         observers: Iterable[Callable[[Record], None]] = (),
     ) -> None:
-        self.ready: dict[str, Ready] = {}
         self.max_model_len = 0
         self.vocab_size = 0
         self.observers = list(observers)
@@ -107,6 +106,7 @@ class Dispatcher:
             report=self._on_report,
             loading=on_progress,
         )
+        self.ready = self.workers.ready
         self._streams: dict[str, TurnStream] = {}
         self._ticking: asyncio.Task | None = None
         self._added = 0
@@ -147,7 +147,7 @@ class Dispatcher:
         self._carry_out(self.scheduler.retire(name, time.monotonic()))
         while not self.scheduler.retired(name):
             await asyncio.sleep(RETIRE_SECONDS)
-        if self.ready.pop(name, None):  # else it is removed already
+        if name in self.ready:  # else it is removed already
             await self.workers.remove(name)
             self._worker_down(name, returns=False)
 
@@ -238,8 +238,7 @@ class Dispatcher:
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
 
-    def _worker_up(self, peer: Peer, ready: Ready) -> None:
-        self.ready[peer.name] = ready
+    def _worker_up(self, peer: Peer) -> None:
         self._carry_out(self.scheduler.worker_up(peer, now=time.monotonic()))
 
     def _worker_down(self, name: str, returns: bool) -> None:
