@@ -11,9 +11,9 @@ from argparse import Namespace
 from rich.console import Console
 from rich.live import Live
 
-from miniserve.cli.client import PATIENCE_SECONDS, ApiClient
 from miniserve.cli.flags import api_key
 from miniserve.cli.screen import Snapshot, clean, screen
+from miniserve.client import ApiClient
 from miniserve.config import ConfigError
 from miniserve.monitor.views import Card
 
@@ -67,7 +67,7 @@ def _ask(client: ApiClient, rows: int) -> Snapshot:
 
 def doctor(args: Namespace) -> int:
     """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
-    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).get("/doctor")
+    report = ApiClient.around(args.url, api_key(args)).get("/doctor")
     print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
     return 0
 

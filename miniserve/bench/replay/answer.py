@@ -10,7 +10,8 @@ import aiohttp
 import msgspec
 
 from miniserve.bench.replay.metrics import TurnTimes
-from miniserve.bench.replay.server import Event, TargetServer, body_message
+from miniserve.bench.replay.server import Event, TargetServer
+from miniserve.client import message
 
 CONNECT_SECONDS = 10.0
 KEEP_SECONDS = 4.0
@@ -90,7 +91,7 @@ async def _stream(post: Post, server: TargetServer, answer: Answer) -> float:
             await reply.read()
             return max(float(after), LEAST_WAIT)
         if reply.status != 200:
-            raise TurnError(f"HTTP {reply.status}: {body_message(await reply.read())}")
+            raise TurnError(f"HTTP {reply.status}: {message(await reply.read())}")
         done = False
         rest = b""
         async for data in reply.content.iter_any():

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from miniserve.bench.replay.answer import Answer, ask, session
 from miniserve.bench.replay.metrics import ConversationTimes, Latency, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
 from miniserve.bench.replay.workload import IDS, Script, Text, Workload
+from miniserve.client import ApiClient
 from miniserve.config import ConfigError, problem
 
 ALONE = 1_000_003
@@ -52,8 +53,6 @@ class ReplayConfig:
     """Of one turn."""
     name_groups: bool = False
     """Whether headers name each conversation and its parent, in miniserve's words (docs/conversations.md)."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request; one that is None removes a field."""
 
 
 def replay(config: ReplayConfig) -> dict[str, Any]:
@@ -63,22 +62,22 @@ def replay(config: ReplayConfig) -> dict[str, Any]:
     """
     if not config.workload.scripts:
         raise ConfigError("There is nothing to replay: no conversation was chosen from the trace.")
-    return uvloop.run(_replay(config))
+    client = ApiClient.around(config.url, config.api_key)
+    server = describe(client, config.model)
+    _check_length(config, server)
+    return uvloop.run(_replay(config, client, server))
 
 
-async def _replay(config: ReplayConfig) -> dict[str, Any]:
-    async with session(config.api_key) as http:
-        server = await describe(http, config.url, config.model)
-        _check_length(config, server)
-        replay = Replay(config, server, http)
-        work = asyncio.create_task(replay.work())
-        loop = asyncio.get_running_loop()
-        # As Ctrl-C, at which asyncio cancels this task, and so `work`.
-        loop.add_signal_handler(signal.SIGTERM, work.cancel)
-        with contextlib.suppress(asyncio.CancelledError):
-            await work
-        loop.remove_signal_handler(signal.SIGTERM)
-        return await replay.report(interrupted=work.cancelled())
+async def _replay(config: ReplayConfig, client: ApiClient, server: TargetServer) -> dict[str, Any]:
+    replay = Replay(config, client, server)
+    work = asyncio.create_task(replay.work())
+    loop = asyncio.get_running_loop()
+    # As Ctrl-C, at which asyncio cancels this task, and so `work`.
+    loop.add_signal_handler(signal.SIGTERM, work.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+    loop.remove_signal_handler(signal.SIGTERM)
+    return replay.report(interrupted=work.cancelled())
 
 
 def _check_length(config: ReplayConfig, server: TargetServer) -> None:
@@ -91,14 +90,15 @@ def _check_length(config: ReplayConfig, server: TargetServer) -> None:
 
 
 class Replay:
-    def __init__(self, config: ReplayConfig, server: TargetServer, http: aiohttp.ClientSession) -> None:
+    def __init__(self, config: ReplayConfig, client: ApiClient, server: TargetServer) -> None:
         self.config = config
+        self.client = client
         self.server = server
         self.ended: list[ConversationTimes] = []
         self.standalone: dict[str, Latency] | None = None
         self._workload = config.workload
         self._group: asyncio.TaskGroup
-        self._http = http
+        self._http: aiohttp.ClientSession
         vocab = config.vocab or server.vocab or IDS[1]
         self._ids = min(IDS[0], vocab // 4), vocab
         self._made_up = False
@@ -115,24 +115,28 @@ class Replay:
         """First the standalone conversations, one after the other; then all at their times."""
         watching = asyncio.create_task(self._watch())
         try:
-            if self.config.standalone:
-                await self._measure_alone()
-            self._ttfts = []
-            self._before = await totals(self._http, self.server)
-            self._began = time.monotonic()
-            try:
-                async with asyncio.TaskGroup() as self._group:
-                    for script, start in zip(self._workload.scripts, self._workload.starts, strict=True):
-                        self._group.create_task(self._arrive(script, self._began + start, (), None))
-            finally:
-                self._over = time.monotonic()
+            async with session(self.config.api_key) as self._http:
+                if self.config.standalone:
+                    await self._measure_alone()
+                await self._all_at_their_times()
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def report(self, interrupted: bool) -> dict[str, Any]:
+    async def _all_at_their_times(self) -> None:
+        self._ttfts = []
+        self._before = totals(self.client, self.server)
+        self._began = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                for script, start in zip(self._workload.scripts, self._workload.starts, strict=True):
+                    self._group.create_task(self._arrive(script, self._began + start, (), None))
+        finally:
+            self._over = time.monotonic()
+
+    def report(self, interrupted: bool) -> dict[str, Any]:
         """The keys of the contract, and more about the server and the run."""
-        after = await totals(self._http, self.server) if self._before else None
+        after = totals(self.client, self.server) if self._before else None
         moved = after.since(self._before) if after and self._before else None
         figures = summary(self.ended, self.standalone, self._over - self._began)
         failures = Counter(turn.error for times in self.ended for turn in times.turns if turn.error)
@@ -189,7 +193,7 @@ class Replay:
         ended = times.arrival
         for n, turn in enumerate(script.turns):
             prompt = text.prompt(turn)
-            body = self.server.body(prompt.tolist(), turn.output, self.config.extra)
+            body = self.server.body(prompt.tolist(), turn.output)
             post = partial(self._http.post, self.server.generate_url, data=body, headers=headers)
             if n and not alone:
                 await asyncio.sleep(ended + turn.gap - time.monotonic())
