@@ -106,4 +106,4 @@ async def _live_events(feed: Feed) -> AsyncGenerator[bytes, None]:
     """The events of `feed` until the server ends. Raises `TooManyListeners`."""
     with feed.listener() as listener:
         while events := await listener.take():
-            yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)
+            yield b"".join(events)
