@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import math
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -107,26 +106,23 @@ class Replay:
         self._began = self._over = 0.0
         # For the progress line.
         self._running = 0
-        self._answers: set[Answer] = set()
-        self._tokens = 0  # of answers that have ended
+        self._since, self._tokens = time.monotonic(), 0  # of answers that have ended
         self._ttfts: list[float] = []
 
     async def work(self) -> None:
-        """First the standalone conversations, one after the other; then all at their times."""
-        watching = asyncio.create_task(self._watch())
-        try:
+        """First the standalone conversations, one after the other; then all at their times. A terminal shows how far it
+        is."""
+        console = Console(stderr=True, highlight=False)
+        with Live(console=console, get_renderable=self._line, refresh_per_second=2, transient=True):
             async with session(self.config.api_key) as self._http:
                 if self.config.standalone:
                     await self._measure_alone()
                 await self._all_at_their_times()
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
 
     async def _all_at_their_times(self) -> None:
-        self._ttfts = []
         self._before = totals(self.client, self.server)
-        self._began = time.monotonic()
+        self._ttfts, self._tokens = [], 0
+        self._began = self._since = time.monotonic()
         try:
             async with asyncio.TaskGroup() as self._group:
                 for script, start in zip(self._workload.scripts, self._workload.starts, strict=True):
@@ -199,9 +195,7 @@ class Replay:
                 await asyncio.sleep(ended + turn.gap - time.monotonic())
                 await asyncio.gather(*(agent for until, agent in agents if until == n))
             answer = Answer(len(prompt))
-            self._answers.add(answer)
             measured = await ask(post, self.server, answer, self.config.timeout)
-            self._answers.remove(answer)
             self._tokens += answer.tokens
             if n:
                 times.gaps += measured.sent - ended
@@ -222,25 +216,8 @@ class Replay:
                     begins = self._arrive(agent, ended + agent.turns[0].gap, text.said[: agent.prefix], times)
                     agents.append((agent.until, self._group.create_task(begins)))
 
-    async def _watch(self) -> None:
-        """Progress on stderr: in place on a terminal, else a line every ten seconds."""
-        console = Console(stderr=True, highlight=False)
-        live = Live(console=console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
-        pause = 0.5 if live else 10.0
-        with live or contextlib.nullcontext():
-            tokens, before = 0, time.monotonic()
-            while True:
-                await asyncio.sleep(pause)
-                now, total = time.monotonic(), self._tokens + sum(answer.tokens for answer in self._answers)
-                line = self._line((total - tokens) / (now - before))
-                tokens, before = total, now
-                if live:
-                    live.update(line, refresh=True)
-                else:
-                    console.print(line, soft_wrap=True)
-
-    def _line(self, speed: float) -> str:
-        ttfts = self._ttfts
+    def _line(self) -> str:
+        ttfts, speed = self._ttfts, self._tokens / max(time.monotonic() - self._since, 1.0)
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
         phase, done = ("replay", len(self.ended)) if self._began else ("alone", len(self.standalone or ()))
         return (
