@@ -141,7 +141,6 @@ class WorkerProcess(subprocess.Popen[bytes]):
         return None if code is None else f"ended with exit code {code}"
 
     def stop(self, timeout: float) -> None:
-        """Close its stdin, wait up to `timeout` seconds, then kill."""
         assert self.stdin is not None
         with contextlib.suppress(OSError):
             self.stdin.close()

@@ -73,7 +73,6 @@ class RayWorker:
         return self._ended
 
     def stop(self, timeout: float) -> None:
-        """Wait up to `timeout` seconds, then kill."""
         if self._ended is None:
             ray.wait([self._run], timeout=timeout)
             self.kill()

@@ -1,8 +1,5 @@
-"""Drives a live server as agents would: each conversation arrives at its time, each turn after its tool has run.
-
-One asyncio task for each conversation, one connection for each that waits for an answer. At 500 tokens a second of 32
-streams all this takes some 2 % of a core, so it does not slow down a server beside it.
-"""
+"""Drives a live server as agents would: each conversation arrives at its time, each turn after its tool has run. A task
+for each conversation, and a connection for each that waits for an answer."""
 
 import asyncio
 import contextlib
@@ -35,23 +32,19 @@ MOST_FAILURES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """What to replay where. Times are in seconds."""
+    """What to replay where, each by the flag of its name (`cli/commands.toml`). Times are in seconds. `scale_tokens` is
+    what the trace's token counts were multiplied by: an error message recommends another factor."""
 
     url: str
     workload: Workload
     api_key: str | None = None
     model: str | None = None
-    """None: the first one that the server names."""
     scale_tokens: float = 1.0
-    """The factor that the trace's token counts were multiplied by: an error message recommends another one."""
     vocab: int | None = None
-    """How many ids there are. None: as many as the server says, else those of `IDS`."""
+    """None: as many ids as the server says, else those of `IDS`."""
     standalone: int = 0
-    """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
-    """Of one turn."""
     name_groups: bool = False
-    """Whether headers name each conversation and its parent, in miniserve's words (docs/conversations.md)."""
 
 
 def replay(config: ReplayConfig) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def read_trace(path: Path) -> list[Script]:
     csv_file = not named.get(path.suffix.lower(), text.lstrip()[:1] == "{")
     read = _rows if csv_file else _scripts if '"turns"' in text.lstrip().partition("\n")[0] else _requests
     try:
-        scripts = read(lines())
+        scripts = sorted(read(lines()), key=lambda script: script.arrival or 0.0)
         if not scripts:
             raise ValueError("no turns; a trace has at least one")
     except (ValueError, csv.Error, msgspec.DecodeError) as e:
@@ -116,8 +116,7 @@ def _rows(lines: Iterable[str]) -> list[Script]:
             raise ValueError(problem("bench.no_turn", turn=number, key=key, next=len(sizes)))
         arrivals.setdefault(key, arrival)
         sizes.append(size)
-    scripts = [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
-    return sorted(scripts, key=lambda script: script.arrival or 0.0)
+    return [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
 
 
 def _scripts(lines: Iterable[str]) -> list[Script]:
@@ -127,7 +126,7 @@ def _scripts(lines: Iterable[str]) -> list[Script]:
         script = decoder.decode(line)
         if found.setdefault(script.key, script) is not script:
             raise ValueError(f"key {script.key!r} is there twice; each script has its own")
-    return sorted(found.values(), key=lambda script: script.arrival or 0.0)
+    return list(found.values())
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
