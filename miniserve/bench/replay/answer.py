@@ -11,9 +11,8 @@ import msgspec
 
 from miniserve.bench.replay.metrics import TurnTimes
 from miniserve.bench.replay.server import Event, TargetServer
-from miniserve.client import message
+from miniserve.client import CONNECT_SECONDS, message
 
-CONNECT_SECONDS = 10.0
 KEEP_SECONDS = 4.0
 """How long an idle connection is used again. Servers close theirs after 5 (uvicorn's default), and a request that is
 sent at that moment would be lost."""

@@ -93,10 +93,8 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe(client: ApiClient, model: str | None) -> TargetServer:
-    """The server of `client`, where `model` is asked for (None: its first one).
-
-    Raises `ConfigError` if it does not answer or has no such model.
-    """
+    """The server of `client`, where `model` is asked for (None: its first one). Raises `ConfigError` if it does not
+    answer or has no such model."""
     models = client.models()
     card = next((card for card in models if model in (None, card.id)), None)
     if card is None:
