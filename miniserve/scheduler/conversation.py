@@ -170,8 +170,7 @@ class Conversation:
     """Pages that it holds at home while no turn runs, by the `Ledger`."""
     wanted: float = 0.0
     """What of that it is expected to come back for."""
-    expectation: int | None = None
-    """The number of that expectation in the `Ledger`."""
+    expected_until: float | None = None
     began: float = 0.0
     last_end: float = 0.0
     moves: int = 0
