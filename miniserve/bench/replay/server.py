@@ -5,12 +5,10 @@ Any server with OpenAI's /v1/completions will do. miniserve and vLLM return the 
 """
 
 import contextlib
-from collections import Counter, defaultdict
-from itertools import chain
+from collections import Counter
 from typing import Any, NamedTuple
 
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from miniserve.client import ApiClient, message
 from miniserve.config import ConfigError, Topology
@@ -115,29 +113,17 @@ def describe(client: ApiClient, model: str | None) -> TargetServer:
 
 def totals(client: ApiClient, server: TargetServer) -> Totals | None:
     """What the server has counted so far; None where it is no miniserve, or does not answer."""
-    if server.kind != "miniserve" or not (answer := _beside(client, "/metrics")):
+    if server.kind != "miniserve" or not (found := _object(client, "/v1/workers")):
         return None
-    placements: Counter[str] = Counter()
-    sums: defaultdict[str, float] = defaultdict(float)
-    for sample in chain.from_iterable(family.samples for family in text_string_to_metric_families(answer.decode())):
-        sums[sample.name] += sample.value
-        if sample.name == "miniserve:placements_total":
-            prefiller, home = sample.labels["prefill_worker"], sample.labels["home"]
-            placements[home if prefiller == home else f"{prefiller}->{home}"] += round(sample.value)
-    return Totals(placements, round(sums["miniserve:handoff_bytes_total"]), sums["miniserve:handoff_seconds_total"])
-
-
-def _beside(client: ApiClient, path: str) -> bytes:
-    """What is at `path`, which is not below /v1; empty where there is nothing."""
-    with contextlib.suppress(ConfigError):
-        return client.read(f"/..{path}")
-    return b""
+    links = found["links"]
+    moved = sum(link["bytes"] for link in links), sum(link["seconds"] for link in links)
+    return Totals(Counter(found.get("placements", {})), *moved)
 
 
 def _object(client: ApiClient, path: str) -> dict[str, Any]:
-    """The JSON object there; empty where there is none."""
-    with contextlib.suppress(msgspec.DecodeError):
-        return msgspec.json.decode(_beside(client, path), type=dict[str, Any])
+    """The JSON object at `path`, which need not be below /v1; empty where there is none."""
+    with contextlib.suppress(ConfigError, msgspec.DecodeError):
+        return msgspec.json.decode(client.read(f"/..{path}"), type=dict[str, Any])
     return {}
 
 

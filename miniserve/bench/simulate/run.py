@@ -35,7 +35,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "bound": most,
         "token_gap_s": seconds(simulation.gaps),
         "kv_transfer": {"bytes": sum(link.bytes for link in links), "seconds": sum(link.seconds for link in links)},
-        "placements": {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
+        "placements": scheduler.placed,
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
         "busy": {name: worker.busy / duration for name, worker in workers.items()},
