@@ -14,7 +14,7 @@ from miniserve.cluster.devices import one_more, place
 from miniserve.cluster.launch import Launcher
 from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Report, TurnOutput
 from miniserve.cluster.supervisor import Supervisor
-from miniserve.config import ConfigError, Role, ServeConfig
+from miniserve.config import ConfigError, Role, ServeConfig, problem
 from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.interface import way
 from miniserve.sampling_params import ParameterError, SamplingParams
@@ -173,9 +173,7 @@ class Dispatcher:
         Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
         """
         if not 0 < len(tokens) < self.max_model_len:
-            raise ParameterError(
-                "prompt", f"The prompt has {len(tokens)} tokens; the maximum context length is {self.max_model_len}."
-            )
+            raise ParameterError("prompt", problem("llm.long_prompt", tokens=len(tokens), limit=self.max_model_len))
         if self._stopped:
             raise EngineError(self.unhealthy_reason)
         stream = TurnStream(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)

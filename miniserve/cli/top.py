@@ -23,6 +23,7 @@ ROWS = 20
 """Conversations that are asked for where the output is no terminal."""
 MOST_ROWS = 200
 MOST_CAUSES = 5
+PLACES = {"tools": "the tools", "system": "the system prompt"}
 
 
 def top(args: Namespace) -> int:
@@ -77,9 +78,7 @@ def _lines(one: Card) -> list[str]:
     counts = f"{one['turns']:,} turns, {share:.0%} of {one['prompt_tokens']:,} prompt tokens computed"
     lines = [f"{clean(one['client'])}: {counts}{'' if one['causes'] else ', and no prompt had changed'}"]
     for cause in one["causes"][:MOST_CAUSES]:
-        where = {"tools": "the tools", "system": "the system prompt"}.get(
-            cause["where"], f"the {cause['where']} messages"
-        )
+        where = PLACES.get(cause["where"], f"the {cause['where']} messages")
         lines.append(f"  {cause['share']:.0%} of that because of {where}: {cause['says']} ({cause['turns']:,} turns)")
         lines.append(f"    {cause['advice']}")
     return lines

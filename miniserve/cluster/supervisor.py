@@ -54,7 +54,6 @@ class Supervisor:
         """Workers whose present incarnation has said, or was found to have, a reason to end."""
         self.run_dir: RunDir | None = None
         self.engines = engines
-        """The settings of each worker."""
         self._launcher, self._keys = launcher, Keys.make()
         self._up, self._down, self._report, self._loading = up, down, report, loading
         self._health = Health(timeout)

@@ -7,7 +7,6 @@ from miniserve.bench.replay.metrics import SLO, ConversationTimes, Latency, seco
 from miniserve.bench.replay.workload import Script
 from miniserve.bench.simulate.cluster import Simulation, SimulationConfig
 from miniserve.bench.simulate.hardware import Hardware
-from miniserve.bench.simulate.worker import SimulatedWorker
 
 
 def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
         "busy": {name: worker.busy / duration for name, worker in workers.items()},
-        "energy": _energy(workers.values(), duration, simulation.times),
+        "energy": _energy(simulation, duration),
     }
 
 
@@ -120,17 +119,15 @@ def _work(script: Script, hardware: Hardware) -> dict[str, float]:
     return work
 
 
-def _energy(
-    workers: Iterable[SimulatedWorker], duration: float, conversations: Iterable[ConversationTimes]
-) -> dict[str, float] | None:
+def _energy(simulation: Simulation, duration: float) -> dict[str, float] | None:
     """The key `energy` of the contract, None where a profile has no watts. Tokens of `tokens_per_joule` are those of
     all prompts, found in a cache or not, and all outputs: as the paper counts, by the size of its figures."""
     joules = 0.0
-    for worker in workers:
+    for worker in simulation.workers.values():
         busy, idle = worker.hardware.busy_watts, worker.hardware.idle_watts
         if not busy or idle is None:
             return None
         joules += worker.busy * busy + max(duration - worker.busy, 0.0) * idle
-    turns = [turn for times in conversations for turn in times.turns]
+    turns = [turn for times in simulation.times for turn in times.turns]
     output, every = sum(turn.output for turn in turns), sum(turn.prompt + turn.output for turn in turns)
     return {"joules": joules, "tokens_per_joule": every / joules, "output_tokens_per_joule": output / joules}
