@@ -57,7 +57,7 @@ RESULTS = [
 async def api(client: Dispatcher, tokenizer: Tokenizer) -> AsyncIterator[openai.AsyncOpenAI]:
     """The stock client of a server around `client`."""
     config = ServeConfig(engine=EngineConfig(model="m"), served_model_names=["m"])
-    feed = Feed(client.scheduler, client.policy_name)
+    feed = Feed(client.scheduler)
     app = create_app(Service(config, client, tokenizer, {}, Compiler(tokenizer)), feed)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=120) as http:
         yield openai.AsyncOpenAI(base_url="http://m/v1", api_key="none", max_retries=0, http_client=http)

@@ -27,7 +27,8 @@ TICK_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationConfig:
-    """What to simulate; `hardware` is that of prefillers and of decoders."""
+    """What to simulate, each by the flag of its name (`cli/commands.toml`). `hardware` is that of prefillers and of
+    decoders. The share `warm_up` of the conversations is not counted: the cluster is empty then."""
 
     workload: Workload
     topology: Topology
@@ -35,10 +36,8 @@ class SimulationConfig:
     policy: str = "observe"
     mispredict: float = 0.0
     warm_up: float = 0.0
-    """The share of the conversations that come first and are not counted: the cluster is empty then."""
     enable_prefix_caching: bool = True
     name_groups: bool = False
-    """Whether agents name their conversations and parents, as `replay` does in headers."""
 
 
 @dataclass(slots=True)
