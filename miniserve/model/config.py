@@ -149,8 +149,7 @@ class ModelConfig:
             dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16),
         )
         if heads % model.kv_heads or model.head_dim % 2:
-            shape = f"{heads} heads of {model.head_dim} numbers, {model.kv_heads} of K and V"
-            raise ConfigError(f"config.json has {shape}: the second must be even, the third must divide the first.")
+            raise ConfigError(problem("model.heads", heads=heads, dim=model.head_dim, kv=model.kv_heads))
         if model.rotary_dim % 2 or not 0 < model.rotary_dim <= head_dim:
             part = f"{rope.PARTIAL} {rope.rotating(config, found)} of heads of {head_dim} numbers"
             raise ConfigError(f"config.json has {part}: so many must be even, and no more than all.")

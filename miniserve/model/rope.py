@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 from miniserve.families import number, whole
 
 PARTIAL = "partial_rotary_factor"
@@ -73,8 +73,7 @@ def _rope(config: dict[str, Any], found: dict[str, Any]) -> RopeConfig:
     if kind in ("default", "dynamic"):  # the latter differs only past the length that the model was made for
         return RopeConfig(theta)
     if kind not in ("linear", "llama3"):
-        known = "miniserve knows default, dynamic, linear, llama3. If it was added for longer contexts, take it out"
-        raise ConfigError(f"The model's rope scaling {kind!r} is not supported; {known} of config.json.")
+        raise ConfigError(problem("model.rope_kind", kind=kind))
     if (part := rotating(config, found)) != 1:
         raise ConfigError(f"The model's partial_rotary_factor {part!r} is not supported beside rope scaling {kind!r}.")
     factor = number(found, "factor")
