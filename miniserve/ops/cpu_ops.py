@@ -20,8 +20,6 @@ from miniserve.ops.torch_ops import filter_sorted, rotary_tables
 
 BLOCK = 64
 """Columns of a product whose weights are packed together: KEYS in cpu_vectors.h. Of gates and ups half are either."""
-ROWS = 6
-"""Rows of a product that vectors compute at once; tiles take 16."""
 GATES = {"silu": 1, "gelu_tanh": 2}
 """`Gate` in cpu_packing.h."""
 ARENA_BYTES = 64 * 2**20
@@ -166,9 +164,6 @@ class FusedForward:
 
 class CpuOps:
     """`FusedOps` for fp32, and for bf16 on a CPU that multiplies it in hardware."""
-
-    draft_rows = 2 * ROWS
-    """The matrix kernel computes `ROWS` rows at a time."""
 
     filter = staticmethod(filter_sorted)
     rotary = staticmethod(rotary_tables)
