@@ -40,9 +40,7 @@ def presets() -> dict[str, dict[str, Any]]:
     """Alias -> preset: `hub` (id), `notes`, `config` and `generation_config` as on the hub, and perhaps `source`."""
     here = Path(__file__).resolve().parents[1]
     # An installed package carries the presets inside; in a checkout they lie beside it.
-    folder = next((f for f in (here / "presets", here.parent / "models") if f.is_dir()), None)
-    if folder is None:
-        raise ModelError(f"The presets are missing from {here}: install miniserve again.")
+    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "models"
     return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
 
 

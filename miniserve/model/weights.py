@@ -1,7 +1,5 @@
-"""The weights of a model from its files, or random ones of the same shape.
-
-Tensors are read layer by layer and handed to `ops.linear` at once, so loading never holds the model twice.
-"""
+"""The weights of a model from its files, or random ones of the same shape, read layer by layer and handed to
+`ops.linear` at once, so that loading never holds the model twice."""
 
 import logging
 from collections import Counter
