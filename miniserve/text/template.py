@@ -49,9 +49,8 @@ class ChatTemplates:
                 self._compiled[name] = environment.from_string(text)
                 self.settable |= find_undeclared_variables(environment.parse(text))
             except jinja2.TemplateError as error:
-                raise ParameterError(
-                    "chat_template", f"The chat template is not valid jinja: {error.message}"
-                ) from error
+                said = f"The chat template is not valid jinja: {error.message}"
+                raise ParameterError("chat_template", said) from error
         self.settable -= RESERVED | variables.keys() | environment.globals.keys()
 
     def render(

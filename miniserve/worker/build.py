@@ -25,7 +25,7 @@ from miniserve.kv.swap import SwapSpace
 from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
-from miniserve.ops import make_ops
+from miniserve.ops import DRAFT_ROWS, make_ops
 from miniserve.ops.group import Group, make_group
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
@@ -159,7 +159,7 @@ def build(
         grammars=grammars,
         pace=Pace(choices.budget, config.step_stretch) if config.step_stretch else None,
         overlap=choices.overlap,
-        draft_rows=ops.draft_rows if choices.drafts else 0,
+        draft_rows=DRAFT_ROWS if choices.drafts else 0,
     )
     facts = Facts(
         dtype=str(choices.dtype).removeprefix("torch."),

@@ -68,7 +68,8 @@ class Choices:
         device = choose_device(config.device, rank)
         dtype = choose_dtype(config.dtype, model, device)
         shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
-        state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None
+        recurrent = len(model.layers) - model.kv_layers
+        state = StateShape(**vars(model.delta), layers=recurrent, dtype=dtype) if model.delta else None
         on_gpu = device.type == "cuda"
         budget = config.max_num_batched_tokens or (CUDA_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS)
         overlap = on_gpu if config.async_scheduling is None else config.async_scheduling
