@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from miniserve.bench.replay.answer import Answer, TurnError, ask
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.metrics import percentile
 from miniserve.bench.replay.server import TargetServer, describe
 from miniserve.bench.replay.workload import Script, Text
+from miniserve.client import ApiClient
 from scripts.harness import flags, show, write
 
 PORT = 8377
@@ -95,7 +97,7 @@ async def running(argv: list[str], http: aiohttp.ClientSession) -> AsyncIterator
                             break
                 except aiohttp.ClientError:
                     continue
-            yield await describe(http, URL, None)
+            yield await asyncio.to_thread(describe, ApiClient.around(URL, None), None)
         finally:
             if server.returncode is None:
                 server.send_signal(signal.SIGINT)
@@ -114,14 +116,14 @@ async def turn(http: aiohttp.ClientSession, server: TargetServer, agent: Agent, 
     size, sent = agent.script.turns[agent.at], time.monotonic()
     known = min(len(agent.text.said), size.keep)
     prompt = list(agent.text.prompt(size))
-    extra: dict[str, Any] = {}
+    body = server.body(prompt, size.output)
     if server.native:
         number, key = await slots.free.get(), str(id(agent))
-        extra["id_slot"] = number
+        body = msgspec.json.encode(msgspec.json.decode(body) | {"id_slot": number})
         if slots.holds.get(number) != key and key in slots.saved:
             await slot(http, number, "restore", key)
     answer = Answer(len(prompt))
-    post = partial(http.post, server.generate_url, data=server.body(prompt, size.output, extra))
+    post = partial(http.post, server.generate_url, data=body)
     times = await ask(post, server, answer, TIMEOUT)
     if times.error:
         raise TurnError(times.error)

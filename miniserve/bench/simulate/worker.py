@@ -157,24 +157,31 @@ class SimulatedLink:
     def fetch(self, theirs: list[int], ours: list[int], lease: float = inf) -> SimulatedCopy:
         begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(theirs), self.near)
         self.free = begin + seconds
-        return SimulatedCopy(seconds, self.free, self.worker)
+        return SimulatedCopy(self.worker, self.free, seconds)
 
     def close(self) -> None: ...
 
 
 @dataclass
 class SimulatedCopy:
-    """A `kv.transfer` `Copy` whose pages arrive `at` a time, beside both workers' steps."""
+    """What is there `at` a time, beside the workers' steps: a `kv.transfer` `Copy`, or a `kv.disk` `Job` of `pages`."""
 
-    seconds: float
-    at: float
     worker: SimulatedWorker
+    at: float
+    seconds: float = 0.0
+    pages: int = 0
 
     @property
     def stored(self) -> bool:
         return self.worker.now >= self.at
 
     def abandon(self) -> None: ...
+
+    def done(self) -> bool:
+        return self.stored
+
+    def result(self) -> int:
+        return self.pages
 
 
 @dataclass(frozen=True)
@@ -194,33 +201,18 @@ class SimulatedDisk:
 
     def refresh(self) -> None: ...
 
-    def read(self, hashes: list[bytes], slots: list[int]) -> DiskJob:
-        return DiskJob(self.worker, self._busy(len(slots)), len(slots))
+    def read(self, hashes: list[bytes], slots: list[int]) -> SimulatedCopy:
+        return SimulatedCopy(self.worker, self._busy(len(slots)), pages=len(slots))
 
-    def write(self, piece: Piece, slots: list[int], copied: Callable[[], None], age: float) -> DiskJob:
+    def write(self, piece: Piece, slots: list[int], copied: Callable[[], None], age: float) -> SimulatedCopy:
         pieces, now, hardware = self.disk.pieces, self.worker.now, self.worker.hardware
         self._busy(len(slots))
         pieces.add(replace(piece, end=now - age), len(slots) * hardware.page_tokens * hardware.kv_bytes_per_token)
         for first in pieces.surplus(hardware.disk_space, now):
             pieces.drop(first)
-        return DiskJob(self.worker, now, len(slots))
+        return SimulatedCopy(self.worker, now, pages=len(slots))
 
     def _busy(self, pages: int) -> float:
         """When so many pages are read or written."""
         self.disk.free = max(self.disk.free, self.worker.now) + self.worker.hardware.disk_seconds(pages)
         return self.disk.free
-
-
-@dataclass(frozen=True)
-class DiskJob:
-    """A `kv.disk` `Job` that is done `at` a time."""
-
-    worker: SimulatedWorker
-    at: float
-    pages: int
-
-    def done(self) -> bool:
-        return self.worker.now >= self.at
-
-    def result(self) -> int:
-        return self.pages
