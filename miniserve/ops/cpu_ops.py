@@ -34,21 +34,7 @@ class Arena:
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
-    def pack(self, plain: Any, codes: Any, weight: Weight) -> Tensor:
-        """`weight` `[columns, size]` in blocks of `BLOCK` columns, by a kernel for `plain` ones or for `codes`."""
-        columns, size = weight.shape
-        rows = -(-columns // BLOCK) * BLOCK
-        if isinstance(weight, Quantized):
-            halves = size // GROUP * (2 if weight.minimums is None else 4)
-            packed = self._take(rows * (size * weight.bits // 8 + halves))
-            parts = weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.minimums)
-            codes(*parts, columns, size, weight.bits, packed.data_ptr())
-        else:
-            packed = self._take(rows * size * weight.itemsize)
-            plain(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
-        return packed
-
-    def _take(self, size: int) -> Tensor:
+    def take(self, size: int) -> Tensor:
         if size > len(self._rest):
             memory = mmap.mmap(-1, max(size, ARENA_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # this system has none: only slower
@@ -194,12 +180,19 @@ class CpuOps:
         return self._packed("logits", torch.float32, weight, None)
 
     def _packed(self, kernel: str, out: torch.dtype, weight: Weight, bias: Tensor | None) -> PackedMatrix:
-        packed = self._arena.pack(self._kernel("pack"), self._library.pack_codes, weight)
-        native = STRUCTS["Matrix"](packed.data_ptr(), address(bias), *weight.shape)
+        """`weight` `[columns, size]` in blocks of `BLOCK` columns."""
+        columns, size = weight.shape
+        rows, native = -(-columns // BLOCK) * BLOCK, STRUCTS["Matrix"](None, address(bias), columns, size)
         if isinstance(weight, Quantized):
             native.bits, native.minimums = weight.bits, weight.minimums is not None
+            packed = self._arena.take(rows * (size * weight.bits // 8 + size // GROUP * 2 * (1 + native.minimums)))
+            parts = weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.minimums)
+            self._library.pack_codes(*parts, columns, size, weight.bits, packed.data_ptr())
         else:
             native.bits = 8 * weight.itemsize
+            packed = self._arena.take(rows * size * weight.itemsize)
+            self._kernel("pack")(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
+        native.packed = packed.data_ptr()
         return PackedMatrix(self._kernel(kernel), out, native, packed, bias)
 
     def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> PackedMatrix:

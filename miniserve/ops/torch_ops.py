@@ -1,8 +1,5 @@
-"""The reference kernels, in plain torch: for tests, and for devices without native ones.
-
-Paged attention without a kernel of its own: the pages of a sequence are gathered with one `index_select` into
-contiguous keys and values. A gather reads each byte once more, which is small beside the matrix products that follow.
-"""
+"""The reference kernels, in plain torch: for tests, and for devices without native ones. Attention gathers the pages of
+a sequence into contiguous keys and values, which costs little beside the matrix products that follow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +14,7 @@ from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
-"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
-vocabulary."""
-
-
+"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p."""
 CosSin = tuple[Tensor, Tensor]
 """cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
 
@@ -34,11 +28,8 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def onednn_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """A bf16 matrix product by oneDNN with the weight packed once, in blocks as its kernels want them.
-
-    F.linear packs anew in each call, which costs a decode step more than the product itself. These are the operators
-    that torch.compile's CPU backend emits for frozen weights.
-    """
+    """A bf16 matrix product by oneDNN with the weight packed once: F.linear packs anew in each call, which costs a
+    decode step more than the product itself. torch.compile's CPU backend emits these operators for frozen weights."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128)  # rows it may expect
     pointwise = torch.ops.mkldnn._linear_pointwise
 
