@@ -14,10 +14,7 @@ from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
-"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
-vocabulary."""
-
-
+"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p."""
 CosSin = tuple[Tensor, Tensor]
 """cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
 

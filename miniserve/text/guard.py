@@ -32,11 +32,9 @@ def encode_all(backend: tokenizers.Tokenizer, texts: list[str], add_special_toke
 
 
 class HiddenTexts:
-    """The texts of one request that sentinels stand for.
-
-    A sentinel is all private-use characters, so that no template's filter (trim, upper, tojson) changes it: U+E000,
-    80 random bits that are the same in the whole request, the digits of the text's number, U+E001.
-    """
+    """The texts of one request that sentinels stand for. These are all private-use characters, so that no template's
+    filter (trim, upper, tojson) changes them: U+E000, 80 random bits that are the same in the whole request, the digits
+    of the text's number, U+E001."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -53,11 +51,8 @@ class HiddenTexts:
 
 
 class Guard:
-    """Finds text that is a control token, or that could become one beside other text.
-
-    A string that ends with the beginning of a token, or begins with the end of one, is marked there too: a template
-    may join two strings (parts of a content, a role between brackets).
-    """
+    """Finds text that is a control token, or that could become one where a template joins two strings (parts of a
+    content, a role between brackets): the end of a token at the beginning, the beginning of one at the end."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = frozenset(tokens)
@@ -146,11 +141,8 @@ class GuardedEncoder:
 
     @cached_property
     def _plain_backends(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-        """Tokenizers without control tokens, for the beginning of a text and for its inside.
-
-        They are copies of a vocabulary that may be big, so they are made when they are first needed; threads that need
-        them at the same time may each make some.
-        """
+        """Tokenizers without control tokens, for the beginning of a text and for its inside. Made when they are first
+        needed, since their vocabulary may be big; threads that need them at the same time may each make some."""
         data = json.loads(self._backend.to_str())
         data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] not in self._control]
         # Templates of special tokens may name what is no longer there; they are not applied here anyway.

@@ -93,10 +93,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path, chat_template: str | None = None) -> Self:
         """From a model's folder. `chat_template`: a file or the text of a template to use instead of the model's own.
-
         Raises `ParameterError` where there is no usable tokenizer or the template is not jinja, and `ConfigError` for a
-        file that is no JSON object.
-        """
+        file that is no JSON object."""
         folder = Path(folder)
         settings = read_object(folder / "tokenizer_config.json")
         if (path := folder / "tokenizer.json").is_file():
@@ -145,11 +143,8 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation rendered by the chat template.
-
-        `continue_final_message` leaves the last message open, for the model to go on with. `template_kwargs` are
-        further variables of the template (`enable_thinking`). Raises `ParameterError`.
-        """
+        """Token ids of a conversation rendered by the chat template, whose further variables are `template_kwargs`.
+        `continue_final_message` leaves the last message open, for the model to go on with. Raises `ParameterError`."""
         if not messages:
             raise ParameterError("messages", "`messages` must hold at least one message.")
         if continue_final_message and add_generation_prompt:
