@@ -42,7 +42,8 @@ PORT = 8377
 URL = f"http://127.0.0.1:{PORT}"
 PAGE = 23_040
 """Bytes of KV of a token of the default model in bf16."""
-SLOTS = 4
+SLOTS = 2
+"""Of llama.cpp: each holds a conversation of the longest kind."""
 TIMEOUT = 300.0
 
 
@@ -161,7 +162,9 @@ async def measure(variant: str, seed: int, args: Any) -> dict[str, Any]:
     slots = Slots()
     row: dict[str, Any] = {"variant": variant, "seed": seed, "agents": len(agents)}
     try:
-        async with aiohttp.ClientSession(headers={"Content-Type": "application/json"}) as http:
+        async with aiohttp.ClientSession(
+            headers={"Content-Type": "application/json"}, connector=aiohttp.TCPConnector(force_close=True)
+        ) as http:
             for phase in range(2):
                 slots.holds.clear()
                 while not slots.free.empty():
@@ -208,7 +211,7 @@ def main() -> int:
     parser.add_argument("--scale-tokens", type=float, default=0.02)
     parser.add_argument("--max-gap", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=1.0)
-    parser.add_argument("--pool", type=int, default=16_384, help="tokens of KV on the device")
+    parser.add_argument("--pool", type=int, default=8192, help="tokens of KV on the device")
     parser.add_argument("--host", type=int, default=1 << 30, help="bytes of host memory with `host`")
     parser.add_argument("--staging", type=int, default=256 << 20, help="bytes of host memory with `disk`")
     parser.add_argument("--seeds", default="1,2,3")
