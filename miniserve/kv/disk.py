@@ -47,13 +47,18 @@ class Piece(msgspec.Struct, frozen=True):
     keep: Keep
     end: float
 
+    @property
+    def name(self) -> bytes:
+        """The hashes of its first and its last page, which say what is in it."""
+        return self.hashes[0] + self.hashes[-1]
+
 
 class Pieces:
     """What there is on a disk."""
 
     def __init__(self) -> None:
         self.sizes: dict[bytes, tuple[Piece, int]] = {}
-        """Pieces and their bytes, by the hash of their first page."""
+        """Pieces and their bytes, by their names."""
         self.total = 0
         """Bytes of all of them."""
         self._home: dict[bytes, Piece] = {}
@@ -63,14 +68,14 @@ class Pieces:
         return self._home[digest]
 
     def add(self, piece: Piece, size: int) -> None:
-        self.drop(piece.hashes[0])
-        self.sizes[piece.hashes[0]] = piece, size
+        self.drop(piece.name)
+        self.sizes[piece.name] = piece, size
         self.total += size
         self._home |= dict.fromkeys(piece.hashes, piece)
 
-    def drop(self, first: bytes) -> None:
-        """Forget the piece that begins with that page, if it is here."""
-        piece, size = self.sizes.pop(first, (None, 0))
+    def drop(self, name: bytes) -> None:
+        """Forget the piece of that name, if it is here."""
+        piece, size = self.sizes.pop(name, (None, 0))
         self.total -= size
         for digest in piece.hashes if piece is not None else ():
             if self._home.get(digest) is piece:
@@ -80,32 +85,33 @@ class Pieces:
         """How many pages of the chain `hashes` are here, from its first on."""
         return known(hashes, self._home)
 
-    def surplus(self, limit: int, now: float) -> list[bytes]:
+    def surplus(self, limit: int, now: float, coming: Piece) -> list[bytes]:
         """What has to go for all others to take at most `limit` bytes, and some to spare: what is needed least first,
-        but nothing before all that builds on it. By expected need times the cost of computing, as in the pool."""
+        but nothing before all that builds on it, as the `coming` piece does on what it follows. By expected need times
+        the cost of computing, as in the pool."""
         if self.total <= limit:
             return []
         pieces, total = dict(self.sizes), self.total
-        children = Counter(piece.parent for piece, _ in pieces.values())
+        children = Counter(piece.parent for piece in (coming, *(piece for piece, _ in pieces.values())))
         leaves: list[tuple[float, bytes]] = []
 
         def leaf(piece: Piece) -> None:
             if not any(children[digest] for digest in piece.hashes):
                 keep = msgspec.structs.replace(piece.keep, gap=piece.keep.gap or UNKNOWN_GAP)
                 worth = need(keep, max(now - piece.end, 0.0)) * (keep.page_seconds or 1.0)
-                heappush(leaves, (worth, piece.hashes[0]))
+                heappush(leaves, (worth, piece.name))
 
         for piece, _ in pieces.values():
             leaf(piece)
         going: list[bytes] = []
         while leaves and total > limit * (1 - SPARE):
-            first = heappop(leaves)[1]
-            piece, size = pieces.pop(first)
-            going.append(first)
+            name = heappop(leaves)[1]
+            piece, size = pieces.pop(name)
+            going.append(name)
             total -= size
             children[piece.parent] -= 1
             before = self._home.get(piece.parent) if piece.parent is not None else None
-            if before is not None and before.hashes[0] in pieces:
+            if before is not None and before.name in pieces:
                 leaf(before)
         return going
 
@@ -121,12 +127,13 @@ class Job(Protocol):
     def done(self) -> bool: ...
 
     def result(self) -> int:
-        """How many pages are whole, once `done`. Raises what went wrong."""
+        """How many pages are whole, once `done`; none of a piece for which there is no room. Raises OSError."""
 
 
 class Store(Protocol):
     """A disk that takes `page_seconds` to read a page as far as is known, else 0. The chain `hashes` is in `slots` of
-    host memory, or is to come there; none of it is overwritten before the job is done."""
+    host memory, or is to come there, when `ready` has returned, which blocks; nobody else writes there before the job
+    is done."""
 
     @property
     def page_seconds(self) -> float: ...
@@ -137,32 +144,43 @@ class Store(Protocol):
     def refresh(self) -> None:
         """Look for what others have written, at times; does not wait for that."""
 
-    def read(self, hashes: list[bytes], slots: list[int]) -> Job: ...
+    def read(self, hashes: list[bytes], slots: list[int], ready: Callable[[], None]) -> Job: ...
 
-    def write(self, piece: Piece, slots: list[int], copied: Callable[[], None], age: float) -> Job:
-        """Write a piece, which lacks sums and end, of a turn that ended `age` seconds ago, once it has `copied`."""
+    def write(self, piece: Piece, slots: list[int], ready: Callable[[], None], age: float) -> Job:
+        """Write a piece, which lacks sums and end, of a turn that ended `age` seconds ago."""
 
 
 @dataclass(eq=False)
 class Load:
-    """Pages that come from disk, and until when a turn waits for them."""
+    """Pages that come from disk for a turn, and until when it waits for them. So many came `whole`."""
 
-    hashes: list[bytes]
-    parent: bytes | None
+    turn: str
+    hashes: list[bytes] = field(default_factory=list)
+    parent: bytes | None = None
     deadline: float = -inf
     slots: list[int] = field(default_factory=list)
     keep: Keep = Keep()  # noqa: RUF009 - immutable
     job: Job | None = None
+    whole: int = 0
+
+
+@dataclass(eq=False)
+class Left:
+    """What a turn has left, to be written; its first `written` pages were."""
+
+    hashes: list[bytes]
+    keep: Keep
+    end: float
+    written: int = 0
 
 
 @dataclass(eq=False)
 class Writing:
-    """A piece that is being written, from `slots`, of a turn that ended at `end`."""
+    """A piece that is being written, from `slots`."""
 
     job: Job
     piece: Piece
     slots: list[int]
-    end: float
 
 
 @dataclass(eq=False)
@@ -178,8 +196,7 @@ class Disk:
     """Pages that came back."""
 
     def __post_init__(self) -> None:
-        self._ended: deque[tuple[list[bytes], Keep, float]] = deque(maxlen=1024)
-        """Turns to be written: hashes, what is known of the conversation, the time of their end."""
+        self._ended: deque[Left] = deque(maxlen=1024)
         self._writing: Writing | None = None
         self._loads: list[Load] = []
         self._paused = -inf
@@ -193,26 +210,30 @@ class Disk:
     def leave(self, hashes: list[bytes], keep: Keep, now: float) -> None:
         """A turn with these pages has ended: they are to be written, if its conversation may return."""
         if hashes and keep.conversation and keep.chance and now >= self._paused and self._pays(keep):
-            self._ended.append((hashes, keep, now))
+            self._ended.append(Left(hashes, keep, now))
 
-    def load(self, hashes: list[bytes], keep: Keep, now: float) -> Load:
+    def load(self, turn: str, hashes: list[bytes], keep: Keep, now: float) -> Load:
         """Begin to bring back what of the chain `hashes` is on disk and nowhere above, as far as half of host memory
-        goes. Turns that need the same page next get the same load."""
+        goes. A turn may get another's load: of the page it needs next, or of slots that it needs. It asks again after
+        that. Nothing is begun while the disk lets a turn wait for too long."""
         above = known(hashes, self.pool)
         near = self.host.match(hashes[above:])
         self.host.release(near, keep, now)  # not the next to go
         at = above + len(near)
         wanted = hashes[at:]
-        for load in self._loads:
-            if wanted and wanted[0] in load.hashes:
-                return load
-        most = min(self.host.num_available - len(near), self.host.num_pages // 2)
-        wanted = wanted[: max(most, 0)]
-        load = Load(wanted[: self.store.find(wanted)], hashes[at - 1] if at else None, keep=keep)
-        if load.hashes and self._pays(keep):
-            load.slots = self.host.allocate(len(load.hashes), now)
-            load.job, load.deadline = self.store.read(load.hashes, load.slots), now + PATIENCE
-            self._loads.append(load)
+        count = min(self.store.find(wanted), self.host.num_pages // 2)
+        load = Load(turn, wanted[:count], hashes[at - 1] if at else None, now + PATIENCE, keep=keep)
+        if not count or not self._pays(keep) or any(now >= other.deadline for other in self._loads):
+            return Load(turn)
+        for other in self._loads:
+            if wanted[0] in other.hashes or count > self.host.num_available - len(near):
+                return other
+        load.hashes = wanted[: max(min(count, self.host.num_available - len(near)), 0)]
+        if not load.hashes:
+            return Load(turn)
+        load.slots = self.host.allocate(len(load.hashes), now)
+        load.job = self.store.read(load.hashes, load.slots, self.host.slots.barrier())
+        self._loads.append(load)
         return load
 
     def poll(self, now: float) -> None:
@@ -235,59 +256,63 @@ class Disk:
         self.saved = self.loaded = 0
 
     def _pays(self, keep: Keep) -> bool:
-        """Whether reading a page is quicker than computing it, as far as both are known."""
-        return not keep.page_seconds or self.store.page_seconds <= keep.page_seconds
+        """Whether getting a page is quicker than computing it, as far as both are known."""
+        return not keep.page_seconds or self.store.page_seconds + self.host.slots.page_seconds <= keep.page_seconds
 
     def _take(self, load: Load, job: Job, now: float) -> None:
         """What was read is in host memory from now on; what is not whole is not."""
-        whole = _outcome(job, "read")
-        for slot, digest, parent in zip(load.slots[:whole], load.hashes, [load.parent, *load.hashes], strict=False):
+        try:
+            load.whole = job.result()
+        except OSError as error:
+            log.warning("KV was not read: %s", error)
+        names = zip(load.slots[: load.whole], load.hashes, [load.parent, *load.hashes], strict=False)
+        for slot, digest, parent in names:
             self.host.register(slot, digest, parent)
         self.host.release(load.slots, load.keep, now)
-        self.loaded += whole
+        self.loaded += load.whole
         load.deadline = -inf
 
     def _write(self, now: float) -> None:
-        """Begin to write the next piece of the first turn. What is there already, or is nowhere any more, is not."""
-        hashes, keep, end = self._ended[0]
-        at = self.store.find(hashes)
-        parent = hashes[at - 1] if at else None
+        """Begin to write the next piece of the first turn. What is there already, or is nowhere any more, is not, nor
+        what follows on a page that had to go meanwhile."""
+        turn = self._ended[0]
+        hashes, at = turn.hashes, self.store.find(turn.hashes)
         slots: list[int] = []
         pages: list[int] = []
         targets: list[int] = []
-        for digest in hashes[at : at + max(1, min(PIECE_PAGES, self.host.num_pages // 4))]:
-            if not (found := self.host.match([digest])):
-                page = self.pool.page(digest)
+        most = max(1, min(PIECE_PAGES, self.host.num_pages // 4)) if at >= turn.written else 0
+        for i in range(at, min(at + most, len(hashes))):
+            if not (found := self.host.match([hashes[i]])):
+                page = self.pool.page(hashes[i])
                 if page is None or not self.host.num_available:
                     break
                 found = self.host.allocate(1, now)
-                before = at + len(slots) - 1
-                self.host.register(found[0], digest, hashes[before] if before >= 0 else None)
+                self.host.register(found[0], hashes[i], hashes[i - 1] if i else None)
                 pages.append(page)
                 targets += found
             slots += found
         if not slots:
             self._ended.popleft()
             return
-        copied = self.host.offload(pages, targets)
-        piece = Piece(hashes[at : at + len(slots)], parent, [], keep, 0.0)
-        self._writing = Writing(self.store.write(piece, slots, copied, now - end), piece, slots, end)
+        if pages:
+            self.host.offload(pages, targets)
+        turn.written = at + len(slots)
+        piece = Piece(hashes[at : turn.written], hashes[at - 1] if at else None, [], turn.keep, 0.0)
+        job = self.store.write(piece, slots, self.host.slots.barrier(), now - turn.end)
+        self._writing = Writing(job, piece, slots)
 
     def _written(self, writing: Writing, now: float) -> None:
-        """A piece is on disk, or could not be written: then no turn is taken for a while."""
+        """A piece is on disk, or its turn has no more room there, or it failed: then no turn is taken for a while."""
         self._writing = None
-        for slot, digest in zip(writing.slots, writing.piece.hashes, strict=True):
-            # Slots of pages that are on the device as well are the first to go.
-            self.host.release([slot], RESTORED if digest in self.pool else writing.piece.keep, writing.end)
-        self.saved += (written := _outcome(writing.job, "written"))
-        if not written:
-            self._paused = now + PAUSE
+        held = list(zip(writing.slots, writing.piece.hashes, strict=True))
+        # Slots of pages that are on the device as well are the first to go.
+        self.host.release([slot for slot, digest in held if digest in self.pool], RESTORED, now)
+        self.host.release([slot for slot, digest in held if digest not in self.pool], writing.piece.keep, now)
+        try:
+            self.saved += (written := writing.job.result())
+        except OSError as error:
+            log.warning("KV was not written: %s", error)
+            self._paused, written = now + PAUSE, 0
             self._ended.clear()
-
-
-def _outcome(job: Job, what: str) -> int:
-    try:
-        return job.result()
-    except OSError as error:
-        log.warning("KV was not %s: %s", what, error)
-        return 0
+        if not written and self._ended:
+            self._ended.popleft()

@@ -2,11 +2,12 @@
 
 All workers of a machine that serve the same model share the folder, and every run of the server. A file is written
 under a name of its own, then renamed, so nobody reads half of one; what a crash or a person leaves of it, the checksums
-find. Its first four bytes are the length of a `Piece` in msgpack, which comes next, and then the pages. The name is
-the hash of the first page. Nothing in it is text: tokens are only there as hashes.
+find. It begins with the length of a `Piece` in msgpack and a checksum of that, four bytes each; then come the `Piece`
+and the pages. The name is that of the piece. Nothing in it is text: tokens are only there as hashes.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +19,17 @@ import msgspec
 import numpy as np
 
 from miniserve.kv.disk import Piece, Pieces
+from miniserve.kv.hashing import HASH_BYTES
 
 SCAN_SECONDS = 0.5
 """How often a worker looks for what others have written or deleted."""
 ABANDONED = 600.0
 """Seconds after which a file without its name is nobody's any more."""
-DAMAGED = (OSError, EOFError, ValueError, msgspec.MsgspecError)
+HEAD, MOST_HEAD = 8, 1 << 20
+"""Bytes before a `Piece`, and those that one takes at most."""
+NAME = re.compile(f"[0-9a-f]{{{4 * HASH_BYTES}}}")
+DAMAGED = (ValueError, msgspec.MsgspecError)
+"""Of a file that is of no use. An OSError may pass."""
 
 
 class Folder:
@@ -32,48 +38,56 @@ class Folder:
     used."""
 
     def __init__(self, path: Path, size: int, memory: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._size, self._memory = path, size, memory
         self._pieces = Pieces()
         self._reader, self._writer = ThreadPoolExecutor(1, "disk-reader"), ThreadPoolExecutor(1, "disk-writer")
-        self.page_seconds = 0.0
-        """A running average; 0 before the first."""
+        self._page_seconds, self._read_at = 0.0, 0.0
+        """A running average, 0 before the first, and when it was last observed."""
+        self._scanning: Future[None] | None = None
         self._asked, self._changed = time.monotonic(), 0
         """When it was last asked what there is; when the folder had last changed then, in ns since the epoch."""
         self._scan()
+
+    @property
+    def page_seconds(self) -> float:
+        # Half of it is forgotten every minute: a disk that was slow once is tried again.
+        return self._page_seconds * 0.5 ** ((time.monotonic() - self._read_at) / 60)
 
     def find(self, hashes: list[bytes]) -> int:
         return self._pieces.find(hashes)
 
     def refresh(self) -> None:
-        if time.monotonic() - self._asked > SCAN_SECONDS:
+        if time.monotonic() - self._asked > SCAN_SECONDS and (self._scanning is None or self._scanning.done()):
             self._asked = time.monotonic()
-            self._writer.submit(self._scan)
+            self._scanning = self._writer.submit(self._scan)
 
-    def read(self, hashes: list[bytes], slots: list[int]) -> Future[int]:
-        return self._reader.submit(self._read, hashes, slots)
+    def read(self, hashes: list[bytes], slots: list[int], ready: Callable[[], None]) -> Future[int]:
+        return self._reader.submit(self._read, hashes, slots, ready)
 
-    def write(self, piece: Piece, slots: list[int], copied: Callable[[], None], age: float) -> Future[int]:
-        return self._writer.submit(self._write, piece, slots, copied, time.time() - age)
+    def write(self, piece: Piece, slots: list[int], ready: Callable[[], None], age: float) -> Future[int]:
+        return self._writer.submit(self._write, piece, slots, ready, time.time() - age)
 
-    def _read(self, hashes: list[bytes], slots: list[int]) -> int:
+    def _read(self, hashes: list[bytes], slots: list[int], ready: Callable[[], None]) -> int:
+        ready()
         at, started = 0, time.perf_counter()
         while at < len(hashes):
             try:
-                first = self._pieces[hashes[at]].hashes[0]
-            except KeyError:
-                break
-            try:
-                with self._file(first).open("rb") as file:
+                name = self._pieces[hashes[at]].name
+                with self._file(name).open("rb") as file:
                     count = self._read_piece(file, hashes[at:], slots[at:])
-            except DAMAGED:
+            except (*DAMAGED, FileNotFoundError):
                 count = 0
+            except (KeyError, OSError):
+                break  # it was forgotten meanwhile, or can be read later
             if not count:
-                self._writer.submit(self._delete, first)
+                self._writer.submit(self._delete, name)
                 break
             at += count
         if at:
             seconds = (time.perf_counter() - started) / at
-            self.page_seconds += (seconds - self.page_seconds) / (8 if self.page_seconds else 1)
+            self._page_seconds += (seconds - self._page_seconds) / (8 if self._page_seconds else 1)
+            self._read_at = time.monotonic()
         return at
 
     def _read_piece(self, file: BufferedReader, hashes: list[bytes], slots: list[int]) -> int:
@@ -89,26 +103,27 @@ class Folder:
             count += 1
         return count
 
-    def _write(self, piece: Piece, slots: list[int], copied: Callable[[], None], end: float) -> int:
-        copied()
+    def _write(self, piece: Piece, slots: list[int], ready: Callable[[], None], end: float) -> int:
+        ready()
         rows = [self._memory[slot].data for slot in slots]
         sums = [_sum(digest, row) for digest, row in zip(piece.hashes, rows, strict=True)]
         piece = msgspec.structs.replace(piece, sums=sums, end=end)
         head = msgspec.msgpack.encode(piece)
-        size = 4 + len(head) + sum(len(row) for row in rows)
-        if size > self._size:
-            raise OSError(f"{size} bytes at once are more than the {self._size} that KV may take on disk")
+        size = HEAD + len(head) + sum(len(row) for row in rows)
         self._scan()
-        for first in self._pieces.surplus(self._size - size, time.time()):
-            self._delete(first)
-        made = self._path / f".{piece.hashes[0].hex()}-{os.getpid()}"
+        if self._pieces.find(piece.hashes) == len(slots):
+            return len(slots)  # another worker was quicker
+        for name in self._pieces.surplus(self._size - size, time.time(), piece):
+            self._delete(name)
+        if self._pieces.total + size > self._size:
+            return 0
+        made = self._path / f".{os.getpid()}-{time.monotonic_ns()}"
         try:
             with open(made, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                file.write(len(head).to_bytes(4))
-                file.write(head)
+                file.write(len(head).to_bytes(4) + crc32(head).to_bytes(4) + head)
                 for row in rows:
                     file.write(row)
-            made.rename(self._file(piece.hashes[0]))
+            made.rename(self._file(piece.name))
         except OSError:
             made.unlink(missing_ok=True)
             raise
@@ -117,44 +132,53 @@ class Folder:
 
     def _scan(self) -> None:
         """Learn what others have written and deleted since."""
-        self._path.mkdir(parents=True, mode=0o700, exist_ok=True)  # somebody may have deleted it
+        # Somebody may have deleted it. Not what it lies in, which may be a disk that is not mounted any more.
+        self._path.mkdir(mode=0o700, exist_ok=True)
         if (changed := self._path.stat().st_mtime_ns) == self._changed:
             return
         there = set()
-        with os.scandir(self._path) as entries:
-            for entry in entries:
-                try:
-                    if entry.name.startswith("."):
-                        if time.time() - entry.stat().st_mtime > ABANDONED:
-                            os.unlink(entry)
-                        continue
-                    first = bytes.fromhex(entry.name)
-                    if first not in self._pieces.sizes:
-                        with open(entry, "rb") as file:
-                            piece = _head(file)
-                        if piece.hashes[0] == first:
-                            self._pieces.add(piece, entry.stat().st_size)
-                    there.add(first)
-                except DAMAGED:
-                    continue  # not ours, or gone, or of no use
-        for first in self._pieces.sizes.keys() - there:
-            self._pieces.drop(first)
+        for file in self._path.iterdir():
+            try:
+                if file.name.startswith("."):
+                    if time.time() - file.stat().st_mtime > ABANDONED:
+                        file.unlink()
+                elif NAME.fullmatch(file.name):
+                    name = bytes.fromhex(file.name)
+                    if name not in self._pieces.sizes:
+                        self._learn(name, file)
+                    there.add(name)
+            except OSError:
+                continue  # it is gone, or no file
+        for name in self._pieces.sizes.keys() - there:
+            self._pieces.drop(name)
         self._changed = changed
 
-    def _delete(self, first: bytes) -> None:
-        self._pieces.drop(first)
-        self._file(first).unlink(missing_ok=True)
+    def _learn(self, name: bytes, path: Path) -> None:
+        """Take in a piece, or delete the file if it holds none."""
+        try:
+            with path.open("rb") as file:
+                piece = _head(file)
+            if piece.name != name:
+                raise ValueError("it holds another piece")
+            self._pieces.add(piece, path.stat().st_size)
+        except DAMAGED:
+            path.unlink()
 
-    def _file(self, first: bytes) -> Path:
-        return self._path / first.hex()
+    def _delete(self, name: bytes) -> None:
+        self._pieces.drop(name)
+        self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: bytes) -> Path:
+        return self._path / name.hex()
 
 
 def _head(file: BufferedReader) -> Piece:
-    """What the pages are that come next. Raises what is in `DAMAGED`."""
-    size = int.from_bytes(file.read(4))
-    if size > 1 << 20:
-        raise ValueError("not a piece")
-    return msgspec.msgpack.decode(file.read(size), type=Piece)
+    """What the pages are that come next. Raises what is in `DAMAGED`, and OSError."""
+    size, total = int.from_bytes(file.read(4)), int.from_bytes(file.read(4))
+    head = file.read(min(size, MOST_HEAD))
+    if crc32(head) != total:
+        raise ValueError("the head is damaged")
+    return msgspec.msgpack.decode(head, type=Piece)
 
 
 def _sum(digest: bytes, page: memoryview) -> int:

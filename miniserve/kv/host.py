@@ -23,9 +23,11 @@ class Slots(Protocol):
     @property
     def page_seconds(self) -> float: ...
 
-    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> Callable[[], None]:
-        """Copy page or slot `sources[i]` to slot or page `targets[i]`, before anything that the engine does next.
-        Returns what blocks until that is done."""
+    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> None:
+        """Copy page or slot `sources[i]` to slot or page `targets[i]`, before anything that the engine does next."""
+
+    def barrier(self) -> Callable[[], None]:
+        """What blocks until all copies so far are made, in either direction; any thread may call it."""
 
     def settle(self) -> None:
         """Block until what was restored is on the device. The engine's steps wait for it there; a peer does not."""
@@ -56,11 +58,11 @@ class HostPool(PagePool):
             self.register(slots[0], evicted.digest, evicted.parent)
         self.release(slots, evicted.keep, evicted.end)
 
-    def offload(self, pages: list[int], slots: list[int]) -> Callable[[], None]:
-        """Copy `pages` of the device to `slots`. Returns what blocks until that is done."""
-        self.offloaded += len(pages)
+    def offload(self, pages: list[int], slots: list[int]) -> None:
+        """Copy `pages` of the device to `slots`."""
         # Beside the step that runs now: the pages are complete. A restore may still read a slot, on this stream.
-        return self.slots.copy("offload", pages, slots) if pages else lambda: None
+        self.slots.copy("offload", pages, slots)
+        self.offloaded += len(pages)
 
     def match(self, hashes: list[bytes], keep: Keep = UNKNOWN) -> list[int]:
         """Slots of the longest prefix of the chain `hashes` that is here, pinned until `restore` or `release`; no slots

@@ -37,6 +37,7 @@ class SwapSpace:
         self._uncounted: deque[tuple[Fence, int]] = deque()
         """Copies on the side stream that the average does not contain yet, and of how many pages."""
         self._restoring: Fence = PassedFence()
+        self._last: Fence = PassedFence()
         flat = torch.frombuffer(mmap.mmap(-1, num_pages * memory.shape.bytes, mmap.MAP_PRIVATE), dtype=torch.uint8)
         if self._side is not None:
             pin(flat)
@@ -52,22 +53,25 @@ class SwapSpace:
     def settle(self) -> None:
         self._restoring.wait()
 
-    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> Callable[[], None]:
+    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> None:
         self._tell(Copied(what, sources, targets))
         pools = (self._device, self.pages) if what == "offload" else (self.pages, self._device)
         if self._side is None:
             started = self._clock()
             copy_pages(pools[0], sources, pools[1], targets)
             self._observe(self._clock() - started, len(sources))
-            return PassedFence().wait
+            return
         if what == "restore":  # after all that was launched on those pages before
             self._side.follow()
         fence = self._side.run(lambda: copy_pages(pools[0], sources, pools[1], targets))
         self._side.lead()
         self._uncounted.append((fence, len(sources)))
+        self._last = fence
         if what == "restore":
             self._restoring = fence
-        return fence.wait
+
+    def barrier(self) -> Callable[[], None]:
+        return self._last.wait  # copies are made in their order
 
     @property
     def bytes(self) -> np.ndarray:

@@ -29,10 +29,11 @@ class Admissions:
         """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
         prompt is computed, here or elsewhere."""
         if self.disk is not None:
-            if sequence.load is None:
+            load = sequence.load
+            if load is None or (load.turn != sequence.turn and load.whole):
                 findable = sequence.hashes(self.page_tokens)[: sequence.findable // self.page_tokens]
-                sequence.load = self.disk.load(findable, sequence.needed_soon, now)
-            if now < sequence.load.deadline:
+                load = sequence.load = self.disk.load(sequence.turn, findable, sequence.needed_soon, now)
+            if now < load.deadline:
                 return Admission.LOADING
         if (deferral := sequence.deferral) is not None and self._holds(deferral, sequence, running, now):
             return deferral.admission
@@ -59,7 +60,7 @@ class Admissions:
         sequence.pages, sequence.arriving = matched + pages[:missing], pages[missing:]
         sequence.computed = found * self.page_tokens
         sequence.registered = len(matched)
-        if sequence.load is not None and sequence.load.hashes and sequence.missing < sequence.computed:
+        if sequence.load is not None and sequence.load.whole and sequence.missing < sequence.computed:
             sequence.prefill_at = None  # who chose a prefiller could not know that most of it is on disk
         if self.host is not None and slots:
             self.host.restore(slots, sequence.pages[len(matched) : found], now)

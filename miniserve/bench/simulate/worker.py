@@ -124,9 +124,11 @@ class SimulatedWorker:
     def page_seconds(self) -> float:
         return self.hardware.host_seconds(1)
 
-    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> Callable[[], None]:
+    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> None:
         """Copy pages to or from host memory, one after the other, beside what else happens until the next step."""
         self.copied = max(self.copied, self.now) + self.hardware.host_seconds(len(sources))
+
+    def barrier(self) -> Callable[[], None]:
         return self.settle
 
     def settle(self) -> None:
@@ -201,15 +203,18 @@ class SimulatedDisk:
 
     def refresh(self) -> None: ...
 
-    def read(self, hashes: list[bytes], slots: list[int]) -> SimulatedCopy:
+    def read(self, hashes: list[bytes], slots: list[int], ready: Callable[[], None]) -> SimulatedCopy:
         return SimulatedCopy(self.worker, self._busy(len(slots)), pages=len(slots))
 
-    def write(self, piece: Piece, slots: list[int], copied: Callable[[], None], age: float) -> SimulatedCopy:
+    def write(self, piece: Piece, slots: list[int], ready: Callable[[], None], age: float) -> SimulatedCopy:
         pieces, now, hardware = self.disk.pieces, self.worker.now, self.worker.hardware
         self._busy(len(slots))
-        pieces.add(replace(piece, end=now - age), len(slots) * hardware.page_tokens * hardware.kv_bytes_per_token)
-        for first in pieces.surplus(hardware.disk_space, now):
-            pieces.drop(first)
+        piece, size = replace(piece, end=now - age), len(slots) * hardware.page_tokens * hardware.kv_bytes_per_token
+        for name in pieces.surplus(hardware.disk_space - size, now, piece):
+            pieces.drop(name)
+        if pieces.total + size > hardware.disk_space:
+            return SimulatedCopy(self.worker, now)
+        pieces.add(piece, size)
         return SimulatedCopy(self.worker, now, pages=len(slots))
 
     def _busy(self, pages: int) -> float:
