@@ -47,7 +47,9 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("gpu_check"), help="writes OUT.md and OUT/; default: %(default)s"
     )
-    parser.add_argument("--resume", type=Path, action="append", default=[], metavar="FILE", help="of an earlier run")
+    parser.add_argument(
+        "--resume", type=Path, action="append", default=[], metavar="FILE", help="STAGE.json of an earlier run"
+    )
     parser.add_argument("--device", default="cuda", help="cuda or cpu; default: %(default)s")
     parser.add_argument("--small", action="store_true", help="toy sizes; limits of speed are not judged")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="checks whose names begin so")

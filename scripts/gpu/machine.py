@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ import torch
 from miniserve.ops import make_ops
 from miniserve.ops.decoder import Sizes
 from scripts.gpu.kernels import DIMS
+from scripts.gpu.report import PACKAGES, installed
 from scripts.gpu.setting import Figure, Figures, Setting
 
-PACKAGES = ("torch", "triton", "flashinfer-python", "flashinfer-jit-cache", "apache-tvm-ffi", "transformers")
 VARIABLES = ("FLASHINFER_CUDA_ARCH_LIST", "FLASHINFER_DISABLE_JIT", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
 
 
@@ -41,14 +41,6 @@ def versions(run: Setting) -> Figures:
     yield Figure("CUDA of torch", str(torch.version.cuda))
     yield Figure("cuDNN", str(torch.backends.cudnn.version()))
     yield Figure("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
-
-
-def installed(package: str) -> str:
-    """Its version. Nothing is imported."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def flashinfer(run: Setting) -> Figures:

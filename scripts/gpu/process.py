@@ -38,12 +38,12 @@ class Done:
 
 @dataclass
 class Outcome:
-    """What a process found: `late` where the time was over before the end, `started` the seconds that it took to be
-    `ready` if it was started for this check."""
+    """What a process found, in how many `seconds`; `cut` where the stage's end came first. `started` are the seconds
+    that it took to be `ready` if it was started for this check."""
 
     figures: list[Figure] = field(default_factory=list)
     error: str = ""
-    late: bool = False
+    cut: bool = False
     seconds: float = 0.0
     started: float | None = None
     ready: bool = True
@@ -98,7 +98,7 @@ class Process:
         if self._process is None:
             begun = time.monotonic()
             self._start()
-            self._hear(outcome, min(begun + STARTING, end))
+            self._hear(outcome, begun + STARTING, end)
             outcome.started = time.monotonic() - begun
             if outcome.error:
                 outcome.ready, outcome.error = False, f"its process did not start: {outcome.error}"
@@ -109,7 +109,7 @@ class Process:
         except OSError:
             self._ended(outcome)
         else:
-            self._hear(outcome, min(begun + check.seconds, end))
+            self._hear(outcome, begun + check.seconds, end)
         outcome.seconds = time.monotonic() - begun
         return outcome
 
@@ -120,11 +120,12 @@ class Process:
         self._process.start()
         theirs.close()
 
-    def _hear(self, outcome: Outcome, end: float) -> None:
-        """Everything up to `Ready` or `Done`, or until its end, or `end`. It is ended where it is of no more use."""
+    def _hear(self, outcome: Outcome, limit: float, end: float) -> None:
+        """Everything up to `Ready` or `Done`, or until its own end, its `limit` or the stage's `end`. It is ended where
+        it is of no more use."""
         begun = time.monotonic()
         try:
-            while self._control.poll(max(end - time.monotonic(), 0)):
+            while self._control.poll(max(min(limit, end) - time.monotonic(), 0)):
                 heard = self._control.recv()
                 if isinstance(heard, Figure):
                     outcome.figures.append(heard)
@@ -137,7 +138,7 @@ class Process:
         except (EOFError, OSError):
             self._ended(outcome)
             return
-        outcome.late = True
+        outcome.cut = end < limit
         outcome.error = f"not done after {time.monotonic() - begun:.0f} s; it was at:\n{self._stack()}"
         self.end()
 

@@ -18,7 +18,7 @@ from scripts.gpu.checks import STAGES, Check, Kind
 from scripts.gpu.setting import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "flashinfer-python", "flashinfer-jit-cache", "transformers")
+PACKAGES = ("torch", "triton", "flashinfer-python", "flashinfer-jit-cache", "apache-tvm-ffi", "transformers")
 BEFORE = "passed before,"
 SHOWN = 4000
 """Characters of an error that are shown."""
@@ -80,21 +80,24 @@ def facts(device: str, small: bool) -> dict[str, Any]:
     gpu = "no GPU"
     if device != "cpu":
         gpu = _said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    versions = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {"Python": platform.python_version()} | {package: installed(package) for package in PACKAGES}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{gpu}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
+        "machine": f"{gpu}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": _said("git", "describe", "--always", "--dirty", "--exclude=*"),
         "device": device,
         "small": small,
         "judged": device != "cpu" and not small,
     }
+
+
+def installed(package: str) -> str:
+    """Its version. Nothing is imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _said(*command: str) -> str:

@@ -39,6 +39,8 @@ class Run:
         self._lock = threading.Lock()
         self._changed = changed
         self._processes: list[Process] = []
+        self._stopped = False
+        """By an interrupt."""
 
     def run(self, seconds: float, folder: Path) -> list[Result]:
         """Run what has not passed before, in so many seconds; `folder` is for files that may go afterwards."""
@@ -52,7 +54,7 @@ class Run:
             try:
                 list(pool.map(self._serve, self._processes))
             except BaseException:  # an interrupt: nothing is waited for
-                self._end = 0.0
+                self._stopped = True
                 for process in self._processes:
                     process.kill()
                 raise
@@ -65,7 +67,7 @@ class Run:
     def _serve(self, process: Process) -> None:
         """Give a process one check after the other."""
         failed_starts = 0
-        while failed_starts < STARTS and time.monotonic() < self._end - LEAST:
+        while failed_starts < STARTS and time.monotonic() < self._end - LEAST and not self._stopped:
             with self._lock:
                 if not self._waiting:
                     break
@@ -81,7 +83,7 @@ class Run:
         result.figures, result.seconds, result.error = outcome.figures, outcome.seconds, outcome.error
         if outcome.started is not None:
             result.note = f"after {outcome.started:.1f} s in which its process started"
-        if outcome.error and time.monotonic() >= self._end:  # by its own limit it might have passed
+        if outcome.cut or (outcome.error and self._stopped):  # by its own limit it might have passed
             result.note = f"cut off after {outcome.seconds:.0f} s, with its stage"
         elif outcome.error:
             result.verdict = Verdict.FAILED

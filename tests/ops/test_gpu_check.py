@@ -102,6 +102,36 @@ def test_what_does_not_fit_into_a_stage_is_not_run(tmp_path: Path, monkeypatch: 
     assert found["fine 2"].note == "the 2 s of its stage were over"
 
 
+def test_an_interrupt_leaves_a_report_and_no_process(tmp_path: Path) -> None:
+    """As of a caller whose time is over: the check that runs has not failed, and its children end with it."""
+    program = f"""
+import signal, sys
+from pathlib import Path
+from scripts.gpu.stages import Run
+from tests.support.fake_checks import check, stage
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run = Run(stage(check("hang 1"), check("hang 2"), processes=2), "cpu", False, {{}}, lambda result: None)
+    try:
+        run.run(60, Path({str(tmp_path)!r}))
+    finally:
+        print(*(f"{{r.verdict}}: {{r.note}}" for r in run.results), sep=chr(10))
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    path = {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | path) as process:
+        children = [tmp_path / f"smoke-{number}" / "child" for number in range(2)]
+        deadline = time.monotonic() + 30
+        while not all(child.exists() for child in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert re.findall(r"^not run: cut off", said, re.M) == ["not run: cut off"] * 2
+    assert not any(alive(int(child.read_text())) for child in children)
+
+
 def test_checks_run_side_by_side(tmp_path: Path) -> None:
     made = stage(*(check(f"together {i}", others=2) for i in range(2)), processes=2)
     assert all(result.verdict is Verdict.PASSED for result in run(made, tmp_path).values())

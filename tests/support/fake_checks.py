@@ -68,6 +68,7 @@ def hang(run: Setting) -> Figures:
     """With a process of its own, as servers are."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield Figure("child", child.pid)
+    (run.folder / "child").write_text(f"{child.pid}")
     time.sleep(600)
 
 
