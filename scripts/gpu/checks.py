@@ -111,7 +111,7 @@ PARITY = Stage(
     "parity",
     150,
     [
-        correct("topologies", "servers:topologies", 90, SERVERS),  # takes longest: the others run beside it
+        correct("topologies", "servers:topologies", 120, SERVERS),  # takes longest: the others run beside it
         same_text("llama", "bf16"),
         correct("modes bf16", "parity:modes", 60, GRAPHS, precision="bf16"),
         correct("sampling", "sampling:check", 60, "CudaOps.filter, then worker/sampler.py"),
