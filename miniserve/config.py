@@ -226,6 +226,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_stretch: Annotated[float | None, parse_stretch] = None
     enable_prefix_caching: bool = True
     swap_space: Annotated[int, parse_swap] = 0
+    kv_disk: str | None = None
+    kv_disk_size: Annotated[int, parse_swap] = 16 << 30
     kv_eviction: Literal["expected", "lru"] = "expected"
     handoff_deadline: Annotated[float, parse_seconds] = 30.0
     role: Role = Role.DECODER

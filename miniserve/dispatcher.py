@@ -12,9 +12,9 @@ import msgspec
 
 from miniserve.cluster.devices import one_more, place
 from miniserve.cluster.launch import Launcher
-from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Ready, Report, TurnOutput
+from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Report, TurnOutput
 from miniserve.cluster.supervisor import Supervisor
-from miniserve.config import ConfigError, Role, ServeConfig
+from miniserve.config import ConfigError, Role, ServeConfig, problem
 from miniserve.hub.resolve import ModelFiles
 from miniserve.kv.transfer.interface import way
 from miniserve.sampling_params import ParameterError, SamplingParams
@@ -84,8 +84,6 @@ class Dispatcher:
         on_progress: Callable[[str, Loading], None] = lambda worker, loading: None,
         observers: Iterable[Callable[[Record], None]] = (),
     ) -> None:
-        self.ready: dict[str, Ready] = {}
-        self.policy_name = config.policy
         self.max_model_len = 0
         self.vocab_size = 0
         self.observers = list(observers)
@@ -108,6 +106,7 @@ class Dispatcher:
             report=self._on_report,
             loading=on_progress,
         )
+        self.ready = self.workers.ready
         self._streams: dict[str, TurnStream] = {}
         self._ticking: asyncio.Task | None = None
         self._added = 0
@@ -148,7 +147,7 @@ class Dispatcher:
         self._carry_out(self.scheduler.retire(name, time.monotonic()))
         while not self.scheduler.retired(name):
             await asyncio.sleep(RETIRE_SECONDS)
-        if self.ready.pop(name, None):  # else it is removed already
+        if name in self.ready:  # else it is removed already
             await self.workers.remove(name)
             self._worker_down(name, returns=False)
 
@@ -174,9 +173,7 @@ class Dispatcher:
         Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
         """
         if not 0 < len(tokens) < self.max_model_len:
-            raise ParameterError(
-                "prompt", f"The prompt has {len(tokens)} tokens; the maximum context length is {self.max_model_len}."
-            )
+            raise ParameterError("prompt", problem("llm.long_prompt", tokens=len(tokens), limit=self.max_model_len))
         if self._stopped:
             raise EngineError(self.unhealthy_reason)
         stream = TurnStream(f"{request_id or 'turn'}-{uuid.uuid4().hex[:12]}", self._cancel)
@@ -239,8 +236,7 @@ class Dispatcher:
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
 
-    def _worker_up(self, peer: Peer, ready: Ready) -> None:
-        self.ready[peer.name] = ready
+    def _worker_up(self, peer: Peer) -> None:
         self._carry_out(self.scheduler.worker_up(peer, now=time.monotonic()))
 
     def _worker_down(self, name: str, returns: bool) -> None:

@@ -143,7 +143,7 @@ class LLM:
                 task, started, count = bar.add_task("Generating", total=len(open_turns), rate=0.0), time.monotonic(), 0
                 while open_turns:
                     self.engine.admit()
-                    if self.engine.compiling and not self.engine.has_work:
+                    if self.engine.expecting and not self.engine.has_work:
                         time.sleep(COMPILING_SECONDS)
                     for output in self.engine.step().outputs:
                         ended = _take(output, *open_turns[output.turn])

@@ -44,7 +44,7 @@ def _replica(config: ServeConfig) -> ASGIApp:
     """A replica's ASGI application, which starts its workers when Serve starts it."""
     files = found(config)
     client = Dispatcher(config, files)
-    feed = Feed(client.scheduler, config.policy)
+    feed = Feed(client.scheduler)
     client.observers.append(feed.note)
     http = http_app(config, files, client, feed)
 

@@ -32,6 +32,7 @@ import psutil
 
 from miniserve.bench.replay.answer import TurnError
 from miniserve.bench.replay.server import TargetServer, describe
+from miniserve.client import ApiClient
 from scripts.harness import flags, in_turns, write
 from scripts.scenarios import Figures, RandomPrompts, Scenarios
 
@@ -127,7 +128,7 @@ async def measure(peer: ComparedServer, scenario: Scenario, prompts: RandomPromp
     Raises `TurnError` if a stream fails: what the others do without it is no figure of the scenario.
     """
     async with fresh_connections() as http:
-        scenarios = Scenarios(http, await describe(http, peer.url, peer.model), prompts)
+        scenarios = Scenarios(http, describe(ApiClient.around(peer.url, None), peer.model), prompts)
         await scenarios.warm_up()
         runs: list[Figures] = []
         every: list[float] = []
@@ -149,11 +150,10 @@ async def measure(peer: ComparedServer, scenario: Scenario, prompts: RandomPromp
     return Round(statistics.median(clean or every), len(clean) == REPEATS, runs)
 
 
-async def introduce(peers: dict[str, ComparedServer]) -> dict[str, TargetServer]:
+def introduce(peers: dict[str, ComparedServer]) -> dict[str, TargetServer]:
     """What each server reports of itself. Raises `ConfigError` for one that does not answer or has no such model, and
     `psutil.NoSuchProcess` for one whose process does not exist."""
-    async with fresh_connections() as http:
-        found = {name: await describe(http, peer.url, peer.model) for name, peer in peers.items()}
+    found = {name: describe(ApiClient.around(peer.url, None), peer.model) for name, peer in peers.items()}
     for peer in peers.values():
         psutil.Process(peer.pid)
     return found
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     peers: dict[str, ComparedServer] = dict(args.servers)
     prompts = RandomPrompts(args.tokenizer, seed=time.time_ns())
     first = next(iter(peers))
-    servers = asyncio.run(introduce(peers))
+    servers = introduce(peers)
     for name, server in servers.items():
         print(f"{name}: {server.kind} {server.version}, {server.model}, {server.max_model_len} tokens", flush=True)
     table: dict[str, dict[str, Any]] = {}

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from miniserve.cluster.launch import SPINNING
+from miniserve.cluster.launch import DEFAULTS
 
-os.environ.update(SPINNING | os.environ)  # as a worker has it, and read when torch is imported
+os.environ.update(DEFAULTS | os.environ)  # as a worker has it, and read when torch is imported
 
 import zmq
 

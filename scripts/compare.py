@@ -77,7 +77,7 @@ def _simulation(args: Namespace, workload: WorkloadConfig, cell: GridCell) -> Si
     return SimulationConfig(
         workload=workload.load(cell.rate, cell.seed),
         topology=cell.topology,
-        hardware=load_roles(args.hardware, args.tensor_parallel_size, args.swap_space),
+        hardware=load_roles(args.hardware, args.tensor_parallel_size, args.swap_space, args.kv_disk_size),
         policy=cell.policy,
         mispredict=cell.mispredict,
         enable_prefix_caching=args.enable_prefix_caching,
@@ -115,7 +115,8 @@ def chosen(args: Namespace) -> Iterator[tuple[str, Topology]]:
 def cluster_flags(args: Namespace, policy: str, topology: Topology, **more: object) -> list[str]:
     """The flags of `miniserve simulate` that name the simulated cluster."""
     without = not args.enable_prefix_caching
-    same = {name: getattr(args, name) for name in ("hardware", "tensor_parallel_size", "warm_up", "swap_space")}
+    names = ("hardware", "tensor_parallel_size", "warm_up", "swap_space", "kv_disk_size")
+    same = {name: getattr(args, name) for name in names}
     return flags(policy=policy, topology=topology, **same, no_enable_prefix_caching=without, **more)
 
 

@@ -18,9 +18,9 @@ from typing import Any
 from unittest.mock import patch
 from zlib import crc32
 
-from miniserve.cluster.launch import SPINNING
+from miniserve.cluster.launch import DEFAULTS
 
-os.environ.update(SPINNING | os.environ)  # as a worker has it, and read when torch is imported
+os.environ.update(DEFAULTS | os.environ)  # as a worker has it, and read when torch is imported
 
 import torch
 

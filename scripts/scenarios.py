@@ -78,7 +78,7 @@ class Scenarios:
     async def turn(self, prompt: list[int], output: int) -> tuple[TurnTimes, Answer]:
         """`output` greedy tokens after the prompt."""
         answer = Answer(len(prompt))
-        post = partial(self._http.post, self._server.generate_url, data=self._server.body(prompt, output, {}))
+        post = partial(self._http.post, self._server.generate_url, data=self._server.body(prompt, output))
         turn = await ask(post, self._server, answer, self._timeout)
         if turn.error:
             raise TurnError(turn.error)

@@ -63,18 +63,22 @@ class Round:
         pick = self.pick
         topology, policy = pick.choice(TOPOLOGIES), pick.choice([*POLICIES, "anywhere"])
         pages = pick.choice([40, 60, 120])
+        swap, shared = pick.choice([0, 30, 200]), self.folder / "kv"  # on disk, all rounds find what others have left
         engine = EngineConfig(
             model=str(self.folder),
             threads=1,
             max_num_batched_tokens=pick.choice([24, 48, 96]),
             kv_cache_memory=pages * PAGE_BYTES,
-            swap_space=pick.choice([0, 30, 200]) * PAGE_BYTES,
+            swap_space=swap * PAGE_BYTES,
+            kv_disk=str(shared) if swap and pick.random() < 0.5 else None,
+            kv_disk_size=2000 * PAGE_BYTES,
             kv_eviction=pick.choice(["expected", "lru"]),
             kv_transfer=pick.choice(["mapped", "collective"]),
             handoff_deadline=pick.choice([1.0, 30.0]),
         )
         self.kills = pick.choice([0, 1, 2, 3, 4])
-        self.what = f"{topology} {policy} {engine.kv_transfer} {pages} pages, swap {engine.swap_space // PAGE_BYTES}"
+        self.what = f"{topology} {policy} {engine.kv_transfer} {pages} pages, swap {swap}"
+        self.what += ", disk" * bool(engine.kv_disk)
         async with cluster(engine, topology, "observe" if policy == "anywhere" else policy) as self.client:
             if policy == "anywhere":
                 self.client.scheduler.policy = Anywhere(random.Random(self.seed))
@@ -89,6 +93,7 @@ class Round:
             for stats in self.client.scheduler.stats.values():
                 self.seen["preemptions"] += stats.preemptions
                 self.seen["pages restored"] += stats.restored
+                self.seen["pages from disk"] += stats.loaded
 
     async def conversation(self, pick: random.Random) -> None:
         """One agent: turns, gaps, and what agents do to their history."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from miniserve.cluster.launch import SPINNING
+from miniserve.cluster.launch import DEFAULTS
 
 if TYPE_CHECKING:
     from miniserve.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Read when torch is imported. Engines in this process then wait as workers do: on busy cores
 # their tests take half as long.
-os.environ.update(SPINNING)
+os.environ.update(DEFAULTS)
 
 # Clusters of Ray that tests start write no token into this user's home, and ask for none.
 os.environ["RAY_AUTH_MODE"] = "disabled"

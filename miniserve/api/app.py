@@ -1,7 +1,7 @@
 """The HTTP API: its parts, their routes (`routes.toml`), what OpenAPI says of them, and what is around them.
 
-Endpoints build their answers themselves. `answers.toml` has a JSON schema of each, and of the events of streams, and
-`monitor/views.toml` has those of views. Tests hold all answers against these schemas.
+Endpoints build their answers themselves. Tests hold these against the JSON schemas in `answers.toml` and
+`monitor/views.toml`.
 """
 
 from typing import Any
@@ -75,12 +75,8 @@ class App(FastAPI):
                 if "media" in row:
                     content[row["media"]] = {}
                 responses = {200: {"content": content}, **problems(row.get("error", "ErrorBody"))}
-                handler = getattr(parts[part], row["run"])
-                how: dict[str, Any] = {
-                    "methods": [method],
-                    "responses": responses,
-                    "include_in_schema": "hidden" not in row,
-                }
+                handler, shown = getattr(parts[part], row["run"]), "hidden" not in row
+                how: dict[str, Any] = {"methods": [method], "responses": responses, "include_in_schema": shown}
                 self.add_api_route(path, handler, response_class=Response, **how)
 
 

@@ -60,7 +60,7 @@ class Views:
 
     async def workers(self) -> Response:
         """The workers that live: KV, load, what was measured of them, and of KV that went between them."""
-        return json_answer(worker_list(self._client.scheduler, self._client.policy_name, time.monotonic()))
+        return json_answer(worker_list(self._client.scheduler, time.monotonic()))
 
     async def add_worker(self, body: WorkerRequest) -> Response:
         """Start one more worker. The answer comes when it serves."""
@@ -68,7 +68,7 @@ class Views:
             name = await self._finish(self._client.add_worker(Role(body.role)))
         except (ConfigError, StartupError) as error:
             raise ApiError(409, f"No worker could be added: {error}", code="worker_not_added") from error
-        every = worker_list(self._client.scheduler, self._client.policy_name, time.monotonic())["data"]
+        every = worker_list(self._client.scheduler, time.monotonic())["data"]
         return json_answer(next(card for card in every if card["name"] == name))
 
     async def remove_worker(self, worker: str) -> Response:
@@ -106,4 +106,4 @@ async def _live_events(feed: Feed) -> AsyncGenerator[bytes, None]:
     """The events of `feed` until the server ends. Raises `TooManyListeners`."""
     with feed.listener() as listener:
         while events := await listener.take():
-            yield b"".join(b"event: %s\ndata: %s\n\n" % (event.kind.encode(), event.data) for event in events)
+            yield b"".join(events)

@@ -1,8 +1,5 @@
-"""Errors as clients get them, whatever went wrong.
-
-The OpenAI API's shape is `{"error": {"message", "type", "param", "code"}}`; routes of the Anthropic API answer the same
-errors in that API's shape.
-"""
+"""Errors as clients get them, whatever went wrong: `{"error": {"message", "type", "param", "code"}}` as in the OpenAI
+API, or on routes of the Anthropic API in that API's shape."""
 
 import math
 import re
@@ -16,8 +13,6 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
-from starlette.routing import Match
-from starlette.types import Message
 
 from miniserve.api import fields
 from miniserve.config import problem, tables
@@ -52,16 +47,14 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
-        anthropic: str = "",
-        details: Mapping[str, Any] | None = None,
+        anthropic: Mapping[str, Any] | None = None,
     ) -> None:
-        """`anthropic` are the words that clients of that API look for, if there are such, `details` what it adds."""
+        """`anthropic` is what clients of that API look for: other words, `details`."""
         # What clients sent may hold lone surrogates, which no UTF-8 body can carry.
         self.message = message.encode("utf-8", "backslashreplace").decode()
         self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
         self.code = code
-        self.anthropic = anthropic
-        self.details = details
+        self.anthropic = anthropic or {}
         super().__init__(status, self.message, dict(headers or {}))
 
     @property
@@ -72,10 +65,7 @@ class ApiError(HTTPException):
     @property
     def anthropic_body(self) -> dict[str, Any]:
         kind = TABLES["anthropic_types"].get(str(self.status_code), "invalid_request_error")
-        error: dict[str, Any] = {"type": kind, "message": self.anthropic or self.message}
-        if self.details:
-            error["details"] = self.details
-        return {"type": "error", "error": error}
+        return {"type": "error", "error": {"type": kind, "message": self.message, **self.anthropic}}
 
     def response(self, scope: Mapping[str, Any]) -> Response:
         """The whole answer to a request, in the shape that its client expects."""
@@ -93,7 +83,8 @@ def as_api_error(error: Exception) -> ApiError:
         case ParameterError():
             return ApiError(400, error.message, param=error.param or None)
         case RequestValidationError():
-            return _rejected(error.errors()[0])
+            first = error.errors()[0]
+            return _rejected({**first, "loc": first["loc"][1:]})  # which part of the request it is: the body, the query
         case QueueFull():
             after = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             return ApiError(503, str(error), code="queue_full", headers=after)
@@ -117,11 +108,7 @@ def renamed(api: str) -> Iterator[None]:
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            about_chat = _rejected({**first, "loc": ("body", *first["loc"])})
-        else:
-            about_chat = as_api_error(error)
+        about_chat = _rejected(error.errors()[0]) if isinstance(error, ValidationError) else as_api_error(error)
         param = about_chat.param or ""
         for pattern, name in fields.TABLES["names"][api].items():
             param = re.sub(f"^{pattern}(?![a-z_])", name, param)
@@ -134,10 +121,13 @@ async def answer(request: Request, error: Exception) -> Response:
     """The answer for any exception, in a running app."""
     answered = as_api_error(error)
     if isinstance(error, RoutingError) and not isinstance(error, ApiError) and error.status_code in (404, 405):
-        methods = await _methods(request) if error.status_code == 405 else []
+        # Where only a parameter takes a path nothing is there: other servers have it, like /v1/responses/compact.
+        here = [route for route in request.app.routes if route.path == request.scope["path"]]
+        methods = {method for route in here for method in route.methods}
+        methods |= {"HEAD"} if "GET" in methods else set()
         wrong = "The wrong method:" if methods else "There is nothing at"
         message = f"{wrong} {request.method} {request.url.path}. GET /docs shows what there is."
-        allow = {"Allow": ", ".join(methods)} if methods else None
+        allow = {"Allow": ", ".join(sorted(methods))} if methods else None
         answered = ApiError(405 if methods else 404, message, headers=allow)
     return answered.response(request.scope)
 
@@ -146,30 +136,12 @@ FORESEEN = ParameterError, RequestValidationError, QueueFull, TooManyListeners, 
 """What routes raise. All else goes on to uvicorn behind its answer, which logs the traceback."""
 
 
-async def _methods(request: Request) -> list[str]:
-    """The methods of what is at a path: none where only a parameter takes it, and GET finds nothing by that. So routes
-    that other servers have, like /v1/responses/compact, are no responses for which this is the wrong method."""
-    statuses: list[int | None] = []
-
-    async def note(message: Message) -> None:
-        statuses.append(message.get("status"))
-
-    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    methods = {method for route in matching for method in route.methods}
-    if "GET" in methods and request.path_params:
-        get = next(route for route in matching if "GET" in route.methods)
-        await get.handle({**request.scope, "method": "GET"}, request.receive, note)
-        if statuses[0] != 200:
-            return []
-    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
-
-
 def _rejected(first: Mapping[str, Any]) -> ApiError:
     """The error for a field that pydantic rejects; `first` is pydantic's account of it."""
     if first["type"] == "json_invalid":
         reason, at = first["ctx"]["error"], first["loc"][-1]
         return ApiError(400, f"The body is not valid JSON: {reason} at character {at}.", code="invalid_json")
-    path, reason = complaint({**first, "loc": first["loc"][1:]})
+    path, reason = complaint(first)
     if not path:
         if isinstance(cause := first.get("ctx", {}).get("error"), ParameterError):
             return ApiError(400, cause.message, param=cause.param)

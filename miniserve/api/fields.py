@@ -1,10 +1,7 @@
-"""The types of a request's fields, whatever the API, and the account of fields that mean nothing here.
+"""The types of a request's fields, whatever the API, and the account of those that mean nothing here: refused if they
+would change the answer, else ignored and named, as docs/api.md has them.
 
-Parameters that would change the answer are refused, with what to do instead. All others are ignored, and the answer's
-`X-Ignored-Parameters` names them, keys inside of messages and the like too (docs/api.md has the tables).
-
-Every list is `fail_fast`: a client gets one error, since an error for each of a million wrong items would cost a
-gigabyte.
+Every list is `fail_fast`: an error for each of a million wrong items would cost a gigabyte.
 """
 
 import re
@@ -26,8 +23,6 @@ MAX_IGNORED_NAMES = 16
 IGNORED_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 """Values of a parameter that are as good as leaving it out."""
-HARMLESS: Mapping[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,)}
-"""Further values that are, by parameter."""
 
 
 def at_most(most: int) -> BeforeValidator:
@@ -51,7 +46,6 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 Amount = Annotated[int, Field(ge=0, lt=2**31)]
 """Where 0 means none at all."""
 On = Annotated[bool, BeforeValidator(lambda value: True if value is None else value)]
-Off = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 TokenIds = Annotated[list[Amount], Field(fail_fast=True)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
@@ -83,7 +77,7 @@ class RequestBody(Body):
         made = handler(data)
         if isinstance(data, dict):
             for name in data.keys() - cls.model_fields.keys():
-                if data[name] in EMPTY or data[name] in HARMLESS.get(name, ()):
+                if data[name] in EMPTY or data[name] in TABLES["harmless"].get(name, ()):
                     continue
                 if name in cls.refused:
                     raise ParameterError(name, f"`{name}` is not supported: {cls.refused[name]}.")

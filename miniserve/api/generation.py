@@ -8,7 +8,8 @@ with it; the `ResponseWriter` makes the answer of the generation, whole or as a 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, NamedTuple, Protocol
 
 from miniserve.api.errors import ApiError
 from miniserve.cluster.messages import Ended, Failed, FirstToken, TokenLogprob, Tokens, TurnOutput
@@ -20,6 +21,8 @@ from miniserve.text.reader import Part, Reader, merged
 from miniserve.text.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "tool_calls"]
+Prompts = list[tuple[list[int], SamplingParams]]
+"""Token ids and parameters of each."""
 Submit = Callable[[list[int], SamplingParams, int], TurnStream]
 """Starts a turn, given its prompt, its parameters, and the choice's index. Raises `EngineError`."""
 
@@ -33,7 +36,6 @@ class Choice:
         """Without a `reader` all text is content."""
         self.index = index
         self.prompt = prompt
-        self.prompt_tokens = len(prompt)
         self.params = params
         self.turn: TurnStream | None = None
         self.began = 0.0
@@ -43,7 +45,7 @@ class Choice:
         self.thinks = reader is not None and reader.thinking
         self._reader = reader
         self._words = IncrementalDetokenizer(tokenizer, params, reader.visible if reader else frozenset())
-        self._parts: list[Part] = []
+        self.parts: list[Part] = []
         self.tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -60,15 +62,11 @@ class Choice:
     def stop_reason(self) -> str | int | None:
         return self._words.stop_reason
 
-    @property
-    def has_parts(self) -> bool:
-        return bool(self._parts) or self.finish is not None
-
     def take(self) -> tuple[list[Part], list[TokenLogprob]]:
         """The parts of the answer since the last time, and the log-probabilities of their tokens if the request wants
         any. Neighbours are never of the same kind, unless they are calls."""
-        parts, logprobs = self._parts, self._logprobs
-        self._parts, self._logprobs = [], []
+        parts, logprobs = self.parts, self._logprobs
+        self.parts, self._logprobs = [], []
         return merged(parts), logprobs
 
     def take_tokens(self) -> list[int]:
@@ -86,11 +84,11 @@ class Choice:
         if self._reader is not None:
             self._read(self._reader, text, out.tokens[:count])
         elif text:
-            self._parts.append(text)
+            self.parts.append(text)
 
     def _read(self, reader: Reader, text: str, tokens: list[int]) -> None:
         thinking = reader.thinking
-        self._parts += reader.read(text, final=self._words.finish is not None)
+        self.parts += reader.read(text, final=self._words.finish is not None)
         if thinking and reader.has_thought:
             last = reader.ends if not reader.thinking else None
             self.reasoning_tokens += tokens.index(last) + 1 if last in tokens else len(tokens)
@@ -107,7 +105,7 @@ def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
     return output
 
 
-class Generation:
+class Generation(AbstractAsyncContextManager):
     """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
 
     Each prompt has `n` choices, in order. The first choice of a prompt starts at once, and the others with its first
@@ -116,7 +114,7 @@ class Generation:
 
     def __init__(
         self,
-        prompts: list[tuple[list[int], SamplingParams]],
+        prompts: Prompts,
         submit: Submit,
         tokenizer: Tokenizer,
         metrics: Metrics,
@@ -124,8 +122,8 @@ class Generation:
         reader: Callable[[list[int]], Reader | None] = lambda prompt: None,
         begun: Callable[[Choice], None] = lambda choice: None,
     ) -> None:
-        """`prompts` are token ids and parameters, `arrived` is when the request arrived (`time.perf_counter`), `reader`
-        makes a reader of one answer to a prompt, `begun` gets each choice with its first token."""
+        """`arrived` is when the request arrived (`time.perf_counter`), `reader` makes a reader of one answer to a
+        prompt, `begun` gets each choice with its first token."""
         self._submit = submit
         self._begun = begun
         self._metrics = metrics
@@ -146,9 +144,6 @@ class Generation:
         except Exception:
             self._cancel()
             raise
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *error: object) -> None:
         self._cancel()
@@ -192,7 +187,7 @@ class Generation:
             now = time.perf_counter()
             if first is None or before is None:
                 first, prefill = now, out.prefill if isinstance(out, FirstToken) else 0.0
-                self._metrics.first_token(now - self._arrived, choice.prompt_tokens)
+                self._metrics.first_token(now - self._arrived, len(choice.prompt))
                 self._begun(choice)
                 for sibling in siblings:
                     sibling.prompt_logprobs = choice.prompt_logprobs
@@ -220,7 +215,7 @@ class Generation:
             request_decode_time_seconds=decode,
             request_inference_time_seconds=prefill + decode,
             request_time_per_output_token_seconds=decode / (count - 1) if count > 1 else None,
-            request_prompt_tokens=choice.prompt_tokens,
+            request_prompt_tokens=len(choice.prompt),
             request_generation_tokens=count,
             request_params_max_tokens=choice.params.max_tokens,
         )

@@ -59,9 +59,8 @@ def speaker(headers: Mapping[str, str], body: GenerationRequest, own_headers: Se
 
 
 def _is(row: Client, headers: Mapping[str, str], agent: str) -> bool:
-    return any(header in headers for header in row.known_by) or bool(
-        row.user_agent and agent.startswith(row.user_agent)
-    )
+    named = row.user_agent != "" and agent.startswith(row.user_agent)
+    return named or any(header in headers for header in row.known_by)
 
 
 def _first(headers: Mapping[str, str], names: Sequence[str]) -> str:

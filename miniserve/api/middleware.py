@@ -1,8 +1,7 @@
 """What happens to every request before and after its route: its id, the API key, bounds on its head and its body.
 
 All of it is plain ASGI that buffers no stream, but for `Connection`: uvicorn keeps whatever a client sends as a head,
-for as long as the client likes, and calls no ASGI app before a head is complete; and it knows chunks as the only way to
-send a body of unknown length, which clients of HTTP/1.0 do not know.
+for as long as the client likes, and calls no ASGI app before a head is complete.
 """
 
 import asyncio
@@ -11,12 +10,11 @@ import hmac
 import re
 import time
 import uuid
-from functools import partial
 from typing import Any
 
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniserve.api.errors import ApiError, is_anthropic
 from miniserve.config import problem
@@ -110,9 +108,8 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        refusal = ApiError(
-            413, f"The body is larger than {self._limit} bytes.", code="request_too_large", headers=CLOSE
-        )
+        large = f"The body is larger than {self._limit} bytes."
+        refusal = ApiError(413, large, code="request_too_large", headers=CLOSE)
         length = _header(scope, b"content-length")
         # Python does not read numbers of thousands of digits.
         if length.isdigit() and (len(length) > 15 or int(length) > self._limit):
@@ -152,43 +149,30 @@ async def _linger(receive: Receive) -> None:
                 pass
 
 
-async def _send_plainly(cycle: RequestResponseCycle, send: Send, message: Message) -> None:
-    """Send without chunks: the connection's end is the end of a body whose length was not announced, or after which a
-    client of HTTP/1.0 does not expect more."""
-    if message["type"] == "http.response.start":
-        names = {name.lower() for name, _ in message["headers"]}
-        cycle.keep_alive = cycle.keep_alive and b"content-length" in names
-        if cycle.keep_alive and b"connection" not in names:
-            message["headers"] = [*message["headers"], (b"connection", b"keep-alive")]
-    cycle.chunked_encoding, cycle.expected_content_length = False, len(message.get("body", b""))
-    await send(message)
-
-
 class Connection(HttpToolsProtocol):
-    """A connection of uvicorn's that refuses large heads, closes when a head takes long, and speaks HTTP/1.0, too."""
+    """A connection of uvicorn's that refuses large heads, and closes when a head takes long."""
 
     _bytes = 0  # of this head so far, or of head and body
     _whole = False  # the head is complete
-    _late: asyncio.TimerHandle | None = None
+    _late: asyncio.TimerHandle
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._expect()
+        self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._arrived()
+        self._late.cancel()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._expect()
+        self._late.cancel()
+        self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def on_headers_complete(self) -> None:
-        self._arrived()
+        self._late.cancel()
+        self._whole = True
         super().on_headers_complete()
-        if self.scope["http_version"] == "1.0":
-            self.cycle.keep_alive = self.parser.should_keep_alive()
-            self.cycle.send = partial(_send_plainly, self.cycle, self.cycle.send)  # type: ignore
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -197,26 +181,11 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
         super().data_received(data)
-        if not self._whole and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse()
-
-    def _expect(self) -> None:
-        self._whole = False
-        if self._late is None:
-            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def _arrived(self) -> None:
-        self._whole = True
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _refuse(self) -> None:
+        if self._whole or self._bytes <= MAX_HEAD_BYTES or self.transport.is_closing():
+            return
         if self.cycle is None or self.cycle.response_complete:
             error = ApiError(431, problem("api.long_head", most=MAX_HEAD_BYTES))
-            body = error.response({"path": ""}).body
-            head = f"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: {len(body)}\r\n"
-            self.transport.write(
-                f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + bytes(body)
-            )
+            body = bytes(error.response({"path": ""}).body)
+            about = f"Content-Length: {len(body)}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\n%s\r\n" % about.encode() + body)
         self.transport.close()

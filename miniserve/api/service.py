@@ -1,8 +1,5 @@
-"""The endpoints: from a valid request to the engine and back.
-
-Each is the handler of a route; its docstring stands in OpenAPI. All raise `ApiError`, `ParameterError` and
-`EngineError`, which errors.py makes answers of.
-"""
+"""The endpoints: from a valid request to the engine and back. Each is the handler of a route; its docstring stands in
+OpenAPI. All raise `ApiError`, `ParameterError` and `EngineError`, which errors.py makes answers of."""
 
 import asyncio
 import hashlib
@@ -20,7 +17,7 @@ from miniserve import __version__
 from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.fields import RequestBody, ignored_header
-from miniserve.api.generation import AnswerHead, Choice, Generation, Renderer, ResponseWriter
+from miniserve.api.generation import AnswerHead, Choice, Generation, Prompts, Renderer, ResponseWriter
 from miniserve.api.identity import speaker
 from miniserve.api.messages.schemas import CountTokensRequest, MessagesRequest
 from miniserve.api.messages.writer import MessagesWriter
@@ -43,8 +40,6 @@ MAX_SCORES = 2**16
 """Log-probabilities of prompts in one answer, alternatives included: a few megabytes."""
 LIMITS = "max_output_tokens", "max_completion_tokens", "max_tokens"
 """The fields that bound an output; of several the first counts."""
-
-Prompts = list[tuple[list[int], SamplingParams]]
 
 
 @dataclass(eq=False)
@@ -168,9 +163,8 @@ class Service:
     async def _examine(self, turn: TurnStream, cached: int, client: str, body: GenerationRequest) -> None:
         """Find out why no more than `cached` tokens of a prompt were found, which differs from the one before."""
         assert turn.change is not None
-        found = await asyncio.to_thread(
-            self.doctor.examine, turn.number, turn.change, cached, body.segments, body.tool_names
-        )
+        seen = turn.number, turn.change, cached, body.segments, body.tool_names
+        found = await asyncio.to_thread(self.doctor.examine, *seen)
         if found is not None:
             counted = client if client in self.client.scheduler.reuse else ""
             self.doctor.note(counted, turn.conversation, found)
@@ -192,7 +186,7 @@ class Service:
         limit = self.client.max_model_len
         if (room := limit - len(prompt)) < 1:
             said = problem("api.long_prompt", limit=limit, field=field, tokens=len(prompt))
-            anthropic = f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum"
+            anthropic = {"message": f"prompt is too long: {len(prompt)} tokens > {limit - 1} maximum"}
             raise ApiError(400, said, param=field, code="context_length_exceeded", anthropic=anthropic)
         wanted = params.max_tokens if params.max_tokens is not None else default_limit or room
         most = min(wanted, room)
@@ -225,12 +219,7 @@ class Service:
             tokens = await asyncio.to_thread(self.tokenizer.encode, body.prompt, body.add_special_tokens)
         else:
             tokens = await asyncio.to_thread(chat_tokens, self.tokenizer, self.dialect, body)
-        answer = {
-            "count": len(tokens),
-            "max_model_len": self.client.max_model_len,
-            "tokens": tokens,
-            "token_strs": [self.tokenizer.token_str(t) for t in tokens] if body.return_token_strs else None,
-        }
+        answer = {"count": len(tokens), "max_model_len": self.client.max_model_len, "tokens": tokens}
         return json_answer(answer, body.ignored)
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:

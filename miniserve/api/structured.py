@@ -1,10 +1,7 @@
-"""Structured output: what a request says of the form of its output becomes a grammar, compiled once to check it.
-
-Compiling happens in a few threads that let the event loop run, and no request waits for long.
-"""
+"""Structured output: what a request says of the form of its output becomes a grammar, compiled once to check it, in a
+few threads that let the event loop run."""
 
 import asyncio
-import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -71,15 +68,7 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
             return lark_grammar(wanted.grammar)
         except GrammarError as error:
             raise ParameterError("structured_outputs", f"`structured_outputs.grammar` is {error}") from error
-    schema = ANY_OBJECT if wanted.json_ is None else wanted.json_
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise ParameterError("structured_outputs", f"`structured_outputs.json` is not JSON: {error}.") from error
-        if not isinstance(schema, dict):
-            raise ParameterError("structured_outputs", "`structured_outputs.json` must be a JSON schema, an object.")
-    return of_schema(schema, "structured_outputs.json")
+    return of_schema(ANY_OBJECT if wanted.json_ is None else wanted.json_, "structured_outputs.json")
 
 
 def _busy() -> ApiError:

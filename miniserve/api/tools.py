@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,6 @@ from miniserve.text.messages import Json, JsonList, text_or
 MAX_TOOLS = 256
 MAX_TOOLS_CHARS = 256 * 1024
 """Of all tools as JSON; a model reads all of it before it answers."""
-TOOL_EXAMPLE = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
 TOOL_SCHEMA: dict[str, Any] = TABLES["tool"]
 """A tool for OpenAPI. Tools stay as they came: a template renders the keys in the client's order."""
 NAME = re.compile(TOOL_SCHEMA["properties"]["function"]["properties"]["name"]["pattern"])
@@ -68,23 +67,23 @@ ToolChoice = Annotated[
 
 def check_tools(tools: list[Tool], numbers: Sequence[int] | None = None) -> None:
     """Raises `ParameterError` for the first that is not in order; `numbers` are their places in the request."""
-    names: set[str] = set()
+    taken: set[str] = set()
     for number, tool in zip(numbers or range(len(tools)), tools, strict=True):
         at = f"tools[{number}]"
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict):
-            raise ParameterError(at, f"`{at}` must look like {TOOL_EXAMPLE}: other kinds of tools are not supported.")
-        check_function(function, f"{at}.function")
-        if function["name"] in names:
-            raise ParameterError(f"{at}.function.name", f"Two tools are called {function['name']!r}: rename one.")
-        names.add(function["name"])
+            raise ParameterError(at, problem("api.tool", at=at))
+        check_function(function, f"{at}.function", taken)
+        taken.add(function["name"])
 
 
-def check_function(function: dict[str, Any], at: str) -> None:
-    """Raises `ParameterError` about the place `at` if it is not in order."""
+def check_function(function: dict[str, Any], at: str, taken: Container[str]) -> None:
+    """Raises `ParameterError` about the place `at` if it is not in order, or has a name that others have `taken`."""
     name = function.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ParameterError(f"{at}.name", problem("api.tool_name", at=at, name=str(name)[:64]))
+    if name in taken:
+        raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
     given = without_nulls(function.get("parameters"))
     parameters = given if isinstance(given, dict) else {}
     required = parameters.get("required", [])
@@ -115,12 +114,7 @@ class AllowedCalls:
     """What `tool_choice` asks for. `callable` are the tools that the model may call, `forced` those of which it has to
     call one, and `single` allows no second call. Raises `ParameterError`."""
 
-    def __init__(
-        self,
-        tools: list[Tool] | None,
-        choice: Literal["none", "auto", "required"] | dict[str, Any] | None,
-        parallel: bool | None,
-    ) -> None:
+    def __init__(self, tools: list[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool | None) -> None:
         mode, names = _read_choice(choice)
         if not tools and mode not in ("none", "auto"):
             raise ParameterError("tool_choice", "A `tool_choice` that asks for a call needs `tools`.")
@@ -133,22 +127,32 @@ class AllowedCalls:
         self.single = parallel is False or mode == "named"
 
 
-def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[Any] | None]:
-    """`none`, `auto`, `required` or `named`, and of which tools, None for all. Raises `ParameterError`."""
+def _read_choice(choice: str | dict[str, Any] | None) -> tuple[str, list[str] | None]:
+    """`none`, `auto`, `required` or `named`, and of which tools, None for all. `choice` is in the words of any of the
+    APIs. Raises `ParameterError`."""
     if not isinstance(choice, dict):
         return choice or "auto", None
-    if choice.get("type") == "function":
-        return "named", [_name_in(choice)]
-    allowed = choice.get("allowed_tools", choice)
-    if choice.get("type") == "allowed_tools" and isinstance(allowed, dict):
+    kind, allowed = choice.get("type"), choice.get("allowed_tools", choice)
+    if kind in ("none", "auto", "any"):
+        return "required" if kind == "any" else kind, None
+    if kind in ("function", "custom", "tool") and (names := _names_in([choice])):
+        return "named", names
+    if kind == "allowed_tools" and isinstance(allowed, dict):
         mode, tools = allowed.get("mode", "auto"), allowed.get("tools")
-        if mode in ("auto", "required") and isinstance(tools, list) and tools:
-            return mode, [_name_in(tool) for tool in tools]
-    raise ParameterError("tool_choice", problem("api.tool_choice"))
+        if mode in ("auto", "required") and isinstance(tools, list) and (names := _names_in(tools)):
+            return mode, names
+        if mode == "auto" and tools:  # all of them were left out of the tools, too
+            return "none", None
+    raise ParameterError("tool_choice", problem("api.tool_choice", kind=str(kind)[:64]))
 
 
-def _name_in(tool: Any) -> Any:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
-        raise ParameterError("tool_choice", problem("api.tool_choice"))
-    return name
+def _names_in(tools: list[Any]) -> list[str]:
+    """The names of those that have one: all but those that other servers run."""
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    named = [one for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str)]
+    return [flat_name(one["name"], one.get("namespace")) for one in named]
+
+
+def flat_name(name: str, namespace: str | None) -> str:
+    """The name of a tool of a namespace among all those of a request, as vLLM makes it."""
+    return f"{namespace}__{name}" if namespace else name

@@ -14,8 +14,8 @@ from string import Template
 from typing import Any
 from urllib.parse import urlsplit
 
-from miniserve.cli.client import PATIENCE_SECONDS, ApiClient
 from miniserve.cli.flags import api_key
+from miniserve.client import ApiClient
 from miniserve.config import ConfigError
 
 MOST_OUTPUT = 32000
@@ -43,17 +43,15 @@ def agent(args: Namespace) -> int:
 
 def _values(url: str, key: str | None, model: str | None) -> dict[str, str]:
     """What stands for the names in agents.toml, as the server at `url` says. Raises `ConfigError`."""
-    root = url.rstrip("/").removesuffix("/v1")
-    cards = ApiClient(f"{root}/v1", key, PATIENCE_SECONDS).models()
-    try:
-        lengths = {card["id"]: int(card["max_model_len"]) for card in cards}
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{url} is no miniserve: GET /v1/models does not say how long contexts may be.") from error
+    client = ApiClient.around(url, key)
+    lengths = {card.id: card.max_model_len for card in client.models()}
     name = model or next(iter(lengths))
     if name not in lengths:
         raise ConfigError(f"{url} serves no {name!r}. --model may be {', '.join(lengths)}.")
-    limits = {"context": str(lengths[name]), "output": str(min(MOST_OUTPUT, lengths[name] // 4))}
-    return {"url": f"{root}/v1", "root": root, "key": key or "none", "model": name, **limits}
+    if (length := lengths[name]) is None:
+        raise ConfigError(f"{url} is no miniserve: GET /v1/models does not say how long contexts may be.")
+    limits = {"context": str(length), "output": str(min(MOST_OUTPUT, length // 4))}
+    return {"url": client.url, "root": client.url.removesuffix("/v1"), "key": key or "none", "model": name, **limits}
 
 
 def _filled(agent: dict[str, Any], values: dict[str, str], more: list[str]) -> tuple[dict[str, str], list[str]]:

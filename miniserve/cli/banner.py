@@ -63,7 +63,7 @@ def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, bound: tu
         "model": f"{name} ({files.source})",
         "dtype": f"{first.dtype} on {places(client.ready)}, {first.threads} threads {each}",
         "kernels": first.kernels,
-        "topology": f"{client.topology}{size}, policy {client.policy_name}",
+        "topology": f"{client.topology}{size}, policy {config.policy}",
         "transfer": ways(client.transfer),
         "weights": f"{format_bytes(first.weights_bytes)} {each}",
         "KV cache": f"{tokens} tokens a worker: {first.kv_note}",

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from miniserve.cli.client import ApiClient, message
 from miniserve.cli.flags import api_key
+from miniserve.client import ApiClient, message
 from miniserve.config import ConfigError
 
 HELP = "/reset begins anew, /system TEXT sets a system message, /exit or Ctrl-D leaves, Ctrl-C ends an answer."
@@ -31,7 +31,7 @@ def chat(args: Namespace) -> int:
     client = ApiClient(args.url, api_key(args))
     given = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    options["model"] = args.model or client.models()[0]["id"]
+    options["model"] = args.model or client.models()[0].id
     person = sys.stdin.isatty()
     if person:
         import readline  # noqa: F401 (line editing and history for input())

@@ -1,5 +1,6 @@
 """The commands of the evaluation: `miniserve replay` and `simulate`."""
 
+import gc
 import json
 import sys
 from argparse import Namespace
@@ -35,11 +36,14 @@ def simulate(args: Namespace) -> int:
     from miniserve.bench.simulate.hardware import load_roles
 
     workload = filled(WorkloadConfig, args).load(args.rate, args.seed)
-    hardware = load_roles(args.hardware, args.tensor_parallel_size, args.swap_space)
+    hardware = load_roles(args.hardware, args.tensor_parallel_size, args.swap_space, args.kv_disk_size)
     config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
-    with counting("conversations", len(workload.conversations)) as progress:
-        result = run.simulate(config, progress)
-    return _write(result, args.json)
+    gc.disable()  # nothing of a simulation is a circle, and looking for some takes a tenth of the time
+    try:
+        with counting("conversations", len(workload.conversations)) as progress:
+            return _write(run.simulate(config, progress), args.json)
+    finally:
+        gc.enable()
 
 
 @contextmanager

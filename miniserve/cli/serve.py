@@ -110,7 +110,7 @@ async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.
     progress = LoadingLines()
     log = DecisionLog(config.decision_log, config.policy, time.monotonic()) if config.decision_log else None
     client = Dispatcher(config, files, progress.show, [log.write] if log else [])
-    feed = Feed(client.scheduler, config.policy)
+    feed = Feed(client.scheduler)
     client.observers.append(feed.note)
     started = time.monotonic()
     try:

@@ -11,9 +11,9 @@ from argparse import Namespace
 from rich.console import Console
 from rich.live import Live
 
-from miniserve.cli.client import PATIENCE_SECONDS, ApiClient
 from miniserve.cli.flags import api_key
 from miniserve.cli.screen import Snapshot, clean, screen
+from miniserve.client import ApiClient
 from miniserve.config import ConfigError
 from miniserve.monitor.views import Card
 
@@ -23,6 +23,7 @@ ROWS = 20
 """Conversations that are asked for where the output is no terminal."""
 MOST_ROWS = 200
 MOST_CAUSES = 5
+PLACES = {"tools": "the tools", "system": "the system prompt"}
 
 
 def top(args: Namespace) -> int:
@@ -67,7 +68,7 @@ def _ask(client: ApiClient, rows: int) -> Snapshot:
 
 def doctor(args: Namespace) -> int:
     """Print the report of the server at `url`; the exit code. Raises `ConfigError`."""
-    report = ApiClient(args.url, api_key(args), PATIENCE_SECONDS).get("/doctor")
+    report = ApiClient.around(args.url, api_key(args)).get("/doctor")
     print("\n".join(line for one in report["data"] for line in _lines(one)) or "No turn has come yet.")
     return 0
 
@@ -77,9 +78,7 @@ def _lines(one: Card) -> list[str]:
     counts = f"{one['turns']:,} turns, {share:.0%} of {one['prompt_tokens']:,} prompt tokens computed"
     lines = [f"{clean(one['client'])}: {counts}{'' if one['causes'] else ', and no prompt had changed'}"]
     for cause in one["causes"][:MOST_CAUSES]:
-        where = {"tools": "the tools", "system": "the system prompt"}.get(
-            cause["where"], f"the {cause['where']} messages"
-        )
+        where = PLACES.get(cause["where"], f"the {cause['where']} messages")
         lines.append(f"  {cause['share']:.0%} of that because of {where}: {cause['says']} ({cause['turns']:,} turns)")
         lines.append(f"    {cause['advice']}")
     return lines

@@ -97,10 +97,9 @@ def _driver_gpus() -> int:
         import pynvml
 
         pynvml.nvmlInit()
-        try:
-            return int(pynvml.nvmlDeviceGetCount())
-        finally:
-            pynvml.nvmlShutdown()
+        count = int(pynvml.nvmlDeviceGetCount())
+        pynvml.nvmlShutdown()
+        return count
     except Exception:  # no package, no driver: NVML has an exception of its own for each
         return len(list(PROC_GPUS.iterdir())) if PROC_GPUS.is_dir() else 0
 

@@ -18,12 +18,10 @@ import msgspec
 from miniserve.cluster.channels import Keys
 from miniserve.config import EngineConfig
 
-SPINNING = {"GOMP_SPINCOUNT": "1000"}
-"""How long a thread of OpenMP's spins for its next piece of work before it sleeps. By default so long that on a machine
-with anything else to do one waits for another that does not even run."""
-CUDA_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-"""Streams that share one of the GPU's queues wait for each other. By default there are 8, and a worker has a stream for
-each direction of each peer, some of which wait for that peer."""
+DEFAULTS = {"GOMP_SPINCOUNT": "1000", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""Of a worker's environment. A thread of OpenMP's spins for its next piece of work before it sleeps: by default so long
+that on a machine with anything else to do one waits for another that does not even run. Streams that share one of the
+GPU's queues wait for each other: by default there are 8, and a worker has a stream for each direction of each peer."""
 
 KILL_SECONDS = 5.0
 """How long a killed process is waited for."""
@@ -130,7 +128,7 @@ class WorkerProcess(subprocess.Popen[bytes]):
             [sys.executable, "-m", "miniserve.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=SPINNING | CUDA_QUEUES | os.environ | ours,
+            env=DEFAULTS | os.environ | ours,
         )
         assert self.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: see `ended`
@@ -143,7 +141,6 @@ class WorkerProcess(subprocess.Popen[bytes]):
         return None if code is None else f"ended with exit code {code}"
 
     def stop(self, timeout: float) -> None:
-        """Close its stdin, wait up to `timeout` seconds, then kill."""
         assert self.stdin is not None
         with contextlib.suppress(OSError):
             self.stdin.close()

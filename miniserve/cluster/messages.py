@@ -332,8 +332,8 @@ class WorkerStats(Counters):
     """A snapshot of one worker. free + cached + held = total pages.
 
     `host_pages` of `host_total` pages of host memory hold evicted KV; `offloaded` and `restored` count pages copied
-    there and back. Of snapshots of recurrent state there are `snapshots` in the pool; `snapshots_saved` and
-    `snapshots_used` count."""
+    there and back, `saved` and `loaded` those written to disk and read. Of snapshots of recurrent state there are
+    `snapshots` in the pool; `snapshots_saved` and `snapshots_used` count."""
 
     total_pages: int
     free_pages: int
@@ -348,6 +348,8 @@ class WorkerStats(Counters):
     host_pages: int = 0
     offloaded: int = 0
     restored: int = 0
+    saved: int = 0
+    loaded: int = 0
     snapshots: int = 0
     snapshots_saved: int = 0
     snapshots_used: int = 0

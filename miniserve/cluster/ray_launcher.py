@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from miniserve.cluster.launch import CUDA_QUEUES, SPINNING, Launcher, RunDir, StartupError, WorkerSpec
+from miniserve.cluster.launch import DEFAULTS, Launcher, RunDir, StartupError, WorkerSpec
 from miniserve.config import EngineConfig, problem
 
 ROOM_SECONDS = 60.0
@@ -32,7 +32,7 @@ class WorkerActor:
         """Be the worker that `data`, a `WorkerSpec`, describes. The frontend is on `host`; on others its inbox is at
         `frontend`, and the run's directory is made in `base`."""
         spec, here = msgspec.json.decode(data, type=WorkerSpec), self.place()
-        os.environ.update({name: value for name, value in (SPINNING | CUDA_QUEUES).items() if name not in os.environ})
+        os.environ.update(DEFAULTS | os.environ)
         engine = spec.engine
         if gpus := sorted(int(gpu) for gpu in ray.get_gpu_ids()):
             # Peers know GPUs by the numbers that all workers of a host see.
@@ -73,7 +73,6 @@ class RayWorker:
         return self._ended
 
     def stop(self, timeout: float) -> None:
-        """Wait up to `timeout` seconds, then kill."""
         if self._ended is None:
             ray.wait([self._run], timeout=timeout)
             self.kill()

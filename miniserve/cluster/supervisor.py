@@ -37,7 +37,7 @@ class Supervisor:
         timeout: float,
         launcher: Launcher,
         *,
-        up: Callable[[Peer, Ready], None],
+        up: Callable[[Peer], None],
         down: Callable[[str, bool], None],
         report: Callable[[str, Report], None],
         loading: Callable[[str, Loading], None],
@@ -46,17 +46,17 @@ class Supervisor:
         after which a worker is ended and started again."""
         self.processes: dict[str, Started] = {}
         """The latest incarnation of each worker, dead or alive."""
+        self.ready: dict[str, Ready] = {}
+        """What each worker has said of itself when it was last up, also while it starts again."""
         self.failed: dict[str, str] = {}
         """Why a worker does not serve, by its latest end; those that do serve have no entry."""
         self._explained: set[str] = set()
         """Workers whose present incarnation has said, or was found to have, a reason to end."""
         self.run_dir: RunDir | None = None
         self.engines = engines
-        """The settings of each worker."""
         self._launcher, self._keys = launcher, Keys.make()
         self._up, self._down, self._report, self._loading = up, down, report, loading
         self._health = Health(timeout)
-        self._ready: dict[str, Ready] = {}
         self._restarts: dict[str, float | None] = {}
         """Workers that are dead, and when each will be started again; None: no more."""
         self._started = False
@@ -70,7 +70,7 @@ class Supervisor:
         try:
             self.engines = await asyncio.to_thread(self._launcher.prepare, self.engines)
             self._spawn()
-            while len(self._ready) < len(self.processes):
+            while len(self.ready) < len(self.processes):
                 await self._changed.wait()
                 self._changed.clear()
                 if self.failed:
@@ -80,7 +80,7 @@ class Supervisor:
             await self.stop()
             raise
         self._started = True
-        for name in self._ready:
+        for name in self.ready:
             self._admit(name)
 
     def _spawn(self) -> None:
@@ -99,7 +99,7 @@ class Supervisor:
     def _start_worker(self, name: str, epoch: int) -> None:
         assert self.run_dir is not None
         engine = self.engines[name]
-        if ready := self._ready.get(name):
+        if ready := self.ready.get(name):
             # It was there before, and what is free now is what it and the others have left: the pool it had is right.
             engine = msgspec.structs.replace(engine, kv_cache_memory=ready.pool.num_pages * ready.pool.page_bytes)
         inboxes = self.run_dir.address(f"{name}.{epoch}"), self.run_dir.address("frontend")
@@ -116,9 +116,9 @@ class Supervisor:
             del self.engines[name]
             raise
         self._start_worker(name, 1)
-        while name not in self._ready and name not in self.failed and name in self.processes:
+        while name not in self.ready and name not in self.failed and name in self.processes:
             await asyncio.sleep(WATCH_START_SECONDS)
-        if name not in self._ready:
+        if name not in self.ready:
             reason = self.failed.get(name, "The server is shutting down.")
             if name in self.processes:
                 await self.remove(name)
@@ -128,7 +128,7 @@ class Supervisor:
         """End a worker for good."""
         self.send(name, Shutdown())
         address, process = self._address(name), self.processes.pop(name)
-        for books in (self._ready, self._restarts, self.failed):
+        for books in (self.ready, self._restarts, self.failed):
             books.pop(name, None)
         self._explained.discard(name)
         self._health.forget(name)
@@ -139,9 +139,9 @@ class Supervisor:
 
     def _admit(self, name: str) -> None:
         """A worker is up: the owner makes it known to the others."""
-        spec, ready = self.processes[name].spec, self._ready[name]
+        spec, ready = self.processes[name].spec, self.ready[name]
         self.failed.pop(name, None)
-        self._up(Peer(name, spec.epoch, spec.address, ready.pool, spec.engine.role, ready.far), ready)
+        self._up(Peer(name, spec.epoch, spec.address, ready.pool, spec.engine.role, ready.far))
 
     async def stop(self) -> None:
         """Tell the workers to leave, end those that do not, remove the run's directory. Safe at any time, and twice."""
@@ -168,7 +168,7 @@ class Supervisor:
 
     def _address(self, name: str) -> str:
         """The inbox of a worker, as it is reached from here."""
-        ready = self._ready.get(name)
+        ready = self.ready.get(name)
         if ready is None or ready.pool.host == self._launcher.host:
             return self.processes[name].spec.address
         return ready.far
@@ -198,7 +198,7 @@ class Supervisor:
                     self._loading(name, loading)
             case Ready() as ready:
                 self._health.ready(name, now)
-                self._ready[name] = ready
+                self.ready[name] = ready
                 self._changed.set()
                 if self._started:  # not the first start, which waits for all
                     self._admit(name)
@@ -230,7 +230,7 @@ class Supervisor:
         """End the silent, and tell of workers that have ended, whether or not they could still say why."""
         now = time.monotonic()
         broken = self._outboxes.broken()
-        reasons = {name: "cannot be reached any more" for name in self._ready if self._address(name) in broken}
+        reasons = {name: "cannot be reached any more" for name in self.ready if self._address(name) in broken}
         for name, seconds in self._health.silent(now).items():
             if self.processes[name].placed:
                 reasons[name] = f"was silent for {seconds:.0f} s"

@@ -68,12 +68,8 @@ def check_folder(folder: Path, dummy: bool) -> Checked:
 
 
 def generation_defaults(folder: Path, source: str) -> dict[str, Any]:
-    """The sampling defaults in the model's generation_config.json; empty where `source` is not "auto" or nothing is
-    said.
-
-    A model that says `do_sample: false` still samples at the client's temperature, as with other servers.
-    Raises `ConfigError` for a file that is no JSON object.
-    """
+    """The sampling defaults in the model's generation_config.json, if `source` is "auto". With `do_sample: false` too
+    the client's temperature counts, as with other servers. Raises `ConfigError` for a file that is no JSON object."""
     found = read_object(folder / "generation_config.json") if source == "auto" else {}
     # Hugging Face writes null, and 1.0 or 0 for filters that are off.
     return {name: value for name, value in found.items() if value is not None}
@@ -99,7 +95,8 @@ def _check_config(folder: Path, found: Checked) -> None:
     config["architectures"] = [arch, *named[1:]]
     for key in ("quantization", "compression_config"):
         if config.get(key):
-            raise _quantized(folder, "MLX" if key == "quantization" else key)
+            method = "MLX" if key == "quantization" else key
+            raise ModelError(problem("hub.quantized", folder=folder, method=method))
     if said := config.get("quantization_config"):
         _check_packing(folder, said if isinstance(said, dict) else {}, found)
     for first, second in (("dtype", "torch_dtype"), ("rope_scaling", "rope_parameters")):
@@ -136,14 +133,11 @@ def _check_packing(folder: Path, said: dict[str, Any], found: Checked) -> None:
             kind = ", ".join([kind, *map(str, forms), *["integer activations"] * rounded])
             served = bits in (4, 8, "fp8") and forms <= {*TABLES["forms"]} and not rounded
     if not served:
-        raise _quantized(folder, f"{kind}, {bits} bits" if isinstance(bits, int) else kind)
+        method = f"{kind}, {bits} bits" if isinstance(bits, int) else kind
+        raise ModelError(problem("hub.quantized", folder=folder, method=method))
     found.format = "FP8, dequantized" if bits == "fp8" else f"{bits}-bit ({found.method})"
     if bits == 4 or (bits == 8 and symmetric):
         found.bits = 5.0 if bits == 4 else 8.5, None
-
-
-def _quantized(folder: Path, method: str) -> ModelError:
-    return ModelError(problem("hub.quantized", folder=folder, method=method))
 
 
 def _check_weights(folder: Path, found: Checked) -> None:
@@ -171,7 +165,8 @@ def _check_weights(folder: Path, found: Checked) -> None:
     headers = [_header(path) for path in found.weights]
     for ending, method in TABLES["packed"].items():
         if not found.method and any(name.endswith(f".{ending}") for header in headers for name in header):
-            raise _quantized(folder, f"{method}: it has tensors named *.{ending}")
+            method += f": it has tensors named *.{ending}"
+            raise ModelError(problem("hub.quantized", folder=folder, method=method))
     dtype = next((dtypes[kind] for kind in headers[0].values() if kind in dtypes), None)
     said = found.config.get("dtype") or found.config.get("torch_dtype")
     if said != dtype and said is not None:

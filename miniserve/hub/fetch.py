@@ -1,8 +1,5 @@
-"""Bringing a model here: from the Hugging Face hub, or the default model from a package index.
-
-The default model is taken once from a GGUF in a pinned package, so that a machine that reaches nothing but a package
-index can serve it.
-"""
+"""Bringing a model here: from the Hugging Face hub, or the default model from a GGUF in a pinned package, so that a
+machine that reaches nothing but a package index can serve it."""
 
 import errno
 import hashlib
@@ -64,11 +61,9 @@ def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress)
 
 
 def fetch_source(alias: str, source: dict[str, Any], config: dict[str, Any], progress: Progress) -> Path:
-    """The folder of a model that is made from a GGUF in a pinned PyPI wheel; made now if it is not in the cache.
-
-    `source`: `wheel` (project name), `version`, `wheel_sha256`, `gguf` (file name), `gguf_sha256`, and the `files` that
-    lie beside config.json, by name. Only verified bytes are used. Raises `ModelError`.
-    """
+    """The folder of a model that is made from a GGUF in a pinned PyPI wheel; made now if it is not in the cache. Only
+    verified bytes are used. `source`: `wheel` (project name), `version`, `wheel_sha256`, `gguf` (file name),
+    `gguf_sha256`, and the `files` that lie beside config.json, by name. Raises `ModelError`."""
     root = cache_dir() / "models"
     try:
         make = partial(_make, source=source, config=config, progress=progress)

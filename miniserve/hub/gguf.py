@@ -2,8 +2,7 @@
 
 A vocabulary takes seconds to read from a GGUF, so this is done once, in a process of its own, whose memory goes away
 with it. Workers read the tensors by `GGUF_INDEX`. Byte-level vocabularies become a tokenizer.json here, since some of
-transformers' readers leave out how text is split first; sentencepiece ones become one by transformers. The names of
-things are in `gguf.toml`.
+transformers' readers leave out how text is split first; sentencepiece ones become one by transformers.
 """
 
 import hashlib
@@ -140,7 +139,7 @@ def _config(arch: str, meta: dict[str, Any], shapes: dict[str, list[int]]) -> di
     head_dim = get("attention.key_length", made["hidden_size"] // made["num_attention_heads"])
     if get("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(f"it rotates {get('rope.dimension_count')} of {head_dim} numbers of a head; miniserve all")
-    scaling = get("rope.scaling.type", "none")
+    scaling, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
     ends = [meta[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta]
     return made | {
         "architectures": [TABLES["architectures"][arch]],
@@ -149,9 +148,7 @@ def _config(arch: str, meta: dict[str, Any], shapes: dict[str, list[int]]) -> di
         "num_key_value_heads": get("attention.head_count_kv", made["num_attention_heads"]),
         "head_dim": head_dim,
         "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": None
-        if scaling == "none"
-        else {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)},
+        "rope_scaling": None if scaling == "none" else {"rope_type": scaling, "factor": factor},
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
@@ -208,9 +205,7 @@ def _tokenizer(file: Path, meta: dict[str, Any]) -> str:
         made.normalizer = getattr(normalizers, split["normalizer"])()
     bos = meta.get("tokenizer.ggml.bos_token_id")
     if bos is not None and meta.get("tokenizer.ggml.add_bos_token", whole):
-        first = [tokens[bos], "$A"]
-        pair = [*first, tokens[bos], "$B:1"]
-        made.post_processor = TemplateProcessing(single=first, pair=pair, special_tokens=[(tokens[bos], bos)])
+        made.post_processor = TemplateProcessing(single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
     return made.to_str()
 
 

@@ -28,11 +28,8 @@ DUMMY_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that is ready to be loaded.
-
-    `folder` holds config.json, the tokenizer and (unless the load format is dummy) safetensors, `config` is config.json
-    with `architectures` and `dtype` filled in, `source` says in words where it came from.
-    """
+    """A model that is ready to be loaded. `folder` holds config.json, the tokenizer and the weights, if these are not
+    dummies; `config` is that of `Checked`, `source` says in words where the model came from."""
 
     folder: Path
     config: dict[str, Any]
@@ -43,19 +40,15 @@ def presets() -> dict[str, dict[str, Any]]:
     """Alias -> preset: `hub` (id), `notes`, `config` and `generation_config` as on the hub, and perhaps `source`."""
     here = Path(__file__).resolve().parents[1]
     # An installed package carries the presets inside; in a checkout they lie beside it.
-    folder = next((f for f in (here / "presets", here.parent / "models") if f.is_dir()), None)
-    if folder is None:
-        raise ModelError(f"The presets are missing from {here}: install miniserve again.")
+    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "models"
     return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def resolve(
     model: str, *, revision: str | None = None, load_format: str = "auto", progress: Progress = lambda line: None
 ) -> ModelFiles:
-    """Find `model` and bring its files here: an existing folder, else a preset's alias, else a hub id.
-
-    With `load_format` "dummy" no weights are fetched, and nothing at all for an alias. Raises `ModelError`.
-    """
+    """Find `model` and bring its files here: an existing folder, else a preset's alias, else a hub id. With the
+    `load_format` "dummy" no weights are fetched, and nothing at all for an alias. Raises `ModelError`."""
     dummy = load_format == "dummy"
 
     def files(folder: Path, source: str) -> ModelFiles:
@@ -141,13 +134,8 @@ def dummy_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
 def _dummy_tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:
     """A tokenizer.json of `vocab_size` tokens: bytes, then words that are named after their id, so that each generated
     token is visible; `special` maps id to text."""
-    # The special ids of some models lie among the first 256: the byte that stood there takes the last ids instead.
-    spare = iter(range(vocab_size - 1, -1, -1))
-    alphabet = byte_alphabet()
-    vocab: dict[str, int] = {}
-    for byte in range(256):
-        vocab[alphabet[byte]] = byte if byte not in special else next(i for i in spare if i not in special)
-    taken = set(vocab.values()) | special.keys()
-    vocab |= {f"\u0120t{i}": i for i in range(vocab_size) if i not in taken}
-    vocab |= {text: i for i, text in special.items()}
+    free = (i for i in range(vocab_size) if i not in special)
+    vocab = {text: i for i, text in special.items()}
+    vocab |= {character: next(free) for _, character in sorted(byte_alphabet().items())}
+    vocab |= {f"\u0120t{i}": i for i in free}
     return json.loads(byte_level_bpe(vocab, [], special.values(), use_regex=False).to_str())

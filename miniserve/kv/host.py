@@ -3,6 +3,7 @@
 Bookkeeping only, as in `kv/pages.py`; the bytes are in `kv/swap.py`.
 """
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from miniserve.cluster.messages import Keep
@@ -22,8 +23,9 @@ class Slots(Protocol):
     @property
     def page_seconds(self) -> float: ...
 
-    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> None:
-        """Copy page or slot `sources[i]` to slot or page `targets[i]`, before anything that the engine does next."""
+    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> Callable[[], None]:
+        """Copy page or slot `sources[i]` to slot or page `targets[i]`, before anything that the engine does next.
+        Returns what blocks until that is done."""
 
     def settle(self) -> None:
         """Block until what was restored is on the device. The engine's steps wait for it there; a peer does not."""
@@ -50,11 +52,15 @@ class HostPool(PagePool):
             if not self.num_available:
                 return  # all slots are about to be restored
             slots = self.allocate(1, now)
-            # Beside the step that runs now: the page is complete. A restore may still read the slot, on this stream.
-            self.slots.copy("offload", [evicted.page], slots)
+            self.offload([evicted.page], slots)
             self.register(slots[0], evicted.digest, evicted.parent)
-            self.offloaded += 1
         self.release(slots, evicted.keep, evicted.end)
+
+    def offload(self, pages: list[int], slots: list[int]) -> Callable[[], None]:
+        """Copy `pages` of the device to `slots`. Returns what blocks until that is done."""
+        self.offloaded += len(pages)
+        # Beside the step that runs now: the pages are complete. A restore may still read a slot, on this stream.
+        return self.slots.copy("offload", pages, slots) if pages else lambda: None
 
     def match(self, hashes: list[bytes], keep: Keep = UNKNOWN) -> list[int]:
         """Slots of the longest prefix of the chain `hashes` that is here, pinned until `restore` or `release`; no slots

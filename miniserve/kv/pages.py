@@ -64,6 +64,10 @@ class PagePool:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._page_of
 
+    def page(self, digest: bytes) -> int | None:
+        """The page of that name."""
+        return self._page_of.get(digest)
+
     @property
     def num_free(self) -> int:
         return len(self._free)

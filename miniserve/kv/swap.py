@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 
 from miniserve.cluster.rank_messages import Copied
@@ -51,14 +52,14 @@ class SwapSpace:
     def settle(self) -> None:
         self._restoring.wait()
 
-    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> None:
+    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> Callable[[], None]:
         self._tell(Copied(what, sources, targets))
         pools = (self._device, self.pages) if what == "offload" else (self.pages, self._device)
         if self._side is None:
             started = self._clock()
             copy_pages(pools[0], sources, pools[1], targets)
             self._observe(self._clock() - started, len(sources))
-            return
+            return PassedFence().wait
         if what == "restore":  # after all that was launched on those pages before
             self._side.follow()
         fence = self._side.run(lambda: copy_pages(pools[0], sources, pools[1], targets))
@@ -66,6 +67,12 @@ class SwapSpace:
         self._uncounted.append((fence, len(sources)))
         if what == "restore":
             self._restoring = fence
+        return fence.wait
+
+    @property
+    def bytes(self) -> np.ndarray:
+        """`pages` as uint8 `[slot, byte]`, the same memory."""
+        return self.pages.view(torch.uint8).view(self.num_pages, -1).numpy()
 
     def _observe(self, seconds: float, pages: int) -> None:
         self._page_seconds += (seconds / pages - self._page_seconds) / (8 if self._page_seconds else 1)

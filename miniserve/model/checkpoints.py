@@ -2,7 +2,7 @@
 and compressed-tensors have packed them, and of GGUF."""
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniserve.config import ConfigError, format_bytes, problem, read_object
+from miniserve.config import ConfigError, problem, read_object
 from miniserve.ops.quantized import GROUP, Quantized, Weight
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -23,30 +23,13 @@ Read = Callable[[str, tuple[int, ...]], Weight]
 """The tensor of a name, which must have that shape. Raises `ConfigError`."""
 
 
-class Costs:
-    """What is stored in few bits, and served in many: tensors, numbers and stored bytes by the kind of tensor."""
-
-    def __init__(self) -> None:
-        self._kinds: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-
-    def add(self, kind: str, numbers: int, stored: int) -> None:
-        self._kinds[kind] = [a + b for a, b in zip(self._kinds[kind], (1, numbers, stored), strict=True)]
-
-    def lines(self, dtype: torch.dtype) -> list[str]:
-        name = str(dtype).removeprefix("torch.")
-        return [
-            f"{count} tensors ({kind}) are served as {name}: a step reads {format_bytes(numbers * dtype.itemsize)} of "
-            f"them where the file has {format_bytes(stored)}."
-            for kind, (count, numbers, stored) in self._kinds.items()
-        ]
-
-
 class Safetensors:
     """The tensors of open `files`; `packing` is the `quantization_config` of config.json. `names` are those of all
-    weights, as plain ones are called; `unread` of tensors that the model has not asked for."""
+    weights, as plain ones are called; `unread` of tensors that the model has not asked for. `widened` counts what is
+    stored in few bits and served in many, by its kind."""
 
-    def __init__(self, folder: Path, files: list[Any], packing: dict[str, Any], costs: Costs) -> None:
-        self._folder, self._costs = folder, costs
+    def __init__(self, folder: Path, files: list[Any], packing: dict[str, Any], widened: Counter[str]) -> None:
+        self._folder, self._widened = folder, widened
         self._zeros_are_one_less = packing.get("checkpoint_format") != "gptq_v2"
         # Each in the last of the files that hold it. Files are mapped, not read at once.
         found = {name: (file, name) for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -93,7 +76,7 @@ class Safetensors:
                 raise IndexError(f"{count} scales for {size} rows or columns")
             each = 1 if count == size else size if count == 1 else FP8_BLOCK
             scales = scales.repeat_interleave(each, axis).narrow(axis, 0, size)
-        self._costs.add("FP8", weight.numel(), weight.nbytes)
+        self._widened["FP8"] += 1
         return weight.float() * scales
 
     def _awq(self, module: str, words: Tensor) -> Weight:
@@ -137,9 +120,8 @@ class Safetensors:
         symmetric = zeros is None or bool((zeros == middle).all())
         if each % GROUP or not (symmetric or bits == 4):
             zeros = torch.full_like(scales, middle) if zeros is None else zeros
-            plain = (codes.float() - zeros.repeat_interleave(each, 1)) * scales.float().repeat_interleave(each, 1)
-            self._costs.add(f"{bits} bits in groups of {each}", codes.numel(), codes.numel() * bits // 8)
-            return plain
+            self._widened[f"{bits} bits in groups of {each}"] += 1
+            return (codes.float() - zeros.repeat_interleave(each, 1)) * scales.float().repeat_interleave(each, 1)
         halves = scales.half().repeat_interleave(each // GROUP, 1)
         minimums = None
         if zeros is not None and not symmetric:
@@ -155,16 +137,16 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
 
 
 class GgufTensors:
-    """The tensors of the GGUF `file` by the index that `hub/gguf.py` has made of it; `names` are those of all. Each is
-    read when it is asked for.
+    """The tensors of the GGUF `file` by the index that `hub/gguf.py` has made of it, read when they are asked for;
+    `names`, `unread` and `widened` as with `Safetensors`.
 
     Blocks of 32 numbers, as llama.cpp lays them out: a float16 scale d, in Q4_1 a float16 minimum m, then the codes. Of
     4 bits the low halves of 16 bytes are the first 16 numbers, the high halves the others. Q4_0 means (code - 8) * d,
     Q4_1 code * d + m, Q8_0 code * d.
     """
 
-    def __init__(self, file: Path, costs: Costs) -> None:
-        self._folder, self._costs = file.parent, costs
+    def __init__(self, file: Path, widened: Counter[str]) -> None:
+        self._folder, self._widened = file.parent, widened
         self._index = read_object(file.with_suffix(".json"))
         self._bytes = torch.from_numpy(np.memmap(file, mode="c"))
         self.names = set(self._index)
@@ -183,7 +165,7 @@ class GgufTensors:
         import gguf
 
         plain = gguf.dequantize(data.view(stored[0], -1).numpy(), gguf.GGMLQuantizationType[kind])
-        self._costs.add(kind, plain.size, size)
+        self._widened[kind] += 1
         return _turned(torch.from_numpy(plain).view(stored), heads)
 
 

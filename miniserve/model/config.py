@@ -65,13 +65,8 @@ class ModelConfig:
 
     @property
     def kv_layers(self) -> int:
-        """Layers that store keys and values."""
+        """Layers that store keys and values; the others have a recurrent state."""
         return sum(layer.attends for layer in self.layers)
-
-    @property
-    def state_layers(self) -> int:
-        """Layers with a recurrent state."""
-        return len(self.layers) - self.kv_layers
 
     @property
     def sizes(self) -> Sizes:
@@ -123,7 +118,7 @@ class ModelConfig:
         activation = str(config.get("hidden_activation") or config.get("hidden_act", "silu"))
         if activation not in ACTIVATIONS:
             raise ConfigError(problem("model.activation", given=activation, known=", ".join(ACTIVATIONS)))
-        layers, found = _layers(config, family), rope.parameters(config)
+        layers, ropes = _layers(config, family), rope.read(config)
         needed = any(not layer.experts for layer in layers)
         model = cls(
             family=family,
@@ -134,9 +129,9 @@ class ModelConfig:
             heads=heads,
             kv_heads=heads if null_heads else whole(config, "num_key_value_heads", heads),
             head_dim=head_dim,
-            rotary_dim=int(head_dim * rope.rotating(config, found)) if rope.PARTIAL in family.defaults else head_dim,
+            rotary_dim=int(head_dim * ropes[0].part) if rope.PARTIAL in family.defaults else head_dim,
             norm_eps=number(config, "rms_norm_eps", 1e-6),
-            ropes=rope.read(config, found),
+            ropes=ropes,
             attention_scale=number(config if SCALAR in family.defaults else {}, SCALAR, head_dim) ** -0.5,
             max_len=whole(config, "max_position_embeddings"),
             tie_embeddings=flag(config, "tie_word_embeddings"),
@@ -149,10 +144,9 @@ class ModelConfig:
             dtype=DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16),
         )
         if heads % model.kv_heads or model.head_dim % 2:
-            shape = f"{heads} heads of {model.head_dim} numbers, {model.kv_heads} of K and V"
-            raise ConfigError(f"config.json has {shape}: the second must be even, the third must divide the first.")
+            raise ConfigError(problem("model.heads", heads=heads, dim=model.head_dim, kv=model.kv_heads))
         if model.rotary_dim % 2 or not 0 < model.rotary_dim <= head_dim:
-            part = f"{rope.PARTIAL} {rope.rotating(config, found)} of heads of {head_dim} numbers"
+            part = f"{rope.PARTIAL} {ropes[0].part} of heads of {head_dim} numbers"
             raise ConfigError(f"config.json has {part}: so many must be even, and no more than all.")
         if family.scaled and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
             raise ConfigError("config.json caps logits (softcapping), which miniserve does not.")

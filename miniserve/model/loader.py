@@ -1,13 +1,14 @@
 """Reads the tensors that a part of a model asks for, and has some `Ops` prepare them for their device."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miniserve.config import ConfigError
-from miniserve.model.checkpoints import Costs, Read
+from miniserve.config import ConfigError, problem
+from miniserve.model.checkpoints import Read
 from miniserve.model.config import ModelConfig
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
@@ -28,7 +29,7 @@ class Loader:
     dtype: torch.dtype
     device: torch.device
     bits: int | None
-    costs: Costs
+    widened: Counter[str]
     num_bytes: int = 0
 
     @property
@@ -86,9 +87,8 @@ class Loader:
             whole: Weight = Quantized.cat(packed)
         else:
             whole = torch.cat([dense(weight, self.dtype).to(self.dtype) for weight in weights])
-            for weight in packed:
-                kind = "parts of a matrix whose others are in another format"
-                self.costs.add(kind, weight.codes.numel(), weight.nbytes)
+            if packed:
+                self.widened["parts of a matrix whose others are in another format"] += len(packed)
         if order is not None:
             whole, bias = whole[order], None if bias is None else bias[order]
         # A GPU computes with plain numbers.
@@ -99,8 +99,7 @@ class Loader:
 def check_groups(config: ModelConfig) -> None:
     """Raises `ConfigError` where rows cannot be quantized."""
     if wrong := [width for width in config.widths if width % GROUP]:
-        rows = f"rows of this model have {', '.join(map(str, wrong))}"
-        raise ConfigError(f"--quantization takes {GROUP} numbers of a row together, and {rows}: leave it out.")
+        raise ConfigError(problem("model.rows", group=GROUP, widths=", ".join(map(str, wrong))))
 
 
 def random(config: ModelConfig) -> Read:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.config import ConfigError
+from miniserve.config import ConfigError, problem
 from miniserve.families import number, whole
 
 PARTIAL = "partial_rotary_factor"
@@ -18,7 +18,8 @@ ATTENTIONS = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions: `theta` and, for Llama 3.1 and later, how low frequencies are stretched."""
+    """Rotary positions: `theta` and, for Llama 3.1 and later, how low frequencies are stretched. So large a `part` of a
+    head rotates, in families that have `PARTIAL`."""
 
     theta: float
     kind: str = "default"
@@ -27,6 +28,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_len: int = 0
+    part: float = 1.0
 
 
 def angles(rope: RopeConfig, head_dim: int, max_len: int) -> Tensor:
@@ -42,40 +44,29 @@ def angles(rope: RopeConfig, head_dim: int, max_len: int) -> Tensor:
     return torch.outer(torch.arange(max_len, dtype=torch.float32), inverse)
 
 
-def parameters(config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"The model's rope parameters {found!r:.100} are not supported: one set for all layers is.")
-    return found
-
-
-def rotating(config: dict[str, Any], found: dict[str, Any]) -> float:
-    """The part of a head that rotates."""
-    return float(number(found, PARTIAL, number(config, PARTIAL, 1.0)))
-
-
-def read(config: dict[str, Any], found: dict[str, Any]) -> tuple[RopeConfig, ...]:
+def read(config: dict[str, Any]) -> tuple[RopeConfig, ...]:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before): one for all layers, or a
     second one for those with windows."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if config.get("rope_local_base_freq") is None:
         return (_rope(config, found),)
     local = config | {"rope_theta": number(config, "rope_local_base_freq")}
-    if ATTENTIONS[0] in found:
+    if isinstance(found, dict) and ATTENTIONS[0] in found:
         return _rope(config, found[ATTENTIONS[0]]), _rope(local, found.get(ATTENTIONS[1]) or {})
     return _rope(config, found), _rope(local, {})
 
 
-def _rope(config: dict[str, Any], found: dict[str, Any]) -> RopeConfig:
+def _rope(config: dict[str, Any], found: Any) -> RopeConfig:
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise ConfigError(f"The model's rope parameters {found!r:.100} are not supported: one set for all layers is.")
     theta = number(found, "rope_theta", number(config, "rope_theta", 10000.0))
     kind = str(found.get("rope_type") or found.get("type") or "default")
+    part = float(number(found, PARTIAL, number(config, PARTIAL, 1.0)))
     if kind in ("default", "dynamic"):  # the latter differs only past the length that the model was made for
-        return RopeConfig(theta)
+        return RopeConfig(theta, part=part)
     if kind not in ("linear", "llama3"):
-        known = "miniserve knows default, dynamic, linear, llama3. If it was added for longer contexts, take it out"
-        raise ConfigError(f"The model's rope scaling {kind!r} is not supported; {known} of config.json.")
-    if (part := rotating(config, found)) != 1:
+        raise ConfigError(problem("model.rope_kind", kind=kind))
+    if part != 1:
         raise ConfigError(f"The model's partial_rotary_factor {part!r} is not supported beside rope scaling {kind!r}.")
     factor = number(found, "factor")
     if kind == "linear":

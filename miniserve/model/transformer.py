@@ -44,12 +44,9 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Tensor, state: State | None = None, head: Head | None = None) -> Tensor:
-        """Run `batch` over the KV pool `kv` `[page, layer, k/v, slot, kv_head, head_dim]`, storing the new tokens' KV,
-        and over the recurrent `state`, which goes on by them, where the model has one.
-
-        Returns float32 logits `[len(batch.outputs), vocab]`, or what a `head` makes of the hidden states
-        `[len(batch.outputs), hidden]` instead.
-        """
+        """Float32 logits `[len(batch.outputs), vocab]`, or instead what a `head` makes of the hidden states
+        `[len(batch.outputs), hidden]`. The new tokens' KV is stored in the pool `kv`
+        `[page, layer, k/v, slot, kv_head, head_dim]`; the recurrent `state`, if the model has one, goes on by them."""
         new = self.ops.plan(batch, kv, state), batch.tokens, batch.positions, batch.outputs
         if self._fused is None:
             return self.compute(*new, head)

@@ -1,9 +1,8 @@
-"""The weights of a model from its files, or random ones of the same shape.
-
-Tensors are read layer by layer and handed to `ops.linear` at once, so loading never holds the model twice.
-"""
+"""The weights of a model from its files, or random ones of the same shape, read layer by layer and handed to
+`ops.linear` at once, so that loading never holds the model twice."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from miniserve.model.checkpoints import EMBEDDING, HEAD, Costs, GgufTensors, Safetensors, checked
+from miniserve.model.checkpoints import EMBEDDING, HEAD, GgufTensors, Safetensors, checked
 from miniserve.model.config import LayerConfig
 from miniserve.model.loader import Loader, check_groups, random
 from miniserve.model.shards import Shard
@@ -49,24 +48,25 @@ def load_weights(
     8 bits where they have so many, or as the `quantization` of `QUANTIZATIONS` makes them. `packing` is what
     config.json says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when
     a tensor is missing or not as config.json says, or cannot be cut."""
-    costs, bits = Costs(), QUANTIZATIONS.get(quantization or "")
+    widened, bits = Counter[str](), QUANTIZATIONS.get(quantization or "")
     if bits:
         check_groups(shard.config)
     if not files:
-        return _build(Loader(random(shard.whole), set(), shard, ops, dtype, device, bits, costs), progress)
+        return _build(Loader(random(shard.whole), set(), shard, ops, dtype, device, bits, widened), progress)
     with ExitStack() as stack:
         if files[0].suffix == ".gguf":
-            store: GgufTensors | Safetensors = GgufTensors(files[0], costs)
+            store: GgufTensors | Safetensors = GgufTensors(files[0], widened)
         else:
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-            store = Safetensors(files[0].parent, opened, packing, costs)
+            store = Safetensors(files[0].parent, opened, packing, widened)
         read = partial(checked, store.read, files[0].parent)
-        weights = _build(Loader(read, store.names, shard, ops, dtype, device, bits, costs), progress)
+        weights = _build(Loader(read, store.names, shard, ops, dtype, device, bits, widened), progress)
     extra = sorted(n for n in store.unread if not n.endswith(NEEDLESS) and not n.startswith(OTHER_PARTS))
     if extra:
         log.warning("%d tensors in the files are no part of this model, and not read: %s", len(extra), extra[:3])
-    for line in costs.lines(dtype):
-        log.warning(line)
+    for kind, count in widened.items():
+        served = str(dtype).removeprefix("torch.")
+        log.warning("%d tensors (%s) are served as %s: a step reads more than the files have.", count, kind, served)
     return weights
 
 

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
 
 import msgspec
 
@@ -33,28 +32,22 @@ class TooManyListeners(RuntimeError):
     """Each costs a little; this many are likely a mistake."""
 
 
-class FeedEvent(NamedTuple):
-    """`data` is JSON on one line; what it holds depends on `kind`: start, workers, turns, decision, outcome or lost."""
-
-    kind: str
-    data: bytes
-
-    @classmethod
-    def of(cls, kind: str, content: object) -> Self:
-        """An event with `content` as its data, encoded once for all listeners."""
-        return cls(kind, msgspec.json.encode(content))
+def feed_event(kind: str, content: object) -> bytes:
+    """A server-sent event. What its data, JSON on one line, hold depends on `kind`: start, workers, turns, decision,
+    outcome or lost."""
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(content))
 
 
 class Listener:
     """The events that one listener has not taken yet."""
 
     def __init__(self) -> None:
-        self._waiting: deque[FeedEvent] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         self._lost = 0
         self._ended = False
         self._news = asyncio.Event()
 
-    def put(self, event: FeedEvent) -> None:
+    def put(self, event: bytes) -> None:
         """Add an event; if too many wait, the oldest one is dropped and counted as lost."""
         self._lost += len(self._waiting) == MOST_WAITING
         self._waiting.append(event)
@@ -64,12 +57,12 @@ class Listener:
         self._ended = True
         self._news.set()
 
-    async def take(self) -> list[FeedEvent]:
+    async def take(self) -> list[bytes]:
         """All events that wait, as soon as there is one; none at the end."""
         while not (self._waiting or self._ended):
             self._news.clear()
             await self._news.wait()
-        lost = [FeedEvent.of("lost", {"events": self._lost})] if self._lost else []
+        lost = [feed_event("lost", {"events": self._lost})] if self._lost else []
         events = [*lost, *self._waiting]
         self._waiting.clear()
         self._lost = 0
@@ -80,9 +73,8 @@ class Feed:
     """Gives all listeners the decisions and outcomes as they are made, and once a second the state of workers and
     turns. `note` is to be called with each record."""
 
-    def __init__(self, scheduler: Scheduler, policy: str) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._policy = policy
         self._always_notes = scheduler.notes
         self._listeners: set[Listener] = set()
         self._snapshots: asyncio.Task[None] | None = None
@@ -95,7 +87,7 @@ class Feed:
             raise TooManyListeners(f"{MOST_LISTENERS} listen already.")
         listener = Listener()
         now = time.monotonic()
-        start = FeedEvent.of("start", {"policy": self._policy, "time": now, "unix_time": time.time()})
+        start = feed_event("start", {"policy": self._scheduler.policy.name, "time": now, "unix_time": time.time()})
         for event in (start, *self._state(now)):
             listener.put(event)
         if self._closed:
@@ -116,7 +108,7 @@ class Feed:
     def note(self, record: Record) -> None:
         """Pass on a decision or an outcome; costs nothing without a listener."""
         if self._listeners:
-            self._put(FeedEvent.of(record["kind"], record))
+            self._put(feed_event(record["kind"], record))
 
     def close(self) -> None:
         """The server ends: all streams end after the events that wait. Safe to call twice."""
@@ -124,7 +116,7 @@ class Feed:
         for listener in self._listeners:
             listener.end()
 
-    def _put(self, event: FeedEvent) -> None:
+    def _put(self, event: bytes) -> None:
         for listener in self._listeners:
             listener.put(event)
 
@@ -137,9 +129,9 @@ class Feed:
             except Exception:
                 log.exception("a snapshot failed; the next one may not")
 
-    def _state(self, now: float) -> list[FeedEvent]:
-        workers = worker_list(self._scheduler, self._policy, now)
-        return [FeedEvent.of("workers", workers), FeedEvent.of("turns", live_turns(self._scheduler, now))]
+    def _state(self, now: float) -> list[bytes]:
+        workers = worker_list(self._scheduler, now)
+        return [feed_event("workers", workers), feed_event("turns", live_turns(self._scheduler, now))]
 
 
 class DecisionLog:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from miniserve.cluster.messages import Report, WorkerStats
 from miniserve.config import tables
 from miniserve.dispatcher import Dispatcher
+from miniserve.scheduler.conversation import FINISHES, TurnEnd
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TABLES = tables("monitor/metrics.toml")
@@ -21,7 +22,6 @@ PROBED = {"/metrics", "/health", "/version"}
 
 Family = CounterMetricFamily | GaugeMetricFamily
 KINDS: dict[str, type[Family]] = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
-Ending = Literal["stop", "length", "abort", "error"]
 
 
 class Metrics(Collector):
@@ -49,7 +49,7 @@ class Metrics(Collector):
         }
         self._prompt_tokens = self._own["vllm:prompt_tokens"].labels(model)
         self._generated = self._own["vllm:generation_tokens"].labels(model)
-        self._endings = {reason: self._own["vllm:request_success"].labels(model, reason) for reason in get_args(Ending)}
+        self._endings = {reason: self._own["vllm:request_success"].labels(model, reason) for reason in FINISHES}
         dispatcher.watchers.append(self._stepped)
 
     def observe(self, **values: float | None) -> None:
@@ -71,7 +71,7 @@ class Metrics(Collector):
     def generated(self, tokens: int) -> None:
         self._generated.inc(tokens)
 
-    def ended(self, reason: Ending, arrived: float) -> None:
+    def ended(self, reason: TurnEnd, arrived: float) -> None:
         """A request that arrived at `arrived` (`time.perf_counter`) has ended."""
         self._endings[reason].inc()
         if reason in ("stop", "length"):
@@ -99,7 +99,6 @@ class Metrics(Collector):
         waiting = scheduler.queued
         server = SimpleNamespace(running=len(scheduler.turns) - waiting, waiting=waiting, usage=usage)
         states = ("free", "cached", "held")
-        policy = self._dispatcher.policy_name
         # By table of metrics.toml: for values of its labels, a number or what has it as a field.
         sources: dict[str, Iterable[tuple[tuple[str, ...], Any]]] = {
             "server": [((model,), server)],
@@ -109,7 +108,7 @@ class Metrics(Collector):
             "worker": [((name,), stats) for name, stats in workers],
             "pages": [((name, at), getattr(stats, f"{at}_pages")) for name, stats in workers for at in states],
             "pair": scheduler.links.items(),
-            "placement": [((*pair, policy), count) for pair, count in scheduler.placements.items()],
+            "placement": [((*pair, scheduler.policy.name), count) for pair, count in scheduler.placements.items()],
         }
         for source, found in sources.items():
             for name, row in TABLES[source].items():

@@ -120,10 +120,10 @@ def _running(turn: Turn, now: float) -> Card:
     return card("RunningTurn", turn, **own, prefill_at=turn.prefill_at or turn.home)
 
 
-def worker_list(scheduler: Scheduler, policy: str, now: float) -> Card:
+def worker_list(scheduler: Scheduler, now: float) -> Card:
     workers = [_worker(view, now) for view in scheduler.workers.values()]
     links = [_link(source, destination, link) for (source, destination), link in scheduler.links.items()]
-    return card("WorkerList", scheduler, object="list", policy=policy, data=workers, links=links)
+    return card("WorkerList", scheduler, object="list", data=workers, links=links)
 
 
 def _link(source: str, destination: str, link: Link) -> Card:

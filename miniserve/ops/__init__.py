@@ -12,6 +12,9 @@ from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
 from miniserve.ops.torch_ops import TorchOps
 
+DRAFT_ROWS = 12
+"""As many as a sequence and its draft may fill. A step takes little longer with them than with one row, since all
+weights are read anyway: the native kernels compute them in two rounds, and a GPU is bound by memory up to far more."""
 Compute = Callable[[Any, Tensor, Tensor, Tensor, bool], Tensor]
 """A plan, tokens, positions, and the rows that are wanted -> their logits, or their hidden states if so asked."""
 
@@ -23,9 +26,6 @@ class Ops(Protocol):
     layout: str
     """The order of the numbers in each half, keys or values, of a layer of a page. Only these kernels read them, but
     workers that exchange pages must agree."""
-    draft_rows: int
-    """Up to so many rows a step takes little longer than with one row, since all weights are read anyway: as many as a
-    sequence and its draft may fill."""
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """Prepare `weight` `[out, in]`; the result may hold a copy of its own, in another layout. One of 4 or 8 bits is
@@ -55,11 +55,8 @@ class Ops(Protocol):
         """
 
     def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> Any:
-        """What attention needs to know of a batch, worked out once for all layers.
-
-        `kv` is the pool `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of
-        `layout`.
-        """
+        """What attention needs to know of a batch, worked out once for all layers. `kv` is the pool
+        `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of `layout`."""
 
 
 class StepOps(Ops, Protocol):
@@ -102,11 +99,8 @@ def make_ops(
     native: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[StepOps | FusedOps, str]:
-    """The implementation for `device`, for pages of `page_tokens`, and its name or why it is a slower one.
-
-    Without `native` it is plain torch. A CPU gets compiled kernels where a compiler is installed; `progress` gets a
-    line if they have to be compiled first.
-    """
+    """The implementation for `device`, for pages of `page_tokens`, and its name or why it is a slower one. Without
+    `native` it is plain torch. `progress` gets a line if kernels have to be compiled first."""
     if not native:
         return TorchOps(device, dtype), "torch"
     try:

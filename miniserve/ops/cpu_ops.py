@@ -20,8 +20,6 @@ from miniserve.ops.torch_ops import filter_sorted, rotary_tables
 
 BLOCK = 64
 """Columns of a product whose weights are packed together: KEYS in cpu_vectors.h. Of gates and ups half are either."""
-ROWS = 6
-"""Rows of a product that vectors compute at once; tiles take 16."""
 GATES = {"silu": 1, "gelu_tanh": 2}
 """`Gate` in cpu_packing.h."""
 ARENA_BYTES = 64 * 2**20
@@ -36,21 +34,7 @@ class Arena:
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
-    def pack(self, plain: Any, codes: Any, weight: Weight) -> Tensor:
-        """`weight` `[columns, size]` in blocks of `BLOCK` columns, by a kernel for `plain` ones or for `codes`."""
-        columns, size = weight.shape
-        rows = -(-columns // BLOCK) * BLOCK
-        if isinstance(weight, Quantized):
-            halves = size // GROUP * (2 if weight.minimums is None else 4)
-            packed = self._take(rows * (size * weight.bits // 8 + halves))
-            parts = weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.minimums)
-            codes(*parts, columns, size, weight.bits, packed.data_ptr())
-        else:
-            packed = self._take(rows * size * weight.itemsize)
-            plain(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
-        return packed
-
-    def _take(self, size: int) -> Tensor:
+    def take(self, size: int) -> Tensor:
         if size > len(self._rest):
             memory = mmap.mmap(-1, max(size, ARENA_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # this system has none: only slower
@@ -167,9 +151,6 @@ class FusedForward:
 class CpuOps:
     """`FusedOps` for fp32, and for bf16 on a CPU that multiplies it in hardware."""
 
-    draft_rows = 2 * ROWS
-    """The matrix kernel computes `ROWS` rows at a time."""
-
     filter = staticmethod(filter_sorted)
     rotary = staticmethod(rotary_tables)
 
@@ -199,12 +180,19 @@ class CpuOps:
         return self._packed("logits", torch.float32, weight, None)
 
     def _packed(self, kernel: str, out: torch.dtype, weight: Weight, bias: Tensor | None) -> PackedMatrix:
-        packed = self._arena.pack(self._kernel("pack"), self._library.pack_codes, weight)
-        native = STRUCTS["Matrix"](packed.data_ptr(), address(bias), *weight.shape)
+        """`weight` `[columns, size]` in blocks of `BLOCK` columns."""
+        columns, size = weight.shape
+        rows, native = -(-columns // BLOCK) * BLOCK, STRUCTS["Matrix"](None, address(bias), columns, size)
         if isinstance(weight, Quantized):
             native.bits, native.minimums = weight.bits, weight.minimums is not None
+            packed = self._arena.take(rows * (size * weight.bits // 8 + size // GROUP * 2 * (1 + native.minimums)))
+            parts = weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.minimums)
+            self._library.pack_codes(*parts, columns, size, weight.bits, packed.data_ptr())
         else:
             native.bits = 8 * weight.itemsize
+            packed = self._arena.take(rows * size * weight.itemsize)
+            self._kernel("pack")(weight.contiguous().data_ptr(), columns, size, packed.data_ptr())
+        native.packed = packed.data_ptr()
         return PackedMatrix(self._kernel(kernel), out, native, packed, bias)
 
     def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> PackedMatrix:

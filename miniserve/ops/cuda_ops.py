@@ -63,8 +63,6 @@ class CudaOps(CudaPlanner):
     math there, as they do for the kernel `delta`."""
 
     layout = "slot, kv_head, head_dim"
-    draft_rows = 12
-    """A decode is bound by memory up to far more rows; so many are what a draft is likely to hold."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, sizes: Sizes, kernels: Any = None, delta: Any = None

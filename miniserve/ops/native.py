@@ -1,7 +1,5 @@
 """Compiles `cpu.cpp` and its headers with the system's compiler, once, into the user's cache, and loads the result.
-
-What its functions take and its structs hold is read from the sources.
-"""
+What its functions take and its structs hold is read from the sources."""
 
 import ctypes
 import hashlib
@@ -44,10 +42,8 @@ class NoKernels(RuntimeError):
 
 
 def load(progress: Callable[[str], None] = lambda line: None) -> ctypes.CDLL:
-    """The compiled kernels. `progress` gets a line if they have to be compiled first. Raises `NoKernels`.
-
-    torch must have been imported: both then share one OpenMP runtime, and so one pool of threads.
-    """
+    """The compiled kernels. `progress` gets a line if they have to be compiled first. Raises `NoKernels`. torch must
+    have been imported: both then share one OpenMP runtime, and so one pool of threads."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     if compiler is None:
         raise NoKernels("no g++ found (Debian and Ubuntu: sudo apt install g++)")

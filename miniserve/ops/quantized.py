@@ -69,11 +69,9 @@ class Quantized:
 
     @classmethod
     def of(cls, weight: Tensor, bits: int) -> Quantized:
-        """The nearest to a weight `[out, in]` of any float dtype, symmetric. `in` must be a multiple of `GROUP`.
-
-        8 bits: the largest number of a group becomes 127. 4 bits: it becomes that of `PEAKS` with the least squared
-        error over the group, each with the scale that is best for its codes.
-        """
+        """The nearest to a weight `[out, in]` of any float dtype, symmetric. `in` must be a multiple of `GROUP`. With 8
+        bits the largest number of a group becomes 127, with 4 that of `PEAKS` with the least squared error over the
+        group, each with the scale that is best for its codes."""
         groups = weight.float().view(len(weight), -1, GROUP)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         if bits == 8:

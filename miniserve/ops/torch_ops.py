@@ -1,13 +1,9 @@
-"""The reference kernels, in plain torch: for tests, and for devices without native ones.
-
-Paged attention without a kernel of its own: the pages of a sequence are gathered with one `index_select` into
-contiguous keys and values. A gather reads each byte once more, which is small beside the matrix products that follow.
-"""
+"""The reference kernels, in plain torch: for tests, and for devices without native ones. Attention gathers the pages of
+a sequence into contiguous keys and values, which costs little beside the matrix products that follow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +14,7 @@ from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 
 SORTED = 1024
-"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p, and far fewer than a
-vocabulary."""
-
-
+"""Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p."""
 CosSin = tuple[Tensor, Tensor]
 """cos and sin for each token of a batch, `[T, 1, R]`, where R of a head's numbers rotate."""
 
@@ -35,11 +28,8 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def onednn_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """A bf16 matrix product by oneDNN with the weight packed once, in blocks as its kernels want them.
-
-    F.linear packs anew in each call, which costs a decode step more than the product itself. These are the operators
-    that torch.compile's CPU backend emits for frozen weights.
-    """
+    """A bf16 matrix product by oneDNN with the weight packed once: F.linear packs anew in each call, which costs a
+    decode step more than the product itself. torch.compile's CPU backend emits these operators for frozen weights."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128)  # rows it may expect
     pointwise = torch.ops.mkldnn._linear_pointwise
 
@@ -52,44 +42,38 @@ def onednn_linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 @dataclass(frozen=True)
-class Together:
-    """Sequences that attend together, B of `new` tokens each, padded to the longest context."""
+class Piece:
+    """The tokens that one sequence has in a batch: their `rows` there, and the `slot` of its state, if it has one. So
+    many tokens are its `context`; per layer, `pages` are the rows of all their keys and then of all their values, int64
+    `[layer, 2 * pages]`."""
 
-    queries: Tensor | None
-    """Rows in the batch, int64 `[B * new]`; None where they are all rows in their order."""
-    rows: Tensor
-    """Per layer, the pool's rows of all keys' pages and then all values' pages, int64 `[layer, 2 * B * pages]`."""
-    keys: int
-    """Keys that are looked at: the longest context."""
-    ends: Tensor
-    """Of each query the tokens up to itself, int64 `[B, new, 1]`."""
-    equal: bool
-    """Whether all queries have all keys before them."""
+    rows: slice
+    slot: int
+    context: int
+    pages: Tensor
 
-    def mask(self, window: int, group: int, dtype: torch.dtype) -> Tensor | None:
-        """Added to the scores `[B, 1, group * new, keys]` of a `group` of heads: 0, or -inf for keys after a query or,
-        if that is not 0, out of its last `window` tokens; None where all keys are seen."""
-        if self.equal and not 0 < window < self.keys:
+    def mask(self, window: int) -> Tensor | None:
+        """Whether a token sees a key, `[new, context]`: those up to itself, with a `window` above 0 the last so many of
+        these. None where all are seen."""
+        new = self.rows.stop - self.rows.start
+        if new == 1 and not 0 < window < self.context:
             return None
-        at = torch.arange(self.keys, device=self.ends.device)
-        hidden = (at >= self.ends) | (at < self.ends - (window or self.keys))
-        return torch.where(hidden, -torch.inf, 0.0).to(dtype).repeat(1, group, 1).unsqueeze(1)
+        at = torch.arange(self.context, device=self.pages.device)
+        back = at[-new:].unsqueeze(1) - at
+        return (back >= 0) & (back < (window or self.context))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch, as the pool is addressed: the pool is seen as rows of one layer's keys (or values) of one page."""
+    """Where a batch reads and writes in the pool: `by_slot` is all of it slot by slot, and in `by_page` a row is the
+    slots of the keys (or values) of one page."""
 
     slots: Tensor
     """Per layer, where the new keys and then the new values go, counted in slots: int64 `[layer, 2 * T]`."""
-    opened: Tensor | None
-    """Per layer, the rows of pages that get their first token but are not filled: int64 `[layer, rows]`."""
     by_page: Tensor
     by_slot: Tensor
-    together: list[Together]
     state: State | None
-    pieces: list[tuple[int, slice]]
-    """The slot of each sequence, if it has one, and its rows in the batch."""
+    pieces: list[Piece]
 
 
 def filter_sorted(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +97,6 @@ class TorchOps:
     """`Ops` of any dtype on any device. Weights of 4 and 8 bits are dequantized to `dtype`."""
 
     layout = "slot, kv_head, head_dim"
-    draft_rows = 12
-    """As with the native kernels (`CpuOps`), which compute 12 rows in two rounds."""
 
     filter = staticmethod(filter_sorted)
 
@@ -133,10 +115,7 @@ class TorchOps:
         return lambda x: product(x).float()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """The layer norm of (x, -x), whose mean is zero and whose variance is the mean square of x. On a CPU layer norm
-        is one kernel, where F.rms_norm is nine (a decode step of 16 sequences: 48.2 -> 46.5 ms)."""
-        size = x.shape[-1]
-        return F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size] * weight
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
 
     def rotary(self, angles: Tensor, dtype: torch.dtype) -> Callable[[Tensor], CosSin]:
         cos, sin = (table.unsqueeze(1) for table in rotary_tables(angles.to(self._device), dtype))
@@ -179,76 +158,40 @@ class TorchOps:
 
     def delta(self, plan: Plan, part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
         assert plan.state is not None
-        return delta(plan.state, plan.pieces, part, qkv, ba)
+        return delta(plan.state, [(piece.slot, piece.rows) for piece in plan.pieces], part, qkv, ba)
 
     def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> Plan:
-        """Work out all indices into the pool. Decodes are grouped by power-of-two context lengths, since a group is
-        padded to its longest; a prompt's piece is a group by itself."""
+        """Work out all indices into the pool."""
         layers, size = kv.shape[1], kv.shape[3]
-        by_page = kv.view(-1, size, *kv.shape[4:])
         layer_rows = torch.arange(layers, device=self._device).unsqueeze(1) * 2
-
-        def rows(pages: list[int]) -> Tensor:
-            keys = layer_rows + torch.tensor(pages, device=self._device) * (layers * 2)
-            return torch.cat((keys, keys + 1), 1)
-
         slots: list[int] = []
-        opened: list[int] = []
-        groups: dict[int, list[int]] = {}
-        starts = [0, *accumulate(batch.lengths)]
+        pieces = []
         for i, (length, context, pages) in enumerate(zip(batch.lengths, batch.contexts, batch.pages, strict=True)):
+            start = len(slots)
             slots += [pages[p // size] * (layers * 2 * size) + p % size for p in range(context - length, context)]
-            used = -(-context // size)
-            if 0 < context % size <= length:
-                opened.append(pages[used - 1])
-            groups.setdefault(used.bit_length() if length == 1 else -i, []).append(i)
+            keys = layer_rows + torch.tensor(pages[: -(-context // size)], device=self._device) * (layers * 2)
+            slot = batch.slots[i] if batch.slots else 0
+            pieces.append(Piece(slice(start, len(slots)), slot, context, torch.cat((keys, keys + 1), 1)))
         first = layer_rows * size + torch.tensor(slots, device=self._device)
-        slot_rows = torch.cat((first, first + size), 1)
-        opened_rows = rows(opened) if opened else None
-        pieces = [(slot, slice(*ends)) for slot, ends in zip(batch.slots, pairwise(starts), strict=False)]
-        plan = Plan(slot_rows, opened_rows, by_page, kv.view(-1, *kv.shape[4:]), [], state, pieces)
-        for members in groups.values():
-            contexts, new = [batch.contexts[i] for i in members], batch.lengths[members[0]]
-            longest = max(contexts)
-            width = -(-longest // size)
-            padded = [(batch.pages[i] + [batch.pages[i][0]] * width)[:width] for i in members]
-            back = torch.arange(new - 1, -1, -1, device=self._device)
-            ends = (torch.tensor(contexts, device=self._device).unsqueeze(1) - back).unsqueeze(2)
-            queries = None
-            if len(groups) > 1:
-                firsts = torch.tensor([starts[i + 1] for i in members], device=self._device).unsqueeze(1)
-                queries = (firsts - 1 - back).flatten()
-            every = rows([p for pages in padded for p in pages])
-            plan.together.append(Together(queries, every, longest, ends, new == 1 and min(contexts) == longest))
-        return plan
+        by_page, by_slot = kv.view(-1, size, *kv.shape[4:]), kv.view(-1, *kv.shape[4:])
+        return Plan(torch.cat((first, first + size), 1), by_page, by_slot, state, pieces)
 
     def attention(self, plan: Plan, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store, gather, attend. Query heads that share a key head are handled as more queries of that head: in the
-        shapes, group is the number of query heads per key head."""
-        count, layer = k.shape[0], part.index
-        if plan.opened is not None:
-            # Numbers of an earlier sequence could be NaN, which no mask makes harmless.
-            plan.by_page.index_fill_(0, plan.opened[layer], 0)
-        plan.by_slot.index_copy_(0, plan.slots[layer, :count], k)
-        plan.by_slot.index_copy_(0, plan.slots[layer, count:], v)
+        """Store, gather, attend, one sequence after the other. Query heads that share a key head are handled as more
+        queries of that head: in the shapes, group is the number of query heads per key head."""
+        plan.by_slot.index_copy_(0, plan.slots[part.index], torch.cat((k, v)))
         kv_heads, dim = k.shape[1:]
-        group = q.shape[1] // kv_heads
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [T, heads, dim]
-        for those in plan.together:
-            asking = q if those.queries is None else q.index_select(0, those.queries)  # [B * new, heads, dim]
-            size, new = those.ends.shape[:2]
-            gathered = plan.by_page.index_select(0, those.rows[layer])  # [2 * B * pages, slots, kv_heads, dim]
-            keys, values = (
-                x[:, : those.keys].transpose(1, 2)  # [B, kv_heads, keys, dim]
-                for x in gathered.view(2, size, -1, kv_heads, dim)
-            )
-            folded = asking.view(size, new, kv_heads, group, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            mask = those.mask(part.window, group if new > 1 else 1, q.dtype)
+        for piece in plan.pieces:
+            gathered = plan.by_page.index_select(0, piece.pages[part.index])  # [2 * pages, slots, kv_heads, dim]
+            found = gathered.view(2, 1, -1, kv_heads, dim)[:, :, : piece.context].transpose(2, 3)
+            keys, values = found  # each [1, kv_heads, context, dim]
+            asking = q[piece.rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, new, dim]
+            mask = piece.mask(part.window)
+            mask = None if mask is None else mask.repeat(asking.shape[1], 1)  # [group * new, context]
+            folded = asking.flatten(1, 2).unsqueeze(0)
             attended = F.scaled_dot_product_attention(folded, keys, values, mask, scale=part.scale)
-            attended = attended.unflatten(2, (group, new)).permute(0, 3, 1, 2, 4).reshape(asking.shape)
-            if those.queries is None:
-                return attended
-            out.index_copy_(0, those.queries, attended)
+            out[piece.rows] = attended.view(asking.shape).permute(2, 0, 1, 3).flatten(1, 2)
         return out
 
 

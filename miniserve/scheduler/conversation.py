@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_type_hints
@@ -9,10 +10,12 @@ from typing import Literal, NamedTuple, get_type_hints
 import msgspec
 
 from miniserve.cluster.messages import FinishReason
-from miniserve.scheduler.observations import Recent, quantile
+from miniserve.scheduler.observations import quantile
 
 TURNS = 16
 """Turns of a conversation that are remembered one by one: behaviour changes, and memory is bounded."""
+RECENT = 256
+"""Outputs and gaps of all conversations that are remembered, the latest ones."""
 RESERVED_OUTPUT = 256
 """Output tokens expected of a turn before any was seen."""
 OUTPUT_QUANTILE = 0.9
@@ -130,8 +133,8 @@ class History:
     def quantile(self, name: str, q: float) -> float | None:
         """A quantile of one number over the turns that have it; None with fewer than two such turns."""
         column = self._numbers[TurnRecord._fields.index(name) :: COLUMNS]
-        values = sorted(number for number in column if not math.isnan(number))
-        return quantile(values, q) if len(values) > 1 else None
+        values = [number for number in column if not math.isnan(number)]
+        return quantile(values, q, 0.0) if len(values) > 1 else None
 
 
 @dataclass(slots=True)
@@ -167,8 +170,7 @@ class Conversation:
     """Pages that it holds at home while no turn runs, by the `Ledger`."""
     wanted: float = 0.0
     """What of that it is expected to come back for."""
-    expectation: int | None = None
-    """The number of that expectation in the `Ledger`."""
+    expected_until: float | None = None
     began: float = 0.0
     last_end: float = 0.0
     moves: int = 0
@@ -197,8 +199,8 @@ class Forecast:
     is too short."""
 
     def __init__(self) -> None:
-        self._outputs = Recent()
-        self._gaps = Recent()
+        self._outputs: deque[float] = deque(maxlen=RECENT)
+        self._gaps: deque[float] = deque(maxlen=RECENT)
         # By the number of a turn: how many have ended, and after how many of those another turn came.
         self._ended = [0] * (TURNS + 1)
         self._continued = [0] * (TURNS + 1)
@@ -206,11 +208,11 @@ class Forecast:
     def arrived(self, turns: int, gap: float | None) -> None:
         """A turn came `gap` seconds after turn number `turns` had ended; None: no turn was before it."""
         if gap is not None:
-            self._gaps.add(gap)
+            self._gaps.append(gap)
             self._continued[min(turns, TURNS)] += 1
 
     def ended(self, record: TurnRecord) -> None:
-        self._outputs.add(record.output)
+        self._outputs.append(record.output)
         self._ended[min(record.turn, TURNS)] += 1
 
     def output(self, history: History, max_tokens: int | None, said: int | None = None) -> int:
@@ -219,7 +221,7 @@ class Forecast:
         own = history.quantile("output", OUTPUT_QUANTILE)
         if own is None:
             own = said
-        expected = self._outputs.quantile(OUTPUT_QUANTILE, RESERVED_OUTPUT) if own is None else own
+        expected = quantile(self._outputs, OUTPUT_QUANTILE, RESERVED_OUTPUT) if own is None else own
         return max(1, min(int(expected), max_tokens or int(expected)))
 
     def outlook(self, history: History, turn: int) -> tuple[float, float]:
@@ -229,6 +231,6 @@ class Forecast:
         The chance begins at 2/3: agents' conversations go on, and those that are idle now may still do.
         """
         own = history.quantile("gap", 0.5)
-        gap = self._gaps.quantile(0.5, 0.0) if own is None else own
+        gap = quantile(self._gaps, 0.5, 0.0) if own is None else own
         n = min(turn, TURNS)
         return gap, min((self._continued[n] + 2) / (self._ended[n] + 3), 1.0)

@@ -1,9 +1,7 @@
 """The ledger of KV pages: what is promised to turns that run, and what idle conversations hold at their homes."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import count
 
 from miniserve.scheduler.conversation import Conversation, Forecast
 from miniserve.scheduler.turns import Turn
@@ -21,8 +19,7 @@ class Ledger:
     cluster: Cluster
     forecast: Forecast
     late: list[tuple[float, int, Conversation]] = field(default_factory=list)
-    """A heap of (time, number of the expectation, conversation): after that time it is not expected any more."""
-    numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    """A heap of (time, id, conversation): if that is still its `expected_until`, it is not expected any more then."""
 
     def pages(self, tokens: int) -> int:
         """A turn leaves two snapshots of recurrent state."""
@@ -63,8 +60,8 @@ class Ledger:
             conversation.resident, conversation.wanted = pages, pages * chance
             home.resident += conversation.resident
             home.wanted += conversation.wanted
-            conversation.expectation = next(self.numbers)
-            heappush(self.late, (now + LATE_GAPS * gap + LATE_SECONDS, conversation.expectation, conversation))
+            conversation.expected_until = now + LATE_GAPS * gap + LATE_SECONDS
+            heappush(self.late, (conversation.expected_until, id(conversation), conversation))
 
     def let_go(self, conversation: Conversation) -> None:
         """The conversation holds nothing any more: it has a turn, or its home has died, or it is forgotten."""
@@ -76,14 +73,14 @@ class Ledger:
     def give_up_late(self, now: float) -> None:
         """Conversations that have not come back in time are not expected any more."""
         while self.late and self.late[0][0] <= now:
-            _, number, conversation = heappop(self.late)
-            if conversation.expectation == number:
+            late, _, conversation = heappop(self.late)
+            if conversation.expected_until == late:
                 self._give_up(conversation)
 
     def _give_up(self, conversation: Conversation) -> None:
         if home := self._view(conversation.home):
             home.wanted = max(home.wanted - conversation.wanted, 0.0)  # Sums of floats do not cancel exactly.
-        conversation.wanted, conversation.expectation = 0.0, None
+        conversation.wanted, conversation.expected_until = 0.0, None
 
     def _view(self, worker: str | None) -> WorkerView | None:
         """A worker whose books change."""

@@ -4,7 +4,7 @@ Pure: times come in as arguments, in seconds.
 """
 
 import math
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,29 +52,10 @@ class TimeAverage:
         self.at = now
 
 
-class Recent:
-    """The last `size` values, for quantiles."""
-
-    def __init__(self, size: int = 256) -> None:
-        self._values: deque[float] = deque(maxlen=size)
-        self._sorted: list[float] = []
-        """Made when a quantile is asked for: each decision asks for some."""
-
-    def add(self, value: float) -> None:
-        self._values.append(value)
-        self._sorted = []
-
-    def quantile(self, q: float, default: float) -> float:
-        """The value that a share `q` of them does not exceed; `default` without any."""
-        if not self._values:
-            return default
-        self._sorted = self._sorted or sorted(self._values)
-        return quantile(self._sorted, q)
-
-
-def quantile(ordered: list[float], q: float) -> float:
-    """The nearest-rank quantile of a sorted list that is not empty."""
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+def quantile(values: Iterable[float], q: float, default: float) -> float:
+    """The nearest-rank quantile: what a share `q` of them does not exceed; `default` without any."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else default
 
 
 def non_negative_fit(rows: "np.ndarray", counts: "np.ndarray", ridge: float) -> "np.ndarray":

@@ -39,6 +39,11 @@ class Placer:
         self._closed: set[str] = set()
         """Workers that are kept for a suspected turn."""
 
+    @property
+    def placed(self) -> dict[str, int]:
+        """Turns by where they were prefilled and live: `p0->d0`, or `d0` for both."""
+        return {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(self.placements.items())}
+
     def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
         """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible. Gives
         out all commands."""

@@ -208,7 +208,6 @@ class Cluster:
         return [p for p in self.prefillers if p.host == host or p.name in known or p in self._shortest]
 
     def moved(self, move: Move, to: str) -> None:
-        """KV went from one worker to another."""
         self.links.setdefault((move.source, to), Link()).observe(move)
         source, destination = self.worker(move.source), self.worker(to)
         if source and destination:

@@ -40,10 +40,8 @@ class ParsedCalls(NamedTuple):
 
 class CallParser:
     """What parsers share: they look for the end of a JSON object or list, and for the arguments of calls in it. These
-    are certain as long as all was valid JSON, token by token; behind that only brackets and quotes count.
-
-    `begun` are the calls whose arguments have begun; the last may get longer. Empty where calls come whole.
-    """
+    are certain as long as all was valid JSON, token by token; behind that only brackets and quotes count. `begun` are
+    the calls whose arguments have begun, of which the last may get longer; none where calls come whole."""
 
     def __init__(self, schemas: Schemas) -> None:
         self.begun: list[Begun] = []

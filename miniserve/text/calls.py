@@ -1,7 +1,4 @@
-"""Tool calls in JSON: which calls a text describes.
-
-Nothing is ever repaired or guessed: what is not in order is no call.
-"""
+"""Which calls a text in JSON describes. Nothing is ever repaired or guessed: what is not in order is no call."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,4 @@
-"""Text that grows token by token: whole characters only, and never a part of a stop string.
-
-`IncrementalDetokenizer._cut_at_stop` is where a stop string ends the text.
-"""
+"""Text that grows token by token: whole characters only, and never a part of a stop string."""
 
 import codecs
 from collections.abc import Iterable, Sequence

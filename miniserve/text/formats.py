@@ -21,27 +21,23 @@ PIECES = re.compile(r"(\$[A-Z_]+|<<.*?>>)")
 class ToolFormat(msgspec.Struct, frozen=True, kw_only=True):
     """A format of tool calls: `begin`, then each `call` with `separator` between them, then `end`.
 
-    `marks` are all texts of the format that may be tokens of their own. Calls start with the first of them, or with one
-    of `other_starts`; `bare` says that the first call may do without. `parser` names what reads one place where a call
-    starts. `parallel` says that an answer, and a message of the history, may hold several calls. `short_ids` says that
-    chat templates insist on ids of nine letters and digits.
+    `marks` are all texts of the format that may be tokens of their own. Calls start with one of `starts`; `bare` says
+    that the first call may do without. `parser` names what reads one place where a call starts. `parallel` says that an
+    answer, and a message of the history, may hold several calls. `short_ids` says that chat templates insist on ids of
+    nine letters and digits.
     """
 
     name: str
     marks: tuple[str, ...]
+    starts: tuple[str, ...]
     parser: str
     begin: str = ""
     call: str
     separator: str = ""
     end: str = ""
-    other_starts: tuple[str, ...] = ()
     bare: bool = False
     parallel: bool = True
     short_ids: bool = False
-
-    @property
-    def starts(self) -> tuple[str, ...]:
-        return (self.marks[0], *self.other_starts)
 
     def write(self, calls: list[tuple[str, Any]]) -> str:
         """Calls, each a name and its arguments, as a model that was trained on the format writes them."""

@@ -68,11 +68,9 @@ def quoted(text: str) -> str:
 
 
 class Compiler:
-    """Makes matchers of grammars over the vocabulary of one tokenizer. Safe to use from many threads.
-
-    Takes a tenth of a second to make for 50,000 tokens, a second for large vocabularies, and no other thread of the
-    process runs meanwhile: make it before requests come. `vocab_size` may pad the tokenizer's.
-    """
+    """Makes matchers of grammars over the vocabulary of one tokenizer, which `vocab_size` may pad. Safe to use from
+    many threads. To make one takes a tenth of a second for 50,000 tokens, a second for large vocabularies, and no other
+    thread of the process runs meanwhile: make it before requests come."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int = 0) -> None:
         self.vocab_size = max(vocab_size, tokenizer.vocab_size)

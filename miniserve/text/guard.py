@@ -32,11 +32,9 @@ def encode_all(backend: tokenizers.Tokenizer, texts: list[str], add_special_toke
 
 
 class HiddenTexts:
-    """The texts of one request that sentinels stand for.
-
-    A sentinel is all private-use characters, so that no template's filter (trim, upper, tojson) changes it: U+E000,
-    80 random bits that are the same in the whole request, the digits of the text's number, U+E001.
-    """
+    """The texts of one request that sentinels stand for. These are all private-use characters, so that no template's
+    filter (trim, upper, tojson) changes them: U+E000, 80 random bits that are the same in the whole request, the digits
+    of the text's number, U+E001."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -53,11 +51,8 @@ class HiddenTexts:
 
 
 class Guard:
-    """Finds text that is a control token, or that could become one beside other text.
-
-    A string that ends with the beginning of a token, or begins with the end of one, is marked there too: a template
-    may join two strings (parts of a content, a role between brackets).
-    """
+    """Finds text that is a control token, or that could become one where a template joins two strings (parts of a
+    content, a role between brackets): the end of a token at the beginning, the beginning of one at the end."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = frozenset(tokens)
@@ -82,10 +77,8 @@ class Guard:
 
 
 class GuardedEncoder:
-    """Hides the control tokens that a request spells, and encodes the rendered text without them.
-
-    `control` maps the ids of all control tokens to their text, `special` are those of them that are special tokens.
-    """
+    """Hides the control tokens that a request spells, and encodes the rendered text without them. `control` maps the
+    ids of all control tokens to their text, `special` are those of them that are special tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer, control: Mapping[int, str], special: frozenset[int]) -> None:
         self._backend = backend
@@ -98,14 +91,21 @@ class GuardedEncoder:
             token.normalized for i, token in backend.get_added_tokens_decoder().items() if i in control
         )
 
-    def hide(self, value: Any, hidden: HiddenTexts) -> Any:
-        """A copy of a JSON value in which sentinels stand for all that spells a control token."""
-        return self._hidden(value, self._all, hidden)
-
-    def hide_in_message(self, message: dict[str, Any], hidden: HiddenTexts) -> dict[str, Any]:
-        """The same of a message, without keys that are null: templates expect a missing key there."""
-        guard = self._special if message.get("role") == "assistant" else self._all
-        return self._hidden({key: value for key, value in message.items() if value is not None}, guard, hidden)
+    def hide(self, value: Any, hidden: HiddenTexts, *, own: bool = False) -> Any:
+        """A copy of a JSON value in which sentinels stand for all that spells a control token; in the model's `own`
+        words, for special tokens."""
+        if isinstance(value, dict):
+            return {self.hide(k, hidden, own=own): self.hide(v, hidden, own=own) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(item, hidden, own=own) for item in value]
+        if not isinstance(value, str):
+            return value
+        guard = self._special if own else self._all
+        marked = guard.mark(value, hidden)
+        if self._odd_spellings and marked == value:
+            ids = encode_all(self._backend, [value])[0]
+            return hidden.new(value) if any(self._control.get(i) in guard.tokens for i in ids) else value
+        return marked
 
     def encode(self, parts: list[tuple[str, bool]]) -> list[int]:
         """Token ids of (text, was hidden) parts, as `HiddenTexts.split` gives them. Control tokens come only from texts
@@ -127,19 +127,6 @@ class GuardedEncoder:
         first, *rest = self._plain_ids(runs)
         return [*first, *(i for control, ids in zip(controls, rest, strict=True) for i in (control, *ids))]
 
-    def _hidden(self, value: Any, guard: Guard, hidden: HiddenTexts) -> Any:
-        if isinstance(value, str):
-            marked = guard.mark(value, hidden)
-            if self._odd_spellings and marked == value:
-                ids = encode_all(self._backend, [value])[0]
-                return hidden.new(value) if any(self._control.get(i) in guard.tokens for i in ids) else value
-            return marked
-        if isinstance(value, dict):
-            return {self._hidden(k, guard, hidden): self._hidden(v, guard, hidden) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._hidden(item, guard, hidden) for item in value]
-        return value
-
     def _plain_ids(self, runs: list[str]) -> list[list[int]]:
         """Token ids of texts that hold no control tokens, whatever they spell; the first begins the whole text."""
         start, inner = self._plain_backends
@@ -154,11 +141,8 @@ class GuardedEncoder:
 
     @cached_property
     def _plain_backends(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-        """Tokenizers without control tokens, for the beginning of a text and for its inside.
-
-        They are copies of a vocabulary that may be big, so they are made when they are first needed; threads that need
-        them at the same time may each make some.
-        """
+        """Tokenizers without control tokens, for the beginning of a text and for its inside. Made when they are first
+        needed, since their vocabulary may be big; threads that need them at the same time may each make some."""
         data = json.loads(self._backend.to_str())
         data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] not in self._control]
         # Templates of special tokens may name what is no longer there; they are not applied here anyway.

@@ -6,17 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WrapValidator, model_validator
 
 from miniserve.config import problem, tables
 from miniserve.text.template import Message
@@ -149,7 +139,7 @@ def complaint(error: Mapping[str, Any]) -> tuple[str, str]:
     return path, error["msg"].removeprefix("Value error, ").rstrip(".")
 
 
-def _no_function_call(value: Any) -> None:
+def _no_function_call(value: Any, _: object) -> None:
     if value is not None:
         raise ValueError("This is not supported: use `tool_calls`, and for the result the role 'tool'")
 
@@ -163,7 +153,7 @@ class ChatMessage(Body):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     """Another name of `reasoning_content`."""
-    function_call: Annotated[None, BeforeValidator(_no_function_call)] = None
+    function_call: Annotated[None, WrapValidator(_no_function_call)] = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:

@@ -32,12 +32,9 @@ DEMANDS: dict[str, list[list[str]]] = TABLES["demands"]
 
 
 class ChatTemplates:
-    """The compiled templates of a model. Immutable, safe to use from many threads.
-
-    `texts` maps names (`default`, `tool_use`) to jinja text and `variables` what every template sees (`bos_token`).
-    `settable` are the variables that requests may set: those that the templates read. Raises `ParameterError` for text
-    that is no jinja.
-    """
+    """The compiled templates of a model: `texts` maps names (`default`, `tool_use`) to jinja text, `variables` are
+    those that all see (`bos_token`), and `settable` those that templates read and requests may set. Immutable, safe to
+    use from many threads. Raises `ParameterError` for text that is no jinja."""
 
     def __init__(self, texts: dict[str, str], variables: dict[str, str]) -> None:
         self._variables = variables
@@ -49,19 +46,15 @@ class ChatTemplates:
                 self._compiled[name] = environment.from_string(text)
                 self.settable |= find_undeclared_variables(environment.parse(text))
             except jinja2.TemplateError as error:
-                raise ParameterError(
-                    "chat_template", f"The chat template is not valid jinja: {error.message}"
-                ) from error
+                said = f"The chat template is not valid jinja: {error.message}"
+                raise ParameterError("chat_template", said) from error
         self.settable -= RESERVED | variables.keys() | environment.globals.keys()
 
     def render(
         self, messages: list[Message], tools: Any, add_generation_prompt: bool, end: str, variables: dict[str, Any]
     ) -> str:
-        """The rendered text. `variables` are the request's own.
-
-        Where `end` is not empty it is put after the last message's content (which is changed in place), and it and
-        what the template adds after it are cut off. Raises `ParameterError`.
-        """
+        """The rendered text. `variables` are the request's own. Where `end` is not empty it is put after the last
+        message's content (which is changed in place), and the text ends before it. Raises `ParameterError`."""
         template = self._compiled.get("tool_use") if tools else None
         template = template or self._compiled.get("default") or next(iter(self._compiled.values()), None)
         if template is None:

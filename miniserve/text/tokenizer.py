@@ -8,6 +8,7 @@ messages cannot forge control tokens (`guard.py`).
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,10 +26,8 @@ log = logging.getLogger("miniserve.text")
 
 
 def byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in byte-level vocabularies.
-
-    Printable Latin-1 stands for itself; the others take the characters from U+0100 on, in order.
-    """
+    """Byte -> the printable character that stands for it in byte-level vocabularies: in printable Latin-1 itself, for
+    the others those from U+0100 on, in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (b for b in range(256) if b not in set(plain))
     return {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -73,8 +72,9 @@ class Tokenizer:
         self._control_ids = {text: i for i, text in control.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._bytes: dict[int, bytes] = {}
         self._bytes_of = _byte_reader(backend)
+        self.token_bytes = cache(self._token_bytes)
+        """The exact bytes a token stands for, special ones included; empty for ids the tokenizer does not know."""
         self._guarded = GuardedEncoder(backend, control, self.special_ids)
         special = read_object(folder / "special_tokens_map.json") | settings
         texts = {name: text for name, value in special.items() if (text := _token_text(value)) and "_token" in name}
@@ -93,10 +93,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path, chat_template: str | None = None) -> Self:
         """From a model's folder. `chat_template`: a file or the text of a template to use instead of the model's own.
-
         Raises `ParameterError` where there is no usable tokenizer or the template is not jinja, and `ConfigError` for a
-        file that is no JSON object.
-        """
+        file that is no JSON object."""
         folder = Path(folder)
         settings = read_object(folder / "tokenizer_config.json")
         if (path := folder / "tokenizer.json").is_file():
@@ -118,21 +116,10 @@ class Tokenizer:
         # As with `encode`: the call for one keeps the GIL.
         return str(self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
-    def token_bytes(self, token: int) -> bytes:
-        """The exact bytes a token stands for, special ones included; empty for ids the tokenizer does not know."""
-        found = self._bytes.get(token)
-        if found is None:
-            if (added := self._added.get(token)) is not None:
-                found = added.encode()
-            else:
-                text = self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None
-                found = b"" if text is None else self._bytes_of(text)
-            self._bytes[token] = found
-        return found
-
-    def token_str(self, token: int) -> str:
-        """A token as the vocabulary spells it (`\u0120hello`); empty for ids the tokenizer does not know."""
-        return self._backend.id_to_token(token) or ""
+    def _token_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        return self._bytes_of(self._backend.id_to_token(token) or "") if 0 <= token < self.vocab_size else b""
 
     def control_id(self, text: str) -> int | None:
         return self._control_ids.get(text)
@@ -156,18 +143,17 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation rendered by the chat template.
-
-        `continue_final_message` leaves the last message open, for the model to go on with. `template_kwargs` are
-        further variables of the template (`enable_thinking`). Raises `ParameterError`.
-        """
+        """Token ids of a conversation rendered by the chat template, whose further variables are `template_kwargs`.
+        `continue_final_message` leaves the last message open, for the model to go on with. Raises `ParameterError`."""
         if not messages:
             raise ParameterError("messages", "`messages` must hold at least one message.")
         if continue_final_message and add_generation_prompt:
             raise ParameterError("continue_final_message", problem("text.continued_or_begun"))
         hidden = HiddenTexts()
+        # Templates expect a missing key where a message has null.
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
         text = self._templates.render(
-            [self._guarded.hide_in_message(message, hidden) for message in messages],
+            [self._guarded.hide(message, hidden, own=message.get("role") == "assistant") for message in said],
             self._guarded.hide(tools, hidden) if tools else None,
             add_generation_prompt,
             hidden.new("") if continue_final_message else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import Counters
+from miniserve.kv.disk import Disk
 from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Admission, Deferral, Sequence, State
@@ -14,11 +15,12 @@ from miniserve.worker.snapshots import Snapshots
 @dataclass(eq=False)
 class Admissions:
     """Finds the KV that a sequence can begin with, and reserves the pages it lacks. `host`, if any, keeps what `pool`
-    has evicted; with `snapshots` what is found ends at one of these. `watermark` pages are kept back for running
-    sequences to grow into: admitting one must not at once preempt another."""
+    has evicted, and `disk` what turns have left; with `snapshots` what is found ends at one of these. `watermark` pages
+    are kept back for running sequences to grow into: admitting one must not at once preempt another."""
 
     pool: PagePool
     host: HostPool | None
+    disk: Disk | None
     snapshots: Snapshots | None
     page_tokens: int
     watermark: int
@@ -26,6 +28,12 @@ class Admissions:
     def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters, now: float) -> Admission:
         """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
         prompt is computed, here or elsewhere."""
+        if self.disk is not None:
+            if sequence.load is None:
+                findable = sequence.hashes(self.page_tokens)[: sequence.findable // self.page_tokens]
+                sequence.load = self.disk.load(findable, sequence.needed_soon, now)
+            if now < sequence.load.deadline:
+                return Admission.LOADING
         if (deferral := sequence.deferral) is not None and self._holds(deferral, sequence, running, now):
             return deferral.admission
         matched, slots, known = self._match(sequence)
@@ -51,6 +59,8 @@ class Admissions:
         sequence.pages, sequence.arriving = matched + pages[:missing], pages[missing:]
         sequence.computed = found * self.page_tokens
         sequence.registered = len(matched)
+        if sequence.load is not None and sequence.load.hashes and sequence.missing < sequence.computed:
+            sequence.prefill_at = None  # who chose a prefiller could not know that most of it is on disk
         if self.host is not None and slots:
             self.host.restore(slots, sequence.pages[len(matched) : found], now)
             sequence.register(self.pool, self.page_tokens)

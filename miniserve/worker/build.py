@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 
 import torch
 
@@ -12,7 +14,9 @@ from miniserve.cluster.launch import WorkerSpec
 from miniserve.cluster.messages import Facts
 from miniserve.cluster.rank_messages import RankCommand
 from miniserve.config import ConfigError, EngineConfig, format_bytes, problem
+from miniserve.kv.disk import Disk
 from miniserve.kv.eviction import make_order
+from miniserve.kv.files import Folder
 from miniserve.kv.host import HostPool
 from miniserve.kv.memory import KVMemory
 from miniserve.kv.pages import PagePool
@@ -21,7 +25,7 @@ from miniserve.kv.swap import SwapSpace
 from miniserve.model.config import ModelConfig
 from miniserve.model.transformer import Transformer
 from miniserve.model.weights import load_weights
-from miniserve.ops import make_ops
+from miniserve.ops import DRAFT_ROWS, make_ops
 from miniserve.ops.group import Group, make_group
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.grammar import Compiler
@@ -107,14 +111,24 @@ def build(
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(problem("worker.out_of_memory", tokens=choices.budget, error=error)) from error
+    layout = choices.layout(config, ops)
     num_pages, kv_note = _least(group, size[0], device), size[1]
     if group.ranks > 1:
         kv_note += f"; {num_pages} pages on each of {group.ranks} ranks"
     memory = KVMemory(choices.shape, num_pages, device, choices.snapshot)
-    host = None
+    host = disk = None
     if choices.swap_pages:
-        host = HostPool(SwapSpace(memory, choices.swap_pages, tell=tell), make_order(config.kv_eviction))
+        swap = SwapSpace(memory, choices.swap_pages, tell=tell)
+        host = HostPool(swap, make_order(config.kv_eviction))
         kv_note += f"; {host.num_pages} pages = {format_bytes(host.num_pages * choices.shape.bytes)} of swap space"
+    order, on_evict = make_order(config.kv_eviction), None if host is None else host.store
+    pool = PagePool(num_pages, order, caching=config.enable_prefix_caching, on_evict=on_evict)
+    if config.kv_disk and host is not None:
+        if group.ranks > 1 or choices.state:
+            kv_note += "; none on disk, which is for workers of one device and models without recurrent state"
+        else:
+            disk = Disk(_folder(config, choices, layout, swap), host, pool)
+            kv_note += f"; at most {format_bytes(config.kv_disk_size)} on disk"
     if choices.state:
         kv_note += (
             f"; a snapshot of recurrent state takes {choices.snapshot} pages = "
@@ -132,8 +146,6 @@ def build(
     except ParameterError as error:
         raise ConfigError(error.message) from error
     runner = ModelRunner(transformer, memory, eos, graphs, state, tell)
-    order, on_evict = make_order(config.kv_eviction), None if host is None else host.store
-    pool = PagePool(num_pages, order, caching=config.enable_prefix_caching, on_evict=on_evict)
     engine = Engine(
         runner,
         pool,
@@ -142,11 +154,12 @@ def build(
         max_num_seqs=choices.sequences,
         max_model_len=choices.max_model_len,
         host=host,
+        disk=disk,
         snapshots=Snapshots(states, pool, host, config.block_size) if states else None,
         grammars=grammars,
         pace=Pace(choices.budget, config.step_stretch) if config.step_stretch else None,
         overlap=choices.overlap,
-        draft_rows=ops.draft_rows if choices.drafts else 0,
+        draft_rows=DRAFT_ROWS if choices.drafts else 0,
     )
     facts = Facts(
         dtype=str(choices.dtype).removeprefix("torch."),
@@ -160,7 +173,18 @@ def build(
         phases=phases,
         kv_note=kv_note,
     )
-    return Built(engine, runner, grammars, memory, model, choices.layout(config, ops), facts)
+    return Built(engine, runner, grammars, memory, model, layout, facts)
+
+
+def _folder(config: EngineConfig, choices: sizing.Choices, layout: str, swap: SwapSpace) -> Folder:
+    """Where KV lies on disk: a folder for each layout and set of weights. Raises `ConfigError`."""
+    assert config.kv_disk is not None
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in choices.files.weights]
+    name = blake2b(repr((layout, weights)).encode(), digest_size=8).hexdigest()
+    try:
+        return Folder(Path(config.kv_disk).expanduser() / name, config.kv_disk_size, swap.bytes)
+    except OSError as error:
+        raise ConfigError(problem("worker.disk", folder=config.kv_disk, error=error)) from error
 
 
 def _least(group: Group, number: int, device: torch.device) -> int:

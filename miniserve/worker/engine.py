@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from miniserve.cluster.messages import Counters, Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
+from miniserve.kv.disk import Disk
 from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
 from miniserve.worker.admission import Admissions
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Engine:
     """Owns the sequences and the page pool of one worker; `runner` owns the model and the bytes of the pool. `host`, if
-    any, keeps what `pool` evicts; `snapshots` has the recurrent state of a model that has one; `grammars` compiles
-    those of turns that have one.
+    any, keeps what `pool` evicts, and `disk` what turns leave; `snapshots` has the recurrent state of a model that has
+    one; `grammars` compiles those of turns that have one.
 
     Use it as `add`, then `admit` and `step` in turns while there is work. Every sequence in `running` holds pages for
     all the tokens it was admitted with, so a prefill never runs out in the middle.
@@ -54,6 +55,7 @@ class Engine:
     max_num_seqs: int
     max_model_len: int
     host: HostPool | None = None
+    disk: Disk | None = None
     snapshots: Snapshots | None = None
     grammars: Grammars | None = None
     pace: Pace | None = None
@@ -72,7 +74,7 @@ class Engine:
         self._ended = 0.0
         """When the last step ended."""
         watermark = max(1, self.pool.num_pages // 100)
-        self._admissions = Admissions(self.pool, self.host, self.snapshots, self.page_tokens, watermark)
+        self._admissions = Admissions(self.pool, self.host, self.disk, self.snapshots, self.page_tokens, watermark)
         self._batching = Batching(
             pool=self.pool,
             page_tokens=self.page_tokens,
@@ -92,9 +94,9 @@ class Engine:
         return self._in_flight is not None or any(s.state is State.RUNNING for s in self.running)
 
     @property
-    def compiling(self) -> bool:
-        """Whether a sequence waits for its grammar: `admit` should look again soon."""
-        return any(s.state is State.COMPILING for s in self.waiting)
+    def expecting(self) -> bool:
+        """Whether a grammar is being compiled, or a disk is at work: `admit` should look again soon."""
+        return (self.disk is not None and self.disk.busy) or any(s.state is State.COMPILING for s in self.waiting)
 
     @property
     def queued_prefill_tokens(self) -> int:
@@ -134,6 +136,8 @@ class Engine:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
+        if self.disk is not None and sequence.prefill_for is None:
+            self.disk.leave(sequence.hashes(self.page_tokens)[: sequence.registered], sequence.keep, self.clock())
         self.unpublish(sequence)
 
     def history(self, hashes: list[bytes]) -> list[int]:
@@ -169,16 +173,20 @@ class Engine:
         self.pool.clear()
         if self.host is not None:
             self.host.clear()
+        if self.disk is not None:
+            self.disk.clear()
         if self.snapshots is not None:
             self.snapshots.saved = self.snapshots.used = 0
         self.counters = Counters()
 
     def admit(self) -> list[Sequence]:
-        """Give pages to waiting sequences in their order, as many as fit. One that waits for its grammar, or for a page
-        that is just being computed, lets the others pass.
+        """Give pages to waiting sequences in their order, as many as fit. One that waits for its grammar, for pages
+        from disk, or for a page that is just being computed, lets the others pass.
 
         Returns those whose KV comes from another worker: all their pages are reserved now.
         """
+        if self.disk is not None:
+            self.disk.poll(self.clock())
         passed: list[Sequence] = []
         receiving: list[Sequence] = []
         while self.waiting and len(self.running) < self.max_num_seqs:
@@ -188,7 +196,7 @@ class Engine:
                 break
             if admission is Admission.ADMITTED and sequence.state is not State.RUNNING:
                 receiving.append(sequence)
-            elif admission in (Admission.COMPILING, Admission.SHARED):
+            elif admission in (Admission.COMPILING, Admission.LOADING, Admission.SHARED):
                 passed.append(self.waiting.popleft())
         self.waiting.extendleft(reversed(passed))
         return receiving

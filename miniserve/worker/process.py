@@ -78,7 +78,7 @@ class Worker:
         round that computed nothing is followed by a rest."""
         if not self._idle:
             return 0.0
-        soon = self.handoffs.receiver.copying or self.engine.compiling
+        soon = self.handoffs.receiver.copying or self.engine.expecting
         return SOON_SECONDS if soon else min(IDLE_SECONDS, self.handoffs.patience / SIGNS_OF_LIFE)
 
     def work(self, heard: list[messages.Envelope]) -> None:
@@ -185,7 +185,8 @@ class Worker:
         self._reported = now
 
     def _stats(self) -> messages.WorkerStats:
-        engine, pool, host, kept = self.engine, self.engine.pool, self.engine.host, self.engine.snapshots
+        engine, pool, host, disk = self.engine, self.engine.pool, self.engine.host, self.engine.disk
+        kept = engine.snapshots
         return messages.WorkerStats(
             total_pages=pool.num_pages,
             free_pages=pool.num_free,
@@ -201,6 +202,8 @@ class Worker:
             host_pages=host.num_used if host else 0,
             offloaded=host.offloaded if host else 0,
             restored=host.restored if host else 0,
+            saved=disk.saved if disk else 0,
+            loaded=disk.loaded if disk else 0,
             snapshots=pool.snapshot_pages // kept.slots.pages if kept else 0,
             snapshots_saved=kept.saved if kept else 0,
             snapshots_used=kept.used if kept else 0,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
 from miniserve.config import tables
+from miniserve.kv.disk import Load
 from miniserve.kv.hashing import extend_hash, page_hashes, root_hash
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
@@ -50,6 +51,7 @@ class Admission(Enum):
 
     ADMITTED = "admitted"
     COMPILING = "its grammar is being compiled"
+    LOADING = "its first pages come from disk"
     REFUSED = "its grammar cannot be followed"
     SHARED = "a running prefill computes the next page of its prefix"
     NO_PAGES = "there are not enough pages"
@@ -106,6 +108,8 @@ class Sequence:
     share_history: bool = False
     keep: Keep = Keep()  # noqa: RUF009 - immutable
     state: State = State.WAITING
+    load: Load | None = None
+    """What was asked of the disk for it, if anything."""
     deferral: Deferral | None = None
     """Why it did not get its pages when it was last tried, while it waits."""
     pages: list[int] = field(default_factory=list)

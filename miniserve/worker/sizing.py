@@ -68,7 +68,8 @@ class Choices:
         device = choose_device(config.device, rank)
         dtype = choose_dtype(config.dtype, model, device)
         shape = PageShape(model.kv_layers, config.block_size, model.kv_heads, model.head_dim, dtype)
-        state = StateShape(**vars(model.delta), layers=model.state_layers, dtype=dtype) if model.delta else None
+        recurrent = len(model.layers) - model.kv_layers
+        state = StateShape(**vars(model.delta), layers=recurrent, dtype=dtype) if model.delta else None
         on_gpu = device.type == "cuda"
         budget = config.max_num_batched_tokens or (CUDA_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS)
         overlap = on_gpu if config.async_scheduling is None else config.async_scheduling
@@ -294,4 +295,6 @@ def swap_pages(config: EngineConfig, shape: PageShape) -> int:
     """Pages that fit the swap space, 0 if there is to be none. Raises `ConfigError` for one that holds nothing."""
     if 0 < config.swap_space < shape.bytes:
         raise ConfigError(problem("worker.swap", given=config.swap_space, page=format_bytes(shape.bytes, up=True)))
+    if config.kv_disk and not config.swap_space:
+        raise ConfigError(problem("worker.disk_alone"))
     return config.swap_space // shape.bytes if config.enable_prefix_caching else 0

@@ -171,7 +171,7 @@ def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) ->
     memory = KVMemory(PageShape(config.kv_layers, 16, config.kv_heads, config.head_dim, dtype), len(pages), device)
     state = None
     if (delta := config.delta) is not None:
-        shape = StateShape(**vars(delta), layers=config.state_layers, dtype=dtype)
+        shape = StateShape(**vars(delta), layers=len(config.layers) - config.kv_layers, dtype=dtype)
         slots = StateMemory(shape, 1, memory)
         state = slots.state
     found = []

@@ -169,8 +169,8 @@ async def test_the_page_asks_below_the_prefix(tokenizer: Tokenizer) -> None:
         ("POST", "/v1/models/none", None),
         ("POST", "/v1/messages/batches", None),
         ("PUT", "/dashboard/none", None),
-        ("POST", "/conversations/c1", "GET, HEAD"),
-        ("DELETE", "/v1/models/tiny", "GET, HEAD"),
+        ("POST", "/conversations/c1", None),
+        ("DELETE", "/v1/models/tiny", None),
         ("POST", "/health", "GET, HEAD"),
         ("GET", "/v1/messages", "POST"),
         ("PATCH", "/docs", "GET, HEAD"),
@@ -182,12 +182,6 @@ async def test_only_what_is_there_can_have_a_wrong_method(api: Api, method: str,
     assert answer.headers.get("allow") == allow
     says = "The wrong method: " if allow else "There is nothing at "
     assert f"{says}{method} {path}." in answer.json()["error"]["message"]
-
-
-async def test_a_stored_response_is_there(api: Api) -> None:
-    stored = (await api.http.post("/v1/responses", json={"input": "Hi"})).json()["id"]
-    answer = await api.http.post(f"/v1/responses/{stored}")
-    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD")
 
 
 # --- the Anthropic API ----------------------------------------------------------------------------------------------

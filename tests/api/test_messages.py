@@ -302,7 +302,7 @@ async def test_thinking_and_formats(tmp_path: Path) -> None:
         ({"tools": [{"name": "a b", "input_schema": SCHEMA}]}, "`tools[0].name` must be"),
         ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "`tools[0].input_schema` must be"),
         ({"tool_choice": {"type": "any"}}, "needs `tools`"),
-        ({"tool_choice": {"type": "tool"}}, "needs `name`"),
+        ({"tool_choice": {"type": "tool"}}, '"tool" with `name`'),
         ({"stop_sequences": [""]}, "`stop_sequences[0]`"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "`output_config.format`"),
         ({"tools": [WEATHER, WEATHER]}, "Two tools are called 'weather'"),

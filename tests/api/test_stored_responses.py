@@ -128,8 +128,10 @@ async def test_items_that_are_left_out_keep_their_id(api: ResponsesServer) -> No
     assert listed[1] == {"type": "web_search_call", "id": "ws_1"}
 
 
-def test_the_store_is_bounded() -> None:
-    store = ResponseStore("response", max_responses=3, max_tokens=100)
+def test_the_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miniserve.api.responses.store.MAX_RESPONSES", 3)
+    monkeypatch.setattr("miniserve.api.responses.store.MAX_TOKENS", 100)
+    store = ResponseStore("response")
     for number in range(4):
         store.put(str(number), Stored((number,), 10, ""))
     assert store.get("0") is None
@@ -142,8 +144,9 @@ def test_the_store_is_bounded() -> None:
     assert len(store._stored) == 1
     store.put("7", Stored((), 50, "", b"x" * 204))
     assert len(store._stored) == 0
-    assert not store.delete("7")
+    store.delete("7")
     store.put("8", Stored((), 50, "", b"x" * 200))
-    assert store.delete("8")
+    assert store.get("8") is not None
+    store.delete("8")
     store.put("9", Stored((), 100, ""))
     assert len(store._stored) == 1

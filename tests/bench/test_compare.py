@@ -37,6 +37,7 @@ def test_a_comparison(tmp_path: Path, capsys):
     assert repeated["ttfet_s"] == cells[0]["ttfet_s"]
 
 
+@pytest.mark.long
 def test_a_comparison_on_real_workers(tiny_folder: Path, tmp_path: Path, capsys):
     """Each cell has a server of its own, which is gone afterwards."""
     pytest.importorskip("aiohttp")

@@ -12,12 +12,13 @@ import pytest
 
 from miniserve.bench.replay.answer import Answer, TurnError, session
 from miniserve.bench.replay.metrics import TurnTimes
-from miniserve.bench.replay.server import TargetServer, describe
+from miniserve.bench.replay.server import describe
+from miniserve.client import ApiClient
 from miniserve.hub import resolve as hub
 from miniserve.text.tokenizer import Tokenizer
 from scripts import bench_peers
 from scripts.scenarios import Figures, RandomPrompts, Scenarios, side_by_side
-from tests.support.spoken import SpokenEngine, serving, spoken
+from tests.support.spoken import SpokenEngine, asking_for, serving, spoken
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def run(url: str, folder: Path, scenario: Callable[[Scenarios], Awaitable[Figure
     async def on_server() -> Figures:
         async with session(None) as http:
             return await scenario(
-                Scenarios(http, await describe(http, url, None), RandomPrompts(folder, 1), timeout=5.0)
+                Scenarios(http, describe(ApiClient.around(url, None), None), RandomPrompts(folder, 1), timeout=5.0)
             )
 
     return asyncio.run(on_server())
@@ -116,11 +117,7 @@ def test_streams_that_fail_are_errors_and_all_of_them_raise(folder: Path, tokeni
 def test_a_second_turn_goes_on_from_the_first(folder: Path, tokenizer: Tokenizer, ids: str) -> None:
     engine = SpokenEngine(PAUSE)
     engine.trouble = lambda tokens: {"cached": 288 if len(engine.turns) == 1 else 0}
-    with serving(engine, tokenizer) as url, pytest.MonkeyPatch.context() as patch:
-        if ids == "missing":  # as from a server that does not return them
-            whole = TargetServer.body
-            without = {"return_token_ids": None}
-            patch.setattr(TargetServer, "body", lambda self, *asked: whole(self, *asked[:2], without))
+    with serving(engine, tokenizer) as url, asking_for(ids):
         found = run(url, folder, lambda on: on.turn2(history=300, new=20, output=4))
     first, second, cold = engine.turns
     assert second.tokens[:300] == first.tokens

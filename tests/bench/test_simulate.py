@@ -98,11 +98,7 @@ def test_energy_counts_busy_and_idle_time():
     assert result["energy"]["tokens_per_joule"] == pytest.approx(111 / (busy * 110))
     unknown = msgspec.structs.replace(PLAIN, busy_watts=None)
     result = simulate(simulated(scripts(1), "1D", "colocated", hardware=unknown))
-    assert result["energy"] == {
-        "joules": None,
-        "tokens_per_joule": None,
-        "output_tokens_per_joule": None,
-    }
+    assert result["energy"] is None
 
 
 def test_without_prefix_caching_nothing_is_found():
@@ -370,3 +366,34 @@ def test_the_flag_of_serve_gives_host_memory(tmp_path: Path):
         return json.loads((tmp_path / "out").read_text())["cached_tokens"]
 
     assert cached("--swap-space", "16GiB") > 1.1 * cached()
+
+
+# --- a disk ---------------------------------------------------------------------------------------------------------
+
+
+def with_disk(pages: int, rate: float = 1e7) -> Simulation:
+    """As `with_host(100)`, and a disk that holds `pages`."""
+    hardware = msgspec.structs.replace(PLAIN, host_bytes_per_second=1e7, swap_space=100 * PAGE, disk_space=pages * PAGE)
+    hardware = msgspec.structs.replace(hardware, disk_bytes_per_second=rate)
+    made = Simulation(
+        simulated(scripts(60, turns=4, first=300, gap=60.0), "2D", "observe", rate=1.0, hardware=hardware)
+    )
+    made.run()
+    for worker in made.workers.values():
+        assert worker.disk.pieces.total <= pages * PAGE
+        check_pool(worker.pool)
+    return made
+
+
+def test_what_host_memory_lacks_room_for_comes_back_from_disk():
+    without, some, much = (with_disk(pages) for pages in (0, 600, 5000))
+    read = [sum(worker.worker._stats().loaded for worker in made.workers.values()) for made in (without, some, much)]
+    assert 0 == read[0] < read[1] < read[2]
+    assert later_ttft(some) < 0.9 * later_ttft(without)
+    assert later_ttft(much) < 0.8 * later_ttft(some)
+    assert [times.turns for times in with_disk(600).times] == [times.turns for times in some.times]
+
+
+def test_a_slow_disk_is_left_alone():
+    slow = with_disk(5000, rate=10.0)
+    assert sum(worker.worker._stats().loaded for worker in slow.workers.values()) == 0

@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 
 from miniserve.cli import main as cli
 from miniserve.cli import top as terminal_top
-from miniserve.cli.client import ApiClient
+from miniserve.client import ApiClient
 from miniserve.config import ConfigError
 from miniserve.hub import resolve as hub
 from miniserve.text.tokenizer import Tokenizer

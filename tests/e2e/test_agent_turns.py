@@ -57,7 +57,7 @@ RESULTS = [
 async def api(client: Dispatcher, tokenizer: Tokenizer) -> AsyncIterator[openai.AsyncOpenAI]:
     """The stock client of a server around `client`."""
     config = ServeConfig(engine=EngineConfig(model="m"), served_model_names=["m"])
-    feed = Feed(client.scheduler, client.policy_name)
+    feed = Feed(client.scheduler)
     app = create_app(Service(config, client, tokenizer, {}, Compiler(tokenizer)), feed)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=120) as http:
         yield openai.AsyncOpenAI(base_url="http://m/v1", api_key="none", max_retries=0, http_client=http)
@@ -152,7 +152,11 @@ def answers() -> list[list[tuple[str, str]]]:
     return []
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+OFTEN = "observe", "disaggregated"
+CASES = [*OFTEN, *(pytest.param(policy, marks=pytest.mark.long) for policy in POLICIES if policy not in OFTEN)]
+
+
+@pytest.mark.parametrize("policy", CASES)
 async def test_six_turns_of_calls(folder: Path, policy: str, answers: list[list[tuple[str, str]]]) -> None:
     answers.append(await six_turns(folder, policy))
     assert answers[-1] == answers[0]

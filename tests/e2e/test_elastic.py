@@ -26,7 +26,7 @@ async def turn(client, tokens: list[int], key: str, count: int) -> tuple[list[in
     return text, cached
 
 
-@pytest.mark.parametrize("model", ["tiny_folder", "hybrid_folder"])
+@pytest.mark.parametrize("model", ["tiny_folder", pytest.param("hybrid_folder", marks=pytest.mark.long)])
 async def test_conversations_move_before_their_home_goes(request: pytest.FixtureRequest, model: str) -> None:
     folder: Path = request.getfixturevalue(model)
     items = prompts(4, seed=1, shortest=60)
@@ -90,7 +90,7 @@ async def test_over_http(tiny_folder: Path) -> None:
 
     async with cluster(tiny_folder, "1D", "observe") as client:
         config = ServeConfig(engine=EngineConfig(model=str(tiny_folder)), served_model_names=["m"], api_key="k")
-        app = http_app(config, resolve(str(tiny_folder)), client, Feed(client.scheduler, "observe"))
+        app = http_app(config, resolve(str(tiny_folder)), client, Feed(client.scheduler))
         headers = {"Authorization": "Bearer k"}
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://m", headers=headers, timeout=60) as http:

@@ -16,7 +16,7 @@ import pytest
 
 from miniserve.hub import resolve as hub
 from miniserve.monitor import events
-from miniserve.monitor.events import Feed, FeedEvent, Listener
+from miniserve.monitor.events import Feed, Listener, feed_event
 from miniserve.monitor.views import worker_list
 from miniserve.text.tokenizer import Tokenizer
 from tests.support.api import Api, error_of, make_app, serving
@@ -78,7 +78,7 @@ async def test_the_state_of_workers_and_turns_comes_first(tokenizer: Tokenizer) 
         start = await until(stream, "start")
         assert start["policy"] == "observe"
         assert start["unix_time"] == pytest.approx(time.time(), abs=5)
-        expected = worker_list(engine.scheduler, "observe", start["time"])
+        expected = worker_list(engine.scheduler, start["time"])
         workers = await until(stream, "workers")
         assert [(w["name"], w["kv"]) for w in workers["data"]] == [(w["name"], w["kv"]) for w in expected["data"]]
         turns = await until(stream, "turns")
@@ -135,7 +135,7 @@ async def test_no_records_are_made_without_a_listener() -> None:
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == 1, "snapshots are made no longer"
     engine.scheduler.notes = True  # as with --decision-log
-    feed = Feed(engine.scheduler, "observe")
+    feed = Feed(engine.scheduler)
     with feed.listener():
         pass
     assert engine.scheduler.notes
@@ -152,12 +152,12 @@ async def test_a_listener_that_goes_is_forgotten(tokenizer: Tokenizer) -> None:
 async def test_a_slow_listener_loses_the_oldest_events_and_gets_their_number() -> None:
     listener = Listener()
     for number in range(events.MOST_WAITING + 7):
-        listener.put(FeedEvent.of("n", number))
+        listener.put(feed_event("n", number))
     first, *rest = await listener.take()
-    assert first == FeedEvent("lost", b'{"events":7}')
-    assert rest == [FeedEvent("n", b"%d" % number) for number in range(7, events.MOST_WAITING + 7)]
-    listener.put(FeedEvent.of("later", None))
-    assert await listener.take() == [FeedEvent("later", b"null")], "the loss is counted once"
+    assert first == b'event: lost\ndata: {"events":7}\n\n'
+    assert rest == [feed_event("n", number) for number in range(7, events.MOST_WAITING + 7)]
+    listener.put(feed_event("later", None))
+    assert await listener.take() == [b"event: later\ndata: null\n\n"], "the loss is counted once"
     listener.end()
     assert await listener.take() == []
 

@@ -8,7 +8,7 @@ import pytest
 
 from miniserve.cluster.messages import StepTime
 from miniserve.scheduler.conversation import RESERVED_OUTPUT, Forecast, History, TurnRecord
-from miniserve.scheduler.observations import Average, Recent, Speed, TimeAverage
+from miniserve.scheduler.observations import Average, Speed, TimeAverage, quantile
 
 
 def decode(batch: int, context: int) -> float:
@@ -91,7 +91,7 @@ def test_one_hiccup_is_not_believed() -> None:
 
 
 def test_averages() -> None:
-    average, over_time, recent = Average(4), TimeAverage(10.0), Recent(100)
+    average, over_time = Average(4), TimeAverage(10.0)
     for value in (1, 2, 3, 100, 100, 100, 100, 100, 100, 100, 100):
         average.add(value)
     assert 90 < average.value < 100
@@ -99,10 +99,8 @@ def test_averages() -> None:
     assert over_time.value == pytest.approx(4.0)
     over_time.update(0.0, 1007.0)
     assert over_time.value == pytest.approx(2.0, rel=0.01)
-    assert recent.quantile(0.5, 7.0) == 7.0
-    for value in range(1000):
-        recent.add(value)
-    assert recent.quantile(0.9, 0) == 990
+    assert quantile([], 0.5, 7.0) == 7.0
+    assert quantile(range(999, 899, -1), 0.9, 0) == 990
 
 
 def record(turn: int, output: int, gap: float | None = None) -> TurnRecord:

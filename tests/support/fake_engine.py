@@ -187,11 +187,10 @@ class FakeClient:
         self.max_model_len = 512
         self.vocab_size = 49152
         self.unhealthy_reason = ""
-        self.policy_name = "conserve"
         self.watchers: list[Callable[[str, Report], None]] = []
         self.ready = dict.fromkeys(("p0", "d0"), READY)
         self.scheduler = played(time.monotonic())
-        self.feed = Feed(self.scheduler, self.policy_name)
+        self.feed = Feed(self.scheduler)
 
     def check_room(self) -> None:
         if self.refuse is not None:

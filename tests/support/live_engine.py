@@ -22,8 +22,7 @@ class LiveClient(FakeClient):
     def __init__(self, policy: str = "observe", **play: Any) -> None:
         super().__init__(**play)
         self.scheduler = Scheduler(make_policy(policy), 16, max_turns=600, max_queued=600)
-        self.feed = Feed(self.scheduler, policy)
-        self.policy_name = policy
+        self.feed = Feed(self.scheduler)
         for name in ("p0", "d0"):
             self.up(name)
 

@@ -47,7 +47,7 @@ class ScriptedServer:
 def snapshot(now: float = 1000.0) -> Snapshot:
     """What a server with two workers and five conversations says of itself."""
     scheduler = played(now)
-    return Snapshot(worker_list(scheduler, "conserve", now), conversation_list(scheduler, now, 100))
+    return Snapshot(worker_list(scheduler, now), conversation_list(scheduler, now, 100))
 
 
 class WatchedServer(ScriptedServer):

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import uvicorn
 
 from miniserve.api.app import create_app
 from miniserve.api.service import Service
+from miniserve.bench.replay.server import TargetServer
 from miniserve.bench.replay.workload import Script, Text, TurnSize
 from miniserve.config import EngineConfig, ServeConfig
 from miniserve.sampling_params import SamplingParams
@@ -52,6 +54,20 @@ class SpokenEngine(FakeClient):
 
     def conversation(self, first_id: int) -> list[FakeTurn]:
         return [turn for turn in self.turns if turn.tokens[0] == first_id]
+
+
+@contextmanager
+def asking_for(ids: str) -> Iterator[None]:
+    """Clients ask for `ids` to be returned, or for anything else they do not: as from a server that returns none."""
+    asked = TargetServer.body
+
+    def body(server: TargetServer, prompt: list[int], output: int) -> bytes:
+        return asked(server, prompt, output).replace(b'"return_token_ids":true', b'"return_token_ids":false')
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ids != "returned":
+            patch.setattr(TargetServer, "body", body)
+        yield
 
 
 @contextmanager

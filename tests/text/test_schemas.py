@@ -384,7 +384,10 @@ def test_calls_are_read_as_they_were_written(parameters: Any, values: dict[str, 
     """Where a text can stand for only one value that is valid."""
     schema = clean(parameters)
     checker = jsonschema.Draft202012Validator(schema)
-    if not checker.is_valid(values):
+    try:
+        if not checker.is_valid(values):
+            return
+    except RecursionError:  # that library goes round in circles
         return
     for key, value in values.items():
         others: list[Any] = []

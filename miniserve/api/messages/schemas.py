@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from miniserve.api.errors import ApiError
-from miniserve.api.fields import TABLES, Amount, Effort, RequestBody, StopTexts
+from miniserve.api.fields import TABLES, Amount, Effort, StopTexts
 from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
-from miniserve.api.tools import DEFERRED, FewTools, Tool, check_tools, deferred
+from miniserve.api.tools import DEFERRED, FewTools, Tool, ToolChoice, check_tools, deferred
 from miniserve.config import problem
 from miniserve.sampling_params import ParameterError
 from miniserve.text.messages import Body, Json, Text, TextOr, by_type, readable, text_or
@@ -24,7 +24,6 @@ BILLING = "x-anthropic-billing-header:"
 """Begins a first system block of Claude Code, which changes with each request and means nothing to a model: before all
 else in a prompt, it would leave no prefix to find again."""
 SERVER_BLOCKS = re.compile(TABLES["left_out"]["blocks"])
-"""What tools of Anthropic's servers leave in a history: left out."""
 
 
 class TextBlock(Body):
@@ -54,11 +53,9 @@ def as_text(block: Any) -> Any:
     kind, source = (block.get("type"), block.get("source")) if isinstance(block, dict) else (None, None)
     if kind == "document" and isinstance(source, dict) and source.get("type") in ("text", "content"):
         said = source.get("data", source.get("content"))
-        texts = [block.get("title"), block.get("context"), *([said] if isinstance(said, str) else _texts_in(said))]
-    elif kind == "search_result":
+        texts = [block.get("title"), block.get("context"), *_texts_in(said)]
+    elif kind in ("search_result", "compaction"):
         texts = [block.get("title"), block.get("source"), *_texts_in(block.get("content"))]
-    elif kind == "compaction":
-        texts = [block.get("content")]
     elif isinstance(kind, str) and SERVER_BLOCKS.fullmatch(kind):
         return {"type": "text", "text": ""}
     else:
@@ -66,8 +63,9 @@ def as_text(block: Any) -> Any:
     return {"type": "text", "text": "\n".join(text for text in texts if isinstance(text, str))}
 
 
-def _texts_in(blocks: Any) -> list[Any]:
-    return [item.get("text") for item in blocks if isinstance(item, dict)] if isinstance(blocks, list) else []
+def _texts_in(content: Any) -> list[Any]:
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    return [block.get("text") for block in blocks if isinstance(block, dict)]
 
 
 ResultKinds = TextBlock | ToolReferenceBlock
@@ -97,14 +95,6 @@ class MessageParam(Body):
 
 class ThinkingSettings(Body):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
-    display: Text | None = None
-
-
-class ToolChoiceParam(Body):
-    type: Literal["auto", "any", "tool", "none"]
-    name: Text | None = None
-    disable_parallel_tool_use: bool | None = None
 
 
 class OutputConfig(Body):
@@ -112,33 +102,35 @@ class OutputConfig(Body):
     format: ResponseFormat | None = None
 
 
-class CountTokensRequest(RequestBody):
-    """The fields of a request that its prompt is made of."""
+class CountTokensRequest(SamplingFields):
+    """The fields of a request; to count its prompt it need have no limit of its output."""
+
+    refused = {**SamplingFields.refused, **TABLES["refused"]["messages"]}
 
     messages: Annotated[list[MessageParam], Field(fail_fast=True, min_length=1)]
-    model: Text | None = None
+    max_tokens: Amount | None = None
+    stop_sequences: StopTexts | None = None
     system: SystemText | None = None
     tools: FewTools | None = None
-    tool_choice: ToolChoiceParam | None = None
+    tool_choice: ToolChoice | None = None
     thinking: ThinkingSettings | None = None
     output_config: OutputConfig | None = None
     thread: Json | None = None
 
     @property
     def ignored(self) -> list[str]:
-        thinking = [f"thinking.{key}" for key in ("budget_tokens", "display") if getattr(self.thinking, key, None)]
         tools = self.tools or []
         keys = {key for tool in tools if _own(tool) for key in tool if key not in (*TOOL_KEYS, "type", DEFERRED)}
         kinds = {tool["type"] for tool in tools if not _own(tool)}
-        return [*self._ignored, *thinking, *(f"tools.{key}" for key in keys | kinds)]
+        return [*self._ignored, *(f"tools.{key}" for key in keys | kinds)]
 
-    def chat(self, normalize: bool = True, **more: Any) -> ChatRequest:
-        """As a chat with `more` fields; with `normalize` without what changes from request to request and means nothing
-        to a model. Raises `ParameterError`, `ValidationError`, `ApiError`."""
+    def chat(self, normalize: bool = True) -> ChatRequest:
+        """As a chat; with `normalize` without what changes from request to request and means nothing to a model. Raises
+        `ParameterError`, `ValidationError`, `ApiError`."""
         if self.thread:
             # The official client sends the whole conversation then, without `thread`.
             unsupported = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-            raise ApiError(400, problem("api.thread"), param="thread", details=unsupported)
+            raise ApiError(400, problem("api.thread"), param="thread", anthropic={"details": unsupported})
         own = {number: _chat_tool(number, tool) for number, tool in enumerate(self.tools or []) if _own(tool)}
         check_tools([*own.values()], [*own])
         tools: dict[str, Tool] = {tool["function"]["name"]: tool for tool in own.values()}
@@ -148,31 +140,25 @@ class CountTokensRequest(RequestBody):
         continued = self.messages[-1].role == "assistant"
         if continued and "tool_calls" in messages[-1]:
             raise ParameterError("messages", "`messages` ends with a `tool_use`: answer it with a `tool_result`.")
-        thinking, choice, config = self.thinking, self.tool_choice, self.output_config
+        single = isinstance(self.tool_choice, dict) and self.tool_choice.get("disable_parallel_tool_use")
+        thinking, config = self.thinking, self.output_config
         return ChatRequest.of(
             self,
             messages=messages,
             tools=[t for name, t in tools.items() if not deferred(t) or name in referred] or None,
-            tool_choice=choice and _chat_choice(choice),
-            parallel_tool_calls=False if choice and choice.disable_parallel_tool_use else None,
+            stop=self.stop_sequences,
+            parallel_tool_calls=False if single else None,
             reasoning_effort=config and config.effort,
             response_format=config and config.format,
             chat_template_kwargs=thinking and {"enable_thinking": thinking.type != "disabled"},
             # An answer that has begun already goes on.
             continue_final_message=continued,
             add_generation_prompt=not continued,
-            **more,
         )
 
 
-class MessagesRequest(CountTokensRequest, SamplingFields):
-    refused = {**SamplingFields.refused, **TABLES["refused"]["messages"]}
-
+class MessagesRequest(CountTokensRequest):
     max_tokens: Amount
-    stop_sequences: StopTexts | None = None
-
-    def chat(self, normalize: bool = True, **more: Any) -> ChatRequest:
-        return super().chat(normalize, stop=self.stop_sequences, **more)
 
 
 def _system_text(system: str | list[TextBlock], normalize: bool) -> str:
@@ -206,21 +192,17 @@ def _chat_messages(history: list[MessageParam], tools: Mapping[str, Tool]) -> tu
             messages.append(_answer(content, at))
             continue
         own: list[dict[str, Any]] = []
-        texts: list[str] = []
-        for index, block in enumerate([*content, None]):  # None is the end
-            if isinstance(block, TextBlock | ToolReferenceBlock):
-                texts += [text] if (text := said(block)) else []
-                continue
-            if texts:
-                parts = [{"type": "text", "text": text} for text in texts]
-                own.append({"role": role, "content": parts if len(parts) > 1 else texts[0]})
-                texts = []
+        for index, block in enumerate(content):
             if isinstance(block, ToolResultBlock) and role == "user":
                 given = [block.content] if isinstance(block.content, str) else map(said, block.content or [])
                 result = (ERROR if block.is_error else "") + "\n".join(filter(None, given))
                 own.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
-            elif block is not None:
+            elif not isinstance(block, TextBlock | ToolReferenceBlock):
                 raise _misplaced(block, role, f"{at}.content[{index}]")
+            elif text := said(block):
+                if not own or own[-1]["role"] != role:
+                    own.append({"role": role, "content": []})
+                own[-1]["content"].append({"type": "text", "text": text})
         messages += own or [{"role": role, "content": ""}]
     return messages, referred
 
@@ -259,11 +241,3 @@ def _chat_tool(number: int, tool: dict[str, Any]) -> Tool:
     # Marks for a cache and the like move from turn to turn: they must not be part of the prompt.
     function = {names.get(key, key): tool[key] for key in tool if key in TOOL_KEYS and tool[key] is not None}
     return {"type": "function", "function": function, **({DEFERRED: True} if tool.get(DEFERRED) else {})}
-
-
-def _chat_choice(choice: ToolChoiceParam) -> str | dict[str, Any]:
-    if choice.type != "tool":
-        return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
-    if choice.name is None:
-        raise ParameterError("tool_choice.name", "`tool_choice` of the type 'tool' needs `name`.")
-    return {"type": "function", "function": {"name": choice.name}}

@@ -34,9 +34,8 @@ class MessagesWriter:
         async for _ in generation.updates():
             events = self._fed(choice)
             if choice.finish is not None:
-                reason, sequence = _stop(choice)
-                delta = {"stop_reason": reason, "stop_sequence": sequence}
-                events += [("message_delta", {"delta": delta, "usage": _usage(choice)}), ("message_stop", {})]
+                ended = {"delta": _stop(choice), "usage": _usage(choice)}
+                events += [("message_delta", ended), ("message_stop", {})]
             if events:
                 yield b"".join(named_event(*event) for event in events)
 
@@ -44,15 +43,13 @@ class MessagesWriter:
         return named_event("error", {"error": error.anthropic_body["error"]})
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        reason, sequence = _stop(choice)
         return {
             "id": self.head.id,
             "type": "message",
             "role": "assistant",
             "model": self.head.model,
             "content": self._blocks,
-            "stop_reason": reason,
-            "stop_sequence": sequence,
+            **_stop(choice),
             "usage": _usage(choice),
         }
 
@@ -64,8 +61,8 @@ class MessagesWriter:
     def _feed(self, part: Part) -> list[NamedEvent]:
         match part:
             case ToolCall():
-                block = {"type": "tool_use", "id": part.id, "name": part.name}
-                return [*self._close(), self._begin(block, {"input": {}}), *self._argue(part.arguments)]
+                block = {"type": "tool_use", "id": part.id, "name": part.name, "input": ""}
+                return [*self._close(), self._begin(block), *self._argue(part.arguments)]
             case MoreArguments():
                 return self._argue(part.text)
             case Reasoning():
@@ -83,38 +80,31 @@ class MessagesWriter:
             block = self._blocks[-1]
             block["input"] = msgspec.Raw(block["input"].encode())
         self._open = None
-        return [*signed, ("content_block_stop", {"index": self._index})]
+        return [*signed, ("content_block_stop", {"index": len(self._blocks) - 1})]
 
     def _say(self, kind: Literal["text", "thinking"], text: str, more: dict[str, str]) -> list[NamedEvent]:
-        events: list[NamedEvent] = []
-        if self._open != kind:
-            events += [*self._close(), self._begin({"type": kind, kind: "", **more}, {})]
+        opened = [] if self._open == kind else [*self._close(), self._begin({"type": kind, kind: "", **more})]
         self._blocks[-1][kind] += text
-        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+        return [*opened, self._delta({"type": f"{kind}_delta", kind: text})]
 
     def _argue(self, text: str) -> list[NamedEvent]:
         self._blocks[-1]["input"] += text
         return [self._delta({"type": "input_json_delta", "partial_json": text})] if text else []
 
-    def _begin(self, block: dict[str, Any], shown: dict[str, Any]) -> NamedEvent:
-        """Open `block`; the event that says so has what is `shown` of it in addition."""
+    def _begin(self, block: dict[str, Any]) -> NamedEvent:
         self._open = block["type"]
-        event = "content_block_start", {"index": self._index + 1, "content_block": {**block, **shown}}
-        self._blocks.append({**block, "input": ""} if block["type"] == "tool_use" else block)
-        return event
-
-    @property
-    def _index(self) -> int:
-        return len(self._blocks) - 1
+        self._blocks.append(block)
+        shown = {**block, "input": {}} if "input" in block else {**block}
+        return "content_block_start", {"index": len(self._blocks) - 1, "content_block": shown}
 
     def _delta(self, delta: dict[str, str]) -> NamedEvent:
-        return "content_block_delta", {"index": self._index, "delta": delta}
+        return "content_block_delta", {"index": len(self._blocks) - 1, "delta": delta}
 
 
-def _stop(choice: Choice) -> tuple[str | None, str | None]:
+def _stop(choice: Choice) -> dict[str, str | None]:
     if choice.finish == "stop" and isinstance(choice.stop_reason, str):
-        return "stop_sequence", choice.stop_reason
-    return STOP_REASONS.get(choice.finish), None
+        return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
+    return {"stop_reason": STOP_REASONS.get(choice.finish), "stop_sequence": None}
 
 
 def _usage(choice: Choice) -> dict[str, Any]:

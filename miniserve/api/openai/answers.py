@@ -72,7 +72,7 @@ class ChunkWriter(ABC):
             chunks: list[bytes] = []
             for choice in updated:
                 by_token = self.token_ids and bool(choice.tokens)
-                if not (choice.has_parts or by_token):
+                if not (choice.parts or by_token or choice.finish is not None):
                     continue
                 parts, logprobs = choice.take()
                 for part in parts or ([""] if logprobs or by_token else []):
@@ -95,7 +95,7 @@ def usage(choices: Sequence[Choice], opening: bool = False) -> dict[str, Any]:
     """What one or all choices of a request have used so far; an `opening` has no output yet. A prompt counts once,
     however many choices it has."""
     prompts = choices[:: choices[0].params.n]
-    prompt_tokens = sum(choice.prompt_tokens for choice in prompts)
+    prompt_tokens = sum(len(choice.prompt) for choice in prompts)
     output_tokens = 0 if opening else sum(choice.output_tokens for choice in choices)
     used: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,

@@ -26,7 +26,7 @@ def chat_tokens(tokenizer: Tokenizer, dialect: Dialect, request: ChatRequest | T
             dialect.messages(messages, tools),
             tools=tools or None if dialect.knows_tools else None,
             add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
+            continue_final_message=bool(request.continue_final_message),
             template_kwargs=request.template_variables,
         )
 

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import from_json
 
 from miniserve.api.fields import EMPTY, TABLES, Amount, Biases, Key, RequestBody, Stops, TokenIds
 from miniserve.config import problem
@@ -17,7 +18,6 @@ LEAST_TOP_P = 1e-6
 MAX_CHOICES = 1000
 MAX_GRAMMAR_CHARS = 16384
 CONSTRAINTS: Mapping[str, str] = TABLES["constraints"]
-"""What other servers call a form of `structured_outputs`."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may set for requests that do not."""
 
@@ -58,10 +58,14 @@ class ResponseFormat(SchemaFormat):
         return self.json_schema or (self if self.schema_ else None)
 
 
+Decoded = Annotated[Json, BeforeValidator(lambda it: from_json(it) if isinstance(it, str) else it, Json | Text)]
+"""An object, or its JSON text."""
+
+
 class StructuredOutputs(Body):
     """vLLM's way to say what an output must match: exactly one of these. A `grammar` is GBNF or llguidance's Lark."""
 
-    json_: Annotated[Json | Text | None, Field(alias="json")] = None
+    json_: Annotated[Decoded | None, Field(alias="json")] = None
     regex: Text | None = None
     choice: Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: Annotated[Text, Field(max_length=MAX_GRAMMAR_CHARS)] | None = None
@@ -69,8 +73,7 @@ class StructuredOutputs(Body):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        forms = (self.json_, self.regex, self.choice, self.grammar, self.json_object)
-        if sum(form is not None for form in forms) != 1:
+        if sum(form is not None for _, form in self) != 1:
             raise ValueError("Give exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`")
         return self
 

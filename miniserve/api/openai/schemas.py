@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from miniserve.api.fields import TABLES, Amount, Count, Effort, Off, On, Prompts, RequestBody, TokenIds
+from miniserve.api.fields import TABLES, Amount, Count, Effort, On, Prompts, RequestBody, TokenIds
 from miniserve.api.openai.parameters import GenerationRequest, SamplingFields
 from miniserve.api.tools import AllowedCalls, ToolChoice, Tools, check_tools
 from miniserve.monitor.doctor import Segment
@@ -19,7 +19,7 @@ class TemplateFields(RequestBody):
 
     tools: Tools | None = None
     add_generation_prompt: On = True
-    continue_final_message: Off = False
+    continue_final_message: bool | None = None
     chat_template_kwargs: Json | None = None
     """Variables of the chat template: those that it reads, and always `enable_thinking` and the like."""
 
@@ -40,8 +40,6 @@ class ChatRequest(TemplateFields, GenerationRequest):
     """Whether an answer may call more than one tool; yes, unless it is false."""
     reasoning_effort: Effort | None = None
     """A variable of the chat template; "none" also sets the variables that switch thinking off."""
-
-    _allowed_calls: AllowedCalls
 
     @classmethod
     def of(cls, other: RequestBody, **own: Any) -> Self:
@@ -73,21 +71,19 @@ class ChatRequest(TemplateFields, GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "`top_logprobs` needs `logprobs` true.")
         check_tools(self.tools or [])
-        self._allowed_calls = AllowedCalls(self.tools, self.tool_choice, self.parallel_tool_calls)
         return self
 
     @property
     def allowed_calls(self) -> AllowedCalls:
-        return self._allowed_calls
+        """Raises `ParameterError`."""
+        return AllowedCalls(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        own: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            own["reasoning_effort"] = self.reasoning_effort
-        if self.reasoning_effort == "none":
-            own |= {"enable_thinking": False, "thinking": False}
-        return own | super().template_variables
+        effort = self.reasoning_effort
+        own = {} if effort is None else {"reasoning_effort": effort}
+        off = {"enable_thinking": False, "thinking": False} if effort == "none" else {}
+        return {**own, **off, **super().template_variables}
 
     def output_params(self) -> dict[str, int | None]:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
@@ -123,7 +119,6 @@ class TokenizeRequest(TemplateFields):
     prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: On = True
-    return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

@@ -6,16 +6,17 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
 from miniserve.api.fields import TABLES
-from miniserve.api.responses.tools import INPUT, SEARCH, Offered, flat_name, offered_tools
-from miniserve.api.tools import DEFERRED, FewTools
+from miniserve.api.responses.tools import INPUT, SEARCH, Offered, offered_tools
+from miniserve.api.tools import DEFERRED, FewTools, flat_name
 from miniserve.text.messages import Body, Content, ContentParts, Json, Text, by_type, joined, types_of
 
 LEFT_OUT = re.compile(TABLES["left_out"]["items"])
-"""Other types of items: what servers' tools did, and what only OpenAI's can read."""
 CallId = Annotated[Text, Field(min_length=1)]
+OrNull = BeforeValidator(lambda text: "" if text is None else text)
+"""Clients have null where there is no text."""
 
 
 class ItemBody(Body):
@@ -26,7 +27,7 @@ class ItemBody(Body):
 class MessageItem(ItemBody):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Content
+    content: Annotated[Content, OrNull]
 
 
 class NamedCallItem(ItemBody):
@@ -37,18 +38,18 @@ class NamedCallItem(ItemBody):
 
 class FunctionCallItem(NamedCallItem):
     type: Literal["function_call"]
-    arguments: Text
+    arguments: Annotated[Text, OrNull]
 
 
 class CustomToolCallItem(NamedCallItem):
     type: Literal["custom_tool_call"]
-    input: Text
+    input: Annotated[Text, OrNull]
 
 
 class CallOutputItem(ItemBody):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: CallId
-    output: Content
+    output: Annotated[Content, OrNull]
 
 
 class ToolSearchCallItem(ItemBody):
@@ -59,17 +60,12 @@ class ToolSearchCallItem(ItemBody):
 
 
 class ToolsItem(ItemBody):
+    """Tools that were searched for with the call `call_id`, or that a `role` brings up."""
+
+    type: Literal["tool_search_output", "additional_tools"]
     tools: Annotated[FewTools, AfterValidator(lambda tools: offered_tools(tools) and tools)]
-
-
-class ToolSearchOutputItem(ToolsItem):
-    type: Literal["tool_search_output"]
-    call_id: CallId
+    call_id: CallId | None = None
     execution: Text | None = None
-
-
-class AdditionalToolsItem(ToolsItem):
-    type: Literal["additional_tools"]
     role: Text | None = None
 
 
@@ -88,10 +84,6 @@ class LeftOutItem(ItemBody):
     was: Text
 
 
-EMPTY_TEXTS = {"content", "output", "input", "arguments"}
-"""Clients have null for these where there is no text."""
-
-
 def _known(value: Any) -> Any:
     """The type of messages may be left out. What a server has searched for has no `call_id`, and no need of a place."""
     if not isinstance(value, dict):
@@ -103,25 +95,14 @@ def _known(value: Any) -> Any:
     searched = kind.startswith(SEARCH) and value.get("call_id") is None
     if (kind in ITEMS and searched) or (kind not in ITEMS and LEFT_OUT.fullmatch(kind)):
         return {"type": "left_out", "was": kind, "id": value.get("id")}
-    empty = EMPTY_TEXTS if kind != "reasoning" else ()
-    return {**value, "type": kind, **{key: "" for key in empty if key in value and value[key] is None}}
+    return {**value, "type": kind}
 
 
-ItemKinds = (
-    MessageItem
-    | FunctionCallItem
-    | CallOutputItem
-    | CustomToolCallItem
-    | ReasoningItem
-    | ToolSearchCallItem
-    | ToolSearchOutputItem
-    | AdditionalToolsItem
-    | LeftOutItem
-)
+Call = FunctionCallItem | CustomToolCallItem | ToolSearchCallItem
+ItemKinds = MessageItem | Call | CallOutputItem | ReasoningItem | ToolsItem | LeftOutItem
 ITEMS = types_of(ItemKinds)
 Item = Annotated[ItemKinds, by_type("Items", ItemKinds, _known)]
 Items = Annotated[list[Item], Field(fail_fast=True)]
-Call = FunctionCallItem | CustomToolCallItem | ToolSearchCallItem
 OUTPUT: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 """Reads the items of an answer as input of the next one."""
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
@@ -163,10 +144,10 @@ def messages_of(items: Sequence[Item]) -> tuple[list[dict[str, Any]], dict[str, 
                 continue
             case CallOutputItem():
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
-            case ToolSearchOutputItem():
+            case ToolsItem(type="tool_search_output"):
                 content = _described(item.tools, found)
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
-            case AdditionalToolsItem():
+            case ToolsItem():
                 content = f"These tools are at hand, too:\n<tools>{_described(item.tools, found)}</tools>"
                 messages.append({"role": "developer", "content": content})
             case MessageItem() if item.role != "assistant":

@@ -15,8 +15,8 @@ from miniserve.api import errors
 from miniserve.api.errors import ApiError
 from miniserve.api.generation import Choice
 from miniserve.api.openai.chat import ChatRenderer
-from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolSearchOutputItem, with_ids
-from miniserve.api.responses.schemas import InputTokensRequest, ResponsesRequest
+from miniserve.api.responses.items import OUTPUT, Call, CallOutputItem, Item, ToolsItem, with_ids
+from miniserve.api.responses.schemas import ResponsesRequest
 from miniserve.api.responses.store import Conversations, Limit, Order, ResponseStore, Stored, continuing, page
 from miniserve.api.responses.writer import ResponsesWriter
 from miniserve.api.service import Service
@@ -27,7 +27,7 @@ class ResponsesRenderer(ChatRenderer):
     """The prompt of a response to `items`. Where `truncation` allows, the oldest are left out of one that would leave
     no room for an answer. Many items take a while, so it is not made on the event loop."""
 
-    def __init__(self, service: Service, body: InputTokensRequest, items: Sequence[Item]) -> None:
+    def __init__(self, service: Service, body: ResponsesRequest, items: Sequence[Item]) -> None:
         self.chat, self.offered = body.chat(items)
         super().__init__(service.tokenizer, service.dialect, self.chat)
         self._body = body
@@ -41,8 +41,8 @@ class ResponsesRenderer(ChatRenderer):
             return prompts
         self.relaxed.add("input")
         # A result without its call would say nothing.
-        results = CallOutputItem, ToolSearchOutputItem
-        calls = {item.call_id: number for number, item in enumerate(self._items) if isinstance(item, Call)}
+        results = CallOutputItem, ToolsItem
+        calls: dict[str | None, int] = {item.call_id: n for n, item in enumerate(self._items) if isinstance(item, Call)}
         needs = [calls.get(item.call_id, n) if isinstance(item, results) else n for n, item in enumerate(self._items)]
         needed = [*accumulate(reversed(needs), min)][::-1]  # from there on
         if starts := [number for number, first in enumerate(needed) if 0 < number == first]:
@@ -62,7 +62,7 @@ class ResponsesRoutes:
     def __init__(self, service: Service) -> None:
         self.conversations = Conversations()
         self._service = service
-        self._store = ResponseStore("response")
+        self._store = ResponseStore("response", ", unless `store` is false or they failed")
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
@@ -74,7 +74,7 @@ class ResponsesRoutes:
             output = OUTPUT.validate_python(answer["output"])
             if body.conversation:
                 self.conversations.extend(body.conversation, [*new, *output])
-            if body.store is not False:
+            if body.store:
                 assert choice.turn is not None
                 tokens = len(choice.prompt) + choice.output_tokens
                 whole = (*items, *output)
@@ -90,7 +90,7 @@ class ResponsesRoutes:
                 known = conversation or body.conversation or ""
                 return await self._service.generate(request, body, renderer.chat, renderer, writer, known)
 
-    async def count_input(self, body: InputTokensRequest) -> Response:
+    async def count_input(self, body: ResponsesRequest) -> Response:
         """How many tokens the prompt of such a request has."""
         self._service.check_model(body.model)
         past = self._past(body, self._previous(body))
@@ -103,31 +103,28 @@ class ResponsesRoutes:
         """A response that is stored, as it was answered."""
         if stream:
             raise ApiError(400, "A stored response comes whole: leave `stream` out.", param="stream")
-        return json_answer(msgspec.Raw(self._stored(response).answer))
+        return json_answer(msgspec.Raw(self._store.find(response).answer))
 
     async def list_input(
         self, response: str, limit: Limit = 20, order: Order = "desc", after: str | None = None
     ) -> Response:
         """The items that a response was made from, those of earlier turns, too; the latest first."""
-        stored = self._stored(response)
+        stored = self._store.find(response)
         return page(stored.items[: len(stored.items) - stored.output], limit, order, after)
 
     async def delete(self, response: str) -> Response:
         """Forget a response; those that have gone on behind it stay as they are."""
-        self._stored(response)
+        self._store.find(response)
         self._store.delete(response)
         return json_answer({"id": response, "object": "response", "deleted": True})
 
-    def _past(self, body: InputTokensRequest, previous: Stored | None) -> Sequence[Item]:
+    def _past(self, body: ResponsesRequest, previous: Stored | None) -> Sequence[Item]:
         if body.conversation:
             return self.conversations.items(body.conversation)
         return previous.items if previous else ()
 
-    def _previous(self, body: InputTokensRequest) -> Stored | None:
+    def _previous(self, body: ResponsesRequest) -> Stored | None:
         """The response that a request continues, None if it names none. Raises `ApiError` if it is not here."""
         param, id = "previous_response_id", body.previous_response_id
-        more = f". Send the whole conversation as `input`, without `{param}`."
-        return None if id is None else self._store.find(id, more, param=param, code="previous_response_not_found")
-
-    def _stored(self, id: str) -> Stored:
-        return self._store.find(id, ", unless `store` is false or they failed.", code="response_not_found")
+        more = f" Send the whole conversation as `input`, without `{param}`."
+        return None if id is None else self._store.find(id, param, more)

@@ -1,15 +1,15 @@
 """What requests for /v1/responses may hold, and the chat request that each of them is another spelling of."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from miniserve.api.fields import TABLES, Count, Effort, Key, RequestBody, Stops, at_most
+from miniserve.api.fields import TABLES, Count, Effort, Key, On, Stops, at_most
 from miniserve.api.openai.parameters import ResponseFormat, SamplingFields
 from miniserve.api.openai.schemas import ChatRequest
 from miniserve.api.responses.items import Item, Items, MessageItem, ToolsItem, messages_of
-from miniserve.api.responses.tools import Offered, offered_tools, spoken_choice
+from miniserve.api.responses.tools import Offered, offered_tools
 from miniserve.api.tools import FewTools, ToolChoice, deferred
 from miniserve.sampling_params import MAX_LOGPROBS, ParameterError
 from miniserve.text.messages import Body, Text, TextOr, text_or
@@ -26,58 +26,59 @@ ConversationId = Annotated[Key, BeforeValidator(lambda given: given.get("id") if
 
 class TextSettings(Body):
     format: ResponseFormat | None = None
-    verbosity: Text | None = None
 
 
 class ReasoningSettings(Body):
     effort: Effort | None = None
-    summary: Text | None = None
-    generate_summary: Text | None = None
 
 
-class InputTokensRequest(RequestBody):
-    """The fields of a request that its prompt is made of."""
-
-    refused = TABLES["refused"]["responses_input"]
+class ResponsesRequest(SamplingFields):
+    refused = {**SamplingFields.refused, **TABLES["refused"]["responses"]}
 
     input: Annotated[TextOr[Items], text_or("Input must be a string or a list of items")] | None = None
-    model: Text | None = None
     instructions: Text | None = None
     previous_response_id: Key | None = None
     conversation: ConversationId | None = None
     tools: FewTools | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: On = True
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     truncation: Literal["auto", "disabled"] | None = None
     """With `auto` the oldest items are left out of a prompt that would be too long."""
+    stop: Stops | None = None
+    max_output_tokens: Count | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """How many alternatives stand beside each token where `include` asks for log-probabilities."""
+    store: On = True
+    """Whether `previous_response_id` can name this response."""
+    metadata: Metadata | None = None
+    include: Annotated[list[Text], Field(max_length=16)] | None = None
+    prompt_cache_key: Key | None = None
 
     _offered: dict[str, Offered]
-    _left_out: list[str]
 
     @model_validator(mode="after")
-    def _tools_and_past(self) -> "InputTokensRequest":
+    def _tools_and_past(self) -> Self:
         if self.conversation and self.previous_response_id:
             raise ParameterError("conversation", "Give `conversation` or `previous_response_id`, not both.")
-        self._offered, self._left_out = offered_tools(self.tools or [])
+        self._offered, left_out = offered_tools(self.tools or [])
+        brought = [name for item in self.items if isinstance(item, ToolsItem) for name in offered_tools(item.tools)[1]]
+        own = {"include": set(self.include or []) - {LOGPROBS}, "top_logprobs": self.top_logprobs and not self._scored}
+        self._ignored += [*left_out, *(f"input[].{name}" for name in brought), *(name for name in own if own[name])]
         return self
 
     @property
-    def ignored(self) -> list[str]:
-        verbosity = ["text.verbosity"] if self.text and self.text.verbosity else []
-        summary = self.reasoning and (self.reasoning.summary or self.reasoning.generate_summary)
-        brought = [name for item in self.items if isinstance(item, ToolsItem) for name in offered_tools(item.tools)[1]]
-        left_out = [*self._left_out, *(f"input[].{name}" for name in brought)]
-        return [*self._ignored, *left_out, *verbosity, *(["reasoning.summary"] if summary else [])]
+    def _scored(self) -> bool:
+        return LOGPROBS in (self.include or [])
 
     @property
     def items(self) -> list[Item]:
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input or []
 
-    def chat(self, items: Sequence[Item], **more: Any) -> tuple[ChatRequest, Mapping[str, Offered]]:
-        """As a chat about `items`, the whole conversation, with `more` fields, and the tools that calls may be of, by
-        their names there. Raises `ParameterError`, `ValidationError`."""
+    def chat(self, items: Sequence[Item]) -> tuple[ChatRequest, Mapping[str, Offered]]:
+        """As a chat about `items`, the whole conversation, and the tools that calls may be of, by their names there.
+        Raises `ParameterError`, `ValidationError`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         messages, found = messages_of(items)
         offered = {name: one for name, one in self._offered.items() if not deferred(one.tool)} | found
@@ -86,36 +87,10 @@ class InputTokensRequest(RequestBody):
             # A probe without input is answered, too.
             messages=[*system, *messages] or [{"role": "user", "content": ""}],
             tools=[one.tool for one in offered.values()] or None,
-            tool_choice=spoken_choice(self.tool_choice),
             response_format=self.text and self.text.format,
             reasoning_effort=self.reasoning and self.reasoning.effort,
-            **more,
+            max_completion_tokens=self.max_output_tokens,
+            logprobs=self._scored,
+            top_logprobs=self.top_logprobs if self._scored else None,
         )
         return chat, offered
-
-
-class ResponsesRequest(InputTokensRequest, SamplingFields):
-    refused = {**SamplingFields.refused, **TABLES["refused"]["responses_input"], **TABLES["refused"]["responses"]}
-
-    stop: Stops | None = None
-    max_output_tokens: Count | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """How many alternatives stand beside each token where `include` asks for log-probabilities."""
-    store: bool | None = None
-    """Whether `previous_response_id` can name this response; yes, unless it is false."""
-    metadata: Metadata | None = None
-    include: Annotated[list[Text], Field(max_length=16)] | None = None
-    prompt_cache_key: Key | None = None
-
-    @property
-    def ignored(self) -> list[str]:
-        own = {"include": set(self.include or []) - {LOGPROBS}, "top_logprobs": self.top_logprobs and not self._scored}
-        return [*super().ignored, *(name for name, ignored in own.items() if ignored)]
-
-    @property
-    def _scored(self) -> bool:
-        return LOGPROBS in (self.include or [])
-
-    def chat(self, items: Sequence[Item], **more: Any) -> tuple[ChatRequest, Mapping[str, Offered]]:
-        more |= {"logprobs": self._scored, "top_logprobs": self.top_logprobs if self._scored else None}
-        return super().chat(items, max_completion_tokens=self.max_output_tokens, **more)

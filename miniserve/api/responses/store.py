@@ -1,6 +1,5 @@
-"""What the server keeps: responses, which a later request may continue as its previous response, and OpenAI's
-Conversations API, item by item, for /v1/responses to go on with. All of it in memory, within bounds.
-"""
+"""What the server keeps in memory, within bounds: responses, which a later request may continue as its previous
+response, and OpenAI's Conversations API, item by item, for /v1/responses to go on with."""
 
 import secrets
 import time
@@ -19,6 +18,7 @@ from miniserve.api.fields import RequestBody
 from miniserve.api.responses.items import Item, Items, item_out, with_ids
 from miniserve.api.responses.schemas import Metadata
 from miniserve.api.streaming import json_answer
+from miniserve.config import problem
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
@@ -50,12 +50,10 @@ class Stored:
 
 
 class ResponseStore:
-    """The least recently used response goes first. `what` is stored is for errors."""
+    """The least recently used response goes first. `what` is stored, `unless` what, is for errors."""
 
-    def __init__(self, what: str, max_responses: int = MAX_RESPONSES, max_tokens: int = MAX_TOKENS) -> None:
-        self._what = what
-        self._max_responses = max_responses
-        self._max_tokens = max_tokens
+    def __init__(self, what: str, unless: str = "") -> None:
+        self._what, self._unless = what, unless
         self._tokens = 0
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
@@ -63,7 +61,7 @@ class ResponseStore:
         self.delete(id)
         self._stored[id] = stored
         self._tokens += stored.size
-        while len(self._stored) > self._max_responses or self._tokens > self._max_tokens:
+        while len(self._stored) > MAX_RESPONSES or self._tokens > MAX_TOKENS:
             self.delete(next(iter(self._stored)))
 
     def get(self, id: str) -> Stored | None:
@@ -71,18 +69,17 @@ class ResponseStore:
             self._stored.move_to_end(id)
         return self._stored.get(id)
 
-    def delete(self, id: str) -> bool:
-        """Forget a response; whether it was there. Responses behind it keep the items that they share with it."""
-        gone = self._stored.pop(id, None)
-        self._tokens -= gone.size if gone else 0
-        return gone is not None
+    def delete(self, id: str) -> None:
+        """Forget a response, if it is there. Responses behind it keep the items that they share with it."""
+        if (gone := self._stored.pop(id, None)) is not None:
+            self._tokens -= gone.size
 
-    def find(self, id: str, more: str = ".", *, code: str, param: str | None = None) -> Stored:
-        """As `get`. Raises `ApiError` with `code` if it is not here; `more` is the end of its message."""
+    def find(self, id: str, param: str | None = None, more: str = "") -> Stored:
+        """As `get`. Raises `ApiError` about `param` if it is not here; `more` is the end of its message."""
         if (stored := self.get(id)) is None:
-            kept = "the latest ones are kept, until the server stops"
-            problem = f"There is no {self._what} {id[:128]!r} here (any more): {kept}{more}"
-            raise ApiError(404, problem, param=param, code=code)
+            param = param or self._what
+            said = problem("api.not_kept", what=self._what, id=id[:128], unless=self._unless, more=more)
+            raise ApiError(404, said, param=param, code=f"{param.removesuffix('_id')}_not_found")
         return stored
 
 
@@ -134,7 +131,7 @@ class Conversations:
         self._stored = ResponseStore("conversation")
 
     def items(self, id: str) -> Sequence[Item]:
-        return self._get(id).items
+        return self._stored.find(id).items
 
     def extend(self, id: str, items: Sequence[Item]) -> None:
         """Add what a turn has brought, unless the conversation has been deleted meanwhile."""
@@ -152,18 +149,18 @@ class Conversations:
 
     async def retrieve(self, conversation: str) -> Response:
         """What is known of a conversation beside its items."""
-        return json_answer(msgspec.Raw(self._get(conversation).answer))
+        return json_answer(msgspec.Raw(self._stored.find(conversation).answer))
 
     async def update(self, conversation: str, body: MetadataRequest) -> Response:
         """Give a conversation other metadata."""
-        stored = self._get(conversation)
+        stored = self._stored.find(conversation)
         made = {**msgspec.json.decode(stored.answer), "metadata": body.metadata or {}}
         self._stored.put(conversation, replace(stored, answer=msgspec.json.encode(made)))
         return json_answer(made, body.ignored)
 
     async def delete(self, conversation: str) -> Response:
         """Forget a conversation and its items."""
-        self._get(conversation)
+        self._stored.find(conversation)
         self._stored.delete(conversation)
         return json_answer({"id": conversation, "object": "conversation.deleted", "deleted": True})
 
@@ -175,7 +172,7 @@ class Conversations:
 
     async def add_items(self, conversation: str, body: ItemsRequest) -> Response:
         """Add items at the end of a conversation."""
-        self._get(conversation)
+        self._stored.find(conversation)
         added = with_ids(body.items)
         self.extend(conversation, added)
         return page(added, len(added), "asc", None, body.ignored)
@@ -186,13 +183,10 @@ class Conversations:
 
     async def delete_item(self, conversation: str, item: str) -> Response:
         """Take an item out of a conversation."""
-        stored, gone = self._get(conversation), self._item(conversation, item)
+        stored, gone = self._stored.find(conversation), self._item(conversation, item)
         left = tuple(one for one in stored.items if one is not gone)
         self._stored.put(conversation, replace(stored, items=left, tokens=stored.tokens - _tokens([gone])))
         return await self.retrieve(conversation)
-
-    def _get(self, id: str) -> Stored:
-        return self._stored.find(id, param="conversation", code="conversation_not_found")
 
     def _item(self, conversation: str, id: str) -> Item:
         found = next((item for item in self.items(conversation) if item.id == id), None)

@@ -1,15 +1,11 @@
-"""The tools of /v1/responses: how a chat offers each of them, and how a call of it looks in this API.
-
-A chat knows functions only. Free text for a `custom` tool is its one argument, a function of a `namespace` is called by
-both names, and what runs on OpenAI's servers is left out.
-"""
+"""The tools of /v1/responses as a chat offers them, which knows functions only: free text for a `custom` tool is its
+one argument, a function of a `namespace` is called by both names, what runs on OpenAI's servers is left out."""
 
 import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from miniserve.api.tools import DEFERRED, Tool, check_function
-from miniserve.config import problem
+from miniserve.api.tools import DEFERRED, Tool, check_function, flat_name
 from miniserve.sampling_params import ParameterError
 from miniserve.text.schemas import spelled
 
@@ -32,11 +28,6 @@ SEARCH = "tool_search"
 SEARCH_PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 
 
-def flat_name(name: str, namespace: str | None) -> str:
-    """The name of a tool among all those of a request, as vLLM makes it."""
-    return f"{namespace}__{name}" if namespace else name
-
-
 def offered_tools(tools: list[dict[str, Any]]) -> tuple[dict[str, Offered], list[str]]:
     """By flat name what is offered of `tools`, and names of what is left out. Raises `ParameterError`."""
     offered: dict[str, Offered] = {}
@@ -51,9 +42,8 @@ def offered_tools(tools: list[dict[str, Any]]) -> tuple[dict[str, Offered], list
             at, kind = f"{here}.tools[{index}]" if spaced else here, one.get("type")
             if kind in ("function", "custom") or (kind == SEARCH and not spaced and one.get("execution") == "client"):
                 found = _offered(one, at, tool.get("name") if spaced else "")
-                if (name := found.tool["function"]["name"]) in offered:
-                    raise ParameterError(f"{at}.name", f"Two tools are called {name!r}: rename one.")
-                offered[name] = found
+                check_function(found.tool["function"], at, taken=offered)
+                offered[found.tool["function"]["name"]] = found
             elif spaced or isinstance(kind, str):
                 left_out.append(f"tools.{kind}")
             else:
@@ -76,7 +66,6 @@ def _offered(tool: Mapping[str, Any], at: str, namespace: Any) -> Offered:
         function = {key: value for key, value in {"name": SEARCH, **known}.items() if value}
     named = isinstance(name, str) and isinstance(namespace, str)
     function["name"] = flat_name(name, namespace) if named else None
-    check_function(function, at)
     made = {"type": "function", "function": function, **({DEFERRED: True} if tool.get(DEFERRED) else {})}
     return Offered(made, kind, name, namespace)
 
@@ -90,27 +79,6 @@ def _custom_function(tool: Mapping[str, Any]) -> dict[str, Any]:
         text |= {"pattern": f"^(?:{definition})$"} if form.get("syntax") == "regex" else {}
     parameters = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
     return {"name": tool.get("name"), "description": "\n\n".join(described), "parameters": parameters}
-
-
-def spoken_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    """`tool_choice` as a chat has it. Raises `ParameterError`."""
-    if not isinstance(choice, dict):
-        return choice
-    kind, tools = choice.get("type"), choice.get("tools")
-    if kind == "allowed_tools" and isinstance(tools, list):
-        # What was left out of the tools is left out here, too.
-        named = [_named(tool) for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
-        none_left = tools and not named and choice.get("mode", "auto") == "auto"
-        return "none" if none_left else {**choice, "tools": named}
-    if kind in ("function", "custom") and isinstance(choice.get("name"), str):
-        return _named(choice)
-    raise ParameterError("tool_choice", problem("api.spoken_choice", kind=str(kind)[:64]))
-
-
-def _named(tool: Mapping[str, Any]) -> dict[str, Any]:
-    namespace = tool.get("namespace")
-    name = flat_name(tool["name"], namespace if isinstance(namespace, str) else None)
-    return {"type": "function", "function": {"name": name}}
 
 
 def custom_input(arguments: str) -> str:

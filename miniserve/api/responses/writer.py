@@ -44,7 +44,7 @@ class ResponsesWriter:
         self._items: list[Any] = []
         self._open: dict[str, Any] | None = None
         self._arguments = ""  # of the call that is open
-        self._begun: dict[str, Any] | None = None
+        self._begun: dict[str, Any] = {}
         self._logprobs: list[TokenLogprob] = []  # of text that is still to come
         self._reasoned = 0  # tokens whose log-probabilities were passed over
 
@@ -68,11 +68,8 @@ class ResponsesWriter:
     def error_events(self, error: ApiError) -> bytes:
         code = "server_error" if error.status_code >= 500 else "invalid_prompt"
         about = {"code": error.code or code, "message": error.message, "param": error.param}
-        events: list[NamedEvent] = [("error", about)]
-        if self._begun is not None:
-            response = {**self._begun, "status": "failed", "error": {"code": code, "message": error.message}}
-            events.append(("response.failed", {"response": response}))
-        return self._encoded(events)
+        response = {**self._begun, "status": "failed", "error": {"code": code, "message": error.message}}
+        return self._encoded([("error", about), ("response.failed", {"response": response})])
 
     def _encoded(self, events: Sequence[NamedEvent]) -> bytes:
         return b"".join(named_event(name, {"sequence_number": next(self._numbers), **data}) for name, data in events)
@@ -92,9 +89,7 @@ class ResponsesWriter:
             "model": self.head.model,
             "output": [],
             "metadata": asked.metadata or {},
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
-            "store": asked.store is not False,
             "text": {"format": form},
             "tool_choice": asked.tool_choice or "auto",
             "tools": tools,
@@ -114,11 +109,11 @@ class ResponsesWriter:
             "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
             "output": self._items,
             "usage": {
-                "input_tokens": choice.prompt_tokens,
+                "input_tokens": len(choice.prompt),
                 "input_tokens_details": {"cached_tokens": choice.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": choice.output_tokens,
                 "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
-                "total_tokens": choice.prompt_tokens + choice.output_tokens,
+                "total_tokens": len(choice.prompt) + choice.output_tokens,
             },
         }
         # A client may go on as soon as it has read the last event, so the answer is kept before that.
@@ -130,14 +125,14 @@ class ResponsesWriter:
         parts, logprobs = choice.take()
         self._logprobs += logprobs[choice.reasoning_tokens - self._reasoned :]
         self._reasoned = choice.reasoning_tokens
-        events = [event for part in parts for event in self._feed(part, choice.params.logprobs is not None)]
+        events = [event for part in parts for event in self._feed(part)]
         if choice.finish is None:
             return events
         if not self._items:
-            events += self._begin("message")
+            events += self._opened("message")
         return events + self._close("incomplete" if choice.finish == "length" else "completed")
 
-    def _feed(self, part: Part, scored: bool) -> list[NamedEvent]:
+    def _feed(self, part: Part) -> list[NamedEvent]:
         match part:
             case ToolCall():
                 return [*self._close("completed"), *self._begin_call(part), *self._argue(part.arguments)]
@@ -146,24 +141,21 @@ class ResponsesWriter:
             case Reasoning():
                 return [*self._opened("reasoning"), *self._say(part.text, [])]
             case _:  # texts have log-probabilities, reasoning has none
-                shown = list(chat_logprobs(self.tokenizer, self._logprobs)["content"]) if scored else []
-                self._logprobs = []
+                shown, self._logprobs = chat_logprobs(self.tokenizer, self._logprobs)["content"], []
                 return [*self._opened("message"), *self._say(part, shown)]
 
     def _opened(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
         if self._open is not None and self._open["type"] == kind:
             return []
-        return [*self._close("completed"), *self._begin(kind)]
-
-    def _begin(self, kind: Literal["message", "reasoning"]) -> list[NamedEvent]:
+        ended = self._close("completed")
         if kind == "message":
             own: dict[str, Any] = {"role": "assistant"}
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         else:  # the content is the reasoning itself, so there is no summary
             own, part = {"summary": []}, {"type": "reasoning_text", "text": ""}
         added = self._add({"type": kind, "id": new_id(kind), "status": "in_progress", **own, "content": []})
-        self._items[-1]["content"].append(part)
-        return [added, ("response.content_part.added", {**self._place(0), "part": {**part}})]
+        self._items[-1]["content"] = [part]
+        return [*ended, added, ("response.content_part.added", {**self._place(0), "part": {**part}})]
 
     def _say(self, text: str, logprobs: list[Any]) -> list[NamedEvent]:
         part = self._items[-1]["content"][0]
@@ -175,13 +167,12 @@ class ResponsesWriter:
         return [(f"response.{part['type']}.delta", delta)]
 
     def _begin_call(self, call: ToolCall) -> list[NamedEvent]:
-        found = self.offered.get(call.name)
-        kind, name = (found.kind, found.name) if found else ("function_call", call.name)
-        base = {"type": kind, "id": new_id(kind), "call_id": call.id, "status": "in_progress"}
+        found = self.offered.get(call.name) or Offered({}, "function_call", call.name)
+        base = {"type": found.kind, "id": new_id(found.kind), "call_id": call.id, "status": "in_progress"}
         empty: dict[str, Any] = {"execution": "client", "arguments": {}}
-        if kind != "tool_search_call":
-            empty = {"name": name, "input" if kind == "custom_tool_call" else "arguments": ""}
-        if found and found.namespace:
+        if found.kind != "tool_search_call":
+            empty = {"name": found.name, "input" if found.kind == "custom_tool_call" else "arguments": ""}
+        if found.namespace:
             empty["namespace"] = found.namespace
         self._arguments = ""
         return [self._add({**base, **empty})]
@@ -213,8 +204,7 @@ class ResponsesWriter:
     def _add(self, item: dict[str, Any]) -> NamedEvent:
         self._open = item
         self._items.append(item)
-        added = {**item, "content": []} if "content" in item else {**item}
-        return "response.output_item.added", {"output_index": len(self._items) - 1, "item": added}
+        return "response.output_item.added", {"output_index": len(self._items) - 1, "item": {**item}}
 
     def _close(self, status: str) -> list[NamedEvent]:
         if (item := self._open) is None:

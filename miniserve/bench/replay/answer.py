@@ -10,9 +10,9 @@ import aiohttp
 import msgspec
 
 from miniserve.bench.replay.metrics import TurnTimes
-from miniserve.bench.replay.server import Event, TargetServer, body_message
+from miniserve.bench.replay.server import Event, TargetServer
+from miniserve.client import CONNECT_SECONDS, message
 
-CONNECT_SECONDS = 10.0
 KEEP_SECONDS = 4.0
 """How long an idle connection is used again. Servers close theirs after 5 (uvicorn's default), and a request that is
 sent at that moment would be lost."""
@@ -90,7 +90,7 @@ async def _stream(post: Post, server: TargetServer, answer: Answer) -> float:
             await reply.read()
             return max(float(after), LEAST_WAIT)
         if reply.status != 200:
-            raise TurnError(f"HTTP {reply.status}: {body_message(await reply.read())}")
+            raise TurnError(f"HTTP {reply.status}: {message(await reply.read())}")
         done = False
         rest = b""
         async for data in reply.content.iter_any():

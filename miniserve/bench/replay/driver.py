@@ -1,21 +1,16 @@
-"""Drives a live server as agents would: each conversation arrives at its time, each turn after its tool has run.
-
-One asyncio task for each conversation, one connection for each that waits for an answer. At 500 tokens a second of 32
-streams all this takes some 2 % of a core, so it does not slow down a server beside it.
-"""
+"""Drives a live server as agents would: each conversation arrives at its time, each turn after its tool has run. A task
+for each conversation, and a connection for each that waits for an answer."""
 
 import asyncio
 import contextlib
 import math
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -24,12 +19,12 @@ from rich.console import Console
 from rich.live import Live
 
 from miniserve.bench.replay.answer import Answer, ask, session
-from miniserve.bench.replay.metrics import ConversationTimes, Energy, Latency, energy, latency, percentile, summary
+from miniserve.bench.replay.metrics import ConversationTimes, Latency, latency, percentile, summary
 from miniserve.bench.replay.server import TargetServer, Totals, describe, totals
 from miniserve.bench.replay.workload import IDS, Script, Text, Workload
+from miniserve.client import ApiClient
 from miniserve.config import ConfigError, problem
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
 ALONE = 1_000_003
 """Seeds of standalone conversations lie this far above the run's, which finds nothing of theirs in a cache."""
 MOST_FAILURES = 10
@@ -37,25 +32,19 @@ MOST_FAILURES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """What to replay where. Times are in seconds."""
+    """What to replay where, each by the flag of its name (`cli/commands.toml`). Times are in seconds. `scale_tokens` is
+    what the trace's token counts were multiplied by: an error message recommends another factor."""
 
     url: str
     workload: Workload
     api_key: str | None = None
     model: str | None = None
-    """None: the first one that the server names."""
     scale_tokens: float = 1.0
-    """The factor that the trace's token counts were multiplied by: an error message recommends another one."""
     vocab: int | None = None
-    """How many ids there are. None: as many as the server says, else those of `IDS`."""
+    """None: as many ids as the server says, else those of `IDS`."""
     standalone: int = 0
-    """How many of the first conversations are measured alone before."""
     timeout: float = 600.0
-    """Of one turn."""
     name_groups: bool = False
-    """Whether headers name each conversation and its parent, in miniserve's words (docs/conversations.md)."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request; one that is None removes a field."""
 
 
 def replay(config: ReplayConfig) -> dict[str, Any]:
@@ -65,22 +54,22 @@ def replay(config: ReplayConfig) -> dict[str, Any]:
     """
     if not config.workload.scripts:
         raise ConfigError("There is nothing to replay: no conversation was chosen from the trace.")
-    return uvloop.run(_replay(config))
+    client = ApiClient.around(config.url, config.api_key)
+    server = describe(client, config.model)
+    _check_length(config, server)
+    return uvloop.run(_replay(config, client, server))
 
 
-async def _replay(config: ReplayConfig) -> dict[str, Any]:
-    async with session(config.api_key) as http:
-        server = await describe(http, config.url, config.model)
-        _check_length(config, server)
-        replay = Replay(config, server, http)
-        work = asyncio.create_task(replay.work())
-        loop = asyncio.get_running_loop()
-        # As Ctrl-C, at which asyncio cancels this task, and so `work`.
-        loop.add_signal_handler(signal.SIGTERM, work.cancel)
-        with contextlib.suppress(asyncio.CancelledError):
-            await work
-        loop.remove_signal_handler(signal.SIGTERM)
-        return await replay.report(interrupted=work.cancelled())
+async def _replay(config: ReplayConfig, client: ApiClient, server: TargetServer) -> dict[str, Any]:
+    replay = Replay(config, client, server)
+    work = asyncio.create_task(replay.work())
+    loop = asyncio.get_running_loop()
+    # As Ctrl-C, at which asyncio cancels this task, and so `work`.
+    loop.add_signal_handler(signal.SIGTERM, work.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+    loop.remove_signal_handler(signal.SIGTERM)
+    return replay.report(interrupted=work.cancelled())
 
 
 def _check_length(config: ReplayConfig, server: TargetServer) -> None:
@@ -93,51 +82,50 @@ def _check_length(config: ReplayConfig, server: TargetServer) -> None:
 
 
 class Replay:
-    def __init__(self, config: ReplayConfig, server: TargetServer, http: aiohttp.ClientSession) -> None:
+    def __init__(self, config: ReplayConfig, client: ApiClient, server: TargetServer) -> None:
         self.config = config
+        self.client = client
         self.server = server
         self.ended: list[ConversationTimes] = []
         self.standalone: dict[str, Latency] | None = None
         self._workload = config.workload
         self._group: asyncio.TaskGroup
-        self._http = http
+        self._http: aiohttp.ClientSession
         vocab = config.vocab or server.vocab or IDS[1]
         self._ids = min(IDS[0], vocab // 4), vocab
         self._made_up = False
         self._short = self._stale = 0
-        self._energy = Energy(here=urlsplit(server.root).hostname in LOCAL)
         self._before: Totals | None = None
         self._began = self._over = 0.0
         # For the progress line.
         self._running = 0
-        self._answers: set[Answer] = set()
-        self._tokens = 0  # of answers that have ended
+        self._since, self._tokens = time.monotonic(), 0  # of answers that have ended
         self._ttfts: list[float] = []
 
     async def work(self) -> None:
-        """First the standalone conversations, one after the other; then all at their times."""
-        watching = asyncio.create_task(self._watch())
-        try:
-            if self.config.standalone:
-                await self._measure_alone()
-            self._ttfts = []
-            self._before = await totals(self._http, self.server)
-            self._energy.start()
-            self._began = time.monotonic()
-            try:
-                async with asyncio.TaskGroup() as self._group:
-                    for script, start in zip(self._workload.scripts, self._workload.starts, strict=True):
-                        self._group.create_task(self._arrive(script, self._began + start, (), None))
-            finally:
-                self._over = time.monotonic()
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+        """First the standalone conversations, one after the other; then all at their times. A terminal shows how far it
+        is."""
+        console = Console(stderr=True, highlight=False)
+        with Live(console=console, get_renderable=self._line, refresh_per_second=2, transient=True):
+            async with session(self.config.api_key) as self._http:
+                if self.config.standalone:
+                    await self._measure_alone()
+                await self._all_at_their_times()
 
-    async def report(self, interrupted: bool) -> dict[str, Any]:
+    async def _all_at_their_times(self) -> None:
+        self._before = totals(self.client, self.server)
+        self._ttfts, self._tokens = [], 0
+        self._began = self._since = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                for script, start in zip(self._workload.scripts, self._workload.starts, strict=True):
+                    self._group.create_task(self._arrive(script, self._began + start, (), None))
+        finally:
+            self._over = time.monotonic()
+
+    def report(self, interrupted: bool) -> dict[str, Any]:
         """The keys of the contract, and more about the server and the run."""
-        joules = self._energy.joules() if self._began else None
-        after = await totals(self._http, self.server) if self._before else None
+        after = totals(self.client, self.server) if self._before else None
         moved = after.since(self._before) if after and self._before else None
         figures = summary(self.ended, self.standalone, self._over - self._began)
         failures = Counter(turn.error for times in self.ended for turn in times.turns if turn.error)
@@ -148,7 +136,7 @@ class Replay:
             "seed": self._workload.seed,
             "kv_transfer": {"bytes": moved and moved.bytes, "seconds": moved and moved.seconds},
             "placements": moved and dict(moved.placements),
-            "energy": energy(joules, self.ended) | {"source": self._energy.source},
+            "energy": None,
             "server": msgspec.to_builtins(self.server) | {"url": self.config.url},
             "output_ids": "made up" if self._made_up else "returned",
             "short_turns": self._short,
@@ -194,15 +182,13 @@ class Replay:
         ended = times.arrival
         for n, turn in enumerate(script.turns):
             prompt = text.prompt(turn)
-            body = self.server.body(prompt.tolist(), turn.output, self.config.extra)
+            body = self.server.body(prompt.tolist(), turn.output)
             post = partial(self._http.post, self.server.generate_url, data=body, headers=headers)
             if n and not alone:
                 await asyncio.sleep(ended + turn.gap - time.monotonic())
                 await asyncio.gather(*(agent for until, agent in agents if until == n))
             answer = Answer(len(prompt))
-            self._answers.add(answer)
             measured = await ask(post, self.server, answer, self.config.timeout)
-            self._answers.remove(answer)
             self._tokens += answer.tokens
             if n:
                 times.gaps += measured.sent - ended
@@ -223,27 +209,8 @@ class Replay:
                     begins = self._arrive(agent, ended + agent.turns[0].gap, text.said[: agent.prefix], times)
                     agents.append((agent.until, self._group.create_task(begins)))
 
-    async def _watch(self) -> None:
-        """Progress on stderr: in place on a terminal, else a line every ten seconds."""
-        console = Console(stderr=True, highlight=False)
-        live = Live(console=console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
-        pause = 0.5 if live else 10.0
-        with live or contextlib.nullcontext():
-            tokens, before = 0, time.monotonic()
-            while True:
-                await asyncio.sleep(pause)
-                now, total = time.monotonic(), self._tokens + sum(answer.tokens for answer in self._answers)
-                line = self._line((total - tokens) / (now - before))
-                tokens, before = total, now
-                if live:
-                    live.update(line, refresh=True)
-                else:
-                    console.print(line, soft_wrap=True)
-                if self._began:
-                    self._energy.joules()  # before a counter wraps around
-
-    def _line(self, speed: float) -> str:
-        ttfts = self._ttfts
+    def _line(self) -> str:
+        ttfts, speed = self._ttfts, self._tokens / max(time.monotonic() - self._since, 1.0)
         first = f"TTFT p50 {percentile(ttfts, 0.5):.3f} p95 {percentile(ttfts, 0.95):.3f} s, " if ttfts else ""
         phase, done = ("replay", len(self.ended)) if self._began else ("alone", len(self.standalone or ()))
         return (

@@ -22,14 +22,8 @@ _SWE = tables("bench/replay/swe_agent.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig:
-    """What the user asks for, each by the flag of its name. `trace` is a path or the name of a made-up workload,
-    `conversations` how many are drawn from it (None: all of a trace, `COUNT` made up), `arrivals` how they come.
-
-    The scripts are changed: at most `max_turns` of each, token counts times `scale_tokens`, and instead of the trace's,
-    `gap` seconds between turns, of which none is longer than `max_gap`, and `append` new tokens in later ones. With
-    `same_prompt` all first prompts are beginnings of one, so that their KV is computed once for all, as in the paper's
-    artifact.
-    """
+    """What the user asks for, each by the flag of its name (`cli/commands.toml`). `conversations` None: all of a trace,
+    `COUNT` made up. With `same_prompt` all first prompts are beginnings of one, as in the paper's artifact."""
 
     trace: str
     max_turns: int | None = None

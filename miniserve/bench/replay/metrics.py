@@ -1,4 +1,4 @@
-"""From the times of tokens, and this machine's counters of energy, to the figures of a report.
+"""From the times of tokens to the figures of a report.
 
 The metrics are those of the paper (arXiv 2606.01839). Each conversation counts once for TTFET, last-turn TBT and E2E,
 each turn once for TTFT. Normalised figures divide by what the same conversation took alone on an idle worker. The time
@@ -6,11 +6,9 @@ its tools took is left out of TTFET and E2E: it is not the server's, and would h
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import inf
-from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
@@ -18,12 +16,6 @@ import numpy as np
 
 SLO = 5.0
 """An SLO is this many times standalone."""
-POWERCAP = Path("/sys/class/powercap")
-ZONES = ("package", "dram")
-"""Beginnings of the names of RAPL's zones that add up: `core` and `uncore` are parts of a package, `psys` is all."""
-
-Meter = tuple[Callable[[], int | str], int, float]
-"""How it is read, where it wraps around (0: never), and its unit in joules."""
 
 
 class TurnTimes(NamedTuple):
@@ -164,74 +156,3 @@ def summary(
         "prompt_tokens": sum(turn.prompt for turn in turns),
         "errors": failed,
     }
-
-
-def energy(joules: float | None, conversations: Sequence[ConversationTimes]) -> dict[str, float | None]:
-    """The key `energy` of the contract. The tokens of `tokens_per_joule` are those of all prompts, found in a cache or
-    not, and all outputs: as the paper counts, by the size of its figures."""
-    turns = [turn for times in conversations for turn in times.turns]
-    output, every = sum(turn.output for turn in turns), sum(turn.prompt + turn.output for turn in turns)
-    return {
-        "joules": joules,
-        "tokens_per_joule": every / joules if joules else None,
-        "output_tokens_per_joule": output / joules if joules else None,
-    }
-
-
-class Energy:
-    """Joules of all GPUs of this machine (NVML) or, where there are none, of its processors and memory (RAPL).
-
-    Everything that runs meanwhile counts, and what an idle machine takes too. `source` is `nvml`, `rapl`, or None where
-    nothing can be read, or all of it happens on another machine (`here` is False); reading RAPL usually needs root.
-    """
-
-    def __init__(self, powercap: Path = POWERCAP, here: bool = True) -> None:
-        gpus = _gpus() if here else []
-        self._counters = gpus or (_zones(powercap) if here else [])
-        self.source = "nvml" if gpus else "rapl" if self._counters else None
-        self._last: list[int] = []
-        self._joules = 0.0
-
-    def start(self) -> None:
-        self._joules = 0.0
-        self._last = [int(read()) for read, _, _ in self._counters]
-
-    def joules(self) -> float | None:
-        """Since `start`; None where nothing can be read. Call it every few minutes: a counter that wraps around twice
-        in between looks as if it had once (RAPL's last for 5 minutes or more)."""
-        for n, (read, limit, unit) in enumerate(self._counters):
-            now = int(read())
-            passed = now - self._last[n]
-            self._joules += max(passed if passed >= 0 else passed + limit, 0) * unit
-            self._last[n] = now
-        return self._joules if self._counters else None
-
-
-def _gpus() -> list[Meter]:
-    """The total energy of each GPU since its driver was loaded."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
-        reads = [partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) for handle in handles]
-        for read in reads:
-            read()  # GPUs before Volta have no such counter
-    except Exception:  # no package, no driver, no GPU, no counter: NVML has an exception of its own for each
-        return []
-    return [(read, 0, 1e-3) for read in reads]
-
-
-def _zones(powercap: Path) -> list[Meter]:
-    zones: list[Meter] = []
-    for folder in sorted(powercap.glob("intel-rapl:*")):  # AMD's have that name too
-        try:
-            if not (folder / "name").read_text().startswith(ZONES):
-                continue
-            limit = int((folder / "max_energy_range_uj").read_text())
-            read = (folder / "energy_uj").read_text
-            int(read())
-        except (OSError, ValueError):
-            continue
-        zones.append((read, limit, 1e-6))
-    return zones

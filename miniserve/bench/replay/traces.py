@@ -18,20 +18,19 @@ _Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=WHOLE * 1000)]
 def read_trace(path: Path) -> list[Script]:
     """The conversations of a trace, in order of their first turns, or of their arrivals where it has them.
 
-    CSV: a header, then a row for each turn, columns in any order, conversations interleaved or not. The header is
-    `conversation_id,turn,new_input_tokens,output_tokens[,gap_s][,arrival_s]` (`_Row`) or TraceLab's (`_Round`).
+    CSV: a header with the fields of `_Row` or `_Round` in any order, then a row for each turn, conversations
+    interleaved or not.
 
     JSONL: a `Script` on each line, which has a key and turns `[new, output, gap, keep]`; or a request on each, as in
     github.com/kvcache-ai/Mooncake, of which `_requests` makes conversations. A file without one of the known endings is
     JSONL if it begins with a brace. Raises `ConfigError`.
     """
     try:
-        data = path.read_bytes()
-        text = data.decode().removeprefix("\ufeff")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror}.") from None
     except UnicodeDecodeError as e:
-        line = data.count(b"\n", 0, e.start) + 1
+        line = e.object.count(b"\n", 0, e.start) + 1
         raise ConfigError(f"{path}, line {line}: not UTF-8; save the trace as UTF-8 text.") from None
     named = {".csv": False, ".jsonl": True, ".ndjson": True, ".json": True}
     number = 1
@@ -45,7 +44,7 @@ def read_trace(path: Path) -> list[Script]:
     csv_file = not named.get(path.suffix.lower(), text.lstrip()[:1] == "{")
     read = _rows if csv_file else _scripts if '"turns"' in text.lstrip().partition("\n")[0] else _requests
     try:
-        scripts = read(lines())
+        scripts = sorted(read(lines()), key=lambda script: script.arrival or 0.0)
         if not scripts:
             raise ValueError("no turns; a trace has at least one")
     except (ValueError, csv.Error, msgspec.DecodeError) as e:
@@ -116,8 +115,7 @@ def _rows(lines: Iterable[str]) -> list[Script]:
             raise ValueError(problem("bench.no_turn", turn=number, key=key, next=len(sizes)))
         arrivals.setdefault(key, arrival)
         sizes.append(size)
-    scripts = [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
-    return sorted(scripts, key=lambda script: script.arrival or 0.0)
+    return [Script(key, tuple(sizes), arrivals[key]) for key, sizes in turns.items()]
 
 
 def _scripts(lines: Iterable[str]) -> list[Script]:
@@ -127,7 +125,7 @@ def _scripts(lines: Iterable[str]) -> list[Script]:
         script = decoder.decode(line)
         if found.setdefault(script.key, script) is not script:
             raise ValueError(f"key {script.key!r} is there twice; each script has its own")
-    return sorted(found.values(), key=lambda script: script.arrival or 0.0)
+    return list(found.values())
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,8 +142,8 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _requests(lines: Iterable[str]) -> list[Script]:
-    """Conversations of a trace that has only requests: `{"timestamp": ms, "input_length": tokens, "output_length":
-    tokens, "hash_ids": [...]}` on each line, in order of time. An id stands for a block of 512 tokens and all before.
+    """Conversations of a trace that has only requests, in order of time. An id stands for a block of 512 tokens and all
+    before.
 
     Which request continues which is a guess: B continues A if it is later and longer and begins with all of A's full
     blocks, the last of which appears first in A's conversation (else a system prompt would make all its users one); of

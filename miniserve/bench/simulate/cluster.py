@@ -12,7 +12,7 @@ from typing import Any
 from miniserve.bench.replay.metrics import ConversationTimes, TurnTimes
 from miniserve.bench.replay.workload import Script, Text, Workload
 from miniserve.bench.simulate.hardware import Hardware
-from miniserve.bench.simulate.worker import SimulatedWorker
+from miniserve.bench.simulate.worker import HostDisk, SimulatedWorker
 from miniserve.cluster.messages import Ended, Envelope, Failed, FirstToken, Message, Report, TurnOutput
 from miniserve.config import Role, Topology
 from miniserve.sampling_params import SamplingParams
@@ -27,7 +27,8 @@ TICK_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationConfig:
-    """What to simulate; `hardware` is that of prefillers and of decoders."""
+    """What to simulate, each by the flag of its name (`cli/commands.toml`). `hardware` is that of prefillers and of
+    decoders. The share `warm_up` of the conversations is not counted: the cluster is empty then."""
 
     workload: Workload
     topology: Topology
@@ -35,10 +36,8 @@ class SimulationConfig:
     policy: str = "observe"
     mispredict: float = 0.0
     warm_up: float = 0.0
-    """The share of the conversations that come first and are not counted: the cluster is empty then."""
     enable_prefix_caching: bool = True
     name_groups: bool = False
-    """Whether agents name their conversations and parents, as `replay` does in headers."""
 
 
 @dataclass(slots=True)
@@ -90,6 +89,7 @@ class Simulation:
         self._latency = max(prefiller.message_seconds, decoder.message_seconds)
         self.scheduler = Scheduler(policy, prefiller.page_tokens, decoder.max_num_seqs, max_queued=2**31, kept_bytes=0)
         hosts = _hosts(config.topology, decoder.devices_per_host)
+        disks = {host: HostDisk() for host in hosts.values()}
         self.workers = {
             name: worker(
                 name,
@@ -101,6 +101,7 @@ class Simulation:
                 max_model_len=max(script.tokens for script in config.workload.scripts) + 1,
                 stretch=policy.step_stretch,
                 caching=config.enable_prefix_caching,
+                disk=disks[hosts[name]],
             )
             for name, role in config.topology.roles.items()
         }

@@ -56,6 +56,11 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     host_latency: float = 0.0
     """Of copies between a device and host memory: how fast they are (None: as to another device), and what each takes
     on top."""
+    disk_space: int = 0
+    """Bytes that the disk of a host has for KV of all its workers; 0: none."""
+    disk_bytes_per_second: float = 3e9
+    disk_latency: float = 1e-4
+    """Of reading and writing pages there; no measurement, but what drives of 2024 are sold with."""
     message_seconds: float = 0.0
     busy_watts: float | None = None
     idle_watts: float | None = None
@@ -109,6 +114,10 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         rate = self.host_bytes_per_second or self.transfer_bytes_per_second
         return self.host_latency + pages * self.page_tokens * self.kv_bytes_per_token / rate
 
+    def disk_seconds(self, pages: int) -> float:
+        """The time to read or write `pages`."""
+        return self.disk_latency + pages * self.page_tokens * self.kv_bytes_per_token / self.disk_bytes_per_second
+
 
 PRESETS = msgspec.toml.decode(Path(__file__).with_name("hardware.toml").read_bytes(), type=dict[str, Hardware])
 """By their names."""
@@ -127,9 +136,10 @@ def load_hardware(text: str) -> Hardware:
         raise ConfigError(f"{path} is not a hardware profile: {error}.") from error
 
 
-def load_roles(text: str, ranks: int = 1, swap_space: int = 0) -> tuple[Hardware, Hardware]:
+def load_roles(text: str, ranks: int = 1, swap_space: int = 0, disk_space: int = 0) -> tuple[Hardware, Hardware]:
     """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`; each worker has `ranks` of it, each
-    with `swap_space` bytes of host memory if that is not 0. Raises `ConfigError`."""
+    with `swap_space` bytes of host memory, and each host with `disk_space` of disk, where these are not 0. Raises
+    `ConfigError`."""
     pairs = [part.partition("=")[::2] for part in text.split(",")] if "=" in text else [("P", text), ("D", text)]
     roles = dict(pairs)
     if set(roles) != {"P", "D"}:
@@ -137,6 +147,10 @@ def load_roles(text: str, ranks: int = 1, swap_space: int = 0) -> tuple[Hardware
     prefiller, decoder = load_hardware(roles["P"]), load_hardware(roles["D"])
     if (prefiller.page_tokens, prefiller.kv_bytes_per_token) != (decoder.page_tokens, decoder.kv_bytes_per_token):
         raise ConfigError(f"--hardware {text!r}: {prefiller.name} and {decoder.name} have KV pages of different sizes.")
-    given = {"swap_space": swap_space} if swap_space else {}
+    sizes = {"swap_space": swap_space, "disk_space": disk_space}
+    given = {name: size for name, size in sizes.items() if size}
     prefiller, decoder = (msgspec.structs.replace(one, **given).divided(ranks) for one in (prefiller, decoder))
+    for one in (prefiller, decoder):
+        if one.disk_space and (ranks > 1 or not one.swap_space):
+            raise ConfigError(problem("worker.disk_alone"))
     return prefiller, decoder

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from miniserve.bench.replay.metrics import SLO, ConversationTimes, Latency, energy, seconds, summary
+from miniserve.bench.replay.metrics import SLO, ConversationTimes, Latency, seconds, summary
 from miniserve.bench.replay.workload import Script
 from miniserve.bench.simulate.cluster import Simulation, SimulationConfig
 from miniserve.bench.simulate.hardware import Hardware
-from miniserve.bench.simulate.worker import SimulatedWorker
 
 
 def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -35,11 +34,11 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
         "bound": most,
         "token_gap_s": seconds(simulation.gaps),
         "kv_transfer": {"bytes": sum(link.bytes for link in links), "seconds": sum(link.seconds for link in links)},
-        "placements": {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(scheduler.placements.items())},
+        "placements": scheduler.placed,
         "moves": sum(c.moves for c in scheduler.conversations),
         "preemptions": sum(w.worker.engine.counters.preemptions for w in workers.values()),
         "busy": {name: worker.busy / duration for name, worker in workers.items()},
-        "energy": energy(_joules(workers.values(), duration), simulation.times),
+        "energy": _energy(simulation, duration),
     }
 
 
@@ -120,11 +119,15 @@ def _work(script: Script, hardware: Hardware) -> dict[str, float]:
     return work
 
 
-def _joules(workers: Iterable[SimulatedWorker], duration: float) -> float | None:
+def _energy(simulation: Simulation, duration: float) -> dict[str, float] | None:
+    """The key `energy` of the contract, None where a profile has no watts. Tokens of `tokens_per_joule` are those of
+    all prompts, found in a cache or not, and all outputs: as the paper counts, by the size of its figures."""
     joules = 0.0
-    for worker in workers:
+    for worker in simulation.workers.values():
         busy, idle = worker.hardware.busy_watts, worker.hardware.idle_watts
-        if busy is None or idle is None:
+        if not busy or idle is None:
             return None
         joules += worker.busy * busy + max(duration - worker.busy, 0.0) * idle
-    return joules
+    turns = [turn for times in simulation.times for turn in times.turns]
+    output, every = sum(turn.output for turn in turns), sum(turn.prompt + turn.output for turn in turns)
+    return {"joules": joules, "tokens_per_joule": every / joules, "output_tokens_per_joule": output / joules}

@@ -5,13 +5,19 @@ pass and asks for the next token, and its host memory; there and on a `Simulated
 bytes are moved.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
+from typing import Literal
+
+from msgspec.structs import replace
 
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
 from miniserve.config import Role
+from miniserve.kv.disk import Disk, Piece, Pieces
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
@@ -25,6 +31,15 @@ from miniserve.worker.step import Launched, Sampled, Work
 LAYOUT = "simulated"
 PATIENCE = 30.0
 """Seconds of a handoff's lease: the default of `serve`."""
+
+
+@dataclass
+class HostDisk:
+    """The disk of a host, which all its workers use: what is there, and when it is free again."""
+
+    pieces: Pieces = field(default_factory=Pieces)
+    free: float = 0.0
+
 
 Send = Callable[[str, str, float, Message], None]
 """Sender, receiver, the time of sending, message."""
@@ -44,6 +59,7 @@ class SimulatedWorker:
     max_model_len: int
     stretch: float
     caching: bool
+    disk: HostDisk
     eos: frozenset[int] = frozenset()
     now: float = 0.0
     """Its own time, which its steps move on."""
@@ -64,6 +80,7 @@ class SimulatedWorker:
         host = HostPool(self, make_order("expected")) if self.num_pages else None
         pages, on_evict = hardware.kv_tokens // hardware.page_tokens, host.store if host is not None else None
         self.pool = PagePool(pages, make_order("expected"), caching=self.caching, on_evict=on_evict)
+        disk = Disk(SimulatedDisk(self, self.disk), host, self.pool) if host and hardware.disk_space else None
         engine = Engine(
             self,
             self.pool,
@@ -72,6 +89,7 @@ class SimulatedWorker:
             max_num_seqs=hardware.max_num_seqs,
             max_model_len=self.max_model_len,
             host=host,
+            disk=disk,
             pace=Pace(hardware.max_num_batched_tokens, self.stretch) if self.stretch else None,
             clock=clock,
         )
@@ -85,7 +103,7 @@ class SimulatedWorker:
         pool = PoolInfo(0, -1, self.pool.num_pages, self._page_bytes, LAYOUT, host=self.host)
         return Peer(self.name, 1, self.name, pool, self.role)
 
-    def connect(self, peer: Peer) -> "SimulatedLink":
+    def connect(self, peer: Peer) -> SimulatedLink:
         return SimulatedLink(self, peer.pool.host == self.host)
 
     def clock(self) -> float:
@@ -106,9 +124,10 @@ class SimulatedWorker:
     def page_seconds(self) -> float:
         return self.hardware.host_seconds(1)
 
-    def copy(self, what: str, sources: list[int], targets: list[int]) -> None:
+    def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> Callable[[], None]:
         """Copy pages to or from host memory, one after the other, beside what else happens until the next step."""
         self.copied = max(self.copied, self.now) + self.hardware.host_seconds(len(sources))
+        return self.settle
 
     def settle(self) -> None:
         self.now = max(self.now, self.copied)
@@ -135,24 +154,65 @@ class SimulatedLink:
     near: bool
     free: float = 0.0
 
-    def fetch(self, theirs: list[int], ours: list[int], lease: float = inf) -> "SimulatedCopy":
+    def fetch(self, theirs: list[int], ours: list[int], lease: float = inf) -> SimulatedCopy:
         begin, seconds = max(self.free, self.worker.now), self.worker.hardware.transfer_seconds(len(theirs), self.near)
         self.free = begin + seconds
-        return SimulatedCopy(seconds, self.free, self.worker)
+        return SimulatedCopy(self.worker, self.free, seconds)
 
     def close(self) -> None: ...
 
 
 @dataclass
 class SimulatedCopy:
-    """A `kv.transfer` `Copy` whose pages arrive `at` a time, beside both workers' steps."""
+    """What is there `at` a time, beside the workers' steps: a `kv.transfer` `Copy`, or a `kv.disk` `Job` of `pages`."""
 
-    seconds: float
-    at: float
     worker: SimulatedWorker
+    at: float
+    seconds: float = 0.0
+    pages: int = 0
 
     @property
     def stored(self) -> bool:
         return self.worker.now >= self.at
 
     def abandon(self) -> None: ...
+
+    def done(self) -> bool:
+        return self.stored
+
+    def result(self) -> int:
+        return self.pages
+
+
+@dataclass(frozen=True)
+class SimulatedDisk:
+    """The `kv.disk` `Store` of a worker, which reads and writes one after the other. What is to be written counts as
+    there at once: to read it comes later anyhow."""
+
+    worker: SimulatedWorker
+    disk: HostDisk
+
+    @property
+    def page_seconds(self) -> float:
+        return self.worker.hardware.disk_seconds(1)
+
+    def find(self, hashes: list[bytes]) -> int:
+        return self.disk.pieces.find(hashes)
+
+    def refresh(self) -> None: ...
+
+    def read(self, hashes: list[bytes], slots: list[int]) -> SimulatedCopy:
+        return SimulatedCopy(self.worker, self._busy(len(slots)), pages=len(slots))
+
+    def write(self, piece: Piece, slots: list[int], copied: Callable[[], None], age: float) -> SimulatedCopy:
+        pieces, now, hardware = self.disk.pieces, self.worker.now, self.worker.hardware
+        self._busy(len(slots))
+        pieces.add(replace(piece, end=now - age), len(slots) * hardware.page_tokens * hardware.kv_bytes_per_token)
+        for first in pieces.surplus(hardware.disk_space, now):
+            pieces.drop(first)
+        return SimulatedCopy(self.worker, now, pages=len(slots))
+
+    def _busy(self, pages: int) -> float:
+        """When so many pages are read or written."""
+        self.disk.free = max(self.disk.free, self.worker.now) + self.worker.hardware.disk_seconds(pages)
+        return self.disk.free

@@ -1,4 +1,4 @@
-"""A client of a running server's HTTP API, for `chat` and `top`. What goes wrong is a `ConfigError` with a way out."""
+"""A client of a running server's HTTP API. What goes wrong is a `ConfigError` with a way out."""
 
 import contextlib
 import json
@@ -7,15 +7,26 @@ import ssl
 import time
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import httpx
+import msgspec
 
 from miniserve.config import ConfigError, problem
 
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 10.0
 """How long an answer may take that is no text of a model."""
+
+
+class ModelCard(msgspec.Struct):
+    """What a server says of a model: lengths in tokens, None where it says nothing."""
+
+    id: str
+    owned_by: str = "unknown"
+    max_model_len: int | None = None
+    vocab_size: int | None = None
+    meta: dict[str, Any] | None = None
 
 
 class ApiClient:
@@ -44,6 +55,11 @@ class ApiClient:
             trust_env=False,
         )
 
+    @classmethod
+    def around(cls, url: str, api_key: str | None) -> Self:
+        """The API of the server at `url`, with or without its /v1, for answers that are no text of a model."""
+        return cls(f"{url.rstrip('/').removesuffix('/v1')}/v1", api_key, PATIENCE_SECONDS)
+
     @contextlib.contextmanager
     def open(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -70,8 +86,8 @@ class ApiClient:
             said = f"{said.rstrip('.')}. Does --url end in /v1?"
         raise ConfigError(f"The server says: {said}")
 
-    def get(self, path: str) -> Any:
-        """The JSON object with `data` that a GET gives. Raises `ConfigError` for any other answer."""
+    def read(self, path: str) -> bytes:
+        """What a GET gives. Raises `ConfigError` for an error, and for an answer that comes too late."""
         ends = time.monotonic() + (self._patience or float("inf"))
         body = b""
         with self.open("GET", path) as response:
@@ -79,16 +95,22 @@ class ApiClient:
                 body += piece
                 if time.monotonic() > ends:
                     raise httpx.ReadTimeout("It comes too slowly.")
+        return body
+
+    def get(self, path: str) -> Any:
+        """The JSON object with `data` that a GET gives. Raises `ConfigError` for any other answer."""
+        body = self.read(path)
         with contextlib.suppress(ValueError):
             if isinstance(answer := json.loads(body), dict) and "data" in answer:
                 return answer
         raise ConfigError(problem("cli.other_server", url=self.url, path=path.removeprefix("/..")))
 
-    def models(self) -> list[Any]:
-        """What the server says of its models, of which there is at least one. Raises `ConfigError`."""
-        if not (cards := self.get("/models")["data"]):
-            raise ConfigError(f"{self.url} names no model. Does --url end in /v1?")
-        return list(cards)
+    def models(self) -> list[ModelCard]:
+        """The server's models, of which there is at least one. Raises `ConfigError`."""
+        with contextlib.suppress(msgspec.ValidationError):
+            if cards := msgspec.convert(self.get("/models")["data"], list[ModelCard]):
+                return cards
+        raise ConfigError(f"{self.url} names no model. Does --url end in /v1?")
 
 
 def message(data: bytes) -> str:
