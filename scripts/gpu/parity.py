@@ -144,18 +144,27 @@ def logit_error(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int
     wanted = reference(run, folder, torch.float32)(torch.tensor([tokens], device=run.device)).logits[0].double()
     largest = float(wanted.abs().max())
     error = (logits(run, folder, dtype, tokens).double() - wanted).abs()
-    ours = float(error.square().mean().sqrt() / wanted.square().mean().sqrt())
     if dtype is torch.float32:
         return 2 * ROUNDING * largest, [Figure("error of logits", float(error.max()) / largest, "", "<=", ROUNDING)]
-    theirs = reference(run, folder, dtype)(torch.tensor([tokens], device=run.device)).logits[0].double() - wanted
-    other = float(theirs.square().mean().sqrt() / wanted.square().mean().sqrt())
+    found = reference(run, folder, dtype)(torch.tensor([tokens], device=run.device)).logits[0].double()
+    theirs = (found - wanted).abs()
+    experts = ModelConfig.from_hf(check_folder(folder, dummy=False).config).experts is not None
+    ours, other = (typical(off, experts) / float(wanted.square().mean().sqrt()) for off in (error, theirs))
     # Twice the worst that was seen of either: one logit may be too high while the other is too low.
-    tolerance = 2 * max(float(error.max()), float(theirs.abs().max()))
+    tolerance = 2 * max(float(error.max()), float(theirs.max()))
+    how = "relative, of the median row" if experts else "relative, root mean square"
     return tolerance, [
-        Figure("error of logits against fp32", ours, "root mean square, relative", "<=", BESIDE * other),
-        Figure("transformers' own error in this dtype", other, "root mean square, relative"),
+        Figure("error of logits against fp32", ours, how, "<=", BESIDE * other),
+        Figure("transformers' own error in this dtype", other, how),
         Figure("closest logits whose order is judged", tolerance, "apart"),
     ]
+
+
+def typical(error: torch.Tensor, experts: bool) -> float:
+    """Of errors `[row, logit]`: the root mean square, with experts that of the median row. Where two experts are as
+    good as each other rounding picks one of them, and that row is far off, in one program or in the other."""
+    rows = error.square().mean(1)
+    return float((rows.median() if experts else rows.mean()).sqrt())
 
 
 def logits(run: Setting, folder: Path, dtype: torch.dtype, tokens: list[int]) -> torch.Tensor:

@@ -82,6 +82,13 @@ def test_a_module_that_is_missing_is_named() -> None:
     assert machine.outcome(lambda: None) == "loaded"
 
 
+def test_a_row_with_another_expert_is_no_typical_error() -> None:
+    error = torch.full((9, 4), 0.5)
+    error[3] = 30.0
+    assert parity.typical(error, experts=True) == 0.5
+    assert parity.typical(error, experts=False) == pytest.approx((8 * 0.25 / 9 + 100) ** 0.5)
+
+
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
