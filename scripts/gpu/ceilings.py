@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scripts.gpu.common import Figure, Figures, Setting, seconds
+from scripts.gpu.common import seconds
+from scripts.gpu.setting import Figure, Figures, Setting
 
 
 @dataclass(frozen=True)

@@ -1,92 +1,48 @@
-"""What all checks share: their settings, the figures they give, and the models they run."""
+"""What checks share: the models they run, and how an engine is driven."""
 
 from __future__ import annotations
 
-import gc
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from miniserve.config import EngineConfig
 from miniserve.hub import resolve as hub
+from miniserve.model import loader, weights
+from miniserve.model.config import ModelConfig
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import Built, build
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
+from scripts.gpu.setting import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number that a check found, and what it must be: `rule` is `<=`, `>=` or `==` against `limit`, or empty for a
-    number that is only reported."""
-
-    name: str
-    value: float | str
-    unit: str = ""
-    rule: str = ""
-    limit: float | str = 0.0
-
-    @property
-    def ok(self) -> bool:
-        """Whether it is within its limit. Not a number is within none."""
-        if not self.rule:
-            return True
-        if self.rule == "==":
-            return self.value == self.limit
-        value, limit = float(self.value), float(self.limit)
-        return value <= limit if self.rule == "<=" else value >= limit
+# --- before the first check of a process ----------------------------------------------------------------------------
 
 
-Figures = Iterator[Figure]
-"""A check gives its figures one by one, so that those before an error are known."""
+def ready(run: Setting) -> None:
+    """Make a context on the device: with the imports above it what takes long when a process is new."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 4) if run.cuda else 1)  # four processes share a machine
+    if run.cuda:
+        torch.zeros(1, device=run.device)
+        run.sync()
 
 
-@dataclass
-class Setting:
-    """Where the checks run. `small` makes everything toy-sized; `folder` is for files that may go afterwards."""
+def ready_for_transformers(run: Setting) -> None:
+    """The same, for checks that compare with transformers."""
+    import transformers
 
-    device: str
-    small: bool
-    folder: Path
-    kept: dict[str, Any] = field(default_factory=dict)
-    """What a check has found or made and later ones use again."""
-
-    @property
-    def cuda(self) -> bool:
-        """Whether figures of speed mean anything."""
-        return self.device.startswith("cuda")
-
-    @property
-    def half(self) -> torch.dtype:
-        """The dtype that serves: bf16, or fp32 on a CPU that has no bf16."""
-        from miniserve.ops.torch_ops import native_bf16
-
-        return torch.bfloat16 if self.cuda or native_bf16() else torch.float32
-
-    def sync(self) -> None:
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def keep(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` makes, once."""
-        if name not in self.kept:
-            self.kept[name] = make()
-        return self.kept[name]
-
-    def release(self) -> None:
-        """Give back what is only cached, so that other processes find the memory."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+    transformers.logging.disable_progress_bar()
+    ready(run)
 
 
 # --- models in the shape of real ones -------------------------------------------------------------------------------
@@ -97,30 +53,46 @@ CONTEXT = 40960
 """Llama 3's own context is 8,192 tokens, too short for some checks; the length changes nothing else of its shape."""
 
 
-def model_folder(run: Setting, preset: str) -> Path:
-    """A folder with the config of a preset and no weights, for `load_format="dummy"`."""
+def model_folder(run: Setting, preset: str, layers: int = 0) -> Path:
+    """A folder with the config of a preset and no weights, for `load_format="dummy"`; with so many `layers`, or all."""
     known = hub.presets()[preset]
     config = known["config"] | {"max_position_embeddings": CONTEXT}
     generation = known["generation_config"]
     if run.small:
         config |= SMALL
         generation = {"bos_token_id": 1, "eos_token_id": 2}
+    elif layers:
+        config["num_hidden_layers"] = layers
     return hub.dummy_folder(run.folder, preset, {"config": config, "generation_config": generation})
 
 
-def shaped(run: Setting, preset: str, **engine: Any) -> Built:
+def shaped(run: Setting, preset: str, layers: int = 0, **engine: Any) -> Built:
     """An engine with random weights in the shape of `preset`. One at a time: the memory of another is given back."""
-    key = f"{preset} {sorted(engine.items())}"
+    key = f"{preset} {layers} {sorted(engine.items())}"
     if run.kept.get("engine") != key:
-        run.kept.pop("built", None)
-        run.release()
+        drop_engine(run)
         settings: dict[str, Any] = {"dtype": "bfloat16" if run.cuda else "auto", "load_format": "dummy"}
         if run.small:
             settings |= {"kv_cache_memory": 2**26, "threads": 1}
-        folder = str(model_folder(run, preset))
-        run.kept["built"] = build(EngineConfig(model=folder, device=run.device, **settings | engine))
+        config = EngineConfig(model=str(model_folder(run, preset, layers)), device=run.device, **settings | engine)
+        with patch.object(weights, "random", lambda model: random_on(run.device, model)):
+            run.kept["built"] = build(config)
         run.kept["engine"] = key
     return run.kept["built"]
+
+
+def random_on(device: str, config: ModelConfig) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """The loader's random tensors, repeated on the device to their full size: made on the CPU, the 16 GB of
+    Llama-3-8B take longer than a measurement with them."""
+    read, block = loader.random(config), 2**20
+
+    def made(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        count = math.prod(shape)
+        if count <= block:
+            return read(name, shape)
+        return read(name, (block,)).to(device).repeat(-(-count // block))[:count].view(shape)
+
+    return made
 
 
 def drop_engine(run: Setting) -> None:

@@ -23,7 +23,8 @@ from miniserve.kv.transfer.mapped import MappedTransfer
 from miniserve.kv.transfer.pair import PairTransfer
 from miniserve.model.config import ModelConfig
 from scripts.gpu import ceilings
-from scripts.gpu.common import Figure, Figures, Setting, drop_engine, model_folder, read_json
+from scripts.gpu.common import drop_engine, model_folder, read_json
+from scripts.gpu.setting import Figure, Figures, Setting
 
 LAYOUT = "gpu-check"
 TOKENS = 16384

@@ -11,7 +11,7 @@ from miniserve.model import rope
 from miniserve.model.rope import RopeConfig
 from miniserve.ops import make_ops
 from miniserve.ops.decoder import Batch, Sizes
-from scripts.gpu.common import Figure, Figures, Setting
+from scripts.gpu.setting import Figure, Figures, Setting
 from tests.support.parts import attention_part
 
 LIMIT = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2}
@@ -103,12 +103,7 @@ def _attend(
         rows = slice(start, start + new)
         expected[slots[0], layer, 0, slots[1]], expected[slots[0], layer, 1, slots[1]] = k[rows], v[rows]
         keys, values = expected[table][:, layer].transpose(0, 1).reshape(2, -1, kv_heads, dim)[:, :context].double()
-        queries = q[rows].double().view(new, kv_heads, group, dim)
-        scores = torch.einsum("nhgd,mhd->hgnm", queries, keys) * dim**-0.5
-        past = at.unsqueeze(1) - torch.arange(context, device=device)
-        hidden = (past < 0) | (past >= (window or context))
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        wanted[rows] = torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
+        wanted[rows] = exact(q[rows].double(), keys, values, window)
         start += new
     out = ops.attention(ops.plan(batch, kv), attention_part(layer, dim**-0.5, window), q, k, v)
     run.sync()
@@ -116,6 +111,19 @@ def _attend(
         if after := context % PAGE:  # what comes after the last token may have been cleared
             expected[table[-1], layer, :, after:] = kv[table[-1], layer, :, after:]
     return relative(out.view(total, heads, dim), wanted), torch.equal(kv, expected), kernels
+
+
+def exact(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int = 0) -> torch.Tensor:
+    """Causal attention in plain sums: `q` `[T, H, D]` are the last T of the tokens that `keys` and `values`
+    `[context, Hkv, D]` are of. With a `window` each sees so many tokens, itself included."""
+    (new, heads, dim), (context, kv_heads, _) = q.shape, keys.shape
+    queries = q.view(new, kv_heads, heads // kv_heads, dim)
+    scores = torch.einsum("nhgd,mhd->hgnm", queries, keys) * dim**-0.5
+    at = torch.arange(context, device=q.device)
+    past = at[context - new :].unsqueeze(1) - at
+    hidden = (past < 0) | (past >= (window or context))
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("hgnm,mhd->nhgd", weights, values).reshape(new, heads, dim)
 
 
 def between(run: Setting) -> Figures:

@@ -11,8 +11,8 @@ from miniserve.ops import make_ops
 from miniserve.ops.decoder import Batch, DeltaNet, Experts, Mlp, Sizes, State
 from miniserve.ops.delta import delta
 from miniserve.ops.torch_ops import TorchOps
-from scripts.gpu.common import Figure, Figures, Setting
 from scripts.gpu.kernels import LIMIT, dtypes, generator, relative, short
+from scripts.gpu.setting import Figure, Figures, Setting
 
 EXPERTS, CHOSEN, HIDDEN, INNER = 16, 4, 512, 256
 LENGTHS = [[1], [1] * 9, [1, 1, 130, 1, 3, 700]]

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from scripts.gpu.common import ROOT, Figure, Figures, Setting, drop_engine, environment, model_folder, read_json
+from scripts.gpu.common import ROOT, drop_engine, environment, model_folder, read_json
 from scripts.gpu.kernels import short
 from scripts.gpu.parity import Truth, disagreements, logit_error, model, paths
+from scripts.gpu.setting import Figure, Figures, Setting
 from tests.support.engines import prompts
 
 START = 120.0

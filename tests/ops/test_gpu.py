@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.gpu.checks import CORRECTNESS, Check
-from scripts.gpu.common import Setting
+from scripts.gpu.checks import STAGES, Check, Kind
+from scripts.gpu.setting import Setting
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+CORRECTNESS = [check for stage in STAGES for check in stage.checks if check.kind is Kind.CORRECTNESS]
 HERE = (
     "kernels mixed",
     "kernels windows",
     "kernels experts",
     "kernels state",
     "kernels between",
+    "kernels products",
     "parity qwen3 fp32",
     "sampling",
     "ipc",
@@ -29,7 +31,7 @@ HERE = (
 
 
 def judge(check: Check, run: Setting) -> None:
-    figures = list(check.function(run))
+    figures = list(check.run(run))
     assert figures
     wrong = [f"{f.name}: {f.value} {f.unit}, not {f.rule} {f.limit}" for f in figures if not f.ok]
     assert not wrong, "\n".join(wrong)
