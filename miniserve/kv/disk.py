@@ -175,15 +175,6 @@ class Left:
 
 
 @dataclass(eq=False)
-class Writing:
-    """A piece that is being written, from `slots`."""
-
-    job: Job
-    piece: Piece
-    slots: list[int]
-
-
-@dataclass(eq=False)
 class Disk:
     """Moves pages between the slots of `host` and a `store`. `pool` is the device's."""
 
@@ -197,7 +188,8 @@ class Disk:
 
     def __post_init__(self) -> None:
         self._ended: deque[Left] = deque(maxlen=1024)
-        self._writing: Writing | None = None
+        self._writing: tuple[Job, Piece, list[int]] | None = None
+        """A piece that is being written, from slots."""
         self._loads: list[Load] = []
         self._paused = -inf
         """No turn is taken before that time."""
@@ -243,17 +235,12 @@ class Disk:
             if load.job is not None and load.job.done():
                 self._loads.remove(load)
                 self._take(load, load.job, now)
-        while self._writing is None or self._writing.job.done():
+        while self._writing is None or self._writing[0].done():
             if self._writing is not None:
-                self._written(self._writing, now)
+                self._written(*self._writing, now)
             if not self._ended:
                 return
             self._write(now)
-
-    def clear(self) -> None:
-        """Forget the counters, and what was to be written."""
-        self._ended.clear()
-        self.saved = self.loaded = 0
 
     def _pays(self, keep: Keep) -> bool:
         """Whether getting a page is quicker than computing it, as far as both are known."""
@@ -298,18 +285,17 @@ class Disk:
             self.host.offload(pages, targets)
         turn.written = at + len(slots)
         piece = Piece(hashes[at : turn.written], hashes[at - 1] if at else None, [], turn.keep, 0.0)
-        job = self.store.write(piece, slots, self.host.slots.barrier(), now - turn.end)
-        self._writing = Writing(job, piece, slots)
+        self._writing = self.store.write(piece, slots, self.host.slots.barrier(), now - turn.end), piece, slots
 
-    def _written(self, writing: Writing, now: float) -> None:
+    def _written(self, job: Job, piece: Piece, slots: list[int], now: float) -> None:
         """A piece is on disk, or its turn has no more room there, or it failed: then no turn is taken for a while."""
         self._writing = None
-        held = list(zip(writing.slots, writing.piece.hashes, strict=True))
+        held = list(zip(slots, piece.hashes, strict=True))
         # Slots of pages that are on the device as well are the first to go.
         self.host.release([slot for slot, digest in held if digest in self.pool], RESTORED, now)
-        self.host.release([slot for slot, digest in held if digest not in self.pool], writing.piece.keep, now)
+        self.host.release([slot for slot, digest in held if digest not in self.pool], piece.keep, now)
         try:
-            self.saved += (written := writing.job.result())
+            self.saved += (written := job.result())
         except OSError as error:
             log.warning("KV was not written: %s", error)
             self._paused, written = now + PAUSE, 0

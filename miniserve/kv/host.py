@@ -27,10 +27,8 @@ class Slots(Protocol):
         """Copy page or slot `sources[i]` to slot or page `targets[i]`, before anything that the engine does next."""
 
     def barrier(self) -> Callable[[], None]:
-        """What blocks until all copies so far are made, in either direction; any thread may call it."""
-
-    def settle(self) -> None:
-        """Block until what was restored is on the device. The engine's steps wait for it there; a peer does not."""
+        """What blocks until all copies so far are made, for those who use either side beside the engine's steps: a
+        peer, a disk. Any thread may call it."""
 
 
 class HostPool(PagePool):

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
 import torch
 
 from miniserve.cluster.rank_messages import Copied
@@ -36,7 +35,6 @@ class SwapSpace:
         self._side = SideStream(self._device.device) if memory.shared is None else None
         self._uncounted: deque[tuple[Fence, int]] = deque()
         """Copies on the side stream that the average does not contain yet, and of how many pages."""
-        self._restoring: Fence = PassedFence()
         self._last: Fence = PassedFence()
         flat = torch.frombuffer(mmap.mmap(-1, num_pages * memory.shape.bytes, mmap.MAP_PRIVATE), dtype=torch.uint8)
         if self._side is not None:
@@ -49,9 +47,6 @@ class SwapSpace:
             fence, pages = self._uncounted.popleft()
             self._observe(fence.seconds, pages)
         return self._page_seconds
-
-    def settle(self) -> None:
-        self._restoring.wait()
 
     def copy(self, what: Literal["offload", "restore"], sources: list[int], targets: list[int]) -> None:
         self._tell(Copied(what, sources, targets))
@@ -67,16 +62,9 @@ class SwapSpace:
         self._side.lead()
         self._uncounted.append((fence, len(sources)))
         self._last = fence
-        if what == "restore":
-            self._restoring = fence
 
     def barrier(self) -> Callable[[], None]:
         return self._last.wait  # copies are made in their order
-
-    @property
-    def bytes(self) -> np.ndarray:
-        """`pages` as uint8 `[slot, byte]`, the same memory."""
-        return self.pages.view(torch.uint8).view(self.num_pages, -1).numpy()
 
     def _observe(self, seconds: float, pages: int) -> None:
         self._page_seconds += (seconds / pages - self._page_seconds) / (8 if self._page_seconds else 1)

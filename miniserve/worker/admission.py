@@ -95,7 +95,7 @@ class Admissions:
                 at = len(pages)
                 self.pool.register(page, hashes[at], hashes[at - 1] if at else None)
                 pages.append(page)
-        self.host.slots.settle()  # also what was on its way back before
+        self.host.slots.barrier()()  # also what was on its way back before
         return pages
 
     def _holds(self, deferral: Deferral, sequence: Sequence, running: list[Sequence], now: float) -> bool:

@@ -76,7 +76,7 @@ def build(
     choices = sizing.Choices.of(config, spec.rank if spec else 0)
     model, device = choices.shard.config, choices.device
     # Beside all that follows: reading a large vocabulary takes a second.
-    tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, choices.folder)
+    tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer.load, Path(config.model))
     grammars = Grammars(lambda: Compiler(tokenizer.result(), model.vocab_size))
     threads = 1
     if device.type == "cuda":
@@ -127,7 +127,7 @@ def build(
         if group.ranks > 1 or choices.state:
             kv_note += "; none on disk, which is for workers of one device and models without recurrent state"
         else:
-            disk = Disk(_folder(config, choices, layout, swap), host, pool)
+            disk = Disk(_folder(Path(config.kv_disk), config, choices, layout, swap), host, pool)
             kv_note += f"; at most {format_bytes(config.kv_disk_size)} on disk"
     if choices.state:
         kv_note += (
@@ -176,15 +176,15 @@ def build(
     return Built(engine, runner, grammars, memory, model, layout, facts)
 
 
-def _folder(config: EngineConfig, choices: sizing.Choices, layout: str, swap: SwapSpace) -> Folder:
+def _folder(path: Path, config: EngineConfig, choices: sizing.Choices, layout: str, swap: SwapSpace) -> Folder:
     """Where KV lies on disk: a folder for each layout and set of weights. Raises `ConfigError`."""
-    assert config.kv_disk is not None
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in choices.files.weights]
     name = blake2b(repr((layout, weights)).encode(), digest_size=8).hexdigest()
+    memory = swap.pages.view(torch.uint8).view(swap.num_pages, -1).numpy()
     try:
-        return Folder(Path(config.kv_disk).expanduser() / name, config.kv_disk_size, swap.bytes)
+        return Folder(path.expanduser() / name, config.kv_disk_size, memory)
     except OSError as error:
-        raise ConfigError(problem("worker.disk", folder=config.kv_disk, error=error)) from error
+        raise ConfigError(problem("worker.disk", folder=path, error=error)) from error
 
 
 def _least(group: Group, number: int, device: torch.device) -> int:

@@ -173,8 +173,6 @@ class Engine:
         self.pool.clear()
         if self.host is not None:
             self.host.clear()
-        if self.disk is not None:
-            self.disk.clear()
         if self.snapshots is not None:
             self.snapshots.saved = self.snapshots.used = 0
         self.counters = Counters()

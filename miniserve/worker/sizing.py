@@ -43,7 +43,6 @@ class Choices:
     what this rank has of the model, `budget` the tokens of a step, `swap_pages` the size of the swap space; so many
     `sequences` may run at once. What the settings leave open, the kind of device decides."""
 
-    folder: Path
     files: Checked
     shard: Shard
     device: torch.device
@@ -60,8 +59,7 @@ class Choices:
     @classmethod
     def of(cls, config: EngineConfig, rank: int) -> Self:
         """Raises `ConfigError`."""
-        folder = Path(config.model)
-        files = check_folder(folder, config.load_format == "dummy")
+        files = check_folder(Path(config.model), config.load_format == "dummy")
         check_quantization(config.quantization, files.method)
         shard = Shard(ModelConfig.from_hf(files.config), rank, config.tensor_parallel_size)
         model = shard.config
@@ -78,7 +76,7 @@ class Choices:
         max_model_len = choose_max_model_len(config.max_model_len, model)
         slot = state.pages(shape.bytes) * shape.bytes if state else 0
         sequences = choose_sequences(config, slot, device)
-        given = folder, files, shard, device, dtype, max_model_len, shape, state, sequences, budget
+        given = files, shard, device, dtype, max_model_len, shape, state, sequences, budget
         return cls(*given, swap_pages(config, shape), overlap, drafts)
 
     @property
@@ -93,7 +91,7 @@ class Choices:
 
     def layout(self, config: EngineConfig, ops: Ops) -> str:
         """A fingerprint of all that pages of two workers must have in common."""
-        folder, dtype = str(self.folder.resolve()), str(self.dtype)
+        folder, dtype = str(Path(config.model).resolve()), str(self.dtype)
         made = config.load_format, config.quantization in QUANTIZATIONS and config.quantization
         identity = [folder, self.files.config, dtype, config.block_size, self.shard.ranks, ops.layout, *made]
         return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()

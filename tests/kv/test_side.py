@@ -215,7 +215,7 @@ def test_a_peer_waits_for_what_is_being_restored(streams: list[LazyStream], monk
     monkeypatch.setattr(LazyStream, "lead", lambda self: None)
     swap.restore(swap.match([bytes([3]) * 16], Keep()), [6], 0.0)
     assert content(memory, 6) != kept
-    swap.slots.settle()
+    swap.slots.barrier()()
     assert content(memory, 6) == kept
 
 

@@ -114,7 +114,7 @@ class SimulatedWorker:
         chunks = [(work.count, work.start) for work in batch if not work.is_decode]
         kv_tokens = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
         seconds = self.hardware.step_seconds(chunks, len(batch) - len(chunks), kv_tokens)
-        self.settle()
+        self._settle()
         self.now += seconds
         self.busy += seconds
         sampled: Sampled = [(self.speak(work.sequence), None) for work in batch if work.samples]
@@ -129,9 +129,9 @@ class SimulatedWorker:
         self.copied = max(self.copied, self.now) + self.hardware.host_seconds(len(sources))
 
     def barrier(self) -> Callable[[], None]:
-        return self.settle
+        return self._settle
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         self.now = max(self.now, self.copied)
 
     def round(self, now: float) -> float:
