@@ -10,7 +10,8 @@ from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import Built
 from scripts.gpu.common import add
 from tests.gpu_stand_in.programs.common import begin, end, engine, fresh, tokens_come
-from tests.support.fake_cuda.device import Line, Log, logged
+from tests.support.fake_cuda.device import logged
+from tests.support.fake_cuda.log import Line, Log
 
 LAYERS = 2
 SAMPLINGS = {

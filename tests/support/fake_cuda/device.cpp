@@ -28,7 +28,7 @@ Stream standard;
 Clock host, given;
 std::vector<std::string> lines;
 bool logging = false;
-long problems = 0;
+long problems = 0, refused = 0;
 Failing failing[int(Fault::count)];
 cudaError_t broken = cudaSuccess;
 thread_local cudaError_t last = cudaSuccess;
@@ -94,6 +94,10 @@ void host_knows(const Clock& clock) {
     arrive(host);
 }
 
+bool host_has(const Clock& clock) {
+    return std::all_of(clock.begin(), clock.end(), [](auto& part) { return host[part.first] >= part.second; });
+}
+
 void problem(const std::string& what) {
     problems++;
     std::fprintf(stderr, "FAKE CUDA: %s\n", what.c_str());
@@ -121,6 +125,7 @@ cudaError_t fault(Fault kind) {
     if (!next.times || next.from-- > 0) return cudaSuccess;
     next.from = 0;
     next.times--;
+    refused++;
     if (kind == Fault::launch) return broken = cudaErrorLaunchFailure;
     return kind == Fault::ipc ? cudaErrorMapBufferObjectFailed : cudaErrorMemoryAllocation;
 }
@@ -156,6 +161,12 @@ void fake_dump(const char* path) {
 long fake_problems() {
     GUARD;
     return problems;
+}
+
+// How many calls were let fail.
+long fake_refused() {
+    GUARD;
+    return refused;
 }
 
 // `from` calls of a kind succeed from now on, then `times` fail.

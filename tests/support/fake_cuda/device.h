@@ -22,6 +22,7 @@ constexpr size_t MEMORY = 143771ull << 20;  // of an H200, as are the limits bel
 constexpr size_t SHARED = 48 << 10;  // bytes of shared memory that a block gets unasked
 constexpr size_t MOST_SHARED = 227 << 10;
 constexpr int PROCESSORS = 132;
+constexpr int PATIENCE = 3;  // so often the device is still busy when the host asks whether an event is over
 
 using Clock = std::map<int, uint64_t>;  // by stream: so many of its operations come before
 
@@ -37,6 +38,7 @@ struct Stream {
 
 struct Event {
     Clock clock;
+    int asked = 0;
 };
 
 struct Graph {
@@ -64,6 +66,7 @@ uint64_t queue(cudaStream_t handle, const std::string& what);
 
 // The host has learnt that all this is done.
 void host_knows(const Clock& clock);
+bool host_has(const Clock& clock);  // whether it has
 
 // What no test may cause: written to stderr and counted.
 void problem(const std::string& what);
@@ -79,11 +82,18 @@ cudaError_t fail(cudaError_t error);
 
 cudaError_t sticky();  // the error that everything fails with after a launch has failed, or success
 
-// Of memory.cpp: copies that ended before `known` arrive, and are looked at.
+// Of memory.cpp: what an address is of.
+enum class Kind { pageable, pinned, device };
+Kind kind_of(const void* address);
+
+// Of copies.cpp. Copies that ended before `known` arrive, and are looked at.
 void arrive(const Clock& known);
+// Pinned memory goes, and with it the copies that use it.
+void forget_copies(const char* at, size_t bytes);
 // A kernel may have written anywhere: what was copied to the device is no longer known to be there.
 void forget_contents();
 
+// Of launches.cpp.
 std::string kernel_name(const void* function);
 
 }  // namespace fake

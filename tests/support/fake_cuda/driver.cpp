@@ -11,7 +11,8 @@ struct Launch {
     void* stream;
 };
 
-int fake_triton(const char* name, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, void* stream) __attribute__((weak));
+__attribute__((weak)) int fake_triton(
+    const char* name, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, void* stream);
 
 int cuInit(unsigned) { return 0; }
 

@@ -1,4 +1,4 @@
-// Memory of the device and pinned memory of the host, and copies between them.
+// Memory of the device, its parts that other processes map, and pinned memory of the host.
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -6,16 +6,13 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <list>
 
 #include "device.h"
 
 namespace fake {
 namespace {
 
-enum class Kind { pageable, pinned, device };
-const char* const KINDS[] = {"pageable", "pinned", "device"};
-constexpr size_t UNIT = 2 << 20, MOST_COPIED = 64 << 20, MOST_REMEMBERED = 4 << 20;
+constexpr size_t UNIT = 2 << 20;
 
 struct Range {
     size_t bytes;
@@ -28,21 +25,11 @@ struct Handle {  // of CUDA IPC: the file that is the memory of a device, and wh
     size_t offset, bytes;
 };
 
-struct Copy {  // between the device and pinned memory `at`, until the host knows that it has been made
-    int stream;
-    uint64_t number;
-    bool arrives;
-    char* at;
-    std::string content;
-};
-
 // The device's memory is a sparse file, so that another process can map a part of it as by CUDA IPC.
 int file = -1;
 char* base = nullptr;
 std::map<size_t, size_t> holes;  // offset -> bytes
 std::map<char*, Range> ranges;
-std::list<Copy> copies;
-std::map<char*, size_t> known;  // of the device: what was copied or set there since the last kernel
 size_t used = 0;
 
 size_t whole(size_t bytes) { return (bytes + UNIT - 1) / UNIT * UNIT; }
@@ -55,14 +42,6 @@ void open_device() {
     if (mapped == MAP_FAILED) std::abort();
     base = static_cast<char*>(mapped);
     holes[0] = 2 * MEMORY;  // twice, so that what lies between is never the reason why something does not fit
-}
-
-Kind kind_of(const void* address) {
-    char* at = static_cast<char*>(const_cast<void*>(address));
-    auto after = ranges.upper_bound(at);
-    if (after == ranges.begin()) return Kind::pageable;
-    auto& [begin, range] = *std::prev(after);
-    return at < begin + range.bytes ? range.kind : Kind::pageable;
 }
 
 cudaError_t allocate(void** out, size_t bytes) {
@@ -100,76 +79,23 @@ cudaError_t release(void* address) {
     return cudaSuccess;
 }
 
-// What the host gets of the device's memory: zeros, where a kernel would have written.
-std::string content_of(const char* source, size_t bytes) {
-    auto after = known.upper_bound(const_cast<char*>(source));
-    const bool is = after != known.begin() && source + bytes <= std::prev(after)->first + std::prev(after)->second;
-    return is ? std::string(source, bytes) : std::string(bytes, 0);
-}
-
-void know(char* at, size_t bytes) { known[at] = bytes; }
-
-void move(void* to, const void* from, size_t bytes, Kind target, Kind source) {
-    if (source == Kind::device && target != Kind::device) {
-        const std::string content = content_of(static_cast<const char*>(from), bytes);
-        std::memcpy(to, content.data(), bytes);
-    } else if (bytes <= MOST_COPIED) {
-        std::memcpy(to, from, bytes);
-        if (source != Kind::device) know(static_cast<char*>(to), bytes);
-    }
-}
-
-cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t handle, bool async) {
-    LIVES;
-    const Kind source = kind_of(from), target = kind_of(to);
-    const bool pageable = source == Kind::pageable || target == Kind::pageable;
-    const std::string what = std::string(async ? pageable ? "PAGEABLE " : "" : "WAITING ") + "copy " + KINDS[int(source)] + " > " +
-                             KINDS[int(target)] + " " + std::to_string(bytes);
-    if (!async && forbidden(what)) return fail(cudaErrorStreamCaptureImplicit);
-    const uint64_t number = queue(handle, what);
-    Stream& stream = stream_of(handle);
-    if (!async || pageable) {
-        if (!async) {
-            write_down('S', "cudaMemcpy", stream.clock);
-            host_knows(stream.clock);
-        }
-        move(to, from, bytes, target, source);
-    } else if (source == Kind::device && target == Kind::pinned && number) {
-        copies.push_back({stream.id, number, true, static_cast<char*>(to), content_of(static_cast<const char*>(from), bytes)});
-        std::memset(to, 0xFF, bytes);
-    } else {
-        move(to, from, bytes, target, source);
-        if (source == Kind::pinned && number && bytes <= MOST_REMEMBERED) {
-            char* at = static_cast<char*>(const_cast<void*>(from));
-            copies.push_back({stream.id, number, false, at, std::string(at, bytes)});
-        }
-    }
-    return cudaSuccess;
-}
-
 // Pinned memory goes: CUDA waits for what still uses it.
 void unpin(char* at) {
     auto found = ranges.find(at);
     if (found == ranges.end()) return;
-    const size_t bytes = found->second.bytes;
-    copies.remove_if([&](const Copy& copy) { return copy.at >= at && copy.at < at + bytes; });
+    forget_copies(at, found->second.bytes);
     ranges.erase(found);
 }
 
 }  // namespace
 
-void arrive(const Clock& clock) {
-    copies.remove_if([&](Copy& copy) {
-        auto found = clock.find(copy.stream);
-        if (found == clock.end() || found->second < copy.number) return false;
-        if (copy.arrives) std::memcpy(copy.at, copy.content.data(), copy.content.size());
-        else if (std::memcmp(copy.at, copy.content.data(), copy.content.size()))
-            problem("pinned memory was written before the copy of " + std::to_string(copy.content.size()) + " bytes from it was made");
-        return true;
-    });
+Kind kind_of(const void* address) {
+    char* at = static_cast<char*>(const_cast<void*>(address));
+    auto after = ranges.upper_bound(at);
+    if (after == ranges.begin()) return Kind::pageable;
+    auto& [begin, range] = *std::prev(after);
+    return at < begin + range.bytes ? range.kind : Kind::pageable;
 }
-
-void forget_contents() { known.clear(); }
 
 }  // namespace fake
 
@@ -251,44 +177,6 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* add
     if (kind == Kind::pinned) out->hostPointer = const_cast<void*>(address);
     return cudaSuccess;
 }
-
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-    GUARD;
-    return copy(to, from, bytes, nullptr, false);
-}
-
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-    GUARD;
-    return copy(to, from, bytes, stream, true);
-}
-
-cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {
-    GUARD;
-    return copy(to, from, bytes, stream, true);
-}
-
-cudaError_t cudaMemcpy2DAsync(
-    void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t stream) {
-    GUARD;
-    for (size_t row = 0; row < height; row++)
-        if (cudaError_t error = copy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width, stream, true))
-            return error;
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t stream) {
-    GUARD;
-    LIVES;
-    queue(stream, "set " + std::to_string(bytes));
-    if (bytes > MOST_COPIED / 4) return cudaSuccess;
-    std::memset(at, value, bytes);
-    know(static_cast<char*>(at), bytes);
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemset(void* at, int value, size_t bytes) { return cudaMemsetAsync(at, value, bytes, nullptr); }
-
-cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) { return cudaSuccess; }
 
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
     *pool = reinterpret_cast<cudaMemPool_t>(16);

@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-RUNTIME = [HERE / f"{part}.cpp" for part in ("device", "memory", "streams", "launches", "products")]
+RUNTIME = [HERE / f"{part}.cpp" for part in ("device", "memory", "copies", "streams", "launches", "products")]
 COMPILE = ("g++", "-std=c++20", "-O1", "-fPIC", "-shared")
 PROBLEM = "FAKE CUDA: "
 """How the stand-in begins a line on stderr."""

@@ -97,7 +97,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, uns
     LIVES;
     Stream& stream = stream_of(handle);
     if (stream.capturing) problem("an event is recorded into a graph");
-    event_of(event).clock = stream.clock;
+    event_of(event) = {stream.clock};
     return cudaSuccess;
 }
 
@@ -107,6 +107,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
     GUARD;
     LIVES;
     if (forbidden("cudaEventQuery")) return fail(cudaErrorStreamCaptureUnsupported);
+    if (!host_has(event_of(event).clock) && event_of(event).asked++ < PATIENCE) return cudaErrorNotReady;
     host_knows(event_of(event).clock);
     return cudaSuccess;
 }
