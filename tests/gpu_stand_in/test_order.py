@@ -8,7 +8,11 @@ from tests.support.fake_cuda.log import Line
 from tests.support.fake_cuda.order import begins, ends, unordered
 from tests.support.fake_cuda.stand_in import StandIn
 
-COUNTED = {"swapping": ("offloaded", "restored"), "handing over": ("published", "asked", "aborted")}
+COUNTED = {
+    "swapping": ("offloaded", "restored"),
+    "snapshots": ("offloaded", "restored", "saved", "used"),
+    "handing over": ("published", "asked", "aborted"),
+}
 BROKEN = [
     ("swapping", "follow"),
     ("swapping", "lead"),

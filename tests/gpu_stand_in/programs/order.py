@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +30,8 @@ from tests.support.fake_cuda.device import logged, note
 from tests.support.fake_cuda.order import Page, accesses, begins, drops, ends, unordered
 
 SHAPE = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "vocab_size": 32000}
+RECURRENT = {"hidden_size": 512, "head_dim": 128, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 32000}
+RECURRENT |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 SETTINGS: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 128, "kv_cache_memory": 2**20}
 numbers = count(1)
 pools: dict[int, str] = {}
@@ -92,13 +95,16 @@ def computing(runner: ModelRunner, batch: Batch, *rest: Any) -> torch.Tensor:
     for length, context, pages in zip(batch.lengths, batch.contexts, batch.pages, strict=True):
         reads += [(pool, page) for page in pages[: -(-context // size)]]
         writes += [(pool, page) for page in pages[(context - length) // size : -(-context // size)]]
+    if runner.state is not None:
+        parts, each = name_of(runner.state.delta), runner.memory.snapshot_pages
+        writes += [(parts, slot * each + part) for slot in batch.slots for part in range(each)]
     with access("a step", reads, writes):
         return forward(runner, batch, *rest)
 
 
-def swapping() -> dict[str, int]:
+def swapping(preset: str, layers: int, shape: dict[str, Any], **settings: Any) -> dict[str, int]:
     """Conversations that do not fit the pool together, in turns: pages go to host memory and come back."""
-    built = engine("llama-3-8b", 2, SHAPE, swap_space=2**22, **SETTINGS)
+    built = engine(preset, layers, shape, **SETTINGS | settings)
     running, histories = built.engine, fresh(16, 150, seed=1)
     for turn in range(4):
         for i, history in enumerate(histories):
@@ -112,7 +118,10 @@ def swapping() -> dict[str, int]:
                 running.abort(running.running[-1].turn)
         histories = [history + new for history, new in zip(histories, fresh(16, 40, seed=turn + 2), strict=True)]
     assert running.host is not None
-    return {"offloaded": running.host.offloaded, "restored": running.host.restored}
+    counted = {"offloaded": running.host.offloaded, "restored": running.host.restored}
+    if running.snapshots is not None:
+        counted |= {"saved": running.snapshots.saved, "used": running.snapshots.used}
+    return counted
 
 
 class Side:
@@ -198,7 +207,11 @@ BROKEN: dict[str, tuple[type, dict[str, Any]]] = {
     "abandon": (MappedCopy, {"abandon": lambda self: abandoning(self, lambda copy: None)}),
 }
 """Rules of order, and what breaks them."""
-SCENES = {"swapping": swapping, "handing over": handing_over}
+SCENES = {
+    "swapping": partial(swapping, "llama-3-8b", 2, SHAPE, swap_space=2**22),
+    "snapshots": partial(swapping, "qwen3-next-80b-a3b", 4, RECURRENT, swap_space=2**24, kv_cache_memory=2**24),
+    "handing over": handing_over,
+}
 
 
 def main() -> None:
@@ -215,16 +228,11 @@ def main() -> None:
         logged() as log,
     ):
         counted = SCENES[scene]()
-    streams = {one.name: {a.stream for a in accesses(log.lines) if a.name == one.name} for one in accesses(log.lines)}
-    print(
-        json.dumps(
-            {
-                "counted": counted,
-                "streams": {n: sorted(s) for n, s in streams.items()},
-                "unordered": unordered(log.lines),
-            }
-        )
-    )
+    streams: dict[str, set[int]] = {}
+    for one in accesses(log.lines):
+        streams.setdefault(one.name, set()).add(one.stream)
+    found = {"counted": counted, "streams": {name: sorted(on) for name, on in streams.items()}}
+    print(json.dumps(found | {"unordered": unordered(log.lines)}))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ int cuOccupancyMaxActiveClusters(int* count, Function, const void*) {
 
 // Looked up, and not called on the way that is tested here.
 int cuTensorMapEncodeTiled() { return 1; }
+int cuCtxGetLimit() { return 1; }
+int cuCtxSetLimit() { return 1; }
 int cuLaunchKernel() { return 1; }
 int cuLaunchCooperativeKernel() { return 1; }
 int cuLinkAddData_v2() { return 1; }
