@@ -98,22 +98,23 @@ class CudaPlanner:
             "slots": batch.slots,
             "prefills": [0, *accumulate(batch.lengths[decodes:])],
             "later": [at - split for at in indptr[decodes:]],
+            "contexts": batch.contexts[decodes:],
         }
         numbers, sizes = self._host(list(chain(*parts.values()))), [len(part) for part in parts.values()]
         host = dict(zip(parts, numbers.split(sizes), strict=True))
         made = dict(zip(parts, numbers.to(self._device, non_blocking=True).split(sizes), strict=True))
-        last_lengths = host["kv_last_page_len"]
         self._begin_planning()
         if decodes:
             self._decode = self._decode or self._decode_wrappers(kv)
-            begins, those = host["kv_indptr"][: decodes + 1], made["kv_indices"][:split]
-            self._plan_decode(self._decode, kv, indptr=begins, indices=those, last_page_len=last_lengths[:decodes])
+            begins, lasts = host["kv_indptr"][: decodes + 1], host["kv_last_page_len"][:decodes]
+            self._plan_decode(self._decode, kv, indptr=begins, indices=made["kv_indices"][:split], last_page_len=lasts)
         for window, wrapper in self._prefill.items() if decodes < count else ():
             wrapper.plan(
                 qo_indptr=host["prefills"],
                 paged_kv_indptr=host["later"],
                 paged_kv_indices=made["kv_indices"][split:],
-                paged_kv_last_page_len=last_lengths[decodes:],
+                paged_kv_last_page_len=host["kv_last_page_len"][decodes:],
+                seq_lens=host["contexts"],
                 **self._shape(kv),
                 head_dim_qk=self._dim,
                 causal=True,

@@ -45,7 +45,7 @@ def run(spec: WorkerSpec) -> int:
     context = zmq.Context()
     inbox = Inbox(context, spec.address, spec.keys, spec.listen)
     outboxes = Outboxes(context, spec.name, spec.epoch, spec.keys)
-    failed, ranks = False, Ranks(spec, outboxes)
+    failures, ranks = list[Exception](), Ranks(spec, outboxes)
 
     def tell(phase: str, done: int, total: int) -> None:
         if not spec.rank:
@@ -74,12 +74,12 @@ def run(spec: WorkerSpec) -> int:
             reason = " ".join(broken.split())
             trace = traceback.format_exc()
         outboxes.send(spec.frontend, StartFailed(reason, trace))
-        failed = True
+        failures.append(error)  # kept until it is told: torch may abort the process when a broken device's tensors go
     ranks.close()
     inbox.close()
-    outboxes.close(linger_ms=1000 if failed else 200)
+    outboxes.close(linger_ms=1000 if failures else 200)
     context.term()
-    return int(failed)
+    return int(bool(failures))
 
 
 def _leave_with_frontend(spec: WorkerSpec) -> None:

@@ -189,9 +189,8 @@ def _folder(path: Path, config: EngineConfig, choices: sizing.Choices, layout: s
 
 def _least(group: Group, number: int, device: torch.device) -> int:
     """The smallest of what all ranks have."""
-    numbers = torch.zeros(group.ranks, device=device)
-    numbers[group.rank] = number
-    return int(group.sum(numbers).min())
+    numbers = torch.tensor([float(number * (rank == group.rank)) for rank in range(group.ranks)], device=device)
+    return int(min(group.sum(numbers).tolist()))
 
 
 def warm_up(engine: Engine, root: bytes) -> None:
