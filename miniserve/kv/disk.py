@@ -243,8 +243,8 @@ class Disk:
             self._write(now)
 
     def _pays(self, keep: Keep) -> bool:
-        """Whether getting a page is quicker than computing it, as far as both are known."""
-        return not keep.page_seconds or self.store.page_seconds + self.host.slots.page_seconds <= keep.page_seconds
+        """Whether reading a page is quicker than computing it, as far as both are known."""
+        return not keep.page_seconds or self.store.page_seconds <= keep.page_seconds
 
     def _take(self, load: Load, job: Job, now: float) -> None:
         """What was read is in host memory from now on; what is not whole is not."""

@@ -255,7 +255,7 @@ def test_a_turn_whose_grammar_is_being_compiled_delays_no_other(llm, monkeypatch
         llm.engine.admit()
         ended |= {o.turn for o in llm.engine.step().outputs if isinstance(o, Ended)}
     assert ended == {"free"}, "both threads compile: that is all that waits"
-    assert llm.engine.compiling
+    assert llm.engine.expecting
     llm.engine.abort("gone")
     go.set()
     said = run(llm)
@@ -263,4 +263,4 @@ def test_a_turn_whose_grammar_is_being_compiled_delays_no_other(llm, monkeypatch
         "slow": "slow",
         "fast": "fast",
     }
-    assert not llm.engine.compiling
+    assert not llm.engine.expecting

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from miniserve.cluster.messages import Keep
 from miniserve.config import ConfigError
@@ -456,7 +457,8 @@ def lazy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[KVMemory, Hos
     memory = device_memory(1)
     swap = SwapSpace(memory, 2)
     host = HostPool(swap, ExpectedNeed())
-    disk = Disk(Folder(tmp_path, 1 << 20, swap.bytes), host, PagePool(DEVICE_PAGES, ExpectedNeed()))
+    rows = swap.pages.view(torch.uint8).view(2, -1).numpy()
+    disk = Disk(Folder(tmp_path, 1 << 20, rows), host, PagePool(DEVICE_PAGES, ExpectedNeed()))
     return memory, host, disk, LazyStream.made[-1]
 
 

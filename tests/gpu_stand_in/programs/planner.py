@@ -71,6 +71,7 @@ def refused(planner: CudaPlanner, kv: torch.Tensor) -> Iterator[str]:
     def tried(name: str, plan: Callable[[], object]) -> Iterator[str]:
         try:
             plan()
+            torch.cuda.synchronize()  # in an engine the step before has ended when the next plan takes its buffers
         except Exception as error:
             yield f"{name}: {str(error).strip().splitlines()[-1][:200]}"
 
