@@ -212,19 +212,18 @@ class Disk:
         near = self.host.match(hashes[above:])
         self.host.release(near, keep, now)  # not the next to go
         at = above + len(near)
-        wanted = hashes[at:]
-        count = min(self.store.find(wanted), self.host.num_pages // 2)
-        load = Load(turn, wanted[:count], hashes[at - 1] if at else None, now + PATIENCE, keep=keep)
+        wanted, parent = hashes[at:], hashes[at - 1] if at else None
+        count, room = min(self.store.find(wanted), self.host.num_pages // 2), self.host.num_available - len(near)
         if not count or not self._pays(keep) or any(now >= other.deadline for other in self._loads):
             return Load(turn)
         for other in self._loads:
-            if wanted[0] in other.hashes or count > self.host.num_available - len(near):
+            if wanted[0] in other.hashes or count > room:
                 return other
-        load.hashes = wanted[: max(min(count, self.host.num_available - len(near)), 0)]
-        if not load.hashes:
+        if not (hashes := wanted[: max(min(count, room), 0)]):
             return Load(turn)
-        load.slots = self.host.allocate(len(load.hashes), now)
-        load.job = self.store.read(load.hashes, load.slots, self.host.slots.barrier())
+        slots = self.host.allocate(len(hashes), now)
+        load = Load(turn, hashes, parent, now + PATIENCE, slots, keep)
+        load.job = self.store.read(hashes, slots, self.host.slots.barrier())
         self._loads.append(load)
         return load
 

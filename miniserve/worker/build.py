@@ -141,6 +141,7 @@ def build(
     graphs = None
     if graph_ops is not None:
         graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, choices.sequences, longest)
+        lap("graphs")
     try:  # some models name an end token that they have no row for; it can never be sampled
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)
     except ParameterError as error:

@@ -4,8 +4,6 @@ A graph is recorded for a batch size and replayed with other numbers in the same
 next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page and slot.
 """
 
-import logging
-import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +14,6 @@ import torch
 from miniserve.model.transformer import Transformer
 from miniserve.ops.cuda_plan import MOST_DECODES
 from miniserve.ops.decoder import Batch, State
-
-log = logging.getLogger("miniserve.graphs")
 
 LADDER = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, MOST_DECODES + 1, 32))
 """Batch sizes that are recorded: at most a fifth of the rows is padding, from 32 on."""
@@ -74,8 +70,8 @@ class CudaRecorder:
 
 @dataclass(eq=False)
 class DecodeGraphs:
-    """Records a graph when a batch of its size comes for the first time: `recorded` are those, by size. `record` makes
-    a replay of what a function does."""
+    """Records a graph of each size, before anything is served: each takes tenths of a second. `record` makes a replay
+    of what a function does."""
 
     transformer: Transformer
     ops: GraphOps
@@ -85,13 +81,14 @@ class DecodeGraphs:
     max_pages: int
     """Batches of up to `most` sequences with up to so many pages each are replayed, as far as the ladder goes."""
     record: Callable[[Callable[[], object]], Replay] = field(default_factory=CudaRecorder)
-    recorded: dict[int, Recorded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._sizes = [size for size in LADDER if size < self.most] + [self.most] * (self.most <= LADDER[-1])
         # One for all sizes: each graph would keep logits of its own, in all a gigabyte for a large vocabulary.
         vocab = self.transformer.config.vocab_size
         self._logits = torch.zeros((self._sizes[-1], vocab), dtype=torch.float32, device=self.kv.device)
+        # The largest first: the others find room in what it has taken.
+        self.recorded = {size: self._make(size) for size in reversed(self._sizes)}
 
     @staticmethod
     def logits_bytes(vocab: int, most: int) -> int:
@@ -105,7 +102,7 @@ class DecodeGraphs:
         if count > self._sizes[-1] or not len(batch.tokens) == len(batch.outputs) == count:
             return None
         size = self._sizes[bisect_left(self._sizes, count)]
-        recorded = self.recorded.get(size) or self._make(size)
+        recorded = self.recorded[size]
         recorded.tokens[:count].copy_(batch.tokens)
         recorded.positions[:count].copy_(batch.positions)
         recorded.positions[count:].zero_()
@@ -114,10 +111,7 @@ class DecodeGraphs:
         return self._logits[:count]
 
     def _make(self, size: int) -> Recorded:
-        started = time.monotonic()
         plan = self.ops.fixed_plan(size, self.kv, self.state, size * self.max_pages)
         tokens, positions = torch.zeros((2, size), dtype=torch.int64, device=self.kv.device)
         replay = self.record(lambda: self._logits[:size].copy_(self.transformer.compute(plan, tokens, positions, None)))
-        self.recorded[size] = Recorded(plan, tokens, positions, replay)
-        log.info("recorded a CUDA graph of %d decodes in %.2f s", size, time.monotonic() - started)
-        return self.recorded[size]
+        return Recorded(plan, tokens, positions, replay)

@@ -188,13 +188,14 @@ def test_nothing_imports_flashinfer_on_a_cpu() -> None:
 
 
 class Recorder:
-    """Replays by computing again."""
+    """Replays by computing again. `sizes` are those that were recorded."""
 
     def __init__(self) -> None:
         self.replays = 0
+        self.sizes: list[int] = []
 
-    def __call__(self, compute: Callable[[], object]) -> Replay:
-        compute()
+    def __call__(self, compute: Callable[[], Any]) -> Replay:
+        self.sizes.append(len(compute()))
 
         def replay() -> None:
             self.replays += 1
@@ -247,18 +248,16 @@ def test_greedy_text(models, as_on_a_gpu, arch: str, eager: bool, overlap: bool)
     assert clean(llm)
 
 
-def test_graphs_are_recorded_once_for_a_size(tiny_models, as_on_a_gpu) -> None:
-    llm, recorder = as_on_a_gpu(tiny_models["llama"])
+def test_graphs_are_recorded_before_anything_is_served(tiny_models, as_on_a_gpu) -> None:
+    llm, recorder = as_on_a_gpu(tiny_models["llama"], max_num_seqs=9)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    llm.generate([[1, 2]] * 3, params, progress=False)
     graphs = llm.engine.runner.graphs
-    assert list(graphs.recorded) == [4], "three are padded to four"
-    before = recorder.replays
-    llm.generate([[1, 2]] * 4, params, progress=False)
-    assert list(graphs.recorded) == [4]
-    assert recorder.replays == before + 5
+    assert list(graphs.recorded) == recorder.sizes == [9, 8, 4, 2, 1], "the largest first"
+    assert llm._built.facts.phases["graphs"] > 0
+    llm.generate([[1, 2]] * 3, params, progress=False)
+    assert recorder.replays == 5, "three are padded to four"
     llm.generate([[1, 2]], params, progress=False)
-    assert list(graphs.recorded) == [4, 1]
+    assert (recorder.replays, len(recorder.sizes)) == (10, 5)
 
 
 def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, monkeypatch) -> None:

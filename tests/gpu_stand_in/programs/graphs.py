@@ -20,9 +20,9 @@ def main() -> None:
     found = {}
     for preset in sys.argv[1:]:
         layers, shape = CHANGED.get(preset, (LAYERS, {}))
-        built = engine(preset, layers, shape, max_model_len=2048, max_num_seqs=128)
         params = SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True)
         with logged() as log:
+            built = engine(preset, layers, shape, max_model_len=2048, max_num_seqs=128)
             for batch in BATCHES:
                 turns = [f"{batch} {i}" for i in range(batch)]
                 begin(built.engine, turns, fresh(batch, 40, seed=batch), params)
