@@ -132,8 +132,8 @@ class Job(Protocol):
 
 class Store(Protocol):
     """A disk that takes `page_seconds` to read a page as far as is known, else 0. The chain `hashes` is in `slots` of
-    host memory, or is to come there, when `ready` has returned, which blocks; nobody else writes there before the job
-    is done."""
+    host memory, or is to come there, when `ready` has returned, which blocks; no other copy is made there before the
+    job is done."""
 
     @property
     def page_seconds(self) -> float: ...

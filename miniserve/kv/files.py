@@ -1,8 +1,8 @@
 """Pieces of conversations as files of a folder: the `Store` of a worker.
 
 All workers of a machine that serve the same model share the folder, and every run of the server. A file is written
-under a name of its own, then renamed, so nobody reads half of one; what a crash or a person leaves of it, the checksums
-find. It begins with the length of a `Piece` in msgpack and a checksum of that, four bytes each; then come the `Piece`
+under a name of its own, then renamed, so no worker reads half of one; checksums find what a crash or a person has left
+of it. It begins with the length of a `Piece` in msgpack and a checksum of that, four bytes each; then come the `Piece`
 and the pages. The name is that of the piece. Nothing in it is text: tokens are only there as hashes.
 """
 
@@ -24,7 +24,7 @@ from miniserve.kv.hashing import HASH_BYTES
 SCAN_SECONDS = 0.5
 """How often a worker looks for what others have written or deleted."""
 ABANDONED = 600.0
-"""Seconds after which a file without its name is nobody's any more."""
+"""Seconds after which no worker writes any more to a file that has not got its name."""
 HEAD, MOST_HEAD = 8, 1 << 20
 """Bytes before a `Piece`, and those that one takes at most."""
 NAME = re.compile(f"[0-9a-f]{{{4 * HASH_BYTES}}}")
@@ -132,7 +132,7 @@ class Folder:
 
     def _scan(self) -> None:
         """Learn what others have written and deleted since."""
-        # Somebody may have deleted it. Not what it lies in, which may be a disk that is not mounted any more.
+        # A person may have deleted it. Not what it lies in, which may be a disk that is not mounted any more.
         self._path.mkdir(mode=0o700, exist_ok=True)
         if (changed := self._path.stat().st_mtime_ns) == self._changed:
             return
@@ -182,5 +182,5 @@ def _head(file: BufferedReader) -> Piece:
 
 
 def _sum(digest: bytes, page: memoryview) -> int:
-    """Of a page and its name. CRC-32 finds what disks and crashes do, at 3 GB/s; nobody else may write here."""
+    """CRC-32 of a page and its name: against what disks and crashes do. Only the folder's owner may write there."""
     return crc32(page, crc32(digest))

@@ -19,7 +19,7 @@ from scripts.gpu.setting import Figure, Setting
 
 STARTING = 90.0
 """Seconds that a process may take to import torch and transformers on a machine that reads them for the first time."""
-TOLD = 3000
+SHOWN = 3000
 """So many characters are kept of what a process has printed before it ended."""
 
 
@@ -156,7 +156,7 @@ class Process:
 
     def _said(self) -> str:
         try:
-            return self._output.read_text("utf-8", "replace")[-TOLD:]
+            return self._output.read_text("utf-8", "replace")[-SHOWN:]
         except OSError:
             return ""
 

@@ -167,8 +167,8 @@ def page(stages: list[dict[str, Any]], folder: str) -> str:
         lines += ["**Not a GPU, or toy sizes: figures of speed mean nothing, and their limits are not judged.**", ""]
     lines += ["| stage | verdict | seconds | of at most | commit | date |", "|---|---|---|---|---|---|"]
     for stage in stages:
-        told = stage["stage"], stage["verdict"], f"{stage['seconds']:.0f}", f"{stage['limit']:.0f}"
-        lines.append(_row(*told, stage["commit"], stage["date"]))
+        row = stage["stage"], stage["verdict"], f"{stage['seconds']:.0f}", f"{stage['limit']:.0f}"
+        lines.append(_row(*row, stage["commit"], stage["date"]))
     lines.append("")
     for name in ("machine", "versions"):
         lines += [f"- {name}: {said}" for said in dict.fromkeys(stage[name] for stage in stages)]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.llm import LLM
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.ops.cuda_plan import page_tables, workspace_bytes
@@ -28,6 +27,7 @@ from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 from tests.support import tiny
 from tests.support.engines import clean, greedy, prompts
+from tests.support.kv_pools import memory_as_on_a_gpu
 from tests.support.parts import attention_part
 from tests.support.reference_flashinfer import delta, reference
 
@@ -215,12 +215,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
         def cuda_ops(device: Any, dtype: Any, sizes: Sizes, *rest: Any, **more: Any) -> tuple[CudaOps, str]:
             return CudaOps(CPU, dtype, sizes, reference(), delta), "flashinfer"
 
-        def memory(shape: PageShape, num_pages: int, device: torch.device, *more: int) -> KVMemory:
-            made = KVMemory(shape, num_pages + 1, device, *more)
-            made.num_pages = num_pages  # the last one is the scratch page
-            return made
-
-        monkeypatch.setattr(build, "KVMemory", memory)
+        monkeypatch.setattr(build, "KVMemory", memory_as_on_a_gpu)
         monkeypatch.setattr(build, "make_ops", cuda_ops)
         monkeypatch.setattr(build, "DecodeGraphs", lambda *args: DecodeGraphs(*args, record=recorder))
         made = LLM(folder, kv_cache_memory=2**22, threads=1, enforce_eager=eager, dtype="float32", **engine)

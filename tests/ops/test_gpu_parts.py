@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miniserve.kv.memory import KVMemory, PageShape
 from miniserve.model.config import ModelConfig
 from miniserve.model.loader import random
 from miniserve.ops.cuda_ops import CudaOps
@@ -27,6 +26,7 @@ from scripts.gpu.checks import STAGES
 from scripts.gpu.common import model_folder, random_on, read_json
 from scripts.gpu.kernels import exact
 from scripts.gpu.setting import Figure, Setting
+from tests.support.kv_pools import memory_as_on_a_gpu
 from tests.support.reference_flashinfer import delta, real, reference
 
 CPU = torch.device("cpu")
@@ -184,12 +184,7 @@ def test_a_profile_is_read() -> None:
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, record: Callable[[Callable[[], object]], Replay]) -> None:
     """Engines compute with CudaOps over reference math, and replay what `record` makes."""
 
-    def memory(shape: PageShape, num_pages: int, device: torch.device, *more: int) -> KVMemory:
-        made = KVMemory(shape, num_pages + 1, device, *more)
-        made.num_pages = num_pages  # the last one is the scratch page
-        return made
-
-    monkeypatch.setattr(build, "KVMemory", memory)
+    monkeypatch.setattr(build, "KVMemory", memory_as_on_a_gpu)
     monkeypatch.setattr(build, "make_ops", cuda_ops)
     monkeypatch.setattr(build, "DecodeGraphs", lambda *args: DecodeGraphs(*args, record=record))
 

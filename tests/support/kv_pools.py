@@ -26,6 +26,13 @@ def new_memory(shape: PageShape, seed: int) -> KVMemory:
     return memory
 
 
+def memory_as_on_a_gpu(shape: PageShape, num_pages: int, device: torch.device, *more: int) -> KVMemory:
+    """A pool on a CPU that has a scratch page behind the last one, as a GPU's has."""
+    made = KVMemory(shape, num_pages + 1, device, *more)
+    made.num_pages = num_pages
+    return made
+
+
 def content(memory: KVMemory, pages: list[int]) -> bytes:
     return memory.bytes.numpy()[pages].tobytes()
 

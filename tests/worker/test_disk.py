@@ -70,7 +70,7 @@ def pieces(disk: Path) -> list[Path]:
 
 
 @pytest.fixture
-def told(tiny_folder: Path, tmp_path: Path) -> tuple[Path, list[int], list[int]]:
+def left(tiny_folder: Path, tmp_path: Path) -> tuple[Path, list[int], list[int]]:
     """A folder with the KV of a conversation's first turn, what its second turn says, and the answer to that."""
     prompt = prompts(1, seed=41, shortest=100, longest=100)[0]
     first = turn(make(tiny_folder, tmp_path), "one", prompt)
@@ -78,8 +78,8 @@ def told(tiny_folder: Path, tmp_path: Path) -> tuple[Path, list[int], list[int]]
     return tmp_path, second, reference(tiny_folder, [second], ANSWER)[0]
 
 
-def test_another_engine_finds_what_one_has_left(tiny_folder: Path, told: tuple[Path, list[int], list[int]]) -> None:
-    disk, second, answer = told
+def test_another_engine_finds_what_one_has_left(tiny_folder: Path, left: tuple[Path, list[int], list[int]]) -> None:
+    disk, second, answer = left
     engine = make(tiny_folder, disk)
     again = turn(engine, "a conversation of another name", second)
     assert again.tokens[again.given :] == answer
@@ -89,8 +89,8 @@ def test_another_engine_finds_what_one_has_left(tiny_folder: Path, told: tuple[P
 
 
 @pytest.mark.parametrize("what", ["torn", "page", "name", "head", "length", "empty", "gone", "folder", "all"])
-def test_what_is_damaged_is_computed(tiny_folder: Path, told: tuple[Path, list[int], list[int]], what: str) -> None:
-    disk, second, answer = told
+def test_what_is_damaged_is_computed(tiny_folder: Path, left: tuple[Path, list[int], list[int]], what: str) -> None:
+    disk, second, answer = left
     engine = make(tiny_folder, disk)  # it has seen the files as they were
     (piece,) = pieces(disk)
     data = piece.read_bytes()
@@ -119,9 +119,9 @@ def test_what_is_damaged_is_computed(tiny_folder: Path, told: tuple[Path, list[i
 
 
 def test_other_weights_in_the_same_folder_find_nothing(
-    tiny_folder: Path, told: tuple[Path, list[int], list[int]]
+    tiny_folder: Path, left: tuple[Path, list[int], list[int]]
 ) -> None:
-    disk, second, _ = told
+    disk, second, _ = left
     (weights,) = tiny_folder.glob("*.safetensors")
     before = weights.stat()
     os.utime(weights, (before.st_atime + 9, before.st_mtime + 9))
@@ -151,9 +151,9 @@ def test_a_disk_that_is_full_costs_nothing_but_the_files(
 
 
 def test_a_turn_does_not_wait_for_a_disk_that_hangs(
-    tiny_folder: Path, told: tuple[Path, list[int], list[int]], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, left: tuple[Path, list[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, second, answer = told
+    disk, second, answer = left
     engine = make(tiny_folder, disk)
     read, hung = Folder._read, time.monotonic() + 1.5
 
@@ -176,8 +176,8 @@ def test_a_turn_does_not_wait_for_a_disk_that_hangs(
     assert one.cached == 0
 
 
-def test_an_abort_while_pages_come(tiny_folder: Path, told: tuple[Path, list[int], list[int]]) -> None:
-    disk, second, _ = told
+def test_an_abort_while_pages_come(tiny_folder: Path, left: tuple[Path, list[int], list[int]]) -> None:
+    disk, second, _ = left
     engine = make(tiny_folder, disk)
     engine.add(sequence("one", second, KEEP))
     engine.admit()
@@ -204,8 +204,8 @@ def test_the_folder_stays_as_small_as_it_is_told(tiny_folder: Path, tmp_path: Pa
     assert min(found) == 64, "what all begin with is there"
 
 
-def test_what_is_computed_sooner_is_not_read(tiny_folder: Path, told: tuple[Path, list[int], list[int]]) -> None:
-    disk, second, answer = told
+def test_what_is_computed_sooner_is_not_read(tiny_folder: Path, left: tuple[Path, list[int], list[int]]) -> None:
+    disk, second, answer = left
     engine = make(tiny_folder, disk)
     engine.disk.store._page_seconds, engine.disk.store._read_at = 1.0, time.monotonic()
     one = turn(engine, "one", second, Keep("one", gap=100.0, page_seconds=0.9))
@@ -213,8 +213,8 @@ def test_what_is_computed_sooner_is_not_read(tiny_folder: Path, told: tuple[Path
     assert one.tokens[one.given :] == answer
 
 
-def test_turns_with_the_same_beginning_read_it_once(tiny_folder: Path, told: tuple[Path, list[int], list[int]]) -> None:
-    disk, second, _ = told
+def test_turns_with_the_same_beginning_read_it_once(tiny_folder: Path, left: tuple[Path, list[int], list[int]]) -> None:
+    disk, second, _ = left
     engine = make(tiny_folder, disk, pages=48)
     turns = [sequence(str(i), [*second[:112], *[i] * 20], Keep(str(i), gap=9.0)) for i in range(3)]
     answers = run(engine, *turns)
@@ -250,8 +250,8 @@ def test_two_engines_share_a_folder_that_someone_empties(tiny_folder: Path, tmp_
     assert sum(engine.disk.loaded for engine in engines) > 10
 
 
-def test_what_a_writer_left_behind_goes(tiny_folder: Path, told: tuple[Path, list[int], list[int]]) -> None:
-    disk, second, _ = told
+def test_what_a_writer_left_behind_goes(tiny_folder: Path, left: tuple[Path, list[int], list[int]]) -> None:
+    disk, second, _ = left
     folder = pieces(disk)[0].parent
     old, new = folder / ".00-1", folder / ".00-2"
     for file in (old, new, folder / "notes.txt"):
@@ -359,17 +359,17 @@ def test_a_stale_index_deletes_no_good_file(tiny_folder: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("changes", [{"hashes": []}, {"keep": Keep("one", gap=-100.0), "end": 1.7e9}])
 def test_a_head_that_says_nonsense_stops_no_worker(
-    tiny_folder: Path, told: tuple[Path, list[int], list[int]], changes: dict
+    tiny_folder: Path, left: tuple[Path, list[int], list[int]], changes: dict
 ) -> None:
-    disk, _, _ = told
+    disk, _, _ = left
     rewrite(pieces(disk)[0], **changes)
     engine = make(tiny_folder, disk, size=10 * (PAGE_BYTES + 64))
     one = turn(engine, "two", prompts(1, seed=45, shortest=100, longest=100)[0])
     assert len(one.tokens) == one.given + ANSWER
 
 
-def test_one_slow_read_does_not_end_the_disk(tiny_folder: Path, told: tuple[Path, list[int], list[int]]) -> None:
-    disk, second, _ = told
+def test_one_slow_read_does_not_end_the_disk(tiny_folder: Path, left: tuple[Path, list[int], list[int]]) -> None:
+    disk, second, _ = left
     engine = make(tiny_folder, disk)
     engine.disk.store._page_seconds = 3.0  # what a disk that had to spin up has left of its first page
     for i in range(20):
@@ -383,9 +383,9 @@ def test_one_slow_read_does_not_end_the_disk(tiny_folder: Path, told: tuple[Path
 
 
 def test_a_failure_that_passes_deletes_nothing(
-    tiny_folder: Path, told: tuple[Path, list[int], list[int]], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, left: tuple[Path, list[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, second, _ = told
+    disk, second, _ = left
     engine = make(tiny_folder, disk)
 
     def busy(*_, **__) -> None:
@@ -474,6 +474,14 @@ def save(disk: Disk, page: int) -> None:
         disk.poll(0.0)
 
 
+def save_three(host: HostPool, disk: Disk, stream: LazyStream) -> None:
+    """Write pages 3, 4 and 5: host memory, of two slots, has the last two then."""
+    for page in (3, 4, 5):
+        host.store(Evicted(page, digest(page), None, KEEP, 0.0), 0.0)
+        stream.drain()
+        save(disk, page)
+
+
 def test_what_is_written_has_come_from_the_gpu(lazy: tuple[KVMemory, HostPool, Disk, LazyStream]) -> None:
     memory, host, disk, stream = lazy
     host.store(Evicted(3, digest(3), None, KEEP, 0.0), 0.0)  # on its way when its turn is written
@@ -487,10 +495,7 @@ def test_what_is_written_has_come_from_the_gpu(lazy: tuple[KVMemory, HostPool, D
 
 def test_a_slot_is_restored_before_it_is_read_into(lazy: tuple[KVMemory, HostPool, Disk, LazyStream]) -> None:
     memory, host, disk, stream = lazy
-    for page in (3, 4, 5):
-        host.store(Evicted(page, digest(page), None, KEEP, 0.0), 0.0)
-        stream.drain()
-        save(disk, page)
+    save_three(host, disk, stream)
     kept = memory.bytes[5].numpy().tobytes()
     host.restore(host.match([digest(5)]), [6], 1.0)  # the GPU begins with it when the step that runs now has ended
     load = disk.load("a turn", [digest(3)], KEEP, 1.0)
@@ -501,10 +506,7 @@ def test_a_slot_is_restored_before_it_is_read_into(lazy: tuple[KVMemory, HostPoo
 
 def test_a_late_copy_does_not_overwrite_what_was_read(lazy: tuple[KVMemory, HostPool, Disk, LazyStream]) -> None:
     memory, host, disk, stream = lazy
-    for page in (3, 4, 5):
-        host.store(Evicted(page, digest(page), None, KEEP, 0.0), 0.0)
-        stream.drain()
-        save(disk, page)
+    save_three(host, disk, stream)
     host.clear()
     for page in (7, 2):
         host.store(Evicted(page, digest(page), None, Keep("other", gap=1e6), 0.0), 1.0)

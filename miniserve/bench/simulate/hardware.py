@@ -60,7 +60,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Bytes that the disk of a host has for KV of all its workers; 0: none."""
     disk_bytes_per_second: float = 3e9
     disk_latency: float = 1e-4
-    """Of reading and writing pages there; no measurement, but what drives of 2024 are sold with."""
+    """Of reading and writing pages there: assumptions, not measurements."""
     message_seconds: float = 0.0
     busy_watts: float | None = None
     idle_watts: float | None = None

@@ -80,7 +80,7 @@ def fetching(transfer: MappedTransfer, *pages: Any) -> MappedCopy:
 
 
 def abandoning(copy: MappedCopy, how: Callable[[MappedCopy], None] = abandon) -> None:
-    """`MappedCopy.abandon`: nobody cares any more for what is read, only for where it is written."""
+    """`MappedCopy.abandon`: the receiver needs what is read no more, only the place where it is written."""
     how(copy)
     note(torch.cuda.current_stream().cuda_stream, drops(fetched[id(copy)][1]))
 

@@ -1,6 +1,6 @@
 """FlashInfer's own `plan` of batches of every preset, in the workspace that `CudaPlanner` makes for it.
 
-Planning is the host's part, the same for each size of heads, which it is told. So where FlashInfer has no compiled
+Planning is the host's part, the same for each size of heads. So where FlashInfer has no compiled
 module for a model's heads or windows here, that for heads of 128 plans; but not a decode without tensor cores, which is
 compiled for its heads."""
 

@@ -18,7 +18,7 @@ Page = tuple[str, int]
 
 @dataclass
 class Access:
-    """What somebody does with pages on a stream, after what is in `begin`. It lasts until operation `end`."""
+    """What a thread does with pages on a stream, after what is in `begin`. It lasts until operation `end`."""
 
     name: str
     stream: int
